@@ -1,0 +1,1 @@
+"""What is agreed and what is remembered; imports nothing else of ours."""

@@ -1,0 +1,29 @@
+"""The typed door to Numba: kernels that touch every event or row are compiled.
+
+A pure NumPy window kernel costs some 10 us a row, a compiled loop 1-2 us, and
+integers give the same bits in both. Numba has no type stubs, so that strict
+type checks need this one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numba
+
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
+
+
+def compiled(kernel: Kernel) -> Kernel:
+    """Compiles `kernel` at its first call for each set of argument types.
+
+    The machine code is cached beside the source file (or in the user's cache
+    folder where that is read-only), so that a second process starts at once.
+    The kernel runs without the GIL; division follows NumPy, not Python.
+
+    >>> import numpy as np
+    >>> compiled(lambda counts: counts.sum())(np.arange(4))
+    6
+    """
+    return cast(Kernel, numba.njit(cache=True, nogil=True, error_model="numpy")(kernel))
