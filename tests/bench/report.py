@@ -1,0 +1,80 @@
+"""Writes a benchmark's figures as JSON with the machine they were taken on, and prints them.
+
+Figures go to `build/bench/<name>.json`. A goal that the machine did not reach
+is printed as such and never fails the run: the numbers are for people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER = Path("build/bench")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value.
+
+    Attributes:
+        value: What was measured, in `unit`.
+        unit: Its unit, such as `events/s`, `ms` or `ratio`.
+        goal: What the project wants, as a comparison such as `>= 80000`; empty where there is none.
+    """
+
+    value: float
+    unit: str
+    goal: str = ""
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the goal was met; None without a goal.
+
+        >>> Figure(90.0, "events/s", ">= 80").reached, Figure(9.0, "ms").reached
+        (True, None)
+        """
+        if not self.goal:
+            return None
+        sign, bound = self.goal.split()
+        return self.value >= float(bound) if sign == ">=" else self.value <= float(bound)
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on: processor, cores, memory, system, Python."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory_bytes,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def report(name: str, figures: Mapping[str, Figure], notes: Mapping[str, object] | None = None) -> Path:
+    """Prints `figures` and writes them to `build/bench/<name>.json`; returns the file."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    print(f"\n{name} ({machine()['processor']}, {os.cpu_count()} cores)")
+    for label, figure in figures.items():
+        verdict = {True: "reached", False: "NOT REACHED", None: ""}[figure.reached]
+        print(f"  {label:<52} {figure.value:>14,.3f} {figure.unit:<12} {figure.goal:<12} {verdict}")
+    path = FOLDER / f"{name}.json"
+    document = {
+        "name": name,
+        "taken_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine(),
+        "figures": {label: asdict(figure) | {"reached": figure.reached} for label, figure in figures.items()},
+        "notes": dict(notes or {}),
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    return path
