@@ -1,0 +1,140 @@
+"""The one tree of errors; each class says what the operator should do.
+
+    SpringtideError                 exit 1
+    ├── SettingsError               exit 2
+    ├── SaltMismatch, SpecMismatch
+    ├── LogError
+    │   ├── UnreachableBroker, UnknownTopic, GapError, FencedWriter
+    ├── StoreError
+    │   ├── LockHeld, PositionConflict, CorruptStore, StoreFull
+    ├── RegistryError
+    │   ├── UnknownVersion, CorruptVersion, WrongEpoch, ControlConflict
+    ├── MicroBatchError, DecodeError
+    ├── ProgramError, TrainingHeld
+    └── PortTaken, UnsupportedPython, KafkaFailed
+
+A message says what happened, to which input, and what to do, in one line and
+without a raw user id. A bad record is no error: it goes to the dead letters.
+"""
+
+from __future__ import annotations
+
+
+class SpringtideError(Exception):
+    """Something an operator can act on; the process ends with `exit_code`. Do what the message says.
+
+    Attributes:
+        exit_code: 1 failed, 2 wrong use.
+    """
+
+    exit_code: int = 1
+
+
+class SettingsError(SpringtideError):
+    """A setting is unknown or impossible. Correct the file and line, variable or flag that the message names."""
+
+    exit_code = 2
+
+
+class SaltMismatch(SpringtideError):
+    """The salt is not the one the stored pseudonyms were made with. Restore the salt file, or start a new state directory."""
+
+
+class SpecMismatch(SpringtideError):
+    """The feature settings are not those of the stored state. Put `[features]` and `events.actions` back, or start a new state directory."""
+
+
+class LogError(SpringtideError):
+    """Kafka refused or lost something. See the class below it for what to do; the process may be started again."""
+
+
+class UnreachableBroker(LogError):
+    """No broker answers. Check `kafka.bootstrap_servers`, the network, and the SASL and TLS settings."""
+
+
+class UnknownTopic(LogError):
+    """A topic does not exist. Create it, or correct its name in `[kafka]`; a mistyped name is never created."""
+
+
+class GapError(LogError):
+    """Records before the log's beginning were not read yet and are gone. Restore the topic, or accept the loss by moving the position."""
+
+
+class FencedWriter(LogError):
+    """Another stream writes with the same transactional id. Stop one of the two, or give each its own `stream.shard`."""
+
+
+class StoreError(SpringtideError):
+    """A store on disk cannot be used as it is. See the class below it; nothing was half written."""
+
+
+class LockHeld(StoreError):
+    """Another process owns the directory. Stop the process that the message names, or choose another `paths.state`."""
+
+
+class PositionConflict(StoreError):
+    """A batch does not begin where the store ends. Find the second writer; a restart reads again from the stored position."""
+
+
+class CorruptStore(StoreError):
+    """Stored bytes fail their check. Move the directory away and start again: it is rebuilt from Kafka."""
+
+
+class StoreFull(StoreError):
+    """The disk or the memory map is full. Free space, or raise `stream.map_gb` or `serving.map_gb`, and start again."""
+
+
+class RegistryError(SpringtideError):
+    """The registry refused. See the class below it; no version or control was changed."""
+
+
+class UnknownVersion(RegistryError):
+    """No such version is kept. Take one of `springtide versions`; the message names the nearest."""
+
+
+class CorruptVersion(RegistryError):
+    """A version's file fails its digest. Roll back to an earlier version, and look after the disk."""
+
+
+class WrongEpoch(RegistryError):
+    """A version of an epoch that control has left was refused. Nothing to do: the trainer reloads and goes on in control's epoch."""
+
+
+class ControlConflict(RegistryError):
+    """Somebody else created this control generation first. Look at `springtide history`, then repeat the command if it still applies."""
+
+
+class MicroBatchError(SpringtideError):
+    """A record of the micro-batch topic cannot be read. Check who else writes there, and that the releases match."""
+
+
+class DecodeError(SpringtideError):
+    """A record's value cannot be turned into an event; it becomes a dead letter. Correct the producer or `[events]`.
+
+    Attributes:
+        reason: The dead letter's reason code, such as `undecodable`.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class ProgramError(SpringtideError):
+    """The model does not lower to a program, or the program's answers differ. Replace the operation that the message names."""
+
+
+class TrainingHeld(SpringtideError):
+    """The guard held training after many bad steps. Look at the input, then roll back with `springtide rollback --to V`."""
+
+
+class PortTaken(SpringtideError):
+    """A port is in use. Stop its owner, or choose another with the setting that the message names."""
+
+
+class UnsupportedPython(SpringtideError):
+    """This Python is not 3.11. Install Python 3.11 and run `make clean run`."""
+
+
+class KafkaFailed(SpringtideError):
+    """The local Kafka did not start or died. Read the log file that the message names."""
