@@ -1,0 +1,351 @@
+"""The micro-batch: its Arrow schema, encoding, decoding, splitting and trimming.
+
+One micro-batch is one record of the micro-batch log and one training step. Its
+value is an Arrow IPC stream (zstd) with one record batch; the schema's metadata
+holds a JSON header that names the feature spec, the salt, the mask and, per
+source, the contiguous range of positions that the rows came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from state.errors import MicroBatchError
+from state.positions import Range, Source, from_json, split_range, to_json
+
+if TYPE_CHECKING:
+    from state.events import EventBatch
+    from state.history import Appends
+
+FORMAT = 1
+METADATA = b"springtide"
+
+# Order and types are the format: a change needs a new FORMAT and a golden file.
+SCALARS: dict[str, np.dtype[Any]] = {
+    "user": np.dtype("<u8"),
+    "item": np.dtype("<u8"),
+    "category": np.dtype("<u8"),
+    "action": np.dtype("u1"),
+    "at_ms": np.dtype("<i8"),
+    "label": np.dtype("<f4"),
+    "weight": np.dtype("<f4"),
+    "source": np.dtype("<u2"),
+    "offset": np.dtype("<i8"),
+}
+LISTS: dict[str, np.dtype[Any]] = {
+    "context": np.dtype("<u8"),
+    "features": np.dtype("<u2"),
+    "labels": np.dtype("<u8"),
+    "label_windows": np.dtype("<u2"),
+}
+NAMES = (*SCALARS, *LISTS)
+
+_WRITE = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a micro-batch says about itself.
+
+    Attributes:
+        spec: Digest of the feature spec.
+        salt: Fingerprint of the users' salt.
+        ranges: One contiguous range of positions per source; `source` of a row is an index into it.
+        created_ms: When the batch was cut, wall clock.
+        mask_generation: The mask its windows were computed under; 0 for none.
+        names: Names of category ids that the stream had not announced lately.
+    """
+
+    spec: str
+    salt: str
+    ranges: tuple[Range, ...]
+    created_ms: int
+    mask_generation: int = 0
+    names: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """The rows of one training step, in the order of the log within each source.
+
+    Attributes:
+        header: What the batch says about itself.
+        user: `[n]` uint64 ids; 0 is none.
+        item: `[n]` uint64 ids.
+        category: `[n]` uint64 ids.
+        action: `[n]` uint8 index into the configured actions.
+        at_ms: `[n]` int64 event time, ms.
+        label: `[n]` float32; NaN is unknown.
+        weight: `[n]` float32 weight of the action.
+        source: `[n]` uint16 index into `header.ranges`.
+        offset: `[n]` int64 offset within the source.
+        context: `[n, K]` uint64 ids.
+        features: `[n, D]` uint16.
+        labels: `[n, L]` uint64 category ids, newest first; 0 pads.
+        label_windows: `[n, L, F]` uint16.
+    """
+
+    header: Header
+    user: NDArray[np.uint64]
+    item: NDArray[np.uint64]
+    category: NDArray[np.uint64]
+    action: NDArray[np.uint8]
+    at_ms: NDArray[np.int64]
+    label: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    source: NDArray[np.uint16]
+    offset: NDArray[np.int64]
+    context: NDArray[np.uint64]
+    features: NDArray[np.uint16]
+    labels: NDArray[np.uint64]
+    label_windows: NDArray[np.uint16]
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.user)
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns by name, as `encode` takes them."""
+        return {name: getattr(self, name) for name in NAMES}
+
+    def take(self, keep: NDArray[np.bool_]) -> MicroBatch:
+        """The batch with only the rows that `keep` (`[n]` bool) names; the header stays."""
+        if keep.all():
+            return self
+        return MicroBatch(self.header, **{name: column[keep] for name, column in self.columns.items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A batch of events with their windows and what the histories gain by them.
+
+    Attributes:
+        batch: The events, in the order of arrival.
+        features: `[n, D]` uint16.
+        labels: `[n, L]` uint64.
+        label_windows: `[n, L, F]` uint16.
+        appends: The events by user, for `HistoryStore.commit`.
+    """
+
+    batch: EventBatch
+    features: NDArray[np.uint16]
+    labels: NDArray[np.uint64]
+    label_windows: NDArray[np.uint16]
+    appends: Appends
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of a micro-batch by name; `source` counts in the batch's own ranges."""
+        events = {name: getattr(self.batch, name) for name in (*SCALARS, "context")}
+        return {
+            **events,
+            "features": self.features,
+            "labels": self.labels,
+            "label_windows": self.label_windows,
+        }
+
+
+def encode(header: Header, columns: Columns) -> bytes:
+    """The bytes of one micro-batch.
+
+    Args:
+        header: What the batch says about itself.
+        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`.
+
+    Raises:
+        MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
+    """
+    _check(header, columns)
+    rows = len(columns["user"])
+    arrays, fields = [], []
+    for name in SCALARS:
+        arrays.append(pa.array(columns[name]))
+        fields.append(pa.field(name, arrays[-1].type, nullable=False))
+    for name in LISTS:
+        column = np.ascontiguousarray(columns[name])
+        width = int(np.prod(column.shape[1:], dtype=np.int64))
+        kind = pa.list_(pa.field("item", pa.from_numpy_dtype(column.dtype), nullable=False), width)
+        # FixedSizeListArray.from_arrays cannot tell how many lists of nothing there are.
+        arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[pa.array(column.reshape(-1))]))
+        fields.append(pa.field(name, kind, nullable=False))
+    document = {
+        "format": FORMAT,
+        "spec": header.spec,
+        "salt": header.salt,
+        "mask_generation": header.mask_generation,
+        "ranges": [to_json(part) for part in header.ranges],
+        "created_ms": header.created_ms,
+        "label_shape": list(columns["label_windows"].shape[1:]),
+        "names": {f"{key:016x}": name for key, name in header.names.items()},
+    }
+    schema = pa.schema(fields, metadata={METADATA: json.dumps(document, separators=(",", ":")).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema, options=_WRITE) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return bytes(sink.getvalue())
+
+
+def decode(value: bytes) -> MicroBatch:
+    """The micro-batch in `value`; its arrays are read-only views of the decoded buffers.
+
+    Raises:
+        MicroBatchError: `value` is no micro-batch of a format that this release reads, or contradicts itself.
+    """
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
+            document = _document(reader.schema)
+            batch = reader.read_next_batch()
+        header = _header(document)
+        columns: dict[str, NDArray[Any]] = {}
+        for name in SCALARS:
+            columns[name] = batch.column(name).to_numpy(zero_copy_only=True)
+        for name in LISTS:
+            lists = batch.column(name)
+            shape = document["label_shape"] if name == "label_windows" else [lists.type.list_size]
+            columns[name] = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), *shape)
+    except MicroBatchError:
+        raise
+    # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
+    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError, TypeError) as error:
+        raise MicroBatchError(
+            f"a value of {len(value)} bytes is no micro-batch: {error or type(error).__name__}; "
+            "check that the topic holds only what the stream wrote"
+        ) from error
+    _check(header, columns)
+    return MicroBatch(header, **columns)
+
+
+def split(header: Header, columns: Columns, max_record_bytes: int) -> list[bytes]:
+    """The micro-batches, each of at most `max_record_bytes`, that hold these rows in this order.
+
+    Most batches fit at once. One that does not is halved by rows until its
+    parts do; each part's ranges end where the next part's begin.
+
+    Raises:
+        MicroBatchError: A single row exceeds the limit, or the columns do not fit the header.
+    """
+    value = encode(header, columns)
+    if len(value) <= max_record_bytes:
+        return [value]
+    rows = len(columns["user"])
+    if rows < 2:
+        raise MicroBatchError(
+            f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record; "
+            "raise stream.max_record_bytes, and max.message.bytes of the topic"
+        )
+    parts = []
+    for part_header, part_columns in _halves(header, columns, rows // 2):
+        parts.extend(split(part_header, part_columns, max_record_bytes))
+    return parts
+
+
+def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.bool_], dict[Source, int]]:
+    """Which rows are new to a reader that has everything below `marks`, and its marks afterwards.
+
+    After a crash the stream writes rows again; their source positions tell.
+    A source that `marks` does not name is new: all of its rows are.
+
+    Returns:
+        `[n]` bool, and the next offset of each source.
+    """
+    floors = np.array([marks.get(part.source, 0) for part in batch.header.ranges] or [0], np.int64)
+    after = dict(marks)
+    for part in batch.header.ranges:
+        after[part.source] = max(part.next, marks.get(part.source, 0))
+    return batch.offset >= floors[batch.source], after
+
+
+def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int, int]]:
+    """The positions that no micro-batch covered: (source, the reader's mark, where the range begins)."""
+    return [
+        (part.source, marks[part.source], part.first)
+        for part in header.ranges
+        if part.source in marks and part.first > marks[part.source]
+    ]
+
+
+def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
+    """Both halves of a batch cut before row `middle`; empty ranges are left out of a half."""
+    sources, offsets = columns["source"], columns["offset"]
+    halves: list[tuple[Header, Columns]] = []
+    ranges: tuple[list[Range], list[Range]] = ([], [])
+    for index, whole in enumerate(header.ranges):
+        of_source = np.flatnonzero(sources == index)
+        later = of_source[of_source >= middle]
+        at = int(offsets[later[0]]) if len(later) else whole.next
+        before, after = split_range(whole, at, len(of_source) - len(later))
+        ranges[0].append(before)
+        ranges[1].append(after)
+    for parts, rows, names in ((ranges[0], slice(None, middle), header.names), (ranges[1], slice(middle, None), {})):
+        kept = [index for index, part in enumerate(parts) if part.next > part.first]
+        index_of = np.zeros(max(len(parts), 1), np.uint16)
+        index_of[kept] = np.arange(len(kept), dtype=np.uint16)
+        half = {name: column[rows] for name, column in columns.items()}
+        half["source"] = index_of[half["source"]]
+        halves.append((replace(header, ranges=tuple(parts[index] for index in kept), names=names), half))
+    return halves
+
+
+def _document(schema: pa.Schema) -> dict[str, Any]:
+    """The JSON header in a schema's metadata."""
+    document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
+    if not isinstance(document, dict):
+        raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch; check the topic's name")
+    if document.get("format") != FORMAT:
+        raise MicroBatchError(
+            f"a micro-batch of format {document.get('format')!r}; this release reads {FORMAT}: "
+            "upgrade the reader before the stream"
+        )
+    return document
+
+
+def _header(document: Mapping[str, Any]) -> Header:
+    """The header in its JSON form."""
+    return Header(
+        spec=str(document["spec"]),
+        salt=str(document["salt"]),
+        ranges=tuple(from_json(part) for part in document["ranges"]),
+        created_ms=int(document["created_ms"]),
+        mask_generation=int(document["mask_generation"]),
+        names={int(key, 16): str(name) for key, name in document["names"].items()},
+    )
+
+
+def _check(header: Header, columns: Columns) -> None:
+    """Raises MicroBatchError unless columns agree with each other and with the ranges."""
+    if missing := [name for name in NAMES if name not in columns]:
+        raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
+    rows = len(columns["user"])
+    for name, kind in (*SCALARS.items(), *LISTS.items()):
+        column = columns[name]
+        depth = 1 if name in SCALARS else 3 if name == "label_windows" else 2
+        if column.dtype != kind or len(column) != rows or column.ndim != depth:
+            raise MicroBatchError(
+                f"column {name} is {column.dtype}{list(column.shape)}, expected {kind} with {rows} rows "
+                f"and {depth} dimensions"
+            )
+    sources, offsets = columns["source"], columns["offset"]
+    if rows and int(sources.max()) >= len(header.ranges):
+        raise MicroBatchError(f"a row names range {int(sources.max())}, the header has {len(header.ranges)}")
+    counts = np.bincount(sources, minlength=len(header.ranges))
+    for part, count in zip(header.ranges, counts, strict=True):
+        if part.rows != count:
+            raise MicroBatchError(
+                f"the header counts {part.rows} rows of {part.source} in [{part.first}, {part.next}), there are {count}"
+            )
+    if rows:
+        firsts = np.array([part.first for part in header.ranges], np.int64)[sources]
+        nexts = np.array([part.next for part in header.ranges], np.int64)[sources]
+        if not ((firsts <= offsets) & (offsets < nexts)).all():
+            raise MicroBatchError("a row's offset lies outside of its source's range")

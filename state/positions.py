@@ -1,0 +1,275 @@
+"""Positions in a log and the accounts kept of them: sources, ranges and what became of each offset.
+
+A position names the topic by its id, never by its name: a recreated topic is
+another topic. Everything here is a value; who stores it, and in which
+transaction, is the business of `state/history.py` and `state/registry.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_TOPIC_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class Source(NamedTuple):
+    """One totally ordered stream of positions: a partition, or one bucket of its users.
+
+    Attributes:
+        topic_id: The topic's id, 32 hexadecimal digits.
+        partition: The partition's number.
+        bucket: Which share of the partition's users, below `buckets`; 0 in the local form.
+        buckets: How many such shares; 1 in the local form.
+    """
+
+    topic_id: str
+    partition: int
+    bucket: int = 0
+    buckets: int = 1
+
+    @property
+    def topic(self) -> int:
+        """The topic's short number in event records: the first 8 digits of its id.
+
+        >>> hex(Source("deadbeef" + "0" * 24, 3).topic)
+        '0xdeadbeef'
+        """
+        return int(self.topic_id[:8], 16)
+
+    def __str__(self) -> str:
+        """`topic id:partition`, with the bucket where there are several.
+
+        >>> str(Source("ab" * 16, 3))
+        'abababababababababababababababab:3'
+        """
+        share = "" if self.buckets == 1 else f":{self.bucket}/{self.buckets}"
+        return f"{self.topic_id}:{self.partition}{share}"
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """The source that `str` wrote.
+
+        >>> Source.parse(str(Source("ab" * 16, 3, 1, 4))) == Source("ab" * 16, 3, 1, 4)
+        True
+
+        Raises:
+            ValueError: `text` is no source.
+        """
+        topic_id, partition, *share = text.split(":")
+        if not _TOPIC_ID.fullmatch(topic_id) or len(share) > 1:
+            raise ValueError(f"{text!r} is no source: expected <32 hex digits>:<partition>[:<bucket>/<buckets>]")
+        bucket, buckets = share[0].split("/") if share else ("0", "1")
+        return cls(topic_id, int(partition), int(bucket), int(buckets))
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The contiguous offsets `[first, next)` of one source and what became of them.
+
+    Attributes:
+        source: Whose offsets these are.
+        first: The first offset.
+        next: The offset after the last one.
+        rows: How many became rows.
+        dead: How many went to the dead letters.
+        filtered: How many were left out on purpose (too old, masked).
+        absent: How many hold no record: transaction markers, aborted, compacted.
+    """
+
+    source: Source
+    first: int
+    next: int
+    rows: int = 0
+    dead: int = 0
+    filtered: int = 0
+    absent: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless each offset has exactly one outcome."""
+        outcomes = (self.rows, self.dead, self.filtered, self.absent)
+        if self.first < 0 or min(outcomes) < 0 or self.next - self.first != sum(outcomes):
+            raise ValueError(
+                f"offsets [{self.first}, {self.next}) of {self.source} do not add up: "
+                f"{self.rows} rows + {self.dead} dead + {self.filtered} filtered + {self.absent} absent"
+            )
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """The number of offsets by outcome.
+
+        >>> Range(Source("ab" * 16, 0), 5, 8, rows=2, dead=1).outcomes
+        {'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
+        """
+        return {"rows": self.rows, "dead": self.dead, "filtered": self.filtered, "absent": self.absent}
+
+
+def merge_ranges(earlier: Range, later: Range) -> Range:
+    """The one range that two adjacent ranges of a source make.
+
+    >>> source = Source("ab" * 16, 0)
+    >>> merged = merge_ranges(Range(source, 0, 2, rows=2), Range(source, 2, 5, rows=1, absent=2))
+    >>> merged.first, merged.next, merged.rows, merged.absent
+    (0, 5, 3, 2)
+
+    Raises:
+        ValueError: They are of different sources, or `later` does not begin where `earlier` ends.
+    """
+    if earlier.source != later.source or earlier.next != later.first:
+        raise ValueError(
+            f"[{earlier.first}, {earlier.next}) of {earlier.source} and "
+            f"[{later.first}, {later.next}) of {later.source} are not adjacent"
+        )
+    return Range(
+        earlier.source,
+        earlier.first,
+        later.next,
+        rows=earlier.rows + later.rows,
+        dead=earlier.dead + later.dead,
+        filtered=earlier.filtered + later.filtered,
+        absent=earlier.absent + later.absent,
+    )
+
+
+def split_range(whole: Range, at: int, rows_before: int) -> tuple[Range, Range]:
+    """Cuts `whole` before offset `at`, where `rows_before` of its rows lie below.
+
+    A range says how many offsets were dead, filtered and absent, and not
+    which: the part before takes the dead first, then the filtered, then the
+    absent. The sums over both parts are those of the whole.
+
+    >>> before, after = split_range(Range(Source("ab" * 16, 0), 0, 10, rows=7, dead=1, absent=2), at=5, rows_before=3)
+    >>> before.outcomes, after.outcomes["rows"], after.outcomes["absent"]
+    ({'rows': 3, 'dead': 1, 'filtered': 0, 'absent': 1}, 4, 1)
+
+    Raises:
+        ValueError: The rows and outcomes cannot be divided so.
+    """
+    rest = at - whole.first - rows_before
+    dead = min(rest, whole.dead)
+    filtered = min(rest - dead, whole.filtered)
+    absent = rest - dead - filtered
+    return (
+        Range(whole.source, whole.first, at, rows_before, dead, filtered, absent),
+        Range(
+            whole.source,
+            at,
+            whole.next,
+            whole.rows - rows_before,
+            whole.dead - dead,
+            whole.filtered - filtered,
+            whole.absent - absent,
+        ),
+    )
+
+
+def to_json(part: Range) -> dict[str, Any]:
+    """`part` as a JSON object; bucket and buckets only where a partition has several.
+
+    >>> from_json(to_json(Range(Source("ab" * 16, 1), 3, 4, dead=1))).dead
+    1
+    """
+    source = part.source
+    share = {} if source.buckets == 1 else {"bucket": source.bucket, "buckets": source.buckets}
+    return {
+        "topic_id": source.topic_id,
+        "partition": source.partition,
+        **share,
+        "first": part.first,
+        "next": part.next,
+        **part.outcomes,
+    }
+
+
+def from_json(document: Mapping[str, Any]) -> Range:
+    """The range that `to_json` wrote.
+
+    Raises:
+        ValueError: A field is missing, of another type, or the outcomes do not add up.
+    """
+    topic_id = document.get("topic_id")
+    if not isinstance(topic_id, str) or not _TOPIC_ID.fullmatch(topic_id):
+        raise ValueError(f"topic_id {topic_id!r} is not 32 hexadecimal digits")
+    numbers = {}
+    for name in ("partition", "first", "next", "rows", "dead", "filtered", "absent", "bucket", "buckets"):
+        number = document.get(name, {"bucket": 0, "buckets": 1}.get(name))
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"{name} {number!r} of a range is not an integer")
+        numbers[name] = number
+    source = Source(topic_id, numbers.pop("partition"), numbers.pop("bucket"), numbers.pop("buckets"))
+    return Range(source, **numbers)
+
+
+@dataclass(frozen=True)
+class StreamAccount:
+    """What the stream has committed, summed over sources, or for one of them.
+
+    Attributes:
+        positions: Offsets passed, from the first position ever taken to the next one.
+        rows: Offsets that became rows.
+        dead: Offsets that went to the dead letters.
+        filtered: Offsets left out on purpose.
+        absent: Offsets without a record.
+    """
+
+    positions: int
+    rows: int
+    dead: int = 0
+    filtered: int = 0
+    absent: int = 0
+
+
+@dataclass(frozen=True)
+class TrainerAccount:
+    """What the trainer did with the rows of the micro-batch log.
+
+    Attributes:
+        rows: Rows in the log, duplicates written again after a crash included.
+        trained: Rows learned from.
+        skipped: Rows left out by the guard or the mask.
+        duplicate: Rows seen before, by their source position.
+        in_flight: Rows not yet taken, counted on their own (log end less the trainer's offset).
+    """
+
+    rows: int
+    trained: int
+    skipped: int = 0
+    duplicate: int = 0
+    in_flight: int = 0
+
+
+def check_accounts(stream: StreamAccount | None = None, trainer: TrainerAccount | None = None) -> tuple[str, ...]:
+    """Says where the accounts of one cut do not balance; empty where they do.
+
+    >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
+    ()
+    >>> check_accounts(StreamAccount(positions=10, rows=8))
+    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent = 8',)
+    """
+    found = []
+    if stream is not None:
+        total = stream.rows + stream.dead + stream.filtered + stream.absent
+        if total != stream.positions:
+            found.append(
+                f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
+                f"{stream.filtered} filtered + {stream.absent} absent = {total}"
+            )
+    if trainer is not None:
+        total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.in_flight
+        if total != trainer.rows:
+            found.append(
+                f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
+                f"{trainer.duplicate} duplicate + {trainer.in_flight} in flight = {total}"
+            )
+    return tuple(found)
+
+
+def positions_after(ranges: Iterable[Range]) -> dict[Source, int]:
+    """The next offset of each source once `ranges` (in order) are done.
+
+    >>> positions_after([Range(Source("ab" * 16, 0), 0, 2, rows=2)])[Source("ab" * 16, 0)]
+    2
+    """
+    return {part.source: part.next for part in ranges}

@@ -1,0 +1,102 @@
+"""Positions: outcomes add up, ranges join and part without losing an offset, accounts balance."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from state.positions import (
+    Range,
+    Source,
+    StreamAccount,
+    TrainerAccount,
+    check_accounts,
+    from_json,
+    merge_ranges,
+    positions_after,
+    split_range,
+    to_json,
+)
+
+CLICKS = Source("ab" * 16, 2)
+counts = st.integers(0, 50)
+
+
+@st.composite
+def ranges(draw: st.DrawFn, source: Source = CLICKS) -> Range:
+    """Any range of `source`."""
+    first, rows, dead, filtered, absent = draw(st.tuples(counts, counts, counts, counts, counts))
+    return Range(source, first, first + rows + dead + filtered + absent, rows, dead, filtered, absent)
+
+
+def test_an_offset_without_an_outcome_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not add up"):
+        Range(CLICKS, 0, 3, rows=1, dead=1)
+
+
+def test_an_offset_with_two_outcomes_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not add up"):
+        Range(CLICKS, 0, 1, rows=1, dead=1)
+
+
+def test_negative_counts_cannot_hide_a_difference() -> None:
+    with pytest.raises(ValueError, match="do not add up"):
+        Range(CLICKS, 0, 1, rows=2, dead=-1)
+
+
+@given(ranges(), ranges())
+def test_merging_adjacent_ranges_keeps_each_outcome(earlier: Range, other: Range) -> None:
+    later = Range(CLICKS, earlier.next, earlier.next + other.next - other.first, **other.outcomes)
+    merged = merge_ranges(earlier, later)
+    assert (merged.first, merged.next) == (earlier.first, later.next)
+    assert merged.outcomes == {name: earlier.outcomes[name] + later.outcomes[name] for name in merged.outcomes}
+
+
+def test_ranges_with_a_hole_between_them_do_not_merge() -> None:
+    with pytest.raises(ValueError, match="not adjacent"):
+        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(CLICKS, 3, 4, rows=1))
+
+
+def test_ranges_of_a_recreated_topic_do_not_merge() -> None:
+    with pytest.raises(ValueError, match="not adjacent"):
+        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(Source("cd" * 16, 2), 2, 3, rows=1))
+
+
+@given(ranges(), st.data())
+def test_both_parts_of_a_split_range_make_the_whole(whole: Range, data: st.DataObject) -> None:
+    at = data.draw(st.integers(whole.first, whole.next))
+    others = whole.next - whole.first - whole.rows
+    fewest, most = max(0, at - whole.first - others), min(whole.rows, at - whole.first)
+    before, after = split_range(whole, at, data.draw(st.integers(fewest, most)))
+    assert before.next == after.first == at
+    assert merge_ranges(before, after) == whole
+
+
+@given(ranges())
+def test_a_range_survives_json(part: Range) -> None:
+    assert from_json(to_json(part)) == part
+
+
+def test_a_bucket_survives_json_and_text() -> None:
+    source = Source("cd" * 16, 7, 3, 16)
+    assert from_json(to_json(Range(source, 1, 1))).source == source
+    assert Source.parse(str(source)) == source
+
+
+@pytest.mark.parametrize("change", [{"topic_id": "clicks"}, {"first": "0"}, {"rows": None}, {"next": True}])
+def test_a_damaged_range_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="topic_id|integer"):
+        from_json(to_json(Range(CLICKS, 0, 1, rows=1)) | change)
+
+
+def test_the_trainers_account_must_balance_too() -> None:
+    assert check_accounts(trainer=TrainerAccount(rows=5, trained=2, skipped=1, duplicate=1, in_flight=1)) == ()
+    (finding,) = check_accounts(trainer=TrainerAccount(rows=5, trained=2))
+    assert finding.startswith("trainer: 5 rows")
+
+
+def test_the_next_position_is_that_of_the_last_range() -> None:
+    other = Source("ab" * 16, 0)
+    done = [Range(CLICKS, 0, 2, rows=2), Range(other, 4, 5, dead=1), Range(CLICKS, 2, 3, absent=1)]
+    assert positions_after(done) == {CLICKS: 3, other: 5}
