@@ -1,0 +1,1 @@
+"""Apache Kafka on one machine: a real broker without a JDK, Maven or Docker."""

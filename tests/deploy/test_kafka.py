@@ -1,0 +1,156 @@
+"""The local broker: it starts, keeps its data, says why it cannot, and never outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.kafka import broker as broker_module
+from deploy.kafka import jars
+from deploy.kafka.broker import Broker, free_port
+from state.errors import KafkaFailed, PortTaken
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        os.sched_yield()
+    return True
+
+
+def runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_running_broker_listens_on_loopback_alone(kafka: Broker) -> None:
+    with socket.create_connection(("127.0.0.1", kafka.port), timeout=5):
+        pass
+    assert kafka.pid is not None
+    assert kafka.failure() is None
+    assert "Kafka Server started" in kafka.log_path.read_text()
+
+
+def test_a_taken_port_is_named_with_its_setting(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortTaken, match=rf"port {port} \(setting kafka.port\)"):
+            Broker(tmp_path, port).start()
+
+
+def test_a_second_broker_on_a_directory_says_who_holds_it(kafka: Broker) -> None:
+    with pytest.raises(KafkaFailed, match="another broker uses this directory"):
+        Broker(kafka.directory, free_port(), heap_mb=128).start()
+    # The first one's configuration file was rewritten, its process was not harmed.
+    assert kafka.failure() is None
+
+
+def test_a_broker_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
+    broker = Broker(tmp_path, free_port(), heap_mb=1)
+    with pytest.raises(KafkaFailed, match="ended with status 1.*(heap|memory)") as raised:
+        broker.start()
+    assert "\n" not in str(raised.value)
+    assert broker.pid is None
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2**20)
+    monkeypatch.setattr(broker_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(KafkaFailed, match="5 MB free.*paths.state"):
+        Broker(tmp_path, free_port()).start()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jars_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = jars.resolve(tmp_path)
+    monkeypatch.setattr(jars, "_from_jgo", lambda: pytest.fail("resolved again"))
+    assert jars.resolve(tmp_path) == first
+    names = [path.name for path in first]
+    assert f"kafka-clients-{jars.KAFKA_VERSION}.jar" in names
+    assert any(name.startswith("log4j-slf4j-impl-") for name in names)
+
+
+def test_a_jar_that_vanished_or_changed_is_resolved_again(tmp_path: Path) -> None:
+    assert jars.resolve(tmp_path)
+    lock = tmp_path / jars.LOCK_NAME
+    text = lock.read_text()
+    path = str(jars.resolve(tmp_path)[0])
+    lock.write_text(text.replace(path, path + ".gone"))
+    assert jars.locked(lock) is None
+    lock.write_text(text[:100])
+    assert jars.locked(lock) is None
+
+
+def test_packages_that_cannot_be_had_give_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline() -> list[Path]:
+        raise OSError("no route to host\nmore about it")
+
+    monkeypatch.setattr(jars, "_from_jgo", offline)
+    with pytest.raises(KafkaFailed, match="Maven Central.*no route to host.*bootstrap_servers") as e:
+        jars.resolve(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+CHILD = """
+import os, sys
+from deploy.kafka.broker import Broker
+broker = Broker(sys.argv[1], int(sys.argv[2]), heap_mb=192).start()
+print(broker.pid, flush=True)
+if sys.argv[3] == "crash":
+    sys.stdin.read()
+else:
+    broker.stop()
+    assert broker.failure() is None
+    first = broker.start().pid
+    assert broker.failure() is None
+    os.kill(first, 9)
+    while broker.failure() is None: os.sched_yield()
+    print(broker.failure(), flush=True)
+"""
+
+
+def child(tmp_path: Path, how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "kafka"), str(free_port()), how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the death signal of a parent is Linux's")
+def test_the_broker_dies_with_its_parent(tmp_path: Path) -> None:
+    parent = child(tmp_path, "crash")
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert runs(pid)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert eventually(lambda: not runs(pid))
+    parent.communicate()
+
+
+def test_a_stopped_broker_starts_again_and_a_killed_one_is_reported(tmp_path: Path) -> None:
+    output, _ = child(tmp_path, "restart").communicate(timeout=120)
+    assert "ended with status -9" in output
