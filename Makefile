@@ -1,0 +1,49 @@
+# Springtide: `make run` is all it takes; Python 3.11 and make are all it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run test check bench clean
+
+BIN := .venv/bin
+ARGS ?=
+IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
+PYTHON ?= $(shell for name in python3.11 python3 python; do \
+	if $$name -c '$(IS_3_11)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
+BENCHES ?= $(filter-out __init__ report,$(basename $(notdir $(wildcard tests/bench/*.py))))
+
+help: ## Lists the targets.
+	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile
+
+run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.port 9192" passes flags.
+	@exec $(BIN)/springtide up $(ARGS)
+
+test: .venv/ready ## Runs the tests and doctests; ARGS="tests/state -x" narrows them.
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/ready ## Everything that must hold before a commit: format, lint, types, tests, doctests.
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
+	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done
+
+clean: ## Removes what was built here, .venv included; the state directory stays.
+	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.springtide/*' -prune -exec rm -rf {} +
+
+.venv/ready: requirements.txt pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "springtide: needs Python 3.11, found $$(python3 --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
+		exit 1; \
+	fi
+	@echo "packages     into .venv with $$("$(PYTHON)" --version); the first time this takes a few minutes"
+	@if ! $(BIN)/python -c '$(IS_3_11)' >/dev/null 2>&1; then "$(PYTHON)" -m venv --clear .venv; fi
+	@begin=$$SECONDS; \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -r requirements.txt \
+		| awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
+			/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --config-settings editable_mode=compat --editable .; \
+	echo "packages     ready after $$((SECONDS - begin)) s"
+	@touch $@
