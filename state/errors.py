@@ -11,7 +11,7 @@
     │   ├── UnknownVersion, CorruptVersion, WrongEpoch, ControlConflict
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
-    └── PortTaken, UnsupportedPython, KafkaFailed
+    └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
 
 A message says what happened, to which input, and what to do, in one line and
 without a raw user id. A bad record is no error: it goes to the dead letters.
@@ -138,3 +138,7 @@ class UnsupportedPython(SpringtideError):
 
 class KafkaFailed(SpringtideError):
     """The local Kafka did not start or died. Read the log file that the message names."""
+
+
+class ProcessFailed(SpringtideError):
+    """A process of the loop died again and again, or says that it was used wrongly. Read its last line in the message, then its log."""
