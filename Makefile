@@ -44,6 +44,6 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -r requirements.txt \
 		| awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
 			/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'; \
-	$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --config-settings editable_mode=compat --editable .; \
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --editable .; \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@

@@ -38,6 +38,7 @@ from state.sections import (
 
 FILE = "springtide.toml"
 PREFIX = "SPRINGTIDE_"
+NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
 MASK = "********"
 SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
 
@@ -235,7 +236,7 @@ def _environment(env: Mapping[str, str], known: Mapping[str, Known]) -> Iterator
     """Yields (name, text, origin) of the variables that begin with SPRINGTIDE_."""
     by_variable = {variable(name): name for name in known}
     for key in sorted(env):
-        if not key.startswith(PREFIX) or key == PREFIX + "CONFIG":
+        if not key.startswith(PREFIX) or key in NO_SETTINGS:
             continue
         if key not in by_variable:
             raise SettingsError(f"variable {key}: unknown setting; the nearest is {nearest(key, by_variable)}")

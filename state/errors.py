@@ -11,7 +11,7 @@
     │   ├── UnknownVersion, CorruptVersion, WrongEpoch, ControlConflict
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
-    └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
+    └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed, ProcessFailed
 
 A message says what happened, to which input, and what to do, in one line and
 without a raw user id. A bad record is no error: it goes to the dead letters.
@@ -142,3 +142,7 @@ class KafkaFailed(SpringtideError):
 
 class ProcessFailed(SpringtideError):
     """A process of the loop died again and again, or says that it was used wrongly. Read its last line in the message, then its log."""
+
+
+class ProcessFailed(SpringtideError):
+    """One of the loop's processes dies again and again. Read the log file that the message names."""
