@@ -1,0 +1,1 @@
+"""The one long-lived process that learns: tables, model, step, versions."""
