@@ -1,0 +1,106 @@
+"""Looks before the loop starts: Python, disk and ports, each with one clear refusal.
+
+This file imports nothing that needs Python 3.11, so that an older one gets its
+answer and not a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from state.errors import PortTaken, StoreFull, UnsupportedPython
+
+PYTHON = (3, 11)
+LEAST_FREE_BYTES = 2 * 2**30
+
+
+class Port(NamedTuple):
+    """A port the loop is going to listen on, and the setting that chooses it."""
+
+    setting: str
+    host: str
+    port: int
+
+
+def require_python(version: Sequence[object]) -> None:
+    """Refuses every Python but 3.11; TensorFlow and Beam pin each other there.
+
+    Args:
+        version: Major and minor number first, such as `sys.version_info`.
+
+    Raises:
+        UnsupportedPython: It is another one.
+
+    >>> require_python((3, 11, 7))
+    """
+    if tuple(version[:2]) != PYTHON:
+        found, wanted = (".".join(map(str, numbers[:2])) for numbers in (version, PYTHON))
+        raise UnsupportedPython(f"Python {found} is not supported; install Python {wanted} and run `make clean run`")
+
+
+def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
+    """Returns the bytes free where `directory` is or will be.
+
+    Raises:
+        StoreFull: Fewer than `least_bytes` are free.
+    """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < least_bytes:
+        raise StoreFull(
+            f"{directory}: {free / 2**30:.1f} GiB free and {least_bytes / 2**30:.1f} GiB needed; "
+            "free some space, or set paths.state to a larger disk"
+        )
+    return free
+
+
+def require_ports(ports: Sequence[Port]) -> None:
+    """Refuses a port that is in use, or that two settings name.
+
+    Raises:
+        PortTaken: Names the port, the setting to change and, where it can be seen, the owner.
+    """
+    owners: dict[int, str] = {}
+    for setting, host, port in ports:
+        if port == 0:
+            raise PortTaken(
+                f"{setting} is 0, and the parts find each other by fixed ports; set {setting} to a free port"
+            )
+        if port in owners:
+            raise PortTaken(f"port {port} is named by {owners[port]} and by {setting}; set one of them to another port")
+        owners[port] = setting
+        _require_port(setting, host, port)
+
+
+def _require_port(setting: str, host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # As the servers do: a port in TIME_WAIT can be had.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as problem:
+            if problem.errno == errno.EADDRINUSE:
+                why = f"is in use{_owner(port)}; stop its owner"
+            else:
+                why = f"cannot be used on {host} ({problem.strerror}); correct the address"
+            raise PortTaken(f"port {port} {why}, or set {setting} to a free port") from None
+
+
+def _owner(port: int) -> str:
+    """Words that name who listens on `port`; empty where the system does not say."""
+    import psutil
+
+    try:
+        connections = psutil.net_connections(kind="tcp")
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except (psutil.Error, OSError):
+        pass
+    return ""
