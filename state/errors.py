@@ -141,8 +141,4 @@ class KafkaFailed(SpringtideError):
 
 
 class ProcessFailed(SpringtideError):
-    """A process of the loop died again and again, or says that it was used wrongly. Read its last line in the message, then its log."""
-
-
-class ProcessFailed(SpringtideError):
     """One of the loop's processes dies again and again. Read the log file that the message names."""
