@@ -176,7 +176,7 @@ class Supervisor:
         child.started_at = self._clock()
         path = self.log_path(child.program.name)
         if path.exists() and path.stat().st_size > LARGEST_LOG_BYTES:
-            os.replace(path, path.with_suffix(".log.1"))
+            path.replace(path.with_suffix(".log.1"))
         with path.open("ab") as log:
             child.process = subprocess.Popen(
                 child.program.command,

@@ -38,9 +38,9 @@ class Scrape:
         return None if found is None or math.isnan(found) else found
 
     def total(self, name: str) -> float | None:
-        """A series summed over its labels; None where it is absent.
+        r"""A series summed over its labels; None where it is absent.
 
-        >>> text = 'rows_total{outcome="dead"} 2\\nrows_total{outcome="rows"} 3'
+        >>> text = 'rows_total{outcome="dead"} 2\nrows_total{outcome="rows"} 3'
         >>> Scrape(parsed(text)).total("rows_total")
         5.0
         """
