@@ -11,7 +11,7 @@
     │   ├── UnknownVersion, CorruptVersion, WrongEpoch, ControlConflict
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
-    └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed, ProcessFailed
+    └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
 
 A message says what happened, to which input, and what to do, in one line and
 without a raw user id. A bad record is no error: it goes to the dead letters.
