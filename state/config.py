@@ -202,7 +202,9 @@ def load(
             values[name] = _checked(known[name], value, origin)
             origins[name] = origin
     parts = {
-        section: kind(**{name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")})
+        section: kind(
+            **{name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
+        )
         for section, kind in sections().items()
     }
     settings = Settings(**parts, origins=origins)
@@ -223,9 +225,13 @@ def _file(path: Path, known: Mapping[str, Known]) -> Iterator[tuple[str, Any, st
     for section, table in document.items():
         if section not in sections():
             where = f"{path}:{lines.get(section, 1)}"
-            raise SettingsError(f"{where}: unknown section [{section}]; the nearest is [{nearest(section, sections())}]")
+            raise SettingsError(
+                f"{where}: unknown section [{section}]; the nearest is [{nearest(section, sections())}]"
+            )
         if not isinstance(table, dict):
-            raise SettingsError(f"{path}:{lines.get(section, 1)}: {section} is a section; write [{section}] and its settings below")
+            raise SettingsError(
+                f"{path}:{lines.get(section, 1)}: {section} is a section; write [{section}] and its settings below"
+            )
         for key, value in table.items():
             name = f"{section}.{key}"
             origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
@@ -278,9 +284,9 @@ def nearest(name: str, candidates: Mapping[str, object]) -> str:
 
 
 def line_numbers(text: str) -> dict[str, int]:
-    """The line of each `[section]` and of each key of a TOML text; tomllib keeps none.
+    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none.
 
-    >>> line_numbers("[kafka]\\n\\nport = 9192\\n")
+    >>> line_numbers("[kafka]\n\nport = 9192\n")
     {'kafka': 1, 'kafka.port': 3}
     """
     lines: dict[str, int] = {}

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from state.errors import PortTaken
 
-
 SHORT_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -25,20 +24,34 @@ class StreamMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         prefix = "springtide_stream_"
         self.events = Counter(
-            prefix + "events", "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent.", ["outcome"], registry=registry
+            prefix + "events",
+            "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent.",
+            ["outcome"],
+            registry=registry,
         )
-        self.dead_letters = Counter(prefix + "dead_letters", "Records refused, by reason.", ["reason"], registry=registry)
+        self.dead_letters = Counter(
+            prefix + "dead_letters", "Records refused, by reason.", ["reason"], registry=registry
+        )
         self.lag_events = Gauge(prefix + "lag_events", "Positions of the clicks topic not yet read.", registry=registry)
         self.lag_seconds = Gauge(
-            prefix + "lag_seconds", "Wall time since the newest committed click was appended to Kafka; 0 when none wait.", registry=registry
+            prefix + "lag_seconds",
+            "Wall time since the newest committed click was appended to Kafka; 0 when none wait.",
+            registry=registry,
         )
         self.microbatches = Counter(prefix + "microbatches", "Micro-batches written.", registry=registry)
-        self.microbatch_rows = Histogram(prefix + "microbatch_rows", "Rows of a micro-batch.", buckets=ROWS, registry=registry)
+        self.microbatch_rows = Histogram(
+            prefix + "microbatch_rows", "Rows of a micro-batch.", buckets=ROWS, registry=registry
+        )
         self.commit_seconds = Histogram(
-            prefix + "commit_seconds", "Time to write and commit one micro-batch.", buckets=SHORT_SECONDS, registry=registry
+            prefix + "commit_seconds",
+            "Time to write and commit one micro-batch.",
+            buckets=SHORT_SECONDS,
+            registry=registry,
         )
         self.truncated_histories = Counter(
-            prefix + "truncated_histories", "Rows whose longest window began before the oldest remembered event.", registry=registry
+            prefix + "truncated_histories",
+            "Rows whose longest window began before the oldest remembered event.",
+            registry=registry,
         )
         self.cached_users = Gauge(prefix + "cached_users", "Users whose histories are in memory.", registry=registry)
 
@@ -49,24 +62,42 @@ class TrainerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         prefix = "springtide_trainer_"
         self.rows = Counter(
-            prefix + "rows", "Rows of the training log, by outcome: trained, skipped, duplicate, masked.", ["outcome"], registry=registry
+            prefix + "rows",
+            "Rows of the training log, by outcome: trained, skipped, duplicate, masked.",
+            ["outcome"],
+            registry=registry,
         )
         self.steps = Counter(prefix + "steps", "Training steps.", registry=registry)
-        self.step_seconds = Histogram(prefix + "step_seconds", "Time of one training step.", buckets=SHORT_SECONDS, registry=registry)
-        self.log_loss = Gauge(prefix + "log_loss", "Log loss of the interests, scored before learning.", registry=registry)
-        self.auc = Gauge(prefix + "auc", "Area under the curve of the engagement, scored before learning.", registry=registry)
-        self.top1_ratio = Gauge(prefix + "top1_ratio", "Share of rows whose category led, scored before learning.", registry=registry)
+        self.step_seconds = Histogram(
+            prefix + "step_seconds", "Time of one training step.", buckets=SHORT_SECONDS, registry=registry
+        )
+        self.log_loss = Gauge(
+            prefix + "log_loss", "Log loss of the interests, scored before learning.", registry=registry
+        )
+        self.auc = Gauge(
+            prefix + "auc", "Area under the curve of the engagement, scored before learning.", registry=registry
+        )
+        self.top1_ratio = Gauge(
+            prefix + "top1_ratio", "Share of rows whose category led, scored before learning.", registry=registry
+        )
         self.version = Gauge(prefix + "version", "Newest version published.", registry=registry)
         self.epoch = Gauge(prefix + "epoch", "Epoch the trainer works in.", registry=registry)
         self.publish_seconds = Histogram(
             prefix + "publish_seconds", "Time until a version is durable.", buckets=SHORT_SECONDS, registry=registry
         )
         self.publish_stall_seconds = Histogram(
-            prefix + "publish_stall_seconds", "Time a publication kept the steps waiting.", buckets=SHORT_SECONDS, registry=registry
+            prefix + "publish_stall_seconds",
+            "Time a publication kept the steps waiting.",
+            buckets=SHORT_SECONDS,
+            registry=registry,
         )
-        self.lag_records = Gauge(prefix + "lag_records", "Positions of the training log not yet read.", registry=registry)
+        self.lag_records = Gauge(
+            prefix + "lag_records", "Positions of the training log not yet read.", registry=registry
+        )
         self.table_rows = Gauge(prefix + "table_rows", "Rows in use, by table.", ["table"], registry=registry)
-        self.guard = Counter(prefix + "guard", "The guard's verdicts: accept, skip, hold.", ["verdict"], registry=registry)
+        self.guard = Counter(
+            prefix + "guard", "The guard's verdicts: accept, skip, hold.", ["verdict"], registry=registry
+        )
         self.held = Gauge(prefix + "held", "1 while the guard holds training.", registry=registry)
 
 
@@ -78,19 +109,27 @@ class ApplierMetrics:
         self.version = Gauge(prefix + "version", "Version that answers use.", registry=registry)
         self.epoch = Gauge(prefix + "epoch", "Epoch of that version.", registry=registry)
         self.pinned = Gauge(prefix + "pinned", "1 while an operator pins the version.", registry=registry)
-        self.applied_versions = Counter(prefix + "applied_versions", "Versions whose rows were applied.", registry=registry)
+        self.applied_versions = Counter(
+            prefix + "applied_versions", "Versions whose rows were applied.", registry=registry
+        )
         self.apply_seconds = Histogram(
             prefix + "apply_seconds", "Time to apply one version's rows.", buckets=SHORT_SECONDS, registry=registry
         )
         self.feature_freshness_seconds = Gauge(
-            prefix + "feature_freshness_seconds", "Age of the newest click in the histories that answers use.", registry=registry
+            prefix + "feature_freshness_seconds",
+            "Age of the newest click in the histories that answers use.",
+            registry=registry,
         )
         self.weight_freshness_seconds = Gauge(
-            prefix + "weight_freshness_seconds", "Age of the newest click trained into the version that answers use.", registry=registry
+            prefix + "weight_freshness_seconds",
+            "Age of the newest click trained into the version that answers use.",
+            registry=registry,
         )
         self.history_rows = Counter(prefix + "history_rows", "Rows taken into serving's histories.", registry=registry)
         self.microbatch_lag_records = Gauge(
-            prefix + "microbatch_lag_records", "Positions of the micro-batch topic not yet taken into the histories.", registry=registry
+            prefix + "microbatch_lag_records",
+            "Positions of the micro-batch topic not yet taken into the histories.",
+            registry=registry,
         )
 
 
@@ -98,9 +137,15 @@ class WorkerMetrics:
     """What a serving worker counts."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter("springtide_requests", "Requests, by route and status code.", ["route", "code"], registry=registry)
+        self.requests = Counter(
+            "springtide_requests", "Requests, by route and status code.", ["route", "code"], registry=registry
+        )
         self.request_seconds = Histogram(
-            "springtide_request_seconds", "Time of a request, by route.", ["route"], buckets=SHORT_SECONDS, registry=registry
+            "springtide_request_seconds",
+            "Time of a request, by route.",
+            ["route"],
+            buckets=SHORT_SECONDS,
+            registry=registry,
         )
         self.cold_starts = Counter("springtide_cold_starts", "Answers for users without a history.", registry=registry)
 
@@ -117,7 +162,11 @@ def names() -> frozenset[str]:
     registry = CollectorRegistry()
     for process in PROCESSES:
         process(registry)
-    suffixes = {"counter": ("_total", "_created"), "histogram": ("_bucket", "_count", "_sum", "_created"), "gauge": ("",)}
+    suffixes = {
+        "counter": ("_total", "_created"),
+        "histogram": ("_bucket", "_count", "_sum", "_created"),
+        "gauge": ("",),
+    }
     return frozenset(family.name + suffix for family in registry.collect() for suffix in suffixes[family.type])
 
 
@@ -132,7 +181,9 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Ca
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        raise PortTaken(f"port {port} for /metrics is in use; stop its owner or set this process's metrics_port") from None
+        raise PortTaken(
+            f"port {port} for /metrics is in use; stop its owner or set this process's metrics_port"
+        ) from None
 
     def stop() -> None:
         server.shutdown()

@@ -42,7 +42,9 @@ class Paths:
 
     state: str = setting(".springtide", help="Directory of all durable state; relative to the working directory.")
     registry: str = setting("", help="Registry of versions and control; empty: `registry` in the state directory.")
-    salt_file: str = setting("", help="File with the secret salt of user pseudonyms; empty: `salt` in the state directory.")
+    salt_file: str = setting(
+        "", help="File with the secret salt of user pseudonyms; empty: `salt` in the state directory."
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Kafka:
     dead_letters_topic: str = setting("springtide.clicks.v1.dlq", help="Topic of the refused records.")
     microbatches_topic: str = setting("springtide.microbatches.v1", help="Topic of the training log.")
     group: str = setting("springtide-stream", help="Consumer group that shows the stream's positions to lag tools.")
-    clicks_partitions: int = setting(4, least=1, most=65535, help="Partitions of the clicks topic when it is created here.")
+    clicks_partitions: int = setting(
+        4, least=1, most=65535, help="Partitions of the clicks topic when it is created here."
+    )
     port: int = setting(9092, least=0, most=65535, help="Port of the local Kafka that `springtide up` starts.")
     security_protocol: str = setting(
         "PLAINTEXT", choices=("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"), help="How to talk to the brokers."
@@ -82,8 +86,12 @@ class Events:
     time: str = setting("time", help="Field with the event's time.")
     label: str = setting("", help="Field with an engagement label between 0 and 1; empty: there is none.")
     context: tuple[str, ...] = setting((), help="Fields of context, such as device or country.")
-    time_unit: str = setting("auto", choices=("auto", "ms", "s", "iso"), help="How times are written; auto tells ms, s and ISO 8601 apart.")
-    actions: tuple[str, ...] = setting(("view", "favorite", "cart", "purchase"), help="The actions; others are dead letters.")
+    time_unit: str = setting(
+        "auto", choices=("auto", "ms", "s", "iso"), help="How times are written; auto tells ms, s and ISO 8601 apart."
+    )
+    actions: tuple[str, ...] = setting(
+        ("view", "favorite", "cart", "purchase"), help="The actions; others are dead letters."
+    )
     action_weights: tuple[float, ...] = setting(
         (1.0, 2.0, 3.0, 4.0), least=0.0, help="Weight of each action in the interest loss, in the order of `actions`."
     )
@@ -96,8 +104,12 @@ class Events:
 class Features:
     """The windowed features; a change needs a new state directory."""
 
-    windows_s: tuple[int, ...] = setting((3600, 86400, 604800), "s", least=1, help="Windows of the counts, shortest first.")
-    half_lives_s: tuple[int, ...] = setting((1800, 43200, 259200), "s", least=1, help="Half-lives of the decayed counts, shortest first.")
+    windows_s: tuple[int, ...] = setting(
+        (3600, 86400, 604800), "s", least=1, help="Windows of the counts, shortest first."
+    )
+    half_lives_s: tuple[int, ...] = setting(
+        (1800, 43200, 259200), "s", least=1, help="Half-lives of the decayed counts, shortest first."
+    )
     history: int = setting(256, "events", least=16, most=4096, help="Events remembered per user.")
     labels: int = setting(16, "labels", least=3, most=256, help="Latest categories of a user that are scored.")
 
@@ -108,7 +120,9 @@ class Stream:
 
     cut_ms: int = setting(100, "ms", least=1, help="Longest wait before a micro-batch is cut.")
     cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Rows at which a micro-batch is cut.")
-    max_record_bytes: int = setting(900_000, "bytes", least=10_000, help="Largest micro-batch record; larger ones are split.")
+    max_record_bytes: int = setting(
+        900_000, "bytes", least=10_000, help="Largest micro-batch record; larger ones are split."
+    )
     poll_ms: int = setting(20, "ms", least=1, help="Longest wait for clicks in one poll.")
     batch_events: int = setting(1000, "events", least=1, help="Most events of one columnar batch.")
     cache_users: int = setting(20_000, "users", least=1, help="Users whose histories are held in memory.")
@@ -128,7 +142,9 @@ class Model:
         "streaming.bootstrap:preprocessing_fn", help="TensorFlow Transform preprocessing function, as `module:name`."
     )
     dim: int = setting(32, least=1, most=1024, help="Width of an embedding row.")
-    hidden: tuple[int, ...] = setting((256, 128), least=1, help="Widths of the tower's layers; the last is the profile vector.")
+    hidden: tuple[int, ...] = setting(
+        (256, 128), least=1, help="Widths of the tower's layers; the last is the profile vector."
+    )
     dropout: float = setting(0.3, least=0.0, most=0.99, help="Share of the first layer dropped while training.")
     popular: int = setting(32, "labels", least=1, most=4096, help="Popular categories scored for every user.")
     learning_rate: float = setting(0.05, least=0.0, help="Step size of the rows (Adagrad).")
@@ -140,7 +156,9 @@ class Model:
 class Trainer:
     """The trainer."""
 
-    device: str = setting("auto", choices=("auto", "cpu", "gpu"), help="Where to train; auto takes a GPU when there is one.")
+    device: str = setting(
+        "auto", choices=("auto", "cpu", "gpu"), help="Where to train; auto takes a GPU when there is one."
+    )
     threads: int = setting(1, least=1, help="Threads of TensorFlow's operations.")
     publish_s: float = setting(0.2, "s", least=0.01, help="Time between versions.")
     base_every_s: float = setting(600.0, "s", least=1.0, help="Time between bases made by the compactor.")
@@ -148,7 +166,9 @@ class Trainer:
     expire_s: float = setting(2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row goes.")
     capacity: int = setting(65536, "rows", least=16, help="Rows of a table at the start; it grows.")
     partition: int = setting(0, least=0, help="Partition of the micro-batch topic to learn from.")
-    guard_factor: float = setting(8.0, least=1.0, help="A step whose loss exceeds the running loss this many times is skipped.")
+    guard_factor: float = setting(
+        8.0, least=1.0, help="A step whose loss exceeds the running loss this many times is skipped."
+    )
     guard_patience: int = setting(20, "steps", least=1, help="Skipped steps in a row after which training is held.")
     metrics_port: int = setting(9102, least=0, most=65535, help="Port of the trainer's /metrics.")
 
@@ -169,10 +189,16 @@ class Serving:
     host: str = setting("127.0.0.1", help="Address to listen on.")
     port: int = setting(8501, least=0, most=65535, help="Port of the REST answers.")
     workers: int = setting(1, least=1, most=256, help="Worker processes; they share the port.")
-    clock: str = setting("event", choices=("event", "wall"), help="What `at` means when a request does not say: event clock or wall clock.")
+    clock: str = setting(
+        "event",
+        choices=("event", "wall"),
+        help="What `at` means when a request does not say: event clock or wall clock.",
+    )
     poll_ms: int = setting(20, "ms", least=1, help="Time between looks at the registry.")
     keep_s: float = setting(900.0, "s", least=0.0, help="How long rows of older versions stay readable.")
-    map_gb: int = setting(16, "GiB", least=1, help="Upper bound of each serving store's size; address space, not memory.")
+    map_gb: int = setting(
+        16, "GiB", least=1, help="Upper bound of each serving store's size; address space, not memory."
+    )
     sync_s: float = setting(5.0, "s", least=0.1, help="Time between syncs of the stores to disk.")
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
 

@@ -1,0 +1,207 @@
+"""The command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
+
+A command either becomes a process of the loop (the interpreter is replaced, so
+that signals reach it), or is a command of the operator, done here. Settings
+may stand anywhere on the line, as in every process: `--kafka.port 9192`,
+`--config FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from deploy.settings_table import as_json, as_lines, as_markdown
+from state.config import SHORT_FLAGS, Settings, load
+from state.errors import SettingsError, SpringtideError
+
+Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
+
+PROCESSES = {
+    "up": (
+        "deploy.up",
+        "Start the whole loop on this machine: Kafka, stream, trainer, serving, shoppers. Ctrl-C stops it.",
+    ),
+    "stream": ("streaming.pipeline", "Run the Beam job: clicks in, histories, windows, micro-batches out."),
+    "train": ("trainer.loop", "Run the trainer: micro-batches in, versions out."),
+    "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
+    "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
+    "bootstrap": ("streaming.bootstrap", "Analyse the first clicks once, for the constants of the preprocessing."),
+    "replay": ("deploy.replay", "Send clicks into the clicks topic: from a file, or --synthetic shoppers."),
+}
+SETTINGS_HELP = (
+    "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
+    "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are errors of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser; settings are taken out of the line before."""
+    whole = _Parser(
+        prog="springtide",
+        description="User profiles that learn from every click.",
+        epilog=SETTINGS_HELP,
+        allow_abbrev=False,
+    )
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+
+    def add(name: str, help: str, description: str = "", own_help: bool = True) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=f"{help} {description}",
+            epilog=SETTINGS_HELP,
+            allow_abbrev=False,
+            add_help=own_help,
+        )
+
+    for name, (_, help) in PROCESSES.items():
+        add(name, help)
+
+    versions = add("versions", "List the versions: age, log range, log loss, AUC, and which one serves.")
+    versions.add_argument(
+        "--last", type=int, default=20, metavar="N", help="how many of the newest to list (default 20)"
+    )
+    versions.add_argument("--all", action="store_true", help="list all of them")
+
+    pin = add("pin", "Let answers stay at one version; training goes on.", "`springtide follow` undoes it.")
+    pin.add_argument("version", type=int, metavar="V", help="the version, of `springtide versions`")
+    follow = add("follow", "Let answers follow the newest version again, after a pin or a rollback.")
+    for one in (pin, follow):
+        one.add_argument(
+            "--reason", default="none given", metavar="TEXT", help="why; kept with your name in the history"
+        )
+
+    rollback = add(
+        "rollback",
+        "Go back to a version, and train on from it without the clicks you name.",
+        "The plan is printed first. Answers use the version at once and stay there until `springtide follow`; the trainer "
+        "loads it and replays the training log without the masked rows. Nothing is deleted. Rows after the masked ones "
+        "keep the windows they were written with.",
+    )
+    target = rollback.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", type=int, metavar="V", help="the version to go back to")
+    target.add_argument("--before", metavar="TIME", help="the newest version made before TIME: ISO 8601, or -10m")
+    rollback.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="P:A-B",
+        help="leave out offsets A to B of partition P of the clicks; repeatable",
+    )
+    rollback.add_argument(
+        "--skip-time",
+        action="append",
+        default=[],
+        metavar="A..B",
+        help="leave out clicks with times from A until before B; repeatable",
+    )
+    rollback.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
+    rollback.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
+    rollback.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+
+    history = add("history", "List every change of control: who, when, what and why.")
+    config = add("config", "Show the effective settings and where each comes from; secrets are masked.")
+    config.add_argument("--markdown", action="store_true", help="print the documentation of all settings instead")
+    for one in (versions, pin, follow, rollback, history, config):
+        one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+    return whole
+
+
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a line into flags of settings and the rest.
+
+    >>> split_settings(["pin", "--paths.state", "here", "7", "--reason", "odd"])
+    (['--paths.state', 'here'], ['pin', '7', '--reason', 'odd'])
+    """
+    settings: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and ("." in name or name == "config" or name in SHORT_FLAGS):
+            settings.append(word)
+            if "=" not in word:
+                settings += [value for value in [next(words, None)] if value is not None]
+        else:
+            rest.append(word)
+    return settings, rest
+
+
+def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+    """Shows the settings."""
+    if asked.markdown:
+        say(as_markdown())
+    else:
+        say(as_json(settings) if asked.output == "json" else as_lines(settings))
+
+
+def operator_command(name: str) -> Command:
+    """The function of an operator's command; its imports wait until it is asked for."""
+    if name == "config":
+        return config
+    from deploy import control
+
+    command: Command = getattr(control, name)
+    return command
+
+
+def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: int, say: Callable[[str], None]) -> None:
+    """Does one command line.
+
+    Args:
+        argv: The words after `springtide`.
+        become: Replaces this process by `python -m MODULE FLAGS`.
+        now_ms: Wall clock.
+        say: Takes what is printed.
+
+    Raises:
+        SpringtideError: What went wrong; the message is for the operator.
+    """
+    flags, words = split_settings(argv)
+    asked, unknown = parser().parse_known_args(words)
+    if asked.command in PROCESSES:
+        # A mistake is said here, with status 2, before anything starts.
+        load(flags)
+        become(PROCESSES[asked.command][0], [*unknown, *flags])
+        return
+    if unknown:
+        raise SettingsError(f"unknown argument {unknown[0]}; see `springtide {asked.command} --help`")
+    operator_command(asked.command)(load(flags), asked, now_ms, say)
+
+
+def become(module: str, flags: list[str]) -> None:
+    """Replaces this process by a module's main; the process id and the terminal stay."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *flags])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `springtide`; returns the exit status."""
+    try:
+        run(sys.argv[1:] if argv is None else argv, become, time.time_ns() // 1_000_000, print)
+    except SpringtideError as error:
+        print(f"springtide: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 1
+    except BrokenPipeError:
+        # `springtide versions | head` is no failure; nothing more may be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

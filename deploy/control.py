@@ -1,0 +1,331 @@
+"""The operator's commands on versions and control: versions, pin, follow, rollback, history.
+
+A command only writes the next control generation; serving and trainer find it
+and converge. Asked twice, it changes nothing the second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy import plan
+from state import control as transitions
+from state.config import Settings
+from state.control import Control
+from state.errors import CorruptVersion, LogError, RegistryError, SettingsError, StoreError
+from state.manifest import Manifest
+from state.mask import Mask
+from state.registry import Registry
+from state.rows import RowStore
+
+Say = Callable[[str], None]
+
+
+def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Lists the versions with age, log range, metrics, and which one serves.
+
+    Raises:
+        RegistryError: There is no registry.
+    """
+    registry = open_registry(settings)
+    control = registry.control()
+    served = served_version(settings.serving_dir)
+    numbers = registry.versions()
+    kept = numbers if asked.all else numbers[max(0, len(numbers) - asked.last) :]
+    if served is not None and served in numbers and served not in kept:
+        kept = [served, *kept]
+    entries = [_entry(registry, number, control, served, now_ms) for number in kept]
+    if asked.output == "json":
+        say(json.dumps(entries, indent=2))
+        return
+    if not entries:
+        say("no version yet; the trainer publishes the first after the bootstrap")
+        return
+    head = ["version", "epoch", "age", "kind", "log", "log loss", "AUC", "top 1", ""]
+    lines = [
+        [
+            str(one["version"]),
+            str(one.get("epoch", "?")),
+            plan.age(one["age_s"]) if "age_s" in one else "?",
+            one.get("kind", "?"),
+            f"{one['log']['first']}-{one['log']['next']}" if "log" in one else "?",
+            *(_figure(one, name) for name in ("log_loss", "auc", "top1")),
+            ", ".join(one["marks"]),
+        ]
+        for one in reversed(entries)
+    ]
+    say(table([head, *lines]))
+    if len(kept) < len(numbers):
+        say(f"{len(numbers) - len(kept):,} older ones are kept too; --all lists them")
+
+
+def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Answers stay at one version; training goes on.
+
+    Raises:
+        UnknownVersion: It is not kept, or cannot be put together any more.
+        ControlConflict: Somebody else changed control meanwhile.
+    """
+    registry = open_registry(settings)
+    registry.chain(asked.version)
+    control = _current(registry)
+    new = transitions.pin(control, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
+    _put(registry, control, new, f"answers stay at version {asked.version}", asked, say)
+
+
+def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Answers follow the newest version again.
+
+    Raises:
+        ControlConflict: Somebody else changed control meanwhile.
+    """
+    registry = open_registry(settings)
+    control = _current(registry)
+    new = transitions.follow(control, actor=actor(), reason=asked.reason, now_ms=now_ms)
+    _put(registry, control, new, f"answers follow the newest version of epoch {control.epoch}", asked, say)
+
+
+def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """The whole system goes back to a version and trains on without the masked clicks.
+
+    1. The plan is worked out and printed.
+    2. Unless it is a dry run, the next control generation is created.
+
+    Raises:
+        UnknownVersion: It is not kept, or cannot be put together any more.
+        SettingsError: What to skip is not written as it should be.
+        ControlConflict: Somebody else changed control meanwhile.
+    """
+    registry = open_registry(settings)
+    control = _current(registry)
+    if asked.before is not None:
+        kept = [registry.manifest(number) for number in registry.versions()]
+        to = plan.newest_before(kept, plan.parse_time(asked.before, now_ms))
+    else:
+        to = registry.manifest(asked.to)
+    registry.chain(to.version)
+    newest_number = registry.newest(control.epoch)
+    newest = to if newest_number is None else registry.manifest(newest_number)
+    mask = mask_of(settings, asked, newest, now_ms)
+    # 1.
+    end = log_end(settings)
+    planned = plan.rollback_plan(
+        to,
+        newest,
+        mask,
+        now_ms=now_ms,
+        log_end=end,
+        topic=settings.kafka.microbatches_topic,
+        partition=settings.trainer.partition,
+    )
+    if asked.output == "text":
+        say("\n".join(planned.lines()))
+    new = transitions.roll_back(control, to.version, mask, actor=actor(), reason=asked.reason, now_ms=now_ms)
+    # 2.
+    if asked.dry_run:
+        say(
+            "dry run: nothing was changed"
+            if asked.output == "text"
+            else json.dumps({"plan": planned.document()}, indent=2)
+        )
+        return
+    done = f"epoch {new.epoch} starts from version {to.version}"
+    _put(registry, control, new, done, asked, say, {"plan": planned.document()})
+
+
+def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Lists every control generation: who decided what, when and why.
+
+    Raises:
+        RegistryError: There is no registry.
+    """
+    controls = list(open_registry(settings).controls())
+    if asked.output == "json":
+        say(json.dumps([control_document(one) for one in controls], indent=2))
+        return
+    head = ["generation", "at", "actor", "action", "epoch", "from", "answers", "left out", "reason"]
+    lines = [
+        [
+            str(one.generation),
+            plan.iso(one.created_at_ms),
+            one.actor,
+            one.action,
+            str(one.epoch),
+            "nothing" if one.base is None else str(one.base),
+            "newest" if one.serving.version is None else f"version {one.serving.version}",
+            plan.describe(one.mask),
+            one.reason,
+        ]
+        for one in controls
+    ]
+    say(table([head, *lines]) if lines else "no control yet; the trainer writes the first")
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The registry of these settings, where there is one.
+
+    Raises:
+        RegistryError: There is none; a command that looks must not make one.
+    """
+    if not settings.registry_dir.is_dir():
+        raise RegistryError(
+            f"{settings.registry_dir}: no registry here; start with `springtide up`, or name the state directory with --paths.state"
+        )
+    return Registry(settings.registry_dir)
+
+
+def served_version(serving_dir: Path) -> int | None:
+    """The version that answers on this host use; None where nothing serves here."""
+    path = serving_dir / "rows"
+    if not path.is_dir():
+        return None
+    try:
+        store = RowStore(path, readonly=True)
+    except (StoreError, OSError):
+        return None
+    try:
+        with store.reader() as reader:
+            served = reader.served()
+        return None if served is None else served.version
+    finally:
+        store.close()
+
+
+def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now_ms: int) -> Mask:
+    """The mask of --skip, --skip-time and --skip-users.
+
+    Raises:
+        SettingsError: One of them is not written as it should be.
+    """
+    topic_ids = {source.topic_id for source, _ in newest.sources}
+    return Mask(
+        offsets=tuple(plan.parse_place(text, topic_ids) for text in asked.skip),
+        times=tuple(plan.parse_times(text, now_ms) for text in asked.skip_time),
+        users=frozenset() if asked.skip_users is None else users_of(settings, asked.skip_users),
+    )
+
+
+def users_of(settings: Settings, file: Path) -> frozenset[int]:
+    """The pseudonyms of a file's users, one id a line.
+
+    Raises:
+        SaltMismatch: The salt file is missing.
+        SettingsError: The file cannot be read.
+    """
+    from state.events import load_salt, user_id
+
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"--skip-users {file}: not readable: {error}; give a UTF-8 file with one user id a line"
+        ) from None
+    salt = load_salt(settings.salt_path, create=False)
+    return frozenset(user_id(salt, line.strip()) for line in lines if line.strip())
+
+
+def log_end(settings: Settings) -> int | None:
+    """End offset of the training log; None when Kafka does not answer."""
+    from state.log import Topics
+
+    try:
+        topics = Topics(settings.kafka)
+        try:
+            return int(topics.ends(settings.kafka.microbatches_topic)[settings.trainer.partition][1])
+        finally:
+            topics.close()
+    except (LogError, KeyError):
+        return None
+
+
+def actor() -> str:
+    """Who gives the command: the user of the operating system, behind sudo the one who called it."""
+    try:
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def control_document(control: Control) -> dict[str, Any]:
+    """A control generation as JSON values; a mask's users are counted, not listed."""
+    document: dict[str, Any] = json.loads(transitions.encode(control))
+    return {**document, "mask": plan.mask_document(control.mask)}
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in aligned columns.
+
+    >>> print(table([["version", "age"], ["7", "2 s"]]))
+    version  age
+    7        2 s
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _entry(registry: Registry, number: int, control: Control | None, served: int | None, now_ms: int) -> dict[str, Any]:
+    marks = ["served"] if number == served else []
+    if control is not None and control.serving.version == number:
+        marks.append("pinned")
+    if control is not None and control.base == number:
+        marks.append(f"start of epoch {control.epoch}")
+    try:
+        found = registry.manifest(number)
+    except CorruptVersion:
+        return {"version": number, "marks": [*marks, "corrupt"]}
+    return {
+        "version": number,
+        "epoch": found.epoch,
+        "age_s": (now_ms - found.created_at_ms) / 1000,
+        "created_at_ms": found.created_at_ms,
+        "kind": "base" if number in registry.bases() else found.kind,
+        "log": {
+            "topic": found.log.topic,
+            "partition": found.log.partition,
+            "first": found.log.first,
+            "next": found.log.next,
+        },
+        "rows": found.rows,
+        "metrics": found.metrics,
+        "marks": marks,
+    }
+
+
+def _figure(entry: dict[str, Any], name: str) -> str:
+    value = entry.get("metrics", {}).get(name)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _current(registry: Registry) -> Control:
+    control = registry.control()
+    if control is None:
+        raise RegistryError(f"{registry.path}: no control yet; start the trainer first, it writes generation 1")
+    return control
+
+
+def _put(
+    registry: Registry,
+    old: Control,
+    new: Control,
+    done: str,
+    asked: argparse.Namespace,
+    say: Say,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Creates the generation where it differs, and says so."""
+    changed = new is not old
+    if changed:
+        registry.propose(new)
+    if asked.output == "json":
+        say(json.dumps({**(more or {}), "changed": changed, "control": control_document(new)}, indent=2))
+    elif changed:
+        say(f"generation {new.generation}: {done}")
+    else:
+        say(f"generation {old.generation}: it is so already; nothing was changed")

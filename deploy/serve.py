@@ -1,0 +1,87 @@
+"""Serving on one host: starts the applier and the workers, and stops them together.
+
+`python -m deploy.serve [flags]`. SIGTERM and SIGINT stop all of them; when one
+dies by itself the others are stopped too and this process ends with status 1,
+so that whoever supervises it starts a whole host again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from deploy.processes import die_with, how
+from state.config import load
+from state.errors import ProcessFailed, SpringtideError
+
+STOP_S = 10.0
+LOOK_S = 0.1
+
+
+def commands(workers: int, flags: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names and command lines of a host's processes; the applier comes first.
+
+    >>> [name for name, _ in commands(2, [])]
+    ['applier', 'worker 0', 'worker 1']
+    """
+    python = [sys.executable, "-m"]
+    applier = ("applier", [*python, "deploy.serving.applier", *flags])
+    return [applier, *((f"worker {number}", [*python, "deploy.serving.rest", *flags]) for number in range(workers))]
+
+
+def run(
+    programs: Sequence[tuple[str, Sequence[str]]], environment: Mapping[str, str], stopping: Callable[[], bool]
+) -> None:
+    """Keeps `programs` running until `stopping` says so, then ends them, the last one first.
+
+    Raises:
+        ProcessFailed: One ended by itself; the others were stopped.
+    """
+    running: list[tuple[str, subprocess.Popen[bytes]]] = []
+    try:
+        for name, command in programs:
+            # A session of their own: Ctrl-C is for this process, which then stops them in order.
+            process = subprocess.Popen(
+                command, env=dict(environment), start_new_session=True, preexec_fn=die_with(os.getpid())
+            )
+            running.append((name, process))
+        while not stopping():
+            for name, process in running:
+                if process.poll() is not None:
+                    raise ProcessFailed(
+                        f"{name} ended by itself ({how(process.returncode)}); its reason is above; serving stops here"
+                    )
+            time.sleep(LOOK_S)
+    finally:
+        for _, process in reversed(running):
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for _, process in reversed(running):
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs serving with the settings of `argv` until a signal; returns the exit status."""
+    flags = list(sys.argv[1:] if argv is None else argv)
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: asked.append(got))
+    try:
+        run(commands(load(flags).serving.workers, flags), os.environ, lambda: bool(asked))
+    except SpringtideError as error:
+        print(f"springtide serve: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
