@@ -1,0 +1,67 @@
+"""Makes files durable: a write that returned survives a power cut, one that did not leaves nothing behind.
+
+The order is always: temporary file, fsync, rename, fsync of the directory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+HOST = socket.gethostname()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a new file and syncs it; the caller renames it or its directory, and syncs that."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in directory `path` durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Makes every file and name under `path` durable; for trees that another library wrote."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            handle = os.open(Path(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_directory(Path(folder))
+
+
+def owner_mark() -> str:
+    """This process in a name of its temporary files: host, pid, start time; a later sweep tells the dead by it."""
+    return f"{HOST}@{os.getpid()}@{psutil.Process().create_time():.2f}"
+
+
+def is_dead(mark: str) -> bool:
+    """Whether the process that `owner_mark` named is gone; one of another host counts as alive.
+
+    >>> is_dead(owner_mark()), is_dead(f"{HOST}@{2**22 + 1}@0.00")
+    (False, True)
+    """
+    host, pid, started = mark.rsplit("@", 2)
+    if host != HOST:
+        return False
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != started
+    except psutil.NoSuchProcess:
+        return True

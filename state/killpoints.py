@@ -1,0 +1,62 @@
+"""Named places where a process may be killed, so that tests can crash it between any two steps.
+
+`SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process, as kill -9 does, when
+it reaches that place for the third time. Switched off, a place costs one
+comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+VARIABLE = "SPRINGTIDE_KILL_AT"
+
+
+@dataclass
+class Armed:
+    """A place that is waited for.
+
+    Attributes:
+        name: The place.
+        left: How often it must still be reached.
+        strike: What then happens.
+    """
+
+    name: str
+    left: int
+    strike: Callable[[], None]
+
+
+def parse(text: str, strike: Callable[[], None]) -> Armed | None:
+    """The place that `name` or `name:count` arms; None for the empty text.
+
+    >>> parse("publish.renamed:3", lambda: None).left, parse("", lambda: None)
+    (3, None)
+
+    Raises:
+        ValueError: The count is no number.
+    """
+    if not text:
+        return None
+    name, _, count = text.partition(":")
+    return Armed(name, int(count or 1), strike)
+
+
+def _kill() -> None:
+    """Ends this process at once, with nothing flushed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+armed: Armed | None = parse(os.environ.get(VARIABLE, ""), _kill)
+
+
+def reach(name: str) -> None:
+    """Strikes if `name` is armed and was reached often enough."""
+    if armed is None or armed.name != name:
+        return
+    armed.left -= 1
+    if armed.left == 0:
+        armed.strike()

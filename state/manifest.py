@@ -1,0 +1,243 @@
+"""What a version says about itself, and the versions that one descends from.
+
+A version is a set of files and this manifest. The manifest carries everything
+that a restart, a rollback or an answer must know without reading the weights:
+the place in the training log, the source watermarks, the line of descent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import msgspec
+
+from state.positions import Source
+
+FORMAT = 1
+Kind = Literal["base", "delta"]
+Visible = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogRange:
+    """The part `[first, next)` of the training log that lies between a version and its parent.
+
+    Attributes:
+        topic: The topic's name, for people.
+        topic_id: The topic's id, 32 hexadecimal digits; empty before the first record.
+        partition: The partition.
+        first: The offset of the first record.
+        next: Where the trainer reads on.
+    """
+
+    topic: str = ""
+    topic_id: str = ""
+    partition: int = 0
+    first: int = 0
+    next: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a file of a version must be.
+
+    Attributes:
+        sha256: Digest of its bytes, hexadecimal.
+        bytes: Its size.
+    """
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Everything of a manifest that its author knows; the registry adds number, descent and files.
+
+    Attributes:
+        kind: `base` holds the full state, `delta` what changed since the parent.
+        epoch: The control's epoch it was trained in.
+        parent: The version it continues; None for the very first.
+        log: The part of the training log since the parent.
+        sources: Per source the offset after the newest row trained, duplicates dropped by it.
+        steps: Steps since the beginning of the line of descent.
+        rows: Rows trained since then.
+        created_at_ms: Wall clock.
+        event_time_ms: Time of the newest event trained; 0 for none.
+        spec: Digest of the feature spec.
+        program: SHA-256 of the program that answers use with these weights.
+        salt: Fingerprint of the users' salt.
+        mask_generation: Generation of the mask it was trained under.
+        metrics: Progressive metrics at this point.
+        environment: What the bits depend on: TensorFlow, NumPy, device, instruction set, threads.
+    """
+
+    kind: Kind
+    epoch: int
+    parent: int | None
+    log: LogRange
+    sources: tuple[tuple[Source, int], ...]
+    steps: int
+    rows: int
+    created_at_ms: int
+    event_time_ms: int
+    spec: str
+    program: str
+    salt: str
+    mask_generation: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A complete version. Fields are those of `Draft`, and:
+
+    Attributes:
+        version: Its number; one increasing integer over all epochs.
+        visible: The versions it descends from, itself included, as closed intervals, newest first.
+        files: Its files by name.
+    """
+
+    version: int
+    kind: Kind
+    epoch: int
+    parent: int | None
+    visible: Visible
+    log: LogRange
+    sources: tuple[tuple[Source, int], ...]
+    steps: int
+    rows: int
+    created_at_ms: int
+    event_time_ms: int
+    spec: str
+    program: str
+    salt: str
+    mask_generation: int
+    metrics: dict[str, float]
+    environment: dict[str, str]
+    files: dict[str, FileEntry]
+    format: int = FORMAT
+
+    @property
+    def marks(self) -> dict[Source, int]:
+        """The next offset of each source, as `trim` takes them."""
+        return dict(self.sources)
+
+
+class _Envelope(msgspec.Struct):
+    """A document with the digest of its exact bytes."""
+
+    sha256: str
+    body: msgspec.Raw
+
+
+def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str, bytes]) -> Manifest:
+    """The manifest of `draft` as version `version`, whose parent sees `ancestors`."""
+    return Manifest(
+        version=version,
+        kind=draft.kind,
+        epoch=draft.epoch,
+        parent=draft.parent,
+        visible=extend(ancestors, draft.parent, version),
+        log=draft.log,
+        sources=tuple(sorted(draft.sources)),
+        steps=draft.steps,
+        rows=draft.rows,
+        created_at_ms=draft.created_at_ms,
+        event_time_ms=draft.event_time_ms,
+        spec=draft.spec,
+        program=draft.program,
+        salt=draft.salt,
+        mask_generation=draft.mask_generation,
+        metrics={name: value for name, value in draft.metrics.items() if math.isfinite(value)},
+        environment=dict(draft.environment),
+        files=entries(files),
+    )
+
+
+def complete_base(of: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """The manifest of the full state at the version `of`."""
+    return replace(of, kind="base", files=entries(files))
+
+
+def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
+    """What each file must be from now on.
+
+    >>> entries({"a": b"12"})["a"].bytes
+    2
+    """
+    return {name: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for name, data in sorted(files.items())}
+
+
+def extend(ancestors: Visible, parent: int | None, version: int) -> Visible:
+    """The versions that `version` sees when its parent sees `ancestors`.
+
+    Versions after the parent that are not on the line (abandoned by a
+    rollback) fall between two intervals.
+
+    >>> extend(((1, 30),), 30, 31)
+    ((1, 31),)
+    >>> extend(((1, 30),), 30, 51)
+    ((51, 51), (1, 30))
+    >>> extend((), None, 1)
+    ((1, 1),)
+    """
+    if parent is None:
+        return ((version, version),)
+    low, high = ancestors[0]
+    if high == parent == version - 1:
+        return ((low, version), *ancestors[1:])
+    return ((version, version), *ancestors)
+
+
+def sees(visible: Visible, version: int) -> bool:
+    """Whether `version` lies on the line of descent `visible`.
+
+    >>> [sees(((51, 52), (1, 30)), version) for version in (30, 31, 52)]
+    [True, False, True]
+    """
+    return any(low <= version <= high for low, high in visible)
+
+
+def seal(body: bytes) -> bytes:
+    """A JSON document with its own digest, so that a flipped bit in it is seen."""
+    digest = hashlib.sha256(body).hexdigest()
+    return b'{"sha256":"' + digest.encode() + b'","body":' + body + b"}"
+
+
+def unseal(data: bytes) -> bytes:
+    """The document that `seal` wrapped.
+
+    >>> unseal(seal(b"[1]"))
+    b'[1]'
+
+    Raises:
+        ValueError: It is no such document, or its digest differs.
+    """
+    envelope = msgspec.json.decode(data, type=_Envelope)
+    body = bytes(envelope.body)
+    if hashlib.sha256(body).hexdigest() != envelope.sha256:
+        raise ValueError("its digest does not match its content")
+    return body
+
+
+def encode(manifest: Manifest) -> bytes:
+    """`manifest` as canonical JSON with its digest."""
+    return seal(msgspec.json.encode(manifest, order="deterministic"))
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest that `encode` wrote; fields of later releases are left out.
+
+    Raises:
+        ValueError: The bytes fail their digest, or are of a format that this release does not read.
+    """
+    manifest = msgspec.json.decode(unseal(data), type=Manifest)
+    if manifest.format != FORMAT:
+        raise ValueError(f"it is of format {manifest.format}; this release reads {FORMAT}")
+    return manifest
