@@ -121,54 +121,6 @@ class Settings:
         return getattr(getattr(self, section), key)
 
 
-@dataclass(frozen=True)
-class Known:
-    """One setting as declared: dotted name, default, unit, help, secrecy, bounds and choices."""
-
-    name: str
-    default: Any
-    unit: str
-    help: str
-    secret: bool
-    least: float | None
-    most: float | None
-    choices: tuple[str, ...]
-
-
-def sections() -> dict[str, type[Any]]:
-    """The sections by name, in order."""
-    return {part.name: part.default_factory for part in dataclasses.fields(Settings) if part.name != "origins"}  # type: ignore[misc]
-
-
-def known_settings() -> Iterator[Known]:
-    """Every setting, in order.
-
-    >>> next(known_settings()).name
-    'paths.state'
-    """
-    for section, kind in sections().items():
-        for declared in dataclasses.fields(kind):
-            yield Known(name=f"{section}.{declared.name}", default=declared.default, **declared.metadata)
-
-
-def variable(name: str) -> str:
-    """The environment variable of a dotted name.
-
-    >>> variable("kafka.sasl_password")
-    'SPRINGTIDE_KAFKA_SASL_PASSWORD'
-    """
-    return PREFIX + name.replace(".", "_", 1).upper()
-
-
-def as_text(value: Any) -> str:
-    """A value as a variable or a flag writes it.
-
-    >>> as_text((3600, 86400)), as_text(0.2)
-    ('3600,86400', '0.2')
-    """
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def load(
     argv: Sequence[str] | None = None,
     env: Mapping[str, str] = os.environ,
@@ -188,7 +140,7 @@ def load(
     50
     """
     known = {one.name: one for one in known_settings()}
-    flags = list(_flags(argv or [], known))
+    flags = list(from_flags(argv or [], known))
     chosen = [text for name, text, _ in flags if name == "config"] or [env.get(PREFIX + "CONFIG", "")]
     file = Path(path or chosen[-1] or FILE)
     if not file.exists() and (path or chosen[-1]):
@@ -197,164 +149,23 @@ def load(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     # 1. file, 2. environment, 3. flags: the later wins.
-    for name, value, origin in [*_file(file, known), *_environment(env, known), *flags]:
+    for name, value, origin in [*from_file(file, known), *from_environment(env, known), *flags]:
         if name != "config":
-            values[name] = _checked(known[name], value, origin)
+            values[name] = checked(known[name], value, origin)
             origins[name] = origin
     parts = {
         section: kind(
             **{name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
         )
-        for section, kind in sections().items()
+        for section, kind in SECTIONS.items()
     }
+    if "kafka.bootstrap_servers" not in origins:
+        # Without a cluster of the user's, every part looks for the local Kafka where kafka.port puts it.
+        local = f"127.0.0.1:{parts['kafka'].port}"
+        parts["kafka"] = dataclasses.replace(parts["kafka"], bootstrap_servers=local)
     settings = Settings(**parts, origins=origins)
     _check_together(settings)
     return settings
-
-
-def _file(path: Path, known: Mapping[str, Known]) -> Iterator[tuple[str, Any, str]]:
-    """Yields (name, value, origin) of a TOML file's settings."""
-    if not path.exists():
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{path}: not readable as TOML: {error}; correct the file") from None
-    lines = line_numbers(text)
-    for section, table in document.items():
-        if section not in sections():
-            where = f"{path}:{lines.get(section, 1)}"
-            raise SettingsError(
-                f"{where}: unknown section [{section}]; the nearest is [{nearest(section, sections())}]"
-            )
-        if not isinstance(table, dict):
-            raise SettingsError(
-                f"{path}:{lines.get(section, 1)}: {section} is a section; write [{section}] and its settings below"
-            )
-        for key, value in table.items():
-            name = f"{section}.{key}"
-            origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
-            yield _known_name(name, known, origin), value, origin
-
-
-def _environment(env: Mapping[str, str], known: Mapping[str, Known]) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, text, origin) of the variables that begin with SPRINGTIDE_."""
-    by_variable = {variable(name): name for name in known}
-    for key in sorted(env):
-        if not key.startswith(PREFIX) or key in NO_SETTINGS:
-            continue
-        if key not in by_variable:
-            raise SettingsError(f"variable {key}: unknown setting; the nearest is {nearest(key, by_variable)}")
-        yield by_variable[key], env[key], f"variable {key}"
-
-
-def _flags(argv: Sequence[str], known: Mapping[str, Known]) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, text, origin) of `--section.name VALUE`, `--section.name=VALUE` and `--config FILE`."""
-    words = iter(argv)
-    for word in words:
-        flag, equals, text = word.partition("=")
-        if not flag.startswith("--"):
-            raise SettingsError(f"argument {flag!r}: not a flag; settings are written --section.name VALUE")
-        name = SHORT_FLAGS.get(flag[2:], flag[2:].replace("-", "_"))
-        if name != "config":
-            _known_name(name, known, f"flag {flag}", "--")
-        if not equals:
-            following = next(words, None)
-            if following is None:
-                raise SettingsError(f"flag {flag}: its value is missing; write {flag} VALUE")
-            text = following
-        yield name, text, f"flag {flag}"
-
-
-def _known_name(name: str, known: Mapping[str, Known], origin: str, prefix: str = "") -> str:
-    """Returns `name`, or raises with the nearest known one."""
-    if name not in known:
-        raise SettingsError(f"{origin}: unknown setting {name}; the nearest is {prefix}{nearest(name, known)}")
-    return name
-
-
-def nearest(name: str, candidates: Mapping[str, object]) -> str:
-    """The candidate most like `name`.
-
-    >>> nearest("kafka.prot", {"kafka.port": 1, "kafka.group": 2})
-    'kafka.port'
-    """
-    return difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.0)[0]
-
-
-def line_numbers(text: str) -> dict[str, int]:
-    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none.
-
-    >>> line_numbers("[kafka]\n\nport = 9192\n")
-    {'kafka': 1, 'kafka.port': 3}
-    """
-    lines: dict[str, int] = {}
-    section = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\s*[\"']?([\w.-]+)[\"']?\s*\]", line)
-        key = re.match(r"\s*[\"']?([\w-]+(?:\s*\.\s*[\w-]+)?)[\"']?\s*=", line)
-        if header:
-            section = header[1]
-            lines.setdefault(section, number)
-        elif key:
-            name = re.sub(r"\s", "", key[1])
-            lines.setdefault(f"{section}.{name}" if section else name, number)
-            lines.setdefault((section or name).partition(".")[0], number)
-    return lines
-
-
-def _checked(known: Known, value: Any, origin: str) -> Any:
-    """The value in the setting's type and bounds.
-
-    Raises:
-        SettingsError: It is not of the type, or out of bounds.
-    """
-    where = f"{origin}: {known.name}"
-    if isinstance(known.default, tuple):
-        if isinstance(value, str):
-            value = [part.strip() for part in value.strip("[] ").split(",") if part.strip()]
-        if not isinstance(value, list):
-            raise SettingsError(f"{where} must be a list, not {_shown(known, value)}")
-        kind = _element_kind(known)
-        return tuple(_in_bounds(known, _scalar(known, kind, one, where), where) for one in value)
-    return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
-
-
-def _element_kind(known: Known) -> type:
-    """The type of a list's elements; an empty default is a list of strings."""
-    return type(known.default[0]) if known.default else str
-
-
-def _scalar(known: Known, kind: type, value: Any, where: str) -> Any:
-    """One value as `kind`; text is parsed, other types must fit without loss."""
-    try:
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return value
-        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            return float(value)
-        if kind is int and isinstance(value, str):
-            return int(value)
-    except ValueError:
-        pass
-    wanted = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    raise SettingsError(f"{where} must be {wanted}, not {_shown(known, value)}")
-
-
-def _in_bounds(known: Known, value: Any, where: str) -> Any:
-    if known.choices and value not in known.choices:
-        raise SettingsError(f"{where} must be one of {', '.join(known.choices)}, not {_shown(known, value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise SettingsError(f"{where} must be finite, not {_shown(known, value)}")
-    if known.least is not None and value < known.least:
-        raise SettingsError(f"{where} must be at least {known.least:g}, not {_shown(known, value)}")
-    if known.most is not None and value > known.most:
-        raise SettingsError(f"{where} must be at most {known.most:g}, not {_shown(known, value)}")
-    return value
-
-
-def _shown(known: Known, value: Any) -> str:
-    return MASK if known.secret else repr(value)
 
 
 def _check_together(settings: Settings) -> None:
