@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from deploy.settings_table import as_json, as_lines, as_markdown
-from state.config import SHORT_FLAGS, Settings, load
+from state.config import Settings, load
+from state.config_sources import SHORT_FLAGS
 from state.errors import SettingsError, SpringtideError
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
@@ -152,10 +153,16 @@ def operator_command(name: str) -> Command:
     """The function of an operator's command; its imports wait until it is asked for."""
     if name == "config":
         return config
-    from deploy import control
+    from deploy import control, versions
 
-    command: Command = getattr(control, name)
-    return command
+    commands: dict[str, Command] = {
+        "versions": versions.versions,
+        "pin": control.pin,
+        "follow": control.follow,
+        "rollback": control.rollback,
+        "history": control.history,
+    }
+    return commands[name]
 
 
 def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: int, say: Callable[[str], None]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from state.config import MASK, Known, Settings, as_text, known_settings, sections, variable
+from state.config import Settings
+from state.config_sources import MASK, as_text, variable
+from state.sections import SECTIONS, Known, known_settings
 
 
 def as_lines(settings: Settings) -> str:
@@ -46,7 +48,7 @@ def as_markdown() -> str:
         "Made by `springtide config --markdown`. Each is written in `springtide.toml` under its section, "
         f"as a variable (`{variable('kafka.port')}`), or as a flag (`--kafka.port`); the later wins.",
     ]
-    for section, kind in sections().items():
+    for section, kind in SECTIONS.items():
         lines += [
             "",
             f"## {section}",

@@ -10,19 +10,17 @@ the file and line, the variable or the flag, and the nearest known name.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
 import os
 import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from state.config_sources import PREFIX, as_text, checked, from_environment, from_file, from_flags, variable
 from state.errors import SettingsError
 from state.sections import (
+    SECTIONS,
     Bootstrap,
     Events,
     Features,
@@ -34,13 +32,12 @@ from state.sections import (
     Shoppers,
     Stream,
     Trainer,
+    known_settings,
 )
 
+__all__ = ["Settings", "load", *(kind.__name__ for kind in SECTIONS.values())]
+
 FILE = "springtide.toml"
-PREFIX = "SPRINGTIDE_"
-NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
-MASK = "********"
-SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def load(
     if "kafka.bootstrap_servers" not in origins:
         # Without a cluster of the user's, every part looks for the local Kafka where kafka.port puts it.
         local = f"127.0.0.1:{parts['kafka'].port}"
-        parts["kafka"] = dataclasses.replace(parts["kafka"], bootstrap_servers=local)
+        parts["kafka"] = replace(parts["kafka"], bootstrap_servers=local)
     settings = Settings(**parts, origins=origins)
     _check_together(settings)
     return settings

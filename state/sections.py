@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -222,3 +224,43 @@ class Shoppers:
     items: int = setting(4000, least=1, help="Items they choose from.")
     drift_s: float = setting(120.0, "s", least=0.1, help="Time after which a shopper's taste has moved on.")
     seed: int = setting(7, help="Seed of their choices.")
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "paths": Paths,
+    "kafka": Kafka,
+    "events": Events,
+    "features": Features,
+    "stream": Stream,
+    "model": Model,
+    "trainer": Trainer,
+    "registry": Registry,
+    "serving": Serving,
+    "bootstrap": Bootstrap,
+    "shoppers": Shoppers,
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """One setting as declared: dotted name, default, unit, help, secrecy, bounds and choices."""
+
+    name: str
+    default: Any
+    unit: str
+    help: str
+    secret: bool
+    least: float | None
+    most: float | None
+    choices: tuple[str, ...]
+
+
+def known_settings() -> Iterator[Known]:
+    """Every setting, in order.
+
+    >>> next(known_settings()).name
+    'paths.state'
+    """
+    for section, kind in SECTIONS.items():
+        for declared in dataclasses.fields(kind):
+            yield Known(name=f"{section}.{declared.name}", default=declared.default, **declared.metadata)
