@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from state.errors import SettingsError
 from state.sections import Model as ModelSettings
+from state.features import FeatureSpec
 from trainer.tables import hashed_uniform
 
 Tensor = Any
@@ -101,9 +102,7 @@ class Model(tf.Module):
 
     Args:
         settings: The section `[model]`.
-        features: D, features of a row.
-        label_names: Names of the F windows of each label, in order.
-        labels: L, label slots of a row.
+        spec: Names the D features and the F windows of each of the L labels.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None
             takes logarithms.
 
@@ -115,25 +114,24 @@ class Model(tf.Module):
     def __init__(
         self,
         settings: ModelSettings,
-        features: int,
-        label_names: tuple[str, ...],
-        labels: int,
+        spec: FeatureSpec,
         preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__(name="model")
         self.settings = settings
-        self.features = features
-        self.labels = labels
-        self.label_width = len(label_names)
-        self.preprocessing = preprocessing if preprocessing is not None else logarithms
+        self.features = len(spec.names)
+        self.labels = spec.labels
+        self.label_width = len(spec.label_names)
+        self.preprocessing = preprocessing if preprocessing is not None else Logarithms(spec.names)
+        self._prepare_windows = Logarithms(spec.label_names)
         dim, width = settings.dim, settings.hidden[-1]
-        prepared = int(self.preprocessing(tf.zeros([1, features])).shape[-1])
+        prepared = int(self.preprocessing(tf.zeros([1, self.features])).shape[-1])
         self.tower = _load_builder(settings.tower)(prepared + (2 + LATEST) * dim, settings)
         own = {
             "query.kernel": _weight("query.kernel", (width, dim), (6.0 / (width + dim)) ** 0.5),
             "query.bias": _weight("query.bias", (dim,), 0.0),
-            "interest.linear": tf.Variable(recency_prior(label_names), name="interest.linear"),
-            "interest.position": _weight("interest.position", (labels,), 0.0),
+            "interest.linear": tf.Variable(recency_prior(spec.label_names), name="interest.linear"),
+            "interest.position": _weight("interest.position", (spec.labels,), 0.0),
             "interest.personal": _weight("interest.personal", (width, self.label_width), 0.0),
             "interest.kernel_0": _weight("interest.kernel_0", (self.label_width, NET_HIDDEN), 0.3),
             "interest.bias_0": _weight("interest.bias_0", (NET_HIDDEN,), 0.0),
@@ -191,12 +189,12 @@ class Model(tf.Module):
 
     def label_evidence(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What a user's windows say about each label: logarithms `[B, L, F]` and a logit `[B, L]`."""
-        windows = tf.math.log(inputs["label_windows"] + 1.0)
-        flat = tf.reshape(windows, [-1, self.label_width])
+        flat = self._prepare_windows(tf.reshape(inputs["label_windows"], [-1, self.label_width]))
         hidden = tf.nn.relu(tf.matmul(flat, self.dense["interest.kernel_0"]) + self.dense["interest.bias_0"])
         weights = tf.stack([self.dense["interest.linear"]], 1)
         bent = tf.matmul(hidden, tf.stack([self.dense["interest.kernel_1"]], 1))
         logits = tf.reshape(tf.matmul(flat, weights) + bent, [-1, self.labels])
+        windows = tf.reshape(flat, [-1, self.labels, self.label_width])
         return windows, logits + self.dense["interest.position"]
 
     def interest(
@@ -252,9 +250,24 @@ class Model(tf.Module):
             variable.assign(weights[name])
 
 
-def logarithms(features: Tensor) -> Tensor:
-    """The preprocessing without an analysis of past clicks: `[B, D]` raw integers to log(1 + x) / 4."""
-    return tf.math.log(features + 1.0) * 0.25
+class Logarithms:
+    """The preprocessing without an analysis of past clicks: `[n, k]` raw integers to about [0, 2].
+
+    Counts become log(1 + x) / 4. A recency is a logarithm already (eight steps
+    an octave, 255 for never) and is only scaled.
+
+    Args:
+        names: Names of the k columns.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        recency = np.array(["recency" in name or name.startswith("gap.") for name in names])
+        self._recency = np.where(recency, 1 / 128, 0.0).astype(np.float32)
+        self._count = np.where(recency, 0.0, 1 / 4).astype(np.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[n, k]` float32 to `[n, k]` float32."""
+        return tf.math.log(x + 1.0) * self._count + x * self._recency
 
 
 def recency_prior(label_names: tuple[str, ...]) -> F32:

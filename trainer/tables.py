@@ -144,7 +144,7 @@ def _slots_for(ids: int) -> int:
 
 
 @compiled
-def _mix(value: np.uint64) -> np.uint64:
+def mix(value: np.uint64) -> np.uint64:
     """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -154,11 +154,11 @@ def _mix(value: np.uint64) -> np.uint64:
 @compiled
 def _draw(ids: U64, salt: np.uint64, out: F32) -> None:
     for i in range(ids.shape[0]):
-        state = _mix(ids[i] ^ salt)
+        state = mix(ids[i] ^ salt)
         for j in range(out.shape[1]):
             state = state + np.uint64(0x9E3779B97F4A7C15)
             # 24 bits fit a float32 exactly: the same value on every machine.
-            out[i, j] = np.float32(np.int64(_mix(state) >> np.uint64(40))) * np.float32(2.0**-23) - np.float32(1.0)
+            out[i, j] = np.float32(np.int64(mix(state) >> np.uint64(40))) * np.float32(2.0**-23) - np.float32(1.0)
 
 
 def hashed_uniform(ids: U64, width: int, name: str) -> F32:

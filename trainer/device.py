@@ -1,0 +1,53 @@
+"""Where the trainer computes, and how TensorFlow is made repeatable there."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from state.errors import SettingsError
+
+
+def prepare(device: str = "auto", threads: int = 1) -> str:
+    """Fixes threads and determinism for the process and picks the device.
+
+    Call it before anything else of TensorFlow: threads cannot be changed once
+    an operation has run. A second call with the same values does nothing.
+
+    Args:
+        device: `auto`, `cpu` or `gpu`.
+        threads: Threads within and between operations.
+
+    Returns:
+        The device's name for `tf.device`.
+
+    Raises:
+        SettingsError: `gpu` was asked for and there is none, or TensorFlow
+            already runs with other threads.
+    """
+    chosen = pick(device, [gpu.name for gpu in tf.config.list_physical_devices("GPU")])
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+    except RuntimeError as error:
+        running = tf.config.threading.get_intra_op_parallelism_threads()
+        if running != threads:
+            raise SettingsError(
+                f"trainer.threads is {threads}, but TensorFlow already runs in this process with "
+                f"{running or 'its own choice'}; start the trainer in a process of its own"
+            ) from error
+    tf.config.experimental.enable_op_determinism()
+    return chosen
+
+
+def pick(device: str, gpus: list[str]) -> str:
+    """The device to use, of those there are.
+
+    >>> pick("auto", []), pick("auto", ["/physical_device:GPU:0"]), pick("cpu", ["/physical_device:GPU:0"])
+    ('/CPU:0', '/GPU:0', '/CPU:0')
+
+    Raises:
+        SettingsError: `gpu` was asked for and there is none.
+    """
+    if device == "gpu" and not gpus:
+        raise SettingsError("trainer.device is gpu, but TensorFlow finds no GPU here; set it to auto or cpu, or look after the driver")
+    return "/GPU:0" if gpus and device in ("auto", "gpu") else "/CPU:0"

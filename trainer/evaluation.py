@@ -1,0 +1,112 @@
+"""Progressive validation: each row is scored before it is learned from.
+
+Sums are kept twice, since the beginning and with a half-life in rows, and by
+slice: users without a label yet, and those with some. AUC comes from
+histograms of the scores, so that its state is small and its value repeatable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+
+SLICES = ("all", "new", "known")
+SUMS = ("rows", "log_loss", "top1", "top5")
+BINS = 512
+HALF_LIFE_ROWS = 20_000
+LOGIT_RANGE = 12.0
+"""Scores beyond plus and minus this share the outer bins."""
+
+
+class Evaluation:
+    """The running measures of one trainer."""
+
+    def __init__(self) -> None:
+        # [total and recent, slice, sum] and [total and recent, negative and positive, bin].
+        self._sums: F64 = np.zeros((2, len(SLICES), len(SUMS)))
+        self._bins: F64 = np.zeros((2, 2, BINS))
+        self._engagement: F64 = np.zeros((2, 2))
+
+    def update(
+        self,
+        log_loss: npt.NDArray[np.float32],
+        top1: npt.NDArray[np.bool_],
+        top5: npt.NDArray[np.bool_],
+        known: npt.NDArray[np.bool_],
+        scores: npt.NDArray[np.float32],
+        positive: npt.NDArray[np.bool_],
+        engagement_log_loss: npt.NDArray[np.float32],
+    ) -> None:
+        """Adds the rows of one step.
+
+        Args:
+            log_loss: `[n]` interest log loss of each row with a category.
+            top1: `[n]` whether the best candidate was the next category.
+            top5: `[n]` whether it was among the best five.
+            known: `[n]` whether the user had a label.
+            scores: `[m]` engagement logits.
+            positive: `[m]` their outcomes.
+            engagement_log_loss: `[m]` their log losses.
+        """
+        self._sums[1] *= 0.5 ** (log_loss.size / HALF_LIFE_ROWS)
+        self._bins[1] *= 0.5 ** (log_loss.size / HALF_LIFE_ROWS)
+        self._engagement[1] *= 0.5 ** (log_loss.size / HALF_LIFE_ROWS)
+        columns = np.stack([np.ones(log_loss.size), log_loss.astype(np.float64), top1, top5], 1)
+        for position, rows in enumerate((slice(None), ~known, known)):
+            self._sums[:, position] += columns[rows].sum(0)
+        placed = np.clip((scores + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
+        for outcome in (0, 1):
+            self._bins[:, outcome] += np.bincount(placed[positive == bool(outcome)], minlength=BINS)
+        self._engagement += (scores.size, engagement_log_loss.astype(np.float64).sum())
+
+    def values(self) -> dict[str, float]:
+        """The measures by name: recent ones plain, those since the beginning under `total.`.
+
+        A measure without rows is absent.
+        """
+        found: dict[str, float] = {}
+        for when, prefix in ((1, ""), (0, "total.")):
+            for position, name in enumerate(SLICES):
+                rows, log_loss, top1, top5 = self._sums[when, position].tolist()
+                where = prefix if name == "all" else f"{prefix}{name}."
+                if rows > 0:
+                    found |= {f"{where}log_loss": log_loss / rows, f"{where}top1": top1 / rows, f"{where}top5": top5 / rows}
+                found[f"{where}rows"] = rows
+            scored, loss = self._engagement[when].tolist()
+            if scored > 0:
+                found[f"{prefix}engagement_log_loss"] = loss / scored
+            area = area_under_curve(self._bins[when, 0], self._bins[when, 1])
+            if area is not None:
+                found[f"{prefix}auc"] = area
+        return found
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """All sums, for a version."""
+        return {"sums": self._sums.copy(), "bins": self._bins.copy(), "engagement": self._engagement.copy()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Sets what `state` returned."""
+        self._sums = np.array(state["sums"])
+        self._bins = np.array(state["bins"])
+        self._engagement = np.array(state["engagement"])
+
+
+def area_under_curve(negatives: F64, positives: F64) -> float | None:
+    """Area under the ROC curve of two histograms over the same ascending bins; ties count half.
+
+    >>> area_under_curve(np.array([1.0, 1.0]), np.array([0.0, 2.0]))
+    0.75
+
+    Returns:
+        None where one outcome is missing.
+    """
+    pairs = float(negatives.sum() * positives.sum())
+    if pairs <= 0:
+        return None
+    below = np.cumsum(negatives) - negatives
+    return float(((below + negatives / 2) * positives).sum()) / pairs

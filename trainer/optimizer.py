@@ -1,0 +1,101 @@
+"""The optimizers: Adam for the dense weights, Adagrad for the rows that a step used.
+
+Both call the raw operations on the variables, because Keras' optimizers turn
+the gradient of a few rows into one of the whole table. The slots are state: a
+version carries them, and a trainer that restores them goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from state.errors import SettingsError
+
+BETA_1 = np.float32(0.9)
+BETA_2 = np.float32(0.999)
+EPSILON = np.float32(1e-7)
+
+F32 = npt.NDArray[np.float32]
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) over named dense weights.
+
+    Args:
+        weights: The variables by name.
+        learning_rate: Step size.
+        rates: Factors of the step size by a name's prefix; 1 elsewhere.
+    """
+
+    def __init__(self, weights: Mapping[str, Any], learning_rate: float, rates: Mapping[str, float] | None = None) -> None:
+        self._weights = dict(weights)
+        factors = {name: max([f for p, f in (rates or {}).items() if name.startswith(p)], default=1.0) for name in weights}
+        self._rates = {name: np.float32(learning_rate * factors[name]) for name in weights}
+        self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in weights.items()}
+        self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in weights.items()}
+        self._powers = tf.Variable(np.array([BETA_1, BETA_2]), trainable=False)
+
+    def apply(self, gradients: Sequence[Any]) -> None:
+        """One step, inside a tf.function; gradients in the order of the weights."""
+        powers = self._powers.read_value()
+        for (name, weight), gradient in zip(self._weights.items(), gradients, strict=True):
+            tf.raw_ops.ResourceApplyAdam(
+                var=weight.handle,
+                m=self._first[name].handle,
+                v=self._second[name].handle,
+                beta1_power=powers[0],
+                beta2_power=powers[1],
+                lr=self._rates[name],
+                beta1=BETA_1,
+                beta2=BETA_2,
+                epsilon=EPSILON,
+                grad=gradient,
+                use_locking=True,
+            )
+        self._powers.assign(powers * np.array([BETA_1, BETA_2]))
+
+    def slots(self) -> dict[str, F32]:
+        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, and the powers of both betas."""
+        held = {f"{name}.m": slot for name, slot in self._first.items()}
+        held |= {f"{name}.v": slot for name, slot in self._second.items()}
+        return {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
+
+    def set_slots(self, slots: Mapping[str, F32]) -> None:
+        """Sets the whole state.
+
+        Raises:
+            SettingsError: A slot is missing: the version is of another model.
+        """
+        try:
+            for name in self._weights:
+                self._first[name].assign(slots[f"{name}.m"])
+                self._second[name].assign(slots[f"{name}.v"])
+            self._powers.assign(slots["powers"])
+        except (KeyError, ValueError) as error:
+            raise SettingsError(f"optimizer slot {error} does not fit this model; put the [model] settings back") from error
+
+
+def apply_adagrad(rows: Any, accum: Any, learning_rate: float, indices: Any, gradients: Any) -> None:
+    """Adagrad (Duchi, Hazan and Singer 2011) on some rows of a table, inside a tf.function.
+
+    Args:
+        rows: Variable `[capacity, dim]` float32.
+        accum: Variable of the same shape, the sums of squared gradients.
+        learning_rate: Step size.
+        indices: `[u]` int32, each row at most once (the operation applies repeated ones one after another).
+        gradients: `[u, dim]` float32.
+    """
+    tf.raw_ops.ResourceSparseApplyAdagradV2(
+        var=rows.handle,
+        accum=accum.handle,
+        lr=np.float32(learning_rate),
+        epsilon=EPSILON,
+        grad=gradients,
+        indices=indices,
+        use_locking=True,
+    )
