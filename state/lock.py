@@ -1,0 +1,88 @@
+"""One writer per state directory: an exclusive file lock that names its holder.
+
+The kernel releases the lock when its process ends, however it ends, so that
+nothing is left to clean up after a kill.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from state.errors import LockHeld
+
+
+class DirectoryLock:
+    """Holds `path` for this process from `acquire` (or `with`) to `release`.
+
+    Args:
+        path: The directory; made where it is missing.
+        name: The lock's file in it, where several kinds of writer share a directory.
+    """
+
+    def __init__(self, path: Path, name: str = "lock") -> None:
+        self._path = Path(path)
+        self._file = self._path / name
+        self._handle: int | None = None
+
+    def acquire(self) -> DirectoryLock:
+        """Takes the lock, and writes host, pid and start time into its file.
+
+        Raises:
+            LockHeld: Another process has it, or another lock object of this process.
+        """
+        if self._handle is not None:
+            return self
+        self._path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(os.pread(handle, 4096, 0))
+            os.close(handle)
+            raise LockHeld(
+                f"{self._path} is in use by {holder}; stop that process, or choose another paths.state"
+            ) from None
+        started_s = psutil.Process().create_time()
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s})
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, content.encode(), 0)
+        self._handle = handle
+        return self
+
+    def release(self) -> None:
+        """Gives the lock back; the file stays, since removing it would let two holders in."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> DirectoryLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _holder(content: bytes) -> str:
+    """Reads who holds the lock; the holder may not have written it yet.
+
+    >>> _holder(b'{"host": "a", "pid": 7, "started_s": 0.0}')
+    'process 7 on a, started 1970-01-01T00:00:00Z'
+    >>> _holder(b'')
+    'a process that has just started'
+    """
+    try:
+        fields = json.loads(content)
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(fields["started_s"]))
+        return f"process {fields['pid']} on {fields['host']}, started {started}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has just started"
