@@ -184,7 +184,9 @@ class Model(tf.Module):
 
     def tower_input(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the tower is given, `[B, width_in]`."""
-        latest = tf.reshape(inputs["label_rows"][:, :LATEST, :], [-1, LATEST * self.settings.dim])
+        # The training graph gathers these rows apart: the gradient of a slice is a copy of all label rows.
+        latest = inputs["latest_rows"] if "latest_rows" in inputs else inputs["label_rows"][:, :LATEST, :]
+        latest = tf.reshape(latest, [-1, LATEST * self.settings.dim])
         return tf.concat([self.preprocessing(inputs["features"]), inputs["user_row"], latest, inputs["context_row"]], 1)
 
     def label_evidence(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ from trainer.candidates import candidates, partners, seed_of
 from trainer.device import prepare
 from trainer.evaluation import Evaluation
 from trainer.guard import GuardState, Verdict, judge
-from trainer.model import Model, Preprocessing
+from trainer.model import LATEST, Model, Preprocessing
 from trainer.optimizer import Adam, apply_adagrad
 from trainer.popular import HOUR_MS, Popular
 from trainer.tables import I32, MISSING, Table
@@ -269,7 +269,7 @@ class Trainer:
             "user": batch.user,
             "item": np.concatenate([batch.item, batch.item[partner]]),
             "category": np.concatenate(
-                [batch.labels.reshape(-1), popular, batch.category, batch.category[partner], slots.other]
+                [batch.labels.reshape(-1), batch.labels[:, :LATEST].reshape(-1), popular, batch.category, batch.category[partner], slots.other]
             ),
             "context": batch.context.reshape(-1),
         }
@@ -302,13 +302,14 @@ class Trainer:
             tape.watch(gathered)
             tape.watch(list(model.dense.values()))
             user, context = self._user_rows(gathered, given, count)
-            labels, popular, category, foreign, other = self._category_rows(gathered, given, count)
+            labels, latest, popular, category, foreign, other = self._category_rows(gathered, given, count)
             item, foreign_item = tf.split(tf.gather(gathered["item"], given["item_at"]), 2)
             inputs = {
                 "features": tf.cast(given["features"], tf.float32),
                 "user_row": user,
                 "context_row": context,
                 "label_rows": labels,
+                "latest_rows": latest,
                 "label_windows": windows,
                 "label_mask": given["label_mask"],
                 "popular_rows": popular,
@@ -348,16 +349,14 @@ class Trainer:
         # The missing row is the first of each table's rows and is never trained.
         sparse = {name: tf.convert_to_tensor(gradient)[1:] for name, gradient in sparse.items()}
         dense = [tf.convert_to_tensor(gradient) for gradient in dense]
-        best = tf.math.top_k(tf.concat([label_logits, popular_logits], 1), 5).indices
-        hits = best == tf.expand_dims(given["target"], 1)
+        rank = _rank(tf.concat([label_logits, popular_logits], 1), given["target"])
         return {
             "label_logits": label_logits,
             "popular_logits": popular_logits,
             "interest_loss": interest_loss,
             "engagement_loss": engagement_loss,
             "scores": scores,
-            "top1": hits[:, 0],
-            "top5": tf.reduce_any(hits, 1),
+            "rank": rank,
             "norm": tf.linalg.global_norm([*dense, *sparse.values()]),
             "dense": dense,
             "sparse": sparse,
@@ -372,11 +371,11 @@ class Trainer:
         return user, tf.reduce_mean(context, 1)
 
     def _category_rows(self, gathered: Mapping[str, Any], given: Mapping[str, Any], count: Any) -> list[Any]:
-        """Label rows `[B, L, dim]`, popular rows `[P, dim]`, own, partner's and last slot's rows `[B, dim]`."""
-        slots = self.model.labels
+        """Label rows `[B, L, dim]`, the latest again `[B * 3, dim]`, popular rows `[P, dim]`, own, partner's and last slot's rows `[B, dim]`."""
+        slots, dim = self.model.labels, self.settings.model.dim
         flat = tf.gather(gathered["category"], given["category_at"])
-        parts = tf.split(flat, [count * slots, self.settings.model.popular, count, count, count])
-        return [tf.reshape(parts[0], [count, slots, self.settings.model.dim]), *parts[1:]]
+        parts = tf.split(flat, [count * slots, count * LATEST, self.settings.model.popular, count, count, count])
+        return [tf.reshape(parts[0], [count, slots, dim]), *parts[1:]]
 
     def _judge_and_apply(self, batch: MicroBatch, inputs: dict[str, Any], measured: Any, began: float) -> Report:
         counters, settings = self.counters, self.settings.trainer
@@ -387,7 +386,8 @@ class Trainer:
         norm = float(measured["norm"].numpy())
         loss = float(losses.mean()) if losses.size else 0.0
         verdict, self.guard = judge(self.guard, loss, norm, len(batch), settings.guard_factor, settings.guard_patience)
-        top1, top5 = measured["top1"].numpy()[targets], measured["top5"].numpy()[targets]
+        rank = measured["rank"].numpy()[targets]
+        top1, top5 = rank < 1, rank < 5
         scores, positive = measured["scores"].numpy()[scored], inputs["engaged"][scored] >= 0.5
         event_time_ms = int(batch.at_ms.max())
 
@@ -424,6 +424,20 @@ class Trainer:
         for name, table in self.tables.items():
             apply_adagrad(table.rows, table.accum, self.settings.model.learning_rate, rows[name], sparse[name])
         self.optimizer.apply(dense)
+
+
+def _rank(logits: Any, target: Any) -> Any:
+    """How many candidates come before the target, `[B]` int32; all of them where it is none of these.
+
+    Of equal candidates the one in the lower slot comes first.
+    """
+    slots = tf.range(tf.shape(logits)[1])
+    own = tf.expand_dims(target, 1)
+    is_own = tf.cast(slots == own, tf.float32)
+    score = tf.reduce_sum(logits * is_own, 1, keepdims=True)
+    before = (logits > score) | ((logits == score) & (slots < own))
+    there = tf.reduce_sum(is_own, 1) > 0
+    return tf.where(there, tf.reduce_sum(tf.cast(before, tf.int32), 1), tf.shape(logits)[1])
 
 
 def _signature(spec: FeatureSpec, popular: int) -> dict[str, Any]:
