@@ -1,0 +1,63 @@
+"""The processes of the loop on one machine: their commands, ports and the order of their ends."""
+
+from __future__ import annotations
+
+import sys
+
+from deploy.checks import Port
+from deploy.processes import Program
+from state.config import Settings
+
+SHOPPERS = "shoppers"
+STREAM = "stream"
+BOOTSTRAP = "bootstrap"
+TRAINER = "trainer"
+APPLIER = "applier"
+WORKER = "worker"
+
+# Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
+STOP_ORDER = (SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER)
+
+
+def programs(workers: int = 1, python: str = sys.executable) -> dict[str, Program]:
+    """All programs by name; settings reach them by the environment, and workers share their port.
+
+    >>> programs(python="python")["stream"].command
+    ('python', '-m', 'streaming.pipeline')
+    >>> list(programs(workers=2))[-2:]
+    ['worker', 'worker-2']
+    """
+
+    def program(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> Program:
+        return Program(name, (python, "-m", module, *arguments), stop_s, lasting)
+
+    listed = (
+        program(SHOPPERS, "deploy.replay", "--synthetic", stop_s=3.0),
+        program(STREAM, "streaming.pipeline"),
+        # Its work is repeated from the start at the next run: there is nothing to wait for.
+        program(BOOTSTRAP, "streaming.bootstrap", stop_s=1.0, lasting=False),
+        program(TRAINER, "trainer.loop"),
+        program(APPLIER, "deploy.serving.applier", stop_s=5.0),
+        *(
+            program(f"{WORKER}-{number}" if number > 1 else WORKER, "deploy.serving.rest", stop_s=5.0)
+            for number in range(1, workers + 1)
+        ),
+    )
+    return {one.name: one for one in listed}
+
+
+def ports(settings: Settings, local_kafka: bool) -> list[Port]:
+    """The ports that the loop is going to listen on.
+
+    >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
+    ['kafka.port', 'serving.port']
+    """
+    local = "127.0.0.1"
+    kafka = [Port("kafka.port", local, settings.kafka.port)] if local_kafka else []
+    return [
+        *kafka,
+        Port("serving.port", settings.serving.host, settings.serving.port),
+        Port("stream.metrics_port", local, settings.stream.metrics_port),
+        Port("trainer.metrics_port", local, settings.trainer.metrics_port),
+        Port("serving.metrics_port", local, settings.serving.metrics_port),
+    ]

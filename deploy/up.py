@@ -1,0 +1,77 @@
+"""Runs the whole loop on one machine: `python -m deploy.up`, `springtide up`, `make run`.
+
+1. Checks Python, the state directory's lock, disk and ports. 2. Starts a local
+Kafka, or reaches the one that was named. 3. Makes the topics. 4. Makes the salt.
+5. Starts shoppers, stream and the slow starters behind them, all at once.
+6. Waits for the bootstrap on the first clicks. 7. Waits for the trainer's first
+version. 8. Waits for the first answer. 9. Says what to try, then watches:
+restarts what dies, keeps a live line, and stops all of it in order.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from deploy.checks import require_python
+
+HELP = """usage: springtide up [--no-shoppers] [--bootstrap-servers HOST:PORT] [--section.name VALUE ...]
+
+Runs the whole loop on this machine until Ctrl-C: Kafka, stream, trainer, serving and
+synthetic shoppers. A second run goes on where the last one stopped.
+
+  --no-shoppers                   no synthetic clicks
+  --bootstrap-servers HOST:PORT   your own Kafka instead of a local one
+  --section.name VALUE            any setting; `springtide config` lists them
+"""
+
+
+class Signals:
+    """What SIGINT and SIGTERM asked for: the first to stop, the second to hurry."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+    def stop(self) -> bool:
+        """Whether to stop."""
+        return self.count > 0
+
+    def hurry(self) -> bool:
+        """Whether to stop at once."""
+        return self.count > 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the loop until it is stopped; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        print(HELP, end="")
+        return 0
+    from state.errors import SpringtideError
+
+    try:
+        require_python(sys.version_info)
+        # Only now: the rest needs Python 3.11.
+        from deploy.ascent import Ascent
+        from deploy.live import Screen
+        from state.config import load
+
+        shoppers = "--no-shoppers" not in words
+        settings = load([word for word in words if word != "--no-shoppers"])
+        signals = Signals()
+        ascent = Ascent(settings, shoppers, Screen(), signals.stop, signals.hurry)
+        return ascent.run()
+    except SpringtideError as error:
+        print(f"springtide: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
