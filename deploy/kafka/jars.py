@@ -86,7 +86,7 @@ def resolve(directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     temporary = lock.with_name(f"{lock.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, lock)
+    temporary.replace(lock)
     return sorted(paths)
 
 

@@ -55,7 +55,7 @@ def test_a_taken_port_is_named_with_its_setting(tmp_path: Path) -> None:
 
 
 def test_a_second_broker_on_a_directory_says_who_holds_it(kafka: Broker) -> None:
-    with pytest.raises(KafkaFailed, match="another broker uses this directory"):
+    with pytest.raises(KafkaFailed, match=r"another broker uses this directory"):
         Broker(kafka.directory, free_port(), heap_mb=128).start()
     # The first one's configuration file was rewritten, its process was not harmed.
     assert kafka.failure() is None
@@ -63,7 +63,7 @@ def test_a_second_broker_on_a_directory_says_who_holds_it(kafka: Broker) -> None
 
 def test_a_broker_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
     broker = Broker(tmp_path, free_port(), heap_mb=1)
-    with pytest.raises(KafkaFailed, match="ended with status 1.*(heap|memory)") as raised:
+    with pytest.raises(KafkaFailed, match=r"ended with status 1.*(heap|memory)") as raised:
         broker.start()
     assert "\n" not in str(raised.value)
     assert broker.pid is None
@@ -74,7 +74,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2**20)
     monkeypatch.setattr(broker_module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(KafkaFailed, match="5 MB free.*paths.state"):
+    with pytest.raises(KafkaFailed, match=r"5 MB free.*paths.state"):
         Broker(tmp_path, free_port()).start()
     assert list(tmp_path.iterdir()) == []
 
@@ -106,7 +106,7 @@ def test_packages_that_cannot_be_had_give_one_line(
         raise OSError("no route to host\nmore about it")
 
     monkeypatch.setattr(jars, "_from_jgo", offline)
-    with pytest.raises(KafkaFailed, match="Maven Central.*no route to host.*bootstrap_servers") as e:
+    with pytest.raises(KafkaFailed, match=r"Maven Central.*no route to host.*bootstrap_servers") as e:
         jars.resolve(tmp_path)
     assert "\n" not in str(e.value)
 
@@ -135,7 +135,7 @@ def child(tmp_path: Path, how: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
     )
 
 
