@@ -94,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
     )
     target = rollback.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", type=int, metavar="V", help="the version to go back to")
-    target.add_argument("--before", metavar="TIME", help="the newest version made before TIME: ISO 8601, or -10m")
+    target.add_argument(
+        "--before", metavar="TIME", help="the newest version made before TIME: ISO 8601, or 10m for ten minutes ago"
+    )
     rollback.add_argument(
         "--skip",
         action="append",
@@ -107,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="A..B",
-        help="leave out clicks with times from A until before B; repeatable",
+        help="leave out clicks with times from A until before B, such as 10m..now; repeatable",
     )
     rollback.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
     rollback.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")

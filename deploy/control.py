@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from state.manifest import Manifest
 from state.mask import Mask
 from state.registry import Registry
 
+ASK_KAFKA_S = 5.0
 Say = Callable[[str], None]
 
 
@@ -167,7 +169,7 @@ def log_end(settings: Settings) -> int | None:
     from state.log import Topics
 
     try:
-        topics = Topics(settings.kafka)
+        topics = Topics(replace(settings.kafka, request_timeout_s=min(ASK_KAFKA_S, settings.kafka.request_timeout_s)))
         try:
             return int(topics.ends(settings.kafka.microbatches_topic)[settings.trainer.partition][1])
         finally:

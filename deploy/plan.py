@@ -124,9 +124,9 @@ def newest_before(manifests: Sequence[Manifest], before_ms: int) -> Manifest:
 
 
 def parse_time(text: str, now_ms: int) -> int:
-    """A moment in ms: ISO 8601 (UTC unless it says otherwise), seconds or ms since 1970, `now`, or `-10m`.
+    """A moment in ms: ISO 8601 (UTC unless it says otherwise), seconds or ms since 1970, `now`, or `10m` (ago).
 
-    >>> parse_time("-10m", 1_000_000), parse_time("1970-01-01T00:01", 0), parse_time("1700000000", 0)
+    >>> parse_time("10m", 1_000_000), parse_time("1970-01-01T00:01", 0), parse_time("1700000000", 0)
     (400000, 60000, 1700000000000)
 
     Raises:
@@ -135,7 +135,7 @@ def parse_time(text: str, now_ms: int) -> int:
     text = text.strip()
     if text == "now":
         return now_ms
-    if relative := re.fullmatch(r"-(\d+(?:\.\d+)?)(ms|s|m|h|d)", text):
+    if relative := re.fullmatch(r"-?(\d+(?:\.\d+)?)(ms|s|m|h|d)", text):
         return now_ms - round(float(relative[1]) * UNITS_MS[relative[2]])
     if re.fullmatch(r"\d+", text):
         return int(text) if len(text) > 11 else int(text) * 1000
@@ -143,7 +143,7 @@ def parse_time(text: str, now_ms: int) -> int:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise SettingsError(
-            f"time {text!r}: write ISO 8601 such as 2026-05-01T12:00:00, now, or -10m for ten minutes ago"
+            f"time {text!r}: write ISO 8601 such as 2026-05-01T12:00:00, now, or 10m for ten minutes ago"
         ) from None
     return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
@@ -151,7 +151,7 @@ def parse_time(text: str, now_ms: int) -> int:
 def parse_times(text: str, now_ms: int) -> tuple[int, int]:
     """The half-open range of `A..B`.
 
-    >>> parse_times("-10m..now", 1_000_000)
+    >>> parse_times("10m..now", 1_000_000)
     (400000, 1000000)
 
     Raises:
@@ -159,7 +159,7 @@ def parse_times(text: str, now_ms: int) -> tuple[int, int]:
     """
     first, dots, last = text.partition("..")
     if not dots:
-        raise SettingsError(f"--skip-time {text}: write A..B, such as -10m..now")
+        raise SettingsError(f"--skip-time {text}: write A..B, such as 10m..now")
     span = (parse_time(first, now_ms), parse_time(last, now_ms))
     if span[0] >= span[1]:
         raise SettingsError(f"--skip-time {text}: it ends before it begins; write the earlier time first")

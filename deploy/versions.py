@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def _entry(registry: Registry, number: int, control: Control | None, served: int
             "next": found.log.next,
         },
         "rows": found.rows,
-        "metrics": found.metrics,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
         "marks": marks,
     }
 

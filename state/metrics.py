@@ -67,7 +67,7 @@ class TrainerMetrics:
             ["outcome"],
             registry=registry,
         )
-        self.steps = Counter(prefix + "steps", "Training steps.", registry=registry)
+        self.steps = Counter(prefix + "steps", "Training steps done.", registry=registry)
         self.step_seconds = Histogram(
             prefix + "step_seconds", "Time of one training step.", buckets=SHORT_SECONDS, registry=registry
         )

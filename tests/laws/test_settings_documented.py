@@ -1,0 +1,75 @@
+"""Every setting and every command is documented."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import parser
+from deploy.settings_table import as_markdown
+from state.config import Settings
+from state.sections import SECTIONS, Known, known_settings
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "deploy" / "settings.md"
+UNIT_ENDINGS = {"_ms": "ms", "_s": "s", "_h": "h", "_d": "d", "_bytes": "bytes", "_gb": "GiB"}
+
+
+def name(known: Known) -> str:
+    return known.name
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def test_the_document_is_the_one_the_declarations_make() -> None:
+    assert DOCUMENT.read_text() == as_markdown() + "\n", "run: springtide config --markdown > deploy/settings.md"
+
+
+def test_settings_have_the_declared_sections() -> None:
+    assert [one.name for one in dataclasses.fields(Settings)] == [*SECTIONS, "origins"]
+
+
+@pytest.mark.parametrize("known", list(known_settings()), ids=name)
+def test_a_setting_explains_itself(known: Known) -> None:
+    assert known.help.endswith(".")
+    assert known.help[0].isupper() or known.help.startswith(("SASL", "TLS"))
+
+
+@pytest.mark.parametrize("known", list(known_settings()), ids=name)
+def test_the_unit_agrees_with_the_name(known: Known) -> None:
+    units = {unit for ending, unit in UNIT_ENDINGS.items() if known.name.endswith(ending)}
+    if isinstance(known.default, (int, float)) or known.unit:
+        assert not units or known.unit in units
+
+
+@pytest.mark.parametrize("known", list(known_settings()), ids=name)
+def test_some_code_uses_the_setting(known: Known) -> None:
+    _, _, key = known.name.partition(".")
+    sources = [
+        path.read_text()
+        for package in ("state", "streaming", "trainer", "deploy")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "sections.py"
+    ]
+    assert any(re.search(rf"\.{key}\b|\"{known.name}\"|\"{key}\"", text) for text in sources)
+
+
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_a_command_explains_itself(command: str) -> None:
+    text = commands()[command].format_help()
+    assert len(commands()[command].description or "") > 20
+    for action in commands()[command]._actions:
+        assert action.help, f"{command} {action.option_strings or action.dest} has no help"
+    assert "Exit codes" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_the_readme_names_the_command(command: str) -> None:
+    assert re.search(rf"\b{command}\b", (ROOT / "README.md").read_text())
