@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from state.errors import SettingsError
 from state.mask import Mask as Mask
 from state.windows import GAPS, NEVER, SLOTS, SWITCHES, Tables, one_row, quantise, words
 
@@ -129,15 +130,22 @@ class FeatureSpec:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
-        """Takes the sections `events` and `features` of the settings."""
+        """Takes the sections `events` and `features` of the settings.
+
+        Raises:
+            SettingsError: They make no spec.
+        """
         features = settings.features
-        return cls(
-            actions=tuple(settings.events.actions),
-            windows_s=tuple(int(window) for window in features.windows_s),
-            half_lives_s=tuple(int(life) for life in features.half_lives_s),
-            history=int(features.history),
-            labels=int(features.labels),
-        )
+        try:
+            return cls(
+                actions=tuple(settings.events.actions),
+                windows_s=tuple(features.windows_s),
+                half_lives_s=tuple(features.half_lives_s),
+                history=features.history,
+                labels=features.labels,
+            )
+        except ValueError as error:
+            raise SettingsError(f"[features] or events.actions: {error}; correct the setting") from None
 
     @cached_property
     def label_names(self) -> tuple[str, ...]:
@@ -166,7 +174,10 @@ class FeatureSpec:
             "sessions.count",
             "last.same_label",
             f"last.switches_{SWITCHES}",
-            *(f"events.{name}" for name in ("visible", "truncated", "oldest", "days")),
+            "events.visible",
+            "truncated",
+            "events.oldest",
+            "events.days",
             *(f"clock.{name}" for name in ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")),
             *(f"label.{slot + 1}.{name}" for slot in range(SLOTS) for name in self.label_names),
         )

@@ -1,0 +1,454 @@
+"""A click: records of the topic become columns of events, or dead letters with a reason.
+
+Validation is repeatable: a record is compared with its own Kafka timestamp,
+never with now, so that reading the log again gives the same events. Users
+become pseudonyms here; no raw user id leaves the parser.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from state.errors import DecodeError, SettingsError
+from state.identity import Salt as Salt
+from state.identity import context_id as context_id
+from state.identity import context_text as context_text
+from state.identity import load_salt as load_salt
+from state.identity import public_id as public_id
+from state.identity import user_id as user_id
+from state.positions import Range, Source
+from state.sections import Events as EventSettings
+
+if TYPE_CHECKING:
+    from state.log import PartitionBatch
+
+MILLISECONDS_FROM = 1e11  # a number this large is milliseconds: in seconds it is the year 5138
+LATEST_MS = 1 << 52  # the kernel's and JSON's integers stay exact
+ANNOUNCE_MS = 600_000
+CACHED_IDS = 200_000
+CACHED_CHARACTERS = 256  # longer ids are hashed each time, so that the caches stay small
+NAME_CHARACTERS = 200
+
+
+class Reason(enum.StrEnum):
+    """Why a record is a dead letter."""
+
+    UNDECODABLE = "undecodable"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    EMPTY_ID = "empty_id"
+    NOT_FINITE = "not_finite"
+    IMPLAUSIBLE_TIME = "implausible_time"
+    TOO_LARGE = "too_large"
+    UNKNOWN_ACTION = "unknown_action"
+    CORRUPT_RECORD = "corrupt_record"
+
+
+class DeadLetter(NamedTuple):
+    """A record that is no event.
+
+    Attributes:
+        source: The partition it was in.
+        offset: Its offset.
+        reason: Why it is dead.
+        key: Its key, which is a user's raw id: for the dead-letter writer only, where bytes are switched on.
+        value: Its value, likewise.
+    """
+
+    source: Source
+    offset: int
+    reason: Reason
+    key: bytes | None
+    value: bytes | None
+
+    def __repr__(self) -> str:
+        """Coordinates and reason; the bytes may hold a raw user id."""
+        return f"DeadLetter({self.source}@{self.offset}, {self.reason})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EventBatch:
+    """Events as columns, in order of arrival.
+
+    Attributes:
+        user: `[n]` uint64 pseudonyms.
+        item: `[n]` uint64.
+        category: `[n]` uint64.
+        action: `[n]` uint8, an index of the configured actions.
+        at_ms: `[n]` int64, event time.
+        label: `[n]` float32; NaN is unknown.
+        weight: `[n]` float32, of the action.
+        context: `[n, K]` uint64; 0 is none.
+        source: `[n]` uint16, an index of `ranges`.
+        offset: `[n]` int64.
+        ranges: What became of each position read.
+        dead: The records that are no events.
+        names: Names of categories not announced for ten minutes of event time.
+    """
+
+    user: NDArray[np.uint64]
+    item: NDArray[np.uint64]
+    category: NDArray[np.uint64]
+    action: NDArray[np.uint8]
+    at_ms: NDArray[np.int64]
+    label: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    context: NDArray[np.uint64]
+    source: NDArray[np.uint16]
+    offset: NDArray[np.int64]
+    ranges: tuple[Range, ...]
+    dead: tuple[DeadLetter, ...]
+    names: dict[int, str]
+
+    def __len__(self) -> int:
+        """The number of events."""
+        return len(self.user)
+
+    def __bool__(self) -> bool:
+        """A batch without events still moves positions."""
+        return True
+
+
+Decoder = Callable[[bytes], Any]
+
+
+def decode_json(settings: EventSettings) -> Decoder:
+    """Makes the decoder of JSON objects; the model for a decoder of your own.
+
+    `events.decoder` names a function like this one as `module:name`. It gets
+    the section `[events]` and returns a function from a record's value to
+    anything with the attributes
+
+        user, item, category, action: str | int | None
+        time:    int | float | str | None
+        label:   bool | int | float | None
+        context: a sequence of str | int | float | bool | None, one for each of
+                 `events.context`; may be missing where none are configured
+
+    None is "not there"; the parser checks everything else. A value that
+    cannot be decoded raises ValueError, or DecodeError with one of `Reason`.
+
+    >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
+    7
+    """
+    ids, number = str | int | None, bool | int | float | None
+    names = {
+        "user": settings.user,
+        "item": settings.item,
+        "category": settings.category,
+        "action": settings.action,
+        "time": settings.time,
+        "label": settings.label,
+        **{f"context_{index}": name for index, name in enumerate(settings.context)},
+    }
+    kinds: dict[str, Any] = {"time": int | float | str | None, "label": number}
+    fields: list[Any] = [
+        (attribute, kinds.get(attribute, str | bool | int | float | None if "context" in attribute else ids), None)
+        for attribute, name in names.items()
+        if name
+    ]
+    context = [f"context_{index}" for index in range(len(settings.context))]
+    absent = {attribute: None for attribute, name in names.items() if not name}
+    namespace: dict[str, Any] = {**absent, "context": property(lambda event: [getattr(event, one) for one in context])}
+    try:
+        struct = msgspec.defstruct(
+            "Click",
+            fields,
+            namespace=namespace,
+            rename={attribute: name for attribute, name in names.items() if name},
+            gc=False,
+        )
+    except ValueError as error:
+        raise SettingsError(f"[events]: {error}; give each field a name of its own") from None
+    decode = msgspec.json.Decoder(struct).decode
+
+    def read(value: bytes) -> Any:
+        try:
+            return decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise DecodeError(_why(value, error)) from None
+
+    return read
+
+
+def _why(value: bytes, error: Exception) -> Reason:
+    """Finds the reason of a value that JSON's strict decoder refused."""
+    if isinstance(error, UnicodeDecodeError | RecursionError):
+        return Reason.UNDECODABLE
+    infinite: list[str] = []
+    try:
+        # Python's reader takes NaN and Infinity, which are no JSON.
+        json.loads(value, parse_constant=infinite.append)
+    except (ValueError, RecursionError):
+        return Reason.UNDECODABLE
+    if infinite or "out of range" in str(error):
+        return Reason.NOT_FINITE
+    return Reason.WRONG_TYPE
+
+
+def _reason(error: Exception) -> Reason:
+    """The reason code of what a decoder or the parser raised; a code that is none counts as undecodable."""
+    code = getattr(error, "reason", Reason.UNDECODABLE)
+    return Reason(code) if code in set(Reason) else Reason.UNDECODABLE
+
+
+def load_decoder(settings: EventSettings) -> Decoder:
+    """Makes the decoder that `events.decoder` names.
+
+    Raises:
+        SettingsError: There is no such function.
+    """
+    module, _, name = settings.decoder.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"events.decoder {settings.decoder!r} is no module:name ({error}); correct it") from None
+    return cast(Decoder, factory(settings))
+
+
+def parse_time(value: Any, unit: str) -> int:
+    """Reads an event's time as milliseconds since 1970, UTC.
+
+    Args:
+        value: A number, or text with a number or an ISO 8601 time; without a zone it is UTC.
+        unit: auto, ms, s or iso.
+
+    >>> [parse_time(value, "auto") for value in (1_700_000_000, 1.7e12, "1700000000.5", "2023-11-14T22:13:20Z")]
+    [1700000000000, 1700000000000, 1700000000500, 1700000000000]
+
+    Raises:
+        DecodeError: It is no time in that unit.
+    """
+    kind = type(value)
+    if kind is str:
+        value, text = None, value
+        if unit != "iso":
+            try:
+                value = int(text) if text.isascii() and text.isdigit() else float(text)
+            except ValueError:
+                value = None
+        if value is None:
+            if unit in ("ms", "s"):
+                raise DecodeError(Reason.WRONG_TYPE)
+            try:
+                moment = datetime.fromisoformat(text)
+                return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+            except (ValueError, OverflowError):
+                raise DecodeError(Reason.WRONG_TYPE) from None
+    elif (kind is not int and kind is not float) or unit == "iso":
+        raise DecodeError(Reason.WRONG_TYPE)
+    if not -LATEST_MS < value < LATEST_MS:
+        raise DecodeError(Reason.IMPLAUSIBLE_TIME if math.isfinite(value) else Reason.NOT_FINITE)
+    if unit == "s" or (unit == "auto" and value < MILLISECONDS_FROM):
+        value = value * 1000
+    return value if type(value) is int else round(value)
+
+
+def _remember(cache: dict[Any, int], key: Any, value: int) -> int:
+    """Puts `value` into a cache that is emptied when it is full."""
+    if len(cache) >= CACHED_IDS:
+        cache.clear()
+    if len(str(key)) <= CACHED_CHARACTERS:
+        cache[key] = value
+    return value
+
+
+class Parser:
+    """Turns records into events. Used by one thread; remembers only caches and announced names.
+
+    Args:
+        settings: The section `[events]`.
+        salt: What users' pseudonyms are made with.
+    """
+
+    def __init__(self, settings: EventSettings, salt: Salt) -> None:
+        self._settings = settings
+        self._salt = salt
+        self._decode = load_decoder(settings)
+        self._actions = {name: index for index, name in enumerate(settings.actions)}
+        self._weights = np.array(settings.action_weights, np.float32)
+        if len(self._weights) != len(self._actions):
+            raise SettingsError(
+                f"events.action_weights has {len(self._weights)} weights for {len(self._actions)} actions; give one for each"
+            )
+        self._future_ms = round(settings.max_future_s * 1000)
+        self._age_ms = round(settings.max_age_s * 1000)
+        self._users: dict[Any, int] = {}
+        self._public: dict[Any, int] = {}
+        self._contexts: dict[tuple[str, str], int] = {}
+        self._announced: dict[int, int] = {}
+        self._categories: dict[int, Any] = {}
+
+    def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
+        """Turns what one poll found into events, dead letters and the account of every position.
+
+        Args:
+            batches: Contiguous ranges of partitions with their records.
+        """
+        rows: list[tuple[int, int, int, int, int, float]] = []
+        contexts: list[list[int]] = []
+        dead: list[DeadLetter] = []
+        ranges: list[Range] = []
+        sources: list[int] = []
+        offsets: list[NDArray[np.int64]] = []
+        read, limit, wide = self._read, self._settings.max_event_bytes, bool(self._settings.context)
+        for number, batch in enumerate(batches):
+            source = Source(batch.topic_id, batch.partition)
+            kept: list[int] = []
+            filtered, dead_before = 0, len(dead)
+            times = batch.timestamps_ms.tolist()
+            for index, value in enumerate(batch.values):
+                if value is None:
+                    filtered += 1
+                    continue
+                try:
+                    if len(value) > limit:
+                        raise DecodeError(Reason.TOO_LARGE)
+                    event = self._decode(value)
+                    row = read(event, times[index])
+                    if wide:
+                        contexts.append(self._context(event))
+                except (DecodeError, ValueError) as error:
+                    dead.append(DeadLetter(source, int(batch.offsets[index]), _reason(error), batch.keys[index], value))
+                    continue
+                rows.append(row)
+                kept.append(index)
+            for first, after, _ in batch.corrupt:
+                dead += [DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None) for lost in range(first, after)]
+            outcomes = len(kept), len(dead) - dead_before, filtered
+            absent = batch.next - batch.first - sum(outcomes)
+            ranges.append(Range(source, batch.first, batch.next, *outcomes, absent))
+            sources += [number] * len(kept)
+            offsets.append(batch.offsets[kept])
+        return self._columns(rows, contexts, sources, offsets, tuple(ranges), tuple(dead))
+
+    def _columns(
+        self,
+        rows: list[tuple[int, int, int, int, int, float]],
+        contexts: list[list[int]],
+        sources: list[int],
+        offsets: list[NDArray[np.int64]],
+        ranges: tuple[Range, ...],
+        dead: tuple[DeadLetter, ...],
+    ) -> EventBatch:
+        user, item, category, action, at_ms, label = zip(*rows, strict=True) if rows else ((),) * 6
+        actions = np.array(action, np.uint8)
+        times = np.array(at_ms, np.int64)
+        return EventBatch(
+            user=np.array(user, np.uint64),
+            item=np.array(item, np.uint64),
+            category=np.array(category, np.uint64),
+            action=actions,
+            at_ms=times,
+            label=np.array(label, np.float32),
+            weight=self._weights[actions],
+            context=np.array(contexts, np.uint64).reshape(len(rows), len(self._settings.context)),
+            source=np.array(sources, np.uint16),
+            offset=np.concatenate(offsets) if offsets else np.empty(0, np.int64),
+            ranges=ranges,
+            dead=dead,
+            names=self._news(int(times.max())) if rows else {},
+        )
+
+    def _read(self, event: Any, timestamp_ms: int) -> tuple[int, int, int, int, int, float]:
+        """Checks one event; returns user, item, category, action, time, label."""
+        settings = self._settings
+        at_ms = parse_time(event.time, settings.time_unit) if event.time is not None else self._no_time(timestamp_ms)
+        # A record without a Kafka timestamp (-1) can be compared with nothing.
+        if timestamp_ms >= 0 and not -self._age_ms <= at_ms - timestamp_ms <= self._future_ms:
+            raise DecodeError(Reason.IMPLAUSIBLE_TIME)
+        if not 0 <= at_ms < LATEST_MS:
+            raise DecodeError(Reason.IMPLAUSIBLE_TIME)
+        value = event.user
+        if type(value) is not str and type(value) is not int:
+            raise DecodeError(Reason.MISSING_FIELD if value is None else Reason.WRONG_TYPE)
+        user = self._users.get(value) or self._new_user(value)
+        value = event.item
+        if type(value) is not str and type(value) is not int:
+            item = self._no_id(value, settings.item)
+        else:
+            item = self._public.get(value) or self._new_public(value)
+        value = event.category
+        if type(value) is not str and type(value) is not int:
+            category = self._no_id(value, settings.category)
+        else:
+            category = self._public.get(value) or self._new_public(value)
+            self._categories[category] = value
+        action = self._actions.get(event.action) if type(event.action) is str else self._other_action(event.action)
+        if action is None:
+            raise DecodeError(Reason.UNKNOWN_ACTION)
+        label = event.label
+        if label is None:
+            return user, item, category, action, at_ms, math.nan
+        if not isinstance(label, bool | int | float):
+            raise DecodeError(Reason.WRONG_TYPE)
+        if not 0 <= label <= 1:
+            raise DecodeError(Reason.WRONG_TYPE if math.isfinite(label) else Reason.NOT_FINITE)
+        return user, item, category, action, at_ms, float(label)
+
+    def _no_time(self, timestamp_ms: int) -> int:
+        if self._settings.time:
+            raise DecodeError(Reason.MISSING_FIELD)
+        return timestamp_ms
+
+    def _no_id(self, value: Any, configured: str) -> int:
+        """An id that is neither text nor integer: allowed only where no field is configured."""
+        if value is not None:
+            raise DecodeError(Reason.WRONG_TYPE)
+        if configured:
+            raise DecodeError(Reason.MISSING_FIELD)
+        return 0
+
+    def _other_action(self, value: Any) -> int | None:
+        if value is None:
+            if len(self._actions) == 1:
+                return 0
+            raise DecodeError(Reason.MISSING_FIELD)
+        if type(value) is not int:
+            raise DecodeError(Reason.WRONG_TYPE)
+        return self._actions.get(str(value))
+
+    def _new_user(self, value: str | int) -> int:
+        if value == "":
+            raise DecodeError(Reason.EMPTY_ID)
+        return _remember(self._users, value, user_id(self._salt, value))
+
+    def _new_public(self, value: str | int) -> int:
+        if value == "":
+            raise DecodeError(Reason.EMPTY_ID)
+        return _remember(self._public, value, public_id(value))
+
+    def _context(self, event: Any) -> list[int]:
+        found = []
+        for name, value in zip(self._settings.context, event.context, strict=True):
+            if value is None or value == "":
+                found.append(0)
+                continue
+            if not isinstance(value, str | bool | int | float):
+                raise DecodeError(Reason.WRONG_TYPE)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DecodeError(Reason.NOT_FINITE)
+            key = name, context_text(value)
+            found.append(self._contexts.get(key) or _remember(self._contexts, key, context_id(*key)))
+        return found
+
+    def _news(self, newest_ms: int) -> dict[int, str]:
+        """The names of this batch's categories that were not announced lately; announces them."""
+        seen, self._categories = self._categories, {}
+        announced = self._announced
+        due = [key for key in seen if newest_ms - announced.get(key, -ANNOUNCE_MS) >= ANNOUNCE_MS]
+        if len(announced) >= CACHED_IDS:
+            announced.clear()
+        announced.update(dict.fromkeys(due, newest_ms))
+        return {key: str(seen[key])[:NAME_CHARACTERS] for key in due}

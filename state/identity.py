@@ -1,0 +1,135 @@
+"""Ids of 64 bits: pseudonyms of users under a secret salt, and plain hashes of everything else.
+
+Two of 1e8 ids collide with probability below 3e-4. 0 means "none"; a hash of
+0 becomes 1. An id may be text or an integer: 7 and "7" are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from state.errors import SaltMismatch, SettingsError
+
+logger = logging.getLogger(__name__)
+
+SALT_BYTES = 32
+LEAST_SALT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Salt:
+    """The secret that pseudonyms are made with.
+
+    Attributes:
+        key: The secret; never printed.
+    """
+
+    key: bytes = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 hexadecimal digits of the key's SHA-256, which may be stored and shown.
+
+        >>> Salt(b"not a secret").fingerprint
+        '4dbc9f87df6cb867'
+        """
+        return hashlib.sha256(self.key).hexdigest()[:16]
+
+
+def _first_64(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "big") or 1
+
+
+def user_id(salt: Salt, user: str | int) -> int:
+    """The pseudonym of a user.
+
+    >>> salt = Salt(b"not a secret")
+    >>> user_id(salt, "7") == user_id(salt, 7) != user_id(salt, "8")
+    True
+    """
+    return _first_64(hmac.digest(salt.key, str(user).encode(), "sha256"))
+
+
+def public_id(text: str | int) -> int:
+    """The id of an item or a category.
+
+    >>> hex(public_id("shoes"))
+    '0xe9b59cf5bf9a5ec1'
+    """
+    return _first_64(hashlib.sha256(str(text).encode()).digest())
+
+
+def context_text(value: str | int | float | bool) -> str:
+    """The text of a context value, as JSON writes it without quotes.
+
+    >>> [context_text(value) for value in ("phone", True, 7, 0.5)]
+    ['phone', 'true', '7', '0.5']
+    """
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def context_id(name: str, text: str) -> int:
+    """The id of one value of a context field.
+
+    >>> context_id("device", "phone") == public_id("device=phone")
+    True
+    """
+    return public_id(f"{name}={text}")
+
+
+def load_salt(path: Path, create: bool = True) -> Salt:
+    """Reads the salt, or makes it; several processes may do so at once.
+
+    The file holds the key in hexadecimal; any other content is taken as the
+    key itself.
+
+    Args:
+        path: The salt's file.
+        create: Whether a missing file is made, with mode 0600.
+
+    Raises:
+        SaltMismatch: The file is missing and is not to be made.
+        SettingsError: The file cannot be read, or the key is too short.
+    """
+    if not path.exists():
+        if not create:
+            raise SaltMismatch(f"there is no salt at {path}; restore the file, or set paths.salt_file to where it is")
+        _make(path)
+    try:
+        content = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingsError(f"the salt at {path} cannot be read ({error.strerror}); correct paths.salt_file") from None
+    try:
+        key = bytes.fromhex(content.decode())
+    except ValueError:
+        key = content
+    if len(key) < LEAST_SALT_BYTES:
+        raise SettingsError(f"the salt at {path} has {len(key)} bytes; it needs at least {LEAST_SALT_BYTES}")
+    if path.stat().st_mode & 0o077:
+        logger.warning("the salt at %s can be read by others; run chmod 600 on it", path)
+    return Salt(key)
+
+
+def _make(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(handle, secrets.token_bytes(SALT_BYTES).hex().encode() + b"\n")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    try:
+        # A link fails where another process was first; its salt counts.
+        os.link(temporary, path)
+        logger.warning("made a new salt at %s: keep a copy, for without it stored users cannot be found again", path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
