@@ -226,8 +226,8 @@ def decode(value: bytes) -> MicroBatch:
     return MicroBatch(header, **columns)
 
 
-def split(header: Header, columns: Columns, max_record_bytes: int) -> list[bytes]:
-    """The micro-batches, each of at most `max_record_bytes`, that hold these rows in this order.
+def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
+    """The micro-batches within both limits that hold these rows in this order.
 
     Most batches fit at once. One that does not is halved by rows until its
     parts do; each part's ranges end where the next part's begin.
@@ -235,10 +235,11 @@ def split(header: Header, columns: Columns, max_record_bytes: int) -> list[bytes
     Raises:
         MicroBatchError: A single row exceeds the limit, or the columns do not fit the header.
     """
-    value = encode(header, columns)
-    if len(value) <= max_record_bytes:
-        return [value]
     rows = len(columns["user"])
+    if rows <= max_rows:
+        value = encode(header, columns)
+        if len(value) <= max_record_bytes:
+            return [value]
     if rows < 2:
         raise MicroBatchError(
             f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record; "
@@ -246,7 +247,7 @@ def split(header: Header, columns: Columns, max_record_bytes: int) -> list[bytes
         )
     parts = []
     for part_header, part_columns in _halves(header, columns, rows // 2):
-        parts.extend(split(part_header, part_columns, max_record_bytes))
+        parts.extend(split(part_header, part_columns, max_record_bytes, max_rows))
     return parts
 
 

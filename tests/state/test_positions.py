@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from state.positions import (
     Range,
     Source,
-    StreamAccount,
     TrainerAccount,
     check_accounts,
     from_json,
@@ -86,7 +85,7 @@ def test_a_bucket_survives_json_and_text() -> None:
 
 @pytest.mark.parametrize("change", [{"topic_id": "clicks"}, {"first": "0"}, {"rows": None}, {"next": True}])
 def test_a_damaged_range_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="topic_id|integer"):
+    with pytest.raises(ValueError, match=r"topic_id|integer"):
         from_json(to_json(Range(CLICKS, 0, 1, rows=1)) | change)
 
 

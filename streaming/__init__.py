@@ -1,0 +1,1 @@
+"""The Beam job: clicks in, micro-batches and remembered histories out."""

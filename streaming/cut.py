@@ -1,0 +1,137 @@
+"""When a micro-batch is cut, and what is in it: pure rules without Kafka, LMDB or Beam.
+
+Only the stream decides the cut, and it is durable once acknowledged. Batches
+of events are gathered whole: a cut ends where a batch ends, so that histories
+and positions are committed with exactly the rows that were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.history import Appends
+from state.microbatch import Header, Rows, split
+from state.positions import Range, Source, merge_ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The batches that are written together, in the order of the log.
+
+    Attributes:
+        pieces: The batches with their windows.
+        created_ms: When the cut was made, wall clock, ms.
+    """
+
+    pieces: tuple[Rows, ...]
+    created_ms: int
+
+
+class Cutter:
+    """Gathers batches until there are enough rows, or the first one has waited long enough.
+
+    Args:
+        cut_rows: Rows that a cut reaches for; one batch larger than that is a cut of its own.
+        cut_ms: The longest wait of the first position gathered, ms.
+    """
+
+    def __init__(self, cut_rows: int, cut_ms: int) -> None:
+        self._cut_rows = cut_rows
+        self._cut_ms = cut_ms
+        self._pieces: list[Rows] = []
+        self._rows = 0
+        self._since_ms = 0
+
+    def add(self, rows: Rows, now_ms: int) -> list[Cut]:
+        """Takes a batch, which may be empty, and returns what is due at `now_ms`, oldest first.
+
+        A batch without rows that still passed positions (dead, filtered,
+        absent) is gathered too; one without positions only tells the time.
+        """
+        due = []
+        count = len(rows.batch.offset)
+        if self._rows and self._rows + count > self._cut_rows:
+            due.extend(self.flush(now_ms))
+        if rows.batch.ranges:
+            if not self._pieces:
+                self._since_ms = now_ms
+            self._pieces.append(rows)
+            self._rows += count
+        if self._pieces and (self._rows >= self._cut_rows or now_ms - self._since_ms >= self._cut_ms):
+            due.extend(self.flush(now_ms))
+        return due
+
+    def flush(self, now_ms: int) -> list[Cut]:
+        """Returns all that is gathered as one cut; nothing where there is nothing."""
+        if not self._pieces:
+            return []
+        cut = Cut(tuple(self._pieces), now_ms)
+        self._pieces, self._rows = [], 0
+        return [cut]
+
+
+def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """One range per source, in the order in which sources first appear.
+
+    >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
+    >>> merged = merge_all([Range(zero, 0, 1, rows=1), Range(one, 7, 8, dead=1), Range(zero, 1, 3, rows=2)])
+    >>> [(part.source.partition, part.first, part.next) for part in merged]
+    [(0, 0, 3), (1, 7, 8)]
+
+    Raises:
+        ValueError: Two ranges of a source are not adjacent.
+    """
+    merged: dict[Source, Range] = {}
+    for part in ranges:
+        known = merged.get(part.source)
+        merged[part.source] = part if known is None else merge_ranges(known, part)
+    return tuple(merged.values())
+
+
+def gather(cut: Cut) -> tuple[tuple[Range, ...], dict[str, NDArray[Any]]]:
+    """The ranges of a cut and its columns, whose `source` counts in those ranges."""
+    ranges = merge_all(part for piece in cut.pieces for part in piece.batch.ranges)
+    number = {part.source: index for index, part in enumerate(ranges)}
+    parts = []
+    for piece in cut.pieces:
+        columns = piece.columns
+        numbers = np.array([number[part.source] for part in piece.batch.ranges] or [0], np.uint16)
+        columns["source"] = numbers[columns["source"]]
+        parts.append(columns)
+    if len(parts) == 1:
+        return ranges, parts[0]
+    return ranges, {name: np.concatenate([columns[name] for columns in parts]) for name in parts[0]}
+
+
+def encode_cut(cut: Cut, spec: str, salt: str, max_rows: int, max_record_bytes: int) -> list[bytes]:
+    """The values of the micro-batch records of a cut: one, unless a limit asks for more.
+
+    Args:
+        cut: What was gathered.
+        spec: Digest of the feature spec.
+        salt: Fingerprint of the salt.
+        max_rows: The most rows of one record.
+        max_record_bytes: The most bytes of one record.
+
+    Raises:
+        MicroBatchError: One row exceeds `max_record_bytes`.
+    """
+    ranges, columns = gather(cut)
+    names = {key: name for piece in cut.pieces for key, name in piece.batch.names.items()}
+    header = Header(spec=spec, salt=salt, ranges=ranges, created_ms=cut.created_ms, names=names)
+    return split(header, columns, max_record_bytes, max_rows)
+
+
+def merge_appends(parts: Sequence[Appends]) -> Appends:
+    """The same events as one set of appends; a user's events keep the order of `parts`."""
+    if len(parts) == 1:
+        return parts[0]
+    users = [np.repeat(part.users, part.lengths) for part in parts]
+    return (
+        Appends.of(np.concatenate(users), np.concatenate([part.events for part in parts])) if parts else Appends.none()
+    )

@@ -1,0 +1,81 @@
+"""The job as one sentence, and the process around it: `python -m streaming.pipeline [--section.name VALUE ...]`.
+
+SIGTERM and SIGINT end it cleanly: the source returns, what is gathered is
+written and committed, and the process ends with 0. Everything else that ends
+it is one line on the standard error and exit code 1 (2 for a wrong setting).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from state.config import load
+from state.errors import SpringtideError
+from streaming.parse import ParseEvents
+from streaming.profile import ProfileDoFn
+from streaming.shard import Shard, open_shard
+from streaming.sink import WriteMicroBatches
+from streaming.source import ReadClicks
+
+logger = logging.getLogger(__name__)
+
+
+def build(pipeline: beam.Pipeline) -> beam.PCollection:
+    """Applies the job to `pipeline`: one fused stage, for nothing may stand behind an endless source."""
+    return (
+        pipeline
+        | "Start" >> beam.Impulse()
+        | "Read clicks" >> beam.ParDo(ReadClicks())
+        | "Parse events" >> beam.ParDo(ParseEvents())
+        | "Update profiles" >> beam.ParDo(ProfileDoFn())
+        | "Write micro-batches" >> beam.ParDo(WriteMicroBatches())
+    )
+
+
+def run(shard: Shard) -> None:
+    """Runs the job in this process until `shard.stopping` is set; returns when all is committed.
+
+    Raises:
+        SpringtideError: What a step raised.
+    """
+    # Named: DirectRunner would first try to download another runner.
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(["--streaming"]))
+    build(pipeline)
+    try:
+        pipeline.run().wait_until_finish()
+    # Beam turns an exception of a step into a RuntimeError with its traceback as text.
+    except RuntimeError as error:
+        raise shard.failure or error from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the stream of `stream.shard`; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s stream %(levelname)s %(message)s", stream=sys.stderr)
+    for noisy in ("apache_beam", "kafka"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    try:
+        settings = load(sys.argv[1:] if argv is None else argv, os.environ)
+        with open_shard(settings) as shard:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: shard.stopping.set())
+            run(shard)
+    except SpringtideError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+    logger.info("stopped; everything read is committed")
+    return 0
+
+
+if __name__ == "__main__":
+    # By its real name: what Beam pickles must not live in __main__.
+    from streaming.pipeline import main as run_main
+
+    sys.exit(run_main())

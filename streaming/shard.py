@@ -1,0 +1,210 @@
+"""What one stream process owns: its directory, store, place in the log, writer and metrics.
+
+The pipeline is one fused stage in one process, and Beam builds the steps'
+objects from pickles; so the steps ask `current` for the one shard that main
+has opened, instead of carrying it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from state import metrics
+from state.config import Settings
+from state.errors import SaltMismatch, SpecMismatch
+from state.events import Parser, load_salt
+from state.features import FeatureSpec
+from state.history import Appends, HistoryStore
+from state.lock import DirectoryLock
+from state.log import Reader, Topics, Writer
+from state.metrics import StreamMetrics
+from state.positions import Source
+from streaming.profile import Profiler
+
+logger = logging.getLogger(__name__)
+
+SPEC, SALT = "spec", "salt"  # names of the store's extras
+
+
+@dataclass
+class Shard:
+    """Everything the steps share; made by `open_shard`, used by the steps through `current`.
+
+    Attributes:
+        settings: The effective settings.
+        spec: The feature spec.
+        salt: Fingerprint of the salt.
+        topic_id: The id of the topic of clicks.
+        store: Histories and positions.
+        reader: The clicks; used by the Beam thread only.
+        writer: Micro-batches and dead letters; used by the commit thread only.
+        parser: Records to events; used by the Beam thread only.
+        profiler: Histories in memory; used by the Beam thread, told of commits by the commit thread.
+        metrics: What the process counts.
+        committed: Next offsets as committed; replaced as a whole by the commit thread.
+        closing: What runs, last in first out, before the above is closed.
+        stopping: Set by a signal: no further poll begins.
+        failure: The first exception of a step; Beam passes on only its text.
+    """
+
+    settings: Settings
+    spec: FeatureSpec
+    salt: str
+    topic_id: str
+    store: HistoryStore
+    reader: Reader
+    writer: Writer
+    parser: Parser
+    profiler: Profiler
+    metrics: StreamMetrics
+    committed: dict[Source, int]
+    closing: ExitStack
+    stopping: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Remembers the first exception that leaves the block."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+
+
+_shards: list[Shard] = []
+
+
+def current() -> Shard:
+    """The shard that this process has open."""
+    return _shards[-1]
+
+
+@contextmanager
+def installed(shard: Shard) -> Iterator[Shard]:
+    """Makes `shard` the current one in the block."""
+    _shards.append(shard)
+    try:
+        yield shard
+    finally:
+        _shards.remove(shard)
+
+
+@contextmanager
+def open_shard(settings: Settings) -> Iterator[Shard]:
+    """Opens what a stream process owns, in the order in which a mistake does the least harm.
+
+    1. The directory's lock, so that nobody else has the store.
+    2. The store, which must be of this salt and this feature spec.
+    3. The metrics' port.
+    4. The topics; a missing topic of clicks is an error, the two others are created.
+    5. The writer, which fences one with the same transactional id.
+    6. The reader, at the store's positions.
+
+    Raises:
+        LockHeld: Another process has the directory.
+        SaltMismatch: The store's pseudonyms were made with another salt.
+        SpecMismatch: The store belongs to other feature settings.
+        PortTaken: The metrics' port is in use.
+        LogError: Kafka is not reachable, a topic is missing, or positions are gone.
+        StoreError: The store cannot be opened.
+    """
+    stream, kafka = settings.stream, settings.kafka
+    spec = FeatureSpec.from_settings(settings)
+    with ExitStack() as stack:
+        # 1.
+        settings.stream_dir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(DirectoryLock(settings.stream_dir))
+        salt = load_salt(settings.salt_path)
+        # 2.
+        store = HistoryStore(settings.stream_dir / "histories", history=spec.history, map_bytes=stream.map_gb << 30)
+        stack.callback(store.close)
+        check_identity(store, spec.digest, salt.fingerprint)
+        # 3.
+        registry = CollectorRegistry()
+        counted = StreamMetrics(registry)
+        if stream.metrics_port:
+            stack.callback(metrics.serve(registry, stream.metrics_port))
+        # 4.
+        topics = Topics(kafka)
+        stack.callback(topics.close)
+        clicks = topics.describe(kafka.clicks_topic)
+        retention = {"retention.ms": str(kafka.retention_h * 3_600_000)}
+        topics.ensure(kafka.dead_letters_topic, 1, retention)
+        topics.ensure(
+            kafka.microbatches_topic, 1, {**retention, "max.message.bytes": str(stream.max_record_bytes + 100_000)}
+        )
+        # 5.
+        writer = Writer(kafka, transactional_id=f"springtide-stream-{stream.shard}")
+        stack.callback(writer.close)
+        # 6.
+        committed = store.positions()
+        positions = {
+            source.partition: after for source, after in committed.items() if source.topic_id == clicks.topic_id
+        }
+        if committed and not positions:
+            logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
+        reader = Reader(
+            kafka, kafka.clicks_topic, partitions_of(stream.shard, stream.shards, clicks.partitions), positions
+        )
+        stack.callback(reader.close)
+        shard = Shard(
+            settings=settings,
+            spec=spec,
+            salt=salt.fingerprint,
+            topic_id=clicks.topic_id,
+            store=store,
+            reader=reader,
+            writer=writer,
+            parser=Parser(settings.events, salt),
+            profiler=Profiler(store, spec, stream.cache_users),
+            metrics=counted,
+            committed=committed,
+            closing=stack,
+        )
+        logger.info(
+            "reading %s (%d partitions) from %s, feature spec %s",
+            kafka.clicks_topic,
+            clicks.partitions,
+            {partition: positions[partition] for partition in sorted(positions)} or "its beginning",
+            spec.digest[:12],
+        )
+        yield stack.enter_context(installed(shard))
+
+
+def partitions_of(shard: int, shards: int, partitions: int) -> list[int] | None:
+    """The partitions that a shard reads; None is all, those made later included.
+
+    >>> partitions_of(1, 2, 4), partitions_of(0, 1, 4)
+    ([1, 3], None)
+    """
+    return None if shards == 1 else [one for one in range(partitions) if one % shards == shard]
+
+
+def check_identity(store: HistoryStore, spec: str, salt: str) -> None:
+    """Binds a new store to the spec's digest and the salt's fingerprint, and holds an old one to them.
+
+    Raises:
+        SpecMismatch: The store was filled under another spec.
+        SaltMismatch: The store was filled with another salt.
+    """
+    stored_spec, stored_salt = store.extra(SPEC), store.extra(SALT)
+    if stored_spec is None and stored_salt is None:
+        store.commit(Appends.none(), (), {SPEC: spec.encode(), SALT: salt.encode()})
+        return
+    if stored_salt != salt.encode():
+        raise SaltMismatch(
+            f"the histories were made with salt {(stored_salt or b'').decode()}, the salt file has {salt}; "
+            "restore the salt file, or choose another paths.state"
+        )
+    if stored_spec != spec.encode():
+        raise SpecMismatch(
+            f"the histories belong to feature spec {(stored_spec or b'').decode()[:12]}, the settings make {spec[:12]}; "
+            "put [features] and events.actions back, or choose another paths.state"
+        )

@@ -1,0 +1,186 @@
+"""Clicks as columnar batches: the one endless element of a splittable DoFn.
+
+The DoFn blocks in `poll` and never defers: an unbounded source that defers
+costs 5-200 ms a bundle and leaks, one that blocks does neither. One element
+reads all partitions of the shard; with one element for each partition the last
+one waits for the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
+from apache_beam.transforms.core import RestrictionProvider
+
+from state.errors import UnreachableBroker
+from state.log import PartitionBatch
+from state.positions import Source
+from streaming.shard import Shard, current
+
+logger = logging.getLogger(__name__)
+
+UPKEEP_S = 1.0
+
+
+class UntilStopped(RestrictionTracker):
+    """A restriction without an end that is done when the process was asked to stop; it never splits."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def current_restriction(self) -> bool:
+        """True: there is nothing to say about where it ends."""
+        return True
+
+    def current_progress(self) -> RestrictionProgress:
+        """None of it is done until all of it is."""
+        return RestrictionProgress(fraction=float(self._done))
+
+    def try_claim(self, stopping: bool) -> bool:
+        """Whether one more poll may begin."""
+        self._done = self._done or stopping
+        return not self._done
+
+    def try_split(self, fraction_of_remainder: float) -> None:
+        """Refuses: the partitions belong to one process."""
+
+    def check_done(self) -> None:
+        """Raises ValueError where the DoFn returned without being asked to."""
+        if not self._done:
+            raise ValueError("reading ended without a request to stop")
+
+    def is_bounded(self) -> bool:
+        """Whether it ends by itself: no."""
+        return False
+
+
+class Forever(RestrictionProvider):
+    """Gives the element its restriction."""
+
+    def initial_restriction(self, element: Any) -> bool:
+        """The whole."""
+        return True
+
+    def create_tracker(self, restriction: bool) -> UntilStopped:
+        """A tracker of the whole."""
+        return UntilStopped()
+
+    def restriction_size(self, element: Any, restriction: bool) -> int:
+        """One: there is nothing to weigh it against."""
+        return 1
+
+
+class ClickReader:
+    """Polls the shard's partitions and looks after what must happen now and then.
+
+    Everything here runs in the Beam thread, because a Kafka consumer belongs
+    to one thread.
+
+    Args:
+        shard: What the process owns.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._due_s = 0.0
+        self._lag = Lag()
+        self._away = False
+
+    def poll(self) -> list[PartitionBatch]:
+        """The next batches, in order within a partition; empty after `stream.poll_ms` without records.
+
+        Raises:
+            LogError: Positions are gone, or the broker stays away.
+        """
+        stream = self._shard.settings.stream
+        batches = self._shard.reader.poll(stream.poll_ms / 1000, stream.batch_events)
+        for batch in batches:
+            self._lag.read(batch)
+        now_s = time.monotonic()
+        if now_s >= self._due_s:
+            self._due_s = now_s + UPKEEP_S
+            self._look_after()
+        return batches
+
+    def _look_after(self) -> None:
+        """Once a second: new partitions, and how far we are behind."""
+        shard, reader = self._shard, self._shard.reader
+        try:
+            for partition in reader.refresh():
+                logger.info("reading new partition %d of %s", partition, shard.settings.kafka.clicks_topic)
+            unread = sum(reader.lag().values())
+            self._away = False
+        # A broker that comes back costs only time, here as in poll.
+        except UnreachableBroker as error:
+            if not self._away:
+                logger.warning("new partitions and lag are unknown for now: %s", error)
+            self._away = True
+            return
+        waiting = unread + self._lag.uncommitted(shard.committed)
+        shard.metrics.lag_events.set(waiting)
+        shard.metrics.lag_seconds.set(self._lag.seconds(time.time()) if waiting else 0.0)
+        shard.metrics.cached_users.set(len(shard.profiler))
+
+
+class Lag:
+    """How far the commits are behind the log, by what was read and not committed.
+
+    >>> lag, zero = Lag(), Source("ab" * 16, 0)
+    >>> lag.note(zero, 0, 4, newest_ms=1000); lag.note(zero, 4, 6, newest_ms=3000)
+    >>> lag.uncommitted({zero: 4}), lag.seconds(now_s=5.0)
+    (2, 4.0)
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[Source, deque[tuple[int, int]]] = {}
+        self._begun: dict[Source, int] = {}
+        self._newest_ms = 0
+
+    def read(self, batch: PartitionBatch) -> None:
+        """Notes a batch that was read."""
+        newest_ms = int(batch.timestamps_ms[-1]) if len(batch.timestamps_ms) else 0
+        self.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, newest_ms)
+
+    def note(self, source: Source, first: int, after: int, newest_ms: int) -> None:
+        """Notes that `[first, after)` was read, whose newest record Kafka took at `newest_ms`; 0 for none."""
+        self._begun.setdefault(source, first)
+        self._read.setdefault(source, deque()).append((after, newest_ms))
+
+    def uncommitted(self, committed: dict[Source, int]) -> int:
+        """Positions read and not committed; forgets those that are."""
+        waiting = 0
+        for source, read in self._read.items():
+            done = committed.get(source, self._begun[source])
+            last = read[-1][0] if read else done
+            while read and read[0][0] <= done:
+                self._newest_ms = max(self._newest_ms, read.popleft()[1])
+            waiting += max(0, last - done)
+        return waiting
+
+    def seconds(self, now_s: float) -> float:
+        """Wall time since Kafka took the newest click that is committed; 0 before the first one."""
+        return max(0.0, now_s - self._newest_ms / 1000) if self._newest_ms else 0.0
+
+
+class ReadClicks(beam.DoFn):
+    """The unbounded element: lists of `PartitionBatch`, an empty one when nothing came, until asked to stop."""
+
+    @beam.DoFn.unbounded_per_element()
+    def process(
+        self,
+        element: bytes,
+        tracker: Any = beam.DoFn.RestrictionParam(Forever()),  # noqa: B008  # Beam reads the default
+    ) -> Iterator[list[PartitionBatch]]:
+        """Polls until the process was asked to stop."""
+        shard = current()
+        clicks = ClickReader(shard)
+        while tracker.try_claim(shard.stopping.is_set()):
+            with shard.watch():
+                batches = clicks.poll()
+            yield batches

@@ -1,0 +1,44 @@
+"""Batches of events with windows, made up for the tests of this folder."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from state.events import EventBatch
+from state.history import Appends
+from state.microbatch import Rows
+from state.positions import Range, Source
+
+ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
+
+
+def piece(*parts: tuple[Source, int, int], dead: int = 0, appends: Appends | None = None) -> Rows:
+    """A batch of (source, first offset, rows), each followed by `dead` dead offsets."""
+    count = sum(rows for _, _, rows in parts)
+    offset = np.concatenate([np.arange(first, first + rows) for _, first, rows in parts] or [np.zeros(0)]).astype(
+        np.int64
+    )
+    number = np.repeat(np.arange(len(parts)), [rows for _, _, rows in parts]).astype(np.uint16)
+    batch = EventBatch(
+        user=offset.astype(np.uint64),
+        item=np.zeros(count, np.uint64),
+        category=np.zeros(count, np.uint64),
+        action=np.zeros(count, np.uint8),
+        at_ms=offset * 10,
+        label=np.full(count, np.nan, np.float32),
+        weight=np.ones(count, np.float32),
+        context=np.zeros((count, 0), np.uint64),
+        source=number,
+        offset=offset,
+        ranges=tuple(Range(source, first, first + rows + dead, rows=rows, dead=dead) for source, first, rows in parts),
+        dead=(),
+        names={},
+    )
+    rng = np.random.default_rng(count)
+    return Rows(
+        batch,
+        features=rng.integers(0, 9, (count, 4)).astype(np.uint16),
+        labels=rng.integers(0, 9, (count, 2)).astype(np.uint64),
+        label_windows=rng.integers(0, 9, (count, 2, 3)).astype(np.uint16),
+        appends=appends or Appends.none(),
+    )

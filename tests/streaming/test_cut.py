@@ -1,0 +1,129 @@
+"""Cuts: made in time, in the order of the log, with every position exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from state.features import EVENT
+from state.history import Appends
+from state.microbatch import decode
+from streaming.cut import Cut, Cutter, encode_cut, gather, merge_appends
+from tests.streaming.pieces import ONE, ZERO, piece
+
+
+def rows_of(cuts: Sequence[Cut]) -> list[int]:
+    """The number of rows of each cut."""
+    return [sum(len(one.batch.offset) for one in cut.pieces) for cut in cuts]
+
+
+def test_a_cut_waits_for_rows_or_time() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    assert cutter.add(piece((ZERO, 0, 4)), 1000) == []
+    assert cutter.add(piece((ZERO, 4, 4)), 1099) == []
+    assert rows_of(cutter.add(piece(), 1100)) == [8]
+    assert cutter.add(piece(), 9999) == []
+
+
+def test_a_cut_is_made_when_the_rows_are_there() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    assert cutter.add(piece((ZERO, 0, 4)), 0) == []
+    assert rows_of(cutter.add(piece((ZERO, 4, 6)), 0)) == [10]
+
+
+def test_a_batch_that_would_exceed_the_cut_begins_the_next_one() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    cutter.add(piece((ZERO, 0, 6)), 0)
+    assert rows_of(cutter.add(piece((ZERO, 6, 6)), 50)) == [6]
+    assert cutter.add(piece(), 149) == []
+    assert rows_of(cutter.add(piece(), 150)) == [6]
+
+
+def test_one_call_can_make_two_cuts_due() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    cutter.add(piece((ZERO, 0, 6)), 0)
+    assert rows_of(cutter.add(piece((ZERO, 6, 12)), 50)) == [6, 12]
+
+
+def test_positions_without_rows_are_cut_in_time_too() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    assert cutter.add(piece((ZERO, 0, 0), dead=3), 0) == []
+    (cut,) = cutter.add(piece(), 100)
+    ranges, _ = gather(cut)
+    assert [(part.first, part.next, part.dead) for part in ranges] == [(0, 3, 3)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 60)), max_size=30))
+def test_every_position_is_in_exactly_one_cut_in_order(steps: list[tuple[int, int]]) -> None:
+    cutter, cuts, at, now = Cutter(cut_rows=10, cut_ms=100), [], {ZERO: 0, ONE: 0}, 0
+    for index, (rows, wait) in enumerate(steps):
+        source = (ZERO, ONE)[index % 2]
+        now += wait
+        cuts += cutter.add(piece((source, at[source], rows)) if rows else piece(), now)
+        at[source] += rows
+    cuts += cutter.flush(now)
+    for source, end in at.items():
+        seen = []
+        for cut in cuts:
+            ranges, columns = gather(cut)
+            mine = [index for index, part in enumerate(ranges) if part.source == source]
+            seen += columns["offset"][np.isin(columns["source"], mine)].tolist()
+        assert seen == list(range(end))
+    assert max(rows_of(cuts), default=0) <= 10
+
+
+def test_a_cut_of_several_batches_is_one_micro_batch_with_one_range_a_source() -> None:
+    cut = Cut((piece((ZERO, 0, 2), (ONE, 5, 1), dead=1), piece((ONE, 7, 1)), piece((ZERO, 3, 2))), 77)
+    (value,) = encode_cut(cut, "spec", "salt", 100, 900_000)
+    batch = decode(value)
+    assert batch.header.created_ms == 77
+    assert [(part.source, part.first, part.next, part.dead) for part in batch.header.ranges] == [
+        (ZERO, 0, 5, 1),
+        (ONE, 5, 8, 1),
+    ]
+    assert [batch.header.ranges[index].source for index in batch.source] == [ZERO, ZERO, ONE, ONE, ZERO, ZERO]
+    assert batch.offset.tolist() == [0, 1, 5, 7, 3, 4]
+    assert batch.features.tobytes() == np.concatenate([one.features for one in cut.pieces]).tobytes()
+
+
+def test_a_batch_larger_than_a_record_is_written_in_parts() -> None:
+    values = encode_cut(Cut((piece((ZERO, 0, 25)),), 0), "spec", "salt", 10, 900_000)
+    parts = [decode(value) for value in values]
+    assert max(map(len, parts)) <= 10
+    assert np.concatenate([part.offset for part in parts]).tolist() == list(range(25))
+
+
+def test_a_missing_batch_is_noticed() -> None:
+    with pytest.raises(ValueError, match="not adjacent"):
+        gather(Cut((piece((ZERO, 0, 2)), piece((ZERO, 3, 2))), 0))
+
+
+def appends_of(*users: tuple[int, Sequence[int]]) -> Appends:
+    """Appends of (user, offsets)."""
+    lengths = np.array([len(offsets) for _, offsets in users], np.int64)
+    events = np.zeros(int(lengths.sum()), EVENT)
+    events["offset"] = [offset for _, offsets in users for offset in offsets]
+    return Appends(np.array([user for user, _ in users], np.uint64), np.cumsum(lengths) - lengths, lengths, events)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.integers(1, 5), st.lists(st.integers(0, 99), min_size=1, max_size=4), max_size=4), max_size=5
+    )
+)
+def test_merged_appends_hold_each_users_events_in_order(parts: list[dict[int, list[int]]]) -> None:
+    merged = merge_appends([appends_of(*part.items()) for part in parts])
+    expected: dict[int, list[int]] = {}
+    for part in parts:
+        for user, offsets in part.items():
+            expected.setdefault(user, []).extend(offsets)
+    got = {
+        int(user): merged.events["offset"][start : start + length].tolist()
+        for user, start, length in zip(merged.users, merged.starts, merged.lengths, strict=True)
+    }
+    assert len(merged.users) == len(got)
+    assert got == expected

@@ -1,0 +1,208 @@
+"""The stream as a real process on a real Kafka: nothing is lost, nothing counts twice, every end is clean or named."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from state.config import Settings
+from state.history import HistoryStore
+from state.log import Topics
+from state.microbatch import decode, gaps
+from state.positions import Source, StreamAccount, check_accounts
+from tests.conftest import KafkaFactory
+from tests.streaming.streams import (
+    click,
+    deduplicated,
+    following,
+    headers_of,
+    next_offsets,
+    rows_by_source,
+    running,
+    send,
+    settings_for,
+    until,
+)
+
+BAD = {
+    "undecodable": b"{not json",
+    "missing_field": click(1, user=None),
+    "unknown_action": click(2, action="stare"),
+    "wrong_type": click(3, item=[1]),
+}
+
+
+def store_of(settings: Settings) -> HistoryStore:
+    """The store of a stream that has ended."""
+    return HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
+
+
+def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+    with Topics(kafka) as topics:
+        topic_id = topics.ensure(kafka.clicks_topic, 2).topic_id
+    values = [click(number) for number in range(400)]
+    values[100:100] = list(BAD.values())
+    with (
+        following(kafka, kafka.microbatches_topic) as log,
+        following(kafka, kafka.dead_letters_topic) as letters,
+    ):
+        with running(settings, tmp_path / "log") as stream:
+            send(kafka, values)
+            until(lambda: next_offsets(log.poll()) == {0: 202, 1: 202}, "all clicks in the log")
+            until(lambda: len(letters.poll()) == len(BAD), "dead letters")
+            assert stream.stop() == 0, stream.lines
+        batches, marks = deduplicated(log.poll())
+
+        # Ranges are contiguous, and each position has one outcome.
+        reached: dict[Source, int] = {}
+        for value in log.poll():
+            header = decode(value).header
+            assert gaps(header, reached) == []
+            assert all(part.first == reached.get(part.source, 0) for part in header.ranges)
+            reached |= {part.source: part.next for part in header.ranges}
+        assert reached == marks == {Source(topic_id, 0): 202, Source(topic_id, 1): 202}
+        assert sum(map(len, batches)) == 400
+
+        # The store agrees with the log.
+        store = store_of(settings)
+        assert store.positions() == marks
+        assert store.totals == {"positions": 404, "rows": 400, "dead": 4, "filtered": 0, "absent": 0}
+        assert check_accounts(StreamAccount(**store.totals)) == ()
+        assert store.users() == 17
+        store.close()
+
+        # A dead letter names reason and coordinates, and holds nothing of the record.
+        assert set(letters.poll()) == {b""}
+        assert all(key is None for batch in letters.batches for key in batch.keys)
+        expected = {
+            (reason, topic_id, str(number % 2), str(number // 2)) for number, reason in enumerate(BAD, start=100)
+        }
+        assert {tuple(headers.values()) for headers in headers_of(kafka, kafka.dead_letters_topic)} == expected
+        assert all(
+            list(headers) == ["reason", "topic_id", "partition", "offset"]
+            for headers in headers_of(kafka, kafka.dead_letters_topic)
+        )
+
+        # Started again, the stream goes on where it stopped; the group shows the same.
+        with Topics(kafka) as topics:
+            assert topics.committed(kafka.group, kafka.clicks_topic) == {0: 202, 1: 202}
+        before = len(log.poll())
+        with running(settings, tmp_path / "log") as stream:
+            send(kafka, [click(number) for number in range(400, 420)])
+            until(lambda: next_offsets(log.poll()) == {0: 212, 1: 212}, "later clicks in the log")
+            assert stream.stop(signal.SIGINT) == 0, stream.lines
+        later = [decode(value) for value in log.poll()[before:]]
+        assert sum(map(len, later)) == 20
+        assert all(part.first >= 202 for batch in later for part in batch.header.ranges)
+
+
+def test_a_new_partition_is_taken_up_from_its_beginning(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+        topics.ensure(kafka.clicks_topic, 2)
+        with running(settings, tmp_path / "log") as stream:
+            send(kafka, [click(number) for number in range(10)])
+            until(lambda: next_offsets(log.poll()) == {0: 5, 1: 5}, "first clicks")
+            topics.grow(kafka.clicks_topic, 3)
+            send(kafka, [click(number) for number in range(10, 16)], lambda number: 2)
+            until(lambda: next_offsets(log.poll()) == {0: 5, 1: 5, 2: 6}, "clicks of the new partition")
+            assert stream.stop() == 0, stream.lines
+        assert any("new partition 2" in line for line in stream.lines)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Clicks in a topic and the rows that a stream without a crash makes of them; filled by the first test."""
+    return {"folder": tmp_path_factory.mktemp("undisturbed")}
+
+
+@pytest.mark.parametrize(
+    "kill_at",
+    [
+        "stream.taken:2",
+        "stream.sent:1",
+        "stream.sent:3",
+        "stream.acknowledged:1",
+        "stream.acknowledged:3",
+        "stream.committed:2",
+        "stream.grouped:1",
+    ],
+)
+def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
+    kafka_settings: KafkaFactory, tmp_path: Path, undisturbed: dict[str, object], kill_at: str
+) -> None:
+    salt = Path(str(undisturbed["folder"])) / "salt"
+    if "clicks" not in undisturbed:
+        kafka = kafka_settings()
+        with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+            topics.ensure(kafka.clicks_topic, 2)
+            send(kafka, [click(number) for number in range(1000)])
+            settings = settings_for(kafka, tmp_path / "calm", salt)
+            with running(settings, tmp_path / "calm-log") as stream:
+                until(lambda: next_offsets(log.poll()) == {0: 500, 1: 500}, "clicks of the calm run")
+                assert stream.stop() == 0, stream.lines
+            undisturbed["rows"] = rows_by_source(deduplicated(log.poll())[0])
+            undisturbed["clicks"] = kafka.clicks_topic
+            store = store_of(settings)
+            undisturbed["digest"] = store.digest()
+            store.close()
+    kafka = kafka_settings(clicks_topic=undisturbed["clicks"])
+    settings = settings_for(kafka, tmp_path / "state", salt)
+    with following(kafka, kafka.microbatches_topic) as log:
+        with running(settings, tmp_path / "log", kill_at) as stream:
+            assert stream.wait() == -signal.SIGKILL, stream.lines
+        with running(settings, tmp_path / "log") as stream:
+            until(lambda: next_offsets(log.poll()) == {0: 500, 1: 500}, "clicks after the crash")
+            assert stream.stop() == 0, stream.lines
+        rows = rows_by_source(deduplicated(log.poll())[0])
+    assert rows == undisturbed["rows"]
+    store = store_of(settings)
+    assert store.digest() == undisturbed["digest"]
+    assert store.totals["rows"] == store.totals["positions"] == 1000
+    store.close()
+
+
+def test_a_second_stream_in_the_same_directory_is_refused(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2)
+    with running(settings, tmp_path / "log") as first:
+        until(lambda: any("reading" in line for line in first.lines), "the first stream reads")
+        with running(settings, tmp_path / "second") as second:
+            assert second.wait() == 1
+        (line,) = second.lines
+        assert "LockHeld" in line
+        assert f"process {first.process.pid}" in line
+        assert first.stop() == 0, first.lines
+
+
+def test_a_zombie_with_another_directory_is_fenced(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2)
+    one, two = (settings_for(kafka, tmp_path / name, tmp_path / "salt") for name in ("one", "two"))
+    with running(one, tmp_path / "log-one") as zombie:
+        until(lambda: any("reading" in line for line in zombie.lines), "the zombie reads")
+        with running(two, tmp_path / "log-two") as heir, following(kafka, kafka.microbatches_topic) as log:
+            until(lambda: any("reading" in line for line in heir.lines), "the heir reads")
+            send(kafka, [click(number) for number in range(20)])
+            assert zombie.wait() == 1
+            until(lambda: next_offsets(log.poll()) == {0: 10, 1: 10}, "the heir's rows")
+            assert heir.stop() == 0, heir.lines
+            assert sum(len(decode(value)) for value in log.poll()) == 20
+    assert "FencedWriter" in zombie.lines[-1]
+    assert len(zombie.lines) == 2, zombie.lines
+
+
+def test_a_mistyped_topic_is_one_line_and_exit_code_1(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    with running(settings_for(kafka, tmp_path / "state", tmp_path / "salt"), tmp_path / "log") as stream:
+        assert stream.wait() == 1
+    assert "UnknownTopic" in stream.lines[-1]
+    assert kafka.clicks_topic in stream.lines[-1]

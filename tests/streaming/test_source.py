@@ -1,0 +1,171 @@
+"""The source: one endless element that ends when asked to, and looks after group offsets, partitions and lag."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+
+from state.errors import GapError, UnreachableBroker
+from state.log import PartitionBatch
+from state.positions import Source
+from streaming import pipeline
+from streaming.shard import Shard, installed
+from streaming.source import ClickReader, Lag, UntilStopped
+
+TOPIC = "ab" * 16
+ZERO = Source(TOPIC, 0)
+
+
+def batch(first: int, after: int) -> PartitionBatch:
+    """A batch of partition 0 without contents."""
+    count = after - first
+    return PartitionBatch(
+        topic_id=TOPIC,
+        partition=0,
+        first=first,
+        next=after,
+        offsets=np.arange(first, after),
+        timestamps_ms=np.arange(first, after) * 1000,
+        keys=[None] * count,
+        values=[None] * count,
+        corrupt=(),
+    )
+
+
+class ScriptedReader:
+    """Gives the batches of a script, raises its exceptions, then asks the shard to stop."""
+
+    def __init__(self, script: list[list[PartitionBatch] | Exception], stopping: threading.Event) -> None:
+        self.script, self.stopping = script, stopping
+        self.away: Exception | None = None
+
+    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
+        if not self.script:
+            self.stopping.set()
+            return []
+        step = self.script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+    def refresh(self) -> list[int]:
+        if self.away:
+            raise self.away
+        return [3]
+
+    def lag(self) -> dict[int, int]:
+        return {0: 5}
+
+
+class Keep(beam.DoFn):
+    """Keeps each element and passes it on."""
+
+    seen: list[Any]
+
+    def process(self, element: Any) -> Iterator[Any]:
+        Keep.seen.append(element)
+        yield element
+
+
+@contextmanager
+def scripted(script: list[list[PartitionBatch] | Exception]) -> Iterator[Any]:
+    """A shard whose reader follows `script` and whose parser and profiler pass everything on."""
+    stopping = threading.Event()
+    settings = SimpleNamespace(
+        stream=SimpleNamespace(poll_ms=20, batch_events=1000),
+        kafka=SimpleNamespace(clicks_topic="clicks", group="group"),
+    )
+    gauges: dict[str, float] = {}
+
+    def gauge(name: str) -> Any:
+        return SimpleNamespace(set=lambda value: gauges.__setitem__(name, value))
+
+    shard: Any = SimpleNamespace(
+        settings=settings,
+        reader=ScriptedReader(script, stopping),
+        parser=SimpleNamespace(parse=lambda batches: batches),
+        committed={},
+        topic_id=TOPIC,
+        profiler=(),
+        metrics=SimpleNamespace(lag_events=gauge("events"), lag_seconds=gauge("seconds"), cached_users=gauge("users")),
+        gauges=gauges,
+        stopping=stopping,
+        failure=None,
+    )
+    shard.watch = lambda: Shard.watch(shard)
+    with installed(shard):
+        yield shard
+
+
+@contextmanager
+def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The elements that leave the steps before the profiles when the real runner runs the job."""
+    seen: list[Any] = []
+    monkeypatch.setattr(pipeline, "ProfileDoFn", lambda: Keep())
+    monkeypatch.setattr(pipeline, "WriteMicroBatches", lambda: Keep())
+    monkeypatch.setattr(Keep, "seen", seen)
+    yield seen
+
+
+def test_the_job_ends_when_asked_to_and_loses_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted([[batch(0, 2)], [], [batch(2, 5)]]) as shard, collected(monkeypatch) as seen:
+        pipeline.run(shard)
+    assert [(one.first, one.next) for batches in seen for one in batches] == [(0, 2), (2, 5)]
+    assert [] in seen
+
+
+def test_an_exception_of_a_step_comes_out_as_it_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        scripted([[batch(0, 2)], GapError("positions 2 to 9 are gone")]) as shard,
+        collected(monkeypatch),
+        pytest.raises(GapError, match="positions 2 to 9 are gone"),
+    ):
+        pipeline.run(shard)
+
+
+def test_a_restriction_that_ends_unasked_is_an_error() -> None:
+    tracker = UntilStopped()
+    assert tracker.try_claim(False)
+    with pytest.raises(ValueError, match="without a request to stop"):
+        tracker.check_done()
+    assert not tracker.try_claim(True)
+    tracker.check_done()
+    assert tracker.try_split(0.5) is None
+
+
+def test_lag_counts_what_is_unread_and_what_is_uncommitted() -> None:
+    with scripted([[batch(0, 4)]]) as shard:
+        ClickReader(shard).poll()
+        assert shard.gauges["events"] == 5 + 4
+
+
+def test_a_broker_that_is_away_for_a_while_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with scripted([[], []]) as shard, caplog.at_level(logging.WARNING):
+        shard.reader.away = UnreachableBroker("no broker at kafka:9092")
+        clicks = ClickReader(shard)
+        clicks.poll()
+        clicks._due_s = 0.0
+        clicks.poll()
+    assert [record.message for record in caplog.records] == [
+        "new partitions and lag are unknown for now: no broker at kafka:9092"
+    ]
+
+
+def test_lag_in_seconds_is_that_of_the_newest_committed_click() -> None:
+    lag = Lag()
+    lag.read(batch(0, 4))
+    assert lag.seconds(now_s=100.0) == 0.0
+    assert lag.uncommitted({ZERO: 3}) == 1
+    lag.read(batch(4, 9))
+    assert lag.uncommitted({ZERO: 4}) == 5
+    assert lag.seconds(now_s=100.0) == 97.0
+    assert lag.uncommitted({ZERO: 9}) == 0
+    assert lag.seconds(now_s=100.0) == 92.0
