@@ -35,6 +35,7 @@ PROCESSES = {
     "bootstrap": ("streaming.bootstrap", "Analyse the first clicks once, for the constants of the preprocessing."),
     "replay": ("deploy.replay", "Send clicks into the clicks topic: from a file, or --synthetic shoppers."),
 }
+OWN_HELP = ("up", "status", "replay")  # their modules have options of their own and explain them
 SETTINGS_HELP = (
     "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
     "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     for name, (_, help) in PROCESSES.items():
-        add(name, help)
+        add(name, help, own_help=name not in OWN_HELP)
 
     versions = add("versions", "List the versions: age, log range, log loss, AUC, and which one serves.")
     versions.add_argument(

@@ -20,7 +20,8 @@ from deploy.versions import open_registry, table
 from state import control as transitions
 from state.config import Settings
 from state.control import Control
-from state.errors import LogError, RegistryError, SettingsError
+from state.errors import LogError, RegistryError, SaltMismatch, SettingsError
+from state.identity import load_salt, user_id
 from state.manifest import Manifest
 from state.mask import Mask
 from state.registry import Registry
@@ -141,19 +142,22 @@ def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now
     return Mask(
         offsets=tuple(plan.parse_place(text, topic_ids) for text in asked.skip),
         times=tuple(plan.parse_times(text, now_ms) for text in asked.skip_time),
-        users=frozenset() if asked.skip_users is None else users_of(settings, asked.skip_users),
+        users=frozenset() if asked.skip_users is None else users_of(settings, asked.skip_users, newest.salt),
     )
 
 
-def users_of(settings: Settings, file: Path) -> frozenset[int]:
+def users_of(settings: Settings, file: Path, fingerprint: str) -> frozenset[int]:
     """The pseudonyms of a file's users, one id a line.
 
+    Args:
+        settings: They name the salt.
+        file: The file.
+        fingerprint: Of the salt that the versions were trained with; another one would mask nobody.
+
     Raises:
-        SaltMismatch: The salt file is missing.
+        SaltMismatch: The salt file is missing, or is another one.
         SettingsError: The file cannot be read.
     """
-    from state.events import load_salt, user_id
-
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -161,6 +165,11 @@ def users_of(settings: Settings, file: Path) -> frozenset[int]:
             f"--skip-users {file}: not readable: {error}; give a UTF-8 file with one user id a line"
         ) from None
     salt = load_salt(settings.salt_path, create=False)
+    if salt.fingerprint != fingerprint:
+        raise SaltMismatch(
+            f"the salt at {settings.salt_path} is {salt.fingerprint}, the versions' is {fingerprint}; "
+            "restore the salt file, or set paths.salt_file to where it is"
+        )
     return frozenset(user_id(salt, line.strip()) for line in lines if line.strip())
 
 

@@ -22,15 +22,17 @@ STOP_S = 10.0
 LOOK_S = 0.1
 
 
-def commands(workers: int, flags: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Names and command lines of a host's processes; the applier comes first.
+def commands(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names and command lines of a host's processes; the workers share one parent of their own.
 
-    >>> [name for name, _ in commands(2, [])]
-    ['applier', 'worker 0', 'worker 1']
+    >>> [name for name, _ in commands([])]
+    ['applier', 'workers']
     """
     python = [sys.executable, "-m"]
-    applier = ("applier", [*python, "deploy.serving.applier", *flags])
-    return [applier, *((f"worker {number}", [*python, "deploy.serving.rest", *flags]) for number in range(workers))]
+    return [
+        ("applier", [*python, "deploy.serving.applier", *flags]),
+        ("workers", [*python, "deploy.serving.rest", *flags]),
+    ]
 
 
 def run(
@@ -73,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs serving with the settings of `argv` until a signal; returns the exit status."""
     flags = list(sys.argv[1:] if argv is None else argv)
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: asked.append(got))
     try:
-        run(commands(load(flags).serving.workers, flags), os.environ, lambda: bool(asked))
+        load(flags)  # a mistake is said once, not by each of them
+        run(commands(flags), os.environ, lambda: bool(asked))
     except SpringtideError as error:
         print(f"springtide serve: {error}", file=sys.stderr)
         return error.exit_code

@@ -11,16 +11,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploy import cli, control, plan
 from deploy.serve import run as run_serving
+from state.config import load
 from state.control import start
-from state.errors import ControlConflict, ProcessFailed, RegistryError, SettingsError, UnknownVersion
+from state.errors import ControlConflict, ProcessFailed, RegistryError, SaltMismatch, SettingsError, UnknownVersion
+from state.identity import load_salt
 from state.manifest import Draft, LogRange
 from state.mask import Mask
 from state.positions import Source
 from state.registry import Registry
+from state.rows import RowStore
 
 NOW_MS = 1_800_000_000_000
 TOPIC = "0000002a" + "0" * 24
@@ -174,9 +178,9 @@ def test_history_tells_who_did_what_and_why(operator: Operator) -> None:
 
 
 def test_masked_users_become_pseudonyms_and_are_only_counted(operator: Operator, tmp_path: Path) -> None:
-    from state.events import load_salt
-
-    load_salt(tmp_path / "salt")
+    salt = load_salt(tmp_path / "salt")
+    registry = operator.registry
+    registry.publish(replace(draft(6, 5), salt=salt.fingerprint), {"serving.safetensors": b"rows"})
     listed = tmp_path / "users.txt"
     listed.write_text("ann\nbob\n\n")
     words = ["rollback", "--to", "3", "--skip-users", str(listed), "--reason", "asked for"]
@@ -185,6 +189,25 @@ def test_masked_users_become_pseudonyms_and_are_only_counted(operator: Operator,
     assert newest is not None and len(newest.mask.users) == 2
     kept = b"".join(path.read_bytes() for path in (tmp_path / "registry" / "control").iterdir())
     assert b"ann" not in kept and b"bob" not in kept
+
+
+def test_masking_users_with_another_salt_is_refused(operator: Operator, tmp_path: Path) -> None:
+    load_salt(tmp_path / "salt")
+    listed = tmp_path / "users.txt"
+    listed.write_text("ann\n")
+    with pytest.raises(SaltMismatch, match="restore the salt file"):
+        operator("rollback", "--to", "3", "--skip-users", str(listed), "--reason", "asked for")
+    assert len(operator.registry.controls()) == 1
+
+
+def test_versions_marks_what_answers_use(operator: Operator) -> None:
+    store = RowStore(operator.state / "serving" / "rows", 1 << 26)
+    tensors = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
+    store.apply(operator.registry.manifest(1), tensors, now_ms=NOW_MS)
+    store.serve(1)
+    store.close()
+    marked = next(line for line in operator("versions", "--last", "1").splitlines() if "served" in line)
+    assert marked.startswith("1 "), "also where it is older than those asked for"
 
 
 def test_a_race_between_two_operators_has_one_winner(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +256,7 @@ def test_config_shows_values_with_their_origin_and_masks_secrets(operator: Opera
 def test_config_prints_a_file_that_reads_back(operator: Operator, tmp_path: Path) -> None:
     path = tmp_path / "springtide.toml"
     path.write_text(operator("config", "--stream.cut_ms", "50"))
-    assert cli.load([], env={}, path=path).stream.cut_ms == 50
+    assert load([], env={}, path=path).stream.cut_ms == 50
 
 
 def springtide(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
