@@ -1,0 +1,195 @@
+"""Histories read, windows computed, rows made: the arena of recent users and the DoFn around it.
+
+The arena holds each recent user's last N events as a ring. A user who is not
+there is read from the store; a user may leave only when the store has all of
+that user's events, so that leaving changes nothing but the time it takes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+from numpy.typing import NDArray
+
+from state.events import EventBatch
+from state.features import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
+from state.history import Appends, HistoryStore
+from state.microbatch import Rows
+from state.windows import WORDS, update_rows, words
+
+I64 = NDArray[np.int64]
+
+
+def to_events(batch: EventBatch) -> Events:
+    """Gives the batch as `[n]` EVENT, as histories keep it."""
+    events = np.empty(len(batch.user), EVENT)
+    events["at_ms"] = batch.at_ms
+    events["category"] = batch.category
+    events["item"] = batch.item
+    events["offset"] = batch.offset
+    events["topic"] = np.array([part.source.topic for part in batch.ranges] or [0], np.uint32)[batch.source]
+    events["partition"] = np.array([part.source.partition for part in batch.ranges] or [0], np.uint16)[batch.source]
+    events["action"] = batch.action
+    events["flags"] = LABELLED * ~np.isnan(batch.label) + POSITIVE * (batch.label >= 0.5)
+    return events
+
+
+class Profiler:
+    """Computes each event's row from the events before it, and appends it to its user's history.
+
+    `update` is called by one thread; `committed` by any. Which batches events
+    come in, and which users are in memory, changes no bit of a row.
+
+    Args:
+        store: The committed histories.
+        spec: What to compute.
+        cache_users: Users held in memory; more when more have uncommitted events.
+        mask: Events that no row may use. Rows of masked users are their reader's to drop.
+    """
+
+    def __init__(self, store: HistoryStore, spec: FeatureSpec, cache_users: int, mask: Mask = Mask.NONE) -> None:
+        self._store = store
+        self._spec = spec
+        self._hidden = mask.hidden
+        self._slots: dict[int, int] = {}
+        self._free: list[int] = []
+        # The system gives pages of an empty array only as they are written.
+        self._rings = np.empty((0, spec.history, WORDS), np.int64)
+        self._ends = self._counts = self._users = self._pending = self._used = np.empty(0, np.int64)
+        self._clock = 0
+        self._committed: deque[I64] = deque()
+        self._grow(cache_users)
+        # The kernel is compiled, or its machine code loaded, before the first event.
+        self._compute(np.empty(0, np.int64), np.empty(0, EVENT))
+
+    @property
+    def cached_users(self) -> int:
+        """How many users are in memory."""
+        return len(self._slots)
+
+    def update(self, batch: EventBatch) -> Rows:
+        """Makes the rows of a batch. Nothing is durable until the rows' appends are committed.
+
+        Args:
+            batch: Events in order of arrival; an earlier event of a user is part of the history of a later one.
+        """
+        self._settle()
+        self._clock += 1
+        events = to_events(batch)
+        # 1. Group by user.
+        order = np.argsort(batch.user, kind="stable")
+        ordered = batch.user[order]
+        starts = np.flatnonzero(np.concatenate((np.ones(min(1, len(order)), np.bool_), ordered[1:] != ordered[:-1])))
+        lengths = np.diff(np.append(starts, len(order)))
+        users = ordered[starts]
+        # 2. A ring for each user.
+        slots = self._places(users)
+        self._pending[slots] += 1
+        self._used[slots] = self._clock
+        by_row = np.empty(len(order), np.int64)
+        by_row[order] = np.repeat(slots, lengths)
+        # 3. Rows and appends, event by event.
+        features, labels, label_windows = self._compute(by_row, events)
+        return Rows(batch, features, labels, label_windows, Appends(users, starts, lengths, events[order]))
+
+    def committed(self, rows: Rows) -> None:
+        """Tells that the store has the appends of `rows`, each `Rows` once; any thread may call it."""
+        self._committed.append(rows.appends.users.view(np.int64))
+
+    def _compute(self, slots: I64, events: Events) -> tuple[NDArray[np.uint16], NDArray[np.uint64], NDArray[np.uint16]]:
+        spec, count = self._spec, len(events)
+        features = np.empty((count, len(spec.names)), np.uint16)
+        labels = np.empty((count, spec.labels), np.int64)
+        label_windows = np.empty((count, spec.labels, len(spec.label_names)), np.uint16)
+        update_rows(
+            self._rings,
+            self._ends,
+            self._counts,
+            slots,
+            words(events),
+            spec.tables,
+            self._hidden,
+            features,
+            labels,
+            label_windows,
+        )
+        return features, labels.view(np.uint64), label_windows
+
+    def _settle(self) -> None:
+        """Takes note of what was committed since the last batch."""
+        while self._committed:
+            for user in self._committed.popleft().view(np.uint64).tolist():
+                self._pending[self._slots[user]] -= 1
+
+    def _places(self, users: NDArray[np.uint64]) -> I64:
+        """Gives the ring of each of `users` (unique), read from the store where it is not in memory."""
+        known = [self._slots.get(user, -1) for user in users.tolist()]
+        slots = np.array(known, np.int64)
+        missing = np.flatnonzero(slots < 0)
+        if not len(missing):
+            return slots
+        self._used[slots[slots >= 0]] = self._clock
+        self._make_room(len(missing))
+        absent = users[missing].tolist()
+        for place, user, history in zip(missing.tolist(), absent, self._store.read_many(absent), strict=True):
+            slot = self._free.pop()
+            count = len(history)
+            self._rings[slot, :count] = words(history)
+            self._counts[slot] = count
+            self._ends[slot] = count % self._spec.history
+            self._pending[slot] = 0
+            self._users[slot] = np.uint64(user).view(np.int64)
+            self._slots[user] = slot
+            slots[place] = slot
+        return slots
+
+    def _make_room(self, needed: int) -> None:
+        """Frees at least `needed` rings: those longest unused among the committed; else the arena grows."""
+        if len(self._free) >= needed:
+            return
+        # 1. Somewhat more than needed leave at once, since the search looks at all.
+        capacity = len(self._ends)
+        may_go = np.flatnonzero((self._pending == 0) & (self._used < self._clock) & (self._used > 0))
+        leaving = min(len(may_go), max(needed, capacity // 16))
+        if leaving:
+            oldest = may_go[np.argpartition(self._used[may_go], leaving - 1)[:leaving]]
+            self._used[oldest] = 0
+            for slot, user in zip(oldest.tolist(), self._users[oldest].view(np.uint64).tolist(), strict=True):
+                del self._slots[user]
+                self._free.append(slot)
+        # 2. The rest have events that the store does not know yet.
+        if len(self._free) < needed:
+            self._grow(max(needed - len(self._free), capacity // 2))
+
+    def _grow(self, more: int) -> None:
+        """Adds `more` rings; `_used` is 0 for those without a user."""
+        capacity = len(self._ends)
+        rings = np.empty((capacity + more, *self._rings.shape[1:]), np.int64)
+        rings[:capacity] = self._rings
+        self._rings = rings
+        added: NDArray[Any] = np.zeros(more, np.int64)
+        self._ends = np.concatenate((self._ends, added))
+        self._counts = np.concatenate((self._counts, added))
+        self._users = np.concatenate((self._users, added))
+        self._pending = np.concatenate((self._pending, added))
+        self._used = np.concatenate((self._used, added))
+        self._free = [*range(capacity + more - 1, capacity - 1, -1), *self._free]
+
+
+class ProfileDoFn(beam.DoFn):
+    """Turns batches of events into rows with the process's `Profiler`."""
+
+    def process(self, batch: EventBatch) -> Iterator[Rows]:
+        """Makes the rows of one batch; an empty batch is passed on."""
+        # Imported here, since the shard's module imports this one.
+        from streaming.shard import current
+
+        shard = current()
+        with shard.watch():
+            rows = shard.profiler.update(batch)
+            shard.metrics.cached_users.set(shard.profiler.cached_users)
+        yield rows
