@@ -1,0 +1,148 @@
+"""The bootstrap: real clicks in, constants and first labels out, once for each feature spec."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from state.config import Settings, load
+from state.errors import SaltMismatch, SettingsError, SpringtideError
+from state.events import load_salt
+from state.features import FeatureSpec
+from state.log import Topics, Writer
+from state.registry import Registry
+from streaming.bootstrap import CLIP, analyse, collect, load_preprocessing, preprocessing_fn, run
+from tests.conftest import KafkaFactory
+
+START_MS = 1_790_000_000_000
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def settings_of(kafka: object, state: Path, **flags: object) -> Settings:
+    argv = ["--paths.state", str(state)]
+    for name in ("bootstrap_servers", "clicks_topic"):
+        argv += [f"--kafka.{name}", str(getattr(kafka, name))]
+    for name, value in flags.items():
+        argv += [f"--{name.replace('__', '.')}", str(value)]
+    return load(argv, {})
+
+
+def send_clicks(settings: Settings, clicks: int) -> None:
+    drawn = np.random.default_rng(3)
+    with Topics(settings.kafka) as topics, Writer(settings.kafka) as writer:
+        topics.ensure(settings.kafka.clicks_topic, 2)
+        for number in range(clicks):
+            user = f"u{drawn.integers(40)}"
+            event = {
+                "user": user,
+                "item": f"i{drawn.integers(90)}",
+                "category": f"c{int(drawn.zipf(1.7)) % 12}",
+                "action": "view",
+                "time": START_MS + 1000 * number,
+            }
+            at = START_MS + 1000 * number
+            writer.send(
+                settings.kafka.clicks_topic, number % 2, user.encode(), json.dumps(event).encode(), timestamp_ms=at
+            )
+        writer.flush()
+
+
+@pytest.fixture
+def settings(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
+    made = settings_of(kafka_settings(), tmp_path / "state", bootstrap__min_rows=300, bootstrap__timeout_s=60)
+    send_clicks(made, 400)
+    return made
+
+
+def test_the_first_clicks_become_constants_labels_and_names_once(settings: Settings, tmp_path: Path) -> None:
+    said: list[str] = []
+    assert run(settings, said.append)
+    assert "400 clicks" in said[-1]
+    spec = FeatureSpec.from_settings(settings)
+    registry = Registry(settings.registry_dir)
+    assert registry.specs() == [spec.digest]
+    about = registry.spec(spec.digest)
+    assert about["salt"] == load_salt(settings.salt_path).fingerprint
+    assert FeatureSpec.from_json(about["spec"]) == spec
+    clicks = [count for _, count in about["popular"]]
+    assert clicks == sorted(clicks, reverse=True)
+    assert sum(clicks) == 400
+    assert {about["names"][label] for label, _ in about["popular"]} <= {f"c{number}" for number in range(12)}
+
+    from trainer.program import preprocessing_of
+
+    transform = preprocessing_of(registry.transform(spec.digest))
+    sample = collect(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent)
+    ours = np.concatenate(sample.features).astype(np.float32)
+    scaled = transform(ours).numpy()
+    logs = np.log1p(ours.astype(np.float64))
+    expected = np.clip((logs - logs.mean(0)) / np.maximum(logs.std(0), 0.25), -CLIP, CLIP)
+    np.testing.assert_allclose(scaled, expected, atol=1e-3)
+
+    assert not run(settings, silent), "a second run has nothing to do"
+    settings.salt_path.write_bytes(b"another salt, of thirty-two bytes")
+    with pytest.raises(SaltMismatch, match="restore that salt file"):
+        run(settings, silent)
+
+
+def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None:
+    ticks = iter(range(0, 10_000, 30))
+    starved = load(
+        [
+            *("--paths.state", settings.paths.state, "--bootstrap.min_rows", "100000"),
+            *("--kafka.bootstrap_servers", settings.kafka.bootstrap_servers),
+            *("--kafka.clicks_topic", settings.kafka.clicks_topic),
+        ],
+        {},
+    )
+    said: list[str] = []
+    with pytest.raises(SpringtideError, match="lower bootstrap.min_rows"):
+        run(starved, said.append, clock=lambda: float(next(ticks)))
+    assert any("of at least 100000 clicks" in line for line in said)
+    assert Registry(starved.registry_dir).specs() == []
+
+
+def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).integers(0, 9, (500, 6)).astype(np.uint16)
+    features[:, 2] = 7
+    analyse([features], preprocessing_fn, tmp_path)
+
+    from trainer.program import preprocessing_of
+
+    scaled = preprocessing_of(tmp_path)(
+        np.vstack([features, np.full((1, 6), 65535, np.uint16)]).astype(np.float32)
+    ).numpy()
+    assert np.abs(scaled[:-1, 2]).max() < 1e-4
+    assert np.abs(scaled).max() <= CLIP
+
+
+def test_an_unknown_preprocessing_is_a_wrong_setting() -> None:
+    with pytest.raises(SettingsError, match="module:name"):
+        load_preprocessing("streaming.bootstrap:nothing")
+
+
+def test_the_process_says_in_one_line_that_the_broker_is_away(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "streaming.bootstrap",
+        "--paths.state",
+        str(tmp_path),
+        "--kafka.bootstrap_servers",
+        "127.0.0.1:1",
+    ]
+    done = subprocess.run(
+        [*command, "--kafka.request_timeout_s", "1"], capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+    assert done.returncode == 1
+    assert "UnreachableBroker" in done.stderr
+    assert "Traceback" not in done.stderr
