@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import gc
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy import up
+from deploy.ascent import has_spec, repeated_flags
+from deploy.kafka.broker import free_port
+from deploy.programs import STOP_ORDER, ports, programs
+from state.config import Settings, load
+from state.lock import DirectoryLock
+
+PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "kafka.port")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """`main` takes the process's signals; a test gives them back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """A state directory and free ports of this test."""
+    chosen = [word for name in PORTS for word in (f"--{name}", str(free_port()))]
+    return [*chosen, "--paths.state", str(tmp_path / "state")]
+
+
+def complaint(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """Runs `up`, which must refuse with exit 1; returns the one line that it says."""
+    assert up.main(argv) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_taken_port_is_one_line_with_the_setting_to_change(
+    capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        line = complaint(capsys, [*flags, "--serving.port", str(port)])
+    assert f"port {port} is in use" in line
+    assert "serving.port" in line
+
+
+def test_a_full_disk_is_one_line_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.ascent.LEAST_FREE_BYTES", 2**60)
+    assert "GiB free" in complaint(capsys, flags)
+    assert not (tmp_path / "state").exists()
+
+
+# The Kafka client leaves its sockets to the garbage collector when nobody answers.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_unreachable_broker_is_one_line_and_starts_no_process(
+    capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path
+) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    line = complaint(capsys, [*flags, "--bootstrap-servers", nobody, "--kafka.request_timeout_s", "1"])
+    gc.collect()
+    assert nobody in line
+    assert not (tmp_path / "state" / "logs").exists()
+    assert not (tmp_path / "state" / "kafka").exists()
+
+
+def test_an_unsupported_python_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 13, 1))
+    assert "Python 3.13 is not supported" in complaint(capsys, [])
+
+
+def test_a_second_run_on_the_same_state_names_the_first(
+    capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path
+) -> None:
+    with DirectoryLock(tmp_path / "state"):
+        line = complaint(capsys, flags)
+    assert "is in use by process" in line
+
+
+def test_an_unknown_setting_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert up.main(["--kafka.prot", "1"]) == 2
+    assert "kafka.port" in capsys.readouterr().err
+
+
+def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() -> None:
+    named = {port.setting for port in ports(Settings(), local_kafka=True)}
+    assert named == set(PORTS)
+    assert named - {port.setting for port in ports(Settings(), local_kafka=False)} == {"kafka.port"}
+
+
+def test_producers_stop_before_what_they_write_to() -> None:
+    order = [name for name in STOP_ORDER if name != "bootstrap"]
+    assert order == ["shoppers", "stream", "trainer", "applier"]
+    assert set(programs()) - set(STOP_ORDER) == {"worker"}
+
+
+def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:
+    assert not has_spec(tmp_path)
+    (tmp_path / "specs" / "abc").mkdir(parents=True)
+    assert not has_spec(tmp_path)
+    (tmp_path / "specs" / "abc" / "spec.json").write_text("{}")
+    assert has_spec(tmp_path)
+
+
+def test_other_commands_are_shown_with_the_flags_of_this_run_and_no_password() -> None:
+    settings = load(["--kafka.port", "9192", "--kafka.sasl_password", "hush"], env={"SPRINGTIDE_STREAM_CUT_MS": "50"})
+    assert repeated_flags(settings) == " --kafka.port 9192"
+
+
+def test_signals_ask_once_to_stop_and_twice_to_hurry() -> None:
+    signals = up.Signals()
+    assert not signals.stop()
+    signal.raise_signal(signal.SIGINT)
+    assert signals.stop()
+    assert not signals.hurry()
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.hurry()
