@@ -145,8 +145,9 @@ def analyse(features: Sequence[npt.NDArray[np.uint16]], preprocessing: Callable[
     """
     import apache_beam as beam
     import tensorflow_transform.beam as tft_beam
-    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
     from tensorflow_metadata.proto.v0 import schema_pb2
+    from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
     from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
 
     width = features[0].shape[1]
@@ -163,7 +164,7 @@ def analyse(features: Sequence[npt.NDArray[np.uint16]], preprocessing: Callable[
     ):
         batches = pipeline | "Take the sample" >> beam.Create(chunks) | "Make record batches" >> beam.Map(record_batch)
         transform = (batches, adapter) | "Analyse" >> tft_beam.AnalyzeDataset(preprocessing)
-        transform | "Write the graph" >> tft_beam.WriteTransformFn(str(output))
+        transform | "Write the graph" >> WriteTransformFn(str(output))
 
 
 _SCHEMA = pa.schema([(FEATURES, pa.list_(pa.float32()))])

@@ -105,7 +105,7 @@ def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None
         {},
     )
     said: list[str] = []
-    with pytest.raises(SpringtideError, match="lower bootstrap.min_rows"):
+    with pytest.raises(SpringtideError, match=r"lower bootstrap\.min_rows"):
         run(starved, said.append, clock=lambda: float(next(ticks)))
     assert any("of at least 100000 clicks" in line for line in said)
     assert Registry(starved.registry_dir).specs() == []
