@@ -1,3 +1,5 @@
+"""Each refusal of the start-up checks names what to change."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""The live line comes from the real metrics, and the terminal keeps its other lines."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""The supervisor starts again what dies, gives up what keeps dying, and leaves nothing behind."""
+
 from __future__ import annotations
 
 import os

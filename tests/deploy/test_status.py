@@ -1,3 +1,5 @@
+"""`status` shows whatever runs, and says what is away."""
+
 from __future__ import annotations
 
 import gc

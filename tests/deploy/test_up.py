@@ -1,3 +1,5 @@
+"""`up` refuses in one line, and stops what it started."""
+
 from __future__ import annotations
 
 import gc

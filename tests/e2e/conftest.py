@@ -1,0 +1,23 @@
+"""One running loop for all end-to-end tests."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.e2e.running import Loop
+
+
+@pytest.fixture(scope="session")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """A running loop; a test leaves it running and following."""
+    made = Loop(tmp_path_factory.mktemp("e2e"))
+    made.start()
+    yield made
+    left = made.processes()
+    made.stop(signal.SIGTERM)
+    for process in psutil.wait_procs(left, timeout=10)[1]:
+        process.kill()

@@ -1,0 +1,178 @@
+"""A whole loop as its operator and its clients see it: `up` with its own Kafka, in a state directory of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from deploy import scrape
+from deploy.kafka.broker import free_port
+from state.config import Settings, load
+from state.log import Topics, Writer
+
+ROOT = Path(__file__).parents[2]
+PORTS = ("kafka.port", "serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
+SHORT = {
+    "shoppers.rate": 100,
+    "shoppers.users": 200,
+    "bootstrap.min_rows": 300,
+    "trainer.base_every_s": 20,
+}
+FIRST_ANSWER_S = 120.0
+DEADLINE_S = 45.0
+MODULES = {
+    "shoppers": "deploy.replay",
+    "stream": "streaming.pipeline",
+    "trainer": "trainer.loop",
+    "applier": "deploy.serving.applier",
+    "worker": "deploy.serving.rest",
+}
+
+Found = TypeVar("Found")
+
+
+def until(look: Callable[[], Found | None], what: str, deadline_s: float = DEADLINE_S) -> Found:
+    """Polls until `look` finds something, or fails after `deadline_s`."""
+    end = time.monotonic() + deadline_s
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < end, f"after {deadline_s:.0f} s: {what}"
+        time.sleep(0.02)
+
+
+class Loop:
+    """One loop; `start` may be called again after `stop`."""
+
+    def __init__(self, directory: Path) -> None:
+        values = {name: free_port() for name in PORTS} | SHORT | {"paths.state": directory / "state"}
+        self.flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        self.settings: Settings = load(self.flags, env={})
+        self.output = directory / "up.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.first_answer_s = 0.0
+
+    def start(self) -> None:
+        """Starts `up` and returns after its first answer."""
+        begin = time.monotonic()
+        already = self.said()
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.up", *self.flags],
+                cwd=ROOT,
+                env={name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        process = self.process
+
+        def running() -> bool:
+            assert process.poll() is None, f"up ended with {process.returncode}:\n{self.said()}\n{self.logs()}"
+            return "9/9" in self.said()[len(already) :]
+
+        try:
+            until(running, "the loop is not up", FIRST_ANSWER_S)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said()}\n{self.logs()}") from None
+        self.first_answer_s = time.monotonic() - begin
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Stops `up` as Ctrl-C does; returns its exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def said(self) -> str:
+        """All lines of `up`."""
+        return self.output.read_text() if self.output.exists() else ""
+
+    def logs(self) -> str:
+        """The ends of all processes' logs."""
+        paths = sorted(self.settings.logs_dir.glob("*.log"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths)
+
+    def processes(self) -> list[psutil.Process]:
+        """`up` and everything below it."""
+        assert self.process is not None
+        try:
+            up = psutil.Process(self.process.pid)
+            return [up, *up.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def pid(self, name: str) -> int | None:
+        """The process id of one part; None while it does not run."""
+        for process in self.processes():
+            try:
+                if MODULES[name] in process.cmdline():
+                    return process.pid
+            except psutil.Error:
+                continue
+        return None
+
+    def get(self, path: str) -> tuple[int, Any]:
+        """Status and JSON of a GET to a worker; status 0 where none answers."""
+        status, body = scrape.fetch(scrape.serving_url(self.settings) + path, timeout_s=5.0)
+        return status, json.loads(body) if status and body.startswith("{") else body
+
+    def profile(self, user: str, **query: str) -> dict[str, Any] | None:
+        """A profile; None where it cannot be had now."""
+        status, body = self.get(f"/v1/profiles/{user}" + (f"?{urllib.parse.urlencode(query)}" if query else ""))
+        return body if status == 200 else None
+
+    def metrics(self, name: str) -> scrape.Scrape:
+        """The metrics of one process."""
+        return scrape.scrape({name: scrape.urls(self.settings)[name]})[name]
+
+    def springtide(self, command: str, *words: str) -> Any:
+        """Runs an operator's command; returns its JSON."""
+        line = [sys.executable, "-m", "deploy.cli", command, *words, "-o", "json", *self.flags]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command} failed: {done.stderr}"
+        return json.loads(done.stdout)
+
+    def click(self, clicks: Sequence[tuple[str, str, str, str]]) -> dict[str, int]:
+        """Sends clicks (user, item, category, action) of this moment.
+
+        Returns:
+            "<topic id>:<partition>" -> the position after the last of them, as an answer's `version.sources` has it.
+        """
+        kafka = self.settings.kafka
+        now_ms = time.time_ns() // 1_000_000
+        writer = Writer(kafka)
+        try:
+            for user, item, category, action in clicks:
+                click = {"user": user, "item": item, "category": category, "action": action, "time": now_ms}
+                writer.send(kafka.clicks_topic, None, user.encode(), json.dumps(click).encode())
+            writer.flush()
+        finally:
+            writer.close()
+        return self.ends()
+
+    def ends(self) -> dict[str, int]:
+        """The end of each partition of the clicks."""
+        with Topics(self.settings.kafka) as topics:
+            topic_id = topics.describe(self.settings.kafka.clicks_topic).topic_id
+            ends = topics.ends(self.settings.kafka.clicks_topic)
+        return {f"{topic_id}:{partition}": end for partition, (_, end) in ends.items()}
+
+    def answer_trained_on(self, user: str, ends: dict[str, int], **query: str) -> dict[str, Any]:
+        """Waits for an answer by a version that has learned from everything before `ends`."""
+
+        def look() -> dict[str, Any] | None:
+            answer = self.profile(user, **query)
+            sources = answer["version"]["sources"] if answer else {}
+            return answer if answer and all(sources.get(source, 0) >= end for source, end in ends.items()) else None
+
+        return until(look, f"no version covers {ends}; the newest answer is {self.profile(user)!s:.300}")

@@ -1,0 +1,106 @@
+"""A click in Kafka changes an answer: the whole line, with the real processes and the real Kafka."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.running import Loop, until
+
+PARTS = {
+    "stream": "springtide_stream_events_total",
+    "trainer": "springtide_trainer_steps_total",
+    "applier": "springtide_serving_applied_versions_total",
+    "worker": "springtide_requests_total",
+}
+
+
+def test_the_first_answer_comes_while_up_says_each_step(loop: Loop) -> None:
+    said = loop.said()
+    steps = [line.split()[2] for line in said.splitlines() if line[:1] == " " and "/9" in line]
+    assert steps == [f"{number}/9" for number in range(1, 10)]
+    assert "curl -s http://127.0.0.1:" in said
+    assert loop.get("/readyz")[0] == 200
+    assert loop.get("/healthz")[0] == 200
+
+
+def test_a_burst_in_a_category_that_never_existed_leads_the_answer(loop: Loop) -> None:
+    user, category = "ada-of-the-burst", "category-born-just-now"
+    before = loop.profile(user)
+    assert before is not None
+    assert before["cold_start"]
+    assert category not in [interest["label"] for interest in before["interests"]]
+    ends = loop.click([(user, f"new-item-{number}", category, "purchase") for number in range(20)])
+    answer = loop.answer_trained_on(user, ends, item="new-item-3", category=category)
+    assert answer["interests"][0]["label"] == category
+    assert answer["known"]
+    assert not answer["cold_start"]
+    assert answer["engagement"]["item"] == "new-item-3"
+    assert 0.0 <= answer["engagement"]["probability"] <= 1.0
+
+
+def test_an_answer_says_all_that_it_rests_on(loop: Loop) -> None:
+    user = "grace-of-the-fields"
+    answer = loop.answer_trained_on(user, loop.click([(user, "kettle", "kitchen", "view")] * 3))
+    assert answer["user_id"] == user
+    assert len(answer["vector"]) == 128
+    assert answer["version"]["number"] > 0
+    assert answer["version"]["epoch"] >= 1
+    assert 0.0 <= answer["version"]["age_s"] < 60.0
+    assert answer["clock"] == "event"
+    assert abs(sum(interest["probability"] for interest in answer["interests"]) - 1.0) < 1e-3
+    probabilities = [interest["probability"] for interest in answer["interests"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert len(answer["features"]) == 128
+    assert all(isinstance(value, int) for value in answer["features"].values())
+    assert 3 in answer["features"].values()
+
+
+def test_an_unknown_user_is_a_cold_start_and_marked_as_such(loop: Loop) -> None:
+    answer = loop.profile("nobody-ever-saw-me")
+    assert answer is not None
+    assert answer["cold_start"]
+    assert not answer["known"]
+    assert answer["interests"], "a cold start is offered the popular categories"
+    # The figures of a user without events are all zero but those that say so.
+    assert set(answer["features"].values()) <= {0, 1, 0xFFFF}
+
+
+def test_a_refused_record_is_counted_with_its_reason_and_holds_nobody_up(loop: Loop) -> None:
+    from state.log import Writer
+
+    name = "springtide_stream_dead_letters_total"
+    before = loop.metrics("stream").by(name, "reason").get("undecodable", 0.0)
+    writer = Writer(loop.settings.kafka)
+    writer.send(loop.settings.kafka.clicks_topic, 0, None, b"no json")
+    writer.flush()
+    writer.close()
+    until(
+        lambda: loop.metrics("stream").by(name, "reason").get("undecodable", 0.0) == before + 1,
+        "the dead letter is not counted",
+    )
+    user = "linus-after-the-dead-letter"
+    loop.answer_trained_on(user, loop.click([(user, "pen", "office", "view")]))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_process_offers_its_metrics(loop: Loop, part: str) -> None:
+    metrics = loop.metrics(part)
+    assert not metrics.problem
+    assert (metrics.total(PARTS[part]) or 0.0) > 0.0
+
+
+def test_both_freshness_figures_are_small_while_clicks_arrive(loop: Loop) -> None:
+    def fresh() -> bool:
+        applier = loop.metrics("applier")
+        features = applier.value("springtide_serving_feature_freshness_seconds")
+        weights = applier.value("springtide_serving_weight_freshness_seconds")
+        return features is not None and weights is not None and features < 5.0 and weights < 5.0
+
+    until(fresh, "an answer does not become fresh")
+
+
+def test_status_shows_every_part_running(loop: Loop) -> None:
+    state = loop.springtide("status")
+    assert all(part["answers"] for part in state["processes"].values())
+    assert state["kafka"]["answers"]
+    assert state["registry"]["control"]["serving"] == "follow"

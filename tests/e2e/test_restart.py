@@ -1,0 +1,88 @@
+"""The loop survives the death of each part, stops without a trace, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from state.history import HistoryStore
+from state.positions import StreamAccount, check_accounts
+from tests.e2e.running import ROOT, Loop, until
+
+
+@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker"])
+def test_the_loop_recovers_from_the_kill_of(loop: Loop, part: str) -> None:
+    loop.springtide("follow", "--reason", "a test begins")
+    pid = loop.pid(part)
+    assert pid is not None
+    loop.click([("sender-before-the-kill", "lamp", "light", "view")] * 10)
+    os.kill(pid, signal.SIGKILL)
+    user = f"sender-after-the-kill-of-{part}"
+    ends = loop.click([(user, "lamp", "light", "purchase")] * 10)
+    until(lambda: loop.pid(part) not in (None, pid), f"{part} is not started again")
+    answer = loop.answer_trained_on(user, ends)
+    assert answer["interests"][0]["label"] == "light"
+    # Rows that were written twice were learned from once: the count over the longest window is exact.
+    assert 10 in answer["features"].values()
+    assert 20 not in answer["features"].values()
+    assert f"{part} died (SIGKILL)" in loop.said()
+
+
+def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None:
+    user = "one-who-comes-back"
+    before = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
+    running = loop.processes()
+    assert len(running) >= 7
+
+    # 1. Ctrl-C ends all of it.
+    assert loop.stop(signal.SIGINT) == 0
+    assert "stopped after" in loop.said()
+    assert "did not end" not in loop.said()
+    _, alive = psutil.wait_procs(running, timeout=5)
+    assert alive == []
+    mine = [
+        str(loop.settings.state_dir) in word
+        for one in psutil.process_iter(["cmdline"])
+        for word in one.info["cmdline"] or ()
+    ]
+    assert not any(mine)
+
+    # 2. Every position is accounted for.
+    store = HistoryStore(loop.settings.stream_dir, readonly=True)
+    totals, positions = (
+        store.totals,
+        {f"{one.topic_id}:{one.partition}": next for one, next in store.positions().items()},
+    )
+    store.close()
+    assert check_accounts(StreamAccount(**totals)) == ()
+    assert totals["rows"] > 0
+
+    # 3. The second start goes on: same registry, same positions, no second bootstrap.
+    loop.start()
+    assert "done by an earlier run" in loop.said()
+    after = until(lambda: loop.profile(user), "no answer after the second start")
+    assert after["known"]
+    assert after["version"]["number"] >= before["version"]["number"]
+    assert after["version"]["epoch"] == before["version"]["epoch"]
+    assert 7 in after["features"].values()
+    ends = loop.click([(user, "tent", "outdoors", "purchase")])
+    assert all(ends[source] >= position for source, position in positions.items())
+    again = loop.answer_trained_on(user, ends)
+    assert again["version"]["number"] > before["version"]["number"]
+    assert 8 in again["features"].values()
+
+
+def test_a_second_up_on_the_same_state_is_refused_and_hurts_nobody(loop: Loop) -> None:
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.up", *loop.flags], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"is in use by process {loop.process.pid if loop.process else None}" in line
+    assert loop.get("/readyz")[0] == 200

@@ -1,0 +1,120 @@
+"""The operator pins, follows and rolls back a running loop."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+import pytest
+
+from tests.e2e.running import Loop, until
+
+# A rollback is seen on every replica within a second; the command's own start-up is not counted.
+SEEN_S = 1.0
+
+
+def served(loop: Loop) -> tuple[int, int]:
+    """Version and epoch of an answer."""
+    answer = until(lambda: loop.profile("anyone"), "no answer")
+    return answer["version"]["number"], answer["version"]["epoch"]
+
+
+def seconds_until_served(loop: Loop, version: int) -> float:
+    """How long until an answer is of `version`, from the moment that control says so."""
+    decided_s = loop.springtide("history")[-1]["created_at_ms"] / 1000
+    until(lambda: served(loop)[0] == version, f"version {version} is not served")
+    return time.time() - decided_s
+
+
+def iso(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@pytest.fixture(autouse=True)
+def following(loop: Loop) -> None:
+    """Begins from a loop that follows."""
+    loop.springtide("follow", "--reason", "a test begins")
+
+
+def test_pinned_answers_stay_and_training_goes_on_until_follow(loop: Loop) -> None:
+    version, epoch = served(loop)
+    loop.springtide("pin", str(version), "--reason", "look at this one")
+    until(lambda: served(loop)[0] == version, "the pin is not seen")
+    trained = loop.metrics("trainer").value("springtide_trainer_version") or 0.0
+    until(
+        lambda: (loop.metrics("trainer").value("springtide_trainer_version") or 0.0) > trained,
+        "training did not go on",
+    )
+    assert served(loop) == (version, epoch)
+    assert loop.metrics("applier").value("springtide_serving_pinned") == 1.0
+    loop.springtide("follow", "--reason", "seen enough")
+    until(lambda: served(loop)[0] > version, "answers do not follow")
+
+
+def test_rollback_answers_with_the_version_at_once_and_a_new_epoch_leaves_the_poison_out(loop: Loop) -> None:
+    user, poison = "victim-of-the-bots", "poisoned-category"
+    loop.answer_trained_on(user, loop.click([(user, "book", "reading", "purchase")] * 5))
+    good, epoch = served(loop)
+    # The poison lies alone in its interval of event time.
+    begin_s = time.time()
+    poisoned = loop.answer_trained_on(user, loop.click([(user, f"bot-{n}", poison, "purchase") for n in range(20)]))
+    end_s = time.time()
+    assert poisoned["interests"][0]["label"] == poison
+    bad = poisoned["version"]["number"]
+
+    asked_s = time.time()
+    loop.springtide(
+        "rollback", "--to", str(good), "--skip-time", f"{iso(begin_s)}..{iso(end_s)}", "--reason", "bots clicked"
+    )
+    decided_s = loop.springtide("history")[-1]["created_at_ms"] / 1000
+    assert asked_s - 1.0 <= decided_s
+    until(lambda: served(loop)[0] == good, f"version {good} is not served")
+
+    # 1. Answers are of the good version, and their windows leave the masked clicks out.
+    answer = until(lambda: loop.profile(user), "no answer")
+    assert answer["version"]["number"] == good
+    assert answer["version"]["mask_generation"] > 0
+    assert poison not in [interest["label"] for interest in answer["interests"]]
+
+    # 2. The trainer starts a new epoch from it; versions never reuse a number.
+    def new_epoch() -> list[dict[str, object]]:
+        return [one for one in loop.springtide("versions") if one["epoch"] == epoch + 1]
+
+    first = min(int(str(one["version"])) for one in until(new_epoch, "no version of the new epoch"))
+    assert first > bad
+    assert served(loop) == (good, epoch)
+
+    # 3. Answers follow when they are told to, and the poison stays out.
+    loop.springtide("follow", "--reason", "the new epoch is good")
+    until(lambda: served(loop)[1] == epoch + 1, "answers do not follow into the new epoch")
+    ends = loop.click([(user, "book", "reading", "view")])
+    answer = loop.answer_trained_on(user, ends)
+    assert answer["version"]["epoch"] == epoch + 1
+    assert answer["interests"][0]["label"] == "reading"
+    assert poison not in [interest["label"] for interest in answer["interests"]]
+
+
+def test_a_rollback_is_seen_within_a_second(loop: Loop) -> None:
+    from state import control
+    from state.registry import Registry
+
+    version, _ = served(loop)
+    until(lambda: served(loop)[0] > version + 3, "no newer version")
+    registry = Registry(loop.settings.registry_dir)
+    begin_s = time.monotonic()
+    registry.change(
+        lambda now: control.roll_back(
+            now, version, now.mask, actor="test", reason="how fast is it seen", now_ms=time.time_ns() // 1_000_000
+        )
+    )
+    until(lambda: served(loop)[0] == version, f"version {version} is not served")
+    assert time.monotonic() - begin_s < SEEN_S
+
+
+def test_history_names_who_did_what_and_why(loop: Loop) -> None:
+    loop.springtide("pin", str(served(loop)[0]), "--reason", "for the audit")
+    newest = loop.springtide("history")[-1]
+    assert newest["action"] == "pin"
+    assert newest["reason"] == "for the audit"
+    assert newest["actor"]
+    loop.springtide("follow", "--reason", "done")
