@@ -5,7 +5,7 @@
     dense     version u64                           -> dense tensors, safetensors
     popular   version u64                           -> u64[P] labels
     changes   version u64                           -> u64[2, k] (table, id) written by it
-    meta      "served", "serial", "floor"
+    meta      "served", "serial", "floor"; note:<name> -> bytes of the owner
 
 A reader at version V makes one range seek per row: the version is stored
 inverted, so that the newest entry not above V comes first. A base goes into a
@@ -137,6 +137,10 @@ class RowReader:
         if pointer is None:
             return None
         return self._store.parsed(pointer, self._transaction)
+
+    def note(self, name: str) -> bytes | None:
+        """What `steer` last stored under `name`."""
+        return _stored(self._transaction, b"note:" + name.encode(), self._store.meta)
 
     def version(self, version: int) -> Served | None:
         """An applied version, or None."""
@@ -371,8 +375,19 @@ class RowStore:
         Raises:
             UnknownVersion: It is not applied here.
         """
+        self.steer({}, version)
+
+    def steer(self, notes: Mapping[str, bytes], version: int | None = None) -> None:
+        """Stores the owner's `notes` and, with `version`, moves the pointer, both at the same moment.
+
+        Raises:
+            UnknownVersion: `version` is not applied here; nothing was changed.
+        """
         with self._writing() as transaction:
-            self._point(version, transaction)
+            for name, value in notes.items():
+                transaction.put(b"note:" + name.encode(), value, db=self.meta)
+            if version is not None:
+                self._point(version, transaction)
 
     def _free_lane(self, transaction: lmdb.Transaction) -> int:
         taken = {Served.parse(record).lane for _, record in transaction.cursor(self.versions)}

@@ -304,3 +304,17 @@ def test_a_version_older_than_a_dropped_tombstone_does_not_come_back_to_its_lane
     assert store.entries() == 0
     assert not store.accepts(manifest(2, 1))
     assert store.accepts(manifest(5, 4))
+
+
+def test_notes_and_pointer_move_together(tmp_path: Path) -> None:
+    """A mask and the version it goes with are seen by the same answer, or neither is."""
+    store = RowStore(tmp_path, 1 << 26)
+    with pytest.raises(UnknownVersion):
+        store.steer({"control": b"2"}, version=7)
+    with store.reader() as reader:
+        assert reader.note("control") is None
+    store.apply(manifest(1, None, "base"), tensors({}), now_ms=1)
+    store.steer({"control": b"2"}, version=1)
+    with store.reader() as reader:
+        served = reader.served()
+        assert served is not None and (served.version, reader.note("control")) == (1, b"2")

@@ -1,0 +1,111 @@
+"""Opens what a worker reads on its host, and opens it again when the applier has begun it anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy.serving.predictor import CLOCK_EXTRA, NotReady, Predictor
+from state.config import Settings
+from state.errors import SpringtideError, StoreError
+from state.identity import Salt
+from state.features import FeatureSpec
+from state.history import HistoryStore
+from state.rows import RowStore
+
+ROWS = "rows"
+HISTORIES = "histories"
+PROGRAMS = "programs"
+CAUGHT_UP_EXTRA = "caught_up"
+_DATA = "data.mdb"
+_CHECK_MS = 1000
+
+
+class Host:
+    """The stores of one serving host as a worker sees them; use it in one thread.
+
+    Args:
+        settings: Where the stores are, and what their features mean.
+        salt: The salt of the pseudonyms.
+        now_ms: The wall clock.
+    """
+
+    def __init__(self, settings: Settings, salt: Salt, now_ms: Callable[[], int]) -> None:
+        self._settings = settings
+        self._salt = salt
+        self._now_ms = now_ms
+        self._spec = FeatureSpec.from_settings(settings)
+        self._rows: RowStore | None = None
+        self._histories: HistoryStore | None = None
+        self._predictor: Predictor | None = None
+        self._files: tuple[int, int] = (0, 0)
+        self._check_at_ms = 0
+
+    def predictor(self) -> Predictor:
+        """What answers; opened again where a store's file is another one than a second ago.
+
+        Raises:
+            NotReady: A store is not there yet.
+        """
+        now_ms = self._now_ms()
+        if self._predictor is None or now_ms >= self._check_at_ms:
+            self._check_at_ms = now_ms + _CHECK_MS
+            files = (self._file(ROWS), self._file(HISTORIES))
+            if self._predictor is None or files != self._files:
+                self.close()
+                self._predictor = self._open()
+                self._files = files
+        return self._predictor
+
+    def missing(self) -> dict[str, str]:
+        """What keeps this worker from answering, by part (histories, version, program); empty when it is ready."""
+        try:
+            predictor = self.predictor()
+        except SpringtideError as error:
+            return {"histories" if self._rows is not None else "version": str(error)}
+        found = {}
+        assert self._histories is not None
+        if self._histories.extra(CLOCK_EXTRA) is None:
+            found["histories"] = "no micro-batch has been taken into the histories yet; is the stream running?"
+        elif self._histories.extra(CAUGHT_UP_EXTRA) is None:
+            found["histories"] = "the histories are still being rebuilt from the micro-batch topic; wait for the applier"
+        try:
+            predictor.ready()
+        except NotReady as error:
+            found["version"] = str(error)
+        except SpringtideError as error:
+            found["program"] = str(error)
+        return found
+
+    def close(self) -> None:
+        """Closes both stores."""
+        for store in (self._rows, self._histories):
+            if store is not None:
+                store.close()
+        self._rows = self._histories = self._predictor = None
+
+    def _open(self) -> Predictor:
+        settings, folder = self._settings, self._settings.serving_dir
+        map_bytes = settings.serving.map_gb << 30
+        try:
+            self._rows = RowStore(folder / ROWS, map_bytes, readonly=True)
+            self._histories = HistoryStore(folder / HISTORIES, settings.features.history, map_bytes, readonly=True)
+        except StoreError as error:
+            raise NotReady(str(error)) from error
+        return Predictor(
+            self._rows,
+            self._histories,
+            folder / PROGRAMS,
+            self._spec,
+            self._salt,
+            settings.events.context,
+            settings.serving.clock,
+            self._now_ms,
+        )
+
+    def _file(self, name: str) -> int:
+        path: Path = self._settings.serving_dir / name / _DATA
+        try:
+            return path.stat().st_ino
+        except FileNotFoundError:
+            return 0

@@ -1,0 +1,211 @@
+"""The predictor answers as the model does, from exactly one version, without TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.serving.host import PROGRAMS
+from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE, Answer, NotReady, Predictor
+from deploy.serving.program import Program, read_program
+from state.errors import CorruptVersion, ProgramError, SaltMismatch, SpecMismatch
+from state.features import FeatureSpec, Mask, vectorise
+from state.identity import Salt, public_id, user_id
+from tests.deploy.serving.conftest import DIM, NOW_MS, SALT_KEY, SOURCE, Lowered, Stores, digest_of, manifest, row_of, tensors
+
+SALT = Salt(SALT_KEY)
+
+
+def predictor(stores: Stores, clock: str = "wall", context: tuple[str, ...] = (), spec: FeatureSpec | None = None) -> Predictor:
+    return Predictor(
+        stores.rows, stores.histories, stores.settings.serving_dir / PROGRAMS, spec or FeatureSpec(), SALT, context, clock,
+        now_ms=lambda: NOW_MS,
+    )  # fmt: skip
+
+
+def reference(stores: Stores, user: str, labels: list[str], popular: list[str], item: str, category: str) -> dict[str, Any]:
+    """What the model itself says, from inputs composed here."""
+    spec = FeatureSpec()
+    vector = vectorise(stores.histories.read(user_id(SALT, user)), NOW_MS, None, Mask.NONE, spec)
+    known = {"shoes", "hats", "books", "tea"}
+    zeros = np.zeros(DIM, np.float32)
+    row = {name: row_of("category", name, 1) if name in known else zeros for name in (*labels, *popular, category)}
+    rows, mask = np.zeros((1, spec.labels, DIM), np.float32), np.zeros((1, spec.labels), np.float32)
+    for place, name in enumerate(labels):
+        rows[0, place], mask[0, place] = row[name], 1.0
+    popular_rows, popular_mask = np.zeros((4, DIM), np.float32), np.zeros((1, 4), np.float32)
+    for place, name in enumerate(popular):
+        popular_rows[place], popular_mask[0, place] = row[name], float(name not in labels)
+    outputs = stores.lowered.model.forward(
+        {
+            "features": vector.features.astype(np.float32)[None],
+            "user_row": (row_of("user", user, 1) if user == "ann" else zeros)[None],
+            "context_row": zeros[None],
+            "item_row": (row_of("item", item, 1) if item == "i1" else zeros)[None],
+            "category_row": row[category][None],
+            "label_rows": rows,
+            "label_windows": vector.label_windows.astype(np.float32)[None],
+            "label_mask": mask,
+            "popular_rows": popular_rows,
+            "popular_mask": popular_mask,
+        }
+    )
+    return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def check(answer: Answer, outputs: dict[str, Any], candidates: list[tuple[str, str, int]]) -> None:
+    """Candidates are (name, output, place)."""
+    logits = np.array([outputs[output][0, place] for _, output, place in candidates])
+    shares = np.exp(logits) / np.exp(logits).sum()
+    wanted = {name: share for (name, _, _), share in zip(candidates, shares, strict=True)}
+    assert {one["label"]: pytest.approx(one["probability"], abs=1e-5) for one in answer.interests} == wanted
+    assert sum(one["probability"] for one in answer.interests) == pytest.approx(1.0, abs=1e-5)
+    given = [one["probability"] for one in answer.interests]
+    assert given == sorted(given, reverse=True)
+    np.testing.assert_allclose(answer.vector, outputs["vector"][0], atol=1e-5)
+
+
+def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
+    """Candidates are the user's labels, newest first, and the popular label that is not among them."""
+    answer = predictor(stores).profile("ann", item="i1")
+    outputs = reference(stores, "ann", ["shoes", "hats"], ["tea", "shoes"], "i1", "hats")
+    tea = f"{public_id('tea'):016x}"
+    check(answer, outputs, [("shoes", "label_logits", 0), ("hats", "label_logits", 1), (tea, "popular_logits", 0)])
+    assert answer.known and not answer.cold_start
+    assert answer.engagement is not None
+    assert answer.engagement["probability"] == pytest.approx(1 / (1 + np.exp(-outputs["engagement_logit"][0])), abs=1e-5)
+    assert answer.version["number"] == 1 and answer.version["age_s"] == 2.0
+    assert answer.version["sources"] == {f"{SOURCE}": 1001}
+    assert answer.features["view.count_1h"] == 2
+
+
+def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
+    """The user's own row is zeros; the history speaks."""
+    answer = predictor(stores).profile("bob")
+    outputs = reference(stores, "bob", ["books"], ["tea", "shoes"], "none", "books")
+    tea = f"{public_id('tea'):016x}"
+    check(answer, outputs, [("books", "label_logits", 0), (tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
+    assert answer.known and answer.engagement is None
+
+
+def test_an_unknown_user_gets_the_popular_labels(stores: Stores) -> None:
+    """A cold start is answered, and says that it is one."""
+    answer = predictor(stores).profile("nobody")
+    outputs = reference(stores, "nobody", [], ["tea", "shoes"], "none", "tea")
+    tea = f"{public_id('tea'):016x}"
+    check(answer, outputs, [(tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
+    assert not answer.known and answer.cold_start
+
+
+def test_an_items_category_is_the_one_asked_for_or_the_one_remembered(stores: Stores) -> None:
+    """`?category=` wins over the category the item was last seen in."""
+    chances = []
+    for category in (None, "hats", "books"):
+        engagement = predictor(stores).profile("ann", item="i1", category=category).engagement
+        assert engagement is not None
+        chances.append(engagement["probability"])
+    assert chances[0] == chances[1] != chances[2]
+
+
+def test_masked_clicks_leave_the_answer_at_once(stores: Stores) -> None:
+    """A mask in the newest control takes clicks out of windows and candidates, without a new version."""
+    served = predictor(stores)
+    assert served.profile("ann").features["view.count_1h"] == 2
+    mask = Mask(2, times=((NOW_MS - 10_000, NOW_MS),))
+    stores.rows.steer({CONTROL_NOTE: b'{"generation": 2}', MASK_NOTE: json.dumps(mask.to_json()).encode()})
+    answer = served.profile("ann")
+    assert answer.features["view.count_1h"] == 1
+    assert answer.version["mask_generation"] == 2
+    assert not served.profile("bob").known
+
+
+def test_a_masked_user_is_a_cold_start(stores: Stores) -> None:
+    """`--skip-users` masks the pseudonym."""
+    mask = Mask(2, users=frozenset({user_id(SALT, "bob")}))
+    stores.rows.steer({CONTROL_NOTE: b"2", MASK_NOTE: json.dumps(mask.to_json()).encode()})
+    assert predictor(stores).profile("bob").cold_start
+
+
+def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) -> None:
+    """Rows, dense weights and popular labels change together with the number."""
+    served = predictor(stores)
+    first = served.profile("ann")
+    doubled = Lowered(stores.lowered.content, {name: 2 * value for name, value in stores.lowered.weights.items()}, None)
+    newer = tensors(doubled, 2, {"user": ["ann"], "category": ["hats"]}, ["books"])
+    stores.rows.apply(manifest(2, digest_of(doubled), parent=1), newer, NOW_MS)
+    assert served.profile("ann").version["number"] == 1
+    stores.rows.serve(2)
+    second = served.profile("ann")
+    assert second.version["number"] == 2
+    assert {one["label"] for one in second.interests} == {"shoes", "hats", "books"}
+    assert not np.allclose(first.vector, second.vector)
+    stores.rows.serve(1)
+    again = served.profile("ann")
+    assert (again.version, again.interests) == (first.version, first.interests)
+
+
+def test_context_is_the_mean_over_all_fields(stores: Stores) -> None:
+    """A field that is not given counts as zeros, as in training."""
+    names = {"context": ["device=phone"]}
+    stores.rows.apply(manifest(2, digest_of(stores.lowered), parent=1), tensors(stores.lowered, 2, names, []), NOW_MS, follow=True)
+    served = predictor(stores, context=("device", "country"))
+    vectors = [served.profile("ann", context=context).vector for context in ({}, {"device": "phone"}, {"device": "tv"}, {"x": "y"})]
+    assert not np.allclose(vectors[0], vectors[1])
+    assert np.allclose(vectors[0], vectors[2]) and np.allclose(vectors[0], vectors[3])
+
+
+@pytest.mark.parametrize(
+    ("clock", "at_ms", "expected"),
+    [("wall", None, (NOW_MS, "wall")), ("event", None, (NOW_MS - 4_600, "event")), ("event", 77, (77, "request"))],
+)
+def test_each_answer_states_its_clock(stores: Stores, clock: str, at_ms: int | None, expected: tuple[int, str]) -> None:
+    """The event clock is the newest accepted click, and the time since it was accepted."""
+    answer = predictor(stores, clock=clock).profile("ann", at_ms=at_ms)
+    assert (answer.at_ms, answer.clock) == expected
+
+
+def test_what_does_not_fit_is_refused(stores: Stores) -> None:
+    """Another salt, another feature spec, missing weights, a damaged program: an error, never a wrong answer."""
+    program = digest_of(stores.lowered)
+    rows = tensors(stores.lowered, 2, {"user": ["ann"]}, [])
+    stores.rows.apply(manifest(2, program, salt="0" * 16), rows, NOW_MS, follow=True)
+    with pytest.raises(SaltMismatch, match="version 2"):
+        predictor(stores).profile("ann")
+    stores.rows.apply(manifest(3, program), rows, NOW_MS, follow=True)
+    with pytest.raises(SpecMismatch, match="version 3"):
+        predictor(stores, spec=replace(FeatureSpec(), history=64)).profile("ann")
+    stores.rows.apply(manifest(4, program), {"popular": rows["popular"]}, NOW_MS, follow=True)
+    with pytest.raises(ProgramError, match="dense_"):
+        predictor(stores).profile("ann")
+    file = stores.settings.serving_dir / PROGRAMS / f"{program}.tflite"
+    file.write_bytes(b"x" + file.read_bytes())
+    with pytest.raises(CorruptVersion, match="digest"):
+        read_program(file)
+    with pytest.raises(ProgramError, match="cannot be run"):
+        Program(b"no program")
+
+
+def test_without_a_version_there_is_no_answer(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The reason is told."""
+    from state.rows import RowStore
+
+    empty = replace_rows(stores, RowStore(tmp_path_factory.mktemp("rows"), 1 << 26))
+    with pytest.raises(NotReady, match="no version"):
+        predictor(empty).profile("ann")
+
+
+def replace_rows(stores: Stores, rows: Any) -> Stores:
+    return Stores(stores.settings, rows, stores.histories, stores.lowered)
+
+
+def test_serving_imports_no_tensorflow() -> None:
+    """Neither does it load Beam: a worker is small and starts at once."""
+    look = "import sys, deploy.serving.rest, deploy.serving.applier; print([m for m in ('tensorflow', 'keras', 'apache_beam') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
