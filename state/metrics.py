@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from state.errors import PortTaken
 
 SHORT_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+FRESHNESS_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -129,6 +130,37 @@ class ApplierMetrics:
         self.microbatch_lag_records = Gauge(
             prefix + "microbatch_lag_records",
             "Positions of the micro-batch topic not yet taken into the histories.",
+            registry=registry,
+        )
+        self.control_generation = Gauge(
+            prefix + "control_generation", "Control generation that serving has seen.", registry=registry
+        )
+        self.corrupt_versions = Counter(
+            prefix + "corrupt_versions", "Versions refused because a file fails its digest.", registry=registry
+        )
+        self.swept_versions = Counter(prefix + "swept_versions", "Old versions forgotten.", registry=registry)
+        self.history_duplicates = Counter(
+            prefix + "history_duplicates", "Rows of the micro-batch topic that the histories had.", registry=registry
+        )
+        self.gap_positions = Counter(
+            prefix + "gap_positions", "Positions that no micro-batch covered, or that were deleted unread.", registry=registry
+        )
+        self.unreadable_microbatches = Counter(
+            prefix + "unreadable_microbatches", "Records of the micro-batch topic that are no micro-batch.", registry=registry
+        )
+        self.log_failures = Counter(
+            prefix + "log_failures", "Times that the micro-batch topic could not be read.", registry=registry
+        )
+        self.feature_age_seconds = Histogram(
+            prefix + "feature_age_seconds",
+            "Age of the newest click in the histories, sampled ten times a second.",
+            buckets=FRESHNESS_SECONDS,
+            registry=registry,
+        )
+        self.weight_age_seconds = Histogram(
+            prefix + "weight_age_seconds",
+            "Age of the newest click trained into the served version, sampled ten times a second.",
+            buckets=FRESHNESS_SECONDS,
             registry=registry,
         )
 
