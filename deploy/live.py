@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -151,15 +152,19 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Writes a line that stays."""
-        self._out.write(("\r\x1b[K" if self._open else "") + text + "\n")
+        self._write(("\r\x1b[K" if self._open else "") + text + "\n")
         self._open = False
-        self._out.flush()
 
     def live(self, text: str) -> None:
         """Rewrites the live line; where this is no terminal, writes a line."""
         if not self.terminal:
             self.say(text)
             return
-        self._out.write("\r\x1b[K" + text[: max(1, self._width() - 1)])
+        self._write("\r\x1b[K" + text[: max(1, self._width() - 1)])
         self._open = True
-        self._out.flush()
+
+    def _write(self, text: str) -> None:
+        # A terminal that went away must not keep the loop from stopping in order.
+        with contextlib.suppress(OSError):
+            self._out.write(text)
+            self._out.flush()
