@@ -1,0 +1,210 @@
+"""Claims about the profiler: cuts, cache and crashes change no bit; each row is `vectorise` of what came before."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.events import EventBatch
+from state.features import EVENT, Events, FeatureSpec, Mask, Vector, vectorise
+from state.history import HistoryStore
+from state.microbatch import Rows
+from state.positions import Range, Source
+from streaming.profile import Profiler, to_events
+
+SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, labels=5)
+SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
+BASE_MS = 1_700_000_000_000
+
+Click = tuple[int, int, int, int, int]
+
+streams = st.lists(
+    st.tuples(
+        st.integers(1, 4),  # user
+        st.integers(-20, 3),  # time, steps of 30 s: late, equal, out of order
+        st.integers(0, 3),  # category
+        st.integers(0, 1),  # partition
+        st.sampled_from([np.nan, 0.0, 0.5, 1.0]),  # label
+    ),
+    min_size=1,
+    max_size=90,
+)
+
+
+def batch_of(clicks: list[Click], following: list[int]) -> EventBatch:
+    """A batch with one range for each partition it has; `following` keeps the next offsets."""
+    partitions = sorted({click[3] for click in clicks})
+    first = {partition: following[partition] for partition in partitions}
+    offsets = []
+    for click in clicks:
+        offsets.append(following[click[3]])
+        following[click[3]] += 1
+    user, step, category, partition, label = (list(column) for column in zip(*clicks, strict=True))
+    return EventBatch(
+        user=np.array(user, np.uint64) + np.uint64(2**63),
+        item=np.array(category, np.uint64),
+        category=np.array(category, np.uint64),
+        action=np.array(user, np.uint8) % 4,
+        at_ms=BASE_MS + 30_000 * np.array(step, np.int64),
+        label=np.array(label, np.float32),
+        weight=np.ones(len(clicks), np.float32),
+        context=np.empty((len(clicks), 0), np.uint64),
+        source=np.array([partitions.index(one) for one in partition], np.uint16),
+        offset=np.array(offsets, np.int64),
+        ranges=tuple(
+            Range(SOURCES[one], first[one], following[one], rows=following[one] - first[one]) for one in partitions
+        ),
+        dead=(),
+        names={},
+    )
+
+
+def batches_of(clicks: list[Click], sizes: Callable[[], int]) -> list[EventBatch]:
+    made, following, place = [], [0, 0], 0
+    while place < len(clicks):
+        size = sizes()
+        made.append(batch_of(clicks[place : place + size], following))
+        place += size
+    return made
+
+
+def open_store(path: Path) -> HistoryStore:
+    return HistoryStore(path, SPEC.history, 16 << 20)
+
+
+def run(
+    path: Path, batches: list[EventBatch], cache_users: int, behind: int = 0, crash: Callable[[], bool] = lambda: False
+) -> tuple[list[Vector], str, int]:
+    """Profiles and commits `behind` batches later; a crash forgets what is not committed and does it again."""
+    store = open_store(path)
+    profiler = Profiler(store, SPEC, cache_users)
+    done: list[list[Vector]] = []
+    queue: deque[Rows] = deque()
+    place = 0
+
+    def commit() -> None:
+        rows = queue.popleft()
+        store.commit(rows.appends, rows.batch.ranges)
+        profiler.committed(rows)
+        done.append([Vector(*row) for row in zip(rows.features, rows.labels, rows.label_windows, strict=True)])
+
+    while place < len(batches) or queue:
+        if place < len(batches):
+            queue.append(profiler.update(batches[place]))
+            place += 1
+        while queue and (len(queue) > behind or place == len(batches)):
+            commit()
+        if crash():
+            store._env.close()
+            store = open_store(path)
+            profiler = Profiler(store, SPEC, cache_users)
+            place -= len(queue)
+            queue.clear()
+    digest, cached = store.digest(), profiler.cached_users
+    store.close()
+    return [row for rows in done for row in rows], digest, cached
+
+
+def assert_same(left: list[Vector], right: list[Vector]) -> None:
+    assert len(left) == len(right)
+    for place, (one, other) in enumerate(zip(left, right, strict=True)):
+        for name, mine, theirs in zip(Vector._fields, one, other, strict=True):
+            np.testing.assert_array_equal(mine, theirs, f"{name} of row {place}")
+
+
+def by_definition(batches: list[EventBatch]) -> list[Vector]:
+    """Each row from the plain list of the user's events before it."""
+    histories: dict[int, list[Events]] = defaultdict(list)
+    rows = []
+    for batch in batches:
+        for user, event in zip(batch.user.tolist(), to_events(batch), strict=True):
+            before = np.array(histories[user], EVENT)
+            rows.append(vectorise(before, int(event["at_ms"]), None, Mask.NONE, SPEC))
+            histories[user].append(event)
+    return rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(clicks=streams, seed=st.integers(0, 1 << 16), cache_users=st.integers(1, 4), behind=st.integers(0, 4))
+def test_cuts_cache_lag_and_crashes_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, clicks: list[Click], seed: int, cache_users: int, behind: int
+) -> None:
+    folder = tmp_path_factory.mktemp("profile")
+    chance = random.Random(seed)
+    each = batches_of(clicks, lambda: 1)
+    whole, whole_digest, _ = run(folder / "whole", batches_of(clicks, lambda: len(clicks)), 100)
+    assert_same(whole, by_definition(each))
+    cut = batches_of(clicks, lambda: chance.randint(1, 12))
+    some, some_digest, _ = run(folder / "some", cut, cache_users, behind, lambda: chance.random() < 0.2)
+    assert_same(some, whole)
+    assert some_digest == whole_digest
+
+
+def test_users_leave_memory_only_when_committed(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    profiler = Profiler(store, SPEC, cache_users=4)
+    waiting = []
+    following = [0, 0]
+    for user in range(12):
+        waiting.append(profiler.update(batch_of([(user, 0, 1, 0, 0.0)], following)))
+    assert profiler.cached_users == 12
+    for rows in waiting:
+        store.commit(rows.appends, rows.batch.ranges)
+        profiler.committed(rows)
+    for user in range(12, 60):
+        rows = profiler.update(batch_of([(user, 0, 1, 0, 0.0)], following))
+        store.commit(rows.appends, rows.batch.ranges)
+        profiler.committed(rows)
+    assert profiler.cached_users <= 20
+    # A user who left is read again.
+    back = profiler.update(batch_of([(0, 1, 1, 0, 0.0)], following))
+    assert back.features[0, SPEC.names.index("events.visible")] == 1
+    store.close()
+
+
+def test_an_empty_batch_passes_through(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    empty = np.empty(0)
+    batch = EventBatch(
+        *(empty.astype(np.uint64),) * 3,
+        action=empty.astype(np.uint8),
+        at_ms=empty.astype(np.int64),
+        label=empty.astype(np.float32),
+        weight=empty.astype(np.float32),
+        context=np.empty((0, 0), np.uint64),
+        source=empty.astype(np.uint16),
+        offset=empty.astype(np.int64),
+        ranges=(Range(SOURCES[0], 0, 3, dead=3),),
+        dead=(),
+        names={},
+    )
+    rows = Profiler(store, SPEC, 4).update(batch)
+    assert rows.features.shape == (0, len(SPEC.names))
+    store.commit(rows.appends, rows.batch.ranges)
+    assert store.positions() == {SOURCES[0]: 3}
+    store.close()
+
+
+def test_labels_become_flags() -> None:
+    batch = batch_of([(1, 0, 1, 0, label) for label in (np.nan, 0.0, 0.49, 0.5, 1.0)], [0, 0])
+    assert to_events(batch)["flags"].tolist() == [0, 1, 1, 3, 3]
+
+
+def test_a_masked_profiler_never_saw_the_events(tmp_path: Path) -> None:
+    clicks: list[Click] = [(1, step, step % 3 + 1, 0, 1.0) for step in range(-8, 0)]
+    mask = Mask(1, offsets=((SOURCES[0].topic, 0, 2, 5),))
+    store = open_store(tmp_path / "masked")
+    rows = Profiler(store, SPEC, 4, mask).update(batch_of(clicks, [0, 0]))
+    store.close()
+    store = open_store(tmp_path / "clean")
+    kept = batch_of(clicks[:2] + clicks[5:], [0, 0])
+    clean = Profiler(store, SPEC, 4).update(kept)
+    store.close()
+    np.testing.assert_array_equal(np.delete(rows.features, [2, 3, 4], 0), clean.features)
