@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
@@ -123,6 +124,15 @@ class EventBatch:
 Decoder = Callable[[bytes], Any]
 
 
+_IDS = str | int | None
+_ANY = str | bool | int | float | None
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("user", "item", "category", "action"), _IDS),
+    "time": int | float | str | None,
+    "label": bool | int | float | None,
+}
+
+
 def decode_json(settings: EventSettings) -> Decoder:
     """Makes the decoder of JSON objects; the model for a decoder of your own.
 
@@ -142,7 +152,6 @@ def decode_json(settings: EventSettings) -> Decoder:
     >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
     7
     """
-    ids, number = str | int | None, bool | int | float | None
     names = {
         "user": settings.user,
         "item": settings.item,
@@ -152,25 +161,21 @@ def decode_json(settings: EventSettings) -> Decoder:
         "label": settings.label,
         **{f"context_{index}": name for index, name in enumerate(settings.context)},
     }
-    kinds: dict[str, Any] = {"time": int | float | str | None, "label": number}
-    fields: list[Any] = [
-        (attribute, kinds.get(attribute, str | bool | int | float | None if "context" in attribute else ids), None)
-        for attribute, name in names.items()
-        if name
-    ]
+    # One field of the record may be several of ours, such as the category and a context.
+    owners: dict[str, list[str]] = {}
+    for attribute, name in names.items():
+        owners.setdefault(name, []).append(attribute)
     context = [f"context_{index}" for index in range(len(settings.context))]
-    absent = {attribute: None for attribute, name in names.items() if not name}
-    namespace: dict[str, Any] = {**absent, "context": property(lambda event: [getattr(event, one) for one in context])}
-    try:
-        struct = msgspec.defstruct(
-            "Click",
-            fields,
-            namespace=namespace,
-            rename={attribute: name for attribute, name in names.items() if name},
-            gc=False,
-        )
-    except ValueError as error:
-        raise SettingsError(f"[events]: {error}; give each field a name of its own") from None
+    namespace: dict[str, Any] = {"context": property(lambda event: [getattr(event, one) for one in context])}
+    namespace |= dict.fromkeys(owners.pop("", []))
+    for first, *others in owners.values():
+        namespace |= {other: property(attrgetter(first)) for other in others}
+    fields: list[Any] = [
+        (attributes[0], _KINDS.get(attributes[0], _ANY) if len(attributes) == 1 else _ANY, None)
+        for attributes in owners.values()
+    ]
+    rename = {attributes[0]: name for name, attributes in owners.items()}
+    struct = msgspec.defstruct("Click", fields, namespace=namespace, rename=rename, gc=False)
     decode = msgspec.json.Decoder(struct).decode
 
     def read(value: bytes) -> Any:
@@ -184,17 +189,15 @@ def decode_json(settings: EventSettings) -> Decoder:
 
 def _why(value: bytes, error: Exception) -> Reason:
     """Finds the reason of a value that JSON's strict decoder refused."""
-    if isinstance(error, UnicodeDecodeError | RecursionError):
-        return Reason.UNDECODABLE
+    if isinstance(error, msgspec.ValidationError) and "out of range" not in str(error):
+        return Reason.WRONG_TYPE
     infinite: list[str] = []
     try:
         # Python's reader takes NaN and Infinity, which are no JSON.
         json.loads(value, parse_constant=infinite.append)
     except (ValueError, RecursionError):
         return Reason.UNDECODABLE
-    if infinite or "out of range" in str(error):
-        return Reason.NOT_FINITE
-    return Reason.WRONG_TYPE
+    return Reason.NOT_FINITE if infinite or "out of range" in str(error) else Reason.UNDECODABLE
 
 
 def _reason(error: Exception) -> Reason:
