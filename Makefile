@@ -34,8 +34,8 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	@find . -name __pycache__ -type d -not -path './.springtide/*' -prune -exec rm -rf {} +
 
 .venv/ready: requirements.txt pyproject.toml
-	@if [ -z "$(PYTHON)" ]; then \
-		echo "springtide: needs Python 3.11, found $$(python3 --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
+	@if ! "$(PYTHON)" -c '$(IS_3_11)' >/dev/null 2>&1; then \
+		echo "springtide: needs Python 3.11, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
 		exit 1; \
 	fi
 	@echo "packages     into .venv with $$("$(PYTHON)" --version); the first time this takes a few minutes"
