@@ -41,7 +41,7 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	@echo "packages     into .venv with $$("$(PYTHON)" --version); the first time this takes a few minutes"
 	@if ! $(BIN)/python -c '$(IS_3_11)' >/dev/null 2>&1; then "$(PYTHON)" -m venv --clear .venv; fi
 	@begin=$$SECONDS; \
-	$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -r requirements.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile -r requirements.txt \
 		| awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
 			/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'; \
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --editable .; \
