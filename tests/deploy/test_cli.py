@@ -298,7 +298,7 @@ def test_serving_stops_its_processes_together(tmp_path: Path) -> None:
 
 def test_serving_ends_when_one_of_its_processes_does() -> None:
     dead = [sys.executable, "-c", "raise SystemExit(3)"]
-    with pytest.raises(ProcessFailed, match=r"worker 0 ended by itself \(exit 3\)"):
+    with pytest.raises(ProcessFailed, match=r"worker 0 ended unasked \(exit 3\)"):
         run_serving([("applier", SLEEP), ("worker 0", dead)], os.environ, lambda: False)
 
 

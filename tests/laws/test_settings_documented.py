@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -49,16 +50,18 @@ def test_the_unit_agrees_with_the_name(known: Known) -> None:
         assert not units or known.unit in units
 
 
+@functools.cache
+def sources() -> str:
+    """All our code, declarations of settings left out."""
+    packages = ("state", "streaming", "trainer", "deploy")
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    return "\n".join(path.read_text() for path in files if path.name != "sections.py")
+
+
 @pytest.mark.parametrize("known", list(known_settings()), ids=name)
 def test_some_code_uses_the_setting(known: Known) -> None:
     _, _, key = known.name.partition(".")
-    sources = [
-        path.read_text()
-        for package in ("state", "streaming", "trainer", "deploy")
-        for path in (ROOT / package).rglob("*.py")
-        if path.name != "sections.py"
-    ]
-    assert any(re.search(rf"\.{key}\b|\"{known.name}\"|\"{key}\"", text) for text in sources)
+    assert re.search(rf"\.{key}\b|\"{known.name}\"|\"{key}\"", sources())
 
 
 @pytest.mark.parametrize("command", sorted(commands()))
