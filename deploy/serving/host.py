@@ -8,9 +8,9 @@ from pathlib import Path
 from deploy.serving.predictor import CLOCK_EXTRA, NotReady, Predictor
 from state.config import Settings
 from state.errors import SpringtideError, StoreError
-from state.identity import Salt
 from state.features import FeatureSpec
 from state.history import HistoryStore
+from state.identity import Salt
 from state.rows import RowStore
 
 ROWS = "rows"

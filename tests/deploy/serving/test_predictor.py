@@ -17,7 +17,18 @@ from deploy.serving.program import Program, read_program
 from state.errors import CorruptVersion, ProgramError, SaltMismatch, SpecMismatch
 from state.features import FeatureSpec, Mask, vectorise
 from state.identity import Salt, public_id, user_id
-from tests.deploy.serving.conftest import DIM, NOW_MS, SALT_KEY, SOURCE, Lowered, Stores, digest_of, manifest, row_of, tensors
+from tests.deploy.serving.stocked import (
+    DIM,
+    NOW_MS,
+    SALT_KEY,
+    SOURCE,
+    Lowered,
+    Stores,
+    digest_of,
+    manifest,
+    row_of,
+    tensors,
+)
 
 SALT = Salt(SALT_KEY)
 

@@ -1,0 +1,222 @@
+"""The one process per serving host that writes: versions into rows, micro-batches into histories.
+
+    thread    what it follows                        what it writes
+    main      registry and control, each poll_ms     rows, pointer, mask     following.py
+    clicks    the micro-batch topic                  histories, event clock  clicks.py
+
+Either goes on without the other: with Kafka away new versions still arrive,
+with the registry away new clicks do, and answers go on in any case.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.clicks import HistoryFollower
+from deploy.serving.following import VersionFollower
+from deploy.serving.host import HISTORIES, PROGRAMS, ROWS
+from state.config import Settings, load
+from state.errors import CorruptStore, GapError, LogError, RegistryError, SpecMismatch, SpringtideError, UnknownTopic
+from state.features import FeatureSpec
+from state.history import HistoryStore
+from state.lock import DirectoryLock
+from state.log import Reader, Topics
+from state.metrics import ApplierMetrics, serve
+from state.registry import Registry
+from state.rows import RowStore
+
+SAMPLE_S = 0.1
+HOUSE_S = 1.0
+RETRY_S = 1.0
+FETCH_S = 0.5
+_log = logging.getLogger(__name__)
+
+
+class Every:
+    """Says at most once in `period_s` that it is time.
+
+    >>> due = Every(1.0)
+    >>> due(10.0), due(10.5), due(11.0)
+    (True, False, True)
+    """
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._next_s = 0.0
+
+    def __call__(self, now_s: float) -> bool:
+        """Whether the period has passed since the last True."""
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + self._period_s
+        return True
+
+
+def wall_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def open_histories(settings: Settings) -> HistoryStore:
+    """The host's histories; begun anew where they cannot be used, since Kafka still has the micro-batches."""
+    path = settings.serving_dir / HISTORIES
+    map_bytes = settings.serving.map_gb << 30
+    try:
+        return HistoryStore(path, settings.features.history, map_bytes)
+    except (CorruptStore, SpecMismatch) as error:
+        _log.warning("the histories are rebuilt from the micro-batch topic: %s", error)
+        shutil.rmtree(path)
+        return HistoryStore(path, settings.features.history, map_bytes)
+
+
+class Applier:
+    """Both followers and their upkeep. `run` until `stop` is set.
+
+    Args:
+        settings: Of the whole system.
+        registry: Where the metrics go.
+        stop: Ends both threads; the one that fails sets it.
+        now_ms: The wall clock.
+    """
+
+    def __init__(
+        self, settings: Settings, registry: CollectorRegistry, stop: threading.Event, now_ms: Callable[[], int] = wall_ms
+    ) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._now_ms = now_ms
+        self._failure: BaseException | None = None
+        self.metrics = ApplierMetrics(registry)
+        folder = settings.serving_dir
+        self._rows = RowStore(folder / ROWS, settings.serving.map_gb << 30)
+        self._histories = open_histories(settings)
+        self.versions = VersionFollower(
+            Registry(settings.registry_dir), self._rows, folder / PROGRAMS, self.metrics, settings.serving.keep_s, now_ms
+        )
+        self.clicks = HistoryFollower(
+            self._histories, FeatureSpec.from_settings(settings), settings.events.max_age_s, self.metrics, now_ms
+        )
+
+    def run(self) -> None:
+        """Follows until `stop`; then everything applied is durable and the stores are closed.
+
+        Raises:
+            SpringtideError: A follower cannot go on.
+        """
+        thread = threading.Thread(target=self._guarded_clicks, name="clicks")
+        thread.start()
+        try:
+            self._follow_versions()
+        finally:
+            self._stop.set()
+            thread.join()
+            self._rows.close()
+            self._histories.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _follow_versions(self) -> None:
+        sample, house, sync = Every(SAMPLE_S), Every(HOUSE_S), Every(self._settings.serving.sync_s)
+        told = ""
+        while not self._stop.is_set():
+            more, pause_s = False, self._settings.serving.poll_ms / 1000
+            try:
+                more = self.versions.step()
+                self.versions.sweep()
+            except (RegistryError, OSError) as error:
+                if str(error) != told:
+                    _log.error("the registry cannot be followed: %s; answers go on as they are", error)
+                told, pause_s = str(error), RETRY_S
+            now_s = time.monotonic()
+            if sample(now_s):
+                self._sample()
+            if house(now_s):
+                self._rows.clear_stale_readers()
+                self._histories.clear_readers()
+            if sync(now_s):
+                self._rows.sync()
+            if not more:
+                self._stop.wait(pause_s)
+
+    def _sample(self) -> None:
+        now_ms = self._now_ms()
+        served = self.versions.served
+        if served is not None and served.event_time_ms:
+            age_s = (now_ms - served.event_time_ms) / 1000
+            self.metrics.weight_freshness_seconds.set(age_s)
+            self.metrics.weight_age_seconds.observe(age_s)
+        if self.clicks.newest_ms:
+            age_s = (now_ms - self.clicks.newest_ms) / 1000
+            self.metrics.feature_freshness_seconds.set(age_s)
+            self.metrics.feature_age_seconds.observe(age_s)
+
+    def _guarded_clicks(self) -> None:
+        try:
+            self._follow_clicks()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._stop.set()
+
+    def _follow_clicks(self) -> None:
+        sync = Every(self._settings.serving.sync_s)
+        told = ""
+        while not self._stop.is_set():
+            try:
+                if not self.clicks.connected:
+                    self._connect()
+                    told = ""
+                self.clicks.step(FETCH_S)
+            except (GapError, UnknownTopic, LogError) as error:
+                self.clicks.disconnect()
+                self.metrics.log_failures.inc()
+                if str(error) != told:
+                    _log.warning("%s; serving goes on with the clicks it has, and tries again", error)
+                told = str(error)
+                self._stop.wait(RETRY_S)
+            if sync(time.monotonic()):
+                self._histories.sync()
+        self.clicks.disconnect()
+
+    def _connect(self) -> None:
+        kafka = self._settings.kafka
+        topic = kafka.microbatches_topic
+        with Topics(kafka) as topics:
+            info, ends = topics.describe(topic), topics.ends(topic)
+        self.clicks.connect(info.topic_id, ends, lambda positions: Reader(kafka, topic, None, positions))
+        _log.info("following %s (%d partitions)", topic, info.partitions)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m deploy.serving.applier [flags]`; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s applier: %(message)s", stream=sys.stderr)
+    logging.getLogger("kafka").setLevel(logging.ERROR)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        settings = load(argv)
+        with DirectoryLock(settings.serving_dir):
+            registry = CollectorRegistry()
+            stop_metrics = serve(registry, settings.serving.metrics_port)
+            try:
+                Applier(settings, registry, stop).run()
+            finally:
+                stop_metrics()
+    except SpringtideError as error:
+        print(f"applier: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

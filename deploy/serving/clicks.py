@@ -1,0 +1,280 @@
+"""Follows the micro-batch topic into the host's own histories, each record once.
+
+1. Records are read by position; what was read is stored beside the histories.
+2. Rows that the histories have (the stream wrote them again after a crash) are left out.
+3. Positions that no micro-batch covers are a gap: counted, logged, passed.
+4. Histories, source positions, the topic's position, names, items' categories
+   and the event clock are one commit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from deploy.serving.host import CAUGHT_UP_EXTRA
+from deploy.serving.predictor import CLOCK_EXTRA
+from state.errors import MicroBatchError, SaltMismatch
+from state.features import EVENT, LABELLED, POSITIVE, Events, FeatureSpec
+from state.history import Appends, HistoryStore
+from state.log import PartitionBatch
+from state.metrics import ApplierMetrics
+from state.microbatch import MicroBatch, decode, gaps, trim
+from state.positions import Range, Source, split_range
+
+POSITION_EXTRA = "microbatches"
+SALT_EXTRA = "salt"
+RECORDS_AT_ONCE = 64
+ITEMS_REMEMBERED = 1_000_000
+SWEEP_USERS = 1000
+EVERY_MS = 1000
+_log = logging.getLogger(__name__)
+
+
+class Reading(Protocol):
+    """What is used of `state.log.Reader`."""
+
+    topic_id: str
+
+    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
+        """Waits until something new is there, at most `timeout_s`."""
+        ...
+
+    def lag(self) -> dict[int, int]:
+        """Per partition how many positions are unread."""
+        ...
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+Open = Callable[[Mapping[int, int]], Reading]
+
+
+def events_of(batch: MicroBatch) -> Events:
+    """The events of a micro-batch as histories keep them, `[n]` EVENT.
+
+    >>> EVENT.names
+    ('at_ms', 'category', 'item', 'offset', 'topic', 'partition', 'action', 'flags')
+    """
+    sources = [part.source for part in batch.header.ranges]
+    events = np.empty(len(batch), EVENT)
+    for name in ("at_ms", "category", "item", "offset", "action"):
+        events[name] = getattr(batch, name)
+    events["topic"] = np.array([source.topic for source in sources] or [0], np.uint32)[batch.source]
+    events["partition"] = np.array([source.partition for source in sources] or [0], np.uint16)[batch.source]
+    known = ~np.isnan(batch.label)
+    positive = known & (batch.label >= 0.5)
+    events["flags"] = known * LABELLED + positive * POSITIVE
+    return events
+
+
+def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Range], int]:
+    """The ranges of a batch as they go on from `marks`, and how many positions no micro-batch covered.
+
+    A gap becomes a range of absent positions; what lies below the mark is left out.
+    """
+    found: list[Range] = []
+    missing = 0
+    for source, mark, first in gaps(batch.header, marks):
+        found.append(Range(source, mark, first, absent=first - mark))
+        missing += first - mark
+    for index, part in enumerate(batch.header.ranges):
+        mark = marks.get(part.source, part.first)
+        if part.next <= mark:
+            continue
+        if part.first < mark:
+            before = int(np.count_nonzero((batch.source == index) & (batch.offset < mark)))
+            part = split_range(part, mark, before)[1]
+        found.append(part)
+    return found, missing
+
+
+class HistoryFollower:
+    """Keeps the histories up with the micro-batch topic; used by one thread, the store's only writer.
+
+    Args:
+        store: The host's histories.
+        spec: For how long an event can matter.
+        max_age_s: How late an event may arrive.
+        metrics: Of the applier.
+        now_ms: The wall clock.
+    """
+
+    def __init__(
+        self, store: HistoryStore, spec: FeatureSpec, max_age_s: float, metrics: ApplierMetrics, now_ms: Callable[[], int]
+    ) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._now_ms = now_ms
+        self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
+        self._reader: Reading | None = None
+        self._marks = store.positions()
+        self._items: dict[int, int] = {}
+        salt = store.extra(SALT_EXTRA)
+        self._salt = None if salt is None else salt.decode()
+        clock = store.extra(CLOCK_EXTRA)
+        self.newest_ms = 0 if clock is None else int(json.loads(clock)["event_ms"])
+        self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
+        self._sweep_from = 0
+        self._housekept_ms = 0
+
+    def connect(self, topic_id: str, ends: Mapping[int, tuple[int, int]], open_at: Open) -> None:
+        """Begins to read where the histories end.
+
+        Args:
+            topic_id: Of the micro-batch topic now; positions in another one do not count.
+            ends: First and next position of each partition of the topic.
+            open_at: Makes a reader at positions.
+        """
+        stored = json.loads(self._store.extra(POSITION_EXTRA) or b"{}")
+        if stored and stored["topic_id"] != topic_id:
+            _log.warning("the micro-batch topic was made again (now %s); it is read from its beginning", topic_id)
+            stored = {}
+        positions = {int(partition): int(next_) for partition, next_ in stored.get("next", {}).items()}
+        for partition, (begin, end) in ends.items():
+            ours = positions.get(partition, begin)
+            if not begin <= ours <= end:
+                self._metrics.gap_positions.inc(max(0, begin - ours))
+                _log.error(
+                    "micro-batch topic, partition %d: the histories are at %d, the log has [%d, %d); going on at %d. "
+                    "Users' windows lack what was lost; raise kafka.retention_h", partition, ours, begin, end, begin,
+                )  # fmt: skip
+                ours = begin
+            positions[partition] = ours
+        self._reader = open_at(positions)
+        self._positions = positions
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a reader."""
+        return self._reader is not None
+
+    def disconnect(self) -> None:
+        """Closes the reader; `connect` goes on where the histories end."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def step(self, timeout_s: float) -> int:
+        """Takes what has arrived, waiting at most `timeout_s`; returns how many records.
+
+        Raises:
+            GapError: Records were deleted before they were read; `disconnect` and `connect` again.
+            LogError: The broker refused.
+            SaltMismatch: The stream uses another salt than before.
+            StoreFull: Nothing of this step was kept.
+        """
+        assert self._reader is not None
+        records = 0
+        batches = self._reader.poll(timeout_s, RECORDS_AT_ONCE)
+        for batch in batches:
+            self._take(batch)
+            records += len(batch)
+        self._keep_house(idle=not batches)
+        return records
+
+    def _take(self, batch: PartitionBatch) -> None:
+        """One commit for the records of one partition."""
+        for first, following, reason in batch.corrupt:
+            self._metrics.unreadable_microbatches.inc()
+            _log.error("micro-batch topic, partition %d: positions [%d, %d) are corrupt: %s", batch.partition, first, following, reason)
+        marks = dict(self._marks)
+        events: list[Events] = []
+        users: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
+        ranges: list[Range] = []
+        extra: dict[str, bytes] = {}
+        for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+            found = self._decode(value, batch.partition, offset)
+            if found is None:
+                continue
+            keep, after = trim(found, marks)
+            parts, missing = new_ranges(found, marks)
+            if missing:
+                self._metrics.gap_positions.inc(missing)
+                _log.error("record %d of partition %d: %d positions before it are in no micro-batch", offset, batch.partition, missing)
+            self._metrics.history_duplicates.inc(len(found) - int(keep.sum()))
+            kept = found.take(keep)
+            ranges.extend(parts)
+            events.append(events_of(kept))
+            users.append(kept.user)
+            extra |= {f"name:{label:016x}": name.encode() for label, name in found.header.names.items()}
+            marks = after
+        self._commit(batch, users, events, ranges, extra)
+        self._marks = marks
+
+    def _decode(self, value: bytes | None, partition: int, offset: int) -> MicroBatch | None:
+        """The micro-batch, or None for a record that is none; it is data, and does not stop serving."""
+        try:
+            found = decode(value or b"")
+        except MicroBatchError as error:
+            self._metrics.unreadable_microbatches.inc()
+            _log.error("record %d of partition %d is left out: %s", offset, partition, error)
+            return None
+        if self._salt is None:
+            self._salt = found.header.salt
+        if found.header.salt != self._salt:
+            raise SaltMismatch(
+                f"record {offset} of partition {partition} has pseudonyms of the salt {found.header.salt}, the histories those of "
+                f"{self._salt}; restore the stream's salt, or move the histories away to rebuild them"
+            )
+        return found
+
+    def _commit(
+        self,
+        batch: PartitionBatch,
+        users: Sequence[np.ndarray[tuple[int], np.dtype[np.uint64]]],
+        events: Sequence[Events],
+        ranges: Sequence[Range],
+        extra: dict[str, bytes],
+    ) -> None:
+        positions = self._positions | {batch.partition: batch.next}
+        document = {"topic_id": batch.topic_id, "next": {str(partition): at for partition, at in positions.items()}}
+        extra[POSITION_EXTRA] = json.dumps(document).encode()
+        appends = Appends.none()
+        if events and sum(map(len, events)):
+            joined = np.concatenate(events)
+            appends = Appends.of(np.concatenate(users), joined)
+            extra |= self._new_items(joined)
+            newest_ms = int(joined["at_ms"].max())
+            if newest_ms > self.newest_ms:
+                self.newest_ms = newest_ms
+                extra[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
+        if self._salt is not None:
+            extra[SALT_EXTRA] = self._salt.encode()
+        self._store.commit(appends, ranges, extra)
+        self._positions = positions
+        self._metrics.history_rows.inc(len(appends.events))
+
+    def _new_items(self, events: Events) -> dict[str, bytes]:
+        """Categories of items that are new or have changed; an answer about an item looks its category up."""
+        found = {}
+        if len(self._items) > ITEMS_REMEMBERED:
+            self._items.clear()
+        for item, category in dict(zip(events["item"].tolist(), events["category"].tolist(), strict=True)).items():
+            if item and category and self._items.get(item) != category:
+                self._items[item] = category
+                found[f"item:{item:016x}"] = category.to_bytes(8, "big")
+        return found
+
+    def _keep_house(self, idle: bool) -> None:
+        """Each second: the lag, and some users' events that no window reaches any more."""
+        now_ms = self._now_ms()
+        if now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
+            return
+        self._housekept_ms = now_ms
+        assert self._reader is not None
+        lag = sum(self._reader.lag().values())
+        self._metrics.microbatch_lag_records.set(lag)
+        if not lag and not self._caught_up:
+            self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
+            self._caught_up = True
+        if self.newest_ms:
+            _, following = self._store.sweep(self.newest_ms - self._horizon_ms, self._sweep_from, SWEEP_USERS)
+            self._sweep_from = following or 0
+
+

@@ -1,0 +1,102 @@
+"""What the tests of serving put into its stores: a lowered model, manifests, rows, clicks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from state.config import Settings
+from state.features import EVENT, FeatureSpec
+from state.history import HistoryStore
+from state.identity import Salt, public_id, user_id
+from state.manifest import Kind, LogRange, Manifest
+from state.positions import Source
+from state.rows import RowStore
+
+NOW_MS = 1_800_000_000_000
+SOURCE = Source("ab" * 16, 0)
+SALT_KEY = b"a salt of the tests only"
+DIM = 8
+MAP = 1 << 27
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program as the trainer publishes it.
+
+    Attributes:
+        content: The bytes of the `.tflite` file.
+        weights: Its dense weights by name.
+        model: The model it was lowered from, for reference answers.
+    """
+
+    content: bytes
+    weights: Mapping[str, Any]
+    model: Any
+
+
+def small(settings: Settings) -> Settings:
+    """The settings with a small model."""
+    return replace(settings, model=replace(settings.model, dim=DIM, hidden=(16, 12), popular=4))
+
+
+def digest_of(lowered: Lowered) -> str:
+    return hashlib.sha256(lowered.content).hexdigest()
+
+
+def manifest(version: int, program: str, parent: int | None = None, epoch: int = 1, **more: Any) -> Manifest:
+    """A manifest of a version; a base where it has no parent."""
+    kind: Kind = "base" if parent is None else "delta"
+    made = Manifest(
+        version=version, kind=kind, epoch=epoch, parent=parent, visible=((1, version),), log=LogRange(),
+        sources=((SOURCE, 1000 + version),), steps=version, rows=version, created_at_ms=NOW_MS - 2000, event_time_ms=NOW_MS - 3000,
+        spec=FeatureSpec().digest, program=program, salt=Salt(SALT_KEY).fingerprint, mask_generation=0,
+        metrics={}, environment={}, files={},
+    )  # fmt: skip
+    return replace(made, **more)
+
+
+def row_of(table: str, name: str, version: int) -> np.ndarray[Any, Any]:
+    """A row that tells its table, id and version apart."""
+    seed = (hash_of(table, name) + version) % (1 << 32)
+    return np.random.default_rng(seed).normal(0, 0.5, DIM).astype(np.float32)
+
+
+def hash_of(table: str, name: str) -> int:
+    """The id of a row."""
+    return user_id(Salt(SALT_KEY), name) if table == "user" else public_id(name)
+
+
+def tensors(lowered: Lowered, version: int, names: Mapping[str, list[str]], popular: list[str]) -> dict[str, Any]:
+    """The tensors of a version with rows for `names` by table."""
+    made: dict[str, Any] = {f"dense.{name}": value for name, value in lowered.weights.items()}
+    for table, ids in names.items():
+        made[f"{table}.ids"] = np.array([hash_of(table, name) for name in ids], np.uint64)
+        made[f"{table}.rows"] = np.stack([row_of(table, name, version) for name in ids])
+        made[f"{table}.removed"] = np.empty(0, np.uint64)
+    made["popular"] = np.array([public_id(name) for name in popular], np.uint64)
+    return made
+
+
+def clicks(rows: list[tuple[str, str, int]], first_offset: int = 0) -> Any:
+    """Events (category, item, milliseconds before NOW) as `[n]` EVENT."""
+    events = np.zeros(len(rows), EVENT)
+    for place, (category, item, age_ms) in enumerate(rows):
+        events[place] = (
+            NOW_MS - age_ms, public_id(category), public_id(item), first_offset + place, SOURCE.topic, SOURCE.partition, 0, 0,
+        )  # fmt: skip
+    return events
+
+
+@dataclass
+class Stores:
+    """The writers' side of a serving host, with the settings that a worker needs."""
+
+    settings: Settings
+    rows: RowStore
+    histories: HistoryStore
+    lowered: Lowered

@@ -1,0 +1,607 @@
+"""The applier converges to control and to the micro-batch log, whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from safetensors.numpy import save
+
+from deploy.serving.clicks import HistoryFollower, events_of, new_ranges
+from deploy.serving.following import VersionFollower
+from deploy.serving.host import CAUGHT_UP_EXTRA, PROGRAMS, ROWS
+from deploy.serving.predictor import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE
+from state.control import follow, pin, roll_back, start
+from state.errors import GapError, SaltMismatch
+from state.features import FeatureSpec, Mask
+from state.history import HistoryStore
+from state.log import PartitionBatch
+from state.manifest import Draft, LogRange, Manifest
+from state.metrics import ApplierMetrics
+from state.microbatch import Header, encode
+from state.positions import Range, Source
+from state.registry import SERVING, Registry
+from state.rows import RowStore
+
+MAP = 1 << 27
+TOPIC = "cd" * 16
+SOURCE = Source("ab" * 16, 3)
+BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
+
+
+@dataclass
+class Clock:
+    """A wall clock that tests move."""
+
+    now_ms: int = 1_000_000
+
+    def __call__(self) -> int:
+        return self.now_ms
+
+
+@dataclass
+class World:
+    """A registry with a trainer's and an operator's hands, and a host's applier."""
+
+    path: Path
+    clock: Clock
+    registry: Registry
+    state: dict[int, dict[int, float]] = field(default_factory=dict)
+    program: str = ""
+
+    def __post_init__(self) -> None:
+        self.program = self.registry.add_program(b"a program")
+        self.registry.propose(start(**BY))
+        self.rows = RowStore(self.path / ROWS, MAP)
+        self.restart()
+
+    def restart(self) -> None:
+        """The applier begins again on the same stores."""
+        self.metrics = ApplierMetrics(CollectorRegistry())
+        self.follower = VersionFollower(
+            Registry(self.registry.path), self.rows, self.path / PROGRAMS, self.metrics, keep_s=10.0, now_ms=self.clock
+        )
+
+    def publish(self, changes: dict[int, float], parent: int | None = None, removed: tuple[int, ...] = ()) -> Manifest:
+        """A version of control's epoch; the first one is a base."""
+        control = self.registry.control()
+        assert control is not None
+        if parent is None:
+            parent = self.registry.newest(control.epoch) or control.base
+        draft = Draft(
+            "base" if parent is None else "delta", control.epoch, parent, LogRange(), ((SOURCE, 1),), 1, 1, 5, 4,
+            FeatureSpec().digest, self.program, "salt",
+        )  # fmt: skip
+        made = self.registry.publish(draft, {SERVING: save(tensors(changes, removed))})
+        before = {} if parent is None else self.state[parent]
+        self.state[made.version] = {i: v for i, v in before.items() if i not in removed} | changes
+        return made
+
+    def compact(self, version: int) -> None:
+        """A base beside the delta."""
+        self.registry.add_base(self.registry.manifest(version), {SERVING: save(tensors(self.state[version]))})
+
+    def settle(self) -> None:
+        """Rounds until nothing is left to do."""
+        while self.follower.step():
+            pass
+        self.follower.step()
+
+    def served(self) -> tuple[int, dict[int, float]] | None:
+        """The version that answers use, and its rows."""
+        with self.rows.reader() as reader:
+            served = reader.served()
+            if served is None:
+                return None
+            values, known = reader.get("user", range(10), served)
+            return served.version, {i: float(values[i][0]) for i in range(10) if known[i]}
+
+
+def tensors(changes: Mapping[int, float], removed: tuple[int, ...] = ()) -> dict[str, Any]:
+    return {
+        "user.ids": np.array(list(changes), np.uint64),
+        "user.rows": np.array([[value] * 2 for value in changes.values()], np.float32).reshape(-1, 2),
+        "user.removed": np.array(removed, np.uint64),
+        "dense.w": np.array([1.0], np.float32),
+        "popular": np.array([1], np.uint64),
+    }
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path / "serving", Clock(), Registry(tmp_path / "registry"))
+    yield made
+    made.rows.close()
+
+
+def check(world: World, version: int) -> None:
+    assert world.served() == (version, world.state[version])
+
+
+def test_versions_are_followed_in_order(world: World) -> None:
+    """Base first, each delta on its parent, the program beside them."""
+    world.settle()
+    assert world.served() is None
+    for value in (1.0, 2.0, 3.0):
+        version = world.publish({1: value, int(value): value}).version
+        world.settle()
+        check(world, version)
+    assert (world.path / PROGRAMS / f"{world.program}.tflite").read_bytes() == b"a program"
+    assert world.metrics.applied_versions._value.get() == 3
+
+
+def test_an_applier_that_was_away_catches_up(world: World) -> None:
+    """Versions published meanwhile are applied one after another; none is applied twice."""
+    world.publish({1: 1.0})
+    world.settle()
+    for number in range(5):
+        version = world.publish({2: float(number)}, removed=(1,)).version
+    world.restart()
+    world.settle()
+    check(world, version)
+    assert world.metrics.applied_versions._value.get() == 5
+
+
+def test_a_swept_chain_is_entered_by_the_newest_base(world: World) -> None:
+    """What the host missed is gone; the base replaces it, removed rows included."""
+    world.publish({1: 1.0, 2: 1.0})
+    world.settle()
+    gone = world.publish({3: 1.0}, removed=(1,)).version
+    based = world.publish({4: 1.0}).version
+    world.compact(based)
+    newest = world.publish({5: 1.0}).version
+    world.registry.remove("delta", gone)
+    world.settle()
+    check(world, newest)
+
+
+def test_a_pin_is_served_at_once_and_follow_goes_on(world: World) -> None:
+    """Pinned, newer versions change nothing; following again brings the newest."""
+    first = world.publish({1: 1.0}).version
+    world.settle()
+    second = world.publish({1: 2.0}).version
+    world.settle()
+    world.registry.change(lambda control: pin(control, first, **BY))
+    world.follower.step()
+    check(world, first)
+    third = world.publish({1: 3.0}).version
+    world.settle()
+    check(world, first)
+    assert world.metrics.pinned._value.get() == 1
+    world.registry.change(lambda control: follow(control, **BY))
+    world.settle()
+    check(world, third)
+    assert second < third
+
+
+def test_mask_and_pin_of_a_rollback_come_together(world: World) -> None:
+    """One look at the store sees both or neither."""
+    good = world.publish({1: 1.0}).version
+    world.publish({1: 666.0})
+    world.settle()
+    mask = Mask(2, times=((5, 9),))
+    world.registry.change(lambda control: roll_back(control, good, mask, **BY))
+    world.follower.step()
+    check(world, good)
+    with world.rows.reader() as reader:
+        assert json.loads(reader.note(CONTROL_NOTE) or b"")["generation"] == 2
+        assert Mask.from_json((reader.note(MASK_NOTE) or b"").decode()).times == ((5, 9),)
+
+
+def test_after_a_rollback_only_the_new_epoch_is_followed(world: World) -> None:
+    """Abandoned versions are not served; until the new epoch has one, its base is."""
+    good = world.publish({1: 1.0}).version
+    bad = world.publish({1: 666.0, 2: 666.0}).version
+    world.settle()
+    check(world, bad)
+    world.registry.change(lambda control: roll_back(control, good, Mask.NONE, **BY))
+    world.registry.change(lambda control: follow(control, **BY))
+    world.settle()
+    check(world, good)
+    newest = world.publish({3: 3.0}).version
+    world.settle()
+    check(world, newest)
+    assert world.state[newest] == {1: 1.0, 3: 3.0}
+
+
+def test_a_pin_to_a_swept_version_is_rebuilt_while_answers_go_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Its rows come from the registry's chain into a lane of their own."""
+    versions = [world.publish({1: 0.0, 9: 9.0}).version]
+    for number in range(1, 6):
+        versions.append(world.publish({1: float(number)}, removed=(9,) if number == 3 else ()).version)
+        world.settle()
+        world.clock.now_ms += 8_000
+    world.clock.now_ms += 20_000
+    world.follower.sweep()
+    with world.rows.reader() as reader:
+        assert reader.version(versions[1]) is None
+    world.registry.change(lambda control: pin(control, versions[1], **BY))
+    seen = set()
+    with caplog.at_level(logging.INFO):
+        more = True
+        while more:
+            more = world.follower.step()
+            now = world.served()
+            assert now is not None and now[1] == world.state[now[0]]
+            seen.add(now[0])
+    check(world, versions[1])
+    assert seen <= {versions[-1], versions[1]}
+    assert "is rebuilt from the registry" in caplog.text
+    world.registry.change(lambda control: follow(control, **BY))
+    world.settle()
+    check(world, versions[-1])
+
+
+def test_a_corrupt_version_is_not_served_and_a_newer_base_goes_past_it(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last good version answers; one line says why; the base after it ends that."""
+    good = world.publish({1: 1.0}).version
+    world.settle()
+    bad = world.publish({2: 2.0})
+    after = world.publish({3: 3.0}).version
+    file = world.registry.folder("delta", bad.version) / SERVING
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(10):
+            world.settle()
+            world.clock.now_ms += 700
+    check(world, good)
+    assert len(caplog.records) == 1 and f"version {good} goes on answering" in caplog.text
+    assert world.metrics.corrupt_versions._value.get() == 1
+    world.compact(after)
+    world.clock.now_ms += 2_000
+    world.settle()
+    check(world, after)
+
+
+def test_a_damaged_manifest_is_passed_over(world: World) -> None:
+    """The newest readable version is served."""
+    good = world.publish({1: 1.0}).version
+    bad = world.publish({2: 2.0}).version
+    (world.registry.folder("delta", bad) / "manifest.json").write_bytes(b"{}")
+    world.settle()
+    check(world, good)
+
+
+def test_a_missing_program_keeps_the_old_version(world: World) -> None:
+    """A version whose program is not there is not served."""
+    good = world.publish({1: 1.0}).version
+    world.settle()
+    world.program = "0" * 64
+    world.publish({1: 2.0})
+    world.settle()
+    check(world, good)
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["publish", "publish", "remove", "compact", "pin", "roll back", "follow", "restart", "sweep", "expire"]),
+        st.integers(0, 20),
+        st.integers(0, 9),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(operations=OPERATIONS)
+def test_whatever_happens_the_wanted_version_is_served_whole(
+    operations: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Operator, trainer, retention, restarts and sweeps in any order."""
+    path = tmp_path_factory.mktemp("world")
+    world = World(path / "serving", Clock(), Registry(path / "registry"))
+    world.publish({0: 0.5})
+    for name, number, identity in operations:
+        versions = world.registry.versions()
+        version = versions[number % len(versions)]
+        match name:
+            case "publish":
+                world.publish({identity: float(number)})
+            case "remove":
+                world.publish({}, removed=(identity,))
+            case "compact":
+                world.compact(version)
+            case "pin":
+                world.registry.change(lambda control, version=version: pin(control, version, **BY))
+            case "roll back":
+                world.registry.change(lambda control, version=version: roll_back(control, version, Mask.NONE, **BY))
+            case "follow":
+                world.registry.change(lambda control: follow(control, **BY))
+            case "restart":
+                world.restart()
+            case "expire":
+                bases = world.registry.bases()
+                for delta in world.registry.deltas():
+                    if delta <= bases[-1] and delta not in bases:
+                        world.registry.remove("delta", delta)
+            case _:
+                world.clock.now_ms += 3_000 * identity
+                world.follower.sweep()
+        before = world.served()
+        world.settle()
+        now = world.served()
+        control = world.registry.control()
+        assert control is not None and now is not None
+        assert now[1] == world.state[now[0]]
+        if control.serving.mode == "pin":
+            wanted = control.serving.version
+        else:
+            wanted = world.registry.newest(control.epoch) or control.base
+        # A version that retention has taken from the registry may be unreachable: then the old one stays.
+        reachable = True
+        try:
+            world.registry.chain(wanted or 0)
+        except Exception:  # noqa: BLE001
+            reachable = False
+        assert now[0] == wanted or (not reachable and before is not None and now[0] == before[0])
+    world.rows.close()
+
+
+# Histories
+
+
+@dataclass
+class Log:
+    """A micro-batch topic of one partition, as `state.log.Reader` shows it."""
+
+    records: list[bytes] = field(default_factory=list)
+    topic_id: str = TOPIC
+    begin: int = 0
+    at: int = 0
+
+    def open(self, positions: Mapping[int, int]) -> Log:
+        self.at = positions.get(0, self.begin)
+        return self
+
+    def ends(self) -> dict[int, tuple[int, int]]:
+        return {0: (self.begin, len(self.records))}
+
+    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
+        if self.at < self.begin:
+            raise GapError("deleted unread")
+        values = self.records[self.at : self.at + max_records]
+        if not values:
+            return []
+        first, self.at = self.at, self.at + len(values)
+        offsets = np.arange(first, self.at)
+        return [PartitionBatch(self.topic_id, 0, first, self.at, offsets, offsets, [None] * len(values), list(values))]
+
+    def lag(self) -> dict[int, int]:
+        return {0: len(self.records) - self.at}
+
+    def close(self) -> None:
+        pass
+
+
+def record(first: int, next_: int, salt: str = "salt", users: int = 3, label: float = float("nan")) -> bytes:
+    """A micro-batch of the source's offsets [first, next_), each a row."""
+    rows = next_ - first
+    offsets = np.arange(first, next_, dtype=np.int64)
+    columns = {
+        "user": (offsets % users + 1).astype(np.uint64),
+        "item": (offsets % 5 + 100).astype(np.uint64),
+        "category": (offsets % 4 + 50).astype(np.uint64),
+        "action": (offsets % 2).astype(np.uint8),
+        "at_ms": offsets * 1000,
+        "label": np.full(rows, label, np.float32),
+        "weight": np.ones(rows, np.float32),
+        "source": np.zeros(rows, np.uint16),
+        "offset": offsets,
+        "context": np.zeros((rows, 0), np.uint64),
+        "features": np.zeros((rows, 2), np.uint16),
+        "labels": np.zeros((rows, 2), np.uint64),
+        "label_windows": np.zeros((rows, 2, 3), np.uint16),
+    }
+    header = Header("spec", salt, (Range(SOURCE, first, next_, rows=rows),), 7, names={50: "shoes"})
+    return encode(header, columns)
+
+
+@dataclass
+class Following:
+    """A history follower on a log."""
+
+    path: Path
+    log: Log
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.store = HistoryStore(self.path, map_bytes=MAP)
+        self.metrics = ApplierMetrics(CollectorRegistry())
+        self.follower = HistoryFollower(self.store, FeatureSpec(), 3600.0, self.metrics, self.clock)
+        self.follower.connect(self.log.topic_id, self.log.ends(), self.log.open)
+
+    def drain(self) -> None:
+        while self.follower.step(0.0):
+            pass
+
+    def offsets(self) -> list[int]:
+        """The offsets in all histories, each user's in order."""
+        found = []
+        for user in range(1, 4):
+            mine = self.store.read(user)["offset"].tolist()
+            assert mine == sorted(mine)
+            found += mine
+        return sorted(found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.tuples(st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=12),
+    restarts=st.sets(st.integers(0, 11)),
+)
+def test_each_click_is_in_the_histories_once(
+    cuts: list[tuple[int, int]], restarts: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Records written again after a crash of the stream, and restarts of the applier, add nothing."""
+    log, path = Log(), tmp_path_factory.mktemp("histories")
+    following = Following(path, log)
+    end = 0
+    for number, (rows, again) in enumerate(cuts):
+        first = max(0, end - again)
+        end = max(end, first + rows)
+        log.records.append(record(first, first + rows))
+        if number in restarts:
+            following.store.close()
+            following = Following(path, log)
+        following.drain()
+    assert following.offsets() == list(range(end))
+    assert following.store.positions() == {SOURCE: end}
+    totals = following.store.totals
+    assert totals["rows"] == totals["positions"] == end
+    following.store.close()
+
+
+def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
+    """The same record as the stream's own history keeps."""
+    log = Log([record(0, 3, label=0.75)])
+    following = Following(tmp_path, log)
+    following.drain()
+    (event,) = following.store.read(2)
+    assert dict(zip(event.dtype.names, event.tolist(), strict=True)) == {
+        "at_ms": 1000, "category": 51, "item": 101, "offset": 1, "topic": SOURCE.topic, "partition": 3, "action": 1, "flags": 3,
+    }  # fmt: skip
+    following.store.close()
+
+
+def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None:
+    """All that answers need of the log, in the histories' own transaction."""
+    log = Log([record(0, 9)])
+    following = Following(tmp_path, log, Clock(77_000))
+    assert following.store.extra(CAUGHT_UP_EXTRA) is None
+    following.drain()
+    extra = following.store.extra
+    assert extra(f"name:{50:016x}") == b"shoes"
+    assert extra(f"item:{100:016x}") == (51).to_bytes(8, "big")
+    assert json.loads(extra(CLOCK_EXTRA) or b"") == {"event_ms": 8000, "accepted_ms": 77_000}
+    assert json.loads(extra("microbatches") or b"") == {"topic_id": TOPIC, "next": {"0": 1}}
+    assert extra(CAUGHT_UP_EXTRA) == b"1"
+    following.store.close()
+
+
+def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
+    """Clicks that no micro-batch covers are said to be missing."""
+    following = Following(tmp_path, Log([record(0, 4), record(9, 12)]))
+    following.drain()
+    assert following.offsets() == [0, 1, 2, 3, 9, 10, 11]
+    assert following.metrics.gap_positions._value.get() == 5
+    assert following.store.totals["absent"] == 5
+    following.store.close()
+
+
+def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
+    """Kafka's retention overtook the applier: it goes on at the log's beginning."""
+    log = Log([record(0, 4)])
+    following = Following(tmp_path, log)
+    following.drain()
+    log.records += [record(4, 6), record(6, 8)]
+    log.begin = 2
+    with pytest.raises(GapError):
+        following.follower.step(0.0)
+    following.follower.disconnect()
+    following.follower.connect(log.topic_id, log.ends(), log.open)
+    following.drain()
+    assert following.offsets() == [0, 1, 2, 3, 6, 7]
+    following.store.close()
+
+
+def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
+    """Positions belong to a topic's id; clicks that are there already are not taken twice."""
+    following = Following(tmp_path, Log([record(0, 4), record(4, 5)]))
+    following.drain()
+    following.store.close()
+    again = Following(tmp_path, Log([record(0, 7)], topic_id="ef" * 16))
+    again.drain()
+    assert again.offsets() == list(range(7))
+    again.store.close()
+
+
+def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
+    """A foreign record is data; serving goes on."""
+    following = Following(tmp_path, Log([record(0, 2), b"garbage", record(2, 4)]))
+    following.drain()
+    assert following.offsets() == [0, 1, 2, 3]
+    assert following.metrics.unreadable_microbatches._value.get() == 1
+    following.store.close()
+
+
+def test_another_salt_stops(tmp_path: Path) -> None:
+    """Pseudonyms of two salts in one store would split every user."""
+    following = Following(tmp_path, Log([record(0, 2), record(2, 4, salt="other")]))
+    with pytest.raises(SaltMismatch, match="record 1"):
+        following.drain()
+    assert following.offsets() == []
+    following.store.close()
+
+
+def test_ranges_go_on_from_the_marks() -> None:
+    """Below the mark nothing, between mark and range a gap."""
+    from state.microbatch import decode
+
+    batch = decode(record(4, 8))
+    assert new_ranges(batch, {SOURCE: 9}) == ([], 0)
+    assert new_ranges(batch, {SOURCE: 6}) == ([Range(SOURCE, 6, 8, rows=2)], 0)
+    assert new_ranges(batch, {SOURCE: 1}) == ([Range(SOURCE, 1, 4, absent=3), Range(SOURCE, 4, 8, rows=4)], 3)
+    assert new_ranges(batch, {}) == ([Range(SOURCE, 4, 8, rows=4)], 0)
+    assert len(events_of(batch)) == 4
+
+
+# The process
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) -> None:
+    """No broker costs the clicks, not the versions; a second applier is refused; SIGTERM ends it with 0."""
+    environment = os.environ | {
+        "SPRINGTIDE_PATHS_STATE": str(tmp_path), "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9",
+        "SPRINGTIDE_SERVING_METRICS_PORT": "0", "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+    }  # fmt: skip
+    registry = Registry(tmp_path / "registry")
+    registry.propose(start(**BY))
+    command = [sys.executable, "-m", "deploy.serving.applier"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        rows = tmp_path / "serving" / ROWS
+        until(lambda: (rows / "mark.json").exists())
+        second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 1 and "in use by process" in second.stderr
+        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.add_program(b"p"), "salt")
+        version = registry.publish(draft, {SERVING: save(tensors({1: 1.0}))}).version
+        reader = RowStore(rows, 1 << 30, readonly=True)
+
+        def served() -> int:
+            with reader.reader() as read:
+                found = read.served()
+                return 0 if found is None else found.version
+
+        until(lambda: served() == version)
+        reader.close()
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    assert json.loads((rows / "mark.json").read_text())["clean"]
+
+
