@@ -1,0 +1,65 @@
+"""Requirements: each pinned, each with its reason, none missing and none idle."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("state", "streaming", "trainer", "deploy")
+MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", "prometheus-client"]
+# Used through another library or as a program, never imported here.
+UNSEEN = {"crc32c", "zstandard", "httptools", "uvloop", "mypy", "ruff"}
+LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def name(line: str) -> str:
+    return canonical(re.split(r"[\[=]", line)[0])
+
+
+def imported(*folders: str) -> dict[str, set[str]]:
+    """Distributions of the third-party modules that our files import, and one file of each."""
+    owners = importlib.metadata.packages_distributions()
+    found: dict[str, set[str]] = {}
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module]
+            for top in {module.partition(".")[0] for module in modules} - {
+                *sys.stdlib_module_names,
+                *PACKAGES,
+                "tests",
+            }:
+                for owner in owners.get(top, []):
+                    found.setdefault(canonical(owner), set()).add(path.relative_to(ROOT).as_posix())
+    return found
+
+
+def test_the_missions_five_come_first() -> None:
+    assert [name(line) for line in LINES[:5]] == MISSION
+
+
+@pytest.mark.parametrize("line", LINES, ids=name)
+def test_a_requirement_is_pinned_and_has_its_reason(line: str) -> None:
+    assert re.match(r"[\w.-]+(\[[\w,]+\])?==[\w.]+(?:$| # .{10,})", line)
+    assert "#" in line or name(line) in MISSION
+
+
+def test_every_library_that_is_imported_is_pinned() -> None:
+    pinned = {name(line) for line in LINES}
+    missing = {owner: sorted(files)[0] for owner, files in imported(*PACKAGES, "tests").items() if owner not in pinned}
+    assert missing == {}
+
+
+def test_every_pinned_library_is_used() -> None:
+    assert {name(line) for line in LINES} - set(imported(*PACKAGES, "tests")) - UNSEEN == set()
