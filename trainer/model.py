@@ -23,8 +23,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from state.errors import SettingsError
-from state.sections import Model as ModelSettings
 from state.features import FeatureSpec
+from state.sections import Model as ModelSettings
 from trainer.tables import hashed_uniform
 
 Tensor = Any
@@ -40,6 +40,7 @@ MASKED = -1e9
 """The logit of a candidate that is not there."""
 
 NET_HIDDEN = 16
+USER_HIDDEN = 32
 ENGAGEMENT_HIDDEN = 64
 
 
@@ -124,20 +125,23 @@ class Model(tf.Module):
         self.label_width = len(spec.label_names)
         self.preprocessing = preprocessing if preprocessing is not None else Logarithms(spec.names)
         self._prepare_windows = Logarithms(spec.label_names)
-        dim, width = settings.dim, settings.hidden[-1]
+        dim, width, evidence = settings.dim, settings.hidden[-1], 2 * len(spec.label_names)
         prepared = int(self.preprocessing(tf.zeros([1, self.features])).shape[-1])
         self.tower = _load_builder(settings.tower)(prepared + (2 + LATEST) * dim, settings)
         own = {
-            "query.kernel": _weight("query.kernel", (width, dim), (6.0 / (width + dim)) ** 0.5),
+            "query.kernel": _weight("query.kernel", (width, dim), 0.0),
             "query.bias": _weight("query.bias", (dim,), 0.0),
             "interest.linear": tf.Variable(recency_prior(spec.label_names), name="interest.linear"),
             "interest.position": _weight("interest.position", (spec.labels,), 0.0),
-            "interest.personal": _weight("interest.personal", (width, self.label_width), 0.0),
-            "interest.kernel_0": _weight("interest.kernel_0", (self.label_width, NET_HIDDEN), 0.3),
+            "interest.user_kernel": _weight("interest.user_kernel", (prepared, USER_HIDDEN), 0.3),
+            "interest.user_bias": _weight("interest.user_bias", (USER_HIDDEN,), 0.0),
+            "interest.personal": _weight("interest.personal", (USER_HIDDEN, evidence), 0.0),
+            "interest.bend": _weight("interest.bend", (USER_HIDDEN, NET_HIDDEN), 0.0),
+            "interest.kernel_0": _weight("interest.kernel_0", (evidence, NET_HIDDEN), 0.5),
             "interest.bias_0": _weight("interest.bias_0", (NET_HIDDEN,), 0.0),
             "interest.kernel_1": _weight("interest.kernel_1", (NET_HIDDEN,), 0.0),
             "interest.popular": tf.Variable(_popular_prior(settings.popular), name="interest.popular"),
-            "interest.other": tf.Variable(np.full(1, 0.0, np.float32), name="interest.other"),
+            "interest.other": tf.Variable(np.ones(1, np.float32), name="interest.other"),
             "engagement.vector": _weight("engagement.vector", (width, ENGAGEMENT_HIDDEN), 0.15),
             "engagement.rows": _weight("engagement.rows", (3 * dim, ENGAGEMENT_HIDDEN), 0.15),
             "engagement.bias_0": _weight("engagement.bias_0", (ENGAGEMENT_HIDDEN,), 0.0),
@@ -189,27 +193,31 @@ class Model(tf.Module):
         latest = tf.reshape(latest, [-1, LATEST * self.settings.dim])
         return tf.concat([self.preprocessing(inputs["features"]), inputs["user_row"], latest, inputs["context_row"]], 1)
 
-    def label_evidence(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What a user's windows say about each label: logarithms `[B, L, F]` and a logit `[B, L]`."""
-        flat = self._prepare_windows(tf.reshape(inputs["label_windows"], [-1, self.label_width]))
-        hidden = tf.nn.relu(tf.matmul(flat, self.dense["interest.kernel_0"]) + self.dense["interest.bias_0"])
-        weights = tf.stack([self.dense["interest.linear"]], 1)
-        bent = tf.matmul(hidden, tf.stack([self.dense["interest.kernel_1"]], 1))
-        logits = tf.reshape(tf.matmul(flat, weights) + bent, [-1, self.labels])
-        windows = tf.reshape(flat, [-1, self.labels, self.label_width])
-        return windows, logits + self.dense["interest.position"]
+    def label_evidence(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What a user's windows say about each of the labels, `[B, L]`: a logit without embedding rows.
 
-    def interest(
-        self, vector: Tensor, inputs: Mapping[str, Tensor], evidence: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        Each label is described by its windows and by how they differ from the
+        newest label's. How much these count is partly shared and partly the
+        user's own, by the features: somebody who comes back to things is not
+        somebody who goes on to new ones.
+        """
+        flat = self._prepare_windows(tf.reshape(inputs["label_windows"], [-1, self.label_width]))
+        windows = tf.reshape(flat, [-1, self.labels, self.label_width])
+        windows = tf.concat([windows, windows - windows[:, :1]], 2)
+        user = tf.matmul(self.preprocessing(inputs["features"]), self.dense["interest.user_kernel"])
+        user = tf.nn.relu(user + self.dense["interest.user_bias"])
+        flat = tf.reshape(windows, [-1, 2 * self.label_width])
+        bent = tf.reshape(tf.matmul(flat, self.dense["interest.kernel_0"]), [-1, self.labels, NET_HIDDEN])
+        own = tf.matmul(user, self.dense["interest.bend"]) + self.dense["interest.bias_0"]
+        hidden = tf.reshape(tf.nn.relu(bent + tf.expand_dims(own, 1)), [-1, NET_HIDDEN])
+        bent = tf.reshape(tf.matmul(hidden, tf.expand_dims(self.dense["interest.kernel_1"], 1)), [-1, self.labels])
+        weights = tf.matmul(user, self.dense["interest.personal"]) + self.dense["interest.linear"]
+        return tf.squeeze(tf.matmul(windows, tf.expand_dims(weights, 2)), 2) + bent + self.dense["interest.position"]
+
+    def interest(self, vector: Tensor, inputs: Mapping[str, Tensor], evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Interest logits of the labels `[B, L]` and the popular ones `[B, P]`, and the query `[B, dim]`."""
         query = tf.matmul(vector, self.dense["query.kernel"]) + self.dense["query.bias"] + inputs["user_row"]
-        windows, shared = evidence
-        # How much recency or frequency says is the user's own: one more inner product per label.
-        personal = tf.matmul(vector, self.dense["interest.personal"])
-        matched = tf.concat([inputs["label_rows"], windows], 2)
-        wanted = tf.expand_dims(tf.concat([query, personal], 1), 2)
-        label_logits = tf.squeeze(tf.matmul(matched, wanted), 2) + shared
+        label_logits = tf.squeeze(tf.matmul(inputs["label_rows"], tf.expand_dims(query, 2)), 2) + evidence
         popular_logits = tf.matmul(query, inputs["popular_rows"], transpose_b=True) + self.dense["interest.popular"]
         return (
             _masked(label_logits, inputs["label_mask"]),
@@ -273,27 +281,27 @@ class Logarithms:
 
 
 def recency_prior(label_names: tuple[str, ...]) -> F32:
-    """First weights of log(1 + window) for the interest logit: recent and frequent labels come first.
+    """First weights of a label's evidence: recent and frequent labels come first.
 
     Before a click is learned from, the latest category wins, and among the
     others those of the last hour: already a fair guess of the next click.
 
     Args:
-        label_names: Names of a label's windows, such as `count_3600s`.
+        label_names: Names of a label's windows, such as `count_1h`.
 
     Returns:
-        `[F]` float32.
+        `[2 F]` float32; the second half weighs the differences from the newest label.
     """
-    weights = np.zeros(len(label_names), np.float32)
+    weights = np.zeros(2 * len(label_names), np.float32)
     decays = 0
     for position, name in enumerate(label_names):
         if "last" in name:
-            weights[position] = 2.0
+            weights[position] = 6.0
         elif "recency" in name:
-            weights[position] = -0.4
+            weights[position] = -1.2
         elif "decay" in name:
             # Shortest half-life first.
-            weights[position] = (0.2, 0.1, 0.1)[min(decays, 2)]
+            weights[position] = (0.6, 0.3, 0.3)[min(decays, 2)]
             decays += 1
     return weights
 
@@ -301,7 +309,7 @@ def recency_prior(label_names: tuple[str, ...]) -> F32:
 def _popular_prior(popular: int) -> F32:
     """First logits of the popular candidates by rank: far below a label that the user has clicked."""
     ranks = np.arange(1, popular + 1)
-    return (-0.5 * np.log(ranks)).astype(np.float32)
+    return (-1.5 - 0.5 * np.log(ranks)).astype(np.float32)
 
 
 def _weight(name: str, shape: tuple[int, ...], reach: float) -> Any:

@@ -56,8 +56,8 @@ NEGATIVE_SHIFT = float(np.log((1.0 - ASSUMED_CLICK_RATE) / ASSUMED_CLICK_RATE))
 
 TABLES = ("user", "item", "category", "context")
 
-RATES = {"interest.": 10.0}
-"""The few shared weights over label windows see every row and learn faster."""
+RATES = {"interest.": 20.0}
+"""The few weights over label windows see every label of every row and learn faster."""
 
 
 @dataclass(frozen=True)

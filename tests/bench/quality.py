@@ -3,8 +3,8 @@
     python -m tests.bench.quality [--steps N]
 
 Reads Taobao's UserBehavior.csv (user, item, category, behaviour, seconds) from
-`../shared/data/taobao`, sorts the clicks by time, computes windows with the
-stream's kernel, and trains in steps of 1,024 rows. Baselines see the same rows
+`../shared/data/taobao`, sorts the clicks by time, computes the windows each
+click saw, and trains in steps of 1,024 rows. Baselines see the same rows
 in the same run: the biggest category so far, and the user's previous one.
 """
 
@@ -21,11 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from state.config import Settings
-from state.features import EVENT, FeatureSpec
+from state.features import EVENT, FeatureSpec, vectorise
 from state.mask import Mask
 from state.microbatch import Header, MicroBatch
 from state.positions import Range, Source
-from state.windows import update_rows, words
 from tests.bench.report import Figure, report
 from trainer.step import Trainer
 
@@ -60,18 +59,17 @@ def micro_batches(
     users: npt.NDArray[np.uint64], events: npt.NDArray[np.void], spec: FeatureSpec, weights: tuple[float, ...]
 ) -> Iterator[MicroBatch]:
     """Micro-batches of 1,024 rows with the windows that each click saw."""
-    known, slots = np.unique(users, return_inverse=True)
-    rings = np.zeros((known.size, spec.history, 5), np.int64)
-    ends, counts = np.zeros(known.size, np.int64), np.zeros(known.size, np.int64)
+    histories = {user: events[users == user] for user in np.unique(users).tolist()}
+    seen: Counter[int] = Counter()
     for first in range(0, users.size, STEP_ROWS):
         part = slice(first, min(first + STEP_ROWS, users.size))
         rows = part.stop - first
         features = np.empty((rows, len(spec.names)), np.uint16)
-        labels = np.empty((rows, spec.labels), np.int64)
+        labels = np.empty((rows, spec.labels), np.uint64)
         windows = np.empty((rows, spec.labels, len(spec.label_names)), np.uint16)
-        update_rows(
-            rings, ends, counts, slots[part].astype(np.int64), words(events[part]), spec.tables, Mask.NONE.hidden, features, labels, windows
-        )
+        for row, (user, at_ms) in enumerate(zip(users[part].tolist(), events["at_ms"][part].tolist(), strict=True)):
+            features[row], labels[row], windows[row] = vectorise(histories[user], at_ms, seen[user], Mask.NONE, spec)
+            seen[user] += 1
         header = Header(spec.digest, "0" * 16, (Range(SOURCE, first, part.stop, rows=rows),), 0)
         yield MicroBatch(
             header,
@@ -86,7 +84,7 @@ def micro_batches(
             offset=np.arange(first, part.stop),
             context=np.zeros((rows, 0), np.uint64),
             features=features,
-            labels=labels.view(np.uint64),
+            labels=labels,
             label_windows=windows,
         )
 

@@ -1,0 +1,75 @@
+"""Which rows of a training record are learned from: those of the right kind, new, and not masked. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
+from state.mask import Mask
+from state.microbatch import MicroBatch, decode, gaps, trim
+from state.positions import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What became of the rows of one record.
+
+    Attributes:
+        batch: The rows to learn from, perhaps none.
+        marks: The next offset of each source afterwards.
+        rows: Rows of the record.
+        duplicate: Rows written again by a stream that crashed.
+        masked: New rows that the mask leaves out.
+        gaps: Positions that no record covered: (source, expected, found).
+    """
+
+    batch: MicroBatch
+    marks: dict[Source, int]
+    rows: int
+    duplicate: int
+    masked: int
+    gaps: list[tuple[Source, int, int]]
+
+
+def take_in(value: bytes | None, marks: Mapping[Source, int], mask: Mask, spec: str, salt: str, where: str) -> Intake:
+    """Decodes a record, drops what is known by `marks`, leaves out what `mask` names.
+
+    Args:
+        value: The record's value.
+        marks: The next offset of each source.
+        mask: The rows to leave out; they count as seen.
+        spec: Digest of the feature spec that the trainer learns.
+        salt: Fingerprint of the salt of its user ids.
+        where: The record's place, for messages.
+
+    Raises:
+        MicroBatchError: The value is no micro-batch.
+        SpecMismatch: It has other features.
+        SaltMismatch: Its users have other pseudonyms.
+    """
+    try:
+        whole = decode(value or b"")
+    except MicroBatchError as error:
+        raise MicroBatchError(f"{where}: {error}") from error
+    if whole.header.spec != spec:
+        raise SpecMismatch(
+            f"{where} has feature spec {whole.header.spec[:12]}, this trainer has {spec[:12]}; give stream and trainer "
+            "the same [features] and events.actions, or start a new state directory"
+        )
+    if whole.header.salt != salt:
+        raise SaltMismatch(
+            f"{where} has users of salt {whole.header.salt}, this registry has {salt}; "
+            "restore the salt file of the stream, or start a new state directory"
+        )
+    fresh, after = trim(whole, marks)
+    hidden = mask.rows(whole.user, whole.at_ms, whole.source, whole.offset, whole.header.ranges) if mask else ~fresh
+    keep = fresh & ~hidden
+    return Intake(
+        batch=whole.take(keep),
+        marks=after,
+        rows=len(whole),
+        duplicate=int((~fresh).sum()),
+        masked=int(fresh.sum()) - int(keep.sum()),
+        gaps=gaps(whole.header, marks),
+    )
