@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy import plan
-from deploy.versions import open_registry, table
+from deploy.versions import open_registry, readable, table
 from state import control as transitions
 from state.config import Settings
 from state.control import Control
@@ -70,8 +70,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     registry = open_registry(settings)
     control = _current(registry)
     if asked.before is not None:
-        kept = [registry.manifest(number) for number in registry.versions()]
-        to = plan.newest_before(kept, plan.parse_time(asked.before, now_ms))
+        to = plan.newest_before(readable(registry), plan.parse_time(asked.before, now_ms))
     else:
         to = registry.manifest(asked.to)
     registry.chain(to.version)

@@ -6,7 +6,7 @@ Also reads the operator's ways to write a time and a place in the clicks topic.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -105,22 +105,21 @@ def rollback_plan(
     )
 
 
-def newest_before(manifests: Sequence[Manifest], before_ms: int) -> Manifest:
-    """The newest version made before a moment.
+def newest_before(newest_first: Iterable[Manifest], before_ms: int) -> Manifest:
+    """The newest version made before a moment; reads no further than it must.
 
     Raises:
         UnknownVersion: None is that old.
     """
-    older = [one for one in manifests if one.created_at_ms < before_ms]
-    if not older:
-        oldest = min(manifests, key=lambda one: one.created_at_ms, default=None)
-        hint = (
-            f"the oldest is version {oldest.version} of {iso(oldest.created_at_ms)}"
-            if oldest
-            else "there is no version yet"
-        )
-        raise UnknownVersion(f"no version was made before {iso(before_ms)}; {hint}")
-    return max(older, key=lambda one: (one.created_at_ms, one.version))
+    oldest: Manifest | None = None
+    for one in newest_first:
+        if one.created_at_ms < before_ms:
+            return one
+        oldest = one
+    hint = "there is no version yet"
+    if oldest is not None:
+        hint = f"the oldest is version {oldest.version} of {iso(oldest.created_at_ms)}"
+    raise UnknownVersion(f"no version was made before {iso(before_ms)}; {hint}")
 
 
 def parse_time(text: str, now_ms: int) -> int:

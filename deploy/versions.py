@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deploy import plan
 from state.config import Settings
 from state.control import Control
-from state.errors import CorruptVersion, RegistryError, StoreError
+from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersion
+from state.manifest import Manifest
 from state.registry import Registry
 from state.rows import RowStore
 
@@ -30,7 +32,8 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     kept = numbers if asked.all else numbers[max(0, len(numbers) - asked.last) :]
     if served is not None and served in numbers and served not in kept:
         kept = [served, *kept]
-    entries = [_entry(registry, number, control, served, now_ms) for number in kept]
+    listed = (_entry(registry, number, control, served, now_ms) for number in kept)
+    entries = [entry for entry in listed if entry is not None]
     if asked.output == "json":
         say(json.dumps(entries, indent=2))
         return
@@ -68,6 +71,13 @@ def open_registry(settings: Settings) -> Registry:
     return Registry(settings.registry_dir)
 
 
+def readable(registry: Registry) -> Iterator[Manifest]:
+    """The manifests of all versions, newest first, without those that are corrupt or were removed meanwhile."""
+    for number in reversed(registry.versions()):
+        with suppress(CorruptVersion, UnknownVersion):
+            yield registry.manifest(number)
+
+
 def served_version(serving_dir: Path) -> int | None:
     """The version that answers on this host use; None where nothing serves here."""
     path = serving_dir / "rows"
@@ -97,7 +107,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _entry(registry: Registry, number: int, control: Control | None, served: int | None, now_ms: int) -> dict[str, Any]:
+def _entry(
+    registry: Registry, number: int, control: Control | None, served: int | None, now_ms: int
+) -> dict[str, Any] | None:
+    """What is known of a version; None where retention has removed it meanwhile."""
     marks = ["served"] if number == served else []
     if control is not None and control.serving.version == number:
         marks.append("pinned")
@@ -105,6 +118,8 @@ def _entry(registry: Registry, number: int, control: Control | None, served: int
         marks.append(f"start of epoch {control.epoch}")
     try:
         found = registry.manifest(number)
+    except UnknownVersion:
+        return None
     except CorruptVersion:
         return {"version": number, "marks": [*marks, "corrupt"]}
     return {

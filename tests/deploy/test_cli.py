@@ -210,6 +210,17 @@ def test_versions_marks_what_answers_use(operator: Operator) -> None:
     assert marked.startswith("1 "), "also where it is older than those asked for"
 
 
+def test_a_host_that_has_not_served_yet_marks_nothing(operator: Operator) -> None:
+    (operator.state / "serving" / "rows").mkdir(parents=True)
+    assert "served" not in operator("versions")
+
+
+def test_a_corrupt_version_is_listed_as_such_and_passed_over(operator: Operator) -> None:
+    (operator.state / "registry" / "versions" / f"{3:012d}" / "manifest.json").write_text("{")
+    assert "corrupt" in next(line for line in operator("versions").splitlines() if line.startswith("3"))
+    assert "version 2," in operator("rollback", "--before", "6m", "--reason", "older", "--dry-run")
+
+
 def test_a_race_between_two_operators_has_one_winner(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Operator(operator.state)
     real = control.log_end
