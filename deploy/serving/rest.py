@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import multiprocessing
 import signal
 import socket
@@ -46,6 +47,7 @@ MOST_BODY_BYTES = 1 << 20
 LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 _JSON = [(b"content-type", b"application/json")]
 _TEXT = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+_log = logging.getLogger(__name__)
 _FIELDS = {"user_id", "item", "category", "at", "context"}
 
 
@@ -105,6 +107,10 @@ class App:
         self._clock_s = clock_s
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
 
+    def close(self) -> None:
+        """Closes the stores; the next request opens them again."""
+        self._host.close()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         began_s = self._clock_s()
@@ -135,8 +141,11 @@ class App:
             status = 405 if error.do.startswith("use ") else 400
             body = _error(str(error), error.do)
         except SpringtideError as error:
-            what, _, do = str(error).partition("; ")
-            status, body = 503, _error(what, do or str(type(error).__doc__))
+            what, _, do = str(error).rpartition("; ")
+            status, body = 503, _error(what or do, do if what else str(type(error).__doc__))
+        except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
+            _log.exception("a request for %s failed", route)
+            status, body = 500, _error("the worker failed; its log says why", "report it with the worker's log")
         await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
         self._count(route, status, self._clock_s() - began_s)
@@ -216,7 +225,9 @@ def requests(body: bytes) -> Iterable[tuple[str, str | None, str | None, dict[st
         raise BadRequest(f"the body is no JSON: {error}", form) from None
     if not isinstance(document, dict):
         raise BadRequest("the body is no JSON object", form)
-    wanted = document.get("profiles", [{"user_id": user} for user in document.get("users", ())])
+    wanted = document.get("profiles")
+    if wanted is None and isinstance(document.get("users"), list):
+        wanted = [{"user_id": user} for user in document["users"]]
     if not isinstance(wanted, list) or not wanted:
         raise BadRequest("the body asks for no profile", form)
     if len(wanted) > MOST_PROFILES:
@@ -290,7 +301,7 @@ def serve(settings: Settings, shared: bool = False) -> None:
     try:
         uvicorn.Server(config).run(sockets=[bound])
     finally:
-        host.close()
+        app.close()
 
 
 def _shared_worker(argv: list[str]) -> None:

@@ -64,6 +64,6 @@ def stores(tmp_path: Path, lowered: Lowered) -> Iterator[Stores]:
     extra["caught_up"] = b"1"
     extra[f"item:{public_id('i1'):016x}"] = public_id("hats").to_bytes(8, "big")
     histories.commit(Appends.of(users, events), (), extra)
-    yield Stores(settings, rows, histories, lowered)
-    rows.close()
-    histories.close()
+    made = Stores(settings, rows, histories, lowered)
+    yield made
+    made.close()

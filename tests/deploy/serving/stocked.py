@@ -100,3 +100,11 @@ class Stores:
     rows: RowStore
     histories: HistoryStore
     lowered: Lowered
+    closed: bool = False
+
+    def close(self) -> None:
+        """Closes both; one process may have a store open only once."""
+        if not self.closed:
+            self.closed = True
+            self.rows.close()
+            self.histories.close()

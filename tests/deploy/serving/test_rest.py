@@ -1,0 +1,274 @@
+"""A worker's REST interface: answers, errors that say what to do, readiness, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.host import PROGRAMS, Host
+from deploy.serving.rest import MOST_PROFILES, App, BadRequest, time_ms
+from state.identity import Salt, public_id
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of, manifest, tensors
+
+
+def app_of(stores: Stores) -> tuple[App, CollectorRegistry]:
+    """The application on the stores, whose writers are closed: one process may open a store only once."""
+    stores.close()
+    registry = CollectorRegistry()
+    host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
+    return App(host, registry), registry
+
+
+def ask(app: App, method: str, path: str, **more: Any) -> httpx.Response:
+    """One request through ASGI."""
+
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(go())
+
+
+@pytest.fixture
+def app(stores: Stores) -> Iterator[App]:
+    made, _ = app_of(stores)
+    yield made
+    made.close()
+
+
+def test_a_profile_is_answered_in_the_documented_form(app: App) -> None:
+    """Every field, in its type and order."""
+    response = ask(app, "GET", "/v1/profiles/ann?item=i1")
+    assert response.status_code == 200 and response.headers["content-type"] == "application/json"
+    answer = response.json()
+    assert list(answer) == [
+        "user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "interests", "engagement", "vector", "features",
+    ]  # fmt: skip
+    assert answer["user_id"] == "ann" and answer["known"] is True and answer["cold_start"] is False
+    assert answer["version"] == {"number": 1, "epoch": 1, "age_s": 2.0, "mask_generation": 0, "sources": {str(SOURCE): 1001}}
+    assert answer["at"] == "2027-01-15T07:59:55.400Z" and answer["clock"] == "event"
+    assert {one["label"] for one in answer["interests"]} == {"shoes", "hats", f"{public_id('tea'):016x}"}
+    assert all(len(one["id"]) == 16 for one in answer["interests"])
+    assert sum(one["probability"] for one in answer["interests"]) == pytest.approx(1.0, abs=1e-5)
+    assert answer["engagement"]["item"] == "i1" and 0 < answer["engagement"]["probability"] < 1
+    assert len(answer["vector"]) == 12 and len(answer["features"]) == 128
+
+
+def test_ids_may_hold_any_character(app: App) -> None:
+    """Slashes, spaces and other scripts are part of an id."""
+    for user in ("a/b c", "Łódź?", "日本"):
+        response = httpx.URL("http://worker").copy_with(raw_path=b"/v1/profiles/" + quote(user, safe="").encode())
+        assert ask(app, "GET", str(response)).json()["user_id"] == user
+
+
+def test_a_batch_is_answered_in_order(app: App) -> None:
+    """Both forms of the body; each profile is what it would be alone."""
+    both = ask(app, "POST", "/v1/profiles:batch", json={"users": ["bob", "ann"]}).json()["profiles"]
+    assert [one["user_id"] for one in both] == ["bob", "ann"]
+    assert both[1] == ask(app, "GET", "/v1/profiles/ann").json()
+    asked = {"profiles": [{"user_id": 7, "item": "i1", "at": "1500", "context": {"device": "tv"}}]}
+    (one,) = ask(app, "POST", "/v1/profiles:batch", json=asked).json()["profiles"]
+    assert (one["user_id"], one["at_ms"], one["cold_start"]) == ("7", 1500, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more", "status", "what"),
+    [
+        ("GET", "/nothing", {}, 404, "/nothing"),
+        ("GET", "/v1/profiles/", {}, 404, "/v1/profiles/"),
+        ("GET", "/v1/profiles/ann?at=soon", {}, 400, "soon"),
+        ("GET", "/v1/profiles/ann?at=-5", {}, 400, "-5"),
+        ("GET", "/v1/profiles/ann?at=99999999999999999", {}, 400, "no time"),
+        ("DELETE", "/v1/profiles/ann", {}, 405, "DELETE"),
+        ("GET", "/v1/profiles:batch", {}, 405, "GET"),
+        ("POST", "/v1/profiles:batch", {"content": b"{"}, 400, "no JSON"),
+        ("POST", "/v1/profiles:batch", {"json": []}, 400, "no JSON object"),
+        ("POST", "/v1/profiles:batch", {"json": {}}, 400, "no profile"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": 3}}, 400, "no profile"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": [None]}}, 400, "profile 0"),
+        ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "itm": "b"}]}}, 400, "profile 0"),
+        ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "context": []}, {}]}}, 400, "profile 1"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"] * (MOST_PROFILES + 1)}}, 400, "257 profiles"),
+        ("POST", "/v1/profiles:batch", {"content": b" " * (1 << 20) + b"{}"}, 400, "1048576 bytes"),
+    ],
+)
+def test_an_error_says_what_and_what_to_do(
+    app: App, method: str, path: str, more: dict[str, Any], status: int, what: str
+) -> None:
+    """Errors are JSON, and never a 500 for what a caller sends."""
+    response = ask(app, method, path, **more)
+    assert response.status_code == status
+    body = response.json()
+    assert set(body) == {"error", "do"} and what in body["error"] and body["do"]
+
+
+@pytest.mark.parametrize("text", ["1500", "1970-01-01T00:00:01.5", "1970-01-01T01:00:01.5+01:00", 1500])
+def test_times_are_read_in_both_forms(text: str | int) -> None:
+    """Milliseconds or ISO 8601, UTC where nothing else is said."""
+    assert time_ms(text) == 1500
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "nan", "1e3", "2026-13-01", "-1", "300000000000000"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    """With an example of what is one."""
+    with pytest.raises(BadRequest, match="no time"):
+        time_ms(text)
+
+
+def test_readiness_names_what_is_missing(stores: Stores) -> None:
+    """Version, program, histories: each with its reason."""
+    app, _ = app_of(stores)
+    assert ask(app, "GET", "/readyz").json() == {"ready": True, "version": True, "program": True, "histories": True}
+    app.close()
+    program = stores.settings.serving_dir / PROGRAMS / f"{digest_of(stores.lowered)}.tflite"
+    program.unlink()
+    response = ask(app, "GET", "/readyz")
+    assert response.status_code == 503
+    assert (response.json()["version"], response.json()["program"], response.json()["histories"]) == (True, False, True)
+    assert "the applier copies it" in response.json()["error"]
+    answer = ask(app, "GET", "/v1/profiles/ann")
+    assert answer.status_code == 503 and "program" in answer.json()["error"]
+    assert ask(app, "GET", "/healthz").status_code == 200
+    app.close()
+
+
+def test_before_the_applier_nothing_is_ready(tmp_path: Path, stores: Stores) -> None:
+    """A worker may start first; it says what it waits for, and answers once that is there."""
+    settings = replace(stores.settings, paths=replace(stores.settings.paths, state=str(tmp_path / "elsewhere")))
+    app = App(Host(settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), CollectorRegistry())
+    response = ask(app, "GET", "/v1/profiles/ann")
+    assert response.status_code == 503 and "start the applier" in response.json()["do"]
+    assert ask(app, "GET", "/readyz").json()["version"] is False
+    stores.close()
+    stores.settings.serving_dir.rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved").rename(settings.serving_dir)
+    assert ask(app, "GET", "/v1/profiles/ann").status_code == 200
+    app.close()
+
+
+MAKE_ANEW = """
+import sys
+from pathlib import Path
+import numpy as np
+from state.history import Appends, HistoryStore
+from state.identity import Salt, user_id
+from tests.deploy.serving.stocked import MAP, SALT_KEY, clicks
+store = HistoryStore(Path(sys.argv[1]), map_bytes=MAP)
+store.commit(Appends.of(np.array([user_id(Salt(SALT_KEY), "cat")], np.uint64), clicks([("hats", "i1", 60_000)])))
+store.close()
+"""
+
+
+def test_stores_begun_anew_are_opened_again(stores: Stores) -> None:
+    """After a power cut the applier makes other files; a worker that runs on takes them up."""
+    now = [NOW_MS]
+    stores.close()
+    app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    assert ask(app, "GET", "/v1/profiles/cat").json()["cold_start"]
+    path = stores.settings.serving_dir / "histories"
+    path.rename(path.with_name("old"))
+    subprocess.run([sys.executable, "-c", MAKE_ANEW, str(path)], check=True)
+    now[0] += 2_000
+    assert ask(app, "GET", "/v1/profiles/cat").json()["known"]
+    app.close()
+
+
+def test_requests_are_counted_without_ids(stores: Stores) -> None:
+    """By route and code; a user's id is in no label."""
+    app, registry = app_of(stores)
+    for path in ("/v1/profiles/ann", "/v1/profiles/nobody", "/v1/profiles/ann?at=x", "/secret"):
+        ask(app, "GET", path)
+    text = ask(app, "GET", "/metrics").text
+    assert 'springtide_requests_total{code="200",route="profile"} 2.0' in text
+    assert 'springtide_requests_total{code="400",route="profile"} 1.0' in text
+    assert 'springtide_requests_total{code="404",route="unknown"} 1.0' in text
+    assert "springtide_cold_starts_total 1.0" in text
+    assert "ann" not in text.replace("channel", "") and "secret" not in text
+    assert registry.get_sample_value("springtide_request_seconds_count", {"route": "profile"}) == 3
+    app.close()
+
+
+def test_the_model_status_is_that_of_tensorflow_serving(app: App) -> None:
+    """The form that its clients read."""
+    assert ask(app, "GET", "/v1/models/profile").json() == {
+        "model_version_status": [
+            {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}},
+        ]
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def worker(stores: Stores, port: int, workers: int = 1) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {
+        "SPRINGTIDE_PATHS_STATE": stores.settings.paths.state, "SPRINGTIDE_SERVING_PORT": str(port),
+        "SPRINGTIDE_SERVING_WORKERS": str(workers), "SPRINGTIDE_SERVING_MAP_GB": "1",
+    }  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def answers(port: int, path: str) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_answers_and_ends_in_order(stores: Stores, workers: int) -> None:
+    """It reads what this process writes, refuses a taken port with one line, and SIGTERM ends it with 0."""
+    port = free_port()
+    with worker(stores, port, workers) as process:
+        until(lambda: answers(port, "/readyz"))
+        assert answers(port, "/v1/profiles/ann")
+        program = digest_of(stores.lowered)
+        stores.rows.apply(manifest(2, program, parent=1), tensors(stores.lowered, 2, {"user": ["ann"]}, []), NOW_MS, follow=True)
+        until(lambda: httpx.get(f"http://127.0.0.1:{port}/v1/profiles/ann").json()["version"]["number"] == 2)
+        with worker(stores, port) as second:
+            _, log = second.communicate(timeout=60)
+        assert second.returncode == 1 and len(log.splitlines()) == 1 and f"port {port}" in log
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+        assert process.returncode == 0, log
+
+
+def test_a_worker_without_salt_says_so(stores: Stores) -> None:
+    """It does not make one: with another salt nobody would be known."""
+    stores.settings.salt_path.unlink()
+    with worker(stores, free_port()) as process:
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 1 and "there is no salt" in log
