@@ -95,6 +95,9 @@ class TrainerMetrics:
         self.lag_records = Gauge(
             prefix + "lag_records", "Positions of the training log not yet read.", registry=registry
         )
+        self.caught_up = Gauge(
+            prefix + "caught_up", "1 once this epoch has read the training log to its end.", registry=registry
+        )
         self.table_rows = Gauge(prefix + "table_rows", "Rows in use, by table.", ["table"], registry=registry)
         self.guard = Counter(
             prefix + "guard", "The guard's verdicts: accept, skip, hold.", ["verdict"], registry=registry
