@@ -6,11 +6,12 @@ Part of `state.log`; only the files `state/log*.py` import the Kafka client.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import kafka.errors as kafka_errors
+from kafka.net.compat import KafkaNetClient
 
 from state.errors import FencedWriter, LogError, SpringtideError, UnknownTopic, UnreachableBroker
 from state.sections import Kafka
@@ -71,6 +72,34 @@ def client_options(settings: Kafka) -> dict[str, Any]:
         "ssl_password": settings.ssl_key_password,
     }
     return options | {name: value for name, value in optional.items() if value}
+
+
+def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
+    """Makes a client of kafka-python; if it cannot connect, nothing of it is left behind.
+
+    Args:
+        settings: How to connect.
+        doing: What for, see `translated`.
+        make: One of the client's classes.
+        options: Beside `client_options`.
+
+    Raises:
+        UnreachableBroker, LogError: see `translated`.
+    """
+    begun: list[Any] = []
+
+    def network(**given: object) -> Any:
+        begun.append(KafkaNetClient(**given))
+        return begun[-1]
+
+    with translated(settings, doing):
+        try:
+            return make(**client_options(settings), **options, kafka_client=network)
+        except BaseException:
+            # A constructor that raises leaves its thread and its sockets.
+            for client in begun:
+                client.close()
+            raise
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class BatchRecords:
         self.fetch_offset = self.next_fetch_offset = fetch_offset
         self.topic_partition = tp
         self.leader_epoch = -1
+        self.bytes_read = 0
         self._records = records
         self._aborted = [(each.producer_id, each.first_offset) for each in aborted_transactions or ()]
         self._committed_only = getattr(isolation_level, "name", "READ_COMMITTED") == "READ_COMMITTED"
@@ -48,6 +49,7 @@ class BatchRecords:
         if self._records is None:
             return []
         data = bytes(self._records._buffer)
+        self.bytes_read = len(data)
         chunks = decode_batches(data, self.fetch_offset, self._aborted, self._committed_only)
         if chunks:
             self.next_fetch_offset = chunks[-1].next

@@ -8,8 +8,9 @@ plain, slower way is used.
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,17 @@ from kafka.structs import TopicPartition
 from state import log_hook
 from state.errors import GapError, LogError, UnknownTopic, UnreachableBroker
 from state.log_batches import I64, Chunk
-from state.log_client import client_options, translated
+from state.log_client import connect, translated
 from state.log_topics import Topics
 from state.sections import Kafka
 
 FETCH_BYTES = 2 * 1024 * 1024
-METADATA_S = 5.0
+METADATA_S = 1.0
+# A fetch that waits at the broker names its topic, not the topic's id: within
+# this time a topic may be deleted and made again unseen.
+FETCH_WAIT_MS = 250
+# After a longer pause no fetch was waiting, and the topic is asked for its id.
+PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Reader:
         committed_only: bool = True,
         from_end: bool = False,
         batched: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connects; the first `poll` fetches.
 
@@ -93,6 +100,7 @@ class Reader:
             committed_only: Leave out records of open and aborted transactions.
             from_end: See `positions`.
             batched: Decode whole record batches; False for the client's way.
+            clock: Seconds that never go back.
 
         Raises:
             UnreachableBroker: no broker answered in time.
@@ -102,31 +110,13 @@ class Reader:
         self._settings = settings
         self.topic = topic
         self._all = partitions is None
+        self._clock = clock
         self._topics = Topics(settings)
-        info = self._topics.describe(topic)
-        self.topic_id = info.topic_id
-        wanted = list(range(info.partitions)) if partitions is None else sorted(partitions)
-        if wanted and wanted[-1] >= info.partitions:
-            raise UnknownTopic(
-                f"topic {topic} has no partition {wanted[-1]}, only {info.partitions}; correct the number of shards"
-            )
-        self._positions = self._begin(wanted, positions or {}, from_end)
-        self._buffer: dict[int, deque[Chunk]] = {}
-        self._doubtful = False
-        with translated(settings, f"read topic {topic}"):
-            self._consumer: Any = KafkaConsumer(
-                **client_options(settings),
-                enable_auto_commit=False,
-                auto_offset_reset="none",
-                allow_auto_create_topics=False,
-                isolation_level="read_committed" if committed_only else "read_uncommitted",
-                max_partition_fetch_bytes=FETCH_BYTES,
-                metadata_max_age_ms=int(METADATA_S * 1000),
-                metrics_enabled=False,
-                retry_backoff_ms=20,
-            )
-        self._batched = batched and log_hook.install(self._consumer, self._doubt)
-        self._assign()
+        try:
+            self._open(partitions, positions or {}, committed_only, from_end, batched)
+        except BaseException:
+            self._topics.close()
+            raise
 
     @property
     def partitions(self) -> list[int]:
@@ -209,6 +199,44 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _open(
+        self,
+        partitions: Sequence[int] | None,
+        positions: Mapping[int, int],
+        committed_only: bool,
+        from_end: bool,
+        batched: bool,
+    ) -> None:
+        settings, topic = self._settings, self.topic
+        info = self._topics.describe(topic)
+        self.topic_id = info.topic_id
+        wanted = list(range(info.partitions)) if partitions is None else sorted(partitions)
+        if wanted and wanted[-1] >= info.partitions:
+            raise UnknownTopic(
+                f"topic {topic} has no partition {wanted[-1]}, only {info.partitions}; correct the number of shards"
+            )
+        self._positions = self._begin(wanted, positions, from_end)
+        self._buffer: dict[int, deque[Chunk]] = {}
+        self._refused = False
+        self._paused = False
+        self._polled_s = self._clock()
+        self._consumer: Any = connect(
+            settings,
+            f"read topic {topic}",
+            KafkaConsumer,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            allow_auto_create_topics=False,
+            isolation_level="read_committed" if committed_only else "read_uncommitted",
+            max_partition_fetch_bytes=FETCH_BYTES,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            metadata_max_age_ms=int(METADATA_S * 1000),
+            metrics_enabled=False,
+            retry_backoff_ms=20,
+        )
+        self._batched = batched and log_hook.install(self._consumer, self._doubt)
+        self._assign()
+
     def _begin(self, wanted: list[int], positions: Mapping[int, int], from_end: bool) -> dict[int, int]:
         ends = self._topics.ends(self.topic)
         found = {}
@@ -226,10 +254,12 @@ class Reader:
             self.seek(partition, offset)
 
     def _doubt(self) -> None:
-        self._doubtful = True
+        """The broker answered a fetch with an error: the topic may be gone."""
+        self._refused = True
 
     def _fetch(self, timeout_s: float) -> None:
-        metadata = self._consumer._fetcher._manager.cluster
+        if self._clock() - self._polled_s > PAUSE_S:
+            self._paused = True
         try:
             found = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
         except kafka_errors.OffsetOutOfRangeError as problem:
@@ -248,13 +278,16 @@ class Reader:
         except kafka_errors.KafkaError as problem:
             with translated(self._settings, f"read topic {self.topic}"):
                 raise problem
+        finally:
+            self._polled_s = self._clock()
         # A name is no identity: before anything is delivered the topic must
         # still be the one whose positions we hold.
-        known = metadata.topic_id(self.topic)
-        if self._doubtful or (known is not None and known.hex != self.topic_id):
+        known = self._consumer._fetcher._manager.cluster.topic_id(self.topic)
+        changed = known is not None and known.hex != self.topic_id
+        if self._refused or changed or (self._paused and found):
             try:
                 self._check()
-                self._doubtful = False
+                self._refused = self._paused = False
             except UnreachableBroker:
                 self._assign()
                 return

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from uuid import UUID
 
 import kafka.errors as kafka_errors
 from kafka import KafkaAdminClient
@@ -18,7 +19,7 @@ from kafka.admin import OffsetSpec
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.errors import LogError, UnknownTopic
-from state.log_client import client_options, translated, unreachable
+from state.log_client import connect, translated, unreachable
 from state.sections import Kafka
 
 RETRY_S = 0.05
@@ -51,8 +52,7 @@ class Topics:
     def __init__(self, settings: Kafka) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        with translated(settings, "connect to Kafka"):
-            self._admin: Any = KafkaAdminClient(**client_options(settings))
+        self._admin: Any = connect(settings, "connect to Kafka", KafkaAdminClient)
 
     def ensure(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> TopicInfo:
         """Makes the topic if there is none; an existing one stays as it is.
@@ -80,7 +80,7 @@ class Topics:
             problem = kafka_errors.for_code(topic["error_code"])
             with translated(self._settings, f"use topic {name}"):
                 raise problem(name)
-        return TopicInfo(topic["topic_id"].hex, len(topic["partitions"]))
+        return TopicInfo(UUID(str(topic["topic_id"])).hex, len(topic["partitions"]))
 
     def names(self) -> list[str]:
         """All topics that we may see, sorted."""
@@ -145,13 +145,13 @@ class Topics:
             TopicPartition(name, partition): OffsetAndMetadata(offset, "", -1)
             for partition, offset in positions.items()
         }
-        outcome = self._call(
-            f"commit positions of group {group}", lambda: self._admin.alter_group_offsets(group, offsets)
-        )
-        for each, problem in outcome.items():
-            if problem is not kafka_errors.NoError:
-                with translated(self._settings, f"commit partition {each.partition} of {name} for group {group}"):
+
+        def commit() -> None:
+            for problem in self._admin.alter_group_offsets(group, offsets).values():
+                if problem is not kafka_errors.NoError:
                     raise problem()
+
+        self._call(f"commit positions of group {group}", commit)
 
     def committed(self, group: str, name: str) -> dict[int, int]:
         """Positions of a consumer group in a topic; partitions without one are absent."""

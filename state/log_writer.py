@@ -16,7 +16,7 @@ from kafka.protocol.producer import ProduceRequest
 
 from state.errors import LogError, UnknownTopic
 from state.log_batches import I64, encode_batch
-from state.log_client import client_options, translated
+from state.log_client import connect, translated
 from state.log_topics import Topics
 from state.sections import Kafka
 
@@ -46,27 +46,14 @@ class Writer:
             LogError: the cluster refused.
         """
         self._settings = settings
-        self._transactional = transactional_id is not None
         self._known: set[str] = set()
         self._pending: list[Any] = []
         self._topics = Topics(settings)
-        request_ms = int(settings.request_timeout_s * 1000)
-        with translated(settings, "connect a writer"):
-            self._producer: Any = KafkaProducer(
-                **client_options(settings),
-                acks="all",
-                enable_idempotence=True,
-                transactional_id=transactional_id,
-                retry_backoff_ms=RETRY_BACKOFF_MS,
-                max_block_ms=request_ms,
-                delivery_timeout_ms=max(2 * request_ms, 120_000),
-                max_request_size=MAX_RECORD_BYTES,
-                batch_size=256 * 1024,
-                allow_auto_create_topics=False,
-                metrics_enabled=False,
-            )
-            if self._transactional:
-                self._producer.init_transactions()
+        try:
+            self._producer: Any = self._open(transactional_id)
+        except BaseException:
+            self._topics.close()
+            raise
 
     def send(
         self,
@@ -148,6 +135,32 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _open(self, transactional_id: str | None) -> Any:
+        request_ms = int(self._settings.request_timeout_s * 1000)
+        producer = connect(
+            self._settings,
+            "connect a writer",
+            KafkaProducer,
+            acks="all",
+            enable_idempotence=True,
+            transactional_id=transactional_id,
+            retry_backoff_ms=RETRY_BACKOFF_MS,
+            max_block_ms=request_ms,
+            delivery_timeout_ms=max(2 * request_ms, 120_000),
+            max_request_size=MAX_RECORD_BYTES,
+            batch_size=256 * 1024,
+            allow_auto_create_topics=False,
+            metrics_enabled=False,
+        )
+        if transactional_id is not None:
+            try:
+                with translated(self._settings, "begin as a transactional writer"):
+                    producer.init_transactions()
+            except BaseException:
+                producer.close(timeout=0)
+                raise
+        return producer
+
     def _abort(self) -> None:
         self._pending = []
         try:
@@ -185,8 +198,8 @@ class BulkWriter:
         self.topic = topic
         with Topics(settings) as topics:
             self.partitions = topics.describe(topic).partitions
+        self._admin: Any = connect(settings, "connect a writer", KafkaAdminClient)
         with translated(settings, "connect a writer"):
-            self._admin: Any = KafkaAdminClient(**client_options(settings))
             self._leaders: dict[int, int] = self._find_leaders()
 
     def append(self, batches: dict[int, bytes]) -> dict[int, int]:
