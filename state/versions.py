@@ -211,6 +211,7 @@ class Versions:
         it alone led to: nobody loads them, nobody falls back unseen. Only for
         the process that holds the trainer's lock.
         """
+        doubted = None
         while True:
             version = None
             try:
@@ -226,6 +227,10 @@ class Versions:
             except UnknownVersion as error:
                 if version is None:
                     raise
+                # A compactor may have put a base in place of what was being read: look again first.
+                if doubted != version:
+                    doubted = version
+                    continue
                 self.set_aside(self.manifest(version).kind, version, f"a version it needs is gone: {error}")
 
     def set_aside(self, kind: Kind, version: int, reason: str) -> Path:
