@@ -43,6 +43,7 @@ class Log(Protocol):
 
     def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]: ...  # noqa: D102
     def position(self, partition: int) -> int: ...  # noqa: D102
+    def seek(self, partition: int, offset: int) -> None: ...  # noqa: D102
     def lag(self) -> dict[int, int]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
@@ -171,9 +172,10 @@ class Learner:
                 f"version {restored.version} was trained on topic id {restored.log.topic_id}, {restored.log.topic} is now "
                 f"{self._reader.topic_id}: it was deleted and made again; start a new state directory, or restore the topic"
             )
-        counted = {name: int(restored.metrics.get(f"account.{name}", 0)) for name in ("rows", "duplicate", "masked")}
         place = restored.log.next
-        self.place = Place(self.control.epoch, restored.version, place, place, restored.marks, **counted)
+        self.place = Place(self.control.epoch, restored.version, place, place, restored.marks)
+        for name in ("rows", "duplicate", "masked"):
+            setattr(self.place, name, int(restored.metrics.get(f"account.{name}", 0)))
 
     # Learning
 
@@ -197,9 +199,11 @@ class Learner:
             for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
                 self._take(offset, value)
                 taken += 1
-                if stopping() or self._between() or self._trainer.guard.held:
-                    # What was polled and not taken is read again from the place.
-                    self._log = self._reopened()
+                if self._between():
+                    return taken
+                if stopping() or self._trainer.guard.held:
+                    # What was polled and not taken is polled again.
+                    self._reader.seek(self._settings.trainer.partition, self.place.next)
                     return taken
             self.place.next = batch.next
         lag = self._reader.lag().get(self._settings.trainer.partition, 0)
@@ -213,9 +217,16 @@ class Learner:
     def _take(self, offset: int, value: bytes | None) -> None:
         """One record is one step, where a row is left to learn from."""
         place, metrics = self.place, self._metrics
-        found = take_in(value, place.marks, self.control.mask, self._spec, str(self._about["salt"]), self._where(offset))
+        found = take_in(
+            value, place.marks, self.control.mask, self._spec, str(self._about["salt"]), self._where(offset)
+        )
         for source, expected, begins in found.gaps:
-            logger.error("positions %d to %d of %s are in no record: clicks were lost before the training log", expected, begins, source)
+            logger.error(
+                "positions %d to %d of %s are in no record: clicks were lost before the training log",
+                expected,
+                begins,
+                source,
+            )
         place.marks, place.next = found.marks, offset + 1
         place.rows += found.rows
         place.duplicate += found.duplicate
@@ -243,7 +254,11 @@ class Learner:
         """Between two records: settle, publish if due, converge to control; True where the epoch changed."""
         try:
             self._settle()
-            if self.place.changed and not self._publisher.busy and self._elapsed() - self._published >= self._settings.trainer.publish_s:
+            if (
+                self.place.changed
+                and not self._publisher.busy
+                and self._elapsed() - self._published >= self._settings.trainer.publish_s
+            ):
                 self.publish()
         except WrongEpoch as refused:
             logger.info("%s", refused)
@@ -283,7 +298,11 @@ class Learner:
         self.place.first = self.place.next
         for name, table in self._trainer.tables.items():
             self._metrics.table_rows.labels(name).set(len(table))
-        for gauge, name in ((self._metrics.log_loss, "log_loss"), (self._metrics.auc, "auc"), (self._metrics.top1_ratio, "top1")):
+        for gauge, name in (
+            (self._metrics.log_loss, "log_loss"),
+            (self._metrics.auc, "auc"),
+            (self._metrics.top1_ratio, "top1"),
+        ):
             gauge.set(draft.metrics.get(name, float("nan")))
 
     def _settle(self, wait: bool = False) -> None:
@@ -317,7 +336,13 @@ class Learner:
             kind=kind,
             epoch=place.epoch,
             parent=place.parent or None,
-            log=LogRange(kafka.microbatches_topic, self._reader.topic_id, self._settings.trainer.partition, place.first, place.next),
+            log=LogRange(
+                kafka.microbatches_topic,
+                self._reader.topic_id,
+                self._settings.trainer.partition,
+                place.first,
+                place.next,
+            ),
             sources=tuple(place.marks.items()),
             steps=counters.steps,
             rows=counters.trained,
@@ -327,7 +352,8 @@ class Learner:
             program=self._program,
             salt=str(self._about["salt"]),
             mask_generation=self.control.mask.generation,
-            metrics=self._trainer.evaluation.values() | {f"account.{name}": float(value) for name, value in account.items()},
+            metrics=self._trainer.evaluation.values()
+            | {f"account.{name}": float(value) for name, value in account.items()},
             environment=self._environment,
         )
 

@@ -1,0 +1,190 @@
+"""The trainer's process: `python -m trainer.loop [--section.name VALUE ...]`.
+
+1. Takes the registry's trainer lock; a second trainer ends here.
+2. Waits until the bootstrap has analysed the feature spec of the settings.
+3. Builds the trainer and lowers its program, checked against the model.
+4. Creates control generation 1 where there is no control.
+5. Enters control's epoch: its newest version, else its base, else nothing.
+6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
+   then publishes what is left and ends with 0.
+
+A compactor runs beside it now and then, as a child. Everything else that ends
+the process is one line on the standard error and exit code 1 (2 for a wrong
+setting); started again, it goes on from the newest version.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+
+from state.config import Settings, load
+from state.control import start
+from state.errors import SpringtideError
+from state.features import FeatureSpec
+from state.lock import DirectoryLock
+from state.log import Reader
+from state.metrics import TrainerMetrics, serve
+from state.registry import Registry
+
+if TYPE_CHECKING:
+    from trainer.learner import Learner
+
+LOCK = "trainer.lock"
+WAIT_S = 0.02
+PROGRESS_S = 5.0
+LOOK_S = 0.2
+logger = logging.getLogger(__name__)
+
+
+class Compaction:
+    """Starts the compactor every so often, one at a time, with the trainer's own settings.
+
+    Args:
+        arguments: The command line of this process.
+        every_s: Seconds from one start to the next.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(self, arguments: Sequence[str], every_s: float, elapsed: Callable[[], float] = time.monotonic) -> None:
+        self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
+        self._every_s, self._elapsed = every_s, elapsed
+        self._next_s = elapsed() + every_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def tick(self) -> None:
+        """Starts one that is due and takes note of one that ended."""
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None:
+                return
+            if code != 0:
+                logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
+            self._child = None
+        if self._elapsed() >= self._next_s:
+            self._next_s = self._elapsed() + self._every_s
+            self._child = subprocess.Popen(self._command)
+
+    def close(self) -> None:
+        """Ends a child; what it had not finished is absent."""
+        if self._child is not None:
+            self._child.terminate()
+            self._child.wait()
+
+
+def await_spec(registry: Registry, digest: str, stopping: threading.Event) -> bool:
+    """Waits for the bootstrap of feature spec `digest`, saying so; False where the process is to stop instead."""
+    said = float("-inf")
+    while digest not in registry.specs():
+        if time.monotonic() - said >= PROGRESS_S:
+            said = time.monotonic()
+            logger.info("waiting for the bootstrap of feature spec %s: `springtide bootstrap`", digest[:12])
+        if stopping.wait(LOOK_S):
+            return False
+    return True
+
+
+def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics) -> Learner:
+    """Builds the trainer and its program, and enters control's epoch.
+
+    Raises:
+        ProgramError: The model does not lower, or the program answers otherwise.
+        SpringtideError: The registry or the training log cannot be used.
+    """
+    # TensorFlow is loaded only here: its log level is read at import, and waiting for the bootstrap needs none of it.
+    from trainer.learner import Learner
+    from trainer.program import build, preprocessing_of
+    from trainer.step import Trainer
+
+    spec = FeatureSpec.from_settings(settings)
+    # 3.
+    trainer = Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
+    program = registry.add_program(build(trainer.model))
+    logger.info("program %s ready on %s", program[:12], trainer.device)
+    # 4.
+    control = registry.control()
+    if control is None:
+        control = registry.propose(
+            start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=time.time_ns() // 1_000_000)
+        )
+
+    def open_log(offset: int | None) -> Reader:
+        partition = settings.trainer.partition
+        positions = {} if offset is None else {partition: offset}
+        return Reader(settings.kafka, settings.kafka.microbatches_topic, [partition], positions)
+
+    learner = Learner(settings, registry, trainer, open_log, program, spec.digest, registry.spec(spec.digest), metrics)
+    # 5.
+    learner.enter(control)
+    return learner
+
+
+def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event) -> None:
+    """Runs the trainer until `stopping` is set.
+
+    Raises:
+        LockHeld: Another trainer uses this registry.
+        SpringtideError: See `prepare` and `Learner.tick`.
+    """
+    collected = CollectorRegistry()
+    metrics = TrainerMetrics(collected)
+    # 1.
+    with DirectoryLock(settings.registry_dir, LOCK):
+        registry = Registry(settings.registry_dir)
+        for name in registry.sweep():
+            logger.info("swept %s, left by a writer that died", name)
+        serve(collected, settings.trainer.metrics_port)
+        # 2.
+        if not await_spec(registry, FeatureSpec.from_settings(settings).digest, stopping):
+            return
+        learner = prepare(settings, registry, metrics)
+        compaction = Compaction(arguments, settings.trainer.base_every_s)
+        # 6.
+        try:
+            while not stopping.is_set():
+                learner.tick(WAIT_S, stopping.is_set)
+                compaction.tick()
+        finally:
+            compaction.close()
+        learner.close()
+        logger.info("stopped at version %d, offset %d", learner.place.parent, learner.place.next)
+
+
+def quieten(environment: dict[str, str] | os._Environ[str]) -> None:
+    """Keeps TensorFlow's start-up talk off the standard error; before it is loaded."""
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the trainer; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", stream=sys.stderr)
+    for noisy in ("kafka", "absl", "tensorflow"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    quieten(os.environ)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(load(arguments, os.environ), arguments, stopping)
+    except SpringtideError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
