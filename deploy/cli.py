@@ -33,7 +33,10 @@ PROCESSES = {
     "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
     "bootstrap": ("streaming.bootstrap", "Analyse the first clicks once, for the constants of the preprocessing."),
-    "replay": ("deploy.replay", "Send clicks into the clicks topic: from a file, or --synthetic shoppers."),
+    "replay": (
+        "deploy.replay",
+        "Send clicks into the clicks topic: of --synthetic shoppers, or a --burst of one user.",
+    ),
 }
 OWN_HELP = ("up", "status", "replay")  # their modules have options of their own and explain them
 SETTINGS_HELP = (
