@@ -5,6 +5,7 @@ Part of `state.log`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +18,15 @@ from kafka.protocol.producer import ProduceRequest
 from state.errors import LogError, UnknownTopic
 from state.log_batches import I64, encode_batch
 from state.log_client import connect, translated
-from state.log_topics import Topics
+from state.log_topics import RETRY_S, Topics
 from state.sections import Kafka
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 # The default of 100 ms is what a transaction would cost: the first look at a
 # transaction's coordinator always comes too early.
 RETRY_BACKOFF_MS = 2
+
+RETRIES = 40
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -215,14 +218,22 @@ class BulkWriter:
             UnreachableBroker: no acknowledgement in time.
             LogError: the cluster refused a batch.
         """
+        bases: dict[int, int] = {}
+        left = batches
         with translated(self._settings, f"append to topic {self.topic}"):
-            for attempt in range(3):
-                try:
-                    return dict(self._admin._manager.run(self._send, batches))
-                except kafka_errors.InvalidMetadataError:
-                    if attempt == 2:
-                        raise
-                    self._leaders = self._find_leaders()
+            for attempt in range(RETRIES):
+                answers = self._admin._manager.run(self._send, left)
+                bases |= {number: base for number, (code, base) in answers.items() if not code}
+                failed = {number: code for number, (code, _) in answers.items() if code}
+                # Only what was refused is sent again: the rest is in the log.
+                left = {number: left[number] for number in failed}
+                if not left:
+                    return bases
+                error = kafka_errors.for_code(next(iter(failed.values())))
+                if attempt == RETRIES - 1 or not issubclass(error, kafka_errors.RetriableError):
+                    raise error(f"partition {next(iter(failed))}")
+                threading.Event().wait(RETRY_S)
+                self._leaders = self._find_leaders()
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def close(self) -> None:
@@ -241,7 +252,8 @@ class BulkWriter:
             raise UnknownTopic(f"topic {self.topic} does not exist; create it")
         return {each["partition_index"]: each["leader_id"] for each in topic["partitions"]}
 
-    async def _send(self, batches: dict[int, bytes]) -> dict[int, int]:
+    async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:
+        """Per partition the error code (0: acknowledged) and the offset of the first record."""
         by_leader: dict[int, dict[int, bytes]] = {}
         for partition, batch in batches.items():
             by_leader.setdefault(self._leaders[partition], {})[partition] = batch
@@ -268,14 +280,12 @@ class BulkWriter:
             )
             for leader, mine in by_leader.items()
         ]
-        bases = {}
+        answers = {}
         for answer in sent:
             for topic in (await answer).responses:
                 for partition in topic.partition_responses:
-                    if partition.error_code:
-                        raise kafka_errors.for_code(partition.error_code)(f"partition {partition.index}")
-                    bases[partition.index] = partition.base_offset
-        return bases
+                    answers[partition.index] = (partition.error_code, partition.base_offset)
+        return answers
 
 
 def append_encoded(

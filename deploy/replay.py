@@ -1,0 +1,160 @@
+"""Clicks into the topic: synthetic shoppers whose taste drifts.
+
+    python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
+    python -m deploy.replay --burst USER CATEGORY N
+
+The shoppers are `deploy.shoppers`, pure and deterministic; this file gives
+their clicks a time and sends them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from deploy.shoppers import Clicks, Shoppers, encode
+from state.config import Settings, load
+from state.errors import SpringtideError
+from state.log import BulkWriter, Topics, append_encoded, partition_of
+from state.sections import Events
+
+SLICE_S = 0.1
+MOST_PER_SLICE = 20_000
+
+
+class Sender:
+    """Sends clicks to the clicks topic, each user's in the partition of his key."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Connects.
+
+        Raises:
+            UnreachableBroker: no broker answered in time.
+            UnknownTopic: the clicks topic does not exist.
+        """
+        self._events: Events = settings.events
+        self._bulk = BulkWriter(settings.kafka, settings.kafka.clicks_topic)
+        self._partitions: dict[bytes, int] = {}
+
+    def send(self, clicks: Clicks) -> None:
+        """Sends clicks and returns when all are acknowledged.
+
+        Kafka's timestamp of each is its own time.
+        """
+        if not len(clicks):
+            return
+        keys, values = encode(clicks, self._events)
+        known = self._partitions
+        for key in set(keys).difference(known):
+            known[key] = partition_of(key, self._bulk.partitions)
+        append_encoded(self._bulk, keys, values, clicks.at_ms, [known[key] for key in keys])
+
+    def burst(self, user: str, category: str, count: int, at_ms: int, action: str = "") -> None:
+        """Sends `count` clicks of one user in one category, one millisecond apart, the last at `at_ms`."""
+        self.send(
+            Clicks(
+                users=[user] * count,
+                items=[f"{category}-burst-{number % 10}" for number in range(count)],
+                categories=[category] * count,
+                actions=[action or self._events.actions[0]] * count,
+                at_ms=np.arange(at_ms - count + 1, at_ms + 1, dtype=np.int64),
+            )
+        )
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._bulk.close()
+
+    def __enter__(self) -> Sender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def replay(
+    shoppers: Shoppers,
+    send: Callable[[Clicks], None],
+    rate: float,
+    limit: int | None,
+    speed: float,
+    stopped: threading.Event,
+    wall_s: Callable[[], float] = time.time,
+) -> int:
+    """Lets the shoppers click until `stopped` or `limit`; returns the number of clicks sent.
+
+    Every tenth of a second all clicks that are due go out together. A sender
+    that cannot keep up falls behind in wall time, never in order.
+
+    Args:
+        shoppers: Whose clicks; their clock starts at `wall_s()`.
+        send: Takes clicks and returns when they are acknowledged.
+        rate: Clicks per second of the shoppers' clock; 0: as fast as `send` takes them.
+        limit: So many clicks in all; None for no end.
+        speed: Seconds of the shoppers' clock per second of the wall's.
+        stopped: Ends the replay between two slices.
+        wall_s: Unix time, seconds.
+    """
+    started_s = wall_s()
+    sent = 0
+    while not stopped.is_set() and (limit is None or sent < limit):
+        due = MOST_PER_SLICE if rate <= 0 else int((wall_s() - started_s) * speed * rate) - sent
+        due = min(due, MOST_PER_SLICE, sys.maxsize if limit is None else limit - sent)
+        if due > 0:
+            send(shoppers.click(due))
+            sent += due
+        if rate > 0 and due < MOST_PER_SLICE:
+            stopped.wait(SLICE_S)
+    return sent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="springtide replay", description="Clicks into the topic.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--synthetic", action="store_true", help="synthetic shoppers (settings [shoppers])")
+    what.add_argument(
+        "--burst", nargs=3, metavar=("USER", "CATEGORY", "N"), help="N clicks of one user in one category"
+    )
+    parser.add_argument("--rate", type=float, help="events/s; 0: as fast as Kafka takes them")
+    parser.add_argument("--limit", type=int, help="stop after so many events")
+    parser.add_argument("--speed", type=float, default=1.0, help="seconds of the shoppers' clock per second")
+    parser.add_argument("--seed", type=int, help="seed of their choices")
+    options, rest = parser.parse_known_args(argv)
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        settings = load(rest)
+        with Topics(settings.kafka) as topics:
+            topics.ensure(
+                settings.kafka.clicks_topic,
+                settings.kafka.clicks_partitions,
+                {"retention.ms": str(settings.kafka.retention_h * 3_600_000)},
+            )
+        with Sender(settings) as sender:
+            if options.burst:
+                user, category, count = options.burst
+                sender.burst(user, category, int(count), int(time.time() * 1000))
+                print(f"sent {int(count)} clicks of one user in {category}", flush=True)
+                return 0
+            rate = settings.shoppers.rate if options.rate is None else options.rate
+            shoppers = Shoppers.from_settings(settings, options.seed, rate, int(time.time() * 1000))
+            started_s = time.monotonic()
+            sent = replay(shoppers, sender.send, rate, options.limit, options.speed, stopped)
+            took_s = max(time.monotonic() - started_s, 1e-9)
+            print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
+    except SpringtideError as problem:
+        print(f"springtide replay: {problem}", file=sys.stderr)
+        return problem.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

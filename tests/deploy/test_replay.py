@@ -1,0 +1,256 @@
+"""Shoppers and their replay: the drift is real, the stream is repeatable, and it stops when told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.replay import Sender, main, replay
+from deploy.shoppers import Clicks, Shoppers, action_shares, encode, zipf
+from state.config import Settings
+from state.log import Reader, Topics, partition_of
+from state.sections import Events, Kafka
+
+KafkaFactory = Callable[..., Kafka]
+START_MS = 1_700_000_000_000
+
+
+def crowd(users: int = 50, seed: int = 7, drift_s: float = 120.0, rate: float = 50.0, categories: int = 32) -> Shoppers:
+    return Shoppers(users, categories, 400, drift_s, rate, seed, START_MS, Events().actions)
+
+
+def by_user(clicks: Clicks) -> dict[str, list[tuple[int, str]]]:
+    found = defaultdict(list)
+    for user, category, at_ms in zip(clicks.users, clicks.categories, clicks.at_ms.tolist(), strict=True):
+        found[user].append((at_ms, category))
+    return found
+
+
+def top(categories: list[str]) -> str:
+    return Counter(categories).most_common(1)[0][0]
+
+
+def test_the_same_seed_gives_the_same_clicks_however_they_are_asked_for() -> None:
+    first, second, other = crowd().click(3000), crowd().click(3000), crowd(seed=8).click(3000)
+    assert (first.users, first.items, first.categories, first.actions) == (
+        second.users,
+        second.items,
+        second.categories,
+        second.actions,
+    )
+    assert first.at_ms.tolist() == second.at_ms.tolist()
+    assert first.categories != other.categories
+
+
+def test_the_clock_follows_the_rate() -> None:
+    shoppers = crowd(rate=200.0)
+    clicks = [shoppers.click(150), shoppers.click(250)]
+    times = np.concatenate([each.at_ms for each in clicks])
+    assert times[0] == START_MS + 5
+    assert times[-1] == START_MS + 2000
+    assert (np.diff(times) == 5).all()
+
+
+def test_a_shopper_often_stays_in_the_category_of_the_last_click() -> None:
+    clicks = crowd().click(30_000)
+    same = total = 0
+    for events in by_user(clicks).values():
+        for (_, before), (_, after) in pairwise(events):
+            same += before == after
+            total += 1
+    assert 0.5 < same / total < 0.85
+    shuffled = np.random.default_rng(1).permutation(clicks.categories)
+    assert (shuffled[1:] == shuffled[:-1]).mean() < 0.25
+
+
+def test_tastes_drift() -> None:
+    """Within `drift_s / 4` the top category mostly stays; after ten times that it mostly is another."""
+    clicks = crowd(users=20, drift_s=120.0, rate=40.0).click(40_000)
+    near, far = [], []
+    for events in by_user(clicks).values():
+        windows: dict[int, list[str]] = defaultdict(list)
+        for at_ms, category in events:
+            windows[(at_ms - START_MS) // 30_000].append(category)
+        tops = {window: top(found) for window, found in windows.items() if len(found) >= 15}
+        near += [tops[w] == tops[w + 1] for w in tops if w + 1 in tops]
+        far += [tops[w] == tops[w + 10] for w in tops if w + 10 in tops]
+    assert len(near) > 100
+    assert len(far) > 100
+    assert np.mean(near) > 0.6
+    assert np.mean(far) < np.mean(near) - 0.25
+
+
+def test_without_drift_a_taste_stays() -> None:
+    clicks = crowd(users=10, drift_s=1e9, rate=40.0).click(20_000)
+    for events in by_user(clicks).values():
+        half = len(events) // 2
+        first = top([category for _, category in events[:half]])
+        assert top([category for _, category in events[half:]]) == first
+        share = np.mean([category == first for _, category in events])
+        assert share > 0.4
+
+
+def test_shoppers_differ_and_all_categories_are_found() -> None:
+    clicks = crowd(users=200).click(60_000)
+    assert len(set(clicks.categories)) == 32
+    assert len({top([c for _, c in events]) for events in by_user(clicks).values()}) > 10
+
+
+def test_items_belong_to_their_category_and_some_are_popular() -> None:
+    clicks = crowd().click(30_000)
+    category_of: dict[str, str] = {}
+    for item, category in zip(clicks.items, clicks.categories, strict=True):
+        assert category_of.setdefault(item, category) == category
+    counts = Counter(item for item, category in zip(clicks.items, clicks.categories, strict=True))
+    ranks = Counter(item.rsplit("-", 1)[1] for item in counts.elements())
+    assert ranks["000"] / sum(ranks.values()) == pytest.approx(zipf(12)[0], abs=0.02)
+
+
+def test_actions_have_realistic_shares() -> None:
+    clicks = crowd().click(40_000)
+    counts = Counter(clicks.actions)
+    for action, share in zip(Events().actions, action_shares(4), strict=True):
+        assert counts[action] / 40_000 == pytest.approx(share, abs=0.01)
+
+
+def test_events_carry_the_configured_field_names_and_time() -> None:
+    clicks = Clicks(["ada"], ["i"], ["c"], ["view"], np.array([1_700_000_000_123]))
+    names = replace(Events(), user="who", item="what", category="kind", action="did", time="when", time_unit="iso")
+    keys, (value,) = encode(clicks, names)
+    assert keys == [b"ada"]
+    assert json.loads(value) == {
+        "who": "ada",
+        "what": "i",
+        "kind": "c",
+        "did": "view",
+        "when": "2023-11-14T22:13:20.123Z",
+    }
+    _, (seconds,) = encode(clicks, replace(Events(), time_unit="s"))
+    assert json.loads(seconds)["time"] == 1_700_000_000
+
+
+def test_replay_keeps_the_rate_the_limit_and_the_speed() -> None:
+    sent: list[Clicks] = []
+    clock = iter(np.arange(0.0, 1e6, 0.5))
+    total = replay(crowd(rate=100.0), sent.append, 100.0, 1000, 2.0, Instant(), lambda: float(next(clock)))
+    assert total == 1000
+    assert [len(each) for each in sent] == [100] * 10
+    assert sent[-1].at_ms[-1] == START_MS + 10_000
+
+
+def test_replay_without_a_rate_sends_as_fast_as_it_can() -> None:
+    sent: list[Clicks] = []
+    assert replay(crowd(rate=0.0), sent.append, 0.0, 45_000, 1.0, Instant()) == 45_000
+    assert [len(each) for each in sent] == [20_000, 20_000, 5_000]
+
+
+class Instant(threading.Event):
+    """Nobody waits in a test of the clock."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.is_set()
+
+
+# Against a broker
+
+
+def settings_of(kafka: Kafka) -> Settings:
+    return Settings(kafka=kafka)
+
+
+def read_all(kafka: Kafka, count: int) -> list[tuple[int, bytes, dict[str, object], int]]:
+    rows: list[tuple[int, bytes, dict[str, object], int]] = []
+    deadline = time.monotonic() + 20
+    with Reader(kafka, kafka.clicks_topic) as reader:
+        while len(rows) < count and time.monotonic() < deadline:
+            for batch in reader.poll(0.2):
+                for key, value, at_ms in zip(batch.keys, batch.values, batch.timestamps_ms.tolist(), strict=True):
+                    assert key is not None
+                    assert value is not None
+                    rows.append((batch.partition, key, json.loads(value), at_ms))
+    return rows
+
+
+def flags(kafka: Kafka) -> list[str]:
+    return [f"--kafka.bootstrap_servers={kafka.bootstrap_servers}", f"--kafka.clicks_topic={kafka.clicks_topic}"]
+
+
+def test_clicks_arrive_keyed_by_user_in_order(kafka_settings: KafkaFactory) -> None:
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2)
+    clicks = crowd().click(500)
+    with Sender(settings_of(kafka)) as sender:
+        sender.send(clicks)
+        sender.send(Clicks([], [], [], [], np.empty(0, np.int64)))
+        sender.burst("new-shopper", "category-99", 30, START_MS + 60_000)
+    rows = read_all(kafka, 530)
+    assert len(rows) == 530
+    for partition, key, event, at_ms in rows:
+        assert partition == partition_of(key, 2)
+        assert event["user"] == key.decode()
+        assert event["time"] == at_ms
+    for user, events in by_user(clicks).items():
+        mine = [event["category"] for _, key, event, _ in rows if key == user.encode()]
+        assert mine == [category for _, category in events]
+    burst = [event for _, key, event, _ in rows if key == b"new-shopper"]
+    assert {event["category"] for event in burst} == {"category-99"}
+    assert [event["time"] for event in burst] == list(range(START_MS + 60_000 - 29, START_MS + 60_001))
+
+
+def test_the_command_makes_the_topic_and_sends_to_the_limit(
+    kafka_settings: KafkaFactory, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kafka = kafka_settings()
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        assert main(["--synthetic", "--rate", "0", "--limit", "300", *flags(kafka)]) == 0
+        assert main(["--burst", "u", "c", "5", *flags(kafka)]) == 0
+        assert main(["--synthetic", "--kafka.bootstrap_servrs=x"]) == 2
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(number, handler)
+    output = capsys.readouterr()
+    assert "sent 300 clicks" in output.out
+    assert "sent 5 clicks of one user in c" in output.out
+    assert "bootstrap_servrs" in output.err
+    assert len(read_all(kafka, 305)) == 305
+
+
+def test_a_replay_stops_cleanly_on_sigterm(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy.replay", "--synthetic", "--rate", "500", *flags(kafka)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    with Topics(kafka) as topics:
+        deadline = time.monotonic() + 60
+        sent = 0
+        while sent == 0 and time.monotonic() < deadline:
+            if kafka.clicks_topic in topics.names():
+                sent = sum(end for _, end in topics.ends(kafka.clicks_topic).values())
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
+        assert sent > 0
+        assert output.startswith("sent ")
+        total = sum(end for _, end in topics.ends(kafka.clicks_topic).values())
+    assert f"sent {total} clicks" in output
