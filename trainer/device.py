@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import tensorflow as tf
 
 from state.errors import SettingsError
+
+LOG = logging.getLogger(__name__)
 
 
 def prepare(device: str = "auto", threads: int = 1) -> str:
@@ -21,20 +25,20 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
         The device's name for `tf.device`.
 
     Raises:
-        SettingsError: `gpu` was asked for and there is none, or TensorFlow
-            already runs with other threads.
+        SettingsError: `gpu` was asked for and there is none.
     """
     chosen = pick(device, [gpu.name for gpu in tf.config.list_physical_devices("GPU")])
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-    except RuntimeError as error:
+    except RuntimeError:
         running = tf.config.threading.get_intra_op_parallelism_threads()
         if running != threads:
-            raise SettingsError(
-                f"trainer.threads is {threads}, but TensorFlow already runs in this process with "
-                f"{running or 'its own choice'}; start the trainer in a process of its own"
-            ) from error
+            LOG.warning(
+                "trainer.threads is %d, but TensorFlow already runs in this process with %s; bits may differ from other runs",
+                threads,
+                running or "its own choice",
+            )
     tf.config.experimental.enable_op_determinism()
     return chosen
 

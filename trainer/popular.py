@@ -21,15 +21,15 @@ I64 = npt.NDArray[np.int64]
 
 ONE = 1 << 16
 HOUR_MS = 3_600_000
-DECAY = 63_716
+DECAY = 63_670
 """Kept of a count each hour, in 1/65536: half of it after a day (2 ** (-1 / 24))."""
 
 
 def decayed(counts: I64, hours: int) -> I64:
     """Counts after some hours, rounded down each hour.
 
-    >>> int(decayed(np.array([ONE], np.int64), 24)[0]) / ONE  # doctest: +ELLIPSIS
-    0.50...
+    >>> int(decayed(np.array([ONE], np.int64), 24)[0])
+    32756
     """
     if hours > 24 * 60:
         return np.zeros_like(counts)
