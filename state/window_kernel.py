@@ -45,11 +45,8 @@ class Scratch(NamedTuple):
     order: U64  # [N]: ring positions of visible events, newest first
     labels: I64  # [T, 2]: open addressing, key and generation << 16 | slot
     items: I64  # [T, 2]
-    label_counts: I64  # [N, W]
-    label_decay: I64  # [L, H]
-    label_actions: I64  # [L, A + 1]
-    counts: I64  # [(A + 1) * 4, W]: by action and the two low flags
-    decays: I64  # [(A + 1) * 4, H]
+    label_sums: I64  # [N, W + H + A + 1]: counts, decays, counts by action of each label
+    kind_sums: I64  # [(A + 1) * 4, W + H]: the same by action and the two low flags
     sums: I64  # [A + 2, W + H]: by action, labelled, positive
     distinct: I64  # [2, W]: labels, items
     tops: I64  # [2, W]: events of the top label, events with a label
@@ -100,21 +97,18 @@ def _newer(ring: I64, left: int, right: int) -> bool:
 
 @compiled
 def _scratch(tables: Tables, labels: int) -> Scratch:
-    size = 16
-    while size < 2 * tables.history:
+    # A quarter full at most: collisions cost more than memory.
+    size = 64
+    while size < 4 * tables.history:
         size *= 2
     width = tables.windows_ms.shape[0]
     lives = tables.decay.shape[1]
-    classes = 4 * (tables.actions + 1)
     return Scratch(
         np.zeros(tables.history, np.uint64),
         np.zeros((size, 2), np.int64),
         np.zeros((size, 2), np.int64),
-        np.zeros((tables.history, width), np.int64),
-        np.zeros((labels, lives), np.int64),
-        np.zeros((labels, tables.actions + 1), np.int64),
-        np.zeros((classes, width), np.int64),
-        np.zeros((classes, lives), np.int64),
+        np.zeros((tables.history, width + lives + tables.actions + 1), np.int64),
+        np.zeros((4 * (tables.actions + 1), width + lives), np.int64),
         np.zeros((tables.actions + 2, width + lives), np.int64),
         np.zeros((2, width), np.int64),
         np.zeros((2, width), np.int64),
@@ -185,11 +179,8 @@ def _sum(
     """Step 2: sums into `work`, labels in order, and what is found on the way."""
     windows, decay, recency = tables.windows_ms, tables.decay, tables.recency
     width, lives, actions, slots = windows.shape[0], decay.shape[1], tables.actions, labels.shape[0]
-    work.counts[:] = 0
-    work.decays[:] = 0
+    work.kind_sums[:] = 0
     work.distinct[:] = 0
-    work.label_decay[:] = 0
-    work.label_actions[:] = 0
     work.gaps[:] = NEVER
     work.action_recency[:] = NEVER
     labels[:] = 0
@@ -214,17 +205,17 @@ def _sum(
 
         kind = np.uint64(4 * action + ((packed >> 56) & 3))
         weights = decay[np.uint64(step)]
-        work.counts[kind, np.uint64(window)] += 1
+        work.kind_sums[kind, np.uint64(window)] += 1
         for h in range(lives):
-            work.decays[kind, h] += weights[h]
+            work.kind_sums[kind, np.uint64(width + h)] += weights[h]
         if work.action_recency[action] == NEVER:
             work.action_recency[action] = recency[step]
 
         gap = newer_time - time
         newer_time = time
-        if k == 0 or gap > SESSION_GAP_MS:
-            sessions += 1
-            open_session &= gap <= SESSION_GAP_MS
+        # Without a branch: whether a session ends here cannot be predicted.
+        sessions += (k == 0) | (gap > SESSION_GAP_MS)
+        open_session &= gap <= SESSION_GAP_MS
         if k < SWITCHES and k > 0:
             if k <= GAPS:
                 work.gaps[k - 1] = recency[_quantise(gap >> 10)]
@@ -241,16 +232,15 @@ def _sum(
             if slot == label_count:
                 label_count += 1
                 work.distinct[0, window] += 1
-                for w in range(width):
-                    work.label_counts[slot, w] = 0
+                work.label_sums[slot, :] = 0
                 if slot < slots:
                     labels[slot] = label
                     label_windows[slot, width + lives] = recency[step]
-            work.label_counts[np.uint64(slot), np.uint64(window)] += 1
-            if slot < slots:
-                work.label_actions[np.uint64(slot), np.uint64(action)] += 1
-                for h in range(lives):
-                    work.label_decay[np.uint64(slot), h] += weights[h]
+            sums = work.label_sums[np.uint64(slot)]
+            sums[np.uint64(window)] += 1
+            sums[np.uint64(width + lives + action)] += 1
+            for h in range(lives):
+                sums[np.uint64(width + h)] += weights[h]
         if item != 0 and _slot(work.items, item, generation, item_count) == item_count:
             item_count += 1
             work.distinct[1, window] += 1
@@ -284,13 +274,13 @@ def _write_labels(tables: Tables, work: Scratch, label_count: int, any_last: boo
             continue
         total = 0
         for w in range(width):
-            total += work.label_counts[slot, w]
+            total += work.label_sums[slot, w]
             label_windows[slot, w] = min(total, 65535)
         for h in range(lives):
-            label_windows[slot, width + h] = min(work.label_decay[slot, h] >> 8, 65535)
+            label_windows[slot, width + h] = min(work.label_sums[slot, width + h] >> 8, 65535)
         # The recency at `width + lives` was written at first sight.
         for action in range(tables.actions):
-            label_windows[slot, width + lives + 2 + action] = min(work.label_actions[slot, action], 65535)
+            label_windows[slot, width + lives + 2 + action] = min(work.label_sums[slot, width + lives + action], 65535)
     label_windows[0, width + lives + 1] = any_last
 
 
@@ -308,15 +298,15 @@ def _write(
         action = kind >> 2
         events = 0
         for w in range(width):
-            events += work.counts[kind, w]
+            events += work.kind_sums[kind, w]
         if events == 0:
             continue
         total = 0
         for w in range(width + lives):
             if w < width:
-                total += work.counts[kind, w]
+                total += work.kind_sums[kind, w]
             else:
-                total = work.decays[kind, w - width]
+                total = work.kind_sums[kind, w]
             if action < actions:
                 sums[action, w] += total
             if kind & 1:
@@ -340,7 +330,7 @@ def _write(
     for slot in range(facts.labels):
         total = 0
         for w in range(width):
-            total += work.label_counts[slot, w]
+            total += work.label_sums[slot, w]
             work.tops[0, w] = max(work.tops[0, w], total)
             work.tops[1, w] += total
     for w in range(width):
