@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -112,8 +113,6 @@ def collect(settings: Settings, spec: FeatureSpec, salt: Salt, clock: Callable[[
         profiler = Profiler(store, spec, settings.stream.cache_users)
         while len(found) < wanted.sample_rows:
             batches = reader.poll(POLL_S, settings.stream.batch_events)
-            if not batches and len(found) >= wanted.min_rows:
-                break
             if batches:
                 events = parser.parse(batches)
                 rows = profiler.update(events)
@@ -123,6 +122,9 @@ def collect(settings: Settings, spec: FeatureSpec, salt: Salt, clock: Callable[[
                 found.labels.update(events.category[events.category != 0].tolist())
                 found.names.update(events.names)
                 found.newest_ms = max(found.newest_ms, int(events.at_ms.max(initial=0)))
+            # Where clicks keep coming no poll is empty: caught up to one batch is enough.
+            if len(found) >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
+                break
             if clock() - said >= PROGRESS_S:
                 said = clock()
                 say(f"bootstrap: {len(found)} of at least {wanted.min_rows} clicks read from {topic}")
@@ -165,6 +167,15 @@ def analyse(features: Sequence[npt.NDArray[np.uint16]], preprocessing: Callable[
         batches = pipeline | "Take the sample" >> beam.Create(chunks) | "Make record batches" >> beam.Map(record_batch)
         transform = (batches, adapter) | "Analyse" >> tft_beam.AnalyzeDataset(preprocessing)
         transform | "Write the graph" >> WriteTransformFn(str(output))
+
+
+def _import_analysis() -> None:
+    for module in (
+        "apache_beam.runners.portability.fn_api_runner.fn_runner",
+        "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
+        "tfx_bsl.tfxio.tensor_adapter",
+    ):
+        importlib.import_module(module)
 
 
 _SCHEMA = pa.schema([(FEATURES, pa.list_(pa.float32()))])
@@ -228,6 +239,8 @@ def run(settings: Settings, say: Say, clock: Callable[[], float] = time.time) ->
             )
         return False
     preprocessing = load_preprocessing(settings.model.preprocessing)
+    # Importing what the analysis needs takes as long as the wait for clicks: they overlap.
+    threading.Thread(target=_import_analysis, name="imports", daemon=True).start()
     # 1.
     sample = collect(settings, spec, salt, clock, say)
     say(f"bootstrap: analysing {len(sample)} clicks of {len(sample.labels)} categories")
