@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -189,16 +190,20 @@ class Ascent:
 
     def _say_what_to_try(self) -> None:
         command = springtide_command()
-        flags = repeated_flags(self._settings)
         addresses = scrape.urls(self._settings)
-        self._step(9, "running", "try (in another terminal):")
-        for line in (
+        self._step(9, "running", "try, in another terminal:")
+        lines = [
             f"curl -s {scrape.serving_url(self._settings)}/v1/profiles/{SAMPLE_SHOPPER}",
-            f"{command} status{flags}",
-            f"{command} versions{flags}",
-            f"{command} rollback{flags} --to VERSION --reason 'a test', then {command} follow{flags}",
+            f"{command} status",
+            f"{command} versions",
+            f"{command} pin VERSION        {command} follow",
+            f"{command} rollback --to VERSION --skip-time A..B --reason TEXT",
             "metrics: " + "  ".join(f"{name} {url}" for name, url in addresses.items()),
-        ):
+        ]
+        flags = repeated_flags(self._settings)
+        if flags:
+            lines.append(f"springtide needs the flags of this run:{flags}")
+        for line in lines:
             self._screen.say(f"      {line}")
         self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
 
@@ -248,18 +253,26 @@ class Ascent:
     def _come_down(self) -> None:
         """Stops shoppers, stream, trainer, serving and Kafka, in this order."""
         begin = self._clock()
-        names: list[str] = []
-        if self._supervisor is not None:
+        took: list[str] = []
+
+        def timed(name: str, stop: Callable[[], None]) -> None:
+            before = self._clock()
+            stop()
+            took.append(f"{name} {self._clock() - before:.1f} s")
+
+        supervisor, broker = self._supervisor, self._broker
+        if supervisor is not None:
             self._screen.say("stopping: shoppers, stream, trainer, serving, Kafka")
-            for name in STOP_ORDER:
-                self._supervisor.stop(name, self._hurry)
-            self._supervisor.stop_all(self._hurry)
-            names.append("stopped")
-        if self._broker is not None:
-            self._broker.stop(1.0 if self._hurry() else 20.0)
-            names = ["stopped"]
-        if names:
-            self._screen.say(f"stopped after {self._clock() - begin:.1f} s; the state is in {self._settings.state_dir}")
+            rest = [name for name in reversed(supervisor.names()) if name not in STOP_ORDER]
+            for name in [*(name for name in STOP_ORDER if name in supervisor.names()), *rest]:
+                timed(name, functools.partial(supervisor.stop, name, self._hurry))
+        if broker is not None:
+            timed("Kafka", functools.partial(broker.stop, 1.0 if self._hurry() else 20.0))
+        if took:
+            where = self._settings.state_dir
+            self._screen.say(
+                f"stopped after {self._clock() - begin:.1f} s ({', '.join(took)}); the state is in {where}"
+            )
 
     def _running(self) -> Supervisor:
         assert self._supervisor is not None, "processes were started in step 5"

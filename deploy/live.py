@@ -77,9 +77,13 @@ def take_pulse(scrapes: Mapping[str, Scrape], before: Pulse | None, now_s: float
         lag=stream.value("springtide_stream_lag_events"),
         version=applier.value("springtide_serving_version"),
         epoch=applier.value("springtide_serving_epoch"),
-        features_s=applier.value("springtide_serving_feature_freshness_seconds"),
-        weights_s=applier.value("springtide_serving_weight_freshness_seconds"),
-        log_loss=trainer.value("springtide_trainer_log_loss"),
+        # A gauge that is exactly 0 was never set.
+        features_s=applier.value("springtide_serving_feature_freshness_seconds") or None,
+        weights_s=applier.value("springtide_serving_weight_freshness_seconds") or None,
+        # Before the first step the gauge has its first value, which is no loss.
+        log_loss=trainer.value("springtide_trainer_log_loss")
+        if trainer.value("springtide_trainer_steps_total")
+        else None,
         notes=tuple(notes),
     )
 

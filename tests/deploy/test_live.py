@@ -47,6 +47,7 @@ def test_the_pulse_comes_from_the_metrics_that_the_processes_really_offer(
     applier.feature_freshness_seconds.set(0.25)
     applier.weight_freshness_seconds.set(0.5)
     trainer.log_loss.set(1.25)
+    trainer.steps.inc()
     second = take_pulse(scrape(addresses), first, now_s=12.0)
     assert live_line(second) == (
         "200 events/s | lag 12 | version 34 (epoch 2) | newest click in features 0.2 s, in weights 0.5 s ago | log loss 1.25 | pinned"
