@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.pvalue import PCollection
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from state.config import load
 from state.errors import SpringtideError
@@ -28,9 +29,9 @@ from streaming.source import ReadClicks
 logger = logging.getLogger(__name__)
 
 
-def build(pipeline: beam.Pipeline) -> beam.PCollection:
+def build(pipeline: beam.Pipeline) -> PCollection[None]:
     """Applies the job to `pipeline`: one fused stage, for nothing may stand behind an endless source."""
-    return (
+    written: PCollection[None] = (
         pipeline
         | "Start" >> beam.Impulse()
         | "Read clicks" >> beam.ParDo(ReadClicks())
@@ -38,6 +39,7 @@ def build(pipeline: beam.Pipeline) -> beam.PCollection:
         | "Update profiles" >> beam.ParDo(ProfileDoFn())
         | "Write micro-batches" >> beam.ParDo(WriteMicroBatches())
     )
+    return written
 
 
 def run(shard: Shard) -> None:

@@ -125,7 +125,6 @@ class ClickReader:
         waiting = unread + self._lag.uncommitted(shard.committed)
         shard.metrics.lag_events.set(waiting)
         shard.metrics.lag_seconds.set(self._lag.seconds(time.time()) if waiting else 0.0)
-        shard.metrics.cached_users.set(len(shard.profiler))
 
 
 class Lag:

@@ -24,7 +24,9 @@ from state.microbatch import NAMES, MicroBatch, decode, trim
 from state.positions import Source
 from state.sections import Kafka, Paths, Stream
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
+# The clicks are old, so that the broker would soon delete them.
+FOREVER = {"retention.ms": "-1"}
 BEGIN_MS = 1_700_000_000_000
 
 
@@ -54,10 +56,12 @@ def click(number: int, **changes: object) -> bytes:
     return json.dumps({name: value for name, value in (fields | changes).items() if value is not None}).encode()
 
 
-def send(kafka: Kafka, values: Sequence[bytes], partition: Callable[[int], int] = lambda number: number % 2) -> None:
-    """Writes clicks, acknowledged; partition by number."""
+def send(
+    kafka: Kafka, values: Sequence[bytes], first: int = 0, partition: Callable[[int], int] = lambda number: number % 2
+) -> None:
+    """Writes clicks, acknowledged; numbered from `first` on, partition by number."""
     with Writer(kafka) as writer:
-        for number, value in enumerate(values):
+        for number, value in enumerate(values, first):
             key = f"user-{number % 17}".encode()
             writer.send(kafka.clicks_topic, partition(number), key, value, (), BEGIN_MS + number * 1000)
         writer.flush()

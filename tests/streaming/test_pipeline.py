@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from state.config import Settings
+from state.features import FeatureSpec
 from state.history import HistoryStore
 from state.log import Topics
 from state.microbatch import decode, gaps
 from state.positions import Source, StreamAccount, check_accounts
+from streaming.profile import Profiler
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
+    FOREVER,
     click,
     deduplicated,
     following,
@@ -34,6 +37,14 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiles the kernels once, so that each process only loads them."""
+    store = HistoryStore(tmp_path_factory.mktemp("kernels"), map_bytes=1 << 24)
+    Profiler(store, FeatureSpec(), cache_users=1)
+    store.close()
+
+
 def store_of(settings: Settings) -> HistoryStore:
     """The store of a stream that has ended."""
     return HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
@@ -43,7 +54,7 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
     kafka = kafka_settings()
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
     with Topics(kafka) as topics:
-        topic_id = topics.ensure(kafka.clicks_topic, 2).topic_id
+        topic_id = topics.ensure(kafka.clicks_topic, 2, FOREVER).topic_id
     values = [click(number) for number in range(400)]
     values[100:100] = list(BAD.values())
     with (
@@ -92,7 +103,7 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
             assert topics.committed(kafka.group, kafka.clicks_topic) == {0: 202, 1: 202}
         before = len(log.poll())
         with running(settings, tmp_path / "log") as stream:
-            send(kafka, [click(number) for number in range(400, 420)])
+            send(kafka, [click(number) for number in range(404, 424)], 404)
             until(lambda: next_offsets(log.poll()) == {0: 212, 1: 212}, "later clicks in the log")
             assert stream.stop(signal.SIGINT) == 0, stream.lines
         later = [decode(value) for value in log.poll()[before:]]
@@ -104,12 +115,12 @@ def test_a_new_partition_is_taken_up_from_its_beginning(kafka_settings: KafkaFac
     kafka = kafka_settings()
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
     with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
-        topics.ensure(kafka.clicks_topic, 2)
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
         with running(settings, tmp_path / "log") as stream:
             send(kafka, [click(number) for number in range(10)])
             until(lambda: next_offsets(log.poll()) == {0: 5, 1: 5}, "first clicks")
             topics.grow(kafka.clicks_topic, 3)
-            send(kafka, [click(number) for number in range(10, 16)], lambda number: 2)
+            send(kafka, [click(number) for number in range(10, 16)], 10, lambda number: 2)
             until(lambda: next_offsets(log.poll()) == {0: 5, 1: 5, 2: 6}, "clicks of the new partition")
             assert stream.stop() == 0, stream.lines
         assert any("new partition 2" in line for line in stream.lines)
@@ -125,10 +136,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     "kill_at",
     [
         "stream.taken:2",
-        "stream.sent:1",
         "stream.sent:3",
         "stream.acknowledged:1",
-        "stream.acknowledged:3",
         "stream.committed:2",
         "stream.grouped:1",
     ],
@@ -140,7 +149,7 @@ def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
     if "clicks" not in undisturbed:
         kafka = kafka_settings()
         with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
-            topics.ensure(kafka.clicks_topic, 2)
+            topics.ensure(kafka.clicks_topic, 2, FOREVER)
             send(kafka, [click(number) for number in range(1000)])
             settings = settings_for(kafka, tmp_path / "calm", salt)
             with running(settings, tmp_path / "calm-log") as stream:
@@ -171,7 +180,7 @@ def test_a_second_stream_in_the_same_directory_is_refused(kafka_settings: KafkaF
     kafka = kafka_settings()
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
     with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2)
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
     with running(settings, tmp_path / "log") as first:
         until(lambda: any("reading" in line for line in first.lines), "the first stream reads")
         with running(settings, tmp_path / "second") as second:
@@ -185,7 +194,7 @@ def test_a_second_stream_in_the_same_directory_is_refused(kafka_settings: KafkaF
 def test_a_zombie_with_another_directory_is_fenced(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
     with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2)
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
     one, two = (settings_for(kafka, tmp_path / name, tmp_path / "salt") for name in ("one", "two"))
     with running(one, tmp_path / "log-one") as zombie:
         until(lambda: any("reading" in line for line in zombie.lines), "the zombie reads")
@@ -197,7 +206,8 @@ def test_a_zombie_with_another_directory_is_fenced(kafka_settings: KafkaFactory,
             assert heir.stop() == 0, heir.lines
             assert sum(len(decode(value)) for value in log.poll()) == 20
     assert "FencedWriter" in zombie.lines[-1]
-    assert len(zombie.lines) == 2, zombie.lines
+    assert sum(" ERROR " in line for line in zombie.lines) == 1
+    assert not any("Traceback" in line for line in zombie.lines), zombie.lines
 
 
 def test_a_mistyped_topic_is_one_line_and_exit_code_1(kafka_settings: KafkaFactory, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import apache_beam as beam
 import numpy as np
@@ -65,10 +65,17 @@ class ScriptedReader:
         return {0: 5}
 
 
+class Pass(beam.DoFn):
+    """Passes each element on."""
+
+    def process(self, element: Any) -> Iterator[Any]:
+        yield element
+
+
 class Keep(beam.DoFn):
     """Keeps each element and passes it on."""
 
-    seen: list[Any]
+    seen: ClassVar[list[Any]] = []
 
     def process(self, element: Any) -> Iterator[Any]:
         Keep.seen.append(element)
@@ -94,8 +101,7 @@ def scripted(script: list[list[PartitionBatch] | Exception]) -> Iterator[Any]:
         parser=SimpleNamespace(parse=lambda batches: batches),
         committed={},
         topic_id=TOPIC,
-        profiler=(),
-        metrics=SimpleNamespace(lag_events=gauge("events"), lag_seconds=gauge("seconds"), cached_users=gauge("users")),
+        metrics=SimpleNamespace(lag_events=gauge("events"), lag_seconds=gauge("seconds")),
         gauges=gauges,
         stopping=stopping,
         failure=None,
@@ -109,8 +115,8 @@ def scripted(script: list[list[PartitionBatch] | Exception]) -> Iterator[Any]:
 def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The elements that leave the steps before the profiles when the real runner runs the job."""
     seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "ProfileDoFn", lambda: Keep())
-    monkeypatch.setattr(pipeline, "WriteMicroBatches", lambda: Keep())
+    monkeypatch.setattr(pipeline, "ProfileDoFn", Pass)
+    monkeypatch.setattr(pipeline, "WriteMicroBatches", Keep)
     monkeypatch.setattr(Keep, "seen", seen)
     yield seen
 
