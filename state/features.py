@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 
 from state.errors import SettingsError
 from state.mask import Mask as Mask
-from state.window_kernel import one_row
-from state.windows import GAPS, NEVER, SLOTS, SWITCHES, Tables, quantise, words
+from state.windows import GAPS, NEVER, SLOTS, SWITCHES, Tables, one_row, quantise, words
 
 if TYPE_CHECKING:
     from state.config import Settings

@@ -19,8 +19,7 @@ from state.events import EventBatch
 from state.features import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
 from state.history import Appends, HistoryStore
 from state.microbatch import Rows
-from state.window_kernel import update_rows
-from state.windows import WORDS, words
+from state.windows import WORDS, update_rows, words
 
 I64 = NDArray[np.int64]
 

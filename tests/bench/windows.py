@@ -16,8 +16,7 @@ from state.history import Appends, HistoryStore
 from state.log import PartitionBatch
 from state.positions import Range, Source
 from state.sections import Events as EventSettings
-from state.window_kernel import update_rows
-from state.windows import WORDS, words
+from state.windows import WORDS, update_rows, words
 from streaming.profile import Profiler
 from tests.bench.report import Figure, report
 
