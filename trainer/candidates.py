@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from state.native import compiled
-from trainer.tables import I32, I64, U64, mix
+from trainer.index import I32, U64, mix
 
 F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
 
 
 class Candidates(NamedTuple):
@@ -118,12 +119,8 @@ def candidates(category: U64, labels: U64, popular: U64, partner: I64) -> Candid
     ([0, 4], [[0.0, 1.0], [1.0, 1.0]], [9, 9])
     """
     rows = category.size
-    found = Candidates(
-        np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64)
-    )
-    _compete(
-        np.ascontiguousarray(category), np.ascontiguousarray(labels), popular, partner, *found
-    )
+    found = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
+    _compete(np.ascontiguousarray(category), np.ascontiguousarray(labels), popular, partner, *found)
     return found
 
 

@@ -57,7 +57,7 @@ class Evaluation:
         self._bins[1] *= 0.5 ** (log_loss.size / HALF_LIFE_ROWS)
         self._engagement[1] *= 0.5 ** (log_loss.size / HALF_LIFE_ROWS)
         columns = np.stack([np.ones(log_loss.size), log_loss.astype(np.float64), top1, top5], 1)
-        for position, rows in enumerate((slice(None), ~known, known)):
+        for position, rows in enumerate((np.ones_like(known), ~known, known)):
             self._sums[:, position] += columns[rows].sum(0)
         placed = np.clip((scores + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
         for outcome in (0, 1):
@@ -75,7 +75,11 @@ class Evaluation:
                 rows, log_loss, top1, top5 = self._sums[when, position].tolist()
                 where = prefix if name == "all" else f"{prefix}{name}."
                 if rows > 0:
-                    found |= {f"{where}log_loss": log_loss / rows, f"{where}top1": top1 / rows, f"{where}top5": top5 / rows}
+                    found |= {
+                        f"{where}log_loss": log_loss / rows,
+                        f"{where}top1": top1 / rows,
+                        f"{where}top5": top5 / rows,
+                    }
                 found[f"{where}rows"] = rows
             scored, loss = self._engagement[when].tolist()
             if scored > 0:

@@ -47,7 +47,9 @@ class GuardState:
     held: bool = False
 
 
-def judge(state: GuardState, loss: float, norm: float, rows: int, factor: float, patience: int) -> tuple[Verdict, GuardState]:
+def judge(
+    state: GuardState, loss: float, norm: float, rows: int, factor: float, patience: int
+) -> tuple[Verdict, GuardState]:
     """Decides about one step and remembers it.
 
     Args:

@@ -25,7 +25,7 @@ import tensorflow as tf
 from state.errors import SettingsError
 from state.features import FeatureSpec
 from state.sections import Model as ModelSettings
-from trainer.tables import hashed_uniform
+from trainer.index import hashed_uniform
 
 Tensor = Any
 """A `tf.Tensor`; TensorFlow ships no types."""
@@ -236,7 +236,9 @@ class Model(tf.Module):
     def engagement_of(self, projected: Tensor, user_row: Tensor, item_row: Tensor, category_row: Tensor) -> Tensor:
         """As `engagement`, from the vector's projection `[B, 64]`, which several items can share."""
         pair = tf.concat([item_row, category_row, user_row * item_row], 1)
-        hidden = tf.nn.relu(projected + tf.matmul(pair, self.dense["engagement.rows"]) + self.dense["engagement.bias_0"])
+        hidden = tf.nn.relu(
+            projected + tf.matmul(pair, self.dense["engagement.rows"]) + self.dense["engagement.bias_0"]
+        )
         scores = tf.matmul(hidden, tf.stack([self.dense["engagement.kernel_1"]], 1))
         return tf.squeeze(scores, 1) + self.dense["engagement.bias_1"]
 
@@ -314,7 +316,9 @@ def _popular_prior(popular: int) -> F32:
 
 def _weight(name: str, shape: tuple[int, ...], reach: float) -> Any:
     """A weight that starts uniform in plus and minus `reach`, the same in every process."""
-    first = hashed_uniform(np.arange(1, shape[0] + 1, dtype=np.uint64), int(np.prod(shape[1:])), name) * np.float32(reach)
+    first = hashed_uniform(np.arange(1, shape[0] + 1, dtype=np.uint64), int(np.prod(shape[1:])), name) * np.float32(
+        reach
+    )
     return tf.Variable(first.reshape(shape), name=name)
 
 
@@ -339,7 +343,9 @@ def _load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
     try:
         found: Callable[[int, ModelSettings], Tower] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"model.tower {path!r} cannot be loaded ({error}); name a function as `module:name`") from error
+        raise SettingsError(
+            f"model.tower {path!r} cannot be loaded ({error}); name a function as `module:name`"
+        ) from error
     return found
 
 

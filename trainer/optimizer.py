@@ -32,9 +32,13 @@ class Adam:
         rates: Factors of the step size by a name's prefix; 1 elsewhere.
     """
 
-    def __init__(self, weights: Mapping[str, Any], learning_rate: float, rates: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[str, Any], learning_rate: float, rates: Mapping[str, float] | None = None
+    ) -> None:
         self._weights = dict(weights)
-        factors = {name: max([f for p, f in (rates or {}).items() if name.startswith(p)], default=1.0) for name in weights}
+        factors = {
+            name: max([f for p, f in (rates or {}).items() if name.startswith(p)], default=1.0) for name in weights
+        }
         self._rates = {name: np.float32(learning_rate * factors[name]) for name in weights}
         self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in weights.items()}
         self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in weights.items()}
@@ -77,7 +81,9 @@ class Adam:
                 self._second[name].assign(slots[f"{name}.v"])
             self._powers.assign(slots["powers"])
         except (KeyError, ValueError) as error:
-            raise SettingsError(f"optimizer slot {error} does not fit this model; put the [model] settings back") from error
+            raise SettingsError(
+                f"optimizer slot {error} does not fit this model; put the [model] settings back"
+            ) from error
 
 
 def apply_adagrad(rows: Any, accum: Any, learning_rate: float, indices: Any, gradients: Any) -> None:

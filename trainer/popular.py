@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.tables import IdIndex
+from trainer.index import IdIndex
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -56,7 +56,13 @@ class Popular:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self.load({"ids": np.zeros(0, np.uint64), "counts": np.zeros(0, np.int64), "hour": np.int64(-1)})
+        # Entry 0 is no label: the index finds 0 for what it does not hold.
+        self._hour = -1
+        self._used = 1
+        self._ids: U64 = np.zeros(1, np.uint64)
+        self._counts: I64 = np.zeros(1, np.int64)
+        self._index = IdIndex()
+        self._top: U64 = np.zeros(0, np.uint64)
 
     def top(self) -> U64:
         """The list as of the last update, `[P]` uint64, padded with 0."""
@@ -92,11 +98,11 @@ class Popular:
         ids = np.asarray(state["ids"], np.uint64)
         self._hour = int(state["hour"])
         self._used = ids.size + 1
-        self._ids: U64 = np.concatenate([np.zeros(1, np.uint64), ids])
-        self._counts: I64 = np.concatenate([np.zeros(1, np.int64), np.asarray(state["counts"], np.int64)])
+        self._ids = np.concatenate([np.zeros(1, np.uint64), ids])
+        self._counts = np.concatenate([np.zeros(1, np.int64), np.asarray(state["counts"], np.int64)])
         self._index = IdIndex(self._used)
         self._index.insert(ids, np.arange(1, self._used, dtype=np.int32))
-        self._top: U64 = ranked(ids, self._counts[1:], self._size)
+        self._top = ranked(ids, self._counts[1:], self._size)
 
     def _decay(self, hours: int) -> None:
         if hours:

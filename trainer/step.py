@@ -37,10 +37,11 @@ from trainer.candidates import candidates, partners, seed_of
 from trainer.device import prepare
 from trainer.evaluation import Evaluation
 from trainer.guard import GuardState, Verdict, judge
+from trainer.index import I32
 from trainer.model import LATEST, Model, Preprocessing
 from trainer.optimizer import Adam, apply_adagrad
 from trainer.popular import HOUR_MS, Popular
-from trainer.tables import I32, MISSING, Table
+from trainer.tables import MISSING, Table
 
 LOSS_ROWS = 1024.0
 """The loss of a step is its sum over rows, divided by this."""
@@ -269,7 +270,14 @@ class Trainer:
             "user": batch.user,
             "item": np.concatenate([batch.item, batch.item[partner]]),
             "category": np.concatenate(
-                [batch.labels.reshape(-1), batch.labels[:, :LATEST].reshape(-1), popular, batch.category, batch.category[partner], slots.other]
+                [
+                    batch.labels.reshape(-1),
+                    batch.labels[:, :LATEST].reshape(-1),
+                    popular,
+                    batch.category,
+                    batch.category[partner],
+                    slots.other,
+                ]
             ),
             "context": batch.context.reshape(-1),
         }
@@ -323,7 +331,11 @@ class Trainer:
                 last = model.other(query, other, given["other_mask"])
                 logits = tf.concat([label_logits, popular_logits, last], 1)
                 target = tf.maximum(given["target"], 0)
-                return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=target, logits=logits), label_logits, popular_logits
+                return (
+                    tf.nn.sparse_softmax_cross_entropy_with_logits(labels=target, logits=logits),
+                    label_logits,
+                    popular_logits,
+                )
 
             def engagement(vector: Any) -> tuple[Any, Any]:
                 projected = tf.matmul(vector, model.dense["engagement.vector"])

@@ -33,11 +33,15 @@ def measure_step(users: int) -> dict[str, float]:
     from trainer.step import Trainer
 
     base = Settings()
-    trainer = Trainer(dataclasses.replace(base, trainer=dataclasses.replace(base.trainer, device="cpu", capacity=users + 2)), SPEC)
+    trainer = Trainer(
+        dataclasses.replace(base, trainer=dataclasses.replace(base.trainer, device="cpu", capacity=users + 2)), SPEC
+    )
     for first in range(1, users + 1, 1_000_000):
         numbers = np.arange(first, min(first + 1_000_000, users + 1))
         trainer.tables["user"].sight(spread(numbers), np.full(numbers.size, START_MS))
-    batches = [micro_batch(ROWS, first=number * ROWS, users=users, items=50_000, categories=3000) for number in range(STEPS)]
+    batches = [
+        micro_batch(ROWS, first=number * ROWS, users=users, items=50_000, categories=3000) for number in range(STEPS)
+    ]
     for batch in batches[:10]:
         trainer.step(batch)
     cpu, wall = [], []
@@ -58,7 +62,9 @@ def measure_keras(users: int, steps: int = 4) -> dict[str, float]:
     prepare("cpu", threads=1)
     inputs = [keras.Input((1,), dtype="int32") for _ in range(3)]
     sizes = (users, 50_000, 3000)
-    rows = [keras.layers.Flatten()(keras.layers.Embedding(size, 32)(each)) for size, each in zip(sizes, inputs, strict=True)]
+    rows = [
+        keras.layers.Flatten()(keras.layers.Embedding(size, 32)(each)) for size, each in zip(sizes, inputs, strict=True)
+    ]
     features = keras.Input((128,))
     x = keras.layers.Concatenate()([features, *rows])
     x = keras.layers.Dense(128, activation="relu")(x)
@@ -67,7 +73,10 @@ def measure_keras(users: int, steps: int = 4) -> dict[str, float]:
     model = keras.Model([features, *inputs], x)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     rng = np.random.default_rng(0)
-    given = [rng.random((ROWS, 128), np.float32), *(rng.integers(0, size, (ROWS, 1)).astype(np.int32) for size in sizes)]
+    given = [
+        rng.random((ROWS, 128), np.float32),
+        *(rng.integers(0, size, (ROWS, 1)).astype(np.int32) for size in sizes),
+    ]
     target = rng.integers(0, 20, ROWS)
     model.train_on_batch(given, target)
     cpu, wall = [], []
@@ -83,7 +92,11 @@ def in_process(what: str, users: int) -> dict[str, float]:
     """Runs one measurement in a process of its own."""
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.step", what, str(users)], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "tests.bench.step", what, str(users)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -100,8 +113,12 @@ def main() -> None:
     figures: dict[str, Figure] = {}
     for users, found in steps.items():
         figures[f"step at {users:.0e} user rows"] = Figure(found["cpu_ms"], "cpu-ms")
-        figures[f"examples per cpu-s at {users:.0e} user rows"] = Figure(ROWS / found["cpu_ms"] * 1e3, "examples/s", ">= 80000")
-    figures["step at 1e7 over step at 1e5 user rows"] = Figure(steps[SIZES[-1]]["cpu_ms"] / steps[SIZES[0]]["cpu_ms"], "ratio", "<= 1.5")
+        figures[f"examples per cpu-s at {users:.0e} user rows"] = Figure(
+            ROWS / found["cpu_ms"] * 1e3, "examples/s", ">= 80000"
+        )
+    figures["step at 1e7 over step at 1e5 user rows"] = Figure(
+        steps[SIZES[-1]]["cpu_ms"] / steps[SIZES[0]]["cpu_ms"], "ratio", "<= 1.5"
+    )
     figures["Keras train_on_batch at 1e7 user rows"] = Figure(keras["cpu_ms"], "cpu-ms")
     figures["Keras over ours at 1e7 user rows"] = Figure(keras["cpu_ms"] / steps[SIZES[-1]]["cpu_ms"], "ratio", ">= 50")
     wall = {f"{users:.0e}": found["wall_ms"] for users, found in steps.items()} | {"keras": keras["wall_ms"]}

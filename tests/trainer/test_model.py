@@ -49,7 +49,9 @@ def inputs(rows: int = ROWS) -> dict[str, np.ndarray]:
 def model() -> Model:
     trained = Model(MODEL, SPEC)
     rng = np.random.default_rng(2)
-    trained.set_weights({name: value + rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in trained.weights().items()})
+    trained.set_weights(
+        {name: value + rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in trained.weights().items()}
+    )
     return trained
 
 

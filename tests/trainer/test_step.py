@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def settings(capacity: int = 4096, admit_after: int = 1, **trainer: float) -> Settings:
     base = Settings()
     return dataclasses.replace(
-        base, trainer=dataclasses.replace(base.trainer, device="cpu", capacity=capacity, admit_after=admit_after, **trainer)
+        base,
+        trainer=dataclasses.replace(base.trainer, device="cpu", capacity=capacity, admit_after=admit_after, **trainer),
     )
 
 
@@ -52,7 +53,9 @@ def digests(trainer: Trainer) -> dict[str, str]:
     found = {f"table.{name}": table.digest() for name, table in trainer.tables.items()}
     arrays = trainer.model.weights() | {f"slot.{name}": value for name, value in trainer.optimizer.slots().items()}
     arrays |= trainer.state()
-    return found | {name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for name, value in arrays.items()}
+    return found | {
+        name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for name, value in arrays.items()
+    }
 
 
 def learned(batches: list[MicroBatch], trainer: Trainer) -> Trainer:
@@ -113,7 +116,11 @@ def test_interest_never_sees_what_was_clicked() -> None:
     batch = micro_batch(64, first=9000)
     order = np.random.default_rng(0).permutation(64)
     shuffled = dataclasses.replace(
-        batch, item=batch.item[order], category=batch.category[order], action=batch.action[order], weight=batch.weight[order]
+        batch,
+        item=batch.item[order],
+        category=batch.category[order],
+        action=batch.action[order],
+        weight=batch.weight[order],
     )
     before, after = trainer.score(batch), trainer.score(shuffled)
     for name, value in before.items():
@@ -214,5 +221,5 @@ def test_candidates_agree_with_a_plain_definition() -> None:
 
 
 def test_missing_gpu_is_named() -> None:
-    with pytest.raises(SettingsError, match="trainer.device is gpu"):
+    with pytest.raises(SettingsError, match=r"trainer\.device is gpu"):
         pick("gpu", [])

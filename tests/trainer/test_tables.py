@@ -8,7 +8,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.tables import INITIAL_RANGE, IdIndex, Table, hashed_uniform
+from trainer.index import IdIndex, hashed_uniform
+from trainer.tables import INITIAL_RANGE, Table
 
 
 def ids(*numbers: int) -> np.ndarray:
@@ -110,8 +111,13 @@ def test_distinct_order_is_that_of_first_occurrence() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9), st.booleans()), min_size=1, max_size=40), st.integers(1, 3))
-def test_base_and_deltas_rebuild_the_table_in_another_layout(events: list[tuple[int, int, bool]], admit_after: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9), st.booleans()), min_size=1, max_size=40),
+    st.integers(1, 3),
+)
+def test_base_and_deltas_rebuild_the_table_in_another_layout(
+    events: list[tuple[int, int, bool]], admit_after: int
+) -> None:
     table = Table("user", 4, capacity=2, admit_after=admit_after)
     copy = Table("user", 4, capacity=50, admit_after=admit_after)
     for number, (key, at, cut) in enumerate(events):
