@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from state.log import Topics, Writer
 
 ROOT = Path(__file__).parents[2]
 PORTS = ("kafka.port", "serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
-SHORT = {
+SHORT: Mapping[str, object] = {
     "shoppers.rate": 100,
     "shoppers.users": 200,
     "bootstrap.min_rows": 300,
@@ -55,8 +55,8 @@ def until(look: Callable[[], Found | None], what: str, deadline_s: float = DEADL
 class Loop:
     """One loop; `start` may be called again after `stop`."""
 
-    def __init__(self, directory: Path) -> None:
-        values = {name: free_port() for name in PORTS} | SHORT | {"paths.state": directory / "state"}
+    def __init__(self, directory: Path, own: Mapping[str, object] = SHORT) -> None:
+        values = {name: free_port() for name in PORTS} | {"paths.state": directory / "state"} | dict(own)
         self.flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         self.settings: Settings = load(self.flags, env={})
         self.output = directory / "up.log"

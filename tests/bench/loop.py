@@ -1,0 +1,154 @@
+"""The whole loop on one machine: sustained events/s, weight freshness, memory of each process.
+
+    python -m tests.bench.loop [--sustained-s 180] [--bursts 200] [--memory-s 600]
+
+Everything runs at once on the cores there are: Kafka, shoppers, stream, trainer,
+applier, worker, and the client that measures. Freshness is what a client sees:
+from Kafka's acknowledgement of a burst of one user's clicks to the first answer
+by a version that was trained on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from state.log import Topics, Writer, partition_of
+from tests.bench.report import Figure, report
+from tests.e2e.running import MODULES, Loop
+
+CLICKS = 3  # of one burst
+POLL_S = 0.005
+PATIENCE_S = 30.0
+MEBI = 1024 * 1024
+
+
+@contextmanager
+def loop_at(directory: Path, rate: float) -> Iterator[Loop]:
+    """A running loop whose shoppers click `rate` times a second."""
+    loop = Loop(directory, {"shoppers.rate": rate, "shoppers.users": 20_000, "bootstrap.min_rows": 2000})
+    try:
+        loop.start()
+        yield loop
+    finally:
+        if loop.process is not None:
+            loop.stop()
+
+
+def memory(loop: Loop) -> dict[str, float]:
+    """Resident MiB of each process."""
+    pids = {name: loop.pid(name) for name in MODULES}
+    sizes = {name: psutil.Process(pid).memory_info().rss / MEBI for name, pid in pids.items() if pid is not None}
+    java = [process for process in loop.processes() if "java" in process.name()]
+    return sizes | {"kafka": process.memory_info().rss / MEBI for process in java}
+
+
+def freshness(loop: Loop, bursts: int) -> list[float]:
+    """Seconds from acknowledged to answered by a version trained on it, one for each burst."""
+    kafka = loop.settings.kafka
+    worker = http.client.HTTPConnection(loop.settings.serving.host, loop.settings.serving.port, timeout=5)
+    measured = []
+    with Topics(kafka) as topics, Writer(kafka) as writer:
+        about = topics.describe(kafka.clicks_topic)
+        for number in range(bursts):
+            user = f"bench-shopper-{number % 50}"
+            click = {"user": user, "item": f"item-{number}", "category": f"category-{number % 64}", "action": "view"}
+            for _ in range(CLICKS):
+                value = json.dumps(click | {"time": time.time_ns() // 1_000_000}).encode()
+                writer.send(kafka.clicks_topic, None, user.encode(), value)
+            writer.flush()
+            acknowledged_s = time.monotonic()
+            partition = partition_of(user.encode(), about.partitions)
+            # Others write too: the end is at or after the burst, never before it.
+            end = topics.ends(kafka.clicks_topic)[partition][1]
+            source = f"{about.topic_id}:{partition}"
+            while True:
+                worker.request("GET", f"/v1/profiles/{user}")
+                answer = json.loads(worker.getresponse().read())
+                if answer["version"]["sources"].get(source, 0) >= end:
+                    break
+                if time.monotonic() - acknowledged_s > PATIENCE_S:
+                    raise RuntimeError(f"burst {number}: no version covers {source} to {end}\n{loop.logs()}")
+                time.sleep(POLL_S)
+            measured.append(time.monotonic() - acknowledged_s)
+    worker.close()
+    return measured
+
+
+def sustained(loop: Loop, seconds: float) -> dict[str, Figure]:
+    """Events/s through stream and trainer, and how the lags move."""
+    times, lags, records, events, trained = [], [], [], [], []
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        stream, trainer = loop.metrics("stream"), loop.metrics("trainer")
+        times.append(time.monotonic() - begin)
+        lags.append(stream.value("springtide_stream_lag_events") or 0.0)
+        records.append(trainer.value("springtide_trainer_lag_records") or 0.0)
+        events.append(stream.total("springtide_stream_events_total") or 0.0)
+        trained.append(trainer.total("springtide_trainer_rows_total") or 0.0)
+        time.sleep(1.0)
+    span_s = times[-1] - times[0]
+    return {
+        "stream": Figure((events[-1] - events[0]) / span_s, "events/s", ">= 19800"),
+        "trainer": Figure((trained[-1] - trained[0]) / span_s, "rows/s", ">= 19800"),
+        "stream lag, slope (flat: below 1 % of the rate)": Figure(float(np.polyfit(times, lags, 1)[0]), "events/s", "<= 200"),
+        "stream lag, p50": Figure(float(np.percentile(lags, 50)), "events"),
+        "stream lag, p99": Figure(float(np.percentile(lags, 99)), "events"),
+        "trainer lag, slope": Figure(float(np.polyfit(times, records, 1)[0]), "records/s", "<= 0.1"),
+        "trainer lag, p99": Figure(float(np.percentile(records, 99)), "records"),
+    }
+
+
+def shares(loop: Loop, seconds: float = 20.0) -> dict[str, float]:
+    """CPU seconds per second of each process: where two cores go."""
+    pids = {name: loop.pid(name) for name in MODULES}
+    running = {name: psutil.Process(pid) for name, pid in pids.items() if pid is not None}
+    running |= {"kafka": process for process in loop.processes() if "java" in process.name()}
+    before = {name: sum(process.cpu_times()[:2]) for name, process in running.items()}
+    time.sleep(seconds)
+    return {name: (sum(process.cpu_times()[:2]) - before[name]) / seconds for name, process in running.items()}
+
+
+def main() -> None:
+    """Takes the figures and writes build/bench/loop.json."""
+    parser = argparse.ArgumentParser(description="Figures of the whole loop.")
+    parser.add_argument("--sustained-s", type=float, default=180.0)
+    parser.add_argument("--bursts", type=int, default=200)
+    parser.add_argument("--memory-s", type=float, default=600.0)
+    options = parser.parse_args()
+    figures: dict[str, Figure] = {}
+    notes: dict[str, object] = {}
+    with tempfile.TemporaryDirectory(prefix="springtide-loop-") as directory:
+        with loop_at(Path(directory), 5000) as loop:
+            begin = time.monotonic()
+            figures["first start: first answer"] = Figure(loop.first_answer_s, "s")
+            first = memory(loop)
+            measured = freshness(loop, options.bursts)
+            notes["cpu at 5k events/s"] = shares(loop)
+            time.sleep(max(0.0, options.memory_s - (time.monotonic() - begin)))
+            last = memory(loop)
+            notes["memory taken after s"] = time.monotonic() - begin
+        p50, p99 = np.percentile(measured, [50, 99])
+        figures[f"weight freshness at 5k events/s, p50 of {len(measured)}"] = Figure(1000 * float(p50), "ms", "<= 400")
+        figures[f"weight freshness at 5k events/s, p99 of {len(measured)}"] = Figure(1000 * float(p99), "ms", "<= 1500")
+        for name, size in first.items():
+            figures[f"memory, {name}, at the first answer"] = Figure(size, "MiB")
+            figures[f"memory, {name}, later"] = Figure(last.get(name, 0.0), "MiB")
+        with loop_at(Path(directory), 20_000) as loop:
+            figures["second start: first answer"] = Figure(loop.first_answer_s, "s")
+            notes["cpu at 20k events/s"] = shares(loop)
+            figures |= sustained(loop, options.sustained_s)
+    report("loop", figures, notes)
+
+
+if __name__ == "__main__":
+    main()
