@@ -1,0 +1,15 @@
+"""Learning on real clicks: the model is worth more than remembering the last category."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bench.quality import CLICKS, train
+
+
+@pytest.mark.skipif(not CLICKS.exists(), reason="needs Taobao's UserBehavior.csv at ../shared/data/taobao")
+def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
+    found = train(steps=40)
+    assert found["total.top1"] > 0.38
+    assert found["total.top1"] > found["baseline.previous"]
+    assert found["total.top1"] > 4 * found["baseline.biggest"]
