@@ -143,6 +143,7 @@ class Learner:
             self._log = self._open_log(restored.log.next)
             self._place_at(restored)
         self.caught_up = False
+        self._published = self._elapsed()
         self._metrics.epoch.set(control.epoch)
         self._metrics.version.set(self.place.parent)
         self._metrics.held.set(self._trainer.guard.held)
