@@ -193,7 +193,7 @@ def assert_equal(history: Events, at_ms: int, mask: Mask, spec: FeatureSpec) -> 
         assert dict(zip(spec.label_names, row.label_windows[slot].tolist(), strict=True)) == names
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(made=clicks, at=st.integers(-40, 5).map(lambda k: k * 30_000))
 def test_every_feature_equals_its_definition(made: list[Click], at: int) -> None:
     assert_equal(history_of(made), BASE_MS + at, Mask.NONE, SPEC)
