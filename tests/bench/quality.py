@@ -89,19 +89,20 @@ def micro_batches(
         )
 
 
-def baselines(users: npt.NDArray[np.uint64], categories: npt.NDArray[np.uint64]) -> tuple[float, float]:
-    """Top-1 of the biggest category so far, and of the user's previous category."""
+def baselines(users: npt.NDArray[np.uint64], categories: npt.NDArray[np.uint64], since: int = 0) -> tuple[float, float]:
+    """Top-1, over the rows from `since` on, of the biggest category so far and of the user's previous one."""
     last: dict[int, int] = {}
     sizes: Counter[int] = Counter()
     biggest, biggest_hits, last_hits = 0, 0, 0
-    for user, category in zip(users.tolist(), categories.tolist(), strict=True):
-        biggest_hits += biggest == category
-        last_hits += last.get(user) == category
+    for row, (user, category) in enumerate(zip(users.tolist(), categories.tolist(), strict=True)):
+        if row >= since:
+            biggest_hits += biggest == category
+            last_hits += last.get(user) == category
         last[user] = category
         sizes[category] += 1
         if sizes[category] > sizes[biggest]:
             biggest = category
-    return biggest_hits / users.size, last_hits / users.size
+    return biggest_hits / (users.size - since), last_hits / (users.size - since)
 
 
 def train(steps: int | None = None, settings: Settings | None = None) -> dict[str, float]:
@@ -110,13 +111,14 @@ def train(steps: int | None = None, settings: Settings | None = None) -> dict[st
     spec = FeatureSpec.from_settings(settings)
     users, events = read_clicks()
     trainer = Trainer(settings, spec)
+    late_from = users.size // 2 // STEP_ROWS * STEP_ROWS
     hits = targets = late_hits = late_targets = 0
     for number, batch in enumerate(micro_batches(users, events, spec, settings.events.action_weights)):
         if steps is not None and number >= steps:
             break
         done = trainer.step(batch)
         hits, targets = hits + done.top1, targets + done.targets
-        if batch.offset[0] >= users.size // 2:
+        if batch.offset[0] >= late_from:
             late_hits, late_targets = late_hits + done.top1, late_targets + done.targets
     measures = trainer.evaluation.values()
     biggest, last = baselines(users[:targets], events["category"][:targets])
@@ -124,7 +126,7 @@ def train(steps: int | None = None, settings: Settings | None = None) -> dict[st
     found |= {"baseline.biggest": biggest, "baseline.previous": last, "rows": float(targets)}
     if late_targets:
         found["second_half.top1"] = late_hits / late_targets
-        found["second_half.baseline.previous"] = baselines(users, events["category"])[1]
+        found["second_half.baseline.previous"] = baselines(users, events["category"], late_from)[1]
     return found
 
 
