@@ -39,6 +39,7 @@ TABLES = ("user", "item", "category", "context")
 LANES = 32
 MAX_READERS = 512
 LANE_ROWS_PER_SWEEP = 50_000
+_PLACES = {name: place for place, name in enumerate(TABLES)}
 _TOP = (1 << 64) - 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -163,15 +164,16 @@ class RowReader:
             `[n, dim]` float32, zeros where missing, and `[n]` bool, whether each id has a row.
         """
         dim = at.dims.get(table, 0)
-        found = [self._seek(at.lane << 3 | TABLES.index(table), identity, at.visible) for identity in ids]
+        found = [self.row(table, identity, at) for identity in ids]
         missing = bytes(4 * dim)
         rows = np.frombuffer(b"".join([row or missing for row in found]), np.float32).reshape(len(found), dim)
         return rows, np.array([row is not None for row in found], np.bool_)
 
-    def _seek(self, prefix: int, identity: int, visible: Visible) -> bytes | None:
+    def row(self, table: str, identity: int, at: Served) -> bytes | None:
+        """The bytes of one row, `[dim]` float32, as version `at` has it; None where it has none."""
         cursor = self._cursor
-        stem = (prefix << 64 | identity).to_bytes(9, "big")
-        for lowest, highest in visible:
+        stem = ((at.lane << 3 | _PLACES[table]) << 64 | identity).to_bytes(9, "big")
+        for lowest, highest in at.visible:
             if not cursor.set_range(stem + (_TOP - highest).to_bytes(8, "big")):
                 return None
             key = cursor.key()

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from state.errors import CorruptVersion, ProgramError
 
+BATCHES = (1, 4, 16)
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -45,7 +47,10 @@ def read_program(path: Path) -> bytes:
 
 
 class Program:
-    """One interpreter; use it in one thread.
+    """A program for batches of some fixed sizes; use it in one thread.
+
+    A change of the batch's size costs more than an answer, so that each size
+    has an interpreter of its own and smaller batches are filled up with zeros.
 
     Args:
         data: The bytes of a `.tflite` file.
@@ -56,35 +61,48 @@ class Program:
 
     def __init__(self, data: bytes) -> None:
         try:
-            self._interpreter = Interpreter(model_content=data, num_threads=1)
-            self._load = self._interpreter.get_signature_runner("load")
-            self._predict = self._interpreter.get_signature_runner("predict")
+            # A runner does not keep its interpreter alive.
+            self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
+            self._loads = [each.get_signature_runner("load") for each in self._interpreters.values()]
+            self._predicts = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error}); restart the trainer to lower the model again"
             ) from error
-        self._weights = sorted(self._load.get_input_details())
+        self._weights = sorted(self._loads[0].get_input_details())
         self.shapes = {
             name: tuple(int(size) for size in details["shape_signature"])
-            for name, details in self._predict.get_input_details().items()
+            for name, details in self._predicts[1].get_input_details().items()
         }
 
     def load(self, weights: Arrays) -> None:
         """Sets the dense weights; `predict` gives NaN before the first load.
 
         Raises:
-            ProgramError: A weight is missing.
+            ProgramError: A weight is missing or of another shape.
         """
         given = {argument(name): value for name, value in weights.items()}
-        missing = sorted(name for name in self._weights if name not in given)
+        missing = [name for name in self._weights if name not in given]
         if missing:
-            raise ProgramError(f"the version has no dense weights {', '.join(missing)}, which its program wants; roll back")
+            raise ProgramError(
+                f"the version has no dense weights {', '.join(missing)}, which its program wants; roll back"
+            )
         try:
-            self._load(**{name: given[name] for name in self._weights})
+            for load in self._loads:
+                load(**{name: given[name] for name in self._weights})
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error}); roll back") from error
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        """Runs `predict`; inputs and outputs by name, float32, batch first."""
-        outputs: dict[str, NDArray[np.float32]] = self._predict(**inputs)
+        """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
+        outputs: dict[str, NDArray[np.float32]] = self._predicts[len(inputs["features"])](**inputs)
         return outputs
+
+
+def batch_of(rows: int) -> int:
+    """The smallest batch that holds so many rows, at most `BATCHES[-1]`.
+
+    >>> [batch_of(rows) for rows in (1, 2, 4, 5)]
+    [1, 4, 4, 16]
+    """
+    return next(size for size in BATCHES if size >= rows)

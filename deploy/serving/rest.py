@@ -6,7 +6,9 @@
     GET  /healthz /readyz /metrics
 
 Errors are JSON: `error` says what happened, `do` what to do. One process
-answers; with `serving.workers` above 1 several share the port.
+answers; with `serving.workers` above 1 several share the port. Nobody waits
+for a batch to fill: what has arrived by the time the worker is free is
+answered together.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ import asyncio
 import errno
 import logging
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 from urllib.parse import parse_qsl
@@ -29,7 +35,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.serving.host import Host
-from deploy.serving.predictor import Answer
+from deploy.serving.predictor import MOST_AT_ONCE, Query
 from state.config import Settings, load
 from state.errors import PortTaken, SpringtideError
 from state.identity import load_salt
@@ -106,6 +112,7 @@ class App:
         self._metrics = WorkerMetrics(registry)
         self._clock_s = clock_s
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._waiting: deque[tuple[Query, asyncio.Future[bytes]]] = deque()
 
     def close(self) -> None:
         """Closes the stores; the next request opens them again."""
@@ -120,7 +127,7 @@ class App:
             if path.startswith(PROFILES) and len(path) > len(PROFILES):
                 route = "profile"
                 _only(scope, "GET")
-                status, body = 200, encode(self._profile(path[len(PROFILES) :], scope["query_string"]))
+                status, body = 200, await self._profile(question(path[len(PROFILES) :], scope["query_string"]))
             elif path == BATCH:
                 route = "batch"
                 _only(scope, "POST")
@@ -158,26 +165,36 @@ class App:
         series[0].inc()
         series[1].observe(took_s)
 
-    def _profile(self, user: str, query: bytes) -> Answer:
-        item = category = at_ms = None
-        context: dict[str, str] = {}
-        if query:
-            for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-                if name == "item":
-                    item = value or None
-                elif name == "category":
-                    category = value or None
-                elif name == "at":
-                    at_ms = time_ms(value)
-                elif name.startswith("context."):
-                    context[name[8:]] = value
-        return self._answer(user, item, category, context, at_ms)
-
-    def _answer(self, user: str, item: str | None, category: str | None, context: dict[str, str], at_ms: int | None) -> Answer:
-        answer = self._host.predictor().profile(user, item, category, context, at_ms)
-        if answer.cold_start:
-            self._metrics.cold_starts.inc()
+    def _profile(self, query: Query) -> asyncio.Future[bytes]:
+        """The answer to come; questions of the same round of the event loop are answered together."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bytes] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._answer_waiting)
+        self._waiting.append((query, answer))
         return answer
+
+    def _answer_waiting(self) -> None:
+        some = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._answer_waiting)
+        try:
+            bodies = self._answers([query for query, _ in some])
+        except Exception as error:  # noqa: BLE001 - each request answers for itself
+            for _, answer in some:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        for (_, answer), body in zip(some, bodies, strict=True):
+            # A request whose client went away may be cancelled.
+            if not answer.done():
+                answer.set_result(body)
+
+    def _answers(self, queries: Sequence[Query]) -> list[bytes]:
+        answers = self._host.predictor().profiles(queries)
+        if cold := sum(answer.cold_start for answer in answers):
+            self._metrics.cold_starts.inc(cold)
+        return [encode(answer) for answer in answers]
 
     async def _batch(self, receive: Receive) -> bytes:
         body = b""
@@ -188,9 +205,10 @@ class App:
             more = message.get("more_body", False)
             if len(body) > MOST_BODY_BYTES:
                 raise BadRequest(f"the body exceeds {MOST_BODY_BYTES} bytes", "send fewer profiles in one request")
-        answers = []
-        for user, item, category, context, at_ms in requests(body):
-            answers.append(encode(self._answer(user, item, category, context, at_ms)))
+        answers: list[bytes] = []
+        queries = questions(body)
+        for first in range(0, len(queries), MOST_AT_ONCE):
+            answers += self._answers(queries[first : first + MOST_AT_ONCE])
             # Others must not wait for a whole batch.
             await asyncio.sleep(0)
         return b'{"profiles":[' + b",".join(answers) + b"]}"
@@ -209,11 +227,33 @@ class App:
         return 200, encode({"model_version_status": [{"version": str(served.version), "state": "AVAILABLE", "status": status}]})
 
 
-def requests(body: bytes) -> Iterable[tuple[str, str | None, str | None, dict[str, str], int | None]]:
-    """The profiles that a batch asks for: user, item, category, context, time.
+def question(user: str, query_string: bytes) -> Query:
+    """What a GET asks.
 
-    >>> requests(b'{"users": ["ann"]}')
-    [('ann', None, None, {}, None)]
+    >>> question("ann", b"item=i1&context.device=tv")
+    Query(user='ann', item='i1', category=None, context={'device': 'tv'}, at_ms=None)
+
+    Raises:
+        BadRequest: `at` is no time.
+    """
+    if not query_string:
+        return Query(user)
+    given = dict(parse_qsl(query_string.decode("latin-1")))
+    at = given.get("at")
+    return Query(
+        user,
+        given.get("item"),
+        given.get("category"),
+        {name[8:]: value for name, value in given.items() if name.startswith("context.")},
+        None if at is None else time_ms(at),
+    )
+
+
+def questions(body: bytes) -> list[Query]:
+    """What a batch asks.
+
+    >>> questions(b'{"profiles": [{"user_id": "ann", "item": 7}]}')
+    [Query(user='ann', item='7', category=None, context={}, at_ms=None)]
 
     Raises:
         BadRequest: The body is not of the documented form.
@@ -241,7 +281,7 @@ def requests(body: bytes) -> Iterable[tuple[str, str | None, str | None, dict[st
             raise BadRequest(f"profile {place} of the body has a context that is no object", form)
         at, item, category = one.get("at"), one.get("item"), one.get("category")
         found.append(
-            (
+            Query(
                 str(one["user_id"]),
                 None if item is None else str(item),
                 None if category is None else str(category),
@@ -305,6 +345,15 @@ def serve(settings: Settings, shared: bool = False) -> None:
 
 
 def _shared_worker(argv: list[str]) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # A parent that was killed cannot end its workers, which would hold the port for ever.
+    threading.Thread(target=end_with_parent, daemon=True).start()
     serve(load(argv), shared=True)
 
 

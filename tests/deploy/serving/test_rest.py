@@ -266,6 +266,15 @@ def test_a_worker_answers_and_ends_in_order(stores: Stores, workers: int) -> Non
         assert process.returncode == 0, log
 
 
+def test_workers_do_not_outlive_their_parent(stores: Stores) -> None:
+    """A killed parent leaves no worker that holds the port."""
+    port = free_port()
+    with worker(stores, port, workers=2) as process:
+        until(lambda: answers(port, "/healthz"))
+        process.kill()
+        until(lambda: not answers(port, "/healthz"))
+
+
 def test_a_worker_without_salt_says_so(stores: Stores) -> None:
     """It does not make one: with another salt nobody would be known."""
     stores.settings.salt_path.unlink()
