@@ -1,8 +1,8 @@
 """Named places where a process may be killed, so that tests can crash it between any two steps.
 
 `SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process, as kill -9 does, when
-it reaches that place for the third time. Switched off, a place costs one
-comparison.
+it reaches that place for the third time; `publish.renamed:3:stop` stops it
+there, as kill -STOP does. Switched off, a place costs one comparison.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 VARIABLE = "SPRINGTIDE_KILL_AT"
+STOP = ":stop"
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Armed:
 
 
 def parse(text: str, strike: Callable[[], None]) -> Armed | None:
-    """The place that `name` or `name:count` arms; None for the empty text.
+    """The place that `name`, `name:count` or `name:count:stop` arms; None for the empty text.
 
     >>> parse("publish.renamed:3", lambda: None).left, parse("", lambda: None)
     (3, None)
@@ -41,7 +42,7 @@ def parse(text: str, strike: Callable[[], None]) -> Armed | None:
     """
     if not text:
         return None
-    name, _, count = text.partition(":")
+    name, _, count = text.removesuffix(STOP).partition(":")
     return Armed(name, int(count or 1), strike)
 
 
@@ -50,7 +51,13 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-armed: Armed | None = parse(os.environ.get(VARIABLE, ""), _kill)
+def _stop() -> None:
+    """Stops this process until somebody continues it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+_wanted = os.environ.get(VARIABLE, "")
+armed: Armed | None = parse(_wanted, _stop if _wanted.endswith(STOP) else _kill)
 
 
 def reach(name: str) -> None:

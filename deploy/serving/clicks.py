@@ -18,6 +18,7 @@ import numpy as np
 
 from deploy.serving.host import CAUGHT_UP_EXTRA
 from deploy.serving.predictor import CLOCK_EXTRA
+from state import killpoints
 from state.errors import MicroBatchError, SaltMismatch
 from state.features import EVENT, LABELLED, POSITIVE, Events, FeatureSpec
 from state.history import Appends, HistoryStore
@@ -246,7 +247,9 @@ class HistoryFollower:
                 extra[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
         if self._salt is not None:
             extra[SALT_EXTRA] = self._salt.encode()
+        killpoints.reach("follow.taken")
         self._store.commit(appends, ranges, extra)
+        killpoints.reach("follow.committed")
         self._positions = positions
         self._metrics.history_rows.inc(len(appends.events))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors.numpy import load as load_tensors
 
 from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE
-from state import durable
+from state import durable, killpoints
 from state.control import Control
 from state.errors import CorruptVersion, UnknownVersion
 from state.manifest import Manifest
@@ -142,6 +142,7 @@ class VersionFollower:
             MASK_NOTE: json.dumps(control.mask.to_json()).encode(),
         }
         self._rows.steer(notes, at_once)
+        killpoints.reach("apply.steered")
         self._generation = control.generation
         self._plan = None
         self._bad.clear()
@@ -259,8 +260,10 @@ class VersionFollower:
     def _apply(self, manifest: Manifest, rebuild: bool, follow: bool) -> None:
         self._bring_program(manifest.program)
         data = self._registry.read(manifest, SERVING)
+        killpoints.reach("apply.read")
         with self._metrics.apply_seconds.time():
             self._rows.apply(manifest, load_tensors(data), self._now_ms(), follow=follow, replace=rebuild)
+        killpoints.reach("apply.applied")
         self._here.add(manifest.version)
         self._metrics.applied_versions.inc()
         if follow or (self.served is not None and self.served.version == manifest.version):
@@ -279,6 +282,7 @@ class VersionFollower:
 
     def _serve(self, version: int) -> None:
         self._rows.serve(version)
+        killpoints.reach("apply.served")
         self._read_served()
         _log.info("version %d answers", version)
 
