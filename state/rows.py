@@ -242,7 +242,10 @@ class RowStore:
         """The record a pointer (version, serial) names; the last one parsed is kept."""
         last = self._parsed
         if last is None or last[0] != pointer:
-            last = self._parsed = (pointer, Served.parse(_must(transaction, int.from_bytes(pointer[:8], "big"), self.versions)))
+            last = self._parsed = (
+                pointer,
+                Served.parse(_must(transaction, int.from_bytes(pointer[:8], "big"), self.versions)),
+            )
         return last[1]
 
     @contextmanager
@@ -257,7 +260,9 @@ class RowStore:
             with self._environment.begin(write=True) as transaction:
                 yield transaction
         except (lmdb.MapFullError, lmdb.DiskError) as error:
-            raise StoreFull(f"the row store {self.path} is full ({error}); free disk space or raise serving.map_gb") from None
+            raise StoreFull(
+                f"the row store {self.path} is full ({error}); free disk space or raise serving.map_gb"
+            ) from None
 
     def accepts(self, manifest: Manifest) -> bool:
         """Whether `apply` would take this version now: a base, or a delta whose parent's lane still holds all it needs."""
@@ -277,7 +282,9 @@ class RowStore:
         floors: dict[str, int] = json.loads(_stored(transaction, b"floor", self.meta) or b"{}")
         return floors
 
-    def apply(self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False) -> bool:
+    def apply(
+        self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
+    ) -> bool:
         """Adds one version in one transaction; with `follow` answers use it from then on.
 
         Args:
@@ -310,7 +317,9 @@ class RowStore:
                     )
             lane = self._free_lane(transaction) if parent is None else parent.lane
             dims = {} if parent is None else dict(parent.dims)
-            changed = [self._put(table, lane, manifest.version, tensors, dims, transaction) for table in range(len(TABLES))]
+            changed = [
+                self._put(table, lane, manifest.version, tensors, dims, transaction) for table in range(len(TABLES))
+            ]
             transaction.put(key, np.concatenate(changed, axis=1).tobytes(), db=self._changes)
             self._put_dense(manifest.version, tensors, parent, transaction)
             serial = int.from_bytes(_stored(transaction, b"serial", self.meta) or b"", "big") + 1
@@ -321,7 +330,9 @@ class RowStore:
                 parent=manifest.parent,
                 serial=serial,
                 lane=lane,
-                visible=((manifest.version, manifest.version),) if parent is None else extend(parent.visible, parent.version, manifest.version),
+                visible=((manifest.version, manifest.version),)
+                if parent is None
+                else extend(parent.visible, parent.version, manifest.version),
                 dims=dims,
                 created_at_ms=manifest.created_at_ms,
                 event_time_ms=manifest.event_time_ms,
@@ -353,7 +364,9 @@ class RowStore:
             blobs = [blob[at : at + size] for at in range(0, len(blob), size)]
         every = np.concatenate((ids, removed))
         keys = row_keys(lane, table, every, version).tobytes()
-        pairs = zip((keys[at : at + 17] for at in range(0, len(keys), 17)), [*blobs, *[b""] * len(removed)], strict=True)
+        pairs = zip(
+            (keys[at : at + 17] for at in range(0, len(keys), 17)), [*blobs, *[b""] * len(removed)], strict=True
+        )
         transaction.cursor(self.rows).putmulti(pairs)
         return np.stack((np.full(len(every), table, np.uint64), every))
 
@@ -365,7 +378,9 @@ class RowStore:
             if popular is None:
                 popular = np.frombuffer(_must(transaction, parent.version, self.popular_db), "<u8")
         transaction.put(_u64(version), save_tensors(dense), db=self.dense_db)
-        transaction.put(_u64(version), np.asarray(() if popular is None else popular, "<u8").tobytes(), db=self.popular_db)
+        transaction.put(
+            _u64(version), np.asarray(() if popular is None else popular, "<u8").tobytes(), db=self.popular_db
+        )
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
         record = Served.parse(_must(transaction, version, self.versions))
@@ -396,7 +411,9 @@ class RowStore:
         for lane in range(LANES):
             if lane not in taken and not self._lane_has_rows(lane, transaction):
                 return lane
-        raise StoreError(f"all {LANES} lanes of {self.path} hold versions; lower serving.keep_s so that old ones are swept")
+        raise StoreError(
+            f"all {LANES} lanes of {self.path} hold versions; lower serving.keep_s so that old ones are swept"
+        )
 
     def _lane_has_rows(self, lane: int, transaction: lmdb.Transaction) -> bool:
         cursor = transaction.cursor(self.rows)

@@ -88,7 +88,11 @@ class Applier:
     """
 
     def __init__(
-        self, settings: Settings, registry: CollectorRegistry, stop: threading.Event, now_ms: Callable[[], int] = wall_ms
+        self,
+        settings: Settings,
+        registry: CollectorRegistry,
+        stop: threading.Event,
+        now_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self._settings = settings
         self._stop = stop
@@ -99,7 +103,12 @@ class Applier:
         self._rows = RowStore(folder / ROWS, settings.serving.map_gb << 30)
         self._histories = open_histories(settings)
         self.versions = VersionFollower(
-            Registry(settings.registry_dir), self._rows, folder / PROGRAMS, self.metrics, settings.serving.keep_s, now_ms
+            Registry(settings.registry_dir),
+            self._rows,
+            folder / PROGRAMS,
+            self.metrics,
+            settings.serving.keep_s,
+            now_ms,
         )
         self.clicks = HistoryFollower(
             self._histories, FeatureSpec.from_settings(settings), settings.events.max_age_s, self.metrics, now_ms

@@ -107,7 +107,12 @@ class HistoryFollower:
     """
 
     def __init__(
-        self, store: HistoryStore, spec: FeatureSpec, max_age_s: float, metrics: ApplierMetrics, now_ms: Callable[[], int]
+        self,
+        store: HistoryStore,
+        spec: FeatureSpec,
+        max_age_s: float,
+        metrics: ApplierMetrics,
+        now_ms: Callable[[], int],
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -183,7 +188,13 @@ class HistoryFollower:
         """One commit for the records of one partition."""
         for first, following, reason in batch.corrupt:
             self._metrics.unreadable_microbatches.inc()
-            _log.error("micro-batch topic, partition %d: positions [%d, %d) are corrupt: %s", batch.partition, first, following, reason)
+            _log.error(
+                "micro-batch topic, partition %d: positions [%d, %d) are corrupt: %s",
+                batch.partition,
+                first,
+                following,
+                reason,
+            )
         marks = dict(self._marks)
         events: list[Events] = []
         users: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
@@ -197,7 +208,12 @@ class HistoryFollower:
             parts, missing = new_ranges(found, marks)
             if missing:
                 self._metrics.gap_positions.inc(missing)
-                _log.error("record %d of partition %d: %d positions before it are in no micro-batch", offset, batch.partition, missing)
+                _log.error(
+                    "record %d of partition %d: %d positions before it are in no micro-batch",
+                    offset,
+                    batch.partition,
+                    missing,
+                )
             self._metrics.history_duplicates.inc(len(found) - int(keep.sum()))
             kept = found.take(keep)
             ranges.extend(parts)
@@ -279,5 +295,3 @@ class HistoryFollower:
         if self.newest_ms:
             _, following = self._store.sweep(self.newest_ms - self._horizon_ms, self._sweep_from, SWEEP_USERS)
             self._sweep_from = following or 0
-
-

@@ -190,7 +190,9 @@ class VersionFollower:
             self._plan = (wanted, list(plan.steps), plan.rebuild)
         target, steps, rebuild = self._plan
         if rebuild and self.served is not None:
-            self._tell(f"version {target} is rebuilt from the registry ({len(steps)} to go); version {self.served.version} answers meanwhile")
+            self._tell(
+                f"version {target} is rebuilt from the registry ({len(steps)} to go); version {self.served.version} answers meanwhile"
+            )
         until_ms = self._now_ms() + ROUND_MS
         while steps:
             manifest = steps[0]

@@ -68,7 +68,9 @@ class Host:
         if self._histories.extra(CLOCK_EXTRA) is None:
             found["histories"] = "no micro-batch has been taken into the histories yet; is the stream running?"
         elif self._histories.extra(CAUGHT_UP_EXTRA) is None:
-            found["histories"] = "the histories are still being rebuilt from the micro-batch topic; wait for the applier"
+            found["histories"] = (
+                "the histories are still being rebuilt from the micro-batch topic; wait for the applier"
+            )
         try:
             predictor.ready()
         except NotReady as error:

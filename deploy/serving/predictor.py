@@ -385,7 +385,9 @@ class Predictor:
                 inputs["context_row"][place] = self._context(reader, loaded, query.context)
             item = None if query.item is None else public_id(query.item)
             if item is not None:
-                inputs["item_row"][place] = np.frombuffer(reader.row("item", item, served) or loaded.missing, np.float32)
+                inputs["item_row"][place] = np.frombuffer(
+                    reader.row("item", item, served) or loaded.missing, np.float32
+                )
             category = self._category_of(item) if query.category is None else public_id(query.category)
             if category is not None:
                 inputs["category_row"][place] = self._categories(reader, loaded, [category])[0]

@@ -88,7 +88,9 @@ def time_ms(text: str | int) -> int:
         except (ValueError, OverflowError):
             at_ms = -1
     if not 0 <= at_ms <= LATEST_MS:
-        raise BadRequest(f"at={text!r} is no time", "give ISO 8601 such as 2026-01-31T12:00:00Z, or milliseconds since 1970")
+        raise BadRequest(
+            f"at={text!r} is no time", "give ISO 8601 such as 2026-01-31T12:00:00Z, or milliseconds since 1970"
+        )
     return at_ms
 
 
@@ -106,7 +108,9 @@ class App:
         clock_s: A monotonic clock.
     """
 
-    def __init__(self, host: Host, registry: CollectorRegistry, clock_s: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, host: Host, registry: CollectorRegistry, clock_s: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._host = host
         self._registry = registry
         self._metrics = WorkerMetrics(registry)
@@ -153,7 +157,13 @@ class App:
         except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
             _log.exception("a request for %s failed", route)
             status, body = 500, _error("the worker failed; its log says why", "report it with the worker's log")
-        await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"content-length", b"%d" % len(body))]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*headers, (b"content-length", b"%d" % len(body))],
+            }
+        )
         await send({"type": "http.response.body", "body": body})
         self._count(route, status, self._clock_s() - began_s)
 
@@ -219,12 +229,16 @@ class App:
         if not missing:
             return 200, encode({"ready": True, **parts})
         reasons = "; ".join(f"{part}: {reason}" for part, reason in missing.items())
-        return 503, encode({"ready": False, **parts, "error": f"not ready: {reasons}", "do": "wait, or look at the applier's log"})
+        return 503, encode(
+            {"ready": False, **parts, "error": f"not ready: {reasons}", "do": "wait, or look at the applier's log"}
+        )
 
     def _model(self) -> tuple[int, bytes]:
         served = self._host.predictor().ready()
         status = {"error_code": "OK", "error_message": ""}
-        return 200, encode({"model_version_status": [{"version": str(served.version), "state": "AVAILABLE", "status": status}]})
+        return 200, encode(
+            {"model_version_status": [{"version": str(served.version), "state": "AVAILABLE", "status": status}]}
+        )
 
 
 def question(user: str, query_string: bytes) -> Query:

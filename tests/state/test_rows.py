@@ -120,7 +120,9 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
                 case "sweep":
                     store.sweep(clock - first, keep=[*second, head])
                 case "base":
-                    store.apply(manifest(head, 0, "base"), tensors(truth[head]), now_ms=clock, follow=True, replace=True)
+                    store.apply(
+                        manifest(head, 0, "base"), tensors(truth[head]), now_ms=clock, follow=True, replace=True
+                    )
                 case "reapply":
                     for version, (parent, put, removed) in sorted(changes.items()):
                         if version not in here and store.accepts(manifest(version, parent)):
@@ -144,7 +146,9 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sets(KEYS, max_size=4), st.sets(KEYS, max_size=2)), min_size=1, max_size=12))
-def test_nothing_superseded_survives_a_full_sweep(steps: list[tuple[set[tuple[str, int]], set[tuple[str, int]]]]) -> None:
+def test_nothing_superseded_survives_a_full_sweep(
+    steps: list[tuple[set[tuple[str, int]], set[tuple[str, int]]]],
+) -> None:
     """After the last versions with changes were forgotten, one entry per live row is left, and no tombstone."""
     with store_in_temporary_folder() as store:
         truth: Rows = {}
@@ -152,7 +156,9 @@ def test_nothing_superseded_survives_a_full_sweep(steps: list[tuple[set[tuple[st
         for version, (put, removed) in enumerate(steps, start=2):
             fresh = {key: float(version) for key in put}
             truth = {k: v for k, v in truth.items() if k not in removed - put} | fresh
-            store.apply(manifest(version, version - 1), tensors(fresh, frozenset(removed - put)), now_ms=version, follow=True)
+            store.apply(
+                manifest(version, version - 1), tensors(fresh, frozenset(removed - put)), now_ms=version, follow=True
+            )
         last = len(steps) + 2
         store.apply(manifest(last, last - 1), {}, now_ms=last, follow=True)
         store.sweep(last)
@@ -223,7 +229,9 @@ def test_readonly_needs_a_store(tmp_path: Path) -> None:
         RowStore(tmp_path / "nothing", readonly=True)
 
 
-@pytest.mark.parametrize(("clean", "other_boot", "kept"), [(True, True, True), (False, False, True), (False, True, False)])
+@pytest.mark.parametrize(
+    ("clean", "other_boot", "kept"), [(True, True, True), (False, False, True), (False, True, False)]
+)
 def test_only_a_power_cut_begins_anew(tmp_path: Path, clean: bool, other_boot: bool, kept: bool) -> None:
     """Unsynced pages survive kill -9, not another boot."""
     store = RowStore(tmp_path / "rows", 1 << 26)
@@ -273,7 +281,9 @@ def test_a_reader_in_another_process_sees_whole_versions(tmp_path: Path) -> None
     store = RowStore(tmp_path, 1 << 26)
 
     def apply(version: int, visible: Visible = ()) -> None:
-        values = tensors({("user", i): float(version) for i in range(IDS)}) | {"dense.w": np.array([version], np.float32)}
+        values = tensors({("user", i): float(version) for i in range(IDS)}) | {
+            "dense.w": np.array([version], np.float32)
+        }
         store.apply(manifest(version, version - 1, "delta" if version > 1 else "base"), values, version, follow=True)
 
     apply(1)

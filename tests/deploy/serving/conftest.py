@@ -47,7 +47,9 @@ def lowered() -> Lowered:
 def stores(tmp_path: Path, lowered: Lowered) -> Iterator[Stores]:
     """Version 1 is served; `ann` has clicks and a row, `bob` has clicks only."""
     settings = small(Settings())
-    settings = replace(settings, paths=replace(settings.paths, state=str(tmp_path)), serving=replace(settings.serving, map_gb=1))
+    settings = replace(
+        settings, paths=replace(settings.paths, state=str(tmp_path)), serving=replace(settings.serving, map_gb=1)
+    )
     settings.salt_path.write_text(SALT_KEY.decode())
     settings.salt_path.chmod(0o600)
     folder = settings.serving_dir

@@ -218,7 +218,9 @@ def test_after_a_rollback_only_the_new_epoch_is_followed(world: World) -> None:
     assert world.state[newest] == {1: 1.0, 3: 3.0}
 
 
-def test_a_pin_to_a_swept_version_is_rebuilt_while_answers_go_on(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pin_to_a_swept_version_is_rebuilt_while_answers_go_on(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its rows come from the registry's chain into a lane of their own."""
     versions = [world.publish({1: 0.0, 9: 9.0}).version]
     for number in range(1, 6):
@@ -290,7 +292,9 @@ def test_a_missing_program_keeps_the_old_version(world: World) -> None:
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["publish", "publish", "remove", "compact", "pin", "roll back", "follow", "restart", "sweep", "expire"]),
+        st.sampled_from(
+            ["publish", "publish", "remove", "compact", "pin", "roll back", "follow", "restart", "sweep", "expire"]
+        ),
         st.integers(0, 20),
         st.integers(0, 9),
     ),
@@ -603,5 +607,3 @@ def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) ->
         process.kill()
     assert process.returncode == 0, log
     assert json.loads((rows / "mark.json").read_text())["clean"]
-
-

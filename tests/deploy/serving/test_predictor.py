@@ -33,14 +33,18 @@ from tests.deploy.serving.stocked import (
 SALT = Salt(SALT_KEY)
 
 
-def predictor(stores: Stores, clock: str = "wall", context: tuple[str, ...] = (), spec: FeatureSpec | None = None) -> Predictor:
+def predictor(
+    stores: Stores, clock: str = "wall", context: tuple[str, ...] = (), spec: FeatureSpec | None = None
+) -> Predictor:
     return Predictor(
         stores.rows, stores.histories, stores.settings.serving_dir / PROGRAMS, spec or FeatureSpec(), SALT, context, clock,
         now_ms=lambda: NOW_MS,
     )  # fmt: skip
 
 
-def reference(stores: Stores, user: str, labels: list[str], popular: list[str], item: str, category: str) -> dict[str, Any]:
+def reference(
+    stores: Stores, user: str, labels: list[str], popular: list[str], item: str, category: str
+) -> dict[str, Any]:
     """What the model itself says, from inputs composed here."""
     spec = FeatureSpec()
     vector = vectorise(stores.histories.read(user_id(SALT, user)), NOW_MS, None, Mask.NONE, spec)
@@ -90,7 +94,9 @@ def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
     check(answer, outputs, [("shoes", "label_logits", 0), ("hats", "label_logits", 1), (tea, "popular_logits", 0)])
     assert answer.known and not answer.cold_start
     assert answer.engagement is not None
-    assert answer.engagement["probability"] == pytest.approx(1 / (1 + np.exp(-outputs["engagement_logit"][0])), abs=1e-5)
+    assert answer.engagement["probability"] == pytest.approx(
+        1 / (1 + np.exp(-outputs["engagement_logit"][0])), abs=1e-5
+    )
     assert answer.version["number"] == 1 and answer.version["age_s"] == 2.0
     assert answer.version["sources"] == {f"{SOURCE}": 1001}
     assert answer.features["view.count_1h"] == 2
@@ -164,9 +170,14 @@ def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) ->
 def test_context_is_the_mean_over_all_fields(stores: Stores) -> None:
     """A field that is not given counts as zeros, as in training."""
     names = {"context": ["device=phone"]}
-    stores.rows.apply(manifest(2, digest_of(stores.lowered), parent=1), tensors(stores.lowered, 2, names, []), NOW_MS, follow=True)
+    stores.rows.apply(
+        manifest(2, digest_of(stores.lowered), parent=1), tensors(stores.lowered, 2, names, []), NOW_MS, follow=True
+    )
     served = predictor(stores, context=("device", "country"))
-    vectors = [served.profile("ann", context=context).vector for context in ({}, {"device": "phone"}, {"device": "tv"}, {"x": "y"})]
+    vectors = [
+        served.profile("ann", context=context).vector
+        for context in ({}, {"device": "phone"}, {"device": "tv"}, {"x": "y"})
+    ]
     assert not np.allclose(vectors[0], vectors[1])
     assert np.allclose(vectors[0], vectors[2]) and np.allclose(vectors[0], vectors[3])
 

@@ -61,7 +61,13 @@ def test_a_profile_is_answered_in_the_documented_form(app: App) -> None:
         "user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "interests", "engagement", "vector", "features",
     ]  # fmt: skip
     assert answer["user_id"] == "ann" and answer["known"] is True and answer["cold_start"] is False
-    assert answer["version"] == {"number": 1, "epoch": 1, "age_s": 2.0, "mask_generation": 0, "sources": {str(SOURCE): 1001}}
+    assert answer["version"] == {
+        "number": 1,
+        "epoch": 1,
+        "age_s": 2.0,
+        "mask_generation": 0,
+        "sources": {str(SOURCE): 1001},
+    }
     assert answer["at"] == "2027-01-15T07:59:55.400Z" and answer["clock"] == "event"
     assert {one["label"] for one in answer["interests"]} == {"shoes", "hats", f"{public_id('tea'):016x}"}
     assert all(len(one["id"]) == 16 for one in answer["interests"])
@@ -226,7 +232,9 @@ def worker(stores: Stores, port: int, workers: int = 1) -> Iterator[subprocess.P
         "SPRINGTIDE_PATHS_STATE": stores.settings.paths.state, "SPRINGTIDE_SERVING_PORT": str(port),
         "SPRINGTIDE_SERVING_WORKERS": str(workers), "SPRINGTIDE_SERVING_MAP_GB": "1",
     }  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         yield process
     finally:
@@ -256,7 +264,9 @@ def test_a_worker_answers_and_ends_in_order(stores: Stores, workers: int) -> Non
         until(lambda: answers(port, "/readyz"))
         assert answers(port, "/v1/profiles/ann")
         program = digest_of(stores.lowered)
-        stores.rows.apply(manifest(2, program, parent=1), tensors(stores.lowered, 2, {"user": ["ann"]}, []), NOW_MS, follow=True)
+        stores.rows.apply(
+            manifest(2, program, parent=1), tensors(stores.lowered, 2, {"user": ["ann"]}, []), NOW_MS, follow=True
+        )
         until(lambda: httpx.get(f"http://127.0.0.1:{port}/v1/profiles/ann").json()["version"]["number"] == 2)
         with worker(stores, port) as second:
             _, log = second.communicate(timeout=60)
