@@ -10,7 +10,6 @@ acknowledgement of a click to the poll that could read its micro-batch.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -82,8 +81,7 @@ def passed(settings: Settings) -> float:
 def start(settings: Settings) -> subprocess.Popen[bytes]:
     """The stream's process, once it answers on /metrics."""
     env = {**os.environ, **settings.environment()}
-    command = [*json.loads(os.environ.get("BENCH_PROFILER", "[]")), sys.executable, "-m", "streaming.pipeline"]
-    process = subprocess.Popen(command, env=env)
+    process = subprocess.Popen([sys.executable, "-m", "streaming.pipeline"], env=env)
     end_s = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < end_s:
         try:
