@@ -77,12 +77,12 @@ class Loop:
             )
         process = self.process
 
-        def running() -> bool:
+        def is_up() -> bool:
             assert process.poll() is None, f"up ended with {process.returncode}:\n{self.said()}\n{self.logs()}"
             return "9/9" in self.said()[len(already) :]
 
         try:
-            until(running, "the loop is not up", FIRST_ANSWER_S)
+            until(is_up, "the loop is not up", FIRST_ANSWER_S)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.said()}\n{self.logs()}") from None
         self.first_answer_s = time.monotonic() - begin
@@ -92,6 +92,11 @@ class Loop:
         assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(60)
+
+    @property
+    def running(self) -> bool:
+        """Whether `up` runs."""
+        return self.process is not None and self.process.poll() is None
 
     def said(self) -> str:
         """All lines of `up`."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from typing import Any
 
 import psutil
 import pytest
@@ -11,6 +14,12 @@ import pytest
 from state.history import HistoryStore
 from state.positions import StreamAccount, check_accounts
 from tests.e2e.running import ROOT, Loop, until
+
+
+def leading(loop: Loop, user: str, label: str) -> dict[str, Any] | None:
+    """The answer, if it is led by `label`."""
+    answer = loop.profile(user)
+    return answer if answer and answer["interests"][0]["label"] == label else None
 
 
 @pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker"])
@@ -23,11 +32,11 @@ def test_the_loop_recovers_from_the_kill_of(loop: Loop, part: str) -> None:
     user = f"sender-after-the-kill-of-{part}"
     ends = loop.click([(user, "lamp", "light", "purchase")] * 10)
     until(lambda: loop.pid(part) not in (None, pid), f"{part} is not started again")
-    answer = loop.answer_trained_on(user, ends)
-    assert answer["interests"][0]["label"] == "light"
-    # Rows that were written twice were learned from once: the count over the longest window is exact.
-    assert 10 in answer["features"].values()
-    assert 20 not in answer["features"].values()
+    loop.answer_trained_on(user, ends)
+    # Serving's histories come by another way than versions, and may need longer after its applier died.
+    answer = until(lambda: leading(loop, user, "light"), "the category does not lead")
+    # Clicks that were read twice count once.
+    assert answer["features"]["purchase.count_7d"] == 10
     assert f"{part} died (SIGKILL)" in loop.said()
 
 
@@ -51,7 +60,7 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None
     assert not any(mine)
 
     # 2. Every position is accounted for.
-    store = HistoryStore(loop.settings.stream_dir, readonly=True)
+    store = HistoryStore(loop.settings.stream_dir / "histories", readonly=True)
     totals, positions = (
         store.totals,
         {f"{one.topic_id}:{one.partition}": next for one, next in store.positions().items()},
@@ -67,18 +76,15 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None
     assert after["known"]
     assert after["version"]["number"] >= before["version"]["number"]
     assert after["version"]["epoch"] == before["version"]["epoch"]
-    assert 7 in after["features"].values()
+    assert after["features"]["purchase.count_7d"] == 7
     ends = loop.click([(user, "tent", "outdoors", "purchase")])
     assert all(ends[source] >= position for source, position in positions.items())
     again = loop.answer_trained_on(user, ends)
     assert again["version"]["number"] > before["version"]["number"]
-    assert 8 in again["features"].values()
+    assert again["features"]["purchase.count_7d"] == 8
 
 
 def test_a_second_up_on_the_same_state_is_refused_and_hurts_nobody(loop: Loop) -> None:
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "deploy.up", *loop.flags], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
