@@ -149,7 +149,7 @@ def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> Unre
     return UnreachableBroker(
         f"cannot {doing}: no broker at {settings.bootstrap_servers} answered within "
         f"{settings.request_timeout_s:g} s ({why}); check that it runs and that "
-        "kafka.bootstrap_servers, kafka.security_protocol and kafka.ssl_* are right"
+        "kafka.bootstrap_servers, kafka.security_protocol, kafka.sasl_* and kafka.ssl_* are right"
     )
 
 

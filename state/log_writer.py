@@ -6,6 +6,7 @@ Part of `state.log`.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -99,9 +100,12 @@ class Writer:
             LogError: the cluster refused a record.
         """
         pending, self._pending = self._pending, []
+        # The client's delivery time-out does not run while a transaction's
+        # coordinator is away.
+        deadline = time.monotonic() + 2 * self._settings.request_timeout_s
         with translated(self._settings, "write records"):
             for future in pending:
-                future.get(timeout=None)
+                future.get(timeout=max(0.001, deadline - time.monotonic()))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -121,7 +125,7 @@ class Writer:
             yield
             self.flush()
             with translated(self._settings, "commit a transaction"):
-                self._producer.commit_transaction()
+                self._end("begin_commit")
         except BaseException:
             self._abort()
             raise
@@ -129,7 +133,13 @@ class Writer:
     def close(self, timeout_s: float = 5.0) -> None:
         """Closes the connections; what is not acknowledged by then is given up."""
         self._pending = []
-        self._producer.close(timeout=timeout_s)
+        try:
+            self._producer.close(timeout=timeout_s)
+        except kafka_errors.KafkaTimeoutError:
+            # The client gives up its own closing when it cannot flush.
+            self._producer._sender.force_close()
+            self._producer._sender.join(timeout_s)
+            self._producer._closed = True
         self._topics.close()
 
     def __enter__(self) -> Writer:
@@ -149,7 +159,7 @@ class Writer:
             transactional_id=transactional_id,
             retry_backoff_ms=RETRY_BACKOFF_MS,
             max_block_ms=request_ms,
-            delivery_timeout_ms=max(2 * request_ms, 120_000),
+            delivery_timeout_ms=2 * request_ms,
             max_request_size=MAX_RECORD_BYTES,
             batch_size=256 * 1024,
             allow_auto_create_topics=False,
@@ -164,10 +174,17 @@ class Writer:
                 raise
         return producer
 
+    def _end(self, begin: str) -> None:
+        """Commits or aborts; the client's own methods wait for ever for a broker that is gone."""
+        result = getattr(self._producer._transaction_manager, begin)()
+        self._producer._sender.wakeup()
+        if not result.wait(int(self._settings.request_timeout_s * 1000)):
+            raise kafka_errors.KafkaTimeoutError("the transaction's coordinator does not answer")
+
     def _abort(self) -> None:
         self._pending = []
         try:
-            self._producer.abort_transaction()
+            self._end("begin_abort")
         except (kafka_errors.KafkaError, RuntimeError):
             # Fenced, or the broker is gone: the coordinator ends the
             # transaction by itself; the first error is the one that counts.

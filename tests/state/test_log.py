@@ -529,11 +529,20 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
     assert values(seen) == [b"before", b"while away", b"in a transaction"]
     assert joined(seen) == (0, 4)
 
+    hasty = Writer(replace(settings, request_timeout_s=1.0), "tx2")
+    with hasty.transaction():
+        hasty.send("clicks", 0, None, b"the last")
+    own.kill()
+    start = time.monotonic()
+    with pytest.raises(UnreachableBroker), hasty.transaction():
+        hasty.send("clicks", 0, None, b"lost")
+    hasty.close(0.5)
+    assert time.monotonic() - start < 15
+
 
 @LEFT_SOCKETS
 @pytest.mark.usefixtures("refused")
-@pytest.mark.parametrize("batched", [True, False])
-def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broker, batched: bool) -> None:
+def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broker) -> None:
     settings = Kafka(bootstrap_servers=own.bootstrap_servers, request_timeout_s=20.0)
     with Topics(settings) as topics:
         topics.ensure("clicks", 1)
@@ -545,11 +554,12 @@ def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broke
     content = segment.read_bytes()
     segment.write_bytes(content.replace(b"damaged-1", b"dAmaged-1"))
     own.start()
-    with Reader(settings, "clicks", batched=batched) as reader:
-        batches = read_until(reader, {0: 9})
-    assert values(batches) == [b"good-%d" % n for n in range(3)] + [b"fine-%d" % n for n in range(3)]
-    assert joined(batches) == (0, 9)
-    corrupt = [each for batch in batches for each in batch.corrupt]
-    assert (corrupt[0][0], corrupt[-1][1]) == (3, 6)
-    if batched:
-        assert corrupt == [(3, 6, "checksum of the batch at offset 3")]
+    for batched in (True, False):
+        with Reader(settings, "clicks", batched=batched) as reader:
+            batches = read_until(reader, {0: 9})
+        assert values(batches) == [b"good-%d" % n for n in range(3)] + [b"fine-%d" % n for n in range(3)]
+        assert joined(batches) == (0, 9)
+        corrupt = [each for batch in batches for each in batch.corrupt]
+        assert (corrupt[0][0], corrupt[-1][1]) == (3, 6)
+        if batched:
+            assert corrupt == [(3, 6, "checksum of the batch at offset 3")]
