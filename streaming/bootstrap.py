@@ -37,6 +37,7 @@ from state.errors import SaltMismatch, SettingsError, SpringtideError
 from state.events import Parser, Salt, load_salt
 from state.features import FeatureSpec
 from state.history import HistoryStore
+from state.hush import hushed, own_stderr, quieten
 from state.log import Reader
 from state.registry import Registry
 from streaming.profile import Profiler
@@ -170,12 +171,13 @@ def analyse(features: Sequence[npt.NDArray[np.uint16]], preprocessing: Callable[
 
 
 def _import_analysis() -> None:
-    for module in (
-        "apache_beam.runners.portability.fn_api_runner.fn_runner",
-        "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
-        "tfx_bsl.tfxio.tensor_adapter",
-    ):
-        importlib.import_module(module)
+    with hushed():
+        for module in (
+            "apache_beam.runners.portability.fn_api_runner.fn_runner",
+            "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
+            "tfx_bsl.tfxio.tensor_adapter",
+        ):
+            importlib.import_module(module)
 
 
 _SCHEMA = pa.schema([(FEATURES, pa.list_(pa.float32()))])
@@ -247,9 +249,10 @@ def run(settings: Settings, say: Say, clock: Callable[[], float] = time.time) ->
     # 2.
     about = document(sample, spec, salt, settings.model.preprocessing, settings.model.popular, int(clock() * 1000))
     # 3.
-    return registry.add_spec(
-        spec.digest, about, lambda folder: analyse(sample.features, preprocessing, folder / "transform")
-    )
+    with hushed():
+        return registry.add_spec(
+            spec.digest, about, lambda folder: analyse(sample.features, preprocessing, folder / "transform")
+        )
 
 
 def load_preprocessing(path: str) -> Callable[..., Any]:
@@ -274,7 +277,7 @@ def load_preprocessing(path: str) -> Callable[..., Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Bootstraps once; returns the exit code."""
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s bootstrap %(levelname)s %(message)s", stream=sys.stderr
+        level=logging.WARNING, format="%(asctime)s bootstrap %(levelname)s %(message)s", stream=own_stderr()
     )
     logger.setLevel(logging.INFO)
     for noisy in ("apache_beam", "kafka", "absl", "tensorflow", "root"):
@@ -294,8 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # TensorFlow reads this when it is loaded.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Beam's import may load TensorFlow already.
+    quieten(os.environ)
     # By its real name: what Beam pickles must not live in __main__.
     from streaming.bootstrap import main as run_main
 

@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -33,6 +32,7 @@ from state.config import Settings, load
 from state.control import start
 from state.errors import SpringtideError
 from state.features import FeatureSpec
+from state.hush import hushed, own_stderr, quieten
 from state.lock import DirectoryLock
 from state.log import Reader
 from state.metrics import TrainerMetrics, serve
@@ -103,14 +103,18 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics) -> 
         SpringtideError: The registry or the training log cannot be used.
     """
     # TensorFlow is loaded only here: its log level is read at import, and waiting for the bootstrap needs none of it.
-    from trainer.learner import Learner
-    from trainer.program import build, preprocessing_of
-    from trainer.step import Trainer
+    with hushed():
+        from trainer import device
+        from trainer.learner import Learner
+        from trainer.program import build, preprocessing_of
+        from trainer.step import Trainer
 
-    spec = FeatureSpec.from_settings(settings)
-    # 3.
-    trainer = Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
-    program = registry.add_program(build(trainer.model))
+        # Threads are fixed before the first operation, which loading the graph is.
+        device.prepare(settings.trainer.device, settings.trainer.threads)
+        spec = FeatureSpec.from_settings(settings)
+        # 3.
+        trainer = Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
+        program = registry.add_program(build(trainer.model))
     logger.info("program %s ready on %s", program[:12], trainer.device)
     # 4.
     control = registry.control()
@@ -161,16 +165,9 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event)
         logger.info("stopped at version %d, offset %d", learner.place.parent, learner.place.next)
 
 
-def quieten(environment: dict[str, str] | os._Environ[str]) -> None:
-    """Keeps TensorFlow's start-up talk off the standard error; before it is loaded."""
-    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        environment.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", stream=own_stderr())
     for noisy in ("kafka", "absl", "tensorflow"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     quieten(os.environ)

@@ -1,0 +1,66 @@
+"""Keeps the start-up talk of native libraries off the standard error; everything else still gets there.
+
+TensorFlow prints some lines before its own log level is in force, past
+Python's `sys.stderr`. They say nothing an operator could act on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+_TALK = re.compile(
+    rb"WARNING: All log messages before absl::InitializeLog"
+    rb"|[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ |[IWE]0000 00:00:\d+\.\d+ "
+    rb"|INFO: Created TensorFlow Lite"
+    rb"|To enable the following instructions:"
+)
+_TURN = threading.Lock()
+
+
+def is_talk(line: bytes) -> bool:
+    """Whether a line is start-up talk.
+
+    >>> is_talk(b"I0000 00:00:1795578140.2 6784 port.cc:153] oneDNN custom operations are on."), is_talk(b"Killed")
+    (True, False)
+    """
+    return _TALK.match(line) is not None
+
+
+def quieten(environment: MutableMapping[str, str]) -> None:
+    """Lowers TensorFlow's log level, and hides a GPU driver's absence; before TensorFlow is loaded."""
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+
+def own_stderr() -> TextIO:
+    """The present standard error as a stream that `hushed` does not hold back: for the process's own log."""
+    return os.fdopen(os.dup(2), "w", buffering=1)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Holds back what the process writes to the standard error meanwhile, then writes all but the talk."""
+    sys.stderr.flush()
+    # The descriptor belongs to the whole process: two threads take turns.
+    with _TURN, tempfile.TemporaryFile() as held:
+        kept = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            held.seek(0)
+            for line in held:
+                if not is_talk(line):
+                    os.write(kept, line)
+            os.close(kept)
