@@ -35,7 +35,7 @@ PROCESSES = {
     "bootstrap": ("streaming.bootstrap", "Analyse the first clicks once, for the constants of the preprocessing."),
     "replay": (
         "deploy.replay",
-        "Send clicks into the clicks topic: of --synthetic shoppers, or a --burst of one user.",
+        "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
     ),
 }
 OWN_HELP = ("up", "status", "replay")  # their modules have options of their own and explain them

@@ -1,10 +1,11 @@
-"""Clicks into the topic: synthetic shoppers whose taste drifts.
+"""Clicks into the topic: of files, or of synthetic shoppers whose taste drifts.
 
+    python -m deploy.replay FILE... [--speed 60x|max] [--keep-time] [--limit N] [--sort memory|assume]
     python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
     python -m deploy.replay --burst USER CATEGORY N
 
-The shoppers are `deploy.shoppers`, pure and deterministic; this file gives
-their clicks a time and sends them.
+Files are `deploy.recordings*`. The shoppers are `deploy.shoppers`, pure and
+deterministic; this file gives their clicks a time and sends them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from deploy.cli import SETTINGS_HELP, split_settings
+from deploy.recordings_clock import MAX, parse_speed
+from deploy.recordings_command import add_arguments, as_settings, run
 from deploy.shoppers import Clicks, Shoppers, encode
 from state.config import Settings, load
-from state.errors import SpringtideError
+from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of
 from state.sections import Events
 
@@ -116,44 +120,68 @@ def replay(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="springtide replay", description="Clicks into the topic.")
-    what = parser.add_mutually_exclusive_group(required=True)
+    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="springtide replay", description="Clicks into the topic.", epilog=SETTINGS_HELP, allow_abbrev=False
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE", help="CSV, JSON lines or Parquet; .gz, .zst; globs")
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--synthetic", action="store_true", help="synthetic shoppers (settings [shoppers])")
     what.add_argument(
         "--burst", nargs=3, metavar=("USER", "CATEGORY", "N"), help="N clicks of one user in one category"
     )
-    parser.add_argument("--rate", type=float, help="events/s; 0: as fast as Kafka takes them")
-    parser.add_argument("--limit", type=int, help="stop after so many events")
-    parser.add_argument("--speed", type=float, default=1.0, help="seconds of the shoppers' clock per second")
-    parser.add_argument("--seed", type=int, help="seed of their choices")
-    options, rest = parser.parse_known_args(argv)
+    parser.add_argument("--limit", type=int, help="stop after so many events of this run")
+    parser.add_argument(
+        "--speed", default="", metavar="60x|max", help="recorded seconds per second (files: max, else 1x)"
+    )
+    parser.add_argument("--rate", type=float, help="of the shoppers, events/s; 0: as fast as Kafka takes them")
+    parser.add_argument("--seed", type=int, help="of the shoppers' choices")
+    add_arguments(parser)
+    options = parser.parse_args(words)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        settings = load(rest)
+        if bool(options.files) + options.synthetic + bool(options.burst) != 1:
+            raise SettingsError("say what to replay: files, --synthetic, or --burst; see `springtide replay --help`")
+        settings = load([*flags, *as_settings(options)])
         with Topics(settings.kafka) as topics:
             topics.ensure(
                 settings.kafka.clicks_topic,
                 settings.kafka.clicks_partitions,
                 {"retention.ms": str(settings.kafka.retention_h * 3_600_000)},
             )
-        with Sender(settings) as sender:
-            if options.burst:
-                user, category, count = options.burst
-                sender.burst(user, category, int(count), int(time.time() * 1000))
-                print(f"sent {int(count)} clicks of one user in {category}", flush=True)
-                return 0
-            rate = settings.shoppers.rate if options.rate is None else options.rate
-            shoppers = Shoppers.from_settings(settings, options.seed, rate, int(time.time() * 1000))
-            started_s = time.monotonic()
-            sent = replay(shoppers, sender.send, rate, options.limit, options.speed, stopped)
-            took_s = max(time.monotonic() - started_s, 1e-9)
-            print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
+        if options.files:
+            run(options, settings, stopped)
+        else:
+            make_clicks(options, settings, stopped)
     except SpringtideError as problem:
         print(f"springtide replay: {problem}", file=sys.stderr)
         return problem.exit_code
     return 0
+
+
+def make_clicks(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
+    """Sends the clicks of shoppers, or a burst of one.
+
+    Raises:
+        SpringtideError: Kafka refused.
+    """
+    with Sender(settings) as sender:
+        if options.burst:
+            user, category, count = options.burst
+            sender.burst(user, category, int(count), int(time.time() * 1000))
+            print(f"sent {int(count)} clicks of one user in {category}", flush=True)
+            return
+        rate = settings.shoppers.rate if options.rate is None else options.rate
+        speed = parse_speed(options.speed or "1x")
+        shoppers = Shoppers.from_settings(settings, options.seed, rate, int(time.time() * 1000))
+        started_s = time.monotonic()
+        # At full speed the shoppers' clock keeps its rate, and nobody waits for it.
+        rate = 0.0 if speed == MAX else rate
+        sent = replay(shoppers, sender.send, rate, options.limit, speed, stopped)
+        took_s = max(time.monotonic() - started_s, 1e-9)
+        print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,16 @@ def _check_together(settings: Settings) -> None:
     for name, values in (("windows_s", features.windows_s), ("half_lives_s", features.half_lives_s)):
         if not values or list(values) != sorted(set(values)):
             refuse(f"features.{name}", "must be ascending and not empty")
+    leaks = {*events.outcomes, events.label} - {"", *events.allow_outcomes}
+    for name in ("user", "item", "category", "action", "context"):
+        leaking = leaks.intersection(events.context if name == "context" else (getattr(events, name),))
+        if leaking:
+            field_name = min(leaking)
+            refuse(
+                f"events.{name}",
+                f"names {field_name!r}, an outcome: known only after the event, it would leak the label; "
+                f"take it out, or say events.allow_outcomes {field_name}",
+            )
     if stream.shard >= stream.shards:
         refuse("stream.shard", f"must be below stream.shards = {stream.shards}")
     if not settings.model.hidden:

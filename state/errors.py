@@ -11,6 +11,7 @@
     │   ├── UnknownVersion, CorruptVersion, WrongEpoch, ControlConflict
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
+    ├── UnreadableRecording
     └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
 
 A message says what happened, to which input, and what to do, in one line and
@@ -118,6 +119,10 @@ class DecodeError(SpringtideError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+class UnreadableRecording(SpringtideError):
+    """A file to replay is cut, damaged or of another format. Repair it or leave it out; what the message says was sent stays sent."""
 
 
 class ProgramError(SpringtideError):

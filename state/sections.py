@@ -97,6 +97,16 @@ class Events:
     action_weights: tuple[float, ...] = setting(
         (1.0, 2.0, 3.0, 4.0), least=0.0, help="Weight of each action in the interest loss, in the order of `actions`."
     )
+    outcomes: tuple[str, ...] = setting(
+        (), help="Fields known only after the event; refused as context or id, for they would leak the label."
+    )
+    allow_outcomes: tuple[str, ...] = setting((), help="Outcomes that may be used all the same; say why in a comment.")
+    columns: tuple[str, ...] = setting(
+        (), help="Names of the columns of replayed CSV files without a header, in order; `-` for one not needed."
+    )
+    constants: tuple[str, ...] = setting(
+        (), help="Fields with the same value in every replayed row, as `field=value`, such as `action=view`."
+    )
     max_event_bytes: int = setting(1_000_000, "bytes", least=1, help="Larger records are dead letters.")
     max_future_s: float = setting(300.0, "s", least=0.0, help="How far an event may lie after its Kafka timestamp.")
     max_age_s: float = setting(2_592_000.0, "s", least=0.0, help="How far an event may lie before its Kafka timestamp.")

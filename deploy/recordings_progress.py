@@ -1,0 +1,96 @@
+"""Shows how a replay goes: one line that moves on a terminal, else a line every ten seconds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+LINE_EVERY_S = 10.0
+TERMINAL_EVERY_S = 0.2
+BAR = 20
+NAMED_ROWS = 5
+CLEAR = "\r\x1b[K"
+
+
+def shown_reasons(refused: Mapping[str, int]) -> str:
+    """Dead letters by reason, the most frequent first.
+
+    >>> shown_reasons({"undecodable": 1, "implausible_time": 35}), shown_reasons({})
+    ('36 dead letters (35 implausible_time, 1 undecodable)', '0 dead letters')
+    """
+    total = sum(refused.values())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(refused).most_common())
+    return f"{total:,} dead letter{'s' * (total != 1)}" + (f" ({reasons})" if reasons else "")
+
+
+def progress_line(done: int, total: int | None, rate: float, dead: int) -> str:
+    """The state of a replay in one line.
+
+    >>> progress_line(500, 1000, 250.0, 2)
+    '[##########----------]  50 %  500 of 1,000 rows  250 rows/s  2 dead letters'
+    >>> progress_line(500, None, 250.0, 0)
+    '500 rows  250 rows/s  0 dead letters'
+    """
+    letters = f"{dead:,} dead letter{'s' * (dead != 1)}"
+    if not total:
+        return f"{done:,} rows  {rate:,.0f} rows/s  {letters}"
+    filled = BAR * done // total
+    bar = "#" * filled + "-" * (BAR - filled)
+    return f"[{bar}] {100 * done // total:3d} %  {done:,} of {total:,} rows  {rate:,.0f} rows/s  {letters}"
+
+
+class Progress:
+    """Writes the progress of one replay.
+
+    Args:
+        out: Where to.
+        monotonic_s: Seconds that never go back.
+    """
+
+    def __init__(self, out: TextIO, monotonic_s: Callable[[], float]) -> None:
+        self._out = out
+        self._terminal = out.isatty()
+        self._clock = monotonic_s
+        self._begun_s = self._shown_s = monotonic_s()
+        self._named = 0
+        self._open = False
+
+    @property
+    def took_s(self) -> float:
+        """Seconds since the beginning."""
+        return max(self._clock() - self._begun_s, 1e-9)
+
+    def show(self, sent: int, done: int, total: int | None, dead: int) -> None:
+        """Shows the state, if it is time to.
+
+        Args:
+            sent: Rows of this run.
+            done: Rows of this run and those before.
+            total: Rows of the recording; None where they are not counted yet.
+            dead: Dead letters.
+        """
+        now_s = self._clock()
+        if now_s - self._shown_s < (TERMINAL_EVERY_S if self._terminal else LINE_EVERY_S):
+            return
+        self._shown_s = now_s
+        line = progress_line(done, total, sent / self.took_s, dead)
+        self._write(f"{CLEAR}{line}" if self._terminal else f"{line}\n")
+        self._open = self._terminal
+
+    def name(self, row: str, reason: str) -> None:
+        """Names a row that is no click; after the first few only their number is shown, at the end."""
+        self._named += 1
+        if self._named <= NAMED_ROWS:
+            self.say(f"{row}: no click: {reason}")
+        elif self._named == NAMED_ROWS + 1:
+            self.say("further rows that are no clicks are counted, not named")
+
+    def say(self, line: str) -> None:
+        """Writes a line of its own."""
+        self._write(f"{CLEAR * self._open}{line}\n")
+        self._open = False
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
