@@ -16,6 +16,7 @@ setting); started again, it goes on from the newest version.
 from __future__ import annotations
 
 import getpass
+import importlib
 import logging
 import os
 import signal
@@ -95,6 +96,12 @@ def await_spec(registry: Registry, digest: str, stopping: threading.Event) -> bo
     return True
 
 
+def _import_model() -> None:
+    with hushed():
+        importlib.import_module("trainer.learner")
+        importlib.import_module("trainer.program")
+
+
 def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics) -> Learner:
     """Builds the trainer and its program, and enters control's epoch.
 
@@ -102,7 +109,7 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics) -> 
         ProgramError: The model does not lower, or the program answers otherwise.
         SpringtideError: The registry or the training log cannot be used.
     """
-    # TensorFlow is loaded only here: its log level is read at import, and waiting for the bootstrap needs none of it.
+    # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with hushed():
         from trainer import device
         from trainer.learner import Learner
@@ -149,9 +156,12 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event)
         for name in registry.sweep():
             logger.info("swept %s, left by a writer that died", name)
         serve(collected, settings.trainer.metrics_port)
-        # 2.
+        # 2. TensorFlow's import takes seconds: it overlaps with the bootstrap.
+        imports = threading.Thread(target=_import_model, name="imports", daemon=True)
+        imports.start()
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, stopping):
             return
+        imports.join()
         learner = prepare(settings, registry, metrics)
         compaction = Compaction(arguments, settings.trainer.base_every_s)
         # 6.
