@@ -65,10 +65,16 @@ def processes(scrapes: Mapping[str, Scrape]) -> dict[str, dict[str, Any]]:
         name: {
             "answers": not one.problem,
             "problem": one.problem,
-            "figures": {} if one.problem else {label: one.total(series) for label, series, _ in FIGURES[name]},
+            "figures": {} if one.problem else {label: _figure(one, series) for label, series, _ in FIGURES[name]},
         }
         for name, one in scrapes.items()
     }
+
+
+def _figure(scraped: Scrape, series: str) -> float | None:
+    found = scraped.total(series)
+    # A counter with labels offers nothing before its first event.
+    return 0.0 if found is None and series.endswith("_total") else found
 
 
 def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
@@ -106,7 +112,8 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
         "problem": "",
         "versions": len(numbers),
         "newest": newest.version if newest else None,
-        "newest_age_s": (now_ms - newest.created_at_ms) / 1000 if newest else None,
+        # A version may be newer than the command that asks.
+        "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
         "control": control
         and {
             "generation": control.generation,

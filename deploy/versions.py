@@ -125,7 +125,8 @@ def _entry(
     return {
         "version": number,
         "epoch": found.epoch,
-        "age_s": (now_ms - found.created_at_ms) / 1000,
+        # A version may be newer than the command that lists it.
+        "age_s": max(0, now_ms - found.created_at_ms) / 1000,
         "created_at_ms": found.created_at_ms,
         "kind": "base" if number in registry.bases() else found.kind,
         "log": {

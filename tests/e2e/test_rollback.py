@@ -7,9 +7,11 @@ from datetime import UTC, datetime
 
 import pytest
 
+from state import control
+from state.registry import Registry
 from tests.e2e.running import Loop, until
 
-# A rollback is seen on every replica within a second; the command's own start-up is not counted.
+# The command's own start-up is not counted.
 SEEN_S = 1.0
 
 
@@ -17,13 +19,6 @@ def served(loop: Loop) -> tuple[int, int]:
     """Version and epoch of an answer."""
     answer = until(lambda: loop.profile("anyone"), "no answer")
     return answer["version"]["number"], answer["version"]["epoch"]
-
-
-def seconds_until_served(loop: Loop, version: int) -> float:
-    """How long until an answer is of `version`, from the moment that control says so."""
-    decided_s = loop.springtide("history")[-1]["created_at_ms"] / 1000
-    until(lambda: served(loop)[0] == version, f"version {version} is not served")
-    return time.time() - decided_s
 
 
 def iso(time_s: float) -> str:
@@ -62,12 +57,9 @@ def test_rollback_answers_with_the_version_at_once_and_a_new_epoch_leaves_the_po
     assert poisoned["interests"][0]["label"] == poison
     bad = poisoned["version"]["number"]
 
-    asked_s = time.time()
     loop.springtide(
         "rollback", "--to", str(good), "--skip-time", f"{iso(begin_s)}..{iso(end_s)}", "--reason", "bots clicked"
     )
-    decided_s = loop.springtide("history")[-1]["created_at_ms"] / 1000
-    assert asked_s - 1.0 <= decided_s
     until(lambda: served(loop)[0] == good, f"version {good} is not served")
 
     # 1. Answers are of the good version, and their windows leave the masked clicks out.
@@ -95,9 +87,6 @@ def test_rollback_answers_with_the_version_at_once_and_a_new_epoch_leaves_the_po
 
 
 def test_a_rollback_is_seen_within_a_second(loop: Loop) -> None:
-    from state import control
-    from state.registry import Registry
-
     version, _ = served(loop)
     until(lambda: served(loop)[0] > version + 3, "no newer version")
     registry = Registry(loop.settings.registry_dir)
