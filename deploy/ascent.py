@@ -66,7 +66,7 @@ class Ascent:
         self._broker: Broker | None = None
         self._broker_started_at = 0.0
         self._broker_deaths = Deaths()
-        self._programs = programs(settings.serving.workers)
+        self._programs = programs()
         self._supervisor: Supervisor | None = None
 
     def run(self) -> int:
@@ -263,8 +263,7 @@ class Ascent:
         supervisor, broker = self._supervisor, self._broker
         if supervisor is not None:
             self._screen.say("stopping: shoppers, stream, trainer, serving, Kafka")
-            rest = [name for name in reversed(supervisor.names()) if name not in STOP_ORDER]
-            for name in [*(name for name in STOP_ORDER if name in supervisor.names()), *rest]:
+            for name in (name for name in STOP_ORDER if name in supervisor.names()):
                 timed(name, functools.partial(supervisor.stop, name, self._hurry))
         if broker is not None:
             timed("Kafka", functools.partial(broker.stop, 1.0 if self._hurry() else 20.0))

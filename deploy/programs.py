@@ -16,16 +16,14 @@ APPLIER = "applier"
 WORKER = "worker"
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
-STOP_ORDER = (SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER)
+STOP_ORDER = (SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
 
 
-def programs(workers: int = 1, python: str = sys.executable) -> dict[str, Program]:
-    """All programs by name; settings reach them by the environment, and workers share their port.
+def programs(python: str = sys.executable) -> dict[str, Program]:
+    """All programs by name; settings reach them by the environment.
 
-    >>> programs(python="python")["stream"].command
+    >>> programs("python")["stream"].command
     ('python', '-m', 'streaming.pipeline')
-    >>> list(programs(workers=2))[-2:]
-    ['worker', 'worker-2']
     """
 
     def program(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> Program:
@@ -38,10 +36,8 @@ def programs(workers: int = 1, python: str = sys.executable) -> dict[str, Progra
         program(BOOTSTRAP, "streaming.bootstrap", stop_s=1.0, lasting=False),
         program(TRAINER, "trainer.loop"),
         program(APPLIER, "deploy.serving.applier", stop_s=5.0),
-        *(
-            program(f"{WORKER}-{number}" if number > 1 else WORKER, "deploy.serving.rest", stop_s=5.0)
-            for number in range(1, workers + 1)
-        ),
+        # With serving.workers above 1 it is the parent of them all.
+        program(WORKER, "deploy.serving.rest", stop_s=5.0),
     )
     return {one.name: one for one in listed}
 
