@@ -197,11 +197,7 @@ class Shoppers:
         self._user_names = np.array([f"shopper-{number}" for number in range(users)], dtype=object)
         self._category_names = np.array([f"category-{number:02d}" for number in range(categories)], dtype=object)
         self._item_names = np.array(
-            [
-                f"item-{category:02d}-{rank:03d}"
-                for category in range(categories)
-                for rank in range(self._per_category)
-            ],
+            [f"item-{category:02d}-{rank:03d}" for category in range(categories) for rank in range(self._per_category)],
             dtype=object,
         )
 

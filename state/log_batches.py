@@ -204,9 +204,7 @@ def decode_batches(
     return chunks
 
 
-def _corrupt(
-    position: int, base: int, last_delta: int, count: int, following: int | None, reason: str
-) -> Chunk:
+def _corrupt(position: int, base: int, last_delta: int, count: int, following: int | None, reason: str) -> Chunk:
     """How far to go past a batch whose header may itself be wrong."""
     if following is not None and following > position:
         after = following
@@ -235,7 +233,9 @@ def _chunk(
         except LogError:
             raise
         except Exception as problem:  # noqa: BLE001 - each codec has errors of its own
-            return Chunk(position, after, corrupt=f"compression of the batch at offset {base}: {type(problem).__name__}")
+            return Chunk(
+                position, after, corrupt=f"compression of the batch at offset {base}: {type(problem).__name__}"
+            )
         bytes_u8 = np.frombuffer(data, np.uint8)
         start, end = 0, len(data)
     # A record takes 7 bytes at least: a count beyond that would only cost memory.
@@ -257,8 +257,7 @@ def _chunk(
 def _slices(data: bytes, begins: I64, ends: I64) -> list[bytes | None]:
     if len(ends) and ends.min() < 0:
         return [
-            data[begin:end] if end >= 0 else None
-            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
+            data[begin:end] if end >= 0 else None for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
         ]
     return [data[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
 
@@ -369,7 +368,21 @@ def encode_batch(keys: Sequence[bytes], values: Sequence[bytes], timestamps_ms: 
         body,
     )
     batch = bytearray(HEADER.size) + body[:size].tobytes()
-    header = (0, len(batch) - LENGTH_ENDS, -1, MAGIC, 0, 0, count - 1, int(times[0]), int(times.max()), -1, -1, -1, count)
+    header = (
+        0,
+        len(batch) - LENGTH_ENDS,
+        -1,
+        MAGIC,
+        0,
+        0,
+        count - 1,
+        int(times[0]),
+        int(times.max()),
+        -1,
+        -1,
+        -1,
+        count,
+    )
     HEADER.pack_into(batch, 0, *header)
     struct.pack_into(">I", batch, CRC_FROM - 4, crc32c.crc32c(memoryview(batch)[CRC_FROM:]))
     return bytes(batch)

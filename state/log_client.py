@@ -50,9 +50,7 @@ def client_options(settings: Kafka) -> dict[str, Any]:
     """
     request_ms = int(settings.request_timeout_s * 1000)
     options: dict[str, Any] = {
-        "bootstrap_servers": [
-            server.strip() for server in settings.bootstrap_servers.split(",") if server.strip()
-        ],
+        "bootstrap_servers": [server.strip() for server in settings.bootstrap_servers.split(",") if server.strip()],
         "client_id": "springtide",
         "request_timeout_ms": request_ms,
         "bootstrap_timeout_ms": request_ms,
@@ -138,9 +136,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     except _UNREACHABLE as problem:
         raise unreachable(settings, doing, problem) from problem
     except kafka_errors.KafkaError as problem:
-        raise LogError(
-            f"cannot {doing} on {settings.bootstrap_servers}: {_first_line(problem)}"
-        ) from problem
+        raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {_first_line(problem)}") from problem
 
 
 def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> UnreachableBroker:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import base64
 import ctypes
+import fcntl
 import os
 import queue
 import shutil
@@ -33,9 +34,7 @@ _HERE = Path(__file__).parent
 _PR_SET_PDEATHSIG = 1
 
 
-def properties(
-    port: int, controller_port: int, data_dir: Path, retention_h: float
-) -> str:
+def properties(port: int, controller_port: int, data_dir: Path, retention_h: float) -> str:
     """The broker's configuration file: the fixed part, then this machine's.
 
     >>> text = properties(9092, 9093, Path("/state/kafka/data"), 168)
@@ -107,11 +106,11 @@ class Broker:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
-    def start(self, timeout_s: float = 60.0) -> Broker:
+    def start(self, timeout_s: float = 120.0) -> Broker:
         """Starts the broker and returns when it listens.
 
-        1. Finds the jars. 2. Formats the storage if it is new. 3. Runs Java.
-        4. Waits until the port answers.
+        1. Finds the jars. 2. Locks the directory. 3. Formats the storage if it
+        is new. 4. Runs Java. 5. Waits until it takes requests.
 
         Raises:
             PortTaken: another process listens on the port.
@@ -124,25 +123,12 @@ class Broker:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._require_disk()
         class_path = os.pathsep.join(str(jar) for jar in jars.resolve(self.directory))
-        configuration = self.directory / "server.properties"
-        configuration.write_text(
-            properties(self.port, free_port(), self.directory / "data", self.retention_h),
-            encoding="utf-8",
-        )
-        if not (self.directory / "data" / "meta.properties").exists():
-            self._format(class_path, configuration)
-        log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        self._process = _run_for_life(
-            [
-                *self._java(class_path),
-                f"-Xmx{self.heap_mb}m",
-                "-XX:+UseSerialGC",
-                "-XX:+ExitOnOutOfMemoryError",
-                "kafka.Kafka",
-                str(configuration),
-            ],
-            self.directory / "console.log",
-        )
+        lock = self._lock()
+        try:
+            log_start = self._launch(class_path, lock)
+        finally:
+            # Java holds the lock from here on, as long as it lives.
+            os.close(lock)
         atexit.register(self.stop)
         self._await_listening(log_start, timeout_s)
         return self
@@ -180,6 +166,46 @@ class Broker:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _lock(self) -> int:
+        """A descriptor that locks the directory.
+
+        Kafka locks its data too late: by then a second broker has opened the
+        first one's metadata.
+        """
+        lock = os.open(self.directory / "broker.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            os.close(lock)
+            raise KafkaFailed(
+                f"Kafka was not started: another broker uses this directory ({self.directory}); stop it or set "
+                "paths.state to another one"
+            ) from problem
+        return lock
+
+    def _launch(self, class_path: str, lock: int) -> int:
+        """Formats the storage if it is new and runs Java; returns where its log begins."""
+        configuration = self.directory / "server.properties"
+        configuration.write_text(
+            properties(self.port, free_port(), self.directory / "data", self.retention_h), encoding="utf-8"
+        )
+        if not (self.directory / "data" / "meta.properties").exists():
+            self._format(class_path, configuration)
+        log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self._process = _run_for_life(
+            [
+                *self._java(class_path),
+                f"-Xmx{self.heap_mb}m",
+                "-XX:+UseSerialGC",
+                "-XX:+ExitOnOutOfMemoryError",
+                "kafka.Kafka",
+                str(configuration),
+            ],
+            self.directory / "console.log",
+            lock,
+        )
+        return log_start
+
     def _java(self, class_path: str) -> list[str]:
         return [
             jars.java(),
@@ -215,9 +241,7 @@ class Broker:
         )
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip().splitlines()[-QUOTED_LINES:]
-            raise KafkaFailed(
-                f"Kafka could not format {self.directory / 'data'}: " + " | ".join(said)
-            )
+            raise KafkaFailed(f"Kafka could not format {self.directory / 'data'}: " + " | ".join(said))
 
     def _await_listening(self, log_start: int, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -236,9 +260,7 @@ class Broker:
                 self.stop()
                 raise KafkaFailed(reason or "Kafka was stopped while it started")
         self.stop()
-        raise KafkaFailed(
-            self._last_words(f"did not listen on port {self.port} within {timeout_s:.0f} s")
-        )
+        raise KafkaFailed(self._last_words(f"did not listen on port {self.port} within {timeout_s:.0f} s"))
 
     def _last_words(self, what: str) -> str:
         lines = [
@@ -249,8 +271,6 @@ class Broker:
         text = "\n".join(lines)
         if "No space left on device" in text:
             advice = f"the disk of {self.directory} is full, free some space and start again"
-        elif "Failed to acquire lock" in text:
-            advice = "another broker uses this directory, stop it or set paths.state to another one"
         elif "Address already in use" in text:
             advice = f"port {self.port} was taken meanwhile, set kafka.port to a free one"
         else:
@@ -290,7 +310,7 @@ def _text(path: Path, start: int) -> str:
         return ""
 
 
-def _run_for_life(command: list[str], console: Path) -> subprocess.Popen[bytes]:
+def _run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Popen[bytes]:
     """Runs a command that the kernel ends when this process ends (Linux).
 
     The death signal is tied to the thread that forked, so that a thread of its
@@ -317,6 +337,7 @@ def _run_for_life(command: list[str], console: Path) -> subprocess.Popen[bytes]:
                     stderr=subprocess.STDOUT,
                     # Ctrl-C is for the one who orders the stops, not for the broker.
                     start_new_session=True,
+                    pass_fds=(lock,),
                     preexec_fn=die_with_parent,
                 )
         except Exception as problem:  # noqa: BLE001 - raised again in the thread that asked

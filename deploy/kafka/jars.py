@@ -95,9 +95,7 @@ def _from_jgo() -> list[Path]:
 
     paths = [Path(path) for path in jgo.build("+".join(COORDINATES)).all_jars]
     versions = {
-        found[1]
-        for path in paths
-        if (found := re.fullmatch(r"(?:log4j-core|kafka-clients)-(.+)\.jar", path.name))
+        found[1] for path in paths if (found := re.fullmatch(r"(?:log4j-core|kafka-clients)-(.+)\.jar", path.name))
     }
     (log4j,) = versions - {KAFKA_VERSION}
     binding = [

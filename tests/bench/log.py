@@ -1,6 +1,6 @@
 """How fast the log is read and loaded, and how soon an acknowledged record is read.
 
-    python -m tests.bench.log
+python -m tests.bench.log
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def main() -> None:
 
             replayed = per_cpu_s(RECORDS, load)
         keys = [b"user-%d" % (n % 2000) for n in range(10_000)]
-        values = [b'{"user":"user-%d","item":"i-7","category":"c-3","action":"view","time":17}' % n for n in range(10_000)]
+        values = [
+            b'{"user":"user-%d","item":"i-7","category":"c-3","action":"view","time":17}' % n for n in range(10_000)
+        ]
         times, partitions = np.arange(10_000), [0] * 10_000
         with BulkWriter(kafka, "raw") as bulk:
 

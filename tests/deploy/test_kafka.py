@@ -57,8 +57,8 @@ def test_a_taken_port_is_named_with_its_setting(tmp_path: Path) -> None:
 def test_a_second_broker_on_a_directory_says_who_holds_it(kafka: Broker) -> None:
     with pytest.raises(KafkaFailed, match=r"another broker uses this directory"):
         Broker(kafka.directory, free_port(), heap_mb=128).start()
-    # The first one's configuration file was rewritten, its process was not harmed.
     assert kafka.failure() is None
+    assert f":{kafka.port}" in (kafka.directory / "server.properties").read_text()
 
 
 def test_a_broker_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
@@ -69,9 +69,7 @@ def test_a_broker_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
     assert broker.pid is None
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2**20)
     monkeypatch.setattr(broker_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(KafkaFailed, match=r"5 MB free.*paths.state"):
@@ -99,9 +97,7 @@ def test_a_jar_that_vanished_or_changed_is_resolved_again(tmp_path: Path) -> Non
     assert jars.locked(lock) is None
 
 
-def test_packages_that_cannot_be_had_give_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_that_cannot_be_had_give_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline() -> list[Path]:
         raise OSError("no route to host\nmore about it")
 

@@ -72,7 +72,9 @@ def write(settings: Kafka, topic: str, values: list[bytes], partition: int = 0) 
         writer.flush()
 
 
-def read_until(reader: Reader, wanted: dict[int, int], within_s: float = 20.0, most: int = 10_000) -> list[PartitionBatch]:
+def read_until(
+    reader: Reader, wanted: dict[int, int], within_s: float = 20.0, most: int = 10_000
+) -> list[PartitionBatch]:
     """Polls until the positions are reached."""
     batches = []
     deadline = time.monotonic() + within_s
