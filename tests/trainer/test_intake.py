@@ -1,0 +1,113 @@
+"""The trainer's dedup: however often the stream dies and writes again, and the trainer dies and reads again, each row counts once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.mask import Mask
+from state.microbatch import LISTS, SCALARS, Header, encode
+from state.positions import Range, Source
+from trainer.intake import take_in
+
+SPEC, SALT = "ab" * 32, "cd" * 8
+SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
+
+# What the stream does with a cut: rows of each partition, then whether it dies between the log and the commit.
+cuts = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans()), min_size=1, max_size=14)
+# What the trainer does after a record: nothing, publish, or die.
+fates = st.lists(st.sampled_from(["go on", "publish", "die"]), min_size=1, max_size=14)
+
+
+def record(parts: list[Range]) -> bytes:
+    offsets = np.concatenate([np.arange(part.first, part.next) for part in parts] or [np.zeros(0, np.int64)])
+    rows = len(offsets)
+    columns = {name: np.zeros(rows, kind) for name, kind in SCALARS.items()}
+    columns |= {name: np.zeros((rows, 1), kind) for name, kind in LISTS.items()}
+    columns["label_windows"] = np.zeros((rows, 1, 1), LISTS["label_windows"])
+    columns["offset"] = offsets.astype(np.int64)
+    columns["source"] = np.repeat(np.arange(len(parts)), [part.rows for part in parts]).astype(np.uint16)
+    return encode(Header(SPEC, SALT, tuple(parts), created_ms=0), columns)
+
+
+def written(plan: list[tuple[int, int, bool]]) -> tuple[list[bytes], dict[Source, int]]:
+    """The log of a stream that dies and cuts differently afterwards, and how far it came in the end."""
+    log: list[bytes] = []
+    committed = dict.fromkeys(SOURCES, 0)
+    reached = dict.fromkeys(SOURCES, 0)
+    for first, second, dies in plan:
+        parts = []
+        for source, rows in zip(SOURCES, (first, second), strict=True):
+            at = committed[source]
+            # Some cuts name a source without rows, some do not name it at all.
+            if rows:
+                parts.append(Range(source, at, at + rows, rows=rows))
+                reached[source] = max(reached[source], at + rows)
+        log.append(record(parts))
+        if not dies:
+            committed |= {part.source: part.next for part in parts}
+    return log, reached
+
+
+@dataclass
+class Trainer:
+    """Learns rows, publishes, dies, and goes on from what it published."""
+
+    next: int = 0
+    marks: dict[Source, int] = field(default_factory=dict)
+    learned: list[tuple[Source, int]] = field(default_factory=list)
+    rows: int = 0
+    duplicate: int = 0
+
+    def copy(self) -> Trainer:
+        return Trainer(self.next, dict(self.marks), list(self.learned), self.rows, self.duplicate)
+
+    def take(self, value: bytes) -> None:
+        found = take_in(value, self.marks, Mask.NONE, SPEC, SALT, "here")
+        sources = [part.source for part in found.batch.header.ranges]
+        kept = zip(found.batch.source.tolist(), found.batch.offset.tolist(), strict=True)
+        self.learned += [(sources[source], offset) for source, offset in kept]
+        self.marks, self.next = found.marks, self.next + 1
+        self.rows += found.rows
+        self.duplicate += found.duplicate
+        assert found.gaps == []
+
+
+def learned(log: list[bytes], fates: list[str]) -> Trainer:
+    trainer = published = Trainer()
+    deaths = 0
+    while trainer.next < len(log):
+        trainer.take(log[trainer.next])
+        fate = fates[(trainer.next + deaths) % len(fates)]
+        if fate == "publish":
+            published = trainer.copy()
+        elif fate == "die" and deaths < 20:
+            deaths += 1
+            trainer = published.copy()
+    return trainer
+
+
+@settings(max_examples=150, deadline=None)
+@given(plan=cuts, fates=fates)
+def test_each_row_is_learned_once_in_order_whoever_dies(plan: list[tuple[int, int, bool]], fates: list[str]) -> None:
+    log, reached = written(plan)
+    trainer = learned(log, fates)
+    for source in SOURCES:
+        assert [offset for one, offset in trainer.learned if one == source] == list(range(reached[source]))
+    assert trainer.marks == {source: end for source, end in reached.items() if end}
+    assert trainer.rows == len(trainer.learned) + trainer.duplicate
+    # A trainer that never died learned the same, in the same order, with the same account.
+    calm = learned(log, ["go on"])
+    assert (calm.learned, calm.rows, calm.duplicate) == (trainer.learned, trainer.rows, trainer.duplicate)
+
+
+def test_a_row_that_no_record_holds_and_one_that_two_hold_are_noticed() -> None:
+    first, third = (record([Range(SOURCES[0], at, at + 2, rows=2)]) for at in (0, 4))
+    marks = take_in(first, {}, Mask.NONE, SPEC, SALT, "here").marks
+    lost = take_in(third, marks, Mask.NONE, SPEC, SALT, "here")
+    assert lost.gaps == [(SOURCES[0], 2, 4)]
+    twice = take_in(first, marks, Mask.NONE, SPEC, SALT, "here")
+    assert (twice.rows, twice.duplicate, len(twice.batch)) == (2, 2, 0)
