@@ -13,7 +13,7 @@ from deploy import scrape
 from deploy.checks import LEAST_FREE_BYTES, require_disk, require_ports
 from deploy.kafka.broker import Broker
 from deploy.live import Pulse, Screen, live_line, take_pulse
-from deploy.processes import Deaths, Supervisor
+from deploy.processes import Deaths, Supervisor, shortened
 from deploy.programs import BOOTSTRAP, SHOPPERS, STOP_ORDER, TRAINER, ports, programs
 from state.config import Settings
 from state.errors import KafkaFailed
@@ -246,7 +246,7 @@ class Ascent:
             self._broker_deaths = self._broker_deaths.after(self._clock() - self._broker_started_at)
             if self._broker_deaths.hopeless:
                 raise KafkaFailed(failure)
-            self._screen.say(f"{failure}; starting it again")
+            self._screen.say(f"{shortened(failure)}; starting it again")
             self._broker_started_at = self._clock()
             self._broker.start()
 

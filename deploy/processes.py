@@ -26,6 +26,7 @@ LONGEST_WAIT_S = 5.0
 WRONG_USE = 2
 LARGEST_LOG_BYTES = 20 * 2**20
 TAIL_BYTES = 8192
+LONGEST_QUOTE = 300
 
 _PR_SET_PDEATHSIG = 1
 
@@ -239,4 +240,13 @@ def last_line(log: Path) -> str:
             lines: Sequence[str] = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         lines = ()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return shortened(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"))
+
+
+def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
+    """A text cut to a length that a terminal can show.
+
+    >>> shortened("one two three", 7)
+    'one two...'
+    """
+    return text if len(text) <= most else f"{text[:most].rstrip()}..."

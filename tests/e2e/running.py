@@ -36,6 +36,7 @@ MODULES = {
     "trainer": "trainer.loop",
     "applier": "deploy.serving.applier",
     "worker": "deploy.serving.rest",
+    "kafka": "kafka.Kafka",
 }
 
 Found = TypeVar("Found")

@@ -40,6 +40,18 @@ def test_the_loop_recovers_from_the_kill_of(loop: Loop, part: str) -> None:
     assert f"{part} died (SIGKILL)" in loop.said()
 
 
+def test_the_loop_recovers_from_the_kill_of_kafka(loop: Loop) -> None:
+    pid = loop.pid("kafka")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: loop.pid("kafka") not in (None, pid), "Kafka is not started again")
+    user = "sender-after-the-kill-of-kafka"
+    loop.answer_trained_on(user, loop.click([(user, "lamp", "light", "purchase")] * 10))
+    answer = until(lambda: leading(loop, user, "light"), "the category does not lead")
+    assert answer["features"]["purchase.count_7d"] == 10
+    assert "Kafka ended with status -9" in loop.said()
+
+
 def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None:
     user = "one-who-comes-back"
     before = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
