@@ -30,7 +30,7 @@ from state.events import Reason
 from state.sections import Events
 
 SLICE_ROWS = 4096
-SLICE_S = 0.05
+SLICE_S = 0.1
 LOOK_S = 0.5
 ENOUGH_ROWS = 10  # so many refused rows and no click: the mapping is wrong
 MEMORY_PER_BYTE = {"csv": 6, "json": 3, "parquet": 30}

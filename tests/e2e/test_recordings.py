@@ -1,0 +1,175 @@
+"""Real recordings through the real replay, Kafka and stream: every row is a training row or a dead letter.
+
+The data is read where it lies, beside the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from state.config import Settings, load
+from state.errors import SettingsError
+from state.history import HistoryStore
+from state.identity import public_id
+from state.log import Topics
+from state.microbatch import MicroBatch
+from state.positions import StreamAccount, check_accounts
+from tests.conftest import KafkaFactory
+from tests.streaming.streams import deduplicated, following, headers_of, running, until
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "deploy" / "examples"
+DATA = ROOT.parent / "shared" / "data"
+TAOBAO = DATA / "taobao" / "UserBehavior.csv"
+KUAIRAND = DATA / "kuairand" / "impressions.parquet"
+
+
+def needs(path: Path) -> pytest.MarkDecorator:
+    place = f"../shared/data/{path.relative_to(DATA)}"
+    return pytest.mark.skipif(not path.exists(), reason=f"the data set is not here: {place} beside the repository")
+
+
+def settings_of(example: str, kafka_settings: KafkaFactory, state: Path) -> Settings:
+    """The settings file of an example, with the test's Kafka and state directory."""
+    kafka = kafka_settings()
+    flags = {
+        "--kafka.bootstrap_servers": kafka.bootstrap_servers,
+        "--kafka.clicks_topic": kafka.clicks_topic,
+        "--kafka.dead_letters_topic": kafka.dead_letters_topic,
+        "--kafka.microbatches_topic": kafka.microbatches_topic,
+        "--kafka.group": kafka.group,
+        "--kafka.clicks_partitions": "2",
+        "--paths.state": str(state),
+        "--stream.map_gb": "1",
+        "--stream.metrics_port": "0",
+    }
+    words = [word for pair in flags.items() for word in pair]
+    return load(["--config", str(EXAMPLES / example), *words], env={})
+
+
+def replay(settings: Settings, path: Path, *words: str) -> str:
+    """Runs `springtide replay`; returns its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "replay", str(path), *words],
+        cwd=ROOT,
+        env={**os.environ, **settings.environment()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def sent(settings: Settings) -> int:
+    """Records of the clicks topic."""
+    with Topics(settings.kafka) as topics:
+        return sum(end for _, end in topics.ends(settings.kafka.clicks_topic).values())
+
+
+def streamed(settings: Settings, log: Path) -> tuple[list[MicroBatch], dict[str, int]]:
+    """Lets a stream process take all clicks; returns its micro-batches and its account."""
+    positions = sent(settings)
+    with following(settings.kafka, settings.kafka.microbatches_topic) as batches:
+
+        def reached() -> bool:
+            _, marks = deduplicated(batches.poll())
+            return sum(marks.values()) == positions
+
+        with running(settings, log) as stream:
+            until(reached, f"all {positions} clicks in the training log")
+            assert stream.stop() == 0, stream.lines
+        found, _ = deduplicated(batches.poll())
+    store = HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
+    totals = dict(store.totals)
+    store.close()
+    return found, totals
+
+
+@needs(TAOBAO)
+def test_taobao_its_cut_line_and_its_rows_out_of_range_are_dead_letters(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    settings = settings_of("taobao.toml", kafka_settings, tmp_path / "state")
+    lines = TAOBAO.read_bytes().splitlines()
+    # Two runs: the second goes on where the first one's limit was.
+    assert "row 3,000 of 84,476; the same command goes on" in replay(settings, TAOBAO, "--limit", "3000")
+    assert sent(settings) == 3000
+    last = replay(settings, TAOBAO)
+    assert "84,440 clicks, 36 dead letters (35 implausible_time, 1 wrong_type); complete" in last
+    assert sent(settings) == len(lines) == 84_476
+    assert "are in" in replay(settings, TAOBAO)
+    assert sent(settings) == 84_476
+
+    batches, totals = streamed(settings, tmp_path / "log")
+    assert totals == {"positions": 84_476, "rows": 84_440, "dead": 36, "filtered": 0, "absent": 0}
+    assert check_accounts(StreamAccount(**totals)) == ()
+    letters = headers_of(settings.kafka, settings.kafka.dead_letters_topic)
+    assert Counter(letter["reason"] for letter in letters) == {"implausible_time": 35, "wrong_type": 1}
+
+    actions = np.concatenate([batch.columns["action"] for batch in batches])
+    at_ms = np.concatenate([batch.columns["at_ms"] for batch in batches])
+    assert len(actions) == 84_440
+    named = Counter(settings.events.actions[action] for action in actions.tolist())
+    # From midnight of 25 November 2017 in China.
+    kept = [row for row in (line.split(b",") for line in lines[:-1]) if int(row[4]) >= 1_511_539_200]
+    assert named == Counter(row[3].decode() for row in kept)
+    # Moved, not stretched.
+    seconds = np.sort([int(row[4]) for row in kept])
+    assert (np.diff(np.sort(at_ms)) == np.diff(seconds) * 1000).all()
+
+
+@needs(KUAIRAND)
+def test_kuairand_clicks_are_labels_and_outcomes_stay_out(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    settings = settings_of("kuairand.toml", kafka_settings, tmp_path / "state")
+    limit = 5000
+    assert "5,000 clicks, 0 dead letters; row 5,000" in replay(
+        settings, KUAIRAND, "--limit", str(limit), "--sort", "assume"
+    )
+    batches, totals = streamed(settings, tmp_path / "log")
+    assert totals == {"positions": limit, "rows": limit, "dead": 0, "filtered": 0, "absent": 0}
+
+    recorded = pq.read_table(KUAIRAND, columns=["is_click", "tab", "tag", "time_ms"]).slice(0, limit).to_pydict()
+    labels = np.concatenate([batch.columns["label"] for batch in batches])
+    assert Counter(labels.tolist()) == Counter(map(float, recorded["is_click"]))
+    contexts = np.concatenate([batch.columns["context"] for batch in batches])
+    assert contexts.shape == (limit, 1)
+    assert Counter(contexts[:, 0].tolist()) == Counter(public_id(f"tab={tab}") for tab in recorded["tab"])
+    # Several tags are one category, as written.
+    categories = np.concatenate([batch.columns["category"] for batch in batches])
+    assert Counter(categories.tolist()) == Counter(map(public_id, recorded["tag"]))
+    assert any("," in name for batch in batches for name in batch.header.names.values())
+
+
+@pytest.mark.parametrize(
+    "outcome", [*load(["--config", str(EXAMPLES / "kuairand.toml")], env={}).events.outcomes, "is_click"]
+)
+def test_no_outcome_of_kuairand_can_be_context_without_saying_so(outcome: str) -> None:
+    flags = ["--config", str(EXAMPLES / "kuairand.toml"), "--events.context", f"tab,{outcome}"]
+    with pytest.raises(SettingsError, match=f"'{outcome}', an outcome"):
+        load(flags, env={})
+    assert load([*flags, f"--events.allow_outcomes={outcome}"], env={}).events.context == ("tab", outcome)
+
+
+def test_the_command_refuses_an_outcome_before_it_looks_at_anything(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "deploy.cli", "replay", "nowhere.csv", "--config", str(EXAMPLES / "kuairand.toml")]
+    done = subprocess.run(
+        [*line, "--events.context", "tab,long_view"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "events.context names 'long_view', an outcome" in done.stderr
+
+
+def test_the_examples_are_settings_and_their_document_shows_their_commands() -> None:
+    document = (EXAMPLES / "README.md").read_text()
+    for path in sorted(EXAMPLES.glob("*.toml")):
+        load(["--config", str(path)], env={})
+        assert f"springtide replay --config deploy/examples/{path.name}" in document
