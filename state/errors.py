@@ -6,9 +6,9 @@
     ├── LogError
     │   ├── UnreachableBroker, UnknownTopic, GapError, FencedWriter
     ├── StoreError
-    │   ├── LockHeld, PositionConflict, CorruptStore, StoreFull
+    │   ├── LockHeld, PositionConflict, CorruptStore, StoreFull, UnusableDisk
     ├── RegistryError
-    │   ├── UnknownVersion, CorruptVersion, WrongEpoch, ControlConflict
+    │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
     ├── UnreadableRecording
@@ -19,6 +19,11 @@ without a raw user id. A bad record is no error: it goes to the dead letters.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from state.gaps import Gap
 
 
 class SpringtideError(Exception):
@@ -58,7 +63,15 @@ class UnknownTopic(LogError):
 
 
 class GapError(LogError):
-    """Records before the log's beginning were not read yet and are gone. Restore the topic, or accept the loss by moving the position."""
+    """Positions of a log are gone that were not read. Restore the topic, or accept the loss with `--accept-gap P:A-B --reason TEXT`.
+
+    Attributes:
+        gaps: What is missing; empty where nothing can be accepted, as in a log that ends too early.
+    """
+
+    def __init__(self, message: str, *gaps: Gap) -> None:
+        super().__init__(message)
+        self.gaps = gaps
 
 
 class FencedWriter(LogError):
@@ -78,11 +91,15 @@ class PositionConflict(StoreError):
 
 
 class CorruptStore(StoreError):
-    """Stored bytes fail their check. Move the directory away and start again: it is rebuilt from Kafka."""
+    """Stored bytes cannot be trusted; they are not used. Run `springtide rebuild-history`: it makes them anew from Kafka."""
 
 
 class StoreFull(StoreError):
     """The disk or the memory map is full. Free space, or raise `stream.map_gb` or `serving.map_gb`, and start again."""
+
+
+class UnusableDisk(StoreError):
+    """A file of the state directory cannot be read or written. Free space, or correct the rights that the message names, and start again."""
 
 
 class RegistryError(SpringtideError):
@@ -95,6 +112,10 @@ class UnknownVersion(RegistryError):
 
 class CorruptVersion(RegistryError):
     """A version's file fails its digest. Roll back to an earlier version, and look after the disk."""
+
+
+class UnusableRegistry(RegistryError):
+    """The registry's files cannot be read or written; no version was half written. Free space, or correct the rights that the message names, and start again."""
 
 
 class WrongEpoch(RegistryError):
@@ -147,3 +168,26 @@ class KafkaFailed(SpringtideError):
 
 class ProcessFailed(SpringtideError):
     """One of the loop's processes dies again and again. Read the log file that the message names."""
+
+
+def of_disk(problem: SpringtideError | OSError) -> SpringtideError:
+    """What a process ends with: an error of ours as it is, one of the operating system with what to do.
+
+    >>> str(of_disk(OSError(28, "No space left on device", "state/salt")))
+    'state/salt: No space left on device; free space or correct its access rights, and start again'
+    >>> of_disk(LockHeld("held"))
+    LockHeld('held')
+    """
+    if isinstance(problem, SpringtideError):
+        return problem
+    return UnusableDisk(f"{reason_of(problem)}; free space or correct its access rights, and start again")
+
+
+def reason_of(problem: OSError) -> str:
+    """File and reason of an operating system's error, in one line.
+
+    >>> reason_of(OSError(13, "Permission denied", "registry/control"))
+    'registry/control: Permission denied'
+    """
+    reason = problem.strerror or str(problem) or type(problem).__name__
+    return f"{problem.filename}: {reason}" if problem.filename else reason

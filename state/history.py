@@ -33,7 +33,9 @@ from state.positions import Range, Source
 CHUNK = 16
 FORMAT = 1
 MAX_READERS = 512
+REBUILD = "it is not used: `springtide rebuild-history` makes the stream's histories anew from Kafka"
 OUTCOMES = ("rows", "dead", "filtered", "absent")
+_DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 _EVENT_BYTES = EVENT.itemsize
 _CHUNK_BYTES = CHUNK * _EVENT_BYTES
 _INVERT = (1 << 32) - 1
@@ -85,9 +87,9 @@ class HistoryStore:
         self.history = history
         self.readonly = readonly
         boot = (boot_id or _BOOT_ID.read_text().strip()).encode()
-        if not readonly:
-            self.path.mkdir(parents=True, exist_ok=True)
         try:
+            if not readonly:
+                self.path.mkdir(parents=True, exist_ok=True)
             self._env = lmdb.open(
                 str(self.path),
                 map_size=map_bytes,
@@ -100,9 +102,12 @@ class HistoryStore:
                 writemap=False,
                 readahead=False,
             )
-        except lmdb.Error as error:
+        except _DAMAGED as error:
+            raise CorruptStore(f"the histories at {self.path} are damaged ({error}); {REBUILD}") from error
+        except (lmdb.Error, OSError) as error:
             raise StoreError(
-                f"the histories at {self.path} cannot be opened ({error}); is its writer running?"
+                f"the histories at {self.path} cannot be opened ({error}); "
+                + ("is its writer running?" if readonly else "free space or correct the directory's access rights")
             ) from error
         try:
             self._meta = self._env.open_db(b"meta", create=not readonly)
@@ -116,7 +121,10 @@ class HistoryStore:
                         b"format", json.dumps({"format": FORMAT, "history": history}).encode(), db=self._meta
                     )
                 # The mark must be on disk before anything that it warns of.
-                self._env.sync(True)
+                self.sync()
+        except _DAMAGED as error:
+            self._env.close()
+            raise CorruptStore(f"the histories at {self.path} are damaged ({error}); {REBUILD}") from error
         except lmdb.Error as error:
             self._env.close()
             raise StoreError(
@@ -134,8 +142,7 @@ class HistoryStore:
             made = json.loads(bytes(stored))
             if made["format"] != FORMAT:
                 raise CorruptStore(
-                    f"{self.path} has format {made['format']}, this release reads {FORMAT}; "
-                    "move the directory away and start again: it is rebuilt from Kafka"
+                    f"{self.path} has format {made['format']}, this release reads {FORMAT}; {REBUILD}"
                 )
             if made["history"] != self.history:
                 raise SpecMismatch(
@@ -144,8 +151,7 @@ class HistoryStore:
                 )
             if transaction.get(b"clean") != b"1" and transaction.get(b"boot") != boot and not self.readonly:
                 raise CorruptStore(
-                    f"{self.path} was open when the machine went down, so that pages may be missing; "
-                    "move the directory away and start again: it is rebuilt from its last copy and Kafka"
+                    f"{self.path} was open when the machine went down, so that pages may be missing; {REBUILD}"
                 )
 
     def read(self, user: int) -> Events:
@@ -179,8 +185,7 @@ class HistoryStore:
         joined = b"".join(values)
         if len(joined) % _EVENT_BYTES:
             raise CorruptStore(
-                f"{self.path} holds a history of {len(joined)} bytes, which is no whole number of events; "
-                "move the directory away and start again: it is rebuilt from Kafka"
+                f"{self.path} holds a history of {len(joined)} bytes, which is no whole number of events; {REBUILD}"
             )
         return np.frombuffer(joined, EVENT)[-self.history :], total
 
@@ -195,7 +200,7 @@ class HistoryStore:
             return int(transaction.get(b"users") or 0)
 
     def counts(self) -> dict[Source, dict[str, int]]:
-        """By source: `first` and `next` offset, and the offsets between them by outcome."""
+        """By source: `first` and `next` offset, and the offsets between them by outcome; `gap` only where there is one."""
         found = {}
         with self._env.begin(db=self._meta) as transaction:
             cursor = transaction.cursor()
@@ -215,6 +220,8 @@ class HistoryStore:
         """Outcomes over all sources, with `positions`, their sum as offsets passed."""
         counts = list(self.counts().values())
         sums = {name: sum(count[name] for count in counts) for name in OUTCOMES}
+        if gap := sum(count.get("gap", 0) for count in counts):
+            sums["gap"] = gap
         return {"positions": sum(count["next"] - count["first"] for count in counts), **sums}
 
     def extra(self, name: str) -> bytes | None:
@@ -264,7 +271,7 @@ class HistoryStore:
                 )
             counts["next"] = part.next
             for name, count in part.outcomes.items():
-                counts[name] += count
+                counts[name] = counts.get(name, 0) + count
             transaction.put(key, json.dumps(counts).encode(), db=self._meta)
 
     def _append(self, transaction: lmdb.Transaction, appends: Appends) -> int:
@@ -368,17 +375,32 @@ class HistoryStore:
         return int((info["last_pgno"] + 1) * stat["psize"])
 
     def sync(self) -> None:
-        """Makes all commits durable against a power cut."""
-        self._env.sync(True)
+        """Makes all commits durable against a power cut.
+
+        Raises:
+            StoreFull: The disk refused; nothing is lost as long as the machine runs.
+        """
+        try:
+            self._env.sync(True)
+        except (lmdb.Error, OSError) as error:
+            raise StoreFull(
+                f"{self.path} could not be synced ({error}); free space on its disk and look after it, then start again"
+            ) from error
 
     def close(self) -> None:
-        """Syncs, marks the store as closed in order, and closes it."""
-        if not self.readonly:
-            self._env.sync(True)
-            with self._write() as transaction:
-                transaction.put(b"clean", b"1", db=self._meta)
-            self._env.sync(True)
-        self._env.close()
+        """Syncs, marks the store as closed in order, and closes it.
+
+        Raises:
+            StoreFull: The disk refused; the store is closed without the mark, as after a kill.
+        """
+        try:
+            if not self.readonly:
+                self.sync()
+                with self._write() as transaction:
+                    transaction.put(b"clean", b"1", db=self._meta)
+                self.sync()
+        finally:
+            self._env.close()
 
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction]:
@@ -390,7 +412,9 @@ class HistoryStore:
                 f"{self.path} has reached its map of {self._env.info()['map_size']} bytes; nothing was changed: "
                 "raise stream.map_gb or serving.map_gb and start again"
             ) from error
-        except (lmdb.DiskError, OSError) as error:
+        except _DAMAGED as error:
+            raise CorruptStore(f"{self.path} is damaged ({error}); {REBUILD}") from error
+        except (lmdb.Error, OSError) as error:
             raise StoreFull(
                 f"{self.path} could not be written ({error}); nothing was changed: free space on its disk and start again"
             ) from error

@@ -6,6 +6,7 @@ nothing is left to clean up after a kill.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from types import TracebackType
 
 import psutil
 
-from state.errors import LockHeld
+from state.errors import LockHeld, UnusableDisk, reason_of
 
 
 class DirectoryLock:
@@ -37,11 +38,17 @@ class DirectoryLock:
 
         Raises:
             LockHeld: Another process has it, or another lock object of this process.
+            UnusableDisk: The directory cannot be made or written.
         """
         if self._handle is not None:
             return self
-        self._path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UnusableDisk(
+                f"{self._path} cannot be locked ({reason_of(error)}); correct its access rights, or choose another paths.state"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,8 +59,10 @@ class DirectoryLock:
             ) from None
         started_s = psutil.Process().create_time()
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s})
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, content.encode(), 0)
+        # Who holds it is only a hint: a full disk must not keep anybody from freeing space.
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, content.encode(), 0)
         self._handle = handle
         return self
 

@@ -13,6 +13,7 @@ to publish versions; whoever may write the directory may propose control.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from state import durable, killpoints, manifest
 from state.control import Control
 from state.errors import ControlConflict, CorruptVersion, SpecMismatch, WrongEpoch
 from state.manifest import Draft, Manifest
-from state.versions import Versions
+from state.versions import Versions, file_bytes, usable
 
 SERVING = "serving.safetensors"
 TRAINING = "training.safetensors"
@@ -41,8 +42,9 @@ class Registry(Versions):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        for name in ("control", "programs", "specs"):
-            (path / name).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            for name in ("control", "programs", "specs"):
+                (path / name).mkdir(parents=True, exist_ok=True)
         self._control: Control | None = None
 
     # Control
@@ -57,7 +59,7 @@ class Registry(Versions):
             numbers = self._generations()
             if numbers:
                 self._control = self._read_control(numbers[-1])
-        while self._control is not None and self._control_path(self._control.generation + 1).exists():
+        while self._control is not None and self._is_there(self._control.generation + 1):
             self._control = self._read_control(self._control.generation + 1)
         return self._control
 
@@ -76,7 +78,12 @@ class Registry(Versions):
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
+            UnusableRegistry: The disk refused; nothing was changed.
         """
+        with usable(f"take control generation {control.generation}"):
+            return self._propose(control)
+
+    def _propose(self, control: Control) -> Control:
         newest = self.control()
         if newest == control:
             return control
@@ -151,15 +158,20 @@ class Registry(Versions):
     # Programs and specs
 
     def add_program(self, program: bytes) -> str:
-        """Keeps a program; returns its SHA-256, which names it."""
+        """Keeps a program; returns its SHA-256, which names it. A damaged copy of it is replaced.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
         digest = hashlib.sha256(program).hexdigest()
         final = self.path / "programs" / f"{digest}.tflite"
-        if not final.exists():
-            temporary = self._temporary(f"program-{digest}")
-            temporary.unlink(missing_ok=True)
-            durable.write(temporary, program)
-            temporary.replace(final)
-            durable.sync_directory(final.parent)
+        with usable(f"keep program {digest[:12]}"):
+            if not final.exists() or final.read_bytes() != program:
+                temporary = self._temporary(f"program-{digest}")
+                temporary.unlink(missing_ok=True)
+                durable.write(temporary, program)
+                temporary.replace(final)
+                durable.sync_directory(final.parent)
         return digest
 
     def program(self, digest: str) -> bytes:
@@ -170,7 +182,7 @@ class Registry(Versions):
         """
         path = self.path / "programs" / f"{digest}.tflite"
         try:
-            program = path.read_bytes()
+            program = file_bytes(path)
         except FileNotFoundError:
             raise CorruptVersion(f"{path} is missing; restart the trainer to lower the model again") from None
         if hashlib.sha256(program).hexdigest() != digest:
@@ -179,7 +191,8 @@ class Registry(Versions):
 
     def specs(self) -> list[str]:
         """The digests of the feature specs that were bootstrapped."""
-        return sorted(path.name for path in (self.path / "specs").iterdir() if (path / SPEC).exists())
+        with usable("be listed"):
+            return sorted(path.name for path in (self.path / "specs").iterdir() if (path / SPEC).exists())
 
     def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
         """Keeps what the bootstrap found out; False where another was faster, whose result stays.
@@ -188,7 +201,14 @@ class Registry(Versions):
             digest: Of the feature spec.
             document: Anything JSON.
             fill: Writes the directory `transform/` into the folder it is given.
+
+        Raises:
+            UnusableRegistry: The disk refused.
         """
+        with usable(f"take feature spec {digest[:12]}"):
+            return self._add_spec(digest, document, fill)
+
+    def _add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
         final = self.path / "specs" / digest
         temporary = self._temporary(f"spec-{digest}")
         temporary.mkdir()
@@ -222,7 +242,7 @@ class Registry(Versions):
         """
         path = self.path / "specs" / digest / SPEC
         try:
-            document: dict[str, Any] = json.loads(manifest.unseal(path.read_bytes()))
+            document: dict[str, Any] = json.loads(manifest.unseal(file_bytes(path)))
         except FileNotFoundError:
             raise SpecMismatch(
                 f"{path} does not exist: run `springtide bootstrap` with these feature settings"
@@ -241,7 +261,7 @@ class Registry(Versions):
         folder = self.path / "specs" / digest
         for name, expected in self.spec(digest)["files"].items():
             path = folder / name
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            if not path.is_file() or hashlib.sha256(file_bytes(path)).hexdigest() != expected:
                 raise CorruptVersion(
                     f"{path} is missing or fails its digest; move {folder} away and run `springtide bootstrap`"
                 )
@@ -254,7 +274,14 @@ class Registry(Versions):
             raise WrongEpoch(f"a version of epoch {epoch} was refused: {now}")
 
     def _generations(self) -> list[int]:
-        return sorted(int(path.stem) for path in (self.path / "control").glob("*.json") if path.stem.isdecimal())
+        # Not by glob, which takes a directory that it may not read for an empty one.
+        with usable("be listed"):
+            paths = list((self.path / "control").iterdir())
+        return sorted(int(path.stem) for path in paths if path.suffix == ".json" and path.stem.isdecimal())
+
+    def _is_there(self, generation: int) -> bool:
+        with usable("be read"):
+            return self._control_path(generation).exists()
 
     def _control_path(self, generation: int) -> Path:
         return self.path / "control" / f"{generation:08d}.json"
@@ -262,7 +289,7 @@ class Registry(Versions):
     def _read_control(self, generation: int) -> Control:
         path = self._control_path(generation)
         try:
-            return codec.decode(json.loads(manifest.unseal(path.read_bytes())))
+            return codec.decode(json.loads(manifest.unseal(file_bytes(path))))
         except (ValueError, msgspec.MsgspecError) as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}; restore it from a copy: it says what should be served"

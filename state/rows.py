@@ -18,6 +18,7 @@ The store is a copy of the registry. After a power cut it is begun anew.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from state import durable
 from state.errors import StoreError, StoreFull, UnknownVersion
 from state.lineage import needed, segments
 from state.manifest import Manifest, Visible, extend
@@ -44,6 +46,7 @@ _TOP = (1 << 64) - 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Tensors = Mapping[str, NDArray[Any]]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -209,34 +212,40 @@ class RowStore:
         self.path = path
         self._mark = path / "mark.json"
         self._readonly = readonly
-        if not readonly:
-            self._begin_anew_after_power_cut()
-            path.mkdir(parents=True, exist_ok=True)
         try:
+            if not readonly:
+                self._begin_anew_after_power_cut()
+                path.mkdir(parents=True, exist_ok=True)
+                # On disk before the first page that it warns of.
+                self._write_mark(clean=False)
             self._environment = lmdb.open(
                 str(path), map_size=map_bytes, max_dbs=8, max_readers=MAX_READERS,
                 readonly=readonly, create=not readonly, sync=False, readahead=False,
             )  # fmt: skip
             names = ("rows", "versions", "dense", "popular", "changes", "meta")
             opened = [self._environment.open_db(name.encode(), create=not readonly) for name in names]
-        except (lmdb.Error, FileNotFoundError) as error:
-            raise StoreError(f"no readable row store in {path} ({error}); start the applier, which makes it") from None
+        except (lmdb.Error, OSError) as error:
+            do = "start the applier, which makes it" if readonly else "free space or correct the directory's access rights"
+            raise StoreError(f"no usable row store in {path} ({error}); {do}") from None
         self.rows, self.versions, self.dense_db, self.popular_db, self._changes, self.meta = opened
         self._parsed: tuple[bytes, Served] | None = None
-        if not readonly:
-            self._write_mark(clean=False)
 
     def _begin_anew_after_power_cut(self) -> None:
         # Unsynced pages survive a killed process, not a power cut: then the boot id is another one.
-        if self._mark.exists():
-            mark = json.loads(self._mark.read_text())
-            if not mark["clean"] and mark["boot_id"] != _boot_id():
-                shutil.rmtree(self.path)
+        if self._mark.exists() and not _trusted(self._mark.read_bytes(), _boot_id()):
+            _log.warning(
+                "the row store %s was open when the machine went down, so that pages may be missing; "
+                "it is begun anew from the registry",
+                self.path,
+            )
+            shutil.rmtree(self.path)
 
     def _write_mark(self, clean: bool) -> None:
         temporary = self._mark.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"clean": clean, "boot_id": _boot_id()}))
+        temporary.unlink(missing_ok=True)
+        durable.write(temporary, json.dumps({"clean": clean, "boot_id": _boot_id()}).encode())
         temporary.replace(self._mark)
+        durable.sync_directory(self.path)
 
     def parsed(self, pointer: bytes, transaction: lmdb.Transaction) -> Served:
         """The record a pointer (version, serial) names; the last one parsed is kept."""
@@ -259,9 +268,10 @@ class RowStore:
         try:
             with self._environment.begin(write=True) as transaction:
                 yield transaction
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
+        except (lmdb.Error, OSError) as error:
             raise StoreFull(
-                f"the row store {self.path} is full ({error}); free disk space or raise serving.map_gb"
+                f"the row store {self.path} could not be written ({error}); nothing was changed: free disk space or "
+                "raise serving.map_gb, and start again"
             ) from None
 
     def accepts(self, manifest: Manifest) -> bool:
@@ -498,16 +508,51 @@ class RowStore:
         return int(self._environment.reader_check())
 
     def sync(self) -> None:
-        """Makes everything applied so far durable."""
-        self._environment.sync(True)
+        """Makes everything applied so far durable.
+
+        Raises:
+            StoreFull: The disk refused.
+        """
+        try:
+            self._environment.sync(True)
+        except (lmdb.Error, OSError) as error:
+            raise StoreFull(
+                f"the row store {self.path} could not be synced ({error}); free disk space and start again"
+            ) from None
 
     def close(self) -> None:
-        """Syncs and closes; call it once no reader is open."""
+        """Syncs and closes; call it once no reader is open.
+
+        Raises:
+            StoreFull: The disk refused; the store is closed without the mark, as after a kill.
+        """
+        try:
+            if not self._readonly:
+                self.sync()
+        finally:
+            self._environment.close()
         if not self._readonly:
-            self.sync()
-        self._environment.close()
-        if not self._readonly:
-            self._write_mark(clean=True)
+            try:
+                self._write_mark(clean=True)
+            except OSError as error:
+                raise StoreFull(
+                    f"the row store {self.path} could not be closed in order ({error}); free disk space"
+                ) from None
+
+
+def _trusted(mark: bytes, boot_id: str) -> bool:
+    """Whether a store with this mark has all its pages: closed in order, or open under this very start of the machine.
+
+    >>> _trusted(b'{"clean": false, "boot_id": "a"}', "a"), _trusted(b'{"clean": false, "boot_id": "a"}', "b")
+    (True, False)
+    >>> _trusted(b'{"cle', "a")
+    False
+    """
+    try:
+        fields = json.loads(mark)
+        return bool(fields["clean"]) or fields["boot_id"] == boot_id
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _boot_id() -> str:

@@ -12,14 +12,15 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from state import durable, killpoints, manifest
-from state.errors import CorruptVersion, UnknownVersion
+from state.errors import CorruptVersion, UnknownVersion, UnusableRegistry, reason_of
 from state.manifest import Kind, Manifest, Visible, sees
 
 MANIFEST = "manifest.json"
@@ -46,6 +47,24 @@ class _Corrupt(CorruptVersion):
         self.version = version
 
 
+@contextmanager
+def usable(doing: str) -> Iterator[None]:
+    """Turns what the operating system refuses into an error of ours.
+
+    A file that cannot be read is not a damaged one: nothing is set aside, and
+    nothing older is taken in its place.
+
+    Raises:
+        UnusableRegistry: The disk is full or read-only, or rights are missing.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnusableRegistry(
+            f"the registry cannot {doing} ({reason_of(error)}); free space or correct its access rights, and start again"
+        ) from error
+
+
 class _Numbers:
     """The version numbers that a directory holds, listed again only when it changed."""
 
@@ -66,10 +85,11 @@ class _Numbers:
         return self._last
 
     def _refresh(self) -> None:
-        changed_ns = self.path.stat().st_mtime_ns
-        if changed_ns == self._changed_ns:
-            return
-        names = os.listdir(self.path)  # noqa: PTH208 - thousands of names, polled
+        with usable("be listed"):
+            changed_ns = self.path.stat().st_mtime_ns
+            if changed_ns == self._changed_ns:
+                return
+            names = os.listdir(self.path)  # noqa: PTH208 - thousands of names, polled
         self._good = tuple(sorted(int(name) for name in names if name.isdecimal()))
         self._last = max((self._last, *(int(name.partition(".")[0]) for name in names)))
         self._changed_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
@@ -80,8 +100,10 @@ class Versions:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        for name in (*_FOLDERS.values(), "tmp"):
-            (path / name).mkdir(parents=True, exist_ok=True)
+        # Whoever only reads may do without the rest, and an applier waits for its registry: the first use says what is wrong.
+        with suppress(OSError):
+            for name in (*_FOLDERS.values(), "tmp"):
+                (path / name).mkdir(parents=True, exist_ok=True)
         self._numbers = {kind: _Numbers(path / name) for kind, name in _FOLDERS.items()}
         self._manifests: dict[Path, Manifest] = {}
 
@@ -114,7 +136,7 @@ class Versions:
             if found := self._manifests.get(folder):
                 return found
             try:
-                found = manifest.decode((folder / MANIFEST).read_bytes())
+                found = manifest.decode(file_bytes(folder / MANIFEST))
             except FileNotFoundError:
                 if folder.is_dir():
                     raise _Corrupt(wanted, version, f"{folder / MANIFEST} is missing") from None
@@ -140,7 +162,7 @@ class Versions:
         if entry is None:
             raise _Corrupt(found.kind, found.version, f"it never had a file {path}")
         try:
-            data = path.read_bytes()
+            data = file_bytes(path)
         except FileNotFoundError:
             if not path.parent.is_dir():
                 self._manifests.pop(path.parent, None)
@@ -175,8 +197,9 @@ class Versions:
 
     def next_after(self, version: int) -> int | None:
         """The next complete version with a higher number, of whatever epoch; cheap enough to poll."""
-        if (self.folder("delta", version + 1) / MANIFEST).exists():
-            return version + 1
+        with usable("be read"):
+            if (self.folder("delta", version + 1) / MANIFEST).exists():
+                return version + 1
         return next((found for found in self.versions() if found > version), None)
 
     def visible(self, version: int) -> Visible:
@@ -241,8 +264,9 @@ class Versions:
             for count in range(1_000_000)
             if not (path := folder.with_name(f"{folder.name}.bad{count or ''}")).exists()
         )
-        folder.rename(aside)
-        durable.sync_directory(folder.parent)
+        with usable(f"set aside version {version}, which is damaged"):
+            folder.rename(aside)
+            durable.sync_directory(folder.parent)
         self._manifests.pop(folder, None)
         _log.error("set aside %s of version %d as %s: %s", kind, version, aside, reason)
         return aside
@@ -251,9 +275,10 @@ class Versions:
         """Takes a delta or base away for good; it vanishes by one rename."""
         folder = self.folder(kind, version)
         grave = self._temporary(f"removed-{kind}-{version}")
-        folder.rename(grave)
-        self._manifests.pop(folder, None)
-        shutil.rmtree(grave)
+        with usable(f"give up version {version}"):
+            folder.rename(grave)
+            self._manifests.pop(folder, None)
+            shutil.rmtree(grave)
 
     def add(self, made: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None) -> bool:
         """Adds a delta or base; complete and durable when this returns. False where the number is taken.
@@ -261,7 +286,14 @@ class Versions:
         1. Files and manifest are written under `tmp/` and synced.
         2. `last_check` may still refuse by an exception.
         3. One rename makes it appear; the directory is synced.
+
+        Raises:
+            UnusableRegistry: The disk refused; nothing of it is left.
         """
+        with usable(f"take version {made.version}"):
+            return self._add(made, files, last_check)
+
+    def _add(self, made: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None]) -> bool:
         final = self.folder(made.kind, made.version)
         temporary = self._temporary(f"{made.kind}-{made.version}")
         temporary.mkdir()
@@ -296,9 +328,10 @@ class Versions:
 
     def sweep(self) -> list[str]:
         """Deletes what dead writers left under `tmp/`; returns the names."""
-        left = [path for path in (self.path / "tmp").iterdir() if durable.is_dead(path.name.rpartition("~")[2])]
-        for path in left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with usable("be swept"):
+            left = [path for path in (self.path / "tmp").iterdir() if durable.is_dead(path.name.rpartition("~")[2])]
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return [path.name for path in left]
 
     def _temporary(self, what: str) -> Path:
@@ -313,3 +346,18 @@ class Versions:
             *[number for number in kept if number > version][:1],
         ]
         return f"take {' or '.join(map(str, nearest))}" if nearest else "there is none yet"
+
+
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UnusableRegistry: It is there and cannot be read.
+    """
+    with usable("be read"):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            missing = error
+    raise missing

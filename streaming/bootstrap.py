@@ -33,7 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from state.config import Settings, load
-from state.errors import SaltMismatch, SettingsError, SpringtideError
+from state.errors import SaltMismatch, SettingsError, SpringtideError, of_disk
 from state.events import Parser, Salt, load_salt
 from state.features import FeatureSpec
 from state.history import HistoryStore
@@ -286,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load(sys.argv[1:] if argv is None else argv, os.environ)
         began = time.monotonic()
         done = run(settings, logger.info)
-    except SpringtideError as error:
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     logger.info(

@@ -1,5 +1,8 @@
 """The job as one sentence, and the process around it: `python -m streaming.pipeline [--section.name VALUE ...]`.
 
+Where clicks were deleted before they were read the process ends and says which; with
+`--accept-gap P:A-B --reason TEXT` it counts them as a gap and goes on.
+
 SIGTERM and SIGINT end it cleanly: the source returns, what is gathered is
 written and committed, and the process ends with 0. Everything else that ends
 it is one line on the standard error and exit code 1 (2 for a wrong setting).
@@ -18,8 +21,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
+from state.actor import actor
 from state.config import load
-from state.errors import SpringtideError
+from state.errors import GapError, SpringtideError, of_disk
+from state.gaps import how_to_go_on, take_options
 from streaming.parse import ParseEvents
 from streaming.profile import ProfileDoFn
 from streaming.shard import Shard, open_shard
@@ -64,12 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("apache_beam", "kafka"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     try:
-        settings = load(sys.argv[1:] if argv is None else argv, os.environ)
-        with open_shard(settings) as shard:
+        consent, flags = take_options(sys.argv[1:] if argv is None else argv, actor())
+        settings = load(flags, os.environ)
+        with open_shard(settings, consent) as shard:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: shard.stopping.set())
             run(shard)
-    except SpringtideError as error:
+    except GapError as error:
+        logger.error("%s: %s", type(error).__name__, how_to_go_on(error, "springtide stream"))
+        return error.exit_code
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     logger.info("stopped; everything read is committed")

@@ -24,7 +24,7 @@ from itertools import pairwise
 
 from state.config import Settings, load
 from state.control import Control
-from state.errors import SpringtideError
+from state.errors import SpringtideError, UnusableRegistry, of_disk
 from state.lock import DirectoryLock
 from state.manifest import Kind, Manifest
 from state.registry import SERVING, TRAINING, Registry
@@ -165,7 +165,12 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
     with DirectoryLock(settings.registry_dir, LOCK):
         registry = Registry(settings.registry_dir)
         began = time.monotonic()
-        made = compact(registry)
+        try:
+            made = compact(registry)
+        except UnusableRegistry:
+            # A full disk is the best reason to remove what is beyond its tier.
+            retain(registry, Tiers.of(settings), int(clock() * 1000))
+            raise
         if made is not None:
             size = sum(entry.bytes for entry in made.files.values())
             logger.info("base of version %d: %.1f MB in %.1f s", made.version, size / 1e6, time.monotonic() - began)
@@ -180,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.nice(NICENESS)
     try:
         run(load(sys.argv[1:] if argv is None else argv, os.environ))
-    except SpringtideError as error:
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     return 0

@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 
 from state.config import Settings, load
 from state.control import start
-from state.errors import SpringtideError
+from state.errors import SpringtideError, of_disk
 from state.features import FeatureSpec
 from state.hush import hushed, own_stderr, quieten
 from state.lock import DirectoryLock
@@ -187,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         run(load(arguments, os.environ), arguments, stopping)
-    except SpringtideError as error:
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     return 0

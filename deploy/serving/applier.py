@@ -24,7 +24,16 @@ from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
 from deploy.serving.host import HISTORIES, PROGRAMS, ROWS
 from state.config import Settings, load
-from state.errors import CorruptStore, GapError, LogError, RegistryError, SpecMismatch, SpringtideError, UnknownTopic
+from state.errors import (
+    CorruptStore,
+    GapError,
+    LogError,
+    RegistryError,
+    SpecMismatch,
+    SpringtideError,
+    UnknownTopic,
+    of_disk,
+)
 from state.features import FeatureSpec
 from state.history import HistoryStore
 from state.lock import DirectoryLock
@@ -221,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
                 Applier(settings, registry, stop).run()
             finally:
                 stop_metrics()
-    except SpringtideError as error:
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
         print(f"applier: {error}", file=sys.stderr)
         return error.exit_code
     return 0

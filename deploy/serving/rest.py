@@ -37,7 +37,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from deploy.serving.host import Host
 from deploy.serving.predictor import MOST_AT_ONCE, Query
 from state.config import Settings, load
-from state.errors import PortTaken, SpringtideError
+from state.errors import PortTaken, SpringtideError, of_disk
 from state.identity import load_salt
 from state.metrics import WorkerMetrics
 
@@ -405,7 +405,8 @@ def main(argv: list[str] | None = None) -> int:
         if settings.serving.workers > 1:
             return serve_all(settings, arguments)
         serve(settings)
-    except SpringtideError as error:
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
         print(f"serving worker: {error}", file=sys.stderr)
         return error.exit_code
     return 0
