@@ -7,10 +7,13 @@ neither a resolution nor the network.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from state.errors import KafkaFailed
 
@@ -93,6 +96,13 @@ def resolve(directory: Path) -> list[Path]:
 def _from_jgo() -> list[Path]:
     import jgo
 
+    # jgo rewrites an environment's folder in place: two at once would list a half of it.
+    with (Path(tempfile.gettempdir()) / f"springtide-jars-{os.getuid()}.lock").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        return _listed(jgo)
+
+
+def _listed(jgo: Any) -> list[Path]:
     paths = [Path(path) for path in jgo.build("+".join(COORDINATES)).all_jars]
     versions = {
         found[1] for path in paths if (found := re.fullmatch(r"(?:log4j-core|kafka-clients)-(.+)\.jar", path.name))
@@ -103,4 +113,6 @@ def _from_jgo() -> list[Path]:
         for path in jgo.build(f"{BINDING}:{log4j}").all_jars
         if Path(path).name == f"log4j-slf4j-impl-{log4j}.jar"
     ]
+    if not binding:
+        raise FileNotFoundError(f"no log4j-slf4j-impl-{log4j}.jar among what {BINDING}:{log4j} resolved to")
     return paths + binding
