@@ -25,6 +25,7 @@ from deploy.recordings_journal import Journal, Position
 from deploy.recordings_progress import Progress, shown_reasons
 from deploy.recordings_rows import I64, NO_TIME, Encoded, Encoder, joined, time_of
 from deploy.recordings_send import LARGEST_VALUE, Judge, Piece, Record, missing, rows_within
+from state import killpoints
 from state.errors import SettingsError
 from state.events import Reason
 from state.sections import Events
@@ -296,7 +297,9 @@ class _Run:
             unsendable=position.unsendable + count - len(rows),
         )
         self._journal.write(self._position)
+        killpoints.reach("replay.promised")
         ends = self._destination.send(piece) if len(piece) else {}
+        killpoints.reach("replay.acknowledged")
         self._position = self._position.after(stamped.hand(after - 1), {**position.ends, **ends})
         self._sent += count
         high_ms = stamped.high_ms[first:after]

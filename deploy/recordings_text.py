@@ -132,7 +132,7 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
         number, text = found
         if not text.strip():
             continue
-        if text.count(b'"') % 2 == 0:
+        if b'"' not in text or text.count(b'"') % 2 == 0:
             cells = _split(text, delimiter)
             yield number, text.rstrip(b"\r\n"), cells if cells is not None and len(cells) == width else None
             continue

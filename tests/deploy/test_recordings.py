@@ -19,7 +19,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.recordings import Recording, RecordedFile, constants_of, find
+from deploy.recordings import RecordedFile, Recording, constants_of, find
 from deploy.recordings_rows import Rows
 from deploy.recordings_text import csv_rows, json_rows
 from state.errors import SettingsError, UnreadableRecording

@@ -249,7 +249,7 @@ def test_the_first_refused_rows_are_named_without_their_ids(tmp_path: Path) -> N
 def test_a_wrong_mapping_stops_before_anything_is_sent(tmp_path: Path) -> None:
     rows = [f"u,i,c,pv,{BEGIN_S + n}" for n in range(20)]
     topic, recording = Topic(), write(tmp_path, rows)
-    with pytest.raises(SettingsError, match="16 unknown_action.*nothing was sent"):
+    with pytest.raises(SettingsError, match=r"16 unknown_action.*nothing was sent"):
         run(recording, tmp_path / "j", topic)
     assert topic.log == []
     # Corrected, it begins at the beginning.

@@ -20,6 +20,7 @@ from state.events import decode_json
 from state.sections import Events
 
 LATEST = 1_800_000_000_000
+DEFAULT = Events()
 AT_MS = 1_700_000_000_000
 
 
@@ -28,7 +29,7 @@ def rows(broken: frozenset[int] = frozenset(), **columns: list[Any]) -> Rows:
     return Rows(columns, np.arange(1, count + 1), broken, lambda row: f"text of {row}".encode())
 
 
-def one(events: Events = Events(), constants: dict[str, str] | None = None, **fields: Any) -> tuple[Encoded, bytes]:
+def one(events: Events = DEFAULT, constants: dict[str, str] | None = None, **fields: Any) -> tuple[Encoded, bytes]:
     encoder = Encoder(events, constants or {}, LATEST)
     encoded = encoder.encode(rows(**{name: [value] for name, value in fields.items()}), 0)
     return encoded, encoder.values(encoded, encoded.at_ms)[0]
