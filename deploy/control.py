@@ -7,9 +7,7 @@ and converge. Asked twice, it changes nothing the second time.
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from deploy import plan
 from deploy.versions import open_registry, readable, table
 from state import control as transitions
+from state.actor import actor
 from state.config import Settings
 from state.control import Control
 from state.errors import LogError, RegistryError, SaltMismatch, SettingsError
@@ -184,14 +183,6 @@ def log_end(settings: Settings) -> int | None:
             topics.close()
     except (LogError, KeyError):
         return None
-
-
-def actor() -> str:
-    """Who gives the command: the user of the operating system, behind sudo the one who called it."""
-    try:
-        return os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError):
-        return f"uid {os.getuid()}"
 
 
 def control_document(control: Control) -> dict[str, Any]:

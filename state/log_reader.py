@@ -21,9 +21,11 @@ from kafka.structs import TopicPartition
 
 from state import log_hook
 from state.errors import GapError, LogError, UnknownTopic, UnreachableBroker
+from state.gaps import Gap
 from state.log_batches import I64, Chunk
 from state.log_client import connect, translated
 from state.log_topics import Topics
+from state.positions import Source
 from state.sections import Kafka
 
 FETCH_BYTES = 2 * 1024 * 1024
@@ -244,7 +246,7 @@ class Reader:
             begin, end = ends[partition]
             ours = positions.get(partition, end if from_end else begin)
             if not begin <= ours <= end:
-                raise _gap(self.topic, partition, ours, begin, end)
+                raise _gap(self.topic, self.topic_id, partition, ours, begin, end)
             found[partition] = ours
         return found
 
@@ -268,7 +270,7 @@ class Reader:
             for partition, ours in self._positions.items():
                 begin, end = ends[partition]
                 if not begin <= ours <= end:
-                    raise _gap(self.topic, partition, ours, begin, end) from problem
+                    raise _gap(self.topic, self.topic_id, partition, ours, begin, end) from problem
             # Deleted up to our very position since we asked: nothing is lost.
             self._assign()
             return
@@ -366,12 +368,13 @@ class Reader:
         raise LogError(f"cannot read topic {self.topic}: {problem}") from problem
 
 
-def _gap(topic: str, partition: int, ours: int, begin: int, end: int) -> GapError:
+def _gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
     if ours < begin:
         return GapError(
             f"topic {topic} partition {partition}: we were at {ours}, but the log now begins at {begin}: "
             f"{begin - ours} positions were deleted unread; restore them, raise the topic's retention.ms, or accept "
-            "the loss by moving the position"
+            "the loss",
+            Gap(Source(topic_id, partition), ours, begin),
         )
     return GapError(
         f"topic {topic} partition {partition}: we were at {ours}, but the log ends at {end}: it was truncated or "

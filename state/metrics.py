@@ -55,6 +55,22 @@ class StreamMetrics:
             registry=registry,
         )
         self.cached_users = Gauge(prefix + "cached_users", "Users whose histories are in memory.", registry=registry)
+        self.accounting_positions = Gauge(
+            "springtide_accounting_positions",
+            "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.accounting_faults = Gauge(
+            "springtide_accounting_stream_faults",
+            "Accounts of the stream that do not balance; 0 when each position has one outcome.",
+            registry=registry,
+        )
+        self.gaps_accepted = Counter(
+            prefix + "gaps_accepted",
+            "Gaps in the clicks topic that operators accepted since the store began.",
+            registry=registry,
+        )
 
 
 class TrainerMetrics:
@@ -103,6 +119,21 @@ class TrainerMetrics:
             prefix + "guard", "The guard's verdicts: accept, skip, hold.", ["verdict"], registry=registry
         )
         self.held = Gauge(prefix + "held", "1 while the guard holds training.", registry=registry)
+        self.accounting_rows = Gauge(
+            "springtide_accounting_rows",
+            "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked; "
+            "gap counts positions that no record held.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.accounting_faults = Gauge(
+            "springtide_accounting_trainer_faults",
+            "Accounts of the trainer that do not balance; 0 when each row has one outcome.",
+            registry=registry,
+        )
+        self.gaps_accepted = Counter(
+            prefix + "gaps_accepted", "Gaps that operators accepted since the registry began.", registry=registry
+        )
 
 
 class ApplierMetrics:
@@ -146,10 +177,14 @@ class ApplierMetrics:
             prefix + "history_duplicates", "Rows of the micro-batch topic that the histories had.", registry=registry
         )
         self.gap_positions = Counter(
-            prefix + "gap_positions", "Positions that no micro-batch covered, or that were deleted unread.", registry=registry
+            prefix + "gap_positions",
+            "Positions that no micro-batch covered, or that were deleted unread.",
+            registry=registry,
         )
         self.unreadable_microbatches = Counter(
-            prefix + "unreadable_microbatches", "Records of the micro-batch topic that are no micro-batch.", registry=registry
+            prefix + "unreadable_microbatches",
+            "Records of the micro-batch topic that are no micro-batch.",
+            registry=registry,
         )
         self.log_failures = Counter(
             prefix + "log_failures", "Times that the micro-batch topic could not be read.", registry=registry

@@ -77,6 +77,7 @@ class Range:
         dead: How many went to the dead letters.
         filtered: How many were left out on purpose (too old, masked).
         absent: How many hold no record: transaction markers, aborted, compacted.
+        gap: How many were deleted before anybody read them, a loss that an operator accepted.
     """
 
     source: Source
@@ -86,24 +87,26 @@ class Range:
     dead: int = 0
     filtered: int = 0
     absent: int = 0
+    gap: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError unless each offset has exactly one outcome."""
-        outcomes = (self.rows, self.dead, self.filtered, self.absent)
+        outcomes = (self.rows, self.dead, self.filtered, self.absent, self.gap)
         if self.first < 0 or min(outcomes) < 0 or self.next - self.first != sum(outcomes):
             raise ValueError(
                 f"offsets [{self.first}, {self.next}) of {self.source} do not add up: "
-                f"{self.rows} rows + {self.dead} dead + {self.filtered} filtered + {self.absent} absent"
+                f"{self.rows} rows + {self.dead} dead + {self.filtered} filtered + {self.absent} absent + {self.gap} gap"
             )
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """The number of offsets by outcome.
+        """The number of offsets by outcome; a gap is named only where there is one.
 
         >>> Range(Source("ab" * 16, 0), 5, 8, rows=2, dead=1).outcomes
         {'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
         """
-        return {"rows": self.rows, "dead": self.dead, "filtered": self.filtered, "absent": self.absent}
+        found = {"rows": self.rows, "dead": self.dead, "filtered": self.filtered, "absent": self.absent}
+        return found | {"gap": self.gap} if self.gap else found
 
 
 def merge_ranges(earlier: Range, later: Range) -> Range:
@@ -130,6 +133,7 @@ def merge_ranges(earlier: Range, later: Range) -> Range:
         dead=earlier.dead + later.dead,
         filtered=earlier.filtered + later.filtered,
         absent=earlier.absent + later.absent,
+        gap=earlier.gap + later.gap,
     )
 
 
@@ -137,8 +141,8 @@ def split_range(whole: Range, at: int, rows_before: int) -> tuple[Range, Range]:
     """Cuts `whole` before offset `at`, where `rows_before` of its rows lie below.
 
     A range says how many offsets were dead, filtered and absent, and not
-    which: the part before takes the dead first, then the filtered, then the
-    absent. The sums over both parts are those of the whole.
+    which: the part before takes the dead first, then the filtered, the absent
+    and the gap. The sums over both parts are those of the whole.
 
     >>> before, after = split_range(Range(Source("ab" * 16, 0), 0, 10, rows=7, dead=1, absent=2), at=5, rows_before=3)
     >>> before.outcomes, after.outcomes["rows"], after.outcomes["absent"]
@@ -150,9 +154,10 @@ def split_range(whole: Range, at: int, rows_before: int) -> tuple[Range, Range]:
     rest = at - whole.first - rows_before
     dead = min(rest, whole.dead)
     filtered = min(rest - dead, whole.filtered)
-    absent = rest - dead - filtered
+    absent = min(rest - dead - filtered, whole.absent)
+    gap = rest - dead - filtered - absent
     return (
-        Range(whole.source, whole.first, at, rows_before, dead, filtered, absent),
+        Range(whole.source, whole.first, at, rows_before, dead, filtered, absent, gap),
         Range(
             whole.source,
             at,
@@ -161,6 +166,7 @@ def split_range(whole: Range, at: int, rows_before: int) -> tuple[Range, Range]:
             whole.dead - dead,
             whole.filtered - filtered,
             whole.absent - absent,
+            whole.gap - gap,
         ),
     )
 
@@ -193,8 +199,8 @@ def from_json(document: Mapping[str, Any]) -> Range:
     if not isinstance(topic_id, str) or not _TOPIC_ID.fullmatch(topic_id):
         raise ValueError(f"topic_id {topic_id!r} is not 32 hexadecimal digits")
     numbers = {}
-    for name in ("partition", "first", "next", "rows", "dead", "filtered", "absent", "bucket", "buckets"):
-        number = document.get(name, {"bucket": 0, "buckets": 1}.get(name))
+    for name in ("partition", "first", "next", "rows", "dead", "filtered", "absent", "gap", "bucket", "buckets"):
+        number = document.get(name, {"gap": 0, "bucket": 0, "buckets": 1}.get(name))
         if not isinstance(number, int) or isinstance(number, bool):
             raise ValueError(f"{name} {number!r} of a range is not an integer")
         numbers[name] = number
@@ -212,6 +218,7 @@ class StreamAccount:
         dead: Offsets that went to the dead letters.
         filtered: Offsets left out on purpose.
         absent: Offsets without a record.
+        gap: Offsets deleted unread, a loss that an operator accepted.
     """
 
     positions: int
@@ -219,6 +226,17 @@ class StreamAccount:
     dead: int = 0
     filtered: int = 0
     absent: int = 0
+    gap: int = 0
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int]) -> StreamAccount:
+        """The account of one source, as the history store counts it.
+
+        >>> StreamAccount.of({"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}).positions
+        2
+        """
+        outcomes = {name: counts.get(name, 0) for name in ("rows", "dead", "filtered", "absent", "gap")}
+        return cls(counts["next"] - counts["first"], **outcomes)
 
 
 @dataclass(frozen=True)
@@ -228,9 +246,11 @@ class TrainerAccount:
     Attributes:
         rows: Rows in the log, duplicates written again after a crash included.
         trained: Rows learned from.
-        skipped: Rows left out by the guard or the mask.
+        skipped: Rows left out by the guard.
         duplicate: Rows seen before, by their source position.
         in_flight: Rows not yet taken, counted on their own (log end less the trainer's offset).
+        masked: Rows left out by a mask.
+        gap: Source offsets that no record of the log held, a loss that an operator accepted.
     """
 
     rows: int
@@ -238,30 +258,95 @@ class TrainerAccount:
     skipped: int = 0
     duplicate: int = 0
     in_flight: int = 0
+    masked: int = 0
+    gap: int = 0
 
 
-def check_accounts(stream: StreamAccount | None = None, trainer: TrainerAccount | None = None) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class BrokerAccount:
+    """One source as the stream has it and as the broker has it.
+
+    Attributes:
+        source: Which.
+        next: The stream's next offset.
+        begin: The first offset that the broker keeps.
+        end: The offset after the last one.
+    """
+
+    source: Source
+    next: int
+    begin: int
+    end: int
+
+    @property
+    def unread(self) -> int:
+        """Offsets that are still to be read.
+
+        >>> BrokerAccount(Source("ab" * 16, 0), next=5, begin=0, end=9).unread
+        4
+        """
+        return max(0, self.end - self.next)
+
+
+def check_accounts(
+    stream: StreamAccount | None = None,
+    trainer: TrainerAccount | None = None,
+    broker: Iterable[BrokerAccount] = (),
+) -> tuple[str, ...]:
     """Says where the accounts of one cut do not balance; empty where they do.
+
+    1. In the stream each offset has one outcome.
+    2. In the trainer each row of the log has one outcome.
+    3. The stream's rows are the log's rows without the duplicates: no row was
+       lost between the two, none came twice. Where the trainer accepted a gap,
+       at most that many rows may be missing.
+    4. The broker still has what is to be read, and does not end before us.
 
     >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
     ()
     >>> check_accounts(StreamAccount(positions=10, rows=8))
-    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent = 8',)
+    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent + 0 gap = 8',)
+    >>> check_accounts(StreamAccount(positions=8, rows=8), TrainerAccount(rows=7, trained=7))
+    ('log: the stream made 8 rows, but the log holds 7 without duplicates: 1 lost',)
     """
     found = []
+    # 1.
     if stream is not None:
-        total = stream.rows + stream.dead + stream.filtered + stream.absent
+        total = stream.rows + stream.dead + stream.filtered + stream.absent + stream.gap
         if total != stream.positions:
             found.append(
                 f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
-                f"{stream.filtered} filtered + {stream.absent} absent = {total}"
+                f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap = {total}"
             )
+    # 2.
     if trainer is not None:
-        total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.in_flight
+        total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
         if total != trainer.rows:
             found.append(
                 f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
-                f"{trainer.duplicate} duplicate + {trainer.in_flight} in flight = {total}"
+                f"{trainer.duplicate} duplicate + {trainer.masked} masked + {trainer.in_flight} in flight = {total}"
+            )
+    # 3.
+    if stream is not None and trainer is not None:
+        distinct = trainer.rows - trainer.duplicate
+        lost = stream.rows - distinct
+        if not 0 <= lost <= trainer.gap:
+            what = f"{-lost} came twice" if lost < 0 else f"{lost - trainer.gap} lost"
+            accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
+            found.append(
+                f"log: the stream made {stream.rows} rows, but the log holds {distinct} without duplicates{accepted}: {what}"
+            )
+    # 4.
+    for one in broker:
+        if one.begin > one.next:
+            found.append(
+                f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
+                f"{one.begin - one.next} positions were deleted unread"
+            )
+        elif one.end < one.next:
+            found.append(
+                f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
+                "it lost its newest records, or another cluster answers"
             )
     return tuple(found)
 

@@ -75,12 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: shard.stopping.set())
             run(shard)
-    except GapError as error:
-        logger.error("%s: %s", type(error).__name__, how_to_go_on(error, "springtide stream"))
-        return error.exit_code
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
-        logger.error("%s: %s", type(error).__name__, error)
+        told = how_to_go_on(error, "springtide stream") if isinstance(error, GapError) else error
+        logger.error("%s: %s", type(error).__name__, told)
         return error.exit_code
     logger.info("stopped; everything read is committed")
     return 0

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
@@ -20,16 +22,21 @@ from state.config import Settings
 from state.errors import SaltMismatch, SpecMismatch
 from state.events import Parser, load_salt
 from state.features import FeatureSpec
+from state.gaps import Consent
 from state.history import Appends, HistoryStore
 from state.lock import DirectoryLock
 from state.log import Reader, Topics, Writer
 from state.metrics import StreamMetrics
+from state.microbatch import Rows
 from state.positions import Source
+from streaming import accounts
+from streaming.cut import Cut, encode_cut
 from streaming.profile import Profiler
 
 logger = logging.getLogger(__name__)
 
 SPEC, SALT = "spec", "salt"  # names of the store's extras
+NO_CONSENT = Consent()
 
 
 @dataclass
@@ -97,7 +104,7 @@ def installed(shard: Shard) -> Iterator[Shard]:
 
 
 @contextmanager
-def open_shard(settings: Settings) -> Iterator[Shard]:
+def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Shard]:
     """Opens what a stream process owns, in the order in which a mistake does the least harm.
 
     1. The directory's lock, so that nobody else has the store.
@@ -105,14 +112,20 @@ def open_shard(settings: Settings) -> Iterator[Shard]:
     3. The metrics' port.
     4. The topics; a missing topic of clicks is an error, the two others are created.
     5. The writer, which fences one with the same transactional id.
-    6. The reader, at the store's positions.
+    6. The gaps that `consent` covers are passed, with a record of it; any other one ends the process.
+    7. The reader, at the store's positions.
+
+    Args:
+        settings: The effective settings.
+        consent: The losses that the operator accepts.
 
     Raises:
         LockHeld: Another process has the directory.
         SaltMismatch: The store's pseudonyms were made with another salt.
         SpecMismatch: The store belongs to other feature settings.
         PortTaken: The metrics' port is in use.
-        LogError: Kafka is not reachable, a topic is missing, or positions are gone.
+        GapError: Positions are gone, and nobody accepted it.
+        LogError: Kafka is not reachable, or a topic is missing.
         StoreError: The store cannot be opened.
     """
     stream, kafka = settings.stream, settings.kafka
@@ -144,15 +157,23 @@ def open_shard(settings: Settings) -> Iterator[Shard]:
         writer = Writer(kafka, transactional_id=f"springtide-stream-{stream.shard}")
         stack.callback(writer.close)
         # 6.
+        parser, profiler = Parser(settings.events, salt), Profiler(store, spec, stream.cache_users)
+        partitions = partitions_of(stream.shard, stream.shards, clicks.partitions)
+        ends = topics.ends(kafka.clicks_topic)
+        mine = {one: ends[one] for one in (ends if partitions is None else partitions)}
+        gaps = accounts.missing(clicks.topic_id, store.positions(), mine)
+        if gaps:
+            empty = replace(parser.parse([]), ranges=accounts.as_ranges(gaps))
+            write = partial(write_gaps, settings, writer, profiler.update(empty), spec.digest, salt.fingerprint)
+            accounts.pass_gaps(store, gaps, consent, kafka.clicks_topic, time.time_ns() // 1_000_000, write)
+        # 7.
         committed = store.positions()
         positions = {
             source.partition: after for source, after in committed.items() if source.topic_id == clicks.topic_id
         }
         if committed and not positions:
             logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
-        reader = Reader(
-            kafka, kafka.clicks_topic, partitions_of(stream.shard, stream.shards, clicks.partitions), positions
-        )
+        reader = Reader(kafka, kafka.clicks_topic, partitions, positions)
         stack.callback(reader.close)
         shard = Shard(
             settings=settings,
@@ -162,12 +183,14 @@ def open_shard(settings: Settings) -> Iterator[Shard]:
             store=store,
             reader=reader,
             writer=writer,
-            parser=Parser(settings.events, salt),
-            profiler=Profiler(store, spec, stream.cache_users),
+            parser=parser,
+            profiler=profiler,
             metrics=counted,
             committed=committed,
             closing=stack,
         )
+        counted.gaps_accepted.inc(len(accounts.accepted(store)))
+        accounts.show(store, counted)
         logger.info(
             "reading %s (%d partitions) from %s, feature spec %s",
             kafka.clicks_topic,
@@ -185,6 +208,14 @@ def partitions_of(shard: int, shards: int, partitions: int) -> list[int] | None:
     ([1, 3], None)
     """
     return None if shards == 1 else [one for one in range(partitions) if one % shards == shard]
+
+
+def write_gaps(settings: Settings, writer: Writer, rows: Rows, spec: str, salt: str, now_ms: int) -> None:
+    """Tells the readers of the training log about gaps: a micro-batch without rows, whose ranges name them."""
+    stream, kafka = settings.stream, settings.kafka
+    with writer.transaction():
+        for value in encode_cut(Cut((rows,), now_ms), spec, salt, stream.cut_rows, stream.max_record_bytes):
+            writer.send(kafka.microbatches_topic, 0, None, value, [], now_ms)
 
 
 def check_identity(store: HistoryStore, spec: str, salt: str) -> None:

@@ -25,6 +25,7 @@ from state import killpoints
 from state.errors import LogError
 from state.events import DeadLetter
 from state.microbatch import Rows
+from streaming import accounts
 from streaming.cut import Cut, Cutter, encode_cut, merge_all, merge_appends
 from streaming.shard import Shard, current
 
@@ -67,6 +68,7 @@ class CommitThread:
         self._sync_due_s = time.monotonic() + shard.settings.stream.sync_s
         self._group_due_s = 0.0
         self._group_fails = False
+        self._faults: tuple[str, ...] = ()
         self._truncated = [index for index, name in enumerate(shard.spec.names) if name == "truncated"]
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
         self._thread.start()
@@ -164,6 +166,7 @@ class CommitThread:
         self._count(pieces, letters, len(values))
         # 3.
         if time.monotonic() >= self._group_due_s:
+            self._faults = accounts.show(shard.store, shard.metrics, self._faults)
             self._show_group()
             killpoints.reach("stream.grouped")
         if time.monotonic() >= self._sync_due_s:

@@ -74,15 +74,17 @@ class StreamProcess:
         settings: Its settings.
         log: Where its standard error goes.
         kill_at: The kill point that is armed; empty for none.
+        arguments: Its command line.
     """
 
-    def __init__(self, settings: Settings, log: Path, kill_at: str = "") -> None:
+    def __init__(self, settings: Settings, log: Path, kill_at: str = "", arguments: Sequence[str] = ()) -> None:
         self.log = log
         env = {**os.environ, **settings.environment(), "SPRINGTIDE_KILL_AT": kill_at}
         if not kill_at:
             del env["SPRINGTIDE_KILL_AT"]
         with log.open("ab") as errors:
-            self.process = subprocess.Popen([sys.executable, "-m", "streaming.pipeline"], env=env, stderr=errors)
+            command = [sys.executable, "-m", "streaming.pipeline", *arguments]
+            self.process = subprocess.Popen(command, env=env, stderr=errors)
 
     def wait(self) -> int:
         """The exit code."""
@@ -100,9 +102,9 @@ class StreamProcess:
 
 
 @contextmanager
-def running(settings: Settings, log: Path, kill_at: str = "") -> Iterator[StreamProcess]:
+def running(settings: Settings, log: Path, kill_at: str = "", arguments: Sequence[str] = ()) -> Iterator[StreamProcess]:
     """A stream process that does not outlive the block."""
-    stream = StreamProcess(settings, log, kill_at)
+    stream = StreamProcess(settings, log, kill_at, arguments)
     try:
         yield stream
     finally:

@@ -1,0 +1,114 @@
+"""What the stream owes an account of: each position's outcome, and the gaps that nobody can read any more.
+
+A gap that an operator accepts goes through the same two steps as clicks do:
+the training log says it in the ranges of a micro-batch without rows, then the
+store moves over it, with who accepted it, in one commit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from state import gaps, killpoints
+from state.errors import GapError
+from state.gaps import Accepted, Consent, Gap
+from state.history import OUTCOMES, Appends, HistoryStore
+from state.metrics import StreamMetrics
+from state.positions import Range, Source, StreamAccount, check_accounts
+
+EXTRA = "gaps"  # name of the store's extra with all accepted gaps
+logger = logging.getLogger(__name__)
+
+
+def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, tuple[int, int]]) -> list[Gap]:
+    """The positions of a topic that were deleted before they were read.
+
+    >>> missing("ab" * 16, {Source("ab" * 16, 0): 5, Source("ab" * 16, 1): 7}, {0: (5, 9), 1: (10, 12), 2: (3, 3)})
+    [Gap(source=Source(topic_id='abababababababababababababababab', partition=1, bucket=0, buckets=1), first=7, next=10)]
+
+    Args:
+        topic_id: Id of the topic as it is now.
+        committed: The next offset of each source.
+        ends: By partition the first offset kept and the offset after the last one.
+    """
+    at = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
+    return [
+        Gap(Source(topic_id, partition), ours, ends[partition][0])
+        for partition, ours in at.items()
+        if ours is not None and ours < ends[partition][0]
+    ]
+
+
+def as_ranges(found: Sequence[Gap]) -> tuple[Range, ...]:
+    """Ranges in which every position is a gap."""
+    return tuple(Range(gap.source, gap.first, gap.next, gap=gap.positions) for gap in found)
+
+
+def accepted(store: HistoryStore) -> list[Accepted]:
+    """The gaps that were ever passed, oldest first."""
+    return gaps.decode(store.extra(EXTRA))
+
+
+def pass_gaps(
+    store: HistoryStore,
+    found: Sequence[Gap],
+    consent: Consent,
+    topic: str,
+    now_ms: int,
+    write: Callable[[int], None],
+) -> None:
+    """Moves the stream over gaps that `consent` covers.
+
+    1. `write` tells the training log; a crash after it tells it twice, and readers trim that.
+    2. The store moves on, counts the positions as `gap` and keeps who accepted them.
+
+    Args:
+        store: The stream's.
+        found: What is missing.
+        consent: What the operator accepts.
+        topic: The topic's name, for the message.
+        now_ms: Wall clock.
+        write: Writes the micro-batch with the gaps, acknowledged.
+
+    Raises:
+        GapError: One of them is not accepted; nothing was changed.
+    """
+    refused = [gap for gap in found if not consent.covers(gap, gap.source.topic_id)]
+    if refused:
+        raise GapError(
+            f"topic {topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}; "
+            "restore them, or raise the topic's retention.ms for the next time",
+            *refused,
+        )
+    # 1.
+    write(now_ms)
+    killpoints.reach("gaps.written")
+    # 2.
+    record = [*accepted(store), *(gaps.accept(gap, consent, now_ms) for gap in found)]
+    store.commit(Appends.none(), as_ranges(found), {EXTRA: gaps.encode(record)})
+    killpoints.reach("gaps.committed")
+    store.sync()
+    for gap in found:
+        logger.warning("gap accepted by %s (%s): topic %s, %s", consent.actor, consent.reason, topic, gap)
+
+
+def faults(store: HistoryStore) -> tuple[str, ...]:
+    """Where the store's accounts do not balance, source by source."""
+    return tuple(
+        f"{source}: {fault}"
+        for source, counts in store.counts().items()
+        for fault in check_accounts(StreamAccount.of(counts))
+    )
+
+
+def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Sets the gauges of the account, which go on over restarts; says aloud what does not balance beyond `known`."""
+    totals = store.totals
+    for name in ("positions", *OUTCOMES, "gap"):
+        metrics.accounting_positions.labels(name).set(totals.get(name, 0))
+    found = faults(store)
+    if found and found != known:
+        logger.error("the account of the clicks does not balance: %s", "; ".join(found))
+    metrics.accounting_faults.set(len(found))
+    return found

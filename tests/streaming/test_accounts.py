@@ -1,0 +1,123 @@
+"""Gaps in the clicks: named, accepted by somebody for a reason, counted; and the store's account balances with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lmdb
+import pytest
+from prometheus_client import CollectorRegistry
+
+from state.errors import GapError
+from state.gaps import Consent, parse_allowance
+from state.history import Appends, HistoryStore
+from state.log import Topics
+from state.metrics import StreamMetrics
+from state.microbatch import decode, gaps
+from state.positions import Range, Source, StreamAccount, check_accounts
+from streaming import accounts
+from tests.conftest import KafkaFactory
+from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
+
+CLICKS = Source("ab" * 16, 0)
+ANN = Consent((parse_allowance("0:4-9"),), "ann", "old clicks")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> HistoryStore:
+    made = HistoryStore(tmp_path / "histories", map_bytes=1 << 26)
+    made.commit(Appends.none(), [Range(CLICKS, 0, 4, rows=3, dead=1)])
+    return made
+
+
+def test_a_gap_that_nobody_accepts_changes_nothing(store: HistoryStore) -> None:
+    found = accounts.missing(CLICKS.topic_id, store.positions(), {0: (11, 20)})
+    with pytest.raises(GapError, match=r"partition 0, positions 4 to 10 \(7\)") as caught:
+        accounts.pass_gaps(store, found, ANN, "clicks", 5, lambda _: pytest.fail("nothing is written"))
+    assert caught.value.gaps == tuple(found)
+    assert store.positions() == {CLICKS: 4}
+    store.close()
+
+
+def test_an_accepted_gap_is_written_first_then_counted_with_who_and_why(store: HistoryStore) -> None:
+    found = accounts.missing(CLICKS.topic_id, store.positions(), {0: (9, 20)})
+    seen: list[int] = []
+    accounts.pass_gaps(store, found, ANN, "clicks", 5, lambda _: seen.append(store.positions()[CLICKS]))
+    assert seen == [4], "the training log knows before the store moves"
+    assert store.positions() == {CLICKS: 9}
+    assert store.totals == {"positions": 9, "rows": 3, "dead": 1, "filtered": 0, "absent": 0, "gap": 5}
+    assert check_accounts(StreamAccount(**store.totals)) == ()
+    (one,) = accounts.accepted(store)
+    assert (one.gap.positions, one.actor, one.reason, one.at_ms) == (5, "ann", "old clicks", 5)
+    assert accounts.missing(CLICKS.topic_id, store.positions(), {0: (9, 20)}) == []
+    store.close()
+
+
+def test_a_wrong_counter_in_the_store_is_found_and_said(store: HistoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    registry = CollectorRegistry()
+    metrics = StreamMetrics(registry)
+    assert accounts.show(store, metrics) == ()
+    store.close()
+    # Somebody's bug: a row counted twice.
+    environment = lmdb.open(str(store.path), map_size=1 << 26, max_dbs=2)
+    meta = environment.open_db(b"meta")
+    with environment.begin(write=True) as transaction:
+        key = b"p:" + str(CLICKS).encode()
+        counts = json.loads(transaction.get(key, db=meta))
+        transaction.put(key, json.dumps(counts | {"rows": 4}).encode(), db=meta)
+    environment.close()
+    spoiled = HistoryStore(store.path, map_bytes=1 << 26)
+    (fault,) = accounts.show(spoiled, metrics)
+    assert "4 positions, but 4 rows + 1 dead" in fault
+    assert "does not balance" in caplog.text
+    assert registry.get_sample_value("springtide_accounting_stream_faults") == 1
+    spoiled.close()
+
+
+def test_deleted_clicks_stop_the_stream_until_somebody_accepts_them(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    kafka = kafka_settings()
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+        topic_id = topics.ensure(kafka.clicks_topic, 2, FOREVER).topic_id
+        send(kafka, [click(number) for number in range(20)])
+        with running(settings, tmp_path / "log") as stream:
+            until(lambda: next_offsets(log.poll()) == {0: 10, 1: 10}, "first clicks")
+            assert stream.stop() == 0, stream.lines
+        # 1. Retention passes both positions.
+        send(kafka, [click(number) for number in range(20, 60)], 20)
+        topics.delete_before(kafka.clicks_topic, {0: 15, 1: 12})
+        with running(settings, tmp_path / "log") as stream:
+            assert stream.wait() == 1
+            last = stream.lines[-1]
+        assert "GapError" in last
+        assert "partition 0, positions 10 to 14 (5); partition 1, positions 10 to 11 (2)" in last
+        assert "springtide stream --accept-gap 0:10-14 --accept-gap 1:10-11 --reason TEXT" in last
+        # 2. One of the two is not enough; without a reason it is wrong use.
+        with running(settings, tmp_path / "log", arguments=("--accept-gap", "0:10-14", "--reason", "old")) as stream:
+            assert stream.wait() == 1
+            assert "--accept-gap 1:10-11" in stream.lines[-1]
+        with running(settings, tmp_path / "log", arguments=("--accept-gap", "0:10-14")) as stream:
+            assert stream.wait() == 2
+        # 3. Killed between the two steps, it does the same again.
+        flags = ("--accept-gap", "0:10-14", "--accept-gap", "1:10-99", "--reason", "old clicks")
+        with running(settings, tmp_path / "log", "gaps.written:1", arguments=flags) as stream:
+            assert stream.wait() == -9, stream.lines
+        with running(settings, tmp_path / "log", arguments=flags) as stream:
+            until(lambda: next_offsets(log.poll()) == {0: 30, 1: 30}, "clicks behind the gap")
+            assert stream.stop() == 0, stream.lines
+        assert any("gap accepted by" in line and "old clicks" in line for line in stream.lines)
+        # 4. The account balances, and so do the ranges of the log.
+        store = HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
+        assert store.totals == {"positions": 60, "rows": 53, "dead": 0, "filtered": 0, "absent": 0, "gap": 7}
+        assert accounts.faults(store) == ()
+        assert [one.gap.positions for one in accounts.accepted(store)] == [5, 2]
+        store.close()
+        marks: dict[Source, int] = {}
+        for value in log.poll():
+            header = decode(value).header
+            assert gaps(header, marks) == [], "readers of the log see no gap of their own"
+            marks |= {part.source: part.next for part in header.ranges}
+        assert marks == {Source(topic_id, 0): 30, Source(topic_id, 1): 30}
