@@ -365,6 +365,50 @@ class HistoryStore:
                 sha.update(prefix + len(events).to_bytes(4, "big") + events.tobytes())
         return sha.hexdigest()
 
+    def users_below(self, events: int) -> int:
+        """How many users had fewer than `events` events in all, since they were unknown."""
+        found = 0
+        with self._env.begin() as transaction:
+            for _, chunks in _by_user(transaction.cursor(db=self._chunks), _prefix(0)):
+                key, newest = chunks[0]
+                found += _chunk(key) * CHUNK + len(newest) // _EVENT_BYTES < events
+        return found
+
+    def copy_to(self, path: Path) -> None:
+        """Writes the store as of this moment to the directory `path`, synced and marked as closed in order.
+
+        Commits go on meanwhile; for as long as it takes, pages they free are not used again.
+
+        Raises:
+            StoreFull: The disk refused; what is at `path` is worthless.
+        """
+        try:
+            path.mkdir(parents=True)
+            self._env.copy(str(path), compact=True)
+        except (lmdb.Error, OSError) as error:
+            raise StoreFull(f"{self.path} cannot be copied to {path} ({error}); free space and try again") from error
+        HistoryStore(path, self.history, int(self._env.info()["map_size"])).close()
+
+    @classmethod
+    def copied(cls, source: Path, path: Path, history: int, map_bytes: int) -> None:
+        """Copies a store that was closed in order to `path`; the one at `source` stays as it is.
+
+        Raises:
+            CorruptStore: It was not closed in order, so that pages may be missing.
+            StoreError: It cannot be read or copied.
+        """
+        store = cls(source, history, map_bytes, readonly=True)
+        try:
+            with store._env.begin(db=store._meta) as transaction:
+                if transaction.get(b"clean") != b"1":
+                    raise CorruptStore(
+                        f"{source} was not closed in order, so that pages may be missing; it is not used: "
+                        "name another copy, or rebuild without one"
+                    )
+            store.copy_to(path)
+        finally:
+            store.close()
+
     def clear_readers(self) -> int:
         """Frees the reader slots of dead processes, which would keep old pages alive."""
         return int(self._env.reader_check())

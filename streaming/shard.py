@@ -29,7 +29,7 @@ from state.log import Reader, Topics, Writer
 from state.metrics import StreamMetrics
 from state.microbatch import Rows
 from state.positions import Source
-from streaming import accounts
+from streaming import accounts, takeover
 from streaming.cut import Cut, encode_cut
 from streaming.profile import Profiler
 
@@ -136,7 +136,11 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
         stack.enter_context(DirectoryLock(settings.stream_dir))
         salt = load_salt(settings.salt_path)
         # 2.
-        store = HistoryStore(settings.stream_dir / "histories", history=spec.history, map_bytes=stream.map_gb << 30)
+        if (aside := takeover.finish(settings.stream_dir)) is not None:
+            logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
+        store = HistoryStore(
+            settings.stream_dir / takeover.HISTORIES, history=spec.history, map_bytes=stream.map_gb << 30
+        )
         stack.callback(store.close)
         check_identity(store, spec.digest, salt.fingerprint)
         # 3.
@@ -154,7 +158,7 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
             kafka.microbatches_topic, 1, {**retention, "max.message.bytes": str(stream.max_record_bytes + 100_000)}
         )
         # 5.
-        writer = Writer(kafka, transactional_id=f"springtide-stream-{stream.shard}")
+        writer = Writer(kafka, transactional_id=transactional_id(stream.shard))
         stack.callback(writer.close)
         # 6.
         parser, profiler = Parser(settings.events, salt), Profiler(store, spec, stream.cache_users)
@@ -199,6 +203,15 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
             spec.digest[:12],
         )
         yield stack.enter_context(installed(shard))
+
+
+def transactional_id(shard: int) -> str:
+    """By which Kafka fences a zombie of the same shard.
+
+    >>> transactional_id(0)
+    'springtide-stream-0'
+    """
+    return f"springtide-stream-{shard}"
 
 
 def partitions_of(shard: int, shards: int, partitions: int) -> list[int] | None:

@@ -20,12 +20,13 @@ from deploy.serving.host import CAUGHT_UP_EXTRA
 from deploy.serving.predictor import CLOCK_EXTRA
 from state import killpoints
 from state.errors import MicroBatchError, SaltMismatch
-from state.features import EVENT, LABELLED, POSITIVE, Events, FeatureSpec
+from state.features import Events, FeatureSpec
+from state.gained import events_of, new_ranges
 from state.history import Appends, HistoryStore
 from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
-from state.microbatch import MicroBatch, decode, gaps, trim
-from state.positions import Range, Source, split_range
+from state.microbatch import MicroBatch, decode, trim
+from state.positions import Range
 
 POSITION_EXTRA = "microbatches"
 SALT_EXTRA = "salt"
@@ -54,45 +55,6 @@ class Reading(Protocol):
 
 
 Open = Callable[[Mapping[int, int]], Reading]
-
-
-def events_of(batch: MicroBatch) -> Events:
-    """The events of a micro-batch as histories keep them, `[n]` EVENT.
-
-    >>> EVENT.names
-    ('at_ms', 'category', 'item', 'offset', 'topic', 'partition', 'action', 'flags')
-    """
-    sources = [part.source for part in batch.header.ranges]
-    events = np.empty(len(batch), EVENT)
-    for name in ("at_ms", "category", "item", "offset", "action"):
-        events[name] = getattr(batch, name)
-    events["topic"] = np.array([source.topic for source in sources] or [0], np.uint32)[batch.source]
-    events["partition"] = np.array([source.partition for source in sources] or [0], np.uint16)[batch.source]
-    known = ~np.isnan(batch.label)
-    positive = known & (batch.label >= 0.5)
-    events["flags"] = known * LABELLED + positive * POSITIVE
-    return events
-
-
-def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Range], int]:
-    """The ranges of a batch as they go on from `marks`, and how many positions no micro-batch covered.
-
-    A gap becomes a range of absent positions; what lies below the mark is left out.
-    """
-    found: list[Range] = []
-    missing = 0
-    for source, mark, first in gaps(batch.header, marks):
-        found.append(Range(source, mark, first, absent=first - mark))
-        missing += first - mark
-    for index, part in enumerate(batch.header.ranges):
-        mark = marks.get(part.source, part.first)
-        if part.next <= mark:
-            continue
-        if part.first < mark:
-            before = int(np.count_nonzero((batch.source == index) & (batch.offset < mark)))
-            part = split_range(part, mark, before)[1]
-        found.append(part)
-    return found, missing
 
 
 class HistoryFollower:

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
-from deploy.serving.clicks import HistoryFollower, events_of, new_ranges
+from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
 from deploy.serving.host import CAUGHT_UP_EXTRA, PROGRAMS, ROWS
 from deploy.serving.predictor import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE
 from state.control import follow, pin, roll_back, start
 from state.errors import GapError, SaltMismatch
 from state.features import FeatureSpec, Mask
+from state.gained import events_of, new_ranges
 from state.history import HistoryStore
 from state.log import PartitionBatch
 from state.manifest import Draft, LogRange, Manifest

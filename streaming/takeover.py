@@ -1,0 +1,65 @@
+"""Puts a history store that was built aside in the place of the old one, however often that is cut short.
+
+    histories             the store that the stream opens
+    histories.rebuilding  being built; worthless after a crash
+    histories.rebuilt     complete, synced and closed: it only waits for its place
+    histories.bad<n>      what it took the place of; nothing opens it, remove it when you like
+
+Both the stream and the rebuild call `finish` under the directory's lock
+before they look at `histories`, so that nobody starts on an empty store
+between two renames.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+from state import durable, killpoints
+
+HISTORIES = "histories"
+REBUILDING = "histories.rebuilding"
+REBUILT = "histories.rebuilt"
+BAD = "histories.bad"
+
+
+def begin(folder: Path) -> Path:
+    """An empty place to build a store in; what an earlier attempt left there is removed."""
+    place = folder / REBUILDING
+    if place.exists():
+        shutil.rmtree(place)
+    return place
+
+
+def promise(folder: Path) -> None:
+    """Declares the store under `histories.rebuilding`, closed and synced, complete: from now on it will be taken."""
+    durable.sync_tree(folder / REBUILDING)
+    (folder / REBUILDING).rename(folder / REBUILT)
+    durable.sync_directory(folder)
+    killpoints.reach("rebuild.promised")
+
+
+def finish(folder: Path) -> Path | None:
+    """Takes a complete store into use, if there is one.
+
+    1. The old store is set aside under a name that nothing opens.
+    2. The new one gets its place.
+
+    Returns:
+        Where the old store is now; None where there was nothing to take or no old store.
+    """
+    rebuilt, place = folder / REBUILT, folder / HISTORIES
+    if not rebuilt.exists():
+        return None
+    aside = None
+    # 1.
+    if place.exists():
+        aside = next(path for number in itertools.count(1) if not (path := folder / f"{BAD}{number}").exists())
+        place.rename(aside)
+        durable.sync_directory(folder)
+    killpoints.reach("rebuild.aside")
+    # 2.
+    rebuilt.rename(place)
+    durable.sync_directory(folder)
+    return aside
