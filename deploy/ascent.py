@@ -14,7 +14,7 @@ from deploy.checks import LEAST_FREE_BYTES, require_disk, require_ports
 from deploy.kafka.broker import Broker
 from deploy.live import Pulse, Screen, live_line, take_pulse
 from deploy.processes import Deaths, Supervisor, shortened
-from deploy.programs import BOOTSTRAP, SHOPPERS, STOP_ORDER, TRAINER, ports, programs
+from deploy.programs import BOOTSTRAP, KERNEL_USERS, KERNELS, SHOPPERS, STOP_ORDER, TRAINER, ports, programs
 from state.config import Settings
 from state.errors import KafkaFailed
 from state.events import load_salt
@@ -102,19 +102,23 @@ class Ascent:
         if self._local_kafka:
             self._broker = Broker(settings.kafka_dir, settings.kafka.port, retention_h=settings.kafka.retention_h)
             self._broker_started_at = self._clock()
+            # Both take seconds and neither needs the other.
+            self._supervise().start(self._programs[KERNELS])
             self._broker.start()
             where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
         else:
             where = f"yours at {settings.kafka.bootstrap_servers}"
         # 3. Topics; with a cluster of the user's this is also the check that it answers.
         topics = self._ensure_topics()
+        if not self._local_kafka:
+            self._supervise().start(self._programs[KERNELS])
         self._step(2, "Kafka", where)
         self._step(3, "topics", topics)
         # 4. Salt.
         fresh = not settings.salt_path.exists()
         salt = load_salt(settings.salt_path)
         self._step(4, "salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
-        # 5. All processes at once: each waits for what it needs, and the imports take the longest.
+        # 5. All processes at once: each waits for what it needs, and imports and compilers take the longest.
         self._start_processes()
         # 6. to 8. come true one after another.
         self._await_bootstrap()
@@ -138,17 +142,28 @@ class Ascent:
             topics.close()
         return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"
 
-    def _start_processes(self) -> None:
+    def _supervise(self) -> Supervisor:
         settings = self._settings
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
         environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
-        self._supervisor = supervisor = Supervisor(settings.logs_dir, environment, self._screen.say, self._clock)
-        unwanted = {BOOTSTRAP} if has_spec(settings.registry_dir) else set()
+        self._supervisor = Supervisor(settings.logs_dir, environment, self._screen.say, self._clock)
+        return self._supervisor
+
+    def _start_processes(self) -> None:
+        settings, supervisor = self._settings, self._running()
+        unwanted = {KERNELS}
+        if has_spec(settings.registry_dir):
+            unwanted.add(BOOTSTRAP)
         if not self._shoppers:
             unwanted.add(SHOPPERS)
         wanted = [name for name in self._programs if name not in unwanted]
         for name in wanted:
-            supervisor.start(self._programs[name])
+            if name not in KERNEL_USERS:
+                supervisor.start(self._programs[name])
+        self._wait(lambda: supervisor.done(KERNELS), "compiling kernels")
+        for name in wanted:
+            if name in KERNEL_USERS:
+                supervisor.start(self._programs[name])
         clicks = (
             f"{settings.shoppers.rate:g} clicks a second of {settings.shoppers.users} shoppers"
             if self._shoppers
@@ -262,8 +277,10 @@ class Ascent:
 
         supervisor, broker = self._supervisor, self._broker
         if supervisor is not None:
-            self._screen.say("stopping: shoppers, stream, trainer, serving, Kafka")
-            for name in (name for name in STOP_ORDER if name in supervisor.names()):
+            running = [name for name in STOP_ORDER if supervisor.pid(name) is not None]
+            if TRAINER in running:
+                self._screen.say("stopping: shoppers, stream, trainer, serving, Kafka")
+            for name in running:
                 timed(name, functools.partial(supervisor.stop, name, self._hurry))
         if broker is not None:
             timed("Kafka", functools.partial(broker.stop, 1.0 if self._hurry() else 20.0))

@@ -8,6 +8,7 @@ from deploy.checks import Port
 from deploy.processes import Program
 from state.config import Settings
 
+KERNELS = "kernels"
 SHOPPERS = "shoppers"
 STREAM = "stream"
 BOOTSTRAP = "bootstrap"
@@ -16,7 +17,10 @@ APPLIER = "applier"
 WORKER = "worker"
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
-STOP_ORDER = (SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
+STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
+
+# These would otherwise compile the same kernels for ten seconds each.
+KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
 
 
 def programs(python: str = sys.executable) -> dict[str, Program]:
@@ -30,6 +34,7 @@ def programs(python: str = sys.executable) -> dict[str, Program]:
         return Program(name, (python, "-m", module, *arguments), stop_s, lasting)
 
     listed = (
+        program(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
         program(SHOPPERS, "deploy.replay", "--synthetic", stop_s=3.0),
         program(STREAM, "streaming.pipeline"),
         # Its work is repeated from the start at the next run: there is nothing to wait for.

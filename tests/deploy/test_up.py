@@ -103,7 +103,7 @@ def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() ->
 
 
 def test_producers_stop_before_what_they_write_to() -> None:
-    order = [name for name in STOP_ORDER if name != "bootstrap"]
+    order = [name for name in STOP_ORDER if name not in ("bootstrap", "kernels")]
     assert order == ["shoppers", "stream", "trainer", "applier", "worker"]
     assert set(programs()) == set(STOP_ORDER)
 

@@ -1,0 +1,53 @@
+"""Compiles the kernels that several processes share: `python -m state.kernels`.
+
+In a fresh clone stream, bootstrap and worker would each compile the same code
+for some ten seconds, at the same time. `springtide up` runs this first, beside
+the start of Kafka; they then find the machine code in Numba's cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from state.config import load
+from state.errors import SpringtideError
+from state.features import EVENT, FeatureSpec, vectorise
+from state.mask import Mask
+from state.windows import WORDS, update_rows, words
+
+
+def compile_shared(spec: FeatureSpec) -> None:
+    """Calls each shared kernel once, with the types that its users call it with."""
+    # 1. As serving does.
+    vectorise(np.zeros(1, EVENT), 1, None, Mask.NONE, spec)
+    # 2. As the stream and the bootstrap do.
+    empty = np.empty(0, np.int64)
+    update_rows(
+        np.empty((0, spec.history, WORDS), np.int64),
+        empty,
+        empty,
+        empty,
+        words(np.empty(0, EVENT)),
+        spec.tables,
+        Mask.NONE.hidden,
+        np.empty((0, len(spec.names)), np.uint16),
+        np.empty((0, spec.labels), np.int64),
+        np.empty((0, spec.labels, len(spec.label_names)), np.uint16),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fills the cache; returns the exit code."""
+    try:
+        compile_shared(FeatureSpec.from_settings(load(sys.argv[1:] if argv is None else argv)))
+    except SpringtideError as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
