@@ -32,13 +32,17 @@ PROCESSES = {
     "train": ("trainer.loop", "Run the trainer: micro-batches in, versions out."),
     "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
+    "rebuild-history": (
+        "streaming.rebuild",
+        "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",
+    ),
     "bootstrap": ("streaming.bootstrap", "Analyse the first clicks once, for the constants of the preprocessing."),
     "replay": (
         "deploy.replay",
         "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
     ),
 }
-OWN_HELP = ("up", "status", "replay")  # their modules have options of their own and explain them
+OWN_HELP = ("up", "status", "replay", "rebuild-history")  # their modules have options of their own and explain them
 SETTINGS_HELP = (
     "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
     "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."

@@ -1,0 +1,239 @@
+"""A lost history store comes back from Kafka: the same events, the same positions, or it says what is missing."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from deploy.kafka.broker import Broker
+from state import killpoints
+from state.config import Settings
+from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
+from state.history import HistoryStore
+from state.lock import DirectoryLock
+from state.log import Topics, Writer
+from state.microbatch import decode
+from state.positions import Source
+from state.sections import Kafka
+from streaming import takeover
+from streaming.rebuild import Bar, Rebuilt, rebuild
+from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
+
+CLICKS = 1200
+BAD = {100: b"{not json", 333: click(333, user=None)}
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A stream's life, crash included, and what its store held at the end."""
+
+    settings: Settings
+    digest: str
+    counts: dict[Source, dict[str, int]]
+    records: int
+
+    def elsewhere(self, state: Path, **kafka: object) -> Settings:
+        """The same stream with an empty state directory."""
+        return replace(
+            self.settings,
+            paths=replace(self.settings.paths, state=str(state)),
+            kafka=replace(self.settings.kafka, **kafka),  # type: ignore[arg-type]
+        )
+
+
+@pytest.fixture(scope="module")
+def lost(kafka: Broker, tmp_path_factory: pytest.TempPathFactory) -> Lost:
+    """1,200 clicks, two of them bad, taken by a stream that was killed between log and store, and then went on."""
+    folder, suffix = tmp_path_factory.mktemp("lost"), f"rebuild-{os.getpid()}"
+    section = Kafka(
+        bootstrap_servers=kafka.bootstrap_servers, clicks_topic=f"clicks-{suffix}", dead_letters_topic=f"dlq-{suffix}",
+        microbatches_topic=f"log-{suffix}", group=f"group-{suffix}", request_timeout_s=10.0,
+    )  # fmt: skip
+    settings = settings_for(section, folder / "state", folder / "salt")
+    with Topics(section) as topics, following(section, section.microbatches_topic) as log:
+        topics.ensure(section.clicks_topic, 2, FOREVER)
+        send(section, [BAD.get(number, click(number)) for number in range(CLICKS)])
+        with running(settings, folder / "log", "stream.acknowledged:3") as stream:
+            assert stream.wait() == -9, stream.lines
+        with running(settings, folder / "log") as stream:
+            until(lambda: next_offsets(log.poll()) == {0: CLICKS / 2, 1: CLICKS / 2}, "all clicks in the log")
+            assert stream.stop() == 0, stream.lines
+        records = len(log.poll())
+        assert sum(len(decode(value)) for value in log.poll()) > CLICKS - len(BAD), "the crash wrote rows twice"
+    store = opened(settings)
+    made = Lost(settings, store.digest(), store.counts(), records)
+    store.close()
+    return made
+
+
+def opened(settings: Settings) -> HistoryStore:
+    return HistoryStore(settings.stream_dir / takeover.HISTORIES, settings.features.history, 1 << 30)
+
+
+def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
+    return rebuild(settings, copy, Bar(io.StringIO()), lambda text: None)
+
+
+def held(settings: Settings) -> tuple[str, dict[Source, dict[str, int]]]:
+    store = opened(settings)
+    try:
+        return store.digest(), store.counts()
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def copied_log(lost: Lost, tmp_path: Path) -> Iterator[Settings]:
+    """The stream with a micro-batch log of its own, a copy, so that a test may cut it."""
+    kafka = replace(lost.settings.kafka, microbatches_topic=f"log-copy-{os.getpid()}-{tmp_path.name}"[:200])
+    with (
+        Topics(kafka) as topics,
+        following(kafka, lost.settings.kafka.microbatches_topic) as log,
+        Writer(kafka) as writer,
+    ):
+        topics.ensure(kafka.microbatches_topic, 1, FOREVER)
+        until(lambda: len(log.poll()) == lost.records, "the log")
+        for value in log.poll():
+            writer.send(kafka.microbatches_topic, 0, None, value)
+        writer.flush()
+    yield lost.elsewhere(tmp_path / "state", microbatches_topic=kafka.microbatches_topic)
+
+
+def test_from_nothing_the_store_is_the_lost_one(lost: Lost, tmp_path: Path) -> None:
+    settings = lost.elsewhere(tmp_path / "state")
+    found = rebuilt(settings)
+    assert held(settings) == (lost.digest, lost.counts)
+    assert (found.rows, found.records, found.lost, found.clicks) == (CLICKS - len(BAD), lost.records, 0, 0)
+    assert not list(settings.stream_dir.glob("histories.*"))
+    again = rebuilt(settings)
+    assert again.aside == settings.stream_dir / "histories.bad1"
+    assert held(settings) == (lost.digest, lost.counts)
+
+
+def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(lost: Lost, tmp_path: Path) -> None:
+    settings = lost.elsewhere(tmp_path / "state")
+    shutil.copytree(lost.settings.stream_dir, settings.stream_dir)
+    HistoryStore(settings.stream_dir / "histories", 256, 1 << 30, boot_id="before the cut")._env.close()
+    with running(settings, tmp_path / "log") as stream:
+        assert stream.wait() == 1
+    (line,) = stream.lines
+    assert "CorruptStore" in line and "springtide rebuild-history" in line
+
+    command = [sys.executable, "-m", "streaming.rebuild", "--shard", "0"]
+    done = subprocess.run(
+        command, env={**os.environ, **settings.environment()}, capture_output=True, text=True, check=True
+    )
+    assert "complete; the old store is " in done.stdout and "histories.bad1" in done.stdout
+    assert "100 %" in done.stderr and "rows/s" in done.stderr
+    assert held(settings) == (lost.digest, lost.counts)
+    with running(settings, tmp_path / "log") as stream:
+        until(lambda: any("'" not in line and f"0: {CLICKS // 2}" in line for line in stream.lines), "it goes on")
+        assert stream.stop() == 0, stream.lines
+
+
+@pytest.mark.parametrize("cut", [1, 5, 10_000])
+def test_where_the_log_does_not_reach_back_the_clicks_are_read(lost: Lost, copied_log: Settings, cut: int) -> None:
+    settings, kafka = copied_log, copied_log.kafka
+    with Topics(kafka) as topics:
+        end = topics.ends(kafka.microbatches_topic)[0][1]
+        topics.delete_before(kafka.microbatches_topic, {0: min(cut, end)})
+    found = rebuilt(settings)
+    assert held(settings) == (lost.digest, lost.counts)
+    assert (found.lost, found.incomplete) == (0, 0)
+    assert found.clicks > 0
+
+
+def test_what_is_gone_from_both_is_counted(lost: Lost, copied_log: Settings, kafka: Broker, tmp_path: Path) -> None:
+    settings = copied_log
+    clicks = f"clicks-cut-{os.getpid()}"
+    settings = replace(settings, kafka=replace(settings.kafka, clicks_topic=clicks))
+    with Topics(settings.kafka) as topics:
+        topics.ensure(clicks, 2, FOREVER)
+        topics.delete_before(settings.kafka.microbatches_topic, {0: 5})
+    # The clicks of the log's topic id are not there at all: all below the log's first ranges is gone.
+    found = rebuilt(settings)
+    store = opened(settings)
+    assert found.lost == sum(count["first"] for count in store.counts().values()) > 0
+    assert found.incomplete == found.users == store.users() == 17
+    assert {source: count["next"] for source, count in store.counts().items()} == {
+        source: count["next"] for source, count in lost.counts.items()
+    }
+    store.close()
+
+
+def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Lost, tmp_path: Path) -> None:
+    first = lost.elsewhere(tmp_path / "first")
+    rebuilt(first)
+    copy = tmp_path / "copy"
+    store = opened(first)
+    store.copy_to(copy)
+    store._env.close()  # as a kill does
+    with pytest.raises(CorruptStore, match="was not closed in order"):
+        rebuilt(lost.elsewhere(tmp_path / "second"), first.stream_dir / "histories")
+    second = lost.elsewhere(tmp_path / "second")
+    found = rebuilt(second, copy)
+    assert (found.rows, found.clicks, found.lost) == (0, 0, 0)
+    assert held(second) == (lost.digest, lost.counts)
+    with pytest.raises(StoreError):
+        rebuilt(second, tmp_path)
+
+
+def test_only_the_rows_of_the_shard_are_taken(lost: Lost, tmp_path: Path) -> None:
+    whole = lost.elsewhere(tmp_path / "state")
+    for shard in (0, 1):
+        settings = replace(whole, stream=replace(whole.stream, shard=shard, shards=2))
+        rebuilt(settings)
+        assert held(settings)[1] == {
+            source: count for source, count in lost.counts.items() if source.partition == shard
+        }
+
+
+def test_a_rebuild_beside_a_running_stream_is_refused(lost: Lost, tmp_path: Path) -> None:
+    settings = lost.elsewhere(tmp_path / "state")
+    with DirectoryLock(settings.stream_dir), pytest.raises(LockHeld, match=f"process {os.getpid()}"):
+        rebuilt(settings)
+
+
+def test_another_salt_is_refused_and_nothing_changes(lost: Lost, tmp_path: Path) -> None:
+    settings = lost.elsewhere(tmp_path / "state")
+    salt = tmp_path / "salt"
+    salt.write_text("another salt than that of the log")
+    salt.chmod(0o600)
+    settings = replace(settings, paths=replace(settings.paths, salt_file=str(salt)))
+    with pytest.raises(SaltMismatch, match="restore the salt file"):
+        rebuilt(settings)
+    assert not (settings.stream_dir / "histories").exists()
+
+
+class Died(BaseException):
+    """The process ended here."""
+
+
+@pytest.mark.parametrize("point", ["rebuild.committed", "rebuild.promised", "rebuild.aside"])
+def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
+    lost: Lost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    settings = lost.elsewhere(tmp_path / "state")
+    HistoryStore(settings.stream_dir / "histories", 256, 1 << 30).close()
+
+    def die() -> None:
+        raise Died
+
+    monkeypatch.setattr(killpoints, "armed", killpoints.parse(point, die))
+    with pytest.raises(Died):
+        rebuilt(settings)
+    takeover.finish(settings.stream_dir)
+    store = opened(settings)
+    assert store.users() == (0 if point == "rebuild.committed" else 17)
+    store.close()
+    found = rebuilt(settings)
+    assert found.users == 17
+    assert held(settings) == (lost.digest, lost.counts)
