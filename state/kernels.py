@@ -21,8 +21,8 @@ from state.windows import WORDS, update_rows, words
 
 def compile_shared(spec: FeatureSpec) -> None:
     """Calls each shared kernel once, with the types that its users call it with."""
-    # 1. As serving does.
-    vectorise(np.zeros(1, EVENT), 1, None, Mask.NONE, spec)
+    # 1. As serving does; what a store reads cannot be written to, which is a type of its own.
+    vectorise(np.frombuffer(bytes(EVENT.itemsize), EVENT), 1, None, Mask.NONE, spec)
     # 2. As the stream and the bootstrap do.
     empty = np.empty(0, np.int64)
     update_rows(

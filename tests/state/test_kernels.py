@@ -1,0 +1,32 @@
+"""The shared kernels are compiled for the types that their users call them with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from state.features import EVENT, FeatureSpec, vectorise
+from state.history import Appends, HistoryStore
+from state.kernels import compile_shared
+from state.mask import Mask
+from state.windows import one_row, update_rows
+from streaming.profile import Profiler
+
+
+def test_serving_and_stream_find_their_kernels_compiled(tmp_path: Path) -> None:
+    spec = FeatureSpec()
+    compile_shared(spec)
+    before = len(one_row.signatures), len(update_rows.signatures)  # type: ignore[attr-defined]
+    # 1. As serving reads and computes, with a mask and without.
+    store = HistoryStore(tmp_path, history=spec.history)
+    store.commit(Appends.of(np.full(40, 7, np.uint64), np.zeros(40, EVENT)))
+    masked = Mask(generation=2, offsets=((1, 2, 3, 4),), times=((5, 6),), users=frozenset({9}))
+    for user in (7, 8):
+        for mask in (Mask.NONE, masked):
+            vectorise(store.read(user), 1_700_000_000_000, None, mask, spec, user)
+    # 2. As the stream does.
+    Profiler(store, spec, cache_users=10)
+    Profiler(store, spec, cache_users=10, mask=masked)
+    store.close()
+    assert (len(one_row.signatures), len(update_rows.signatures)) == before  # type: ignore[attr-defined]
