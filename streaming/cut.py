@@ -62,7 +62,9 @@ class Cutter:
                 self._since_ms = now_ms
             self._pieces.append(rows)
             self._rows += count
-        if self._pieces and (self._rows >= self._cut_rows or now_ms - self._since_ms >= self._cut_ms):
+        # A wall clock that was set back would else hold the rows until it is there again.
+        waited = not 0 <= now_ms - self._since_ms < self._cut_ms
+        if self._pieces and (self._rows >= self._cut_rows or waited):
             due.extend(self.flush(now_ms))
         return due
 

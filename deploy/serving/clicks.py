@@ -245,7 +245,7 @@ class HistoryFollower:
     def _keep_house(self, idle: bool) -> None:
         """Each second: the lag, and some users' events that no window reaches any more."""
         now_ms = self._now_ms()
-        if now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
+        if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
             return
         self._housekept_ms = now_ms
         assert self._reader is not None

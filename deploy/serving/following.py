@@ -120,7 +120,7 @@ class VersionFollower:
     def sweep(self) -> None:
         """Forgets versions that are older than `keep_s` and that nobody needs; every few seconds at most."""
         now_ms = self._now_ms()
-        if now_ms - self._swept_ms < SWEEP_MS or self._plan is not None:
+        if 0 <= now_ms - self._swept_ms < SWEEP_MS or self._plan is not None:
             return
         self._swept_ms = now_ms
         keep = [max(self._here, default=0)]
@@ -203,7 +203,7 @@ class VersionFollower:
                 self._plan = None
                 return False
             steps.pop(0)
-            if self._now_ms() >= until_ms:
+            if not until_ms - ROUND_MS <= self._now_ms() < until_ms:
                 break
         if steps:
             return True
@@ -248,7 +248,8 @@ class VersionFollower:
 
     def _is_blocked(self, steps: list[Manifest]) -> bool:
         now_ms = self._now_ms()
-        return any(self._bad.get((step.kind, step.version), 0) > now_ms for step in steps)
+        # The upper bound is for a wall clock that was set back.
+        return any(now_ms < self._bad.get((step.kind, step.version), 0) <= now_ms + RETRY_MS for step in steps)
 
     def _may_follow(self, manifest: Manifest, control: Control) -> bool:
         """Whether answers may use this version on the way to the one that is wanted."""

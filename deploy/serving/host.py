@@ -48,7 +48,7 @@ class Host:
             NotReady: A store is not there yet.
         """
         now_ms = self._now_ms()
-        if self._predictor is None or now_ms >= self._check_at_ms:
+        if self._predictor is None or not self._check_at_ms - _CHECK_MS <= now_ms < self._check_at_ms:
             self._check_at_ms = now_ms + _CHECK_MS
             files = (self._file(ROWS), self._file(HISTORIES))
             if self._predictor is None or files != self._files:

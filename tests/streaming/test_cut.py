@@ -29,6 +29,14 @@ def test_a_cut_waits_for_rows_or_time() -> None:
     assert cutter.add(piece(), 9999) == []
 
 
+def test_a_wall_clock_set_back_holds_no_rows() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    assert cutter.add(piece((ZERO, 0, 4)), 3_600_000) == []
+    assert rows_of(cutter.add(piece(), 5)) == [4]
+    assert cutter.add(piece((ZERO, 4, 4)), 10) == []
+    assert rows_of(cutter.add(piece(), 110)) == [4]
+
+
 def test_a_cut_is_made_when_the_rows_are_there() -> None:
     cutter = Cutter(cut_rows=10, cut_ms=100)
     assert cutter.add(piece((ZERO, 0, 4)), 0) == []

@@ -272,6 +272,21 @@ def test_a_corrupt_version_is_not_served_and_a_newer_base_goes_past_it(
     check(world, after)
 
 
+def test_a_wall_clock_set_back_delays_no_version(world: World) -> None:
+    """What was refused is tried again within a second, by whichever clock."""
+    world.publish({1: 1.0})
+    world.settle()
+    bad = world.publish({2: 2.0})
+    file = world.registry.folder("delta", bad.version) / SERVING
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + b"x")
+    world.settle()
+    file.write_bytes(data)
+    world.clock.now_ms -= 3_600_000
+    world.settle()
+    check(world, bad.version)
+
+
 def test_a_damaged_manifest_is_passed_over(world: World) -> None:
     """The newest readable version is served."""
     good = world.publish({1: 1.0}).version

@@ -182,8 +182,9 @@ store.close()
 """
 
 
-def test_stores_begun_anew_are_opened_again(stores: Stores) -> None:
-    """After a power cut the applier makes other files; a worker that runs on takes them up."""
+@pytest.mark.parametrize("later_ms", [2_000, -3_600_000])
+def test_stores_begun_anew_are_opened_again(stores: Stores, later_ms: int) -> None:
+    """After a power cut the applier makes other files; a worker that runs on takes them up, whatever the clock does."""
     now = [NOW_MS]
     stores.close()
     app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
@@ -191,7 +192,7 @@ def test_stores_begun_anew_are_opened_again(stores: Stores) -> None:
     path = stores.settings.serving_dir / "histories"
     path.rename(path.with_name("old"))
     subprocess.run([sys.executable, "-c", MAKE_ANEW, str(path)], check=True)
-    now[0] += 2_000
+    now[0] += later_ms
     assert ask(app, "GET", "/v1/profiles/cat").json()["known"]
     app.close()
 
