@@ -182,7 +182,7 @@ store.close()
 """
 
 
-@pytest.mark.parametrize("later_ms", [2_000, -3_600_000])
+@pytest.mark.parametrize("later_ms", [2_000, -2_000])
 def test_stores_begun_anew_are_opened_again(stores: Stores, later_ms: int) -> None:
     """After a power cut the applier makes other files; a worker that runs on takes them up, whatever the clock does."""
     now = [NOW_MS]
