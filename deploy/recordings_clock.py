@@ -122,7 +122,8 @@ def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
         # A row whose time is none is not of the recording's time: it is judged by today's.
         return Stamped(at, np.where(timed, NO_TIMESTAMP, clock.now_ms), due, high[1:])
     if math.isinf(clock.speed):
-        at[timed] += clock.now_ms - clock.newest_ms
+        if timed.any():
+            at[timed] += clock.now_ms - clock.newest_ms
         return Stamped(at, np.full(len(at), clock.now_ms, np.int64), due, high[1:])
     at[timed] = (due[timed] - (high[1:][timed] - at_ms[timed]) / clock.speed).astype(np.int64)
     return Stamped(at, due.astype(np.int64), due, high[1:])

@@ -18,7 +18,7 @@ from deploy.recordings_replay import Options, Outcome, replay
 from deploy.recordings_rows import mapped_fields
 from deploy.recordings_send import Outbox
 from state.config import Settings
-from state.errors import SettingsError
+from state.errors import LogError, SettingsError
 from state.lock import DirectoryLock
 from state.log import Topics
 from state.sections import Events
@@ -127,6 +127,8 @@ def run(
         limit=options.limit,
         longest_wait_s=options.longest_wait,
     )
+    if not how.longest_wait_s >= 0:
+        raise SettingsError(f"--longest-wait {options.longest_wait:g}: write seconds, 0 or more")
     progress = Progress(progress_to, time.monotonic)
     with ExitStack() as stack:
         with Topics(settings.kafka) as topics:
@@ -137,9 +139,13 @@ def run(
         if options.restart:
             journal.forget()
         outbox = stack.enter_context(Outbox(settings.kafka, topic))
-        outcome = replay(
-            recording, events, how, outbox, journal, progress, stopped, lambda: time.time_ns() // 1_000_000
-        )
+        try:
+            outcome = replay(
+                recording, events, how, outbox, journal, progress, stopped, lambda: time.time_ns() // 1_000_000
+            )
+        except LogError:
+            progress.say("Kafka stopped the replay; the same command goes on where it was")
+            raise
     say(summary(outcome, topic, progress.took_s))
 
 

@@ -8,6 +8,7 @@ no rows.
 from __future__ import annotations
 
 import csv
+import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -75,7 +76,7 @@ def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str)
             break
     else:
         return list(columns), iter(())
-    first = _split(text, delimiter) or []
+    first = _split(text.rstrip(b"\r\n"), delimiter) or []
     if not columns:
         return [name.strip() for name in first], _records(lines, delimiter, len(first))
     names = list(columns)
@@ -106,61 +107,57 @@ def _no_column(where: str, missing: str, names: Sequence[str], given: bool) -> s
 
 
 def _split(text: bytes, delimiter: str) -> list[str] | None:
-    """The cells of one record; None if it is not UTF-8 or its quotes are wrong.
+    """The cells of one line; None if it is not UTF-8 or its quotes are wrong.
 
     >>> _split(b'1,"a, b",c', ","), _split(b'1,"a', ",")
     (['1', 'a, b', 'c'], None)
     """
     try:
         line = text.decode()
-        if '"' not in line:
-            return line.rstrip("\r\n").split(delimiter)
-        (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
-    except (csv.Error, ValueError):
+    except UnicodeDecodeError:
         return None
-    return cells
+    return _quoted(line, delimiter) if '"' in line else line.split(delimiter)
+
+
+def _quoted(text: str, delimiter: str) -> list[str] | None:
+    r"""The cells of the one record that `text` is; None if its quotes are wrong.
+
+    >>> _quoted('1,"two\nlines"', ",")
+    ['1', 'two\nlines']
+    """
+    try:
+        found = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None
+    return found[0] if len(found) == 1 else None
 
 
 def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> Iterator[Record]:
     """Line, text and cells of each row; cells None where the text has not `width` cells."""
     waiting: deque[tuple[int, bytes]] = deque()
-
-    def following() -> tuple[int, bytes] | None:
-        return waiting.popleft() if waiting else next(lines, None)
-
-    while (found := following()) is not None:
+    while (found := waiting.popleft() if waiting else next(lines, None)) is not None:
         number, text = found
-        if not text.strip():
+        text = text.rstrip(b"\r\n")
+        if not text.strip(b" "):
             continue
+        cells = None
         if b'"' not in text or text.count(b'"') % 2 == 0:
             cells = _split(text, delimiter)
-            yield number, text.rstrip(b"\r\n"), cells if cells is not None and len(cells) == width else None
-            continue
-        # A quoted field may go on in the next lines. Where no quote ends it, or what ends there is no row, the
-        # quote is a stray one, and only its line is broken.
-        held = [found]
-        cells = None
-        while len(held) < LONGEST_RECORD_LINES and (more := following()) is not None:
-            held.append(more)
-            if more[1].count(b'"') % 2:
-                whole = b"".join(line for _, line in held).decode("utf-8", "replace")
-                cells = next(_quoted(whole, delimiter), None)
-                break
-        if cells is not None and len(cells) == width:
-            yield number, b"".join(line for _, line in held).rstrip(b"\r\n"), cells
         else:
-            waiting.extendleft(reversed(held[1:]))
-            yield number, text.rstrip(b"\r\n"), None
-
-
-def _quoted(text: str, delimiter: str) -> Iterator[list[str]]:
-    """The one record of a text of several lines; nothing if its quotes are wrong."""
-    try:
-        found = list(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True))
-    except csv.Error:
-        return
-    if len(found) == 1:
-        yield found[0]
+            # A quoted field may go on in the next lines. Where no quote ends it, or what ends there is no row, the
+            # quote is a stray one, and only its line is broken.
+            held = [found]
+            while len(held) < LONGEST_RECORD_LINES and (more := waiting.popleft() if waiting else next(lines, None)):
+                held.append(more)
+                if more[1].count(b'"') % 2:
+                    whole = b"".join(line for _, line in held).rstrip(b"\r\n")
+                    cells = _split(whole, delimiter)
+                    break
+            if cells is not None and len(cells) == width:
+                text = whole
+            else:
+                waiting.extendleft(reversed(held[1:]))
+        yield number, text, cells if cells is not None and len(cells) == width else None
 
 
 def json_rows(stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:

@@ -146,11 +146,11 @@ def test_what_a_csv_writer_wrote_is_read_back(rows: list[tuple[str, str, str]]) 
 @given(st.binary(max_size=200))
 def test_no_bytes_are_an_exception(data: bytes) -> None:
     chunks = read_csv(b"user,item,time\n" + data)
-    lines = [line for line in data.split(b"\n") if line.strip()]
+    lines = [line for line in data.split(b"\n") if line.rstrip(b"\r").strip(b" ")]
     # Only a quoted field may take several lines.
     assert sum(map(len, chunks)) == len(lines) or b'"' in data
     chunks = list(json_rows(io.BytesIO(b"{}\n" + data), "x", FIELDS))
-    assert sum(map(len, chunks)) == 1 + len(lines)
+    assert sum(map(len, chunks)) == 1 + sum(1 for line in data.split(b"\n") if line.strip())
 
 
 def test_json_lines_that_are_no_objects_are_broken_rows() -> None:

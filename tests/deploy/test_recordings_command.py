@@ -144,6 +144,7 @@ def test_files_without_header_and_actions_are_said_on_the_line(
         (["x.csv", "--rate", "5"], "--rate and --seed"),
         (["nowhere.csv"], "nowhere.csv: no such file"),
         (["{csv}", "--speed", "fast"], "--speed fast"),
+        (["{csv}", "--longest-wait", "-1"], "--longest-wait -1"),
         (["{csv}", "--events.item", "product"], "no column 'product'"),
         (["{csv}", "--constant", "colour=red"], "no field 'colour'"),
         (["{csv}", "--events.action", "item", "--events.outcomes", "item"], "an outcome"),

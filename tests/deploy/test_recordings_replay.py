@@ -265,6 +265,16 @@ def test_old_clicks_are_dead_letters_and_no_wrong_mapping(tmp_path: Path) -> Non
     assert outcome.position.refused == {"implausible_time": 20}
 
 
+@pytest.mark.parametrize("how", [{}, {"sort": "assume"}, {"speed": 60.0}, {"keep": True}])
+def test_a_recording_without_times_is_of_now(tmp_path: Path, how: dict[str, Any]) -> None:
+    rows = [f"u,i{n},c,view,ignored" for n in range(20)]
+    topic = Topic()
+    outcome = run(write(tmp_path, rows), tmp_path / "j", topic, events=replace(Events(), time=""), **how)
+    assert (outcome.sent, outcome.clicks) == (20, 20)
+    assert [(click["item"], len(click)) for click in topic.clicks()] == [(f"i{n}", 4) for n in range(20)]
+    assert {kafka_ms for _, _, (_, _, kafka_ms) in topic.log} == {NOW_MS}
+
+
 def test_an_unreadable_journal_says_so(tmp_path: Path) -> None:
     recording = write(tmp_path, some_rows())
     run(recording, tmp_path / "j", Topic(), limit=5)
