@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -151,6 +152,21 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return settings, rest
 
 
+def with_times(words: Sequence[str]) -> list[str]:
+    """Joins an option and a relative time, which argparse would take for another option.
+
+    >>> with_times(["rollback", "--before", "-10m", "--dry-run"])
+    ['rollback', '--before=-10m', '--dry-run']
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in ("--before", "--skip-time") and re.match(r"-\d", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Shows the settings."""
     if asked.markdown:
@@ -188,7 +204,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         SpringtideError: What went wrong; the message is for the operator.
     """
     flags, words = split_settings(argv)
-    asked, unknown = parser().parse_known_args(words)
+    asked, unknown = parser().parse_known_args(with_times(words))
     if asked.command in PROCESSES:
         # A mistake is said here, with status 2, before anything starts.
         load(flags)

@@ -1,0 +1,416 @@
+"""Kills every part of a loop at random and at each step of the commit sequences, then proves that nothing was harmed.
+
+    python -m tests.e2e.chaos --kills 200 --seed 7
+
+1. A real Kafka, stream, bootstrap, trainer, applier, worker; a crowd that
+   clicks, sometimes nonsense; a client that asks for profiles every 50 ms.
+2. Kill -9 after kill -9, in any order, also of parts that have yet to come up
+   and while the broker is away. Each part that is started again may have a
+   kill point armed, until every kill point has struck.
+3. The clicks end, and what is under way is finished.
+4. An undisturbed stream reads the same clicks, and an undisturbed trainer the
+   log that the disturbed stream left. Everything must be equal, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from deploy import scrape
+from state import errors
+from state.config import Settings, load
+from state.errors import RegistryError
+from state.events import load_salt
+from state.log import Topics
+from state.registry import Registry
+from tests.e2e.client import Client
+from tests.e2e.crowd import Crowd
+from tests.e2e.evidence import (
+    accounts,
+    compare_logs,
+    covers,
+    doubled,
+    newest_state,
+    read_log,
+    serving_differs,
+    serving_histories,
+    state_at,
+    stream_histories,
+)
+from tests.e2e.findings import Findings
+from tests.e2e.parts import End, Parts, quiet_ports
+from tests.e2e.running import PORTS, ROOT, until
+from tests.e2e.undisturbed import begin_stream, begin_trainer, finish_stream, finish_trainer
+from tests.e2e.violence import Violence
+
+LASTING = ("stream", "trainer", "applier", "worker")
+WORKING = {
+    "stream": "springtide_stream_microbatches_total",
+    "trainer": "springtide_trainer_steps_total",
+    "applier": "springtide_serving_version",
+}
+OWN: Mapping[str, object] = {
+    "kafka.clicks_partitions": 3,
+    "kafka.request_timeout_s": 20,
+    "shoppers.users": 300,
+    "shoppers.rate": 100,
+    "bootstrap.min_rows": 300,
+    "trainer.base_every_s": 15,
+    "registry.delta_keep_s": 40,
+}
+LOADED = re.compile(r"TensorFlow loaded in ([\d.]+) s, ([\d.]+) s of processor")
+TICK_S = 0.05
+FIRST_ANSWER_S = 300.0
+DRAIN_S = 180.0
+# An armed part that never comes to its kill point dies like any other.
+ARMED_S = 60.0
+KAFKA_EVERY_S = 20.0
+SPOT_CHECK_KILLS = 20
+ANYWHERE = "anywhere"
+BUILD = ROOT / "build" / "chaos"
+
+Say = Callable[[str], None]
+
+
+class Chaos:
+    """One run.
+
+    Args:
+        directory: All state of it.
+        seed: Of clicks and kills.
+        kills: How many at least.
+        rounds: How often each kill point is armed until it strikes.
+        thorough: Goes on until all of them have struck.
+        say: Takes progress.
+    """
+
+    def __init__(self, directory: Path, seed: int, kills: int, rounds: int, thorough: bool, say: Say) -> None:
+        self._kills, self._thorough, self._say = kills, thorough, say
+        ports = dict(zip(PORTS, quiet_ports(len(PORTS), random.Random()), strict=True))
+        own = {**ports, "paths.state": directory / "state", **OWN}
+        self.settings: Settings = load([word for name, value in own.items() for word in (f"--{name}", str(value))], {})
+        self.findings = Findings(seed)
+        self.parts = Parts(self.settings, LASTING)
+        self._directory = directory
+        self._violence = Violence(seed, rounds)
+        self._registry = Registry(self.settings.registry_dir)
+        self._crowd = Crowd(self.settings, seed, time.time_ns() // 1_000_000)
+        self._client = Client(scrape.serving_url(self.settings), [f"shopper-{number}" for number in range(50)])
+        self._died_s: dict[str, float] = {}
+        self._broker_s = 0.0
+        self._spot_checked = 0
+        self._armed = True
+        self._topic_id = ""
+        self._ends: dict[int, int] = {}
+
+    def run(self) -> Findings:
+        """All four steps; whatever happens, nothing of it runs afterwards."""
+        begun_s = time.monotonic()
+        try:
+            # 1.
+            self._go_up()
+            # 2.
+            self._client.start()
+            self._rage()
+            # 3.
+            self._drain()
+            # 4.
+            self._compare()
+        finally:
+            self._crowd.finish()
+            self.parts.close()
+        self.findings.seconds = time.monotonic() - begun_s
+        return self.findings
+
+    def _go_up(self) -> None:
+        settings, kafka = self.settings, self.settings.kafka
+        self.parts.broker.start()
+        with Topics(kafka) as topics:
+            topics.ensure(kafka.clicks_topic, kafka.clicks_partitions)
+            topics.ensure(kafka.dead_letters_topic, 1)
+            topics.ensure(kafka.microbatches_topic, 1)
+        load_salt(settings.salt_path)
+        self._crowd.start()
+        for name in (*LASTING, "bootstrap"):
+            self.parts.start(name)
+
+        def answered() -> bool:
+            for end in self.parts.reap():
+                assert (end.part, end.code) == ("bootstrap", 0), f"{end}\n{self._logs()}"
+            return scrape.fetch(f"{scrape.serving_url(settings)}/v1/profiles/shopper-1")[0] == 200
+
+        until(answered, "no first answer", FIRST_ANSWER_S)
+        self._say("the loop answers; now it is killed")
+
+    def _rage(self) -> None:
+        findings, violence = self.findings, self._violence
+        due_s = time.monotonic()
+        while findings.killed < self._kills or (self._thorough and violence.left):
+            self._look()
+            if time.monotonic() < due_s:
+                time.sleep(TICK_S)
+                continue
+            victim = violence.victim(self._candidates(), self._ready())
+            if victim is not None:
+                self._kill(victim)
+            due_s = time.monotonic() + violence.wait_s()
+            if findings.killed // SPOT_CHECK_KILLS > self._spot_checked:
+                self._spot_checked += 1
+                self._spot_check()
+                self._say(
+                    f"{findings.killed} kills, version {self._client.answers.version}, left: {', '.join(violence.left) or 'none'}"
+                )
+
+    def _candidates(self) -> list[str]:
+        """Whom the next kill may hit."""
+        now_s = time.monotonic()
+        found = [
+            name for name, part in self.parts.running.items() if not part.kill_at or now_s - part.started_s > ARMED_S
+        ]
+        # Not before stream and trainer have come back from its last death: else nothing would ever be done.
+        if not self._died_s.keys() & {"stream", "trainer"} and now_s - self._broker_s > KAFKA_EVERY_S:
+            found.append("kafka")
+        if self._compactor() is not None:
+            found.append("compactor")
+        return found
+
+    def _ready(self) -> set[str]:
+        """The parts that work again after their last death."""
+        found = {name for name in self.parts.running if name not in self._died_s} - {"worker"}
+        return found | {"kafka", "compactor"} | ({"worker"} if self._client.back else set())
+
+    def _kill(self, victim: str) -> None:
+        if victim == "kafka":
+            self.parts.await_kafka()
+            self.parts.kill_kafka(self._violence.away_s())
+            self._broker_s = time.monotonic()
+            self.findings.kills["kafka", ANYWHERE] += 1
+        elif victim == "compactor":
+            child = self._compactor()
+            if child is not None:
+                child.kill()
+                self.findings.kills["compactor", ANYWHERE] += 1
+        elif victim in self.parts.running:
+            part = self.parts.running[victim]
+            if victim == "worker":
+                self._client.worker_dies()
+            part.kill()
+            self._look()
+
+    def _look(self) -> None:
+        """Takes notice of deaths and starts again at once what died; notes who works again."""
+        for end in self.parts.reap():
+            self._bury(end)
+            if end.part in LASTING:
+                self.parts.start(end.part, self._violence.arm(end.part) if self._armed else "")
+        for name in list(self._died_s):
+            part = self.parts.running.get(name)
+            if part is None or name not in WORKING:
+                continue
+            url = scrape.urls(self.settings)[name]
+            done = scrape.scrape({name: url}, lambda where: scrape.fetch(where, 0.5))[name].value(WORKING[name])
+            if done:
+                self.findings.back_s[name].append(time.monotonic() - self._died_s.pop(name))
+                loaded = LOADED.search(part.said())
+                if loaded:
+                    self.findings.imports.append((float(loaded[1]), float(loaded[2]), part.cpu_s()))
+
+    def _bury(self, end: End) -> None:
+        if (end.part, end.code) == ("bootstrap", 0):
+            return
+        if end.part == "worker":
+            self._client.worker_dies()
+            self._client.worker_is_dead()
+        if end.part in LASTING:
+            # Killed again before it worked: the time runs from the first death.
+            self._died_s.setdefault(end.part, time.monotonic())
+        if not end.killed:
+            self.findings.ends[end.part, _error_in(end)] += 1
+            self._say(f"{end.part} ended by itself with {end.code}: {end.said}")
+            return
+        point = end.at.partition(":")[0]
+        self.findings.kills[end.part, point or ANYWHERE] += 1
+        if point:
+            self._violence.struck(end.part, point)
+
+    def _compactor(self) -> psutil.Process | None:
+        """The trainer's compactor, if one is at work."""
+        trainer = self.parts.running.get("trainer")
+        if trainer is None:
+            return None
+        try:
+            for child in psutil.Process(trainer.pid).children():
+                if "trainer.compactor" in child.cmdline():
+                    return child
+        except psutil.Error:
+            return None
+        return None
+
+    def _spot_check(self) -> None:
+        """Compares serving's rows with the trainer's in the middle of it."""
+        try:
+            differs = serving_differs(self.settings, self._registry)
+        except RegistryError as error:
+            # The version may have passed out of its retention meanwhile.
+            self._say(f"no spot check: {error}")
+            return
+        self.findings.spot_checks += 1
+        self.findings.differs.setdefault("serving's rows, in the middle of it", []).extend(differs)
+
+    def _drain(self) -> None:
+        """Ends the clicks and waits until every part is done with them; then stops stream and trainer as an operator does."""
+        self._say("the killing is over; what is under way is finished")
+        self._armed = False
+        self.parts.await_kafka()
+        self._look()
+        for name, part in list(self.parts.running.items()):
+            if part.kill_at:
+                self._kill(name)
+        self.findings.clicks = self._crowd.finish()
+        kafka = self.settings.kafka
+        with Topics(kafka) as topics:
+            self._topic_id = topics.describe(kafka.clicks_topic).topic_id
+            self._ends = {number: end for number, (_, end) in topics.ends(kafka.clicks_topic).items()}
+
+        def learned() -> bool:
+            self._look()
+            newest = self._registry.newest(1)
+            return newest is not None and covers(self._registry.manifest(newest).marks, self._ends, self._topic_id)
+
+        def working() -> bool:
+            self._look()
+            return not self._died_s.keys() - {"worker"}
+
+        self._until(learned, "the trainer has not learned from everything")
+        self._until(working, "a part does not work again")
+        for name in ("stream", "trainer"):
+            part = self.parts.running.pop(name)
+            code = part.stop()
+            assert code == 0, f"{name} stopped with {code}:\n{part.said()[-3000:]}"
+
+        def served() -> bool:
+            self._look()
+            return self._client.back and self._client.answers.version == self._registry.newest(1)
+
+        self._until(served, "serving has not come to the newest version")
+
+    def _compare(self) -> None:
+        """Runs the undisturbed stream and trainer and compares all there is."""
+        self._say("an undisturbed stream and trainer do the same work")
+        findings, settings, kafka = self.findings, self.settings, self.settings.kafka
+        log = read_log(kafka, kafka.microbatches_topic)
+        trainer_run = begin_trainer(settings, self._directory / "undisturbed-trainer")
+        stream_run = begin_stream(settings, self._directory / "undisturbed-stream")
+        calm_log, calm_histories = finish_stream(*stream_run, self._topic_id, self._ends)
+        calm = finish_trainer(*trainer_run, log)
+        findings.answers = self._client.finish()
+        for name in ("applier", "worker"):
+            part = self.parts.running.pop(name)
+            code = part.stop()
+            assert code == 0, f"{name} stopped with {code}:\n{part.said()[-3000:]}"
+
+        # The log.
+        findings.rows, findings.records, findings.again = len(log.rows), log.records, log.again
+        findings.differing, findings.gaps = log.differing, log.gaps
+        findings.log = compare_logs(log, calm_log)
+        # The trainer.
+        ours = newest_state(self._registry)
+        account = accounts(ours.manifest)
+        findings.doubled = doubled(account["trained"] + account["skipped"] + account["masked"], log)
+        findings.versions = ours.manifest.version
+        differs = findings.differs
+        differs["trainer's rows, optimizer, weights, counters"] = ours.differs_in(calm)
+        differs["trainer's base"] = self._base_differs(Registry(trainer_run[0].registry_dir))
+        differs["trainer's positions"] = _unequal(
+            marks=(ours.manifest.marks, calm.manifest.marks),
+            log_marks=(ours.manifest.marks, log.marks),
+            steps=(ours.manifest.steps, calm.manifest.steps),
+            rows=(account["trained"], accounts(calm.manifest)["trained"]),
+            everything_read=(ours.manifest.log.next >= log.seen, True),
+        )
+        # The histories.
+        stream, serving = stream_histories(settings), serving_histories(settings)
+        differs["stream's histories"] = _unequal(
+            digest=(stream.digest, calm_histories.digest),
+            positions=(stream.positions, calm_histories.positions),
+            outcomes=(stream.totals, calm_histories.totals),
+            rows=(stream.totals["rows"], len(log.rows)),
+        )
+        differs["serving's histories"] = _unequal(
+            digest=(serving.digest, stream.digest),
+            positions=(serving.positions, stream.positions),
+            users=(serving.users, stream.users),
+        )
+        differs["serving's rows"] = serving_differs(settings, self._registry)
+        differs["served version"] = _unequal(version=(findings.answers.version, ours.manifest.version))
+
+    def _base_differs(self, calm: Registry) -> list[str]:
+        """In what the first bases differ; the disturbed one's first base is kept, for it is younger than an hour."""
+        return state_at(self._registry, self._registry.bases()[0]).differs_in(state_at(calm, calm.bases()[0]))
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        try:
+            until(condition, what, DRAIN_S)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self._logs()}") from None
+
+    def _logs(self) -> str:
+        paths = sorted(self.settings.logs_dir.glob("*.log"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths)
+
+
+def _unequal(**pairs: tuple[object, object]) -> list[str]:
+    """The names of the pairs that are not equal, with both values where they are short.
+
+    >>> _unequal(rows=(1, 1), steps=(2, 3))
+    ['steps (2, 3)']
+    """
+    return [f"{name} {pair}"[:200] for name, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _error_in(end: End) -> str:
+    """The class of the error that a process named last; else its exit code."""
+    found = [word for word in re.findall(r"\b[A-Z]\w+", end.said) if hasattr(errors, word)]
+    return found[0] if found else f"exit code {end.code}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs it and prints what was found; returns 1 where a promise was broken."""
+    parser = argparse.ArgumentParser(prog="python -m tests.e2e.chaos", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="kills at least (200)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each kill point must strike (3)")
+    parser.add_argument("--quick", action="store_true", help="stop after the kills, whatever points have not struck")
+    parser.add_argument("--seed", type=int, default=7, help="of clicks and kills (7)")
+    parser.add_argument("--keep", action="store_true", help="keep the state afterwards")
+    chosen = parser.parse_args(argv)
+    begun_s = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - begun_s:7.1f} s  {text}", flush=True)
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f"{chosen.seed}-", dir=BUILD))
+    findings = Chaos(directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say).run()
+    print("\n".join(findings.lines()))
+    (BUILD / f"chaos-{chosen.seed}.json").write_text(json.dumps(findings.document(), indent=2))
+    if findings.problems():
+        print(f"the state is in {directory}")
+        return 1
+    if not chosen.keep:
+        shutil.rmtree(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A client that asks serving for profiles all the time, and knows when it may go without an answer."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from deploy import scrape
+
+EVERY_S = 0.05
+PATIENCE_S = 5.0
+
+
+@dataclass
+class Answers:
+    """What came of the asking.
+
+    Attributes:
+        given: Profiles answered.
+        excused: Questions without an answer while the worker was dead or not back.
+        failed: Questions without an answer for which there is no excuse, by reason.
+        longest_s: The slowest answer.
+        went_back: Answers by an older version than the answer before.
+        version: The newest answer's version.
+        away_s: From the kill of the worker to its first answer, each time.
+    """
+
+    given: int = 0
+    excused: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    longest_s: float = 0.0
+    went_back: int = 0
+    version: int = 0
+    away_s: list[float] = field(default_factory=list)
+
+
+class Client:
+    """Asks every 50 ms from a thread of its own.
+
+    Args:
+        base: Where serving answers.
+        users: Whom it asks for, one after the other.
+    """
+
+    def __init__(self, base: str, users: list[str]) -> None:
+        self._base, self._users = base, users
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="client", daemon=True)
+        self._lock = threading.Lock()
+        self._away_since_s: float | None = None
+        self._dead_since_s: float | None = None
+        self.answers = Answers()
+
+    def start(self) -> None:
+        """Begins to ask."""
+        self._thread.start()
+
+    def finish(self) -> Answers:
+        """Ends the asking."""
+        self._finished.set()
+        self._thread.join()
+        return self.answers
+
+    def worker_dies(self) -> None:
+        """Call before the worker is killed: from here on an answer may be missing."""
+        with self._lock:
+            if self._away_since_s is None:
+                self._away_since_s = time.monotonic()
+            self._dead_since_s = None
+
+    def worker_is_dead(self) -> None:
+        """Call when the worker is gone: the next answer is by its successor, who has no excuse afterwards."""
+        with self._lock:
+            self._dead_since_s = time.monotonic()
+
+    @property
+    def back(self) -> bool:
+        """Whether the worker has answered since it was last killed."""
+        return self._away_since_s is None
+
+    def _run(self) -> None:
+        asked = 0
+        while not self._finished.wait(EVERY_S):
+            user = self._users[asked % len(self._users)]
+            asked += 1
+            begun_s = time.monotonic()
+            with self._lock:
+                excused = self._away_since_s is not None
+            status, body = scrape.fetch(f"{self._base}/v1/profiles/{user}", PATIENCE_S)
+            self._note(status, body, begun_s, time.monotonic(), excused)
+
+    def _note(self, status: int, body: str, begun_s: float, ended_s: float, excused: bool) -> None:
+        answers = self.answers
+        with self._lock:
+            if status != 200:
+                # A kill under way of the question excuses it too.
+                if excused or self._away_since_s is not None:
+                    answers.excused += 1
+                else:
+                    answers.failed[f"{status} {body[:120]}"] += 1
+                return
+            answers.given += 1
+            answers.longest_s = max(answers.longest_s, ended_s - begun_s)
+            version = int(json.loads(body)["version"]["number"])
+            answers.went_back += version < answers.version
+            answers.version = version
+            if self._away_since_s is not None and self._dead_since_s is not None and begun_s > self._dead_since_s:
+                answers.away_s.append(ended_s - self._away_since_s)
+                self._away_since_s = self._dead_since_s = None

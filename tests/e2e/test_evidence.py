@@ -1,0 +1,99 @@
+"""The comparison of two runs notices one row lost, doubled, changed or invented, and one bit of a trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from state.microbatch import MicroBatch, decode, encode
+from tests.e2e.evidence import LogContent, LogDifference, TrainerState, compare_logs, doubled
+from tests.trainer.clicks import microbatch
+from trainer import content
+
+ROWS = 40
+
+
+def batches(count: int = 4) -> list[MicroBatch]:
+    return [decode(microbatch(number)) for number in range(count)]
+
+
+def log_of(records: list[MicroBatch]) -> LogContent:
+    made = LogContent()
+    for number, record in enumerate(records):
+        made.add(2 * number, record)
+    return made
+
+
+def without_row(batch: MicroBatch, row: int) -> MicroBatch:
+    """As a stream would that counts a row and does not write it."""
+    keep = np.arange(len(batch)) != row
+    parts = list(batch.header.ranges)
+    place = int(batch.source[row])
+    parts[place] = replace(parts[place], rows=parts[place].rows - 1, dead=1)
+    return decode(encode(replace(batch.header, ranges=tuple(parts)), batch.take(keep).columns))
+
+
+def test_rows_written_again_with_the_same_bytes_make_no_difference() -> None:
+    disturbed = log_of([*batches(3), *batches(4)[1:]])
+    assert compare_logs(disturbed, log_of(batches())) == LogDifference(0, 0, 0)
+    assert (len(disturbed.rows), disturbed.again, disturbed.differing, disturbed.gaps) == (4 * ROWS, 2 * ROWS, 0, 0)
+    assert disturbed.seen == 2 * 5 + 1, "the last record that brought a row"
+
+
+def test_a_lost_row_is_noticed() -> None:
+    first, *rest = batches()
+    difference = compare_logs(log_of([without_row(first, 7), *rest]), log_of(batches()))
+    assert difference == LogDifference(lost=1, invented=0, changed=0)
+
+
+def test_an_invented_row_is_noticed() -> None:
+    first, *rest = batches()
+    difference = compare_logs(log_of(batches()), log_of([without_row(first, 7), *rest]))
+    assert difference == LogDifference(lost=0, invented=1, changed=0)
+
+
+@pytest.mark.parametrize("name", ["user", "at_ms", "label", "features", "labels", "label_windows"])
+def test_a_changed_row_is_noticed_in_every_kind_of_column(name: str) -> None:
+    first, *rest = batches()
+    column = first.columns[name].copy()
+    column[3] += 1
+    changed = decode(encode(first.header, first.columns | {name: column}))
+    # NaN + 1 is NaN: an unknown label cannot be changed so.
+    expected = 0 if np.array_equal(column, first.columns[name], equal_nan=column.dtype.kind == "f") else 1
+    assert compare_logs(log_of([changed, *rest]), log_of(batches())) == LogDifference(0, 0, expected)
+    if name != "label":
+        assert expected == 1
+
+
+def test_a_row_written_again_with_other_bytes_is_noticed() -> None:
+    first, *rest = batches()
+    features = first.features.copy()
+    features[0, 0] += 1
+    again = decode(encode(first.header, first.columns | {"features": features}))
+    assert log_of([first, again, *rest]).differing == 1
+
+
+def test_a_hole_in_the_log_is_noticed() -> None:
+    first, _, third, fourth = batches()
+    assert log_of([first, third, fourth]).gaps == ROWS
+
+
+def test_a_row_learned_twice_or_never_is_noticed() -> None:
+    log = log_of(batches())
+    assert [doubled(trained, log) for trained in (4 * ROWS, 4 * ROWS + 1, 4 * ROWS - 1)] == [0, 1, -1]
+
+
+def test_one_bit_of_a_trainers_state_is_noticed_and_named() -> None:
+    def state(**tensors: Any) -> TrainerState:
+        return TrainerState(None, tensors, content.digest(tensors))  # type: ignore[arg-type]
+
+    rows = np.ones((2, 3), np.float32)
+    flipped = rows.copy()
+    flipped.view(np.uint32)[1, 2] ^= 1
+    ours = state(rows=rows, accum=rows)
+    assert ours.differs_in(state(rows=rows.copy(), accum=rows.copy())) == []
+    assert ours.differs_in(state(rows=flipped, accum=rows)) == ["rows"]
+    assert ours.differs_in(state(rows=rows)) == ["accum"]
