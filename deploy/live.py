@@ -92,15 +92,15 @@ def live_line(pulse: Pulse) -> str:
     """A reading in one line.
 
     >>> live_line(Pulse(0.0, events_per_s=200.0, lag=3.0, version=17.0, epoch=1.0, features_s=0.21, weights_s=0.4))
-    '200 events/s | lag 3 | version 17 (epoch 1) | newest click in features 0.2 s, in weights 0.4 s ago | log loss -'
+    '200 events/s, lag 3 | version 17, epoch 1 | features 0.2 s, weights 0.4 s old | log loss -'
     """
+    # A terminal cuts the end off: what is not as usual comes first.
     parts = [
-        f"{shown(pulse.events_per_s)} events/s",
-        f"lag {shown(pulse.lag)}",
-        f"version {shown(pulse.version, '')} (epoch {shown(pulse.epoch)})",
-        f"newest click in features {seconds(pulse.features_s)}, in weights {seconds(pulse.weights_s)} ago",
-        f"log loss {'-' if pulse.log_loss is None else f'{pulse.log_loss:.2f}'}",
         *pulse.notes,
+        f"{shown(pulse.events_per_s)} events/s, lag {shown(pulse.lag)}",
+        f"version {shown(pulse.version, '')}, epoch {shown(pulse.epoch)}",
+        f"features {seconds(pulse.features_s)}, weights {seconds(pulse.weights_s)} old",
+        f"log loss {'-' if pulse.log_loss is None else f'{pulse.log_loss:.2f}'}",
     ]
     return " | ".join(parts)
 
