@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPException
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -101,7 +102,8 @@ def fetch(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
             return int(answer.status), answer.read().decode()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.read().decode("utf-8", "replace")
-    except (OSError, ValueError) as problem:
+    # HTTPException: the process died in the middle of its answer.
+    except (OSError, ValueError, HTTPException) as problem:
         return 0, str(getattr(problem, "reason", problem))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -104,3 +106,20 @@ def test_workers_that_listen_everywhere_are_reached_on_this_machine() -> None:
     settings = Settings()
     everywhere = replace(settings, serving=replace(settings.serving, host="0.0.0.0"))
     assert urls(everywhere)["worker"] == "http://127.0.0.1:8501/metrics"
+
+
+def test_a_process_that_dies_in_the_middle_of_its_answer_is_one_that_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer_half() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+
+        half = threading.Thread(target=answer_half)
+        half.start()
+        status, reason = fetch(f"http://127.0.0.1:{server.getsockname()[1]}/metrics")
+        half.join()
+    assert status == 0
+    assert "IncompleteRead" in reason
