@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench clean
+.PHONY: help run test check bench chaos clean
 
 BIN := .venv/bin
 ARGS ?=
@@ -10,6 +10,10 @@ IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3 python; do \
 	if $$name -c '$(IS_3_11)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 BENCHES ?= $(filter-out __init__ report,$(basename $(notdir $(wildcard tests/bench/*.py))))
+
+SEED ?= 7
+KILLS ?= 200
+ROUNDS ?= 2
 
 help: ## Lists the targets.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile
@@ -28,6 +32,9 @@ check: .venv/ready ## Everything that must hold before a commit: format, lint, t
 
 bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done
+
+chaos: .venv/ready ## Kills every part at random and at each kill point, then compares; SEED=7 KILLS=200 ROUNDS=2.
+	@$(BIN)/python -m tests.e2e.chaos --seed $(SEED) --kills $(KILLS) --rounds $(ROUNDS)
 
 clean: ## Removes what was built here, .venv included; the state directory stays.
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

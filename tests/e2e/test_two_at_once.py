@@ -113,18 +113,23 @@ def stopped(stream: StreamProcess) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("heir_has", "at", "error"),
+    ("heir_has", "at", "errors"),
     [
-        # On another host, from a copy of the state.
-        ("a copy", "stream.sent:2", "FencedWriter"),
-        ("a copy", "stream.acknowledged:2", "FencedWriter"),
+        # On another host, from a copy of the state. Records that waited too long for their broker are given up.
+        ("a copy", "stream.sent:2", ("FencedWriter", "UnreachableBroker")),
+        ("a copy", "stream.acknowledged:2", ("FencedWriter",)),
         # In the same directory, after somebody removed the lock's file.
-        ("the same", "stream.acknowledged:2", "PositionConflict"),
-        ("the same", "stream.committed:2", "FencedWriter"),
+        ("the same", "stream.acknowledged:2", ("PositionConflict",)),
+        ("the same", "stream.committed:2", ("FencedWriter",)),
     ],
 )
 def test_a_stream_that_was_stopped_and_overtaken_ends_and_harms_nothing(
-    kafka_settings: KafkaFactory, tmp_path: Path, calm: dict[str, object], heir_has: str, at: str, error: str
+    kafka_settings: KafkaFactory,
+    tmp_path: Path,
+    calm: dict[str, object],
+    heir_has: str,
+    at: str,
+    errors: tuple[str, ...],
 ) -> None:
     expected, expected_digest = undisturbed(kafka_settings, tmp_path, calm)
     kafka = kafka_settings(clicks_topic=calm["clicks"])
@@ -147,7 +152,7 @@ def test_a_stream_that_was_stopped_and_overtaken_ends_and_harms_nothing(
         # 3. The first one is continued.
         zombie.process.send_signal(signal.SIGCONT)
         assert zombie.wait() == 1
-    assert error in zombie.lines[-1]
+    assert any(error in zombie.lines[-1] for error in errors), zombie.lines[-1]
     assert sum(" ERROR " in line for line in zombie.lines) == 1
     assert not any("Traceback" in line for line in zombie.lines), zombie.lines
     # 4. What it was about to do is not in the log, and the rows are those of an undisturbed stream.

@@ -27,7 +27,8 @@ WEIGHTS: Mapping[str, float] = {
     "compactor": 6,
 }
 SHORTEST_S, LONGEST_S = 0.1, 1.2
-EARLY_SHARE = 0.1
+# How often one dies that has yet to come up, of the times that it is chosen.
+EARLY_SHARES: Mapping[str, float] = {"worker": 0.4, "applier": 0.3, "stream": 0.15, "trainer": 0.04}
 ARMED_SHARE = 0.6
 MOST_TIMES = 3
 
@@ -62,7 +63,7 @@ class Violence:
     def victim(self, candidates: Collection[str], ready: Collection[str]) -> str | None:
         """Which part dies: mostly one that does its work, now and then one that has yet to come up; None for none."""
         chosen = self._chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        early = self._chance.random() < EARLY_SHARE
+        early = self._chance.random() < EARLY_SHARES.get(chosen, 0.0)
         return chosen if chosen in candidates and (early or chosen in ready) else None
 
     def arm(self, part: str) -> str:
