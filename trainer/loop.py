@@ -97,9 +97,15 @@ def await_spec(registry: Registry, digest: str, stopping: threading.Event) -> bo
 
 
 def _import_model() -> None:
+    begun_s, begun_cpu_s = time.monotonic(), time.process_time()
     with hushed():
         importlib.import_module("trainer.learner")
         importlib.import_module("trainer.program")
+    logger.info(
+        "TensorFlow loaded in %.1f s, %.1f s of processor time",
+        time.monotonic() - begun_s,
+        time.process_time() - begun_cpu_s,
+    )
 
 
 def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics) -> Learner:
