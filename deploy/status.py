@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deploy import scrape
+from deploy import accounts, scrape
 from deploy.live import seconds, shown
 from deploy.scrape import Scrape
 from deploy.versions import open_registry, table
@@ -146,6 +146,10 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows.append(("registry", "there", _registry_text(registry)))
     else:
         rows.append(("registry", "away", registry["problem"]))
+    if accounting := state.get("accounting"):
+        balanced = accounting["balanced"]
+        word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
+        rows.append(("accounting", word, accounts.as_text(accounting)))
     return table(rows)
 
 
@@ -164,6 +168,7 @@ def status(settings: Settings, now_ms: int) -> dict[str, Any]:
         "processes": processes(scrape.scrape(scrape.urls(settings))),
         "kafka": kafka_lag(settings),
         "registry": registry_state(settings, now_ms),
+        "accounting": accounts.account(settings),
     }
 
 

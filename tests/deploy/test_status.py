@@ -115,7 +115,7 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     settings = settings_of(tmp_path / "none")
     flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
     assert status.main(["-o", "json", *flags]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"processes", "kafka", "registry"}
+    assert set(json.loads(capsys.readouterr().out)) == {"processes", "kafka", "registry", "accounting"}
 
 
 def _flags(settings: Settings) -> list[tuple[str, object]]:
