@@ -264,7 +264,7 @@ class Reader:
             self._paused = True
         try:
             found = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
-        except kafka_errors.OffsetOutOfRangeError as problem:
+        except (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError) as problem:
             self._check()
             ends = self._topics.ends(self.topic)
             for partition, ours in self._positions.items():
@@ -304,7 +304,8 @@ class Reader:
         if info.topic_id != self.topic_id:
             raise UnknownTopic(
                 f"topic {self.topic} was deleted and made again (id {self.topic_id} is now {info.topic_id}); our "
-                "positions belong to the old one: start a new state directory, or use a topic with another name"
+                "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
+                "trainer needs a new state directory"
             )
         return info.partitions
 
@@ -377,8 +378,8 @@ def _gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: 
             Gap(Source(topic_id, partition), ours, begin),
         )
     return GapError(
-        f"topic {topic} partition {partition}: we were at {ours}, but the log ends at {end}: it was truncated or "
-        "another cluster answers; restore it, or start a new state directory"
+        f"topic {topic} partition {partition}: we were at {ours}, but the log ends at {end}: it was truncated, or "
+        "deleted and made again, or another cluster answers; restore it, or start a new state directory"
     )
 
 
