@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        settings = load(argv)
+        settings = load(sys.argv[1:] if argv is None else argv)
         with DirectoryLock(settings.serving_dir):
             registry = CollectorRegistry()
             stop_metrics = serve(registry, settings.serving.metrics_port)

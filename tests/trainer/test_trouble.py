@@ -1,0 +1,153 @@
+"""Broker and disk trouble as the trainer meets it: it stops with one clear line, and goes on with the same bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from state.errors import GapError, MicroBatchError, UnknownTopic, UnusableRegistry
+from state.log import PartitionBatch, Reader, Topics, Writer
+from state.registry import Registry
+from state.sections import Kafka
+from tests.conftest import KafkaFactory
+from tests.disks import ROOT, small_disk
+from tests.trainer.clicks import microbatch, small_settings
+from tests.trainer.logs import MemoryLog, learner, run_to_end, shared, started
+from trainer import checkpoint, compactor
+from trainer.learner import Learner
+
+RECORDS = [microbatch(number) for number in range(10)]
+
+
+class KafkaLog(MemoryLog):
+    """The real topic in place of the one in memory."""
+
+    def __init__(self, kafka: Kafka) -> None:
+        super().__init__([])
+        self._kafka = kafka
+
+    def at(self, offset: int | None) -> Reader:  # type: ignore[override]
+        return Reader(self._kafka, self._kafka.microbatches_topic, [0], {} if offset is None else {0: offset})
+
+    def make(self, records: list[bytes]) -> None:
+        with Topics(self._kafka) as topics, Writer(self._kafka) as writer:
+            topics.ensure(self._kafka.microbatches_topic, 1)
+            for value in records:
+                writer.send(self._kafka.microbatches_topic, 0, None, value)
+            writer.flush()
+
+
+def tick_until_it_ends(running: Learner) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        running.tick(0.1)
+
+
+def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    log = KafkaLog(kafka)
+    log.make(RECORDS[:6])
+    registry = started(tmp_path)
+    running = learner(registry, log)
+    while running.place.next < 6:
+        running.tick(0.1)
+    before = checkpoint.digest(running._trainer)
+    with Topics(kafka) as topics:
+        topics.delete(kafka.microbatches_topic)
+        log.make(RECORDS[6:])
+        with pytest.raises(UnknownTopic, match=r"made again|does not exist") as raised:
+            tick_until_it_ends(running)
+        assert "\n" not in str(raised.value)
+        assert (checkpoint.digest(running._trainer), running.place.next) == (before, 6)
+        running.close()
+        versions = registry.versions()
+        # Started again: the new log is shorter than our position, then longer.
+        with pytest.raises(GapError, match=r"log ends at 4: .*made again"):
+            learner(registry, log)
+        log.make(RECORDS[:6])
+        with pytest.raises(UnknownTopic, match=r"deleted and made again; start a new state directory"):
+            learner(registry, log)
+    assert registry.versions() == versions
+
+
+def test_a_corrupt_record_of_the_training_log_stops_the_trainer_at_its_offset(tmp_path: Path) -> None:
+    class Damaged(MemoryLog):
+        def at(self, offset: int | None) -> MemoryLog:
+            opened = Damaged(self.values, self.topic_id)
+            opened._at = offset or 0
+            return opened
+
+        def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
+            (whole,) = super().poll(timeout_s, 2)
+            if whole.first < 4:
+                return [whole]
+            return [replace(whole, offsets=whole.offsets[:0], values=[], corrupt=((4, 6, "checksum"),))]
+
+    running = learner(started(tmp_path), Damaged(RECORDS))
+    running.tick(0.0)
+    with pytest.raises(MicroBatchError, match=r":0 offset 4 cannot be read: checksum"):
+        running.tick(0.0)
+    assert running.place.next == 4
+
+
+def test_on_a_full_disk_the_trainer_stops_and_then_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    whole = learner(started(tmp_path / "whole"), MemoryLog(RECORDS))
+    run_to_end(whole)
+    expected = checkpoint.digest(whole._trainer)
+    whole.close()
+    with small_disk(tmp_path / "disk", "64m") as disk:
+        registry = started(disk.path / "registry")
+        running = learner(registry, MemoryLog(RECORDS[:4]), trainer=shared(1))
+        run_to_end(running)
+        running.close()
+        good = registry.versions()
+        running = learner(registry, MemoryLog(RECORDS), trainer=shared(1))
+        full = disk.fill()
+        with pytest.raises(UnusableRegistry, match=r"No space left on device.*free space"):
+            run_to_end(running)
+            running.close()
+        assert registry.versions() == good
+        assert not list((registry.path / "tmp").iterdir())
+        full.unlink()
+        again = learner(Registry(registry.path), MemoryLog(RECORDS), trainer=shared(1))
+        run_to_end(again)
+        assert checkpoint.digest(again._trainer) == expected
+        again.close()
+
+
+def test_a_compactor_on_a_full_disk_removes_what_is_old_before_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small_settings("--paths.state", str(tmp_path))
+    done: list[str] = []
+
+    def refuse(registry: Registry) -> None:
+        raise UnusableRegistry("full")
+
+    monkeypatch.setattr(compactor, "compact", refuse)
+    monkeypatch.setattr(compactor, "retain", lambda *_: done.append("retained"))
+    with pytest.raises(UnusableRegistry):
+        compactor.run(settings)
+    assert done == ["retained"]
+
+
+@pytest.mark.parametrize(
+    "module", ["trainer.loop", "trainer.compactor", "streaming.pipeline", "deploy.serving.applier"]
+)
+def test_on_a_read_only_disk_a_process_ends_with_one_line(tmp_path: Path, module: str) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        disk.remount("ro")
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--paths.state", str(disk.path / "state")],
+            cwd=ROOT, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}, capture_output=True, text=True, check=False,
+            timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "Read-only file system" in line and "access rights" in line
