@@ -591,6 +591,45 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+def test_an_applier_waits_for_a_registry_that_cannot_be_read(tmp_path: Path) -> None:
+    """It says so once, goes on with what it has, and follows as soon as the registry is there."""
+    environment = os.environ | {
+        "SPRINGTIDE_PATHS_STATE": str(tmp_path / "state"), "SPRINGTIDE_PATHS_REGISTRY": str(tmp_path / "registry"),
+        "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9", "SPRINGTIDE_SERVING_METRICS_PORT": "0",
+        "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+    }  # fmt: skip
+    # No directory, so that nobody may list it, root neither.
+    (tmp_path / "registry").write_text("")
+    log = tmp_path / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen([sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=errors)
+    try:
+        until(lambda: "the registry cannot be followed" in log.read_text())
+        registry = Registry(tmp_path / "later")
+        registry.propose(start(**BY))
+        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.add_program(b"p"), "salt")
+        registry.publish(draft, {SERVING: save(tensors({1: 1.0}))})
+        (tmp_path / "registry").unlink()
+        registry.path.rename(tmp_path / "registry")
+        reader = RowStore(tmp_path / "state" / "serving" / ROWS, 1 << 30, readonly=True)
+
+        def serves() -> bool:
+            with reader.reader() as read:
+                return read.served() is not None
+
+        until(serves)
+        reader.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    said = log.read_text()
+    assert said.count("the registry cannot be followed") == 1
+    assert "UnusableRegistry" in said or "correct its access rights" in said
+    assert "Traceback" not in said
+
+
 def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) -> None:
     """No broker costs the clicks, not the versions; a second applier is refused; SIGTERM ends it with 0."""
     environment = os.environ | {
