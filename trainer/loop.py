@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry
 
 from state.config import Settings, load
 from state.control import start
-from state.errors import SpringtideError, of_disk
+from state.errors import CorruptVersion, SpringtideError, of_disk
 from state.features import FeatureSpec
 from state.hush import hushed, own_stderr, quieten
 from state.lock import DirectoryLock
@@ -56,16 +56,27 @@ class Compaction:
         arguments: The command line of this process.
         every_s: Seconds from one start to the next.
         elapsed: Monotonic seconds.
+        on_failure: What to look at when one fails.
     """
 
-    def __init__(self, arguments: Sequence[str], every_s: float, elapsed: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        every_s: float,
+        elapsed: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
-        self._every_s, self._elapsed = every_s, elapsed
+        self._every_s, self._elapsed, self._on_failure = every_s, elapsed, on_failure
         self._next_s = elapsed() + every_s
         self._child: subprocess.Popen[bytes] | None = None
 
     def tick(self) -> None:
-        """Starts one that is due and takes note of one that ended."""
+        """Starts one that is due and takes note of one that ended.
+
+        Raises:
+            SpringtideError: What `on_failure` found.
+        """
         if self._child is not None:
             code = self._child.poll()
             if code is None:
@@ -73,6 +84,8 @@ class Compaction:
             if code != 0:
                 logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
             self._child = None
+            if code != 0:
+                self._on_failure()
         if self._elapsed() >= self._next_s:
             self._next_s = self._elapsed() + self._every_s
             self._child = subprocess.Popen(self._command)
@@ -82,6 +95,22 @@ class Compaction:
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
+
+
+def doubt(registry: Registry, version: int) -> None:
+    """Reads all that `version` is made from, while the trainer waits: what is built on damage can never be restored.
+
+    Raises:
+        CorruptVersion: A part of it is damaged.
+    """
+    try:
+        base, deltas = registry.chain(version)
+        for part in (base, *deltas):
+            registry.verify(part)
+    except CorruptVersion as error:
+        raise CorruptVersion(
+            f"{error}, or start the trainer again: it sets the damaged one aside and learns what came after from the log"
+        ) from error
 
 
 def await_spec(registry: Registry, digest: str, stopping: threading.Event) -> bool:
@@ -169,7 +198,9 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event)
             return
         imports.join()
         learner = prepare(settings, registry, metrics)
-        compaction = Compaction(arguments, settings.trainer.base_every_s)
+        compaction = Compaction(
+            arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.parent)
+        )
         # 6.
         try:
             while not stopping.is_set():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from state.errors import GapError, MicroBatchError, UnknownTopic, UnusableRegistry
+from state.errors import CorruptVersion, GapError, MicroBatchError, UnknownTopic, UnusableRegistry
 from state.log import PartitionBatch, Reader, Topics, Writer
 from state.registry import Registry
 from state.sections import Kafka
@@ -21,6 +21,7 @@ from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import MemoryLog, learner, run_to_end, shared, started
 from trainer import checkpoint, compactor
 from trainer.learner import Learner
+from trainer.loop import Compaction, doubt
 
 RECORDS = [microbatch(number) for number in range(10)]
 
@@ -135,6 +136,33 @@ def test_a_compactor_on_a_full_disk_removes_what_is_old_before_it_fails(
     with pytest.raises(UnusableRegistry):
         compactor.run(settings)
     assert done == ["retained"]
+
+
+def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fails(tmp_path: Path) -> None:
+    """Else it would add versions that nobody can restore; started again it sets the damage aside."""
+    registry = started(tmp_path / "registry")
+    running = learner(registry, MemoryLog(RECORDS[:5]))
+    run_to_end(running)
+    running.close()
+    expected = checkpoint.digest(running._trainer)
+    damaged, newest = registry.versions()[1], registry.versions()[-1]
+    assert damaged < newest == running.place.parent
+    file = registry.folder("delta", damaged) / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    now = 0.0
+    compaction = Compaction(
+        ["--paths.state", str(tmp_path)], every_s=1, elapsed=lambda: now, on_failure=lambda: doubt(registry, newest)
+    )
+    now = 2.0
+    compaction.tick()
+    assert compaction._child is not None and compaction._child.wait() == 1
+    with pytest.raises(CorruptVersion, match=rf"version {damaged}: .*training.safetensors.*start the trainer again"):
+        compaction.tick()
+    again = learner(Registry(registry.path), MemoryLog(RECORDS[:5]))
+    assert again.place.parent < damaged
+    run_to_end(again)
+    assert checkpoint.digest(again._trainer) == expected
+    again.close()
 
 
 @pytest.mark.parametrize(
