@@ -11,6 +11,7 @@ Each version is one transaction; while following, the pointer moves in it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -81,6 +82,7 @@ class VersionFollower:
             note = reader.note(CONTROL_NOTE)
         self._generation = 0 if note is None else int(json.loads(note)["generation"])
         self._bad: dict[tuple[str, int], int] = {}
+        self._brought: set[str] = set()
         self._plan: tuple[int, list[Manifest], bool] | None = None
         self._newest_of: tuple[object, int | None] = (None, None)
         self._told = ""
@@ -273,15 +275,18 @@ class VersionFollower:
             self._read_served()
 
     def _bring_program(self, digest: str) -> None:
-        """Copies a program from the registry, so that workers read only this host's disk."""
+        """Copies a program from the registry, so that workers read only this host's disk; a damaged copy is replaced."""
+        if digest in self._brought:
+            return
         final = self._programs / f"{digest}.tflite"
-        if not final.exists():
+        if not final.exists() or hashlib.sha256(final.read_bytes()).hexdigest() != digest:
             program = self._registry.program(digest)
             temporary = final.with_suffix(".tmp")
             temporary.unlink(missing_ok=True)
             durable.write(temporary, program)
             temporary.replace(final)
             durable.sync_directory(final.parent)
+        self._brought.add(digest)
 
     def _serve(self, version: int) -> None:
         self._rows.serve(version)

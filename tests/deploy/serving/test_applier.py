@@ -306,6 +306,18 @@ def test_a_missing_program_keeps_the_old_version(world: World) -> None:
     check(world, good)
 
 
+def test_a_damaged_copy_of_a_program_is_copied_again(world: World) -> None:
+    """At the next version after a start of the applier."""
+    world.publish({1: 1.0})
+    world.settle()
+    copy = world.path / PROGRAMS / f"{world.program}.tflite"
+    copy.write_bytes(b"a progrm")
+    world.restart()
+    world.publish({1: 2.0})
+    world.settle()
+    assert copy.read_bytes() == b"a program"
+
+
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(
