@@ -6,6 +6,9 @@ the disk are the background's business, see `trainer/publisher.py`.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -15,14 +18,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from state.config import Settings
 from state.errors import SpecMismatch
 from state.manifest import Manifest
 from state.registry import SERVING, TRAINING
 from state.versions import Versions
 from trainer import content
+from trainer.popular import HOUR_MS, ONE
 from trainer.step import Trainer
 from trainer.tables import Changes
 
+# Settings of [trainer] beside all of [model].
+_DECIDING = ("admit_after", "expire_s", "guard_factor", "guard_patience")
 # What decides the order of floating-point sums on a processor.
 _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 
@@ -86,7 +93,23 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     trainer.load(_under("state.", tensors))
 
 
-def environment(device: str, threads: int, cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
+    """Makes `trainer` one that has learned nothing and knows the popular labels of the bootstrap.
+
+    Args:
+        trainer: Is cleared first.
+        about: What the bootstrap wrote about the feature spec.
+    """
+    trainer.clear()
+    popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
+    if popular:
+        hour = np.int64(int(about["newest_ms"]) // HOUR_MS)
+        ids = np.array([label for label, _ in popular], np.uint64)
+        counts = np.array([clicks * ONE for _, clicks in popular], np.int64)
+        trainer.popular.load({"ids": ids, "counts": counts, "hour": hour})
+
+
+def environment(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     """What the bits of a step depend on beside the log: versions where it differs are not comparable."""
     flags: set[str] = set()
     if cpuinfo.exists():
@@ -102,9 +125,17 @@ def environment(device: str, threads: int, cpuinfo: Path = Path("/proc/cpuinfo")
         "machine": platform.machine(),
         "instructions": " ".join(name for name in _INSTRUCTIONS if name in flags),
         "device": device,
-        "threads": str(threads),
+        "threads": str(settings.trainer.threads),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        "settings": settings_digest(settings),
     }
+
+
+def settings_digest(settings: Settings) -> str:
+    """SHA-256 (16 hex digits) of the settings that decide what a step does, and of no others."""
+    model = dataclasses.asdict(settings.model)
+    trainer = {name: getattr(settings.trainer, name) for name in _DECIDING}
+    return hashlib.sha256(json.dumps([model, trainer], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:

@@ -13,26 +13,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from state import killpoints
 from state.config import Settings
 from state.control import Control
-from state.errors import MicroBatchError, UnknownTopic, WrongEpoch
+from state.errors import GapError, MicroBatchError, UnknownTopic, WrongEpoch
+from state.gaps import Consent, Journal
 from state.log import PartitionBatch
 from state.manifest import Draft, Kind, LogRange, Manifest
 from state.metrics import TrainerMetrics
 from state.positions import Source
 from state.registry import Registry
-from trainer import checkpoint, content
+from trainer import accounts, checkpoint, content
+from trainer.accounts import Passages
 from trainer.guard import Verdict
 from trainer.intake import take_in
-from trainer.popular import HOUR_MS, ONE
 from trainer.publisher import Publisher
 from trainer.step import Trainer
 
 CONTROL_S = 0.05
 RECORDS = 32
+NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
 
@@ -65,6 +65,8 @@ class Place:
         rows: Rows read on this line.
         duplicate: Of them, rows dropped as seen before.
         masked: Of them, rows left out by a mask.
+        gap: Source positions that no record held, a loss that was accepted.
+        before: Source positions before the first one of this line, summed over sources.
         changed: Whether there was a step since `parent`.
     """
 
@@ -76,6 +78,8 @@ class Place:
     rows: int = 0
     duplicate: int = 0
     masked: int = 0
+    gap: int = 0
+    before: int = 0
     changed: bool = False
 
 
@@ -93,6 +97,7 @@ class Learner:
         metrics: What is counted.
         clock: Wall clock in seconds, for times in manifests.
         elapsed: Monotonic seconds, for the pace of publishing.
+        consent: The losses that the operator accepts.
     """
 
     def __init__(
@@ -107,11 +112,14 @@ class Learner:
         metrics: TrainerMetrics,
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = time.monotonic,
+        consent: Consent = NO_CONSENT,
     ) -> None:
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._open_log, self._program, self._spec, self._about = open_log, program, spec, about
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
-        self._environment = checkpoint.environment(trainer.device, settings.trainer.threads)
+        self._environment = checkpoint.environment(settings, trainer.device)
+        self._passages = Passages(Journal(registry.path / accounts.FOLDER), consent, metrics, clock)
+        self._faults: tuple[str, ...] = ()
         self._publisher = Publisher(registry.path, metrics)
         self._log: Log | None = None
         self._looked = self._published = float("-inf")
@@ -128,7 +136,7 @@ class Learner:
             UnknownVersion: The base is not kept.
             CorruptVersion: The base fails its digest.
             UnknownTopic: The training log was made anew since that version.
-            GapError: The log does not reach back to that version any more.
+            GapError: The log does not reach back to that version any more, and nobody accepted it.
         """
         self.control = control
         found = self._registry.newest_good(control.epoch)
@@ -140,8 +148,8 @@ class Learner:
             self._begin(control)
         else:
             restored = checkpoint.restore(self._registry, version, self._trainer, self._spec)
-            self._log = self._open_log(restored.log.next)
-            self._place_at(restored)
+            self._log, at = self._open_behind_gaps(restored)
+            self._place_at(restored, at)
         self.caught_up = False
         self._published = self._elapsed()
         self._metrics.epoch.set(control.epoch)
@@ -154,28 +162,30 @@ class Learner:
 
     def _begin(self, control: Control) -> None:
         """Starts from nothing and publishes that as the first base: serving has something to answer with."""
-        self._trainer.clear()
-        popular = sorted((int(label, 16), int(clicks)) for label, clicks in self._about["popular"])
-        if popular:
-            hour = np.int64(int(self._about["newest_ms"]) // HOUR_MS)
-            ids = np.array([label for label, _ in popular], np.uint64)
-            counts = np.array([clicks * ONE for _, clicks in popular], np.int64)
-            self._trainer.popular.load({"ids": ids, "counts": counts, "hour": hour})
+        checkpoint.begin(self._trainer, self._about)
         begin = self._reader.position(self._settings.trainer.partition)
         self.place = Place(control.epoch, parent=0, first=begin, next=begin)
         tensors = checkpoint.full(self._trainer)
         made = self._registry.publish(self._draft("base"), content.encode(tensors))
         self.place.parent = made.version
 
-    def _place_at(self, restored: Manifest) -> None:
+    def _open_behind_gaps(self, restored: Manifest) -> tuple[Log, int]:
+        """The log where `restored` goes on, or behind what was accepted as lost there; and that offset."""
+        at = self._passages.past(Source(restored.log.topic_id, restored.log.partition), restored.log.next)
+        try:
+            return self._open_log(at), at
+        except GapError as error:
+            at = self._passages.pass_log(error, restored.marks)
+            return self._open_log(at), at
+
+    def _place_at(self, restored: Manifest, at: int) -> None:
         if restored.log.topic_id != self._reader.topic_id:
             raise UnknownTopic(
                 f"version {restored.version} was trained on topic id {restored.log.topic_id}, {restored.log.topic} is now "
                 f"{self._reader.topic_id}: it was deleted and made again; start a new state directory, or restore the topic"
             )
-        place = restored.log.next
-        self.place = Place(self.control.epoch, restored.version, place, place, restored.marks)
-        for name in ("rows", "duplicate", "masked"):
+        self.place = Place(self.control.epoch, restored.version, restored.log.next, at, restored.marks)
+        for name in ("rows", "duplicate", "masked", "gap", "before"):
             setattr(self.place, name, int(restored.metrics.get(f"account.{name}", 0)))
 
     # Learning
@@ -184,6 +194,7 @@ class Learner:
         """Looks at control, takes what the log has, publishes what is due; returns the records taken.
 
         Raises:
+            GapError: Records or clicks are gone, and nobody accepted it.
             LogError: The log cannot be read on.
             MicroBatchError: A record is not what a stream writes.
             RegistryError: A version needed cannot be loaded.
@@ -194,7 +205,14 @@ class Learner:
             time.sleep(min(wait_s, CONTROL_S))
             return 0
         taken = 0
-        for batch in self._reader.poll(wait_s, RECORDS):
+        try:
+            batches = self._reader.poll(wait_s, RECORDS)
+        except GapError as error:
+            at = self._passages.pass_log(error, self.place.marks)
+            self._reader.close()
+            self._log, self.place.next = self._open_log(at), at
+            return 0
+        for batch in batches:
             if batch.corrupt:
                 raise MicroBatchError(f"{self._where(batch.corrupt[0][0])} cannot be read: {batch.corrupt[0][2]}")
             for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
@@ -213,7 +231,14 @@ class Learner:
             self.caught_up = True
             logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
         self._metrics.caught_up.set(self.caught_up)
+        self._faults = accounts.show(self._account(), self._metrics, self._faults)
         return taken
+
+    def _account(self) -> dict[str, int]:
+        """What became of the rows of the training log, since this line began."""
+        place, counters = self.place, self._trainer.counters
+        counted = {name: getattr(place, name) for name in ("rows", "duplicate", "masked", "gap", "before")}
+        return {**counted, "trained": counters.trained, "skipped": counters.skipped}
 
     def _take(self, offset: int, value: bytes | None) -> None:
         """One record is one step, where a row is left to learn from."""
@@ -221,13 +246,8 @@ class Learner:
         found = take_in(
             value, place.marks, self.control.mask, self._spec, str(self._about["salt"]), self._where(offset)
         )
-        for source, expected, begins in found.gaps:
-            logger.error(
-                "positions %d to %d of %s are in no record: clicks were lost before the training log",
-                expected,
-                begins,
-                source,
-            )
+        place.gap += self._passages.pass_sources(found.gaps, self._where(offset), self._reader.topic_id)
+        place.before += sum(part.first for part in found.batch.header.ranges if part.source not in place.marks)
         place.marks, place.next = found.marks, offset + 1
         place.rows += found.rows
         place.duplicate += found.duplicate
@@ -331,8 +351,6 @@ class Learner:
 
     def _draft(self, kind: Kind) -> Draft:
         place, counters, kafka = self.place, self._trainer.counters, self._settings.kafka
-        account = {"rows": place.rows, "trained": counters.trained, "skipped": counters.skipped}
-        account |= {"duplicate": place.duplicate, "masked": place.masked}
         return Draft(
             kind=kind,
             epoch=place.epoch,
@@ -354,7 +372,7 @@ class Learner:
             salt=str(self._about["salt"]),
             mask_generation=self.control.mask.generation,
             metrics=self._trainer.evaluation.values()
-            | {f"account.{name}": float(value) for name, value in account.items()},
+            | {f"account.{name}": float(value) for name, value in self._account().items()},
             environment=self._environment,
         )
 

@@ -8,6 +8,9 @@
 6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
    then publishes what is left and ends with 0.
 
+Where records of the training log, or clicks before it, are gone, it ends and
+says which; with `--accept-gap P:A-B --reason TEXT` it counts them and goes on.
+
 A compactor runs beside it now and then, as a child. Everything else that ends
 the process is one line on the standard error and exit code 1 (2 for a wrong
 setting); started again, it goes on from the newest version.
@@ -29,10 +32,12 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from state.actor import actor
 from state.config import Settings, load
 from state.control import start
 from state.errors import CorruptVersion, SpringtideError, of_disk
 from state.features import FeatureSpec
+from state.gaps import Consent, take_options
 from state.hush import hushed, own_stderr, quieten
 from state.lock import DirectoryLock
 from state.log import Reader
@@ -46,6 +51,7 @@ LOCK = "trainer.lock"
 WAIT_S = 0.02
 PROGRESS_S = 5.0
 LOOK_S = 0.2
+NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
 
@@ -137,7 +143,7 @@ def _import_model() -> None:
     )
 
 
-def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics) -> Learner:
+def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, consent: Consent = NO_CONSENT) -> Learner:
     """Builds the trainer and its program, and enters control's epoch.
 
     Raises:
@@ -170,13 +176,14 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics) -> 
         positions = {} if offset is None else {partition: offset}
         return Reader(settings.kafka, settings.kafka.microbatches_topic, [partition], positions)
 
-    learner = Learner(settings, registry, trainer, open_log, program, spec.digest, registry.spec(spec.digest), metrics)
+    about = registry.spec(spec.digest)
+    learner = Learner(settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent)
     # 5.
     learner.enter(control)
     return learner
 
 
-def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event) -> None:
+def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event, consent: Consent = NO_CONSENT) -> None:
     """Runs the trainer until `stopping` is set.
 
     Raises:
@@ -197,7 +204,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, stopping):
             return
         imports.join()
-        learner = prepare(settings, registry, metrics)
+        learner = prepare(settings, registry, metrics, consent)
         compaction = Compaction(
             arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.parent)
         )
@@ -223,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopping.set())
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        run(load(arguments, os.environ), arguments, stopping)
+        consent, flags = take_options(arguments, actor())
+        run(load(flags, os.environ), flags, stopping, consent)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)

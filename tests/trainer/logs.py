@@ -13,38 +13,50 @@ from prometheus_client import CollectorRegistry
 
 from state.control import start
 from state.errors import GapError
+from state.gaps import Consent, Gap
 from state.log import PartitionBatch
 from state.mask import Mask
 from state.metrics import TrainerMetrics
 from state.microbatch import Header, decode, encode
+from state.positions import Source
 from state.registry import Registry
 from tests.trainer.clicks import SALT, SPEC, small_settings
-from trainer.learner import Learner
+from trainer.learner import NO_CONSENT, Learner
 from trainer.step import Trainer
 
 ABOUT: dict[str, Any] = {"salt": SALT, "popular": [["00000000000000ff", 3]], "newest_ms": 1_790_000_000_000}
 
 
 class MemoryLog:
-    """Records at even offsets, as transactions leave them; offset `begin` is the first kept."""
+    """Records at even offsets, as transactions leave them; offset `begin` is the first kept, and may move on."""
 
     def __init__(self, values: list[bytes], topic_id: str = "cd" * 16, begin: int = 0) -> None:
         self.values, self.topic_id, self.begin = values, topic_id, begin
         self._at = begin
+        self.origin: MemoryLog | None = None
+
+    def _gap(self, offset: int) -> GapError:
+        begin = (self.origin or self).begin
+        gap = Gap(Source(self.topic_id, 0), offset, begin)
+        return GapError(f"we were at {offset}, the log begins at {begin}", gap)
 
     def at(self, offset: int | None) -> MemoryLog:
         if offset is not None and offset < self.begin:
-            raise GapError(f"we were at {offset}, the log begins at {self.begin}")
+            raise self._gap(offset)
         opened = MemoryLog(self.values, self.topic_id, self.begin)
+        opened.origin = self.origin or self
         opened._at = self.begin if offset is None else offset
         return opened
 
     def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
         first = self._at
+        if first < (self.origin or self).begin:
+            raise self._gap(first)
         offsets = [2 * index for index in range((first + 1) // 2, len(self.values))][:max_records]
-        if not offsets:
+        if first >= 2 * len(self.values):
             return []
-        self._at = offsets[-1] + 2
+        # The last marker may be all that is left.
+        self._at = offsets[-1] + 2 if offsets else 2 * len(self.values)
         values: list[bytes | None] = [self.values[offset // 2] for offset in offsets]
         stamps = np.zeros(len(offsets), np.int64)
         return [
@@ -79,7 +91,9 @@ def shared(lane: int, *flags: str) -> Trainer:
     return Trainer(small_settings(*flags), SPEC)
 
 
-def learner(registry: Registry, log: MemoryLog, *flags: str, trainer: Trainer | None = None) -> Learner:
+def learner(
+    registry: Registry, log: MemoryLog, *flags: str, trainer: Trainer | None = None, consent: Consent = NO_CONSENT
+) -> Learner:
     """A learner in control's epoch; it publishes at every look unless flags say otherwise."""
     settings = small_settings("--trainer.publish_s", "0.01", *flags)
     ticks = iter(range(10**9))
@@ -94,6 +108,7 @@ def learner(registry: Registry, log: MemoryLog, *flags: str, trainer: Trainer | 
         TrainerMetrics(CollectorRegistry()),
         clock=lambda: 0.0,
         elapsed=lambda: float(next(ticks)),
+        consent=consent,
     )
     control = registry.control()
     assert control is not None

@@ -153,6 +153,6 @@ def test_encoding_is_exact_and_splits_what_serving_needs_from_the_rest() -> None
 
 
 def test_the_environment_names_what_decides_the_bits() -> None:
-    found = checkpoint.environment("/CPU:0", 1)
+    found = checkpoint.environment(small_settings(), "/CPU:0")
     assert found["tensorflow"].startswith("2.")
     assert found["threads"] == "1"

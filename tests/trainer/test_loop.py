@@ -206,13 +206,6 @@ def test_a_log_made_anew_or_cut_off_is_not_read_on(tmp_path: Path) -> None:
         learner(registry, MemoryLog(RECORDS, begin=20))
 
 
-def test_lost_clicks_are_said_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    running = learner(started(tmp_path), MemoryLog([RECORDS[0], RECORDS[2]]))
-    with caplog.at_level(logging.ERROR):
-        run_to_end(running)
-    assert "clicks were lost" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("value", "spec", "salt", "error"),
     [
@@ -363,4 +356,4 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
     made = checkpoint.restore(registry, newest(2)[0], trainer, SPEC.digest)
     assert checkpoint.digest(trainer) == expected
     assert made.marks == theirs.place.marks
-    assert made.environment == checkpoint.environment(trainer.device, 1)
+    assert made.environment == checkpoint.environment(settings, trainer.device)

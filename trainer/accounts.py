@@ -1,0 +1,111 @@
+"""What the trainer owes an account of: each row's outcome, and the gaps that it was allowed to pass.
+
+Two kinds of gap stop the trainer. In the training log: retention deleted
+records before we read them. In a source: no record of the log covers some
+positions of the clicks. The first kind explains the second where it follows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from state import gaps
+from state.errors import GapError
+from state.gaps import Accepted, Consent, Gap, Journal
+from state.metrics import TrainerMetrics
+from state.positions import Source, TrainerAccount, check_accounts
+
+COMMAND = "springtide train"
+FOLDER = "gaps"  # in the registry's directory
+NAMES = ("rows", "trained", "skipped", "duplicate", "masked", "gap")
+logger = logging.getLogger(__name__)
+
+
+class Passages:
+    """Lets the trainer over gaps that an operator accepts, and keeps a record of each. One thread.
+
+    Args:
+        journal: What was accepted before; what is accepted now is added.
+        consent: What the operator accepts at this start.
+        metrics: Where gaps are counted.
+        clock: Wall clock in seconds.
+    """
+
+    def __init__(self, journal: Journal, consent: Consent, metrics: TrainerMetrics, clock: Callable[[], float]) -> None:
+        self._journal, self._consent, self._metrics, self._clock = journal, consent, metrics, clock
+        self._known = journal.accepted()
+        metrics.gaps_accepted.inc(len(self._known))
+
+    def past(self, source: Source, offset: int) -> int:
+        """Where the training log goes on from `offset`, behind what was accepted as lost there."""
+        return gaps.past(self._known, source, offset)
+
+    def pass_log(self, error: GapError, marks: Mapping[Source, int]) -> int:
+        """The offset behind a gap in the training log; its record is durable when this returns.
+
+        Args:
+            error: What the log said.
+            marks: The next offset of each source: what follows them may be missing too.
+
+        Raises:
+            GapError: Nobody accepted it, or the log ends too early.
+        """
+        if len(error.gaps) != 1:
+            raise error
+        (gap,) = error.gaps
+        self._pass([gap], str(error), gap.source.topic_id, marks)
+        return gap.next
+
+    def pass_sources(self, found: Sequence[tuple[Source, int, int]], where: str, read_topic: str) -> int:
+        """How many positions no record covers before the one at `where`, all of them accepted.
+
+        Args:
+            found: (source, the trainer's mark, where the record's range begins).
+            where: The record's place.
+            read_topic: Id of the training log's topic.
+
+        Raises:
+            GapError: Nobody accepted one of them.
+        """
+        lost = [Gap(source, mark, first) for source, mark, first in found]
+        new = [gap for gap in lost if not gaps.explained(self._known, gap)]
+        if new:
+            what = "; ".join(f"{gap} of topic id {gap.source.topic_id}" for gap in new)
+            self._pass(
+                new,
+                f"{where}: no record before it holds these clicks: {what}; they were lost before the training log: look after "
+                "the stream's log file, or accept the loss",
+                read_topic,
+            )
+        return sum(gap.positions for gap in lost)
+
+    def _pass(
+        self, found: Sequence[Gap], message: str, read_topic: str, marks: Mapping[Source, int] | None = None
+    ) -> None:
+        refused = [gap for gap in found if not self._consent.covers(gap, read_topic)]
+        if refused:
+            raise GapError(gaps.how_to_go_on(GapError(message, *found), COMMAND, read_topic), *refused)
+        for gap in found:
+            one: Accepted = gaps.accept(gap, self._consent, int(self._clock() * 1000), marks)
+            self._journal.add(one)
+            self._known.append(one)
+            self._metrics.gaps_accepted.inc()
+            logger.warning("gap accepted by %s (%s): topic id %s, %s", one.actor, one.reason, gap.source.topic_id, gap)
+
+
+def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Sets the gauges of the account; says aloud what does not balance beyond `known`.
+
+    Args:
+        account: Rows by outcome, of `NAMES`.
+        metrics: Where they go.
+        known: What the last call returned.
+    """
+    for name in NAMES:
+        metrics.accounting_rows.labels(name).set(account[name])
+    found = check_accounts(trainer=TrainerAccount(**{name: account[name] for name in NAMES}))
+    if found and found != known:
+        logger.error("the account of the rows does not balance: %s", "; ".join(found))
+    metrics.accounting_faults.set(len(found))
+    return found
