@@ -33,6 +33,7 @@ PROCESSES = {
     "train": ("trainer.loop", "Run the trainer: micro-batches in, versions out."),
     "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
+    "verify": ("trainer.verify", "Recompute a version from its base and the training log, and compare every bit."),
     "rebuild-history": (
         "streaming.rebuild",
         "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",
@@ -43,7 +44,7 @@ PROCESSES = {
         "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
     ),
 }
-OWN_HELP = ("up", "status", "replay", "rebuild-history")  # their modules have options of their own and explain them
+OWN_HELP = ("up", "status", "verify", "replay", "rebuild-history")  # their modules have options of their own and explain them
 SETTINGS_HELP = (
     "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
     "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."

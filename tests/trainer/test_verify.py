@@ -1,0 +1,245 @@
+"""`verify` recomputes a version: equal over restarts, rollbacks and compaction; a flipped bit, another machine and a short log are said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from state.control import Control, follow, pin, roll_back
+from state.errors import GapError, LogError, UnknownVersion
+from state.mask import Mask
+from state.registry import Registry
+from tests.conftest import KafkaFactory
+from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
+from tests.trainer.logs import ABOUT, MemoryLog, learner, run_to_end, shared, started, with_weight, write_transform
+from tests.trainer.test_loop import POISON
+from trainer import checkpoint, compactor, content, verify
+from trainer.verify import Verdict
+
+RECORDS = [microbatch(number) for number in range(20)]
+
+
+def started_with_spec(path: Path) -> Registry:
+    registry = started(path)
+    registry.add_spec(SPEC.digest, ABOUT, lambda folder: (folder / "transform").mkdir())
+    return registry
+
+
+def asked(registry: Registry, log: MemoryLog, version: int, base: int | None = None) -> Verdict:
+    return verify.verify(
+        small_settings(), registry, version, base, lambda: shared(1), lambda topic, offset: log.at(offset)
+    )
+
+
+def names(registry: Registry) -> set[str]:
+    return {str(path.relative_to(registry.path)) for path in registry.path.rglob("*")}
+
+
+def rolled_back(to: int, mask: Mask) -> Callable[[Control], Control]:
+    return lambda control: roll_back(control, to, mask, actor="ann", reason="poison", now_ms=5)
+
+
+def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path) -> None:
+    registry, log = started_with_spec(tmp_path), MemoryLog(RECORDS[:6])
+    running = learner(registry, log)
+    run_to_end(running)
+    # Killed, and rows written again by a stream that was killed too.
+    running._publisher.close()
+    log.values.extend([RECORDS[5], *RECORDS[6:9]])
+    running = learner(registry, log, trainer=shared(0, "--trainer.capacity", "1024"))
+    run_to_end(running)
+    running.tick(0.0)
+    running._settle(wait=True)
+    to = running.place.parent
+    compactor.compact(registry)
+    log.values.extend(RECORDS[9:14])
+    run_to_end(running)
+    running.tick(0.0)
+    running._settle(wait=True)
+    late = running.place.parent
+    # Back to a version before the newest one, without the poison.
+    registry.change(rolled_back(to, POISON))
+    log.values.extend(RECORDS[14:])
+    run_to_end(running)
+    running.close()
+    newest = registry.newest(2) or 0
+    before = names(registry)
+
+    for version, base, first in ((1, 0, 0), (to, 1, 0), (late, to, None), (newest, to, None)):
+        found = asked(registry, log, version)
+        assert (found.outcome, found.base) == ("equal", base), found.text()
+        assert first is None or found.first == first
+        assert found.digest == content.digest(
+            content.merge(
+                checkpoint.tensors_of(registry, part)
+                for chain in [registry.chain(version)]
+                for part in (chain.base, *chain.deltas)
+            )
+        )
+    # From the very first base, over the rollback and its mask.
+    found = asked(registry, log, newest, base=1)
+    assert (found.outcome, found.base, found.next) == ("equal", 1, registry.manifest(newest).log.next)
+    assert found.rows == 21 * 40
+    assert names(registry) == before, "nothing is written"
+    with pytest.raises(UnknownVersion, match="does not descend"):
+        asked(registry, log, newest, base=late)
+    with pytest.raises(UnknownVersion):
+        asked(registry, log, newest + 1)
+
+
+def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
+    registry = started_with_spec(tmp_path)
+    bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
+    log = MemoryLog([*RECORDS[:4], *bad, *RECORDS[8:12]])
+    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    run_to_end(running)
+    assert running._trainer.guard.held
+    running.close()
+    held = registry.newest(1) or 0
+    registry.change(lambda now: pin(now, 1, actor="ann", reason="look", now_ms=5))
+    registry.change(lambda now: follow(now, actor="ann", reason="fine", now_ms=6))
+    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    if running._trainer.guard.held:
+        # The generation that lets it go must come while it looks.
+        registry.change(lambda now: pin(now, 1, actor="ann", reason="look", now_ms=7))
+        registry.change(lambda now: follow(now, actor="ann", reason="fine", now_ms=8))
+        running.tick(0.0)
+    run_to_end(running)
+    running.close()
+    trainer = shared(0, "--trainer.guard_patience", "3")
+    for version in (held, registry.newest(1) or 0):
+        found = verify.verify(small_settings(), registry, version, 1, lambda: trainer, lambda _, offset: log.at(offset))
+        assert found.outcome == "equal", found.text()
+    assert found.steps == 12
+
+
+def trained(tmp_path: Path, records: int = 6) -> tuple[Registry, MemoryLog, int]:
+    registry, log = started_with_spec(tmp_path), MemoryLog(RECORDS[:records])
+    running = learner(registry, log)
+    run_to_end(running)
+    running.close()
+    return registry, log, registry.newest(1) or 0
+
+
+def test_another_click_in_the_log_is_a_difference_with_its_place(tmp_path: Path) -> None:
+    registry, log, newest = trained(tmp_path)
+    log.values[2] = with_weight(log.values[2], 0.5)
+    found = asked(registry, log, newest)
+    assert found.outcome == "different"
+    assert found.difference is not None
+    assert found.difference.table in content.TABLES
+    assert found.difference.id is not None
+    assert f"id {found.difference.id:016x}" in found.text()
+    assert json.loads(json.dumps(found.document()))["difference"]["position"] == found.difference.position
+
+
+def test_a_doubled_record_is_no_difference_and_a_lost_one_is(tmp_path: Path) -> None:
+    registry, log, newest = trained(tmp_path)
+    log.values[3] = RECORDS[2]
+    found = asked(registry, log, newest)
+    assert found.outcome == "different"
+
+
+def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, log, newest = trained(tmp_path)
+    now = checkpoint.environment(small_settings(), "/CPU:0")
+    monkeypatch.setattr(checkpoint, "environment", lambda *_: now | {"numpy": "9.9", "instructions": "neon"})
+    found = asked(registry, log, newest)
+    assert found.outcome == "not comparable"
+    assert "numpy was" in found.text()
+    assert "instructions was" in found.text()
+    assert found.document()["environment"][0].endswith("is neon")
+
+
+def test_other_settings_are_not_compared(tmp_path: Path) -> None:
+    registry, log, newest = trained(tmp_path)
+    changed = small_settings("--model.learning_rate", "0.01")
+    found = verify.verify(changed, registry, newest, None, lambda: shared(1), lambda _, offset: log.at(offset))
+    assert found.outcome == "not comparable"
+    assert found.environment[0].startswith("settings was")
+
+
+def test_a_log_that_no_longer_reaches_back_is_said(tmp_path: Path) -> None:
+    registry, log, newest = trained(tmp_path)
+    log.begin = 3
+    with pytest.raises(GapError, match="no longer reaches back"):
+        asked(registry, log, newest)
+    log.begin = 0
+    log.topic_id = "ef" * 16
+    with pytest.raises(LogError, match="made again"):
+        asked(registry, log, newest)
+
+
+def test_without_a_base_before_it_a_version_cannot_be_recomputed(tmp_path: Path) -> None:
+    registry, log, newest = trained(tmp_path)
+    compactor.compact(registry)
+    registry.remove("base", 1)
+    with pytest.raises(UnknownVersion, match="no base before it"):
+        asked(registry, log, newest)
+
+
+def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    registry, log, newest = trained(tmp_path)
+
+    class Silent(MemoryLog):
+        def poll(self, timeout_s: float, max_records: int) -> list[Any]:
+            return []
+
+    seconds = iter(range(10_000))
+    with pytest.raises(LogError, match="gave nothing after offset 0"):
+        verify.verify(
+            small_settings(),
+            registry,
+            newest,
+            None,
+            lambda: shared(1),
+            lambda topic, offset: Silent(log.values),
+            elapsed=lambda: float(next(seconds)),
+        )
+
+
+def test_the_process_verifies_on_a_real_log(
+    kafka_settings: KafkaFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from state.log import Reader, Topics, Writer
+    from tests.trainer.test_accounts import until_at
+    from trainer.program import preprocessing_of
+    from trainer.step import Trainer
+
+    kafka = kafka_settings()
+    topic = kafka.microbatches_topic
+    flags = ["--bootstrap-servers", kafka.bootstrap_servers, "--kafka.microbatches_topic", topic]
+    flags += ["--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4", "--paths.state", str(tmp_path)]
+    settings = small_settings(*flags[:4], "--paths.state", str(tmp_path))
+    registry = started(settings.registry_dir)
+    registry.add_spec(SPEC.digest, {**ABOUT, "salt": SALT}, write_transform)
+
+    class RealLog(MemoryLog):
+        def at(self, offset: int | None) -> Any:
+            return Reader(kafka, topic, [0], {} if offset is None else {0: offset})
+
+    with Topics(kafka) as topics, Writer(kafka, transactional_id=topic) as writer:
+        topics.ensure(topic, 1, {"retention.ms": "-1"})
+        for value in RECORDS[:5]:
+            with writer.transaction():
+                writer.send(topic, 0, None, value)
+        trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
+        running = learner(registry, RealLog([]), *flags[:4], trainer=trainer)
+        until_at(running, 9)
+        running.close()
+        newest = registry.newest(1) or 0
+        monkeypatch.setattr(verify.os, "nice", lambda _: 0)
+        assert verify.main([str(newest), *flags]) == 0
+        assert (
+            f"version {newest}: equal (recomputed from version 1, training log offsets 0 to" in capsys.readouterr().out
+        )
+        assert verify.main([str(newest), "-o", "json", *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["steps"] == 5
+        topics.delete_before(topic, {0: 4})
+        assert verify.main([str(newest), *flags]) == 1
+        assert verify.main(["999", *flags]) == 1
