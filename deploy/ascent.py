@@ -66,7 +66,9 @@ class Ascent:
         self._broker: Broker | None = None
         self._broker_started_at = 0.0
         self._broker_deaths = Deaths()
-        self._programs = programs()
+        # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
+        fresh = not has_spec(settings.registry_dir)
+        self._programs = programs(head_start=settings.bootstrap.min_rows if fresh else 0)
         self._supervisor: Supervisor | None = None
 
     def run(self) -> int:

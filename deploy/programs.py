@@ -23,10 +23,14 @@ STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
 
 
-def programs(python: str = sys.executable) -> dict[str, Program]:
+def programs(head_start: int = 0, python: str = sys.executable) -> dict[str, Program]:
     """All programs by name; settings reach them by the environment.
 
-    >>> programs("python")["stream"].command
+    Args:
+        head_start: Clicks that the shoppers send at once.
+        python: The interpreter.
+
+    >>> programs(python="python")["stream"].command
     ('python', '-m', 'streaming.pipeline')
     """
 
@@ -35,7 +39,7 @@ def programs(python: str = sys.executable) -> dict[str, Program]:
 
     listed = (
         program(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
-        program(SHOPPERS, "deploy.replay", "--synthetic", stop_s=3.0),
+        program(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
         program(STREAM, "streaming.pipeline"),
         # Its work is repeated from the start at the next run: there is nothing to wait for.
         program(BOOTSTRAP, "streaming.bootstrap", stop_s=1.0, lasting=False),

@@ -90,6 +90,7 @@ def replay(
     speed: float,
     stopped: threading.Event,
     wall_s: Callable[[], float] = time.time,
+    head_start_s: float = 0.0,
 ) -> int:
     """Lets the shoppers click until `stopped` or `limit`; returns the number of clicks sent.
 
@@ -97,15 +98,16 @@ def replay(
     that cannot keep up falls behind in wall time, never in order.
 
     Args:
-        shoppers: Whose clicks; their clock starts at `wall_s()`.
+        shoppers: Whose clicks; their clock starts at `wall_s()`, less the head start.
         send: Takes clicks and returns when they are acknowledged.
         rate: Clicks per second of the shoppers' clock; 0: as fast as `send` takes them.
         limit: So many clicks in all; None for no end.
         speed: Seconds of the shoppers' clock per second of the wall's.
         stopped: Ends the replay between two slices.
         wall_s: Unix time, seconds.
+        head_start_s: How long the shoppers have been clicking already; those clicks are due at once.
     """
-    started_s = wall_s()
+    started_s = wall_s() - head_start_s
     sent = 0
     while not stopped.is_set() and (limit is None or sent < limit):
         due = MOST_PER_SLICE if rate <= 0 else int((wall_s() - started_s) * speed * rate) - sent
@@ -135,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--speed", default="", metavar="60x|max", help="recorded seconds per second (files: max, else 1x)"
     )
     parser.add_argument("--rate", type=float, help="of the shoppers, events/s; 0: as fast as Kafka takes them")
+    parser.add_argument(
+        "--head-start", type=int, default=0, metavar="N", help="clicks that the shoppers have made before: sent at once"
+    )
     parser.add_argument("--seed", type=int, help="of the shoppers' choices")
     add_arguments(parser)
     options = parser.parse_args(words)
@@ -177,11 +182,13 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
             return
         rate = settings.shoppers.rate if options.rate is None else options.rate
         speed = parse_speed(options.speed or "1x")
-        shoppers = Shoppers.from_settings(settings, options.seed, rate, int(time.time() * 1000))
+        # How long the shoppers' clock has run already; without a pace there is nothing to be ahead of.
+        made_s = options.head_start / rate if rate > 0 and speed != MAX else 0.0
+        shoppers = Shoppers.from_settings(settings, options.seed, rate, int((time.time() - made_s) * 1000))
         started_s = time.monotonic()
         # At full speed the shoppers' clock keeps its rate, and nobody waits for it.
         rate = 0.0 if speed == MAX else rate
-        sent = replay(shoppers, sender.send, rate, options.limit, speed, stopped)
+        sent = replay(shoppers, sender.send, rate, options.limit, speed, stopped, head_start_s=made_s / speed)
         took_s = max(time.monotonic() - started_s, 1e-9)
         print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
 

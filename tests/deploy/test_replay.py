@@ -151,6 +151,13 @@ def test_replay_keeps_the_rate_the_limit_and_the_speed() -> None:
     assert sent[-1].at_ms[-1] == START_MS + 10_000
 
 
+def test_a_head_start_is_due_at_once_and_then_the_rate_is_kept() -> None:
+    sent: list[Clicks] = []
+    clock = iter(range(100))
+    replay(crowd(rate=100.0), sent.append, 100.0, 900, 1.0, Instant(), lambda: float(next(clock)), head_start_s=5.0)
+    assert [len(clicks) for clicks in sent] == [600, 100, 100, 100]
+
+
 def test_replay_without_a_rate_sends_as_fast_as_it_can() -> None:
     sent: list[Clicks] = []
     assert replay(crowd(rate=0.0), sent.append, 0.0, 45_000, 1.0, Instant()) == 45_000
