@@ -161,7 +161,12 @@ class Chaos:
             if time.monotonic() < due_s:
                 time.sleep(TICK_S)
                 continue
-            victim = violence.victim(self._candidates(), self._ready())
+            candidates = self._candidates()
+            if findings.killed >= self._kills:
+                # Only the kill points are left that have not struck: their parts need the others alive.
+                violence.arms_always = True
+                candidates = [part for part in candidates if violence.has_left(part)]
+            victim = violence.victim(candidates, self._ready())
             if victim is not None:
                 self._kill(victim)
             due_s = time.monotonic() + violence.wait_s()

@@ -39,9 +39,13 @@ class Violence:
     Args:
         seed: Of every choice.
         rounds: How often each kill point must have struck.
+
+    Attributes:
+        arms_always: Whether each part that is started gets a kill point as long as it has one left.
     """
 
     def __init__(self, seed: int, rounds: int = 1) -> None:
+        self.arms_always = False
         self._chance = random.Random(seed)
         self._decks = {part: list(points) * rounds for part, points in POINTS.items()}
         for deck in self._decks.values():
@@ -51,6 +55,10 @@ class Violence:
     def left(self) -> list[str]:
         """The kill points that have yet to strike."""
         return [point for deck in self._decks.values() for point in deck]
+
+    def has_left(self, part: str) -> bool:
+        """Whether a kill point of a part has yet to strike."""
+        return bool(self._decks.get(part))
 
     def wait_s(self) -> float:
         """How long until the next kill."""
@@ -69,7 +77,7 @@ class Violence:
     def arm(self, part: str) -> str:
         """The kill point to arm in a part that is started; empty for none."""
         deck = self._decks.get(part)
-        if not deck or self._chance.random() >= ARMED_SHARE:
+        if not deck or (not self.arms_always and self._chance.random() >= ARMED_SHARE):
             return ""
         # Left in the deck until it has struck: the process may die of something else first.
         self._chance.shuffle(deck)
