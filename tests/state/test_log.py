@@ -16,6 +16,7 @@ import pytest
 
 from deploy.kafka.broker import Broker, free_port
 from state.errors import FencedWriter, GapError, LogError, UnknownTopic, UnreachableBroker
+from state.gaps import Gap
 from state.log import (
     BulkWriter,
     PartitionBatch,
@@ -26,6 +27,7 @@ from state.log import (
     client_options,
     partition_of,
 )
+from state.positions import Source
 from state.sections import Kafka
 
 KafkaFactory = Callable[..., Kafka]
@@ -368,12 +370,14 @@ def test_records_deleted_before_they_were_read_are_a_gap(topics: Topics, clicks:
     write(settings, clicks, [b"x"] * 10)
     with Reader(settings, clicks) as reader:
         topics.delete_before(clicks, {0: 6})
-        with pytest.raises(GapError, match=r"partition 0: we were at 0, but the log now begins at 6"):
+        with pytest.raises(GapError, match=r"partition 0: we were at 0, but the log now begins at 6") as caught:
             read_until(reader, {0: 10})
+        assert caught.value.gaps == (Gap(Source(reader.topic_id, 0), 0, 6),)
     with pytest.raises(GapError, match=r"6 positions|4 positions"):
         Reader(settings, clicks, positions={0: 2})
-    with pytest.raises(GapError, match="ends at 10"):
+    with pytest.raises(GapError, match="ends at 10") as caught:
         Reader(settings, clicks, positions={0: 11})
+    assert caught.value.gaps == (), "there is nothing to accept"
     with Reader(settings, clicks, positions={0: 6}) as reader:
         assert len(values(read_until(reader, {0: 10}))) == 4
 
