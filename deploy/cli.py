@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from deploy.settings_table import as_json, as_lines, as_markdown
+from state import gaps
 from state.config import Settings, load
 from state.config_sources import SHORT_FLAGS
 from state.errors import SettingsError, SpringtideError
@@ -44,7 +45,14 @@ PROCESSES = {
         "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
     ),
 }
-OWN_HELP = ("up", "status", "verify", "replay", "rebuild-history")  # their modules have options of their own and explain them
+OWN_HELP = (
+    "up",
+    "status",
+    "verify",
+    "replay",
+    "rebuild-history",
+)  # their modules have options of their own and explain them
+READERS = ("stream", "train")  # stop at a gap, and go on where the loss is accepted
 SETTINGS_HELP = (
     "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
     "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."
@@ -79,7 +87,9 @@ def parser() -> argparse.ArgumentParser:
         )
 
     for name, (_, help) in PROCESSES.items():
-        add(name, help, own_help=name not in OWN_HELP)
+        process = add(name, help, own_help=name not in OWN_HELP)
+        if name in READERS:
+            gaps.add_options(process)
 
     versions = add("versions", "List the versions: age, log range, log loss, AUC, and which one serves.")
     versions.add_argument(
@@ -209,7 +219,9 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
     if asked.command in PROCESSES:
         # A mistake is said here, with status 2, before anything starts.
         load(flags)
-        become(PROCESSES[asked.command][0], [*unknown, *flags])
+        options = gaps.as_options(asked) if asked.command in READERS else []
+        gaps.take_options(options, actor="")
+        become(PROCESSES[asked.command][0], [*options, *unknown, *flags])
         return
     if unknown:
         raise SettingsError(f"unknown argument {unknown[0]}; see `springtide {asked.command} --help`")

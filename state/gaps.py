@@ -254,6 +254,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reason", default="", metavar="TEXT", help="why the loss is accepted; kept with your name")
 
 
+def as_options(asked: argparse.Namespace) -> list[str]:
+    """The options again as words, for the process that a command becomes.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_options(parser)
+    >>> as_options(parser.parse_args(["--accept-gap", "0:5-9", "--reason", "old"]))
+    ['--accept-gap', '0:5-9', '--reason', 'old']
+    """
+    words = [word for place in asked.accept_gap for word in ("--accept-gap", place)]
+    return [*words, "--reason", asked.reason] if asked.reason else words
+
+
 def take_options(argv: Sequence[str], actor: str) -> tuple[Consent, list[str]]:
     """Takes `--accept-gap` and `--reason` out of a command line; returns them and the rest.
 

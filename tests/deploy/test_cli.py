@@ -338,3 +338,22 @@ def test_a_plan_across_a_rollback_does_not_count_rows_of_another_line(operator: 
     to, newest = registry.manifest(3), replace(registry.manifest(5), visible=((5, 5), (1, 2)))
     planned: Callable[..., plan.Plan] = plan.rollback_plan
     assert planned(to, newest, Mask.NONE, now_ms=NOW_MS, log_end=None).rows is None
+
+
+def test_a_gap_is_accepted_at_the_start_of_a_reader_with_a_reason(operator: Operator) -> None:
+    operator("stream", "--accept-gap", "0:5-9", "--accept-gap", "1:2-2", "--reason", "old clicks")
+    module, flags = operator.became[-1]
+    assert module == "streaming.pipeline"
+    assert flags[:6] == ["--accept-gap", "0:5-9", "--accept-gap", "1:2-2", "--reason", "old clicks"]
+    operator("train")
+    assert operator.became[-1][1][:1] != ["--accept-gap"]
+    with pytest.raises(SettingsError, match="needs --reason"):
+        operator("train", "--accept-gap", "0:5-9")
+    with pytest.raises(SettingsError, match="PARTITION:A-B"):
+        operator("train", "--accept-gap", "9-5", "--reason", "x")
+
+
+def test_verify_becomes_the_trainers_own_process(operator: Operator) -> None:
+    operator("verify", "3", "--from", "1", "-o", "json")
+    module, flags = operator.became[-1]
+    assert (module, flags[:5]) == ("trainer.verify", ["3", "--from", "1", "-o", "json"])
