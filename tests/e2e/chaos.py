@@ -183,8 +183,8 @@ class Chaos:
         found = [
             name for name, part in self.parts.running.items() if not part.kill_at or now_s - part.started_s > ARMED_S
         ]
-        # Not before stream and trainer have come back from its last death: else nothing would ever be done.
-        if not self._died_s.keys() & {"stream", "trainer"} and now_s - self._broker_s > KAFKA_EVERY_S:
+        # Not while stream and trainer are both away: else nothing would ever be done.
+        if not self._died_s.keys() >= {"stream", "trainer"} and now_s - self._broker_s > KAFKA_EVERY_S:
             found.append("kafka")
         if self._compactor() is not None:
             found.append("compactor")
