@@ -27,3 +27,13 @@ def compiled(kernel: Kernel) -> Kernel:
     6
     """
     return cast(Kernel, numba.njit(cache=True, nogil=True, error_model="numpy")(kernel))
+
+
+def compiled_sums(kernel: Kernel) -> Kernel:
+    """As `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
+
+    The grouping is fixed when the kernel is compiled for a processor, so that
+    the same calls give the same bits there, and other bits on another kind.
+    """
+    fastmath = {"reassoc", "contract", "nsz"}
+    return cast(Kernel, numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(kernel))

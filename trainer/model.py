@@ -25,6 +25,7 @@ import tensorflow as tf
 from state.errors import SettingsError
 from state.features import FeatureSpec
 from state.sections import Model as ModelSettings
+from trainer.heads import NET_HIDDEN
 from trainer.index import hashed_uniform
 
 Tensor = Any
@@ -39,9 +40,7 @@ LATEST = 3
 MASKED = -1e9
 """The logit of a candidate that is not there."""
 
-NET_HIDDEN = 16
 USER_HIDDEN = 32
-ENGAGEMENT_HIDDEN = 64
 
 
 class Tower(Protocol):
@@ -73,17 +72,28 @@ class DenseTower(tf.Module):
         first = self._first(x)
         return self._rest(_dropped(first, self._dropout, seed) if training else first)
 
-    def both(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors without and with dropout; the first layer, half the work, is computed once."""
-        first = self._first(x)
-        return self._rest(first), self._rest(_dropped(first, self._dropout, seed))
+    def both(self, prepared: Tensor, rows: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The vectors without and with dropout; the first layer, half the work, is computed once.
+
+        Args:
+            prepared: `[B, D']`, which no weight stands before: it gets no derivative.
+            rows: `[B, k]`, the embedding rows; what follows them in the input is zero.
+            kept: `[B, hidden]` float32, 0 for a dropped unit, else the factor that makes up for it.
+        """
+        kernel = self.kernels[0]
+        parts = tf.split(
+            kernel, [prepared.shape[1], rows.shape[1], kernel.shape[0] - prepared.shape[1] - rows.shape[1]]
+        )
+        first = tf.matmul(prepared, parts[0]) + tf.matmul(rows, parts[1])
+        first = tf.nn.relu(tf.nn.bias_add(first, self.biases[0]))
+        return self._rest(first), self._rest(first * kept)
 
     def _first(self, x: Tensor) -> Tensor:
-        return tf.nn.relu(tf.matmul(x, self.kernels[0]) + self.biases[0])
+        return tf.nn.relu(tf.nn.bias_add(tf.matmul(x, self.kernels[0]), self.biases[0]))
 
     def _rest(self, x: Tensor) -> Tensor:
         for kernel, bias in zip(self.kernels[1:], self.biases[1:], strict=True):
-            x = tf.nn.relu(tf.matmul(x, kernel) + bias)
+            x = tf.nn.relu(tf.nn.bias_add(tf.matmul(x, kernel), bias))
         return x
 
 
@@ -124,7 +134,7 @@ class Model(tf.Module):
         self.labels = spec.labels
         self.label_width = len(spec.label_names)
         self.preprocessing = preprocessing if preprocessing is not None else Logarithms(spec.names)
-        self._prepare_windows = Logarithms(spec.label_names)
+        self.prepare_windows = Logarithms(spec.label_names)
         dim, width, evidence = settings.dim, settings.hidden[-1], 2 * len(spec.label_names)
         prepared = int(self.preprocessing(tf.zeros([1, self.features])).shape[-1])
         self.tower = _load_builder(settings.tower)(prepared + (2 + LATEST) * dim, settings)
@@ -142,11 +152,11 @@ class Model(tf.Module):
             "interest.kernel_1": _weight("interest.kernel_1", (NET_HIDDEN,), 0.0),
             "interest.popular": tf.Variable(_popular_prior(settings.popular), name="interest.popular"),
             "interest.other": tf.Variable(np.ones(1, np.float32), name="interest.other"),
-            "engagement.vector": _weight("engagement.vector", (width, ENGAGEMENT_HIDDEN), 0.15),
-            "engagement.rows": _weight("engagement.rows", (3 * dim, ENGAGEMENT_HIDDEN), 0.15),
-            "engagement.bias_0": _weight("engagement.bias_0", (ENGAGEMENT_HIDDEN,), 0.0),
-            "engagement.kernel_1": _weight("engagement.kernel_1", (ENGAGEMENT_HIDDEN,), 0.15),
-            "engagement.bias_1": _weight("engagement.bias_1", (1,), 0.0),
+            "engagement.kernel": _weight("engagement.kernel", (width, dim + 1), 0.15),
+            "engagement.bias": _weight("engagement.bias", (dim + 1,), 0.0),
+            "engagement.prior": tf.Variable(np.array([3.0, 1.0, 1.0], np.float32), name="engagement.prior"),
+            "engagement.item": _weight("engagement.item", (dim,), 0.3),
+            "engagement.category": _weight("engagement.category", (dim,), 0.3),
         }
         self.dense: dict[str, Any] = {f"tower.{name}": weight for name, weight in _named(self.tower).items()} | own
 
@@ -165,82 +175,98 @@ class Model(tf.Module):
             label_logits `[B, L]`, popular_logits `[B, P]` (candidates that are
             not there have MASKED), engagement_logit `[B]`, vector `[B, width]`.
         """
-        vector = self.tower(self.tower_input(inputs), False, tf.constant([0, 0], tf.int32))
-        label_logits, popular_logits, _ = self.interest(vector, inputs, self.label_evidence(inputs))
+        prepared = self.preprocessing(inputs["features"])
+        latest = tf.reshape(inputs["label_rows"][:, :LATEST, :], [-1, LATEST * self.settings.dim])
+        x = tf.concat([prepared, inputs["user_row"], latest, inputs["context_row"]], 1)
+        vector = self.tower(x, False, tf.constant([0, 0], tf.int32))
+        queries = self.queries(vector, inputs["user_row"])
+        label_logits, popular_logits = self.interest(queries, inputs, self.evidence(prepared, inputs["label_windows"]))
         return {
             "label_logits": label_logits,
             "popular_logits": popular_logits,
-            "engagement_logit": self.engagement(vector, inputs["user_row"], inputs["item_row"], inputs["category_row"]),
+            "engagement_logit": self.engagement(queries, label_logits, popular_logits, inputs),
             "vector": vector,
         }
 
-    def vectors(self, inputs: Mapping[str, Tensor], seed: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors without and with dropout, each `[B, width]`.
+    def queries(self, vector: Tensor, user_row: Tensor) -> Tensor:
+        """`[B, 2 dim + 1]`: what interest compares with a category, engagement with an item, and the user's engagement."""
+        kernel = tf.concat([self.dense["query.kernel"], self.dense["engagement.kernel"]], 1)
+        bias = tf.concat([self.dense["query.bias"], self.dense["engagement.bias"]], 0)
+        user = tf.concat([user_row, user_row, tf.zeros_like(user_row[:, :1])], 1)
+        return tf.nn.bias_add(tf.matmul(vector, kernel), bias) + user
 
-        Args:
-            inputs: As for `forward`.
-            seed: `[2]` int32.
+    def personal(self, prepared: Tensor) -> Tensor:
+        """How much each window counts for this user, and the user's part of the net's first layer, `[B, 2 F + 16]`.
+
+        How much evidence counts is partly shared and partly the user's own, by
+        the features: somebody who comes back to things is not somebody who
+        goes on to new ones.
         """
-        x = self.tower_input(inputs)
-        if isinstance(self.tower, DenseTower):
-            return self.tower.both(x, seed)
-        return self.tower(x, False, seed), self.tower(x, True, seed)
+        user = tf.nn.bias_add(tf.matmul(prepared, self.dense["interest.user_kernel"]), self.dense["interest.user_bias"])
+        kernel = tf.concat([self.dense["interest.personal"], self.dense["interest.bend"]], 1)
+        bias = tf.concat([self.dense["interest.linear"], self.dense["interest.bias_0"]], 0)
+        return tf.nn.bias_add(tf.matmul(tf.nn.relu(user), kernel), bias)
 
-    def tower_input(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the tower is given, `[B, width_in]`."""
-        # The training graph gathers these rows apart: the gradient of a slice is a copy of all label rows.
-        latest = inputs["latest_rows"] if "latest_rows" in inputs else inputs["label_rows"][:, :LATEST, :]
-        latest = tf.reshape(latest, [-1, LATEST * self.settings.dim])
-        return tf.concat([self.preprocessing(inputs["features"]), inputs["user_row"], latest, inputs["context_row"]], 1)
-
-    def label_evidence(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def evidence(self, prepared: Tensor, label_windows: Tensor) -> Tensor:
         """What a user's windows say about each of the labels, `[B, L]`: a logit without embedding rows.
 
         Each label is described by its windows and by how they differ from the
-        newest label's. How much these count is partly shared and partly the
-        user's own, by the features: somebody who comes back to things is not
-        somebody who goes on to new ones.
+        newest label's. The weights of a difference are taken apart: those of
+        the label add to the windows' own, and the newest label's part is the
+        same for all.
         """
-        flat = self._prepare_windows(tf.reshape(inputs["label_windows"], [-1, self.label_width]))
-        windows = tf.reshape(flat, [-1, self.labels, self.label_width])
-        windows = tf.concat([windows, windows - windows[:, :1]], 2)
-        user = tf.matmul(self.preprocessing(inputs["features"]), self.dense["interest.user_kernel"])
-        user = tf.nn.relu(user + self.dense["interest.user_bias"])
-        flat = tf.reshape(windows, [-1, 2 * self.label_width])
-        bent = tf.reshape(tf.matmul(flat, self.dense["interest.kernel_0"]), [-1, self.labels, NET_HIDDEN])
-        own = tf.matmul(user, self.dense["interest.bend"]) + self.dense["interest.bias_0"]
-        hidden = tf.reshape(tf.nn.relu(bent + tf.expand_dims(own, 1)), [-1, NET_HIDDEN])
+        width, net_0 = self.label_width, self.dense["interest.kernel_0"]
+        flat = self.prepare_windows(tf.reshape(label_windows, [-1, width]))
+        windows = tf.reshape(flat, [-1, self.labels, width])
+        newest, personal = windows[:, 0], self.personal(prepared)
+        plain, apart = personal[:, :width], personal[:, width : 2 * width]
+        linear = tf.squeeze(tf.matmul(windows, tf.expand_dims(plain + apart, 2)), 2)
+        linear -= tf.reduce_sum(newest * apart, 1, keepdims=True)
+        own = personal[:, 2 * width :] - tf.matmul(newest, net_0[width:])
+        hidden = tf.reshape(tf.matmul(flat, net_0[:width] + net_0[width:]), [-1, self.labels, NET_HIDDEN])
+        hidden = tf.reshape(tf.nn.relu(hidden + tf.expand_dims(own, 1)), [-1, NET_HIDDEN])
         bent = tf.reshape(tf.matmul(hidden, tf.expand_dims(self.dense["interest.kernel_1"], 1)), [-1, self.labels])
-        weights = tf.matmul(user, self.dense["interest.personal"]) + self.dense["interest.linear"]
-        return tf.squeeze(tf.matmul(windows, tf.expand_dims(weights, 2)), 2) + bent + self.dense["interest.position"]
+        return linear + bent + self.dense["interest.position"]
 
-    def interest(self, vector: Tensor, inputs: Mapping[str, Tensor], evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Interest logits of the labels `[B, L]` and the popular ones `[B, P]`, and the query `[B, dim]`."""
-        query = tf.matmul(vector, self.dense["query.kernel"]) + self.dense["query.bias"] + inputs["user_row"]
-        label_logits = tf.squeeze(tf.matmul(inputs["label_rows"], tf.expand_dims(query, 2)), 2) + evidence
-        popular_logits = tf.matmul(query, inputs["popular_rows"], transpose_b=True) + self.dense["interest.popular"]
+    def popular(self, queries: Tensor, popular_rows: Tensor) -> Tensor:
+        """The popular labels' logits, not masked, `[B, P]`."""
+        query = queries[:, : self.settings.dim]
+        return tf.nn.bias_add(tf.matmul(query, popular_rows, transpose_b=True), self.dense["interest.popular"])
+
+    def interest(self, queries: Tensor, inputs: Mapping[str, Tensor], evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Interest logits of the labels `[B, L]` and the popular ones `[B, P]`."""
+        query = tf.expand_dims(queries[:, : self.settings.dim], 2)
+        label_logits = tf.squeeze(tf.matmul(inputs["label_rows"], query), 2) + evidence
         return (
             _masked(label_logits, inputs["label_mask"]),
-            _masked(popular_logits, inputs["popular_mask"]),
-            query,
+            _masked(self.popular(queries, inputs["popular_rows"]), inputs["popular_mask"]),
         )
 
-    def other(self, query: Tensor, row: Tensor, mask: Tensor) -> Tensor:
-        """The logit `[B, 1]` of one more candidate, by its category's row `[B, dim]` and mask `[B, 1]`."""
-        return _masked(tf.reduce_sum(query * row, 1, keepdims=True) + self.dense["interest.other"], mask)
+    def engagement(
+        self, queries: Tensor, label_logits: Tensor, popular_logits: Tensor, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The engagement logit `[B]` of a user with an item.
 
-    def engagement(self, vector: Tensor, user_row: Tensor, item_row: Tensor, category_row: Tensor) -> Tensor:
-        """The engagement logit `[B]` of a user with an item."""
-        return self.engagement_of(tf.matmul(vector, self.dense["engagement.vector"]), user_row, item_row, category_row)
-
-    def engagement_of(self, projected: Tensor, user_row: Tensor, item_row: Tensor, category_row: Tensor) -> Tensor:
-        """As `engagement`, from the vector's projection `[B, 64]`, which several items can share."""
-        pair = tf.concat([item_row, category_row, user_row * item_row], 1)
-        hidden = tf.nn.relu(
-            projected + tf.matmul(pair, self.dense["engagement.rows"]) + self.dense["engagement.bias_0"]
-        )
-        scores = tf.matmul(hidden, tf.stack([self.dense["engagement.kernel_1"]], 1))
-        return tf.squeeze(scores, 1) + self.dense["engagement.bias_1"]
+        What the interest head says about the item's category is its prior;
+        it is read, not pushed: engagement changes no weight of that head.
+        """
+        dim, item, category = self.settings.dim, inputs["item_row"], inputs["category_row"]
+        label_logits, popular_logits = tf.stop_gradient(label_logits), tf.stop_gradient(popular_logits)
+        # A candidate of logit 0 keeps the sum away from nothing where there is no other.
+        logits = tf.concat([label_logits, popular_logits, tf.zeros_like(label_logits[:, :1])], 1)
+        highest = tf.reduce_max(logits, 1)
+        normaliser = highest + tf.math.log(tf.reduce_sum(tf.exp(logits - tf.expand_dims(highest, 1)), 1))
+        # Rows of two categories are never equal; the missing row, all zero, is nobody's.
+        apart = tf.reduce_sum(tf.abs(inputs["label_rows"] - tf.expand_dims(category, 1)), 2)
+        same = tf.where(apart > 0.0, 0.0, 1.0) * inputs["label_mask"]
+        known = tf.reduce_max(same, 1) * tf.where(tf.reduce_sum(tf.abs(category), 1) > 0.0, 1.0, 0.0)
+        likely = tf.reduce_max(_masked(label_logits, same), 1) - normaliser
+        other = tf.reduce_sum(queries[:, :dim] * category, 1) + self.dense["interest.other"]
+        other = tf.stop_gradient(other) - normaliser
+        prior = self.dense["engagement.prior"]
+        score = tf.where(known > 0.0, prior[0] + prior[1] * likely, prior[2] * other)
+        score += tf.reduce_sum(item * self.dense["engagement.item"] + category * self.dense["engagement.category"], 1)
+        return score + tf.reduce_sum(queries[:, dim : 2 * dim] * item, 1) + queries[:, 2 * dim]
 
     def weights(self) -> dict[str, F32]:
         """A host copy of every dense weight by name."""
@@ -270,16 +296,20 @@ class Logarithms:
 
     Args:
         names: Names of the k columns.
+
+    Attributes:
+        log_scale: `[k]` float32, the factor of the logarithm.
+        scale: `[k]` float32, the factor of the integer itself.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         recency = np.array(["recency" in name or name.startswith("gap.") for name in names])
-        self._recency = np.where(recency, 1 / 128, 0.0).astype(np.float32)
-        self._count = np.where(recency, 0.0, 1 / 4).astype(np.float32)
+        self.scale = np.where(recency, 1 / 128, 0.0).astype(np.float32)
+        self.log_scale = np.where(recency, 0.0, 1 / 4).astype(np.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[n, k]` float32 to `[n, k]` float32."""
-        return tf.math.log(x + 1.0) * self._count + x * self._recency
+        return tf.math.log(x + 1.0) * self.log_scale + x * self.scale
 
 
 def recency_prior(label_names: tuple[str, ...]) -> F32:

@@ -20,6 +20,7 @@ that come out are the same.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -36,12 +37,17 @@ from state.microbatch import MicroBatch
 from trainer.candidates import candidates, partners, seed_of
 from trainer.device import prepare
 from trainer.evaluation import Evaluation
+from trainer.graph import Graph, Measured
 from trainer.guard import GuardState, Verdict, judge
+from trainer.heads import Facts, Scores, Slopes
 from trainer.index import I32
 from trainer.model import LATEST, Model, Preprocessing
-from trainer.optimizer import Adam, apply_adagrad
+from trainer.optimizer import Adam
 from trainer.popular import HOUR_MS, Popular
+from trainer.sums import dropout, gather, square
 from trainer.tables import MISSING, Table
+
+F32 = npt.NDArray[np.float32]
 
 LOSS_ROWS = 1024.0
 """The loss of a step is its sum over rows, divided by this."""
@@ -57,8 +63,8 @@ NEGATIVE_SHIFT = float(np.log((1.0 - ASSUMED_CLICK_RATE) / ASSUMED_CLICK_RATE))
 
 TABLES = ("user", "item", "category", "context")
 
-RATES = {"interest.": 20.0}
-"""The few weights over label windows see every label of every row and learn faster."""
+RATES = {"interest.": 20.0, "engagement.": 20.0}
+"""The few weights over label windows see every label of every row and learn faster, those of engagement every pair."""
 
 
 @dataclass(frozen=True)
@@ -163,16 +169,8 @@ class Trainer:
         self.counters = Counters()
         self._first_weights = self.model.weights()
         self._first_slots = self.optimizer.slots()
-        self._measure = tf.function(self._measure_graph, input_signature=[_signature(spec, model.popular)])
-        # Distinct rows differ in number from step to step: unknown sizes keep one trace.
-        self._apply = tf.function(
-            self._apply_graph,
-            input_signature=[
-                {name: tf.TensorSpec([None], tf.int32) for name in TABLES},
-                [tf.TensorSpec(weight.shape, tf.float32) for weight in self.model.dense.values()],
-                {name: tf.TensorSpec([None, model.dim], tf.float32) for name in TABLES},
-            ],
-        )
+        self._graph = Graph(self.model, self.optimizer, self.tables, len(settings.events.context))
+        self._windows = self.model.prepare_windows
 
     def clear(self) -> None:
         """Back to the state of a new trainer, to start an epoch or before a base is loaded."""
@@ -226,16 +224,17 @@ class Trainer:
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")
         self._sight(batch)
-        inputs = self._inputs(batch, seed)
+        facts, inputs = self._inputs(batch, seed)
         with tf.device(self.device):
-            measured = self._measure(inputs)
-        return self._judge_and_apply(batch, inputs, measured, began)
+            measured, scores, slopes = self._graph.measure(facts, inputs)
+        sparse = self._sparse(facts, inputs, measured, slopes)
+        return self._judge_and_apply(batch, facts, inputs, measured, scores, sparse, began)
 
-    def score(self, batch: MicroBatch) -> dict[str, npt.NDArray[np.float32]]:
+    def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout: label_logits `[B, L]`, popular_logits `[B, P]`. Changes nothing."""
         with tf.device(self.device):
-            measured = self._measure(self._inputs(batch, (0, 0)))
-        return {name: measured[name].numpy() for name in ("label_logits", "popular_logits")}
+            _, scores, _ = self._graph.measure(*self._inputs(batch, (0, 0)))
+        return {"label_logits": scores.label_logits, "popular_logits": scores.popular_logits}
 
     def _sight(self, batch: MicroBatch) -> None:
         counters, expire_s = self.counters, self.settings.trainer.expire_s
@@ -250,8 +249,8 @@ class Trainer:
         if fields:
             self.tables["context"].sight(batch.context.reshape(-1), np.repeat(batch.at_ms, fields))
 
-    def _inputs(self, batch: MicroBatch, seed: tuple[int, int] | None) -> dict[str, Any]:
-        """Everything the graph needs, rows in place of ids."""
+    def _inputs(self, batch: MicroBatch, seed: tuple[int, int] | None) -> tuple[Facts, dict[str, Any]]:
+        """Everything the heads and the graph need, rows in place of ids."""
         rows = len(batch)
         sources = [part.source for part in batch.header.ranges]
         topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
@@ -266,152 +265,95 @@ class Trainer:
         negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(rows))
         scored = np.concatenate([known | (batch.item != 0), negative])
 
-        ids = {
-            "user": batch.user,
-            "item": np.concatenate([batch.item, batch.item[partner]]),
-            "category": np.concatenate(
-                [
-                    batch.labels.reshape(-1),
-                    batch.labels[:, :LATEST].reshape(-1),
-                    popular,
-                    batch.category,
-                    batch.category[partner],
-                    slots.other,
-                ]
-            ),
-            "context": batch.context.reshape(-1),
+        parts = {
+            "user": {"user_at": batch.user},
+            "item": {"pair_item_at": batch.item, "negative_item_at": batch.item[partner]},
+            "category": {
+                "label_at": batch.labels.reshape(-1),
+                "popular_at": popular,
+                "pair_category_at": batch.category,
+                "negative_category_at": batch.category[partner],
+                "other_at": slots.other,
+            },
+            "context": {"context_at": batch.context.reshape(-1)},
         }
-        inputs: dict[str, Any] = {}
+        inputs: dict[str, Any] = {"features": batch.features, "seed": np.array(seed, np.int32)}
+        at: dict[str, I32] = {}
         for name, table in self.tables.items():
-            found = table.find(np.ascontiguousarray(ids[name]))
-            inputs[f"{name}_rows"], inputs[f"{name}_at"] = table.distinct(found)
-        return inputs | {
-            "features": batch.features,
-            "label_windows": batch.label_windows,
-            "label_mask": (batch.labels != 0).astype(np.float32),
-            "popular_mask": slots.popular_mask,
-            "other_mask": (slots.other != 0).astype(np.float32)[:, None],
-            "target": slots.target,
-            "weight": np.where(slots.target >= 0, batch.weight, np.float32(0.0)),
-            "engaged": np.concatenate([np.where(known, batch.label, np.float32(1.0)), np.zeros(rows, np.float32)]),
-            "engaged_shift": np.where(np.concatenate([known, known]), np.float32(0.0), np.float32(NEGATIVE_SHIFT)),
-            "engaged_weight": scored.astype(np.float32),
-            "seed": np.array(seed, np.int32),
-        }
-
-    def _measure_graph(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        model, count = self.model, tf.shape(given["target"])[0]
-        gathered = {
-            name: tf.raw_ops.ResourceGather(resource=table.rows.handle, indices=given[f"{name}_rows"], dtype=tf.float32)
-            for name, table in self.tables.items()
-        }
-        windows = tf.cast(given["label_windows"], tf.float32)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(gathered)
-            tape.watch(list(model.dense.values()))
-            user, context = self._user_rows(gathered, given, count)
-            labels, latest, popular, category, foreign, other = self._category_rows(gathered, given, count)
-            item, foreign_item = tf.split(tf.gather(gathered["item"], given["item_at"]), 2)
-            inputs = {
-                "features": tf.cast(given["features"], tf.float32),
-                "user_row": user,
-                "context_row": context,
-                "label_rows": labels,
-                "latest_rows": latest,
-                "label_windows": windows,
-                "label_mask": given["label_mask"],
-                "popular_rows": popular,
-                "popular_mask": given["popular_mask"],
-            }
-            evidence = model.label_evidence(inputs)
-            scoring, learning = model.vectors(inputs, given["seed"])
-
-            def interest(vector: Any) -> tuple[Any, Any, Any]:
-                label_logits, popular_logits, query = model.interest(vector, inputs, evidence)
-                last = model.other(query, other, given["other_mask"])
-                logits = tf.concat([label_logits, popular_logits, last], 1)
-                target = tf.maximum(given["target"], 0)
-                return (
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(labels=target, logits=logits),
-                    label_logits,
-                    popular_logits,
-                )
-
-            def engagement(vector: Any) -> tuple[Any, Any]:
-                projected = tf.matmul(vector, model.dense["engagement.vector"])
-                scores = tf.concat(
-                    [
-                        model.engagement_of(projected, user, item, category),
-                        model.engagement_of(projected, user, foreign_item, foreign),
-                    ],
-                    0,
-                )
-                shifted = scores + given["engaged_shift"]
-                return tf.nn.sigmoid_cross_entropy_with_logits(labels=given["engaged"], logits=shifted), scores
-
-            with tape.stop_recording():
-                interest_loss, label_logits, popular_logits = interest(scoring)
-                engagement_loss, scores = engagement(scoring)
-            total = tf.reduce_sum(interest(learning)[0] * given["weight"])
-            total += ENGAGEMENT_SHARE * tf.reduce_sum(engagement(learning)[0] * given["engaged_weight"])
-            total /= LOSS_ROWS
-        dense, sparse = tape.gradient(
-            total, (list(model.dense.values()), gathered), unconnected_gradients=tf.UnconnectedGradients.ZERO
+            ids = np.concatenate(list(parts[name].values()))
+            inputs[f"{name}_rows"], places = table.distinct(table.find(ids))
+            ends = np.cumsum([part.size for part in parts[name].values()])
+            at |= dict(zip(parts[name], np.split(places, ends[:-1]), strict=True))
+        label_at = at["label_at"].reshape(batch.labels.shape)
+        inputs |= {name: at[name] for name in ("user_at", "popular_at", "context_at")}
+        inputs["latest_at"] = np.ascontiguousarray(label_at[:, :LATEST]).reshape(-1)
+        width = self.settings.model.hidden[0] if self._graph.drops else 0
+        inputs["kept"] = dropout(seed, rows, width, self.settings.model.dropout)
+        weight = np.where(slots.target >= 0, batch.weight, np.float32(0.0)) * np.float32(1.0 / LOSS_ROWS)
+        facts = Facts(
+            windows=np.ascontiguousarray(batch.label_windows),
+            log_scale=self._windows.log_scale,
+            scale=self._windows.scale,
+            label_mask=(batch.labels != 0).astype(np.float32),
+            popular_mask=slots.popular_mask,
+            other_mask=(slots.other != 0).astype(np.float32),
+            label_at=label_at,
+            other_at=at["other_at"],
+            pair_category_at=np.concatenate([at["pair_category_at"], at["negative_category_at"]]),
+            pair_item_at=np.concatenate([at["pair_item_at"], at["negative_item_at"]]),
+            target=slots.target,
+            weight=weight.astype(np.float32),
+            engaged=np.concatenate([np.where(known, batch.label, np.float32(1.0)), np.zeros(rows, np.float32)]),
+            engaged_shift=np.where(np.concatenate([known, known]), np.float32(0.0), np.float32(NEGATIVE_SHIFT)),
+            engaged_weight=scored.astype(np.float32) * np.float32(ENGAGEMENT_SHARE / LOSS_ROWS),
         )
-        # The missing row is the first of each table's rows and is never trained.
-        sparse = {name: tf.convert_to_tensor(gradient)[1:] for name, gradient in sparse.items()}
-        dense = [tf.convert_to_tensor(gradient) for gradient in dense]
-        rank = _rank(tf.concat([label_logits, popular_logits], 1), given["target"])
-        return {
-            "label_logits": label_logits,
-            "popular_logits": popular_logits,
-            "interest_loss": interest_loss,
-            "engagement_loss": engagement_loss,
-            "scores": scores,
-            "rank": rank,
-            "norm": tf.linalg.global_norm([*dense, *sparse.values()]),
-            "dense": dense,
-            "sparse": sparse,
-        }
+        return facts, inputs
 
-    def _user_rows(self, gathered: Mapping[str, Any], given: Mapping[str, Any], count: Any) -> tuple[Any, Any]:
-        user = tf.gather(gathered["user"], given["user_at"])
-        fields = len(self.settings.events.context)
-        if not fields:
-            return user, tf.zeros_like(user)
-        context = tf.gather(gathered["context"], tf.reshape(given["context_at"], [count, fields]))
-        return user, tf.reduce_mean(context, 1)
+    def _sparse(self, facts: Facts, inputs: Mapping[str, Any], measured: Measured, slopes: Slopes) -> dict[str, F32]:
+        """The derivatives by the distinct rows of each table; the first of them is the missing row."""
+        dim = self.settings.model.dim
+        found = {"user": np.zeros((inputs["user_rows"].size, dim), np.float32), "item": slopes.item}
+        found |= {"category": slopes.category, "context": np.zeros((inputs["context_rows"].size, dim), np.float32)}
+        for name, at, of in (
+            ("user", "user_at", measured.user),
+            ("category", "latest_at", measured.latest),
+            ("category", "popular_at", measured.popular),
+            ("context", "context_at", measured.context),
+        ):
+            gather(found[name], inputs[at], of.numpy())
+        return found
 
-    def _category_rows(self, gathered: Mapping[str, Any], given: Mapping[str, Any], count: Any) -> list[Any]:
-        """Label rows `[B, L, dim]`, the latest again `[B * 3, dim]`, popular rows `[P, dim]`, own, partner's and last slot's rows `[B, dim]`."""
-        slots, dim = self.model.labels, self.settings.model.dim
-        flat = tf.gather(gathered["category"], given["category_at"])
-        parts = tf.split(flat, [count * slots, count * LATEST, self.settings.model.popular, count, count, count])
-        return [tf.reshape(parts[0], [count, slots, dim]), *parts[1:]]
-
-    def _judge_and_apply(self, batch: MicroBatch, inputs: dict[str, Any], measured: Any, began: float) -> Report:
+    def _judge_and_apply(
+        self,
+        batch: MicroBatch,
+        facts: Facts,
+        inputs: Mapping[str, Any],
+        measured: Measured,
+        scores: Scores,
+        sparse: Mapping[str, F32],
+        began: float,
+    ) -> Report:
         counters, settings = self.counters, self.settings.trainer
-        targets = inputs["target"] >= 0
-        scored = inputs["engaged_weight"] > 0
-        losses = measured["interest_loss"].numpy()[targets]
-        engagement_losses = measured["engagement_loss"].numpy()[scored]
-        norm = float(measured["norm"].numpy())
+        targets = facts.target >= 0
+        scored = facts.engaged_weight > 0
+        losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
+        norm = math.sqrt(float(measured.norm.numpy()) + sum(square(slopes[1:]) for slopes in sparse.values()))
         loss = float(losses.mean()) if losses.size else 0.0
         verdict, self.guard = judge(self.guard, loss, norm, len(batch), settings.guard_factor, settings.guard_patience)
-        rank = measured["rank"].numpy()[targets]
+        rank = scores.rank[targets]
         top1, top5 = rank < 1, rank < 5
-        scores, positive = measured["scores"].numpy()[scored], inputs["engaged"][scored] >= 0.5
+        logits, positive = scores.engagement[scored], facts.engaged[scored] >= 0.5
         event_time_ms = int(batch.at_ms.max())
 
         counters.steps += 1
         if verdict is Verdict.ACCEPT:
-            rows = {name: inputs[f"{name}_rows"][1:] for name in self.tables}
+            rows = {name: inputs[f"{name}_rows"] for name in self.tables}
             with tf.device(self.device):
-                self._apply(rows, measured["dense"], measured["sparse"])
+                self._graph.apply(rows, sparse, measured)
             for name, table in self.tables.items():
                 table.touch(rows[name])
             known = batch.labels[:, 0] != MISSING
-            self.evaluation.update(losses, top1, top5, known[targets], scores, positive, engagement_losses)
+            self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             self.popular.update(batch.category, counters.log_ms)
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, event_time_ms)
@@ -425,49 +367,9 @@ class Trainer:
             top1=int(top1.sum()),
             top5=int(top5.sum()),
             targets=int(targets.sum()),
-            scores=scores,
+            scores=logits,
             positive=positive,
             grad_norm=norm,
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
         )
-
-    def _apply_graph(self, rows: Mapping[str, I32], dense: list[Any], sparse: Mapping[str, Any]) -> None:
-        for name, table in self.tables.items():
-            apply_adagrad(table.rows, table.accum, self.settings.model.learning_rate, rows[name], sparse[name])
-        self.optimizer.apply(dense)
-
-
-def _rank(logits: Any, target: Any) -> Any:
-    """How many candidates come before the target, `[B]` int32; all of them where it is none of these.
-
-    Of equal candidates the one in the lower slot comes first.
-    """
-    slots = tf.range(tf.shape(logits)[1])
-    own = tf.expand_dims(target, 1)
-    is_own = tf.cast(slots == own, tf.float32)
-    score = tf.reduce_sum(logits * is_own, 1, keepdims=True)
-    before = (logits > score) | ((logits == score) & (slots < own))
-    there = tf.reduce_sum(is_own, 1) > 0
-    return tf.where(there, tf.reduce_sum(tf.cast(before, tf.int32), 1), tf.shape(logits)[1])
-
-
-def _signature(spec: FeatureSpec, popular: int) -> dict[str, Any]:
-    """Types of the graph's inputs; rows and distinct ids vary from step to step without a new trace."""
-    shapes: dict[str, tuple[list[int | None], Any]] = {
-        "features": ([None, len(spec.names)], tf.uint16),
-        "label_windows": ([None, spec.labels, len(spec.label_names)], tf.uint16),
-        "label_mask": ([None, spec.labels], tf.float32),
-        "popular_mask": ([None, popular], tf.float32),
-        "other_mask": ([None, 1], tf.float32),
-        "target": ([None], tf.int32),
-        "weight": ([None], tf.float32),
-        "engaged": ([None], tf.float32),
-        "engaged_shift": ([None], tf.float32),
-        "engaged_weight": ([None], tf.float32),
-        "seed": ([2], tf.int32),
-    }
-    for name in TABLES:
-        shapes[f"{name}_rows"] = ([None], tf.int32)
-        shapes[f"{name}_at"] = ([None], tf.int32)
-    return {name: tf.TensorSpec(shape, kind, name=name) for name, (shape, kind) in shapes.items()}

@@ -1,0 +1,171 @@
+"""The compiled heads against TensorFlow: the scores of `Model.forward`, and its derivatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from state.sections import Model as ModelSettings
+from tests.trainer.batches import SPEC
+from trainer.graph import FROM_HEADS
+from trainer.heads import Facts, Given, Scores, Slopes, heads
+from trainer.model import Model
+
+ROWS, DIM, POPULAR = 7, 8, 4
+LABELS, WIDTH = SPEC.labels, len(SPEC.label_names)
+CATEGORIES, ITEMS = 12, 9
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    made = Model(ModelSettings(dim=DIM, hidden=(16, 8), popular=POPULAR), SPEC)
+    drawn = np.random.default_rng(3)
+    made.set_weights(
+        {name: value + drawn.normal(0, 0.2, value.shape).astype(np.float32) for name, value in made.weights().items()}
+    )
+    return made
+
+
+def step(model: Model, labelled: bool = True) -> tuple[Facts, dict[str, np.ndarray]]:
+    """Facts of a step and the arrays that the graph starts from; row 0 of the tables is the missing one."""
+    drawn = np.random.default_rng(5)
+
+    def normal(*shape: int) -> np.ndarray:
+        return drawn.normal(0, 0.5, shape).astype(np.float32)
+
+    count = drawn.integers(1, LABELS + 1, ROWS) if labelled else np.zeros(ROWS, int)
+    label_mask = (np.arange(LABELS) < count[:, None]).astype(np.float32)
+    # The labels of a row are distinct, as a history gives them; one of them may have no row.
+    label_at = np.array([drawn.permutation(CATEGORIES + LABELS)[:LABELS] for _ in range(ROWS)]) % CATEGORIES
+    label_at = np.where(label_mask > 0, label_at, 0).astype(np.int32)
+    for row in label_at:
+        _, first = np.unique(row, return_index=True)
+        row[np.setdiff1d(np.arange(LABELS), first)] = 0
+    pair_category_at = np.concatenate([label_at[:, 0], drawn.integers(0, CATEGORIES, ROWS)]).astype(np.int32)
+    facts = Facts(
+        windows=drawn.integers(0, 300, (ROWS, LABELS, WIDTH)).astype(np.uint16),
+        log_scale=model.prepare_windows.log_scale,
+        scale=model.prepare_windows.scale,
+        label_mask=label_mask,
+        popular_mask=(drawn.random((ROWS, POPULAR)) < 0.7).astype(np.float32),
+        other_mask=np.array([1, 0, 1, 1, 0, 1, 1], np.float32),
+        label_at=label_at,
+        other_at=drawn.integers(1, CATEGORIES, ROWS).astype(np.int32),
+        pair_category_at=pair_category_at,
+        pair_item_at=drawn.integers(0, ITEMS, 2 * ROWS).astype(np.int32),
+        target=np.array([0, LABELS, LABELS + POPULAR, 0, -1, 0, 0], np.int32),
+        weight=np.array([1, 2, 1, 1, 0, 0.5, 3], np.float32),
+        engaged=(np.arange(2 * ROWS) < ROWS).astype(np.float32),
+        engaged_shift=np.full(2 * ROWS, 0.7, np.float32),
+        engaged_weight=np.where(np.arange(2 * ROWS) % 5 == 4, 0.0, 0.2).astype(np.float32),
+    )
+    facts.popular_mask[1, 0] = 1.0
+    if not labelled:
+        facts.target[facts.target == 0] = -1
+    category, item = normal(CATEGORIES, DIM), normal(ITEMS, DIM)
+    category[0], item[0] = 0, 0
+    return facts, {
+        "scoring": normal(ROWS, 8),
+        "learning": normal(ROWS, 8),
+        "user": normal(ROWS, DIM),
+        "prepared": normal(ROWS, len(SPEC.names)),
+        "popular_rows": normal(POPULAR, DIM),
+        "category": category,
+        "item": item,
+    }
+
+
+def given(model: Model, arrays: dict[str, tf.Tensor]) -> Given:
+    """What the graph computes of these arrays."""
+    scoring, learning = (model.queries(arrays[name], arrays["user"]) for name in ("scoring", "learning"))
+    found = [scoring, learning, *(model.popular(queries, arrays["popular_rows"]) for queries in (scoring, learning))]
+    found += [model.personal(arrays["prepared"]), arrays["category"], arrays["item"]]
+    return Given(*(np.array(value) for value in found), *(model.dense[name].numpy() for name in FROM_HEADS))
+
+
+def pairs(model: Model, facts: Facts, arrays: dict[str, tf.Tensor], vector: str) -> tuple[tf.Tensor, ...]:
+    """The logits of `Model`, of one pass: labels, popular, last slot, and both pairs of each row."""
+    queries = model.queries(arrays[vector], arrays["user"])
+    inputs = {
+        "label_rows": tf.gather(arrays["category"], facts.label_at),
+        "label_mask": facts.label_mask,
+        "popular_rows": arrays["popular_rows"],
+        "popular_mask": facts.popular_mask,
+    }
+    evidence = model.evidence(arrays["prepared"], tf.cast(facts.windows, tf.float32))
+    label_logits, popular_logits = model.interest(queries, inputs, evidence)
+    last = tf.reduce_sum(queries[:, :DIM] * tf.gather(arrays["category"], facts.other_at), 1, keepdims=True)
+    last = last + model.dense["interest.other"]
+    last = tf.where(facts.other_mask[:, None] > 0, last, -1e9)
+    frozen = model.queries(arrays["scoring"], arrays["user"])
+    read = model.interest(frozen, inputs, evidence)
+    engaged = []
+    for part in (slice(0, ROWS), slice(ROWS, None)):
+        chosen = inputs | {
+            "item_row": tf.gather(arrays["item"], facts.pair_item_at[part]),
+            "category_row": tf.gather(arrays["category"], facts.pair_category_at[part]),
+        }
+        # The interest head's word on the category is read without dropout.
+        mixed = tf.concat([frozen[:, :DIM], queries[:, DIM:]], 1)
+        engaged.append(model.engagement(mixed, *read, chosen))
+    return label_logits, popular_logits, last, tf.concat(engaged, 0)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_scores_are_those_of_the_model(model: Model, labelled: bool) -> None:
+    facts, arrays = step(model, labelled)
+    scores, _ = heads(facts, given(model, arrays))
+    label_logits, popular_logits, last, engaged = pairs(model, facts, arrays, "scoring")
+    np.testing.assert_allclose(scores.label_logits, label_logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores.popular_logits, popular_logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores.engagement, engaged, rtol=1e-4, atol=1e-4)
+    logits = tf.concat([label_logits, popular_logits, last], 1).numpy()
+    for row in np.flatnonzero(facts.target >= 0):
+        expected = (
+            np.log(np.exp(logits[row] - logits[row].max()).sum()) + logits[row].max() - logits[row, facts.target[row]]
+        )
+        assert scores.interest_loss[row] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        before = (logits[row, :-1] > logits[row, facts.target[row]]).sum()
+        assert scores.rank[row] == (before if facts.target[row] < LABELS + POPULAR else LABELS + POPULAR)
+    shifted = scores.engagement + facts.engaged_shift
+    expected = tf.nn.sigmoid_cross_entropy_with_logits(facts.engaged, shifted)
+    np.testing.assert_allclose(scores.engagement_loss, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_slopes_are_the_derivatives_of_the_model(model: Model, labelled: bool) -> None:
+    facts, arrays = step(model, labelled)
+    held = {name: tf.Variable(value) for name, value in arrays.items()}
+    watched = [model.dense[name] for name in FROM_HEADS]
+    with tf.GradientTape() as tape:
+        label_logits, popular_logits, last, engaged = pairs(model, facts, held, "learning")
+        logits = tf.concat([label_logits, popular_logits, last], 1)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(np.maximum(facts.target, 0), logits)
+        total = tf.reduce_sum(losses * np.where(facts.target >= 0, facts.weight, 0).astype(np.float32))
+        engaged_losses = tf.nn.sigmoid_cross_entropy_with_logits(facts.engaged, engaged + facts.engaged_shift)
+        total += tf.reduce_sum(engaged_losses * facts.engaged_weight)
+    sources = {"category": held["category"], "item": held["item"], "user": held["user"], "vector": held["learning"]}
+    sources |= {"popular": held["popular_rows"], "user_bias": model.dense["interest.user_bias"]}
+    expected, expected_dense = tape.gradient(total, (sources, watched))
+
+    _, slopes = heads(facts, given(model, arrays))
+    with tf.GradientTape() as tape:
+        queries = model.queries(held["learning"], held["user"])
+        ours = [queries, model.popular(queries, held["popular_rows"]), model.personal(held["prepared"])]
+    outputs = [slopes.learning, slopes.learning_popular, slopes.personal]
+    del sources["category"], sources["item"]
+    found = {name: np.array(value) for name, value in tape.gradient(ours, sources, output_gradients=outputs).items()}
+    found |= {"category": slopes.category, "item": slopes.item}
+    for name, value in found.items():
+        np.testing.assert_allclose(
+            value[1:], tf.convert_to_tensor(expected[name])[1:], rtol=2e-3, atol=2e-5, err_msg=name
+        )
+    for weight, slope in zip(FROM_HEADS, expected_dense, strict=True):
+        ours_slope = getattr(slopes, FROM_HEADS[weight])
+        reference = np.zeros_like(ours_slope) if slope is None else slope.numpy()
+        np.testing.assert_allclose(ours_slope, reference, rtol=2e-3, atol=2e-5, err_msg=weight)
+
+
+def test_every_field_of_the_slopes_is_a_field_of_what_was_given() -> None:
+    assert set(Slopes._fields) < set(Given._fields) and len(Scores._fields) == 6

@@ -1,0 +1,227 @@
+"""The part of a step that TensorFlow computes: rows gathered, tower forwards and backwards, weights applied.
+
+One graph measures. In its middle, between the vectors and their derivatives,
+stand the compiled loops of `trainer/heads.py`: they read what the host knows
+of the step from memory, so that it passes no border.
+
+    rows, features ─ preprocessing, tower ─ vectors, queries ─┐
+                                                              heads
+    derivatives of dense weights and rows ─ tower backwards ──┘
+
+A second graph applies, after the guard's verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from trainer.heads import Facts, Given, Scores, Slopes, heads
+from trainer.model import LATEST, DenseTower, Model
+from trainer.optimizer import Adam, adagrad
+from trainer.tables import Table
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+
+FROM_HEADS = {
+    "interest.kernel_0": "net_0",
+    "interest.kernel_1": "net_1",
+    "interest.position": "position",
+    "interest.other": "other",
+    "engagement.prior": "prior",
+    "engagement.item": "item_bias",
+    "engagement.category": "category_bias",
+}
+"""The dense weights that only the heads use, and their names there."""
+
+INPUTS = {
+    "features": tf.uint16,
+    "user_rows": tf.int32,
+    "user_at": tf.int32,
+    "category_rows": tf.int32,
+    "latest_at": tf.int32,
+    "popular_at": tf.int32,
+    "item_rows": tf.int32,
+    "context_rows": tf.int32,
+    "context_at": tf.int32,
+    "kept": tf.float32,
+    "seed": tf.int32,
+}
+"""What the first graph is given: distinct rows of each table, and where each use is in them."""
+
+
+class Measured(NamedTuple):
+    """What the first graph found.
+
+    Attributes:
+        dense: Derivatives by the dense weights, in their order; they stay on the device.
+        norm: The square of their norm.
+        user: `[B, dim]` float32 derivatives by each row's user row.
+        latest: `[B * 3, dim]`, by the rows of its latest labels.
+        context: `[B * K, dim]`, by its context rows.
+        popular: `[P, dim]`, by the popular rows.
+        rows: `[u, dim]` of each table, its distinct rows in the order of the tables.
+        accum: `[u, dim]` of each table, their accumulators.
+    """
+
+    dense: list[Any]
+    norm: Any
+    user: Any
+    latest: Any
+    context: Any
+    popular: Any
+    rows: list[Any]
+    accum: list[Any]
+
+
+class Graph:
+    """Both graphs over the tables and dense weights.
+
+    Args:
+        model: The dense weights and functions.
+        optimizer: Of the dense weights.
+        tables: By name.
+        fields: K, context fields of a row.
+    """
+
+    def __init__(self, model: Model, optimizer: Adam, tables: Mapping[str, Table], fields: int) -> None:
+        self._model, self._optimizer, self._tables, self._fields = model, optimizer, tables, fields
+        self._facts: Facts
+        self._found: tuple[Scores, Slopes]
+        shapes: dict[str, list[int | None]] = {"features": [None, model.features], "seed": [2]}
+        shapes["kept"] = [None, model.settings.hidden[0]]
+        self._measure = tf.function(
+            self._measure_graph,
+            autograph=False,
+            input_signature=[tf.TensorSpec(shapes.get(name, [None]), kind, name) for name, kind in INPUTS.items()],
+        )
+        # Called without the checks of a tf.function, which cost 15 us an argument.
+        self._concrete = self._measure.get_concrete_function()
+        self._apply = tf.function(
+            lambda *slopes: optimizer.apply(slopes),
+            autograph=False,
+            input_signature=[tf.TensorSpec(weight.shape, tf.float32) for weight in model.dense.values()],
+        ).get_concrete_function()
+
+    @property
+    def drops(self) -> bool:
+        """Whether the dropout of the tower is drawn on the host; a tower of the user's own draws its own."""
+        return type(self._model.tower) is DenseTower
+
+    def measure(self, facts: Facts, inputs: Mapping[str, Any]) -> tuple[Measured, Scores, Slopes]:
+        """Scores a step and finds its derivatives; changes nothing. One thread.
+
+        Args:
+            facts: What the heads need to know.
+            inputs: The arrays named in `INPUTS`.
+        """
+        self._facts = facts
+        measured = self._concrete(*(tf.constant(inputs[name]) for name in INPUTS))
+        return Measured(*measured), *self._found
+
+    def apply(self, at: Mapping[str, I32], sparse: Mapping[str, F32], measured: Measured) -> None:
+        """Adagrad on distinct rows of each table, Adam on the dense weights.
+
+        Args:
+            at: `[u]` int32 distinct rows of each table, the missing one first.
+            sparse: `[u, dim]` derivatives by them.
+            measured: Of the same step.
+        """
+        for (name, table), rows, accum in zip(self._tables.items(), measured.rows, measured.accum, strict=True):
+            # The missing row is never trained.
+            if at[name].size > 1:
+                updated = rows.numpy()[1:], accum.numpy()[1:]
+                adagrad(*updated, sparse[name][1:], self._model.settings.learning_rate)
+                for variable, values in zip((table.rows, table.accum), updated, strict=True):
+                    tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=at[name][1:], updates=values)
+        self._apply(*measured.dense)
+
+    def _measure_graph(self, *arrays: Any) -> Any:
+        given = dict(zip(INPUTS, arrays, strict=True))
+        model = self._model
+        distinct, accum = (
+            {
+                name: tf.raw_ops.ResourceGather(
+                    resource=held[name].handle, indices=given[f"{name}_rows"], dtype=tf.float32
+                )
+                for name in self._tables
+            }
+            for held in (
+                {name: table.rows for name, table in self._tables.items()},
+                {name: table.accum for name, table in self._tables.items()},
+            )
+        )
+        user = tf.gather(distinct["user"], given["user_at"])
+        latest = tf.gather(distinct["category"], given["latest_at"])
+        popular_rows = tf.gather(distinct["category"], given["popular_at"])
+        context = tf.gather(distinct["context"], given["context_at"])
+        names = [name for name in model.dense if name not in FROM_HEADS]
+        watched = [model.dense[name] for name in names]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([user, latest, popular_rows, context, *watched])
+            prepared = model.preprocessing(tf.cast(given["features"], tf.float32))
+            vectors = self._vectors(prepared, user, latest, context, given)
+            scoring, learning = (model.queries(vector, user) for vector in vectors)
+            popular = [model.popular(queries, popular_rows) for queries in (scoring, learning)]
+            personal = model.personal(prepared)
+        known = {
+            "scoring": scoring,
+            "learning": learning,
+            "scoring_popular": popular[0],
+            "learning_popular": popular[1],
+            "personal": personal,
+            "category": distinct["category"],
+            "item": distinct["item"],
+        }
+        known |= {name: model.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
+        kept = ("learning", "learning_popular", "personal", *FROM_HEADS.values())
+        slopes = dict(
+            zip(
+                kept,
+                tf.numpy_function(self._run_heads, [known[name] for name in Given._fields], [tf.float32] * len(kept)),
+                strict=True,
+            )
+        )
+        for name, slope in slopes.items():
+            slope.set_shape(known[name].shape)
+        sources = (dict(zip(names, watched, strict=True)), user, latest, context, popular_rows)
+        found, *rows = tape.gradient(
+            [learning, popular[1], personal],
+            sources,
+            output_gradients=[slopes["learning"], slopes["learning_popular"], slopes["personal"]],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        found |= {weight: slopes[name] for weight, name in FROM_HEADS.items()}
+        dense = [tf.convert_to_tensor(found[name]) for name in model.dense]
+        norm = tf.add_n([tf.nn.l2_loss(slope) for slope in dense]) * 2.0
+        return dense, norm, *rows, list(distinct.values()), list(accum.values())
+
+    def _vectors(
+        self, prepared: Any, user: Any, latest: Any, context: Any, given: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        """The tower's vectors without and with dropout."""
+        tower, dim = self._model.tower, self._model.settings.dim
+        rows = [user, tf.reshape(latest, [-1, LATEST * dim])]
+        if self._fields:
+            rows.append(tf.reduce_mean(tf.reshape(context, [-1, self._fields, dim]), 1))
+        if isinstance(tower, DenseTower) and self.drops:
+            return tower.both(prepared, tf.concat(rows, 1), given["kept"])
+        if not self._fields:
+            rows.append(tf.zeros_like(user))
+        x = tf.concat([prepared, *rows], 1)
+        return tower(x, False, given["seed"]), tower(x, True, given["seed"])
+
+    def _run_heads(self, *arrays: F32) -> list[F32]:
+        self._found = heads(self._facts, Given(*arrays))
+        slopes = self._found[1]
+        return [
+            slopes.learning,
+            slopes.learning_popular,
+            slopes.personal,
+            *(getattr(slopes, n) for n in FROM_HEADS.values()),
+        ]

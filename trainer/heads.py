@@ -1,0 +1,477 @@
+"""Loss and gradients of both heads for one step: compiled loops over rows, candidates and pairs.
+
+`Model.forward` says what the heads are; here the same sums are taken with
+their derivatives, row by row while everything of a row is in the processor's
+nearest memory. As some three hundred operations of TensorFlow over
+`[B * L, F]` they cost four times the tower. A test holds the two together:
+logits and every derivative against TensorFlow's own.
+
+For each row, in the order of the batch:
+
+1. Windows become logarithms, and each label's evidence is summed.
+2. Candidates are scored twice: without dropout for the measures, with it to learn.
+3. Interest: softmax over the candidates, log loss, rank of the target.
+4. Engagement: the row's own item, and its negative where one was drawn.
+
+Sums are taken in the order of the rows and land in the order of first
+occurrence of an id, so that their bits do not depend on how a table lies.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from state.native import compiled_sums
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+U16 = npt.NDArray[np.uint16]
+
+NET_HIDDEN = 16
+"""Hidden units of the net over a label's windows; a constant, so that its loops unroll."""
+
+MASKED = np.float32(-1e9)
+"""The logit of a candidate that is not there."""
+
+LOGARITHMS: F32 = np.log(np.arange(65536, dtype=np.float32) + np.float32(1.0))
+"""log(1 + x) of every uint16."""
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_LOWEST = np.float32(-87.0)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_HALF = np.float32(0.5)
+_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+
+
+class Facts(NamedTuple):
+    """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
+
+    Attributes:
+        windows: `[B, L, F]` uint16.
+        log_scale: `[F]` float32, the factor of a window's logarithm.
+        scale: `[F]` float32, the factor of the window itself.
+        label_mask: `[B, L]` float32.
+        popular_mask: `[B, P]` float32.
+        other_mask: `[B]` float32.
+        label_at: `[B, L]` int32 category rows of the labels.
+        other_at: `[B]` int32 category row of the last slot.
+        pair_category_at: `[2 B]` int32, of the rows and then of their negatives.
+        pair_item_at: `[2 B]` int32.
+        target: `[B]` int32, a candidate's slot, -1 for none.
+        weight: `[B]` float32, factor of a row's interest loss.
+        engaged: `[2 B]` float32 outcomes.
+        engaged_shift: `[2 B]` float32, added to the score of a pair before its loss.
+        engaged_weight: `[2 B]` float32, factor of a pair's loss; 0 leaves it out.
+    """
+
+    windows: U16
+    log_scale: F32
+    scale: F32
+    label_mask: F32
+    popular_mask: F32
+    other_mask: F32
+    label_at: I32
+    other_at: I32
+    pair_category_at: I32
+    pair_item_at: I32
+    target: I32
+    weight: F32
+    engaged: F32
+    engaged_shift: F32
+    engaged_weight: F32
+
+
+class Given(NamedTuple):
+    """What the graph computed of a step, float32.
+
+    Attributes:
+        scoring: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
+        learning: The same with dropout.
+        scoring_popular: `[B, P]` popular logits without dropout, not masked.
+        learning_popular: The same with dropout.
+        personal: `[B, 2 F + 16]`: the weights of windows and differences, and the net's first layer of this user.
+        category: `[u, dim]` distinct category rows.
+        item: `[v, dim]` distinct item rows.
+        net_0: `[2 F, 16]` the net over windows and differences.
+        net_1: `[16]`
+        position: `[L]`
+        other: `[1]`
+        prior: `[3]` of a known label, of its log probability, of that of another.
+        item_bias: `[dim]`
+        category_bias: `[dim]`
+    """
+
+    scoring: F32
+    learning: F32
+    scoring_popular: F32
+    learning_popular: F32
+    personal: F32
+    category: F32
+    item: F32
+    net_0: F32
+    net_1: F32
+    position: F32
+    other: F32
+    prior: F32
+    item_bias: F32
+    category_bias: F32
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the loss by what of `Given` is learned, in its shapes."""
+
+    learning: F32
+    learning_popular: F32
+    personal: F32
+    category: F32
+    item: F32
+    net_0: F32
+    net_1: F32
+    position: F32
+    other: F32
+    prior: F32
+    item_bias: F32
+    category_bias: F32
+
+
+class Scores(NamedTuple):
+    """The measures of a step, without dropout.
+
+    Attributes:
+        label_logits: `[B, L]` float32, MASKED where there is no label.
+        popular_logits: `[B, P]` float32.
+        interest_loss: `[B]` float32, 0 without a target.
+        rank: `[B]` int32, labels and popular ones before the target; all of them where it is neither.
+        engagement: `[2 B]` float32 logits.
+        engagement_loss: `[2 B]` float32.
+    """
+
+    label_logits: F32
+    popular_logits: F32
+    interest_loss: F32
+    rank: I32
+    engagement: F32
+    engagement_loss: F32
+
+
+# Rows are passed as a matrix and a number: each view of one would be counted in and out.
+
+
+@compiled_sums
+def _dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
+    total: np.float32 = _ZERO
+    for d in range(b.shape[1]):
+        total += a[row, first + d] * b[at, d]
+    return total
+
+
+@compiled_sums
+def _add(out: F32, at: int, to: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
+    for d in range(width):
+        out[at, to + d] += factor * a[row, first + d]
+
+
+@compiled_sums
+def _exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -> np.float32:
+    """exp(x - highest) (Cephes' expf) into `out`; returns the sum. `scale` is `bits` seen as float32."""
+    for i in range(x.shape[0]):
+        value = max(x[i] - highest, _LOWEST)
+        n = np.floor(value * _LOG2_E + _HALF)
+        r = value - n * _LN2_HIGH - n * _LN2_LOW
+        poly = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+        out[i] = poly * r * r + r + _ONE
+        bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    total = _ZERO
+    for i in range(x.shape[0]):
+        # exp(-87) stands for all that is smaller, and for what is no candidate: it is nothing.
+        out[i] = out[i] * scale[i] if x[i] - highest > _LOWEST else _ZERO
+        total += out[i]
+    return total
+
+
+@compiled_sums
+def _highest(x: F32) -> np.float32:
+    found: np.float32 = x[0]
+    for i in range(1, x.shape[0]):
+        found = max(found, x[i])
+    return found
+
+
+@compiled_sums
+def _evidence(
+    b: int,
+    windows: U16,
+    log_scale: F32,
+    scale: F32,
+    label_mask: F32,
+    personal: F32,
+    net_0: F32,
+    net_1: F32,
+    position: F32,
+    logarithms: F32,
+    folded: F32,
+    z: F32,
+    hidden: F32,
+    own: F32,
+    out: F32,
+) -> None:
+    """1. The logit of each label of row `b` without embeddings: z `[L, F]`, hidden `[L, 16]`, out `[L]`."""
+    labels, width = windows.shape[1], windows.shape[2]
+    base = _ZERO
+    for j in range(labels):
+        if label_mask[b, j] == _ZERO and j > 0:
+            continue
+        for f in range(width):
+            window = windows[b, j, f]
+            z[j, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
+        if j == 0:
+            # A difference from the newest label is two sums, of which one is the same for all labels.
+            for k in range(NET_HIDDEN):
+                own[k] = personal[b, 2 * width + k]
+            for f in range(width):
+                base -= z[0, f] * personal[b, width + f]
+                for k in range(NET_HIDDEN):
+                    own[k] -= z[0, f] * net_0[width + f, k]
+        total = base + position[j]
+        for f in range(width):
+            total += z[j, f] * (personal[b, f] + personal[b, width + f])
+        for k in range(NET_HIDDEN):
+            hidden[j, k] = own[k]
+        for f in range(width):
+            for k in range(NET_HIDDEN):
+                hidden[j, k] += z[j, f] * folded[f, k]
+        for k in range(NET_HIDDEN):
+            hidden[j, k] = max(hidden[j, k], _ZERO)
+            total += hidden[j, k] * net_1[k]
+        out[j] = total
+
+
+@compiled_sums
+def _evidence_slopes(
+    b: int,
+    label_mask: F32,
+    net_1: F32,
+    z: F32,
+    hidden: F32,
+    own: F32,
+    bent: F32,
+    slope: F32,
+    to_personal: F32,
+    to_net_0: F32,
+    to_net_1: F32,
+    to_position: F32,
+) -> None:
+    """Backwards through `_evidence`: `slope` `[L]` is the loss by each label's evidence."""
+    labels, width = z.shape
+    total = _ZERO
+    for k in range(NET_HIDDEN):
+        own[k] = _ZERO
+    for j in range(labels):
+        if label_mask[b, j] == _ZERO:
+            continue
+        g = slope[j]
+        to_position[j] += g
+        total += g
+        for k in range(NET_HIDDEN):
+            to_net_1[k] += g * hidden[j, k]
+            bent[k] = g * net_1[k] if hidden[j, k] > _ZERO else _ZERO
+            own[k] += bent[k]
+        for f in range(width):
+            to_personal[b, f] += g * z[j, f]
+        for f in range(width):
+            for k in range(NET_HIDDEN):
+                to_net_0[f, k] += z[j, f] * bent[k]
+    if total == _ZERO and label_mask[b, 0] == _ZERO:
+        return
+    for f in range(width):
+        to_personal[b, width + f] = to_personal[b, f] - total * z[0, f]
+        for k in range(NET_HIDDEN):
+            # The second half's slope is the first half's and this; the first is added at the end, once.
+            to_net_0[width + f, k] -= z[0, f] * own[k]
+    for k in range(NET_HIDDEN):
+        to_personal[b, 2 * width + k] = own[k]
+
+
+@compiled_sums
+def _candidates(
+    b: int,
+    label_mask: F32,
+    popular_mask: F32,
+    other_mask: F32,
+    label_at: I32,
+    other_at: I32,
+    category: F32,
+    other: F32,
+    queries: F32,
+    popular: F32,
+    evidence: F32,
+    out: F32,
+) -> None:
+    """2. The logits of labels, popular ones and the last slot of row `b`, masked, `[L + P + 1]`."""
+    labels, ranks = label_mask.shape[1], popular_mask.shape[1]
+    for j in range(labels):
+        out[j] = MASKED
+        if label_mask[b, j] != _ZERO:
+            out[j] = evidence[j] + _dot(queries, b, 0, category, label_at[b, j])
+    for p in range(ranks):
+        out[labels + p] = popular[b, p] if popular_mask[b, p] != _ZERO else MASKED
+    out[labels + ranks] = MASKED
+    if other_mask[b] != _ZERO:
+        out[labels + ranks] = other[0] + _dot(queries, b, 0, category, other_at[b])
+
+
+@compiled_sums
+def _rank(logits: F32, target: int) -> int:
+    """Labels and popular ones before the target; of equal ones the lower slot comes first."""
+    slots: int = logits.shape[0] - 1
+    if target >= slots:
+        return slots
+    own, before = logits[target], 0
+    for i in range(slots):
+        if logits[i] > own or (logits[i] == own and i < target):
+            before += 1
+    return before
+
+
+@compiled_sums
+def _normaliser(total: np.float32, highest: np.float32) -> np.float32:
+    """log(1 + the sum of exp(logit)): 0 where there is no candidate."""
+    if highest > _ZERO:
+        return highest + np.float32(math.log(total + math.exp(-highest)))
+    return np.float32(math.log1p(total * math.exp(highest)))
+
+
+@compiled_sums
+def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: Slopes) -> None:
+    (windows, log_scale, scale, label_mask, popular_mask, other_mask, label_at, other_at) = facts[:8]
+    (pair_category_at, pair_item_at, target, weight, engaged, engaged_shift, engaged_weight) = facts[8:]
+    (scoring, learning, scoring_popular, learning_popular, personal, category, item) = given[:7]
+    (net_0, net_1, position, other, prior, item_bias, category_bias) = given[7:]
+    (label_logits, popular_logits, interest_loss, rank, engagement, engagement_loss) = scores
+    (to_learning, to_popular, to_personal, to_category, to_item, to_net_0) = slopes[:6]
+    (to_net_1, to_position, to_other, to_prior, to_item_bias, to_category_bias) = slopes[6:]
+    rows, labels, width = windows.shape
+    ranks, dim = popular_mask.shape[1], category.shape[1]
+    slots = labels + ranks + 1
+    z, hidden = np.empty((labels, width), np.float32), np.empty((labels, NET_HIDDEN), np.float32)
+    own, bent = np.empty(NET_HIDDEN, np.float32), np.empty(NET_HIDDEN, np.float32)
+    evidence, slope = np.empty(labels, np.float32), np.empty(slots, np.float32)
+    logits, shares = np.empty(slots, np.float32), np.empty(slots, np.float32)
+    bits = np.empty(slots, np.int32)
+    powers = bits.view(np.float32)
+    folded = net_0[:width] + net_0[width:]
+    for b in range(rows):
+        # 1.
+        _evidence(
+            b, windows, log_scale, scale, label_mask, personal, net_0, net_1, position,
+            logarithms, folded, z, hidden, own, evidence,
+        )  # fmt: skip
+        # 2. 3. With dropout, to learn.
+        aim = target[b]
+        if aim >= 0 and weight[b] != _ZERO:
+            _candidates(
+                b, label_mask, popular_mask, other_mask, label_at, other_at, category, other,
+                learning, learning_popular, evidence, logits,
+            )  # fmt: skip
+            factor = weight[b] / _exponentials(logits, _highest(logits), slope, bits, powers)
+            for i in range(slots):
+                slope[i] *= factor
+            slope[aim] -= weight[b]
+            for j in range(labels):
+                if label_mask[b, j] != _ZERO:
+                    _add(to_learning, b, 0, slope[j], category, label_at[b, j], 0, dim)
+                    _add(to_category, label_at[b, j], 0, slope[j], learning, b, 0, dim)
+            for p in range(ranks):
+                if popular_mask[b, p] != _ZERO:
+                    to_popular[b, p] = slope[labels + p]
+            if other_mask[b] != _ZERO:
+                to_other[0] += slope[slots - 1]
+                _add(to_learning, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
+                _add(to_category, other_at[b], 0, slope[slots - 1], learning, b, 0, dim)
+            _evidence_slopes(
+                b, label_mask, net_1, z, hidden, own, bent, slope, to_personal, to_net_0, to_net_1, to_position
+            )
+        # 2. 3. Without dropout, for the measures.
+        _candidates(
+            b, label_mask, popular_mask, other_mask, label_at, other_at, category, other,
+            scoring, scoring_popular, evidence, logits,
+        )  # fmt: skip
+        highest = _highest(logits)
+        total = _exponentials(logits, highest, shares, bits, powers)
+        if aim >= 0:
+            interest_loss[b] = np.float32(math.log(total)) + highest - logits[aim]
+            rank[b] = _rank(logits, aim)
+        for j in range(labels):
+            label_logits[b, j] = logits[j]
+        for p in range(ranks):
+            popular_logits[b, p] = logits[labels + p]
+        # 4. The last slot was chosen by the row's own event, which serving does not know.
+        normaliser = _normaliser(max(total - shares[slots - 1], _ZERO), highest)
+        for at in range(b, 2 * rows, rows):
+            category_at, item_at = pair_category_at[at], pair_item_at[at]
+            known = -1
+            if category_at != 0:
+                for j in range(labels):
+                    if label_at[b, j] == category_at and label_mask[b, j] != _ZERO:
+                        known = j
+            if known >= 0:
+                likely = logits[known] - normaliser
+                fixed = prior[0] + prior[1] * likely
+            else:
+                likely = other[0] + _dot(scoring, b, 0, category, category_at) - normaliser
+                fixed = prior[2] * likely
+            for d in range(dim):
+                fixed += item_bias[d] * item[item_at, d] + category_bias[d] * category[category_at, d]
+            score = fixed + scoring[b, 2 * dim] + _dot(scoring, b, dim, item, item_at)
+            shifted = score + engaged_shift[at]
+            engagement[at] = score
+            engagement_loss[at] = (
+                max(shifted, _ZERO) - shifted * engaged[at] + np.float32(math.log1p(math.exp(-abs(shifted))))
+            )
+            if engaged_weight[at] == _ZERO:
+                continue
+            shifted = fixed + learning[b, 2 * dim] + _dot(learning, b, dim, item, item_at) + engaged_shift[at]
+            g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - engaged[at]) * engaged_weight[at]
+            if known >= 0:
+                to_prior[0] += g
+                to_prior[1] += g * likely
+            else:
+                to_prior[2] += g * likely
+            to_learning[b, 2 * dim] += g
+            for d in range(dim):
+                to_learning[b, dim + d] += g * item[item_at, d]
+                to_item_bias[d] += g * item[item_at, d]
+                to_category_bias[d] += g * category[category_at, d]
+            for d in range(dim):
+                to_item[item_at, d] += g * (learning[b, dim + d] + item_bias[d])
+                to_category[category_at, d] += g * category_bias[d]
+    for f in range(width):
+        for k in range(NET_HIDDEN):
+            to_net_0[width + f, k] += to_net_0[f, k]
+
+
+def heads(facts: Facts, given: Given) -> tuple[Scores, Slopes]:
+    """Scores and slopes of a step.
+
+    Args:
+        facts: What the host knows.
+        given: What the graph computed.
+    """
+    rows, labels, _ = facts.windows.shape
+    ranks = facts.popular_mask.shape[1]
+    scores = Scores(
+        np.empty((rows, labels), np.float32),
+        np.empty((rows, ranks), np.float32),
+        np.zeros(rows, np.float32),
+        np.full(rows, labels + ranks, np.int32),
+        np.empty(2 * rows, np.float32),
+        np.empty(2 * rows, np.float32),
+    )
+    slopes = Slopes(*(np.zeros_like(getattr(given, name)) for name in Slopes._fields))
+    _heads(facts, given, LOGARITHMS, scores, slopes)
+    return scores, slopes
