@@ -141,9 +141,7 @@ class HistoryStore:
                 return
             made = json.loads(bytes(stored))
             if made["format"] != FORMAT:
-                raise CorruptStore(
-                    f"{self.path} has format {made['format']}, this release reads {FORMAT}; {REBUILD}"
-                )
+                raise CorruptStore(f"{self.path} has format {made['format']}, this release reads {FORMAT}; {REBUILD}")
             if made["history"] != self.history:
                 raise SpecMismatch(
                     f"{self.path} keeps {made['history']} events of a user and features.history is {self.history}; "

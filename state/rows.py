@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from state import durable
+from state import mark
 from state.errors import StoreError, StoreFull, UnknownVersion
 from state.lineage import needed, segments
 from state.manifest import Manifest, Visible, extend
@@ -43,7 +43,6 @@ MAX_READERS = 512
 LANE_ROWS_PER_SWEEP = 50_000
 _PLACES = {name: place for place, name in enumerate(TABLES)}
 _TOP = (1 << 64) - 1
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Tensors = Mapping[str, NDArray[Any]]
 _log = logging.getLogger(__name__)
@@ -217,7 +216,7 @@ class RowStore:
                 self._begin_anew_after_power_cut()
                 path.mkdir(parents=True, exist_ok=True)
                 # On disk before the first page that it warns of.
-                self._write_mark(clean=False)
+                mark.write(self._mark, clean=False)
             self._environment = lmdb.open(
                 str(path), map_size=map_bytes, max_dbs=8, max_readers=MAX_READERS,
                 readonly=readonly, create=not readonly, sync=False, readahead=False,
@@ -225,27 +224,24 @@ class RowStore:
             names = ("rows", "versions", "dense", "popular", "changes", "meta")
             opened = [self._environment.open_db(name.encode(), create=not readonly) for name in names]
         except (lmdb.Error, OSError) as error:
-            do = "start the applier, which makes it" if readonly else "free space or correct the directory's access rights"
+            do = (
+                "start the applier, which makes it"
+                if readonly
+                else "free space or correct the directory's access rights"
+            )
             raise StoreError(f"no usable row store in {path} ({error}); {do}") from None
         self.rows, self.versions, self.dense_db, self.popular_db, self._changes, self.meta = opened
         self._parsed: tuple[bytes, Served] | None = None
 
     def _begin_anew_after_power_cut(self) -> None:
         # Unsynced pages survive a killed process, not a power cut: then the boot id is another one.
-        if self._mark.exists() and not _trusted(self._mark.read_bytes(), _boot_id()):
+        if self._mark.exists() and not mark.is_trusted(self._mark.read_bytes(), mark.boot_id()):
             _log.warning(
                 "the row store %s was open when the machine went down, so that pages may be missing; "
                 "it is begun anew from the registry",
                 self.path,
             )
             shutil.rmtree(self.path)
-
-    def _write_mark(self, clean: bool) -> None:
-        temporary = self._mark.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        durable.write(temporary, json.dumps({"clean": clean, "boot_id": _boot_id()}).encode())
-        temporary.replace(self._mark)
-        durable.sync_directory(self.path)
 
     def parsed(self, pointer: bytes, transaction: lmdb.Transaction) -> Served:
         """The record a pointer (version, serial) names; the last one parsed is kept."""
@@ -533,27 +529,8 @@ class RowStore:
             self._environment.close()
         if not self._readonly:
             try:
-                self._write_mark(clean=True)
+                mark.write(self._mark, clean=True)
             except OSError as error:
                 raise StoreFull(
                     f"the row store {self.path} could not be closed in order ({error}); free disk space"
                 ) from None
-
-
-def _trusted(mark: bytes, boot_id: str) -> bool:
-    """Whether a store with this mark has all its pages: closed in order, or open under this very start of the machine.
-
-    >>> _trusted(b'{"clean": false, "boot_id": "a"}', "a"), _trusted(b'{"clean": false, "boot_id": "a"}', "b")
-    (True, False)
-    >>> _trusted(b'{"cle', "a")
-    False
-    """
-    try:
-        fields = json.loads(mark)
-        return bool(fields["clean"]) or fields["boot_id"] == boot_id
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
