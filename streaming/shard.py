@@ -50,7 +50,7 @@ class Shard:
         topic_id: The id of the topic of clicks.
         store: Histories and positions.
         reader: The clicks; used by the Beam thread only.
-        writer: Micro-batches and dead letters; used by the commit thread only.
+        writer: Micro-batches and dead letters; used by the commit thread only, which replaces it after an outage.
         parser: Records to events; used by the Beam thread only.
         profiler: Histories in memory; used by the Beam thread, told of commits by the commit thread.
         metrics: What the process counts.
@@ -158,7 +158,7 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
             kafka.microbatches_topic, 1, {**retention, "max.message.bytes": str(stream.max_record_bytes + 100_000)}
         )
         # 5.
-        writer = Writer(kafka, transactional_id=transactional_id(stream.shard))
+        writer = open_writer(settings)
         stack.callback(writer.close)
         # 6.
         parser, profiler = Parser(settings.events, salt), Profiler(store, spec, stream.cache_users)
@@ -203,6 +203,16 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
             spec.digest[:12],
         )
         yield stack.enter_context(installed(shard))
+
+
+def open_writer(settings: Settings) -> Writer:
+    """The shard's writer; it ends what a predecessor left open, and fences it.
+
+    Raises:
+        UnreachableBroker: No broker answered in time.
+        LogError: The cluster refused.
+    """
+    return Writer(settings.kafka, transactional_id=transactional_id(settings.stream.shard))
 
 
 def transactional_id(shard: int) -> str:

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 import apache_beam as beam
 
 from state import killpoints
-from state.errors import LogError
+from state.errors import LogError, UnreachableBroker
 from state.events import DeadLetter
 from state.microbatch import Rows
 from streaming import accounts
 from streaming.cut import Cut, Cutter, encode_cut, merge_all, merge_appends
-from streaming.shard import Shard, current
+from streaming.shard import Shard, current, open_writer
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class CommitThread:
 
     def _commit(self, cuts: Sequence[Cut]) -> None:
         """Writes and commits `cuts`; durable in Kafka and visible in the store when it returns."""
-        shard, stream, kafka = self._shard, self._shard.settings.stream, self._shard.settings.kafka
+        shard, stream = self._shard, self._shard.settings.stream
         killpoints.reach("stream.taken")
         begun_s = time.perf_counter()
         pieces = [piece for cut in cuts for piece in cut.pieces]
@@ -148,12 +148,7 @@ class CommitThread:
         ]
         letters = [letter for piece in pieces for letter in piece.batch.dead]
         # 1.
-        with shard.writer.transaction():
-            for value in values:
-                shard.writer.send(kafka.microbatches_topic, 0, None, value, [], cuts[-1].created_ms)
-            for letter in letters:
-                shard.writer.send(kafka.dead_letters_topic, 0, None, b"", letter_headers(letter), cuts[-1].created_ms)
-            killpoints.reach("stream.sent")
+        self._write(values, letters, cuts[-1].created_ms)
         killpoints.reach("stream.acknowledged")
         # 2.
         ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
@@ -172,6 +167,46 @@ class CommitThread:
         if time.monotonic() >= self._sync_due_s:
             shard.store.sync()
             self._sync_due_s = time.monotonic() + stream.sync_s
+
+    def _write(self, values: Sequence[bytes], letters: Sequence[DeadLetter], created_ms: int) -> None:
+        """One acknowledged transaction, whatever time the broker is away.
+
+        Where the outcome of one is unknown its records are written again with
+        a writer that first ends the old transaction: what was visible then
+        comes twice, with the same positions, as after a crash.
+
+        Raises:
+            LogError: The cluster refused; or the broker is away and the stream was asked to stop.
+        """
+        shard, kafka = self._shard, self._shard.settings.kafka
+        while True:
+            try:
+                with shard.writer.transaction():
+                    for value in values:
+                        shard.writer.send(kafka.microbatches_topic, 0, None, value, [], created_ms)
+                    for letter in letters:
+                        shard.writer.send(kafka.dead_letters_topic, 0, None, b"", letter_headers(letter), created_ms)
+                    killpoints.reach("stream.sent")
+                return
+            except UnreachableBroker as error:
+                if shard.stopping.is_set():
+                    raise
+                logger.warning("%s; these rows are written again as soon as it is back", error)
+                self._reopen()
+
+    def _reopen(self) -> None:
+        """Takes a new writer, once a broker answers."""
+        shard = self._shard
+        shard.writer.close(0.0)
+        while True:
+            try:
+                shard.writer = open_writer(shard.settings)
+                break
+            except UnreachableBroker:
+                if shard.stopping.is_set():
+                    raise
+        shard.closing.callback(shard.writer.close)
+        logger.info("the broker is back")
 
     def _show_group(self) -> None:
         """Tells Kafka the committed offsets of this topic; a failure is logged once and stops nothing."""

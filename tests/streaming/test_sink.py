@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +40,10 @@ class RecordingWriter:
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.error: Exception | None = None
+        self.closed = False
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        self.closed = True
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -84,6 +88,8 @@ def sink(path: Path, positions: dict[Source, int] | None = None) -> Iterator[Any
         metrics=StreamMetrics(CollectorRegistry()),
         committed=dict(positions or {}),
         failure=None,
+        stopping=threading.Event(),
+        closing=ExitStack(),
     )
     shard.profiler.committed = shard.profiler.told.append
     shard.watch = lambda: Shard.watch(shard)
@@ -185,6 +191,36 @@ def test_rows_that_kafka_did_not_take_move_no_position(tmp_path: Path) -> None:
             shard.commits.flush()
         assert len(shard.store.read(0)) == 0
         assert shard.profiler.told == []
+
+
+def test_an_outage_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sink(tmp_path) as shard:
+        old, new, tries = shard.writer, RecordingWriter(), iter([UnreachableBroker("away"), UnreachableBroker("away")])
+
+        def reopened(settings: object) -> RecordingWriter:
+            for error in tries:
+                raise error
+            return new
+
+        monkeypatch.setattr("streaming.sink.open_writer", reopened)
+        old.error = UnreachableBroker("away")
+        shard.commits.put(Cut((with_history(piece((ZERO, 0, 2))),), 0))
+        shard.commits.flush()
+        assert (old.closed, old.committed, len(new.committed)) == (True, [], 1)
+        assert shard.store.positions() == {ZERO: 2}
+        shard.commits.put(Cut((with_history(piece((ZERO, 2, 1))),), 0))
+        shard.commits.flush()
+        assert (len(new.committed), shard.store.positions()) == (2, {ZERO: 3})
+
+
+def test_a_stream_asked_to_stop_waits_for_no_broker(tmp_path: Path) -> None:
+    with sink(tmp_path) as shard:
+        shard.stopping.set()
+        shard.writer.error = UnreachableBroker("away")
+        shard.commits.put(Cut((with_history(piece((ZERO, 0, 2))),), 0))
+        with pytest.raises(UnreachableBroker):
+            shard.commits.flush()
+        assert shard.store.positions() == {}
 
 
 def test_a_second_writer_in_the_store_is_noticed(tmp_path: Path) -> None:
