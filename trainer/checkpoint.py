@@ -7,8 +7,6 @@ the disk are the background's business, see `trainer/publisher.py`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -127,15 +125,14 @@ def environment(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpu
         "device": device,
         "threads": str(settings.trainer.threads),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
-        "settings": settings_digest(settings),
+        **deciding(settings),
     }
 
 
-def settings_digest(settings: Settings) -> str:
-    """SHA-256 (16 hex digits) of the settings that decide what a step does, and of no others."""
-    model = dataclasses.asdict(settings.model)
-    trainer = {name: getattr(settings.trainer, name) for name in _DECIDING}
-    return hashlib.sha256(json.dumps([model, trainer], sort_keys=True).encode()).hexdigest()[:16]
+def deciding(settings: Settings) -> dict[str, str]:
+    """The settings that decide what a step does, by name, and no others."""
+    model = {f"model.{name}": str(value) for name, value in dataclasses.asdict(settings.model).items()}
+    return model | {f"trainer.{name}": str(getattr(settings.trainer, name)) for name in _DECIDING}
 
 
 def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:

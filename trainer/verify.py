@@ -391,7 +391,8 @@ def replay_log(
         LogError: It cannot be read, or was made anew.
     """
     topic, partition = target.log.topic, target.log.partition
-    began_s = said_s = elapsed()
+    began: tuple[float, int] | None = None
+    said_s = elapsed()
     total = sum(segment.next - segment.first for segment in segments)
 
     def open_at(offset: int) -> Log:
@@ -411,12 +412,14 @@ def replay_log(
         return log
 
     def progress(positions: int) -> None:
-        nonlocal said_s
+        nonlocal said_s, began
         now_s = elapsed()
-        if now_s - said_s < PROGRESS_S or positions <= 0:
+        # The first step compiles: the pace is measured from there.
+        began = began or (now_s, positions)
+        if now_s - said_s < PROGRESS_S or positions <= began[1]:
             return
         said_s = now_s
-        left_s = (now_s - began_s) / positions * max(0, total - positions)
+        left_s = (now_s - began[0]) / (positions - began[1]) * max(0, total - positions)
         say(f"verify: {positions} of {total} positions, {done.steps} steps, {done.rows:,} rows, {left_s:.0f} s left")
 
     first = gaps.past(accepted, Source(target.log.topic_id, partition), segments[0].first)
