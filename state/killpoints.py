@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ def _kill() -> None:
 
 def _stop() -> None:
     """Stops this process until somebody continues it."""
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # To this thread: sent to the process, another thread may take it, and this one would go on for a while.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 _wanted = os.environ.get(VARIABLE, "")

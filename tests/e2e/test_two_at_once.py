@@ -117,7 +117,7 @@ def stopped(stream: StreamProcess) -> bool:
     [
         # On another host, from a copy of the state. Records that waited too long for their broker are given up.
         ("a copy", "stream.sent:2", ("FencedWriter", "UnreachableBroker")),
-        ("a copy", "stream.acknowledged:2", ("FencedWriter",)),
+        ("a copy", "stream.acknowledged:2", ("FencedWriter", "UnreachableBroker")),
         # In the same directory, after somebody removed the lock's file.
         ("the same", "stream.acknowledged:2", ("PositionConflict",)),
         ("the same", "stream.committed:2", ("FencedWriter",)),
