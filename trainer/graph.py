@@ -206,7 +206,7 @@ class Graph:
     ) -> tuple[Any, Any]:
         """The tower's vectors without and with dropout."""
         tower, dim = self._model.tower, self._model.settings.dim
-        rows = [user, tf.reshape(latest, [-1, LATEST * dim])]
+        rows = [user, tf.reduce_mean(tf.reshape(latest, [-1, LATEST, dim]), 1)]
         if self._fields:
             rows.append(tf.reduce_mean(tf.reshape(context, [-1, self._fields, dim]), 1))
         if isinstance(tower, DenseTower) and self.drops:

@@ -1,14 +1,14 @@
 """Loss and gradients of both heads for one step: compiled loops over rows, candidates and pairs.
 
 `Model.forward` says what the heads are; here the same sums are taken with
-their derivatives, row by row while everything of a row is in the processor's
+their derivatives, some rows at a time, while all of theirs is in the processor's
 nearest memory. As some three hundred operations of TensorFlow over
 `[B * L, F]` they cost four times the tower. A test holds the two together:
 logits and every derivative against TensorFlow's own.
 
 For each row, in the order of the batch:
 
-1. Windows become logarithms, and each label's evidence is summed.
+1. Windows become logarithms, and each label's evidence is summed, a block of rows at a time.
 2. Candidates are scored twice: without dropout for the measures, with it to learn.
 3. Interest: softmax over the candidates, log loss, rank of the target.
 4. Engagement: the row's own item, and its negative where one was drawn.
@@ -32,7 +32,10 @@ I32 = npt.NDArray[np.int32]
 U16 = npt.NDArray[np.uint16]
 
 NET_HIDDEN = 16
-"""Hidden units of the net over a label's windows; a constant, so that its loops unroll."""
+"""Hidden units of the net over a label's windows."""
+
+BLOCK = 32
+"""Rows whose labels go through the net together: loops over some hundred labels, in the nearest memory."""
 
 MASKED = np.float32(-1e9)
 """The logit of a candidate that is not there."""
@@ -204,7 +207,8 @@ def _highest(x: F32) -> np.float32:
 
 @compiled_sums
 def _evidence(
-    b: int,
+    begin: int,
+    end: int,
     windows: U16,
     log_scale: F32,
     scale: F32,
@@ -215,86 +219,116 @@ def _evidence(
     position: F32,
     logarithms: F32,
     folded: F32,
+    firsts: I32,
+    newest: F32,
     z: F32,
+    across: F32,
     hidden: F32,
-    own: F32,
-    out: F32,
+    evidence: F32,
 ) -> None:
-    """1. The logit of each label of row `b` without embeddings: z `[L, F]`, hidden `[L, 16]`, out `[L]`."""
+    """1. The logits without embeddings of the labels of rows `begin` to `end`, one after another.
+
+    Found: in `firsts` `[BLOCK + 1]` where the labels of each row begin; in `newest`
+    `[BLOCK, F]` the prepared windows of its newest label; in `z` `[BLOCK * L, F]`
+    those of all labels, and in `across` the same the other way; in `hidden`
+    `[16, BLOCK * L]` the net's hidden units; and the logits in `evidence` `[BLOCK * L]`.
+    """
     labels, width = windows.shape[1], windows.shape[2]
-    base = _ZERO
-    for j in range(labels):
-        if label_mask[b, j] == _ZERO and j > 0:
-            continue
+    count = 0
+    for b in range(begin, end):
+        row = b - begin
+        firsts[row] = count
         for f in range(width):
-            window = windows[b, j, f]
-            z[j, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
-        if j == 0:
-            # A difference from the newest label is two sums, of which one is the same for all labels.
-            for k in range(NET_HIDDEN):
-                own[k] = personal[b, 2 * width + k]
+            window = windows[b, 0, f]
+            newest[row, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
+        base = _ZERO
+        for f in range(width):
+            base -= newest[row, f] * personal[b, width + f]
+        for j in range(labels):
+            if label_mask[b, j] == _ZERO:
+                continue
+            total = base + position[j]
             for f in range(width):
-                base -= z[0, f] * personal[b, width + f]
-                for k in range(NET_HIDDEN):
-                    own[k] -= z[0, f] * net_0[width + f, k]
-        total = base + position[j]
-        for f in range(width):
-            total += z[j, f] * (personal[b, f] + personal[b, width + f])
+                window = windows[b, j, f]
+                z[count, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
+                across[f, count] = z[count, f]
+            for f in range(width):
+                total += z[count, f] * (personal[b, f] + personal[b, width + f])
+            evidence[count] = total
+            count += 1
         for k in range(NET_HIDDEN):
-            hidden[j, k] = own[k]
+            # A difference from the newest label is two sums, of which one is the same for all labels.
+            own = personal[b, 2 * width + k]
+            for f in range(width):
+                own -= newest[row, f] * net_0[width + f, k]
+            for m in range(firsts[row], count):
+                hidden[k, m] = own
+    firsts[end - begin] = count
+    for k in range(NET_HIDDEN):
         for f in range(width):
-            for k in range(NET_HIDDEN):
-                hidden[j, k] += z[j, f] * folded[f, k]
-        for k in range(NET_HIDDEN):
-            hidden[j, k] = max(hidden[j, k], _ZERO)
-            total += hidden[j, k] * net_1[k]
-        out[j] = total
+            for m in range(count):
+                hidden[k, m] += folded[f, k] * across[f, m]
+        for m in range(count):
+            hidden[k, m] = max(hidden[k, m], _ZERO)
+        for m in range(count):
+            evidence[m] += hidden[k, m] * net_1[k]
 
 
 @compiled_sums
 def _evidence_slopes(
-    b: int,
+    begin: int,
+    end: int,
     label_mask: F32,
     net_1: F32,
+    firsts: I32,
+    newest: F32,
     z: F32,
+    across: F32,
     hidden: F32,
-    own: F32,
-    bent: F32,
     slope: F32,
     to_personal: F32,
     to_net_0: F32,
     to_net_1: F32,
     to_position: F32,
 ) -> None:
-    """Backwards through `_evidence`: `slope` `[L]` is the loss by each label's evidence."""
-    labels, width = z.shape
-    total = _ZERO
+    """Backwards through `_evidence`: `slope` `[BLOCK * L]` is the loss by each label's evidence. Spoils `hidden`."""
+    labels, width = label_mask.shape[1], z.shape[1]
+    count = firsts[end - begin]
     for k in range(NET_HIDDEN):
-        own[k] = _ZERO
-    for j in range(labels):
-        if label_mask[b, j] == _ZERO:
+        total = _ZERO
+        for m in range(count):
+            total += slope[m] * hidden[k, m]
+        to_net_1[k] += total
+        for m in range(count):
+            hidden[k, m] = slope[m] * net_1[k] if hidden[k, m] > _ZERO else _ZERO
+        for f in range(width):
+            total = _ZERO
+            for m in range(count):
+                total += across[f, m] * hidden[k, m]
+            to_net_0[f, k] += total
+    for b in range(begin, end):
+        row = b - begin
+        first, last = firsts[row], firsts[row + 1]
+        if first == last:
             continue
-        g = slope[j]
-        to_position[j] += g
-        total += g
-        for k in range(NET_HIDDEN):
-            to_net_1[k] += g * hidden[j, k]
-            bent[k] = g * net_1[k] if hidden[j, k] > _ZERO else _ZERO
-            own[k] += bent[k]
+        total = _ZERO
+        m = first
+        for j in range(labels):
+            if label_mask[b, j] != _ZERO:
+                to_position[j] += slope[m]
+                total += slope[m]
+                _add(to_personal, b, 0, slope[m], z, m, 0, width)
+                m += 1
         for f in range(width):
-            to_personal[b, f] += g * z[j, f]
-        for f in range(width):
-            for k in range(NET_HIDDEN):
-                to_net_0[f, k] += z[j, f] * bent[k]
-    if total == _ZERO and label_mask[b, 0] == _ZERO:
-        return
-    for f in range(width):
-        to_personal[b, width + f] = to_personal[b, f] - total * z[0, f]
+            to_personal[b, width + f] = to_personal[b, f] - total * newest[row, f]
         for k in range(NET_HIDDEN):
+            total = _ZERO
+            for m in range(first, last):
+                total += hidden[k, m]
+            to_personal[b, 2 * width + k] = total
+        for f in range(width):
             # The second half's slope is the first half's and this; the first is added at the end, once.
-            to_net_0[width + f, k] -= z[0, f] * own[k]
-    for k in range(NET_HIDDEN):
-        to_personal[b, 2 * width + k] = own[k]
+            _add(to_net_0, width + f, 0, -newest[row, f], to_personal, b, 2 * width, NET_HIDDEN)
 
 
 @compiled_sums
@@ -310,14 +344,17 @@ def _candidates(
     queries: F32,
     popular: F32,
     evidence: F32,
+    first: int,
     out: F32,
 ) -> None:
     """2. The logits of labels, popular ones and the last slot of row `b`, masked, `[L + P + 1]`."""
+    m = first
     labels, ranks = label_mask.shape[1], popular_mask.shape[1]
     for j in range(labels):
         out[j] = MASKED
         if label_mask[b, j] != _ZERO:
-            out[j] = evidence[j] + _dot(queries, b, 0, category, label_at[b, j])
+            out[j] = evidence[m] + _dot(queries, b, 0, category, label_at[b, j])
+            m += 1
     for p in range(ranks):
         out[labels + p] = popular[b, p] if popular_mask[b, p] != _ZERO else MASKED
     out[labels + ranks] = MASKED
@@ -351,39 +388,51 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
     (windows, log_scale, scale, label_mask, popular_mask, other_mask, label_at, other_at) = facts[:8]
     (pair_category_at, pair_item_at, target, weight, engaged, engaged_shift, engaged_weight) = facts[8:]
     (scoring, learning, scoring_popular, learning_popular, personal, category, item) = given[:7]
-    (net_0, net_1, position, other, prior, item_bias, category_bias) = given[7:]
+    (net_0, net_1, position, other, prior) = given[7:12]
+    item_bias, category_bias = given.item_bias.reshape(1, -1), given.category_bias.reshape(1, -1)
     (label_logits, popular_logits, interest_loss, rank, engagement, engagement_loss) = scores
     (to_learning, to_popular, to_personal, to_category, to_item, to_net_0) = slopes[:6]
-    (to_net_1, to_position, to_other, to_prior, to_item_bias, to_category_bias) = slopes[6:]
+    (to_net_1, to_position, to_other, to_prior) = slopes[6:10]
+    to_item_bias, to_category_bias = slopes.item_bias.reshape(1, -1), slopes.category_bias.reshape(1, -1)
     rows, labels, width = windows.shape
     ranks, dim = popular_mask.shape[1], category.shape[1]
     slots = labels + ranks + 1
-    z, hidden = np.empty((labels, width), np.float32), np.empty((labels, NET_HIDDEN), np.float32)
-    own, bent = np.empty(NET_HIDDEN, np.float32), np.empty(NET_HIDDEN, np.float32)
-    evidence, slope = np.empty(labels, np.float32), np.empty(slots, np.float32)
+    most = BLOCK * labels
+    firsts, newest = np.empty(BLOCK + 1, np.int32), np.empty((BLOCK, width), np.float32)
+    z, across = np.empty((most, width), np.float32), np.empty((width, most), np.float32)
+    hidden, evidence = np.empty((NET_HIDDEN, most), np.float32), np.empty(most, np.float32)
+    evidence_slope, slope = np.empty(most, np.float32), np.empty(slots, np.float32)
     logits, shares = np.empty(slots, np.float32), np.empty(slots, np.float32)
     bits = np.empty(slots, np.int32)
     powers = bits.view(np.float32)
     folded = net_0[:width] + net_0[width:]
     for b in range(rows):
+        begin = b // BLOCK * BLOCK
+        end = min(begin + BLOCK, rows)
         # 1.
-        _evidence(
-            b, windows, log_scale, scale, label_mask, personal, net_0, net_1, position,
-            logarithms, folded, z, hidden, own, evidence,
-        )  # fmt: skip
+        if b == begin:
+            _evidence(
+                begin, end, windows, log_scale, scale, label_mask, personal, net_0, net_1, position,
+                logarithms, folded, firsts, newest, z, across, hidden, evidence,
+            )  # fmt: skip
+            evidence_slope[:] = _ZERO
+        first = firsts[b - begin]
         # 2. 3. With dropout, to learn.
         aim = target[b]
         if aim >= 0 and weight[b] != _ZERO:
             _candidates(
                 b, label_mask, popular_mask, other_mask, label_at, other_at, category, other,
-                learning, learning_popular, evidence, logits,
+                learning, learning_popular, evidence, first, logits,
             )  # fmt: skip
             factor = weight[b] / _exponentials(logits, _highest(logits), slope, bits, powers)
             for i in range(slots):
                 slope[i] *= factor
             slope[aim] -= weight[b]
+            m = first
             for j in range(labels):
                 if label_mask[b, j] != _ZERO:
+                    evidence_slope[m] = slope[j]
+                    m += 1
                     _add(to_learning, b, 0, slope[j], category, label_at[b, j], 0, dim)
                     _add(to_category, label_at[b, j], 0, slope[j], learning, b, 0, dim)
             for p in range(ranks):
@@ -393,13 +442,10 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
                 to_other[0] += slope[slots - 1]
                 _add(to_learning, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
                 _add(to_category, other_at[b], 0, slope[slots - 1], learning, b, 0, dim)
-            _evidence_slopes(
-                b, label_mask, net_1, z, hidden, own, bent, slope, to_personal, to_net_0, to_net_1, to_position
-            )
         # 2. 3. Without dropout, for the measures.
         _candidates(
             b, label_mask, popular_mask, other_mask, label_at, other_at, category, other,
-            scoring, scoring_popular, evidence, logits,
+            scoring, scoring_popular, evidence, first, logits,
         )  # fmt: skip
         highest = _highest(logits)
         total = _exponentials(logits, highest, shares, bits, powers)
@@ -425,8 +471,7 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
             else:
                 likely = other[0] + _dot(scoring, b, 0, category, category_at) - normaliser
                 fixed = prior[2] * likely
-            for d in range(dim):
-                fixed += item_bias[d] * item[item_at, d] + category_bias[d] * category[category_at, d]
+            fixed += _dot(item_bias, 0, 0, item, item_at) + _dot(category_bias, 0, 0, category, category_at)
             score = fixed + scoring[b, 2 * dim] + _dot(scoring, b, dim, item, item_at)
             shifted = score + engaged_shift[at]
             engagement[at] = score
@@ -443,13 +488,18 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
             else:
                 to_prior[2] += g * likely
             to_learning[b, 2 * dim] += g
-            for d in range(dim):
-                to_learning[b, dim + d] += g * item[item_at, d]
-                to_item_bias[d] += g * item[item_at, d]
-                to_category_bias[d] += g * category[category_at, d]
-            for d in range(dim):
-                to_item[item_at, d] += g * (learning[b, dim + d] + item_bias[d])
-                to_category[category_at, d] += g * category_bias[d]
+            # A loop that writes two arrays would not be put into vectors.
+            _add(to_learning, b, dim, g, item, item_at, 0, dim)
+            _add(to_item_bias, 0, 0, g, item, item_at, 0, dim)
+            _add(to_category_bias, 0, 0, g, category, category_at, 0, dim)
+            _add(to_item, item_at, 0, g, learning, b, dim, dim)
+            _add(to_item, item_at, 0, g, item_bias, 0, 0, dim)
+            _add(to_category, category_at, 0, g, category_bias, 0, 0, dim)
+        if b == end - 1:
+            _evidence_slopes(
+                begin, end, label_mask, net_1, firsts, newest, z, across, hidden, evidence_slope,
+                to_personal, to_net_0, to_net_1, to_position,
+            )  # fmt: skip
     for f in range(width):
         for k in range(NET_HIDDEN):
             to_net_0[width + f, k] += to_net_0[f, k]

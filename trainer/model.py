@@ -5,7 +5,7 @@ weights, made of operations that LiteRT has built in. Training, the serving
 program and the tests call the same one.
 
     features ─ preprocessing ─┐
-    user row, 3 latest labels ├─ tower ─ vector ─┬─ query ── interest logits of labels, popular ones, any other
+    user row, latest labels   ├─ tower ─ vector ─┬─ query ── interest logits of labels, popular ones, any other
     mean context row ─────────┘                  └─ with item and category ── engagement logit
 
 Interest is scored over rows of categories, never over an index: a category
@@ -35,7 +35,7 @@ F32 = npt.NDArray[np.float32]
 Preprocessing = Callable[[Tensor], Tensor]
 
 LATEST = 3
-"""Labels of the user whose rows go into the tower."""
+"""Labels of the user the mean of whose rows goes into the tower."""
 
 MASKED = -1e9
 """The logit of a candidate that is not there."""
@@ -137,7 +137,7 @@ class Model(tf.Module):
         self.prepare_windows = Logarithms(spec.label_names)
         dim, width, evidence = settings.dim, settings.hidden[-1], 2 * len(spec.label_names)
         prepared = int(self.preprocessing(tf.zeros([1, self.features])).shape[-1])
-        self.tower = _load_builder(settings.tower)(prepared + (2 + LATEST) * dim, settings)
+        self.tower = _load_builder(settings.tower)(prepared + 3 * dim, settings)
         own = {
             "query.kernel": _weight("query.kernel", (width, dim), 0.0),
             "query.bias": _weight("query.bias", (dim,), 0.0),
@@ -176,7 +176,7 @@ class Model(tf.Module):
             not there have MASKED), engagement_logit `[B]`, vector `[B, width]`.
         """
         prepared = self.preprocessing(inputs["features"])
-        latest = tf.reshape(inputs["label_rows"][:, :LATEST, :], [-1, LATEST * self.settings.dim])
+        latest = tf.reduce_mean(inputs["label_rows"][:, :LATEST, :], 1)
         x = tf.concat([prepared, inputs["user_row"], latest, inputs["context_row"]], 1)
         vector = self.tower(x, False, tf.constant([0, 0], tf.int32))
         queries = self.queries(vector, inputs["user_row"])

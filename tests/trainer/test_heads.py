@@ -9,10 +9,11 @@ import tensorflow as tf
 from state.sections import Model as ModelSettings
 from tests.trainer.batches import SPEC
 from trainer.graph import FROM_HEADS
-from trainer.heads import Facts, Given, Scores, Slopes, heads
+from trainer.heads import BLOCK, Facts, Given, Scores, Slopes, heads
 from trainer.model import Model
 
-ROWS, DIM, POPULAR = 7, 8, 4
+ROWS, DIM, POPULAR = BLOCK + 3, 8, 4
+"""More rows than one block of the heads, and a multiple of seven."""
 LABELS, WIDTH = SPEC.labels, len(SPEC.label_names)
 CATEGORIES, ITEMS = 12, 9
 
@@ -49,18 +50,18 @@ def step(model: Model, labelled: bool = True) -> tuple[Facts, dict[str, np.ndarr
         scale=model.prepare_windows.scale,
         label_mask=label_mask,
         popular_mask=(drawn.random((ROWS, POPULAR)) < 0.7).astype(np.float32),
-        other_mask=np.array([1, 0, 1, 1, 0, 1, 1], np.float32),
+        other_mask=np.tile(np.array([1, 0, 1, 1, 0, 1, 1], np.float32), ROWS // 7),
         label_at=label_at,
         other_at=drawn.integers(1, CATEGORIES, ROWS).astype(np.int32),
         pair_category_at=pair_category_at,
         pair_item_at=drawn.integers(0, ITEMS, 2 * ROWS).astype(np.int32),
-        target=np.array([0, LABELS, LABELS + POPULAR, 0, -1, 0, 0], np.int32),
-        weight=np.array([1, 2, 1, 1, 0, 0.5, 3], np.float32),
+        target=np.tile(np.array([0, LABELS, LABELS + POPULAR, 0, -1, 0, 0], np.int32), ROWS // 7),
+        weight=np.tile(np.array([1, 2, 1, 1, 0, 0.5, 3], np.float32), ROWS // 7),
         engaged=(np.arange(2 * ROWS) < ROWS).astype(np.float32),
         engaged_shift=np.full(2 * ROWS, 0.7, np.float32),
         engaged_weight=np.where(np.arange(2 * ROWS) % 5 == 4, 0.0, 0.2).astype(np.float32),
     )
-    facts.popular_mask[1, 0] = 1.0
+    facts.popular_mask[1::7, 0] = 1.0
     if not labelled:
         facts.target[facts.target == 0] = -1
     category, item = normal(CATEGORIES, DIM), normal(ITEMS, DIM)

@@ -13,3 +13,4 @@ def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
     assert found["total.top1"] > 0.38
     assert found["total.top1"] > found["baseline.previous"]
     assert found["total.top1"] > 4 * found["baseline.biggest"]
+    assert found["total.auc"] > 0.8
