@@ -44,12 +44,16 @@ def loop_at(directory: Path, rate: float) -> Iterator[Loop]:
             loop.stop()
 
 
+def parts(loop: Loop) -> dict[str, psutil.Process]:
+    """The processes of the loop by name."""
+    pids = {name: loop.pid(name) for name in MODULES}
+    pids["kafka"] = next((process.pid for process in loop.processes() if "java" in process.name()), None)
+    return {name: psutil.Process(pid) for name, pid in pids.items() if pid is not None}
+
+
 def memory(loop: Loop) -> dict[str, float]:
     """Resident MiB of each process."""
-    pids = {name: loop.pid(name) for name in MODULES}
-    sizes = {name: psutil.Process(pid).memory_info().rss / MEBI for name, pid in pids.items() if pid is not None}
-    java = [process for process in loop.processes() if "java" in process.name()]
-    return sizes | {"kafka": process.memory_info().rss / MEBI for process in java}
+    return {name: process.memory_info().rss / MEBI for name, process in parts(loop).items()}
 
 
 def freshness(loop: Loop, bursts: int) -> list[float]:
@@ -100,7 +104,9 @@ def sustained(loop: Loop, seconds: float) -> dict[str, Figure]:
     return {
         "stream": Figure((events[-1] - events[0]) / span_s, "events/s", ">= 19800"),
         "trainer": Figure((trained[-1] - trained[0]) / span_s, "rows/s", ">= 19800"),
-        "stream lag, slope (flat: below 1 % of the rate)": Figure(float(np.polyfit(times, lags, 1)[0]), "events/s", "<= 200"),
+        "stream lag, slope (flat: below 1 % of the rate)": Figure(
+            float(np.polyfit(times, lags, 1)[0]), "events/s", "<= 200"
+        ),
         "stream lag, p50": Figure(float(np.percentile(lags, 50)), "events"),
         "stream lag, p99": Figure(float(np.percentile(lags, 99)), "events"),
         "trainer lag, slope": Figure(float(np.polyfit(times, records, 1)[0]), "records/s", "<= 0.1"),
@@ -110,9 +116,7 @@ def sustained(loop: Loop, seconds: float) -> dict[str, Figure]:
 
 def shares(loop: Loop, seconds: float = 20.0) -> dict[str, float]:
     """CPU seconds per second of each process: where two cores go."""
-    pids = {name: loop.pid(name) for name in MODULES}
-    running = {name: psutil.Process(pid) for name, pid in pids.items() if pid is not None}
-    running |= {"kafka": process for process in loop.processes() if "java" in process.name()}
+    running = parts(loop)
     before = {name: sum(process.cpu_times()[:2]) for name, process in running.items()}
     time.sleep(seconds)
     return {name: (sum(process.cpu_times()[:2]) - before[name]) / seconds for name, process in running.items()}
