@@ -14,6 +14,8 @@ import numba
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
+_REGROUPED = {"reassoc", "contract", "nsz"}
+
 
 def compiled(kernel: Kernel) -> Kernel:
     """Compiles `kernel` at its first call for each set of argument types.
@@ -34,6 +36,15 @@ def compiled_sums(kernel: Kernel) -> Kernel:
 
     The grouping is fixed when the kernel is compiled for a processor, so that
     the same calls give the same bits there, and other bits on another kind.
+    What such a kernel calls must be a `part_of_sums`.
     """
-    fastmath = {"reassoc", "contract", "nsz"}
-    return cast(Kernel, numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(kernel))
+    return cast(Kernel, numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_REGROUPED)(kernel))
+
+
+def part_of_sums(part: Kernel) -> Kernel:
+    """A function that `compiled_sums` call: compiled into each of them, and never cached on its own.
+
+    From the cache it would come as machine code, around which the terms of the
+    kernel are grouped otherwise: bits would depend on what was cached when.
+    """
+    return cast(Kernel, numba.njit(nogil=True, error_model="numpy", fastmath=_REGROUPED)(part))

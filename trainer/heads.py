@@ -3,7 +3,7 @@
 `Model.forward` says what the heads are; here the same sums are taken with
 their derivatives, some rows at a time, while all of theirs is in the processor's
 nearest memory. As some three hundred operations of TensorFlow over
-`[B * L, F]` they cost four times the tower. A test holds the two together:
+`[B * L, F]` they cost more than the tower. A test holds the two together:
 logits and every derivative against TensorFlow's own.
 
 For each row, in the order of the batch:
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.native import compiled_sums
+from state.native import compiled_sums, part_of_sums
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -165,7 +165,7 @@ class Scores(NamedTuple):
 # Rows are passed as a matrix and a number: each view of one would be counted in and out.
 
 
-@compiled_sums
+@part_of_sums
 def _dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
     total: np.float32 = _ZERO
     for d in range(b.shape[1]):
@@ -173,13 +173,13 @@ def _dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
     return total
 
 
-@compiled_sums
+@part_of_sums
 def _add(out: F32, at: int, to: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
     for d in range(width):
         out[at, to + d] += factor * a[row, first + d]
 
 
-@compiled_sums
+@part_of_sums
 def _exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -> np.float32:
     """exp(x - highest) (Cephes' expf) into `out`; returns the sum. `scale` is `bits` seen as float32."""
     for i in range(x.shape[0]):
@@ -197,7 +197,7 @@ def _exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) 
     return total
 
 
-@compiled_sums
+@part_of_sums
 def _highest(x: F32) -> np.float32:
     found: np.float32 = x[0]
     for i in range(1, x.shape[0]):
@@ -205,7 +205,7 @@ def _highest(x: F32) -> np.float32:
     return found
 
 
-@compiled_sums
+@part_of_sums
 def _evidence(
     begin: int,
     end: int,
@@ -274,7 +274,7 @@ def _evidence(
             evidence[m] += hidden[k, m] * net_1[k]
 
 
-@compiled_sums
+@part_of_sums
 def _evidence_slopes(
     begin: int,
     end: int,
@@ -331,7 +331,7 @@ def _evidence_slopes(
             _add(to_net_0, width + f, 0, -newest[row, f], to_personal, b, 2 * width, NET_HIDDEN)
 
 
-@compiled_sums
+@part_of_sums
 def _candidates(
     b: int,
     label_mask: F32,
@@ -362,7 +362,7 @@ def _candidates(
         out[labels + ranks] = other[0] + _dot(queries, b, 0, category, other_at[b])
 
 
-@compiled_sums
+@part_of_sums
 def _rank(logits: F32, target: int) -> int:
     """Labels and popular ones before the target; of equal ones the lower slot comes first."""
     slots: int = logits.shape[0] - 1
@@ -375,7 +375,7 @@ def _rank(logits: F32, target: int) -> int:
     return before
 
 
-@compiled_sums
+@part_of_sums
 def _normaliser(total: np.float32, highest: np.float32) -> np.float32:
     """log(1 + the sum of exp(logit)): 0 where there is no candidate."""
     if highest > _ZERO:
