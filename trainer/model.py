@@ -139,21 +139,20 @@ class Model(tf.Module):
         prepared = int(self.preprocessing(tf.zeros([1, self.features])).shape[-1])
         self.tower = _load_builder(settings.tower)(prepared + 3 * dim, settings)
         own = {
-            "query.kernel": _weight("query.kernel", (width, dim), 0.0),
-            "query.bias": _weight("query.bias", (dim,), 0.0),
-            "interest.linear": tf.Variable(recency_prior(spec.label_names), name="interest.linear"),
+            "query.kernel": tf.Variable(_query_kernel(width, dim), name="query.kernel"),
+            "query.bias": _weight("query.bias", (2 * dim + 1,), 0.0),
+            "interest.linear": tf.Variable(
+                np.concatenate([recency_prior(spec.label_names), np.zeros(NET_HIDDEN, np.float32)]),
+                name="interest.linear",
+            ),
             "interest.position": _weight("interest.position", (spec.labels,), 0.0),
             "interest.user_kernel": _weight("interest.user_kernel", (prepared, USER_HIDDEN), 0.3),
             "interest.user_bias": _weight("interest.user_bias", (USER_HIDDEN,), 0.0),
-            "interest.personal": _weight("interest.personal", (USER_HIDDEN, evidence), 0.0),
-            "interest.bend": _weight("interest.bend", (USER_HIDDEN, NET_HIDDEN), 0.0),
+            "interest.personal": _weight("interest.personal", (USER_HIDDEN, evidence + NET_HIDDEN), 0.0),
             "interest.kernel_0": _weight("interest.kernel_0", (evidence, NET_HIDDEN), 0.5),
-            "interest.bias_0": _weight("interest.bias_0", (NET_HIDDEN,), 0.0),
             "interest.kernel_1": _weight("interest.kernel_1", (NET_HIDDEN,), 0.0),
             "interest.popular": tf.Variable(_popular_prior(settings.popular), name="interest.popular"),
             "interest.other": tf.Variable(np.ones(1, np.float32), name="interest.other"),
-            "engagement.kernel": _weight("engagement.kernel", (width, dim + 1), 0.15),
-            "engagement.bias": _weight("engagement.bias", (dim + 1,), 0.0),
             "engagement.prior": tf.Variable(np.array([3.0, 1.0, 1.0], np.float32), name="engagement.prior"),
             "engagement.item": _weight("engagement.item", (dim,), 0.3),
             "engagement.category": _weight("engagement.category", (dim,), 0.3),
@@ -190,10 +189,8 @@ class Model(tf.Module):
 
     def queries(self, vector: Tensor, user_row: Tensor) -> Tensor:
         """`[B, 2 dim + 1]`: what interest compares with a category, engagement with an item, and the user's engagement."""
-        kernel = tf.concat([self.dense["query.kernel"], self.dense["engagement.kernel"]], 1)
-        bias = tf.concat([self.dense["query.bias"], self.dense["engagement.bias"]], 0)
         user = tf.concat([user_row, user_row, tf.zeros_like(user_row[:, :1])], 1)
-        return tf.nn.bias_add(tf.matmul(vector, kernel), bias) + user
+        return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
 
     def personal(self, prepared: Tensor) -> Tensor:
         """How much each window counts for this user, and the user's part of the net's first layer, `[B, 2 F + 16]`.
@@ -203,9 +200,8 @@ class Model(tf.Module):
         goes on to new ones.
         """
         user = tf.nn.bias_add(tf.matmul(prepared, self.dense["interest.user_kernel"]), self.dense["interest.user_bias"])
-        kernel = tf.concat([self.dense["interest.personal"], self.dense["interest.bend"]], 1)
-        bias = tf.concat([self.dense["interest.linear"], self.dense["interest.bias_0"]], 0)
-        return tf.nn.bias_add(tf.matmul(tf.nn.relu(user), kernel), bias)
+        user = tf.matmul(tf.nn.relu(user), self.dense["interest.personal"])
+        return tf.nn.bias_add(user, self.dense["interest.linear"])
 
     def evidence(self, prepared: Tensor, label_windows: Tensor) -> Tensor:
         """What a user's windows say about each of the labels, `[B, L]`: a logit without embedding rows.
@@ -230,8 +226,9 @@ class Model(tf.Module):
 
     def popular(self, queries: Tensor, popular_rows: Tensor) -> Tensor:
         """The popular labels' logits, not masked, `[B, P]`."""
-        query = queries[:, : self.settings.dim]
-        return tf.nn.bias_add(tf.matmul(query, popular_rows, transpose_b=True), self.dense["interest.popular"])
+        # Zeros for the rest of the queries: the derivative of a slice would be a copy of all.
+        rows = tf.pad(popular_rows, [[0, 0], [0, self.settings.dim + 1]])
+        return tf.nn.bias_add(tf.matmul(queries, rows, transpose_b=True), self.dense["interest.popular"])
 
     def interest(self, queries: Tensor, inputs: Mapping[str, Tensor], evidence: Tensor) -> tuple[Tensor, Tensor]:
         """Interest logits of the labels `[B, L]` and the popular ones `[B, P]`."""
@@ -336,6 +333,12 @@ def recency_prior(label_names: tuple[str, ...]) -> F32:
             weights[position] = (0.6, 0.3, 0.3)[min(decays, 2)]
             decays += 1
     return weights
+
+
+def _query_kernel(width: int, dim: int) -> F32:
+    """First weights of the queries, `[width, 2 dim + 1]`: none for interest, some for engagement."""
+    engagement = hashed_uniform(np.arange(1, width + 1, dtype=np.uint64), dim + 1, "query.engagement")
+    return np.concatenate([np.zeros((width, dim), np.float32), engagement * np.float32(0.15)], 1)
 
 
 def _popular_prior(popular: int) -> F32:
