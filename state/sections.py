@@ -190,7 +190,9 @@ class Registry:
     """How long versions are kept."""
 
     delta_keep_s: float = setting(3600.0, "s", least=1.0, help="How long each delta is kept.")
-    delta_keep_gb: float = setting(4.0, "GB", least=0.01, help="How much the deltas may take together; the oldest go first.")
+    delta_keep_gb: float = setting(
+        4.0, "GB", least=0.01, help="How much the deltas may take together; the oldest go first."
+    )
     base_keep_h: int = setting(24, "h", least=1, help="How long one base an hour is kept.")
     base_keep_d: int = setting(7, "d", least=1, help="How long one base a day is kept.")
 
