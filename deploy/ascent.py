@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy import scrape
@@ -40,6 +40,7 @@ class Ascent:
         screen: Takes the lines.
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
+        accepted: Words for stream and trainer: gaps that the operator accepts.
         clock: Monotonic seconds.
         sleep: Waits a number of seconds, or until a signal.
     """
@@ -51,6 +52,7 @@ class Ascent:
         screen: Screen,
         stop: Callable[[], bool],
         hurry: Callable[[], bool],
+        accepted: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -68,7 +70,7 @@ class Ascent:
         self._broker_deaths = Deaths()
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
         fresh = not has_spec(settings.registry_dir)
-        self._programs = programs(head_start=settings.bootstrap.min_rows if fresh else 0)
+        self._programs = programs(settings.bootstrap.min_rows if fresh else 0, accepted=accepted)
         self._supervisor: Supervisor | None = None
 
     def run(self) -> int:

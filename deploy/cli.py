@@ -52,7 +52,7 @@ OWN_HELP = (
     "replay",
     "rebuild-history",
 )  # their modules have options of their own and explain them
-READERS = ("stream", "train")  # stop at a gap, and go on where the loss is accepted
+READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
 SETTINGS_HELP = (
     "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
     "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from deploy.checks import Port
 from deploy.processes import Program
@@ -23,12 +24,13 @@ STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
 
 
-def programs(head_start: int = 0, python: str = sys.executable) -> dict[str, Program]:
+def programs(head_start: int = 0, python: str = sys.executable, accepted: Sequence[str] = ()) -> dict[str, Program]:
     """All programs by name; settings reach them by the environment.
 
     Args:
         head_start: Clicks that the shoppers send at once.
         python: The interpreter.
+        accepted: Words for the readers of a log: gaps that the operator accepts.
 
     >>> programs(python="python")["stream"].command
     ('python', '-m', 'streaming.pipeline')
@@ -40,10 +42,10 @@ def programs(head_start: int = 0, python: str = sys.executable) -> dict[str, Pro
     listed = (
         program(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
         program(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
-        program(STREAM, "streaming.pipeline"),
+        program(STREAM, "streaming.pipeline", *accepted),
         # Its work is repeated from the start at the next run: there is nothing to wait for.
         program(BOOTSTRAP, "streaming.bootstrap", stop_s=1.0, lasting=False),
-        program(TRAINER, "trainer.loop"),
+        program(TRAINER, "trainer.loop", *accepted),
         program(APPLIER, "deploy.serving.applier", stop_s=5.0),
         # With serving.workers above 1 it is the parent of them all.
         program(WORKER, "deploy.serving.rest", stop_s=5.0),

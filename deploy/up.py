@@ -10,6 +10,7 @@ restarts what dies, keeps a live line, and stops all of it in order.
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ synthetic shoppers. A second run goes on where the last one stopped.
 
   --no-shoppers                   no synthetic clicks
   --bootstrap-servers HOST:PORT   your own Kafka instead of a local one
+  --accept-gap TOPIC_ID:P:A-B --reason TEXT
+                                  go on although these positions were deleted unread; repeatable
   --section.name VALUE            any setting; `springtide config` lists them
 """
 
@@ -48,6 +51,28 @@ class Signals:
         return self.count > 1
 
 
+def take_accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes the gaps that the operator accepts out of a command line; returns their words and the rest.
+
+    >>> take_accepted(["--no-shoppers", "--accept-gap", "abababab:3:10-19", "--reason", "old"])
+    (['--accept-gap', 'abababab:3:10-19', '--reason', 'old'], ['--no-shoppers'])
+
+    Raises:
+        SettingsError: A gap is not written as it should be, names no topic, or there is no reason.
+    """
+    from state import gaps
+    from state.errors import SettingsError
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    gaps.add_options(parser)
+    consent, rest = gaps.take_options(words, actor="")
+    if any(not allowance.topic for allowance in consent.allowances):
+        raise SettingsError(
+            "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did; stream and trainer read different topics"
+        )
+    return gaps.as_options(parser.parse_known_args(list(words))[0]), rest
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the loop until it is stopped; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -63,10 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.live import Screen
         from state.config import load
 
+        accepted, words = take_accepted(words)
         shoppers = "--no-shoppers" not in words
         settings = load([word for word in words if word != "--no-shoppers"])
         signals = Signals()
-        ascent = Ascent(settings, shoppers, Screen(), signals.stop, signals.hurry)
+        ascent = Ascent(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted)
         return ascent.run()
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)

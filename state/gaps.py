@@ -48,9 +48,9 @@ class Gap:
         """As `--accept-gap` takes it; both ends are included.
 
         >>> Gap(Source("ab" * 16, 3), 10, 20).place
-        '3:10-19'
+        'abababab:3:10-19'
         """
-        return f"{self.source.partition}:{self.first}-{self.next - 1}"
+        return f"{self.source.topic_id[:8]}:{self.source.partition}:{self.first}-{self.next - 1}"
 
     def __str__(self) -> str:
         """Partition, both ends and the number.
@@ -248,7 +248,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--accept-gap",
         action="append",
         default=[],
-        metavar="P:A-B",
+        metavar="[TOPIC_ID:]P:A-B",
         help="go on although positions A to B of partition P were deleted unread; repeatable",
     )
     parser.add_argument("--reason", default="", metavar="TEXT", help="why the loss is accepted; kept with your name")
@@ -288,26 +288,21 @@ def take_options(argv: Sequence[str], actor: str) -> tuple[Consent, list[str]]:
     return Consent(allowances, actor, asked.reason), rest
 
 
-def how_to_go_on(error: GapError, command: str, read_topic: str = "") -> str:
+def how_to_go_on(error: GapError, command: str) -> str:
     """The error's message with the command that accepts the loss.
 
     >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
-    >>> how_to_go_on(GapError("10 positions are gone", gap), "springtide stream")
-    '10 positions are gone; to go on without them: springtide stream --accept-gap 3:10-19 --reason TEXT'
+    >>> print(how_to_go_on(GapError("10 positions are gone", gap), "springtide stream"))
+    10 positions are gone; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
 
     Args:
         error: What stopped the process.
         command: The command that starts it.
-        read_topic: Id of the topic that it reads; gaps of another one are named with their topic's id.
     """
     if not error.gaps:
         return str(error)
-    places = [
-        gap.place if not read_topic or gap.source.topic_id == read_topic else f"{gap.source.topic_id[:8]}:{gap.place}"
-        for gap in error.gaps
-    ]
-    flags = " ".join(f"--accept-gap {place}" for place in places)
-    return f"{error}; to go on without them: {command} {flags} --reason TEXT"
+    flags = " ".join(f"--accept-gap {gap.place}" for gap in error.gaps)
+    return f"{error}; to go on without them: {command} (or up) {flags} --reason TEXT"
 
 
 def accept(gap: Gap, consent: Consent, now_ms: int, marks: Mapping[Source, int] | None = None) -> Accepted:

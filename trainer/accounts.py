@@ -85,7 +85,7 @@ class Passages:
     ) -> None:
         refused = [gap for gap in found if not self._consent.covers(gap, read_topic)]
         if refused:
-            raise GapError(gaps.how_to_go_on(GapError(message, *found), COMMAND, read_topic), *refused)
+            raise GapError(gaps.how_to_go_on(GapError(message, *found), COMMAND), *refused)
         for gap in found:
             one: Accepted = gaps.accept(gap, self._consent, int(self._clock() * 1000), marks)
             self._journal.add(one)

@@ -347,6 +347,8 @@ def test_a_gap_is_accepted_at_the_start_of_a_reader_with_a_reason(operator: Oper
     assert flags[:6] == ["--accept-gap", "0:5-9", "--accept-gap", "1:2-2", "--reason", "old clicks"]
     operator("train")
     assert operator.became[-1][1][:1] != ["--accept-gap"]
+    operator("up", "--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--no-shoppers")
+    assert operator.became[-1][1][:5] == ["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--no-shoppers"]
     with pytest.raises(SettingsError, match="needs --reason"):
         operator("train", "--accept-gap", "0:5-9")
     with pytest.raises(SettingsError, match="PARTITION:A-B"):

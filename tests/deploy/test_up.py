@@ -96,6 +96,17 @@ def test_an_unknown_setting_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> 
     assert "kafka.port" in capsys.readouterr().err
 
 
+def test_an_accepted_gap_names_its_topic_and_reaches_stream_and_trainer_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert up.main(["--accept-gap", "0:5-9", "--reason", "old clicks"]) == 2
+    assert "write TOPIC_ID:PARTITION:A-B" in capsys.readouterr().err
+    accepted, rest = up.take_accepted(["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--kafka.port", "9"])
+    assert rest == ["--kafka.port", "9"]
+    told = [name for name, one in programs(accepted=accepted).items() if one.command[-4:] == tuple(accepted)]
+    assert told == ["stream", "trainer"]
+
+
 def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() -> None:
     named = {port.setting for port in ports(Settings(), local_kafka=True)}
     assert named == set(PORTS)
