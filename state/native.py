@@ -23,10 +23,6 @@ def compiled(kernel: Kernel) -> Kernel:
     The machine code is cached beside the source file (or in the user's cache
     folder where that is read-only), so that a second process starts at once.
     The kernel runs without the GIL; division follows NumPy, not Python.
-
-    >>> import numpy as np
-    >>> compiled(lambda counts: counts.sum())(np.arange(4))
-    6
     """
     return cast(Kernel, numba.njit(cache=True, nogil=True, error_model="numpy")(kernel))
 
@@ -42,9 +38,10 @@ def compiled_sums(kernel: Kernel) -> Kernel:
 
 
 def part_of_sums(part: Kernel) -> Kernel:
-    """A function that `compiled_sums` call: compiled into each of them, and never cached on its own.
+    """A function that `compiled_sums` call, made a part of each of them.
 
-    From the cache it would come as machine code, around which the terms of the
-    kernel are grouped otherwise: bits would depend on what was cached when.
+    Called by its name, it would be one machine code in the process that compiled
+    the kernel and another where the kernel came from the cache: the terms of its
+    sums would be grouped by what was compiled when.
     """
-    return cast(Kernel, numba.njit(nogil=True, error_model="numpy", fastmath=_REGROUPED)(part))
+    return cast(Kernel, numba.njit(nogil=True, error_model="numpy", fastmath=_REGROUPED, forceinline=True)(part))
