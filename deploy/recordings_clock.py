@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from deploy.recordings_rows import I64, NO_TIME
 from state.errors import SettingsError
+from state.recordings_rows import I64, NO_TIME
 
 NO_TIMESTAMP = -1
 MAX = math.inf

@@ -10,46 +10,25 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TextIO
 
-from deploy.recordings import FORMATS, Recording, constants_of, digest, find
 from deploy.recordings_clock import MAX, parse_speed
 from deploy.recordings_journal import Journal, folder_of, key_of
-from deploy.recordings_progress import Progress, shown_reasons
+from deploy.recordings_progress import Progress
 from deploy.recordings_replay import Options, Outcome, replay
-from deploy.recordings_rows import mapped_fields
 from deploy.recordings_send import Outbox
 from state.config import Settings
 from state.errors import LogError, SettingsError
 from state.lock import DirectoryLock
 from state.log import Topics
+from state.recordings import Recording, digest
+from state.recordings_options import add_file_arguments, chosen
+from state.recordings_rows import mapped_fields, shown_reasons
 from state.sections import Events
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of files; `--speed` and `--limit` are shared with the shoppers and not among them."""
-    group = parser.add_argument_group(
-        "files",
-        "Columns are found by the names in [events], as in the topic; only those are sent. A second run with the same "
-        "files and options goes on where the first one ended.",
-    )
-    group.add_argument("--format", choices=FORMATS, default="", help="of all files; else each file's name tells")
-    group.add_argument("--delimiter", default="", metavar="C", help="between CSV cells (default , and a tab for .tsv)")
-    group.add_argument(
-        "--columns",
-        default="",
-        metavar="A,B,...",
-        help="names of the columns of CSV files without a header; - skips one",
-    )
-    group.add_argument(
-        "--constant", action="append", default=[], metavar="FIELD=VALUE", help="a field that is the same in every row"
-    )
-    group.add_argument(
-        "--allow-outcome",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="let an outcome (events.outcomes) be a feature",
-    )
-    times = group.add_mutually_exclusive_group()
+    add_file_arguments(parser, "Only the columns in [events] are sent. The same command again goes on where it ended.")
+    times = parser.add_mutually_exclusive_group()
     times.add_argument(
         "--rebase-time",
         action="store_false",
@@ -58,33 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="move times to now (default): at --speed max the newest click is of now; at 60x the click being sent is",
     )
     times.add_argument("--keep-time", action="store_true", help="leave times as recorded")
-    group.add_argument(
-        "--sort",
-        choices=("memory", "assume"),
-        default="memory",
-        help="memory: read everything and order it by time (default); assume: the files are in order",
-    )
-    group.add_argument(
+    parser.add_argument(
         "--longest-wait",
         type=float,
         default=10.0,
         metavar="S",
         help="longest pause for a gap in the recording (default 10)",
     )
-    group.add_argument("--restart", action="store_true", help="send it again from the beginning")
-
-
-def as_settings(options: argparse.Namespace) -> list[str]:
-    """The options that are settings, as their flags."""
-    flags = []
-    for name, values in (
-        ("columns", options.columns.split(",") if options.columns else []),
-        ("constants", options.constant),
-        ("allow_outcomes", options.allow_outcome),
-    ):
-        if values:
-            flags.append(f"--events.{name}={','.join(values)}")
-    return flags
+    parser.add_argument("--restart", action="store_true", help="send it again from the beginning")
 
 
 def identity(recording: Recording, events: Events, options: Options, topic: str, topic_id: str) -> dict[str, Any]:
@@ -113,13 +73,7 @@ def run(
         SpringtideError: Files, settings, Kafka or another replay of the same files are in the way.
     """
     events, topic = settings.events, settings.kafka.clicks_topic
-    recording = Recording(
-        files=find(options.files, options.format, options.delimiter),
-        columns=events.columns,
-        constants=constants_of(events.constants, events),
-    )
-    if not events.user:
-        raise SettingsError("events.user names no field: every click is some user's; name it")
+    recording = chosen(options, events)
     how = Options(
         sort=options.sort,
         speed=parse_speed(options.speed or "max"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TextIO
 
 LINE_EVERY_S = 10.0
@@ -11,17 +10,6 @@ TERMINAL_EVERY_S = 0.2
 BAR = 20
 NAMED_ROWS = 5
 CLEAR = "\r\x1b[K"
-
-
-def shown_reasons(refused: Mapping[str, int]) -> str:
-    """Dead letters by reason, the most frequent first.
-
-    >>> shown_reasons({"undecodable": 1, "implausible_time": 35}), shown_reasons({})
-    ('36 dead letters (35 implausible_time, 1 undecodable)', '0 dead letters')
-    """
-    total = sum(refused.values())
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(refused).most_common())
-    return f"{total:,} dead letter{'s' * (total != 1)}" + (f" ({reasons})" if reasons else "")
 
 
 def progress_line(done: int, total: int | None, rate: float, dead: int) -> str:

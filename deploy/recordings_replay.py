@@ -19,24 +19,21 @@ from typing import Protocol
 import numpy as np
 import psutil
 
-from deploy.recordings import Recording
 from deploy.recordings_clock import MAX, Clock, Hand, Stamped, stamp
 from deploy.recordings_journal import Journal, Position
-from deploy.recordings_progress import Progress, shown_reasons
-from deploy.recordings_rows import I64, NO_TIME, Encoded, Encoder, joined, time_of
+from deploy.recordings_progress import Progress
 from deploy.recordings_send import LARGEST_VALUE, Judge, Piece, Record, missing, rows_within
 from state import killpoints
 from state.errors import SettingsError
 from state.events import Reason
+from state.recordings import Recording, refuse_beyond_memory
+from state.recordings_rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons, time_of
 from state.sections import Events
 
 SLICE_ROWS = 4096
 SLICE_S = 0.1
 LOOK_S = 0.5
 ENOUGH_ROWS = 10  # so many refused rows and no click: the mapping is wrong
-MEMORY_PER_BYTE = {"csv": 6, "json": 3, "parquet": 30}
-COMPRESSION = 6
-MEMORY_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -92,16 +89,6 @@ class Destination(Protocol):
 
     def ends(self) -> Mapping[int, int]:
         """The end of each partition."""
-
-
-def order(at_ms: I64) -> I64:
-    """`[n]` int64: rows by time; equal times keep their order, and a row without one stays behind the row before it.
-
-    >>> order(np.array([30, NO_TIME, 10, 30])).tolist()
-    [2, 0, 1, 3]
-    """
-    place = np.where(at_ms != NO_TIME, np.arange(len(at_ms)), 0)
-    return np.argsort(at_ms[np.maximum.accumulate(place)], kind="stable")
 
 
 def replay(
@@ -325,22 +312,3 @@ def refuse_all_dead(refused: Mapping[int, str], count: int) -> None:
         f"none of the first {count:,} rows is a click: {shown_reasons(reasons)}; correct [events] (fields, actions, "
         "time_unit, decoder), --columns or --constant; nothing was sent"
     )
-
-
-def refuse_beyond_memory(recording: Recording, available: int) -> None:
-    """Refuses to sort what memory would not hold.
-
-    Raises:
-        SettingsError: The files are too large.
-    """
-    needed = sum(
-        file.path.stat().st_size
-        * MEMORY_PER_BYTE[file.format]
-        * (COMPRESSION if file.path.suffix.lower() in (".gz", ".zst", ".bz2", ".lz4") else 1)
-        for file in recording.files
-    )
-    if needed > available * MEMORY_SHARE:
-        raise SettingsError(
-            f"the files would take about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: "
-            "sort them by time and say --sort assume, or replay fewer at once"
-        )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.recordings_rows import I64
 from state.errors import LogError
 from state.events import DeadLetter, Parser, Salt
 from state.log import BulkWriter, PartitionBatch, Reader, Topics, encode_batch, partition_of
+from state.recordings_rows import I64
 from state.sections import Events, Kafka
 
 LARGEST_VALUE = 900_000  # bytes; Kafka's own limit for a batch is 1 MiB unless the cluster says otherwise

@@ -4,7 +4,8 @@
     python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
     python -m deploy.replay --burst USER CATEGORY N
 
-Files are `deploy.recordings*`. The shoppers are `deploy.shoppers`, pure and
+Files are read by `state.recordings` and sent by `deploy.recordings_replay`. The
+shoppers are `deploy.shoppers`, pure and
 deterministic; this file gives their clicks a time and sends them.
 """
 
@@ -21,11 +22,12 @@ import numpy as np
 
 from deploy.cli import SETTINGS_HELP, split_settings
 from deploy.recordings_clock import MAX, parse_speed
-from deploy.recordings_command import add_arguments, as_settings, run
+from deploy.recordings_command import add_arguments, run
 from deploy.shoppers import Clicks, Shoppers, encode
 from state.config import Settings, load
 from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of
+from state.recordings_options import as_settings
 from state.sections import Events
 
 SLICE_S = 0.1
@@ -126,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="springtide replay", description="Clicks into the topic.", epilog=SETTINGS_HELP, allow_abbrev=False
     )
-    parser.add_argument("files", nargs="*", metavar="FILE", help="CSV, JSON lines or Parquet; .gz, .zst; globs")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--synthetic", action="store_true", help="synthetic shoppers (settings [shoppers])")
     what.add_argument(

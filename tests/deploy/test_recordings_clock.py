@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.recordings_clock import MAX, NO_TIMESTAMP, Clock, Hand, parse_speed, stamp
-from deploy.recordings_rows import NO_TIME
 from state.errors import SettingsError
+from state.recordings_rows import NO_TIME
 
 NOW_MS = 1_800_000_000_000
 BEGUN = Hand(NO_TIME, float(NOW_MS))

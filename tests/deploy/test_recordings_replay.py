@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy import recordings_replay
-from deploy.recordings import Recording, find
 from deploy.recordings_clock import MAX
 from deploy.recordings_journal import Journal, key_of
 from deploy.recordings_progress import Progress
-from deploy.recordings_replay import Options, Outcome, order, refuse_beyond_memory, replay
-from deploy.recordings_rows import NO_TIME
+from deploy.recordings_replay import Options, Outcome, replay
 from deploy.recordings_send import LARGEST_VALUE, Piece, Record, missing
 from state.errors import CorruptStore, LogError, SettingsError
+from state.recordings import Recording, find, refuse_beyond_memory
+from state.recordings_rows import NO_TIME, order
 from state.sections import Events
 
 NOW_MS = 1_800_000_000_000

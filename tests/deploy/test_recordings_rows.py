@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.recordings_rows import NO_TIME, Encoded, Encoder, Rows, joined
 from deploy.recordings_send import Judge, Piece
 from state.config import load
 from state.errors import SettingsError
 from state.events import decode_json
+from state.recordings_rows import NO_TIME, Encoded, Encoder, Rows, joined
 from state.sections import Events
 
 LATEST = 1_800_000_000_000

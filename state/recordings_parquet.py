@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deploy.recordings_rows import Rows
 from state.config_sources import nearest
 from state.errors import SettingsError
+from state.recordings_rows import Rows
 
 CHUNK_ROWS = 8192
 

@@ -9,6 +9,7 @@ stream's parser makes a dead letter of each. Pure.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -95,6 +96,16 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
             for name in ("at_ms", "file", "line")
         ),
     )
+
+
+def order(at_ms: I64) -> I64:
+    """`[n]` int64: rows by time; equal times keep their order, and a row without one stays behind the row before it.
+
+    >>> order(np.array([30, NO_TIME, 10, 30])).tolist()
+    [2, 0, 1, 3]
+    """
+    place = np.where(at_ms != NO_TIME, np.arange(len(at_ms)), 0)
+    return np.argsort(at_ms[np.maximum.accumulate(place)], kind="stable")
 
 
 def mapped_fields(events: Events) -> tuple[str, ...]:
@@ -225,3 +236,14 @@ class Encoder:
         if values is None:
             return [None] * len(rows)
         return [as_label(value) for value in values] if name == self._events.label else values
+
+
+def shown_reasons(refused: Mapping[str, int]) -> str:
+    """Dead letters by reason, the most frequent first.
+
+    >>> shown_reasons({"undecodable": 1, "implausible_time": 35}), shown_reasons({})
+    ('36 dead letters (35 implausible_time, 1 undecodable)', '0 dead letters')
+    """
+    total = sum(refused.values())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(refused).most_common())
+    return f"{total:,} dead letter{'s' * (total != 1)}" + (f" ({reasons})" if reasons else "")

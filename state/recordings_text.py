@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
-from deploy.recordings_rows import Rows
 from state.config_sources import nearest
 from state.errors import SettingsError
+from state.recordings_rows import Rows
 
 CHUNK_ROWS = 8192
 LONGEST_RECORD_LINES = 100  # a quoted field with more lines is a stray quote

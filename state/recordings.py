@@ -1,8 +1,8 @@
 """Files of clicks: which there are, of which format, and their rows as columns in chunks.
 
-    CSV         .csv .tsv .txt          deploy/recordings_text.py
-    JSON lines  .json .jsonl .ndjson    deploy/recordings_text.py
-    Parquet     .parquet .pq            deploy/recordings_parquet.py
+    CSV         .csv .tsv .txt          state/recordings_text.py
+    JSON lines  .json .jsonl .ndjson    state/recordings_text.py
+    Parquet     .parquet .pq            state/recordings_parquet.py
 
 CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns
 that `[events]` names are read: an outcome that nobody mapped cannot become a
@@ -21,10 +21,10 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from deploy.recordings_parquet import parquet_rows
-from deploy.recordings_rows import Encoded, Encoder, Rows, mapped_fields
-from deploy.recordings_text import CHUNK_ROWS, csv_rows, json_rows
 from state.errors import SettingsError, UnreadableRecording
+from state.recordings_parquet import parquet_rows
+from state.recordings_rows import Encoded, Encoder, Rows, mapped_fields
+from state.recordings_text import CHUNK_ROWS, csv_rows, json_rows
 from state.sections import Events
 
 FORMATS = ("csv", "json", "parquet")
@@ -40,6 +40,9 @@ SUFFIXES = {
 }
 COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
 BUFFER_BYTES = 1 << 20
+MEMORY_PER_BYTE = {"csv": 6, "json": 3, "parquet": 30}
+COMPRESSION = 6
+MEMORY_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -178,3 +181,22 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_beyond_memory(recording: Recording, available: int) -> None:
+    """Refuses to sort what memory would not hold.
+
+    Raises:
+        SettingsError: The files are too large.
+    """
+    needed = sum(
+        file.path.stat().st_size
+        * MEMORY_PER_BYTE[file.format]
+        * (COMPRESSION if file.path.suffix.lower() in COMPRESSED else 1)
+        for file in recording.files
+    )
+    if needed > available * MEMORY_SHARE:
+        raise SettingsError(
+            f"the files would take about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: "
+            "sort them by time and say --sort assume, or read fewer at once"
+        )

@@ -19,10 +19,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.recordings import RecordedFile, Recording, constants_of, find
-from deploy.recordings_rows import Rows
-from deploy.recordings_text import csv_rows, json_rows
 from state.errors import SettingsError, UnreadableRecording
+from state.recordings import RecordedFile, Recording, constants_of, find
+from state.recordings_rows import Rows
+from state.recordings_text import csv_rows, json_rows
 from state.sections import Events
 
 FIELDS = ("user", "item", "time")
