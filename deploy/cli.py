@@ -20,7 +20,7 @@ from typing import NoReturn
 from deploy.settings_table import as_json, as_lines, as_markdown
 from state import gaps
 from state.config import Settings, load
-from state.config_sources import SHORT_FLAGS
+from state.config_sources import split_settings
 from state.errors import SettingsError, SpringtideError
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
@@ -39,7 +39,11 @@ PROCESSES = {
         "streaming.rebuild",
         "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",
     ),
-    "bootstrap": ("streaming.bootstrap", "Analyse the first clicks once, for the constants of the preprocessing."),
+    "bootstrap": (
+        "streaming.bootstrap",
+        "Analyse past clicks once, for the constants of the preprocessing: files, or the topic's beginning. --examples DIR "
+        "also writes tf.Examples.",
+    ),
     "replay": (
         "deploy.replay",
         "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
@@ -50,6 +54,7 @@ OWN_HELP = (
     "status",
     "verify",
     "replay",
+    "bootstrap",
     "rebuild-history",
 )  # their modules have options of their own and explain them
 READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
@@ -141,26 +146,6 @@ def parser() -> argparse.ArgumentParser:
     for one in (versions, pin, follow, rollback, history, config):
         one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     return whole
-
-
-def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a line into flags of settings and the rest.
-
-    >>> split_settings(["pin", "--paths.state", "here", "7", "--reason", "odd"])
-    (['--paths.state', 'here'], ['pin', '7', '--reason', 'odd'])
-    """
-    settings: list[str] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and ("." in name or name == "config" or name in SHORT_FLAGS):
-            settings.append(word)
-            if "=" not in word:
-                settings += [value for value in [next(words, None)] if value is not None]
-        else:
-            rest.append(word)
-    return settings, rest
 
 
 def with_times(words: Sequence[str]) -> list[str]:

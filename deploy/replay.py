@@ -5,8 +5,8 @@
     python -m deploy.replay --burst USER CATEGORY N
 
 Files are read by `state.recordings` and sent by `deploy.recordings_replay`. The
-shoppers are `deploy.shoppers`, pure and
-deterministic; this file gives their clicks a time and sends them.
+shoppers are `deploy.shoppers`, pure and deterministic; this file gives their
+clicks a time and sends them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deploy.cli import SETTINGS_HELP, split_settings
+from deploy.cli import SETTINGS_HELP
 from deploy.recordings_clock import MAX, parse_speed
 from deploy.recordings_command import add_arguments, run
 from deploy.shoppers import Clicks, Shoppers, encode
 from state.config import Settings, load
+from state.config_sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of
 from state.recordings_options import as_settings

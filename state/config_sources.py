@@ -95,6 +95,26 @@ def from_flags(argv: Sequence[str], known: Mapping[str, Known]) -> Iterator[tupl
         yield name, text, f"flag {flag}"
 
 
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a line into flags of settings and the rest.
+
+    >>> split_settings(["pin", "--paths.state", "here", "7", "--reason", "odd"])
+    (['--paths.state', 'here'], ['pin', '7', '--reason', 'odd'])
+    """
+    settings: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and ("." in name or name == "config" or name in SHORT_FLAGS):
+            settings.append(word)
+            if "=" not in word:
+                settings += [value for value in [next(words, None)] if value is not None]
+        else:
+            rest.append(word)
+    return settings, rest
+
+
 def _known_name(name: str, known: Mapping[str, Known], origin: str, prefix: str = "") -> str:
     """Returns `name`, or raises with the nearest known one."""
     if name not in known:

@@ -1,4 +1,4 @@
-"""Keeps the start-up talk of native libraries off the standard error; everything else still gets there.
+"""Keeps the talk of native libraries off the standard error; everything else still gets there.
 
 TensorFlow prints some lines before its own log level is in force, past
 Python's `sys.stderr`. They say nothing an operator could act on.
@@ -21,12 +21,14 @@ _TALK = re.compile(
     rb"|[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ |[IWE]0000 00:00:\d+\.\d+ "
     rb"|INFO: Created TensorFlow Lite"
     rb"|To enable the following instructions:"
+    # What the converter to LiteRT says twice: its exception has all of it.
+    rb"|loc\(.*error: |error: failed while converting|Some ops |(Custom|TF Select) ops: |Details:|\ttf\.\w+\(|\s*$"
 )
 _TURN = threading.Lock()
 
 
 def is_talk(line: bytes) -> bool:
-    """Whether a line is start-up talk.
+    """Whether a line is talk.
 
     >>> is_talk(b"I0000 00:00:1795578140.2 6784 port.cc:153] oneDNN custom operations are on."), is_talk(b"Killed")
     (True, False)

@@ -151,7 +151,8 @@ class Model:
 
     tower: str = setting("trainer.model:build", help="Builder of the tower, as `module:name`.")
     preprocessing: str = setting(
-        "streaming.bootstrap:preprocessing_fn", help="TensorFlow Transform preprocessing function, as `module:name`."
+        "streaming.preprocessing:preprocessing_fn",
+        help="TensorFlow Transform preprocessing function, as `module:name`.",
     )
     dim: int = setting(32, least=1, most=1024, help="Width of an embedding row.")
     hidden: tuple[int, ...] = setting(
@@ -225,6 +226,10 @@ class Bootstrap:
     sample_rows: int = setting(50_000, "rows", least=1, help="Most rows analysed.")
     min_rows: int = setting(2000, "rows", least=1, help="Rows waited for before the analysis.")
     timeout_s: int = setting(120, "s", least=1, help="How long to wait for them.")
+    compression: str = setting(
+        "gzip", choices=("gzip", "none"), help="Compression of the files of `springtide bootstrap --examples`."
+    )
+    shard_rows: int = setting(10_000, "rows", least=1, help="Examples of one such file, about.")
 
 
 @dataclass(frozen=True)

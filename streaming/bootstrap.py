@@ -1,13 +1,18 @@
-"""The analysis of the first clicks: constants of the preprocessing, first popular labels, category names.
+"""The bootstrap: what past clicks say about features and categories, and training examples of them.
 
-`python -m streaming.bootstrap [--section.name VALUE ...]` runs once for each
-feature spec, before the first training:
+    python -m streaming.bootstrap [FILE...] [--rows N] [--examples DIR] [--section.name VALUE ...]
 
-1. Waits until `bootstrap.min_rows` clicks are in the topic, reads those there
-   are from its beginning (at most `sample_rows`) and computes their windows,
-   as the stream does.
-2. A bounded Beam job lets TensorFlow Transform analyse them.
-3. `specs/<digest>/` of the registry appears at once with graph and labels.
+One bounded Beam job with the stream's own code for clicks and windows:
+
+                                            ┌─ TensorFlow Transform: constants of the preprocessing
+    read ─ parse events ─ compute windows ──┼─ TensorFlow Transform: vocabulary of the categories
+                                            └─ tf.Examples for training offline, where asked for
+
+1. A preprocessing of the user's own is checked on made-up rows.
+2. The job reads files, or the beginning of the clicks topic (it waits for
+   `bootstrap.min_rows` clicks there), at most `bootstrap.sample_rows` of them.
+3. `specs/<digest>/` of the registry appears at once with graph and labels,
+   once for each feature spec.
 
 The trainer and serving need neither Beam nor TensorFlow Transform: the result
 is a plain TensorFlow graph.
@@ -15,188 +20,118 @@ is a plain TensorFlow graph.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
+import math
 import os
+import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+import apache_beam as beam
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from state.config import Settings, load
-from state.errors import SaltMismatch, SettingsError, SpringtideError, of_disk
-from state.events import Parser, Salt, load_salt
+from state.config_sources import split_settings
+from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError, of_disk
+from state.events import Salt, load_salt
 from state.features import FeatureSpec
-from state.history import HistoryStore
 from state.hush import hushed, own_stderr, quieten
-from state.log import Reader
+from state.recordings import Recording
+from state.recordings_options import add_file_arguments, as_settings, chosen
 from state.registry import Registry
-from streaming.profile import Profiler
+from streaming import examples
+from streaming.preprocessing import (
+    analyse,
+    category_batch,
+    list_categories,
+    load_preprocessing,
+    read_categories,
+    record_batch,
+)
+from streaming.preprocessing_check import check_preprocessing, is_own
+from streaming.sample import ComputeWindows, ParseSample, ReadSample, Sample, Say, opened
 
-FEATURES = "features"
-LEAST_DEVIATION = 0.25
-"""Of a logarithm: rarer columns are not blown up to unit variance."""
-
-CLIP = 6.0
-CHUNK_ROWS = 2000
-PROGRESS_S = 2.0
-POLL_S = 0.2
 logger = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
 
-
-def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """TensorFlow Transform preprocessing: logarithms, centred and scaled by what past clicks showed.
-
-    A function of your own takes its place by the setting `model.preprocessing`.
-    It must use operations that LiteRT has built in (no bucketize).
-
-    Args:
-        inputs: `features`, `[B, D]` float32: the raw integers.
-
-    Returns:
-        `features`, `[B, D']` float32.
-    """
-    import tensorflow as tf
-    import tensorflow_transform as tft
-
-    logs = tf.math.log1p(inputs[FEATURES])
-    # tft.scale_to_z_score divides by the rounding error of a constant column.
-    mean = tft.mean(logs, reduce_instance_dims=False)
-    variance = tft.var(logs, reduce_instance_dims=False)
-    scaled = (logs - mean) / tf.sqrt(tf.maximum(variance, LEAST_DEVIATION**2))
-    return {FEATURES: tf.clip_by_value(scaled, -CLIP, CLIP)}
-
-
-@dataclass
-class Sample:
-    """The first clicks and what they say.
+@dataclass(frozen=True)
+class Wanted:
+    """What to read and what to make of it.
 
     Attributes:
-        features: Chunks of `[n, D]` uint16, windows before each click.
-        labels: Clicks by category id.
-        names: Names of category ids.
-        newest_ms: Time of the newest click.
+        recording: Files; None for the clicks topic.
+        sort: How files are ordered: memory or assume.
+        examples: Directory for tf.Examples; None for none.
+        checked: Whether the preprocessing was checked already.
     """
 
-    features: list[npt.NDArray[np.uint16]] = field(default_factory=list)
-    labels: Counter[int] = field(default_factory=Counter)
-    names: dict[int, str] = field(default_factory=dict)
-    newest_ms: int = 0
-
-    def __len__(self) -> int:
-        """The number of clicks."""
-        return sum(len(chunk) for chunk in self.features)
+    recording: Recording | None = None
+    sort: str = "memory"
+    examples: Path | None = None
+    checked: bool = False
 
 
-def collect(settings: Settings, spec: FeatureSpec, salt: Salt, clock: Callable[[], float], say: Say) -> Sample:
-    """Reads the topic's beginning; returns when enough is there and no more is waiting.
-
-    Raises:
-        SpringtideError: `bootstrap.timeout_s` passed with less than `bootstrap.min_rows` clicks.
-        LogError: The topic cannot be read.
-    """
-    wanted, topic = settings.bootstrap, settings.kafka.clicks_topic
-    parser, found = Parser(settings.events, salt), Sample()
-    began = said = clock()
-    with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder, Reader(settings.kafka, topic) as reader:
-        store = HistoryStore(Path(folder), history=spec.history)
-        profiler = Profiler(store, spec, settings.stream.cache_users)
-        while len(found) < wanted.sample_rows:
-            batches = reader.poll(POLL_S, settings.stream.batch_events)
-            if batches:
-                events = parser.parse(batches)
-                rows = profiler.update(events)
-                store.commit(rows.appends, events.ranges)
-                profiler.committed(rows)
-                found.features.append(np.array(rows.features))
-                found.labels.update(events.category[events.category != 0].tolist())
-                found.names.update(events.names)
-                found.newest_ms = max(found.newest_ms, int(events.at_ms.max(initial=0)))
-            # Where clicks keep coming no poll is empty: caught up to one batch is enough.
-            if len(found) >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
-                break
-            if clock() - said >= PROGRESS_S:
-                said = clock()
-                say(f"bootstrap: {len(found)} of at least {wanted.min_rows} clicks read from {topic}")
-            if clock() - began > wanted.timeout_s and len(found) < wanted.min_rows:
-                raise SpringtideError(
-                    f"after {wanted.timeout_s} s topic {topic} holds {len(found)} usable clicks of the {wanted.min_rows} needed; "
-                    "start the producer, look at the dead letters, or lower bootstrap.min_rows"
-                )
-        store.close()
-    return found
+TOPIC = Wanted()
 
 
-def analyse(features: Sequence[npt.NDArray[np.uint16]], preprocessing: Callable[..., Any], output: Path) -> None:
-    """The Beam job: writes `transform_fn/` and the schema of its input to the directory `output`.
+def build(pipeline: beam.Pipeline, settings: Settings, spec: FeatureSpec, wanted: Wanted, output: Path | None) -> None:
+    """Applies the job to `pipeline`; call it in a `tensorflow_transform.beam.Context`.
 
     Args:
-        features: Chunks of `[n, D]` uint16.
-        preprocessing: A TensorFlow Transform preprocessing function of one input, `features`.
-        output: Where to.
+        pipeline: What to add to.
+        settings: The effective settings.
+        spec: What the windows mean.
+        wanted: What to read and make.
+        output: Where the analyses go; None where they were done before.
     """
-    import apache_beam as beam
+    rows = (
+        pipeline
+        | "Start" >> beam.Impulse()
+        | "Read the sample" >> beam.ParDo(ReadSample(wanted.recording, wanted.sort))
+        | "Parse events" >> beam.ParDo(ParseSample())
+        | "Compute windows" >> beam.ParDo(ComputeWindows())
+    )
+    if output is not None:
+        features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.features))
+        analyse(features, len(spec.names), load_preprocessing(settings.model.preprocessing), output / "transform")
+        categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))
+        list_categories(categories, output / "categories")
+    if wanted.examples is not None:
+        shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
+        examples.write_examples(rows, wanted.examples, settings.bootstrap.compression, shards)
+
+
+def run_job(sample: Sample, spec: FeatureSpec, wanted: Wanted, output: Path | None) -> None:
+    """Runs the job over `sample` in this process.
+
+    Raises:
+        SpringtideError: What a step raised.
+    """
     import tensorflow_transform.beam as tft_beam
-    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-    from tensorflow_metadata.proto.v0 import schema_pb2
-    from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
-    from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
 
-    width = features[0].shape[1]
-    dense = schema_pb2.TensorRepresentation.DenseTensor(column_name=FEATURES)
-    dense.shape.dim.add().size = width
-    adapter = TensorAdapterConfig(_SCHEMA, {FEATURES: schema_pb2.TensorRepresentation(dense_tensor=dense)})
-    whole = np.concatenate(list(features))
-    chunks = [whole[at : at + CHUNK_ROWS] for at in range(0, len(whole), CHUNK_ROWS)]
-    # Named: DirectRunner would first try to download another runner.
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        beam.Pipeline(runner=FnApiRunner()) as pipeline,
-        tft_beam.Context(scratch),
-    ):
-        batches = pipeline | "Take the sample" >> beam.Create(chunks) | "Make record batches" >> beam.Map(record_batch)
-        transform = (batches, adapter) | "Analyse" >> tft_beam.AnalyzeDataset(preprocessing)
-        transform | "Write the graph" >> WriteTransformFn(str(output))
-
-
-def _import_analysis() -> None:
-    with hushed():
-        for module in (
-            "apache_beam.runners.portability.fn_api_runner.fn_runner",
-            "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
-            "tfx_bsl.tfxio.tensor_adapter",
+    try:
+        # Named: DirectRunner would first try to download another runner.
+        with (
+            tempfile.TemporaryDirectory(prefix="springtide-analysis-") as scratch,
+            beam.Pipeline(runner=FnApiRunner()) as pipeline,
+            tft_beam.Context(scratch),
         ):
-            importlib.import_module(module)
-
-
-_SCHEMA = pa.schema([(FEATURES, pa.list_(pa.float32()))])
-
-
-def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
-    """`[n, D]` uint16 as the Arrow column that TensorFlow Transform takes.
-
-    >>> record_batch(np.array([[1, 2], [3, 4]], np.uint16)).to_pydict()
-    {'features': [[1.0, 2.0], [3.0, 4.0]]}
-    """
-    rows, width = features.shape
-    values = pa.array(features.astype(np.float32).reshape(-1))
-    offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32))
-    return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(offsets, values)], schema=_SCHEMA)
+            build(pipeline, sample.settings, spec, wanted, output)
+    # Beam turns an exception of a step into a RuntimeError with its traceback as text.
+    except RuntimeError as error:
+        raise sample.failure or error from None
 
 
 def document(
-    sample: Sample, spec: FeatureSpec, salt: Salt, preprocessing: str, popular: int, now_ms: int
+    sample: Sample, spec: FeatureSpec, salt: Salt, categories: Mapping[int, int], now_ms: int
 ) -> dict[str, Any]:
     """What `spec.json` says beside the graph.
 
@@ -204,18 +139,19 @@ def document(
         sample: The clicks analysed.
         spec: What their windows mean.
         salt: What users' pseudonyms were made with.
-        preprocessing: The setting `model.preprocessing`.
-        popular: Labels to list, most clicked first, lower id first among equals.
+        categories: Clicks by category id. As many are listed as `model.popular`
+            says: most clicked first, lower id first among equals.
         now_ms: Wall clock.
     """
-    ranked = sorted(sample.labels.items(), key=lambda entry: (-entry[1], entry[0]))[:popular]
+    model = sample.settings.model
+    ranked = sorted(categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
     return {
         "spec": spec.to_json(),
         "features": list(spec.names),
         "label_windows": list(spec.label_names),
         "salt": salt.fingerprint,
-        "preprocessing": preprocessing,
-        "rows": len(sample),
+        "preprocessing": model.preprocessing,
+        "rows": sample.clicks,
         "popular": [[f"{label:016x}", clicks] for label, clicks in ranked],
         "names": {f"{label:016x}": name for label, name in sorted(sample.names.items())},
         "newest_ms": sample.newest_ms,
@@ -223,55 +159,119 @@ def document(
     }
 
 
-def run(settings: Settings, say: Say, clock: Callable[[], float] = time.time) -> bool:
-    """Bootstraps the feature spec of `settings`; False where that was done before.
+def require_same(about: Mapping[str, Any], settings: Settings, salt: Salt) -> None:
+    """Refuses a feature spec that was bootstrapped with another salt or preprocessing.
+
+    Raises:
+        SaltMismatch: With another salt.
+        SpecMismatch: With another preprocessing.
+    """
+    if about["salt"] != salt.fingerprint:
+        raise SaltMismatch(
+            f"the registry was bootstrapped with salt {about['salt']}, {settings.salt_path} has {salt.fingerprint}; "
+            "restore that salt file, or start a new state directory"
+        )
+    if about["preprocessing"] != settings.model.preprocessing:
+        raise SpecMismatch(
+            f"the registry was bootstrapped with preprocessing {about['preprocessing']}, model.preprocessing is "
+            f"{settings.model.preprocessing}; put it back, or start a new state directory"
+        )
+
+
+def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[], float] = time.time) -> bool:
+    """Bootstraps the feature spec of `settings`, and writes examples; False where nothing was to do.
 
     Raises:
         SaltMismatch: It was done with another salt.
+        SpecMismatch: It was done with another preprocessing.
+        ProgramError: The preprocessing does not lower, or is no function of its input.
         SpringtideError: There are too few clicks, or Kafka does not answer.
     """
     spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
     registry = Registry(settings.registry_dir)
-    if spec.digest in registry.specs():
-        known = registry.spec(spec.digest)["salt"]
-        if known != salt.fingerprint:
-            raise SaltMismatch(
-                f"the registry was bootstrapped with salt {known}, {settings.salt_path} has {salt.fingerprint}; "
-                "restore that salt file, or start a new state directory"
-            )
+    known = spec.digest in registry.specs()
+    if known:
+        require_same(registry.spec(spec.digest), settings, salt)
+    if known and wanted.examples is None:
         return False
-    preprocessing = load_preprocessing(settings.model.preprocessing)
-    # Importing what the analysis needs takes as long as the wait for clicks: they overlap.
-    threading.Thread(target=_import_analysis, name="imports", daemon=True).start()
+    if wanted.examples is not None:
+        examples.require_empty(wanted.examples)
     # 1.
-    sample = collect(settings, spec, salt, clock, say)
-    say(f"bootstrap: analysing {len(sample)} clicks of {len(sample.labels)} categories")
-    # 2.
-    about = document(sample, spec, salt, settings.model.preprocessing, settings.model.popular, int(clock() * 1000))
-    # 3.
+    if is_own(settings.model.preprocessing) and not known and not wanted.checked:
+        with hushed():
+            checked = check_preprocessing(settings.model.preprocessing, spec)
+        say(checked)
+    # Importing what the analysis needs takes as long as the wait for clicks: they overlap.
+    imports = threading.Thread(target=_import_analysis, name="imports", daemon=True)
+    imports.start()
+    imports.join(None if wanted.recording else 0)
+    with (
+        tempfile.TemporaryDirectory(prefix="springtide-specs-") as folder,
+        opened(settings, spec, salt, clock, say) as sample,
+    ):
+        # 2.
+        output = None if known else Path(folder)
+        with hushed():
+            run_job(sample, spec, wanted, output)
+        now_ms = int(clock() * 1000)
+        # 3.
+        if output is not None:
+            about = document(sample, spec, salt, read_categories(output / "categories"), now_ms)
+            registry.add_spec(spec.digest, about, lambda place: _copy(output / "transform", place / "transform"))
+        if wanted.examples is not None:
+            _copy(registry.transform(spec.digest), wanted.examples / "transform")
+            about = {"digest": spec.digest, "salt": salt.fingerprint, "rows": sample.clicks, "created_at_ms": now_ms}
+            about |= {"compression": settings.bootstrap.compression, "preprocessing": settings.model.preprocessing}
+            examples.describe(wanted.examples, spec, settings.events.context, about)
+            say(f"{sample.clicks:,} examples in {wanted.examples}")
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+
+
+def _import_analysis() -> None:
     with hushed():
-        return registry.add_spec(
-            spec.digest, about, lambda folder: analyse(sample.features, preprocessing, folder / "transform")
-        )
+        for module in (
+            "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
+            "tfx_bsl.tfxio.tensor_adapter",
+        ):
+            importlib.import_module(module)
 
 
-def load_preprocessing(path: str) -> Callable[..., Any]:
-    """The function that `module:name` names.
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are errors of ours."""
 
-    >>> load_preprocessing("streaming.bootstrap:preprocessing_fn").__name__
-    'preprocessing_fn'
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; see `{self.prog} --help`")
+
+
+def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
+    """What a command line says.
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: It is wrong.
+        SystemExit: It asked for help.
     """
-    module, _, name = path.partition(":")
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(
-            f"model.preprocessing {path!r} cannot be loaded ({error}); name a function as `module:name`"
-        ) from error
-    return found
+    flags, words = split_settings(argv)
+    parser = _Parser(
+        prog="springtide bootstrap",
+        description="Analyses past clicks once for each feature spec: files, or the beginning of the clicks topic.",
+        epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help="at most so many clicks (bootstrap.sample_rows)")
+    parser.add_argument(
+        "--examples", type=Path, metavar="DIR", help="also write the rows as tf.Examples, TFRecord files, to a new DIR"
+    )
+    parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)
+    add_file_arguments(parser, "Times stay as recorded.")
+    options = parser.parse_args(words)
+    rows = [] if options.rows is None else [f"--bootstrap.sample_rows={options.rows}"]
+    settings = load([*flags, *as_settings(options), *rows], os.environ)
+    recording = chosen(options, settings.events) if options.files else None
+    return settings, Wanted(recording, options.sort, options.examples, options.checked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,15 +281,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     logger.setLevel(logging.INFO)
     for noisy in ("apache_beam", "kafka", "absl", "tensorflow", "root"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        # What goes wrong is said once, below; Beam says it with its traceback.
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    began = time.monotonic()
     try:
-        settings = load(sys.argv[1:] if argv is None else argv, os.environ)
-        began = time.monotonic()
-        done = run(settings, logger.info)
+        settings, wanted = asked(sys.argv[1:] if argv is None else argv)
+        done = run(settings, logger.info, wanted)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
+    except KeyboardInterrupt:
+        logger.error("stopped; nothing was kept")
+        return 1
     logger.info(
         "done in %.1f s" if done else "nothing to do: these feature settings were bootstrapped before (%.1f s)",
         time.monotonic() - began,

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from state.config import Settings, load
-from state.errors import SaltMismatch, SettingsError, SpringtideError
+from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError
 from state.events import load_salt
 from state.features import FeatureSpec
-from state.log import Topics, Writer
+from state.log import PartitionBatch, Topics, Writer
+from state.microbatch import Rows
 from state.registry import Registry
-from streaming.bootstrap import CLIP, analyse, collect, load_preprocessing, preprocessing_fn, run
+from streaming.bootstrap import run
+from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
+from streaming.sample import ComputeWindows, ParseSample, Sample, of_topic, opened
 from tests.conftest import KafkaFactory
 
 START_MS = 1_790_000_000_000
@@ -56,6 +64,12 @@ def send_clicks(settings: Settings, clicks: int) -> None:
         writer.flush()
 
 
+def rows_of(sample: Sample, batches: Iterable[list[PartitionBatch]]) -> list[Rows]:
+    """What the steps of the job make of batches, one after the other, without Beam."""
+    steps = ParseSample(), ComputeWindows()
+    return [rows for one in batches for events in steps[0].process(one) for rows in steps[1].process(events)]
+
+
 @pytest.fixture
 def settings(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     made = settings_of(kafka_settings(), tmp_path / "state", bootstrap__min_rows=300, bootstrap__timeout_s=60)
@@ -66,7 +80,7 @@ def settings(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
 def test_the_first_clicks_become_constants_labels_and_names_once(settings: Settings, tmp_path: Path) -> None:
     said: list[str] = []
     assert run(settings, said.append)
-    assert "400 clicks" in said[-1]
+    assert re.fullmatch(r"400 clicks read in [\d.]+ s \([\d,]+ rows/s\)", said[-1])
     spec = FeatureSpec.from_settings(settings)
     registry = Registry(settings.registry_dir)
     assert registry.specs() == [spec.digest]
@@ -76,22 +90,33 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
     clicks = [count for _, count in about["popular"]]
     assert clicks == sorted(clicks, reverse=True)
     assert sum(clicks) == 400
+    assert len(set(clicks)) < len(clicks), "no two categories were clicked equally often: the tie is not tested"
+    assert about["popular"] == sorted(about["popular"], key=lambda entry: (-entry[1], int(entry[0], 16)))
     assert {about["names"][label] for label, _ in about["popular"]} <= {f"c{number}" for number in range(12)}
 
     from trainer.program import preprocessing_of
 
     transform = preprocessing_of(registry.transform(spec.digest))
-    sample = collect(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent)
-    ours = np.concatenate(sample.features).astype(np.float32)
+    with opened(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
+        ours = np.concatenate([rows.features for rows in rows_of(sample, of_topic(sample))]).astype(np.float32)
+        clicked = Counter(sample.names[label] for label, clicks in _popular(about) for _ in range(clicks))
+        assert sum(clicked.values()) == sample.clicks == 400
     scaled = transform(ours).numpy()
     logs = np.log1p(ours.astype(np.float64))
     expected = np.clip((logs - logs.mean(0)) / np.maximum(logs.std(0), 0.25), -CLIP, CLIP)
     np.testing.assert_allclose(scaled, expected, atol=1e-3)
 
     assert not run(settings, silent), "a second run has nothing to do"
+    other = replace(settings, model=replace(settings.model, preprocessing="shop.features:preprocessing_fn"))
+    with pytest.raises(SpecMismatch, match=r"preprocessing is shop\.features:preprocessing_fn; put it back"):
+        run(other, silent)
     settings.salt_path.write_bytes(b"another salt, of thirty-two bytes")
     with pytest.raises(SaltMismatch, match="restore that salt file"):
         run(settings, silent)
+
+
+def _popular(about: dict[str, Any]) -> list[tuple[int, int]]:
+    return [(int(label, 16), clicks) for label, clicks in about["popular"]]
 
 
 def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None:
@@ -107,14 +132,14 @@ def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None
     said: list[str] = []
     with pytest.raises(SpringtideError, match=r"lower bootstrap\.min_rows"):
         run(starved, said.append, clock=lambda: float(next(ticks)))
-    assert any("of at least 100000 clicks" in line for line in said)
+    assert any("of at least 100,000 clicks" in line for line in said)
     assert Registry(starved.registry_dir).specs() == []
 
 
 def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
     features = np.random.default_rng(0).integers(0, 9, (500, 6)).astype(np.uint16)
     features[:, 2] = 7
-    analyse([features], preprocessing_fn, tmp_path)
+    analysed([features], preprocessing_fn, tmp_path)
 
     from trainer.program import preprocessing_of
 
@@ -127,7 +152,7 @@ def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
 
 def test_an_unknown_preprocessing_is_a_wrong_setting() -> None:
     with pytest.raises(SettingsError, match="module:name"):
-        load_preprocessing("streaming.bootstrap:nothing")
+        load_preprocessing("streaming.preprocessing:nothing")
 
 
 def test_the_process_says_in_one_line_that_the_broker_is_away(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Lowers a TensorFlow SavedModel to a LiteRT program of built-in operations, and compares two ways to compute.
+
+TensorFlow and LiteRT are loaded when they are needed; processes that lower
+nothing do without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.errors import ProgramError
+
+F32 = npt.NDArray[np.float32]
+TOLERANCE = 1e-4
+"""Largest difference between LiteRT and TensorFlow, relative to 1 + TensorFlow's value."""
+
+ROWS_TOLERANCE = 1e-5
+"""Largest difference between a row alone and in a batch, likewise: kernels for several rows add up in another order."""
+
+
+def lower_saved_model(folder: Path, signatures: Sequence[str], what: str) -> bytes:
+    """The LiteRT program of a SavedModel's signatures.
+
+    Args:
+        folder: The SavedModel.
+        signatures: Names of signatures.
+        what: What it is made from, for the message, such as `model.tower 'shop:build'`.
+
+    Raises:
+        ProgramError: An operation has no LiteRT counterpart; the message names it.
+    """
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder), signature_keys=sorted(signatures))
+    converter.experimental_enable_resource_variables = True
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    try:
+        return bytes(converter.convert())
+    # The converter raises several types that are nobody's public names.
+    except Exception as error:
+        raise ProgramError(
+            f"{what} does not lower to LiteRT: it has no {', '.join(missing_operations(str(error)))}; "
+            "use operations that LiteRT has built in"
+        ) from error
+
+
+def missing_operations(message: str) -> list[str]:
+    """The operations that a converter's message complains about.
+
+    >>> missing_operations("error: 'tf.BesselI0e' op is neither a custom op nor a flex op")
+    ['tf.BesselI0e']
+    """
+    named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", message) or re.findall(r"\btf\.[A-Z]\w+", message)
+    return sorted(set(named)) or [
+        message.strip().splitlines()[0] if message.strip() else "counterpart of some operation"
+    ]
+
+
+def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> dict[str, F32]:
+    """The outputs of one signature of a program, run once."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    # A runner does not keep its interpreter alive.
+    interpreter = Interpreter(model_content=content, num_threads=1)
+    outputs: dict[str, F32] = interpreter.get_signature_runner(signature)(**inputs)
+    return outputs
+
+
+def difference(ours: F32, expected: F32) -> float:
+    """The largest difference, relative to 1 + the expected value; infinite where one is not a number.
+
+    >>> difference(np.array([1.0, 3.0], np.float32), np.array([1.0, 1.0], np.float32))
+    1.0
+    """
+    apart = np.abs(ours.astype(np.float64) - expected) / (1.0 + np.abs(expected))
+    return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))

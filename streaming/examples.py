@@ -1,0 +1,90 @@
+"""Writes training rows as tf.Examples, sharded TFRecord files, for those who train offline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.tfrecordio import WriteToTFRecord
+from apache_beam.pvalue import PCollection
+
+from state import durable
+from state.errors import SettingsError
+from state.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, record_batch, schema
+from state.features import FeatureSpec
+from state.microbatch import Rows
+
+COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRESSED}
+
+
+class EncodeExamples(beam.DoFn):
+    """Makes the serialised examples of each batch of rows."""
+
+    def setup(self) -> None:
+        """Loads the encoder, which cannot be pickled."""
+        from tfx_bsl.coders.example_coder import RecordBatchToExamplesEncoder
+
+        self._encoder = RecordBatchToExamplesEncoder()
+
+    def process(self, rows: Rows) -> Iterator[bytes]:
+        """Encodes one batch."""
+        yield from self._encoder.encode(record_batch(rows))
+
+
+def require_empty(folder: Path) -> None:
+    """Refuses a directory that has something in it: examples of two runs must not mix.
+
+    Raises:
+        SettingsError: It has.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"--examples {folder}: is there already; name a new or empty directory")
+
+
+def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shards: int) -> None:
+    """Adds to a job what writes the rows as examples into `folder`; `describe` completes it.
+
+    Args:
+        rows: Batches of rows.
+        folder: Where to.
+        compression: gzip or none.
+        shards: Number of files.
+    """
+    (
+        rows
+        | "Encode examples" >> beam.ParDo(EncodeExamples())
+        | "Write examples"
+        >> WriteToTFRecord(
+            str(folder / PREFIX),
+            file_name_suffix=SUFFIXES[compression],
+            num_shards=shards,
+            compression_type=COMPRESSIONS[compression],
+        )
+    )
+
+
+def describe(folder: Path, spec: FeatureSpec, context: tuple[str, ...], about: Mapping[str, Any]) -> None:
+    """Writes schema.pbtxt and then spec.json beside examples, durably: now they are complete.
+
+    Args:
+        folder: Of the examples.
+        spec: Of their features.
+        context: The names of the K context fields.
+        about: Where they came from; becomes part of spec.json.
+    """
+    durable.write(folder / SCHEMA, str(schema(spec, len(context))).encode())
+    document = {
+        "format": FORMAT,
+        "spec": spec.to_json(),
+        "features": list(spec.names),
+        "label_windows": list(spec.label_names),
+        "actions": list(spec.actions),
+        "context": list(context),
+        **about,
+    }
+    durable.write(folder / SPEC, json.dumps(document, indent=1, sort_keys=True).encode())
+    durable.sync_directory(folder)

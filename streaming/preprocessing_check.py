@@ -1,0 +1,212 @@
+"""Checks a preprocessing of the user's own before anything starts: `python -m streaming.preprocessing_check`.
+
+On made-up rows, in a few seconds:
+
+1. It can be loaded, and gives `features` as `[B, D']` float32.
+2. It is a function of the rows alone: the same rows give the same bits, also
+   after a second analysis, and a row gives alone what it gives in a batch.
+3. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.config import load
+from state.errors import ProgramError, SpringtideError, of_disk
+from state.features import FeatureSpec
+from state.hush import hushed, own_stderr, quieten
+from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
+from state.sections import Model
+from streaming.preprocessing import FEATURES, Preprocessing, analysed, load_preprocessing
+
+ROWS = 256
+ALONE = 8
+F32 = npt.NDArray[np.float32]
+
+
+def is_own(path: str) -> bool:
+    """Whether `model.preprocessing` is not the default, which needs no check."""
+    return path != Model().preprocessing
+
+
+def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None) -> str:
+    """Checks the function that `model.preprocessing` names; returns what it is in one line.
+
+    Args:
+        path: `module:name`.
+        spec: Names the D columns.
+        keep: Directory to leave the analysed graph in, `transform_fn/`.
+
+    Raises:
+        SettingsError: There is no such function.
+        ProgramError: It is not what a preprocessing has to be; the message says what it did and what is wanted.
+    """
+    what = f"model.preprocessing {path!r}"
+    function = load_preprocessing(path)
+    rows = made_up(spec)
+    with tempfile.TemporaryDirectory(prefix="springtide-check-") as folder:
+        first, second = keep or Path(folder, "first"), Path(folder, "second")
+        # 1.
+        for output in (first, second):
+            _analysed(function, rows, output, what, len(spec.names))
+        # 2.
+        transform = _Transform(first)
+        found = transform(rows)
+        if not np.isfinite(found).all():
+            column = int(np.flatnonzero(~np.isfinite(found).all(0))[0])
+            raise ProgramError(
+                f"{what}: column {column} of its output is not finite for some rows of integers from 0 to 65535; "
+                "guard logarithms and divisions"
+            )
+        if (found != transform(rows)).any():
+            raise ProgramError(
+                f"{what}: the same rows gave two different outputs; leave out randomness, time and variables"
+            )
+        if (found != _Transform(second)(rows)).any():
+            raise ProgramError(
+                f"{what}: two analyses of the same rows gave different graphs; leave out randomness and time, also "
+                "those of Python and NumPy"
+            )
+        for row in range(ALONE):
+            apart = difference(transform(rows[row : row + 1]), found[row : row + 1])
+            if apart > ROWS_TOLERANCE:
+                raise ProgramError(
+                    f"{what}: row {row} gives another output alone than in a batch of {ROWS} (difference {apart:.2g}, "
+                    f"allowed {ROWS_TOLERANCE:g}); what is computed over a batch must be a TensorFlow Transform analyzer"
+                )
+        # 3.
+        apart = difference(_lowered(transform, rows, Path(folder, "lowered"), what), found)
+        if apart > TOLERANCE:
+            raise ProgramError(
+                f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g}); replace the "
+                "operation that the two compute differently (a comparison such as log(x) >= quantile flips by rounding: "
+                "compare the integers themselves)"
+            )
+    return f"{what}: [B, {rows.shape[1]}] to [B, {found.shape[1]}], lowers to LiteRT, differs there by {apart:.1g}"
+
+
+def made_up(spec: FeatureSpec) -> F32:
+    """`[256, D]` float32: the same integers each time, many small ones, corners included."""
+    drawn = np.random.default_rng(7)
+    rows = np.minimum(drawn.lognormal(2.0, 2.0, (ROWS, len(spec.names))), 65535.0)
+    rows[drawn.random(rows.shape) < 0.3] = 0.0
+    rows[0], rows[1] = 0.0, 65535.0
+    return np.floor(rows).astype(np.float32)
+
+
+def _analysed(function: Preprocessing, rows: F32, output: Path, what: str, width: int) -> None:
+    """Runs the analysis; an error of the user's function is told in the user's terms."""
+    failures: list[ProgramError] = []
+
+    def checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return _checked_output(function(inputs), what, width)
+        except ProgramError as error:
+            failures.append(error)
+            raise
+        except Exception as error:
+            failures.append(ProgramError(f"{what} raised {type(error).__name__}: {_first_line(error)}{_place(error)}"))
+            raise
+
+    try:
+        analysed([rows.astype(np.uint16)], checked, output)
+    # Whatever TensorFlow and Beam make of it, the first cause is the user's.
+    except Exception as error:
+        if failures:
+            raise failures[0] from error
+        raise ProgramError(f"{what} cannot be analysed: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _checked_output(output: Any, what: str, width: int) -> Mapping[str, Any]:
+    import tensorflow as tf
+
+    wanted = f"wanted is a dictionary {{'features': [B, D'] float32}}, one row for each of [B, {width}]"
+    if not isinstance(output, Mapping) or set(output) != {FEATURES}:
+        names = f"a dictionary of {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__
+        raise ProgramError(f"{what} returned {names}; {wanted}")
+    found = output[FEATURES]
+    if not isinstance(found, tf.Tensor):
+        raise ProgramError(f"{what} returned features as {type(found).__name__}; {wanted}")
+    if found.dtype != tf.float32 or found.shape.rank != 2 or found.shape[1] is None or found.shape[0] is not None:
+        raise ProgramError(f"{what} returned features of shape {found.shape} and type {found.dtype.name}; {wanted}")
+    return {FEATURES: found}
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code it was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+class _Transform:
+    """An analysed graph.
+
+    Args:
+        output: The directory with `transform_fn/`.
+    """
+
+    def __init__(self, output: Path) -> None:
+        import tensorflow as tf
+
+        self.graph = tf.saved_model.load(str(output / "transform_fn"))
+
+    def __call__(self, rows: F32) -> F32:
+        """`[n, D]` to `[n, D']` float32."""
+        import tensorflow as tf
+
+        found: F32 = self.graph.transform_fn({FEATURES: tf.constant(rows)})[FEATURES].numpy()
+        return found
+
+
+def _lowered(transform: _Transform, rows: F32, folder: Path, what: str) -> F32:
+    """What LiteRT computes."""
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.graph = transform.graph
+    predict = tf.function(lambda features: transform.graph.transform_fn({FEATURES: features}), autograph=False)
+    concrete = predict.get_concrete_function(tf.TensorSpec([None, rows.shape[1]], tf.float32, FEATURES))
+    tf.saved_model.save(module, str(folder), signatures={"predict": concrete})
+    content = lower_saved_model(folder, ["predict"], what)
+    return run_lowered(content, "predict", {FEATURES: rows})[FEATURES]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks `model.preprocessing` of the settings; `--keep DIR` keeps the graph. Returns the exit code."""
+    quieten(os.environ)
+    errors = own_stderr()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--keep", type=Path)
+    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = load(flags, os.environ)
+        with hushed():
+            said = check_preprocessing(settings.model.preprocessing, FeatureSpec.from_settings(settings), asked.keep)
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
+        print(error, file=errors)
+        return error.exit_code
+    print(said)
+    return 0
+
+
+if __name__ == "__main__":
+    # By its real name: what Beam pickles must not live in __main__.
+    from streaming.preprocessing_check import main as run_main
+
+    sys.exit(run_main())
