@@ -16,7 +16,7 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.partitioner.default import murmur2
 from kafka.protocol.producer import ProduceRequest
 
-from state.errors import LogError, UnknownTopic
+from state.errors import LogError, UnknownTopic, UnreachableBroker
 from state.log_batches import I64, encode_batch
 from state.log_client import connect, translated
 from state.log_topics import RETRY_S, Topics
@@ -28,6 +28,11 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 RETRY_BACKOFF_MS = 2
 
 RETRIES = 40
+
+# The client can lose a transaction's request when the broker dies, and then
+# sends nothing until the delivery time-out, long after the broker is back. A
+# new writer finds the broker at once: give up early.
+PATIENCE = 3
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -50,6 +55,7 @@ class Writer:
             LogError: the cluster refused.
         """
         self._settings = settings
+        self._patience_s = settings.request_timeout_s / PATIENCE
         self._known: set[str] = set()
         self._pending: list[Any] = []
         self._topics = Topics(settings)
@@ -100,9 +106,7 @@ class Writer:
             LogError: the cluster refused a record.
         """
         pending, self._pending = self._pending, []
-        # The client's delivery time-out does not run while a transaction's
-        # coordinator is away.
-        deadline = time.monotonic() + 2 * self._settings.request_timeout_s
+        deadline = time.monotonic() + self._patience_s
         with translated(self._settings, "write records"):
             for future in pending:
                 future.get(timeout=max(0.001, deadline - time.monotonic()))
@@ -116,7 +120,7 @@ class Writer:
 
         Raises:
             FencedWriter: another writer took over the transactional id.
-            UnreachableBroker: no broker answered; the outcome is unknown.
+            UnreachableBroker: no broker answered within a third of the request time-out; the outcome is unknown.
             LogError: the cluster refused; nothing became visible.
         """
         with translated(self._settings, "begin a transaction"):
@@ -126,6 +130,9 @@ class Writer:
             self.flush()
             with translated(self._settings, "commit a transaction"):
                 self._end("begin_commit")
+        except UnreachableBroker:
+            # Nobody would hear the abort; whoever takes the id next ends the transaction.
+            raise
         except BaseException:
             self._abort()
             raise
@@ -178,7 +185,7 @@ class Writer:
         """Commits or aborts; the client's own methods wait for ever for a broker that is gone."""
         result = getattr(self._producer._transaction_manager, begin)()
         self._producer._sender.wakeup()
-        if not result.wait(int(self._settings.request_timeout_s * 1000)):
+        if not result.wait(int(self._patience_s * 1000)):
             raise kafka_errors.KafkaTimeoutError("the transaction's coordinator does not answer")
 
     def _abort(self) -> None:
