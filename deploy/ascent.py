@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy import scrape
+from deploy import own_model, scrape
 from deploy.checks import LEAST_FREE_BYTES, require_disk, require_ports
 from deploy.kafka.broker import Broker
 from deploy.live import Pulse, Screen, live_line, take_pulse
@@ -97,6 +97,10 @@ class Ascent:
         # 1. Checks; the lock and the disk were the first of them.
         require_ports(ports(settings, self._local_kafka))
         free = require_disk(settings.state_dir)
+        # A model of the user's own that cannot be served is refused before anything starts.
+        if own_model.is_own(settings):
+            self._screen.say(f"checking {settings.model.tower} and {settings.model.preprocessing}, some ten seconds")
+            own_model.check(settings, self._screen.say)
         self._step(
             1,
             "checks",

@@ -140,6 +140,11 @@ def parser() -> argparse.ArgumentParser:
     rollback.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
     rollback.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
 
+    add(
+        "check-model",
+        "Check model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
+        "In seconds, and nothing is started or changed; up, bootstrap and train do the same before they start.",
+    )
     history = add("history", "List every change of control: who, when, what and why.")
     config = add("config", "Show the effective settings and where each comes from; secrets are masked.")
     config.add_argument("--markdown", action="store_true", help="print the documentation of all settings instead")
@@ -171,10 +176,19 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
         say(as_json(settings) if asked.output == "json" else as_lines(settings))
 
 
+def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+    """Checks the functions of the user's own."""
+    from deploy import own_model
+
+    if not own_model.is_own(settings):
+        say("model.tower and model.preprocessing are the default ones: there is nothing to check")
+    own_model.check(settings, say)
+
+
 def operator_command(name: str) -> Command:
     """The function of an operator's command; its imports wait until it is asked for."""
-    if name == "config":
-        return config
+    if name in ("config", "check-model"):
+        return config if name == "config" else check_model
     from deploy import control, versions
 
     commands: dict[str, Command] = {
@@ -203,7 +217,10 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
     asked, unknown = parser().parse_known_args(with_times(words))
     if asked.command in PROCESSES:
         # A mistake is said here, with status 2, before anything starts.
-        load(flags)
+        settings = load(flags)
+        if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
+            # The preprocessing is checked by the bootstrap itself.
+            _check_tower(settings)
         options = gaps.as_options(asked) if asked.command in READERS else []
         gaps.take_options(options, actor="")
         become(PROCESSES[asked.command][0], [*options, *unknown, *flags])
@@ -211,6 +228,12 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
     if unknown:
         raise SettingsError(f"unknown argument {unknown[0]}; see `springtide {asked.command} --help`")
     operator_command(asked.command)(load(flags), asked, now_ms, say)
+
+
+def _check_tower(settings: Settings) -> None:
+    from deploy import own_model
+
+    own_model.check_tower(settings)
 
 
 def become(module: str, flags: list[str]) -> None:

@@ -43,8 +43,8 @@ def programs(head_start: int = 0, python: str = sys.executable, accepted: Sequen
         program(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
         program(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
         program(STREAM, "streaming.pipeline", *accepted),
-        # Its work is repeated from the start at the next run: there is nothing to wait for.
-        program(BOOTSTRAP, "streaming.bootstrap", stop_s=1.0, lasting=False),
+        # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
+        program(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
         program(TRAINER, "trainer.loop", *accepted),
         program(APPLIER, "deploy.serving.applier", stop_s=5.0),
         # With serving.workers above 1 it is the parent of them all.

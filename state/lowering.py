@@ -24,13 +24,14 @@ ROWS_TOLERANCE = 1e-5
 """Largest difference between a row alone and in a batch, likewise: kernels for several rows add up in another order."""
 
 
-def lower_saved_model(folder: Path, signatures: Sequence[str], what: str) -> bytes:
+def lower_saved_model(folder: Path, signatures: Sequence[str], what: str, frozen: bool = False) -> bytes:
     """The LiteRT program of a SavedModel's signatures.
 
     Args:
         folder: The SavedModel.
         signatures: Names of signatures.
         what: What it is made from, for the message, such as `model.tower 'shop:build'`.
+        frozen: Whether variables become constants; else they stay variables that a signature sets.
 
     Raises:
         ProgramError: An operation has no LiteRT counterpart; the message names it.
@@ -38,7 +39,7 @@ def lower_saved_model(folder: Path, signatures: Sequence[str], what: str) -> byt
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(folder), signature_keys=sorted(signatures))
-    converter.experimental_enable_resource_variables = True
+    converter.experimental_enable_resource_variables = not frozen
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     try:
         return bytes(converter.convert())

@@ -294,3 +294,20 @@ class Registry(Versions):
             raise CorruptVersion(
                 f"{path} is damaged: {error}; restore it from a copy: it says what should be served"
             ) from error
+
+
+def require_preprocessing(about: Mapping[str, Any], preprocessing: str) -> None:
+    """Refuses a preprocessing that is not the one which a feature spec was bootstrapped with.
+
+    Args:
+        about: What the bootstrap wrote about the spec.
+        preprocessing: The setting `model.preprocessing`.
+
+    Raises:
+        SpecMismatch: It is another one.
+    """
+    if about.get("preprocessing", preprocessing) != preprocessing:
+        raise SpecMismatch(
+            f"the registry was bootstrapped with preprocessing {about['preprocessing']}, model.preprocessing is "
+            f"{preprocessing}; put it back, or start a new state directory"
+        )

@@ -40,13 +40,13 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from state.config import Settings, load
 from state.config_sources import split_settings
-from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError, of_disk
+from state.errors import SaltMismatch, SettingsError, SpringtideError, of_disk
 from state.events import Salt, load_salt
 from state.features import FeatureSpec
 from state.hush import hushed, own_stderr, quieten
 from state.recordings import Recording
 from state.recordings_options import add_file_arguments, as_settings, chosen
-from state.registry import Registry
+from state.registry import Registry, require_preprocessing
 from streaming import examples
 from streaming.preprocessing import (
     analyse,
@@ -171,11 +171,7 @@ def require_same(about: Mapping[str, Any], settings: Settings, salt: Salt) -> No
             f"the registry was bootstrapped with salt {about['salt']}, {settings.salt_path} has {salt.fingerprint}; "
             "restore that salt file, or start a new state directory"
         )
-    if about["preprocessing"] != settings.model.preprocessing:
-        raise SpecMismatch(
-            f"the registry was bootstrapped with preprocessing {about['preprocessing']}, model.preprocessing is "
-            f"{settings.model.preprocessing}; put it back, or start a new state directory"
-        )
+    require_preprocessing(about, settings.model.preprocessing)
 
 
 def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[], float] = time.time) -> bool:

@@ -1,7 +1,8 @@
 """The trainer's process: `python -m trainer.loop [--section.name VALUE ...]`.
 
 1. Takes the registry's trainer lock; a second trainer ends here.
-2. Waits until the bootstrap has analysed the feature spec of the settings.
+2. Checks a tower of the user's own, then waits until the bootstrap has
+   analysed the feature spec of the settings.
 3. Builds the trainer and lowers its program, checked against the model.
 4. Creates control generation 1 where there is no control.
 5. Enters control's epoch: its newest version, else its base, else nothing.
@@ -42,7 +43,8 @@ from state.hush import hushed, own_stderr, quieten
 from state.lock import DirectoryLock
 from state.log import Reader
 from state.metrics import TrainerMetrics, serve
-from state.registry import Registry
+from state.registry import Registry, require_preprocessing
+from trainer.tower_check import check_tower, is_own
 
 if TYPE_CHECKING:
     from trainer.learner import Learner
@@ -143,6 +145,21 @@ def _import_model() -> None:
     )
 
 
+def _check_own(settings: Settings) -> None:
+    """Checks a tower of the user's own; the preprocessing's width is not known yet, and the tower takes any.
+
+    Raises:
+        ProgramError: It is not what a tower has to be.
+    """
+    with hushed():
+        from trainer import device
+        from trainer.model import width_in
+
+        device.prepare(settings.trainer.device, settings.trainer.threads)
+        said = check_tower(settings.model, width_in(settings.model, FeatureSpec.from_settings(settings), None))
+    logger.info("%s", said)
+
+
 def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, consent: Consent = NO_CONSENT) -> Learner:
     """Builds the trainer and its program, and enters control's epoch.
 
@@ -160,6 +177,7 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
         # Threads are fixed before the first operation, which loading the graph is.
         device.prepare(settings.trainer.device, settings.trainer.threads)
         spec = FeatureSpec.from_settings(settings)
+        require_preprocessing(registry.spec(spec.digest), settings.model.preprocessing)
         # 3.
         trainer = Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
         program = registry.add_program(build(trainer.model))
@@ -201,6 +219,10 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # 2. TensorFlow's import takes seconds: it overlaps with the bootstrap.
         imports = threading.Thread(target=_import_model, name="imports", daemon=True)
         imports.start()
+        if is_own(settings.model.tower):
+            # Before the wait for clicks: what cannot be lowered is refused at once.
+            imports.join()
+            _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, stopping):
             return
         imports.join()

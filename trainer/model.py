@@ -136,8 +136,9 @@ class Model(tf.Module):
         self.preprocessing = preprocessing if preprocessing is not None else Logarithms(spec.names)
         self.prepare_windows = Logarithms(spec.label_names)
         dim, width, evidence = settings.dim, settings.hidden[-1], 2 * len(spec.label_names)
-        prepared = int(self.preprocessing(tf.zeros([1, self.features])).shape[-1])
-        self.tower = _load_builder(settings.tower)(prepared + 3 * dim, settings)
+        into_tower = width_in(settings, spec, self.preprocessing)
+        prepared = into_tower - 3 * dim
+        self.tower = load_builder(settings.tower)(into_tower, settings)
         own = {
             "query.kernel": tf.Variable(_query_kernel(width, dim), name="query.kernel"),
             "query.bias": _weight("query.bias", (2 * dim + 1,), 0.0),
@@ -157,7 +158,7 @@ class Model(tf.Module):
             "engagement.item": _weight("engagement.item", (dim,), 0.3),
             "engagement.category": _weight("engagement.category", (dim,), 0.3),
         }
-        self.dense: dict[str, Any] = {f"tower.{name}": weight for name, weight in _named(self.tower).items()} | own
+        self.dense: dict[str, Any] = {f"tower.{name}": weight for name, weight in named(self.tower).items()} | own
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores without dropout.
@@ -371,18 +372,36 @@ def _dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:
     return x * (tf.cast(bytes_ < kept, tf.float32) * (256.0 / kept))
 
 
-def _load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
+def width_in(settings: ModelSettings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> int:
+    """Width of what the tower is given: prepared features, the user's row, the mean latest label's and context's."""
+    prepared = preprocessing if preprocessing is not None else Logarithms(spec.names)
+    return int(prepared(tf.zeros([1, len(spec.names)])).shape[-1]) + 3 * settings.dim
+
+
+def load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
+    """The function that `model.tower` names.
+
+    Raises:
+        SettingsError: There is none.
+    """
     module, _, name = path.partition(":")
     try:
         found: Callable[[int, ModelSettings], Tower] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    # A module of the user's own may fail in any way.
+    except Exception as error:
         raise SettingsError(
-            f"model.tower {path!r} cannot be loaded ({error}); name a function as `module:name`"
+            f"model.tower {path!r} cannot be loaded ({type(error).__name__}: {error}); "
+            "name a function as `module:name`, in a module that Python finds from here"
         ) from error
     return found
 
 
-def _named(tower: Tower) -> dict[str, Any]:
+def named(tower: Tower) -> dict[str, Any]:
+    """The weights of a tower by name, in their order.
+
+    Raises:
+        SettingsError: Two have the same name.
+    """
     names: dict[str, Any] = {}
     for variable in tower.trainable_variables:
         name = variable.name.removesuffix(":0")

@@ -13,7 +13,6 @@ answer.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +24,10 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from state.errors import ProgramError
+from state.lowering import TOLERANCE, difference, lower_saved_model
 from trainer.model import Model
 
 F32 = npt.NDArray[np.float32]
-TOLERANCE = 1e-4
-"""Largest difference between program and model, relative to 1 + the model's value."""
 
 
 def argument(name: str) -> str:
@@ -90,18 +88,12 @@ def lower(model: Model) -> bytes:
             "load": tf.function(load, autograph=False).get_concrete_function(**weights),
         }
         tf.saved_model.save(module, folder, signatures=signatures)
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=sorted(signatures))
-        converter.experimental_enable_resource_variables = True
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        try:
-            return bytes(converter.convert())
-        # The converter raises several types that are nobody's public names.
-        except Exception as error:
-            operations = sorted(set(re.findall(r"\btf\.[A-Z]\w+", str(error)))) or [str(error).splitlines()[0]]
-            raise ProgramError(
-                f"the model does not lower to LiteRT: it has no {', '.join(operations)}; "
-                "replace it in model.tower or model.preprocessing by operations that LiteRT has built in"
-            ) from error
+        return lower_saved_model(Path(folder), sorted(signatures), f"the model of {_own(model)}")
+
+
+def _own(model: Model) -> str:
+    """The settings whose functions a model is made of, for messages."""
+    return f"model.tower {model.settings.tower!r} and model.preprocessing {model.settings.preprocessing!r}"
 
 
 class Program:
@@ -137,14 +129,13 @@ def check_parity(content: bytes, model: Model, inputs: Mapping[str, F32]) -> flo
     ours, theirs = program.predict(inputs), model.forward({name: tf.constant(value) for name, value in inputs.items()})
     largest = 0.0
     for name, tensor in theirs.items():
-        expected = tensor.numpy()
-        difference = float(np.max(np.abs(ours[name] - expected) / (1.0 + np.abs(expected)), initial=0.0))
-        if not difference <= TOLERANCE:
+        apart = difference(ours[name], tensor.numpy())
+        if apart > TOLERANCE:
             raise ProgramError(
-                f"the program's {name} differs from the model's by {difference:.2g} (allowed {TOLERANCE}); "
-                "a custom model.tower or model.preprocessing may use an operation that LiteRT computes otherwise"
+                f"the program's {name} differs from the model's by {apart:.2g} (allowed {TOLERANCE:g}); "
+                f"{_own(model)} may use an operation that LiteRT computes otherwise"
             )
-        largest = max(largest, difference)
+        largest = max(largest, apart)
     return largest
 
 

@@ -1,0 +1,1 @@
+"""Examples: settings of public recordings, and a model of one's own."""

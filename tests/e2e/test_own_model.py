@@ -1,0 +1,131 @@
+"""The example of a model of one's own, with the real processes: checked, bootstrapped, trained, served."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.kafka.broker import free_port
+from state.config import load
+from state.features import FeatureSpec
+from state.registry import Registry
+from state.sections import Model
+from tests.e2e.running import PORTS, ROOT, SHORT, Loop
+
+EXAMPLE = ROOT / "deploy" / "examples" / "own_model"
+TOML = EXAMPLE / "springtide.toml"
+OWN = load(["--config", str(TOML)], env={}).model
+
+
+def command(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
+    own = {
+        f"model.{name}": ",".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in vars(OWN).items()
+    }
+    assert own["model.tower"] != Model().tower and own["model.preprocessing"] != Model().preprocessing
+    loop = Loop(tmp_path, {**SHORT, **own})
+    loop.start()
+    try:
+        said = loop.said()
+        assert "lowers to LiteRT" in said.split("1/9")[0], "the checks come before the first step"
+        user, category = "ada-of-her-own-model", "category-of-her-own"
+        ends = loop.click([(user, f"item-{number}", category, "purchase") for number in range(20)])
+        answer = loop.answer_trained_on(user, ends, item="item-3", category=category)
+        assert answer["interests"][0]["label"] == category
+        assert len(answer["vector"]) == 64
+        registry = Registry(loop.settings.registry_dir)
+        spec = FeatureSpec.from_settings(loop.settings)
+        assert registry.spec(spec.digest)["preprocessing"] == OWN.preprocessing
+        before = registry.manifest(answer["version"]["number"])
+        assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
+        assert loop.stop() == 0
+        # A restart restores these weights, or it would refuse them.
+        loop.start()
+        again = loop.profile(user)
+        assert again is not None and again["version"]["number"] >= before.version
+        assert np.isfinite(again["vector"]).all()
+    finally:
+        if loop.running:
+            loop.stop()
+
+
+def test_the_readme_shows_the_settings_and_commands_of_the_example() -> None:
+    text = (EXAMPLE / "README.md").read_text()
+    assert "springtide up --config deploy/examples/own_model/springtide.toml" in text
+    done = command("check-model", "--config", str(TOML))
+    assert done.returncode == 0, done.stderr
+    preprocessing, tower = done.stdout.splitlines()
+    assert preprocessing.startswith(
+        f"model.preprocessing '{OWN.preprocessing}': [B, 128] to [B, 256], lowers to LiteRT"
+    )
+    assert tower.startswith(f"model.tower '{OWN.tower}': [B, 352] to [B, 64]")
+
+
+BAD = """
+import tensorflow as tf
+import tensorflow_transform as tft
+
+
+def preprocessing_fn(inputs):
+    return {"features": tf.cast(tft.bucketize(inputs["features"][:, :1], 4), tf.float32)}
+
+
+class Tower(tf.Module):
+    def __call__(self, x, training, seed):
+        return tf.math.bessel_i0e(x[:, :128])
+
+
+def build(width_in, settings):
+    return Tower()
+"""
+
+
+@pytest.mark.parametrize(
+    ("flag", "operation"),
+    [("--model.preprocessing=shop:preprocessing_fn", "tf.UpperBound"), ("--model.tower=shop:build", "tf.BesselI0e")],
+)
+@pytest.mark.parametrize("words", [("check-model",), ("up",), ("bootstrap", "clicks.csv")])
+def test_what_does_not_lower_is_one_line_with_the_operation_and_nothing_was_started(
+    words: tuple[str, ...], flag: str, operation: str, tmp_path: Path
+) -> None:
+    (tmp_path / "shop.py").write_text(BAD)
+    recording = tmp_path / "clicks.csv"
+    recording.write_text("user,item,category,action,time\nu,i,c,view,1700000000\n")
+    line = [str(recording) if word == "clicks.csv" else word for word in words]
+    ports = [f"--{name}={free_port()}" for name in PORTS] if words == ("up",) else []
+    done = command(*line, flag, "--paths.state", str(tmp_path / "state"), *ports, path=tmp_path)
+    assert done.returncode == 1, done.stderr
+    (said,) = done.stderr.splitlines()
+    setting, _, function = flag.removeprefix("--").partition("=")
+    assert f"{setting} '{function}' does not lower to LiteRT: it has no {operation}" in said
+    assert not (tmp_path / "state" / "kafka").exists()
+    assert not (tmp_path / "state" / "logs").exists()
+    assert not list((tmp_path / "state").glob("registry/specs/*"))
+
+
+def test_another_preprocessing_than_the_bootstrapped_one_is_refused_before_the_start(tmp_path: Path) -> None:
+    settings = load(["--paths.state", str(tmp_path)], env={})
+    Registry(settings.registry_dir).add_spec(
+        "ab", {"preprocessing": Model().preprocessing}, lambda folder: (folder / "transform").mkdir()
+    )
+    line = ["--paths.state", str(tmp_path), "--model.preprocessing", OWN.preprocessing]
+    done = command("check-model", *line)
+    assert done.returncode == 1
+    assert f"was bootstrapped with preprocessing {Model().preprocessing}" in done.stderr
+    assert "put it back, or start a new state directory" in done.stderr
