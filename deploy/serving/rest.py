@@ -349,13 +349,27 @@ def serve(settings: Settings, shared: bool = False) -> None:
         cast(Any, app), loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False,
         log_level="warning", server_header=False, timeout_graceful_shutdown=10, backlog=2048,
     )  # fmt: skip
-    # uvicorn raises the signal again after its orderly end; this handler makes that the end of `run`.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(config)
+    end_on_signals(server)
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        server.run(sockets=[bound])
     finally:
         app.close()
+
+
+def end_on_signals(server: uvicorn.Server) -> None:
+    """Makes SIGTERM and SIGINT the server's orderly end, from now on and not only once it runs.
+
+    uvicorn has handlers of its own while it runs, and raises the signal again
+    after its end; a signal between this process's start and that moment
+    would be lost, and with it the end of a worker whose parent was killed.
+    """
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 def _shared_worker(argv: list[str]) -> None:

@@ -18,10 +18,11 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.host import PROGRAMS, Host
-from deploy.serving.rest import MOST_PROFILES, App, BadRequest, time_ms
+from deploy.serving.rest import MOST_PROFILES, App, BadRequest, end_on_signals, time_ms
 from state.identity import Salt, public_id
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of, manifest, tensors
 
@@ -275,6 +276,22 @@ def test_a_worker_answers_and_ends_in_order(stores: Stores, workers: int) -> Non
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=30)
         assert process.returncode == 0, log
+
+
+def test_a_signal_before_the_server_runs_still_ends_it() -> None:
+    """A parent that is killed while its worker starts must not leave the worker behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    server = uvicorn.Server(uvicorn.Config(lambda *_: None, lifespan="off", log_level="warning"))
+    try:
+        end_on_signals(server)
+        signal.raise_signal(signal.SIGTERM)
+        assert server.should_exit
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            server.run(sockets=[bound])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_workers_do_not_outlive_their_parent(stores: Stores) -> None:
