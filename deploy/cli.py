@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from deploy.settings_table import as_json, as_lines, as_markdown
+from deploy.settings_table import as_json, as_lines, as_markdown, as_pages, changed, chosen
 from state import gaps
 from state.config import Settings, load
 from state.config_sources import split_settings
@@ -71,6 +71,19 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}; see `{self.prog} --help`")
 
 
+class _Version(argparse.Action):
+    """Prints the release; looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *asked: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"springtide {version('springtide')}")
+        except PackageNotFoundError:
+            print("springtide, run from its source and not installed")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser; settings are taken out of the line before."""
     whole = _Parser(
@@ -79,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
+    whole.add_argument("--version", action=_Version, nargs=0, help="show the release and exit")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
     def add(name: str, help: str, description: str = "", own_help: bool = True) -> argparse.ArgumentParser:
@@ -98,12 +112,12 @@ def parser() -> argparse.ArgumentParser:
 
     versions = add("versions", "List the versions: age, log range, log loss, AUC, and which one serves.")
     versions.add_argument(
-        "--last", type=int, default=20, metavar="N", help="how many of the newest to list (default 20)"
+        "--last", type=positive, default=20, metavar="N", help="how many of the newest to list (default 20)"
     )
     versions.add_argument("--all", action="store_true", help="list all of them")
 
     pin = add("pin", "Let answers stay at one version; training goes on.", "`springtide follow` undoes it.")
-    pin.add_argument("version", type=int, metavar="V", help="the version, of `springtide versions`")
+    pin.add_argument("version", type=positive, metavar="V", help="the version, of `springtide versions`")
     follow = add("follow", "Let answers follow the newest version again, after a pin or a rollback.")
     for one in (pin, follow):
         one.add_argument(
@@ -118,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         "keep the windows they were written with.",
     )
     target = rollback.add_mutually_exclusive_group(required=True)
-    target.add_argument("--to", type=int, metavar="V", help="the version to go back to")
+    target.add_argument("--to", type=positive, metavar="V", help="the version to go back to")
     target.add_argument(
         "--before", metavar="TIME", help="the newest version made before TIME: ISO 8601, or 10m for ten minutes ago"
     )
@@ -147,10 +161,26 @@ def parser() -> argparse.ArgumentParser:
     )
     history = add("history", "List every change of control: who, when, what and why.")
     config = add("config", "Show the effective settings and where each comes from; secrets are masked.")
+    config.add_argument(
+        "names", nargs="*", metavar="NAME", help="sections and settings, such as kafka or kafka.port; default all"
+    )
+    config.add_argument("--changed", action="store_true", help="only those that somebody has set")
+    config.add_argument("--explain", action="store_true", help="each in full: help, default, what is allowed")
     config.add_argument("--markdown", action="store_true", help="print the documentation of all settings instead")
     for one in (versions, pin, follow, rollback, history, config):
         one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     return whole
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on.
+
+    >>> positive("7")
+    7
+    """
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
 
 
 def with_times(words: Sequence[str]) -> list[str]:
@@ -172,8 +202,14 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
     """Shows the settings."""
     if asked.markdown:
         say(as_markdown())
-    else:
-        say(as_json(settings) if asked.output == "json" else as_lines(settings))
+        return
+    listed = chosen(asked.names)
+    if asked.changed:
+        listed = changed(settings, listed)
+    # One setting alone is asked for to be understood.
+    explain = asked.explain or any("." in name for name in asked.names)
+    show = as_json if asked.output == "json" else as_pages if explain else as_lines
+    say(show(settings, listed))
 
 
 def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
@@ -215,6 +251,8 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
     """
     flags, words = split_settings(argv)
     asked, unknown = parser().parse_known_args(with_times(words))
+    if unknown and asked.command not in OWN_HELP:
+        raise SettingsError(f"unknown argument {unknown[0]}; see `springtide {asked.command} --help`")
     if asked.command in PROCESSES:
         # A mistake is said here, with status 2, before anything starts.
         settings = load(flags)
@@ -225,8 +263,6 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         gaps.take_options(options, actor="")
         become(PROCESSES[asked.command][0], [*options, *unknown, *flags])
         return
-    if unknown:
-        raise SettingsError(f"unknown argument {unknown[0]}; see `springtide {asked.command} --help`")
     operator_command(asked.command)(load(flags), asked, now_ms, say)
 
 

@@ -11,12 +11,12 @@ the file and line, the variable or the flag, and the nearest known name.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from state.config_rules import check_together
 from state.config_sources import PREFIX, as_text, checked, from_environment, from_file, from_flags, variable
 from state.errors import SettingsError
 from state.sections import (
@@ -138,10 +138,11 @@ def load(
     """
     known = {one.name: one for one in known_settings()}
     flags = list(from_flags(argv or [], known))
-    chosen = [text for name, text, _ in flags if name == "config"] or [env.get(PREFIX + "CONFIG", "")]
-    file = Path(path or chosen[-1] or FILE)
-    if not file.exists() and (path or chosen[-1]):
-        raise SettingsError(f"{file}: no such settings file; check the path")
+    chosen = [(text, f"{origin}: ") for name, text, origin in flags if name == "config"]
+    text, origin = chosen[-1] if chosen else (env.get(PREFIX + "CONFIG", ""), f"variable {PREFIX}CONFIG: ")
+    file = Path(path or text or FILE)
+    if not file.exists() and (path or text):
+        raise SettingsError(f"{'' if path else origin}{file}: no such settings file; check the path")
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -161,50 +162,5 @@ def load(
         local = f"127.0.0.1:{parts['kafka'].port}"
         parts["kafka"] = replace(parts["kafka"], bootstrap_servers=local)
     settings = Settings(**parts, origins=origins)
-    _check_together(settings)
+    check_together(settings)
     return settings
-
-
-def _check_together(settings: Settings) -> None:
-    """Refuses values that are possible alone and impossible together.
-
-    Raises:
-        SettingsError: Names the setting to change and where it came from.
-    """
-
-    def refuse(name: str, why: str) -> None:
-        raise SettingsError(f"{settings.origins.get(name, 'default')}: {name} {why}")
-
-    events, features, stream, kafka = settings.events, settings.features, settings.stream, settings.kafka
-    if not 1 <= len(events.actions) <= 255 or len(set(events.actions)) != len(events.actions):
-        refuse("events.actions", "must name 1 to 255 different actions")
-    if len(events.action_weights) != len(events.actions):
-        refuse("events.action_weights", f"must have one weight for each of the {len(events.actions)} actions")
-    for name, values in (("windows_s", features.windows_s), ("half_lives_s", features.half_lives_s)):
-        if not values or list(values) != sorted(set(values)):
-            refuse(f"features.{name}", "must be ascending and not empty")
-    leaks = {*events.outcomes, events.label} - {"", *events.allow_outcomes}
-    for name in ("user", "item", "category", "action", "context"):
-        leaking = leaks.intersection(events.context if name == "context" else (getattr(events, name),))
-        if leaking:
-            field_name = min(leaking)
-            refuse(
-                f"events.{name}",
-                f"names {field_name!r}, an outcome: known only after the event, it would leak the label; "
-                f"take it out, or say events.allow_outcomes {field_name}",
-            )
-    if stream.shard >= stream.shards:
-        refuse("stream.shard", f"must be below stream.shards = {stream.shards}")
-    if not settings.model.hidden:
-        refuse("model.hidden", "must name at least one layer")
-    for name in ("events.decoder", "model.tower", "model.preprocessing"):
-        if not re.fullmatch(r"[\w.]+:\w+", settings.value(name)):
-            refuse(name, "must be written module:name")
-    for server in kafka.bootstrap_servers.split(","):
-        if not re.fullmatch(r"\s*(\S+):\d+\s*", server):
-            refuse("kafka.bootstrap_servers", f"must be HOST:PORT, separated by commas, not {server.strip()!r}")
-    topics = (kafka.clicks_topic, kafka.dead_letters_topic, kafka.microbatches_topic)
-    if len(set(topics)) != 3 or not all(topics):
-        refuse("kafka.clicks_topic", "and the dead-letter and micro-batch topics must have three different names")
-    if kafka.security_protocol.startswith("SASL") and not kafka.sasl_mechanism:
-        refuse("kafka.security_protocol", "needs kafka.sasl_mechanism")

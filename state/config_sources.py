@@ -7,7 +7,9 @@ origin and the nearest known name.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import math
 import re
 import tomllib
@@ -15,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state.errors import SettingsError
+from state.errors import SettingsError, reason_of
 from state.sections import SECTIONS, Known
 
 PREFIX = "SPRINGTIDE_"
@@ -36,10 +38,26 @@ def variable(name: str) -> str:
 def as_text(value: Any) -> str:
     """A value as a variable or a flag writes it.
 
-    >>> as_text((3600, 86400)), as_text(0.2)
-    ('3600,86400', '0.2')
+    >>> as_text((3600, 86400)), as_text(0.2), as_text(("category=a,b",))
+    ('3600,86400', '0.2', '["category=a,b"]')
     """
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    words = [str(one) for one in value]
+    plain = all("," not in word and word == word.strip("[] ") for word in words)
+    return ",".join(words) if plain else json.dumps(value, ensure_ascii=False)
+
+
+def as_list(text: str) -> list[Any]:
+    """The elements of a list written as text: with commas, or as JSON where an element has one.
+
+    >>> as_list("view, cart"), as_list("[60, 120]"), as_list('["category=a,b"]')
+    (['view', 'cart'], [60, 120], ['category=a,b'])
+    """
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            return list(json.loads(text))
+    return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
 
 
 def from_file(path: Path, known: Mapping[str, Known]) -> Iterator[tuple[str, Any, str]]:
@@ -49,17 +67,28 @@ def from_file(path: Path, known: Mapping[str, Known]) -> Iterator[tuple[str, Any
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{path}: not readable as TOML: {error}; correct the file") from None
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r"\(at line (\d+)", str(error))
+        where = f"{path}:{at[1]}" if at else str(path)
+        raise SettingsError(f"{where}: not readable as TOML: {error}; correct the file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SettingsError(f"{path}:{line}: not readable as TOML: no UTF-8; correct the file") from None
+    except OSError as error:
+        raise SettingsError(f"{reason_of(error)}; correct the path or its access rights") from None
     lines = line_numbers(text)
     for section, table in document.items():
+        where = f"{path}:{lines.get(section, 1)}"
+        if section not in SECTIONS and not isinstance(table, dict):
+            near = nearest_setting(section, known)
+            raise SettingsError(
+                f"{where}: {section} stands outside of a section; the nearest setting is {near}: "
+                f"write it below [{near.partition('.')[0]}]"
+            )
         if section not in SECTIONS:
-            where = f"{path}:{lines.get(section, 1)}"
             raise SettingsError(f"{where}: unknown section [{section}]; the nearest is [{nearest(section, SECTIONS)}]")
         if not isinstance(table, dict):
-            raise SettingsError(
-                f"{path}:{lines.get(section, 1)}: {section} is a section; write [{section}] and its settings below"
-            )
+            raise SettingsError(f"{where}: {section} is a section; write [{section}] once, and its settings below")
         for key, value in table.items():
             name = f"{section}.{key}"
             origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
@@ -73,7 +102,8 @@ def from_environment(env: Mapping[str, str], known: Mapping[str, Known]) -> Iter
         if not key.startswith(PREFIX) or key in NO_SETTINGS:
             continue
         if key not in by_variable:
-            raise SettingsError(f"variable {key}: unknown setting; the nearest is {nearest(key, by_variable)}")
+            near = variable(nearest_setting(key.removeprefix(PREFIX).replace("_", ".", 1).lower(), known))
+            raise SettingsError(f"variable {key}: unknown setting; the nearest is {near}")
         yield by_variable[key], env[key], f"variable {key}"
 
 
@@ -85,12 +115,18 @@ def from_flags(argv: Sequence[str], known: Mapping[str, Known]) -> Iterator[tupl
         if not flag.startswith("--"):
             raise SettingsError(f"argument {flag!r}: not a flag; settings are written --section.name VALUE")
         name = SHORT_FLAGS.get(flag[2:], flag[2:].replace("-", "_"))
+        if name != "config" and name not in known and "." not in name:
+            near = nearest_setting(name, known)
+            raise SettingsError(
+                f"flag {flag}: no such option; settings are written --section.name VALUE (the nearest is --{near}), "
+                "and --help lists the options"
+            )
         if name != "config":
             _known_name(name, known, f"flag {flag}", "--")
         if not equals:
             following = next(words, None)
-            if following is None:
-                raise SettingsError(f"flag {flag}: its value is missing; write {flag} VALUE")
+            if following is None or following.startswith("--"):
+                raise SettingsError(f"flag {flag}: its value is missing; write {flag} VALUE, or {flag}=VALUE")
             text = following
         yield name, text, f"flag {flag}"
 
@@ -118,8 +154,26 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _known_name(name: str, known: Mapping[str, Known], origin: str, prefix: str = "") -> str:
     """Returns `name`, or raises with the nearest known one."""
     if name not in known:
-        raise SettingsError(f"{origin}: unknown setting {name}; the nearest is {prefix}{nearest(name, known)}")
+        raise SettingsError(f"{origin}: unknown setting {name}; the nearest is {prefix}{nearest_setting(name, known)}")
     return name
+
+
+def nearest_setting(name: str, known: Mapping[str, object]) -> str:
+    """The setting that `name` was meant to be: the same key in another section before a like one.
+
+    >>> known = {"kafka.port": 1, "trainer.publish_s": 2, "stream.poll_ms": 3}
+    >>> [nearest_setting(name, known) for name in ("stream.publish_s", "stream.pol_ms", "port")]
+    ['trainer.publish_s', 'stream.poll_ms', 'kafka.port']
+    """
+    section, _, key = name.rpartition(".")
+    same = [one for one in known if one.partition(".")[2] == key]
+    return nearest(name, dict.fromkeys(same, 1) or known) if same or section else _nearest_key(name, known)
+
+
+def _nearest_key(key: str, known: Mapping[str, object]) -> str:
+    """The setting whose key, without its section, is most like `key`."""
+    near = nearest(key, {one.partition(".")[2]: 1 for one in known})
+    return next(one for one in known if one.partition(".")[2] == near)
 
 
 def nearest(name: str, candidates: Mapping[str, object]) -> str:
@@ -140,13 +194,13 @@ def line_numbers(text: str) -> dict[str, int]:
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\s*[\"']?([\w.-]+)[\"']?\s*\]", line)
-        key = re.match(r"\s*[\"']?([\w-]+(?:\s*\.\s*[\w-]+)?)[\"']?\s*=", line)
+        header = re.match(r"\s*\[{1,2}\s*([\"']?)([\w.-]+)\1\s*\]", line)
+        key = re.match(r"\s*([\"']?)([\w-]+(?:\s*\.\s*[\w-]+)?)\1\s*=", line)
         if header:
-            section = header[1]
+            section = header[2]
             lines.setdefault(section, number)
         elif key:
-            name = re.sub(r"\s", "", key[1])
+            name = re.sub(r"\s", "", key[2])
             lines.setdefault(f"{section}.{name}" if section else name, number)
             lines.setdefault((section or name).partition(".")[0], number)
     return lines
@@ -161,9 +215,11 @@ def checked(known: Known, value: Any, origin: str) -> Any:
     where = f"{origin}: {known.name}"
     if isinstance(known.default, tuple):
         if isinstance(value, str):
-            value = [part.strip() for part in value.strip("[] ").split(",") if part.strip()]
+            value = as_list(value)
         if not isinstance(value, list):
-            raise SettingsError(f"{where} must be a list, not {_shown(known, value)}")
+            raise SettingsError(
+                f"{where} must be a list, such as {as_text(known.default) or 'one,two'}, not {_shown(known, value)}"
+            )
         kind = _element_kind(known)
         return tuple(_in_bounds(known, _scalar(known, kind, one, where), where) for one in value)
     return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
@@ -191,9 +247,15 @@ def _scalar(known: Known, kind: type, value: Any, where: str) -> Any:
 
 def _in_bounds(known: Known, value: Any, where: str) -> Any:
     if known.choices and value not in known.choices:
-        raise SettingsError(f"{where} must be one of {', '.join(known.choices)}, not {_shown(known, value)}")
+        raise SettingsError(
+            f"{where} must be one of {', '.join(filter(None, known.choices))}, not {_shown(known, value)}"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingsError(f"{where} must be finite, not {_shown(known, value)}")
+    if known.filled and value.strip() == "":
+        raise SettingsError(f"{where} must not be empty")
+    if known.above is not None and value <= known.above:
+        raise SettingsError(f"{where} must be more than {known.above:g}, not {_shown(known, value)}")
     if known.least is not None and value < known.least:
         raise SettingsError(f"{where} must be at least {known.least:g}, not {_shown(known, value)}")
     if known.most is not None and value > known.most:

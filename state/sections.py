@@ -20,6 +20,8 @@ def setting(
     secret: bool = False,
     least: float | None = None,
     most: float | None = None,
+    above: float | None = None,
+    filled: bool = False,
     choices: tuple[str, ...] = (),
 ) -> T:
     """Declares one setting as a dataclass field.
@@ -31,9 +33,20 @@ def setting(
         secret: Whether the value is masked wherever it is shown.
         least: The smallest value allowed, of each element for a list.
         most: The largest value allowed, likewise.
+        above: A value that is too small by itself, likewise.
+        filled: Whether an empty text is refused, likewise.
         choices: The only values allowed.
     """
-    metadata = {"unit": unit, "help": help, "secret": secret, "least": least, "most": most, "choices": choices}
+    metadata = {
+        "unit": unit,
+        "help": help,
+        "secret": secret,
+        "least": least,
+        "most": most,
+        "above": above,
+        "filled": filled,
+        "choices": choices,
+    }
     declared: Any = field(default=default, repr=not secret, metadata=metadata)
     return declared  # type: ignore[no-any-return]
 
@@ -42,7 +55,9 @@ def setting(
 class Paths:
     """Where files live."""
 
-    state: str = setting(".springtide", help="Directory of all durable state; relative to the working directory.")
+    state: str = setting(
+        ".springtide", filled=True, help="Directory of all durable state; relative to the working directory."
+    )
     registry: str = setting("", help="Registry of versions and control; empty: `registry` in the state directory.")
     salt_file: str = setting(
         "", help="File with the secret salt of user pseudonyms; empty: `salt` in the state directory."
@@ -57,42 +72,52 @@ class Kafka:
     clicks_topic: str = setting("springtide.clicks.v1", help="Topic of the clicks.")
     dead_letters_topic: str = setting("springtide.clicks.v1.dlq", help="Topic of the refused records.")
     microbatches_topic: str = setting("springtide.microbatches.v1", help="Topic of the training log.")
-    group: str = setting("springtide-stream", help="Consumer group that shows the stream's positions to lag tools.")
+    group: str = setting(
+        "springtide-stream", filled=True, help="Consumer group that shows the stream's positions to lag tools."
+    )
     clicks_partitions: int = setting(
         4, least=1, most=65535, help="Partitions of the clicks topic when it is created here."
     )
-    port: int = setting(9092, least=0, most=65535, help="Port of the local Kafka that `springtide up` starts.")
+    port: int = setting(9092, least=1, most=65535, help="Port of the local Kafka that `springtide up` starts.")
     security_protocol: str = setting(
         "PLAINTEXT", choices=("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"), help="How to talk to the brokers."
     )
-    sasl_mechanism: str = setting("", help="SASL mechanism, such as SCRAM-SHA-512; empty: none.")
+    sasl_mechanism: str = setting(
+        "",
+        choices=("", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER"),
+        help="SASL mechanism; empty: none.",
+    )
     sasl_username: str = setting("", help="SASL user name.")
     sasl_password: str = setting("", secret=True, help="SASL password; better given by its variable than in the file.")
     ssl_cafile: str = setting("", help="Certificates to trust, PEM; empty: those of the system.")
     ssl_certfile: str = setting("", help="Client certificate, PEM.")
     ssl_keyfile: str = setting("", help="Client key, PEM.")
     ssl_key_password: str = setting("", secret=True, help="Password of the client key.")
-    request_timeout_s: float = setting(30.0, "s", least=0.1, help="How long a request to a broker may take.")
-    retention_h: int = setting(168, "h", least=1, help="How long the topics created here keep records.")
+    request_timeout_s: float = setting(
+        30.0, "s", least=0.1, most=3600.0, help="How long a request to a broker may take."
+    )
+    retention_h: int = setting(168, "h", least=1, most=876_000, help="How long the topics created here keep records.")
 
 
 @dataclass(frozen=True)
 class Events:
     """How a record of the clicks topic becomes an event."""
 
-    decoder: str = setting("state.events:decode_json", help="Decoder of a record's value, as `module:name`.")
-    user: str = setting("user", help="Field with the user's id.")
-    item: str = setting("item", help="Field with the item's id.")
-    category: str = setting("category", help="Field with the category's id.")
-    action: str = setting("action", help="Field with the action.")
-    time: str = setting("time", help="Field with the event's time.")
+    decoder: str = setting(
+        "state.events:decode_json", filled=True, help="Decoder of a record's value, as `module:name`."
+    )
+    user: str = setting("user", filled=True, help="Field with the user's id.")
+    item: str = setting("item", help="Field with the item's id; empty: there is none.")
+    category: str = setting("category", help="Field with the category's id; empty: there is none.")
+    action: str = setting("action", help="Field with the action; empty: every event is the one action there is.")
+    time: str = setting("time", help="Field with the event's time; empty: the record's time in Kafka.")
     label: str = setting("", help="Field with an engagement label between 0 and 1; empty: there is none.")
-    context: tuple[str, ...] = setting((), help="Fields of context, such as device or country.")
+    context: tuple[str, ...] = setting((), filled=True, help="Fields of context, such as device or country.")
     time_unit: str = setting(
         "auto", choices=("auto", "ms", "s", "iso"), help="How times are written; auto tells ms, s and ISO 8601 apart."
     )
     actions: tuple[str, ...] = setting(
-        ("view", "favorite", "cart", "purchase"), help="The actions; others are dead letters."
+        ("view", "favorite", "cart", "purchase"), filled=True, help="The actions; others are dead letters."
     )
     action_weights: tuple[float, ...] = setting(
         (1.0, 2.0, 3.0, 4.0), least=0.0, help="Weight of each action in the interest loss, in the order of `actions`."
@@ -107,9 +132,15 @@ class Events:
     constants: tuple[str, ...] = setting(
         (), help="Fields with the same value in every replayed row, as `field=value`, such as `action=view`."
     )
-    max_event_bytes: int = setting(1_000_000, "bytes", least=1, help="Larger records are dead letters.")
-    max_future_s: float = setting(300.0, "s", least=0.0, help="How far an event may lie after its Kafka timestamp.")
-    max_age_s: float = setting(2_592_000.0, "s", least=0.0, help="How far an event may lie before its Kafka timestamp.")
+    max_event_bytes: int = setting(
+        1_000_000, "bytes", least=16, most=1_000_000_000, help="Larger records are dead letters."
+    )
+    max_future_s: float = setting(
+        300.0, "s", least=0.0, most=315_360_000.0, help="How far an event may lie after its Kafka timestamp."
+    )
+    max_age_s: float = setting(
+        2_592_000.0, "s", above=0.0, most=3_153_600_000.0, help="How far an event may lie before its Kafka timestamp."
+    )
 
 
 @dataclass(frozen=True)
@@ -117,10 +148,10 @@ class Features:
     """The windowed features; a change needs a new state directory."""
 
     windows_s: tuple[int, ...] = setting(
-        (3600, 86400, 604800), "s", least=1, help="Windows of the counts, shortest first."
+        (3600, 86400, 604800), "s", least=1, most=315_360_000, help="Windows of the counts, shortest first."
     )
     half_lives_s: tuple[int, ...] = setting(
-        (1800, 43200, 259200), "s", least=1, help="Half-lives of the decayed counts, shortest first."
+        (1800, 43200, 259200), "s", least=1, most=315_360_000, help="Half-lives of the decayed counts, shortest first."
     )
     history: int = setting(256, "events", least=16, most=4096, help="Events remembered per user.")
     labels: int = setting(16, "labels", least=3, most=256, help="Latest categories of a user that are scored.")
@@ -130,18 +161,22 @@ class Features:
 class Stream:
     """The Beam job."""
 
-    cut_ms: int = setting(100, "ms", least=1, help="Longest wait before a micro-batch is cut.")
+    cut_ms: int = setting(100, "ms", least=1, most=60_000, help="Longest wait before a micro-batch is cut.")
     cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Rows at which a micro-batch is cut.")
     max_record_bytes: int = setting(
-        900_000, "bytes", least=10_000, help="Largest micro-batch record; larger ones are split."
+        900_000, "bytes", least=100_000, most=15_000_000, help="Largest micro-batch record; larger ones are split."
     )
-    poll_ms: int = setting(20, "ms", least=1, help="Longest wait for clicks in one poll.")
-    batch_events: int = setting(1000, "events", least=1, help="Most events of one columnar batch.")
-    cache_users: int = setting(20_000, "users", least=1, help="Users whose histories are held in memory.")
-    sync_s: float = setting(5.0, "s", least=0.1, help="Time between syncs of the histories to disk.")
+    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Longest wait for clicks in one poll.")
+    batch_events: int = setting(1000, "events", least=1, most=1_000_000, help="Most events of one columnar batch.")
+    cache_users: int = setting(
+        20_000, "users", least=1, most=100_000_000, help="Users whose histories are held in memory."
+    )
+    sync_s: float = setting(5.0, "s", least=0.1, most=3600.0, help="Time between syncs of the histories to disk.")
     shard: int = setting(0, least=0, help="Number of this stream among `shards`.")
-    shards: int = setting(1, least=1, help="Streams that share the clicks topic's partitions.")
-    map_gb: int = setting(16, "GiB", least=1, help="Upper bound of the histories' size; address space, not memory.")
+    shards: int = setting(1, least=1, most=65535, help="Streams that share the clicks topic's partitions.")
+    map_gb: int = setting(
+        16, "GiB", least=1, most=65536, help="Upper bound of the histories' size; address space, not memory."
+    )
     metrics_port: int = setting(9101, least=0, most=65535, help="Port of the stream's /metrics.")
 
 
@@ -149,14 +184,15 @@ class Stream:
 class Model:
     """The network."""
 
-    tower: str = setting("trainer.model:build", help="Builder of the tower, as `module:name`.")
+    tower: str = setting("trainer.model:build", filled=True, help="Builder of the tower, as `module:name`.")
     preprocessing: str = setting(
         "streaming.preprocessing:preprocessing_fn",
+        filled=True,
         help="TensorFlow Transform preprocessing function, as `module:name`.",
     )
     dim: int = setting(32, least=1, most=1024, help="Width of an embedding row.")
     hidden: tuple[int, ...] = setting(
-        (256, 128), least=1, help="Widths of the tower's layers; the last is the profile vector."
+        (256, 128), least=1, most=65536, help="Widths of the tower's layers; the last is the profile vector."
     )
     dropout: float = setting(0.3, least=0.0, most=0.99, help="Share of the first layer dropped while training.")
     popular: int = setting(32, "labels", least=1, most=4096, help="Popular categories scored for every user.")
@@ -172,12 +208,12 @@ class Trainer:
     device: str = setting(
         "auto", choices=("auto", "cpu", "gpu"), help="Where to train; auto takes a GPU when there is one."
     )
-    threads: int = setting(1, least=1, help="Threads of TensorFlow's operations.")
-    publish_s: float = setting(0.2, "s", least=0.01, help="Time between versions.")
+    threads: int = setting(1, least=1, most=1024, help="Threads of TensorFlow's operations.")
+    publish_s: float = setting(0.2, "s", least=0.01, most=3600.0, help="Time between versions.")
     base_every_s: float = setting(600.0, "s", least=1.0, help="Time between bases made by the compactor.")
     admit_after: int = setting(1, "sightings", least=1, help="Sightings before an id has a row of its own.")
     expire_s: float = setting(2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row goes.")
-    capacity: int = setting(65536, "rows", least=16, help="Rows of a table at the start; it grows.")
+    capacity: int = setting(65536, "rows", least=16, most=2_000_000_000, help="Rows of a table at the start; it grows.")
     partition: int = setting(0, least=0, help="Partition of the micro-batch topic to learn from.")
     guard_factor: float = setting(
         8.0, least=1.0, help="A step whose loss exceeds the running loss this many times is skipped."
@@ -202,7 +238,7 @@ class Registry:
 class Serving:
     """The answers."""
 
-    host: str = setting("127.0.0.1", help="Address to listen on.")
+    host: str = setting("127.0.0.1", filled=True, help="Address to listen on.")
     port: int = setting(8501, least=0, most=65535, help="Port of the REST answers.")
     workers: int = setting(1, least=1, most=256, help="Worker processes; they share the port.")
     clock: str = setting(
@@ -210,12 +246,12 @@ class Serving:
         choices=("event", "wall"),
         help="What `at` means when a request does not say: event clock or wall clock.",
     )
-    poll_ms: int = setting(20, "ms", least=1, help="Time between looks at the registry.")
+    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Time between looks at the registry.")
     keep_s: float = setting(900.0, "s", least=0.0, help="How long rows of older versions stay readable.")
     map_gb: int = setting(
-        16, "GiB", least=1, help="Upper bound of each serving store's size; address space, not memory."
+        16, "GiB", least=1, most=65536, help="Upper bound of each serving store's size; address space, not memory."
     )
-    sync_s: float = setting(5.0, "s", least=0.1, help="Time between syncs of the stores to disk.")
+    sync_s: float = setting(5.0, "s", least=0.1, most=3600.0, help="Time between syncs of the stores to disk.")
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
 
 
@@ -236,12 +272,12 @@ class Bootstrap:
 class Shoppers:
     """The synthetic shoppers of `springtide up` and `springtide replay --synthetic`."""
 
-    users: int = setting(2000, least=1, help="Shoppers.")
+    users: int = setting(2000, least=1, most=100_000_000, help="Shoppers.")
     rate: float = setting(200.0, "events/s", least=0.0, help="Events they make.")
     categories: int = setting(64, least=1, help="Categories they choose from.")
     items: int = setting(4000, least=1, help="Items they choose from.")
     drift_s: float = setting(120.0, "s", least=0.1, help="Time after which a shopper's taste has moved on.")
-    seed: int = setting(7, help="Seed of their choices.")
+    seed: int = setting(7, least=0, help="Seed of their choices.")
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -261,7 +297,7 @@ SECTIONS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Known:
-    """One setting as declared: dotted name, default, unit, help, secrecy, bounds and choices."""
+    """One setting as declared: dotted name, default, unit, help, secrecy, bounds and choices; see `setting`."""
 
     name: str
     default: Any
@@ -270,6 +306,8 @@ class Known:
     secret: bool
     least: float | None
     most: float | None
+    above: float | None
+    filled: bool
     choices: tuple[str, ...]
 
 

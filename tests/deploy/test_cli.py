@@ -245,9 +245,16 @@ def test_looking_does_not_make_a_registry(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("command", "module"), [(name, module) for name, (module, _) in cli.PROCESSES.items()])
 def test_a_process_gets_its_own_flags_and_the_settings(operator: Operator, command: str, module: str) -> None:
-    operator(command, "--synthetic", "--stream.cut_ms", "50")
-    flags = ["--synthetic", "--stream.cut_ms", "50", "--paths.state", str(operator.state)]
-    assert operator.became == [(module, flags)]
+    own = ["--synthetic"] if command in cli.OWN_HELP else []
+    operator(command, *own, "--stream.cut_ms", "50")
+    assert operator.became == [(module, [*own, "--stream.cut_ms", "50", "--paths.state", str(operator.state)])]
+
+
+@pytest.mark.parametrize("command", sorted({*cli.PROCESSES} - {*cli.OWN_HELP}))
+def test_a_process_without_options_of_its_own_is_not_started_with_one(operator: Operator, command: str) -> None:
+    with pytest.raises(SettingsError, match=f"unknown argument --synthetic; see `springtide {command} --help`"):
+        operator(command, "--synthetic")
+    assert operator.became == []
 
 
 def test_a_wrong_setting_is_refused_before_a_process_starts(operator: Operator) -> None:
@@ -262,6 +269,34 @@ def test_config_shows_values_with_their_origin_and_masks_secrets(operator: Opera
     assert re.search(r"port = 1234 +# flag --kafka.port", text)
     entries = json.loads(operator("config", "-o", "json", "--kafka.sasl_password", "hunter2"))
     assert next(one for one in entries if one["name"] == "kafka.sasl_password")["value"] == "********"
+
+
+def test_config_shows_a_part_of_the_settings_and_one_in_full(operator: Operator) -> None:
+    part = operator("config", "registry")
+    assert part.splitlines()[0] == "[registry]" and "[kafka]" not in part
+    (line,) = [line for line in operator("config", "--changed").splitlines() if " = " in line]
+    assert line.startswith("state = ") and line.endswith("# flag --paths.state")
+    page = operator("config", "kafka.port", "--kafka.port", "1234")
+    for part in ("kafka.port = 1234", "from      flag --kafka.port", "default   9092", "allowed   1 to 65535"):
+        assert part in page
+    assert "SPRINGTIDE_KAFKA_PORT=..., or --kafka.port ..." in page
+    (entry,) = json.loads(operator("config", "serving.clock", "-o", "json"))
+    assert (entry["value"], entry["allowed"], entry["origin"]) == ("event", "event or wall", "default")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("kafak", "kafka"), ("kafka.prot", "kafka.port")])
+def test_config_of_an_unknown_name_says_the_nearest(operator: Operator, name: str, hint: str) -> None:
+    with pytest.raises(SettingsError, match=f"nearest is {hint}$"):
+        operator("config", name)
+
+
+def test_a_printed_file_neither_names_a_cluster_nor_a_masked_password(operator: Operator, tmp_path: Path) -> None:
+    path = tmp_path / "springtide.toml"
+    path.write_text(operator("config", "--kafka.port", "1234", "--kafka.sasl_password", "hunter2"))
+    again = load([], env={}, path=path)
+    assert "kafka.bootstrap_servers" not in again.origins
+    assert again.kafka.bootstrap_servers == "127.0.0.1:1234"
+    assert again.kafka.sasl_password == ""
 
 
 def test_config_prints_a_file_that_reads_back(operator: Operator, tmp_path: Path) -> None:
@@ -284,7 +319,17 @@ def springtide(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("words", "status"),
-    [(["versions"], 1), (["config", "--kafka.prot", "1"], 2), (["rollbac"], 2), ([], 2), (["--help"], 0)],
+    [
+        (["versions"], 1),
+        (["config", "--kafka.prot", "1"], 2),
+        (["config", "--kafka.port"], 2),
+        (["stream", "--no-such"], 2),
+        (["versions", "--last", "0"], 2),
+        (["rollbac"], 2),
+        ([], 2),
+        (["--help"], 0),
+        (["--version"], 0),
+    ],
 )
 def test_a_failure_is_one_line_and_a_status(tmp_path: Path, words: list[str], status: int) -> None:
     done = springtide(*words, cwd=tmp_path)
