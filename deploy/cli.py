@@ -209,7 +209,7 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
     # One setting alone is asked for to be understood.
     explain = asked.explain or any("." in name for name in asked.names)
     show = as_json if asked.output == "json" else as_pages if explain else as_lines
-    say(show(settings, listed))
+    say(show(settings, listed) or "every setting has its default")
 
 
 def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:

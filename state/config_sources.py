@@ -116,10 +116,10 @@ def from_flags(argv: Sequence[str], known: Mapping[str, Known]) -> Iterator[tupl
             raise SettingsError(f"argument {flag!r}: not a flag; settings are written --section.name VALUE")
         name = SHORT_FLAGS.get(flag[2:], flag[2:].replace("-", "_"))
         if name != "config" and name not in known and "." not in name:
-            near = nearest_setting(name, known)
+            near = difflib.get_close_matches(name, [one.partition(".")[2] for one in known], n=1, cutoff=0.7)
+            like = f" (the nearest is --{nearest_setting(near[0], known)})" if near else ""
             raise SettingsError(
-                f"flag {flag}: no such option; settings are written --section.name VALUE (the nearest is --{near}), "
-                "and --help lists the options"
+                f"flag {flag}: no such option; settings are written --section.name VALUE{like}, and --help lists the options"
             )
         if name != "config":
             _known_name(name, known, f"flag {flag}", "--")
