@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.live import shown
+from deploy.wording import shown
 from state import gaps
 from state.config import Settings
 from state.errors import SpringtideError

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy import own_model, scrape
+from deploy import own_model, scrape, tries
 from deploy.checks import LEAST_FREE_BYTES, require_disk, require_ports
+from deploy.figures import Watch
 from deploy.kafka.broker import Broker
-from deploy.live import Pulse, Screen, live_line, take_pulse
+from deploy.live import Screen, live_line
+from deploy.panel import panel
 from deploy.processes import Deaths, Supervisor, shortened
 from deploy.programs import BOOTSTRAP, KERNEL_USERS, KERNELS, SHOPPERS, STOP_ORDER, TRAINER, ports, programs
 from state.config import Settings
@@ -24,7 +26,6 @@ from state.log import Topics
 STEPS = 9
 LOOK_S = 0.1
 REMIND_S = 30.0
-SAMPLE_SHOPPER = "shopper-1"
 
 
 class Stopped(Exception):
@@ -206,41 +207,29 @@ class Ascent:
     def _await_answer(self) -> None:
         url = scrape.serving_url(self._settings)
         self._wait(lambda: scrape.fetch(f"{url}/readyz")[0] == 200, "waiting for serving to be ready")
-        self._wait(
-            lambda: scrape.fetch(f"{url}/v1/profiles/{SAMPLE_SHOPPER}")[0] == 200, "waiting for the first answer"
-        )
+        self._wait(lambda: scrape.fetch(scrape.profile_url(self._settings))[0] == 200, "waiting for the first answer")
         self._step(8, "serving", f"answers on {url}, {self._clock() - self._begin:.1f} s after the start")
 
     def _say_what_to_try(self) -> None:
-        command = springtide_command()
-        addresses = scrape.urls(self._settings)
         self._step(9, "running", "try, in another terminal:")
-        lines = [
-            f"curl -s {scrape.serving_url(self._settings)}/v1/profiles/{SAMPLE_SHOPPER}",
-            f"{command} status",
-            f"{command} versions",
-            f"{command} pin VERSION        {command} follow",
-            f"{command} rollback --to VERSION --skip-time A..B --reason TEXT",
-            "metrics: " + "  ".join(f"{name} {url}" for name, url in addresses.items()),
-        ]
-        flags = repeated_flags(self._settings)
-        if flags:
-            lines.append(f"springtide needs the flags of this run:{flags}")
-        for line in lines:
+        for line in tries.commands(self._settings):
             self._screen.say(f"      {line}")
         self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
 
     def _watch(self) -> None:
-        addresses = scrape.urls(self._settings)
-        pulse: Pulse | None = None
+        settings = self._settings
+        addresses = scrape.urls(settings)
+        watch = Watch()
         due = self._clock()
         while True:
             self._look()
             if self._clock() >= due:
                 due = self._clock() + self._screen.every_s
-                pulse = take_pulse(scrape.scrape(addresses), pulse, self._clock())
+                figures = watch.look(scrape.scrape(addresses), self._clock(), time.time())
                 if not self._stop():
-                    self._screen.live(live_line(pulse))
+                    self._screen.live(
+                        live_line(figures), panel(figures, tries.addresses(settings), settings.serving.workers)
+                    )
             self._sleep(LOOK_S)
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
@@ -309,21 +298,3 @@ class Ascent:
 def has_spec(registry_dir: Path) -> bool:
     """Whether a bootstrap has left a feature spec in the registry."""
     return any(registry_dir.glob("specs/*/spec.json"))
-
-
-def springtide_command() -> str:
-    """How the operator can call `springtide` from here."""
-    script = Path(sys.executable).with_name("springtide")
-    if not script.exists():
-        return f"{sys.executable} -m deploy.cli"
-    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
-
-
-def repeated_flags(settings: Settings) -> str:
-    """The flags of this run that other commands need too.
-
-    >>> repeated_flags(Settings(origins={"kafka.port": "flag --kafka.port"}))
-    ' --kafka.port 9092'
-    """
-    given = [name for name, origin in settings.origins.items() if origin.startswith("flag ") and "password" not in name]
-    return "".join(f" --{name} {settings.value(name)}" for name in given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from state.config import Settings
 
 TIMEOUT_S = 1.0
+SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,39 @@ class Scrape:
         found = self.values.get((name, tuple(sorted(labels.items()))))
         return None if found is None or math.isnan(found) else found
 
-    def total(self, name: str) -> float | None:
+    def total(self, name: str, **labels: Collection[str]) -> float | None:
         r"""A series summed over its labels; None where it is absent.
 
+        Args:
+            name: The series.
+            labels: Label -> the values that count; all of them for a label that is not named.
+
         >>> text = 'rows_total{outcome="dead"} 2\nrows_total{outcome="rows"} 3'
-        >>> Scrape(parsed(text)).total("rows_total")
-        5.0
+        >>> Scrape(parsed(text)).total("rows_total"), Scrape(parsed(text)).total("rows_total", outcome=["dead"])
+        (5.0, 2.0)
         """
-        found = [value for (series, _), value in self.values.items() if series == name]
+        found = [value for _, value in self._matching(name, labels)]
         return sum(found) if found else None
+
+    def buckets(self, name: str, **labels: Collection[str]) -> dict[float, float]:
+        r"""A histogram summed over its labels: upper bound -> how many were at most that.
+
+        >>> text = 'step_seconds_bucket{le="0.1"} 2\nstep_seconds_bucket{le="+Inf"} 3'
+        >>> Scrape(parsed(text)).buckets("step_seconds")
+        {0.1: 2.0, inf: 3.0}
+        """
+        found: dict[float, float] = {}
+        for own, value in self._matching(f"{name}_bucket", labels):
+            bound = float(own["le"])
+            found[bound] = found.get(bound, 0.0) + value
+        return found
+
+    def _matching(self, name: str, wanted: Mapping[str, Collection[str]]) -> Iterator[tuple[dict[str, str], float]]:
+        for (series, labels), value in self.values.items():
+            if series == name:
+                own = dict(labels)
+                if all(own.get(label) in values for label, values in wanted.items()):
+                    yield own, value
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """A series by one of its labels.
@@ -93,6 +118,15 @@ def serving_url(settings: Settings) -> str:
     host = settings.serving.host
     reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{reached}:{settings.serving.port}"
+
+
+def profile_url(settings: Settings, user: str = SAMPLE_USER) -> str:
+    """Where a profile is had on this machine.
+
+    >>> profile_url(Settings())
+    'http://127.0.0.1:8501/v1/profiles/shopper-1'
+    """
+    return f"{serving_url(settings)}/v1/profiles/{user}"
 
 
 def fetch(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:

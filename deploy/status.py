@@ -1,6 +1,8 @@
-"""Says what runs, its lag, versions and freshness: `springtide status`, `python -m deploy.status [-o json]`.
+"""Says what runs and how well: `springtide status`, `python -m deploy.status [-o json] [--watch]`.
 
 Each part is asked on its own, so that whatever is away, the rest still shows.
+Rates are of the seconds that a look takes; quantiles are since each process
+started, and with `--watch` of the last minute.
 """
 
 from __future__ import annotations
@@ -8,64 +10,77 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deploy import accounts, scrape
-from deploy.live import seconds, shown
+from deploy.figures import Figures, Watch
+from deploy.live import Screen, live_line
+from deploy.panel import lines, panel
 from deploy.scrape import Scrape
-from deploy.versions import open_registry, table
+from deploy.tries import addresses
+from deploy.versions import open_registry
+from deploy.wording import seconds, shown
 from state.config import Settings, load
-from state.errors import SpringtideError
+from state.errors import SettingsError, SpringtideError
 from state.log import Topics
 
 LONGEST_WAIT_S = 3.0
+BETWEEN_S = 1.0
+PARTS = (16, 12)
+DESCRIPTION = """Shows what runs and how well: clicks a second, lag, dead letters by reason, step time, log loss, AUC, the
+served version, freshness, accounts. Rates are of the seconds that the look takes; p50 and p99 are since each process
+started, with --watch of the last minute. Exit code 0 also where something is away or wrong: the text says it."""
+EPILOG = "Settings are written --section.name VALUE; `springtide config` lists them. Exit codes: 0 shown, 2 wrong use."
 
-# Process -> (what it is called here, its series, how it is shown). Counters and labelled series are summed.
-FIGURES: Mapping[str, Sequence[tuple[str, str, Callable[[float | None], str]]]] = {
+# Process -> (what it is called here, its series). Counters and labelled series are summed.
+FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
     "stream": (
-        ("clicks", "springtide_stream_events_total", shown),
-        ("dead letters", "springtide_stream_dead_letters_total", shown),
-        ("lag", "springtide_stream_lag_events", shown),
-        ("micro-batches", "springtide_stream_microbatches_total", shown),
+        ("clicks", "springtide_stream_events_total"),
+        ("dead letters", "springtide_stream_dead_letters_total"),
+        ("lag", "springtide_stream_lag_events"),
+        ("micro-batches", "springtide_stream_microbatches_total"),
     ),
     "trainer": (
-        ("version", "springtide_trainer_version", shown),
-        ("epoch", "springtide_trainer_epoch", shown),
-        ("steps", "springtide_trainer_steps_total", shown),
-        ("rows", "springtide_trainer_rows_total", shown),
-        ("lag", "springtide_trainer_lag_records", shown),
-        ("log loss", "springtide_trainer_log_loss", lambda value: "-" if value is None else f"{value:.3f}"),
-        ("held", "springtide_trainer_held", lambda value: "yes" if value else "no"),
+        ("version", "springtide_trainer_version"),
+        ("epoch", "springtide_trainer_epoch"),
+        ("steps", "springtide_trainer_steps_total"),
+        ("rows", "springtide_trainer_rows_total"),
+        ("lag", "springtide_trainer_lag_records"),
+        ("log loss", "springtide_trainer_log_loss"),
+        ("held", "springtide_trainer_held"),
     ),
     "applier": (
-        ("version", "springtide_serving_version", shown),
-        ("epoch", "springtide_serving_epoch", shown),
-        ("pinned", "springtide_serving_pinned", lambda value: "yes" if value else "no"),
-        ("newest click in features", "springtide_serving_feature_freshness_seconds", seconds),
-        ("in weights", "springtide_serving_weight_freshness_seconds", seconds),
-        ("lag", "springtide_serving_microbatch_lag_records", shown),
+        ("version", "springtide_serving_version"),
+        ("epoch", "springtide_serving_epoch"),
+        ("pinned", "springtide_serving_pinned"),
+        ("newest click in features", "springtide_serving_feature_freshness_seconds"),
+        ("in weights", "springtide_serving_weight_freshness_seconds"),
+        ("lag", "springtide_serving_microbatch_lag_records"),
     ),
     "worker": (
-        ("requests", "springtide_requests_total", shown),
-        ("cold starts", "springtide_cold_starts_total", shown),
+        ("requests", "springtide_requests_total"),
+        ("cold starts", "springtide_cold_starts_total"),
     ),
 }
 
 
-def processes(scrapes: Mapping[str, Scrape]) -> dict[str, dict[str, Any]]:
-    """Per process whether it answers, why not, and its figures.
+def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Per process whether it answers, why not, since when it is up, and its figures.
 
-    >>> processes({"worker": Scrape(problem="refused")})["worker"]
-    {'answers': False, 'problem': 'refused', 'figures': {}}
+    >>> processes({"worker": Scrape(problem="refused")}, {})["worker"]
+    {'answers': False, 'problem': 'refused', 'up_s': None, 'figures': {}}
     """
     return {
         name: {
             "answers": not one.problem,
             "problem": one.problem,
-            "figures": {} if one.problem else {label: _figure(one, series) for label, series, _ in FIGURES[name]},
+            "up_s": up_s.get(name),
+            "figures": {} if one.problem else {label: _figure(one, series) for label, series in FIGURES[name]},
         }
         for name, one in scrapes.items()
     }
@@ -129,28 +144,30 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
 
 
 def as_table(state: Mapping[str, Any]) -> str:
-    """The whole state as a table of parts and their figures."""
-    rows: list[Sequence[str]] = [("part", "state", "figures")]
+    """The parts, whether they are there, and more of each."""
+    rows: list[Sequence[str]] = []
     for name, one in state["processes"].items():
-        shows = {label: show for label, _, show in FIGURES[name]}
-        figures = ", ".join(f"{label} {shows[label](value)}" for label, value in one["figures"].items())
-        rows.append((name, "runs", figures) if one["answers"] else (name, "away", one["problem"]))
+        rows += _part(name, "runs" if one["answers"] else "away", one["problem"] or f"up {seconds(one['up_s'])}")
     kafka = state["kafka"]
-    if kafka["answers"]:
-        text = f"{shown(kafka['clicks'])} clicks, stream's lag {shown(kafka['lag'])}, training log at {shown(kafka['training_log'])}"
-        rows.append(("kafka", "runs", text))
-    else:
-        rows.append(("kafka", "away", kafka["problem"]))
+    text = kafka["problem"] or (
+        f"{kafka['servers']}; {shown(kafka['clicks'])} clicks, {shown(kafka['lag'])} not yet committed by the stream; "
+        f"training log at {shown(kafka['training_log'])}"
+    )
+    rows += _part("kafka", "runs" if kafka["answers"] else "away", text)
     registry = state["registry"]
-    if registry["answers"]:
-        rows.append(("registry", "there", _registry_text(registry)))
-    else:
-        rows.append(("registry", "away", registry["problem"]))
+    text = registry["problem"] or _registry_text(registry)
+    rows += _part("registry", "there" if registry["answers"] else "away", text)
     if accounting := state.get("accounting"):
         balanced = accounting["balanced"]
         word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
-        rows.append(("accounting", word, accounts.as_text(accounting)))
-    return table(rows)
+        rows += _part("accounting", word, accounts.as_text(accounting))
+    return "\n".join(lines(rows, PARTS))
+
+
+def _part(name: str, word: str, text: str) -> list[Sequence[str]]:
+    """A part's lines: what its text says in several sentences stands below each other."""
+    first, *others = text.split("; ")
+    return [(name, word, first), *(("", "", one) for one in others)]
 
 
 def _registry_text(registry: Mapping[str, Any]) -> str:
@@ -162,27 +179,83 @@ def _registry_text(registry: Mapping[str, Any]) -> str:
     return f"{newest}; wanted: {wanted} in epoch {control['epoch']}, by {control['actor']}'s {control['action']}: {control['reason']}"
 
 
-def status(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """The whole state of the loop, whatever of it runs."""
-    return {
-        "processes": processes(scrape.scrape(scrape.urls(settings))),
-        "kafka": kafka_lag(settings),
-        "registry": registry_state(settings, now_ms),
-        "accounting": accounts.account(settings),
+def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tuple[Figures, dict[str, Any]]:
+    """The figures, and the whole state of the loop as JSON values, whatever of it runs.
+
+    Args:
+        settings: The loop's settings.
+        now_ms: Wall clock.
+        between_s: Least time between the two looks that the rates come from.
+    """
+    looks, urls = Watch(spread_s=None), scrape.urls(settings)
+    begin_s = time.monotonic()
+    first = looks.look(scrape.scrape(urls), begin_s, time.time())
+    # The other parts are asked between the two looks.
+    kafka, registry, account = kafka_lag(settings), registry_state(settings, now_ms), accounts.account(settings)
+    if first.up_s:
+        time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
+    scrapes = scrape.scrape(urls)
+    figures = looks.look(scrapes, time.monotonic(), time.time())
+    return figures, {
+        "figures": figures.to_json(),
+        "processes": processes(scrapes, figures.up_s),
+        "kafka": kafka,
+        "registry": registry,
+        "accounting": account,
+        "urls": {
+            "profile": scrape.profile_url(settings, "USER"),
+            "ready": f"{scrape.serving_url(settings)}/readyz",
+            "metrics": urls,
+        },
     }
+
+
+def as_text(figures: Figures, state: Mapping[str, Any], settings: Settings) -> str:
+    """Everything on one screen: the figures, the parts, what to try."""
+    parts = as_table(state).splitlines()
+    return "\n".join([*panel(figures, (), settings.serving.workers), "", *parts, "", *lines(addresses(settings))])
+
+
+def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Callable[[float], object]) -> None:
+    """Rewrites the figures until it is stopped.
+
+    Args:
+        settings: The loop's settings.
+        screen: Takes the view.
+        stop: Whether to stop.
+        wait: Waits a number of seconds, or until the stop.
+    """
+    looks, urls = Watch(), scrape.urls(settings)
+    while not stop():
+        figures = looks.look(scrape.scrape(urls), time.monotonic(), time.time())
+        screen.live(live_line(figures), panel(figures, addresses(settings)[:1], settings.serving.workers))
+        wait(screen.every_s)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the state; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="springtide status", allow_abbrev=False, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="springtide status", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
+    )
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+    parser.add_argument("-w", "--watch", action="store_true", help="rewrite the figures each second until Ctrl-C")
     asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
-        state = status(load(flags), time.time_ns() // 1_000_000)
+        settings = load(flags)
+        if asked.watch:
+            if asked.output == "json":
+                raise SettingsError("argument --watch: it is for people; ask again and again for -o json")
+            stopping = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stopping.set())
+            watch(settings, Screen(), stopping.is_set, stopping.wait)
+            print()
+            return 0
+        figures, state = status(settings, time.time_ns() // 1_000_000)
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps(state, indent=2) if asked.output == "json" else as_table(state))
+    print(json.dumps(state, indent=2) if asked.output == "json" else as_text(figures, state, settings))
     return 0
 
 

@@ -76,8 +76,8 @@ def fields(settings: Settings) -> Iterator[Conflict]:
     """Fields are named once, and none of them gives the label away."""
     events = settings.events
     for name in ("context", "columns"):
-        listed = tuple(one for one in getattr(events, name) if one != "-")
-        if twice := repeated(listed):
+        named = tuple(one for one in getattr(events, name) if one != "-")
+        if twice := repeated(named):
             yield Conflict((f"events.{name}",), f"events.{name} names {twice!r} twice; name each field once")
     known = {events.user, events.item, events.category, events.action, events.time, events.label, *events.context}
     for one in events.constants:

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
+from deploy.figures import BORN, SPREADS
 from deploy.kafka.broker import free_port
 from state import control
 from state.config import Settings, load
@@ -35,9 +36,10 @@ def settings_of(state: Path, kafka: Kafka | None = None) -> Settings:
 
 
 def test_every_figure_is_a_metric_that_its_process_offers() -> None:
-    named = {series for figures in status.FIGURES.values() for _, series, _ in figures}
+    named = {series for figures in status.FIGURES.values() for _, series in figures}
+    named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
-    assert len(PROCESSES) == len(status.FIGURES)
+    assert len(PROCESSES) == len(status.FIGURES) == len(BORN)
 
 
 # The Kafka client leaves its sockets to the garbage collector when nobody answers.
@@ -53,14 +55,14 @@ def collected() -> Iterator[None]:
 @NOBODY_ANSWERS
 @pytest.mark.usefixtures("collected")
 def test_with_everything_away_each_part_says_so(tmp_path: Path) -> None:
-    state = status.status(settings_of(tmp_path / "none"), now_ms=0)
+    figures, state = status.status(settings_of(tmp_path / "none"), now_ms=0)
     assert [one["answers"] for one in state["processes"].values()] == [False] * 4
     assert "no broker" in state["kafka"]["problem"]
     assert "no registry" in state["registry"]["problem"]
     assert not (tmp_path / "none").exists()
-    shown = status.as_table(state)
-    assert shown.count("  away  ") == 6
-    json.dumps(state)
+    assert status.as_table(state).count("  away  ") == 6
+    assert status.as_text(figures, state, settings_of(tmp_path)).startswith("state           nothing answers")
+    json.dumps(state, allow_nan=False)
 
 
 @NOBODY_ANSWERS
@@ -71,15 +73,33 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
     metrics = ApplierMetrics(registry)
     metrics.version.set(41)
     metrics.pinned.set(1)
+    metrics.weight_age_seconds.observe(0.25)
     stop = serve(registry, settings.serving.metrics_port)
     try:
-        state = status.status(settings, now_ms=0)
+        figures, state = status.status(settings, now_ms=0, between_s=0.0)
     finally:
         stop()
     assert state["processes"]["applier"]["figures"]["version"] == 41.0
-    row = next(line for line in status.as_table(state).splitlines() if line.startswith("applier"))
-    assert "version 41" in row
-    assert "pinned yes" in row
+    assert state["processes"]["applier"]["up_s"] >= 0
+    assert state["figures"]["spreads"]["weights_s"]["count"] == 1
+    assert state["urls"]["profile"] == f"http://127.0.0.1:{settings.serving.port}/v1/profiles/USER"
+    lines = {line[:16].strip(): line for line in status.as_text(figures, state, settings).splitlines() if line}
+    assert "stream away, trainer away, worker away, pinned by an operator" in lines["state"]
+    assert lines["served version"].split() == [
+        "served",
+        "version",
+        "41",
+        "epoch",
+        "0,",
+        "pinned",
+        "newest",
+        "-,",
+        "serving",
+        "0",
+        "behind",
+    ]
+    assert lines["applier"].split()[:3] == ["applier", "runs", "up"]
+    assert f"curl -s http://127.0.0.1:{settings.serving.port}/v1/profiles/shopper-1" in lines["try"]
 
 
 def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_settings: Callable[..., Kafka]) -> None:
@@ -115,7 +135,9 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     settings = settings_of(tmp_path / "none")
     flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
     assert status.main(["-o", "json", *flags]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"processes", "kafka", "registry", "accounting"}
+    assert set(json.loads(capsys.readouterr().out)) == {
+        *("figures", "processes", "kafka", "registry", "accounting", "urls")
+    }
 
 
 def _flags(settings: Settings) -> list[tuple[str, object]]:

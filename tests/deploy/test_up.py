@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from deploy import up
-from deploy.ascent import has_spec, repeated_flags
+from deploy.ascent import has_spec
 from deploy.kafka.broker import free_port
 from deploy.programs import STOP_ORDER, ports, programs
+from deploy.tries import repeated_flags
 from state.config import Settings, load
 from state.lock import DirectoryLock
 

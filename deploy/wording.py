@@ -1,0 +1,63 @@
+"""How figures are written for people: numbers, rates, time spans; a dash where nobody knows."""
+
+from __future__ import annotations
+
+
+def shown(value: float | None, group: str = ",") -> str:
+    """A whole number, or a dash.
+
+    >>> shown(12345.0), shown(None)
+    ('12,345', '-')
+    """
+    return "-" if value is None else f"{value:{group}.0f}"
+
+
+def rate(value: float | None, what: str = "") -> str:
+    """Something per second: a decimal where it is slow.
+
+    >>> rate(22640.0), rate(9.94, "steps"), rate(0.0), rate(None)
+    ('22,640/s', '9.9 steps/s', '0/s', '-')
+    """
+    if value is None:
+        return "-"
+    number = f"{value:,.0f}" if value >= 99.95 or value == 0 else f"{value:.1f}"
+    return f"{number} {what}/s" if what else f"{number}/s"
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A number with decimals, or a dash.
+
+    >>> decimal(1.45678), decimal(None)
+    ('1.457', '-')
+    """
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def seconds(value: float | None) -> str:
+    """A time span, or a dash.
+
+    >>> seconds(0.234), seconds(75.0), seconds(9000.0), seconds(None)
+    ('0.2 s', '75 s', '2.5 h', '-')
+    """
+    if value is None:
+        return "-"
+    return (
+        f"{value:.1f} s"
+        if value < 10
+        else f"{value:.0f} s"
+        if value < 600
+        else f"{value / 60:.0f} min"
+        if value < 7200
+        else f"{value / 3600:.1f} h"
+    )
+
+
+def duration(value: float | None) -> str:
+    """A short time span with two digits that mean something, or a dash.
+
+    >>> [duration(value) for value in (0.00041, 0.0043, 0.0218, 0.234, 12.3, None)]
+    ['0.4 ms', '4.3 ms', '22 ms', '0.23 s', '12 s', '-']
+    """
+    if value is None or value >= 0.995:
+        return seconds(value)
+    return f"{value:.2f} s" if value >= 0.0995 else f"{value * 1000:.{1 if value < 0.00995 else 0}f} ms"
