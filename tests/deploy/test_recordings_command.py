@@ -167,7 +167,8 @@ def test_wrong_use_is_exit_code_2_and_one_line(
 def test_the_outbox_finds_what_arrived(kafka_settings: KafkaFactory) -> None:
     kafka = kafka_settings()
     with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2)
+        # Records of 1970 are older than any retention.
+        topics.ensure(kafka.clicks_topic, 2, {"retention.ms": "-1"})
     first = Piece([b"a", b"b", b""], [b"1", b"2", b"3"], np.array([5, -1, 7]))
     second = Piece([b"a", b"a"], [b"4", b"4"], np.array([8, 9]))
     with Outbox(kafka, kafka.clicks_topic) as outbox:
