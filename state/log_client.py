@@ -119,10 +119,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     except SpringtideError:
         raise
     except _FENCED as problem:
-        raise FencedWriter(
-            f"cannot {doing}: another writer took over this transactional id; stop one of the two, "
-            "or give each its own stream.shard"
-        ) from problem
+        raise _fenced(doing) from problem
     except kafka_errors.UnknownTopicOrPartitionError as problem:
         raise UnknownTopic(
             f"cannot {doing}: it does not exist on {settings.bootstrap_servers}; create it, or "
@@ -136,6 +133,9 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     except _UNREACHABLE as problem:
         raise unreachable(settings, doing, problem) from problem
     except kafka_errors.KafkaError as problem:
+        if isinstance(problem.args[-1] if problem.args else None, _FENCED):
+            # A send after the one that was fenced: the client wraps the first error.
+            raise _fenced(doing) from problem
         raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {_first_line(problem)}") from problem
 
 
@@ -145,6 +145,13 @@ def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> Unre
     return UnreachableBroker(
         f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why}); check that it runs and that "
         "kafka.bootstrap_servers, kafka.security_protocol, kafka.sasl_* and kafka.ssl_* are right"
+    )
+
+
+def _fenced(doing: str) -> FencedWriter:
+    return FencedWriter(
+        f"cannot {doing}: another writer took over this transactional id; stop one of the two, "
+        "or give each its own stream.shard"
     )
 
 

@@ -198,7 +198,7 @@ class Model:
     popular: int = setting(32, "labels", least=1, most=4096, help="Popular categories scored for every user.")
     learning_rate: float = setting(0.05, least=0.0, help="Step size of the rows (Adagrad).")
     dense_learning_rate: float = setting(0.001, least=0.0, help="Step size of the dense weights (Adam).")
-    initial_accumulator: float = setting(0.1, least=1e-12, help="First value of Adagrad's accumulators.")
+    initial_accumulator: float = setting(1e-6, least=1e-12, help="First value of Adagrad's accumulators.")
 
 
 @dataclass(frozen=True)

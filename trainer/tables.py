@@ -122,7 +122,7 @@ class Table:
         name: str,
         dim: int,
         capacity: int = 65536,
-        initial_accumulator: float = 0.1,
+        initial_accumulator: float = 1e-6,
         admit_after: int = 1,
         device: str = "/CPU:0",
     ) -> None:

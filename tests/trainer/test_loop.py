@@ -123,7 +123,7 @@ def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
 
 def test_a_version_says_what_it_was_trained_on(tmp_path: Path) -> None:
     registry = started(tmp_path)
-    running = learner(registry, MemoryLog(RECORDS[:3]), "--trainer.publish_s", "1000000")
+    running = learner(registry, MemoryLog(RECORDS[:3]), "--trainer.publish_s", "3600")
     run_to_end(running)
     running.close()
     made = registry.manifest(registry.newest(1) or 0)

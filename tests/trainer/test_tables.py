@@ -142,7 +142,7 @@ def test_growth_keeps_every_row() -> None:
     table.sight(keys, np.ones(1000, np.int64))
     assert table.capacity >= 1001
     assert (table.state().rows == hashed_uniform(keys, 4, "user") * np.float32(INITIAL_RANGE)).all()
-    assert (table.state().accum == np.float32(0.1)).all()
+    assert (table.state().accum == np.float32(1e-6)).all()
 
 
 def test_clear_forgets_everything() -> None:
