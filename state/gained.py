@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from state.features import EVENT, LABELLED, POSITIVE, Events
+from state.kinds import counts
 from state.microbatch import MicroBatch, gaps
 from state.positions import Range, Source, split_range
 
 
 def events_of(batch: MicroBatch) -> Events:
-    """The events of a micro-batch as histories keep them, `[n]` EVENT.
+    """The rows of a micro-batch, all of which happened at their place, as histories keep them: `[n]` EVENT.
 
     >>> EVENT.names
     ('at_ms', 'category', 'item', 'offset', 'topic', 'partition', 'action', 'flags')
@@ -48,7 +49,7 @@ def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Ran
         if part.next <= mark:
             continue
         if part.first < mark:
-            before = int(np.count_nonzero((batch.source == index) & (batch.offset < mark)))
-            part = split_range(part, mark, before)[1]
+            below = counts(batch.kind[(batch.source == index) & (batch.offset < mark)])
+            part = split_range(part, mark, below.pop("rows"), below)[1]
         found.append(part)
     return found, missing

@@ -4,6 +4,11 @@ One micro-batch is one record of the micro-batch log and one training step. Its
 value is an Arrow IPC stream (zstd) with one record batch; the schema's metadata
 holds a JSON header that names the feature spec, the salt, the mask and, per
 source, the contiguous range of positions that the rows came from.
+
+Format 2 also holds rows that only histories gain and rows that only the trainer
+learns from (`state/kinds.py`). The latter stand at the place where their label
+became known, beside the event that made it known; so several rows can have one
+place, and no micro-batch ends between them. Format 1 knew one kind.
 """
 
 from __future__ import annotations
@@ -18,13 +23,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from state.errors import MicroBatchError
+from state.kinds import KINDS, Known, counts, counts_by_range
 from state.positions import Range, Source, from_json, split_range, to_json
 
 if TYPE_CHECKING:
     from state.events import EventBatch
     from state.history import Appends
 
-FORMAT = 1
+FORMAT = 2
 METADATA = b"springtide"
 
 # Order and types are the format: a change needs a new FORMAT and a golden file.
@@ -38,7 +44,12 @@ SCALARS: dict[str, np.dtype[Any]] = {
     "weight": np.dtype("<f4"),
     "source": np.dtype("<u2"),
     "offset": np.dtype("<i8"),
+    "kind": np.dtype("u1"),
+    "waited": np.dtype("<i8"),
+    "delay_ms": np.dtype("<i8"),
+    "request": np.dtype("<u8"),
 }
+SINCE_2 = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose label needed no waiting
 LISTS: dict[str, np.dtype[Any]] = {
     "context": np.dtype("<u8"),
     "features": np.dtype("<u2"),
@@ -51,6 +62,13 @@ _WRITE = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 Columns = Mapping[str, NDArray[Any]]
+
+
+_UNSAID: NDArray[Any] = np.empty(0, np.uint8)
+
+
+def _unsaid() -> NDArray[Any]:
+    return _UNSAID
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +106,15 @@ class MicroBatch:
         label: `[n]` float32; NaN is unknown.
         weight: `[n]` float32 weight of the action.
         source: `[n]` uint16 index into `header.ranges`.
-        offset: `[n]` int64 offset within the source.
+        offset: `[n]` int64 offset within the source: the row's place.
         context: `[n, K]` uint64 ids.
         features: `[n, D]` uint16.
         labels: `[n, L]` uint64 category ids, newest first; 0 pads.
         label_windows: `[n, L, F]` uint16.
+        kind: `[n]` uint8 `Kind`.
+        waited: `[n]` int64, how many offsets before its place the row's event lies.
+        delay_ms: `[n]` int64, how much later than the row's event its label became known, event time, ms.
+        request: `[n]` uint64 id by which an impression and its outcome are paired; 0 is none.
     """
 
     header: Header
@@ -109,10 +131,25 @@ class MicroBatch:
     features: NDArray[np.uint16]
     labels: NDArray[np.uint64]
     label_windows: NDArray[np.uint16]
+    kind: NDArray[np.uint8] = field(default_factory=_unsaid)
+    waited: NDArray[np.int64] = field(default_factory=_unsaid)
+    delay_ms: NDArray[np.int64] = field(default_factory=_unsaid)
+    request: NDArray[np.uint64] = field(default_factory=_unsaid)
+
+    def __post_init__(self) -> None:
+        """Rows of which nothing else is said needed no waiting."""
+        for name in SINCE_2:
+            if getattr(self, name) is _UNSAID:
+                object.__setattr__(self, name, np.zeros(len(self.user), SCALARS[name]))
 
     def __len__(self) -> int:
         """The number of rows."""
         return len(self.user)
+
+    @property
+    def opened(self) -> NDArray[np.int64]:
+        """`[n]` int64 offset of each row's own event; with `trained`, no two rows have one."""
+        return self.offset - self.waited
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -136,6 +173,8 @@ class Rows:
         labels: `[n, L]` uint64.
         label_windows: `[n, L, F]` uint16.
         appends: The events by user, for `HistoryStore.commit`.
+        kind: `[n]` uint8 `Kind`; by default each event is a row.
+        known: Impressions of before whose label became known.
     """
 
     batch: EventBatch
@@ -143,17 +182,40 @@ class Rows:
     labels: NDArray[np.uint64]
     label_windows: NDArray[np.uint16]
     appends: Appends
+    kind: NDArray[np.uint8] = field(default_factory=_unsaid)
+    known: Known | None = None
+
+    def __len__(self) -> int:
+        """The number of rows of a micro-batch."""
+        return len(self.batch.offset) + (0 if self.known is None else len(self.known))
+
+    def __bool__(self) -> bool:
+        """None of them still moves positions."""
+        return True
 
     @property
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """The columns of a micro-batch by name; `source` counts in the batch's own ranges."""
-        events = {name: getattr(self.batch, name) for name in (*SCALARS, "context")}
+    def events(self) -> dict[str, NDArray[Any]]:
+        """The columns of the events alone."""
+        batch, rows = self.batch, len(self.batch.offset)
+        added: dict[str, NDArray[Any]] = {"kind": self.kind, "request": batch.request}
         return {
-            **events,
+            **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
+            **{name: np.zeros(rows, SCALARS[name]) for name in SINCE_2},
+            **{name: column for name, column in added.items() if len(column) == rows},
             "features": self.features,
             "labels": self.labels,
             "label_windows": self.label_windows,
         }
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of a micro-batch by name, each event before what it made known; `source` counts in the batch's ranges."""
+        events = self.events
+        if self.known is None or not len(self.known):
+            return events
+        assert self.known.columns is not None, "looked up before they are written"
+        order = np.argsort(np.concatenate([np.arange(len(self.batch.offset)), self.known.by]), kind="stable")
+        return {name: np.concatenate([events[name], self.known.columns[name]])[order] for name in events}
 
 
 def encode(header: Header, columns: Columns) -> bytes:
@@ -209,7 +271,10 @@ def decode(value: bytes) -> MicroBatch:
         header = _header(document)
         columns: dict[str, NDArray[Any]] = {}
         for name in SCALARS:
-            columns[name] = batch.column(name).to_numpy(zero_copy_only=True)
+            if name not in SINCE_2 or document["format"] >= 2:
+                columns[name] = batch.column(name).to_numpy(zero_copy_only=True)
+            else:
+                columns[name] = np.zeros(batch.num_rows, SCALARS[name])
         for name in LISTS:
             lists = batch.column(name)
             shape = document["label_shape"] if name == "label_windows" else [lists.type.list_size]
@@ -230,23 +295,28 @@ def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int
     """The micro-batches within both limits that hold these rows in this order.
 
     Most batches fit at once. One that does not is halved by rows until its
-    parts do; each part's ranges end where the next part's begin.
+    parts do; each part's ranges end where the next part's begin. The rows of
+    one place stay together, even where they are more than `max_rows`.
 
     Raises:
-        MicroBatchError: A single row exceeds the limit, or the columns do not fit the header.
+        MicroBatchError: The rows of a single place exceed the limit, or the columns do not fit the header.
     """
     rows = len(columns["user"])
     if rows <= max_rows:
         value = encode(header, columns)
         if len(value) <= max_record_bytes:
             return [value]
-    if rows < 2:
+    middle = _middle(columns)
+    if not middle:
+        value = encode(header, columns)
+        if len(value) <= max_record_bytes:
+            return [value]
         raise MicroBatchError(
             f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record; "
             "raise stream.max_record_bytes, and max.message.bytes of the topic"
         )
     parts = []
-    for part_header, part_columns in _halves(header, columns, rows // 2):
+    for part_header, part_columns in _halves(header, columns, middle):
         parts.extend(split(part_header, part_columns, max_record_bytes, max_rows))
     return parts
 
@@ -276,6 +346,13 @@ def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int,
     ]
 
 
+def _middle(columns: Columns) -> int:
+    """The row nearest to the middle that begins a place; 0 where only the first one does."""
+    sources, offsets = columns["source"], columns["offset"]
+    begins = np.flatnonzero((sources[1:] != sources[:-1]) | (offsets[1:] != offsets[:-1])) + 1
+    return int(begins[np.argmin(np.abs(begins - len(offsets) // 2))]) if len(begins) else 0
+
+
 def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
     """Both halves of a batch cut before row `middle`; empty ranges are left out of a half."""
     sources, offsets = columns["source"], columns["offset"]
@@ -285,7 +362,8 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         of_source = np.flatnonzero(sources == index)
         later = of_source[of_source >= middle]
         at = int(offsets[later[0]]) if len(later) else whole.next
-        before, after = split_range(whole, at, len(of_source) - len(later))
+        below = counts(columns["kind"][of_source[: len(of_source) - len(later)]])
+        before, after = split_range(whole, at, below.pop("rows"), below)
         ranges[0].append(before)
         ranges[1].append(after)
     for parts, rows, names in ((ranges[0], slice(None, middle), header.names), (ranges[1], slice(middle, None), {})):
@@ -303,9 +381,9 @@ def _document(schema: pa.Schema) -> dict[str, Any]:
     document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
     if not isinstance(document, dict):
         raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch; check the topic's name")
-    if document.get("format") != FORMAT:
+    if document.get("format") not in (1, FORMAT):
         raise MicroBatchError(
-            f"a micro-batch of format {document.get('format')!r}; this release reads {FORMAT}: "
+            f"a micro-batch of format {document.get('format')!r}; this release reads 1 and {FORMAT}: "
             "upgrade the reader before the stream"
         )
     return document
@@ -339,12 +417,16 @@ def _check(header: Header, columns: Columns) -> None:
     sources, offsets = columns["source"], columns["offset"]
     if rows and int(sources.max()) >= len(header.ranges):
         raise MicroBatchError(f"a row names range {int(sources.max())}, the header has {len(header.ranges)}")
-    counts = np.bincount(sources, minlength=len(header.ranges))
-    for part, count in zip(header.ranges, counts, strict=True):
-        if part.rows != count:
-            raise MicroBatchError(
-                f"the header counts {part.rows} rows of {part.source} in [{part.first}, {part.next}), there are {count}"
-            )
+    kinds = columns["kind"]
+    if rows and int(kinds.max()) >= KINDS:
+        raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {KINDS}")
+    for part, found in zip(header.ranges, counts_by_range(kinds, sources, len(header.ranges)), strict=True):
+        for name, count in found.items():
+            if getattr(part, name) != count:
+                raise MicroBatchError(
+                    f"the header counts {getattr(part, name)} {name} of {part.source} in [{part.first}, {part.next}), "
+                    f"there are {count}"
+                )
     if rows:
         firsts = np.array([part.first for part in header.ranges], np.int64)[sources]
         nexts = np.array([part.next for part in header.ranges], np.int64)[sources]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+UNPLACED = ("joined", "expired", "dropped")  # no offsets of their own
+RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped")  # named only where there are any
 _TOPIC_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -78,6 +80,11 @@ class Range:
         filtered: How many were left out on purpose (too old, masked).
         absent: How many hold no record: transaction markers, aborted, compacted.
         gap: How many were deleted before anybody read them, a loss that an operator accepted.
+        opened: How many are impressions whose label comes later.
+        feedback: How many are outcomes, which only histories gain.
+        joined: Impressions of before that outcomes here labelled: rows without an offset of their own.
+        expired: Impressions of before whose wait was over here: likewise.
+        dropped: Of `opened`, how many could not wait.
     """
 
     source: Source
@@ -88,25 +95,35 @@ class Range:
     filtered: int = 0
     absent: int = 0
     gap: int = 0
+    opened: int = 0
+    feedback: int = 0
+    joined: int = 0
+    expired: int = 0
+    dropped: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError unless each offset has exactly one outcome."""
-        outcomes = (self.rows, self.dead, self.filtered, self.absent, self.gap)
-        if self.first < 0 or min(outcomes) < 0 or self.next - self.first != sum(outcomes):
+        outcomes = (self.rows, self.dead, self.filtered, self.absent, self.gap, self.opened, self.feedback)
+        negative = min(*outcomes, self.joined, self.expired, self.dropped) < 0
+        if self.first < 0 or negative or self.next - self.first != sum(outcomes):
             raise ValueError(
                 f"offsets [{self.first}, {self.next}) of {self.source} do not add up: "
-                f"{self.rows} rows + {self.dead} dead + {self.filtered} filtered + {self.absent} absent + {self.gap} gap"
+                f"{self.rows} rows + {self.dead} dead + {self.filtered} filtered + {self.absent} absent + {self.gap} gap "
+                f"+ {self.opened} opened + {self.feedback} feedback"
             )
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """The number of offsets by outcome; a gap is named only where there is one.
+        """The number of offsets by outcome, and of rows without one; those of `RARE` only where there are any.
 
         >>> Range(Source("ab" * 16, 0), 5, 8, rows=2, dead=1).outcomes
         {'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
         """
         found = {"rows": self.rows, "dead": self.dead, "filtered": self.filtered, "absent": self.absent}
-        return found | {"gap": self.gap} if self.gap else found
+        return found | {name: count for name in RARE if (count := getattr(self, name))}
+
+
+COUNTED = tuple(one.name for one in fields(Range))[3:]
 
 
 def merge_ranges(earlier: Range, later: Range) -> Range:
@@ -129,20 +146,24 @@ def merge_ranges(earlier: Range, later: Range) -> Range:
         earlier.source,
         earlier.first,
         later.next,
-        rows=earlier.rows + later.rows,
-        dead=earlier.dead + later.dead,
-        filtered=earlier.filtered + later.filtered,
-        absent=earlier.absent + later.absent,
-        gap=earlier.gap + later.gap,
+        *(getattr(earlier, name) + getattr(later, name) for name in COUNTED),
     )
 
 
-def split_range(whole: Range, at: int, rows_before: int) -> tuple[Range, Range]:
+def split_range(
+    whole: Range, at: int, rows_before: int, others: Mapping[str, int] | None = None
+) -> tuple[Range, Range]:
     """Cuts `whole` before offset `at`, where `rows_before` of its rows lie below.
 
     A range says how many offsets were dead, filtered and absent, and not
     which: the part before takes the dead first, then the filtered, the absent
     and the gap. The sums over both parts are those of the whole.
+
+    Args:
+        whole: The range.
+        at: The first offset of the later part.
+        rows_before: Its `rows` below.
+        others: Its `opened`, `feedback`, `joined`, `expired`, `dropped` below; none by default.
 
     >>> before, after = split_range(Range(Source("ab" * 16, 0), 0, 10, rows=7, dead=1, absent=2), at=5, rows_before=3)
     >>> before.outcomes, after.outcomes["rows"], after.outcomes["absent"]
@@ -151,24 +172,14 @@ def split_range(whole: Range, at: int, rows_before: int) -> tuple[Range, Range]:
     Raises:
         ValueError: The rows and outcomes cannot be divided so.
     """
-    rest = at - whole.first - rows_before
-    dead = min(rest, whole.dead)
-    filtered = min(rest - dead, whole.filtered)
-    absent = min(rest - dead - filtered, whole.absent)
-    gap = rest - dead - filtered - absent
-    return (
-        Range(whole.source, whole.first, at, rows_before, dead, filtered, absent, gap),
-        Range(
-            whole.source,
-            at,
-            whole.next,
-            whole.rows - rows_before,
-            whole.dead - dead,
-            whole.filtered - filtered,
-            whole.absent - absent,
-            whole.gap - gap,
-        ),
-    )
+    before = {"opened": 0, "feedback": 0, **(others or {}), "rows": rows_before}
+    rest = at - whole.first - rows_before - before["opened"] - before["feedback"]
+    for name in ("dead", "filtered", "absent"):
+        before[name] = min(rest, getattr(whole, name))
+        rest -= before[name]
+    before["gap"] = rest
+    after = {name: getattr(whole, name) - before.get(name, 0) for name in COUNTED}
+    return Range(whole.source, whole.first, at, **before), Range(whole.source, at, whole.next, **after)
 
 
 def to_json(part: Range) -> dict[str, Any]:
@@ -199,8 +210,9 @@ def from_json(document: Mapping[str, Any]) -> Range:
     if not isinstance(topic_id, str) or not _TOPIC_ID.fullmatch(topic_id):
         raise ValueError(f"topic_id {topic_id!r} is not 32 hexadecimal digits")
     numbers = {}
-    for name in ("partition", "first", "next", "rows", "dead", "filtered", "absent", "gap", "bucket", "buckets"):
-        number = document.get(name, {"gap": 0, "bucket": 0, "buckets": 1}.get(name))
+    absent = {**dict.fromkeys(RARE, 0), "bucket": 0, "buckets": 1}
+    for name in ("partition", "first", "next", *COUNTED, "bucket", "buckets"):
+        number = document.get(name, absent.get(name))
         if not isinstance(number, int) or isinstance(number, bool):
             raise ValueError(f"{name} {number!r} of a range is not an integer")
         numbers[name] = number
@@ -219,6 +231,11 @@ class StreamAccount:
         filtered: Offsets left out on purpose.
         absent: Offsets without a record.
         gap: Offsets deleted unread, a loss that an operator accepted.
+        opened: Impressions whose label comes later.
+        feedback: Outcomes, which only histories gained.
+        joined: Impressions that an outcome labelled.
+        expired: Impressions whose wait was over.
+        dropped: Impressions that could not wait.
     """
 
     positions: int
@@ -227,6 +244,25 @@ class StreamAccount:
     filtered: int = 0
     absent: int = 0
     gap: int = 0
+    opened: int = 0
+    feedback: int = 0
+    joined: int = 0
+    expired: int = 0
+    dropped: int = 0
+
+    @property
+    def learnable(self) -> int:
+        """Rows that the trainer learns from: those known at once, and those known later.
+
+        >>> StreamAccount(positions=5, rows=2, opened=3, joined=1, expired=1).learnable
+        4
+        """
+        return self.rows + self.joined + self.expired
+
+    @property
+    def waiting(self) -> int:
+        """Impressions that must be waiting."""
+        return self.opened - self.joined - self.expired - self.dropped
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> StreamAccount:
@@ -235,7 +271,7 @@ class StreamAccount:
         >>> StreamAccount.of({"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}).positions
         2
         """
-        outcomes = {name: counts.get(name, 0) for name in ("rows", "dead", "filtered", "absent", "gap")}
+        outcomes = {name: counts.get(name, 0) for name in COUNTED}
         return cls(counts["next"] - counts["first"], **outcomes)
 
 
@@ -292,6 +328,7 @@ def check_accounts(
     stream: StreamAccount | None = None,
     trainer: TrainerAccount | None = None,
     broker: Iterable[BrokerAccount] = (),
+    waiting: int | None = None,
 ) -> tuple[str, ...]:
     """Says where the accounts of one cut do not balance; empty where they do.
 
@@ -301,22 +338,27 @@ def check_accounts(
        lost between the two, none came twice. Where the trainer accepted a gap,
        at most that many rows may be missing.
     4. The broker still has what is to be read, and does not end before us.
+    5. Each impression opened was joined, expired or dropped, or is among the
+       `waiting` ones, which were counted on their own.
 
     >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
     ()
     >>> check_accounts(StreamAccount(positions=10, rows=8))
-    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent + 0 gap = 8',)
+    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent + 0 gap + 0 opened + 0 feedback = 8',)
     >>> check_accounts(StreamAccount(positions=8, rows=8), TrainerAccount(rows=7, trained=7))
     ('log: the stream made 8 rows, but the log holds 7 without duplicates: 1 lost',)
     """
     found = []
     # 1.
     if stream is not None:
-        total = stream.rows + stream.dead + stream.filtered + stream.absent + stream.gap
+        total = sum(
+            (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback)
+        )
         if total != stream.positions:
             found.append(
                 f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
-                f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap = {total}"
+                f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
+                f"{stream.feedback} feedback = {total}"
             )
     # 2.
     if trainer is not None:
@@ -329,12 +371,12 @@ def check_accounts(
     # 3.
     if stream is not None and trainer is not None:
         distinct = trainer.rows - trainer.duplicate
-        lost = stream.rows - distinct
+        lost = stream.learnable - distinct
         if not 0 <= lost <= trainer.gap:
             what = f"{-lost} came twice" if lost < 0 else f"{lost - trainer.gap} lost"
             accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
             found.append(
-                f"log: the stream made {stream.rows} rows, but the log holds {distinct} without duplicates{accepted}: {what}"
+                f"log: the stream made {stream.learnable} rows, but the log holds {distinct} without duplicates{accepted}: {what}"
             )
     # 4.
     for one in broker:
@@ -348,6 +390,12 @@ def check_accounts(
                 f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
                 "it lost its newest records, or another cluster answers"
             )
+    # 5.
+    if stream is not None and waiting is not None and waiting != stream.waiting:
+        found.append(
+            f"labels: {stream.opened} impressions opened, but {stream.joined} joined + {stream.expired} expired + "
+            f"{stream.dropped} dropped + {waiting} waiting = {stream.opened - stream.waiting + waiting}"
+        )
     return tuple(found)
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
+from state.kinds import Kind, trained
 from state.mask import Mask
 from state.microbatch import MicroBatch, decode, gaps, trim
 from state.positions import Source
@@ -18,7 +22,7 @@ class Intake:
     Attributes:
         batch: The rows to learn from, perhaps none.
         marks: The next offset of each source afterwards.
-        rows: Rows of the record.
+        rows: Rows of the record to learn from; others are for histories.
         duplicate: Rows written again by a stream that crashed.
         masked: New rows that the mask leaves out.
         gaps: Positions that no record covered: (source, expected, found).
@@ -62,14 +66,26 @@ def take_in(value: bytes | None, marks: Mapping[Source, int], mask: Mask, spec: 
             f"{where} has users of salt {whole.header.salt}, this registry has {salt}; "
             "restore the salt file of the stream, or start a new state directory"
         )
-    fresh, after = trim(whole, marks)
-    hidden = mask.rows(whole.user, whole.at_ms, whole.source, whole.offset, whole.header.ranges) if mask else ~fresh
-    keep = fresh & ~hidden
+    unseen, after = trim(whole, marks)
+    ours = trained(whole.kind)
+    fresh = ours & unseen
+    keep = fresh & ~masked(whole, mask) if mask else fresh
     return Intake(
         batch=whole.take(keep),
         marks=after,
-        rows=len(whole),
-        duplicate=int((~fresh).sum()),
+        rows=int(ours.sum()),
+        duplicate=int((ours & ~unseen).sum()),
         masked=int(fresh.sum()) - int(keep.sum()),
         gaps=gaps(whole.header, marks),
     )
+
+
+def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
+    """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by one."""
+    ranges = batch.header.ranges
+    out = mask.rows(batch.user, batch.at_ms, batch.source, batch.opened, ranges)
+    # An event that only ended a wait is not the row's business.
+    known_ms = batch.at_ms + batch.delay_ms
+    labelled = mask.rows(batch.user, known_ms, batch.source, batch.offset, ranges)
+    found: NDArray[np.bool_] = out | (labelled & (batch.kind == Kind.JOINED))
+    return found

@@ -255,11 +255,11 @@ class Trainer:
         sources = [part.source for part in batch.header.ranges]
         topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
         partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]
-        partner = partners(topics, partitions, batch.offset)
+        partner = partners(topics, partitions, batch.opened)
         popular = self.popular.top()
         slots = candidates(batch.category, batch.labels, popular, partner)
         if seed is None:
-            seed = seed_of(int(topics[0]), int(partitions[0]), int(batch.offset[0]))
+            seed = seed_of(int(topics[0]), int(partitions[0]), int(batch.opened[0]))
 
         known = ~np.isnan(batch.label)
         negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(rows))

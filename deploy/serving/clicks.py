@@ -23,6 +23,7 @@ from state.errors import MicroBatchError, SaltMismatch
 from state.features import Events, FeatureSpec
 from state.gained import events_of, new_ranges
 from state.history import Appends, HistoryStore
+from state.kinds import happened
 from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
 from state.microbatch import MicroBatch, decode, trim
@@ -176,8 +177,9 @@ class HistoryFollower:
                     batch.partition,
                     missing,
                 )
-            self._metrics.history_duplicates.inc(len(found) - int(keep.sum()))
-            kept = found.take(keep)
+            events_here = happened(found.kind)
+            self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
+            kept = found.take(events_here & keep)
             ranges.extend(parts)
             events.append(events_of(kept))
             users.append(kept.user)

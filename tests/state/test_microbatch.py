@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import MicroBatchError
-from state.microbatch import LISTS, NAMES, SCALARS, Header, decode, encode, gaps, split, trim
+from state.gained import new_ranges
+from state.kinds import Kind, counts, trained
+from state.microbatch import LISTS, NAMES, SCALARS, SINCE_2, Header, decode, encode, gaps, split, trim
 from state.positions import Range, Source, merge_ranges
 
-GOLDEN = Path(__file__).parent / "golden" / "microbatch-v1.arrow"
+GOLDEN = Path(__file__).parent / "golden"
 ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
 
 
@@ -39,8 +42,24 @@ def made(rows: int, seed: int = 7, contexts: int = 2, random_features: bool = Fa
         end = 100 + count + count // 2
         ranges.append(Range(source, 100, end, rows=count, dead=end - 100 - count))
     columns["offset"] = offset
+    columns |= {name: np.zeros(rows, SCALARS[name]) for name in SINCE_2}
     header = Header("spec", "salt", tuple(ranges), 1_700_000_000_000, 3, {0xFEED: "shoes", 7: "Schürzen"})
     return header, columns
+
+
+def with_kinds() -> tuple[Header, dict[str, Any]]:
+    """Nine rows of all kinds at the offsets 100, 101, 102, 102, 102, 103, 104, 105, 105 of one partition; 106 is dead."""
+    _, columns = made(9)
+    columns["source"][:] = 0
+    columns["offset"] = np.array([100, 101, 102, 102, 102, 103, 104, 105, 105], "<i8")
+    kinds = [Kind.OPENED, Kind.OPENED, Kind.ROW, Kind.EXPIRED, Kind.EXPIRED]
+    kinds += [Kind.DROPPED, Kind.OPENED, Kind.FEEDBACK, Kind.JOINED]
+    columns["kind"] = np.array(kinds, "u1")
+    columns["waited"] = np.array([0, 0, 0, 12, 11, 0, 0, 0, 5], "<i8")
+    columns["delay_ms"] = np.array([0, 0, 0, 600, 600, 0, 0, 0, 40], "<i8")
+    columns["request"] = np.array([8, 8, 0, 0, 0, 0, 9, 9, 0], "<u8")
+    part = Range(ZERO, 100, 107, rows=1, dead=1, opened=4, feedback=1, joined=1, expired=2, dropped=1)
+    return Header("spec", "salt", (part,), 1_700_000_000_000, 3, {7: "shoes"}), columns
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
@@ -58,11 +77,41 @@ def test_what_is_encoded_comes_back(rows: int, contexts: int) -> None:
     assert {name: column.shape for name, column in batch.columns.items()} == {n: c.shape for n, c in columns.items()}
 
 
-def test_the_golden_micro_batch_still_decodes() -> None:
-    header, columns = made(7)
-    batch = decode(GOLDEN.read_bytes())
+@pytest.mark.parametrize(("name", "content"), [("v1", made(7)), ("v2", with_kinds())])
+def test_the_golden_micro_batch_still_decodes(name: str, content: tuple[Header, dict[str, Any]]) -> None:
+    header, columns = content
+    batch = decode((GOLDEN / f"microbatch-{name}.arrow").read_bytes())
     assert batch.header == header
     assert same(batch.columns, columns)
+
+
+def test_a_row_knows_its_own_place_beside_that_where_its_label_became_known() -> None:
+    batch = decode(encode(*with_kinds()))
+    assert batch.opened[trained(batch.kind)].tolist() == [102, 90, 91, 100]
+
+
+def test_the_rows_of_one_place_are_never_parted() -> None:
+    header, columns = with_kinds()
+    parts = [decode(value) for value in split(header, columns, 900_000, max_rows=1)]
+    assert [part.offset.tolist() for part in parts] == [[100], [101], [102, 102, 102], [103], [104], [105, 105]]
+    for before, after in pairwise(parts):
+        assert before.header.ranges[0].next == after.header.ranges[0].first
+    whole = parts[0].header.ranges[0]
+    for part in parts[1:]:
+        whole = merge_ranges(whole, part.header.ranges[0])
+    assert whole == header.ranges[0]
+    marks: dict[Source, int] = {}
+    for part in parts:
+        keep, marks = trim(part, marks)
+        assert keep.all()
+
+
+@pytest.mark.parametrize("mark", range(100, 108))
+def test_what_a_range_counts_beyond_a_mark_is_what_the_rows_say(mark: int) -> None:
+    batch = decode(encode(*with_kinds()))
+    keep, _ = trim(batch, {ZERO: mark})
+    (part,) = new_ranges(batch, {ZERO: mark})[0] or [Range(ZERO, 107, 107)]
+    assert {name: getattr(part, name) for name in counts(batch.kind)} == counts(batch.kind[keep])
 
 
 @given(st.data())
@@ -78,7 +127,7 @@ def test_damage_is_a_micro_batch_error_or_changes_no_shape(data: st.DataObject) 
         batch = decode(bytes(value))
     except MicroBatchError:
         return
-    assert len(batch) == sum(part.rows for part in batch.header.ranges)
+    assert int(trained(batch.kind).sum()) == sum(part.rows + part.joined + part.expired for part in batch.header.ranges)
 
 
 @pytest.mark.parametrize("value", [b"", b"{}", b"\xff" * 100])
@@ -88,8 +137,8 @@ def test_other_bytes_are_no_micro_batch(value: bytes) -> None:
 
 
 def test_another_format_is_named() -> None:
-    value = encode(*made(1)).replace(b'"format":1', b'"format":2')
-    with pytest.raises(MicroBatchError, match="format 2"):
+    value = encode(*made(1)).replace(b'"format":2', b'"format":3')
+    with pytest.raises(MicroBatchError, match="format 3"):
         decode(value)
 
 
@@ -100,6 +149,8 @@ def test_another_format_is_named() -> None:
         ({"offset": np.zeros(3, "<i8")}, "with 4 rows"),
         ({"source": np.full(4, 2, "<u2")}, "names range 2"),
         ({"source": np.zeros(4, "<u2")}, "counts 2 rows"),
+        ({"kind": np.full(4, Kind.OPENED, "u1")}, "counts 2 rows"),
+        ({"kind": np.full(4, 9, "u1")}, "of kind 9"),
         ({"offset": np.zeros(4, "<i8")}, "outside of its source"),
         ({"label_windows": np.zeros((4, 12), "<u2")}, "3 dimensions"),
     ],

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state.kinds import Kind
 from state.mask import Mask
 from state.microbatch import LISTS, SCALARS, Header, encode
 from state.positions import Range, Source
@@ -111,3 +113,43 @@ def test_a_row_that_no_record_holds_and_one_that_two_hold_are_noticed() -> None:
     assert lost.gaps == [(SOURCES[0], 2, 4)]
     twice = take_in(first, marks, Mask.NONE, SPEC, SALT, "here")
     assert (twice.rows, twice.duplicate, len(twice.batch)) == (2, 2, 0)
+
+
+def joined(opened: int, at: int) -> bytes:
+    """A record of one source: an event at `at` that labels the impression at `opened` and ends the wait of the one before it."""
+    columns = {name: np.zeros(3, kind) for name, kind in SCALARS.items()}
+    columns |= {name: np.zeros((3, 1), kind) for name, kind in LISTS.items()}
+    columns["label_windows"] = np.zeros((3, 1, 1), LISTS["label_windows"])
+    columns["offset"][:] = at
+    columns["kind"][:] = [Kind.FEEDBACK, Kind.JOINED, Kind.EXPIRED]
+    columns["waited"][:] = [0, at - opened, at - opened + 1]
+    columns["at_ms"][:] = [5000, 3000, 2000]
+    columns["delay_ms"][:] = [0, 2000, 1000]
+    part = Range(SOURCES[0], at, at + 1, feedback=1, joined=1, expired=1)
+    return encode(Header(SPEC, SALT, (part,), created_ms=0), columns)
+
+
+def test_only_rows_to_learn_from_are_taken_and_counted() -> None:
+    value = joined(opened=10, at=20)
+    found = take_in(value, {SOURCES[0]: 20}, Mask.NONE, SPEC, SALT, "here")
+    assert (found.rows, found.duplicate, found.batch.opened.tolist()) == (2, 0, [10, 9])
+    again = take_in(value, found.marks, Mask.NONE, SPEC, SALT, "here")
+    assert (again.rows, again.duplicate, len(again.batch)) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "left"),
+    [
+        (Mask(1, offsets=((0xABABABAB, 0, 10, 11),)), [9]),  # the impression
+        (Mask(1, offsets=((0xABABABAB, 0, 20, 21),)), [9]),  # its click, which only ended the other's wait
+        (Mask(1, offsets=((0xABABABAB, 0, 9, 10),)), [10]),
+        (Mask(1, times=((3000, 3001),)), [9]),
+        (Mask(1, times=((5000, 5001),)), [9]),
+        (Mask(1, times=((4000, 4999),)), [10, 9]),
+        (Mask(1, users=frozenset({0})), []),
+    ],
+)
+def test_a_mask_leaves_out_a_row_with_its_impression_or_its_click(mask: Mask, left: list[int]) -> None:
+    found = take_in(joined(opened=10, at=20), {}, mask, SPEC, SALT, "here")
+    assert found.batch.opened.tolist() == left
+    assert (found.rows, found.masked) == (2, 2 - len(left))
