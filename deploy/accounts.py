@@ -18,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from state import gaps
 from state.config import Settings
 from state.errors import SpringtideError
 from state.history import HistoryStore
+from state.kinds import trained
 from state.log import Reader, Topics
 from state.manifest import Manifest
 from state.microbatch import MicroBatch, decode, trim
@@ -34,6 +35,7 @@ from state.positions import BrokerAccount, Source, StreamAccount, TrainerAccount
 from state.registry import Registry
 
 OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
+OF_LABELS = ("opened", "feedback")
 LONGEST_S = 3.0
 LONGEST_TAIL = 20_000
 SETTLE_S = 1.0
@@ -65,7 +67,7 @@ def in_flight(batches: Iterable[MicroBatch], marks: Mapping[Source, int], until:
     for batch in batches:
         fresh, after = trim(batch, at)
         ends = np.array([until.get(part.source, 0) for part in batch.header.ranges] or [0], np.int64)
-        counted = batch.offset < ends[batch.source]
+        counted = trained(batch.kind) & (batch.offset < ends[batch.source])
         rows += int((fresh & counted).sum())
         duplicate += int((~fresh & counted).sum())
         at = after
@@ -123,24 +125,41 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
     return ""
 
 
-def read_stores(settings: Settings) -> tuple[dict[Source, dict[str, int]], list[dict[str, Any]]]:
-    """The counts of all stores of this machine, and the gaps that were accepted in them.
+class Stores(NamedTuple):
+    """What all stores of this machine count.
+
+    Attributes:
+        counts: By source.
+        accepted: The gaps that were accepted, as JSON values.
+        waiting: Rows that wait for their label.
+    """
+
+    counts: dict[Source, dict[str, int]]
+    accepted: list[dict[str, Any]]
+    waiting: int
+
+
+def read_stores(settings: Settings) -> Stores:
+    """What the stores of this machine count.
 
     Raises:
         SpringtideError: There is none, or one cannot be read.
     """
     counts: dict[Source, dict[str, int]] = {}
     accepted: list[dict[str, Any]] = []
+    waiting = 0
     for path in sorted(settings.state_dir.glob("stream-*/histories")):
         store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
         try:
-            counts |= store.counts()
+            of_store, waits = store.cut()
+            counts |= of_store
+            waiting += waits
             accepted += [one.to_json() for one in gaps.decode(store.extra("gaps"))]
         finally:
             store.close()
     if not counts:
         raise SpringtideError(f"no stream has committed anything under {settings.state_dir} yet")
-    return counts, accepted
+    return Stores(counts, accepted, waiting)
 
 
 def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]) -> InFlight:
@@ -174,24 +193,26 @@ def quick(settings: Settings) -> Any:
 
 
 def settled(
-    settings: Settings, version: Manifest, read: Callable[[Settings], Any] = read_stores, wait_s: float = SETTLE_S
-) -> Any:
+    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = read_stores, wait_s: float = SETTLE_S
+) -> Stores:
     """The stores, once they have what the version has, or after a moment."""
     deadline_s = time.monotonic() + wait_s
     while True:
-        counts, accepted = read(settings)
+        stores = read(settings)
+        counts = stores.counts
         ahead = any(mark > counts[source]["next"] for source, mark in version.marks.items() if source in counts)
         if not ahead or time.monotonic() >= deadline_s:
-            return counts, accepted
+            return stores
 
 
 def account(settings: Settings) -> dict[str, Any]:
     """The whole account as JSON values; what cannot be read says why, and the rest is checked all the same."""
     found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
-    version, counts = _newest(settings, found), None
+    version, counts, waiting = _newest(settings, found), None, None
     # 2.
     try:
-        counts, found["gaps_accepted"] = read_stores(settings) if version is None else settled(settings, version)
+        stores = read_stores(settings) if version is None else settled(settings, version)
+        counts, found["gaps_accepted"], waiting = stores
     except SpringtideError as error:
         found["notes"].append(str(error))
     stream = stream_account(counts) if counts else None
@@ -217,12 +238,13 @@ def account(settings: Settings) -> dict[str, Any]:
     # 4.
     broker = _broker(settings, counts or {}, found)
     found["faults"] += [fault for one in (counts or {}).values() for fault in check_accounts(StreamAccount.of(one))]
-    checked = check_accounts(stream, compared, broker)
+    checked = check_accounts(stream, compared, broker, waiting)
     found["faults"] += [fault for fault in checked if fault not in found["faults"]]
     if trainer is not None and compared is None:
         found["faults"] += check_accounts(trainer=trainer)
     if stream is not None:
-        found["stream"] = {**dataclasses.asdict(stream), "unread": sum(one.unread for one in broker)}
+        unread = sum(one.unread for one in broker)
+        found["stream"] = {**dataclasses.asdict(stream), "waiting": waiting, "unread": unread}
     found["balanced"] = None if stream is None and trainer is None else not found["faults"]
     found["compared"] = compared is not None
     return found
@@ -269,8 +291,12 @@ def as_text(found: Mapping[str, Any]) -> str:
     """
     parts = []
     if stream := found.get("stream"):
-        outcomes = " + ".join(f"{shown(stream[name])} {name}" for name in OUTCOMES)
+        named = [*OUTCOMES, *(name for name in OF_LABELS if stream[name])]
+        outcomes = " + ".join(f"{shown(stream[name])} {name}" for name in named)
         parts.append(f"{shown(stream['positions'])} positions = {outcomes}, {shown(stream['unread'])} unread")
+        if stream["opened"]:
+            fates = " + ".join(f"{shown(stream[name])} {name}" for name in ("joined", "expired", "dropped", "waiting"))
+            parts.append(f"{shown(stream['opened'])} opened = {fates}")
     if trainer := found.get("trainer"):
         outcomes = " + ".join(
             f"{shown(trainer[name])} {name.replace('_', ' ')}"

@@ -25,6 +25,7 @@ from state.sections import (
     Events,
     Features,
     Kafka,
+    Labels,
     Model,
     Paths,
     Registry,
@@ -51,6 +52,7 @@ class Settings:
     paths: Paths = field(default_factory=Paths)
     kafka: Kafka = field(default_factory=Kafka)
     events: Events = field(default_factory=Events)
+    labels: Labels = field(default_factory=Labels)
     features: Features = field(default_factory=Features)
     stream: Stream = field(default_factory=Stream)
     model: Model = field(default_factory=Model)

@@ -79,7 +79,8 @@ def fields(settings: Settings) -> Iterator[Conflict]:
         named = tuple(one for one in getattr(events, name) if one != "-")
         if twice := repeated(named):
             yield Conflict((f"events.{name}",), f"events.{name} names {twice!r} twice; name each field once")
-    known = {events.user, events.item, events.category, events.action, events.time, events.label, *events.context}
+    known = {events.user, events.item, events.category, events.action, events.time, events.label, events.request}
+    known |= {*events.context}
     for one in events.constants:
         field, equals, _ = one.partition("=")
         if not equals or not field:
@@ -101,6 +102,21 @@ def fields(settings: Settings) -> Iterator[Conflict]:
                 f"events.{name} names {field!r}, an outcome: known only after the event, it would leak the label; "
                 f"take it out, or say events.allow_outcomes {field}",
             )
+
+
+def labels(settings: Settings) -> Iterator[Conflict]:
+    """Impressions and their outcomes are different actions, and there are both or neither."""
+    section, names = settings.labels, ("labels.impressions", "labels.outcomes")
+    for name in names:
+        if unknown := [one for one in settings.value(name) if one not in settings.events.actions]:
+            yield Conflict((name, "events.actions"), f"{name} names {unknown[0]!r}, which events.actions does not")
+    if bool(section.impressions) != bool(section.outcomes):
+        empty = names[bool(section.impressions)]
+        yield Conflict(
+            names[:: 1 if section.impressions else -1], f"{empty} must name an action too: the two go together"
+        )
+    if both := [one for one in section.outcomes if one in section.impressions]:
+        yield Conflict(names[::-1], f"labels.outcomes names {both[0]!r}, which is an impression already")
 
 
 def windows(settings: Settings) -> Iterator[Conflict]:
@@ -200,4 +216,4 @@ def repeated(values: Sequence[str]) -> str | None:
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 
-RULES: tuple[Rule, ...] = (actions, fields, windows, parts, topics, brokers)
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, brokers)

@@ -43,7 +43,7 @@ Decoder = Callable[[bytes], Any]
 _IDS = str | int | None
 _ANY = str | bool | int | float | None
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("user", "item", "category", "action"), _IDS),
+    **dict.fromkeys(("user", "item", "category", "action", "request"), _IDS),
     "time": int | float | str | None,
     "label": bool | int | float | None,
 }
@@ -61,6 +61,7 @@ def decode_json(settings: EventSettings) -> Decoder:
         label:   bool | int | float | None
         context: a sequence of str | int | float | bool | None, one for each of
                  `events.context`; may be missing where none are configured
+        request: str | int | None; may be missing where `events.request` is empty
 
     None is "not there"; the parser checks everything else. A value that
     cannot be decoded raises ValueError, or DecodeError with one of `Reason`.
@@ -75,6 +76,7 @@ def decode_json(settings: EventSettings) -> Decoder:
         "action": settings.action,
         "time": settings.time,
         "label": settings.label,
+        "request": settings.request,
         **{f"context_{index}": name for index, name in enumerate(settings.context)},
     }
     # One field of the record may be several of ours, such as the category and a context.

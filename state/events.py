@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,7 @@ class EventBatch:
         ranges: What became of each position read.
         dead: The records that are no events.
         names: Names of categories not announced for ten minutes of event time.
+        request: `[n]` uint64 ids of requests, 0 for none; empty where no field is configured.
     """
 
     user: NDArray[np.uint64]
@@ -94,6 +95,7 @@ class EventBatch:
     ranges: tuple[Range, ...]
     dead: tuple[DeadLetter, ...]
     names: dict[int, str]
+    request: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __len__(self) -> int:
         """The number of events."""
@@ -153,11 +155,13 @@ class Parser:
         """
         rows: list[tuple[int, int, int, int, int, float]] = []
         contexts: list[list[int]] = []
+        requests: list[int] = []
         dead: list[DeadLetter] = []
         ranges: list[Range] = []
         sources: list[int] = []
         offsets: list[NDArray[np.int64]] = []
         read, limit, wide = self._read, self._settings.max_event_bytes, bool(self._settings.context)
+        paired = bool(self._settings.request)
         for number, batch in enumerate(batches):
             source = Source(batch.topic_id, batch.partition)
             kept: list[int] = []
@@ -172,12 +176,16 @@ class Parser:
                         raise DecodeError(Reason.TOO_LARGE)
                     event = self._decode(value)
                     row = read(event, times[index])
+                    if paired:
+                        request = self._request(event.request)
                     if wide:
                         contexts.append(self._context(event))
                 except (DecodeError, ValueError) as error:
                     dead.append(DeadLetter(source, int(batch.offsets[index]), _reason(error), batch.keys[index], value))
                     continue
                 rows.append(row)
+                if paired:
+                    requests.append(request)
                 kept.append(index)
             for first, after, _ in batch.corrupt:
                 dead += [DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None) for lost in range(first, after)]
@@ -186,12 +194,13 @@ class Parser:
             ranges.append(Range(source, batch.first, batch.next, *outcomes, absent))
             sources += [number] * len(kept)
             offsets.append(batch.offsets[kept])
-        return self._columns(rows, contexts, sources, offsets, tuple(ranges), tuple(dead))
+        return self._columns(rows, contexts, requests, sources, offsets, tuple(ranges), tuple(dead))
 
     def _columns(
         self,
         rows: list[tuple[int, int, int, int, int, float]],
         contexts: list[list[int]],
+        requests: list[int],
         sources: list[int],
         offsets: list[NDArray[np.int64]],
         ranges: tuple[Range, ...],
@@ -214,6 +223,7 @@ class Parser:
             ranges=ranges,
             dead=dead,
             names=self._news(int(times.max())) if rows else {},
+            request=np.array(requests, np.uint64),
         )
 
     def _read(self, event: Any, timestamp_ms: int) -> tuple[int, int, int, int, int, float]:
@@ -283,6 +293,14 @@ class Parser:
         if value == "":
             raise DecodeError(Reason.EMPTY_ID)
         return _remember(self._public, value, public_id(value))
+
+    def _request(self, value: Any) -> int:
+        """The id of an event's request; they pass by and are not remembered."""
+        if value is None or value == "":
+            return 0
+        if type(value) is not str and type(value) is not int:
+            raise DecodeError(Reason.WRONG_TYPE)
+        return public_id(value)
 
     def _context(self, event: Any) -> list[int]:
         found = []

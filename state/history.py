@@ -1,6 +1,7 @@
 """Each user's last N events and the next offset of each source, committed together in LMDB.
 
     chunks   user u64 BE, ~chunk u32 BE -> up to 16 EVENTs, in append order
+    waiting  the rows that wait for their label, as `state.waiting` writes them
     meta     p:<source> -> next offset and outcome counts; x:<name> -> bytes of the
              owner; boot, clean, users, format
 
@@ -20,7 +21,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lmdb
 import numpy as np
@@ -28,7 +29,7 @@ import numpy as np
 from state.appends import Appends as Appends
 from state.errors import CorruptStore, PositionConflict, SpecMismatch, StoreError, StoreFull
 from state.features import EVENT, Events
-from state.positions import Range, Source
+from state.positions import RARE, Range, Source
 
 CHUNK = 16
 FORMAT = 1
@@ -93,7 +94,7 @@ class HistoryStore:
             self._env = lmdb.open(
                 str(self.path),
                 map_size=map_bytes,
-                max_dbs=2,
+                max_dbs=3,
                 max_readers=MAX_READERS,
                 readonly=readonly,
                 create=not readonly,
@@ -112,6 +113,7 @@ class HistoryStore:
         try:
             self._meta = self._env.open_db(b"meta", create=not readonly)
             self._chunks = self._env.open_db(b"chunks", create=not readonly)
+            self._waiting = self._open_waiting()
             self._check(boot)
             if not readonly:
                 with self._write() as transaction:
@@ -133,6 +135,13 @@ class HistoryStore:
         except (StoreError, SpecMismatch):
             self._env.close()
             raise
+
+    def _open_waiting(self) -> Any:
+        """The database of waiting rows; None where a store of before they were kept is only read."""
+        try:
+            return self._env.open_db(b"waiting", create=not self.readonly)
+        except lmdb.NotFoundError:
+            return None
 
     def _check(self, boot: bytes) -> None:
         with self._env.begin(db=self._meta) as transaction:
@@ -198,16 +207,21 @@ class HistoryStore:
             return int(transaction.get(b"users") or 0)
 
     def counts(self) -> dict[Source, dict[str, int]]:
-        """By source: `first` and `next` offset, and the offsets between them by outcome; `gap` only where there is one."""
+        """By source: `first` and `next` offset, and the offsets between them by outcome; those of `RARE` where there are any."""
+        return self.cut()[0]
+
+    def cut(self) -> tuple[dict[Source, dict[str, int]], int]:
+        """The counts, and how many rows wait, as of one moment."""
         found = {}
         with self._env.begin(db=self._meta) as transaction:
+            waiting = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
             cursor = transaction.cursor()
             if cursor.set_range(b"p:"):
                 for key, value in cursor:
                     if not key.startswith(b"p:"):
                         break
                     found[Source.parse(bytes(key[2:]).decode())] = json.loads(bytes(value))
-        return found
+        return found, waiting
 
     def positions(self) -> dict[Source, int]:
         """The next offset of each source."""
@@ -218,8 +232,7 @@ class HistoryStore:
         """Outcomes over all sources, with `positions`, their sum as offsets passed."""
         counts = list(self.counts().values())
         sums = {name: sum(count[name] for count in counts) for name in OUTCOMES}
-        if gap := sum(count.get("gap", 0) for count in counts):
-            sums["gap"] = gap
+        sums |= {name: total for name in RARE if (total := sum(count.get(name, 0) for count in counts))}
         return {"positions": sum(count["next"] - count["first"] for count in counts), **sums}
 
     def extra(self, name: str) -> bytes | None:
@@ -228,7 +241,30 @@ class HistoryStore:
             value = transaction.get(b"x:" + name.encode())
             return None if value is None else bytes(value)
 
-    def commit(self, appends: Appends, ranges: Sequence[Range] = (), extra: Mapping[str, bytes] | None = None) -> None:
+    def waiting_rows(self) -> int:
+        """How many rows wait for their label."""
+        return self.cut()[1]
+
+    def waiting(self) -> Iterator[tuple[bytes, bytes]]:
+        """The rows that wait, in the order of their keys, as of one moment."""
+        if self._waiting is not None:
+            with self._env.begin(db=self._waiting) as transaction:
+                for key, value in transaction.cursor():
+                    yield bytes(key), bytes(value)
+
+    def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The rows that wait under `keys`; None for one that does not."""
+        with self._env.begin(db=self._waiting) as transaction:
+            found = [transaction.get(key) for key in keys]
+            return [None if value is None else bytes(value) for value in found]
+
+    def commit(
+        self,
+        appends: Appends,
+        ranges: Sequence[Range] = (),
+        extra: Mapping[str, bytes] | None = None,
+        waiting: Mapping[bytes, bytes | None] | None = None,
+    ) -> None:
         """Appends events, moves positions and counts outcomes, all or nothing.
 
         Visible to every reader when it returns; durable against a kill at
@@ -238,6 +274,7 @@ class HistoryStore:
             appends: Events by user.
             ranges: What they came from; ranges of one source in order.
             extra: Other values of the owner's, replaced.
+            waiting: Rows that begin to wait, by key; None for one that ends.
 
         Raises:
             PositionConflict: A range does not begin at its source's next offset.
@@ -254,6 +291,12 @@ class HistoryStore:
             # 3. The owner's values.
             for name, value in (extra or {}).items():
                 transaction.put(b"x:" + name.encode(), value, db=self._meta)
+            # 4. Rows that wait.
+            for key, row in (waiting or {}).items():
+                if row is None:
+                    transaction.delete(key, db=self._waiting)
+                else:
+                    transaction.put(key, row, db=self._waiting)
 
     def _move(self, transaction: lmdb.Transaction, ranges: Sequence[Range]) -> None:
         for part in ranges:

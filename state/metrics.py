@@ -26,7 +26,7 @@ class StreamMetrics:
         prefix = "springtide_stream_"
         self.events = Counter(
             prefix + "events",
-            "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent.",
+            "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent, opened, feedback.",
             ["outcome"],
             registry=registry,
         )
@@ -57,7 +57,15 @@ class StreamMetrics:
         self.cached_users = Gauge(prefix + "cached_users", "Users whose histories are in memory.", registry=registry)
         self.accounting_positions = Gauge(
             "springtide_accounting_positions",
-            "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap.",
+            "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap, "
+            "opened (impressions whose label comes later), feedback (outcomes).",
+            ["outcome"],
+            registry=registry,
+        )
+        self.accounting_labels = Gauge(
+            "springtide_accounting_labels",
+            "Impressions whose label comes later since the store began, by outcome: opened (all), joined, expired (negative), "
+            "dropped, waiting; unmatched counts outcomes without an impression.",
             ["outcome"],
             registry=registry,
         )

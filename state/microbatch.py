@@ -223,11 +223,14 @@ def encode(header: Header, columns: Columns) -> bytes:
 
     Args:
         header: What the batch says about itself.
-        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`.
+        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`; those of
+            `SINCE_2` may be missing, and are 0 then.
 
     Raises:
         MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
     """
+    if "user" in columns:
+        columns = {name: np.zeros(len(columns["user"]), SCALARS[name]) for name in SINCE_2} | dict(columns)
     _check(header, columns)
     rows = len(columns["user"])
     arrays, fields = [], []

@@ -114,7 +114,16 @@ def mapped_fields(events: Events) -> tuple[str, ...]:
     >>> mapped_fields(Events(action="", label="is_click", context=("tab", "item")))
     ('user', 'item', 'category', 'time', 'is_click', 'tab')
     """
-    names = (events.user, events.item, events.category, events.action, events.time, events.label, *events.context)
+    names = (
+        events.user,
+        events.item,
+        events.category,
+        events.action,
+        events.time,
+        events.label,
+        events.request,
+        *events.context,
+    )
     return tuple(dict.fromkeys(name for name in names if name))
 
 

@@ -112,6 +112,10 @@ class Events:
     action: str = setting("action", help="Field with the action; empty: every event is the one action there is.")
     time: str = setting("time", help="Field with the event's time; empty: the record's time in Kafka.")
     label: str = setting("", help="Field with an engagement label between 0 and 1; empty: there is none.")
+    request: str = setting(
+        "",
+        help="Field with an id that an impression and its outcomes share (`[labels]`); empty: user and item pair them.",
+    )
     context: tuple[str, ...] = setting((), filled=True, help="Fields of context, such as device or country.")
     time_unit: str = setting(
         "auto", choices=("auto", "ms", "s", "iso"), help="How times are written; auto tells ms, s and ISO 8601 apart."
@@ -140,6 +144,34 @@ class Events:
     )
     max_age_s: float = setting(
         2_592_000.0, "s", above=0.0, most=3_153_600_000.0, help="How far an event may lie before its Kafka timestamp."
+    )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels that arrive later: impressions wait for an outcome, such as a click, as an event of its own."""
+
+    impressions: tuple[str, ...] = setting(
+        (),
+        help="Actions that wait for their label; empty: no row waits. An impression with a label in it does not wait.",
+    )
+    outcomes: tuple[str, ...] = setting(
+        (),
+        help="Actions that label the latest waiting impression of the same user, item and `events.request` positive.",
+    )
+    wait_s: float = setting(
+        600.0,
+        "s",
+        least=0.001,
+        most=31_536_000.0,
+        help="Longest wait for an outcome, event time; then the impression is negative.",
+    )
+    max_waiting: int = setting(
+        1_000_000,
+        "rows",
+        least=1,
+        most=1_000_000_000,
+        help="Most impressions of a partition that wait; more are dropped and counted.",
     )
 
 
@@ -284,6 +316,7 @@ SECTIONS: dict[str, type[Any]] = {
     "paths": Paths,
     "kafka": Kafka,
     "events": Events,
+    "labels": Labels,
     "features": Features,
     "stream": Stream,
     "model": Model,

@@ -15,8 +15,9 @@ from state.errors import GapError
 from state.gaps import Accepted, Consent, Gap
 from state.history import OUTCOMES, Appends, HistoryStore
 from state.metrics import StreamMetrics
-from state.positions import Range, Source, StreamAccount, check_accounts
+from state.positions import RARE, Range, Source, StreamAccount, check_accounts
 
+OF_LABELS = ("opened", "feedback")
 EXTRA = "gaps"  # name of the store's extra with all accepted gaps
 logger = logging.getLogger(__name__)
 
@@ -94,19 +95,26 @@ def pass_gaps(
 
 
 def faults(store: HistoryStore) -> tuple[str, ...]:
-    """Where the store's accounts do not balance, source by source."""
-    return tuple(
-        f"{source}: {fault}"
-        for source, counts in store.counts().items()
-        for fault in check_accounts(StreamAccount.of(counts))
-    )
+    """Where the store's accounts do not balance, source by source, and that of the rows that wait over all."""
+    counts, waiting = store.cut()
+    accounts = {source: StreamAccount.of(one) for source, one in counts.items()}
+    found = [f"{source}: {fault}" for source, one in accounts.items() for fault in check_accounts(one)]
+    must_wait = sum(one.waiting for one in accounts.values())
+    if must_wait != waiting:
+        found.append(f"{must_wait} impressions must be waiting for their label, and {waiting} are")
+    return tuple(found)
 
 
 def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Sets the gauges of the account, which go on over restarts; says aloud what does not balance beyond `known`."""
-    totals = store.totals
-    for name in ("positions", *OUTCOMES, "gap"):
-        metrics.accounting_positions.labels(name).set(totals.get(name, 0))
+    totals = dict.fromkeys(RARE, 0) | store.totals
+    for name in ("positions", *OUTCOMES, *OF_LABELS, "gap"):
+        metrics.accounting_positions.labels(name).set(totals[name])
+    for name in ("opened", "joined", "expired", "dropped"):
+        metrics.accounting_labels.labels(name).set(totals[name])
+    # An outcome labels one impression at most.
+    metrics.accounting_labels.labels("unmatched").set(totals["feedback"] - totals["joined"])
+    metrics.accounting_labels.labels("waiting").set(store.waiting_rows())
     found = faults(store)
     if found and found != known:
         logger.error("the account of the clicks does not balance: %s", "; ".join(found))

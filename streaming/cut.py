@@ -54,7 +54,7 @@ class Cutter:
         absent) is gathered too; one without positions only tells the time.
         """
         due = []
-        count = len(rows.batch.offset)
+        count = len(rows)
         if self._rows and self._rows + count > self._cut_rows:
             due.extend(self.flush(now_ms))
         if rows.batch.ranges:

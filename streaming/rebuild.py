@@ -4,6 +4,7 @@
    shard's part of the micro-batch log has an end.
 2. Reads the micro-batch log to its end, from a copy's positions or from
    nothing. Its rows are what the lost store had; its ranges are the positions.
+   Impressions that it opens and does not close wait again.
 3. Positions that the log does not cover, because it no longer reaches back to
    them, come from the clicks themselves. What is gone there too is counted.
 4. The store is built aside and takes the old one's place at the end; the old
@@ -38,17 +39,20 @@ from state.errors import (
     UnknownTopic,
     of_disk,
 )
-from state.events import Parser, Salt, load_salt
+from state.events import EventBatch, Parser, Salt, load_salt
 from state.features import FeatureSpec
 from state.gained import events_of, new_ranges
 from state.history import Appends, HistoryStore
+from state.kinds import happened
 from state.lock import DirectoryLock
 from state.log import PartitionBatch, Reader, TopicInfo, Topics, Writer
 from state.microbatch import MicroBatch, decode, trim
 from state.positions import Range, Source
 from streaming import takeover
-from streaming.cut import merge_all, merge_appends
-from streaming.profile import to_events
+from streaming.cut import Cut, merge_all, merge_appends
+from streaming.labels import Labels, open_labels
+from streaming.profile import Profiler, to_events
+from streaming.rebuild_waiting import Waits
 from streaming.shard import check_identity, transactional_id
 
 RECORDS_AT_ONCE = 64
@@ -158,6 +162,7 @@ class Rebuild:
         self._settings, self._store, self._spec, self._salt, self._bar = settings, store, spec, salt, bar
         self._marks = store.positions()
         self._parser = Parser(settings.events, salt)
+        self._waits = Waits(store, always=bool(settings.labels.impressions))
         self._clicks: TopicInfo | None = None
         self._begins: Mapping[int, tuple[int, int]] = {}
         self.found = Rebuilt()
@@ -227,7 +232,8 @@ class Rebuild:
         ranges: list[Range] = []
 
         def commit() -> None:
-            self._store.commit(merge_appends(appends), merge_all(ranges))
+            waiting, extra = self._waits.gained()
+            self._store.commit(merge_appends(appends), merge_all(ranges), extra, waiting)
             appends.clear()
             ranges.clear()
 
@@ -247,7 +253,8 @@ class Rebuild:
             keep, after_marks = trim(mine, self._marks)
             parts, missing = new_ranges(mine, self._marks)
             self.found.lost += missing
-            kept = mine.take(keep)
+            parts = self._waits.follow(mine.take(keep), parts)
+            kept = mine.take(keep & happened(mine.kind))
             appends.append(Appends.of(kept.user, events_of(kept)))
             ranges += parts
             self._marks = after_marks
@@ -301,16 +308,28 @@ class Rebuild:
         if first < after:
             logger.info("the log does not hold positions %d to %d of %s: reading the clicks", first, after, source)
             self.found.clicks += after - first
+            labels = open_labels(self._settings, self._store, source.topic_id)
+            profiler = Profiler(self._store, FeatureSpec.from_settings(self._settings), 1) if labels else None
             with Reader(kafka, kafka.clicks_topic, [source.partition], {source.partition: first}) as reader:
                 heard_s = time.monotonic()
                 while reader.position(source.partition) < after:
                     batches = reader.poll(POLL_S, CLICKS_AT_ONCE)
                     events = self._parser.parse([until(batch, after) for batch in batches])
-                    self._store.commit(Appends.of(events.user, to_events(events)), events.ranges)
+                    self._take_clicks(events, profiler, labels)
                     heard_s = time.monotonic() if batches else heard_s
                     if time.monotonic() - heard_s > STALLED_S:
                         raise UnknownTopic(f"{kafka.clicks_topic} gave nothing for {STALLED_S:.0f} s; try again")
         self._marks = {**self._marks, source: after}
+
+    def _take_clicks(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
+        """One commit for clicks; impressions among them may still wait, with the windows of then."""
+        if profiler is None or labels is None:
+            self._store.commit(Appends.of(events.user, to_events(events)), events.ranges)
+            return
+        done = labels.look_up([Cut((labels.attribute(profiler.update(events)),), 0)])
+        (rows,) = done.cuts[0].pieces
+        self._store.commit(rows.appends, rows.batch.ranges, done.extra, done.waiting)
+        profiler.committed(rows)
 
 
 def rebuild(settings: Settings, copy: Path | None, bar: Bar, say: Say) -> Rebuilt:

@@ -31,6 +31,7 @@ from state.microbatch import Rows
 from state.positions import Source
 from streaming import accounts, takeover
 from streaming.cut import Cut, encode_cut
+from streaming.labels import Labels, open_labels
 from streaming.profile import Profiler
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Shard:
         profiler: Histories in memory; used by the Beam thread, told of commits by the commit thread.
         metrics: What the process counts.
         committed: Next offsets as committed; replaced as a whole by the commit thread.
+        labels: Impressions that wait; None where none can. The Beam thread attributes, the commit thread looks up.
         closing: What runs, last in first out, before the above is closed.
         stopping: Set by a signal: no further poll begins.
         failure: The first exception of a step; Beam passes on only its text.
@@ -71,6 +73,7 @@ class Shard:
     profiler: Profiler
     metrics: StreamMetrics
     committed: dict[Source, int]
+    labels: Labels | None
     closing: ExitStack
     stopping: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
@@ -191,6 +194,7 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
             profiler=profiler,
             metrics=counted,
             committed=committed,
+            labels=open_labels(settings, store, clicks.topic_id),
             closing=stack,
         )
         counted.gaps_accepted.inc(len(accounts.accepted(store)))

@@ -3,7 +3,7 @@
 The commit sequence, for all the cuts that are queued at that moment:
 
     1. One Kafka transaction with their micro-batches and dead letters.
-    2. One commit of the store: histories, next offsets, counters.
+    2. One commit of the store: histories, rows that wait, next offsets, counters.
     3. Once a second the offsets of the consumer group, for lag tools; nothing is read from there.
 
 A crash before 1 is acknowledged leaves nothing. Between 1 and 2 the rows are
@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import apache_beam as beam
 
@@ -25,6 +25,7 @@ from state import killpoints
 from state.errors import LogError, UnreachableBroker
 from state.events import DeadLetter
 from state.microbatch import Rows
+from state.positions import UNPLACED
 from streaming import accounts
 from streaming.cut import Cut, Cutter, encode_cut, merge_all, merge_appends
 from streaming.shard import Shard, current, open_writer
@@ -140,6 +141,10 @@ class CommitThread:
         shard, stream = self._shard, self._shard.settings.stream
         killpoints.reach("stream.taken")
         begun_s = time.perf_counter()
+        waiting: Mapping[bytes, bytes | None] = {}
+        extra: Mapping[str, bytes] = {}
+        if shard.labels is not None:
+            cuts, waiting, extra = shard.labels.look_up(cuts)
         pieces = [piece for cut in cuts for piece in cut.pieces]
         values = [
             value
@@ -152,7 +157,7 @@ class CommitThread:
         killpoints.reach("stream.acknowledged")
         # 2.
         ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
-        shard.store.commit(merge_appends([piece.appends for piece in pieces]), ranges, None)
+        shard.store.commit(merge_appends([piece.appends for piece in pieces]), ranges, extra, waiting)
         killpoints.reach("stream.committed")
         shard.committed = {**shard.committed, **{part.source: part.next for part in ranges}}
         for piece in pieces:
@@ -233,11 +238,11 @@ class CommitThread:
                 outcomes.update(part.outcomes)
             for index in self._truncated:
                 metrics.truncated_histories.inc(int((piece.features[:, index] > 0).sum()))
-        for outcome, count in outcomes.items():
-            metrics.events.labels(outcome).inc(count)
+        for outcome in outcomes.keys() - UNPLACED:
+            metrics.events.labels(outcome).inc(outcomes[outcome])
         for reason, count in Counter(str(letter.reason) for letter in letters).items():
             metrics.dead_letters.labels(reason).inc(count)
-        metrics.microbatch_rows.observe(outcomes["rows"] / records)
+        metrics.microbatch_rows.observe(sum(map(len, pieces)) / records)
 
 
 class WriteMicroBatches(beam.DoFn):

@@ -87,6 +87,7 @@ def sink(path: Path, positions: dict[Source, int] | None = None) -> Iterator[Any
         profiler=SimpleNamespace(told=[]),
         metrics=StreamMetrics(CollectorRegistry()),
         committed=dict(positions or {}),
+        labels=None,
         failure=None,
         stopping=threading.Event(),
         closing=ExitStack(),

@@ -1,0 +1,226 @@
+"""Labels that arrive later: the impressions of a stream that wait for an outcome, around the rules of `streaming.attribution`.
+
+A batch of events passes twice. The Beam thread lets `attribute` say which of
+its events wait, and which impressions of before they label. The commit thread
+lets `look_up` fetch what those impressions were: from the store, or from the
+cuts at hand. What begins and ends to wait is committed with histories and
+positions, so that after a crash both start from the same event.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.config import Settings
+from state.errors import CorruptStore
+from state.history import Appends, HistoryStore
+from state.kinds import Kind, Known, counts_by_range
+from state.microbatch import Rows
+from state.positions import Range, Source, StreamAccount
+from state.waiting import Changes, Extra, WaitingRows, keys_of, place_of
+from streaming.attribution import IMPRESSION, NEVER_MS, OUTCOME, PLAIN, Queue, attribute, enter, pairs, with_room
+from streaming.cut import Cut
+
+LOADED_AT_ONCE = 10_000
+logger = logging.getLogger(__name__)
+
+
+class LookedUp(NamedTuple):
+    """Cuts that are complete, and what is committed with them.
+
+    Attributes:
+        cuts: With the columns of impressions of before.
+        waiting: Rows that begin to wait, by key; None for one that ends.
+        extra: Values of the store's owner.
+    """
+
+    cuts: list[Cut]
+    waiting: Changes
+    extra: Extra
+
+
+class Labels:
+    """The impressions of one stream that wait.
+
+    `attribute` is called by one thread, `look_up` by one, which commits what
+    it returns before it calls again.
+
+    Args:
+        settings: `[labels]` and the actions are used.
+        store: The committed rows that wait.
+    """
+
+    def __init__(self, settings: Settings, store: HistoryStore) -> None:
+        labels = settings.labels
+        named = {**dict.fromkeys(labels.impressions, IMPRESSION), **dict.fromkeys(labels.outcomes, OUTCOME)}
+        self._roles = np.array([named.get(name, PLAIN) for name in settings.events.actions], np.uint8)
+        self._wait_ms, self._most = round(labels.wait_s * 1000), labels.max_waiting
+        self._rows = WaitingRows(store)
+        self._numbers: dict[Source, int] = {}
+        self._queue = self._load(store)
+
+    def _load(self, store: HistoryStore) -> Queue:
+        queue = Queue.of(1024, 1)
+        rows = store.waiting()
+        while chunk := list(itertools.islice(rows, LOADED_AT_ONCE)):
+            assert self._rows.format is not None, "written with the first row"
+            columns = self._rows.format.unpack([value for _, value in chunk])
+            places = [place_of(key) for key, _ in chunk]
+            pair = pairs(*(columns.get(name, np.zeros(len(chunk), np.uint64)) for name in ("user", "item", "request")))
+            offsets = np.array([offset for _, offset in places], np.int64)
+            queue = enter(queue, offsets, columns["at_ms"], pair, self._number([source for source, _ in places]))
+        numbers = self._number(list(self._rows.clocks))
+        queue = with_room(queue, 0, len(self._numbers))
+        queue.clock_ms[numbers] = list(self._rows.clocks.values())
+        return queue
+
+    def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
+        return np.array([self._numbers.setdefault(source, len(self._numbers)) for source in sources], np.int64)
+
+    def attribute(self, rows: Rows) -> Rows:
+        """Says of each event whether it waits, and which impressions of before it labels."""
+        batch = rows.batch
+        if not len(batch):
+            return rows
+        role = self._roles[batch.action]
+        role[(role == IMPRESSION) & ~np.isnan(batch.label)] = PLAIN
+        request = batch.request if len(batch.request) else np.zeros(len(batch), np.uint64)
+        numbers = self._number([part.source for part in batch.ranges])
+        self._queue, made = attribute(
+            self._queue,
+            role,
+            numbers[batch.source],
+            batch.offset,
+            batch.at_ms,
+            pairs(batch.user, batch.item, request),
+            self._wait_ms,
+            self._most,
+        )
+        joined = made.known == Kind.JOINED
+        said = np.where(np.isnan(batch.label), np.float32(1.0), batch.label)[made.by]
+        clocks = self._queue.clock_ms[numbers].tolist()
+        known = Known(
+            by=made.by,
+            opened=made.opened,
+            kind=made.known,
+            label=np.where(joined, said, np.float32(0.0)),
+            weight=np.where(joined, batch.weight[made.by], np.float32(np.nan)),
+            at_ms=np.where(joined, batch.at_ms[made.by], made.opened_ms + self._wait_ms),
+            marks={part.source: clock for part, clock in zip(batch.ranges, clocks, strict=True) if clock != NEVER_MS},
+        )
+        ranges = counted(batch.ranges, batch.source, made.kind, batch.source[made.by], made.known)
+        return replace(rows, batch=replace(batch, ranges=ranges), kind=made.kind, known=known)
+
+    def look_up(self, cuts: Sequence[Cut]) -> LookedUp:
+        """Completes cuts with what the impressions of before were.
+
+        Raises:
+            CorruptStore: The store lacks one.
+        """
+        found = LookedUp([], {}, {})
+        marks: dict[Source, int] = {}
+        for cut in cuts:
+            pieces = []
+            for piece in cut.pieces:
+                if piece.known is not None:
+                    marks |= piece.known.marks
+                    piece = replace(piece, known=self._complete(piece, piece.known, found))
+                pieces.append(piece)
+            found.cuts.append(replace(cut, pieces=tuple(pieces)))
+        if marks:
+            self._rows.tell(marks, found.extra)
+        return found
+
+    def _complete(self, piece: Rows, known: Known, found: LookedUp) -> Known:
+        batch, events = piece.batch, piece.events
+        sources = [part.source for part in batch.ranges]
+        now = self._rows.adopt(events, found.waiting, found.extra)
+        waits = np.flatnonzero(piece.kind == Kind.OPENED)
+        if len(waits):
+            keys = keys_of(sources, batch.source[waits], batch.offset[waits])
+            rows = now.pack({name: column[waits] for name, column in events.items()})
+            found.waiting.update(zip(keys, rows, strict=True))
+        if not len(known):
+            return replace(known, columns={})
+        keys = keys_of(sources, batch.source[known.by], known.opened)
+        values = [value for value in self._rows.values(keys, found.waiting) if value is not None]
+        if len(values) != len(keys):
+            raise CorruptStore(
+                f"{len(keys) - len(values)} rows that wait are not in the store; `springtide rebuild-history` makes it anew"
+            )
+        found.waiting.update(dict.fromkeys(keys))
+        return replace(known, columns=relabelled(now.unpack(values), batch.source, batch.offset, known))
+
+
+def relabelled(
+    opened: dict[str, NDArray[Any]], source: NDArray[np.uint16], offset: NDArray[np.int64], known: Known
+) -> dict[str, NDArray[Any]]:
+    """The columns of impressions with their labels, at the place where these became known.
+
+    Args:
+        opened: Their columns as they began to wait, `[m]`.
+        source: `[n]` uint16 of the batch that labels them.
+        offset: `[n]` int64.
+        known: Their labels.
+    """
+    at = offset[known.by]
+    return opened | {
+        "kind": known.kind,
+        "label": known.label,
+        "weight": np.where(np.isnan(known.weight), opened["weight"], known.weight),
+        "source": source[known.by],
+        "offset": at,
+        "waited": at - known.opened,
+        "delay_ms": known.at_ms - opened["at_ms"],
+        "request": np.zeros(len(at), np.uint64),
+    }
+
+
+def counted(
+    ranges: Sequence[Range],
+    source: NDArray[np.uint16],
+    kind: NDArray[np.uint8],
+    known_source: NDArray[np.uint16],
+    known: NDArray[np.uint8],
+) -> tuple[Range, ...]:
+    """Ranges whose rows are told apart by kind, with the impressions of before that became known in them."""
+    sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
+    return tuple(
+        Range(part.source, part.first, part.next, dead=part.dead, filtered=part.filtered, absent=part.absent, **found)
+        for part, found in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)
+    )
+
+
+def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
+    """Ends the wait of impressions of another topic, whose outcomes cannot come any more; returns how many they were."""
+    dropped = {
+        source: waiting
+        for source, counts in store.counts().items()
+        if source.topic_id != topic_id and (waiting := StreamAccount.of(counts).waiting)
+    }
+    if not dropped:
+        return 0
+    ended: Changes = {key: None for key, _ in store.waiting() if place_of(key)[0] in dropped}
+    at = store.positions()
+    ranges = [Range(source, at[source], at[source], dropped=count) for source, count in dropped.items()]
+    store.commit(Appends.none(), ranges, waiting=ended)
+    logger.warning("%d impressions of a topic that was made anew since then wait no longer: dropped", len(ended))
+    return len(ended)
+
+
+def open_labels(settings: Settings, store: HistoryStore, topic_id: str) -> Labels | None:
+    """What the store and the settings let wait; None where neither does, and no event needs to be looked at."""
+    if store.waiting_rows():
+        forget_other_topics(store, topic_id)
+    if not settings.labels.impressions and not store.waiting_rows():
+        return None
+    labels = Labels(settings, store)
+    logger.info("%d impressions wait for their label", store.waiting_rows())
+    return labels

@@ -1,0 +1,82 @@
+"""Which rows wait after a stretch of the micro-batch log: those that it opens and does not close."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from state.history import HistoryStore
+from state.kinds import Kind, happened
+from state.microbatch import MicroBatch
+from state.positions import Range, Source
+from state.waiting import Changes, Extra, WaitingRows, keys_of
+
+
+class Waits:
+    """Gathers from micro-batches what begins and ends to wait, until it is committed. One thread.
+
+    Args:
+        store: Being rebuilt.
+        always: Whether event time is followed where no impression was seen yet, as a stream with `[labels]` does.
+    """
+
+    def __init__(self, store: HistoryStore, always: bool) -> None:
+        self._store, self._always = store, always
+        self._rows: WaitingRows | None = None
+        self._changes: Changes = {}
+        self._extra: Extra = {}
+
+    def follow(self, batch: MicroBatch, ranges: Sequence[Range]) -> list[Range]:
+        """Takes the new rows of a micro-batch; returns its ranges without closings of what was never opened here.
+
+        Where the log no longer holds an impression, but holds its label, the
+        row never waited in this store; its account leaves both out.
+        """
+        rows = self._rows = self._rows or WaitingRows(self._store)
+        closing = np.flatnonzero(~happened(batch.kind))
+        waits = np.flatnonzero(batch.kind == Kind.OPENED)
+        if not (self._always or rows.clocks or len(closing) or len(waits)):
+            return list(ranges)
+        sources = [part.source for part in batch.header.ranges]
+        now = rows.adopt(batch.columns, self._changes, self._extra)
+        if len(waits):
+            keys = keys_of(sources, batch.source[waits], batch.offset[waits])
+            self._changes.update(zip(keys, now.pack(batch.take(batch.kind == Kind.OPENED).columns), strict=True))
+        keys = keys_of(sources, batch.source[closing], batch.opened[closing])
+        known = np.array([value is not None for value in rows.values(keys, self._changes)], np.bool_)
+        self._changes.update(dict.fromkeys(keys))
+        self._tell(batch, sources, rows)
+        lost = closing[~known]
+        return [_without(part, batch.take(_named(lost, len(batch)))) for part in ranges] if len(lost) else list(ranges)
+
+    def gained(self) -> tuple[Changes, Extra]:
+        """What to commit; from then on the store is asked again."""
+        changes, extra, self._changes, self._extra, self._rows = self._changes, self._extra, {}, {}, None
+        return changes, extra
+
+    def _tell(self, batch: MicroBatch, sources: Sequence[Source], rows: WaitingRows) -> None:
+        events = happened(batch.kind)
+        newest = {
+            source: int(at_ms.max())
+            for number, source in enumerate(sources)
+            if len(at_ms := batch.at_ms[events & (batch.source == number)])
+        }
+        if newest:
+            rows.tell(newest, self._extra)
+
+
+def _named(rows: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    named = np.zeros(count, np.bool_)
+    named[rows] = True
+    return named
+
+
+def _without(part: Range, lost: MicroBatch) -> Range:
+    """A range without the closings in `lost` that lie in it."""
+    sources = [one.source for one in lost.header.ranges]
+    mine = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
+    mine &= (lost.offset >= part.first) & (lost.offset < part.next)
+    joined, expired = (int((lost.kind[mine] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
+    return replace(part, joined=part.joined - joined, expired=part.expired - expired)

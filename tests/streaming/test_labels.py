@@ -1,0 +1,358 @@
+"""Impressions and their outcomes through profiler, labels, micro-batches and store: cuts and crashes change no row."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.config import Settings
+from state.errors import CorruptStore
+from state.events import EventBatch
+from state.features import FeatureSpec
+from state.gained import events_of, new_ranges
+from state.history import Appends, HistoryStore
+from state.kinds import Kind, happened, trained
+from state.microbatch import MicroBatch, Rows, decode, trim
+from state.positions import Range, Source
+from state.sections import Events, Labels
+from state.waiting import CLOCKS, RowFormat, key_of
+from streaming import labels as streaming_labels
+from streaming.accounts import faults
+from streaming.attribution import IMPRESSION, OUTCOME, PLAIN
+from streaming.cut import Cut, encode_cut, merge_all, merge_appends
+from streaming.labels import open_labels
+from streaming.profile import Profiler
+from streaming.rebuild_waiting import Waits
+from tests.streaming.test_attribution import Event, Resolved, by_hand
+
+SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, labels=5)
+SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
+ACTIONS = ("view", "impression", "click")
+WEIGHTS = np.array([1.0, 0.25, 3.0], np.float32)
+SETTINGS = Settings(
+    events=Events(actions=ACTIONS, action_weights=(1.0, 0.25, 3.0)),
+    labels=Labels(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8),
+)
+ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME}
+BASE_MS = 1_700_000_000_000
+
+logs = st.lists(
+    st.builds(
+        Event,
+        role=st.sampled_from([0, 1, 1, 2]),
+        source=st.integers(0, 1),
+        at_ms=st.integers(0, 60) | st.integers(0, 400),
+        pair=st.integers(0, 3),
+    ),
+    min_size=1,
+    max_size=50,
+)
+sizes = st.lists(st.integers(1, 20), min_size=1, max_size=5)
+
+
+def batch_of(log: list[Event], following: list[int], context: int = 0) -> EventBatch:
+    """A batch, one user a partition and `pair` as item; `following` keeps the next offsets."""
+    partitions = sorted({event.source for event in log})
+    first = list(following)
+    offsets = []
+    for event in log:
+        offsets.append(following[event.source])
+        following[event.source] += 1
+    action = np.array([event.role for event in log], np.uint8)
+    return EventBatch(
+        user=np.array([event.source + 7 for event in log], np.uint64),
+        item=np.array([event.pair + 1 for event in log], np.uint64),
+        category=np.array([event.pair + 100 for event in log], np.uint64),
+        action=action,
+        at_ms=BASE_MS + np.array([event.at_ms for event in log], np.int64),
+        label=np.full(len(log), np.nan, np.float32),
+        weight=WEIGHTS[action],
+        context=np.full((len(log), context), 5, np.uint64),
+        source=np.array([partitions.index(event.source) for event in log], np.uint16),
+        offset=np.array(offsets, np.int64),
+        ranges=tuple(
+            Range(SOURCES[one], first[one], following[one], rows=following[one] - first[one]) for one in partitions
+        ),
+        dead=(),
+        names={},
+    )
+
+
+@dataclass
+class Run:
+    """A stream without Kafka: what it wrote, and its store, which a crash closes and opens again."""
+
+    path: Path
+    settings: Settings = SETTINGS
+    values: list[bytes] = field(default_factory=list)
+
+    def open(self) -> None:
+        self.store = HistoryStore(self.path, SPEC.history, 16 << 20)
+        self.profiler = Profiler(self.store, SPEC, 1)
+        self.labels = open_labels(self.settings, self.store, SOURCES[0].topic_id)
+        self.queue: deque[Rows] = deque()
+
+    def crash(self) -> None:
+        self.store._env.close()
+        self.open()
+
+    def update(self, batch: EventBatch) -> None:
+        rows = self.profiler.update(batch)
+        self.queue.append(rows if self.labels is None else self.labels.attribute(rows))
+
+    def commit(self, cuts: int = 1, dies: bool = False) -> None:
+        """Writes what is queued as `cuts` cuts of one commit; with `dies` the store never hears of it."""
+        pieces = [list(part) for part in np.array_split(np.arange(len(self.queue)), cuts)]
+        rows = list(self.queue)
+        made = [Cut(tuple(rows[index] for index in part), 0) for part in pieces if len(part)]
+        if not made:
+            return
+        done = self.labels.look_up(made) if self.labels is not None else streaming_labels.LookedUp(made, {}, {})
+        self.values += [value for cut in done.cuts for value in encode_cut(cut, "spec", "salt", 5, 900_000)]
+        if dies:
+            return
+        ready = [piece for cut in done.cuts for piece in cut.pieces]
+        ranges = merge_all(part for piece in ready for part in piece.batch.ranges)
+        self.store.commit(merge_appends([piece.appends for piece in ready]), ranges, done.extra, done.waiting)
+        for piece in ready:
+            self.profiler.committed(piece)
+        self.queue.clear()
+
+    def rows(self) -> dict[tuple[int, int], tuple[object, ...]]:
+        """What is learned from: (partition, own offset) -> all it says; each once."""
+        found: dict[tuple[int, int], tuple[object, ...]] = {}
+        for batch in self.new():
+            for index in np.flatnonzero(trained(batch.kind)).tolist():
+                place = (batch.header.ranges[batch.source[index]].source.partition, int(batch.opened[index]))
+                assert place not in found
+                found[place] = (
+                    Kind(int(batch.kind[index])),
+                    int(batch.offset[index]),
+                    float(np.nan_to_num(batch.label[index], nan=-1)),
+                    float(batch.weight[index]),
+                    int(batch.delay_ms[index]),
+                    batch.features[index].tobytes() + batch.label_windows[index].tobytes(),
+                    int(batch.item[index]),
+                )
+        return found
+
+    def new(self) -> list[MicroBatch]:
+        """The micro-batches without what was written twice."""
+        marks: dict[Source, int] = {}
+        kept = []
+        for value in self.values:
+            batch = decode(value)
+            keep, marks = trim(batch, marks)
+            kept.append(batch.take(keep))
+        return kept
+
+
+def ran(
+    path: Path,
+    log: list[Event],
+    cuts: list[int],
+    fates: list[str],
+    options: Settings = SETTINGS,
+) -> Run:
+    """Runs `log` in batches of `cuts`; after each batch it may commit, die, or let it wait."""
+    run = Run(path, options)
+    run.open()
+    committed = at = turn = deaths = 0
+    following = [0, 0]
+    while at < len(log):
+        size = cuts[turn % len(cuts)]
+        run.update(batch_of(log[at : at + size], following))
+        at += size
+        fate = fates[turn % len(fates)]
+        turn += 1
+        if fate != "wait" and (fate == "commit" or deaths > 10):
+            run.commit(cuts=1 + turn % 2)
+            committed = at
+        elif fate != "wait":
+            deaths += 1
+            run.commit(dies=fate == "die after the log")
+            run.crash()
+            at = committed
+            following = [run.store.positions().get(source, 0) for source in SOURCES]
+    run.commit()
+    return run
+
+
+fates = st.lists(st.sampled_from(["commit", "commit", "wait", "die after the log"]), min_size=1, max_size=6)
+
+
+@given(log=logs, cuts=sizes, fates=fates)
+@settings(max_examples=25, deadline=None)
+def test_however_it_is_cut_and_dies_each_row_is_learned_once_as_a_join_by_hand_labels_it(
+    tmp_path_factory: pytest.TempPathFactory, log: list[Event], cuts: list[int], fates: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    run = ran(folder / "run", log, cuts, fates)
+    calm = ran(folder / "calm", log, [len(log)], ["commit"])
+    assert run.rows() == calm.rows()
+
+    kinds, resolved = by_hand([event._replace(role=ROLE_OF[event.role]) for event in log], most=8)
+    reached, places = [0, 0], []
+    for event in log:
+        places.append((event.source, reached[event.source]))
+        reached[event.source] += 1
+    at_once = {place for place, kind in zip(places, kinds, strict=True) if kind == Kind.ROW}
+    expected = {(one.source, one.opened): one for one in resolved}
+    assert set(run.rows()) == at_once | set(expected)
+    for place, (kind, offset, label, weight, *_) in run.rows().items():
+        one = expected.get(place, Resolved(place[0], place[1], place[1], int(Kind.ROW)))
+        assert (kind, offset) == (one.kind, one.by)
+        assert (label, weight) == {Kind.ROW: (-1, 1.0), Kind.JOINED: (1, 3.0), Kind.EXPIRED: (0, 0.25)}[kind]
+
+    # The windows are those that a stream without labels computes at the impression's place.
+    plain = ran(folder / "plain", log, [9], ["commit"], replace(SETTINGS, labels=Labels()))
+    assert {place: row[5] for place, row in run.rows().items()} == {
+        place: row[5] for place, row in plain.rows().items() if place in run.rows()
+    }
+    assert run.store.digest() == plain.store.digest()
+
+    # Every impression has one fate, and the store can be made anew from the log.
+    assert faults(run.store) == ()
+    assert run.store.waiting_rows() == kinds.count(Kind.OPENED) - len(resolved)
+    held = rebuilt(folder / "rebuilt", run.values)
+    assert list(held.waiting()) == list(run.store.waiting()) == list(calm.store.waiting())
+    assert held.extra(CLOCKS) is not None
+    assert (held.counts(), held.digest()) == (run.store.counts(), run.store.digest())
+    assert faults(held) == ()
+    for store in (run.store, calm.store, plain.store, held):
+        store.close()
+
+
+def rebuilt(path: Path, values: list[bytes]) -> HistoryStore:
+    """A store made from micro-batches, one commit each."""
+    store = HistoryStore(path, SPEC.history, 16 << 20)
+    waits = Waits(store, always=True)
+    marks: dict[Source, int] = {}
+    for value in values:
+        batch = decode(value)
+        keep, after = trim(batch, marks)
+        parts, _ = new_ranges(batch, marks)
+        parts = waits.follow(batch.take(keep), parts)
+        kept = batch.take(keep & happened(batch.kind))
+        changes, extra = waits.gained()
+        store.commit(Appends.of(kept.user, events_of(kept)), merge_all(parts), extra, changes)
+        marks = after
+    return store
+
+
+SHOWN, CLICKED, PASSED = Event(1, 0, 0, 3), Event(2, 0, 50, 3), Event(0, 0, 500, 0)
+
+
+def test_a_closing_whose_opening_the_log_no_longer_holds_leaves_the_account_balanced(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.open()
+    following = [0, 0]
+    for event in (SHOWN, CLICKED):
+        run.update(batch_of([event], following))
+        run.commit()
+    held = rebuilt(tmp_path / "rebuilt", run.values[1:])
+    assert (held.totals["feedback"], held.totals.get("joined", 0), faults(held)) == (1, 0, ())
+    held.close()
+    run.store.close()
+
+
+def test_an_outcome_with_a_label_of_its_own_gives_it_and_an_impression_with_one_does_not_wait(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.open()
+    batch = batch_of([SHOWN, CLICKED, SHOWN._replace(at_ms=60)], [0, 0])
+    batch.label[1:] = [0.5, 0.0]
+    run.update(batch)
+    run.commit()
+    assert [(row[0], row[2]) for row in run.rows().values()] == [(Kind.JOINED, 0.5), (Kind.ROW, 0.0)]
+    run.store.close()
+
+
+def test_the_request_pairs_where_there_is_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.open()
+    batch = replace(batch_of([SHOWN, SHOWN, CLICKED], [0, 0]), request=np.array([8, 9, 8], np.uint64))
+    run.update(batch)
+    run.commit()
+    assert list(run.rows()) == [(0, 0)]
+    run.crash()
+    # The other one waits on over a restart, under its own request.
+    run.update(replace(batch_of([CLICKED, CLICKED], [3, 0]), request=np.array([8, 9], np.uint64)))
+    run.commit()
+    assert {place: row[1] for place, row in run.rows().items()} == {(0, 0): 2, (0, 1): 4}
+    run.store.close()
+
+
+def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path, replace(SETTINGS, labels=Labels()))
+    run.open()
+    assert run.labels is None
+    run.settings = SETTINGS
+    run.crash()
+    run.update(batch_of([SHOWN], [0, 0]))
+    run.commit()
+    run.settings = replace(SETTINGS, labels=Labels(wait_s=0.1))
+    run.crash()
+    run.update(batch_of([SHOWN, PASSED], [1, 0]))
+    run.commit()
+    assert {place: row[0] for place, row in run.rows().items()} == {
+        (0, 0): Kind.EXPIRED,
+        (0, 1): Kind.ROW,
+        (0, 2): Kind.ROW,
+    }
+    assert run.store.waiting_rows() == 0
+    run.crash()
+    assert run.labels is None
+    run.store.close()
+
+
+def test_rows_wait_on_where_a_field_of_context_was_added(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.open()
+    run.update(batch_of([SHOWN], [0, 0]))
+    run.commit()
+    run.crash()
+    run.update(batch_of([SHOWN, CLICKED], [1, 0], context=2))
+    run.update(batch_of([CLICKED], [3, 0], context=2))
+    run.commit()
+    assert set(run.rows()) == {(0, 0), (0, 1)}
+    contexts = {
+        int(at): row.tolist() for batch in run.new() for at, row in zip(batch.opened, batch.context, strict=True)
+    }
+    assert (contexts[0], contexts[1]) == ([0, 0], [5, 5])
+    run.store.close()
+
+
+def test_impressions_of_a_topic_that_was_made_anew_are_dropped(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.open()
+    run.update(batch_of([SHOWN, SHOWN], [0, 0]))
+    run.commit()
+    assert streaming_labels.forget_other_topics(run.store, "cd" * 16) == 2
+    assert (run.store.waiting_rows(), run.store.totals["dropped"], faults(run.store)) == (0, 2, ())
+    assert streaming_labels.forget_other_topics(run.store, "cd" * 16) == 0
+    run.store.close()
+
+
+def test_a_row_that_is_lost_from_the_store_is_a_fault_and_ends_the_stream_when_it_is_needed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.open()
+    run.update(batch_of([SHOWN], [0, 0]))
+    run.commit()
+    run.store.commit(Appends.none(), waiting={key_of(SOURCES[0], 0): None})
+    (fault,) = faults(run.store)
+    assert "1 impressions must be waiting" in fault
+    run.update(batch_of([CLICKED], [1, 0]))
+    with pytest.raises(CorruptStore, match="1 rows that wait are not in the store"):
+        run.commit()
+    run.store.close()
+
+
+def test_rows_of_a_later_release_are_refused() -> None:
+    with pytest.raises(CorruptStore, match="later release"):
+        RowFormat({"mood": ()})
