@@ -146,6 +146,9 @@ class Ascent:
             topics.ensure(kafka.clicks_topic, kafka.clicks_partitions, {"retention.ms": keep_ms})
             topics.ensure(kafka.dead_letters_topic, 1, {"retention.ms": keep_ms})
             topics.ensure(kafka.microbatches_topic, 1, {"retention.ms": replay_ms})
+            wanted = self._settings.attributes
+            for topic in filter(None, (wanted.user_topic, wanted.item_topic)):
+                topics.ensure(topic, 1, {"cleanup.policy": "compact"})
             partitions = topics.describe(kafka.clicks_topic).partitions
         finally:
             topics.close()

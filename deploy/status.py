@@ -44,6 +44,7 @@ FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("dead letters", "springtide_stream_dead_letters_total"),
         ("lag", "springtide_stream_lag_events"),
         ("micro-batches", "springtide_stream_microbatches_total"),
+        ("with attributes", "springtide_stream_attributes_known"),
     ),
     "trainer": (
         ("version", "springtide_trainer_version"),
@@ -61,6 +62,7 @@ FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
         ("newest click in features", "springtide_serving_feature_freshness_seconds"),
         ("in weights", "springtide_serving_weight_freshness_seconds"),
         ("lag", "springtide_serving_microbatch_lag_records"),
+        ("with attributes", "springtide_serving_attributes_known"),
     ),
     "worker": (
         ("requests", "springtide_requests_total"),

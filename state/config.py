@@ -21,6 +21,7 @@ from state.config_sources import PREFIX, as_text, checked, from_environment, fro
 from state.errors import SettingsError
 from state.sections import (
     SECTIONS,
+    Attributes,
     Bootstrap,
     Events,
     Features,
@@ -53,6 +54,7 @@ class Settings:
     kafka: Kafka = field(default_factory=Kafka)
     events: Events = field(default_factory=Events)
     labels: Labels = field(default_factory=Labels)
+    attributes: Attributes = field(default_factory=Attributes)
     features: Features = field(default_factory=Features)
     stream: Stream = field(default_factory=Stream)
     model: Model = field(default_factory=Model)

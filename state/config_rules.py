@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from state.attributes import fields_of
 from state.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -163,6 +164,39 @@ def topics(settings: Settings) -> Iterator[Conflict]:
         owners[topic] = name
 
 
+def attributes(settings: Settings) -> Iterator[Conflict]:
+    """Attributes are written rightly, have a name each, and come out of topics of their own."""
+    taken = {settings.value(f"kafka.{name}_topic") for name in ("clicks", "dead_letters", "microbatches")}
+    known: list[str] = []
+    for side in ("user", "item"):
+        named_topic, named_fields = f"attributes.{side}_topic", f"attributes.{side}_fields"
+        topic, written = settings.value(named_topic), settings.value(named_fields)
+        try:
+            known += [one.name for one in fields_of(written)]
+        except ValueError as error:
+            yield Conflict((named_fields,), f"{named_fields} {error}")
+        if twice := repeated(known):
+            yield Conflict(
+                (named_fields,),
+                f"{named_fields} names {twice!r} again; give each attribute, of users and items, a name",
+            )
+        if not topic:
+            continue
+        if not TOPIC.fullmatch(topic) or topic in (".", ".."):
+            yield Conflict((named_topic,), f"{named_topic} {topic!r} is no name of a topic")
+        if not written:
+            yield Conflict((named_topic,), f"{named_topic} needs {named_fields}: name what is to be read there")
+        if topic in taken:
+            yield Conflict((named_topic,), f"{named_topic} must be a topic of its own, not {topic}")
+        taken.add(topic)
+    for name in settings.attributes.slices:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            yield Conflict(
+                ("attributes.slices",), f"attributes.slices names {name!r}, which is no attribute; name one of {listed}"
+            )
+
+
 def brokers(settings: Settings) -> Iterator[Conflict]:
     """Brokers have a host and a port; credentials and certificates are used, and there."""
     kafka = settings.kafka
@@ -216,4 +250,4 @@ def repeated(values: Sequence[str]) -> str | None:
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 
-RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, brokers)
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers)

@@ -100,12 +100,12 @@ def decode_json(settings: EventSettings) -> Decoder:
         try:
             return decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise DecodeError(_why(value, error)) from None
+            raise DecodeError(why(value, error)) from None
 
     return read
 
 
-def _why(value: bytes, error: Exception) -> Reason:
+def why(value: bytes, error: Exception) -> Reason:
     """Finds the reason of a value that JSON's strict decoder refused."""
     if isinstance(error, msgspec.ValidationError) and "out of range" not in str(error):
         return Reason.WRONG_TYPE

@@ -55,6 +55,16 @@ class StreamMetrics:
             registry=registry,
         )
         self.cached_users = Gauge(prefix + "cached_users", "Users whose histories are in memory.", registry=registry)
+        self.attribute_records = Gauge(
+            prefix + "attribute_records",
+            "Positions of the topics of attributes read since the store began, by side (user, item) and outcome: value, "
+            "removed, dead, absent.",
+            ["side", "outcome"],
+            registry=registry,
+        )
+        self.attributes_known = Gauge(
+            prefix + "attributes_known", "Users and items that have attributes, by side.", ["side"], registry=registry
+        )
         self.accounting_positions = Gauge(
             "springtide_accounting_positions",
             "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap, "
@@ -104,6 +114,25 @@ class TrainerMetrics:
         )
         self.top1_ratio = Gauge(
             prefix + "top1_ratio", "Share of rows whose category led, scored before learning.", registry=registry
+        )
+        by_value = ["attribute", "value"]
+        self.slice_rows = Gauge(
+            prefix + "slice_rows",
+            "Recent rows, by the value of an attribute of `attributes.slices`.",
+            by_value,
+            registry=registry,
+        )
+        self.slice_log_loss = Gauge(
+            prefix + "slice_log_loss",
+            "Log loss of the interests of those rows, scored before learning.",
+            by_value,
+            registry=registry,
+        )
+        self.slice_auc = Gauge(
+            prefix + "slice_auc",
+            "Area under the curve of the engagement of those rows, scored before learning.",
+            by_value,
+            registry=registry,
         )
         self.version = Gauge(prefix + "version", "Newest version published.", registry=registry)
         self.epoch = Gauge(prefix + "epoch", "Epoch the trainer works in.", registry=registry)
@@ -166,6 +195,12 @@ class ApplierMetrics:
         self.weight_freshness_seconds = Gauge(
             prefix + "weight_freshness_seconds",
             "Age of the newest click trained into the version that answers use.",
+            registry=registry,
+        )
+        self.attributes_known = Gauge(
+            prefix + "attributes_known",
+            "Users and items whose attributes answers use, by side (user, item).",
+            ["side"],
             registry=registry,
         )
         self.history_rows = Counter(prefix + "history_rows", "Rows taken into serving's histories.", registry=registry)

@@ -14,7 +14,7 @@ place, and no micro-batch ends between them. Format 1 knew one kind.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from state.kinds import KINDS, Known, counts, counts_by_range
 from state.positions import Range, Source, from_json, split_range, to_json
 
 if TYPE_CHECKING:
+    from state.attributes import Joined
     from state.events import EventBatch
     from state.history import Appends
 
@@ -55,8 +56,11 @@ LISTS: dict[str, np.dtype[Any]] = {
     "features": np.dtype("<u2"),
     "labels": np.dtype("<u8"),
     "label_windows": np.dtype("<u2"),
+    "user_attributes": np.dtype("<u8"),
+    "item_attributes": np.dtype("<u8"),
 }
 NAMES = (*SCALARS, *LISTS)
+ATTRIBUTES = ("user_attributes", "item_attributes")  # a micro-batch of format 1 has none of them
 
 _WRITE = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
@@ -65,6 +69,11 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 _UNSAID: NDArray[Any] = np.empty(0, np.uint8)
+
+
+def absent_column(name: str, rows: int) -> NDArray[Any]:
+    """What a column since format 2 holds where nothing is said: zeros, or no attributes, `[rows, 0]`."""
+    return np.zeros(rows, SCALARS[name]) if name in SCALARS else np.empty((rows, 0), LISTS[name])
 
 
 def _unsaid() -> NDArray[Any]:
@@ -81,7 +90,8 @@ class Header:
         ranges: One contiguous range of positions per source; `source` of a row is an index into it.
         created_ms: When the batch was cut, wall clock.
         mask_generation: The mask its windows were computed under; 0 for none.
-        names: Names of category ids that the stream had not announced lately.
+        names: Names of ids, of categories and measured attributes, that the stream had not announced lately.
+        attributes: Names of the attributes of users and of items, in the order of their columns.
     """
 
     spec: str
@@ -90,6 +100,7 @@ class Header:
     created_ms: int
     mask_generation: int = 0
     names: Mapping[int, str] = field(default_factory=dict)
+    attributes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +126,8 @@ class MicroBatch:
         waited: `[n]` int64, how many offsets before its place the row's event lies.
         delay_ms: `[n]` int64, how much later than the row's event its label became known, event time, ms.
         request: `[n]` uint64 id by which an impression and its outcome are paired; 0 is none.
+        user_attributes: `[n, Au]` uint64 ids, see `state/attributes.py`.
+        item_attributes: `[n, Ai]` uint64 ids; never shown to the interest head.
     """
 
     header: Header
@@ -135,12 +148,14 @@ class MicroBatch:
     waited: NDArray[np.int64] = field(default_factory=_unsaid)
     delay_ms: NDArray[np.int64] = field(default_factory=_unsaid)
     request: NDArray[np.uint64] = field(default_factory=_unsaid)
+    user_attributes: NDArray[np.uint64] = field(default_factory=_unsaid)
+    item_attributes: NDArray[np.uint64] = field(default_factory=_unsaid)
 
     def __post_init__(self) -> None:
-        """Rows of which nothing else is said needed no waiting."""
-        for name in SINCE_2:
+        """Rows of which nothing else is said needed no waiting, and have no attributes."""
+        for name in (*SINCE_2, *ATTRIBUTES):
             if getattr(self, name) is _UNSAID:
-                object.__setattr__(self, name, np.zeros(len(self.user), SCALARS[name]))
+                object.__setattr__(self, name, absent_column(name, len(self.user)))
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -175,6 +190,7 @@ class Rows:
         appends: The events by user, for `HistoryStore.commit`.
         kind: `[n]` uint8 `Kind`; by default each event is a row.
         known: Impressions of before whose label became known.
+        attributes: What is known of users and items; None where nothing is configured.
     """
 
     batch: EventBatch
@@ -184,6 +200,7 @@ class Rows:
     appends: Appends
     kind: NDArray[np.uint8] = field(default_factory=_unsaid)
     known: Known | None = None
+    attributes: Joined | None = None
 
     def __len__(self) -> int:
         """The number of rows of a micro-batch."""
@@ -198,13 +215,16 @@ class Rows:
         """The columns of the events alone."""
         batch, rows = self.batch, len(self.batch.offset)
         added: dict[str, NDArray[Any]] = {"kind": self.kind, "request": batch.request}
+        none = absent_column("user_attributes", rows)
         return {
             **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
-            **{name: np.zeros(rows, SCALARS[name]) for name in SINCE_2},
+            **{name: absent_column(name, rows) for name in SINCE_2},
             **{name: column for name, column in added.items() if len(column) == rows},
             "features": self.features,
             "labels": self.labels,
             "label_windows": self.label_windows,
+            "user_attributes": none if self.attributes is None else self.attributes.user,
+            "item_attributes": none if self.attributes is None else self.attributes.item,
         }
 
     @property
@@ -224,13 +244,13 @@ def encode(header: Header, columns: Columns) -> bytes:
     Args:
         header: What the batch says about itself.
         columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`; those of
-            `SINCE_2` may be missing, and are 0 then.
+            `SINCE_2` may be missing, and are 0 then, those of `ATTRIBUTES` empty.
 
     Raises:
         MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
     """
     if "user" in columns:
-        columns = {name: np.zeros(len(columns["user"]), SCALARS[name]) for name in SINCE_2} | dict(columns)
+        columns = {name: absent_column(name, len(columns["user"])) for name in (*SINCE_2, *ATTRIBUTES)} | dict(columns)
     _check(header, columns)
     rows = len(columns["user"])
     arrays, fields = [], []
@@ -253,6 +273,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         "created_ms": header.created_ms,
         "label_shape": list(columns["label_windows"].shape[1:]),
         "names": {f"{key:016x}": name for key, name in header.names.items()},
+        "attributes": header.attributes,
     }
     schema = pa.schema(fields, metadata={METADATA: json.dumps(document, separators=(",", ":")).encode()})
     sink = pa.BufferOutputStream()
@@ -274,11 +295,14 @@ def decode(value: bytes) -> MicroBatch:
         header = _header(document)
         columns: dict[str, NDArray[Any]] = {}
         for name in SCALARS:
-            if name not in SINCE_2 or document["format"] >= 2:
-                columns[name] = batch.column(name).to_numpy(zero_copy_only=True)
+            if name in SINCE_2 and document["format"] == 1:
+                columns[name] = absent_column(name, batch.num_rows)
             else:
-                columns[name] = np.zeros(batch.num_rows, SCALARS[name])
+                columns[name] = batch.column(name).to_numpy(zero_copy_only=True)
         for name in LISTS:
+            if name in ATTRIBUTES and document["format"] == 1:
+                columns[name] = absent_column(name, batch.num_rows)
+                continue
             lists = batch.column(name)
             shape = document["label_shape"] if name == "label_windows" else [lists.type.list_size]
             columns[name] = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), *shape)
@@ -384,7 +408,7 @@ def _document(schema: pa.Schema) -> dict[str, Any]:
     document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
     if not isinstance(document, dict):
         raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch; check the topic's name")
-    if document.get("format") not in (1, FORMAT):
+    if document.get("format") not in range(1, FORMAT + 1):
         raise MicroBatchError(
             f"a micro-batch of format {document.get('format')!r}; this release reads 1 and {FORMAT}: "
             "upgrade the reader before the stream"
@@ -401,7 +425,12 @@ def _header(document: Mapping[str, Any]) -> Header:
         created_ms=int(document["created_ms"]),
         mask_generation=int(document["mask_generation"]),
         names={int(key, 16): str(name) for key, name in document["names"].items()},
+        attributes=_names(*document.get("attributes", ((), ()))),
     )
+
+
+def _names(users: Iterable[str], items: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(map(str, users)), tuple(map(str, items))
 
 
 def _check(header: Header, columns: Columns) -> None:
@@ -416,6 +445,11 @@ def _check(header: Header, columns: Columns) -> None:
             raise MicroBatchError(
                 f"column {name} is {column.dtype}{list(column.shape)}, expected {kind} with {rows} rows "
                 f"and {depth} dimensions"
+            )
+    for name, names in zip(ATTRIBUTES, header.attributes, strict=True):
+        if columns[name].shape[1] != len(names):
+            raise MicroBatchError(
+                f"column {name} has {columns[name].shape[1]} attributes, the header names {len(names)}"
             )
     sources, offsets = columns["source"], columns["offset"]
     if rows and int(sources.max()) >= len(header.ranges):

@@ -176,6 +176,24 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Attributes:
+    """What is known of users and items beside their clicks: compacted topics, joined into every click."""
+
+    user_topic: str = setting("", help="Compacted topic of users' attributes, keyed by the user's id; empty: none.")
+    item_topic: str = setting("", help="Compacted topic of items' attributes, keyed by the item's id; empty: none.")
+    user_fields: tuple[str, ...] = setting(
+        (),
+        help="Attributes of users: `name`, or `name=field` of the JSON object; numbers become bands by `name:log` or by "
+        "edges, as in `price:10|50|100`.",
+    )
+    item_fields: tuple[str, ...] = setting((), help="Attributes of items, written likewise.")
+    slices: tuple[str, ...] = setting((), help="Names of attributes whose values have measures of their own.")
+    slice_values: int = setting(
+        16, "values", least=1, most=256, help="Most values of such an attribute; the later ones are measured together."
+    )
+
+
+@dataclass(frozen=True)
 class Features:
     """The windowed features; a change needs a new state directory."""
 
@@ -317,6 +335,7 @@ SECTIONS: dict[str, type[Any]] = {
     "kafka": Kafka,
     "events": Events,
     "labels": Labels,
+    "attributes": Attributes,
     "features": Features,
     "stream": Stream,
     "model": Model,

@@ -125,7 +125,11 @@ def encode_cut(cut: Cut, spec: str, salt: str, max_rows: int, max_record_bytes: 
     """
     ranges, columns = gather(cut)
     names = {key: name for piece in cut.pieces for key, name in piece.batch.names.items()}
-    header = Header(spec=spec, salt=salt, ranges=ranges, created_ms=cut.created_ms, names=names)
+    attributes = [piece.attributes for piece in cut.pieces if piece.attributes is not None]
+    for joined in attributes:
+        names |= joined.names
+    fields = attributes[0].fields if attributes else ((), ())
+    header = Header(spec=spec, salt=salt, ranges=ranges, created_ms=cut.created_ms, names=names, attributes=fields)
     return split(header, columns, max_record_bytes, max_rows)
 
 

@@ -191,6 +191,8 @@ class ProfileDoFn(beam.DoFn):
         shard = current()
         with shard.watch():
             rows = shard.profiler.update(batch)
+            if shard.join is not None:
+                rows = shard.join.rows(rows)
             if shard.labels is not None:
                 rows = shard.labels.attribute(rows)
             shard.metrics.cached_users.set(shard.profiler.cached_users)

@@ -18,9 +18,12 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 
 from state import metrics
+from state.attribute_log import AttributeFollower
+from state.attribute_store import open_anew
+from state.attributes import tables_of
 from state.config import Settings
 from state.errors import SaltMismatch, SpecMismatch
-from state.events import Parser, load_salt
+from state.events import Parser, Salt, load_salt
 from state.features import FeatureSpec
 from state.gaps import Consent
 from state.history import Appends, HistoryStore
@@ -30,6 +33,7 @@ from state.metrics import StreamMetrics
 from state.microbatch import Rows
 from state.positions import Source
 from streaming import accounts, takeover
+from streaming.attributes import Join, letters
 from streaming.cut import Cut, encode_cut
 from streaming.labels import Labels, open_labels
 from streaming.profile import Profiler
@@ -37,6 +41,7 @@ from streaming.profile import Profiler
 logger = logging.getLogger(__name__)
 
 SPEC, SALT = "spec", "salt"  # names of the store's extras
+ATTRIBUTES = "attributes"
 NO_CONSENT = Consent()
 
 
@@ -58,6 +63,7 @@ class Shard:
         committed: Next offsets as committed; replaced as a whole by the commit thread.
         labels: Impressions that wait; None where none can. The Beam thread attributes, the commit thread looks up.
         closing: What runs, last in first out, before the above is closed.
+        join: Attributes of users and items; None where none are configured.
         stopping: Set by a signal: no further poll begins.
         failure: The first exception of a step; Beam passes on only its text.
     """
@@ -75,6 +81,7 @@ class Shard:
     committed: dict[Source, int]
     labels: Labels | None
     closing: ExitStack
+    join: Join | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
 
@@ -114,7 +121,7 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
     2. The store, which must be of this salt and this feature spec.
     3. The metrics' port.
     4. The topics; a missing topic of clicks is an error, the two others are created.
-    5. The writer, which fences one with the same transactional id.
+    5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
     6. The gaps that `consent` covers are passed, with a record of it; any other one ends the process.
     7. The reader, at the store's positions.
 
@@ -163,6 +170,7 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
         # 5.
         writer = open_writer(settings)
         stack.callback(writer.close)
+        join = open_join(settings, salt, counted, stack) if tables_of(settings.attributes) else None
         # 6.
         parser, profiler = Parser(settings.events, salt), Profiler(store, spec, stream.cache_users)
         partitions = partitions_of(stream.shard, stream.shards, clicks.partitions)
@@ -196,6 +204,7 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
             committed=committed,
             labels=open_labels(settings, store, clicks.topic_id),
             closing=stack,
+            join=join,
         )
         counted.gaps_accepted.inc(len(accounts.accepted(store)))
         accounts.show(store, counted)
@@ -207,6 +216,31 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
             spec.digest[:12],
         )
         yield stack.enter_context(installed(shard))
+
+
+def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: ExitStack) -> Join:
+    """The attributes as the topics have them now, and their follower, which ends with `stack`.
+
+    Raises:
+        LogError: A topic is missing or cannot be read.
+        StoreError: The store cannot be opened.
+    """
+    # Imported here, since the sink imports this module.
+    from streaming.sink import letter_headers
+
+    tables, wanted = tables_of(settings.attributes), settings.attributes
+    store = open_anew(settings.stream_dir / ATTRIBUTES, settings.stream.map_gb << 30)
+    report = letters(settings.kafka, counted, letter_headers, writes=settings.stream.shard == 0)
+    topics = {"user": wanted.user_topic, "item": wanted.item_topic}
+    followers = [
+        AttributeFollower(settings.kafka, topics[side], table, salt, store, report, settings.events.max_event_bytes)
+        for side, table in tables.items()
+    ]
+    join = Join(store, followers, tables, wanted.slices, counted)
+    stack.callback(join.close)
+    join.catch_up()
+    join.start()
+    return join
 
 
 def open_writer(settings: Settings) -> Writer:

@@ -132,7 +132,11 @@ def environment(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpu
 def deciding(settings: Settings) -> dict[str, str]:
     """The settings that decide what a step does, by name, and no others."""
     model = {f"model.{name}": str(value) for name, value in dataclasses.asdict(settings.model).items()}
-    return model | {f"trainer.{name}": str(getattr(settings.trainer, name)) for name in _DECIDING}
+    wanted, own = settings.attributes, {f"trainer.{name}": str(getattr(settings.trainer, name)) for name in _DECIDING}
+    for side in ("user", "item"):
+        fields = getattr(wanted, f"{side}_fields") if getattr(wanted, f"{side}_topic") else ()
+        own[f"attributes.{side}_fields"] = str(fields)
+    return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}
 
 
 def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:

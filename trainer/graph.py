@@ -54,6 +54,9 @@ INPUTS = {
 }
 """What the first graph is given: distinct rows of each table, and where each use is in them."""
 
+OF_ITEMS = {"item_at": tf.int32, "item_attributes_at": tf.int32}
+"""And, where items have attributes: for each combination of item and attributes the item's row and its attributes' rows."""
+
 
 class Measured(NamedTuple):
     """What the first graph found.
@@ -87,10 +90,14 @@ class Graph:
         optimizer: Of the dense weights.
         tables: By name.
         fields: K, context fields of a row.
+        attributes: Of an item.
     """
 
-    def __init__(self, model: Model, optimizer: Adam, tables: Mapping[str, Table], fields: int) -> None:
+    def __init__(
+        self, model: Model, optimizer: Adam, tables: Mapping[str, Table], fields: int, attributes: int = 0
+    ) -> None:
         self._model, self._optimizer, self._tables, self._fields = model, optimizer, tables, fields
+        self._attributes, self._inputs = attributes, INPUTS | (OF_ITEMS if attributes else {})
         self._facts: Facts
         self._found: tuple[Scores, Slopes]
         shapes: dict[str, list[int | None]] = {"features": [None, model.features], "seed": [2]}
@@ -98,7 +105,9 @@ class Graph:
         self._measure = tf.function(
             self._measure_graph,
             autograph=False,
-            input_signature=[tf.TensorSpec(shapes.get(name, [None]), kind, name) for name, kind in INPUTS.items()],
+            input_signature=[
+                tf.TensorSpec(shapes.get(name, [None]), kind, name) for name, kind in self._inputs.items()
+            ],
         )
         # Called without the checks of a tf.function, which cost 15 us an argument.
         self._concrete = self._measure.get_concrete_function()
@@ -118,10 +127,10 @@ class Graph:
 
         Args:
             facts: What the heads need to know.
-            inputs: The arrays named in `INPUTS`.
+            inputs: The arrays named in `INPUTS` and, with attributes, in `OF_ITEMS`.
         """
         self._facts = facts
-        measured = self._concrete(*(tf.constant(inputs[name]) for name in INPUTS))
+        measured = self._concrete(*(tf.constant(inputs[name]) for name in self._inputs))
         return Measured(*measured), *self._found
 
     def apply(self, at: Mapping[str, I32], sparse: Mapping[str, F32], measured: Measured) -> None:
@@ -142,7 +151,7 @@ class Graph:
         self._apply(*measured.dense)
 
     def _measure_graph(self, *arrays: Any) -> Any:
-        given = dict(zip(INPUTS, arrays, strict=True))
+        given = dict(zip(self._inputs, arrays, strict=True))
         model = self._model
         distinct, accum = (
             {
@@ -176,7 +185,7 @@ class Graph:
             "learning_popular": popular[1],
             "personal": personal,
             "category": distinct["category"],
-            "item": distinct["item"],
+            "item": self._items(distinct, given),
         }
         known |= {name: model.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
         kept = ("learning", "learning_popular", "personal", *FROM_HEADS.values())
@@ -200,6 +209,14 @@ class Graph:
         dense = [tf.convert_to_tensor(found[name]) for name in model.dense]
         norm = tf.add_n([tf.nn.l2_loss(slope) for slope in dense]) * 2.0
         return dense, norm, *rows, list(distinct.values()), list(accum.values())
+
+    def _items(self, distinct: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        """The rows of items that pairs name; with attributes the item's own plus the mean of theirs."""
+        if not self._attributes:
+            return distinct["item"]
+        rows = tf.gather(distinct["context"], given["item_attributes_at"])
+        rows = tf.reshape(rows, [-1, self._attributes, self._model.settings.dim])
+        return tf.gather(distinct["item"], given["item_at"]) + tf.reduce_mean(rows, 1)
 
     def _vectors(
         self, prepared: Any, user: Any, latest: Any, context: Any, given: Mapping[str, Any]

@@ -325,6 +325,20 @@ class Learner:
             (self._metrics.top1_ratio, "top1"),
         ):
             gauge.set(draft.metrics.get(name, float("nan")))
+        self._show_slices()
+
+    def _show_slices(self) -> None:
+        """Sets the gauges of the slices; a value may have got its name meanwhile."""
+        shown = {
+            "rows": self._metrics.slice_rows,
+            "log_loss": self._metrics.slice_log_loss,
+            "auc": self._metrics.slice_auc,
+        }
+        for gauge in shown.values() if self._trainer.slices else ():
+            gauge.clear()
+        for one in self._trainer.slices.measures():
+            for name in shown.keys() & one.figures.keys():
+                shown[name].labels(one.attribute, one.value).set(one.figures[name])
 
     def _settle(self, wait: bool = False) -> None:
         made = self._publisher.settle(wait)
@@ -372,6 +386,7 @@ class Learner:
             salt=str(self._about["salt"]),
             mask_generation=self.control.mask.generation,
             metrics=self._trainer.evaluation.values()
+            | self._trainer.slices.values()
             | {f"account.{name}": float(value) for name, value in self._account().items()},
             environment=self._environment,
         )

@@ -34,6 +34,7 @@ from state.config import Settings
 from state.errors import TrainingHeld
 from state.features import FeatureSpec
 from state.microbatch import MicroBatch
+from trainer.attributes import Columns, combine
 from trainer.candidates import candidates, partners, seed_of
 from trainer.device import prepare
 from trainer.evaluation import Evaluation
@@ -44,6 +45,7 @@ from trainer.index import I32
 from trainer.model import LATEST, Model, Preprocessing
 from trainer.optimizer import Adam
 from trainer.popular import HOUR_MS, Popular
+from trainer.slices import Scored, Slices
 from trainer.sums import dropout, gather, square
 from trainer.tables import MISSING, Table
 
@@ -134,7 +136,7 @@ class Trainer:
         tables: By name: user, item, category, context.
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
-        popular, evaluation, guard, counters: The small state, in `state()`.
+        popular, evaluation, slices, guard, counters: The small state, in `state()`.
         device: Where the variables are.
     """
 
@@ -165,11 +167,14 @@ class Trainer:
             self.optimizer = Adam(self.model.dense, model.dense_learning_rate, RATES)
         self.popular = Popular(model.popular)
         self.evaluation = Evaluation()
+        self._columns = Columns(settings.attributes)
+        self.slices = Slices(settings.attributes, self._columns)
         self.guard = GuardState()
         self.counters = Counters()
         self._first_weights = self.model.weights()
         self._first_slots = self.optimizer.slots()
-        self._graph = Graph(self.model, self.optimizer, self.tables, len(settings.events.context))
+        fields = len(settings.events.context) + len(self._columns.users.names)
+        self._graph = Graph(self.model, self.optimizer, self.tables, fields, len(self._columns.items.names))
         self._windows = self.model.prepare_windows
 
     def clear(self) -> None:
@@ -180,15 +185,17 @@ class Trainer:
         self.optimizer.set_slots(self._first_slots)
         self.popular = Popular(self.settings.model.popular)
         self.evaluation = Evaluation()
+        self.slices = Slices(self.settings.attributes, self._columns)
         self.guard = GuardState()
         self.counters = Counters()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The small state by name: counters, guard, evaluation, popular. Tables, weights and slots are apart."""
+        """The small state by name: counters, guard, evaluation, slices, popular. Tables, weights and slots are apart."""
         held: dict[str, npt.NDArray[Any]] = {}
         for prefix, record in (("counters", asdict(self.counters)), ("guard", asdict(self.guard))):
             held |= {f"{prefix}.{name}": np.array(value) for name, value in record.items()}
         held |= {f"evaluation.{name}": value for name, value in self.evaluation.state().items()}
+        held |= {f"slices.{name}": value for name, value in self.slices.state().items()}
         held |= {f"popular.{name}": value for name, value in self.popular.state().items()}
         return held
 
@@ -202,6 +209,7 @@ class Trainer:
         guard = {name: value.item() for name, value in part("guard.").items()}
         self.guard = GuardState(**guard)
         self.evaluation.load(part("evaluation."))
+        self.slices.load(part("slices."))
         self.popular.load(part("popular."))
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None) -> Report:
@@ -245,9 +253,14 @@ class Trainer:
                 table.expire(counters.log_ms - int(expire_s * 1000))
         for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
             self.tables[name].sight(np.ascontiguousarray(ids), batch.at_ms)
-        fields = batch.context.shape[1]
-        if fields:
-            self.tables["context"].sight(batch.context.reshape(-1), np.repeat(batch.at_ms, fields))
+        for context in (self._context(batch), self._columns.items_of(batch)):
+            if fields := context.shape[1]:
+                self.tables["context"].sight(context.reshape(-1), np.repeat(batch.at_ms, fields))
+
+    def _context(self, batch: MicroBatch) -> npt.NDArray[np.uint64]:
+        """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
+        users = self._columns.users_of(batch)
+        return np.concatenate([batch.context, users], 1) if users.shape[1] else batch.context
 
     def _inputs(self, batch: MicroBatch, seed: tuple[int, int] | None) -> tuple[Facts, dict[str, Any]]:
         """Everything the heads and the graph need, rows in place of ids."""
@@ -265,9 +278,12 @@ class Trainer:
         negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(rows))
         scored = np.concatenate([known | (batch.item != 0), negative])
 
+        attributes = self._columns.items_of(batch)
+        combined = combine(batch.item, attributes) if attributes.shape[1] else None
+        of_item = {"pair_item_at": batch.item, "negative_item_at": batch.item[partner]}
         parts = {
             "user": {"user_at": batch.user},
-            "item": {"pair_item_at": batch.item, "negative_item_at": batch.item[partner]},
+            "item": of_item if combined is None else {"item_at": combined.item},
             "category": {
                 "label_at": batch.labels.reshape(-1),
                 "popular_at": popular,
@@ -275,15 +291,20 @@ class Trainer:
                 "negative_category_at": batch.category[partner],
                 "other_at": slots.other,
             },
-            "context": {"context_at": batch.context.reshape(-1)},
+            "context": {"context_at": self._context(batch).reshape(-1)},
         }
-        inputs: dict[str, Any] = {"features": batch.features, "seed": np.array(seed, np.int32)}
+        if combined is not None:
+            parts["context"]["item_attributes_at"] = combined.attributes.reshape(-1)
+        inputs: dict[str, Any] = {"features": batch.features, "seed": np.array(seed, np.int32), "partner": partner}
         at: dict[str, I32] = {}
         for name, table in self.tables.items():
             ids = np.concatenate(list(parts[name].values()))
             inputs[f"{name}_rows"], places = table.distinct(table.find(ids))
             ends = np.cumsum([part.size for part in parts[name].values()])
             at |= dict(zip(parts[name], np.split(places, ends[:-1]), strict=True))
+        if combined is not None:
+            at |= {"pair_item_at": combined.at, "negative_item_at": combined.at[partner]}
+            inputs |= {name: at[name] for name in ("item_at", "item_attributes_at")}
         label_at = at["label_at"].reshape(batch.labels.shape)
         inputs |= {name: at[name] for name in ("user_at", "popular_at", "context_at")}
         inputs["latest_at"] = np.ascontiguousarray(label_at[:, :LATEST]).reshape(-1)
@@ -311,9 +332,14 @@ class Trainer:
 
     def _sparse(self, facts: Facts, inputs: Mapping[str, Any], measured: Measured, slopes: Slopes) -> dict[str, F32]:
         """The derivatives by the distinct rows of each table; the first of them is the missing row."""
-        dim = self.settings.model.dim
+        dim, attributes = self.settings.model.dim, len(self._columns.items.names)
         found = {"user": np.zeros((inputs["user_rows"].size, dim), np.float32), "item": slopes.item}
         found |= {"category": slopes.category, "context": np.zeros((inputs["context_rows"].size, dim), np.float32)}
+        if attributes:
+            found["item"] = np.zeros((inputs["item_rows"].size, dim), np.float32)
+            gather(found["item"], inputs["item_at"], slopes.item)
+            shares = np.repeat(slopes.item / np.float32(attributes), attributes, 0)
+            gather(found["context"], inputs["item_attributes_at"], shares)
         for name, at, of in (
             ("user", "user_at", measured.user),
             ("category", "latest_at", measured.latest),
@@ -354,6 +380,10 @@ class Trainer:
                 table.touch(rows[name])
             known = batch.labels[:, 0] != MISSING
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
+            if self.slices:
+                seen = Scored(targets, losses, top1, scored, inputs["partner"], logits, positive, engagement_losses)
+                users, items = self._columns.users_of(batch), self._columns.items_of(batch)
+                self.slices.update(users, items, batch.header.names, seen)
             self.popular.update(batch.category, counters.log_ms)
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, event_time_ms)

@@ -1,10 +1,11 @@
 """The one process per serving host that writes: versions into rows, micro-batches into histories.
 
-    thread    what it follows                        what it writes
-    main      registry and control, each poll_ms     rows, pointer, mask     following.py
-    clicks    the micro-batch topic                  histories, event clock  clicks.py
+    thread      what it follows                        what it writes
+    main        registry and control, each poll_ms     rows, pointer, mask     following.py
+    clicks      the micro-batch topic                  histories, event clock  clicks.py
+    attributes  their topics, where there are any      attributes              attributes.py
 
-Either goes on without the other: with Kafka away new versions still arrive,
+Each goes on without the other: with Kafka away new versions still arrive,
 with the registry away new clicks do, and answers go on in any case.
 """
 
@@ -17,12 +18,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from deploy.serving.attributes import AttributesFollower
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
-from deploy.serving.host import HISTORIES, PROGRAMS, ROWS
+from deploy.serving.host import ATTRIBUTES, HISTORIES, PROGRAMS, ROWS
+from state.attributes import tables_of
 from state.config import Settings, load
 from state.errors import (
     CorruptStore,
@@ -87,12 +91,12 @@ def open_histories(settings: Settings) -> HistoryStore:
 
 
 class Applier:
-    """Both followers and their upkeep. `run` until `stop` is set.
+    """The followers and their upkeep. `run` until `stop` is set.
 
     Args:
         settings: Of the whole system.
         registry: Where the metrics go.
-        stop: Ends both threads; the one that fails sets it.
+        stop: Ends all threads; the one that fails sets it.
         now_ms: The wall clock.
     """
 
@@ -111,6 +115,8 @@ class Applier:
         folder = settings.serving_dir
         self._rows = RowStore(folder / ROWS, settings.serving.map_gb << 30)
         self._histories = open_histories(settings)
+        wanted = tables_of(settings.attributes)
+        self._attributes = AttributesFollower(settings, folder / ATTRIBUTES, self.metrics) if wanted else None
         self.versions = VersionFollower(
             Registry(settings.registry_dir),
             self._rows,
@@ -129,15 +135,22 @@ class Applier:
         Raises:
             SpringtideError: A follower cannot go on.
         """
-        thread = threading.Thread(target=self._guarded_clicks, name="clicks")
-        thread.start()
+        threads = [threading.Thread(target=self._guarded, args=(self._follow_clicks,), name="clicks")]
+        if self._attributes is not None:
+            follow = partial(self._attributes.run, self._stop)
+            threads.append(threading.Thread(target=self._guarded, args=(follow,), name="attributes"))
+        for thread in threads:
+            thread.start()
         try:
             self._follow_versions()
         finally:
             self._stop.set()
-            thread.join()
+            for thread in threads:
+                thread.join()
             self._rows.close()
             self._histories.close()
+            if self._attributes is not None:
+                self._attributes.close()
         if self._failure is not None:
             raise self._failure
 
@@ -159,6 +172,8 @@ class Applier:
             if house(now_s):
                 self._rows.clear_stale_readers()
                 self._histories.clear_readers()
+                if self._attributes is not None:
+                    self._attributes.store.clear_readers()
             if sync(now_s):
                 self._rows.sync()
             if not more:
@@ -176,9 +191,9 @@ class Applier:
             self.metrics.feature_freshness_seconds.set(age_s)
             self.metrics.feature_age_seconds.observe(age_s)
 
-    def _guarded_clicks(self) -> None:
+    def _guarded(self, follow: Callable[[], None]) -> None:
         try:
-            self._follow_clicks()
+            follow()
         except BaseException as error:
             self._failure = error
             raise

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from deploy.serving.attributes import KnownAttributes
 from deploy.serving.predictor import CLOCK_EXTRA, NotReady, Predictor
+from state.attribute_store import AttributeStore
+from state.attributes import tables_of
 from state.config import Settings
 from state.errors import SpringtideError, StoreError
 from state.features import FeatureSpec
@@ -16,6 +19,7 @@ from state.rows import RowStore
 ROWS = "rows"
 HISTORIES = "histories"
 PROGRAMS = "programs"
+ATTRIBUTES = "attributes"
 CAUGHT_UP_EXTRA = "caught_up"
 _DATA = "data.mdb"
 _CHECK_MS = 1000
@@ -37,8 +41,10 @@ class Host:
         self._spec = FeatureSpec.from_settings(settings)
         self._rows: RowStore | None = None
         self._histories: HistoryStore | None = None
+        self._tables = tables_of(settings.attributes)
+        self._attributes: AttributeStore | None = None
         self._predictor: Predictor | None = None
-        self._files: tuple[int, int] = (0, 0)
+        self._files: tuple[int, ...] = ()
         self._check_at_ms = 0
 
     def predictor(self) -> Predictor:
@@ -50,7 +56,7 @@ class Host:
         now_ms = self._now_ms()
         if self._predictor is None or not self._check_at_ms - _CHECK_MS <= now_ms < self._check_at_ms:
             self._check_at_ms = now_ms + _CHECK_MS
-            files = (self._file(ROWS), self._file(HISTORIES))
+            files = tuple(self._file(name) for name in (ROWS, HISTORIES, ATTRIBUTES))
             if self._predictor is None or files != self._files:
                 self.close()
                 self._predictor = self._open()
@@ -80,11 +86,11 @@ class Host:
         return found
 
     def close(self) -> None:
-        """Closes both stores."""
-        for store in (self._rows, self._histories):
+        """Closes the stores."""
+        for store in (self._rows, self._histories, self._attributes):
             if store is not None:
                 store.close()
-        self._rows = self._histories = self._predictor = None
+        self._rows = self._histories = self._attributes = self._predictor = None
 
     def _open(self) -> Predictor:
         settings, folder = self._settings, self._settings.serving_dir
@@ -92,6 +98,8 @@ class Host:
         try:
             self._rows = RowStore(folder / ROWS, map_bytes, readonly=True)
             self._histories = HistoryStore(folder / HISTORIES, settings.features.history, map_bytes, readonly=True)
+            if self._tables:
+                self._attributes = AttributeStore(folder / ATTRIBUTES, map_bytes, readonly=True)
         except StoreError as error:
             raise NotReady(str(error)) from error
         return Predictor(
@@ -103,6 +111,7 @@ class Host:
             settings.events.context,
             settings.serving.clock,
             self._now_ms,
+            None if self._attributes is None else KnownAttributes(self._attributes, self._tables),
         )
 
     def _file(self, name: str) -> int:

@@ -8,7 +8,7 @@ for one row and 150 us for sixteen.
 1. Pointer, control and mask; program and dense weights, when the version changed.
 2. The users' pseudonyms, by the salt, and their histories.
 3. The windows as of `at`, without what the mask takes out.
-4. Rows of the user, the context, the labels, the item.
+4. Rows of the user, the context, the labels, the item, and of the attributes of user and item.
 5. Candidates = the user's labels, and the popular ones that are not among them.
 6. Logits, softmax over the candidates, names.
 """
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.serving.attributes import NOTHING, Known, KnownAttributes
 from deploy.serving.program import BATCHES, Program, batch_of, read_program
 from state.errors import SaltMismatch, SpecMismatch, SpringtideError
 from state.features import FeatureSpec, Mask, vectorise
@@ -67,10 +68,11 @@ class Version(TypedDict):
 
 
 class Engagement(TypedDict):
-    """How probable it is that the user engages with the item."""
+    """How probable it is that the user engages with the item, whose attributes are named as the user's are."""
 
     item: str
     probability: float
+    attributes: Mapping[str, str | None]
 
 
 @dataclass(slots=True)
@@ -89,6 +91,7 @@ class Answer:
         engagement: For the item asked for; else None.
         vector: `[width]` float32.
         features: The windows by name.
+        attributes: Of the user, by name; None where the record has no such value. Empty without a record.
     """
 
     user_id: str
@@ -102,6 +105,7 @@ class Answer:
     engagement: Engagement | None
     vector: F32
     features: dict[str, int]
+    attributes: Mapping[str, str | None]
 
 
 class Query(NamedTuple):
@@ -188,6 +192,7 @@ class Predictor:
         context_fields: Names of the context fields, as the stream has them.
         clock: `event` or `wall`.
         now_ms: The wall clock.
+        attributes: What is known of users and items; None where nothing is configured.
     """
 
     def __init__(
@@ -200,7 +205,9 @@ class Predictor:
         context_fields: Sequence[str],
         clock: str,
         now_ms: Callable[[], int],
+        attributes: KnownAttributes | None = None,
     ) -> None:
+        self._attributes = attributes or NOTHING
         self._rows = rows
         self._histories = histories
         self._programs = programs
@@ -254,7 +261,10 @@ class Predictor:
             ]
             # 4. 5.
             seen = [[label for label in vector.labels.tolist() if label] for vector in vectors]
+            people = self._attributes.of("user", users)
+            goods = self._attributes.of("item", [public_id(query.item) if query.item else 0 for query in queries])
             inputs, known = self._inputs(reader, loaded, queries, users, seen)
+            self._add_attributes(reader, loaded, queries, inputs, people, goods)
         for place, vector in enumerate(vectors):
             inputs["features"][place] = vector.features
             inputs["label_windows"][place] = vector.label_windows
@@ -275,7 +285,7 @@ class Predictor:
             engagement: Engagement | None = None
             if query.item is not None:
                 chance = 1.0 / (1.0 + math.exp(-min(max(float(outputs["engagement_logit"][place]), -60.0), 60.0)))
-                engagement = {"item": query.item, "probability": chance}
+                engagement = {"item": query.item, "probability": chance, "attributes": goods[place].texts}
             answers.append(
                 Answer(
                     user_id=query.user,
@@ -289,6 +299,7 @@ class Predictor:
                     engagement=engagement,
                     vector=outputs["vector"][place],
                     features=dict(zip(names, vectors[place].features.tolist(), strict=True)),
+                    attributes=people[place].texts,
                 )
             )
         return answers
@@ -381,8 +392,6 @@ class Predictor:
                 if not own.isdisjoint(loaded.popular):
                     taken = [rank for rank, label in enumerate(loaded.popular) if label in own]
                     inputs["popular_mask"][place, taken] = 0.0
-            if query.context:
-                inputs["context_row"][place] = self._context(reader, loaded, query.context)
             item = None if query.item is None else public_id(query.item)
             if item is not None:
                 inputs["item_row"][place] = np.frombuffer(
@@ -406,14 +415,31 @@ class Predictor:
             found.append(row)
         return np.frombuffer(b"".join(found), np.float32).reshape(-1, loaded.dim)
 
-    def _context(self, reader: RowReader, loaded: Loaded, context: Mapping[str, str]) -> F32:
-        """The mean over all fields, as in training: one that is not given counts as zeros."""
+    def _add_attributes(
+        self,
+        reader: RowReader,
+        loaded: Loaded,
+        queries: Sequence[Query],
+        inputs: dict[str, NDArray[Any]],
+        people: Sequence[Known],
+        goods: Sequence[Known],
+    ) -> None:
+        """The mean over the context fields and the user's attributes, and the item's attributes added to its row."""
+        for place, (query, user, item) in enumerate(zip(queries, people, goods, strict=True)):
+            fields = [context_id(name, query.context[name]) for name in self._context_fields if name in query.context]
+            if fields or user.ids:
+                # As in training a field that is not given counts as zeros.
+                count = len(self._context_fields) + len(user.ids)
+                inputs["context_row"][place] = self._sum(reader, loaded, [*fields, *user.ids]) / np.float32(count)
+            if query.item is not None and item.ids:
+                inputs["item_row"][place] += self._sum(reader, loaded, item.ids) / np.float32(len(item.ids))
+
+    def _sum(self, reader: RowReader, loaded: Loaded, ids: Sequence[int]) -> F32:
+        """The sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
         total = np.zeros(loaded.dim, np.float32)
-        for name in self._context_fields:
-            if name in context:
-                row = reader.row("context", context_id(name, context[name]), loaded.served)
-                total += np.frombuffer(row or loaded.missing, np.float32)
-        return total / np.float32(max(len(self._context_fields), 1))
+        for one in ids:
+            total += np.frombuffer(reader.row("context", one, loaded.served) or loaded.missing, np.float32)
+        return total
 
     def _interests(
         self, loaded: Loaded, seen: list[list[int]], popular_mask: F32, outputs: Mapping[str, F32]

@@ -42,6 +42,8 @@ def microbatch(number: int, rows: int = 40, users: int = 30, step_ms: int = 150_
         "features": drawn.integers(0, 200, (rows, len(SPEC.names))).astype(np.uint16),
         "labels": labels,
         "label_windows": drawn.integers(0, 50, (rows, SPEC.labels, len(SPEC.label_names))).astype(np.uint16),
+        "user_attributes": np.empty((rows, 0), np.uint64),
+        "item_attributes": np.empty((rows, 0), np.uint64),
     }
     return encode(Header(SPEC.digest, SALT, ranges, created_ms=START_MS + number), columns)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from state.kinds import Kind
 from state.mask import Mask
-from state.microbatch import LISTS, SCALARS, Header, encode
+from state.microbatch import ATTRIBUTES, LISTS, SCALARS, Header, encode
 from state.positions import Range, Source
 from trainer.intake import take_in
 
@@ -30,6 +30,7 @@ def record(parts: list[Range]) -> bytes:
     columns = {name: np.zeros(rows, kind) for name, kind in SCALARS.items()}
     columns |= {name: np.zeros((rows, 1), kind) for name, kind in LISTS.items()}
     columns["label_windows"] = np.zeros((rows, 1, 1), LISTS["label_windows"])
+    columns |= {name: np.empty((rows, 0), LISTS[name]) for name in ATTRIBUTES}
     columns["offset"] = offsets.astype(np.int64)
     columns["source"] = np.repeat(np.arange(len(parts)), [part.rows for part in parts]).astype(np.uint16)
     return encode(Header(SPEC, SALT, tuple(parts), created_ms=0), columns)

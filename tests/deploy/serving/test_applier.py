@@ -439,6 +439,8 @@ def record(first: int, next_: int, salt: str = "salt", users: int = 3, label: fl
         "features": np.zeros((rows, 2), np.uint16),
         "labels": np.zeros((rows, 2), np.uint64),
         "label_windows": np.zeros((rows, 2, 3), np.uint16),
+        "user_attributes": np.empty((rows, 0), np.uint64),
+        "item_attributes": np.empty((rows, 0), np.uint64),
     }
     header = Header("spec", salt, (Range(SOURCE, first, next_, rows=rows),), 7, names={50: "shoes"})
     return encode(header, columns)

@@ -60,6 +60,7 @@ def test_a_profile_is_answered_in_the_documented_form(app: App) -> None:
     answer = response.json()
     assert list(answer) == [
         "user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "interests", "engagement", "vector", "features",
+        "attributes",
     ]  # fmt: skip
     assert answer["user_id"] == "ann" and answer["known"] is True and answer["cold_start"] is False
     assert answer["version"] == {

@@ -1,0 +1,108 @@
+"""The newest attributes of users and items on a serving host: followed by the applier, read by workers.
+
+Serving follows the topics of attributes itself: somebody whose record came a
+moment ago is answered by it, clicked or not. Whoever has no record is unknown,
+which the model has learned about like any other value.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from state.attribute_log import AttributeFollower, keep_following
+from state.attribute_store import AttributeStore, ids_in, open_anew, texts_in
+from state.attributes import Table, tables_of
+from state.config import Settings
+from state.identity import load_salt
+from state.metrics import ApplierMetrics
+
+
+class Known(NamedTuple):
+    """What is known of one user or item.
+
+    Attributes:
+        ids: Of its attributes, A of them; none where there is nothing to know.
+        texts: By name; None where the record has no such value. Empty without a record.
+    """
+
+    ids: Sequence[int]
+    texts: Mapping[str, str | None]
+
+
+class KnownAttributes:
+    """Attributes by id; use it in one thread.
+
+    Args:
+        store: The host's attributes, read only; None without any.
+        tables: By side.
+    """
+
+    def __init__(self, store: AttributeStore | None, tables: Mapping[str, Table]) -> None:
+        self._store, self._tables = store, tables
+        self._unknown = {side: Known(table.unknown.tolist(), {}) for side, table in tables.items()}
+
+    def of(self, side: str, ids: Sequence[int]) -> list[Known]:
+        """What is known now, in the order of `ids`."""
+        table = self._tables.get(side)
+        if table is None or self._store is None:
+            return [Known((), {})] * len(ids)
+        width, found = len(table.names), []
+        for value in self._store.read_many(side, ids):
+            if value is None:
+                found.append(self._unknown[side])
+            else:
+                texts = dict(zip(table.names, texts_in(value, width), strict=True))
+                found.append(Known(ids_in(value, width).tolist(), texts))
+        return found
+
+
+NOTHING = KnownAttributes(None, {})
+"""Where no attributes are configured."""
+
+
+class AttributesFollower:
+    """The applier's part: both topics into the host's store. `run` in a thread of its own, `close` after it.
+
+    Args:
+        settings: Of the whole system; at least one topic of attributes is configured.
+        path: Directory of the store.
+        metrics: Of the applier.
+
+    Raises:
+        SaltMismatch: The salt's file is missing.
+    """
+
+    def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics) -> None:
+        wanted, self._metrics = settings.attributes, metrics
+        salt = load_salt(settings.salt_path, create=False)
+        self.store = open_anew(path, settings.serving.map_gb << 30)
+        topics = {"user": wanted.user_topic, "item": wanted.item_topic}
+        # The stream makes dead letters of refused records; here they only change nothing.
+        self._followers = [
+            AttributeFollower(
+                settings.kafka, topics[side], table, salt, self.store, lambda bad: None, settings.events.max_event_bytes
+            )
+            for side, table in tables_of(wanted).items()
+        ]
+
+    def run(self, stop: threading.Event) -> None:
+        """Follows until `stop`.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        for one in self._followers:
+            self._count(one.side)
+        keep_following(self._followers, stop, lambda side, _: self._count(side), "answers use the attributes they have")
+
+    def close(self) -> None:
+        """Closes the topics and the store."""
+        for one in self._followers:
+            one.disconnect()
+        self.store.close()
+
+    def _count(self, side: str) -> None:
+        self._metrics.attributes_known.labels(side).set(self.store.count(side))

@@ -1,0 +1,236 @@
+"""Joins each row with what is known of its user and its item when the row is made.
+
+    thread "attributes"   topics -> store -> ids that changed     state/attribute_log.py
+    Beam thread           rows, and the store of recent ids       `Join`, `Recent`
+
+At the start the topics are read to their ends before the first click; from
+then on a row gets what the stream has read by that moment. The joined ids are
+part of the micro-batch: whoever reads the log again, gets the same. Clicks
+read again after a crash may be joined with newer attributes; the rows written
+first count, since readers drop the others by their place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from state.attribute_log import POLL_S, AttributeFollower, Report, follow, keep_following
+from state.attribute_store import AttributeStore, ids_in, texts_in
+from state.attributes import SIDES, U64, Joined, Table
+from state.events import ANNOUNCE_MS, DeadLetter
+from state.log import Writer
+from state.metrics import StreamMetrics
+from state.microbatch import Rows
+from state.sections import Kafka
+
+TOLD_S = 5.0
+REMEMBERED = 200_000
+logger = logging.getLogger(__name__)
+
+
+class Recent:
+    """The newest attributes of one side's recent ids. One thread calls `take`, any calls `forget`.
+
+    Args:
+        store: The newest attributes of all.
+        table: What the attributes are.
+        slices: Names of the attributes whose values are announced.
+        remembered: Ids held in memory.
+    """
+
+    def __init__(
+        self, store: AttributeStore, table: Table, slices: Sequence[str] = (), remembered: int = REMEMBERED
+    ) -> None:
+        self._store, self._table, self._remembered = store, table, remembered
+        self._measured = [place for place, name in enumerate(table.names) if name in slices]
+        self._values: U64 = np.empty((1024, len(table.names)), np.uint64)
+        self._texts: dict[int, str] = {}
+        self._announced: dict[int, int] = {}
+        self._changed: deque[int] = deque()
+        self._clear()
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Tells that the store has new values of `ids`."""
+        self._changed.extend(ids)
+
+    def take(self, ids: U64) -> U64:
+        """The attributes of `[n]` ids as of now, `[n, A]` uint64; zeros for id 0, which is none."""
+        # The store had each new value before its id came here: what is read below is at least as new.
+        while self._changed:
+            self._places.pop(self._changed.popleft(), None)
+        wanted = ids.tolist()
+        if self._used + len(wanted) > self._remembered + 2:
+            self._clear()
+        places = self._places
+        missing = [one for one in dict.fromkeys(wanted) if one not in places]
+        if missing:
+            self._read(missing)
+        return self._values[[places[one] for one in wanted]]
+
+    def news(self, values: U64, newest_ms: int) -> dict[int, str]:
+        """The texts of measured values in `[n, A]` ids that were not announced for ten minutes of event time."""
+        if not self._measured or not len(values):
+            return {}
+        announced, texts = self._announced, self._texts
+        due = [
+            one
+            for one in np.unique(values[:, self._measured]).tolist()
+            if one in texts and newest_ms - announced.get(one, -ANNOUNCE_MS) >= ANNOUNCE_MS
+        ]
+        announced.update(dict.fromkeys(due, newest_ms))
+        return {one: texts[one] for one in due}
+
+    def _read(self, missing: list[int]) -> None:
+        """Takes ids into memory; all without a record share one place."""
+        width = len(self._table.names)
+        while self._used + len(missing) > len(self._values):
+            self._values = np.concatenate([self._values, np.empty_like(self._values)])
+        for one, value in zip(missing, self._store.read_many(self._table.side, missing), strict=True):
+            if value is None:
+                self._places[one] = 0
+                continue
+            self._values[self._used] = ids = ids_in(value, width)
+            self._places[one] = self._used
+            self._used += 1
+            if self._measured:
+                texts = texts_in(value, width)
+                self._texts |= {int(ids[at]): text for at in self._measured if (text := texts[at]) is not None}
+
+    def _clear(self) -> None:
+        self._places = {0: 1}
+        self._values[0], self._values[1] = self._table.unknown, 0
+        self._used = 2
+        if len(self._texts) > self._remembered:
+            self._texts.clear()
+            self._announced.clear()
+
+
+class Join:
+    """What the stream knows of users and items, and its follower.
+
+    `rows` is called by the Beam thread. `catch_up` and then `start` are called
+    once, `close` at the end; an error of the thread surfaces in `rows`.
+
+    Args:
+        store: Where attributes are kept; closed with this.
+        followers: Of the configured topics.
+        tables: By side.
+        slices: Names of the attributes whose values are announced.
+        metrics: Of the stream.
+    """
+
+    def __init__(
+        self,
+        store: AttributeStore,
+        followers: Sequence[AttributeFollower],
+        tables: Mapping[str, Table],
+        slices: Sequence[str],
+        metrics: StreamMetrics,
+    ) -> None:
+        self._store, self._followers, self._metrics = store, followers, metrics
+        self._recent = {side: Recent(store, table, slices) for side, table in tables.items()}
+        users, items = (tables[side].names if side in tables else () for side in SIDES)
+        self._fields = (users, items)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="attributes", daemon=True)
+        self._failure: BaseException | None = None
+
+    def rows(self, rows: Rows) -> Rows:
+        """The rows with the attributes that are known now.
+
+        Raises:
+            SpringtideError: What ended the follower's thread.
+        """
+        if self._failure is not None:
+            raise self._failure
+        batch = rows.batch
+        newest_ms = int(batch.at_ms.max()) if len(batch) else 0
+        found, names = [], dict[int, str]()
+        for side, ids in zip(SIDES, (batch.user, batch.item), strict=True):
+            recent = self._recent.get(side)
+            values = np.empty((len(ids), 0), np.uint64) if recent is None else recent.take(ids)
+            names |= {} if recent is None else recent.news(values, newest_ms)
+            found.append(values)
+        return replace(rows, attributes=Joined(found[0], found[1], names, self._fields))
+
+    def catch_up(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Reads the topics to where they end now, so that the first click is joined with what is known.
+
+        Raises:
+            LogError: A topic is missing or cannot be read.
+        """
+        for one in self._followers:
+            one.connect()
+        begun_s = told_s = clock()
+        while unread := sum(one.unread for one in self._followers):
+            follow(self._followers, POLL_S)
+            if clock() - told_s >= TOLD_S:
+                told_s = clock()
+                logger.info("reading attributes before the first click: %d records to go", unread)
+        self._show()
+        known = ", ".join(f"{self._store.count(one.side)} {one.side}s" for one in self._followers)
+        logger.info("attributes of %s are known after %.1f s", known, clock() - begun_s)
+
+    def start(self) -> None:
+        """Follows the topics from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread and closes the store."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for one in self._followers:
+            one.disconnect()
+        self._store.close()
+
+    def _run(self) -> None:
+        try:
+            keep_following(
+                self._followers, self._stopping, self._take, "clicks are joined with the attributes that are known"
+            )
+        # The edge of the thread: kept, and raised again in the Beam thread.
+        except BaseException as failure:  # noqa: BLE001
+            self._failure = failure
+
+    def _take(self, side: str, ids: list[int]) -> None:
+        if ids:
+            self._recent[side].forget(ids)
+            self._show()
+
+    def _show(self) -> None:
+        for one in self._followers:
+            for outcome, count in one.place.counts.items():
+                self._metrics.attribute_records.labels(one.side, outcome).set(count)
+            self._metrics.attributes_known.labels(one.side).set(self._store.count(one.side))
+
+
+def letters(
+    kafka: Kafka, metrics: StreamMetrics, headers: Callable[[DeadLetter], list[tuple[str, bytes]]], writes: bool
+) -> Report:
+    """What becomes of refused records: dead letters, acknowledged, and counted by reason.
+
+    Args:
+        kafka: How to connect, and the topic of dead letters.
+        metrics: Of the stream.
+        headers: Coordinates and reason of one.
+        writes: Whether this shard is the one that writes them; each of them reads all attributes.
+    """
+
+    def report(bad: Sequence[DeadLetter]) -> None:
+        if writes:
+            with Writer(kafka) as writer:
+                for letter in bad:
+                    writer.send(kafka.dead_letters_topic, 0, None, b"", headers(letter))
+                writer.flush()
+        for reason, count in Counter(str(letter.reason) for letter in bad).items():
+            metrics.dead_letters.labels(reason).inc(count)
+
+    return report
