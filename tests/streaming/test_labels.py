@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state.attributes import Joined
 from state.config import Settings
 from state.errors import CorruptStore
 from state.events import EventBatch
@@ -102,8 +103,8 @@ class Run:
         self.store._env.close()
         self.open()
 
-    def update(self, batch: EventBatch) -> None:
-        rows = self.profiler.update(batch)
+    def update(self, batch: EventBatch, attributes: Joined | None = None) -> None:
+        rows = replace(self.profiler.update(batch), attributes=attributes)
         self.queue.append(rows if self.labels is None else self.labels.attribute(rows))
 
     def commit(self, cuts: int = 1, dies: bool = False) -> None:
@@ -325,6 +326,27 @@ def test_rows_wait_on_where_a_field_of_context_was_added(tmp_path: Path) -> None
         int(at): row.tolist() for batch in run.new() for at, row in zip(batch.opened, batch.context, strict=True)
     }
     assert (contexts[0], contexts[1]) == ([0, 0], [5, 5])
+    run.store.close()
+
+
+def test_an_impression_keeps_the_attributes_of_its_own_moment(tmp_path: Path) -> None:
+    """What became of the user until the click is not what the impression was shown to."""
+
+    def known(user: int) -> Joined:
+        return Joined(
+            np.full((1, 2), user, np.uint64), np.full((1, 1), 9, np.uint64), {}, (("age", "city"), ("brand",))
+        )
+
+    run = Run(tmp_path)
+    run.open()
+    run.update(batch_of([SHOWN], [0, 0]), known(3))
+    run.commit()
+    run.crash()
+    run.update(batch_of([CLICKED], [1, 0]), known(4))
+    run.commit()
+    (joined,) = [batch.take(batch.kind == Kind.JOINED) for batch in run.new() if (batch.kind == Kind.JOINED).any()]
+    assert joined.header.attributes == (("age", "city"), ("brand",))
+    assert joined.user_attributes.tolist() == [[3, 3]] and joined.item_attributes.tolist() == [[9]]
     run.store.close()
 
 
