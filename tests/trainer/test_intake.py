@@ -119,7 +119,7 @@ def test_a_row_that_no_record_holds_and_one_that_two_hold_are_noticed() -> None:
 def joined(opened: int, at: int) -> bytes:
     """A record of one source: an event at `at` that labels the impression at `opened` and ends the wait of the one before it."""
     columns = {name: np.zeros(3, kind) for name, kind in SCALARS.items()}
-    columns |= {name: np.zeros((3, 1), kind) for name, kind in LISTS.items()}
+    columns |= {name: np.zeros((3, 1), kind) for name, kind in LISTS.items() if name not in ATTRIBUTES}
     columns["label_windows"] = np.zeros((3, 1, 1), LISTS["label_windows"])
     columns["offset"][:] = at
     columns["kind"][:] = [Kind.FEEDBACK, Kind.JOINED, Kind.EXPIRED]
