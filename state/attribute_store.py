@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from state import mark
 from state.attributes import SIDES
-from state.errors import CorruptStore, StoreError, StoreFull
+from state.errors import CorruptStore, StoreError
+from state.transactions import DAMAGED, written
 
 MAX_READERS = 512
 OUTCOMES = ("value", "removed", "dead", "absent")
-_DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 logger = logging.getLogger(__name__)
 
 
@@ -79,7 +79,7 @@ class AttributeStore:
             )  # fmt: skip
             self._sides = {side: self._env.open_db(side.encode(), create=not readonly) for side in SIDES}
             self._meta = self._env.open_db(b"meta", create=not readonly)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise CorruptStore(f"{path} is damaged ({error})") from error
         except (lmdb.Error, OSError) as error:
             raise StoreError(
@@ -137,22 +137,8 @@ class AttributeStore:
             mark.write(self._mark, clean=True)
         self._env.close()
 
-    @contextmanager
-    def _write(self) -> Iterator[lmdb.Transaction]:
-        try:
-            with self._env.begin(write=True) as transaction:
-                yield transaction
-        except lmdb.MapFullError as error:
-            raise StoreFull(
-                f"{self.path} has reached its map of {self._env.info()['map_size']} bytes; nothing was changed: "
-                "raise stream.map_gb or serving.map_gb and start again"
-            ) from error
-        except _DAMAGED as error:
-            raise CorruptStore(f"{self.path} is damaged ({error}); remove it: it is read again from Kafka") from error
-        except (lmdb.Error, OSError) as error:
-            raise StoreFull(
-                f"{self.path} could not be written ({error}); nothing was changed: free space on its disk and start again"
-            ) from error
+    def _write(self) -> AbstractContextManager[lmdb.Transaction]:
+        return written(self._env, self.path, "remove it: it is read again from Kafka")
 
 
 def open_anew(path: Path, map_bytes: int) -> AttributeStore:

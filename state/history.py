@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,13 +30,13 @@ from state.appends import Appends as Appends
 from state.errors import CorruptStore, PositionConflict, SpecMismatch, StoreError, StoreFull
 from state.features import EVENT, Events
 from state.positions import RARE, Range, Source
+from state.transactions import DAMAGED, written
 
 CHUNK = 16
 FORMAT = 1
 MAX_READERS = 512
 REBUILD = "it is not used: `springtide rebuild-history` makes the stream's histories anew from Kafka"
 OUTCOMES = ("rows", "dead", "filtered", "absent")
-_DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 _EVENT_BYTES = EVENT.itemsize
 _CHUNK_BYTES = CHUNK * _EVENT_BYTES
 _INVERT = (1 << 32) - 1
@@ -103,7 +103,7 @@ class HistoryStore:
                 writemap=False,
                 readahead=False,
             )
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise CorruptStore(f"the histories at {self.path} are damaged ({error}); {REBUILD}") from error
         except (lmdb.Error, OSError) as error:
             raise StoreError(
@@ -124,7 +124,7 @@ class HistoryStore:
                     )
                 # The mark must be on disk before anything that it warns of.
                 self.sync()
-        except _DAMAGED as error:
+        except DAMAGED as error:
             self._env.close()
             raise CorruptStore(f"the histories at {self.path} are damaged ({error}); {REBUILD}") from error
         except lmdb.Error as error:
@@ -487,22 +487,8 @@ class HistoryStore:
         finally:
             self._env.close()
 
-    @contextmanager
-    def _write(self) -> Iterator[lmdb.Transaction]:
-        try:
-            with self._env.begin(write=True) as transaction:
-                yield transaction
-        except lmdb.MapFullError as error:
-            raise StoreFull(
-                f"{self.path} has reached its map of {self._env.info()['map_size']} bytes; nothing was changed: "
-                "raise stream.map_gb or serving.map_gb and start again"
-            ) from error
-        except _DAMAGED as error:
-            raise CorruptStore(f"{self.path} is damaged ({error}); {REBUILD}") from error
-        except (lmdb.Error, OSError) as error:
-            raise StoreFull(
-                f"{self.path} could not be written ({error}); nothing was changed: free space on its disk and start again"
-            ) from error
+    def _write(self) -> AbstractContextManager[lmdb.Transaction]:
+        return written(self._env, self.path, REBUILD)
 
 
 def _by_user(cursor: lmdb.Cursor, start: bytes) -> Iterator[tuple[bytes, list[tuple[bytes, bytes]]]]:

@@ -262,8 +262,9 @@ class Predictor:
             # 4. 5.
             seen = [[label for label in vector.labels.tolist() if label] for vector in vectors]
             people = self._attributes.of("user", users)
-            goods = self._attributes.of("item", [public_id(query.item) if query.item else 0 for query in queries])
-            inputs, known = self._inputs(reader, loaded, queries, users, seen)
+            items = [None if query.item is None else public_id(query.item) for query in queries]
+            goods = self._attributes.of("item", [item or 0 for item in items])
+            inputs, known = self._inputs(reader, loaded, queries, users, items, seen)
             self._add_attributes(reader, loaded, queries, inputs, people, goods)
         for place, vector in enumerate(vectors):
             inputs["features"][place] = vector.features
@@ -370,7 +371,13 @@ class Predictor:
         return now_ms, "wall"
 
     def _inputs(
-        self, reader: RowReader, loaded: Loaded, queries: Sequence[Query], users: list[int], seen: list[list[int]]
+        self,
+        reader: RowReader,
+        loaded: Loaded,
+        queries: Sequence[Query],
+        users: list[int],
+        items: list[int | None],
+        seen: list[list[int]],
     ) -> tuple[dict[str, NDArray[Any]], list[bool]]:
         """The program's inputs, the windows still empty, and whether each user has a row."""
         served, rows = loaded.served, batch_of(len(queries))
@@ -379,7 +386,7 @@ class Predictor:
         inputs["popular_rows"] = loaded.popular_rows
         inputs["popular_mask"][: len(queries)] = loaded.popular_known
         known = []
-        for place, (query, user, labels) in enumerate(zip(queries, users, seen, strict=True)):
+        for place, (query, user, item, labels) in enumerate(zip(queries, users, items, seen, strict=True)):
             row = reader.row("user", user, served)
             known.append(row is not None)
             if row is not None:
@@ -392,7 +399,6 @@ class Predictor:
                 if not own.isdisjoint(loaded.popular):
                     taken = [rank for rank, label in enumerate(loaded.popular) if label in own]
                     inputs["popular_mask"][place, taken] = 0.0
-            item = None if query.item is None else public_id(query.item)
             if item is not None:
                 inputs["item_row"][place] = np.frombuffer(
                     reader.row("item", item, served) or loaded.missing, np.float32
