@@ -56,13 +56,17 @@ def read_clicks(path: Path = CLICKS) -> tuple[npt.NDArray[np.uint64], npt.NDArra
 
 
 def micro_batches(
-    users: npt.NDArray[np.uint64], events: npt.NDArray[np.void], spec: FeatureSpec, weights: tuple[float, ...]
+    users: npt.NDArray[np.uint64],
+    events: npt.NDArray[np.void],
+    spec: FeatureSpec,
+    weights: tuple[float, ...],
+    step_rows: int = STEP_ROWS,
 ) -> Iterator[MicroBatch]:
     """Micro-batches of 1,024 rows with the windows that each click saw."""
     histories = {user: events[users == user] for user in np.unique(users).tolist()}
     seen: Counter[int] = Counter()
-    for first in range(0, users.size, STEP_ROWS):
-        part = slice(first, min(first + STEP_ROWS, users.size))
+    for first in range(0, users.size, step_rows):
+        part = slice(first, min(first + step_rows, users.size))
         rows = part.stop - first
         features = np.empty((rows, len(spec.names)), np.uint16)
         labels = np.empty((rows, spec.labels), np.uint64)

@@ -22,7 +22,7 @@ def test_a_dozen_kills_harm_nothing(tmp_path: Path) -> None:
     assert findings.killed >= KILLS
     assert len({part for part, _ in findings.kills}) >= 3
     assert findings.rows > 500
-    assert findings.versions > 5
+    assert findings.versions >= 3
     assert findings.answers.given > 100
     assert len(findings.differs) >= 7
 
