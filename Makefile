@@ -6,6 +6,9 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 ARGS ?=
+# Test processes: much of a test is waiting for other processes.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3 python; do \
 	if $$name -c '$(IS_3_11)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
@@ -22,13 +25,13 @@ run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.
 	@exec $(BIN)/springtide up $(ARGS)
 
 test: .venv/ready ## Runs the tests and doctests; ARGS="tests/state -x" narrows them.
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: .venv/ready ## Everything that must hold before a commit: format, lint, types, tests, doctests.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done

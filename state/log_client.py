@@ -39,6 +39,8 @@ _FENCED = (
     kafka_errors.ProducerFencedError,
     kafka_errors.InvalidProducerEpochError,
 )
+# The client tells only in words that a transactional request was not answered in time.
+_UNANSWERED = "Could not execute transactional request for unknown reasons"
 
 
 def client_options(settings: Kafka) -> dict[str, Any]:
@@ -136,6 +138,8 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
         if isinstance(problem.args[-1] if problem.args else None, _FENCED):
             # A send after the one that was fenced: the client wraps the first error.
             raise _fenced(doing) from problem
+        if _UNANSWERED in str(problem):
+            raise unreachable(settings, doing, problem) from problem
         raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {_first_line(problem)}") from problem
 
 

@@ -1,4 +1,4 @@
-"""What tests of several folders share: one real Kafka for the whole run."""
+"""What tests of several folders share: one real Kafka for each test process, and which tests share a process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from state.sections import Kafka
 KafkaFactory = Callable[..., Kafka]
 
 _numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps a file's tests in one process, and all tests of the running loop: what they share is made once."""
+    for item in items:
+        shares_loop = "one_loop" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("loop" if shares_loop else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from state import control
 from state.log import Topics, Writer, partition_of
+from state.registry import Registry
 from tests.bench.report import Figure, report
-from tests.e2e.running import MODULES, Loop
+from tests.e2e.running import MODULES, Loop, until
 
 CLICKS = 3  # of one burst
 POLL_S = 0.005
@@ -105,6 +107,27 @@ def freshness(loop: Loop, bursts: int) -> list[float]:
     return measured
 
 
+def rollback(loop: Loop) -> float:
+    """Seconds from a rollback's writing to the first answer with the version rolled back to; answers follow again afterwards."""
+
+    def served() -> int:
+        answer = loop.profile("anyone")
+        return int(answer["version"]["number"]) if answer else 0
+
+    registry, version = Registry(loop.settings.registry_dir), served()
+    until(lambda: served() > version + 3, "no newer version", PATIENCE_S)
+    begin = time.monotonic()
+    registry.change(
+        lambda now: control.roll_back(
+            now, version, now.mask, actor="bench", reason="measured", now_ms=time.time_ns() // 1_000_000
+        )
+    )
+    until(lambda: served() == version, f"version {version} is not served", PATIENCE_S)
+    seen_s = time.monotonic() - begin
+    loop.springtide("follow", "--reason", "measured")
+    return seen_s
+
+
 def sustained(loop: Loop, seconds: float) -> dict[str, Figure]:
     """Events/s through stream and trainer, and how the lags move."""
     times, lags, records, events, trained = [], [], [], [], []
@@ -159,6 +182,7 @@ def main() -> None:
             time.sleep(max(0.0, options.memory_s - (time.monotonic() - begin)))
             last = memory(loop)
             notes["memory taken after s"] = time.monotonic() - begin
+            figures["rollback: answered with the version after"] = Figure(rollback(loop), "s", "<= 1")
         p50, p99 = np.percentile(measured, [50, 99])
         figures[f"weight freshness at 5k events/s, p50 of {len(measured)}"] = Figure(1000 * float(p50), "ms", "<= 400")
         figures[f"weight freshness at 5k events/s, p99 of {len(measured)}"] = Figure(1000 * float(p99), "ms", "<= 1500")

@@ -28,8 +28,8 @@ SHORT: Mapping[str, object] = {
     "bootstrap.min_rows": 300,
     "trainer.base_every_s": 20,
 }
-FIRST_ANSWER_S = 120.0
-DEADLINE_S = 45.0
+FIRST_ANSWER_S = 240.0
+DEADLINE_S = 120.0
 MODULES = {
     "shoppers": "deploy.replay",
     "stream": "streaming.pipeline",

@@ -96,11 +96,19 @@ def build(width_in, settings):
 """
 
 
+PREPROCESSING = ("--model.preprocessing=shop:preprocessing_fn", "tf.UpperBound")
+TOWER = ("--model.tower=shop:build", "tf.BesselI0e")
+
+
 @pytest.mark.parametrize(
-    ("flag", "operation"),
-    [("--model.preprocessing=shop:preprocessing_fn", "tf.UpperBound"), ("--model.tower=shop:build", "tf.BesselI0e")],
+    ("words", "flag", "operation"),
+    [
+        (("check-model",), *PREPROCESSING),
+        (("check-model",), *TOWER),
+        (("up",), *TOWER),
+        (("bootstrap", "clicks.csv"), *PREPROCESSING),
+    ],
 )
-@pytest.mark.parametrize("words", [("check-model",), ("up",), ("bootstrap", "clicks.csv")])
 def test_what_does_not_lower_is_one_line_with_the_operation_and_nothing_was_started(
     words: tuple[str, ...], flag: str, operation: str, tmp_path: Path
 ) -> None:

@@ -7,12 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from state import control
-from state.registry import Registry
 from tests.e2e.running import Loop, until
-
-# The command's own start-up is not counted.
-SEEN_S = 1.0
 
 
 def served(loop: Loop) -> tuple[int, int]:
@@ -84,20 +79,6 @@ def test_rollback_answers_with_the_version_at_once_and_a_new_epoch_leaves_the_po
     assert answer["version"]["epoch"] == epoch + 1
     assert answer["interests"][0]["label"] == "reading"
     assert poison not in [interest["label"] for interest in answer["interests"]]
-
-
-def test_a_rollback_is_seen_within_a_second(loop: Loop) -> None:
-    version, _ = served(loop)
-    until(lambda: served(loop)[0] > version + 3, "no newer version")
-    registry = Registry(loop.settings.registry_dir)
-    begin_s = time.monotonic()
-    registry.change(
-        lambda now: control.roll_back(
-            now, version, now.mask, actor="test", reason="how fast is it seen", now_ms=time.time_ns() // 1_000_000
-        )
-    )
-    until(lambda: served(loop)[0] == version, f"version {version} is not served")
-    assert time.monotonic() - begin_s < SEEN_S
 
 
 def test_history_names_who_did_what_and_why(loop: Loop) -> None:
