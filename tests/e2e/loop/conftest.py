@@ -1,0 +1,44 @@
+"""One running loop for the tests of this folder; it ends with the last of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.e2e.running import Loop
+
+
+@pytest.fixture
+def loop(one_loop: Loop) -> Loop:
+    """The loop, running; it is started again where a test failed and left it stopped."""
+    if not one_loop.running:
+        one_loop.start()
+    return one_loop
+
+
+@pytest.fixture(scope="session")
+def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """A running loop; a test leaves it running and following."""
+    made = Loop(tmp_path_factory.mktemp("e2e"))
+    made.start()
+    yield made
+    end(made)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Function, nextitem: pytest.Item | None) -> None:
+    """Ends the loop with the folder's last test: left running it would cost the others most of a core."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        end(item.funcargs["loop"])
+
+
+def end(loop: Loop) -> None:
+    """Stops all of it."""
+    if loop.running:
+        left = loop.processes()
+        loop.stop(signal.SIGTERM)
+        for process in psutil.wait_procs(left, timeout=10)[1]:
+            process.kill()
