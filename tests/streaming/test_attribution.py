@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.kinds import Kind
+from state.positions import MOST_LEARNED
 from streaming import attribution
 from streaming.attribution import IMPRESSION, MOST_EXPIRED, OUTCOME, PLAIN, Queue, attribute, enter, pairs
 
@@ -170,6 +172,13 @@ def test_one_event_expires_a_few_and_the_next_ones_the_rest() -> None:
     found = resolved_by(*log, (PLAIN, 999, 0), (PLAIN, 0, 0), (PLAIN, 0, 0))
     assert [by - last for by, _, _ in found] == [0] * MOST_EXPIRED + [1] * MOST_EXPIRED + [2] * 3
     assert [opened for _, opened, _ in found] == list(range(last))
+
+
+def test_the_accounts_know_how_many_rows_one_position_can_have() -> None:
+    log = [(IMPRESSION, 0, pair) for pair in range(2 * MOST_EXPIRED)]
+    # An outcome joins the one impression of its time, and ends the wait of the oldest.
+    found = resolved_by(*log, (IMPRESSION, 100, 77), (OUTCOME, 150, 77))
+    assert max(Counter(by for by, _, _ in found).values()) == MOST_LEARNED == 1 + MOST_EXPIRED
 
 
 def test_more_than_may_wait_are_dropped() -> None:

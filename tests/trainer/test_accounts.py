@@ -16,7 +16,7 @@ from state.gaps import Accepted, Consent, Gap, Journal, parse_allowance
 from state.log import Topics, Writer
 from state.metrics import TrainerMetrics
 from state.microbatch import Header, decode, encode
-from state.positions import Range, Source, StreamAccount, TrainerAccount, check_accounts
+from state.positions import MOST_LEARNED, Range, Source, StreamAccount, TrainerAccount, check_accounts
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import MemoryLog, learner, run_to_end, started
@@ -214,6 +214,16 @@ def test_between_the_two_only_an_accepted_gap_explains_missing_rows(
         return
     found = check_accounts(StreamAccount(made, made), TrainerAccount(rows, **counts, gap=gap))
     assert bool(found) == (not 0 <= missing <= gap)
+
+
+@given(st.integers(0, 30), st.integers(0, 3))
+def test_where_impressions_wait_a_lost_position_may_have_had_the_rows_of_several(missing: int, gap: int) -> None:
+    # Two plain rows are left of a log in which a gap held what the waits of five impressions had made known.
+    stream = StreamAccount(positions=7, rows=2, opened=5, joined=1, expired=missing)
+    found = check_accounts(stream, TrainerAccount(rows=3, trained=3, gap=gap))
+    assert bool(found) == (missing > gap * MOST_LEARNED)
+    if found:
+        assert found[0].endswith(f": {missing - gap * MOST_LEARNED} lost")
 
 
 def test_deleted_records_of_a_real_log_stop_the_trainer_until_somebody_accepts_them(
