@@ -48,12 +48,17 @@ PROCESSES = {
         "deploy.replay",
         "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
     ),
+    "attributes": (
+        "deploy.attributes",
+        "Write the attributes in files (CSV, JSON lines, Parquet) to their topics: --users FILE... --items FILE...",
+    ),
 }
 OWN_HELP = (
     "up",
     "status",
     "verify",
     "replay",
+    "attributes",
     "bootstrap",
     "rebuild-history",
 )  # their modules have options of their own and explain them

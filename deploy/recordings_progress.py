@@ -12,15 +12,15 @@ NAMED_ROWS = 5
 CLEAR = "\r\x1b[K"
 
 
-def progress_line(done: int, total: int | None, rate: float, dead: int) -> str:
-    """The state of a replay in one line.
+def progress_line(done: int, total: int | None, rate: float, bad: int, called: str = "dead letter") -> str:
+    """The state of a replay in one line; `called` is what becomes of a bad row.
 
     >>> progress_line(500, 1000, 250.0, 2)
     '[##########----------]  50 %  500 of 1,000 rows  250 rows/s  2 dead letters'
     >>> progress_line(500, None, 250.0, 0)
     '500 rows  250 rows/s  0 dead letters'
     """
-    letters = f"{dead:,} dead letter{'s' * (dead != 1)}"
+    letters = f"{bad:,} {called}{'s' * (bad != 1)}"
     if not total:
         return f"{done:,} rows  {rate:,.0f} rows/s  {letters}"
     filled = BAR * done // total
@@ -34,10 +34,14 @@ class Progress:
     Args:
         out: Where to.
         monotonic_s: Seconds that never go back.
+        row: What a good row is.
+        called: What becomes of a bad one.
     """
 
-    def __init__(self, out: TextIO, monotonic_s: Callable[[], float]) -> None:
-        self._out = out
+    def __init__(
+        self, out: TextIO, monotonic_s: Callable[[], float], row: str = "click", called: str = "dead letter"
+    ) -> None:
+        self._out, self._row, self._called = out, row, called
         self._terminal = out.isatty()
         self._clock = monotonic_s
         self._begun_s = self._shown_s = monotonic_s()
@@ -49,30 +53,30 @@ class Progress:
         """Seconds since the beginning."""
         return max(self._clock() - self._begun_s, 1e-9)
 
-    def show(self, sent: int, done: int, total: int | None, dead: int) -> None:
+    def show(self, sent: int, done: int, total: int | None, bad: int) -> None:
         """Shows the state, if it is time to.
 
         Args:
             sent: Rows of this run.
             done: Rows of this run and those before.
             total: Rows of the recording; None where they are not counted yet.
-            dead: Dead letters.
+            bad: Rows that are none.
         """
         now_s = self._clock()
         if now_s - self._shown_s < (TERMINAL_EVERY_S if self._terminal else LINE_EVERY_S):
             return
         self._shown_s = now_s
-        line = progress_line(done, total, sent / self.took_s, dead)
+        line = progress_line(done, total, sent / self.took_s, bad, self._called)
         self._write(f"{CLEAR}{line}" if self._terminal else f"{line}\n")
         self._open = self._terminal
 
     def name(self, row: str, reason: str) -> None:
-        """Names a row that is no click; after the first few only their number is shown, at the end."""
+        """Names a row that is bad; after the first few only their number is shown, at the end."""
         self._named += 1
         if self._named <= NAMED_ROWS:
-            self.say(f"{row}: no click: {reason}")
+            self.say(f"{row}: no {self._row}: {reason}")
         elif self._named == NAMED_ROWS + 1:
-            self.say("further rows that are no clicks are counted, not named")
+            self.say(f"further rows that are no {self._row}s are counted, not named")
 
     def say(self, line: str) -> None:
         """Writes a line of its own."""

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from state import killpoints
 from state.attribute_store import OUTCOMES, AttributeStore, Place, pack
-from state.attributes import TEXT_CHARACTERS, Table
+from state.attributes import TEXT_CHARACTERS, Table, id_of
 from state.decoding import Reason
 from state.errors import DecodeError, GapError, LogError
 from state.events import DeadLetter
@@ -168,18 +168,11 @@ class AttributeFollower:
             self._store.commit(self.side, {}, self.place)
 
     def _id(self, key: bytes | None) -> int:
-        if not key:
-            raise DecodeError(Reason.MISSING_FIELD if key is None else Reason.EMPTY_ID)
-        try:
-            text = key.decode()
-        except UnicodeDecodeError:
-            raise DecodeError(Reason.UNDECODABLE) from None
+        text = id_of(key)
         return user_id(self._salt, text) if self.side == "user" else public_id(text)
 
     def _pack(self, value: bytes) -> bytes:
-        if len(value) > self._most_bytes:
-            raise DecodeError(Reason.TOO_LARGE)
-        texts = self._table.read(value)
+        texts = self._table.read(value, self._most_bytes)
         return pack(self._table.ids(texts), [text and text[:TEXT_CHARACTERS] for text in texts])
 
 

@@ -37,6 +37,7 @@ SIDES = ("user", "item")
 LOG_EDGES = tuple(float(f"{digit}e{power}") for power in range(-3, 10) for digit in (1, 2, 5))
 """Edges of `:log`: 1, 2, 5, 10, 20, 50 and so on, from a thousandth to 5e9."""
 CACHED_IDS = 100_000
+MOST_BYTES = 1 << 30
 TEXT_CHARACTERS = 200  # what is shown of a longer value; its id is that of the whole
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -120,6 +121,23 @@ def band(value: float, edges: Sequence[float]) -> str:
     return f">={edges[-1]:g}" if place == len(edges) else f"{edges[place - 1]:g}-{edges[place]:g}"
 
 
+def id_of(key: bytes | None) -> str:
+    """The plain id that a record's key is.
+
+    >>> id_of(b"ada")
+    'ada'
+
+    Raises:
+        DecodeError: It has no key, an empty one, or one that is no text.
+    """
+    if not key:
+        raise DecodeError(Reason.MISSING_FIELD if key is None else Reason.EMPTY_ID)
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        raise DecodeError(Reason.UNDECODABLE) from None
+
+
 class Table:
     """The attributes of one side, and what a record says of them.
 
@@ -150,15 +168,17 @@ class Table:
         """The id of an attribute that the record has no value for."""
         return public_id(f"{self.side}:{name}")
 
-    def read(self, value: bytes) -> list[str | None]:
-        """The values in a record, as text, in the order of the attributes; None for none.
+    def read(self, value: bytes, most_bytes: int = MOST_BYTES) -> list[str | None]:
+        """The values in a record of at most `most_bytes`, as text, in the order of the attributes; None for none.
 
         >>> Table("item", fields_of(["brand", "price:10|50"])).read(b'{"price": 12, "brand": null, "more": 1}')
         [None, '10-50']
 
         Raises:
-            DecodeError: It is no JSON object, or a value is no text, number or truth value.
+            DecodeError: It is too large or no JSON object, or a value is no text, number or truth value.
         """
+        if len(value) > most_bytes:
+            raise DecodeError(Reason.TOO_LARGE)
         try:
             record = _decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from state.errors import SettingsError, UnreadableRecording
 from state.recordings_parquet import parquet_rows
 from state.recordings_rows import Encoded, Encoder, Rows, mapped_fields
-from state.recordings_text import CHUNK_ROWS, csv_rows, json_rows
+from state.recordings_text import CHUNK_ROWS, REMEDY, csv_rows, json_rows
 from state.sections import Events
 
 FORMATS = ("csv", "json", "parquet")
@@ -68,11 +68,13 @@ class Recording:
         files: In the order in which they are read.
         columns: Names of the columns of CSV files without a header; empty: they have one.
         constants: Field -> the value that each row has.
+        remedy: What to do about a field that is no column.
     """
 
     files: tuple[RecordedFile, ...]
     columns: tuple[str, ...] = ()
     constants: Mapping[str, str] | None = None
+    remedy: str = REMEDY
 
     def rows(self, number: int, fields: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:
         """The rows of file `number`, their `fields` as columns; constants are not read.
@@ -86,12 +88,12 @@ class Recording:
         last = 0
         try:
             if file.format == "parquet":
-                chunks = parquet_rows(file.path, wanted, chunk_rows)
+                chunks = parquet_rows(file.path, wanted, chunk_rows, self.remedy)
             else:
                 stream = _opened(file.path)
                 where = str(file.path)
                 chunks = (
-                    csv_rows(stream, where, wanted, self.columns, file.delimiter, chunk_rows)
+                    csv_rows(stream, where, wanted, self.columns, file.delimiter, chunk_rows, self.remedy)
                     if file.format == "csv"
                     else json_rows(stream, where, wanted, chunk_rows)
                 )

@@ -15,11 +15,14 @@ import pyarrow.parquet as pq
 from state.config_sources import nearest
 from state.errors import SettingsError
 from state.recordings_rows import Rows
+from state.recordings_text import REMEDY
 
 CHUNK_ROWS = 8192
 
 
-def parquet_rows(path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:
+def parquet_rows(
+    path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
+) -> Iterator[Rows]:
     """Reads Parquet; only the wanted columns are decoded.
 
     Raises:
@@ -33,7 +36,7 @@ def parquet_rows(path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS
             if name not in names:
                 raise SettingsError(
                     f"{path}: no column {name!r} (the nearest is {nearest(name, dict.fromkeys(names or ['none']))!r}); "
-                    f"it has {', '.join(names[:30])}; correct [events], or give --constant {name}=VALUE"
+                    f"it has {', '.join(names[:30])}; {remedy}"
                 )
         first = 1
         for batch in file.iter_batches(batch_size=chunk_rows, columns=list(wanted)):

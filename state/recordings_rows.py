@@ -247,7 +247,7 @@ class Encoder:
         return [as_label(value) for value in values] if name == self._events.label else values
 
 
-def shown_reasons(refused: Mapping[str, int]) -> str:
+def shown_reasons(refused: Mapping[str, int], called: str = "dead letter") -> str:
     """Dead letters by reason, the most frequent first.
 
     >>> shown_reasons({"undecodable": 1, "implausible_time": 35}), shown_reasons({})
@@ -255,4 +255,4 @@ def shown_reasons(refused: Mapping[str, int]) -> str:
     """
     total = sum(refused.values())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(refused).most_common())
-    return f"{total:,} dead letter{'s' * (total != 1)}" + (f" ({reasons})" if reasons else "")
+    return f"{total:,} {called}{'s' * (total != 1)}" + (f" ({reasons})" if reasons else "")

@@ -22,6 +22,7 @@ from state.recordings_rows import Rows
 
 CHUNK_ROWS = 8192
 LONGEST_RECORD_LINES = 100  # a quoted field with more lines is a stray quote
+REMEDY = "correct [events], or say --constant FIELD=VALUE"
 BOM = b"\xef\xbb\xbf"
 
 Record = tuple[int, bytes, list[str] | None]
@@ -34,6 +35,7 @@ def csv_rows(
     columns: Sequence[str] = (),
     delimiter: str = ",",
     chunk_rows: int = CHUNK_ROWS,
+    remedy: str = REMEDY,
 ) -> Iterator[Rows]:
     """Reads CSV.
 
@@ -44,6 +46,7 @@ def csv_rows(
         columns: Names of the columns of a file without a header; empty: the first line is the header.
         delimiter: One character.
         chunk_rows: Rows at a time.
+        remedy: What to do about a column that is not there.
 
     Raises:
         SettingsError: A wanted field is no column.
@@ -52,7 +55,7 @@ def csv_rows(
     places = {name: names.index(name) for name in wanted if name in names}
     missing = [name for name in wanted if name not in places]
     if missing:
-        raise SettingsError(_no_column(where, missing[0], names, bool(columns)))
+        raise SettingsError(_no_column(where, missing[0], names, bool(columns), remedy))
     nothing = [None] * len(names)
 
     def rows_of(chunk: list[Record]) -> Rows:
@@ -95,14 +98,14 @@ def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str)
     return names, _records(from_first(), delimiter, len(names))
 
 
-def _no_column(where: str, missing: str, names: Sequence[str], given: bool) -> str:
+def _no_column(where: str, missing: str, names: Sequence[str], given: bool, remedy: str) -> str:
     """What to do about a column that is not there."""
     if given:
-        return f"--columns {','.join(names)}: has no {missing!r}; name the column, or correct [events]"
+        return f"--columns {','.join(names)}: has no {missing!r}; name the column, or {remedy}"
     shown = ", ".join(names[:30])
     return (
         f"{where}: no column {missing!r} (the nearest is {nearest(missing, dict.fromkeys(names or ['none']))!r}); "
-        f"it has {shown}; correct [events], give --constant {missing}=VALUE, or --columns if the file has no header"
+        f"it has {shown}; {remedy}, or give --columns if the file has no header"
     )
 
 

@@ -5,6 +5,7 @@ The data is read where it lies, beside the repository.
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from state.attributes import SIDES, band, fields_of, tables_of
 from state.config import Settings, load
 from state.errors import SettingsError
 from state.history import HistoryStore
@@ -30,6 +32,8 @@ EXAMPLES = ROOT / "deploy" / "examples"
 DATA = ROOT.parent / "shared" / "data"
 TAOBAO = DATA / "taobao" / "UserBehavior.csv"
 KUAIRAND = DATA / "kuairand" / "impressions.parquet"
+USERS = DATA / "kuairand" / "user_features_pure.csv"
+VIDEOS = DATA / "kuairand" / "video_features_basic_pure.csv"
 
 
 def needs(path: Path) -> pytest.MarkDecorator:
@@ -51,14 +55,24 @@ def settings_of(example: str, kafka_settings: KafkaFactory, state: Path) -> Sett
         "--stream.map_gb": "1",
         "--stream.metrics_port": "0",
     }
+    if load(["--config", str(EXAMPLES / example)], env={}).attributes.user_topic:
+        with Topics(kafka) as topics:
+            for side in SIDES:
+                flags[f"--attributes.{side}_topic"] = topic = f"{kafka.clicks_topic}.{side}s"
+                topics.ensure(topic, 1, {"cleanup.policy": "compact"})
     words = [word for pair in flags.items() for word in pair]
     return load(["--config", str(EXAMPLES / example), *words], env={})
 
 
 def replay(settings: Settings, path: Path, *words: str) -> str:
     """Runs `springtide replay`; returns its last line."""
+    return springtide(settings, "replay", str(path), *words)[-1]
+
+
+def springtide(settings: Settings, *words: str) -> list[str]:
+    """Runs a command; returns its lines."""
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "replay", str(path), *words],
+        [sys.executable, "-m", "deploy.cli", *words],
         cwd=ROOT,
         env={**os.environ, **settings.environment()},
         capture_output=True,
@@ -66,7 +80,7 @@ def replay(settings: Settings, path: Path, *words: str) -> str:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()
 
 
 def sent(settings: Settings) -> int:
@@ -128,8 +142,13 @@ def test_taobao_its_cut_line_and_its_rows_out_of_range_are_dead_letters(
 
 
 @needs(KUAIRAND)
-def test_kuairand_clicks_are_labels_and_outcomes_stay_out(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+def test_kuairand_clicks_are_labels_outcomes_stay_out_and_attributes_are_those_of_its_tables(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
     settings = settings_of("kuairand.toml", kafka_settings, tmp_path / "state")
+    users, videos = springtide(settings, "attributes", "--users", str(USERS), "--items", str(VIDEOS))
+    assert "sent 27,285 records of users to" in users and users.endswith("0 refused rows; complete")
+    assert "sent 7,583 records of items to" in videos and videos.endswith("0 refused rows; complete")
     limit = 5000
     assert "5,000 clicks, 0 dead letters; row 5,000" in replay(
         settings, KUAIRAND, "--limit", str(limit), "--sort", "assume"
@@ -137,7 +156,8 @@ def test_kuairand_clicks_are_labels_and_outcomes_stay_out(kafka_settings: KafkaF
     batches, totals = streamed(settings, tmp_path / "log")
     assert totals == {"positions": limit, "rows": limit, "dead": 0, "filtered": 0, "absent": 0}
 
-    recorded = pq.read_table(KUAIRAND, columns=["is_click", "tab", "tag", "time_ms"]).slice(0, limit).to_pydict()
+    columns = ["user_id", "video_id", "is_click", "tab", "tag", "time_ms"]
+    recorded = pq.read_table(KUAIRAND, columns=columns).slice(0, limit).to_pydict()
     labels = np.concatenate([batch.columns["label"] for batch in batches])
     assert Counter(labels.tolist()) == Counter(map(float, recorded["is_click"]))
     contexts = np.concatenate([batch.columns["context"] for batch in batches])
@@ -147,6 +167,30 @@ def test_kuairand_clicks_are_labels_and_outcomes_stay_out(kafka_settings: KafkaF
     categories = np.concatenate([batch.columns["category"] for batch in batches])
     assert Counter(categories.tolist()) == Counter(map(public_id, recorded["tag"]))
     assert any("," in name for batch in batches for name in batch.header.names.values())
+
+    tables = tables_of(settings.attributes)
+    for side, path, key in (("user", USERS, "user_id"), ("item", VIDEOS, "video_id")):
+        with path.open(newline="") as file:
+            known = {row[key]: row for row in csv.DictReader(file)}
+        fields = fields_of(getattr(settings.attributes, f"{side}_fields"))
+        wanted = [
+            tuple(
+                tables[side].ids(
+                    [
+                        None if not (text := known[str(one)][field.path])
+                        else band(float(text), field.edges) if field.edges else text
+                        for field in fields
+                    ]
+                )
+            )
+            if str(one) in known
+            else tuple(tables[side].unknown.tolist())
+            for one in recorded[key]
+        ]  # fmt: skip
+        joined = np.concatenate([batch.columns[f"{side}_attributes"] for batch in batches])
+        assert Counter(map(tuple, joined.tolist())) == Counter(wanted)
+    announced = {name for batch in batches for name in batch.header.names.values()}
+    assert {"full_active", "high_active"} <= announced
 
 
 @needs(KUAIRAND)
@@ -184,3 +228,4 @@ def test_the_examples_are_settings_and_their_document_shows_their_commands() -> 
     for path in sorted(EXAMPLES.glob("*.toml")):
         load(["--config", str(path)], env={})
         assert f"springtide replay --config deploy/examples/{path.name}" in document
+    assert "springtide attributes --config deploy/examples/kuairand.toml --users" in document
