@@ -12,7 +12,7 @@ from state.config import Settings, load
 from state.features import EVENT, FeatureSpec
 from state.microbatch import MicroBatch
 from streaming.preprocessing import CLIP, LEAST_DEVIATION
-from tests.bench.quality import SOURCE, hashed, micro_batches
+from tests.bench.recorded import SOURCE, hashed, micro_batches, plain
 from trainer.step import Trainer
 
 SAMPLE = 300
@@ -40,7 +40,7 @@ def burst(settings: Settings, spec: FeatureSpec, at_ms: int) -> MicroBatch:
     events["category"], events["item"] = hashed("born just now"), np.arange(events.size) + 1
     events["action"] = PURCHASE
     users = np.full(events.size, hashed("ada"), np.uint64)
-    return next(micro_batches(users, events, spec, settings.events.action_weights))
+    return next(micro_batches(plain(users, events), spec, settings.events.action_weights))
 
 
 @pytest.mark.parametrize(("seed", "step_rows", "steps"), [(7, 20, 30), (3, 300, 10)])
@@ -49,13 +49,13 @@ def test_a_burst_in_a_new_category_leads_after_each_of_the_first_steps(seed: int
     spec, weights = FeatureSpec.from_settings(settings), settings.events.action_weights
     users, events = shop(settings, seed, SAMPLE + steps * step_rows)
     # What TensorFlow Transform finds in a small sample: most columns hardly vary.
-    sample = next(micro_batches(users[:SAMPLE], events[:SAMPLE], spec, weights, SAMPLE))
+    sample = next(micro_batches(plain(users[:SAMPLE], events[:SAMPLE]), spec, weights, SAMPLE))
     logs = np.log1p(sample.features.astype(np.float32))
     mean, deviation = logs.mean(0), np.maximum(logs.std(0), LEAST_DEVIATION)
     trainer = Trainer(settings, spec, lambda x: tf.clip_by_value((tf.math.log1p(x) - mean) / deviation, -CLIP, CLIP))
     asked = burst(settings, spec, int(events["at_ms"][-1]) + 1)
     leads = []
-    for batch in micro_batches(users, events, spec, weights, step_rows):
+    for batch in micro_batches(plain(users, events), spec, weights, step_rows):
         trainer.step(batch)
         scores = trainer.score(asked)
         leads.append(float(scores["label_logits"][-1, 0] - scores["popular_logits"][-1].max()))
