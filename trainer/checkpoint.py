@@ -22,8 +22,9 @@ from state.manifest import Manifest
 from state.registry import SERVING, TRAINING
 from state.versions import Versions
 from trainer import content
+from trainer.graph import CROSS
 from trainer.popular import HOUR_MS, ONE
-from trainer.step import Trainer
+from trainer.step import Trainer, labelled
 from trainer.tables import Changes
 
 # Settings of [trainer] beside all of [model].
@@ -82,9 +83,11 @@ def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
 
 
 def load(trainer: Trainer, tensors: content.Tensors) -> None:
-    """Replaces the whole state of `trainer` by a full one."""
+    """Replaces the whole state of `trainer` by a full one; one of a release without crosses has none of them."""
     trainer.clear()
     for name, table in trainer.tables.items():
+        if name == CROSS and f"{name}.ids" not in tensors:
+            continue
         table.load(Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS}))
     trainer.model.set_weights(_under("dense.", tensors))
     trainer.optimizer.set_slots(_under("slots.", tensors))
@@ -136,6 +139,7 @@ def deciding(settings: Settings) -> dict[str, str]:
     for side in ("user", "item"):
         fields = getattr(wanted, f"{side}_fields") if getattr(wanted, f"{side}_topic") else ()
         own[f"attributes.{side}_fields"] = str(fields)
+    own |= {"events.context": str(settings.events.context), "labelled": str(labelled(settings))}
     return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}
 
 

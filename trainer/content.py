@@ -23,7 +23,7 @@ from state.registry import SERVING, TRAINING
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-TABLES = ("user", "item", "category", "context")
+TABLES = ("user", "item", "category", "context", "cross")
 ROWS = ("rows", "accum", "last_seen_ms")
 PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
 _SERVED = {f"{table}.{name}" for table in TABLES for name in ("ids", "rows", "removed")} | {"popular"}
@@ -71,7 +71,7 @@ def merge(parts: Iterable[Tensors], full: bool = True) -> dict[str, Array]:
     rows = 0
     for part in iterator:
         later.append(part)
-        rows += sum(len(part[f"{table}.ids"]) for table in TABLES)
+        rows += sum(len(part.get(f"{table}.ids", ())) for table in TABLES)
         if rows > _FOLD_ROWS:
             later, rows = [_merged(later, full=False)], 0
     return _merged([first, *later], full)
@@ -82,10 +82,14 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
     # 1. What is whole in each version.
     merged = {name: tensor for name, tensor in parts[-1].items() if name not in tabled}
     for table in TABLES:
+        # A release without this table wrote none of it; an empty one is the same.
+        held = [part for part in parts if f"{table}.ids" in part]
+        if not held:
+            continue
         # 2. Rows: the last word about an id counts, be it a row or its removal.
-        ids = [part[f"{table}.{name}"] for part in parts for name in ("removed", "ids")]
+        ids = [part[f"{table}.{name}"] for part in held for name in ("removed", "ids")]
         gone = [
-            np.full(len(part[f"{table}.{name}"]), name == "removed") for part in parts for name in ("removed", "ids")
+            np.full(len(part[f"{table}.{name}"]), name == "removed") for part in held for name in ("removed", "ids")
         ]
         last = _last_of_each(np.concatenate(ids))
         all_ids, all_gone = np.concatenate(ids), np.concatenate(gone)
@@ -94,9 +98,9 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
         merged[f"{table}.removed"] = np.zeros(0, np.uint64) if full else all_ids[last[all_gone[last]]]
         place = np.cumsum(~all_gone) - 1
         for name in ROWS:
-            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in parts])[place[live]]
+            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in held])[place[live]]
         # 3. Sightings of ids without a row; a count of 0 takes one away.
-        columns = [np.concatenate([part[f"{table}.{name}"] for part in parts]) for name in PENDING]
+        columns = [np.concatenate([part[f"{table}.{name}"] for part in held]) for name in PENDING]
         last = _last_of_each(columns[0])
         if full:
             last = last[columns[1][last] != 0]

@@ -67,6 +67,12 @@ def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
 
 
 def _of_table(table: str, kept: Tensors, recomputed: Tensors) -> Difference | None:
+    there = [side for side in (kept, recomputed) if f"{table}.ids" in side]
+    if len(there) < 2:
+        # A release without this table wrote none of it; an empty one is the same.
+        if all(len(side[f"{table}.{name}"]) == 0 for side in there for name in ("ids", "pending_ids")):
+            return None
+        return Difference(table, "", None, None, _presence(there[0] is kept), _presence(there[0] is recomputed))
     for ids_name, columns in (("ids", ROWS), ("pending_ids", PENDING[1:])):
         ids, other = kept[f"{table}.{ids_name}"], recomputed[f"{table}.{ids_name}"]
         what = "row" if ids_name == "ids" else "sightings"

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.heads import Facts, Given, Scores, Slopes, heads
+from trainer.facts import Facts, Given, Learned, Scores, Slopes
+from trainer.heads import heads
 from trainer.model import LATEST, DenseTower, Model
 from trainer.optimizer import Adam, adagrad
 from trainer.tables import Table
@@ -39,6 +40,9 @@ FROM_HEADS = {
 }
 """The dense weights that only the heads use, and their names there."""
 
+CROSS = "cross"
+"""The table whose rows are learned in the heads, pair after pair, and need no derivative."""
+
 INPUTS = {
     "features": tf.uint16,
     "user_rows": tf.int32,
@@ -49,6 +53,7 @@ INPUTS = {
     "item_rows": tf.int32,
     "context_rows": tf.int32,
     "context_at": tf.int32,
+    "cross_rows": tf.int32,
     "kept": tf.float32,
     "seed": tf.int32,
 }
@@ -68,8 +73,8 @@ class Measured(NamedTuple):
         latest: `[B * 3, dim]`, by the rows of its latest labels.
         context: `[B * K, dim]`, by its context rows.
         popular: `[P, dim]`, by the popular rows.
-        rows: `[u, dim]` of each table, its distinct rows in the order of the tables.
-        accum: `[u, dim]` of each table, their accumulators.
+        rows: `[u, width]` of each table, its distinct rows in the order of the tables.
+        accum: `[u, width]` of each table, their accumulators.
     """
 
     dense: list[Any]
@@ -99,7 +104,7 @@ class Graph:
         self._model, self._optimizer, self._tables, self._fields = model, optimizer, tables, fields
         self._attributes, self._inputs = attributes, INPUTS | (OF_ITEMS if attributes else {})
         self._facts: Facts
-        self._found: tuple[Scores, Slopes]
+        self._found: tuple[Scores, Slopes, Learned]
         shapes: dict[str, list[int | None]] = {"features": [None, model.features], "seed": [2]}
         shapes["kept"] = [None, model.settings.hidden[0]]
         self._measure = tf.function(
@@ -122,7 +127,7 @@ class Graph:
         """Whether the dropout of the tower is drawn on the host; a tower of the user's own draws its own."""
         return type(self._model.tower) is DenseTower
 
-    def measure(self, facts: Facts, inputs: Mapping[str, Any]) -> tuple[Measured, Scores, Slopes]:
+    def measure(self, facts: Facts, inputs: Mapping[str, Any]) -> tuple[Measured, Scores, Slopes, Learned]:
         """Scores a step and finds its derivatives; changes nothing. One thread.
 
         Args:
@@ -133,19 +138,23 @@ class Graph:
         measured = self._concrete(*(tf.constant(inputs[name]) for name in self._inputs))
         return Measured(*measured), *self._found
 
-    def apply(self, at: Mapping[str, I32], sparse: Mapping[str, F32], measured: Measured) -> None:
-        """Adagrad on distinct rows of each table, Adam on the dense weights.
+    def apply(self, at: Mapping[str, I32], sparse: Mapping[str, F32], measured: Measured, learned: Learned) -> None:
+        """Adagrad on distinct rows of each table, Adam on the dense weights; crosses as the heads have left them.
 
         Args:
             at: `[u]` int32 distinct rows of each table, the missing one first.
             sparse: `[u, dim]` derivatives by them.
             measured: Of the same step.
+            learned: Likewise.
         """
         for (name, table), rows, accum in zip(self._tables.items(), measured.rows, measured.accum, strict=True):
             # The missing row is never trained.
             if at[name].size > 1:
-                updated = rows.numpy()[1:], accum.numpy()[1:]
-                adagrad(*updated, sparse[name][1:], self._model.settings.learning_rate)
+                if name == CROSS:
+                    updated = learned.cross[1:], learned.cross_precision[1:]
+                else:
+                    updated = rows.numpy()[1:], accum.numpy()[1:]
+                    adagrad(*updated, sparse[name][1:], self._model.settings.learning_rate)
                 for variable, values in zip((table.rows, table.accum), updated, strict=True):
                     tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=at[name][1:], updates=values)
         self._apply(*measured.dense)
@@ -186,6 +195,8 @@ class Graph:
             "personal": personal,
             "category": distinct["category"],
             "item": self._items(distinct, given),
+            "cross": distinct[CROSS],
+            "cross_precision": accum[CROSS],
         }
         known |= {name: model.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
         kept = ("learning", "learning_popular", "personal", *FROM_HEADS.values())

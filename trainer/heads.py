@@ -11,7 +11,9 @@ For each row, in the order of the batch:
 1. Windows become logarithms, and each label's evidence is summed, a block of rows at a time.
 2. Candidates are scored twice: without dropout for the measures, with it to learn.
 3. Interest: softmax over the candidates, log loss, rank of the target.
-4. Engagement: the row's own item, and its negative where one was drawn.
+4. Engagement: the row's own item, and its negative where one was drawn; a row
+   whose label is known then moves the weights of its crosses, before the next
+   row is scored.
 
 Sums are taken in the order of the rows and land in the order of first
 occurrence of an id, so that their bits do not depend on how a table lies.
@@ -20,16 +22,11 @@ occurrence of an id, so that their bits do not depend on how a table lies.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from state.native import compiled_sums, part_of_sums
-
-F32 = npt.NDArray[np.float32]
-I32 = npt.NDArray[np.int32]
-U16 = npt.NDArray[np.uint16]
+from trainer.facts import F32, I32, U16, Facts, Given, Learned, Scores, Slopes
 
 NET_HIDDEN = 16
 """Hidden units of the net over a label's windows."""
@@ -49,117 +46,6 @@ _LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), 
 _HALF = np.float32(0.5)
 _P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-
-
-class Facts(NamedTuple):
-    """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
-
-    Attributes:
-        windows: `[B, L, F]` uint16.
-        log_scale: `[F]` float32, the factor of a window's logarithm.
-        scale: `[F]` float32, the factor of the window itself.
-        label_mask: `[B, L]` float32.
-        popular_mask: `[B, P]` float32.
-        other_mask: `[B]` float32.
-        label_at: `[B, L]` int32 category rows of the labels.
-        other_at: `[B]` int32 category row of the last slot.
-        pair_category_at: `[2 B]` int32, of the rows and then of their negatives.
-        pair_item_at: `[2 B]` int32.
-        target: `[B]` int32, a candidate's slot, -1 for none.
-        weight: `[B]` float32, factor of a row's interest loss.
-        engaged: `[2 B]` float32 outcomes.
-        engaged_shift: `[2 B]` float32, added to the score of a pair before its loss.
-        engaged_weight: `[2 B]` float32, factor of a pair's loss; 0 leaves it out.
-    """
-
-    windows: U16
-    log_scale: F32
-    scale: F32
-    label_mask: F32
-    popular_mask: F32
-    other_mask: F32
-    label_at: I32
-    other_at: I32
-    pair_category_at: I32
-    pair_item_at: I32
-    target: I32
-    weight: F32
-    engaged: F32
-    engaged_shift: F32
-    engaged_weight: F32
-
-
-class Given(NamedTuple):
-    """What the graph computed of a step, float32.
-
-    Attributes:
-        scoring: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
-        learning: The same with dropout.
-        scoring_popular: `[B, P]` popular logits without dropout, not masked.
-        learning_popular: The same with dropout.
-        personal: `[B, 2 F + 16]`: the weights of windows and differences, and the net's first layer of this user.
-        category: `[u, dim]` distinct category rows.
-        item: `[v, dim]` distinct item rows.
-        net_0: `[2 F, 16]` the net over windows and differences.
-        net_1: `[16]`
-        position: `[L]`
-        other: `[1]`
-        prior: `[3]` of a known label, of its log probability, of that of another.
-        item_bias: `[dim]`
-        category_bias: `[dim]`
-    """
-
-    scoring: F32
-    learning: F32
-    scoring_popular: F32
-    learning_popular: F32
-    personal: F32
-    category: F32
-    item: F32
-    net_0: F32
-    net_1: F32
-    position: F32
-    other: F32
-    prior: F32
-    item_bias: F32
-    category_bias: F32
-
-
-class Slopes(NamedTuple):
-    """Derivatives of the loss by what of `Given` is learned, in its shapes."""
-
-    learning: F32
-    learning_popular: F32
-    personal: F32
-    category: F32
-    item: F32
-    net_0: F32
-    net_1: F32
-    position: F32
-    other: F32
-    prior: F32
-    item_bias: F32
-    category_bias: F32
-
-
-class Scores(NamedTuple):
-    """The measures of a step, without dropout.
-
-    Attributes:
-        label_logits: `[B, L]` float32, MASKED where there is no label.
-        popular_logits: `[B, P]` float32.
-        interest_loss: `[B]` float32, 0 without a target.
-        rank: `[B]` int32, labels and popular ones before the target; all of them where it is neither.
-        engagement: `[2 B]` float32 logits.
-        engagement_loss: `[2 B]` float32.
-    """
-
-    label_logits: F32
-    popular_logits: F32
-    interest_loss: F32
-    rank: I32
-    engagement: F32
-    engagement_loss: F32
 
 
 # Rows are passed as a matrix and a number: each view of one would be counted in and out.
@@ -363,6 +249,36 @@ def _candidates(
 
 
 @part_of_sums
+def _crossed(b: int, cross_at: I32, cross: F32) -> np.float32:
+    """The sum of the weights of row `b`'s crosses."""
+    total = _ZERO
+    for c in range(cross_at.shape[1]):
+        total += cross[cross_at[b, c], 0]
+    return total
+
+
+@part_of_sums
+def _learn_crosses(b: int, prior: F32, likely: np.float32, label: np.float32, at: I32, cross: F32, known: F32) -> None:
+    """One observation of row `b`'s crosses, whose sum has just made `likely` the chance of the label.
+
+    Each weight is a normal variable of its own, and the step is that of an
+    extended Kalman filter with a diagonal covariance: who is little known moves
+    far and learns, who is well known stays. No rate is tuned and none decays.
+    """
+    information, doubt = likely * (_ONE - likely), _ZERO
+    for c in range(at.shape[1]):
+        if at[b, c] != 0:
+            doubt += _ONE / (prior[c] + known[at[b, c], 0])
+    surprise = (label - likely) / (_ONE + information * doubt)
+    for c in range(at.shape[1]):
+        place = at[b, c]
+        if place != 0:
+            variance = _ONE / (prior[c] + known[place, 0])
+            cross[place, 0] += variance * surprise
+            known[place, 0] += information / (_ONE + information * (doubt - variance))
+
+
+@part_of_sums
 def _rank(logits: F32, target: int) -> int:
     """Labels and popular ones before the target; of equal ones the lower slot comes first."""
     slots: int = logits.shape[0] - 1
@@ -384,9 +300,11 @@ def _normaliser(total: np.float32, highest: np.float32) -> np.float32:
 
 
 @compiled_sums
-def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: Slopes) -> None:
+def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: Slopes, learned: Learned) -> None:
     (windows, log_scale, scale, label_mask, popular_mask, other_mask, label_at, other_at) = facts[:8]
-    (pair_category_at, pair_item_at, target, weight, engaged, engaged_shift, engaged_weight) = facts[8:]
+    (pair_category_at, pair_item_at, target, weight, engaged, engaged_shift, engaged_weight) = facts[8:15]
+    cross_at, cross_prior = facts.cross_at, facts.cross_prior
+    cross, cross_precision = learned
     (scoring, learning, scoring_popular, learning_popular, personal, category, item) = given[:7]
     (net_0, net_1, position, other, prior) = given[7:12]
     item_bias, category_bias = given.item_bias.reshape(1, -1), given.category_bias.reshape(1, -1)
@@ -472,6 +390,8 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
                 likely = other[0] + _dot(scoring, b, 0, category, category_at) - normaliser
                 fixed = prior[2] * likely
             fixed += _dot(item_bias, 0, 0, item, item_at) + _dot(category_bias, 0, 0, category, category_at)
+            if at == b:
+                fixed += _crossed(b, cross_at, cross)
             score = fixed + scoring[b, 2 * dim] + _dot(scoring, b, dim, item, item_at)
             shifted = score + engaged_shift[at]
             engagement[at] = score
@@ -480,6 +400,9 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
             )
             if engaged_weight[at] == _ZERO:
                 continue
+            if at == b:
+                chance = _ONE / (_ONE + np.float32(math.exp(-score)))
+                _learn_crosses(b, cross_prior, chance, engaged[at], cross_at, cross, cross_precision)
             shifted = fixed + learning[b, 2 * dim] + _dot(learning, b, dim, item, item_at) + engaged_shift[at]
             g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - engaged[at]) * engaged_weight[at]
             if known >= 0:
@@ -505,8 +428,8 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
             to_net_0[width + f, k] += to_net_0[f, k]
 
 
-def heads(facts: Facts, given: Given) -> tuple[Scores, Slopes]:
-    """Scores and slopes of a step.
+def heads(facts: Facts, given: Given) -> tuple[Scores, Slopes, Learned]:
+    """Scores and slopes of a step, and the crosses after it.
 
     Args:
         facts: What the host knows.
@@ -523,5 +446,6 @@ def heads(facts: Facts, given: Given) -> tuple[Scores, Slopes]:
         np.empty(2 * rows, np.float32),
     )
     slopes = Slopes(*(np.zeros_like(getattr(given, name)) for name in Slopes._fields))
-    _heads(facts, given, LOGARITHMS, scores, slopes)
-    return scores, slopes
+    learned = Learned(given.cross.copy(), given.cross_precision.copy())
+    _heads(facts, given, LOGARITHMS, scores, slopes, learned)
+    return scores, slopes, learned

@@ -124,6 +124,10 @@ class Model(tf.Module):
         spec: Names the D features and the F windows of each of the L labels.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None
             takes logarithms.
+        labelled: Whether engagement is learned from labels. All but the crosses
+            then begins at nothing: what was clicked is not what was shown, so
+            that interest is no prior, and what the network adds is what
+            crosses leave over.
 
     Attributes:
         dense: Every dense weight by name, in a fixed order. A version carries
@@ -135,6 +139,7 @@ class Model(tf.Module):
         settings: ModelSettings,
         spec: FeatureSpec,
         preprocessing: Preprocessing | None = None,
+        labelled: bool = False,
     ) -> None:
         super().__init__(name="model")
         self.settings = settings
@@ -148,7 +153,7 @@ class Model(tf.Module):
         prepared = into_tower - 3 * dim
         self.tower = load_builder(settings.tower)(into_tower, settings)
         own = {
-            "query.kernel": tf.Variable(_query_kernel(width, dim), name="query.kernel"),
+            "query.kernel": tf.Variable(_query_kernel(width, dim, 0.0 if labelled else 0.15), name="query.kernel"),
             "query.bias": _weight("query.bias", (2 * dim + 1,), 0.0),
             "interest.linear": tf.Variable(
                 np.concatenate([recency_prior(spec.label_names), np.zeros(NET_HIDDEN, np.float32)]),
@@ -162,9 +167,11 @@ class Model(tf.Module):
             "interest.kernel_1": _weight("interest.kernel_1", (NET_HIDDEN,), 0.0),
             "interest.popular": tf.Variable(_popular_prior(settings.popular), name="interest.popular"),
             "interest.other": tf.Variable(np.ones(1, np.float32), name="interest.other"),
-            "engagement.prior": tf.Variable(np.array([3.0, 1.0, 1.0], np.float32), name="engagement.prior"),
-            "engagement.item": _weight("engagement.item", (dim,), 0.3),
-            "engagement.category": _weight("engagement.category", (dim,), 0.3),
+            "engagement.prior": tf.Variable(
+                np.array([0.0, 0.0, 0.0] if labelled else [3.0, 1.0, 1.0], np.float32), name="engagement.prior"
+            ),
+            "engagement.item": _weight("engagement.item", (dim,), 0.0 if labelled else 0.3),
+            "engagement.category": _weight("engagement.category", (dim,), 0.0 if labelled else 0.3),
         }
         self.dense: dict[str, Any] = {f"tower.{name}": weight for name, weight in named(self.tower).items()} | own
 
@@ -272,7 +279,7 @@ class Model(tf.Module):
         prior = self.dense["engagement.prior"]
         score = tf.where(known > 0.0, prior[0] + prior[1] * likely, prior[2] * other)
         score += tf.reduce_sum(item * self.dense["engagement.item"] + category * self.dense["engagement.category"], 1)
-        return score + tf.reduce_sum(queries[:, dim : 2 * dim] * item, 1) + queries[:, 2 * dim]
+        return score + tf.reduce_sum(queries[:, dim : 2 * dim] * item, 1) + queries[:, 2 * dim] + inputs["cross"]
 
     def weights(self) -> dict[str, F32]:
         """A host copy of every dense weight by name."""
@@ -344,10 +351,10 @@ def recency_prior(label_names: tuple[str, ...]) -> F32:
     return weights
 
 
-def _query_kernel(width: int, dim: int) -> F32:
-    """First weights of the queries, `[width, 2 dim + 1]`: none for interest, some for engagement."""
+def _query_kernel(width: int, dim: int, reach: float) -> F32:
+    """First weights of the queries, `[width, 2 dim + 1]`: none for interest, up to `reach` for engagement."""
     engagement = hashed_uniform(np.arange(1, width + 1, dtype=np.uint64), dim + 1, "query.engagement")
-    return np.concatenate([np.zeros((width, dim), np.float32), engagement * np.float32(0.15)], 1)
+    return np.concatenate([np.zeros((width, dim), np.float32), engagement * np.float32(reach)], 1)
 
 
 def _popular_prior(popular: int) -> F32:

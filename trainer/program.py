@@ -181,6 +181,7 @@ def _inputs(model: Model) -> dict[str, Any]:
         "label_mask": [None, model.labels],
         "popular_rows": [popular, dim],
         "popular_mask": [None, popular],
+        "cross": [None],
     }
     return {name: tf.TensorSpec(shape, tf.float32, name) for name, shape in shapes.items()}
 

@@ -7,7 +7,7 @@ A step takes one micro-batch, already trimmed and unmasked:
 3. One graph scores the rows without dropout and computes the gradients with it.
 4. The guard judges loss and gradient.
 5. A second graph applies the gradients: Adagrad to the rows used, Adam to the
-   dense weights. After a skip it does not run: no bit of a weight changes. The
+   dense weights; crosses were learned row after row while scored. After a skip it does not run: no bit of a weight changes. The
    sightings stay, because they are facts of the log and not of the gradient;
    rows admitted by a skipped step have their first values.
 6. The report is added to the progressive measures, and the clicks to the
@@ -31,6 +31,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from state.config import Settings
+from state.crosses import Crosses, Values
 from state.errors import TrainingHeld
 from state.features import FeatureSpec
 from state.microbatch import MicroBatch
@@ -38,10 +39,10 @@ from trainer.attributes import Columns, combine
 from trainer.candidates import candidates, partners, seed_of
 from trainer.device import prepare
 from trainer.evaluation import Evaluation
-from trainer.graph import Graph, Measured
+from trainer.facts import Facts, Learned, Scores, Slopes
+from trainer.graph import CROSS, Graph, Measured
 from trainer.guard import GuardState, Verdict, judge
-from trainer.heads import Facts, Scores, Slopes
-from trainer.index import I32
+from trainer.index import I32, U64
 from trainer.model import LATEST, Model, Preprocessing
 from trainer.optimizer import Adam
 from trainer.popular import HOUR_MS, Popular
@@ -63,10 +64,15 @@ click, so that scores are shifted by log((1 - r) / r) to stand for r (King and Z
 
 NEGATIVE_SHIFT = float(np.log((1.0 - ASSUMED_CLICK_RATE) / ASSUMED_CLICK_RATE))
 
-TABLES = ("user", "item", "category", "context")
+TABLES = ("user", "item", "category", "context", CROSS)
 
 RATES = {"interest.": 20.0, "engagement.": 20.0}
 """The few weights over label windows see every label of every row and learn faster, those of engagement every pair."""
+
+
+def labelled(settings: Settings) -> bool:
+    """Whether the log says of its rows whether somebody engaged, so that no negative is drawn."""
+    return bool(settings.events.label or settings.labels.impressions)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Trainer:
         clock: Seconds, for the duration in the report only.
 
     Attributes:
-        tables: By name: user, item, category, context.
+        tables: By name: user, item, category, context, cross.
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
@@ -161,9 +167,14 @@ class Trainer:
                 self.device,
             )
             for name in TABLES
+            if name != CROSS
         }
+        # A cross begins at nothing: a weight of 0, of which nothing was learned.
+        self.tables[CROSS] = Table(
+            CROSS, 1, settings.trainer.capacity, 0.0, settings.trainer.admit_after, self.device, initial_range=0.0
+        )
         with tf.device(self.device):
-            self.model = Model(model, spec, preprocessing)
+            self.model = Model(model, spec, preprocessing, labelled(settings))
             self.optimizer = Adam(self.model.dense, model.dense_learning_rate, RATES)
         self.popular = Popular(model.popular)
         self.evaluation = Evaluation()
@@ -176,6 +187,7 @@ class Trainer:
         fields = len(settings.events.context) + len(self._columns.users.names)
         self._graph = Graph(self.model, self.optimizer, self.tables, fields, len(self._columns.items.names))
         self._windows = self.model.prepare_windows
+        self._crosses = Crosses(spec, settings.events.context, self._columns.users.names, self._columns.items.names)
 
     def clear(self) -> None:
         """Back to the state of a new trainer, to start an epoch or before a base is loaded."""
@@ -231,20 +243,38 @@ class Trainer:
             )
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")
-        self._sight(batch)
-        facts, inputs = self._inputs(batch, seed)
+        crosses = self._crosses_of(batch)
+        self._sight(batch, crosses)
+        facts, inputs = self._inputs(batch, crosses, seed)
         with tf.device(self.device):
-            measured, scores, slopes = self._graph.measure(facts, inputs)
+            measured, scores, slopes, learned = self._graph.measure(facts, inputs)
         sparse = self._sparse(facts, inputs, measured, slopes)
-        return self._judge_and_apply(batch, facts, inputs, measured, scores, sparse, began)
+        return self._judge_and_apply(batch, facts, inputs, measured, scores, sparse, learned, began)
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout: label_logits `[B, L]`, popular_logits `[B, P]`. Changes nothing."""
         with tf.device(self.device):
-            _, scores, _ = self._graph.measure(*self._inputs(batch, (0, 0)))
+            _, scores, _, _ = self._graph.measure(*self._inputs(batch, self._crosses_of(batch), (0, 0)))
         return {"label_logits": scores.label_logits, "popular_logits": scores.popular_logits}
 
-    def _sight(self, batch: MicroBatch) -> None:
+    def _crosses_of(self, batch: MicroBatch) -> U64:
+        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one.
+
+        Only a label is learned from: of a drawn negative it is not known that anybody was shown it.
+        """
+        known = ~np.isnan(batch.label)
+        if not known.any():
+            return np.zeros((len(batch), 0), np.uint64)
+        rows = batch.take(known)
+        users, items = self._columns.users_of(rows), self._columns.items_of(rows)
+        ids = self._crosses.ids(Values(rows.user, rows.item, rows.category, rows.context, users, items, rows.features))
+        if len(rows) == len(batch):
+            return ids
+        found = np.zeros((len(batch), ids.shape[1]), np.uint64)
+        found[known] = ids
+        return found
+
+    def _sight(self, batch: MicroBatch, crosses: U64) -> None:
         counters, expire_s = self.counters, self.settings.trainer.expire_s
         counters.log_ms = max(counters.log_ms, int(batch.at_ms.max()))
         if counters.log_ms // HOUR_MS > counters.expired_hour:
@@ -256,13 +286,15 @@ class Trainer:
         for context in (self._context(batch), self._columns.items_of(batch)):
             if fields := context.shape[1]:
                 self.tables["context"].sight(context.reshape(-1), np.repeat(batch.at_ms, fields))
+        if crosses.size:
+            self.tables[CROSS].sight(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
 
     def _context(self, batch: MicroBatch) -> npt.NDArray[np.uint64]:
         """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
         users = self._columns.users_of(batch)
         return np.concatenate([batch.context, users], 1) if users.shape[1] else batch.context
 
-    def _inputs(self, batch: MicroBatch, seed: tuple[int, int] | None) -> tuple[Facts, dict[str, Any]]:
+    def _inputs(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> tuple[Facts, dict[str, Any]]:
         """Everything the heads and the graph need, rows in place of ids."""
         rows = len(batch)
         sources = [part.source for part in batch.header.ranges]
@@ -292,6 +324,7 @@ class Trainer:
                 "other_at": slots.other,
             },
             "context": {"context_at": self._context(batch).reshape(-1)},
+            CROSS: {"cross_at": crosses.reshape(-1)},
         }
         if combined is not None:
             parts["context"]["item_attributes_at"] = combined.attributes.reshape(-1)
@@ -327,6 +360,8 @@ class Trainer:
             engaged=np.concatenate([np.where(known, batch.label, np.float32(1.0)), np.zeros(rows, np.float32)]),
             engaged_shift=np.where(np.concatenate([known, known]), np.float32(0.0), np.float32(NEGATIVE_SHIFT)),
             engaged_weight=scored.astype(np.float32) * np.float32(ENGAGEMENT_SHARE / LOSS_ROWS),
+            cross_at=at["cross_at"].reshape(crosses.shape),
+            cross_prior=self._crosses.precision,
         )
         return facts, inputs
 
@@ -357,6 +392,7 @@ class Trainer:
         measured: Measured,
         scores: Scores,
         sparse: Mapping[str, F32],
+        learned: Learned,
         began: float,
     ) -> Report:
         counters, settings = self.counters, self.settings.trainer
@@ -375,7 +411,7 @@ class Trainer:
         if verdict is Verdict.ACCEPT:
             rows = {name: inputs[f"{name}_rows"] for name in self.tables}
             with tf.device(self.device):
-                self._graph.apply(rows, sparse, measured)
+                self._graph.apply(rows, sparse, measured, learned)
             for name, table in self.tables.items():
                 table.touch(rows[name])
             known = batch.labels[:, 0] != MISSING

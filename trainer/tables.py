@@ -29,7 +29,7 @@ MISSING = 0
 """The row of every id that has none: always zero, never trained."""
 
 INITIAL_RANGE = 0.05
-"""A new row is uniform in plus and minus this."""
+"""A new row of an embedding is uniform in plus and minus this."""
 
 _SCATTER_ROWS = 1 << 18
 
@@ -115,6 +115,7 @@ class Table:
         initial_accumulator: Where each Adagrad accumulator starts.
         admit_after: Sightings an id needs before it gets a row.
         device: TensorFlow device of the variables.
+        initial_range: A new row is uniform in plus and minus this.
     """
 
     def __init__(
@@ -125,11 +126,13 @@ class Table:
         initial_accumulator: float = 1e-6,
         admit_after: int = 1,
         device: str = "/CPU:0",
+        initial_range: float = INITIAL_RANGE,
     ) -> None:
         self.name = name
         self.dim = dim
         self.device = device
         self._initial_accumulator = initial_accumulator
+        self._initial_range = np.float32(initial_range)
         self._admit_after = admit_after
         capacity = max(capacity, 2)
         with tf.device(device):
@@ -294,7 +297,7 @@ class Table:
 
     def _admit(self, ids: U64) -> None:
         rows = self._place(ids)
-        first = hashed_uniform(ids, self.dim, self.name) * np.float32(INITIAL_RANGE)
+        first = hashed_uniform(ids, self.dim, self.name) * self._initial_range
         self._scatter(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))
         if self._removed:
             self._removed.difference_update(ids.tolist())

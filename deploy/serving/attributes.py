@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from state.attribute_log import AttributeFollower, keep_following
 from state.attribute_store import AttributeStore, ids_in, open_anew, texts_in
-from state.attributes import Table, tables_of
+from state.attributes import SIDES, Table, tables_of
 from state.config import Settings
 from state.identity import load_salt
 from state.metrics import ApplierMetrics
@@ -38,10 +38,14 @@ class KnownAttributes:
     Args:
         store: The host's attributes, read only; None without any.
         tables: By side.
+
+    Attributes:
+        names: Of the attributes by side; none of a side that has no table.
     """
 
     def __init__(self, store: AttributeStore | None, tables: Mapping[str, Table]) -> None:
         self._store, self._tables = store, tables
+        self.names = {side: tables[side].names if store is not None and side in tables else () for side in SIDES}
         self._unknown = {side: Known(table.unknown.tolist(), {}) for side, table in tables.items()}
 
     def of(self, side: str, ids: Sequence[int]) -> list[Known]:

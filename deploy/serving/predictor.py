@@ -8,7 +8,8 @@ for one row and 150 us for sixteen.
 1. Pointer, control and mask; program and dense weights, when the version changed.
 2. The users' pseudonyms, by the salt, and their histories.
 3. The windows as of `at`, without what the mask takes out.
-4. Rows of the user, the context, the labels, the item, and of the attributes of user and item.
+4. Rows of the user, the context, the labels, the item, and of the attributes of user and item; where an item is
+   asked for, the sum of the weights of the pair's crosses.
 5. Candidates = the user's labels, and the popular ones that are not among them.
 6. Logits, softmax over the candidates, names.
 """
@@ -29,8 +30,9 @@ from numpy.typing import NDArray
 
 from deploy.serving.attributes import NOTHING, Known, KnownAttributes
 from deploy.serving.program import BATCHES, Program, batch_of, read_program
+from state.crosses import Crosses, Values
 from state.errors import SaltMismatch, SpecMismatch, SpringtideError
-from state.features import FeatureSpec, Mask, vectorise
+from state.features import FeatureSpec, Mask, Vector, vectorise
 from state.history import HistoryStore
 from state.identity import Salt, context_id, public_id, user_id
 from state.rows import RowReader, RowStore, Served
@@ -126,6 +128,18 @@ class Query(NamedTuple):
     at_ms: int | None = None
 
 
+class Pair(NamedTuple):
+    """A user and an item that was asked for, and all that is known of them; ids are 0 where there is none."""
+
+    query: Query
+    user: int
+    item: int
+    category: int
+    person: Known
+    good: Known
+    vector: Vector
+
+
 class Label(NamedTuple):
     """A candidate as an answer shows it."""
 
@@ -214,6 +228,8 @@ class Predictor:
         self._spec = spec
         self._salt = salt
         self._context_fields = tuple(context_fields)
+        names = self._attributes.names
+        self._crosses = Crosses(spec, self._context_fields, names["user"], names["item"])
         self._clock = clock
         self._now_ms = now_ms
         self._loaded: Loaded | None = None
@@ -264,8 +280,20 @@ class Predictor:
             people = self._attributes.of("user", users)
             items = [None if query.item is None else public_id(query.item) for query in queries]
             goods = self._attributes.of("item", [item or 0 for item in items])
-            inputs, known = self._inputs(reader, loaded, queries, users, items, seen)
+            categories = [
+                self._category_of(item) if query.category is None else public_id(query.category)
+                for query, item in zip(queries, items, strict=True)
+            ]
+            inputs, known = self._inputs(reader, loaded, users, items, categories, seen)
             self._add_attributes(reader, loaded, queries, inputs, people, goods)
+            pairs = [
+                (place, Pair(query, user, item, category or 0, person, good, vector))
+                for place, (query, user, item, category, person, good, vector) in enumerate(
+                    zip(queries, users, items, categories, people, goods, vectors, strict=True)
+                )
+                if item is not None
+            ]
+            self._add_crosses(reader, loaded, pairs, inputs)
         for place, vector in enumerate(vectors):
             inputs["features"][place] = vector.features
             inputs["label_windows"][place] = vector.label_windows
@@ -374,19 +402,19 @@ class Predictor:
         self,
         reader: RowReader,
         loaded: Loaded,
-        queries: Sequence[Query],
         users: list[int],
         items: list[int | None],
+        categories: list[int | None],
         seen: list[list[int]],
     ) -> tuple[dict[str, NDArray[Any]], list[bool]]:
         """The program's inputs, the windows still empty, and whether each user has a row."""
-        served, rows = loaded.served, batch_of(len(queries))
+        served, rows = loaded.served, batch_of(len(users))
         shapes = loaded.program.shapes
         inputs = {name: np.zeros((rows, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
         inputs["popular_rows"] = loaded.popular_rows
-        inputs["popular_mask"][: len(queries)] = loaded.popular_known
+        inputs["popular_mask"][: len(users)] = loaded.popular_known
         known = []
-        for place, (query, user, item, labels) in enumerate(zip(queries, users, items, seen, strict=True)):
+        for place, (user, item, category, labels) in enumerate(zip(users, items, categories, seen, strict=True)):
             row = reader.row("user", user, served)
             known.append(row is not None)
             if row is not None:
@@ -403,7 +431,6 @@ class Predictor:
                 inputs["item_row"][place] = np.frombuffer(
                     reader.row("item", item, served) or loaded.missing, np.float32
                 )
-            category = self._category_of(item) if query.category is None else public_id(query.category)
             if category is not None:
                 inputs["category_row"][place] = self._categories(reader, loaded, [category])[0]
         return inputs, known
@@ -439,6 +466,33 @@ class Predictor:
                 inputs["context_row"][place] = self._sum(reader, loaded, [*fields, *user.ids]) / np.float32(count)
             if query.item is not None and item.ids:
                 inputs["item_row"][place] += self._sum(reader, loaded, item.ids) / np.float32(len(item.ids))
+
+    def _add_crosses(
+        self, reader: RowReader, loaded: Loaded, pairs: Sequence[tuple[int, Pair]], inputs: dict[str, NDArray[Any]]
+    ) -> None:
+        """The sum of the weights of each asked pair's crosses; a cross without one counts as zero."""
+        # A version that has learned no label, or of a release without crosses, has none.
+        if not pairs or "cross" not in inputs or "cross" not in loaded.served.dims:
+            return
+        contexts = [
+            [
+                context_id(name, pair.query.context[name]) if name in pair.query.context else 0
+                for name in self._context_fields
+            ]
+            for _, pair in pairs
+        ]
+        values = Values(
+            user=np.array([pair.user for _, pair in pairs], np.uint64),
+            item=np.array([pair.item for _, pair in pairs], np.uint64),
+            category=np.array([pair.category for _, pair in pairs], np.uint64),
+            context=np.array(contexts, np.uint64).reshape(len(pairs), -1),
+            user_attributes=np.array([pair.person.ids for _, pair in pairs], np.uint64).reshape(len(pairs), -1),
+            item_attributes=np.array([pair.good.ids for _, pair in pairs], np.uint64).reshape(len(pairs), -1),
+            features=np.stack([pair.vector.features for _, pair in pairs]),
+        )
+        for (place, _), ids in zip(pairs, self._crosses.ids(values).tolist(), strict=True):
+            weights = [reader.row("cross", one, loaded.served) for one in ids if one]
+            inputs["cross"][place] = np.frombuffer(b"".join(row for row in weights if row), np.float32).sum()
 
     def _sum(self, reader: RowReader, loaded: Loaded, ids: Sequence[int]) -> F32:
         """The sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""

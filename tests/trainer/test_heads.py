@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from state.sections import Model as ModelSettings
 from tests.trainer.batches import SPEC
+from trainer.facts import Facts, Given, Scores, Slopes
 from trainer.graph import FROM_HEADS
-from trainer.heads import BLOCK, Facts, Given, Scores, Slopes, heads
+from trainer.heads import BLOCK, heads
 from trainer.model import Model
 
 ROWS, DIM, POPULAR = BLOCK + 3, 8, 4
@@ -60,6 +61,8 @@ def step(model: Model, labelled: bool = True) -> tuple[Facts, dict[str, np.ndarr
         engaged=(np.arange(2 * ROWS) < ROWS).astype(np.float32),
         engaged_shift=np.full(2 * ROWS, 0.7, np.float32),
         engaged_weight=np.where(np.arange(2 * ROWS) % 5 == 4, 0.0, 0.2).astype(np.float32),
+        cross_at=np.zeros((ROWS, 0), np.int32),
+        cross_prior=np.zeros(0, np.float32),
     )
     facts.popular_mask[1::7, 0] = 1.0
     if not labelled:
@@ -82,7 +85,10 @@ def given(model: Model, arrays: dict[str, tf.Tensor]) -> Given:
     scoring, learning = (model.queries(arrays[name], arrays["user"]) for name in ("scoring", "learning"))
     found = [scoring, learning, *(model.popular(queries, arrays["popular_rows"]) for queries in (scoring, learning))]
     found += [model.personal(arrays["prepared"]), arrays["category"], arrays["item"]]
-    return Given(*(np.array(value) for value in found), *(model.dense[name].numpy() for name in FROM_HEADS))
+    dense = (model.dense[name].numpy() for name in FROM_HEADS)
+    return Given(
+        *(np.array(value) for value in found), *dense, np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    )
 
 
 def pairs(model: Model, facts: Facts, arrays: dict[str, tf.Tensor], vector: str) -> tuple[tf.Tensor, ...]:
@@ -93,6 +99,7 @@ def pairs(model: Model, facts: Facts, arrays: dict[str, tf.Tensor], vector: str)
         "label_mask": facts.label_mask,
         "popular_rows": arrays["popular_rows"],
         "popular_mask": facts.popular_mask,
+        "cross": np.zeros(ROWS, np.float32),
     }
     evidence = model.evidence(arrays["prepared"], tf.cast(facts.windows, tf.float32))
     label_logits, popular_logits = model.interest(queries, inputs, evidence)
@@ -116,7 +123,7 @@ def pairs(model: Model, facts: Facts, arrays: dict[str, tf.Tensor], vector: str)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_scores_are_those_of_the_model(model: Model, labelled: bool) -> None:
     facts, arrays = step(model, labelled)
-    scores, _ = heads(facts, given(model, arrays))
+    scores, _, _ = heads(facts, given(model, arrays))
     label_logits, popular_logits, last, engaged = pairs(model, facts, arrays, "scoring")
     np.testing.assert_allclose(scores.label_logits, label_logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores.popular_logits, popular_logits, rtol=1e-4, atol=1e-5)
@@ -150,7 +157,7 @@ def test_slopes_are_the_derivatives_of_the_model(model: Model, labelled: bool) -
     sources |= {"popular": held["popular_rows"], "user_bias": model.dense["interest.user_bias"]}
     expected, expected_dense = tape.gradient(total, (sources, watched))
 
-    _, slopes = heads(facts, given(model, arrays))
+    _, slopes, _ = heads(facts, given(model, arrays))
     with tf.GradientTape() as tape:
         queries = model.queries(held["learning"], held["user"])
         ours = [queries, model.popular(queries, held["popular_rows"]), model.personal(held["prepared"])]

@@ -32,6 +32,7 @@ def shapes(rows: int | None) -> dict[str, list[int | None]]:
         "popular_mask": [rows, MODEL.popular],
         "item_row": [rows, dim],
         "category_row": [rows, dim],
+        "cross": [rows],
     }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bench.quality import CLICKS, train
+from tests.bench.quality import train, train_impressions
+from tests.bench.recorded import CLICKS, KUAIRAND
 
 
 @pytest.mark.skipif(not CLICKS.exists(), reason="needs Taobao's UserBehavior.csv at ../shared/data/taobao")
@@ -14,3 +15,10 @@ def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
     assert found["total.top1"] > found["baseline.previous"]
     assert found["total.top1"] > 4 * found["baseline.biggest"]
     assert found["total.auc"] > 0.8
+
+
+@pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")
+def test_one_pass_over_impressions_tells_clicks_within_twenty_steps() -> None:
+    found = train_impressions(steps=20)
+    assert found["auc"] > 0.68
+    assert found["log_loss"] < 0.63

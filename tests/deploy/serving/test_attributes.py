@@ -90,6 +90,7 @@ def expected(stores: Stores, user: str, context: Any, item: Any) -> dict[str, An
         "label_mask": mask,
         "popular_rows": popular,
         "popular_mask": popular_mask,
+        "cross": np.zeros(1, np.float32),
     }
     return {name: np.asarray(value) for name, value in stores.lowered.model.forward(given).items()}
 

@@ -69,6 +69,7 @@ def reference(
             "label_mask": mask,
             "popular_rows": popular_rows,
             "popular_mask": popular_mask,
+            "cross": np.zeros(1, np.float32),
         }
     )
     return {name: np.asarray(value) for name, value in outputs.items()}

@@ -1,0 +1,73 @@
+"""Serving adds the weights of a pair's crosses, named as the trainer names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.serving.predictor import Query as Q
+from state.crosses import Crosses, Values
+from state.features import FeatureSpec, vectorise
+from state.identity import Salt, context_id, public_id, user_id
+from state.mask import Mask
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
+from tests.deploy.serving.test_predictor import predictor
+
+SPEC = FeatureSpec()
+
+
+def ids_of(stores: Stores, user: str, item: str, category: str, tab: str | None) -> np.ndarray[Any, Any]:
+    one = user_id(Salt(SALT_KEY), user)
+    vector = vectorise(stores.histories.read(one), NOW_MS, None, Mask.NONE, SPEC)
+    none, context = np.zeros((1, 0), np.uint64), 0 if tab is None else context_id("tab", tab)
+    user_, item_, category_ = (np.array([name], np.uint64) for name in (one, public_id(item), public_id(category)))
+    values = Values(user_, item_, category_, np.array([[context]], np.uint64), none, none, vector.features[None])
+    found: np.ndarray[Any, Any] = Crosses(SPEC, ("tab",)).ids(values)[0]
+    return found
+
+
+def learn(stores: Stores, version: int, ids: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> None:
+    """Serves a version that has these weights."""
+    made = tensors(stores.lowered, version, {}, ["tea", "shoes"])
+    made |= {"cross.ids": ids, "cross.rows": weights[:, None], "cross.removed": np.empty(0, np.uint64)}
+    stores.rows.apply(manifest(version, digest_of(stores.lowered), parent=version - 1), made, NOW_MS, follow=True)
+
+
+def logit(stores: Stores, user: str, **asked: Any) -> float:
+    answer = predictor(stores, context=("tab",)).profile(user, **asked).engagement
+    assert answer is not None
+    chance = answer["probability"]
+    return float(np.log(chance / (1 - chance)))
+
+
+def test_a_pairs_weights_are_added_to_its_logit(stores: Stores) -> None:
+    asked = {"item": "i1", "context": {"tab": "3"}}
+    before = logit(stores, "ann", **asked)
+    ids = ids_of(stores, "ann", "i1", "hats", "3")
+    assert (ids != 0).all()
+    weights = np.linspace(-0.3, 0.4, len(ids)).astype(np.float32)
+    learn(stores, 2, ids, weights)
+    assert logit(stores, "ann", **asked) == pytest.approx(before + float(weights.sum()), abs=1e-4)
+    many = predictor(stores, context=("tab",)).profiles(
+        [Q("bob", None), Q("ann", "i1", context={"tab": "3"}), Q("bob", "i1")]
+    )
+    assert many[1].engagement is not None and many[0].engagement is None
+    chance = many[1].engagement["probability"]
+    assert float(np.log(chance / (1 - chance))) == pytest.approx(before + float(weights.sum()), abs=1e-4)
+
+
+def test_a_context_that_is_not_given_takes_its_crosses_out(stores: Stores) -> None:
+    before = logit(stores, "ann", item="i1")
+    ids = ids_of(stores, "ann", "i1", "hats", "3")
+    weights = np.where(ids_of(stores, "ann", "i1", "hats", None) == 0, 5.0, 0.0).astype(np.float32)
+    assert weights.any()
+    learn(stores, 2, ids, weights)
+    assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-5)
+
+
+def test_a_version_that_has_learned_no_cross_is_answered_without(stores: Stores) -> None:
+    before = logit(stores, "ann", item="i1")
+    learn(stores, 2, np.empty(0, np.uint64), np.empty(0, np.float32))
+    assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-6)

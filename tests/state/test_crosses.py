@@ -1,0 +1,99 @@
+"""Crosses have names that last: versions hold weights under them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from state.crosses import ANSWERS, PRECISION, Crosses, Values
+from state.features import FeatureSpec
+
+SPEC = FeatureSpec()
+CROSSES = Crosses(SPEC, ("tab",), ("age",), ("author", "length"))
+
+
+GOLDEN = {
+    "every": "48d1e5283955699d",
+    "user*category": "ca12e3cb12bea161",
+    "context.tab*item.author": "7ed7185fa99d0180",
+    "answer.share": "94f83454a468aef4",
+    "answer.share by weight": "aea3b2a41e040242",
+    "answer.positive of labelled": "580476a2a08e7e6e",
+    "answer.pause": "c58f32b09f2a1c20",
+}
+
+
+def rows(count: int = 6, seed: int = 0) -> Values:
+    rng = np.random.default_rng(seed)
+
+    def ids(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+        return rng.integers(1, 2**63, shape).astype(np.uint64)
+
+    features = rng.integers(0, 3000, (count, len(SPEC.names))).astype(np.uint16)
+    return Values(ids(count), ids(count), ids(count), ids(count, 1), ids(count, 1), ids(count, 2), features)
+
+
+def column(values: Values, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    found: np.ndarray[tuple[int, ...], np.dtype[np.uint64]] = CROSSES.ids(values)[:, CROSSES.names.index(name)]
+    return found
+
+
+def test_ids_are_those_of_every_release() -> None:
+    one = Values(
+        np.array([1], np.uint64), np.array([2], np.uint64), np.array([3], np.uint64), np.array([[4]], np.uint64),
+        np.array([[5]], np.uint64), np.array([[6, 7]], np.uint64), np.arange(len(SPEC.names), dtype=np.uint16)[None] * 9,
+    )  # fmt: skip
+    found = dict(zip(CROSSES.names, (f"{name:016x}" for name in CROSSES.ids(one)[0].tolist()), strict=True))
+    assert {name: found[name] for name in GOLDEN} == GOLDEN
+
+
+def test_every_cross_has_an_id_and_a_precision_of_its_own() -> None:
+    found = CROSSES.ids(rows())
+    assert found.shape == (6, len(CROSSES)) and len(np.unique(found)) >= 6 * (len(CROSSES) - 1 - len(ANSWERS))
+    assert len(set(CROSSES.names)) == len(CROSSES) == len(CROSSES.precision)
+    of = dict(zip(CROSSES.names, CROSSES.precision.tolist(), strict=True))
+    assert of["user*item.author"] == PRECISION["user*item attribute"]
+    assert of["answer.pause"] == ANSWERS["pause"]
+
+
+def test_a_rows_ids_depend_on_nothing_but_the_row() -> None:
+    values = rows()
+    order = np.array([3, 0, 5])
+    chosen = CROSSES.ids(Values(*(part[order] for part in values)))
+    assert (chosen == CROSSES.ids(values)[order]).all()
+
+
+def test_a_pair_changes_with_each_of_its_values_and_with_nothing_else() -> None:
+    values, name = rows(), "user*category"
+    before = column(values, name)
+    for field in Values._fields:
+        part = getattr(values, field)
+        after = column(values._replace(**{field: part + part.dtype.type(16)}), name)
+        assert (after != before).all() if field in ("user", "category") else (after == before).all()
+
+
+def test_the_same_value_in_two_columns_is_two_crosses() -> None:
+    values = rows()
+    same = values._replace(item=values.user, category=values.user)
+    assert len({column(same, name)[0] for name in ("user", "item", "category", "user*item", "user*category")}) == 5
+
+
+@pytest.mark.parametrize("field", ["item", "category", "context"])
+def test_a_value_that_is_not_there_takes_its_crosses_out(field: str) -> None:
+    values = rows()
+    found = CROSSES.ids(values._replace(**{field: np.zeros_like(getattr(values, field))}))
+    gone = [field in name.replace("context.tab", "context").split("*") for name in CROSSES.names]
+    assert ((found == 0) == np.array(gone)).all()
+
+
+def test_answers_follow_the_labels_so_far() -> None:
+    values = rows()
+    names = [name for name in CROSSES.names if name.startswith("answer.")]
+    for feature, changes in (("positive.decayed_3d", 2), ("positive.count_7d", 1), ("labelled.count_7d", 2)):
+        features = values.features.copy()
+        features[:, SPEC.names.index(feature)] = 1
+        before = Values(*values[:-1], features)
+        features = features.copy()
+        features[:, SPEC.names.index(feature)] = 700
+        after = before._replace(features=features)
+        assert sum((column(before, name) != column(after, name)).all() for name in names) == changes

@@ -1,0 +1,165 @@
+"""Crosses in the step: learned from labels alone, pair after pair, and state like any other row."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from state.crosses import Crosses, Values
+from state.microbatch import MicroBatch
+from tests.trainer.batches import SPEC, micro_batch, spread
+from tests.trainer.test_attributes import WANTED, with_attributes
+from tests.trainer.test_step import digests, learned, restored, settings
+from trainer import checkpoint, content
+from trainer.difference import first_difference
+from trainer.graph import CROSS
+from trainer.guard import Verdict
+from trainer.step import Trainer
+
+NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
+
+
+@functools.cache
+def traced(capacity: int) -> Trainer:
+    base = settings(capacity)
+    events = dataclasses.replace(base.events, context=("tab",), label="clicked")
+    return Trainer(dataclasses.replace(base, attributes=WANTED, events=events), SPEC)
+
+
+def fresh(capacity: int = 4096) -> Trainer:
+    made = traced(capacity)
+    made.clear()
+    return made
+
+
+def impressions(rows: int = 64, first: int = 0, labelled: float = 1.0) -> MicroBatch:
+    """Rows with context and attributes, of which a share has a label."""
+    rng = np.random.default_rng([2, first])
+    label = np.where(rng.random(rows) < labelled, rng.integers(0, 2, rows), np.nan).astype(np.float32)
+    return dataclasses.replace(with_attributes(micro_batch(rows, first=first, context=1)), label=label)
+
+
+def log(count: int = 4, labelled: float = 1.0) -> list[MicroBatch]:
+    return [impressions(first=number * 64, labelled=labelled) for number in range(count)]
+
+
+def crosses_of(batch: MicroBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    return NAMES.ids(
+        Values(
+            batch.user, batch.item, batch.category, batch.context, batch.user_attributes, batch.item_attributes,
+            batch.features,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("labelled", [1.0, 0.6])
+def test_the_same_log_gives_the_same_bits_in_another_layout_and_after_a_restart(labelled: float) -> None:
+    batches = log(6, labelled)
+    whole = digests(learned(batches, fresh()))
+    assert digests(learned(batches, fresh(64))) == whole
+    half = learned(batches[:3], fresh())
+    assert len(half.tables[CROSS]) > 1000
+    assert digests(learned(batches[3:], restored(half, fresh(64)))) == whole
+
+
+def test_a_log_without_labels_has_no_crosses() -> None:
+    trainer = learned(log(2, labelled=0.0), fresh())
+    assert len(trainer.tables[CROSS]) == 0
+
+
+def test_rows_without_a_label_leave_no_crosses_behind() -> None:
+    batch = impressions(labelled=0.5)
+    trainer = fresh()
+    trainer.step(batch)
+    found = trainer.tables[CROSS].find(crosses_of(batch).reshape(-1)).reshape(64, -1)
+    # Another row of the same user and item may have a label.
+    pairs = list(zip(batch.user.tolist(), batch.item.tolist(), strict=True))
+    known = {pair for pair, label in zip(pairs, batch.label.tolist(), strict=True) if label == label}
+    assert (found[:, NAMES.names.index("user*item")] != 0).tolist() == [pair in known for pair in pairs]
+    assert 0 < len(known) < len(set(pairs))
+
+
+def test_weights_are_those_of_the_plain_filter() -> None:
+    """In float64, row by row: what was scored is the rest of the logit plus the weights so far."""
+    trainer, batch = fresh(), impressions()
+    ids = crosses_of(batch)
+    report = trainer.step(batch)
+    weight: dict[int, float] = {}
+    known: dict[int, float] = {}
+    for row, score in enumerate(report.scores.tolist()):
+        own, prior = [one for one in ids[row].tolist() if one], NAMES.precision[ids[row] != 0].tolist()
+        chance = 1 / (1 + np.exp(-score))
+        variance = [1 / (p + known.get(one, 0.0)) for one, p in zip(own, prior, strict=True)]
+        information, doubt = chance * (1 - chance), sum(variance)
+        for one, v in zip(own, variance, strict=True):
+            weight[one] = weight.get(one, 0.0) + v * (float(batch.label[row]) - chance) / (1 + information * doubt)
+            known[one] = known.get(one, 0.0) + information / (1 + information * (doubt - v))
+    table = trainer.tables[CROSS].state()
+    assert table.ids.tolist() == sorted(weight)
+    np.testing.assert_allclose(table.rows[:, 0], [weight[one] for one in table.ids.tolist()], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(table.accum[:, 0], [known[one] for one in table.ids.tolist()], rtol=1e-4, atol=1e-5)
+
+
+def test_a_users_taste_for_a_category_is_learned() -> None:
+    """Each user likes half of the categories, and no user or category is liked more than another."""
+    trainer, rng = fresh(), np.random.default_rng(1)
+
+    def shown(first: int, rows: int = 256) -> tuple[MicroBatch, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+        batch = impressions(rows, first)
+        user, category = rng.integers(1, 21, rows), rng.integers(1, 9, rows)
+        liked = (user * 7 + category * 3) % 5 % 2 == 0
+        labels = {"user": spread(user), "category": spread(category), "label": liked.astype(np.float32)}
+        return dataclasses.replace(batch, item=spread(np.arange(first, first + rows) + 10**9), **labels), liked
+
+    for number in range(30):
+        trainer.step(shown(number * 256)[0])
+    last, liked = shown(30 * 256)
+    scores = trainer.step(last).scores
+    assert scores[liked].mean() > scores[~liked].mean() + 0.7
+    ids = crosses_of(last)[:, NAMES.names.index("user*category")].copy()
+    weights = trainer.tables[CROSS].rows.numpy()[trainer.tables[CROSS].find(ids), 0]
+    assert weights[liked].mean() > weights[~liked].mean() + 0.3
+
+
+def test_a_skipped_step_changes_no_weight_of_a_cross() -> None:
+    trainer = learned(log(3), fresh())
+    batch = impressions(first=900)
+    trainer.guard = dataclasses.replace(trainer.guard, loss=1e-9, accepted=100)
+    before = {one: row.tobytes() for one, row in zip(*_rows(trainer), strict=True)}
+    assert trainer.step(batch).verdict is not Verdict.ACCEPT
+    after = {one: row.tobytes() for one, row in zip(*_rows(trainer), strict=True)}
+    assert {one: after[one] for one in before} == before
+    assert not any(np.frombuffer(after[one], np.float32).any() for one in after.keys() - before.keys())
+
+
+def _rows(trainer: Trainer) -> tuple[list[int], np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    state = trainer.tables[CROSS].state()
+    return state.ids.tolist(), np.concatenate([state.rows, state.accum], 1)
+
+
+def test_a_version_of_a_release_without_crosses_is_taken_up_without_any() -> None:
+    trainer = learned(log(3), fresh())
+    whole = checkpoint.full(trainer)
+    old = {name: value for name, value in whole.items() if not name.startswith(f"{CROSS}.")}
+    other = learned(log(1), fresh(64))
+    checkpoint.load(other, content.merge([old]))
+    assert len(other.tables[CROSS]) == 0
+    other.tables[CROSS].take_changes()
+    other.step(impressions(first=900))
+    delta = checkpoint.changes(other)
+    merged = content.merge([old, delta])
+    assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
+
+
+def test_a_missing_table_is_an_empty_one() -> None:
+    empty = checkpoint.full(
+        learned([dataclasses.replace(impressions(), label=np.full(64, np.nan, np.float32))], fresh())
+    )
+    old = {name: value for name, value in empty.items() if not name.startswith(f"{CROSS}.")}
+    assert first_difference(old, empty) is None
+    some = checkpoint.full(learned(log(1), fresh()))
+    old = {name: value for name, value in some.items() if not name.startswith(f"{CROSS}.")}
+    assert str(first_difference(old, some)).startswith("cross: the version has nothing")
