@@ -7,7 +7,12 @@ A directory of examples has
     transform/transform_fn/               the preprocessing that the bootstrap analysed, a SavedModel
     spec.json                             names of the columns, and where the rows came from; written last
 
-and an example has
+The rows are those that the trainer learns from. With `[labels]` an impression
+has the label that its wait made known, and the features of its own moment; the
+clicks that labelled it are no rows. An impression whose wait was not over when
+the clicks ended has no label and is left out.
+
+An example has
 
     name           type    shape     meaning
     user           int64   []        pseudonym; ids are 64 bits in two's complement, 0 is none
@@ -16,7 +21,7 @@ and an example has
     action         int64   []        index into `actions` of spec.json
     at_ms          int64   []        event time, ms
     offset         int64   []        position in the topic's partition, or row of the recording
-    label          float32 []        engagement label in [0, 1]; NaN is unknown
+    label          float32 []        engagement label in [0, 1], also one that came later; NaN is unknown
     weight         float32 []        weight of the action in the interest loss
     context        int64   [K]       ids of `name=value`; absent where `events.context` is empty
     features       int64   [D]       windows before this click, raw integers, named by `features` of spec.json
@@ -27,6 +32,7 @@ and an example has
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +42,7 @@ import pyarrow as pa
 
 from state.errors import SettingsError
 from state.features import FeatureSpec
+from state.kinds import trained
 
 if TYPE_CHECKING:
     from state.microbatch import Rows
@@ -85,17 +92,25 @@ def schema(spec: FeatureSpec, fields: int) -> Any:
 
 
 def record_batch(rows: Rows) -> pa.RecordBatch:
-    """Rows as the Arrow columns that tfx-bsl encodes as examples."""
-    batch, count = rows.batch, len(rows.batch)
-    columns: dict[str, Any] = {name: getattr(batch, name).view(np.int64) for name in IDS}
-    columns |= {"action": batch.action.astype(np.int64), "at_ms": batch.at_ms, "offset": batch.offset}
-    columns |= {"label": batch.label, "weight": batch.weight}
-    if batch.context.shape[1]:
-        columns["context"] = batch.context.view(np.int64)
-    columns["features"] = rows.features.astype(np.int64)
-    columns["labels"] = rows.labels.view(np.int64)
-    columns["label_windows"] = rows.label_windows.reshape(count, -1).astype(np.int64)
-    return pa.RecordBatch.from_arrays([_lists(column.reshape(count, -1)) for column in columns.values()], [*columns])
+    """The rows that are learned from, as the Arrow columns that tfx-bsl encodes as examples."""
+    every = rows.columns
+    keep = trained(every["kind"])
+    found = {name: column[keep] for name, column in every.items()}
+    count = int(keep.sum())
+    columns: dict[str, Any] = {name: found[name].view(np.int64) for name in IDS}
+    # An impression that waited is where it happened, not where its label became known.
+    columns |= {"action": found["action"].astype(np.int64), "at_ms": found["at_ms"]}
+    columns |= {"offset": found["offset"] - found["waited"], "label": found["label"], "weight": found["weight"]}
+    if found["context"].shape[1]:
+        columns["context"] = found["context"].view(np.int64)
+    columns["features"] = found["features"].astype(np.int64)
+    columns["labels"] = found["labels"].view(np.int64)
+    columns["label_windows"] = (
+        found["label_windows"].reshape(count, math.prod(found["label_windows"].shape[1:])).astype(np.int64)
+    )
+    return pa.RecordBatch.from_arrays(
+        [_lists(column.reshape(count, math.prod(column.shape[1:]))) for column in columns.values()], [*columns]
+    )
 
 
 def _lists(column: Any) -> pa.Array:

@@ -216,10 +216,11 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
             registry.add_spec(spec.digest, about, lambda place: _copy(output / "transform", place / "transform"))
         if wanted.examples is not None:
             _copy(registry.transform(spec.digest), wanted.examples / "transform")
-            about = {"digest": spec.digest, "salt": salt.fingerprint, "rows": sample.clicks, "created_at_ms": now_ms}
+            about = {"digest": spec.digest, "salt": salt.fingerprint, "rows": sample.examples, "created_at_ms": now_ms}
             about |= {"compression": settings.bootstrap.compression, "preprocessing": settings.model.preprocessing}
             examples.describe(wanted.examples, spec, settings.events.context, about)
-            say(f"{sample.clicks:,} examples in {wanted.examples}")
+            left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
+            say(f"{sample.examples:,} examples in {wanted.examples}{left_out}")
     return True
 
 

@@ -22,10 +22,13 @@ from state.errors import SpringtideError
 from state.events import EventBatch, Parser, Salt
 from state.features import FeatureSpec
 from state.history import HistoryStore
+from state.kinds import Kind, trained
 from state.log import PartitionBatch, Reader
 from state.microbatch import Rows
 from state.recordings import Recording, refuse_beyond_memory
 from state.recordings_rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons
+from streaming.cut import Cut
+from streaming.labels import Labels, LookedUp
 from streaming.profile import Profiler
 
 PROGRESS_S = 2.0
@@ -42,13 +45,16 @@ class Sample:
 
     Attributes:
         settings: The effective settings.
-        store: Histories of the sample's users; thrown away afterwards.
+        store: Histories of the sample's users, and impressions that wait; thrown away afterwards.
         parser: Records to events.
         profiler: Events to rows.
+        labels: Impressions that wait for their label; None where none can.
         say: Takes lines about the progress.
         clock: Seconds.
         began_s: When reading began.
-        clicks: Rows so far.
+        clicks: Events so far.
+        examples: Rows so far that are learned from: events, less impressions without a label yet and their outcomes.
+        dropped: Impressions so far that could not wait.
         records: Records so far.
         refused: Records that are no clicks, by reason.
         names: Names of category ids.
@@ -60,10 +66,13 @@ class Sample:
     store: HistoryStore
     parser: Parser
     profiler: Profiler
+    labels: Labels | None
     say: Say
     clock: Callable[[], float]
     began_s: float
     clicks: int = 0
+    examples: int = 0
+    dropped: int = 0
     records: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     names: dict[int, str] = field(default_factory=dict)
@@ -106,6 +115,16 @@ class Sample:
         dead = f" and {shown_reasons(self.refused)}" if self.refused else ""
         self.say(f"{self.clicks:,} clicks{dead} read in {now_s - self.began_s:.1f} s ({self._rate(now_s):,.0f} rows/s)")
 
+    @property
+    def unlabelled(self) -> str:
+        """The impressions that got no label, in words; empty for none."""
+        waiting = self.store.waiting_rows()
+        parts = [
+            f"{waiting:,} impressions still waited for their label when the clicks ended" * (waiting > 0),
+            f"{self.dropped:,} could not wait" * (self.dropped > 0),
+        ]
+        return ", ".join(filter(None, parts))
+
     def _rate(self, now_s: float) -> float:
         return self.records / max(now_s - self.began_s, 1e-9)
 
@@ -124,7 +143,8 @@ def opened(settings: Settings, spec: FeatureSpec, salt: Salt, clock: Callable[[]
     with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder:
         store = HistoryStore(Path(folder), history=spec.history, map_bytes=settings.stream.map_gb << 30)
         profiler = Profiler(store, spec, settings.stream.cache_users)
-        sample = Sample(settings, store, Parser(settings.events, salt), profiler, say, clock, clock())
+        labels = Labels(settings, store) if settings.labels.impressions else None
+        sample = Sample(settings, store, Parser(settings.events, salt), profiler, labels, say, clock, clock())
         _samples.append(sample)
         try:
             yield sample
@@ -257,14 +277,20 @@ class ParseSample(beam.DoFn):
 
 
 class ComputeWindows(beam.DoFn):
-    """Events to rows, as in the stream."""
+    """Events to rows, as in the stream: impressions wait for their label, by the time of the events."""
 
     def process(self, events: EventBatch) -> Iterator[Rows]:
-        """Makes the rows of one batch; a batch without events has none."""
+        """Makes the rows of one batch, and of impressions of before that it labels; a batch without events has none."""
         sample = current()
         with sample.watch():
-            rows = sample.profiler.update(events)
-            sample.store.commit(rows.appends, events.ranges)
+            rows, found = sample.profiler.update(events), LookedUp([], {}, {})
+            if sample.labels is not None:
+                found = sample.labels.look_up([Cut((sample.labels.attribute(rows),), 0)])
+                ((rows,),) = (cut.pieces for cut in found.cuts)
+            sample.store.commit(rows.appends, rows.batch.ranges, found.extra, found.waiting)
             sample.profiler.committed(rows)
+            kinds = rows.columns["kind"]
+            sample.examples += int(trained(kinds).sum())
+            sample.dropped += int((kinds == Kind.DROPPED).sum())
         if len(events):
             yield rows

@@ -26,6 +26,7 @@ from state.microbatch import Rows
 from state.recordings import Recording, find
 from state.registry import Registry
 from streaming.bootstrap import asked, run
+from streaming.examples import EncodeExamples
 from streaming.sample import ComputeWindows, ParseSample, of_recording, opened
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,64 @@ def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Pat
     np.testing.assert_array_equal(found["label_mask"], labels != 0)
     assert (np.diff(found["at_ms"]) >= 0).all(), "the recording was not ordered by time"
     assert {*found["category"].view(np.uint64).tolist()} <= {public_id(f"c{number}") for number in range(9)}
+
+
+def test_a_label_that_came_later_is_in_the_example_of_its_impression(tmp_path: Path) -> None:
+    drawn, wait_s = np.random.default_rng(9), 120
+    events = [
+        (
+            f"u{drawn.integers(4)}",
+            f"i{drawn.integers(3)}",
+            ("view", "click")[int(drawn.random() < 0.4)],
+            BEGIN_S + 20 * n,
+        )
+        for n in range(400)
+    ]
+    # Nothing comes after these to end their wait.
+    events += [(f"u{n}", "i9", "view", BEGIN_S + 20 * 400) for n in range(3)]
+    lines = [f"{user},{item},c,{action},{at}" for user, item, action, at in events]
+    (tmp_path / "clicks.csv").write_text("\n".join(["user,item,category,action,time", *lines, ""]))
+    own = ["--events.actions=view,click", "--events.action_weights=1,2", "--labels.impressions=view"]
+    own += ["--labels.outcomes=click", f"--labels.wait_s={wait_s}", "--stream.map_gb=1", "--stream.batch_events=32"]
+    own.append(f"--paths.state={tmp_path / 'state'}")
+    settings = load(own, env={})
+    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
+    encoder = EncodeExamples()
+    encoder.setup()
+    with opened(settings, spec, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
+        batches = of_recording(sample, Recording(find([str(tmp_path / "clicks.csv")])), "memory")
+        parsed = [one for batch in batches for one in ParseSample().process(batch)]
+        serialized = [
+            one for batch in parsed for rows in ComputeWindows().process(batch) for one in encoder.process(rows)
+        ]
+        told, examples = sample.unlabelled, sample.examples
+    columns = schema_as_feature_spec(schema(spec, 0)).feature_spec
+    found = tf.io.parse_example(serialized, columns)
+
+    # The rule, slowly: the latest waiting impression of the pair gets the click.
+    labels: dict[int, float] = {}
+    for n, (user, item, action, at) in enumerate(events):
+        for before, (_, _, kind, then) in enumerate(events[:n]):
+            if kind == "view" and then < at - wait_s:
+                labels.setdefault(before, 0.0)
+        if action == "click":
+            pairs = [
+                before
+                for before, (who, what, kind, _) in enumerate(events[:n])
+                if (who, what, kind) == (user, item, "view") and before not in labels
+            ]
+            if pairs:
+                labels[pairs[-1]] = 1.0
+    assert set(labels.values()) == {0.0, 1.0}
+    assert dict(zip(found["offset"].numpy().tolist(), found["label"].numpy().tolist(), strict=True)) == labels
+    assert len(serialized) == examples == len(labels)
+    waiting = sum(action == "view" for _, _, action, _ in events) - len(labels)
+    assert waiting >= 3
+    assert told == f"{waiting} impressions still waited for their label when the clicks ended"
+    # The features are of the impression's own moment, as they are for an event that waits for nothing.
+    before = np.concatenate([rows.features for rows in computed(tmp_path, load([*own[:2], *own[5:]], env={}))])
+    order = np.argsort(found["offset"].numpy())
+    np.testing.assert_array_equal(found["features"].numpy()[order], before[sorted(labels)])
 
 
 def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settings, str]) -> None:
