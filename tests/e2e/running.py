@@ -166,6 +166,13 @@ class Loop:
             writer.close()
         return self.ends()
 
+    def know(self, side: str, key: str, record: Mapping[str, object]) -> None:
+        """Sends the attributes of a user or an item; acknowledged when it returns."""
+        with Writer(self.settings.kafka) as writer:
+            topic = self.settings.value(f"attributes.{side}_topic")
+            writer.send(str(topic), 0, key.encode(), json.dumps(record).encode())
+            writer.flush()
+
     def ends(self) -> dict[str, int]:
         """The end of each partition of the clicks."""
         with Topics(self.settings.kafka) as topics:

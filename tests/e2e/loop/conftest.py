@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import psutil
 import pytest
 
-from tests.e2e.running import Loop
+from tests.e2e.running import SHORT, Loop
+
+# Labels that arrive later, and attributes: shoppers' favorites wait for a cart, and nothing else is changed by it.
+JOINED: Mapping[str, object] = {
+    "labels.impressions": "favorite",
+    "labels.outcomes": "cart",
+    "labels.wait_s": 3,
+    "attributes.user_topic": "users",
+    "attributes.user_fields": "age_band,level=memberLevel",
+    "attributes.item_topic": "items",
+    "attributes.item_fields": "brand,price:10|50",
+    "attributes.slices": "age_band",
+}
 
 
 @pytest.fixture
@@ -22,7 +34,7 @@ def loop(one_loop: Loop) -> Loop:
 @pytest.fixture(scope="session")
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
-    made = Loop(tmp_path_factory.mktemp("e2e"))
+    made = Loop(tmp_path_factory.mktemp("e2e"), {**SHORT, **JOINED})
     made.start()
     yield made
     end(made)
