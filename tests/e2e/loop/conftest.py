@@ -43,7 +43,8 @@ def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Function, nextitem: pytest.Item | None) -> None:
     """Ends the loop with the folder's last test: left running it would cost the others most of a core."""
-    if nextitem is None or nextitem.path.parent != item.path.parent:
+    # Without one where the loop did not come up.
+    if "loop" in item.funcargs and (nextitem is None or nextitem.path.parent != item.path.parent):
         end(item.funcargs["loop"])
 
 
