@@ -1,9 +1,11 @@
 """Kills every part of a loop at random and at each step of the commit sequences, then proves that nothing was harmed.
 
-    python -m tests.e2e.chaos --kills 200 --seed 7
+    python -m tests.e2e.chaos --kills 200 --seed 7 [--labels]
 
 1. A real Kafka, stream, bootstrap, trainer, applier, worker; a crowd that
    clicks, sometimes nonsense; a client that asks for profiles every 50 ms.
+   With --labels most clicks are impressions, whose label comes seconds later
+   or never, and attributes of users and items change all the time.
 2. Kill -9 after kill -9, in any order, also of parts that have yet to come up
    and while the broker is away. Each part that is started again may have a
    kill point armed, until every kill point has struck.
@@ -28,21 +30,27 @@ from pathlib import Path
 import psutil
 
 from deploy import scrape
+from deploy.serving.host import ATTRIBUTES
 from state import errors
+from state.attributes import tables_of
 from state.config import Settings, load
 from state.errors import RegistryError
 from state.events import load_salt
 from state.log import Topics
+from state.positions import UNPLACED, StreamAccount
 from state.registry import Registry
 from tests.e2e.client import Client
 from tests.e2e.crowd import Crowd
 from tests.e2e.evidence import (
     accounts,
+    attributes_differ,
     compare_logs,
     covers,
     doubled,
+    known_differs,
     newest_state,
     read_log,
+    read_up_to,
     serving_differs,
     serving_histories,
     state_at,
@@ -52,7 +60,7 @@ from tests.e2e.findings import Findings
 from tests.e2e.parts import End, Parts, quiet_ports
 from tests.e2e.running import PORTS, ROOT, until
 from tests.e2e.undisturbed import begin_stream, begin_trainer, finish_stream, finish_trainer
-from tests.e2e.violence import Violence
+from tests.e2e.violence import ATTRIBUTE_POINTS, POINTS, Violence
 
 LASTING = ("stream", "trainer", "applier", "worker")
 WORKING = {
@@ -68,6 +76,16 @@ OWN: Mapping[str, object] = {
     "bootstrap.min_rows": 300,
     "trainer.base_every_s": 15,
     "registry.delta_keep_s": 40,
+}
+LABELS: Mapping[str, object] = {
+    "labels.impressions": "view",
+    "labels.outcomes": "purchase",
+    "labels.wait_s": 5,
+    "attributes.user_topic": "users",
+    "attributes.user_fields": "user_change,user_tier",
+    "attributes.item_topic": "items",
+    "attributes.item_fields": "item_change,item_tier",
+    "attributes.slices": "user_tier,item_tier",
 }
 LOADED = re.compile(r"TensorFlow loaded in ([\d.]+) s, ([\d.]+) s of processor")
 TICK_S = 0.05
@@ -93,17 +111,21 @@ class Chaos:
         rounds: How often each kill point is armed until it strikes.
         thorough: Goes on until all of them have struck.
         say: Takes progress.
+        labels: Whether labels come later, and attributes change.
     """
 
-    def __init__(self, directory: Path, seed: int, kills: int, rounds: int, thorough: bool, say: Say) -> None:
+    def __init__(
+        self, directory: Path, seed: int, kills: int, rounds: int, thorough: bool, say: Say, labels: bool = False
+    ) -> None:
         self._kills, self._thorough, self._say = kills, thorough, say
         ports = dict(zip(PORTS, quiet_ports(len(PORTS), random.Random()), strict=True))
-        own = {**ports, "paths.state": directory / "state", **OWN}
+        own = {**ports, "paths.state": directory / "state", **OWN, **(LABELS if labels else {})}
         self.settings: Settings = load([word for name, value in own.items() for word in (f"--{name}", str(value))], {})
         self.findings = Findings(seed)
         self.parts = Parts(self.settings, LASTING)
         self._directory = directory
-        self._violence = Violence(seed, rounds)
+        self._violence = Violence(seed, rounds, ATTRIBUTE_POINTS if labels else POINTS)
+        self._tables = tables_of(self.settings.attributes)
         self._registry = Registry(self.settings.registry_dir)
         self._crowd = Crowd(self.settings, seed, time.time_ns() // 1_000_000)
         self._client = Client(scrape.serving_url(self.settings), [f"shopper-{number}" for number in range(50)])
@@ -140,6 +162,8 @@ class Chaos:
             topics.ensure(kafka.clicks_topic, kafka.clicks_partitions)
             topics.ensure(kafka.dead_letters_topic, 1)
             topics.ensure(kafka.microbatches_topic, 1)
+            for topic in self._attribute_topics().values():
+                topics.ensure(topic, 1, {"cleanup.policy": "compact"})
         load_salt(settings.salt_path)
         self._crowd.start()
         for name in (*LASTING, "bootstrap"):
@@ -152,6 +176,10 @@ class Chaos:
 
         until(answered, "no first answer", FIRST_ANSWER_S)
         self._say("the loop answers; now it is killed")
+
+    def _attribute_topics(self) -> dict[str, str]:
+        own = self.settings.attributes
+        return {side: topic for side, topic in (("user", own.user_topic), ("item", own.item_topic)) if topic}
 
     def _rage(self) -> None:
         findings, violence = self.findings, self._violence
@@ -287,6 +315,11 @@ class Chaos:
         with Topics(kafka) as topics:
             self._topic_id = topics.describe(kafka.clicks_topic).topic_id
             self._ends = {number: end for number, (_, end) in topics.ends(kafka.clicks_topic).items()}
+            known = {side: topics.ends(topic)[0][1] for side, topic in self._attribute_topics().items()}
+
+        def heard() -> bool:
+            self._look()
+            return all(read_up_to(path, known) for path in self._attribute_stores())
 
         def learned() -> bool:
             self._look()
@@ -299,6 +332,8 @@ class Chaos:
 
         self._until(learned, "the trainer has not learned from everything")
         self._until(working, "a part does not work again")
+        if known:
+            self._until(heard, "the attributes have not been read to their ends")
         for name in ("stream", "trainer"):
             part = self.parts.running.pop(name)
             code = part.stop()
@@ -309,6 +344,9 @@ class Chaos:
             return self._client.back and self._client.answers.version == self._registry.newest(1)
 
         self._until(served, "serving has not come to the newest version")
+
+    def _attribute_stores(self) -> list[Path]:
+        return [self.settings.stream_dir / ATTRIBUTES, self.settings.serving_dir / ATTRIBUTES]
 
     def _compare(self) -> None:
         """Runs the undisturbed stream and trainer and compares all there is."""
@@ -350,7 +388,9 @@ class Chaos:
             digest=(stream.digest, calm_histories.digest),
             positions=(stream.positions, calm_histories.positions),
             outcomes=(stream.totals, calm_histories.totals),
-            rows=(stream.totals["rows"], len(log.rows)),
+            rows=(StreamAccount(**stream.totals).learnable, log.learnable),
+            waiting=(stream.waiting, calm_histories.waiting),
+            waiting_rows=(StreamAccount(**stream.totals).waiting, len(stream.waiting)),
         )
         differs["serving's histories"] = _unequal(
             digest=(serving.digest, stream.digest),
@@ -358,6 +398,13 @@ class Chaos:
             users=(serving.users, stream.users),
         )
         differs["serving's rows"] = serving_differs(settings, self._registry)
+        if self._tables:
+            knowledge, salt = self._crowd.knowledge, load_salt(settings.salt_path)
+            findings.changes = sum(knowledge.changes.values())
+            findings.labels = {name: stream.totals.get(name, 0) for name in UNPLACED} | {"waiting": len(stream.waiting)}
+            differs["attributes of rows"] = attributes_differ(log, self._tables, knowledge, salt)
+            for name, path in zip(("stream's", "serving's"), self._attribute_stores(), strict=True):
+                differs[f"{name} attributes"] = known_differs(path, self._tables, knowledge, salt)
         differs["served version"] = _unequal(version=(findings.answers.version, ours.manifest.version))
 
     def _base_differs(self, calm: Registry) -> list[str]:
@@ -397,6 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="how often each kill point must strike (2)")
     parser.add_argument("--quick", action="store_true", help="stop after the kills, whatever points have not struck")
     parser.add_argument("--seed", type=int, default=7, help="of clicks and kills (7)")
+    parser.add_argument("--labels", action="store_true", help="labels come later, and attributes change")
     parser.add_argument("--keep", action="store_true", help="keep the state afterwards")
     chosen = parser.parse_args(argv)
     begun_s = time.monotonic()
@@ -406,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     BUILD.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{chosen.seed}-", dir=BUILD))
-    findings = Chaos(directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say).run()
+    findings = Chaos(directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels).run()
     print("\n".join(findings.lines()))
     (BUILD / f"chaos-{chosen.seed}.json").write_text(json.dumps(findings.document(), indent=2))
     if findings.problems():

@@ -1,14 +1,24 @@
-"""A finite stream of clicks that follows from a seed, some of them broken, written into the clicks topic bit by bit."""
+"""A finite stream of clicks that follows from a seed, some of them broken, written into the clicks topic bit by bit.
+
+Where labels arrive later, outcomes follow their impressions, some of them too
+late; where there are attributes, they change all the time. Each change of one
+side has a number, so that what a click was joined with tells how new it was.
+"""
 
 from __future__ import annotations
 
+import heapq
+import json
 import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from deploy.shoppers import Shoppers, encode
+import numpy as np
+
+from deploy.shoppers import Clicks, Shoppers, encode
+from state.attributes import SIDES
 from state.config import Settings
 from state.errors import LogError
 from state.log import Writer
@@ -26,10 +36,19 @@ BROKEN: Sequence[bytes] = (
 )
 
 
+OUTCOME_SHARE = 0.5
+LATEST = 1.4  # of the wait: some outcomes come when it is over
+KNOWN = 40  # users, and items, whose attributes change
+CHANGES = 3  # a chunk
+TIERS = 5
+BROKEN_RECORD = b"no record"
+
+
 @dataclass(frozen=True)
 class Record:
-    """One record of the clicks topic."""
+    """One record of a topic."""
 
+    topic: str
     partition: int
     key: bytes
     value: bytes
@@ -41,17 +60,88 @@ def records(settings: Settings, seed: int, start_ms: int) -> Iterator[list[Recor
     rate = settings.shoppers.rate
     shoppers = Shoppers.from_settings(settings, seed, rate, start_ms)
     chance = random.Random(seed)
-    partitions = settings.kafka.clicks_partitions
+    topic, partitions = settings.kafka.clicks_topic, settings.kafka.clicks_partitions
+    outcomes = Outcomes(settings, chance)
     while True:
-        clicks = shoppers.click(max(1, round(rate * CHUNK_S)))
+        clicks = outcomes.after(shoppers.click(max(1, round(rate * CHUNK_S))))
         keys, values = encode(clicks, settings.events)
         chunk = []
         for key, value, at_ms in zip(keys, values, clicks.at_ms.tolist(), strict=True):
             if chance.random() < BROKEN_SHARE:
                 value = chance.choice(BROKEN)
             # By the user, so that a user's clicks keep their order.
-            chunk.append(Record(sum(key) % partitions, key, value, at_ms))
+            chunk.append(Record(topic, sum(key) % partitions, key, value, at_ms))
         yield chunk
+
+
+class Outcomes:
+    """Impressions of before get their outcomes; nothing happens where no label comes later."""
+
+    def __init__(self, settings: Settings, chance: random.Random) -> None:
+        self._labels, self._chance = settings.labels, chance
+        self._due: list[tuple[int, int, str, str, str]] = []
+        self._number = 0
+
+    def after(self, clicks: Clicks) -> Clicks:
+        """The clicks, and the outcomes that are due by their end."""
+        labels = self._labels
+        if not labels.impressions:
+            return clicks
+        rows = list(
+            zip(clicks.users, clicks.items, clicks.categories, clicks.actions, clicks.at_ms.tolist(), strict=True)
+        )
+        for user, item, category, action, at_ms in rows:
+            if action in labels.impressions and self._chance.random() < OUTCOME_SHARE:
+                due_ms = at_ms + round(self._chance.uniform(0.0, LATEST) * labels.wait_s * 1000)
+                self._number += 1
+                heapq.heappush(self._due, (due_ms, self._number, user, item, category))
+        now_ms = rows[-1][-1]
+        while self._due and self._due[0][0] <= now_ms:
+            due_ms, _, user, item, category = heapq.heappop(self._due)
+            rows.append((user, item, category, labels.outcomes[0], due_ms))
+        users, items, categories, actions, times = zip(*rows, strict=True)
+        return Clicks(users, items, categories, actions, np.array(times, np.int64))
+
+
+class Knowledge:
+    """Changing attributes of some users and items.
+
+    Attributes:
+        newest: (side, plain id) -> the number of its newest change.
+        changes: By side how many changes there were; they count from 1.
+    """
+
+    def __init__(self, settings: Settings, seed: int) -> None:
+        own = settings.attributes
+        self._topics = {side: topic for side in SIDES if (topic := getattr(own, f"{side}_topic"))}
+        self._chance = random.Random(seed + 1)
+        self._ids = {
+            "user": [f"shopper-{number}" for number in range(KNOWN)],
+            "item": [f"item-{category:02d}-000" for category in range(KNOWN)],
+        }
+        self.newest: dict[tuple[str, str], int] = {}
+        self.changes = dict.fromkeys(self._topics, 0)
+
+    def change(self, at_ms: int) -> list[Record]:
+        """Some changes, each of another id: a chunk may be sent twice, and no id may seem to go back by that."""
+        made = []
+        for side, topic in self._topics.items():
+            for key in self._chance.sample(self._ids[side], CHANGES):
+                self.changes[side] += 1
+                number = self.newest[side, key] = self.changes[side]
+                made.append(Record(topic, 0, key.encode(), json.dumps(values_of(side, number)).encode(), at_ms))
+            if self._chance.random() < BROKEN_SHARE:
+                made.append(Record(topic, 0, self._ids[side][0].encode(), BROKEN_RECORD, at_ms))
+        return made
+
+
+def values_of(side: str, number: int) -> dict[str, int]:
+    """What a change says: its number, and a value that few numbers share.
+
+    >>> values_of("user", 7)
+    {'user_change': 7, 'user_tier': 2}
+    """
+    return {f"{side}_change": number, f"{side}_tier": number % TIERS}
 
 
 class Crowd:
@@ -64,6 +154,7 @@ class Crowd:
     def __init__(self, settings: Settings, seed: int, start_ms: int) -> None:
         self._settings = settings
         self._chunks = records(settings, seed, start_ms)
+        self.knowledge = Knowledge(settings, seed)
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="crowd", daemon=True)
         self.written = 0
@@ -76,7 +167,9 @@ class Crowd:
     def finish(self) -> int:
         """Ends the stream after the chunk at hand; returns how many records were acknowledged."""
         self._finished.set()
-        self._thread.join()
+        # Not begun where the loop did not come up.
+        if self._thread.is_alive():
+            self._thread.join()
         return self.written
 
     def _run(self) -> None:
@@ -84,11 +177,13 @@ class Crowd:
         due_s = time.monotonic()
         while not self._finished.is_set():
             chunk = next(self._chunks)
+            clicks = len(chunk)
+            chunk = [*chunk, *self.knowledge.change(chunk[-1].at_ms)]
             while True:
                 try:
                     writer = writer or Writer(self._settings.kafka)
                     for one in chunk:
-                        writer.send(self._settings.kafka.clicks_topic, one.partition, one.key, one.value, (), one.at_ms)
+                        writer.send(one.topic, one.partition, one.key, one.value, (), one.at_ms)
                     writer.flush()
                     break
                 except LogError:
@@ -96,7 +191,7 @@ class Crowd:
                     if writer is not None:
                         writer.close(0.0)
                     writer = None
-            self.written += len(chunk)
+            self.written += clicks
             due_s = max(due_s + CHUNK_S, time.monotonic() - 1.0)
             self._finished.wait(max(0.0, due_s - time.monotonic()))
         if writer is not None:

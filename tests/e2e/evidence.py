@@ -5,23 +5,46 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deploy.serving.host import HISTORIES, ROWS
+from state.attribute_store import AttributeStore, ids_in
+from state.attributes import Table
 from state.config import Settings
 from state.history import HistoryStore
+from state.identity import Salt, public_id, user_id
+from state.kinds import trained
 from state.log import Reader, Topics
 from state.manifest import Manifest
-from state.microbatch import NAMES, MicroBatch, decode, trim
+from state.microbatch import ATTRIBUTES, NAMES, MicroBatch, decode, trim
 from state.positions import Source
 from state.registry import SERVING, TRAINING, Registry
 from state.rows import TABLES, RowStore
 from state.sections import Kafka
+from state.waiting import WaitingRows
+from tests.e2e.crowd import Knowledge, values_of
 from trainer import content
 
-Key = tuple[Source, int]
+Key = tuple[Source, int, int]
+
+
+class Joined(NamedTuple):
+    """What a row was joined with.
+
+    Attributes:
+        kind: Of `Kind`.
+        user: Its user's id.
+        item: Its item's id.
+        attributes: The ids of the attributes of both, by side.
+    """
+
+    kind: int
+    user: int
+    item: int
+    attributes: dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -30,7 +53,10 @@ class LogContent:
 
     Attributes:
         topic_id: The log's topic.
-        rows: (source, offset) -> the bytes of the row, each once.
+        rows: (source, offset, how long it waited) -> the bytes of the row without its attributes, each once. Attributes
+            follow a topic of their own: a row that is written again may have newer ones.
+        joined: The same with attributes.
+        learnable: Rows that a trainer learns from.
         records: How many micro-batches there are.
         again: Rows written again after a crash.
         differing: Of them, rows whose bytes are not those of the first time.
@@ -41,6 +67,8 @@ class LogContent:
 
     topic_id: str = ""
     rows: dict[Key, bytes] = field(default_factory=dict)
+    joined: dict[Key, Joined] = field(default_factory=dict)
+    learnable: int = 0
     records: int = 0
     again: int = 0
     differing: int = 0
@@ -56,9 +84,13 @@ class LogContent:
             self.gaps += max(0, part.first - self.marks.get(part.source, part.first))
         if fresh.any():
             self.seen = offset + 1
-        for key, value, new in zip(keys(batch), row_bytes(batch), fresh.tolist(), strict=True):
+        self.learnable += int((fresh & trained(batch.kind)).sum())
+        known = attributes_of(batch)
+        for row, (key, value, new) in enumerate(zip(keys(batch), row_bytes(batch), fresh.tolist(), strict=True)):
             if new:
                 self.rows[key] = value
+                if known:
+                    self.joined[key] = known[row]
             else:
                 self.again += 1
                 self.differing += self.rows.get(key) != value
@@ -66,19 +98,30 @@ class LogContent:
 
 
 def keys(batch: MicroBatch) -> list[Key]:
-    """Where each row came from."""
+    """Where each row came from, and which of the rows there it is."""
     sources = [part.source for part in batch.header.ranges]
+    places = zip(batch.source.tolist(), batch.offset.tolist(), batch.waited.tolist(), strict=True)
+    return [(sources[source], offset, waited) for source, offset, waited in places]
+
+
+def attributes_of(batch: MicroBatch) -> list[Joined]:
+    """What each row was joined with; empty where nothing is configured."""
+    if not any(batch.header.attributes):
+        return []
+    sides = (batch.user_attributes.tolist(), batch.item_attributes.tolist())
+    columns = (batch.kind.tolist(), batch.user.tolist(), batch.item.tolist(), *sides)
     return [
-        (sources[source], offset) for source, offset in zip(batch.source.tolist(), batch.offset.tolist(), strict=True)
+        Joined(kind, user, item, {"user": tuple(of_user), "item": tuple(of_item)})
+        for kind, user, item, of_user, of_item in zip(*columns, strict=True)
     ]
 
 
 def row_bytes(batch: MicroBatch) -> list[bytes]:
-    """All that each row says, but for the number of its source, which only this record knows."""
+    """All that each row says, but for the number of its source, which only this record knows, and its attributes."""
     rows = len(batch)
     if rows == 0:
         return []
-    columns = [batch.columns[name] for name in NAMES if name != "source"]
+    columns = [batch.columns[name] for name in NAMES if name not in ("source", *ATTRIBUTES)]
     flat = [np.ascontiguousarray(column).reshape(rows, -1).view(np.uint8) for column in columns]
     return [row.tobytes() for row in np.concatenate(flat, axis=1)]
 
@@ -113,7 +156,7 @@ class LogDifference:
 
 
 def compare_logs(ours: LogContent, undisturbed: LogContent) -> LogDifference:
-    """Compares the sets of (topic id, partition, offset, row bytes)."""
+    """Compares the sets of (topic id, partition, offset, wait, row bytes)."""
     lost = len(undisturbed.rows.keys() - ours.rows.keys())
     invented = len(ours.rows.keys() - undisturbed.rows.keys())
     both = ours.rows.keys() & undisturbed.rows.keys()
@@ -123,7 +166,7 @@ def compare_logs(ours: LogContent, undisturbed: LogContent) -> LogDifference:
 
 def doubled(trained: int, log: LogContent) -> int:
     """Rows that a trainer learned from twice (negative: never), by its own count and the log's distinct rows."""
-    return trained - len(log.rows)
+    return trained - log.learnable
 
 
 @dataclass(frozen=True)
@@ -177,6 +220,7 @@ class Histories:
         totals: Positions by outcome.
         users: How many there are.
         log_next: For a serving host: where it goes on in the micro-batch log; -1 for a stream.
+        waiting: The impressions that wait, by key; what they say, but for their attributes.
     """
 
     digest: str
@@ -184,6 +228,7 @@ class Histories:
     totals: dict[str, int]
     users: int
     log_next: int
+    waiting: dict[bytes, bytes]
 
 
 def stream_histories(settings: Settings) -> Histories:
@@ -204,9 +249,91 @@ def _histories(store: HistoryStore) -> Histories:
         store.totals,
         store.users(),
         int(place["next"].get("0", 0)) if place else -1,
+        _waiting(store),
     )
     store.close()
     return found
+
+
+def _waiting(store: HistoryStore) -> dict[bytes, bytes]:
+    rows, form = dict(store.waiting()), WaitingRows(store).format
+    if not rows:
+        return {}
+    assert form is not None
+    columns = form.unpack(list(rows.values()))
+    parts = [columns[name].reshape(len(rows), -1).view(np.uint8) for name in columns if name not in ATTRIBUTES]
+    return dict(zip(rows, [row.tobytes() for row in np.concatenate(parts, axis=1)], strict=True))
+
+
+def attributes_differ(log: LogContent, tables: Mapping[str, Table], knowledge: Knowledge, salt: Salt) -> list[str]:
+    """Where rows have attributes that they cannot have had at their moment.
+
+    1. A row has a change of its own user or item, or nobody's.
+    2. In a partition the later of two events never has the older change.
+    3. An impression's row does not have an older change than it had when it began to wait.
+
+    Args:
+        log: Rows in the order in which they were first written.
+        tables: By side.
+        knowledge: Which changes there were.
+        salt: Of the users' pseudonyms.
+    """
+    owners = {side: _owners(side, knowledge, salt) for side in tables}
+    found = []
+    for side, table in tables.items():
+        numbers = {tuple(table.unknown.tolist()): 0, (0,) * len(table.names): 0}
+        for number in range(1, knowledge.changes[side] + 1):
+            numbers[tuple(table.ids([str(value) for value in values_of(side, number).values()]))] = number
+        newest: dict[tuple[Source, int], int] = {}
+        began: dict[tuple[Source, int], int] = {}
+        for (source, offset, waited), row in log.joined.items():
+            number, own = numbers.get(row.attributes[side], -1), row.user if side == "user" else row.item
+            if number < 0 or (number and own not in owners[side]):
+                found.append(f"{side} at {source}:{offset}: a stranger's")
+            elif waited:
+                if number < began.get((source, offset - waited), number):
+                    found.append(f"{side} at {source}:{offset}: older than when it began to wait")
+            elif number < newest.get((source, own), 0):
+                found.append(f"{side} at {source}:{offset}: older than an event before")
+            else:
+                newest[source, own] = began[source, offset] = number
+    return found
+
+
+def _owners(side: str, knowledge: Knowledge, salt: Salt) -> set[int]:
+    ids = [key for one, key in knowledge.newest if one == side]
+    return {user_id(salt, one) if side == "user" else public_id(one) for one in ids}
+
+
+def known_differs(path: Path, tables: Mapping[str, Table], knowledge: Knowledge, salt: Salt) -> list[str]:
+    """The users and items of whom a store of attributes does not have the newest change."""
+    store = AttributeStore(path, 1 << 30, readonly=True)
+    try:
+        found = []
+        for (side, key), number in knowledge.newest.items():
+            one = user_id(salt, key) if side == "user" else public_id(key)
+            (value,) = store.read_many(side, [one])
+            wanted = tables[side].ids([str(each) for each in values_of(side, number).values()])
+            if value is None or ids_in(value, len(wanted)).tolist() != wanted:
+                found.append(f"{side} {key}")
+        for side in tables:
+            place = store.place(side)
+            assert place is not None
+            if sum(place.counts.values()) != sum(place.next.values()):
+                found.append(f"{side}: {place.counts} do not add up to {place.next}")
+        return found
+    finally:
+        store.close()
+
+
+def read_up_to(path: Path, ends: Mapping[str, int]) -> bool:
+    """Whether a store of attributes was read to `ends`, by side the end of the topic's one partition."""
+    store = AttributeStore(path, 1 << 30, readonly=True)
+    try:
+        places = {side: store.place(side) for side in ends}
+        return all(place is not None and place.next.get(0, 0) >= ends[side] for side, place in places.items())
+    finally:
+        store.close()
 
 
 def serving_differs(settings: Settings, registry: Registry) -> list[str]:

@@ -32,6 +32,8 @@ class Findings:
         again: Rows written again after a crash.
         differing: Of them, those with other bytes than the first time.
         gaps: Positions that no micro-batch covers.
+        labels: Impressions by what became of them, where labels come later.
+        changes: Changes of attributes, where there are any.
         log: In what the log differs from an undisturbed stream's.
         doubled: Rows that the trainer learned twice; negative where some were never learned.
         differs: (what is compared) -> in what it differs; empty lists are proofs.
@@ -51,6 +53,8 @@ class Findings:
     again: int = 0
     differing: int = 0
     gaps: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
+    changes: int = 0
     log: LogDifference = field(default_factory=lambda: LogDifference(0, 0, 0))
     doubled: int = 0
     versions: int = 0
@@ -118,6 +122,12 @@ class Findings:
         found += [
             "",
             f"clicks            {self.clicks:,}, of them {self.rows:,} rows in {self.records:,} micro-batches",
+            *(
+                [f"impressions       {', '.join(f'{n:,} {what}' for what, n in self.labels.items())}"]
+                if self.labels
+                else []
+            ),
+            *([f"attributes        {self.changes:,} changes"] if self.changes else []),
             f"written again     {self.again:,} rows, {self.differing} with other bytes",
             f"lost              {self.log.lost}",
             f"doubled           {self.doubled}",
@@ -157,6 +167,8 @@ class Findings:
             "rows": self.rows,
             "records": self.records,
             "again": self.again,
+            "labels": self.labels,
+            "changes": self.changes,
             "lost": self.log.lost,
             "doubled": self.doubled,
             "changed": self.log.changed,

@@ -8,8 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from state.attributes import Table, fields_of
+from state.config import load
+from state.identity import Salt, user_id
+from state.kinds import Kind
 from state.microbatch import MicroBatch, decode, encode
-from tests.e2e.evidence import LogContent, LogDifference, TrainerState, compare_logs, doubled
+from state.positions import Source
+from tests.e2e.crowd import Knowledge, values_of
+from tests.e2e.evidence import (
+    Joined,
+    LogContent,
+    LogDifference,
+    TrainerState,
+    attributes_differ,
+    compare_logs,
+    doubled,
+)
 from tests.trainer.clicks import microbatch
 from trainer import content
 
@@ -79,6 +93,49 @@ def test_a_row_written_again_with_other_bytes_is_noticed() -> None:
 def test_a_hole_in_the_log_is_noticed() -> None:
     first, _, third, fourth = batches()
     assert log_of([first, third, fourth]).gaps == ROWS
+
+
+def test_rows_of_one_place_are_told_apart_and_only_those_learned_from_count() -> None:
+    (first,) = batches(1)
+    waited = np.array([0, 1, *[0] * (ROWS - 2)], np.int64)
+    offset = first.offset.copy()
+    offset[1] = offset[0]
+    kind = np.array([Kind.FEEDBACK, Kind.JOINED, *[Kind.ROW] * (ROWS - 2)], np.uint8)
+    log = LogContent()
+    log.add(0, replace(first, offset=offset, waited=waited, kind=kind))
+    assert (len(log.rows), log.learnable) == (ROWS, ROWS - 1)
+
+
+SOURCE, SALT = Source("ab" * 16, 0), Salt(b"salt of a test, long enough")
+USERS = Table("user", fields_of(["user_change", "user_tier"]))
+
+
+def joined(*rows: tuple[int, int, str, int]) -> LogContent:
+    """A log of rows: offset, how long it waited, the user, the number of the change it was joined with; 0 for none."""
+    log = LogContent()
+    for offset, waited, user, number in rows:
+        texts = [str(value) for value in values_of("user", number).values()]
+        ids = USERS.ids(texts) if number else USERS.unknown.tolist()
+        log.joined[SOURCE, offset, waited] = Joined(0, user_id(SALT, user), 1, {"user": tuple(ids)})
+    return log
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([(0, 0, "ada", 0), (1, 0, "ada", 1), (2, 0, "bob", 2), (3, 0, "ada", 3), (4, 3, "ada", 1)], ""),
+        ([(0, 0, "ada", 3), (1, 0, "ada", 1)], "older than an event before"),
+        ([(0, 0, "ada", 0), (1, 0, "ada", 1), (2, 1, "ada", 0)], "older than when it began to wait"),
+        ([(0, 0, "eve", 2)], "a stranger's"),
+        ([(0, 0, "ada", 4)], "a stranger's"),
+    ],
+)
+def test_attributes_that_an_event_cannot_have_had_are_noticed(rows: list[Any], problem: str) -> None:
+    knowledge = Knowledge(load([], {}), 1)
+    knowledge.changes = {"user": 3}
+    knowledge.newest = {("user", "ada"): 3, ("user", "bob"): 2}
+    found = attributes_differ(joined(*rows), {"user": USERS}, knowledge, SALT)
+    assert [one.rpartition(": ")[2] for one in found] == ([problem] if problem else [])
 
 
 def test_a_row_learned_twice_or_never_is_noticed() -> None:

@@ -17,6 +17,11 @@ POINTS: Mapping[str, Sequence[str]] = {
     ),
     "applier": ("apply.read", "apply.applied", "follow.taken", "follow.committed"),
 }
+# Where attributes are followed, stream and applier have a sequence of their own for them.
+ATTRIBUTE_POINTS: Mapping[str, Sequence[str]] = {
+    part: (*points, *(("attributes.reported", "attributes.committed") if part in ("stream", "applier") else ()))
+    for part, points in POINTS.items()
+}
 # A trainer needs seconds to come back; it would never train if it died as often as the others.
 WEIGHTS: Mapping[str, float] = {
     "stream": 26,
@@ -39,15 +44,16 @@ class Violence:
     Args:
         seed: Of every choice.
         rounds: How often each kill point must have struck.
+        points: By part its kill points.
 
     Attributes:
         arms_always: Whether each part that is started gets a kill point as long as it has one left.
     """
 
-    def __init__(self, seed: int, rounds: int = 1) -> None:
+    def __init__(self, seed: int, rounds: int = 1, points: Mapping[str, Sequence[str]] = POINTS) -> None:
         self.arms_always = False
         self._chance = random.Random(seed)
-        self._decks = {part: list(points) * rounds for part, points in POINTS.items()}
+        self._decks = {part: list(named) * rounds for part, named in points.items()}
         for deck in self._decks.values():
             self._chance.shuffle(deck)
 
