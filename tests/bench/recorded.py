@@ -1,8 +1,9 @@
-"""Recorded clicks as the micro-batches that the stream would make of them.
+"""Recorded and made clicks as the micro-batches that the stream would make of them.
 
 Taobao's UserBehavior.csv (user, item, category, behaviour, seconds) and
 KuaiRand-Pure's impressions with their clicks, each beside the repository in
-`../shared/data`; see `deploy/examples` for the settings that read them.
+`../shared/data`; see `deploy/examples` for the settings that read them. Beside
+them the clicks of synthetic shoppers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from deploy.shoppers import Shoppers
 from state.attributes import Table, fields_of
 from state.config import Settings, load
 from state.features import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
@@ -32,6 +34,7 @@ CLICKS = ROOT / "../shared/data/taobao/UserBehavior.csv"
 KUAIRAND = ROOT / "../shared/data/kuairand"
 ACTIONS = {"pv": 0, "fav": 1, "cart": 2, "buy": 3}
 STEP_ROWS = 1024
+START_MS = 1_790_000_000_000
 SOURCE = Source("7a" * 16, 0)
 
 U64 = npt.NDArray[np.uint64]
@@ -98,6 +101,17 @@ def plain(users: U64, events: npt.NDArray[Any]) -> Recorded:
     )
 
 
+def made_clicks(settings: Settings, clicks: int, seed: int | None = None) -> Recorded:
+    """The first clicks of synthetic shoppers, whose tastes drift."""
+    made = Shoppers.from_settings(settings, seed, settings.shoppers.rate, START_MS).click(clicks)
+    events = np.zeros(clicks, EVENT)
+    events["at_ms"], events["offset"], events["topic"] = made.at_ms, np.arange(clicks), SOURCE.topic
+    events["item"], events["category"] = _hashed(made.items), _hashed(made.categories)
+    actions = {name: number for number, name in enumerate(settings.events.actions)}
+    events["action"] = [actions[name] for name in made.actions]
+    return plain(_hashed(made.users), events)
+
+
 def kuairand_settings() -> Settings:
     """Those of `deploy/examples/kuairand.toml`."""
     return load(["--config", str(ROOT / "deploy/examples/kuairand.toml")], env={})
@@ -136,7 +150,7 @@ def read_impressions(settings: Settings, folder: Path = KUAIRAND) -> Recorded:
     )
 
 
-def _hashed(values: list[Any]) -> U64:
+def _hashed(values: Sequence[Any]) -> U64:
     ids = {value: hashed(str(value)) for value in set(values)}
     return np.array([ids[value] for value in values], np.uint64)
 
@@ -150,9 +164,13 @@ def _joined(table: Table, path: Path, key: str, wanted: list[Any]) -> U64:
 
 
 def micro_batches(
-    recorded: Recorded, spec: FeatureSpec, weights: tuple[float, ...], step_rows: int = STEP_ROWS
+    recorded: Recorded,
+    spec: FeatureSpec,
+    weights: tuple[float, ...],
+    step_rows: int = STEP_ROWS,
+    known: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches with the windows that each event saw."""
+    """Micro-batches with the windows that each event saw; with `known`, only the first so many events are ever seen."""
     users, events = recorded.users, recorded.events
     order = np.argsort(users, kind="stable")
     ids, starts = np.unique(users[order], return_index=True)
@@ -166,7 +184,7 @@ def micro_batches(
         windows = np.empty((rows, spec.labels, len(spec.label_names)), np.uint16)
         for row, (user, at_ms) in enumerate(zip(users[part].tolist(), events["at_ms"][part].tolist(), strict=True)):
             features[row], labels[row], windows[row] = vectorise(histories[user], at_ms, seen[user], Mask.NONE, spec)
-            seen[user] += 1
+            seen[user] += known is None or first + row < known
         ranges = (Range(SOURCE, first, part.stop, rows=rows),)
         yield MicroBatch(
             Header(spec.digest, "0" * 16, ranges, 0, attributes=recorded.attributes),

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import tensorflow as tf
 
-from deploy.shoppers import Shoppers
 from state.config import Settings, load
 from state.features import EVENT, FeatureSpec
 from state.microbatch import MicroBatch
 from streaming.preprocessing import CLIP, LEAST_DEVIATION
-from tests.bench.recorded import SOURCE, hashed, micro_batches, plain
+from tests.bench.recorded import SOURCE, hashed, made_clicks, micro_batches, plain
 from trainer.step import Trainer
 
 SAMPLE = 300
-START_MS = 1_790_000_000_000
 PURCHASE = 3
 CLICKS = 20
-
-
-def shop(settings: Settings, seed: int, clicks: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.void]]:
-    """Users and events of a crowd's first clicks."""
-    made = Shoppers.from_settings(settings, seed, settings.shoppers.rate, START_MS).click(clicks)
-    events = np.zeros(clicks, EVENT)
-    events["at_ms"], events["offset"], events["topic"] = made.at_ms, np.arange(clicks), SOURCE.topic
-    events["item"] = [hashed(item) for item in made.items]
-    events["category"] = [hashed(category) for category in made.categories]
-    events["action"] = [settings.events.actions.index(action) for action in made.actions]
-    return np.array([hashed(user) for user in made.users], np.uint64), events
 
 
 def burst(settings: Settings, spec: FeatureSpec, at_ms: int) -> MicroBatch:
@@ -47,15 +33,15 @@ def burst(settings: Settings, spec: FeatureSpec, at_ms: int) -> MicroBatch:
 def test_a_burst_in_a_new_category_leads_after_each_of_the_first_steps(seed: int, step_rows: int, steps: int) -> None:
     settings = load(["--shoppers.rate", "100", "--shoppers.users", "200"], {})
     spec, weights = FeatureSpec.from_settings(settings), settings.events.action_weights
-    users, events = shop(settings, seed, SAMPLE + steps * step_rows)
+    shop = made_clicks(settings, SAMPLE + steps * step_rows, seed)
     # What TensorFlow Transform finds in a small sample: most columns hardly vary.
-    sample = next(micro_batches(plain(users[:SAMPLE], events[:SAMPLE]), spec, weights, SAMPLE))
+    sample = next(micro_batches(shop, spec, weights, SAMPLE))
     logs = np.log1p(sample.features.astype(np.float32))
     mean, deviation = logs.mean(0), np.maximum(logs.std(0), LEAST_DEVIATION)
     trainer = Trainer(settings, spec, lambda x: tf.clip_by_value((tf.math.log1p(x) - mean) / deviation, -CLIP, CLIP))
-    asked = burst(settings, spec, int(events["at_ms"][-1]) + 1)
+    asked = burst(settings, spec, int(shop.events["at_ms"][-1]) + 1)
     leads = []
-    for batch in micro_batches(plain(users, events), spec, weights, step_rows):
+    for batch in micro_batches(shop, spec, weights, step_rows):
         trainer.step(batch)
         scores = trainer.score(asked)
         leads.append(float(scores["label_logits"][-1, 0] - scores["popular_logits"][-1].max()))
