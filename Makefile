@@ -36,8 +36,8 @@ check: .venv/ready ## Everything that must hold before a commit: format, lint, t
 bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done
 
-chaos: .venv/ready ## Kills every part at random and at each kill point, then compares; SEED=7 KILLS=200 ROUNDS=2.
-	@$(BIN)/python -m tests.e2e.chaos --seed $(SEED) --kills $(KILLS) --rounds $(ROUNDS)
+chaos: .venv/ready ## Kills every part at random and at each kill point, then compares; SEED=7 KILLS=200 ROUNDS=2 ARGS=--labels.
+	@$(BIN)/python -m tests.e2e.chaos --seed $(SEED) --kills $(KILLS) --rounds $(ROUNDS) $(ARGS)
 
 clean: ## Removes what was built here, .venv included; the state directory stays.
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

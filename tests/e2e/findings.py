@@ -121,7 +121,7 @@ class Findings:
             found.append(f"  {part:<10} {total:>4}   {', '.join(points)}")
         found += [
             "",
-            f"clicks            {self.clicks:,}, of them {self.rows:,} rows in {self.records:,} micro-batches",
+            f"clicks            {self.clicks:,}; {self.rows:,} rows in {self.records:,} micro-batches",
             *(
                 [f"impressions       {', '.join(f'{n:,} {what}' for what, n in self.labels.items())}"]
                 if self.labels
