@@ -8,7 +8,11 @@ The stream and serving compute windows with the one kernel of
 - The window of w seconds is `(at - w, at]`. Events later than `at`, and those
   older than the longest window, are visible in nothing; sweeping the latter
   cannot change an answer.
-- "Last" is by (time, offset), then by partition.
+- "Last" is by (time, offset), then by partition, and so is the order of which the
+  windows `of_latest_5`, `of_latest_20` and `follows` of a label speak: its events
+  among the user's latest 5 and 20, and how often it came next after the category
+  of the user's latest event. An event without a category counts among the latest,
+  and nothing comes next to it.
 - Every output is a uint16 that saturates. A decayed count is in 1/256 events;
   recency is the age in steps of an eighth of an octave, 255 for never.
 """
@@ -28,7 +32,7 @@ from numpy.typing import NDArray
 
 from state.errors import SettingsError
 from state.mask import Mask as Mask
-from state.windows import GAPS, NEVER, SLOTS, SWITCHES, Tables, one_row, quantise, words
+from state.windows import FEW, GAPS, MANY, NEVER, OF_ORDER, SLOTS, SWITCHES, Tables, one_row, quantise, words
 
 if TYPE_CHECKING:
     from state.config import Settings
@@ -47,7 +51,7 @@ EVENT = np.dtype(
 )
 LABELLED = 1  # bit of `flags`: the label is known
 POSITIVE = 2  # bit of `flags`: the label is at least 0.5
-CODE = 1  # raised when the same events give other integers
+CODE = 2  # raised when the same events give other integers
 
 Events = NDArray[Any]
 
@@ -105,7 +109,7 @@ class FeatureSpec:
 
     >>> spec = FeatureSpec()
     >>> len(spec.names), len(spec.label_names), spec.names[0]
-    (128, 12, 'view.count_1h')
+    (128, 15, 'view.count_1h')
     >>> FeatureSpec.from_json(spec.to_json()) == spec
     True
     """
@@ -156,6 +160,8 @@ class FeatureSpec:
             "recency",
             "is_last",
             *(f"{action}_{_span(self.windows_s[-1])}" for action in self.actions),
+            *(f"of_latest_{events}" for events in (FEW, MANY)),
+            "follows",
         )
 
     @cached_property
@@ -179,7 +185,7 @@ class FeatureSpec:
             "events.oldest",
             "events.days",
             *(f"clock.{name}" for name in ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")),
-            *(f"label.{slot + 1}.{name}" for slot in range(SLOTS) for name in self.label_names),
+            *(f"label.{slot + 1}.{name}" for slot in range(SLOTS) for name in self.label_names[:-OF_ORDER]),
         )
 
     @cached_property
@@ -216,7 +222,10 @@ class FeatureSpec:
         """
         document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
         if document["code"] != CODE:
-            raise ValueError(f"feature spec of code version {document['code']}; this program computes version {CODE}")
+            raise ValueError(
+                f"feature spec of code version {document['code']}; this program computes version {CODE}; "
+                "read it with the release that wrote it, or make it anew with this one"
+            )
         return cls(
             actions=tuple(document["actions"]),
             windows_s=tuple(document["windows_s"]),

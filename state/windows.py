@@ -34,6 +34,9 @@ NEVER = 255  # the recency of what never happened
 GAPS = 4  # gaps between the latest events that are features
 SLOTS = 5  # latest labels whose windows are features
 SWITCHES = 16  # events among which changes of label are counted
+FEW = 5  # latest events among which each label is counted
+MANY = 20
+OF_ORDER = 3  # windows of a label by the order of events, not by time; the last of its windows
 SESSION_GAP_MS = 30 * 60_000
 EXACT = 128  # ages below this many units have a step each, then 64 an octave
 DAY_MS = 86_400_000
@@ -68,6 +71,8 @@ class Scratch(NamedTuple):
     labels: I64  # [T, 2]: open addressing, key and generation << 16 | slot
     items: I64  # [T, 2]
     label_sums: I64  # [N, W + H + A + 1]: counts, decays, counts by action of each label
+    slots: I64  # [N]: the label's slot of each visible event, newest first; N without a label
+    of_order: I64  # [3, N + 1]: of each label among the latest FEW, the others of the latest MANY, next to the newest
     kind_sums: I64  # [(A + 1) * 4, W + H]: the same by action and the two low flags
     sums: I64  # [A + 2, W + H]: by action, labelled, positive
     distinct: I64  # [2, W]: labels, items
@@ -147,6 +152,8 @@ def _scratch(tables: Tables) -> Scratch:
         np.zeros((size, 2), np.int64),
         np.zeros((size, 2), np.int64),
         np.zeros((tables.history, width + lives + tables.actions + 1), np.int64),
+        np.zeros(tables.history, np.int64),
+        np.zeros((OF_ORDER, tables.history + 1), np.int64),
         np.zeros((4 * (tables.actions + 1), width + lives), np.int64),
         np.zeros((tables.actions + 2, width + lives), np.int64),
         np.zeros((2, width), np.int64),
@@ -266,6 +273,7 @@ def _sum(
             days += 1
             day_start = time // DAY_MS * DAY_MS
 
+        slot = tables.history
         if label != 0:
             slot = _slot(work.labels, label, generation, label_count)
             if slot == label_count:
@@ -280,6 +288,7 @@ def _sum(
             sums[np.uint64(width + lives + action)] += 1
             for h in range(lives):
                 sums[np.uint64(width + h)] += weights[h]
+        work.slots[k] = slot
         if item != 0 and _slot(work.items, item, generation, item_count) == item_count:
             item_count += 1
             work.distinct[1, window] += 1
@@ -304,9 +313,23 @@ def _sum(
 
 
 @compiled
+def _sum_in_order(work: Scratch, visible: int, label_count: int) -> None:
+    """The sums of which only the order of events counts, of each label: `work.of_order`."""
+    slots, sums = work.slots, work.of_order
+    sums[:, :label_count] = 0
+    for k in range(min(visible, MANY)):
+        sums[np.uint64(k >= FEW), np.uint64(slots[k])] += 1
+    # The newest label has slot 0; an event without a label has nothing next to it.
+    if visible > 0 and slots[0] == 0:
+        for k in range(1, visible):
+            sums[2, np.uint64(slots[k - 1])] += slots[k] == 0
+
+
+@compiled
 def _write_labels(tables: Tables, work: Scratch, label_count: int, any_last: bool, label_windows: U16) -> None:
     """Step 3, what each label did; in the order of `FeatureSpec.label_names`."""
     width, lives = tables.windows_ms.shape[0], tables.decay.shape[1]
+    of_order, first = work.of_order, label_windows.shape[1] - OF_ORDER
     for slot in range(label_windows.shape[0]):
         if slot >= label_count:
             label_windows[slot, width + lives] = NEVER
@@ -320,6 +343,9 @@ def _write_labels(tables: Tables, work: Scratch, label_count: int, any_last: boo
         # The recency at `width + lives` was written at first sight.
         for action in range(tables.actions):
             label_windows[slot, width + lives + 2 + action] = min(work.label_sums[slot, width + lives + action], 65535)
+        label_windows[slot, first] = of_order[0, slot]
+        label_windows[slot, first + 1] = of_order[0, slot] + of_order[1, slot]
+        label_windows[slot, first + 2] = of_order[2, slot]
     label_windows[0, width + lives + 1] = any_last
 
 
@@ -398,7 +424,7 @@ def _write(
     features[f + 3] = tables.weekday[weekday, 1]
     f += 4
     for slot in range(SLOTS):
-        for k in range(label_windows.shape[1]):
+        for k in range(label_windows.shape[1] - OF_ORDER):
             features[f] = label_windows[slot, k]
             f += 1
 
@@ -422,6 +448,7 @@ def _row(
     visible, truncated = _order(ring, end, count, at_ms, tables, hidden, work.order)
     # 2.
     facts = _sum(ring, at_ms, visible, generation, tables, work, labels, label_windows)
+    _sum_in_order(work, visible, facts.labels)
     # 3.
     last_is_label = visible > 0 and ring[work.order[0], 1] != 0
     _write_labels(tables, work, facts.labels, last_is_label, label_windows)

@@ -42,6 +42,9 @@ MASKED = -1e9
 
 USER_HIDDEN = 32
 
+BY_ORDER = {"of_latest_5": 2.0, "of_latest_20": 1.0, "follows": 2.0}
+"""First weights of the windows by order."""
+
 USER_MOST = 1.0
 """Highest value of a unit of the user's part: somebody with extreme windows weighs evidence as others do at most.
 
@@ -330,6 +333,10 @@ def recency_prior(label_names: tuple[str, ...]) -> F32:
 
     Before a click is learned from, the latest category wins, and among the
     others those of the last hour: already a fair guess of the next click.
+    A label's chance is taken as proportional to how often it was clicked, so
+    that the exponents of all counts, a quarter of their weights, add up to
+    about one; half of it goes to the latest events. How often the label came
+    next to the newest one tells as much again.
 
     Args:
         label_names: Names of a label's windows, such as `count_1h`.
@@ -348,6 +355,8 @@ def recency_prior(label_names: tuple[str, ...]) -> F32:
             # Shortest half-life first.
             weights[position] = (0.6, 0.3, 0.3)[min(decays, 2)]
             decays += 1
+        elif name in BY_ORDER:
+            weights[position] = BY_ORDER[name]
     return weights
 
 

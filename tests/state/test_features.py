@@ -180,6 +180,10 @@ def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tup
         out[f"{prefix}.is_last"] = int(slot == 0 and bool(row) and row[0] != 0)
         for index, action in enumerate(spec.actions):
             out[f"{prefix}.{action}_{spans[-1]}"] = sum(event["action"] == index for event in mine)
+        label = labels_in_order[slot] if slot < len(labels_in_order) else None
+        out[f"{prefix}.of_latest_5"] = row[:5].count(label)
+        out[f"{prefix}.of_latest_20"] = row[:20].count(label)
+        out[f"{prefix}.follows"] = sum(newer == label and older == row[0] for newer, older in pairwise(row) if older)
     return out, labels_in_order + [0] * (spec.labels - len(labels_in_order))
 
 
@@ -282,6 +286,19 @@ def test_decays_halve_at_the_half_life_and_ages_are_within_two_percent() -> None
     assert steps == sorted(steps) and steps[-1] < 255
 
 
+def test_windows_by_order_speak_of_the_latest_events_and_of_what_came_next() -> None:
+    # Labels 1 2 1 2 3 1, then one without a label and six of 4, then 1: the newest label is 1, and 2 followed it twice.
+    made = [(k - 30, label, 1, 0, 0, 0) for k, label in enumerate([1, 2, 1, 2, 3, 1, 0, 4, 4, 4, 4, 4, 4, 1])]
+    row = vectorise(history_of(made), BASE_MS, None, Mask.NONE, SPEC)
+    shown = {2**64 - int(label): row.label_windows[slot, -3:].tolist() for slot, label in enumerate(row.labels[:4])}
+    assert shown == {1: [1, 4, 0], 4: [4, 6, 0], 3: [0, 1, 0], 2: [0, 2, 2]}
+    assert SPEC.label_names[-3:] == ("of_latest_5", "of_latest_20", "follows")
+    # Six more of 4: of the latest 20 the oldest, of label 1, falls out of none but the longer count.
+    more = [*made, *((k, 4, 1, 0, 0, 0) for k in range(-6, 0)), (0, 1, 1, 0, 0, 0)]
+    row = vectorise(history_of(more), BASE_MS, None, Mask.NONE, SPEC)
+    assert row.label_windows[:2, -3:].tolist() == [[1, 4, 0], [4, 12, 1]]
+
+
 def test_counts_and_decays_saturate() -> None:
     spec = FeatureSpec(history=512)
     history = np.zeros(512, EVENT)
@@ -302,9 +319,9 @@ def test_equal_times_are_ordered_by_offset() -> None:
 def test_names_are_128_and_unique_and_the_digest_is_pinned() -> None:
     spec = FeatureSpec()
     assert len(spec.names) == len(set(spec.names)) == 128
-    assert len(spec.label_names) == 12
+    assert len(spec.label_names) == 15
     # Raise CODE with the digest: stored rows and weights belong to it.
-    assert spec.digest == "84cef812e955cbb4ae3a2af70ff1a1ca94467d97aa6ee7026c2ed6508bdff369"
+    assert spec.digest == "ad8ee9f5687be9d17a2c2a2d9bec8d5a864ce44c0c38bf114569a7f1b31f910f"
     golden = np.zeros(3, EVENT)
     golden["at_ms"] = BASE_MS - np.array([7_200_000, 5_000, 1_000])
     golden["category"], golden["item"], golden["flags"] = [5, 6, 5], [1, 2, 3], [3, 1, 0]
@@ -321,7 +338,7 @@ def test_a_spec_comes_back_from_json_and_each_part_changes_the_digest() -> None:
     others = [replace(spec, history=128), replace(spec, labels=8), replace(spec, actions=("a", "b", "c", "d"))]
     others += [replace(spec, windows_s=(3600, 86_400)), replace(spec, half_lives_s=(1, 2, 3))]
     assert len({other.digest for other in [spec, *others]}) == 6
-    with pytest.raises(ValueError, match="code version 0"):
+    with pytest.raises(ValueError, match=r"code version 0.*with the release that wrote it"):
         FeatureSpec.from_json({**spec.to_json(), "code": 0})
 
 
