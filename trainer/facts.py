@@ -76,6 +76,7 @@ class Given(NamedTuple):
         prior: `[3]` of a known label, of its log probability, of that of another.
         item_bias: `[dim]`
         category_bias: `[dim]`
+        linear: `[2 F + 16]`, the part of `personal` that all users share.
         cross: `[w, 1]` distinct weights of crosses.
         cross_precision: `[w, 1]`, how much was learned of each.
     """
@@ -94,6 +95,7 @@ class Given(NamedTuple):
     prior: F32
     item_bias: F32
     category_bias: F32
+    linear: F32
     cross: F32
     cross_precision: F32
 
@@ -115,11 +117,43 @@ class Slopes(NamedTuple):
     category_bias: F32
 
 
+MOVING = ("linear", "net_0", "net_1", "position", "other")
+"""What of `Given` moves within a step."""
+
+
+class Moved(NamedTuple):
+    """The weights that move within a step, one behind another in the order of `MOVING`, and their Adam slots.
+
+    Attributes:
+        weights: `[m]` float32.
+        first: `[m]` float32, the mean of their derivatives.
+        second: `[m]` float32, the mean of the squares.
+        powers: `[2]` float32, both betas to the power of the moves so far.
+    """
+
+    weights: F32
+    first: F32
+    second: F32
+    powers: F32
+
+    @classmethod
+    def of(cls, weights: F32) -> Moved:
+        """Before the first move."""
+        return cls(weights, np.zeros_like(weights), np.zeros_like(weights), np.ones(2, np.float32))
+
+
 class Learned(NamedTuple):
-    """The crosses after the step: `cross` and `cross_precision` of `Given`, for when the guard accepts it."""
+    """What the heads have learned themselves, for when the guard accepts the step.
+
+    Attributes:
+        cross: That of `Given` after the step.
+        cross_precision: Likewise.
+        moved: The weights that moved within it.
+    """
 
     cross: F32
     cross_precision: F32
+    moved: Moved
 
 
 class Scores(NamedTuple):

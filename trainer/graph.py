@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.facts import Facts, Given, Learned, Scores, Slopes
+from trainer.facts import MOVING, Facts, Given, Learned, Moved, Scores, Slopes
 from trainer.heads import heads
 from trainer.model import LATEST, DenseTower, Model
 from trainer.optimizer import Adam, adagrad
@@ -39,6 +39,12 @@ FROM_HEADS = {
     "engagement.category": "category_bias",
 }
 """The dense weights that only the heads use, and their names there."""
+
+IN_HEADS = FROM_HEADS | {"interest.linear": "linear"}
+"""And that of which the heads need to know how far it moves."""
+
+MOVING_WEIGHTS = tuple(weight for moving in MOVING for weight, name in IN_HEADS.items() if name == moving)
+"""Those that the heads move within a step, in the order of `MOVING`."""
 
 CROSS = "cross"
 """The table whose rows are learned in the heads, pair after pair, and need no derivative."""
@@ -104,6 +110,7 @@ class Graph:
         self._model, self._optimizer, self._tables, self._fields = model, optimizer, tables, fields
         self._attributes, self._inputs = attributes, INPUTS | (OF_ITEMS if attributes else {})
         self._facts: Facts
+        self._slots: Moved | None = None
         self._found: tuple[Scores, Slopes, Learned]
         shapes: dict[str, list[int | None]] = {"features": [None, model.features], "seed": [2]}
         shapes["kept"] = [None, model.settings.hidden[0]]
@@ -117,9 +124,12 @@ class Graph:
         # Called without the checks of a tf.function, which cost 15 us an argument.
         self._concrete = self._measure.get_concrete_function()
         self._apply = tf.function(
-            lambda *slopes: optimizer.apply(slopes),
+            lambda moved, *slopes: optimizer.apply(slopes, moved),
             autograph=False,
-            input_signature=[tf.TensorSpec(weight.shape, tf.float32) for weight in model.dense.values()],
+            input_signature=[
+                tf.TensorSpec(optimizer.moving.weights.shape, tf.float32),
+                *(tf.TensorSpec(weight.shape, tf.float32) for weight in model.dense.values()),
+            ],
         ).get_concrete_function()
 
     @property
@@ -127,19 +137,22 @@ class Graph:
         """Whether the dropout of the tower is drawn on the host; a tower of the user's own draws its own."""
         return type(self._model.tower) is DenseTower
 
-    def measure(self, facts: Facts, inputs: Mapping[str, Any]) -> tuple[Measured, Scores, Slopes, Learned]:
+    def measure(
+        self, facts: Facts, inputs: Mapping[str, Any], move: bool = True
+    ) -> tuple[Measured, Scores, Slopes, Learned]:
         """Scores a step and finds its derivatives; changes nothing. One thread.
 
         Args:
             facts: What the heads need to know.
             inputs: The arrays named in `INPUTS` and, with attributes, in `OF_ITEMS`.
+            move: Whether weights move within the step, as they do in training; else all rows see the same.
         """
-        self._facts = facts
+        self._facts, self._slots = facts, self._optimizer.moving if move else None
         measured = self._concrete(*(tf.constant(inputs[name]) for name in self._inputs))
         return Measured(*measured), *self._found
 
     def apply(self, at: Mapping[str, I32], sparse: Mapping[str, F32], measured: Measured, learned: Learned) -> None:
-        """Adagrad on distinct rows of each table, Adam on the dense weights; crosses as the heads have left them.
+        """Adagrad on distinct rows of each table, Adam on the dense weights; what the heads have learned as they left it.
 
         Args:
             at: `[u]` int32 distinct rows of each table, the missing one first.
@@ -157,7 +170,8 @@ class Graph:
                     adagrad(*updated, sparse[name][1:], self._model.settings.learning_rate)
                 for variable, values in zip((table.rows, table.accum), updated, strict=True):
                     tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=at[name][1:], updates=values)
-        self._apply(*measured.dense)
+        self._apply(tf.constant(learned.moved.weights), *measured.dense)
+        self._optimizer.moving = learned.moved
 
     def _measure_graph(self, *arrays: Any) -> Any:
         given = dict(zip(self._inputs, arrays, strict=True))
@@ -198,7 +212,7 @@ class Graph:
             "cross": distinct[CROSS],
             "cross_precision": accum[CROSS],
         }
-        known |= {name: model.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
+        known |= {name: model.dense[weight].read_value() for weight, name in IN_HEADS.items()}
         kept = ("learning", "learning_popular", "personal", *FROM_HEADS.values())
         slopes = dict(
             zip(
@@ -245,7 +259,7 @@ class Graph:
         return tower(x, False, given["seed"]), tower(x, True, given["seed"])
 
     def _run_heads(self, *arrays: F32) -> list[F32]:
-        self._found = heads(self._facts, Given(*arrays))
+        self._found = heads(self._facts, Given(*arrays), self._slots, self._optimizer.moving_rate)
         slopes = self._found[1]
         return [
             slopes.learning,

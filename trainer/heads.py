@@ -14,6 +14,7 @@ For each row, in the order of the batch:
 4. Engagement: the row's own item, and its negative where one was drawn; a row
    whose label is known then moves the weights of its crosses, before the next
    row is scored.
+5. After each 128 rows the weights of the evidence move, before the next row is scored.
 
 Sums are taken in the order of the rows and land in the order of first
 occurrence of an id, so that their bits do not depend on how a table lies.
@@ -26,13 +27,19 @@ import math
 import numpy as np
 
 from state.native import compiled_sums, part_of_sums
-from trainer.facts import F32, I32, U16, Facts, Given, Learned, Scores, Slopes
+from trainer.facts import F32, I32, MOVING, U16, Facts, Given, Learned, Moved, Scores, Slopes
 
 NET_HIDDEN = 16
 """Hidden units of the net over a label's windows."""
 
 BLOCK = 32
 """Rows whose labels go through the net together: loops over some hundred labels, in the nearest memory."""
+
+MOVE_ROWS = 4 * BLOCK
+"""Rows of a step after which the weights of the evidence move: they are few, and one move a step is too slow for them."""
+
+BETA_1, BETA_2, EPSILON = np.float32(0.9), np.float32(0.999), np.float32(1e-7)
+"""Adam's, of these weights and of all others."""
 
 MASKED = np.float32(-1e9)
 """The logit of a candidate that is not there."""
@@ -100,12 +107,14 @@ def _evidence(
     scale: F32,
     label_mask: F32,
     personal: F32,
+    drift: F32,
     net_0: F32,
     net_1: F32,
     position: F32,
     logarithms: F32,
     folded: F32,
     firsts: I32,
+    own: F32,
     newest: F32,
     z: F32,
     across: F32,
@@ -114,7 +123,9 @@ def _evidence(
 ) -> None:
     """1. The logits without embeddings of the labels of rows `begin` to `end`, one after another.
 
-    Found: in `firsts` `[BLOCK + 1]` where the labels of each row begin; in `newest`
+    `drift` is how far the weights that users share have moved since `personal`, and
+    `own` `[2 F + 16]` is room for a row's. Found:
+    in `firsts` `[BLOCK + 1]` where the labels of each row begin; in `newest`
     `[BLOCK, F]` the prepared windows of its newest label; in `z` `[BLOCK * L, F]`
     those of all labels, and in `across` the same the other way; in `hidden`
     `[16, BLOCK * L]` the net's hidden units; and the logits in `evidence` `[BLOCK * L]`.
@@ -124,12 +135,15 @@ def _evidence(
     for b in range(begin, end):
         row = b - begin
         firsts[row] = count
+        for k in range(personal.shape[1]):
+            own[k] = personal[b, k] + drift[k]
         for f in range(width):
+            own[f] += own[width + f]
             window = windows[b, 0, f]
             newest[row, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
         base = _ZERO
         for f in range(width):
-            base -= newest[row, f] * personal[b, width + f]
+            base -= newest[row, f] * own[width + f]
         for j in range(labels):
             if label_mask[b, j] == _ZERO:
                 continue
@@ -139,16 +153,16 @@ def _evidence(
                 z[count, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
                 across[f, count] = z[count, f]
             for f in range(width):
-                total += z[count, f] * (personal[b, f] + personal[b, width + f])
+                total += z[count, f] * own[f]
             evidence[count] = total
             count += 1
         for k in range(NET_HIDDEN):
             # A difference from the newest label is two sums, of which one is the same for all labels.
-            own = personal[b, 2 * width + k]
+            total = own[2 * width + k]
             for f in range(width):
-                own -= newest[row, f] * net_0[width + f, k]
+                total -= newest[row, f] * net_0[width + f, k]
             for m in range(firsts[row], count):
-                hidden[k, m] = own
+                hidden[k, m] = total
     firsts[end - begin] = count
     for k in range(NET_HIDDEN):
         for f in range(width):
@@ -215,6 +229,19 @@ def _evidence_slopes(
         for f in range(width):
             # The second half's slope is the first half's and this; the first is added at the end, once.
             _add(to_net_0, width + f, 0, -newest[row, f], to_personal, b, 2 * width, NET_HIDDEN)
+
+
+@part_of_sums
+def _move(weights: F32, first: F32, second: F32, powers: F32, slopes: F32, rate: np.float32) -> None:
+    """5. One step of Adam (Kingma and Ba 2015) in place; `slopes` are taken up and cleared."""
+    powers[0] *= BETA_1
+    powers[1] *= BETA_2
+    step = rate * np.sqrt(_ONE - powers[1]) / (_ONE - powers[0])
+    for i in range(weights.shape[0]):
+        first[i] += (slopes[i] - first[i]) * (_ONE - BETA_1)
+        second[i] += (slopes[i] * slopes[i] - second[i]) * (_ONE - BETA_2)
+        weights[i] -= step * first[i] / (np.sqrt(second[i]) + EPSILON)
+        slopes[i] = _ZERO
 
 
 @part_of_sums
@@ -299,14 +326,27 @@ def _normaliser(total: np.float32, highest: np.float32) -> np.float32:
     return np.float32(math.log1p(total * math.exp(highest)))
 
 
+@part_of_sums
+def _parts(flat: F32, width: int, labels: int) -> tuple[F32, F32, F32, F32, F32]:
+    """Views of what is named in `MOVING`, in that order."""
+    linear = 2 * width + NET_HIDDEN
+    net_1 = linear + 2 * width * NET_HIDDEN
+    position = net_1 + NET_HIDDEN
+    other = position + labels
+    net_0 = flat[linear:net_1].reshape(2 * width, NET_HIDDEN)
+    return flat[:linear], net_0, flat[net_1:position], flat[position:other], flat[other:]
+
+
 @compiled_sums
-def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: Slopes, learned: Learned) -> None:
+def _heads(
+    facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: Slopes, learned: Learned, rate: np.float32
+) -> None:
     (windows, log_scale, scale, label_mask, popular_mask, other_mask, label_at, other_at) = facts[:8]
     (pair_category_at, pair_item_at, target, weight, engaged, engaged_shift, engaged_weight) = facts[8:15]
     cross_at, cross_prior = facts.cross_at, facts.cross_prior
-    cross, cross_precision = learned
+    cross, cross_precision, moved = learned
     (scoring, learning, scoring_popular, learning_popular, personal, category, item) = given[:7]
-    (net_0, net_1, position, other, prior) = given[7:12]
+    prior = given.prior
     item_bias, category_bias = given.item_bias.reshape(1, -1), given.category_bias.reshape(1, -1)
     (label_logits, popular_logits, interest_loss, rank, engagement, engagement_loss) = scores
     (to_learning, to_popular, to_personal, to_category, to_item, to_net_0) = slopes[:6]
@@ -315,7 +355,7 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
     rows, labels, width = windows.shape
     ranks, dim = popular_mask.shape[1], category.shape[1]
     slots = labels + ranks + 1
-    most = BLOCK * labels
+    most, own = BLOCK * labels, np.empty(personal.shape[1], np.float32)
     firsts, newest = np.empty(BLOCK + 1, np.int32), np.empty((BLOCK, width), np.float32)
     z, across = np.empty((most, width), np.float32), np.empty((width, most), np.float32)
     hidden, evidence = np.empty((NET_HIDDEN, most), np.float32), np.empty(most, np.float32)
@@ -323,15 +363,19 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
     logits, shares = np.empty(slots, np.float32), np.empty(slots, np.float32)
     bits = np.empty(slots, np.int32)
     powers = bits.view(np.float32)
-    folded = net_0[:width] + net_0[width:]
+    # What moves: views of one array, and of their derivatives since the last move.
+    gained = np.zeros_like(moved.weights)
+    linear, net_0, net_1, position, other = _parts(moved.weights, width, labels)
+    gained_linear, gained_0, gained_1, gained_position, gained_other = _parts(gained, width, labels)
+    drift, folded, unmoved = np.zeros_like(linear), net_0[:width] + net_0[width:], 0
     for b in range(rows):
         begin = b // BLOCK * BLOCK
         end = min(begin + BLOCK, rows)
         # 1.
         if b == begin:
             _evidence(
-                begin, end, windows, log_scale, scale, label_mask, personal, net_0, net_1, position,
-                logarithms, folded, firsts, newest, z, across, hidden, evidence,
+                begin, end, windows, log_scale, scale, label_mask, personal, drift, net_0, net_1, position,
+                logarithms, folded, firsts, own, newest, z, across, hidden, evidence,
             )  # fmt: skip
             evidence_slope[:] = _ZERO
         first = firsts[b - begin]
@@ -357,7 +401,7 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
                 if popular_mask[b, p] != _ZERO:
                     to_popular[b, p] = slope[labels + p]
             if other_mask[b] != _ZERO:
-                to_other[0] += slope[slots - 1]
+                gained_other[0] += slope[slots - 1]
                 _add(to_learning, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
                 _add(to_category, other_at[b], 0, slope[slots - 1], learning, b, 0, dim)
         # 2. 3. Without dropout, for the measures.
@@ -421,20 +465,37 @@ def _heads(facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: 
         if b == end - 1:
             _evidence_slopes(
                 begin, end, label_mask, net_1, firsts, newest, z, across, hidden, evidence_slope,
-                to_personal, to_net_0, to_net_1, to_position,
+                to_personal, gained_0, gained_1, gained_position,
             )  # fmt: skip
-    for f in range(width):
-        for k in range(NET_HIDDEN):
-            to_net_0[width + f, k] += to_net_0[f, k]
+        # 5.
+        if b == end - 1 and (end == rows or end % MOVE_ROWS == 0):
+            for f in range(width):
+                for k in range(NET_HIDDEN):
+                    gained_0[width + f, k] += gained_0[f, k]
+            for row in range(unmoved, end):
+                for k in range(personal.shape[1]):
+                    gained_linear[k] += to_personal[row, k]
+            to_net_0 += gained_0
+            to_net_1 += gained_1
+            to_position += gained_position
+            to_other += gained_other
+            _move(moved.weights, moved.first, moved.second, moved.powers, gained, rate)
+            drift[:] = linear - given.linear
+            folded[:] = net_0[:width] + net_0[width:]
+            unmoved = end
 
 
-def heads(facts: Facts, given: Given) -> tuple[Scores, Slopes, Learned]:
-    """Scores and slopes of a step, and the crosses after it.
+def heads(facts: Facts, given: Given, slots: Moved | None = None, rate: float = 0.0) -> tuple[Scores, Slopes, Learned]:
+    """Scores and slopes of a step, and what was learned within it.
 
     Args:
         facts: What the host knows.
         given: What the graph computed.
+        slots: The Adam slots before the step, not changed; its weights are not read. None moves nothing.
+        rate: Step size of Adam.
     """
+    weights = np.concatenate([getattr(given, name).reshape(-1) for name in MOVING])
+    moved = Moved.of(weights) if slots is None else Moved(weights, *(slot.copy() for slot in slots[1:]))
     rows, labels, _ = facts.windows.shape
     ranks = facts.popular_mask.shape[1]
     scores = Scores(
@@ -446,6 +507,6 @@ def heads(facts: Facts, given: Given) -> tuple[Scores, Slopes, Learned]:
         np.empty(2 * rows, np.float32),
     )
     slopes = Slopes(*(np.zeros_like(getattr(given, name)) for name in Slopes._fields))
-    learned = Learned(given.cross.copy(), given.cross_precision.copy())
-    _heads(facts, given, LOGARITHMS, scores, slopes, learned)
+    learned = Learned(given.cross.copy(), given.cross_precision.copy(), moved)
+    _heads(facts, given, LOGARITHMS, scores, slopes, learned, np.float32(rate if slots is not None else 0.0))
     return scores, slopes, learned

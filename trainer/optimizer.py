@@ -17,10 +17,8 @@ import tensorflow as tf
 
 from state.errors import SettingsError
 from state.native import compiled_sums
-
-BETA_1 = np.float32(0.9)
-BETA_2 = np.float32(0.999)
-EPSILON = np.float32(1e-7)
+from trainer.facts import Moved
+from trainer.heads import BETA_1, BETA_2, EPSILON
 
 F32 = npt.NDArray[np.float32]
 
@@ -32,24 +30,48 @@ class Adam:
         weights: The variables by name.
         learning_rate: Step size.
         rates: Factors of the step size by a name's prefix; 1 elsewhere.
+        moving: Weights, in this order, that move within a step (`trainer/heads.py`): they are set, not moved, here.
+        moving_rate: Factor of their step size.
+
+    Attributes:
+        moving: The slots of those; its weights are not read.
+        moving_rate: Their step size.
     """
 
     def __init__(
-        self, weights: Mapping[str, Any], learning_rate: float, rates: Mapping[str, float] | None = None
+        self,
+        weights: Mapping[str, Any],
+        learning_rate: float,
+        rates: Mapping[str, float] | None = None,
+        moving: Sequence[str] = (),
+        moving_rate: float = 0.0,
     ) -> None:
         self._weights = dict(weights)
+        self.moving = Moved.of(np.zeros(sum(int(np.prod(weights[name].shape)) for name in moving), np.float32))
+        self.moving_rate, self._moving = learning_rate * moving_rate, {name: weights[name] for name in moving}
         factors = {
             name: max([f for p, f in (rates or {}).items() if name.startswith(p)], default=1.0) for name in weights
         }
         self._rates = {name: np.float32(learning_rate * factors[name]) for name in weights}
-        self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in weights.items()}
-        self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in weights.items()}
+        others = {name: weight for name, weight in weights.items() if name not in moving}
+        self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
+        self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
         self._powers = tf.Variable(np.array([BETA_1, BETA_2]), trainable=False)
 
-    def apply(self, gradients: Sequence[Any]) -> None:
-        """One step, inside a tf.function; gradients in the order of the weights."""
+    def apply(self, gradients: Sequence[Any], moved: Any) -> None:
+        """One step, inside a tf.function.
+
+        Args:
+            gradients: In the order of the weights; those of moving weights are not read.
+            moved: `[m]` float32, the moving weights, one behind another.
+        """
+        parts = tf.split(moved, [int(np.prod(weight.shape)) for weight in self._moving.values()])
+        for weight, part in zip(self._moving.values(), parts, strict=True):
+            weight.assign(tf.reshape(part, weight.shape))
         powers = self._powers.read_value()
         for (name, weight), gradient in zip(self._weights.items(), gradients, strict=True):
+            if name in self._moving:
+                continue
             tf.raw_ops.ResourceApplyAdam(
                 var=weight.handle,
                 m=self._first[name].handle,
@@ -66,10 +88,12 @@ class Adam:
         self._powers.assign(powers * np.array([BETA_1, BETA_2]))
 
     def slots(self) -> dict[str, F32]:
-        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, and the powers of both betas."""
+        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, the powers of both betas, and `moving.`'s."""
         held = {f"{name}.m": slot for name, slot in self._first.items()}
         held |= {f"{name}.v": slot for name, slot in self._second.items()}
-        return {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
+        found = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
+        moving = self.moving
+        return found | {"moving.m": moving.first, "moving.v": moving.second, "moving.powers": moving.powers}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """Sets the whole state.
@@ -78,10 +102,14 @@ class Adam:
             SettingsError: A slot is missing: the version is of another model.
         """
         try:
-            for name in self._weights:
+            first, second, powers = (np.array(slots[f"moving.{name}"]) for name in ("m", "v", "powers"))
+            if first.shape != self.moving.first.shape:
+                raise ValueError(f"moving.m of shape {first.shape}")
+            for name in self._first:
                 self._first[name].assign(slots[f"{name}.m"])
                 self._second[name].assign(slots[f"{name}.v"])
             self._powers.assign(slots["powers"])
+            self.moving = Moved(np.zeros_like(first), first, second, powers)
         except (KeyError, ValueError) as error:
             raise SettingsError(
                 f"optimizer slot {error} does not fit this model; put the [model] settings back"

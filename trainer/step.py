@@ -7,9 +7,10 @@ A step takes one micro-batch, already trimmed and unmasked:
 3. One graph scores the rows without dropout and computes the gradients with it.
 4. The guard judges loss and gradient.
 5. A second graph applies the gradients: Adagrad to the rows used, Adam to the
-   dense weights; crosses were learned row after row while scored. After a skip it does not run: no bit of a weight changes. The
-   sightings stay, because they are facts of the log and not of the gradient;
-   rows admitted by a skipped step have their first values.
+   dense weights; crosses, and the shared weights of the evidence, were learned
+   while rows were scored. After a skip it does not run: no bit of a weight
+   changes. The sightings stay, because they are facts of the log and not of the
+   gradient; rows admitted by a skipped step have their first values.
 6. The report is added to the progressive measures, and the clicks to the
    popular labels; a skipped step enters neither.
 
@@ -40,7 +41,7 @@ from trainer.candidates import candidates, partners, seed_of
 from trainer.device import prepare
 from trainer.evaluation import Evaluation
 from trainer.facts import Facts, Learned, Scores, Slopes
-from trainer.graph import CROSS, Graph, Measured
+from trainer.graph import CROSS, MOVING_WEIGHTS, Graph, Measured
 from trainer.guard import GuardState, Verdict, judge
 from trainer.index import I32, U64
 from trainer.model import LATEST, Model, Preprocessing
@@ -68,6 +69,9 @@ TABLES = ("user", "item", "category", "context", CROSS)
 
 RATES = {"interest.": 20.0, "engagement.": 20.0}
 """The few weights over label windows see every label of every row and learn faster, those of engagement every pair."""
+
+MOVING_RATE = 10.0
+"""And those that move several times a step."""
 
 
 def labelled(settings: Settings) -> bool:
@@ -175,7 +179,7 @@ class Trainer:
         )
         with tf.device(self.device):
             self.model = Model(model, spec, preprocessing, labelled(settings))
-            self.optimizer = Adam(self.model.dense, model.dense_learning_rate, RATES)
+            self.optimizer = Adam(self.model.dense, model.dense_learning_rate, RATES, MOVING_WEIGHTS, MOVING_RATE)
         self.popular = Popular(model.popular)
         self.evaluation = Evaluation()
         self._columns = Columns(settings.attributes)
@@ -254,7 +258,7 @@ class Trainer:
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout: label_logits `[B, L]`, popular_logits `[B, P]`. Changes nothing."""
         with tf.device(self.device):
-            _, scores, _, _ = self._graph.measure(*self._inputs(batch, self._crosses_of(batch), (0, 0)))
+            _, scores, _, _ = self._graph.measure(*self._inputs(batch, self._crosses_of(batch), (0, 0)), move=False)
         return {"label_logits": scores.label_logits, "popular_logits": scores.popular_logits}
 
     def _crosses_of(self, batch: MicroBatch) -> U64:

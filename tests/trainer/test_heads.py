@@ -8,9 +8,9 @@ import tensorflow as tf
 
 from state.sections import Model as ModelSettings
 from tests.trainer.batches import SPEC
-from trainer.facts import Facts, Given, Scores, Slopes
-from trainer.graph import FROM_HEADS
-from trainer.heads import BLOCK, heads
+from trainer.facts import MOVING, Facts, Given, Moved, Scores, Slopes
+from trainer.graph import FROM_HEADS, IN_HEADS
+from trainer.heads import BLOCK, MOVE_ROWS, heads
 from trainer.model import Model
 
 ROWS, DIM, POPULAR = BLOCK + 3, 8, 4
@@ -29,39 +29,39 @@ def model() -> Model:
     return made
 
 
-def step(model: Model, labelled: bool = True) -> tuple[Facts, dict[str, np.ndarray]]:
+def step(model: Model, labelled: bool = True, rows: int = ROWS) -> tuple[Facts, dict[str, np.ndarray]]:
     """Facts of a step and the arrays that the graph starts from; row 0 of the tables is the missing one."""
     drawn = np.random.default_rng(5)
 
     def normal(*shape: int) -> np.ndarray:
         return drawn.normal(0, 0.5, shape).astype(np.float32)
 
-    count = drawn.integers(1, LABELS + 1, ROWS) if labelled else np.zeros(ROWS, int)
+    count = drawn.integers(1, LABELS + 1, rows) if labelled else np.zeros(rows, int)
     label_mask = (np.arange(LABELS) < count[:, None]).astype(np.float32)
     # The labels of a row are distinct, as a history gives them; one of them may have no row.
-    label_at = np.array([drawn.permutation(CATEGORIES + LABELS)[:LABELS] for _ in range(ROWS)]) % CATEGORIES
+    label_at = np.array([drawn.permutation(CATEGORIES + LABELS)[:LABELS] for _ in range(rows)]) % CATEGORIES
     label_at = np.where(label_mask > 0, label_at, 0).astype(np.int32)
     for row in label_at:
         _, first = np.unique(row, return_index=True)
         row[np.setdiff1d(np.arange(LABELS), first)] = 0
-    pair_category_at = np.concatenate([label_at[:, 0], drawn.integers(0, CATEGORIES, ROWS)]).astype(np.int32)
+    pair_category_at = np.concatenate([label_at[:, 0], drawn.integers(0, CATEGORIES, rows)]).astype(np.int32)
     facts = Facts(
-        windows=drawn.integers(0, 300, (ROWS, LABELS, WIDTH)).astype(np.uint16),
+        windows=drawn.integers(0, 300, (rows, LABELS, WIDTH)).astype(np.uint16),
         log_scale=model.prepare_windows.log_scale,
         scale=model.prepare_windows.scale,
         label_mask=label_mask,
-        popular_mask=(drawn.random((ROWS, POPULAR)) < 0.7).astype(np.float32),
-        other_mask=np.tile(np.array([1, 0, 1, 1, 0, 1, 1], np.float32), ROWS // 7),
+        popular_mask=(drawn.random((rows, POPULAR)) < 0.7).astype(np.float32),
+        other_mask=np.tile(np.array([1, 0, 1, 1, 0, 1, 1], np.float32), rows // 7),
         label_at=label_at,
-        other_at=drawn.integers(1, CATEGORIES, ROWS).astype(np.int32),
+        other_at=drawn.integers(1, CATEGORIES, rows).astype(np.int32),
         pair_category_at=pair_category_at,
-        pair_item_at=drawn.integers(0, ITEMS, 2 * ROWS).astype(np.int32),
-        target=np.tile(np.array([0, LABELS, LABELS + POPULAR, 0, -1, 0, 0], np.int32), ROWS // 7),
-        weight=np.tile(np.array([1, 2, 1, 1, 0, 0.5, 3], np.float32), ROWS // 7),
-        engaged=(np.arange(2 * ROWS) < ROWS).astype(np.float32),
-        engaged_shift=np.full(2 * ROWS, 0.7, np.float32),
-        engaged_weight=np.where(np.arange(2 * ROWS) % 5 == 4, 0.0, 0.2).astype(np.float32),
-        cross_at=np.zeros((ROWS, 0), np.int32),
+        pair_item_at=drawn.integers(0, ITEMS, 2 * rows).astype(np.int32),
+        target=np.tile(np.array([0, LABELS, LABELS + POPULAR, 0, -1, 0, 0], np.int32), rows // 7),
+        weight=np.tile(np.array([1, 2, 1, 1, 0, 0.5, 3], np.float32), rows // 7),
+        engaged=(np.arange(2 * rows) < rows).astype(np.float32),
+        engaged_shift=np.full(2 * rows, 0.7, np.float32),
+        engaged_weight=np.where(np.arange(2 * rows) % 5 == 4, 0.0, 0.2).astype(np.float32),
+        cross_at=np.zeros((rows, 0), np.int32),
         cross_prior=np.zeros(0, np.float32),
     )
     facts.popular_mask[1::7, 0] = 1.0
@@ -70,10 +70,10 @@ def step(model: Model, labelled: bool = True) -> tuple[Facts, dict[str, np.ndarr
     category, item = normal(CATEGORIES, DIM), normal(ITEMS, DIM)
     category[0], item[0] = 0, 0
     return facts, {
-        "scoring": normal(ROWS, 8),
-        "learning": normal(ROWS, 8),
-        "user": normal(ROWS, DIM),
-        "prepared": normal(ROWS, len(SPEC.names)),
+        "scoring": normal(rows, 8),
+        "learning": normal(rows, 8),
+        "user": normal(rows, DIM),
+        "prepared": normal(rows, len(SPEC.names)),
         "popular_rows": normal(POPULAR, DIM),
         "category": category,
         "item": item,
@@ -85,7 +85,7 @@ def given(model: Model, arrays: dict[str, tf.Tensor]) -> Given:
     scoring, learning = (model.queries(arrays[name], arrays["user"]) for name in ("scoring", "learning"))
     found = [scoring, learning, *(model.popular(queries, arrays["popular_rows"]) for queries in (scoring, learning))]
     found += [model.personal(arrays["prepared"]), arrays["category"], arrays["item"]]
-    dense = (model.dense[name].numpy() for name in FROM_HEADS)
+    dense = (model.dense[name].numpy() for name in IN_HEADS)
     return Given(
         *(np.array(value) for value in found), *dense, np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
     )
@@ -173,6 +173,59 @@ def test_slopes_are_the_derivatives_of_the_model(model: Model, labelled: bool) -
         ours_slope = getattr(slopes, FROM_HEADS[weight])
         reference = np.zeros_like(ours_slope) if slope is None else slope.numpy()
         np.testing.assert_allclose(ours_slope, reference, rtol=2e-3, atol=2e-5, err_msg=weight)
+
+
+def by_name(flat: np.ndarray, of: Given) -> dict[str, np.ndarray]:
+    """The parts of an array in the order of `MOVING`."""
+    ends = np.cumsum([getattr(of, name).size for name in MOVING])
+    parts = np.split(flat, ends[:-1])
+    return {name: value.reshape(getattr(of, name).shape) for name, value in zip(MOVING, parts, strict=True)}
+
+
+def part(facts: Facts, of: Given, rows: slice, moved: dict[str, np.ndarray]) -> tuple[Facts, Given]:
+    """Some rows of a step, with weights that have moved since."""
+    count = facts.target.size
+    both = np.r_[np.arange(count)[rows], count + np.arange(count)[rows]]
+    pairs = {name: value[both] for name, value in facts._asdict().items() if len(value) == 2 * count}
+    single = {name: value[rows] for name, value in facts._asdict().items() if len(value) == count}
+    per_row = {name: value[rows] for name, value in of._asdict().items() if len(value) == count}
+    per_row["personal"] = per_row["personal"] + (moved["linear"] - of.linear)
+    return facts._replace(**single, **pairs), of._replace(**per_row | moved)
+
+
+def test_weights_of_the_evidence_move_by_adam_after_each_128_rows_and_later_rows_see_it(model: Model) -> None:
+    count, rate = 2 * MOVE_ROWS + 10, 0.02
+    facts, arrays = step(model, rows=count)
+    of = given(model, arrays)
+    slots = Moved.of(np.concatenate([getattr(of, name).reshape(-1) for name in MOVING]))
+    rng = np.random.default_rng(4)
+    slots = slots._replace(first=rng.normal(0, 0.1, slots.first.shape).astype(np.float32))
+    scores, slopes, learned = heads(facts, of, slots, rate)
+    moved = learned.moved
+
+    weights, first, second = slots.weights.copy(), slots.first.copy(), slots.second.copy()
+    total, expected_scores = np.zeros_like(weights), []
+    for number, begin in enumerate(range(0, count, MOVE_ROWS), start=1):
+        rows = slice(begin, min(begin + MOVE_ROWS, count))
+        some, then, _ = heads(*part(facts, of, rows, by_name(weights, of)))
+        expected_scores.append(some.label_logits)
+        slope = np.concatenate(
+            [then.personal.sum(0), *(getattr(then, name).reshape(-1) for name in MOVING if name != "linear")]
+        )
+        total += slope
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        step_size = rate * np.sqrt(1 - 0.999**number) / (1 - 0.9**number)
+        weights = (weights - step_size * first / (np.sqrt(second) + 1e-7)).astype(np.float32)
+    np.testing.assert_allclose(scores.label_logits, np.concatenate(expected_scores), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(moved.weights, weights, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(moved.first, first, rtol=2e-3, atol=1e-4)
+    given_slopes = {name: getattr(slopes, name) for name in MOVING if name != "linear"}
+    for name, value in given_slopes.items():
+        np.testing.assert_allclose(value, by_name(total, of)[name], rtol=2e-3, atol=1e-3, err_msg=name)
+    assert np.abs(moved.weights - slots.weights).max() > rate
+    still = heads(facts, of)
+    assert (still[2].moved.weights == slots.weights).all()
+    assert (still[0].label_logits[:MOVE_ROWS] == scores.label_logits[:MOVE_ROWS]).all()
 
 
 def test_every_field_of_the_slopes_is_a_field_of_what_was_given() -> None:
