@@ -475,13 +475,19 @@ def _heads(
             for row in range(unmoved, end):
                 for k in range(personal.shape[1]):
                     gained_linear[k] += to_personal[row, k]
-            to_net_0 += gained_0
-            to_net_1 += gained_1
-            to_position += gained_position
-            to_other += gained_other
+            for f in range(2 * width):
+                _add(to_net_0, f, 0, _ONE, gained_0, f, 0, NET_HIDDEN)
+            for k in range(NET_HIDDEN):
+                to_net_1[k] += gained_1[k]
+            for j in range(labels):
+                to_position[j] += gained_position[j]
+            to_other[0] += gained_other[0]
             _move(moved.weights, moved.first, moved.second, moved.powers, gained, rate)
-            drift[:] = linear - given.linear
-            folded[:] = net_0[:width] + net_0[width:]
+            for k in range(linear.shape[0]):
+                drift[k] = linear[k] - given.linear[k]
+            for f in range(width):
+                for k in range(NET_HIDDEN):
+                    folded[f, k] = net_0[f, k] + net_0[width + f, k]
             unmoved = end
 
 
