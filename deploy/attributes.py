@@ -34,7 +34,8 @@ from state.config import Settings, load
 from state.config_sources import split_settings
 from state.errors import DecodeError, SettingsError, SpringtideError
 from state.log import Topics
-from state.recordings import FORMATS, Recording, find
+from state.recordings import Recording, find
+from state.recordings_options import add_format_arguments
 from state.recordings_rows import Rows, shown_reasons
 
 ENOUGH_ROWS = 10  # so many rows and no record: the mapping is wrong
@@ -231,14 +232,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(
             f"--{side}-id", default="", metavar="NAME", help=f"the column of the {side}'s id (default: events.{side})"
         )
-    made.add_argument("--format", choices=FORMATS, default="", help="of all files; else each file's name tells")
-    made.add_argument("--delimiter", default="", metavar="C", help="between CSV cells (default , and a tab for .tsv)")
-    made.add_argument(
-        "--columns",
-        default="",
-        metavar="A,B,...",
-        help="names of the columns of CSV files without a header, of one side; - skips one",
-    )
+    add_format_arguments(made, ", of one side")
     return made
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.features import FeatureSpec
+from state.mixing import mix
 from state.native import compiled
 
 U64 = NDArray[np.uint64]
@@ -101,14 +102,6 @@ class Values(NamedTuple):
 
 
 @compiled
-def _mix(value: np.uint64) -> np.uint64:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-@compiled
 def _band(count: int) -> int:
     """Counts below 16 as they are, then four bands an octave."""
     shift = 0
@@ -153,7 +146,7 @@ def _cross(values: U64, pairs: I32, salts: U64, found: U64) -> None:
             one, other = values[i, pairs[c, 0]], values[i, pairs[c, 1]]
             found[i, c] = np.uint64(0)
             if one != np.uint64(0) and other != np.uint64(0):
-                found[i, c] = max(_mix(_mix(one ^ salts[c]) + other), np.uint64(1))
+                found[i, c] = max(mix(mix(one ^ salts[c]) + other), np.uint64(1))
 
 
 class Crosses:

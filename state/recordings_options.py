@@ -18,14 +18,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
     """
     parser.add_argument("files", nargs="*", metavar="FILE", help="CSV, JSON lines or Parquet; .gz, .zst; globs")
     group = parser.add_argument_group("files", f"Columns are found by the names in [events], as in the topic. {about}")
-    group.add_argument("--format", choices=FORMATS, default="", help="of all files; else each file's name tells")
-    group.add_argument("--delimiter", default="", metavar="C", help="between CSV cells (default , and a tab for .tsv)")
-    group.add_argument(
-        "--columns",
-        default="",
-        metavar="A,B,...",
-        help="names of the columns of CSV files without a header; - skips one",
-    )
+    add_format_arguments(group)
     group.add_argument(
         "--constant", action="append", default=[], metavar="FIELD=VALUE", help="a field that is the same in every row"
     )
@@ -41,6 +34,23 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
         choices=("memory", "assume"),
         default="memory",
         help="memory: read everything and order it by time (default); assume: the files are in order",
+    )
+
+
+def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> None:
+    """Adds the options that say what all files are.
+
+    Args:
+        parser: Where to, or a group of its options.
+        of: Of which files the columns are, where not of all.
+    """
+    parser.add_argument("--format", choices=FORMATS, default="", help="of all files; else each file's name tells")
+    parser.add_argument("--delimiter", default="", metavar="C", help="between CSV cells (default , and a tab for .tsv)")
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="A,B,...",
+        help=f"names of the columns of CSV files without a header{of}; - skips one",
     )
 
 

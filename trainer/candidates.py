@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from state.mixing import mix
 from state.native import compiled
-from trainer.index import I32, U64, mix
+from trainer.index import I32, U64
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]

@@ -11,6 +11,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from state.mixing import mix
 from state.native import compiled
 
 U64 = npt.NDArray[np.uint64]
@@ -124,14 +125,6 @@ def _slots_for(ids: int) -> int:
     while slots * _FILL <= ids:
         slots *= 2
     return slots
-
-
-@compiled
-def mix(value: np.uint64) -> np.uint64:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 @compiled

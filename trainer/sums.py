@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from state.mixing import mix
 from state.native import compiled, compiled_sums
-from trainer.index import I32, mix
+from trainer.index import I32
 
 F32 = npt.NDArray[np.float32]
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,15 +27,6 @@ FLAGS = [
     "--attributes.item_fields=brand,price:10|50",
 ]
 Sent = list[tuple[bytes, bytes]]
-
-
-@pytest.fixture
-def undisturbed_signals() -> Iterator[None]:
-    """Puts back the signal handlers that `main` sets."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def sending(words: list[str], *flags: str) -> tuple[Sent, str, str]:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +69,6 @@ def records(kafka: Kafka) -> list[tuple[int, bytes, bytes, int]]:
                 if batch.next >= left.get(batch.partition, batch.next + 1):
                     del left[batch.partition]
     return found
-
-
-@pytest.fixture
-def undisturbed_signals() -> Iterator[None]:
-    """Puts back the signal handlers that `main` sets."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("kill_at", ["replay.promised:2", "replay.acknowledged:1"])
