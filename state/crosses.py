@@ -1,12 +1,21 @@
 """Crosses: what a row's values, alone and in pairs, are called in the table of their weights.
 
 A cross is a value, such as the item or the user's age band, or a pair, such as
-the user and the category. Each has one learned number, and the sum over a
-row's crosses is a part of its engagement logit: that this user likes that
-category is then a number of its own, which no product of two embedding rows
-has to find. The trainer and serving name crosses with this one function, so
-that the same row has the same weights in both. Integers only: the same bits on
-every machine.
+the user and the category: that this user likes that category is then a number
+of its own, which no product of two embedding rows has to find. The trainer and
+serving name crosses with this one function, so that the same row has the same
+numbers in both. Integers only: the same bits on every machine.
+
+Each cross has two learned numbers, both logits. Its weight is what it adds to
+the sum of all weights of a row, where each leaves to the others what they can
+say too. Its margin is by how much the labels of its own rows differ from those
+of all, whatever else those rows had in common: known after few rows, and not
+moved by what others learn. They err in different ways, so that a mixture of
+both is nearer than either: a part of a row's engagement logit is
+
+    sum over its crosses c of  weight share of c * weight + margin share of c * margin
+
+with shares that are learned too, a pair for each name of a cross.
 
     alone       user, item, category, each context field, each attribute of user and item, each answer
     with user   item, category, each context field, each attribute of the item
@@ -77,6 +86,18 @@ A context differs most from another, then somebody's taste for an item that
 comes again; what an age band has in common differs least. Four labels tell one
 of precision, at best. Chosen on KuaiRand in one pass over its six days.
 """
+
+WIDTH = 2
+"""Numbers of a cross: weight and margin."""
+
+FIRST_SHARES = (0.5, 0.0)
+"""How much weight and margin count before anything was learned. Half of the sum of weights is about right beside margins."""
+
+MARGIN_PRECISION = 1.0
+"""The precision of a margin before anything was learned: four labels, where half of all are positive."""
+
+SHARE_PRECISION = 50.0
+"""The precision of what is added to a first share."""
 
 
 class Values(NamedTuple):
@@ -149,6 +170,26 @@ def _cross(values: U64, pairs: I32, salts: U64, found: U64) -> None:
                 found[i, c] = max(mix(mix(one ^ salts[c]) + other), np.uint64(1))
 
 
+def _hashed(kind: str, names: Sequence[str]) -> U64:
+    """`[n]` uint64."""
+    digests = [hashlib.sha256(f"{kind}:{name}".encode()).digest() for name in names]
+    return np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
+
+
+def logits_of(rows: F32, shares: F32) -> F32:
+    """What crosses add to the logit of rows.
+
+    Args:
+        rows: `[n, C, 2]` float32 weights and margins, 0 where there is no cross.
+        shares: `[C, 2]` float32, what is added to the first shares.
+
+    Returns:
+        `[n]` float32.
+    """
+    found: F32 = ((shares + np.array(FIRST_SHARES, np.float32)) * rows).sum((1, 2))
+    return found
+
+
 class Crosses:
     """The crosses of rows with some columns.
 
@@ -161,6 +202,7 @@ class Crosses:
     Attributes:
         names: Of the C crosses, such as `user*category`.
         precision: `[C]` float32, of their weights before anything was learned.
+        shares: `[C]` uint64, under which ids what is added to the first shares of each name is kept.
 
     >>> crosses = Crosses(FeatureSpec(), ("tab",), (), ("author",))
     >>> crosses.names[1:9]
@@ -191,8 +233,7 @@ class Crosses:
         )
         self._width = len(kinds)
         self._pairs: I32 = np.array([[place[one], place[other]] for one, other in alone + paired], np.int32)
-        salts = [hashlib.sha256(f"cross:{name}".encode()).digest()[:8] for name in self.names]
-        self._salts: U64 = np.array([int.from_bytes(salt, "big") for salt in salts], np.uint64)
+        self._salts, self.shares = (_hashed(kind, self.names) for kind in ("cross", "cross share"))
         counted, decayed = len(spec.windows_s) - 1, len(spec.windows_s) + len(spec.half_lives_s) - 1
         read = [f"{kind}.{spec.label_names[name]}" for name in (decayed, counted) for kind in ("labelled", "positive")]
         read += ["gap.1", "session.events", "events.days"]

@@ -83,10 +83,10 @@ def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
 
 
 def load(trainer: Trainer, tensors: content.Tensors) -> None:
-    """Replaces the whole state of `trainer` by a full one; one of a release without crosses has none of them."""
+    """Replaces the whole state of `trainer` by a full one; one of a release without crosses, or with others, has none."""
     trainer.clear()
     for name, table in trainer.tables.items():
-        if name == CROSS and f"{name}.ids" not in tensors:
+        if name == CROSS and (f"{name}.ids" not in tensors or tensors[f"{name}.rows"].shape[1] != table.dim):
             continue
         table.load(Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS}))
     trainer.model.set_weights(_under("dense.", tensors))

@@ -82,8 +82,10 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
     # 1. What is whole in each version.
     merged = {name: tensor for name, tensor in parts[-1].items() if name not in tabled}
     for table in TABLES:
-        # A release without this table wrote none of it; an empty one is the same.
+        # A release without this table wrote none of it; an empty one is the same. Rows of another width are of a
+        # release whose rows meant something else: a trainer that went on from there took up none of them.
         held = [part for part in parts if f"{table}.ids" in part]
+        held = [part for part in held if part[f"{table}.rows"].shape[1:] == held[-1][f"{table}.rows"].shape[1:]]
         if not held:
             continue
         # 2. Rows: the last word about an id counts, be it a row or its removal.

@@ -36,7 +36,8 @@ class Facts(NamedTuple):
         engaged_shift: `[2 B]` float32, added to the score of a pair before its loss.
         engaged_weight: `[2 B]` float32, factor of a pair's loss; 0 leaves it out.
         cross_at: `[B, C]` int32 cross rows of each row's own pair; the missing one where it is not learned from.
-        cross_prior: `[C]` float32, the precision of each cross before anything was learned.
+        share_at: `[C]` int32 cross rows in which the shares of each cross are.
+        cross_prior: `[C]` float32, the precision of each weight of a cross before anything was learned.
     """
 
     windows: U16
@@ -55,6 +56,7 @@ class Facts(NamedTuple):
     engaged_shift: F32
     engaged_weight: F32
     cross_at: I32
+    share_at: I32
     cross_prior: F32
 
 
@@ -77,8 +79,8 @@ class Given(NamedTuple):
         item_bias: `[dim]`
         category_bias: `[dim]`
         linear: `[2 F + 16]`, the part of `personal` that all users share.
-        cross: `[w, 1]` distinct weights of crosses.
-        cross_precision: `[w, 1]`, how much was learned of each.
+        cross: `[w, 2]` distinct weights and margins of crosses, and their shares.
+        cross_precision: `[w, 2]`, how much was learned of each.
     """
 
     scoring: F32

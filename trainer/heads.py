@@ -11,9 +11,8 @@ For each row, in the order of the batch:
 1. Windows become logarithms, and each label's evidence is summed, a block of rows at a time.
 2. Candidates are scored twice: without dropout for the measures, with it to learn.
 3. Interest: softmax over the candidates, log loss, rank of the target.
-4. Engagement: the row's own item, and its negative where one was drawn; a row
-   whose label is known then moves the weights of its crosses, before the next
-   row is scored.
+4. Engagement: the row's own item, and its negative where one was drawn. What its
+   crosses say is known before (`trainer/crosses.py`).
 5. After each 128 rows the weights of the evidence move, before the next row is scored.
 
 Sums are taken in the order of the rows and land in the order of first
@@ -27,6 +26,7 @@ import math
 import numpy as np
 
 from state.native import compiled_sums, part_of_sums
+from trainer.crosses import crosses
 from trainer.facts import F32, I32, MOVING, U16, Facts, Given, Learned, Moved, Scores, Slopes
 
 NET_HIDDEN = 16
@@ -276,36 +276,6 @@ def _candidates(
 
 
 @part_of_sums
-def _crossed(b: int, cross_at: I32, cross: F32) -> np.float32:
-    """The sum of the weights of row `b`'s crosses."""
-    total = _ZERO
-    for c in range(cross_at.shape[1]):
-        total += cross[cross_at[b, c], 0]
-    return total
-
-
-@part_of_sums
-def _learn_crosses(b: int, prior: F32, likely: np.float32, label: np.float32, at: I32, cross: F32, known: F32) -> None:
-    """One observation of row `b`'s crosses, whose sum has just made `likely` the chance of the label.
-
-    Each weight is a normal variable of its own, and the step is that of an
-    extended Kalman filter with a diagonal covariance: who is little known moves
-    far and learns, who is well known stays. No rate is tuned and none decays.
-    """
-    information, doubt = likely * (_ONE - likely), _ZERO
-    for c in range(at.shape[1]):
-        if at[b, c] != 0:
-            doubt += _ONE / (prior[c] + known[at[b, c], 0])
-    surprise = (label - likely) / (_ONE + information * doubt)
-    for c in range(at.shape[1]):
-        place = at[b, c]
-        if place != 0:
-            variance = _ONE / (prior[c] + known[place, 0])
-            cross[place, 0] += variance * surprise
-            known[place, 0] += information / (_ONE + information * (doubt - variance))
-
-
-@part_of_sums
 def _rank(logits: F32, target: int) -> int:
     """Labels and popular ones before the target; of equal ones the lower slot comes first."""
     slots: int = logits.shape[0] - 1
@@ -339,12 +309,17 @@ def _parts(flat: F32, width: int, labels: int) -> tuple[F32, F32, F32, F32, F32]
 
 @compiled_sums
 def _heads(
-    facts: Facts, given: Given, logarithms: F32, scores: Scores, slopes: Slopes, learned: Learned, rate: np.float32
+    facts: Facts,
+    given: Given,
+    logarithms: F32,
+    crossed: F32,
+    scores: Scores,
+    slopes: Slopes,
+    moved: Moved,
+    rate: np.float32,
 ) -> None:
     (windows, log_scale, scale, label_mask, popular_mask, other_mask, label_at, other_at) = facts[:8]
     (pair_category_at, pair_item_at, target, weight, engaged, engaged_shift, engaged_weight) = facts[8:15]
-    cross_at, cross_prior = facts.cross_at, facts.cross_prior
-    cross, cross_precision, moved = learned
     (scoring, learning, scoring_popular, learning_popular, personal, category, item) = given[:7]
     prior = given.prior
     item_bias, category_bias = given.item_bias.reshape(1, -1), given.category_bias.reshape(1, -1)
@@ -435,7 +410,7 @@ def _heads(
                 fixed = prior[2] * likely
             fixed += _dot(item_bias, 0, 0, item, item_at) + _dot(category_bias, 0, 0, category, category_at)
             if at == b:
-                fixed += _crossed(b, cross_at, cross)
+                fixed += crossed[b]
             score = fixed + scoring[b, 2 * dim] + _dot(scoring, b, dim, item, item_at)
             shifted = score + engaged_shift[at]
             engagement[at] = score
@@ -444,9 +419,6 @@ def _heads(
             )
             if engaged_weight[at] == _ZERO:
                 continue
-            if at == b:
-                chance = _ONE / (_ONE + np.float32(math.exp(-score)))
-                _learn_crosses(b, cross_prior, chance, engaged[at], cross_at, cross, cross_precision)
             shifted = fixed + learning[b, 2 * dim] + _dot(learning, b, dim, item, item_at) + engaged_shift[at]
             g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - engaged[at]) * engaged_weight[at]
             if known >= 0:
@@ -513,6 +485,10 @@ def heads(facts: Facts, given: Given, slots: Moved | None = None, rate: float = 
         np.empty(2 * rows, np.float32),
     )
     slopes = Slopes(*(np.zeros_like(getattr(given, name)) for name in Slopes._fields))
-    learned = Learned(given.cross.copy(), given.cross_precision.copy(), moved)
-    _heads(facts, given, LOGARITHMS, scores, slopes, learned, np.float32(rate if slots is not None else 0.0))
-    return scores, slopes, learned
+    crossed = crosses(
+        facts.cross_at, facts.share_at, facts.cross_prior, facts.engaged, given.cross, given.cross_precision
+    )
+    _heads(
+        facts, given, LOGARITHMS, crossed.logits, scores, slopes, moved, np.float32(rate if slots is not None else 0)
+    )
+    return scores, slopes, Learned(crossed.rows, crossed.precision, moved)

@@ -32,7 +32,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from state.config import Settings
-from state.crosses import Crosses, Values
+from state.crosses import WIDTH, Crosses, Values
 from state.errors import TrainingHeld
 from state.features import FeatureSpec
 from state.microbatch import MicroBatch
@@ -69,6 +69,9 @@ TABLES = ("user", "item", "category", "context", CROSS)
 
 RATES = {"interest.": 20.0, "engagement.": 20.0}
 """The few weights over label windows see every label of every row and learn faster, those of engagement every pair."""
+
+LABELLED_RATES = RATES | {"engagement.": 1.0}
+"""Where crosses know most of it, those of engagement need not hurry: they would follow what is left, mostly chance."""
 
 MOVING_RATE = 10.0
 """And those that move several times a step."""
@@ -173,13 +176,14 @@ class Trainer:
             for name in TABLES
             if name != CROSS
         }
-        # A cross begins at nothing: a weight of 0, of which nothing was learned.
+        # A cross begins at nothing: a weight and a margin of 0, of which nothing was learned.
         self.tables[CROSS] = Table(
-            CROSS, 1, settings.trainer.capacity, 0.0, settings.trainer.admit_after, self.device, initial_range=0.0
+            CROSS, WIDTH, settings.trainer.capacity, 0.0, settings.trainer.admit_after, self.device, initial_range=0.0
         )
         with tf.device(self.device):
             self.model = Model(model, spec, preprocessing, labelled(settings))
-            self.optimizer = Adam(self.model.dense, model.dense_learning_rate, RATES, MOVING_WEIGHTS, MOVING_RATE)
+            rates = LABELLED_RATES if labelled(settings) else RATES
+            self.optimizer = Adam(self.model.dense, model.dense_learning_rate, rates, MOVING_WEIGHTS, MOVING_RATE)
         self.popular = Popular(model.popular)
         self.evaluation = Evaluation()
         self._columns = Columns(settings.attributes)
@@ -292,6 +296,8 @@ class Trainer:
                 self.tables["context"].sight(context.reshape(-1), np.repeat(batch.at_ms, fields))
         if crosses.size:
             self.tables[CROSS].sight(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
+            shares = self._crosses.shares
+            self.tables[CROSS].sight(shares, np.full(shares.size, counters.log_ms))
 
     def _context(self, batch: MicroBatch) -> npt.NDArray[np.uint64]:
         """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
@@ -328,7 +334,7 @@ class Trainer:
                 "other_at": slots.other,
             },
             "context": {"context_at": self._context(batch).reshape(-1)},
-            CROSS: {"cross_at": crosses.reshape(-1)},
+            CROSS: {"cross_at": crosses.reshape(-1), "share_at": self._crosses.shares[: crosses.shape[1]]},
         }
         if combined is not None:
             parts["context"]["item_attributes_at"] = combined.attributes.reshape(-1)
@@ -365,6 +371,7 @@ class Trainer:
             engaged_shift=np.where(np.concatenate([known, known]), np.float32(0.0), np.float32(NEGATIVE_SHIFT)),
             engaged_weight=scored.astype(np.float32) * np.float32(ENGAGEMENT_SHARE / LOSS_ROWS),
             cross_at=at["cross_at"].reshape(crosses.shape),
+            share_at=at["share_at"],
             cross_prior=self._crosses.precision,
         )
         return facts, inputs

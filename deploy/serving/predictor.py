@@ -9,7 +9,7 @@ for one row and 150 us for sixteen.
 2. The users' pseudonyms, by the salt, and their histories.
 3. The windows as of `at`, without what the mask takes out.
 4. Rows of the user, the context, the labels, the item, and of the attributes of user and item; where an item is
-   asked for, the sum of the weights of the pair's crosses.
+   asked for, what the pair's crosses say.
 5. Candidates = the user's labels, and the popular ones that are not among them.
 6. Logits, softmax over the candidates, names.
 """
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.serving import crosses
 from deploy.serving.attributes import NOTHING, Known, KnownAttributes
 from deploy.serving.program import BATCHES, Program, batch_of, read_program
 from state.crosses import Crosses, Values
@@ -158,6 +159,7 @@ class Loaded:
         popular_rows: `[P, dim]` float32.
         popular_known: `[P]` float32, 1 where there is a popular label.
         missing: The bytes of a row that is not there.
+        cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
         category_rows: Rows of categories read so far; they recur in most answers.
     """
 
@@ -169,6 +171,7 @@ class Loaded:
     popular_rows: F32
     popular_known: F32
     missing: bytes
+    cross_shares: F32
     category_rows: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -379,6 +382,7 @@ class Predictor:
             popular_rows,
             popular_known,
             bytes(4 * dim),
+            crosses.shares_of(reader, served, self._crosses),
         )
         popular_rows[: len(popular)] = self._categories(reader, loaded, popular)
         self._loaded = loaded
@@ -470,9 +474,8 @@ class Predictor:
     def _add_crosses(
         self, reader: RowReader, loaded: Loaded, pairs: Sequence[tuple[int, Pair]], inputs: dict[str, NDArray[Any]]
     ) -> None:
-        """The sum of the weights of each asked pair's crosses; a cross without one counts as zero."""
-        # A version that has learned no label, or of a release without crosses, has none.
-        if not pairs or "cross" not in inputs or "cross" not in loaded.served.dims:
+        """What each asked pair's crosses say; one without a row says nothing."""
+        if not pairs or "cross" not in inputs or not loaded.cross_shares.size:
             return
         contexts = [
             [
@@ -490,9 +493,8 @@ class Predictor:
             item_attributes=np.array([pair.good.ids for _, pair in pairs], np.uint64).reshape(len(pairs), -1),
             features=np.stack([pair.vector.features for _, pair in pairs]),
         )
-        for (place, _), ids in zip(pairs, self._crosses.ids(values).tolist(), strict=True):
-            weights = [reader.row("cross", one, loaded.served) for one in ids if one]
-            inputs["cross"][place] = np.frombuffer(b"".join(row for row in weights if row), np.float32).sum()
+        found = crosses.logits(reader, loaded.served, self._crosses, loaded.cross_shares, values)
+        inputs["cross"][[place for place, _ in pairs]] = found
 
     def _sum(self, reader: RowReader, loaded: Loaded, ids: Sequence[int]) -> F32:
         """The sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""

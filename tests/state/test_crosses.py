@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from state.crosses import ANSWERS, PRECISION, Crosses, Values
+from state.crosses import ANSWERS, PRECISION, Crosses, Values, logits_of
 from state.features import FeatureSpec
 
 SPEC = FeatureSpec()
@@ -20,6 +20,12 @@ GOLDEN = {
     "answer.share by weight": "aea3b2a41e040242",
     "answer.positive of labelled": "580476a2a08e7e6e",
     "answer.pause": "c58f32b09f2a1c20",
+}
+
+GOLDEN_SHARES = {
+    "every": "678cc7e4f1caa19f",
+    "user*category": "4cdacd2b2b5f73ce",
+    "answer.share by weight": "527233573f1b60b1",
 }
 
 
@@ -45,6 +51,20 @@ def test_ids_are_those_of_every_release() -> None:
     )  # fmt: skip
     found = dict(zip(CROSSES.names, (f"{name:016x}" for name in CROSSES.ids(one)[0].tolist()), strict=True))
     assert {name: found[name] for name in GOLDEN} == GOLDEN
+
+
+def test_shares_are_kept_under_ids_of_every_release_that_no_cross_has() -> None:
+    found = dict(zip(CROSSES.names, (f"{one:016x}" for one in CROSSES.shares.tolist()), strict=True))
+    assert {name: found[name] for name in GOLDEN_SHARES} == GOLDEN_SHARES
+    assert len(set(found.values())) == len(CROSSES)
+
+
+def test_margins_count_nothing_and_weights_half_until_shares_are_learned() -> None:
+    rows = np.array([[[0.4, 3.0], [-0.2, 5.0]], [[0.0, 0.0], [1.0, 1.0]]], np.float32)
+    none = np.zeros((2, 2), np.float32)
+    np.testing.assert_allclose(logits_of(rows, none), [0.1, 0.5], rtol=1e-6)
+    learned = np.array([[0.5, 0.1], [0.0, -0.2]], np.float32)
+    np.testing.assert_allclose(logits_of(rows, learned), [0.4 + 0.3 - 0.1 - 1.0, 0.5 - 0.2], rtol=1e-6)
 
 
 def test_every_cross_has_an_id_and_a_precision_of_its_own() -> None:

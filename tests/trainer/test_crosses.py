@@ -8,12 +8,13 @@ import functools
 import numpy as np
 import pytest
 
-from state.crosses import Crosses, Values
+from state.crosses import FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION, Crosses, Values
 from state.microbatch import MicroBatch
 from tests.trainer.batches import SPEC, micro_batch, spread
 from tests.trainer.test_attributes import WANTED, with_attributes
 from tests.trainer.test_step import digests, learned, restored, settings
 from trainer import checkpoint, content
+from trainer.crosses import crosses
 from trainer.difference import first_difference
 from trainer.graph import CROSS
 from trainer.guard import Verdict
@@ -47,11 +48,13 @@ def log(count: int = 4, labelled: float = 1.0) -> list[MicroBatch]:
 
 
 def crosses_of(batch: MicroBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
-    return NAMES.ids(
-        Values(
-            batch.user, batch.item, batch.category, batch.context, batch.user_attributes, batch.item_attributes,
-            batch.features,
-        )
+    return NAMES.ids(_values(batch))
+
+
+def _values(batch: MicroBatch) -> Values:
+    return Values(
+        batch.user, batch.item, batch.category, batch.context, batch.user_attributes, batch.item_attributes,
+        batch.features,
     )  # fmt: skip
 
 
@@ -82,25 +85,80 @@ def test_rows_without_a_label_leave_no_crosses_behind() -> None:
     assert 0 < len(known) < len(set(pairs))
 
 
-def test_weights_are_those_of_the_plain_filter() -> None:
-    """In float64, row by row: what was scored is the rest of the logit plus the weights so far."""
-    trainer, batch = fresh(), impressions()
-    ids = crosses_of(batch)
+def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]]:
+    """In float64, row by row: the logits of rows, and by id weight, margin and their precisions, shares included."""
+    ids, labels = crosses_of(batch), batch.label.astype(float).tolist()
+    learned: dict[int, list[float]] = {one: [0.0] * 4 for one in (*ids[ids != 0].tolist(), *NAMES.shares.tolist())}
+
+    def chance(logit: float) -> float:
+        return float(1 / (1 + np.exp(-logit)))
+
+    logits = []
+    for row, label in zip(ids.tolist(), labels, strict=True):
+        own = [
+            (learned[one], learned[share], prior)
+            for one, share, prior in zip(row, NAMES.shares.tolist(), NAMES.precision.tolist(), strict=True)
+            if one
+        ]
+        said = [(share, side, cross[side]) for cross, share, _ in own for side in (0, 1)]
+        logit = sum((share[side] + FIRST_SHARES[side]) * value for share, side, value in said)
+        logits.append(logit)
+        common, together, mixed = chance(own[0][0][1]), chance(sum(cross[0] for cross, _, _ in own)), chance(logit)
+        variance = [1 / (prior + cross[2]) for cross, _, prior in own]
+        # Shares.
+        information, known = mixed * (1 - mixed), [SHARE_PRECISION + share[2 + side] for share, side, _ in said]
+        doubt = sum(value**2 / one for one, (_, _, value) in zip(known, said, strict=True))
+        for one, (share, side, value) in zip(known, said, strict=True):
+            share[side] += value * (label - mixed) / (1 + information * doubt) / one
+            share[2 + side] += information * value**2
+        # Weights.
+        information, doubt = together * (1 - together), sum(variance)
+        for v, (cross, _, _) in zip(variance, own, strict=True):
+            cross[0] += v * (label - together) / (1 + information * doubt)
+            cross[2] += information / (1 + information * (doubt - v))
+        # Margins: the first is the logit of all labels, the others are what theirs add to it.
+        information = common * (1 - common)
+        for place, (cross, _, _) in enumerate(own):
+            cross[3] += information
+            beside = 0.0 if place == 0 else information * cross[1]
+            cross[1] += (label - common - beside) / (MARGIN_PRECISION + cross[3])
+    return logits, learned
+
+
+def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
+    batch = impressions()
+    logits, learned = plain_filter(batch)
+    ids = np.concatenate([crosses_of(batch), NAMES.shares[None]])
+    distinct, at = np.unique(np.append(ids, np.uint64(0)), return_inverse=True)
+    places = at[:-1].reshape(ids.shape).astype(np.int32)
+    nothing = np.zeros((distinct.size, 2), np.float32)
+    found = crosses(places[:-1], places[-1], NAMES.precision, batch.label, nothing, nothing)
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
+    assert np.abs(logits).max() > 0.3
+    expected = np.array([learned[one] for one in distinct[1:].tolist()])
+    np.testing.assert_allclose(found.rows[1:], expected[:, :2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.precision[1:], expected[:, 2:], rtol=1e-4, atol=1e-5)
+    # And so it does in a step.
+    trainer = fresh()
     report = trainer.step(batch)
-    weight: dict[int, float] = {}
-    known: dict[int, float] = {}
-    for row, score in enumerate(report.scores.tolist()):
-        own, prior = [one for one in ids[row].tolist() if one], NAMES.precision[ids[row] != 0].tolist()
-        chance = 1 / (1 + np.exp(-score))
-        variance = [1 / (p + known.get(one, 0.0)) for one, p in zip(own, prior, strict=True)]
-        information, doubt = chance * (1 - chance), sum(variance)
-        for one, v in zip(own, variance, strict=True):
-            weight[one] = weight.get(one, 0.0) + v * (float(batch.label[row]) - chance) / (1 + information * doubt)
-            known[one] = known.get(one, 0.0) + information / (1 + information * (doubt - v))
     table = trainer.tables[CROSS].state()
-    assert table.ids.tolist() == sorted(weight)
-    np.testing.assert_allclose(table.rows[:, 0], [weight[one] for one in table.ids.tolist()], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(table.accum[:, 0], [known[one] for one in table.ids.tolist()], rtol=1e-4, atol=1e-5)
+    assert table.ids.tolist() == distinct[1:].tolist()
+    np.testing.assert_allclose(np.concatenate([table.rows, table.accum], 1), expected, rtol=1e-4, atol=1e-5)
+    # The rest of the logit is next to nothing in a first step.
+    np.testing.assert_allclose(report.scores, logits, atol=0.03)
+
+
+def test_a_margin_is_what_labels_of_a_cross_say_alone() -> None:
+    """Of a cross whose rows are half of all, and positive where the others are not."""
+    trainer = fresh()
+    for number in range(20):
+        batch = impressions(first=number * 64)
+        tab = spread(np.arange(64) % 2 + 1)[:, None]
+        trainer.step(dataclasses.replace(batch, context=tab, label=(np.arange(64) % 2).astype(np.float32)))
+    ids = NAMES.ids(_values(dataclasses.replace(batch, context=tab)))[:, NAMES.names.index("context.tab")].copy()
+    margins = trainer.tables[CROSS].rows.numpy()[trainer.tables[CROSS].find(ids), 1]
+    # One step from the logit of all: half a label more or less, by a quarter of information.
+    np.testing.assert_allclose(margins, np.where(np.arange(64) % 2, 2.0, -2.0), atol=0.1)
 
 
 def test_a_users_taste_for_a_category_is_learned() -> None:
@@ -152,6 +210,19 @@ def test_a_version_of_a_release_without_crosses_is_taken_up_without_any() -> Non
     delta = checkpoint.changes(other)
     merged = content.merge([old, delta])
     assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
+
+
+def test_crosses_of_a_release_with_others_are_not_taken_up_and_not_laid_under_those_of_now() -> None:
+    old = checkpoint.full(learned(log(3), fresh()))
+    old |= {f"{CROSS}.{name}": old[f"{CROSS}.{name}"][:, :1] for name in ("rows", "accum")}
+    other = learned(log(1), fresh(64))
+    checkpoint.load(other, content.merge([old]))
+    assert len(other.tables[CROSS]) == 0
+    other.tables[CROSS].take_changes()
+    other.step(impressions(first=900))
+    merged = content.merge([old, checkpoint.changes(other)])
+    assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
+    assert merged["cross.rows"].tobytes() == other.tables[CROSS].state().rows.tobytes()
 
 
 def test_a_missing_table_is_an_empty_one() -> None:

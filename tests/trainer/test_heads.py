@@ -62,6 +62,7 @@ def step(model: Model, labelled: bool = True, rows: int = ROWS) -> tuple[Facts, 
         engaged_shift=np.full(2 * rows, 0.7, np.float32),
         engaged_weight=np.where(np.arange(2 * rows) % 5 == 4, 0.0, 0.2).astype(np.float32),
         cross_at=np.zeros((rows, 0), np.int32),
+        share_at=np.zeros(0, np.int32),
         cross_prior=np.zeros(0, np.float32),
     )
     facts.popular_mask[1::7, 0] = 1.0
@@ -87,7 +88,7 @@ def given(model: Model, arrays: dict[str, tf.Tensor]) -> Given:
     found += [model.personal(arrays["prepared"]), arrays["category"], arrays["item"]]
     dense = (model.dense[name].numpy() for name in IN_HEADS)
     return Given(
-        *(np.array(value) for value in found), *dense, np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+        *(np.array(value) for value in found), *dense, np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
     )
 
 

@@ -1,4 +1,4 @@
-"""Serving adds the weights of a pair's crosses, named as the trainer names them."""
+"""Serving adds what a pair's crosses say, named as the trainer names them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def ids_of(stores: Stores, user: str, item: str, category: str, tab: str | None)
     return found
 
 
-def learn(stores: Stores, version: int, ids: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> None:
-    """Serves a version that has these weights."""
+def learn(stores: Stores, version: int, ids: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
+    """Serves a version that has these rows of crosses."""
     made = tensors(stores.lowered, version, {}, ["tea", "shoes"])
-    made |= {"cross.ids": ids, "cross.rows": weights[:, None], "cross.removed": np.empty(0, np.uint64)}
+    made |= {"cross.ids": ids, "cross.rows": rows, "cross.removed": np.empty(0, np.uint64)}
     stores.rows.apply(manifest(version, digest_of(stores.lowered), parent=version - 1), made, NOW_MS, follow=True)
 
 
@@ -42,20 +42,37 @@ def logit(stores: Stores, user: str, **asked: Any) -> float:
     return float(np.log(chance / (1 - chance)))
 
 
-def test_a_pairs_weights_are_added_to_its_logit(stores: Stores) -> None:
+def numbers(count: int) -> np.ndarray[Any, Any]:
+    """Weights and margins."""
+    return np.stack([np.linspace(-0.3, 0.4, count), np.linspace(0.2, -0.1, count) ** 2], 1).astype(np.float32)
+
+
+def test_a_pairs_weights_count_half_at_first(stores: Stores) -> None:
     asked = {"item": "i1", "context": {"tab": "3"}}
     before = logit(stores, "ann", **asked)
     ids = ids_of(stores, "ann", "i1", "hats", "3")
     assert (ids != 0).all()
-    weights = np.linspace(-0.3, 0.4, len(ids)).astype(np.float32)
-    learn(stores, 2, ids, weights)
-    assert logit(stores, "ann", **asked) == pytest.approx(before + float(weights.sum()), abs=1e-4)
+    rows = numbers(len(ids))
+    learn(stores, 2, ids, rows)
+    expected = pytest.approx(before + 0.5 * float(rows[:, 0].sum()), abs=1e-4)
+    assert logit(stores, "ann", **asked) == expected
     many = predictor(stores, context=("tab",)).profiles(
         [Q("bob", None), Q("ann", "i1", context={"tab": "3"}), Q("bob", "i1")]
     )
     assert many[1].engagement is not None and many[0].engagement is None
     chance = many[1].engagement["probability"]
-    assert float(np.log(chance / (1 - chance))) == pytest.approx(before + float(weights.sum()), abs=1e-4)
+    assert float(np.log(chance / (1 - chance))) == expected
+
+
+def test_weights_and_margins_count_by_the_shares_of_the_version(stores: Stores) -> None:
+    asked = {"item": "i1", "context": {"tab": "3"}}
+    before = logit(stores, "ann", **asked)
+    ids, shares = ids_of(stores, "ann", "i1", "hats", "3"), Crosses(SPEC, ("tab",)).shares
+    rows, added = numbers(len(ids)), numbers(len(ids))[::-1] * 2
+    learn(stores, 2, np.concatenate([ids, shares]), np.concatenate([rows, added]))
+    expected = ((0.5 + added[:, 0]) * rows[:, 0] + added[:, 1] * rows[:, 1]).sum()
+    assert logit(stores, "ann", **asked) == pytest.approx(before + float(expected), abs=1e-4)
+    assert abs(expected - 0.5 * rows[:, 0].sum()) > 0.1
 
 
 def test_a_context_that_is_not_given_takes_its_crosses_out(stores: Stores) -> None:
@@ -63,11 +80,21 @@ def test_a_context_that_is_not_given_takes_its_crosses_out(stores: Stores) -> No
     ids = ids_of(stores, "ann", "i1", "hats", "3")
     weights = np.where(ids_of(stores, "ann", "i1", "hats", None) == 0, 5.0, 0.0).astype(np.float32)
     assert weights.any()
-    learn(stores, 2, ids, weights)
+    learn(stores, 2, ids, np.stack([weights, weights], 1))
     assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-5)
 
 
 def test_a_version_that_has_learned_no_cross_is_answered_without(stores: Stores) -> None:
     before = logit(stores, "ann", item="i1")
-    learn(stores, 2, np.empty(0, np.uint64), np.empty(0, np.float32))
+    learn(stores, 2, np.empty(0, np.uint64), np.empty((0, 2), np.float32))
     assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-6)
+
+
+def test_rows_of_a_release_with_other_crosses_say_nothing(stores: Stores) -> None:
+    before = logit(stores, "ann", item="i1")
+    ids = ids_of(stores, "ann", "i1", "hats", None)
+    kept = ids[ids != 0]
+    learn(stores, 2, kept, np.full((len(kept), 1), 3.0, np.float32))
+    assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-6)
+    learn(stores, 3, kept[:1], np.array([[0.8, 0.0]], np.float32))
+    assert logit(stores, "ann", item="i1") == pytest.approx(before + 0.4, abs=1e-5)
