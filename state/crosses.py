@@ -68,11 +68,11 @@ days                  days with an event
 PRECISION = {
     "every": 1.0,
     "user": 8.0,
-    "item": 8.0,
+    "item": 30.0,
     "category": 15.0,
     "context": 0.05,
     "user attribute": 300.0,
-    "item attribute": 12.0,
+    "item attribute": 40.0,
     "user*item": 0.3,
     "user*category": 20.0,
     "user*context": 8.0,
@@ -96,7 +96,7 @@ FIRST_SHARES = (0.5, 0.0)
 MARGIN_PRECISION = 1.0
 """The precision of a margin before anything was learned: four labels, where half of all are positive."""
 
-SHARE_PRECISION = 50.0
+SHARE_PRECISION = 30.0
 """The precision of what is added to a first share."""
 
 

@@ -50,17 +50,13 @@ def _chance(logit: np.float32) -> np.float32:
 def _learn_margins(
     b: int, at: I32, label: np.float32, first: np.float32, margin: F32, rows: F32, precision: F32
 ) -> None:
-    """1. The first cross, which every row has, learns the logit of all labels; the others by how much theirs differ."""
-    common = _chance(margin[0])
-    information = common * (_ONE - common)
+    """1. The first cross, which every row has, learns the logit of all labels; the others what theirs add to it."""
     for c in range(at.shape[1]):
         place = at[b, c]
         if place != 0:
-            surprise = label - common
-            if c > 0:
-                surprise -= information * margin[c]
-            precision[place, 1] += information
-            rows[place, 1] += surprise / (first + precision[place, 1])
+            likely = _chance(margin[0] + margin[c] if c > 0 else margin[0])
+            precision[place, 1] += likely * (_ONE - likely)
+            rows[place, 1] += (label - likely) / (first + precision[place, 1])
 
 
 @part_of_sums

@@ -103,7 +103,8 @@ def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]
         said = [(share, side, cross[side]) for cross, share, _ in own for side in (0, 1)]
         logit = sum((share[side] + FIRST_SHARES[side]) * value for share, side, value in said)
         logits.append(logit)
-        common, together, mixed = chance(own[0][0][1]), chance(sum(cross[0] for cross, _, _ in own)), chance(logit)
+        together, mixed = chance(sum(cross[0] for cross, _, _ in own)), chance(logit)
+        margins = [cross[1] for cross, _, _ in own]
         variance = [1 / (prior + cross[2]) for cross, _, prior in own]
         # Shares.
         information, known = mixed * (1 - mixed), [SHARE_PRECISION + share[2 + side] for share, side, _ in said]
@@ -117,11 +118,10 @@ def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]
             cross[0] += v * (label - together) / (1 + information * doubt)
             cross[2] += information / (1 + information * (doubt - v))
         # Margins: the first is the logit of all labels, the others are what theirs add to it.
-        information = common * (1 - common)
         for place, (cross, _, _) in enumerate(own):
-            cross[3] += information
-            beside = 0.0 if place == 0 else information * cross[1]
-            cross[1] += (label - common - beside) / (MARGIN_PRECISION + cross[3])
+            alone = chance(margins[0] + margins[place] if place else margins[0])
+            cross[3] += alone * (1 - alone)
+            cross[1] += (label - alone) / (MARGIN_PRECISION + cross[3])
     return logits, learned
 
 
@@ -149,16 +149,19 @@ def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
 
 
 def test_a_margin_is_what_labels_of_a_cross_say_alone() -> None:
-    """Of a cross whose rows are half of all, and positive where the others are not."""
+    """Positives are rare, one in fifty, and in one of two contexts ten times as many as in the other."""
+    rng = np.random.default_rng(4)
     trainer = fresh()
-    for number in range(20):
-        batch = impressions(first=number * 64)
-        tab = spread(np.arange(64) % 2 + 1)[:, None]
-        trainer.step(dataclasses.replace(batch, context=tab, label=(np.arange(64) % 2).astype(np.float32)))
-    ids = NAMES.ids(_values(dataclasses.replace(batch, context=tab)))[:, NAMES.names.index("context.tab")].copy()
-    margins = trainer.tables[CROSS].rows.numpy()[trainer.tables[CROSS].find(ids), 1]
-    # One step from the logit of all: half a label more or less, by a quarter of information.
-    np.testing.assert_allclose(margins, np.where(np.arange(64) % 2, 2.0, -2.0), atol=0.1)
+    for number in range(60):
+        seen = np.arange(64) % 2
+        label = (rng.random(64) < np.where(seen == 1, 0.2 / 5.5, 0.02 / 5.5)).astype(np.float32)
+        batch = dataclasses.replace(impressions(first=number * 64), context=spread(seen + 1)[:, None], label=label)
+        trainer.step(batch)
+    table, ids = trainer.tables[CROSS], crosses_of(batch)
+    margins = table.rows.numpy()[table.find(ids[:2].reshape(-1)), 1].reshape(2, -1)
+    expected = np.log(np.array([0.02 / 5.5, 0.2 / 5.5]))
+    of_context = margins[:, 0] + margins[:, NAMES.names.index("context.tab")]
+    np.testing.assert_allclose(of_context, expected, atol=0.6)
 
 
 def test_a_users_taste_for_a_category_is_learned() -> None:
