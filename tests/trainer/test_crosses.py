@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 
-from state.crosses import FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION, Crosses, Values
+from state.crosses import FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION, Crosses, Values, logits_of
 from state.microbatch import MicroBatch
 from tests.trainer.batches import SPEC, micro_batch, spread
 from tests.trainer.test_attributes import WANTED, with_attributes
@@ -146,6 +146,19 @@ def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
     np.testing.assert_allclose(np.concatenate([table.rows, table.accum], 1), expected, rtol=1e-4, atol=1e-5)
     # The rest of the logit is next to nothing in a first step.
     np.testing.assert_allclose(report.scores, logits, atol=0.03)
+
+
+def test_serving_adds_up_a_versions_rows_as_the_trainer_scores_the_next_row() -> None:
+    trainer, last = learned(log(8), fresh()), impressions(rows=1, first=900)
+    state = trainer.tables[CROSS].state()
+    ids = np.concatenate([crosses_of(last), NAMES.shares[None]])
+    # Some crosses of the row were never seen: theirs is the row of zeros.
+    places = np.where(np.isin(ids, state.ids), np.searchsorted(state.ids, ids) + 1, 0).astype(np.int32)
+    rows, precision = (np.concatenate([np.zeros((1, 2), np.float32), part]) for part in (state.rows, state.accum))
+    scored = crosses(places[:1], places[1], NAMES.precision, last.label, rows, precision).logits
+    np.testing.assert_allclose(logits_of(rows[places[:1]], rows[places[1]]), scored, rtol=1e-5, atol=1e-6)
+    without = rows * np.array([1, 0], np.float32)
+    assert abs(scored[0] - logits_of(without[places[:1]], without[places[1]])[0]) > 1e-3
 
 
 def test_a_margin_is_what_labels_of_a_cross_say_alone() -> None:
