@@ -16,6 +16,7 @@ from state.config import load
 from state.errors import SpringtideError
 from state.features import EVENT, FeatureSpec, vectorise
 from state.mask import Mask
+from state.transitions import WIDTH, succession
 from state.windows import WORDS, update_rows, words
 
 
@@ -23,6 +24,8 @@ def compile_shared(spec: FeatureSpec) -> None:
     """Calls each shared kernel once, with the types that its users call it with."""
     # 1. As serving does; what a store reads cannot be written to, which is a type of its own.
     vectorise(np.frombuffer(bytes(EVENT.itemsize), EVENT), 1, None, Mask.NONE, spec)
+    none = np.zeros((1, spec.labels), np.uint64)
+    succession(np.zeros(1, np.int32), np.zeros((1, WIDTH), np.float32), none, np.zeros(1, np.uint64))
     # 2. As the stream and the bootstrap do.
     empty = np.empty(0, np.int64)
     update_rows(

@@ -37,7 +37,7 @@ from state.errors import StoreError, StoreFull, UnknownVersion
 from state.lineage import needed, segments
 from state.manifest import Manifest, Visible, extend
 
-TABLES = ("user", "item", "category", "context", "cross")
+TABLES = ("user", "item", "category", "context", "cross", "transition")
 LANES = 32
 MAX_READERS = 512
 LANE_ROWS_PER_SWEEP = 50_000

@@ -124,7 +124,7 @@ class Events:
         ("view", "favorite", "cart", "purchase"), filled=True, help="The actions; others are dead letters."
     )
     action_weights: tuple[float, ...] = setting(
-        (1.0, 2.0, 3.0, 4.0), least=0.0, help="Weight of each action in the interest loss, in the order of `actions`."
+        (1.0, 1.0, 1.0, 1.0), least=0.0, help="Weight of each action in the interest loss, in the order of `actions`."
     )
     outcomes: tuple[str, ...] = setting(
         (), help="Fields known only after the event; refused as context or id, for they would leak the label."
@@ -204,7 +204,7 @@ class Features:
         (1800, 43200, 259200), "s", least=1, most=315_360_000, help="Half-lives of the decayed counts, shortest first."
     )
     history: int = setting(256, "events", least=16, most=4096, help="Events remembered per user.")
-    labels: int = setting(16, "labels", least=3, most=256, help="Latest categories of a user that are scored.")
+    labels: int = setting(32, "labels", least=3, most=256, help="Latest categories of a user that are scored.")
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Model:
     hidden: tuple[int, ...] = setting(
         (256, 128), least=1, most=65536, help="Widths of the tower's layers; the last is the profile vector."
     )
-    dropout: float = setting(0.3, least=0.0, most=0.99, help="Share of the first layer dropped while training.")
+    dropout: float = setting(0.0, least=0.0, most=0.99, help="Share of the first layer dropped while training.")
     popular: int = setting(32, "labels", least=1, most=4096, help="Popular categories scored for every user.")
     learning_rate: float = setting(0.05, least=0.0, help="Step size of the rows (Adagrad).")
     dense_learning_rate: float = setting(0.001, least=0.0, help="Step size of the dense weights (Adam).")

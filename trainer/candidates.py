@@ -1,10 +1,11 @@
 """Who competes for a row's interest, and who is its negative: integers, on the host, in compiled loops.
 
 The candidates of a row are its user's labels (L slots, newest first), the
-popular labels that are not among them (P slots), and one more slot. The last
-holds the row's own category where that is in neither, and else a category that
-another row of the batch clicked, so that the model learns what "something
-else" is worth. Only the slots' use as targets depends on the row's own event.
+popular labels that are not among them (P slots), what over all users came next
+after the newest label (S slots), and one more slot. The last holds the row's
+own category where that is in none of them, and else a category that another row
+of the batch clicked, so that the model learns what "something else" is worth.
+Only the slots' use as targets depends on the row's own event.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         target: `[n]` int32, the slot of the row's category: below L a label,
-            below L + P a popular one, L + P the last slot; -1 without a category.
+            below L + P a popular one, below L + P + S a successor, L + P + S the last slot; -1 without a category.
         popular_mask: `[n, P]` float32, 1 where a popular label is a candidate of its own.
         other: `[n]` uint64, the category in the last slot; 0 where it is empty.
     """
@@ -50,9 +51,16 @@ def _partners(topics: U64, partitions: U64, offsets: I64, partners: I64) -> None
 
 @compiled
 def _compete(
-    category: U64, labels: U64, popular: U64, partners: I64, target: I32, popular_mask: F32, other: U64
+    category: U64,
+    labels: U64,
+    popular: U64,
+    successors: U64,
+    partners: I64,
+    target: I32,
+    popular_mask: F32,
+    other: U64,
 ) -> None:
-    slots, ranks = labels.shape[1], popular.shape[0]
+    slots, ranks, last = labels.shape[1], popular.shape[0], successors.shape[1]
     for i in range(category.shape[0]):
         own, foreign = category[i], category[partners[i]]
         place, foreign_known = -1, foreign == np.uint64(0)
@@ -73,11 +81,16 @@ def _compete(
             for p in range(ranks):
                 if popular[p] == label:
                     popular_mask[i, p] = 0.0
+        for j in range(last):
+            if successors[i, j] == own:
+                place = slots + ranks + j
+            if successors[i, j] == foreign:
+                foreign_known = True
         if own == np.uint64(0):
             target[i] = -1
             other[i] = 0
         elif place < 0:
-            target[i] = slots + ranks
+            target[i] = slots + ranks + last
             other[i] = own
         else:
             target[i] = place
@@ -104,24 +117,29 @@ def partners(topics: U64, partitions: U64, offsets: I64) -> I64:
     return found
 
 
-def candidates(category: U64, labels: U64, popular: U64, partner: I64) -> Candidates:
+def candidates(category: U64, labels: U64, popular: U64, successors: U64, partner: I64) -> Candidates:
     """The interest slots of a batch.
 
     Args:
         category: `[n]` uint64, what each row clicked; 0 for none.
         labels: `[n, L]` uint64, the user's labels before the click, padded with 0.
         popular: `[P]` uint64, padded with 0.
+        successors: `[n, S]` uint64, neither labels of their row nor popular, padded with 0.
         partner: `[n]` int64 from `partners`.
 
     >>> found = candidates(
-    ...     np.array([5, 9], np.uint64), np.array([[5, 7], [5, 0]], np.uint64), np.array([7, 8], np.uint64), np.array([1, 0])
+    ...     np.array([5, 9], np.uint64),
+    ...     np.array([[5, 7], [5, 0]], np.uint64),
+    ...     np.array([7, 8], np.uint64),
+    ...     np.array([[3], [0]], np.uint64),
+    ...     np.array([1, 0]),
     ... )
     >>> found.target.tolist(), found.popular_mask.tolist(), found.other.tolist()
-    ([0, 4], [[0.0, 1.0], [1.0, 1.0]], [9, 9])
+    ([0, 5], [[0.0, 1.0], [1.0, 1.0]], [9, 9])
     """
     rows = category.size
     found = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
-    _compete(np.ascontiguousarray(category), np.ascontiguousarray(labels), popular, partner, *found)
+    _compete(np.ascontiguousarray(category), np.ascontiguousarray(labels), popular, successors, partner, *found)
     return found
 
 

@@ -24,7 +24,7 @@ from state.versions import Versions
 from trainer import content
 from trainer.graph import CROSS
 from trainer.popular import HOUR_MS, ONE
-from trainer.step import Trainer, labelled
+from trainer.step import TRANSITION, Trainer, labelled
 from trainer.tables import Changes
 
 # Settings of [trainer] beside all of [model].
@@ -83,10 +83,12 @@ def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
 
 
 def load(trainer: Trainer, tensors: content.Tensors) -> None:
-    """Replaces the whole state of `trainer` by a full one; one of a release without crosses, or with others, has none."""
+    """Replaces the whole state of `trainer` by a full one; one of a release without crosses or transitions, or with others, has none."""
     trainer.clear()
     for name, table in trainer.tables.items():
-        if name == CROSS and (f"{name}.ids" not in tensors or tensors[f"{name}.rows"].shape[1] != table.dim):
+        if name in (CROSS, TRANSITION) and (
+            f"{name}.ids" not in tensors or tensors[f"{name}.rows"].shape[1] != table.dim
+        ):
             continue
         table.load(Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS}))
     trainer.model.set_weights(_under("dense.", tensors))

@@ -23,7 +23,7 @@ from state.registry import SERVING, TRAINING
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-TABLES = ("user", "item", "category", "context", "cross")
+TABLES = ("user", "item", "category", "context", "cross", "transition")
 ROWS = ("rows", "accum", "last_seen_ms")
 PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
 _SERVED = {f"{table}.{name}" for table in TABLES for name in ("ids", "rows", "removed")} | {"popular"}

@@ -30,9 +30,16 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 FROM_HEADS = {
+    "interest.user_kernel": "user",
+    "interest.linear": "linear",
+    "interest.bias": "bias",
     "interest.kernel_0": "net_0",
     "interest.kernel_1": "net_1",
     "interest.position": "position",
+    "interest.next": "next",
+    "interest.next_0": "next_0",
+    "interest.next_1": "next_1",
+    "interest.successor": "successor",
     "interest.other": "other",
     "engagement.prior": "prior",
     "engagement.item": "item_bias",
@@ -40,10 +47,7 @@ FROM_HEADS = {
 }
 """The dense weights that only the heads use, and their names there."""
 
-IN_HEADS = FROM_HEADS | {"interest.linear": "linear"}
-"""And that of which the heads need to know how far it moves."""
-
-MOVING_WEIGHTS = tuple(weight for moving in MOVING for weight, name in IN_HEADS.items() if name == moving)
+MOVING_WEIGHTS = tuple(weight for moving in MOVING for weight, name in FROM_HEADS.items() if name == moving)
 """Those that the heads move within a step, in the order of `MOVING`."""
 
 CROSS = "cross"
@@ -113,7 +117,7 @@ class Graph:
         self._slots: Moved | None = None
         self._found: tuple[Scores, Slopes, Learned]
         shapes: dict[str, list[int | None]] = {"features": [None, model.features], "seed": [2]}
-        shapes["kept"] = [None, model.settings.hidden[0]]
+        shapes["kept"] = [None, model.settings.hidden[0] if self.drops else 0]
         self._measure = tf.function(
             self._measure_graph,
             autograph=False,
@@ -135,7 +139,12 @@ class Graph:
     @property
     def drops(self) -> bool:
         """Whether the dropout of the tower is drawn on the host; a tower of the user's own draws its own."""
-        return type(self._model.tower) is DenseTower
+        return type(self._model.tower) is DenseTower and self._model.settings.dropout > 0.0
+
+    @property
+    def scores_apart(self) -> bool:
+        """Whether what learns is not what scores: without dropout both are one pass."""
+        return self.drops or type(self._model.tower) is not DenseTower
 
     def measure(
         self, facts: Facts, inputs: Mapping[str, Any], move: bool = True
@@ -198,22 +207,21 @@ class Graph:
             tape.watch([user, latest, popular_rows, context, *watched])
             prepared = model.preprocessing(tf.cast(given["features"], tf.float32))
             vectors = self._vectors(prepared, user, latest, context, given)
-            scoring, learning = (model.queries(vector, user) for vector in vectors)
-            popular = [model.popular(queries, popular_rows) for queries in (scoring, learning)]
-            personal = model.personal(prepared)
+            queries = [model.queries(vector, user) for vector in vectors]
+            popular = [model.popular(each, popular_rows) for each in queries]
         known = {
-            "scoring": scoring,
-            "learning": learning,
+            "scoring": queries[0],
+            "learning": queries[-1],
             "scoring_popular": popular[0],
-            "learning_popular": popular[1],
-            "personal": personal,
+            "learning_popular": popular[-1],
+            "prepared": model.person(prepared),
             "category": distinct["category"],
             "item": self._items(distinct, given),
             "cross": distinct[CROSS],
             "cross_precision": accum[CROSS],
         }
-        known |= {name: model.dense[weight].read_value() for weight, name in IN_HEADS.items()}
-        kept = ("learning", "learning_popular", "personal", *FROM_HEADS.values())
+        known |= {name: model.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
+        kept = ("learning", "learning_popular", *FROM_HEADS.values())
         slopes = dict(
             zip(
                 kept,
@@ -225,9 +233,9 @@ class Graph:
             slope.set_shape(known[name].shape)
         sources = (dict(zip(names, watched, strict=True)), user, latest, context, popular_rows)
         found, *rows = tape.gradient(
-            [learning, popular[1], personal],
+            [queries[-1], popular[-1]],
             sources,
-            output_gradients=[slopes["learning"], slopes["learning_popular"], slopes["personal"]],
+            output_gradients=[slopes["learning"], slopes["learning_popular"]],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         found |= {weight: slopes[name] for weight, name in FROM_HEADS.items()}
@@ -245,25 +253,25 @@ class Graph:
 
     def _vectors(
         self, prepared: Any, user: Any, latest: Any, context: Any, given: Mapping[str, Any]
-    ) -> tuple[Any, Any]:
-        """The tower's vectors without and with dropout."""
+    ) -> tuple[Any, ...]:
+        """The tower's vectors without and with dropout; only one where there is none."""
         tower, dim = self._model.tower, self._model.settings.dim
         rows = [user, tf.reduce_mean(tf.reshape(latest, [-1, LATEST, dim]), 1)]
         if self._fields:
             rows.append(tf.reduce_mean(tf.reshape(context, [-1, self._fields, dim]), 1))
-        if isinstance(tower, DenseTower) and self.drops:
-            return tower.both(prepared, tf.concat(rows, 1), given["kept"])
+        if type(tower) is DenseTower:
+            kept = given["kept"] if self.drops else None
+            return tower.both(prepared, tf.concat(rows, 1), kept)
         if not self._fields:
             rows.append(tf.zeros_like(user))
         x = tf.concat([prepared, *rows], 1)
         return tower(x, False, given["seed"]), tower(x, True, given["seed"])
 
     def _run_heads(self, *arrays: F32) -> list[F32]:
-        self._found = heads(self._facts, Given(*arrays), self._slots, self._optimizer.moving_rate)
+        self._found = heads(self._facts, Given(*arrays), self._slots, self._optimizer.moving_rate, self.scores_apart)
         slopes = self._found[1]
         return [
             slopes.learning,
             slopes.learning_popular,
-            slopes.personal,
-            *(getattr(slopes, n) for n in FROM_HEADS.values()),
+            *(getattr(slopes.moving if name in MOVING else slopes, name) for name in FROM_HEADS.values()),
         ]

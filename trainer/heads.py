@@ -9,11 +9,11 @@ logits and every derivative against TensorFlow's own.
 For each row, in the order of the batch:
 
 1. Windows become logarithms, and each label's evidence is summed, a block of rows at a time.
-2. Candidates are scored twice: without dropout for the measures, with it to learn.
+2. Candidates are scored: without dropout for the measures and, where there is any, with it to learn.
 3. Interest: softmax over the candidates, log loss, rank of the target.
 4. Engagement: the row's own item, and its negative where one was drawn. What its
    crosses say is known before (`trainer/crosses.py`).
-5. After each 128 rows the weights of the evidence move, before the next row is scored.
+5. After each 32 rows the weights of the evidence move, before the next row is scored.
 
 Sums are taken in the order of the rows and land in the order of first
 occurrence of an id, so that their bits do not depend on how a table lies.
@@ -27,16 +27,33 @@ import numpy as np
 
 from state.native import compiled_sums, part_of_sums
 from trainer.crosses import crosses
-from trainer.facts import F32, I32, MOVING, U16, Facts, Given, Learned, Moved, Scores, Slopes
+from trainer.facts import F32, I32, MOVING, Facts, Given, Learned, Moved, Moving, Room, Scores, Slopes
 
-NET_HIDDEN = 16
+NET_HIDDEN = 64
 """Hidden units of the net over a label's windows."""
 
-BLOCK = 32
-"""Rows whose labels go through the net together: loops over some hundred labels, in the nearest memory."""
+BLOCK = 16
+"""Rows whose candidates go through the nets together: loops over some hundred of them, in near memory."""
 
-MOVE_ROWS = 4 * BLOCK
+LANES = 32
+"""Numbers that a loop over labels takes at once, on any processor."""
+
+MOVE_ROWS = 2 * BLOCK
 """Rows of a step after which the weights of the evidence move: they are few, and one move a step is too slow for them."""
+
+NEXT_HIDDEN = 16
+"""Hidden units of the net over how often a candidate came next."""
+
+USER_HIDDEN = NET_HIDDEN + NEXT_HIDDEN
+
+STILL = np.float32(0.7)
+"""What scores and learns is this much of the mean over the latest moves, and for the rest where the last one led."""
+
+USER_PACE = np.float32(0.5)
+"""Factor of the step size of the weights by the user's features, of which there are many more."""
+
+MEAN_MOVES, FIRST_MOVES = np.float32(200.0), np.float32(10.0)
+"""Moves over which the mean is taken; the first ones count less."""
 
 BETA_1, BETA_2, EPSILON = np.float32(0.9), np.float32(0.999), np.float32(1e-7)
 """Adam's, of these weights and of all others."""
@@ -99,185 +116,238 @@ def _highest(x: F32) -> np.float32:
 
 
 @part_of_sums
-def _evidence(
-    begin: int,
-    end: int,
-    windows: U16,
-    log_scale: F32,
-    scale: F32,
-    label_mask: F32,
-    personal: F32,
-    drift: F32,
-    net_0: F32,
-    net_1: F32,
-    position: F32,
-    logarithms: F32,
-    folded: F32,
-    firsts: I32,
-    own: F32,
-    newest: F32,
-    z: F32,
-    across: F32,
-    hidden: F32,
-    evidence: F32,
-) -> None:
+def _users(begin: int, end: int, prepared: F32, weights: Moving, room: Room) -> None:
+    """1. The users' part of the hidden units of both nets, of rows `begin` to `end`: `[BLOCK, H + K]`."""
+    users = room.users
+    for b in range(begin, end):
+        row = b - begin
+        for k in range(USER_HIDDEN):
+            users[row, k] = weights.bias[k]
+        for d in range(prepared.shape[1]):
+            x = prepared[b, d]
+            for k in range(USER_HIDDEN):
+                users[row, k] += x * weights.user[d, k]
+
+
+@part_of_sums
+def _evidence(begin: int, end: int, facts: Facts, weights: Moving, logarithms: F32, room: Room) -> None:
     """1. The logits without embeddings of the labels of rows `begin` to `end`, one after another.
 
-    `drift` is how far the weights that users share have moved since `personal`, and
-    `own` `[2 F + 16]` is room for a row's. Found:
-    in `firsts` `[BLOCK + 1]` where the labels of each row begin; in `newest`
-    `[BLOCK, F]` the prepared windows of its newest label; in `z` `[BLOCK * L, F]`
-    those of all labels, and in `across` the same the other way; in `hidden`
-    `[16, BLOCK * L]` the net's hidden units; and the logits in `evidence` `[BLOCK * L]`.
+    Adds the newest label's windows to `users`, which are whole then.
     """
-    labels, width = windows.shape[1], windows.shape[2]
+    firsts, newest, across, hidden, evidence, users = room[:6]
+    labels, width = facts.windows.shape[1], facts.windows.shape[2]
     count = 0
     for b in range(begin, end):
         row = b - begin
         firsts[row] = count
-        for k in range(personal.shape[1]):
-            own[k] = personal[b, k] + drift[k]
-        for f in range(width):
-            own[f] += own[width + f]
-            window = windows[b, 0, f]
-            newest[row, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
-        base = _ZERO
-        for f in range(width):
-            base -= newest[row, f] * own[width + f]
         for j in range(labels):
-            if label_mask[b, j] == _ZERO:
+            if facts.label_mask[b, j] == _ZERO:
                 continue
-            total = base + position[j]
+            evidence[count] = weights.position[j]
             for f in range(width):
-                window = windows[b, j, f]
-                z[count, f] = logarithms[window] * log_scale[f] + np.float32(window) * scale[f]
-                across[f, count] = z[count, f]
-            for f in range(width):
-                total += z[count, f] * own[f]
-            evidence[count] = total
+                window = facts.windows[b, j, f]
+                scaled = logarithms[window] * facts.log_scale[f] + np.float32(window) * facts.scale[f]
+                across[f, count] = scaled + facts.shift[f]
             count += 1
+        # Labels come first and without gaps.
+        for f in range(width):
+            newest[row, f] = across[f, firsts[row]] if count > firsts[row] else _ZERO
+        for f in range(width):
+            x = newest[row, f]
+            for k in range(NET_HIDDEN):
+                users[row, k] += x * weights.net_0[width + f, k]
         for k in range(NET_HIDDEN):
-            # A difference from the newest label is two sums, of which one is the same for all labels.
-            total = own[2 * width + k]
-            for f in range(width):
-                total -= newest[row, f] * net_0[width + f, k]
             for m in range(firsts[row], count):
-                hidden[k, m] = total
+                hidden[k, m] = users[row, k]
     firsts[end - begin] = count
+    # Loops over whole vectors: what lies behind the labels counts as nothing.
+    padded = -(-count // LANES) * LANES
+    across[:, count:padded] = _ZERO
+    hidden[:, count:padded] = _ZERO
+    count = padded
+    for f in range(width):
+        for m in range(count):
+            evidence[m] += weights.linear[f] * across[f, m]
     for k in range(NET_HIDDEN):
         for f in range(width):
             for m in range(count):
-                hidden[k, m] += folded[f, k] * across[f, m]
+                hidden[k, m] += weights.net_0[f, k] * across[f, m]
         for m in range(count):
             hidden[k, m] = max(hidden[k, m], _ZERO)
         for m in range(count):
-            evidence[m] += hidden[k, m] * net_1[k]
+            evidence[m] += hidden[k, m] * weights.net_1[k]
 
 
 @part_of_sums
 def _evidence_slopes(
-    begin: int,
-    end: int,
-    label_mask: F32,
-    net_1: F32,
-    firsts: I32,
-    newest: F32,
-    z: F32,
-    across: F32,
-    hidden: F32,
-    slope: F32,
-    to_personal: F32,
-    to_net_0: F32,
-    to_net_1: F32,
-    to_position: F32,
+    begin: int, end: int, facts: Facts, prepared: F32, weights: Moving, room: Room, gained: Moving
 ) -> None:
-    """Backwards through `_evidence`: `slope` `[BLOCK * L]` is the loss by each label's evidence. Spoils `hidden`."""
-    labels, width = label_mask.shape[1], z.shape[1]
-    count = firsts[end - begin]
+    """Backwards through `_evidence` and `_users`, once `to_users` has the part of the other net; spoils `hidden`."""
+    firsts, newest, across, hidden = room[:4]
+    slope, to_users = room.evidence_slope, room.to_users
+    labels, width = facts.label_mask.shape[1], across.shape[0]
+    count = -(-firsts[end - begin] // LANES) * LANES
+    for f in range(width):
+        total = _ZERO
+        for m in range(count):
+            total += slope[m] * across[f, m]
+        gained.linear[f] += total
     for k in range(NET_HIDDEN):
         total = _ZERO
         for m in range(count):
             total += slope[m] * hidden[k, m]
-        to_net_1[k] += total
+        gained.net_1[k] += total
         for m in range(count):
-            hidden[k, m] = slope[m] * net_1[k] if hidden[k, m] > _ZERO else _ZERO
+            hidden[k, m] = slope[m] * weights.net_1[k] if hidden[k, m] > _ZERO else _ZERO
         for f in range(width):
             total = _ZERO
             for m in range(count):
                 total += across[f, m] * hidden[k, m]
-            to_net_0[f, k] += total
+            gained.net_0[f, k] += total
     for b in range(begin, end):
         row = b - begin
-        first, last = firsts[row], firsts[row + 1]
-        if first == last:
-            continue
-        total = _ZERO
-        m = first
+        m = firsts[row]
         for j in range(labels):
-            if label_mask[b, j] != _ZERO:
-                to_position[j] += slope[m]
-                total += slope[m]
-                _add(to_personal, b, 0, slope[m], z, m, 0, width)
+            if facts.label_mask[b, j] != _ZERO:
+                gained.position[j] += slope[m]
                 m += 1
-        for f in range(width):
-            to_personal[b, width + f] = to_personal[b, f] - total * newest[row, f]
         for k in range(NET_HIDDEN):
             total = _ZERO
-            for m in range(first, last):
+            for m in range(firsts[row], firsts[row + 1]):
                 total += hidden[k, m]
-            to_personal[b, 2 * width + k] = total
+            to_users[row, k] = total
+        for k in range(USER_HIDDEN):
+            gained.bias[k] += to_users[row, k]
         for f in range(width):
-            # The second half's slope is the first half's and this; the first is added at the end, once.
-            _add(to_net_0, width + f, 0, -newest[row, f], to_personal, b, 2 * width, NET_HIDDEN)
+            x = newest[row, f]
+            for k in range(NET_HIDDEN):
+                gained.net_0[width + f, k] += x * to_users[row, k]
+        for d in range(prepared.shape[1]):
+            x = prepared[b, d]
+            for k in range(USER_HIDDEN):
+                gained.user[d, k] += x * to_users[row, k]
 
 
 @part_of_sums
-def _move(weights: F32, first: F32, second: F32, powers: F32, slopes: F32, rate: np.float32) -> None:
-    """5. One step of Adam (Kingma and Ba 2015) in place; `slopes` are taken up and cleared."""
-    powers[0] *= BETA_1
-    powers[1] *= BETA_2
-    step = rate * np.sqrt(_ONE - powers[1]) / (_ONE - powers[0])
-    for i in range(weights.shape[0]):
-        first[i] += (slopes[i] - first[i]) * (_ONE - BETA_1)
-        second[i] += (slopes[i] * slopes[i] - second[i]) * (_ONE - BETA_2)
-        weights[i] -= step * first[i] / (np.sqrt(second[i]) + EPSILON)
+def _move(moved: Moved, slopes: F32, rate: np.float32, users: int) -> None:
+    """5. One step of Adam without momentum, averaged (Defazio et al. 2024), in place; `slopes` are cleared."""
+    moved.moves[0] += _ONE
+    moved.moves[1] *= BETA_2
+    step = rate * np.sqrt(_ONE - moved.moves[1])
+    share = max(_ONE / MEAN_MOVES, FIRST_MOVES / (moved.moves[0] + FIRST_MOVES))
+    for i in range(slopes.shape[0]):
+        moved.second[i] += (slopes[i] * slopes[i] - moved.second[i]) * (_ONE - BETA_2)
+        pace = step * USER_PACE if i < users else step
+        moved.fast[i] -= pace * slopes[i] / (np.sqrt(moved.second[i]) + EPSILON)
+        moved.slow[i] += share * (moved.fast[i] - moved.slow[i])
+        moved.weights[i] = moved.fast[i] + STILL * (moved.slow[i] - moved.fast[i])
         slopes[i] = _ZERO
 
 
 @part_of_sums
+def _came_next(begin: int, end: int, facts: Facts, weights: Moving, logarithms: F32, room: Room) -> None:
+    """1. What it says of popular labels and successors of rows `begin` to `end`, how often they came next."""
+    users, logs, hidden, said = room.users, room.logs, room.next_hidden, room.said
+    ranks, columns = facts.popular_next.shape[1], facts.popular_next.shape[2]
+    places, first = ranks + facts.successor_next.shape[1], facts.log_scale.shape[0] - columns
+    count = (end - begin) * places
+    for c in range(columns):
+        scale = facts.log_scale[first + c]
+        for b in range(begin, end):
+            at = (b - begin) * places
+            for p in range(ranks):
+                logs[c, at + p] = logarithms[facts.popular_next[b, p, c]] * scale
+            for j in range(places - ranks):
+                logs[c, at + ranks + j] = logarithms[facts.successor_next[b, j, c]] * scale
+    for row in range(end - begin):
+        for i in range(places):
+            said[row * places + i] = _ZERO
+            for c in range(columns):
+                said[row * places + i] += logs[c, row * places + i] * weights.next[0 if i < ranks else 1, c]
+        for k in range(NEXT_HIDDEN):
+            own = users[row, NET_HIDDEN + k]
+            for i in range(places):
+                hidden[k, row * places + i] = own
+    for k in range(NEXT_HIDDEN):
+        for c in range(columns):
+            weight = weights.next_0[c, k]
+            for i in range(count):
+                hidden[k, i] += logs[c, i] * weight
+        weight = weights.next_1[k]
+        for i in range(count):
+            hidden[k, i] = max(hidden[k, i], _ZERO)
+            said[i] += hidden[k, i] * weight
+
+
+@part_of_sums
+def _came_next_slopes(begin: int, end: int, facts: Facts, weights: Moving, room: Room, gained: Moving) -> None:
+    """Backwards through `_came_next`; spoils `next_hidden`."""
+    logs, hidden, slope, to_users = room.logs, room.next_hidden, room.said_slope, room.to_users
+    ranks, columns = facts.popular_next.shape[1], facts.popular_next.shape[2]
+    places = ranks + facts.successor_next.shape[1]
+    count = (end - begin) * places
+    for c in range(columns):
+        for row in range(end - begin):
+            of_popular, of_successors = _ZERO, _ZERO
+            for i in range(row * places, row * places + ranks):
+                of_popular += slope[i] * logs[c, i]
+            for i in range(row * places + ranks, (row + 1) * places):
+                of_successors += slope[i] * logs[c, i]
+            gained.next[0, c] += of_popular
+            gained.next[1, c] += of_successors
+    for k in range(NEXT_HIDDEN):
+        total, weight = _ZERO, weights.next_1[k]
+        for i in range(count):
+            total += slope[i] * hidden[k, i]
+        gained.next_1[k] += total
+        for i in range(count):
+            hidden[k, i] = slope[i] * weight if hidden[k, i] > _ZERO else _ZERO
+        for c in range(columns):
+            total = _ZERO
+            for i in range(count):
+                total += logs[c, i] * hidden[k, i]
+            gained.next_0[c, k] += total
+        for row in range(end - begin):
+            total = _ZERO
+            for i in range(row * places, (row + 1) * places):
+                total += hidden[k, i]
+            to_users[row, NET_HIDDEN + k] = total
+
+
+@part_of_sums
 def _candidates(
-    b: int,
-    label_mask: F32,
-    popular_mask: F32,
-    other_mask: F32,
-    label_at: I32,
-    other_at: I32,
-    category: F32,
-    other: F32,
-    queries: F32,
-    popular: F32,
-    evidence: F32,
-    first: int,
-    out: F32,
+    b: int, facts: Facts, category: F32, weights: Moving, queries: F32, popular: F32, room: Room, row: int, out: F32
 ) -> None:
-    """2. The logits of labels, popular ones and the last slot of row `b`, masked, `[L + P + 1]`."""
-    m = first
-    labels, ranks = label_mask.shape[1], popular_mask.shape[1]
+    """2. The logits of labels, popular ones, successors and the last slot of row `b`, masked, `[L + P + S + 1]`."""
+    said, evidence, m = room.said, room.evidence, room.firsts[row]
+    labels, ranks, successors = facts.label_mask.shape[1], facts.popular_mask.shape[1], facts.successor_mask.shape[1]
     for j in range(labels):
         out[j] = MASKED
-        if label_mask[b, j] != _ZERO:
-            out[j] = evidence[m] + _dot(queries, b, 0, category, label_at[b, j])
+        if facts.label_mask[b, j] != _ZERO:
+            out[j] = evidence[m] + _dot(queries, b, 0, category, facts.label_at[b, j])
             m += 1
+    said_at = row * (ranks + successors)
     for p in range(ranks):
-        out[labels + p] = popular[b, p] if popular_mask[b, p] != _ZERO else MASKED
-    out[labels + ranks] = MASKED
-    if other_mask[b] != _ZERO:
-        out[labels + ranks] = other[0] + _dot(queries, b, 0, category, other_at[b])
+        out[labels + p] = popular[b, p] + said[said_at + p] if facts.popular_mask[b, p] != _ZERO else MASKED
+    for j in range(successors):
+        at = labels + ranks + j
+        out[at] = MASKED
+        if facts.successor_mask[b, j] != _ZERO:
+            out[at] = (
+                weights.successor[j]
+                + said[said_at + ranks + j]
+                + _dot(queries, b, 0, category, facts.successor_at[b, j])
+            )
+    last = labels + ranks + successors
+    out[last] = MASKED
+    if facts.other_mask[b] != _ZERO:
+        out[last] = weights.other[0] + _dot(queries, b, 0, category, facts.other_at[b])
 
 
 @part_of_sums
 def _rank(logits: F32, target: int) -> int:
-    """Labels and popular ones before the target; of equal ones the lower slot comes first."""
+    """Candidates before the target, but for the last slot; of equal ones the lower slot comes first."""
     slots: int = logits.shape[0] - 1
     if target >= slots:
         return slots
@@ -296,17 +366,6 @@ def _normaliser(total: np.float32, highest: np.float32) -> np.float32:
     return np.float32(math.log1p(total * math.exp(highest)))
 
 
-@part_of_sums
-def _parts(flat: F32, width: int, labels: int) -> tuple[F32, F32, F32, F32, F32]:
-    """Views of what is named in `MOVING`, in that order."""
-    linear = 2 * width + NET_HIDDEN
-    net_1 = linear + 2 * width * NET_HIDDEN
-    position = net_1 + NET_HIDDEN
-    other = position + labels
-    net_0 = flat[linear:net_1].reshape(2 * width, NET_HIDDEN)
-    return flat[:linear], net_0, flat[net_1:position], flat[position:other], flat[other:]
-
-
 @compiled_sums
 def _heads(
     facts: Facts,
@@ -316,87 +375,58 @@ def _heads(
     scores: Scores,
     slopes: Slopes,
     moved: Moved,
+    weights: Moving,
+    gained_flat: F32,
+    gained: Moving,
+    total_flat: F32,
+    room: Room,
     rate: np.float32,
+    apart: bool,
 ) -> None:
-    (windows, log_scale, scale, label_mask, popular_mask, other_mask, label_at, other_at) = facts[:8]
-    (pair_category_at, pair_item_at, target, weight, engaged, engaged_shift, engaged_weight) = facts[8:15]
-    (scoring, learning, scoring_popular, learning_popular, personal, category, item) = given[:7]
-    prior = given.prior
+    """`weights` are views of what moves, `gained` of `gained_flat`, the derivatives since the last move."""
+    label_mask, popular_mask, successor_mask = facts.label_mask, facts.popular_mask, facts.successor_mask
+    label_at, successor_at, other_at = facts.label_at, facts.successor_at, facts.other_at
+    engaged, engaged_shift, engaged_weight = facts.engaged, facts.engaged_shift, facts.engaged_weight
+    scoring, learning, category, item, prior = given.scoring, given.learning, given.category, given.item, given.prior
     item_bias, category_bias = given.item_bias.reshape(1, -1), given.category_bias.reshape(1, -1)
-    (label_logits, popular_logits, interest_loss, rank, engagement, engagement_loss) = scores
-    (to_learning, to_popular, to_personal, to_category, to_item, to_net_0) = slopes[:6]
-    (to_net_1, to_position, to_other, to_prior) = slopes[6:10]
+    to_learning, to_category, to_item, to_prior = slopes.learning, slopes.category, slopes.item, slopes.prior
     to_item_bias, to_category_bias = slopes.item_bias.reshape(1, -1), slopes.category_bias.reshape(1, -1)
-    rows, labels, width = windows.shape
+    rows, labels, _ = facts.windows.shape
     ranks, dim = popular_mask.shape[1], category.shape[1]
-    slots = labels + ranks + 1
-    most, own = BLOCK * labels, np.empty(personal.shape[1], np.float32)
-    firsts, newest = np.empty(BLOCK + 1, np.int32), np.empty((BLOCK, width), np.float32)
-    z, across = np.empty((most, width), np.float32), np.empty((width, most), np.float32)
-    hidden, evidence = np.empty((NET_HIDDEN, most), np.float32), np.empty(most, np.float32)
-    evidence_slope, slope = np.empty(most, np.float32), np.empty(slots, np.float32)
+    successors = successor_mask.shape[1]
+    slots = labels + ranks + successors + 1
     logits, shares = np.empty(slots, np.float32), np.empty(slots, np.float32)
-    bits = np.empty(slots, np.int32)
-    powers = bits.view(np.float32)
-    # What moves: views of one array, and of their derivatives since the last move.
-    gained = np.zeros_like(moved.weights)
-    linear, net_0, net_1, position, other = _parts(moved.weights, width, labels)
-    gained_linear, gained_0, gained_1, gained_position, gained_other = _parts(gained, width, labels)
-    drift, folded, unmoved = np.zeros_like(linear), net_0[:width] + net_0[width:], 0
+    slope, bits = np.empty(slots, np.float32), np.empty(slots, np.int32)
+    powers, places = bits.view(np.float32), ranks + successors
     for b in range(rows):
         begin = b // BLOCK * BLOCK
         end = min(begin + BLOCK, rows)
         # 1.
         if b == begin:
-            _evidence(
-                begin, end, windows, log_scale, scale, label_mask, personal, drift, net_0, net_1, position,
-                logarithms, folded, firsts, own, newest, z, across, hidden, evidence,
-            )  # fmt: skip
-            evidence_slope[:] = _ZERO
-        first = firsts[b - begin]
-        # 2. 3. With dropout, to learn.
-        aim = target[b]
-        if aim >= 0 and weight[b] != _ZERO:
-            _candidates(
-                b, label_mask, popular_mask, other_mask, label_at, other_at, category, other,
-                learning, learning_popular, evidence, first, logits,
-            )  # fmt: skip
-            factor = weight[b] / _exponentials(logits, _highest(logits), slope, bits, powers)
-            for i in range(slots):
-                slope[i] *= factor
-            slope[aim] -= weight[b]
-            m = first
-            for j in range(labels):
-                if label_mask[b, j] != _ZERO:
-                    evidence_slope[m] = slope[j]
-                    m += 1
-                    _add(to_learning, b, 0, slope[j], category, label_at[b, j], 0, dim)
-                    _add(to_category, label_at[b, j], 0, slope[j], learning, b, 0, dim)
-            for p in range(ranks):
-                if popular_mask[b, p] != _ZERO:
-                    to_popular[b, p] = slope[labels + p]
-            if other_mask[b] != _ZERO:
-                gained_other[0] += slope[slots - 1]
-                _add(to_learning, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
-                _add(to_category, other_at[b], 0, slope[slots - 1], learning, b, 0, dim)
+            _users(begin, end, given.prepared, weights, room)
+            _evidence(begin, end, facts, weights, logarithms, room)
+            _came_next(begin, end, facts, weights, logarithms, room)
+            room.evidence_slope[:] = _ZERO
+            room.said_slope[:] = _ZERO
+        row = b - begin
         # 2. 3. Without dropout, for the measures.
-        _candidates(
-            b, label_mask, popular_mask, other_mask, label_at, other_at, category, other,
-            scoring, scoring_popular, evidence, first, logits,
-        )  # fmt: skip
+        _candidates(b, facts, category, weights, scoring, given.scoring_popular, room, row, logits)
         highest = _highest(logits)
         total = _exponentials(logits, highest, shares, bits, powers)
+        aim = facts.target[b]
         if aim >= 0:
-            interest_loss[b] = np.float32(math.log(total)) + highest - logits[aim]
-            rank[b] = _rank(logits, aim)
+            scores.interest_loss[b] = np.float32(math.log(total)) + highest - logits[aim]
+            scores.rank[b] = _rank(logits, aim)
         for j in range(labels):
-            label_logits[b, j] = logits[j]
+            scores.label_logits[b, j] = logits[j]
         for p in range(ranks):
-            popular_logits[b, p] = logits[labels + p]
+            scores.popular_logits[b, p] = logits[labels + p]
+        for j in range(successors):
+            scores.successor_logits[b, j] = logits[labels + ranks + j]
         # 4. The last slot was chosen by the row's own event, which serving does not know.
         normaliser = _normaliser(max(total - shares[slots - 1], _ZERO), highest)
         for at in range(b, 2 * rows, rows):
-            category_at, item_at = pair_category_at[at], pair_item_at[at]
+            category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
             known = -1
             if category_at != 0:
                 for j in range(labels):
@@ -406,15 +436,15 @@ def _heads(
                 likely = logits[known] - normaliser
                 fixed = prior[0] + prior[1] * likely
             else:
-                likely = other[0] + _dot(scoring, b, 0, category, category_at) - normaliser
+                likely = weights.other[0] + _dot(scoring, b, 0, category, category_at) - normaliser
                 fixed = prior[2] * likely
             fixed += _dot(item_bias, 0, 0, item, item_at) + _dot(category_bias, 0, 0, category, category_at)
             if at == b:
                 fixed += crossed[b]
             score = fixed + scoring[b, 2 * dim] + _dot(scoring, b, dim, item, item_at)
             shifted = score + engaged_shift[at]
-            engagement[at] = score
-            engagement_loss[at] = (
+            scores.engagement[at] = score
+            scores.engagement_loss[at] = (
                 max(shifted, _ZERO) - shifted * engaged[at] + np.float32(math.log1p(math.exp(-abs(shifted))))
             )
             if engaged_weight[at] == _ZERO:
@@ -434,36 +464,49 @@ def _heads(
             _add(to_item, item_at, 0, g, learning, b, dim, dim)
             _add(to_item, item_at, 0, g, item_bias, 0, 0, dim)
             _add(to_category, category_at, 0, g, category_bias, 0, 0, dim)
+        # 2. 3. With dropout, to learn.
+        if aim >= 0 and facts.weight[b] != _ZERO:
+            if apart:
+                _candidates(b, facts, category, weights, learning, given.learning_popular, room, row, logits)
+                total = _exponentials(logits, _highest(logits), shares, bits, powers)
+            factor = facts.weight[b] / total
+            for i in range(slots):
+                slope[i] = shares[i] * factor
+            slope[aim] -= facts.weight[b]
+            m = room.firsts[row]
+            for j in range(labels):
+                if label_mask[b, j] != _ZERO:
+                    room.evidence_slope[m] = slope[j]
+                    m += 1
+                    _add(to_learning, b, 0, slope[j], category, label_at[b, j], 0, dim)
+                    _add(to_category, label_at[b, j], 0, slope[j], learning, b, 0, dim)
+            for i in range(places):
+                room.said_slope[row * places + i] = slope[labels + i]
+            for p in range(ranks):
+                slopes.learning_popular[b, p] = slope[labels + p]
+            for j in range(successors):
+                g = slope[labels + ranks + j]
+                if successor_mask[b, j] != _ZERO:
+                    gained.successor[j] += g
+                    _add(to_learning, b, 0, g, category, successor_at[b, j], 0, dim)
+                    _add(to_category, successor_at[b, j], 0, g, learning, b, 0, dim)
+            if facts.other_mask[b] != _ZERO:
+                gained.other[0] += slope[slots - 1]
+                _add(to_learning, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
+                _add(to_category, other_at[b], 0, slope[slots - 1], learning, b, 0, dim)
         if b == end - 1:
-            _evidence_slopes(
-                begin, end, label_mask, net_1, firsts, newest, z, across, hidden, evidence_slope,
-                to_personal, gained_0, gained_1, gained_position,
-            )  # fmt: skip
+            _came_next_slopes(begin, end, facts, weights, room, gained)
+            _evidence_slopes(begin, end, facts, given.prepared, weights, room, gained)
         # 5.
         if b == end - 1 and (end == rows or end % MOVE_ROWS == 0):
-            for f in range(width):
-                for k in range(NET_HIDDEN):
-                    gained_0[width + f, k] += gained_0[f, k]
-            for row in range(unmoved, end):
-                for k in range(personal.shape[1]):
-                    gained_linear[k] += to_personal[row, k]
-            for f in range(2 * width):
-                _add(to_net_0, f, 0, _ONE, gained_0, f, 0, NET_HIDDEN)
-            for k in range(NET_HIDDEN):
-                to_net_1[k] += gained_1[k]
-            for j in range(labels):
-                to_position[j] += gained_position[j]
-            to_other[0] += gained_other[0]
-            _move(moved.weights, moved.first, moved.second, moved.powers, gained, rate)
-            for k in range(linear.shape[0]):
-                drift[k] = linear[k] - given.linear[k]
-            for f in range(width):
-                for k in range(NET_HIDDEN):
-                    folded[f, k] = net_0[f, k] + net_0[width + f, k]
-            unmoved = end
+            for i in range(total_flat.shape[0]):
+                total_flat[i] += gained_flat[i]
+            _move(moved, gained_flat, rate, weights.user.size)
 
 
-def heads(facts: Facts, given: Given, slots: Moved | None = None, rate: float = 0.0) -> tuple[Scores, Slopes, Learned]:
+def heads(
+    facts: Facts, given: Given, slots: Moved | None = None, rate: float = 0.0, apart: bool = True
+) -> tuple[Scores, Slopes, Learned]:
     """Scores and slopes of a step, and what was learned within it.
 
     Args:
@@ -471,24 +514,31 @@ def heads(facts: Facts, given: Given, slots: Moved | None = None, rate: float = 
         given: What the graph computed.
         slots: The Adam slots before the step, not changed; its weights are not read. None moves nothing.
         rate: Step size of Adam.
+        apart: Whether what learns is not what scores.
     """
-    weights = np.concatenate([getattr(given, name).reshape(-1) for name in MOVING])
-    moved = Moved.of(weights) if slots is None else Moved(weights, *(slot.copy() for slot in slots[1:]))
+    flat = np.concatenate([getattr(given, name).reshape(-1) for name in MOVING])
+    moved = Moved.of(flat) if slots is None else Moved(flat, *(slot.copy() for slot in slots[1:]))
+    gained, total = np.zeros_like(flat), np.zeros_like(flat)
     rows, labels, _ = facts.windows.shape
-    ranks = facts.popular_mask.shape[1]
+    ranks, successors = facts.popular_mask.shape[1], facts.successor_mask.shape[1]
     scores = Scores(
         np.empty((rows, labels), np.float32),
         np.empty((rows, ranks), np.float32),
+        np.empty((rows, successors), np.float32),
         np.zeros(rows, np.float32),
-        np.full(rows, labels + ranks, np.int32),
+        np.full(rows, labels + ranks + successors, np.int32),
         np.empty(2 * rows, np.float32),
         np.empty(2 * rows, np.float32),
     )
-    slopes = Slopes(*(np.zeros_like(getattr(given, name)) for name in Slopes._fields))
+    learned = {name: np.zeros_like(getattr(given, name)) for name in Slopes._fields if name != "moving"}
+    slopes = Slopes(**learned, moving=Moving.of(total, given))
     crossed = crosses(
         facts.cross_at, facts.share_at, facts.cross_prior, facts.engaged, given.cross, given.cross_precision
     )
+    room = Room.of(BLOCK, facts, NET_HIDDEN, NEXT_HIDDEN, LANES)
+    step = np.float32(rate if slots is not None else 0.0)
     _heads(
-        facts, given, LOGARITHMS, crossed.logits, scores, slopes, moved, np.float32(rate if slots is not None else 0)
-    )
+        facts, given, LOGARITHMS, crossed.logits, scores, slopes, moved, Moving.of(moved.weights, given), gained,
+        Moving.of(gained, given), total, room, step, apart,
+    )  # fmt: skip
     return scores, slopes, Learned(crossed.rows, crossed.precision, moved)

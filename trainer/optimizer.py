@@ -22,6 +22,9 @@ from trainer.heads import BETA_1, BETA_2, EPSILON
 
 F32 = npt.NDArray[np.float32]
 
+_MOVING = Moved._fields[1:]
+"""The slots of what moves within a step; its weights are among the dense ones."""
+
 
 class Adam:
     """Adam (Kingma and Ba 2015) over named dense weights.
@@ -29,12 +32,12 @@ class Adam:
     Args:
         weights: The variables by name.
         learning_rate: Step size.
-        rates: Factors of the step size by a name's prefix; 1 elsewhere.
+        rates: Factors of the step size by a name's prefix, the longest that fits; 1 elsewhere.
         moving: Weights, in this order, that move within a step (`trainer/heads.py`): they are set, not moved, here.
         moving_rate: Factor of their step size.
 
     Attributes:
-        moving: The slots of those; its weights are not read.
+        moving: The slots of those; its own weights are not read.
         moving_rate: Their step size.
     """
 
@@ -47,11 +50,13 @@ class Adam:
         moving_rate: float = 0.0,
     ) -> None:
         self._weights = dict(weights)
-        self.moving = Moved.of(np.zeros(sum(int(np.prod(weights[name].shape)) for name in moving), np.float32))
+        self.moving = Moved.of(
+            np.concatenate([weights[name].numpy().reshape(-1) for name in moving] or [np.zeros(0, np.float32)])
+        )
         self.moving_rate, self._moving = learning_rate * moving_rate, {name: weights[name] for name in moving}
-        factors = {
-            name: max([f for p, f in (rates or {}).items() if name.startswith(p)], default=1.0) for name in weights
-        }
+        # The longest prefix says it.
+        known = sorted((rates or {}).items(), key=lambda each: len(each[0]))
+        factors = {name: next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in weights}
         self._rates = {name: np.float32(learning_rate * factors[name]) for name in weights}
         others = {name: weight for name, weight in weights.items() if name not in moving}
         self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
@@ -88,12 +93,12 @@ class Adam:
         self._powers.assign(powers * np.array([BETA_1, BETA_2]))
 
     def slots(self) -> dict[str, F32]:
-        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, the powers of both betas, and `moving.`'s."""
+        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, the powers of both betas, and `moving.<slot>`."""
         held = {f"{name}.m": slot for name, slot in self._first.items()}
         held |= {f"{name}.v": slot for name, slot in self._second.items()}
         found = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
         moving = self.moving
-        return found | {"moving.m": moving.first, "moving.v": moving.second, "moving.powers": moving.powers}
+        return found | {f"moving.{name}": getattr(moving, name) for name in _MOVING}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
         """Sets the whole state.
@@ -102,14 +107,14 @@ class Adam:
             SettingsError: A slot is missing: the version is of another model.
         """
         try:
-            first, second, powers = (np.array(slots[f"moving.{name}"]) for name in ("m", "v", "powers"))
-            if first.shape != self.moving.first.shape:
-                raise ValueError(f"moving.m of shape {first.shape}")
+            moving = [np.array(slots[f"moving.{name}"]) for name in _MOVING]
+            if moving[0].shape != self.moving.fast.shape:
+                raise ValueError(f"moving.{_MOVING[0]} of shape {moving[0].shape}")
             for name in self._first:
                 self._first[name].assign(slots[f"{name}.m"])
                 self._second[name].assign(slots[f"{name}.v"])
             self._powers.assign(slots["powers"])
-            self.moving = Moved(np.zeros_like(first), first, second, powers)
+            self.moving = Moved(np.zeros_like(moving[0]), *moving)
         except (KeyError, ValueError) as error:
             raise SettingsError(
                 f"optimizer slot {error} does not fit this model; put the [model] settings back"

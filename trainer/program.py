@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from state.errors import ProgramError
 from state.lowering import TOLERANCE, difference, lower_saved_model
+from state.transitions import COLUMNS, SUCCESSORS
 from trainer.model import Model
 
 F32 = npt.NDArray[np.float32]
@@ -145,7 +146,7 @@ def sample(model: Model, rows: int = 32) -> dict[str, F32]:
     made: dict[str, F32] = {}
     for name, spec in _inputs(model).items():
         shape = [rows if size is None else size for size in spec.shape]
-        if name in ("features", "label_windows"):
+        if name == "features" or name.endswith(("_windows", "_next")):
             values = drawn.integers(0, 300, shape).astype(np.float64)
             values.reshape(rows, -1)[0], values.reshape(rows, -1)[1] = 0, 65535
         elif name.endswith("_mask"):
@@ -178,9 +179,14 @@ def _inputs(model: Model) -> dict[str, Any]:
         "category_row": [None, dim],
         "label_rows": [None, model.labels, dim],
         "label_windows": [None, model.labels, model.label_width],
+        "label_next": [None, model.labels, len(COLUMNS)],
         "label_mask": [None, model.labels],
         "popular_rows": [popular, dim],
         "popular_mask": [None, popular],
+        "popular_next": [None, popular, len(COLUMNS)],
+        "successor_rows": [None, SUCCESSORS, dim],
+        "successor_mask": [None, SUCCESSORS],
+        "successor_next": [None, SUCCESSORS, len(COLUMNS)],
         "cross": [None],
     }
     return {name: tf.TensorSpec(shape, tf.float32, name) for name, shape in shapes.items()}

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from state import transitions
 from state.config import Settings
 from state.crosses import WIDTH, Crosses, Values
 from state.errors import TrainingHeld
@@ -65,16 +66,22 @@ click, so that scores are shifted by log((1 - r) / r) to stand for r (King and Z
 
 NEGATIVE_SHIFT = float(np.log((1.0 - ASSUMED_CLICK_RATE) / ASSUMED_CLICK_RATE))
 
-TABLES = ("user", "item", "category", "context", CROSS)
+TRANSITION = "transition"
+"""The table of what came next after a label, which is counted and not learned."""
 
-RATES = {"interest.": 20.0, "engagement.": 20.0}
-"""The few weights over label windows see every label of every row and learn faster, those of engagement every pair."""
+TRANSITION_CAPACITY = 1024
+"""Lists at the start: there are as many as labels, and each takes a kilobyte."""
+
+EMBEDDINGS = ("user", "item", "category", "context")
+
+RATES = {"interest.popular": 100.0, "engagement.": 20.0}
+"""The few weights of the popular ranks see every row and learn faster, those of engagement every pair."""
 
 LABELLED_RATES = RATES | {"engagement.": 1.0}
 """Where crosses know most of it, those of engagement need not hurry: they would follow what is left, mostly chance."""
 
-MOVING_RATE = 10.0
-"""And those that move several times a step."""
+MOVING_RATE = 6.0
+"""Those of the evidence, which move several times a step (`MOVE_ROWS`)."""
 
 
 def labelled(settings: Settings) -> bool:
@@ -146,7 +153,7 @@ class Trainer:
         clock: Seconds, for the duration in the report only.
 
     Attributes:
-        tables: By name: user, item, category, context, cross.
+        tables: By name: user, item, category, context, cross, transition.
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
@@ -173,12 +180,20 @@ class Trainer:
                 settings.trainer.admit_after if name != "context" else 1,
                 self.device,
             )
-            for name in TABLES
-            if name != CROSS
+            for name in EMBEDDINGS
         }
         # A cross begins at nothing: a weight and a margin of 0, of which nothing was learned.
         self.tables[CROSS] = Table(
             CROSS, WIDTH, settings.trainer.capacity, 0.0, settings.trainer.admit_after, self.device, initial_range=0.0
+        )
+        self.tables[TRANSITION] = Table(
+            TRANSITION,
+            transitions.WIDTH,
+            TRANSITION_CAPACITY,
+            admit_after=settings.trainer.admit_after,
+            device=self.device,
+            initial_range=0.0,
+            trained=False,
         )
         with tf.device(self.device):
             self.model = Model(model, spec, preprocessing, labelled(settings))
@@ -193,7 +208,8 @@ class Trainer:
         self._first_weights = self.model.weights()
         self._first_slots = self.optimizer.slots()
         fields = len(settings.events.context) + len(self._columns.users.names)
-        self._graph = Graph(self.model, self.optimizer, self.tables, fields, len(self._columns.items.names))
+        learned = {name: table for name, table in self.tables.items() if name != TRANSITION}
+        self._graph = Graph(self.model, self.optimizer, learned, fields, len(self._columns.items.names))
         self._windows = self.model.prepare_windows
         self._crosses = Crosses(spec, settings.events.context, self._columns.users.names, self._columns.items.names)
 
@@ -260,10 +276,15 @@ class Trainer:
         return self._judge_and_apply(batch, facts, inputs, measured, scores, sparse, learned, began)
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
-        """The interest logits of a batch without dropout: label_logits `[B, L]`, popular_logits `[B, P]`. Changes nothing."""
+        """The interest logits of a batch without dropout, by what the candidates are. Changes nothing.
+
+        Returns:
+            label_logits `[B, L]`, popular_logits `[B, P]`, successor_logits `[B, S]`, all float32.
+        """
         with tf.device(self.device):
             _, scores, _, _ = self._graph.measure(*self._inputs(batch, self._crosses_of(batch), (0, 0)), move=False)
-        return {"label_logits": scores.label_logits, "popular_logits": scores.popular_logits}
+        names = ("label_logits", "popular_logits", "successor_logits")
+        return {name: getattr(scores, name) for name in names}
 
     def _crosses_of(self, batch: MicroBatch) -> U64:
         """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one.
@@ -294,6 +315,7 @@ class Trainer:
         for context in (self._context(batch), self._columns.items_of(batch)):
             if fields := context.shape[1]:
                 self.tables["context"].sight(context.reshape(-1), np.repeat(batch.at_ms, fields))
+        self.tables[TRANSITION].sight(_left(batch), batch.at_ms)
         if crosses.size:
             self.tables[CROSS].sight(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
             shares = self._crosses.shares
@@ -312,7 +334,11 @@ class Trainer:
         partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]
         partner = partners(topics, partitions, batch.opened)
         popular = self.popular.top()
-        slots = candidates(batch.category, batch.labels, popular, partner)
+        table = self.tables[TRANSITION]
+        listed, newest_at = table.distinct(table.find(np.ascontiguousarray(batch.labels[:, 0])))
+        lists = table.get(listed)
+        came_next = transitions.succession(newest_at, lists, batch.labels, popular)
+        slots = candidates(batch.category, batch.labels, popular, came_next.ids, partner)
         if seed is None:
             seed = seed_of(int(topics[0]), int(partitions[0]), int(batch.opened[0]))
 
@@ -329,6 +355,7 @@ class Trainer:
             "category": {
                 "label_at": batch.labels.reshape(-1),
                 "popular_at": popular,
+                "successor_at": came_next.ids.reshape(-1),
                 "pair_category_at": batch.category,
                 "negative_category_at": batch.category[partner],
                 "other_at": slots.other,
@@ -339,9 +366,10 @@ class Trainer:
         if combined is not None:
             parts["context"]["item_attributes_at"] = combined.attributes.reshape(-1)
         inputs: dict[str, Any] = {"features": batch.features, "seed": np.array(seed, np.int32), "partner": partner}
+        inputs |= {f"{TRANSITION}_rows": listed, "newest_at": newest_at, "lists": lists}
         at: dict[str, I32] = {}
-        for name, table in self.tables.items():
-            ids = np.concatenate(list(parts[name].values()))
+        for name in parts:
+            table, ids = self.tables[name], np.concatenate(list(parts[name].values()))
             inputs[f"{name}_rows"], places = table.distinct(table.find(ids))
             ends = np.cumsum([part.size for part in parts[name].values()])
             at |= dict(zip(parts[name], np.split(places, ends[:-1]), strict=True))
@@ -355,13 +383,18 @@ class Trainer:
         inputs["kept"] = dropout(seed, rows, width, self.settings.model.dropout)
         weight = np.where(slots.target >= 0, batch.weight, np.float32(0.0)) * np.float32(1.0 / LOSS_ROWS)
         facts = Facts(
-            windows=np.ascontiguousarray(batch.label_windows),
+            windows=np.concatenate([batch.label_windows, came_next.labels], 2),
             log_scale=self._windows.log_scale,
             scale=self._windows.scale,
+            shift=self._windows.shift,
             label_mask=(batch.labels != 0).astype(np.float32),
             popular_mask=slots.popular_mask,
+            successor_mask=(came_next.ids != 0).astype(np.float32),
             other_mask=(slots.other != 0).astype(np.float32),
+            popular_next=came_next.popular,
+            successor_next=came_next.successors,
             label_at=label_at,
+            successor_at=at["successor_at"].reshape(came_next.ids.shape),
             other_at=at["other_at"],
             pair_category_at=np.concatenate([at["pair_category_at"], at["negative_category_at"]]),
             pair_item_at=np.concatenate([at["pair_item_at"], at["negative_item_at"]]),
@@ -432,6 +465,11 @@ class Trainer:
                 users, items = self._columns.users_of(batch), self._columns.items_of(batch)
                 self.slices.update(users, items, batch.header.names, seen)
             self.popular.update(batch.category, counters.log_ms)
+            # Counted once the step is accepted: a skipped one leaves no trace.
+            lists = inputs["lists"]
+            transitions.record(inputs["newest_at"], np.where(facts.weight > 0, batch.category, np.uint64(0)), lists)
+            table = self.tables[TRANSITION]
+            table.put(inputs[f"{TRANSITION}_rows"][1:], lists[1:], np.zeros((len(lists) - 1, 0), np.float32))
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, event_time_ms)
         else:
@@ -450,3 +488,8 @@ class Trainer:
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
         )
+
+
+def _left(batch: MicroBatch) -> U64:
+    """The label that each row's event came after, `[n]` uint64; 0 where there is none, or no label came next."""
+    return np.where(batch.category != 0, batch.labels[:, 0], np.uint64(0))

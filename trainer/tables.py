@@ -116,6 +116,7 @@ class Table:
         admit_after: Sightings an id needs before it gets a row.
         device: TensorFlow device of the variables.
         initial_range: A new row is uniform in plus and minus this.
+        trained: Rows have accumulators; else these are of width 0.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Table:
         admit_after: int = 1,
         device: str = "/CPU:0",
         initial_range: float = INITIAL_RANGE,
+        trained: bool = True,
     ) -> None:
         self.name = name
         self.dim = dim
@@ -134,14 +136,15 @@ class Table:
         self._initial_accumulator = initial_accumulator
         self._initial_range = np.float32(initial_range)
         self._admit_after = admit_after
+        self._accum_dim = dim if trained else 0
         capacity = max(capacity, 2)
         with tf.device(device):
             # The unknown first dimension lets the variables grow without a new trace of the step.
             shape = tf.TensorShape([None, dim])
             self.rows = tf.Variable(tf.zeros([capacity, dim]), shape=shape, trainable=False, name=f"{name}.rows")
             self.accum = tf.Variable(
-                tf.fill([capacity, dim], np.float32(initial_accumulator)),
-                shape=shape,
+                tf.fill([capacity, self._accum_dim], np.float32(initial_accumulator)),
+                shape=tf.TensorShape([None, self._accum_dim]),
                 trainable=False,
                 name=f"{name}.accum",
             )
@@ -210,6 +213,20 @@ class Table:
         """Lists rows (`[n]` int32) as changed."""
         self._dirty_count = _mark_rows(np.ascontiguousarray(rows), self._dirty, self._dirty_rows, self._dirty_count)
 
+    def get(self, rows: I32) -> F32:
+        """A host copy of rows (`[n]` int32), `[n, dim]` float32."""
+        return _gathered(self.rows, rows)
+
+    def put(self, rows: I32, values: F32, accum: F32) -> None:
+        """Sets rows (`[n]` int32) and their accumulators; `touch` lists them as changed."""
+        with tf.device(self.device):
+            for start in range(0, rows.size, _SCATTER_ROWS):
+                part = slice(start, start + _SCATTER_ROWS)
+                for variable, updates in ((self.rows, values), (self.accum, accum)):
+                    tf.raw_ops.ResourceScatterUpdate(
+                        resource=variable.handle, indices=rows[part], updates=updates[part]
+                    )
+
     def distinct(self, rows: I32) -> tuple[I32, I32]:
         """Each row once, in order of first occurrence, and where each argument went.
 
@@ -265,7 +282,7 @@ class Table:
         self._place(fresh)
         rows = self._index.find(changes.ids)
         self._last_seen_ms[rows] = changes.last_seen_ms
-        self._scatter(rows, changes.rows, changes.accum)
+        self.put(rows, changes.rows, changes.accum)
         for key, count, seen_ms in zip(
             changes.pending_ids.tolist(), changes.pending_counts.tolist(), changes.pending_seen_ms.tolist(), strict=True
         ):
@@ -298,7 +315,7 @@ class Table:
     def _admit(self, ids: U64) -> None:
         rows = self._place(ids)
         first = hashed_uniform(ids, self.dim, self.name) * self._initial_range
-        self._scatter(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))
+        self.put(rows, first, np.full((ids.size, self._accum_dim), self._initial_accumulator, np.float32))
         if self._removed:
             self._removed.difference_update(ids.tolist())
 
@@ -334,19 +351,10 @@ class Table:
         extra = capacity - self.capacity
         with tf.device(self.device):
             self.rows.assign(tf.concat([self.rows, tf.zeros([extra, self.dim])], 0))
-            self.accum.assign(tf.concat([self.accum, tf.zeros([extra, self.dim])], 0))
+            self.accum.assign(tf.concat([self.accum, tf.zeros([extra, self._accum_dim])], 0))
         for field in ("_ids", "_last_seen_ms", "_dirty", "_dirty_rows", "_scratch"):
             old = getattr(self, field)
             setattr(self, field, np.concatenate([old, np.zeros(extra, old.dtype)]))
-
-    def _scatter(self, rows: I32, values: F32, accum: F32) -> None:
-        with tf.device(self.device):
-            for start in range(0, rows.size, _SCATTER_ROWS):
-                part = slice(start, start + _SCATTER_ROWS)
-                for variable, updates in ((self.rows, values), (self.accum, accum)):
-                    tf.raw_ops.ResourceScatterUpdate(
-                        resource=variable.handle, indices=rows[part], updates=updates[part]
-                    )
 
     def _collect(self, rows: I32, removed: set[int], pending: set[int]) -> Changes:
         ids = self._ids[rows]

@@ -10,7 +10,8 @@ for one row and 150 us for sixteen.
 3. The windows as of `at`, without what the mask takes out.
 4. Rows of the user, the context, the labels, the item, and of the attributes of user and item; where an item is
    asked for, what the pair's crosses say.
-5. Candidates = the user's labels, and the popular ones that are not among them.
+5. Candidates = the user's labels, the popular ones that are not among them, and of what over all users came next
+   after the newest label the most frequent that are neither; of each, how often it came next.
 6. Logits, softmax over the candidates, names.
 """
 
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from deploy.serving import crosses
 from deploy.serving.attributes import NOTHING, Known, KnownAttributes
+from deploy.serving.candidates import Interest, Label, add_succession, came_next, interests
 from deploy.serving.program import BATCHES, Program, batch_of, read_program
 from state.crosses import Crosses, Values
 from state.errors import SaltMismatch, SpecMismatch, SpringtideError
@@ -50,14 +52,6 @@ F32 = NDArray[np.float32]
 
 class NotReady(SpringtideError):
     """Something that answers need is not here yet. Wait for the applier, or look at its log."""
-
-
-class Interest(TypedDict):
-    """A candidate: the category's name (or id where it has none), its id, its probability."""
-
-    label: str
-    id: str
-    probability: float
 
 
 class Version(TypedDict):
@@ -141,21 +135,14 @@ class Pair(NamedTuple):
     vector: Vector
 
 
-class Label(NamedTuple):
-    """A candidate as an answer shows it."""
-
-    name: str
-    hex: str
-
-
 @dataclass(frozen=True)
 class Loaded:
     """What stays the same between two versions.
 
     Attributes:
         dim: Width of rows.
-        popular: Popular labels, P of them or fewer.
-        popular_labels: The same as answers show them.
+        popular: `[P]` uint64, padded with 0.
+        popular_labels: Those there are, as answers show them.
         popular_rows: `[P, dim]` float32.
         popular_known: `[P]` float32, 1 where there is a popular label.
         missing: The bytes of a row that is not there.
@@ -166,23 +153,13 @@ class Loaded:
     served: Served
     program: Program
     dim: int
-    popular: tuple[int, ...]
+    popular: NDArray[np.uint64]
     popular_labels: list[Label]
     popular_rows: F32
     popular_known: F32
     missing: bytes
     cross_shares: F32
     category_rows: dict[int, bytes] = field(default_factory=dict)
-
-
-def softmax(logits: F32) -> F32:
-    """Probabilities of logits, `[n, k]` float32 each, by row.
-
-    >>> softmax(np.array([[0.0, 0.0], [-1e9, 0.0]], np.float32)).tolist()
-    [[0.5, 0.5], [0.0, 1.0]]
-    """
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(shares / shares.sum(1, keepdims=True), np.float32)
 
 
 def event_now(clock: bytes | None, now_ms: int) -> int | None:
@@ -288,6 +265,8 @@ class Predictor:
                 for query, item in zip(queries, items, strict=True)
             ]
             inputs, known = self._inputs(reader, loaded, users, items, categories, seen)
+            found = came_next(reader, loaded.served, np.stack([vector.labels for vector in vectors]), loaded.popular)
+            add_succession(inputs, found, self._categories(reader, loaded, found.ids.reshape(-1).tolist()))
             self._add_attributes(reader, loaded, queries, inputs, people, goods)
             pairs = [
                 (place, Pair(query, user, item, category or 0, person, good, vector))
@@ -302,7 +281,11 @@ class Predictor:
             inputs["label_windows"][place] = vector.label_windows
         # 6.
         outputs = loaded.program.predict(inputs)
-        interests = self._interests(loaded, seen, inputs["popular_mask"], outputs)
+        named = [
+            ([self._label(label) for label in own], [self._label(label) for label in others if label])
+            for own, others in zip(seen, found.ids.tolist(), strict=True)
+        ]
+        ranked = interests(named, loaded.popular_labels, inputs, outputs)
         served, names = loaded.served, self._spec.names
         version: Version = {
             "number": served.version,
@@ -327,7 +310,7 @@ class Predictor:
                     at=iso(times[place]),
                     at_ms=times[place],
                     clock=clock if query.at_ms is None else "request",
-                    interests=interests[place],
+                    interests=ranked[place],
                     engagement=engagement,
                     vector=outputs["vector"][place],
                     features=dict(zip(names, vectors[place].features.tolist(), strict=True)),
@@ -370,21 +353,22 @@ class Predictor:
         self._loaded = None
         program.load(reader.dense(served.version))
         places, dim = program.shapes["popular_rows"]
-        popular = [label for label in reader.popular(served.version).tolist() if label][:places]
+        stored = reader.popular(served.version)
+        popular = stored[stored != 0][:places]
         popular_rows, popular_known = np.zeros((places, dim), np.float32), np.zeros(places, np.float32)
         popular_known[: len(popular)] = 1.0
         loaded = Loaded(
             served,
             program,
             dim,
-            tuple(popular),
-            [self._label(label) for label in popular],
+            np.pad(popular, (0, places - len(popular))),
+            [self._label(label) for label in popular.tolist()],
             popular_rows,
             popular_known,
             bytes(4 * dim),
             crosses.shares_of(reader, served, self._crosses),
         )
-        popular_rows[: len(popular)] = self._categories(reader, loaded, popular)
+        popular_rows[: len(popular)] = self._categories(reader, loaded, popular.tolist())
         self._loaded = loaded
         return loaded
 
@@ -417,7 +401,7 @@ class Predictor:
         inputs = {name: np.zeros((rows, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
         inputs["popular_rows"] = loaded.popular_rows
         inputs["popular_mask"][: len(users)] = loaded.popular_known
-        known = []
+        known, popular = [], loaded.popular.tolist()
         for place, (user, item, category, labels) in enumerate(zip(users, items, categories, seen, strict=True)):
             row = reader.row("user", user, served)
             known.append(row is not None)
@@ -428,9 +412,8 @@ class Predictor:
                 inputs["label_rows"][place, : len(labels)] = self._categories(reader, loaded, labels)
                 inputs["label_mask"][place, : len(labels)] = 1.0
                 own = set(labels)
-                if not own.isdisjoint(loaded.popular):
-                    taken = [rank for rank, label in enumerate(loaded.popular) if label in own]
-                    inputs["popular_mask"][place, taken] = 0.0
+                taken = [rank for rank, label in enumerate(popular) if label in own]
+                inputs["popular_mask"][place, taken] = 0.0
             if item is not None:
                 inputs["item_row"][place] = np.frombuffer(
                     reader.row("item", item, served) or loaded.missing, np.float32
@@ -502,27 +485,6 @@ class Predictor:
         for one in ids:
             total += np.frombuffer(reader.row("context", one, loaded.served) or loaded.missing, np.float32)
         return total
-
-    def _interests(
-        self, loaded: Loaded, seen: list[list[int]], popular_mask: F32, outputs: Mapping[str, F32]
-    ) -> list[list[Interest]]:
-        """Each question's candidates, best first."""
-        logits = np.concatenate((outputs["label_logits"], outputs["popular_logits"]), axis=1)
-        slots = outputs["label_logits"].shape[1]
-        # What is no candidate has a logit far below any other, and comes last.
-        orders = np.argsort(-logits, axis=1, kind="stable")
-        shares = np.take_along_axis(softmax(logits), orders, 1).tolist()
-        counts = popular_mask.sum(1).astype(int).tolist()
-        found: list[list[Interest]] = []
-        for place, labels in enumerate(seen):
-            own, popular = [self._label(label) for label in labels], loaded.popular_labels
-            count = len(labels) + counts[place]
-            interests: list[Interest] = []
-            for slot, share in zip(orders[place, :count].tolist(), shares[place][:count], strict=True):
-                name, identity = own[slot] if slot < slots else popular[slot - slots]
-                interests.append({"label": name, "id": identity, "probability": share})
-            found.append(interests)
-        return found
 
     def _label(self, label: int) -> Label:
         known = self._labels.get(label)

@@ -3,7 +3,8 @@
     python -m tests.bench.quality [--steps N] [--only taobao|kuairand|shoppers]
 
 Taobao's clicks: the next category, and whose item it was (`tests/bench/recorded.py`
-makes micro-batches of 1,024 rows of them). Baselines see the same rows in the
+makes micro-batches of 1,024 rows of them), with the features' means and
+variances of its beginning, as the bootstrap finds them. Baselines see the same rows in the
 same run: the biggest category so far, and the user's previous one. KuaiRand's
 impressions: whether the video was clicked, over the rows of the last three days.
 Synthetic shoppers, whose tastes drift: against the same model frozen at half time.
@@ -13,16 +14,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import tempfile
 from collections import Counter
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from state.config import Settings
 from state.features import FeatureSpec
-from tests.bench.recorded import STEP_ROWS, kuairand_settings, made_clicks, micro_batches, read_clicks, read_impressions
+from streaming.preprocessing import analysed, load_preprocessing
+from tests.bench.recorded import (
+    STEP_ROWS,
+    Recorded,
+    kuairand_settings,
+    made_clicks,
+    micro_batches,
+    read_clicks,
+    read_impressions,
+)
 from tests.bench.report import Figure, report
 from trainer import checkpoint
+from trainer.model import Preprocessing
+from trainer.program import preprocessing_of
 from trainer.step import Report, Trainer
 
 SHOPPERS_CLICKS = 240 * STEP_ROWS
@@ -45,16 +60,26 @@ def baselines(users: npt.NDArray[np.uint64], categories: npt.NDArray[np.uint64],
     return biggest_hits / (users.size - since), last_hits / (users.size - since)
 
 
+def analysis(recorded: Recorded, spec: FeatureSpec, settings: Settings, steps: int | None = None) -> Preprocessing:
+    """What the bootstrap makes of a log before anything is trained: the preprocessing, analysed over its beginning."""
+    rows = settings.bootstrap.sample_rows if steps is None else min(settings.bootstrap.sample_rows, steps * STEP_ROWS)
+    batches = islice(micro_batches(recorded, spec, settings.events.action_weights), -(-rows // STEP_ROWS))
+    with tempfile.TemporaryDirectory(prefix="springtide-quality-") as folder:
+        analysed((batch.features for batch in batches), load_preprocessing(settings.model.preprocessing), Path(folder))
+        return preprocessing_of(Path(folder))
+
+
 def train(steps: int | None = None, settings: Settings | None = None) -> dict[str, float]:
     """Trains in one pass; the measures over all rows and over the second half."""
     settings = settings or Settings()
     spec = FeatureSpec.from_settings(settings)
     recorded = read_clicks()
     users, events = recorded.users, recorded.events
-    trainer = Trainer(settings, spec)
+    weights = settings.events.action_weights
+    trainer = Trainer(settings, spec, analysis(recorded, spec, settings, steps))
     late_from = users.size // 2 // STEP_ROWS * STEP_ROWS
     hits = targets = late_hits = late_targets = 0
-    for number, batch in enumerate(micro_batches(recorded, spec, settings.events.action_weights)):
+    for number, batch in enumerate(micro_batches(recorded, spec, weights)):
         if steps is not None and number >= steps:
             break
         done = trainer.step(batch)

@@ -69,7 +69,7 @@ def reason(value: Any, settings: Events | None = None) -> str:
 
 
 def test_a_good_record_becomes_one_row() -> None:
-    batch = parse(GOOD, settings=Events(label="liked", context=("device", "page")))
+    batch = parse(GOOD, settings=Events(action_weights=(1.0, 2.0, 3.0, 4.0), label="liked", context=("device", "page")))
     assert batch.user.tolist() == [user_id(SALT, "ann")]
     assert (batch.item.tolist(), batch.category.tolist()) == ([public_id("lamp")], [public_id("home")])
     assert (batch.action.tolist(), batch.weight.tolist(), batch.at_ms.tolist()) == ([2], [3.0], [NOW_MS])

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from state.config import Settings
 from state.errors import SettingsError
+from state.transitions import COLUMNS, SUCCESSORS
 from tests.trainer.batches import SPEC
 from trainer.model import MASKED, DenseTower, Model, recency_prior
 
@@ -27,9 +28,14 @@ def shapes(rows: int | None) -> dict[str, list[int | None]]:
         "context_row": [rows, dim],
         "label_rows": [rows, SPEC.labels, dim],
         "label_windows": [rows, SPEC.labels, len(SPEC.label_names)],
+        "label_next": [rows, SPEC.labels, len(COLUMNS)],
         "label_mask": [rows, SPEC.labels],
         "popular_rows": [MODEL.popular, dim],
         "popular_mask": [rows, MODEL.popular],
+        "popular_next": [rows, MODEL.popular, len(COLUMNS)],
+        "successor_rows": [rows, SUCCESSORS, dim],
+        "successor_mask": [rows, SUCCESSORS],
+        "successor_next": [rows, SUCCESSORS, len(COLUMNS)],
         "item_row": [rows, dim],
         "category_row": [rows, dim],
         "cross": [rows],
@@ -39,9 +45,9 @@ def shapes(rows: int | None) -> dict[str, list[int | None]]:
 def inputs(rows: int = ROWS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     found = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes(rows).items()}
-    for name in ("features", "label_windows"):
+    for name in ("features", "label_windows", "label_next", "popular_next", "successor_next"):
         found[name] = rng.integers(0, 200, shapes(rows)[name]).astype(np.float32)
-    for name in ("label_mask", "popular_mask"):
+    for name in ("label_mask", "popular_mask", "successor_mask"):
         found[name] = (rng.random(shapes(rows)[name]) < 0.7).astype(np.float32)
     return found
 
@@ -62,18 +68,20 @@ def test_shapes_and_masks(model: Model) -> None:
     assert {name: tuple(value.shape) for name, value in found.items()} == {
         "label_logits": (ROWS, SPEC.labels),
         "popular_logits": (ROWS, MODEL.popular),
+        "successor_logits": (ROWS, SUCCESSORS),
         "engagement_logit": (ROWS,),
         "vector": (ROWS, MODEL.hidden[-1]),
     }
     assert (found["label_logits"].numpy()[given["label_mask"] == 0] == MASKED).all()
     assert (found["popular_logits"].numpy()[given["popular_mask"] == 0] == MASKED).all()
+    assert (found["successor_logits"].numpy()[given["successor_mask"] == 0] == MASKED).all()
 
 
 def test_interest_does_not_see_item_and_category(model: Model) -> None:
     given = inputs()
     changed = given | {"item_row": given["item_row"] + 1, "category_row": given["category_row"] - 1}
     before, after = model.forward(given), model.forward(changed)
-    for name in ("label_logits", "popular_logits", "vector"):
+    for name in ("label_logits", "popular_logits", "successor_logits", "vector"):
         assert (before[name].numpy() == after[name].numpy()).all()
     assert (before["engagement_logit"].numpy() != after["engagement_logit"].numpy()).all()
 
@@ -87,7 +95,7 @@ def test_first_weights_are_the_same_in_every_process_and_rank_the_latest_label_f
     given["label_windows"][0, :, SPEC.label_names.index("is_last")] = np.arange(SPEC.labels) == 0
     given["label_mask"][:] = 1
     assert int(one.forward(given)["label_logits"].numpy().argmax()) == 0
-    assert recency_prior(SPEC.label_names).shape == (2 * len(SPEC.label_names),)
+    assert recency_prior(SPEC.label_names).shape == (len(SPEC.label_names),)
 
 
 def test_weights_of_another_model_are_refused(model: Model) -> None:

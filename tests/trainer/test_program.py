@@ -35,7 +35,13 @@ def test_the_program_answers_as_the_model_does_with_each_versions_weights() -> N
         model.set_weights({name: weight * np.float32(scale) for name, weight in before.items()})
         program.load(model.weights())
         ours, theirs = program.predict(inputs), model.forward(inputs)
-        assert set(ours) == {"label_logits", "popular_logits", "engagement_logit", "vector"}
+        assert set(ours) == {
+            "label_logits",
+            "popular_logits",
+            "successor_logits",
+            "engagement_logit",
+            "vector",
+        }
         for name, values in ours.items():
             np.testing.assert_allclose(values, theirs[name], rtol=1e-4, atol=1e-5)
 

@@ -209,22 +209,33 @@ def test_candidates_agree_with_a_plain_definition() -> None:
     batch = micro_batch(200, categories=30)
     popular = np.append(spread(np.arange(1, 7)), np.zeros(2, np.uint64))
     partner = partners(np.zeros(200, np.uint64), np.zeros(200, np.uint64), batch.offset)
-    found = candidates(batch.category, batch.labels, popular, partner)
+    # Three of the ids that are neither a label of the row nor popular, and a gap.
+    rare = [[one for one in spread(np.arange(7, 31)).tolist() if one not in labels] for labels in batch.labels.tolist()]
+    successors = np.array([[*found[:3], 0] for found in rare], np.uint64)
+    found = candidates(batch.category, batch.labels, popular, successors, partner)
     slots = SPEC.labels
+    kinds = set()
     for row in range(200):
-        labels, own = batch.labels[row].tolist(), int(batch.category[row])
+        labels, own, last = batch.labels[row].tolist(), int(batch.category[row]), successors[row].tolist()
         foreign = int(batch.category[partner[row]])
         offered = [p for p in popular.tolist() if p]
         mask = [float(p != 0 and p not in labels) for p in popular.tolist()]
         assert found.popular_mask[row].tolist() == mask
         if own in labels:
+            kinds.add("label")
             assert labels[found.target[row]] == own
         elif own in offered:
+            kinds.add("popular")
             assert popular[found.target[row] - slots] == own
+        elif own in last:
+            kinds.add("successor")
+            assert last[found.target[row] - slots - popular.size] == own
         else:
-            assert found.target[row] == slots + popular.size and found.other[row] == own
+            kinds.add("other")
+            assert found.target[row] == slots + popular.size + len(last) and found.other[row] == own
             continue
-        assert found.other[row] == (0 if foreign in labels or foreign in offered else foreign)
+        assert found.other[row] == (0 if foreign in labels or foreign in offered or foreign in last else foreign)
+    assert kinds == {"label", "popular", "successor", "other"}
 
 
 def test_missing_gpu_is_named() -> None:

@@ -92,7 +92,7 @@ def test_expired_id_that_comes_back_starts_anew_and_is_no_tombstone() -> None:
     table.sight(ids(1, 2), times(10, 10))
     first = table.state()
     row = table.find(ids(1))
-    table._scatter(row, np.ones((1, 4), np.float32), np.ones((1, 4), np.float32))
+    table.put(row, np.ones((1, 4), np.float32), np.ones((1, 4), np.float32))
     table.expire(before_ms=20)
     table.sight(ids(1), times(30))
     changes = table.take_changes()
@@ -123,7 +123,7 @@ def test_base_and_deltas_rebuild_the_table_in_another_layout(
     for number, (key, at, cut) in enumerate(events):
         row = table.sight(ids(key), times(100 * number + at))
         if row[0]:
-            table._scatter(row, np.full((1, 4), number, np.float32), np.full((1, 4), number + 1, np.float32))
+            table.put(row, np.full((1, 4), number, np.float32), np.full((1, 4), number + 1, np.float32))
         if number % 7 == 6:
             table.expire(100 * number - 500)
         if cut:

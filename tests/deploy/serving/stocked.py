@@ -16,6 +16,7 @@ from state.identity import Salt, public_id, user_id
 from state.manifest import Kind, LogRange, Manifest
 from state.positions import Source
 from state.rows import RowStore
+from state.transitions import SUCCESSORS
 
 NOW_MS = 1_800_000_000_000
 SOURCE = Source("ab" * 16, 0)
@@ -80,6 +81,17 @@ def tensors(lowered: Lowered, version: int, names: Mapping[str, list[str]], popu
         made[f"{table}.removed"] = np.empty(0, np.uint64)
     made["popular"] = np.array([public_id(name) for name in popular], np.uint64)
     return made
+
+
+def no_succession() -> dict[str, Any]:
+    """The model's inputs of one user of whose labels it is not known what came next."""
+    said = {
+        "label_next": np.zeros((1, FeatureSpec().labels, 2), np.float32),
+        "popular_next": np.zeros((1, 4, 2), np.float32),
+        "successor_next": np.zeros((1, SUCCESSORS, 2), np.float32),
+    }
+    rows, mask = np.zeros((1, SUCCESSORS, DIM), np.float32), np.zeros((1, SUCCESSORS), np.float32)
+    return said | {"successor_rows": rows, "successor_mask": mask}
 
 
 def clicks(rows: list[tuple[str, str, int]], first_offset: int = 0) -> Any:

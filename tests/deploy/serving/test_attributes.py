@@ -26,7 +26,17 @@ from state.log import Topics, Writer
 from state.metrics import ApplierMetrics
 from state.sections import Attributes
 from tests.conftest import KafkaFactory
-from tests.deploy.serving.stocked import DIM, NOW_MS, SALT_KEY, Stores, digest_of, manifest, row_of, tensors
+from tests.deploy.serving.stocked import (
+    DIM,
+    NOW_MS,
+    SALT_KEY,
+    Stores,
+    digest_of,
+    manifest,
+    no_succession,
+    row_of,
+    tensors,
+)
 
 SALT = Salt(SALT_KEY)
 WANTED = Attributes("crm", "goods", ("age", "city"), ("brand",))
@@ -91,6 +101,7 @@ def expected(stores: Stores, user: str, context: Any, item: Any) -> dict[str, An
         "popular_rows": popular,
         "popular_mask": popular_mask,
         "cross": np.zeros(1, np.float32),
+        **no_succession(),
     }
     return {name: np.asarray(value) for name, value in stores.lowered.model.forward(given).items()}
 

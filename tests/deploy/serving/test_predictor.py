@@ -26,6 +26,7 @@ from tests.deploy.serving.stocked import (
     Stores,
     digest_of,
     manifest,
+    no_succession,
     row_of,
     tensors,
 )
@@ -70,6 +71,7 @@ def reference(
             "popular_rows": popular_rows,
             "popular_mask": popular_mask,
             "cross": np.zeros(1, np.float32),
+            **no_succession(),
         }
     )
     return {name: np.asarray(value) for name, value in outputs.items()}

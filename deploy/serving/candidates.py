@@ -1,0 +1,122 @@
+"""Whose probability an answer tells: a user's labels, popular ones, and what over all users came next after the newest.
+
+A candidate's slot is its place in the program's logits: the user's labels,
+newest first, then the popular ones, then the successors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.rows import RowReader, Served
+from state.transitions import WIDTH, Succession, succession
+
+U64 = NDArray[np.uint64]
+F32 = NDArray[np.float32]
+
+KINDS = ("label", "popular", "successor")
+"""Of candidates, in the order of their slots; so begin the names of the program's masks and logits."""
+
+
+class Interest(TypedDict):
+    """A candidate: the category's name (or id where it has none), its id, its probability."""
+
+    label: str
+    id: str
+    probability: float
+
+
+class Label(NamedTuple):
+    """A candidate as an answer shows it."""
+
+    name: str
+    hex: str
+
+
+def came_next(reader: RowReader, served: Served, labels: U64, popular: U64) -> Succession:
+    """What the version's lists of users' newest labels say; a label without a list says nothing.
+
+    Args:
+        reader: Of the transaction.
+        served: The version; one of a release without lists, or with others, has none.
+        labels: `[n, L]` uint64, the users' labels, newest first, padded with 0.
+        popular: `[P]` uint64, padded with 0.
+    """
+    lists, at = np.zeros((1 + len(labels), WIDTH), np.float32), np.zeros(len(labels), np.int32)
+    for place, newest in enumerate(labels[:, 0].tolist()):
+        row = reader.row("transition", newest, served) if newest else None
+        if row is not None and len(row) == 4 * WIDTH:
+            at[place] = place + 1
+            lists[place + 1] = np.frombuffer(row, np.float32)
+    return succession(at, lists, labels, popular)
+
+
+def add_succession(inputs: Mapping[str, F32], found: Succession, rows: F32) -> None:
+    """Says in the program's inputs how often each candidate came next, and which are candidates for that alone.
+
+    Args:
+        inputs: Zeros, of as many rows as there are users or more; nothing is said to the program of a release
+            without successors.
+        found: Of n users.
+        rows: `[n S, dim]` float32 rows of the successors' categories.
+    """
+    if "successor_mask" not in inputs:
+        return
+    count, successors = found.ids.shape
+    inputs["label_next"][:count] = found.labels
+    inputs["popular_next"][:count] = found.popular
+    inputs["successor_next"][:count] = found.successors
+    inputs["successor_mask"][:count] = found.ids != 0
+    inputs["successor_rows"][:count] = rows.reshape(count, successors, -1)
+
+
+def softmax(logits: F32) -> F32:
+    """Probabilities of logits, `[n, k]` float32 each, by row.
+
+    >>> softmax(np.array([[0.0, 0.0], [-1e9, 0.0]], np.float32)).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
+    """
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(shares / shares.sum(1, keepdims=True), np.float32)
+
+
+def interests(
+    users: Sequence[tuple[list[Label], list[Label]]],
+    popular: Sequence[Label],
+    inputs: Mapping[str, F32],
+    outputs: Mapping[str, F32],
+) -> list[list[Interest]]:
+    """Each user's candidates, best first.
+
+    Args:
+        users: The names of each user's labels, and of the successors.
+        popular: The names of the popular labels.
+        inputs: The program's, for the masks.
+        outputs: The program's, for the logits.
+    """
+    kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
+    parts = [outputs[f"{kind}_logits"] for kind in kinds]
+    logits = np.concatenate(parts, axis=1)
+    slots, ranks = parts[0].shape[1], parts[1].shape[1]
+    # What is no candidate has a logit far below any other, and comes last.
+    orders = np.argsort(-logits, axis=1, kind="stable")
+    shares = np.take_along_axis(softmax(logits), orders, 1).tolist()
+    counts = sum(inputs[f"{kind}_mask"].sum(1) for kind in kinds).astype(int).tolist()
+    found: list[list[Interest]] = []
+    for place, (own, successors) in enumerate(users):
+        best: list[Interest] = []
+        count = counts[place]
+        for slot, share in zip(orders[place, :count].tolist(), shares[place][:count], strict=True):
+            if slot < slots:
+                name, identity = own[slot]
+            elif slot < slots + ranks:
+                name, identity = popular[slot - slots]
+            else:
+                name, identity = successors[slot - slots - ranks]
+            best.append({"label": name, "id": identity, "probability": share})
+        found.append(best)
+    return found

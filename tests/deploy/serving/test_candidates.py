@@ -1,0 +1,247 @@
+"""Serving offers what came next after a user's newest label, with the trainer's own logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.serving.candidates import KINDS
+from deploy.serving.host import PROGRAMS
+from deploy.serving.predictor import Answer, Predictor, Query
+from state import transitions
+from state.features import FeatureSpec, vectorise
+from state.history import Appends
+from state.identity import Salt, public_id, user_id
+from state.kernels import compile_shared
+from state.lowering import lower_saved_model
+from state.mask import Mask
+from state.microbatch import MicroBatch
+from state.native import compiled
+from state.transitions import FOLLOWERS, SUCCESSORS, identity
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, clicks, digest_of, manifest
+from tests.trainer.batches import micro_batch, spread
+
+SALT, SPEC = Salt(SALT_KEY), FeatureSpec()
+CATEGORIES = 40
+USERS = {"cleo": [1, 2, 7], "dora": [2], "emil": [4, 3, 2, 1], "finn": [35], "gus": []}
+"""What each clicked, oldest first: numbers of categories."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """A trainer that has learned, and what it publishes."""
+
+    trainer: Any
+    tensors: dict[str, Any]
+    lowered: Lowered
+
+
+@pytest.fixture(scope="module")
+def taught() -> Taught:
+    from state.config import Settings
+    from tests.deploy.serving.stocked import small
+    from trainer import checkpoint
+    from trainer.program import build
+    from trainer.step import Trainer
+
+    settings = small(Settings())
+    trainer = Trainer(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu")), SPEC)
+    for number in range(12):
+        trainer.step(micro_batch(64, first=64 * number, categories=CATEGORIES))
+    lowered = Lowered(build(trainer.model), trainer.model.weights(), trainer.model)
+    return Taught(trainer, checkpoint.full(trainer), lowered)
+
+
+@pytest.fixture
+def shop(stores: Stores, taught: Taught) -> Stores:
+    """Serves the version of the trainer, to users with some clicks."""
+    for name, categories in USERS.items():
+        events = clicks([("", f"i{number}", 1000 * (9 - number)) for number in range(len(categories))])
+        events["category"], events["offset"] = spread(np.array(categories, np.int64)), np.arange(len(categories)) + 50
+        owners = np.full(len(categories), user_id(SALT, name), np.uint64)
+        stores.histories.commit(Appends.of(owners, events), (), {})
+    serve(stores, taught.lowered.content, taught.tensors)
+    return stores
+
+
+def serve(stores: Stores, program: bytes, tensors: dict[str, Any]) -> None:
+    lowered = Lowered(program, {}, None)
+    path = stores.settings.serving_dir / PROGRAMS / f"{digest_of(lowered)}.tflite"
+    path.write_bytes(program)
+    with stores.rows.reader() as reader:
+        version = reader.versions()[-1].version + 1
+    stores.rows.apply(manifest(version, digest_of(lowered)), tensors, NOW_MS, follow=True)
+
+
+def predictor(stores: Stores) -> Predictor:
+    return Predictor(
+        stores.rows, stores.histories, stores.settings.serving_dir / PROGRAMS, SPEC, SALT, (), "wall", lambda: NOW_MS
+    )
+
+
+def asked(stores: Stores) -> MicroBatch:
+    """The users' rows as the trainer is given them; what they click next is some category."""
+    vectors = [vectorise(stores.histories.read(user_id(SALT, name)), NOW_MS, None, Mask.NONE, SPEC) for name in USERS]
+    return dataclasses.replace(
+        micro_batch(len(USERS), first=9000),
+        user=np.array([user_id(SALT, name) for name in USERS], np.uint64),
+        category=spread(np.full(len(USERS), 17)),
+        features=np.stack([vector.features for vector in vectors]),
+        labels=np.stack([vector.labels for vector in vectors]),
+        label_windows=np.stack([vector.label_windows for vector in vectors]),
+    )
+
+
+def successors(taught: Taught, labels: list[int]) -> list[int]:
+    """By hand out of the trainer's table: who came next most often and is neither a label nor popular."""
+    table = taught.trainer.tables["transition"].state()
+    known = np.flatnonzero(table.ids == np.uint64(labels[0]))
+    if not labels[0] or not known.size:
+        return []
+    row = table.rows[known[0]]
+    listed = [int(identity(row, place)) for place in range(FOLLOWERS) if row[place]]
+    taken = {*labels, *taught.tensors["popular"].tolist()}
+    return [label for label in listed if label not in taken][:SUCCESSORS]
+
+
+def expected(stores: Stores, taught: Taught) -> list[dict[str, float]]:
+    """Of each user the probabilities by id, from the trainer's own logits."""
+    batch, found = asked(stores), []
+    scores = taught.trainer.score(batch)
+    for place, labels in enumerate(batch.labels.tolist()):
+        logits: dict[int, float] = {}
+        ranked = (labels, taught.tensors["popular"].tolist(), successors(taught, labels))
+        for kind, names in zip(KINDS, ranked, strict=True):
+            for slot, label in enumerate(names):
+                if label and label not in logits:
+                    logits[label] = float(scores[f"{kind}_logits"][place, slot])
+        chances = np.exp(np.array(list(logits.values())))
+        found.append(dict(zip((f"{one:016x}" for one in logits), (chances / chances.sum()).tolist(), strict=True)))
+    return found
+
+
+def chances(answer: Answer) -> dict[str, float]:
+    given = [one["probability"] for one in answer.interests]
+    assert given == sorted(given, reverse=True)
+    return {one["id"]: one["probability"] for one in answer.interests}
+
+
+def test_each_candidate_has_the_trainers_probability_alone_and_among_others(shop: Stores, taught: Taught) -> None:
+    wanted, labels = expected(shop, taught), asked(shop).labels.tolist()
+    together = predictor(shop).profiles([Query(name) for name in USERS])
+    for name, own, chance, answer in zip(USERS, labels, wanted, together, strict=True):
+        assert chances(answer) == pytest.approx(chance, abs=1e-5)
+        assert chances(predictor(shop).profile(name)) == pytest.approx(chance, abs=1e-5)
+        assert len(answer.interests) == len(chance)
+        assert {f"{one:016x}" for one in successors(taught, own)} <= chance.keys()
+    counts = [len(successors(taught, own)) for own in labels]
+    # Somebody has all that there is room for, and whoever has not clicked has none.
+    assert max(counts) == SUCCESSORS and counts[-1] == 0
+
+
+def test_a_successor_is_named_as_other_labels_are(shop: Stores, taught: Taught) -> None:
+    first = successors(taught, asked(shop).labels[0].tolist())[0]
+    empty = Appends.of(np.empty(0, np.uint64), clicks([]))
+    shop.histories.commit(empty, (), {f"name:{first:016x}": b"tents"})
+    found = {one["id"]: one["label"] for one in predictor(shop).profile("cleo").interests}
+    assert found[f"{first:016x}"] == "tents"
+
+
+def test_engagement_is_the_trainers_too_of_a_label_a_successor_and_something_else(shop: Stores, taught: Taught) -> None:
+    trainer, batch = taught.trainer, asked(shop)
+    none = np.zeros((len(batch), 0), np.uint64)
+    first = batch.labels[0].tolist()
+    found = set()
+    for category in (first[0], successors(taught, first)[0], 12345):
+        about = dataclasses.replace(
+            batch,
+            item=np.full(len(batch), public_id("i9"), np.uint64),
+            category=np.full(len(batch), category, np.uint64),
+        )
+        _, scores, _, _ = trainer._graph.measure(*trainer._inputs(about, none, (0, 0)), move=False)
+        extra = {f"item:{public_id('i9'):016x}": category.to_bytes(8, "big")}
+        shop.histories.commit(Appends.of(np.empty(0, np.uint64), clicks([])), (), extra)
+        answers = predictor(shop).profiles([Query(name, item="i9") for name in USERS])
+        for answer, logit in zip(answers, scores.engagement[: len(batch)].tolist(), strict=True):
+            assert answer.engagement is not None
+            assert answer.engagement["probability"] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-3)
+        found.add(answers[0].engagement["probability"] if answers[0].engagement else None)
+    assert len(found) == 3
+
+
+def without_table(taught: Taught) -> dict[str, Any]:
+    return {name: value for name, value in taught.tensors.items() if not name.startswith("transition.")}
+
+
+def test_rows_of_a_release_with_other_lists_say_nothing(shop: Stores, taught: Taught) -> None:
+    serve(shop, taught.lowered.content, without_table(taught))
+    before = chances(predictor(shop).profile("cleo"))
+    narrow = taught.tensors | {"transition.rows": taught.tensors["transition.rows"][:, :100]}
+    serve(shop, taught.lowered.content, narrow)
+    assert chances(predictor(shop).profile("cleo")) == before
+    serve(shop, taught.lowered.content, taught.tensors)
+    offered = successors(taught, asked(shop).labels[0].tolist())
+    assert offered and len(predictor(shop).profile("cleo").interests) == len(before) + len(offered)
+
+
+def old_program(model: Any) -> bytes:
+    """The model as a release without successors lowered it: it is not asked for them and does not score them."""
+    import tensorflow as tf
+
+    from trainer.program import _inputs, argument
+
+    new = ("label_next", "popular_next", "successor_rows", "successor_mask", "successor_next")
+    inputs = _inputs(model)
+
+    def predict(**given: Any) -> Any:
+        rows = tf.shape(given["features"])[0]
+        nothing = {name: tf.zeros([rows, *inputs[name].shape[1:]]) for name in new}
+        found = model.forward(given | nothing)
+        return {name: value for name, value in found.items() if name != "successor_logits"}
+
+    def load(**given: Any) -> Any:
+        for name, variable in model.dense.items():
+            variable.assign(given[argument(name)])
+        return {"loaded": tf.constant(len(given))}
+
+    module = tf.Module()
+    module.model = model
+    asked = {name: spec for name, spec in inputs.items() if name not in new}
+    weights = {argument(name): tf.TensorSpec(held.shape, tf.float32) for name, held in model.dense.items()}
+    signatures = {
+        "predict": tf.function(predict, autograph=False).get_concrete_function(**asked),
+        "load": tf.function(load, autograph=False).get_concrete_function(**weights),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures=signatures)
+        return lower_saved_model(Path(folder), sorted(signatures), "an old model")
+
+
+def test_a_version_of_a_release_without_the_table_is_answered_as_it_was(shop: Stores, taught: Taught) -> None:
+    old = old_program(taught.lowered.model)
+    serve(shop, old, without_table(taught))
+    before = [chances(answer) for answer in predictor(shop).profiles([Query(name) for name in USERS])]
+    labels, popular = asked(shop).labels.tolist(), set(taught.tensors["popular"].tolist()) - {0}
+    assert [len(one) for one in before] == [len({*own, *popular} - {0}) for own in labels]
+    # Its weights in the program of now, and its program over a version that has the table.
+    serve(shop, taught.lowered.content, without_table(taught))
+    for name, chance in zip(USERS, before, strict=True):
+        assert chances(predictor(shop).profile(name)) == pytest.approx(chance, abs=1e-6)
+    serve(shop, old, taught.tensors)
+    for name, chance in zip(USERS, before, strict=True):
+        assert chances(predictor(shop).profile(name)) == pytest.approx(chance, abs=1e-6)
+
+
+def test_a_first_answer_finds_its_kernel_compiled(shop: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a new process: nothing that another test called it with is known.
+    kernel = compiled(transitions._succeed.py_func)  # type: ignore[attr-defined]
+    monkeypatch.setattr(transitions, "_succeed", kernel)
+    compile_shared(SPEC)
+    before = list(kernel.signatures)
+    predictor(shop).profiles([Query("cleo"), Query("gus")])
+    assert kernel.signatures == before and len(before) == 1
