@@ -62,7 +62,7 @@ def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, .
         fields: K, context fields.
 
     >>> shapes(FeatureSpec(), 0)["label_windows"]
-    (<class 'int'>, (480,))
+    (<class 'int'>, (360,))
     """
     found: dict[str, tuple[type, tuple[int, ...]]] = {
         **dict.fromkeys((*IDS, "action", "at_ms", "offset"), (int, ())),

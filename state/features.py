@@ -118,7 +118,7 @@ class FeatureSpec:
     windows_s: tuple[int, ...] = (3600, 86_400, 604_800)
     half_lives_s: tuple[int, ...] = (1800, 43_200, 259_200)
     history: int = 256
-    labels: int = 32
+    labels: int = 24
 
     def __post_init__(self) -> None:
         if not self.actions or len(self.actions) > 255 or len(set(self.actions)) != len(self.actions):

@@ -177,7 +177,7 @@ def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settin
     example = tf.train.Example.FromString(first.numpy())
     assert set(columns) == set(example.features.feature)
     parsed = tf.io.parse_single_example(first, columns)
-    assert parsed["label_windows"].shape == (480,)
+    assert parsed["label_windows"].shape == (360,)
     assert parsed["at_ms"].shape == ()
     assert about(folder / "examples")["features"] == list(FeatureSpec.from_settings(settings).names)
     assert len(list((folder / "examples").glob("*.tfrecord.gz"))) == ROWS // 100

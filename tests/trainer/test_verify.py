@@ -161,7 +161,7 @@ def test_other_settings_are_not_compared(tmp_path: Path) -> None:
     changed = small_settings("--model.learning_rate", "0.01")
     found = verify.verify(changed, registry, newest, None, lambda: shared(1), lambda _, offset: log.at(offset))
     assert found.outcome == "not comparable"
-    assert found.environment == ("model.learning_rate was 0.05 and is 0.01",)
+    assert found.environment == ("model.learning_rate was 0.02 and is 0.01",)
 
 
 def test_a_log_that_no_longer_reaches_back_is_said(tmp_path: Path) -> None:
