@@ -43,7 +43,7 @@ MOST = 4096
 COLUMNS = ("next_count", "next_share")
 """What is said of a label: how often it came next, and that in 1/256 of all transitions of the list."""
 
-_BITS, _PART = np.uint64(21), np.uint64((1 << 21) - 1)
+_PART = np.uint64((1 << 21) - 1)
 _MOST_COUNT = 65_535
 
 

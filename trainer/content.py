@@ -19,11 +19,11 @@ import numpy.typing as npt
 from safetensors.numpy import load, save
 
 from state.registry import SERVING, TRAINING
+from state.rows import TABLES as TABLES
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-TABLES = ("user", "item", "category", "context", "cross", "transition")
 ROWS = ("rows", "accum", "last_seen_ms")
 PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
 _SERVED = {f"{table}.{name}" for table in TABLES for name in ("ids", "rows", "removed")} | {"popular"}

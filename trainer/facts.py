@@ -71,17 +71,10 @@ class Facts(NamedTuple):
     cross_prior: F32
 
 
-class Given(NamedTuple):
-    """What the graph computed of a step, float32.
+class Moving(NamedTuple):
+    """The weights that move within a step, or derivatives by them, float32.
 
     Attributes:
-        scoring: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
-        learning: The same with dropout.
-        scoring_popular: `[B, P]` popular logits without dropout, not masked.
-        learning_popular: The same with dropout.
-        prepared: `[B, U]` the user's features, as the evidence takes them.
-        category: `[u, dim]` distinct category rows.
-        item: `[v, dim]` distinct item rows.
         user: `[U, H + K]`, the user's part of the hidden units of both nets.
         linear: `[F]`, weights of a label's windows.
         bias: `[H + K]`, of both nets.
@@ -93,11 +86,53 @@ class Given(NamedTuple):
         next_1: `[K]`
         successor: `[S]`, of a successor's rank.
         other: `[1]`
+    """
+
+    user: F32
+    linear: F32
+    bias: F32
+    net_0: F32
+    net_1: F32
+    position: F32
+    next: F32
+    next_0: F32
+    next_1: F32
+    successor: F32
+    other: F32
+
+    def flat(self) -> F32:
+        """A copy, `[m]`."""
+        return np.concatenate([part.reshape(-1) for part in self])
+
+    @classmethod
+    def of(cls, flat: F32, like: Moving) -> Moving:
+        """Views of the parts of `flat` `[m]`, one behind another in the shapes of `like`."""
+        shapes = [part.shape for part in like]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        parts = np.split(flat, ends[:-1])
+        return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+MOVING = Moving._fields
+
+
+class Given(NamedTuple):
+    """What the graph computed of a step, float32.
+
+    Attributes:
+        scoring: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
+        learning: The same with dropout.
+        scoring_popular: `[B, P]` popular logits without dropout, not masked.
+        learning_popular: The same with dropout.
+        prepared: `[B, U]` the user's features, as the evidence takes them.
+        category: `[u, dim]` distinct category rows.
+        item: `[v, dim]` distinct item rows.
         prior: `[3]` of a known label, of its log probability, of that of another.
         item_bias: `[dim]`
         category_bias: `[dim]`
         cross: `[w, 2]` distinct weights and margins of crosses, and their shares.
         cross_precision: `[w, 2]`, how much was learned of each.
+        moving: What moves within the step.
     """
 
     scoring: F32
@@ -107,49 +142,12 @@ class Given(NamedTuple):
     prepared: F32
     category: F32
     item: F32
-    user: F32
-    linear: F32
-    bias: F32
-    net_0: F32
-    net_1: F32
-    position: F32
-    next: F32
-    next_0: F32
-    next_1: F32
-    successor: F32
-    other: F32
     prior: F32
     item_bias: F32
     category_bias: F32
     cross: F32
     cross_precision: F32
-
-
-class Moving(NamedTuple):
-    """What of `Given` moves within a step, or derivatives by it; views of one array, in this order."""
-
-    user: F32
-    linear: F32
-    bias: F32
-    net_0: F32
-    net_1: F32
-    position: F32
-    next: F32
-    next_0: F32
-    next_1: F32
-    successor: F32
-    other: F32
-
-    @classmethod
-    def of(cls, flat: F32, like: Given) -> Moving:
-        """The parts of `flat` `[m]`, in the shapes of `like`."""
-        shapes = [getattr(like, name).shape for name in cls._fields]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])
-        parts = np.split(flat, ends[:-1])
-        return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
-
-
-MOVING = Moving._fields
+    moving: Moving
 
 
 class Slopes(NamedTuple):
@@ -265,10 +263,8 @@ class Room(NamedTuple):
         """Room for blocks of so many rows of `facts`, and of labels for whole vectors of `lanes`."""
         _, labels, width = facts.windows.shape
         most = -(-rows * labels // lanes) * lanes
-        places, columns = (
-            rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1]),
-            facts.popular_next.shape[2],
-        )
+        places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
+        columns = facts.popular_next.shape[2]
         both = net_hidden + next_hidden
         shapes = [(rows, width), (width, most), (net_hidden, most), (most,), (rows, both), (most,), (rows, both)]
         shapes += [(columns, places), (next_hidden, places), (places,), (places,)]

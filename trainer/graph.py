@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.facts import MOVING, Facts, Given, Learned, Moved, Scores, Slopes
+from trainer.facts import MOVING, Facts, Given, Learned, Moved, Moving, Scores, Slopes
 from trainer.heads import heads
 from trainer.model import LATEST, DenseTower, Model
 from trainer.optimizer import Adam, adagrad
@@ -49,6 +49,9 @@ FROM_HEADS = {
 
 MOVING_WEIGHTS = tuple(weight for moving in MOVING for weight, name in FROM_HEADS.items() if name == moving)
 """Those that the heads move within a step, in the order of `MOVING`."""
+
+TO_HEADS = (*Given._fields[:-1], *MOVING)
+"""The names of the arrays that the heads are given, in their order."""
 
 CROSS = "cross"
 """The table whose rows are learned in the heads, pair after pair, and need no derivative."""
@@ -225,7 +228,7 @@ class Graph:
         slopes = dict(
             zip(
                 kept,
-                tf.numpy_function(self._run_heads, [known[name] for name in Given._fields], [tf.float32] * len(kept)),
+                tf.numpy_function(self._run_heads, [known[name] for name in TO_HEADS], [tf.float32] * len(kept)),
                 strict=True,
             )
         )
@@ -268,7 +271,11 @@ class Graph:
         return tower(x, False, given["seed"]), tower(x, True, given["seed"])
 
     def _run_heads(self, *arrays: F32) -> list[F32]:
-        self._found = heads(self._facts, Given(*arrays), self._slots, self._optimizer.moving_rate, self.scores_apart)
+        given = dict(zip(TO_HEADS, arrays, strict=True))
+        moving = Moving(*(given.pop(name) for name in MOVING))
+        self._found = heads(
+            self._facts, Given(**given, moving=moving), self._slots, self._optimizer.moving_rate, self.scores_apart
+        )
         slopes = self._found[1]
         return [
             slopes.learning,

@@ -27,7 +27,7 @@ import numpy as np
 
 from state.native import compiled_sums, part_of_sums
 from trainer.crosses import crosses
-from trainer.facts import F32, I32, MOVING, Facts, Given, Learned, Moved, Moving, Room, Scores, Slopes
+from trainer.facts import F32, I32, Facts, Given, Learned, Moved, Moving, Room, Scores, Slopes
 
 NET_HIDDEN = 64
 """Hidden units of the net over a label's windows."""
@@ -516,7 +516,7 @@ def heads(
         rate: Step size of Adam.
         apart: Whether what learns is not what scores.
     """
-    flat = np.concatenate([getattr(given, name).reshape(-1) for name in MOVING])
+    flat = given.moving.flat()
     moved = Moved.of(flat) if slots is None else Moved(flat, *(slot.copy() for slot in slots[1:]))
     gained, total = np.zeros_like(flat), np.zeros_like(flat)
     rows, labels, _ = facts.windows.shape
@@ -531,14 +531,14 @@ def heads(
         np.empty(2 * rows, np.float32),
     )
     learned = {name: np.zeros_like(getattr(given, name)) for name in Slopes._fields if name != "moving"}
-    slopes = Slopes(**learned, moving=Moving.of(total, given))
+    slopes = Slopes(**learned, moving=Moving.of(total, given.moving))
     crossed = crosses(
         facts.cross_at, facts.share_at, facts.cross_prior, facts.engaged, given.cross, given.cross_precision
     )
     room = Room.of(BLOCK, facts, NET_HIDDEN, NEXT_HIDDEN, LANES)
     step = np.float32(rate if slots is not None else 0.0)
     _heads(
-        facts, given, LOGARITHMS, crossed.logits, scores, slopes, moved, Moving.of(moved.weights, given), gained,
-        Moving.of(gained, given), total, room, step, apart,
+        facts, given, LOGARITHMS, crossed.logits, scores, slopes, moved, Moving.of(moved.weights, given.moving), gained,
+        Moving.of(gained, given.moving), total, room, step, apart,
     )  # fmt: skip
     return scores, slopes, Learned(crossed.rows, crossed.precision, moved)
