@@ -27,16 +27,16 @@ import numpy as np
 import orjson
 
 from deploy.cli import SETTINGS_HELP
-from deploy.recordings_progress import Progress
-from deploy.recordings_send import LARGEST_VALUE, Outbox, Piece, rows_within
-from state.attributes import SIDES, Table, id_of, tables_of
-from state.config import Settings, load
-from state.config_sources import split_settings
+from deploy.replaying.progress import Progress
+from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, rows_within
+from state.attributes.values import SIDES, Table, id_of, tables_of
+from state.config.settings import Settings, load
+from state.config.sources import split_settings
 from state.errors import DecodeError, SettingsError, SpringtideError
 from state.log import Topics
-from state.recordings import Recording, find
-from state.recordings_options import add_format_arguments
-from state.recordings_rows import Rows, shown_reasons
+from state.recordings.files import Recording, find
+from state.recordings.options import add_format_arguments
+from state.recordings.rows import Rows, shown_reasons
 
 ENOUGH_ROWS = 10  # so many rows and no record: the mapping is wrong
 NOT_THERE = "correct [attributes]"

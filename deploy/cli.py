@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from deploy.settings_table import as_json, as_lines, as_markdown, as_pages, changed, chosen
-from state import gaps
-from state.config import Settings, load
-from state.config_sources import split_settings
+from deploy.operate.settings_table import as_json, as_lines, as_markdown, as_pages, changed, chosen
+from state.config.settings import Settings, load
+from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
+from state.log import gaps
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
@@ -219,7 +219,7 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
 
 def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Checks the functions of the user's own."""
-    from deploy import own_model
+    from deploy.startup import own_model
 
     if not own_model.is_own(settings):
         say("model.tower and model.preprocessing are the default ones: there is nothing to check")
@@ -230,7 +230,7 @@ def operator_command(name: str) -> Command:
     """The function of an operator's command; its imports wait until it is asked for."""
     if name in ("config", "check-model"):
         return config if name == "config" else check_model
-    from deploy import control, versions
+    from deploy.operate import control, versions
 
     commands: dict[str, Command] = {
         "versions": versions.versions,
@@ -272,7 +272,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
 
 
 def _check_tower(settings: Settings) -> None:
-    from deploy import own_model
+    from deploy.startup import own_model
 
     own_model.check_tower(settings)
 

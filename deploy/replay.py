@@ -4,8 +4,8 @@
     python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
     python -m deploy.replay --burst USER CATEGORY N
 
-Files are read by `state.recordings` and sent by `deploy.recordings_replay`. The
-shoppers are `deploy.shoppers`, pure and deterministic; this file gives their
+Files are read by `state.recordings.files` and sent by `deploy.replaying.replay`. The
+shoppers are `deploy.replaying.shoppers`, pure and deterministic; this file gives their
 clicks a time and sends them.
 """
 
@@ -21,15 +21,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from deploy.cli import SETTINGS_HELP
-from deploy.recordings_clock import MAX, parse_speed
-from deploy.recordings_command import add_arguments, run
-from deploy.shoppers import Clicks, Shoppers, encode
-from state.config import Settings, load
-from state.config_sources import split_settings
+from deploy.replaying.clock import MAX, parse_speed
+from deploy.replaying.command import add_arguments, run
+from deploy.replaying.shoppers import Clicks, Shoppers, encode
+from state.config.sections import Events
+from state.config.settings import Settings, load
+from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of
-from state.recordings_options import as_settings
-from state.sections import Events
+from state.recordings.options import as_settings
 
 SLICE_S = 0.1
 MOST_PER_SLICE = 20_000

@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.processes import die_with, how
-from state.config import load
+from deploy.startup.processes import die_with, how
+from state.config.settings import load
 from state.errors import ProcessFailed, SpringtideError
 
 STOP_S = 10.0

@@ -17,15 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deploy import accounts, scrape
-from deploy.figures import Figures, Watch
-from deploy.live import Screen, live_line
-from deploy.panel import lines, panel
-from deploy.scrape import Scrape
-from deploy.tries import addresses
-from deploy.versions import open_registry
-from deploy.wording import seconds, shown
-from state.config import Settings, load
+from deploy.operate.versions import open_registry
+from deploy.startup.hints import addresses
+from deploy.watch import accounts, scrape
+from deploy.watch.figures import Figures, Watch
+from deploy.watch.live import Screen, live_line
+from deploy.watch.messages import seconds, shown
+from deploy.watch.panel import lines, panel
+from deploy.watch.scrape import Scrape
+from state.config.settings import Settings, load
 from state.errors import SettingsError, SpringtideError
 from state.log import Topics
 

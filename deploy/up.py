@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from deploy.checks import require_python
+from deploy.startup.checks import require_python
 
 HELP = """usage: springtide up [--no-shoppers] [--bootstrap-servers HOST:PORT] [--section.name VALUE ...]
 
@@ -60,8 +60,8 @@ def take_accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         SettingsError: A gap is not written as it should be, names no topic, or there is no reason.
     """
-    from state import gaps
     from state.errors import SettingsError
+    from state.log import gaps
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     gaps.add_options(parser)
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_python(sys.version_info)
         # Only now: the rest needs Python 3.11.
-        from deploy.ascent import Ascent
-        from deploy.live import Screen
-        from state.config import load
+        from deploy.startup.steps import Ascent
+        from deploy.watch.live import Screen
+        from state.config.settings import load
 
         accepted, words = take_accepted(words)
         shoppers = "--no-shoppers" not in words

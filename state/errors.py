@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from state.gaps import Gap
+    from state.log.gaps import Gap
 
 
 class SpringtideError(Exception):

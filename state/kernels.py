@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from state.config import load
+from state.config.settings import load
 from state.errors import SpringtideError
-from state.features import EVENT, FeatureSpec, vectorise
-from state.mask import Mask
-from state.transitions import WIDTH, succession
-from state.windows import WORDS, update_rows, words
+from state.features.kernel import WORDS, update_rows, words
+from state.features.mask import Mask
+from state.features.spec import EVENT, FeatureSpec, vectorise
+from state.ranking.transitions import WIDTH, succession
 
 
 def compile_shared(spec: FeatureSpec) -> None:

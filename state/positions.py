@@ -2,7 +2,7 @@
 
 A position names the topic by its id, never by its name: a recreated topic is
 another topic. Everything here is a value; who stores it, and in which
-transaction, is the business of `state/history.py` and `state/registry.py`.
+transaction, is the business of `state/history/store.py` and `state/registry/registry.py`.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from state import gaps, killpoints
 from state.errors import GapError
-from state.gaps import Accepted, Consent, Gap
-from state.history import OUTCOMES, Appends, HistoryStore
+from state.history.store import OUTCOMES, Appends, HistoryStore
+from state.log import gaps
+from state.log.gaps import Accepted, Consent, Gap
 from state.metrics import StreamMetrics
 from state.positions import RARE, Range, Source, StreamAccount, check_accounts
+from state.process import killpoints
 
 OF_LABELS = ("opened", "feedback")
 EXTRA = "gaps"  # name of the store's extra with all accepted gaps

@@ -1,6 +1,6 @@
 """Joins each row with what is known of its user and its item when the row is made.
 
-    thread "attributes"   topics -> store -> ids that changed     state/attribute_log.py
+    thread "attributes"   topics -> store -> ids that changed     state/attributes/follower.py
     Beam thread           rows, and the store of recent ids       `Join`, `Recent`
 
 At the start the topics are read to their ends before the first click; from
@@ -21,14 +21,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from state.attribute_log import POLL_S, AttributeFollower, Report, follow, keep_following
-from state.attribute_store import AttributeStore, ids_in, texts_in
-from state.attributes import SIDES, U64, Joined, Table
-from state.events import ANNOUNCE_MS, DeadLetter
+from state.attributes.follower import POLL_S, AttributeFollower, Report, follow, keep_following
+from state.attributes.store import AttributeStore, ids_in, texts_in
+from state.attributes.values import SIDES, U64, Joined, Table
+from state.config.sections import Kafka
+from state.events.parser import ANNOUNCE_MS, DeadLetter
 from state.log import Writer
 from state.metrics import StreamMetrics
-from state.microbatch import Rows
-from state.sections import Kafka
+from state.microbatch.batch import Rows
 
 TOLD_S = 5.0
 REMEMBERED = 200_000

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.native import compiled
+from state.compiled import compiled
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
@@ -33,7 +33,7 @@ MOST_EXPIRED = 8
 NEVER_MS = np.iinfo(np.int64).min
 NONE = -1
 
-# What an action is, and the kinds of `state.kinds`, whose numbers a test compares.
+# What an action is, and the kinds of `state.microbatch.row_kinds`, whose numbers a test compares.
 PLAIN, IMPRESSION, OUTCOME = 0, 1, 2
 OPENED, DROPPED, FEEDBACK, JOINED, EXPIRED = 1, 2, 3, 4, 5
 

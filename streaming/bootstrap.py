@@ -38,15 +38,15 @@ from typing import Any, NoReturn
 import apache_beam as beam
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from state.config import Settings, load
-from state.config_sources import split_settings
+from state.config.settings import Settings, load
+from state.config.sources import split_settings
 from state.errors import SaltMismatch, SettingsError, SpringtideError, of_disk
-from state.events import Salt, load_salt
-from state.features import FeatureSpec
-from state.hush import hushed, own_stderr, quieten
-from state.recordings import Recording
-from state.recordings_options import add_file_arguments, as_settings, chosen
-from state.registry import Registry, require_preprocessing
+from state.events.parser import Salt, load_salt
+from state.features.spec import FeatureSpec
+from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.recordings.files import Recording
+from state.recordings.options import add_file_arguments, as_settings, chosen
+from state.registry.registry import Registry, require_preprocessing
 from streaming import examples
 from streaming.preprocessing import (
     analyse,

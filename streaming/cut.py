@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from state.history import Appends
-from state.microbatch import Header, Rows, split
+from state.history.store import Appends
+from state.microbatch.batch import Header, Rows, split
 from state.positions import Range, Source, merge_ranges
 
 

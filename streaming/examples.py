@@ -12,11 +12,11 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.tfrecordio import WriteToTFRecord
 from apache_beam.pvalue import PCollection
 
-from state import durable
+from state.disk import files as durable
 from state.errors import SettingsError
-from state.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, record_batch, schema
-from state.features import FeatureSpec
-from state.microbatch import Rows
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import Rows
+from state.microbatch.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, record_batch, schema
 
 COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRESSED}
 

@@ -1,4 +1,4 @@
-"""Records to columns of events, or to dead letters with a reason: the DoFn around `state.events.Parser`."""
+"""Records to columns of events, or to dead letters with a reason: the DoFn around `state.events.parser.Parser`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import apache_beam as beam
 
-from state.events import EventBatch
+from state.events.parser import EventBatch
 from state.log import PartitionBatch
 from streaming.shard import current
 

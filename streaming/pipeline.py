@@ -21,10 +21,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from state.actor import actor
-from state.config import load
+from state.config.settings import load
 from state.errors import GapError, SpringtideError, of_disk
-from state.gaps import how_to_go_on, take_options
+from state.log.gaps import how_to_go_on, take_options
+from state.process.actor import actor
 from streaming.parse import ParseEvents
 from streaming.profile import ProfileDoFn
 from streaming.shard import Shard, open_shard

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from state.config import load
+from state.config.sections import Model
+from state.config.settings import load
 from state.errors import ProgramError, SpringtideError, of_disk
-from state.features import FeatureSpec
-from state.hush import hushed, own_stderr, quieten
+from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.sections import Model
+from state.process.quiet_stderr import hushed, own_stderr, quieten
 from streaming.preprocessing import FEATURES, Preprocessing, analysed, load_preprocessing
 
 ROWS = 256

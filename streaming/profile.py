@@ -15,11 +15,11 @@ import apache_beam as beam
 import numpy as np
 from numpy.typing import NDArray
 
-from state.events import EventBatch
-from state.features import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
-from state.history import Appends, HistoryStore
-from state.microbatch import Rows
-from state.windows import WORDS, update_rows, words
+from state.events.parser import EventBatch
+from state.features.kernel import WORDS, update_rows, words
+from state.features.spec import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
+from state.history.store import Appends, HistoryStore
+from state.microbatch.batch import Rows
 
 I64 = NDArray[np.int64]
 

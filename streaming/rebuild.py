@@ -28,8 +28,8 @@ from typing import TextIO
 
 import numpy as np
 
-from state import killpoints
-from state.config import Settings, load
+from state.config.settings import Settings, load
+from state.disk.lock import DirectoryLock
 from state.errors import (
     MicroBatchError,
     SaltMismatch,
@@ -39,15 +39,15 @@ from state.errors import (
     UnknownTopic,
     of_disk,
 )
-from state.events import EventBatch, Parser, Salt, load_salt
-from state.features import FeatureSpec
-from state.gained import events_of, new_ranges
-from state.history import Appends, HistoryStore
-from state.kinds import happened
-from state.lock import DirectoryLock
+from state.events.parser import EventBatch, Parser, Salt, load_salt
+from state.features.spec import FeatureSpec
+from state.history.followed import events_of, new_ranges
+from state.history.store import Appends, HistoryStore
 from state.log import PartitionBatch, Reader, TopicInfo, Topics, Writer
-from state.microbatch import MicroBatch, decode, trim
+from state.microbatch.batch import MicroBatch, decode, trim
+from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
+from state.process import killpoints
 from streaming import takeover
 from streaming.cut import Cut, merge_all, merge_appends
 from streaming.labels import Labels, open_labels

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from state.history import HistoryStore
-from state.kinds import Kind, happened
-from state.microbatch import MicroBatch
+from state.history.store import HistoryStore
+from state.history.waiting import Changes, Extra, WaitingRows, keys_of
+from state.microbatch.batch import MicroBatch
+from state.microbatch.row_kinds import Kind, happened
 from state.positions import Range, Source
-from state.waiting import Changes, Extra, WaitingRows, keys_of
 
 
 class Waits:

@@ -17,16 +17,16 @@ from pathlib import Path
 import apache_beam as beam
 import numpy as np
 
-from state.config import Settings
+from state.config.settings import Settings
 from state.errors import SpringtideError
-from state.events import EventBatch, Parser, Salt
-from state.features import FeatureSpec
-from state.history import HistoryStore
-from state.kinds import Kind, trained
+from state.events.parser import EventBatch, Parser, Salt
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader
-from state.microbatch import Rows
-from state.recordings import Recording, refuse_beyond_memory
-from state.recordings_rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons
+from state.microbatch.batch import Rows
+from state.microbatch.row_kinds import Kind, trained
+from state.recordings.files import Recording, refuse_beyond_memory
+from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons
 from streaming.cut import Cut
 from streaming.labels import Labels, LookedUp
 from streaming.profile import Profiler

@@ -18,19 +18,19 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 
 from state import metrics
-from state.attribute_log import AttributeFollower
-from state.attribute_store import open_anew
-from state.attributes import tables_of
-from state.config import Settings
+from state.attributes.follower import AttributeFollower
+from state.attributes.store import open_anew
+from state.attributes.values import tables_of
+from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
 from state.errors import SaltMismatch, SpecMismatch
-from state.events import Parser, Salt, load_salt
-from state.features import FeatureSpec
-from state.gaps import Consent
-from state.history import Appends, HistoryStore
-from state.lock import DirectoryLock
+from state.events.parser import Parser, Salt, load_salt
+from state.features.spec import FeatureSpec
+from state.history.store import Appends, HistoryStore
 from state.log import Reader, Topics, Writer
+from state.log.gaps import Consent
 from state.metrics import StreamMetrics
-from state.microbatch import Rows
+from state.microbatch.batch import Rows
 from state.positions import Source
 from streaming import accounts, takeover
 from streaming.attributes import Join, letters

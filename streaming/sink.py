@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import apache_beam as beam
 
-from state import killpoints
 from state.errors import LogError, UnreachableBroker
-from state.events import DeadLetter
-from state.microbatch import Rows
+from state.events.parser import DeadLetter
+from state.microbatch.batch import Rows
 from state.positions import UNPLACED
+from state.process import killpoints
 from streaming import accounts
 from streaming.cut import Cut, Cutter, encode_cut, merge_all, merge_appends
 from streaming.shard import Shard, current, open_writer

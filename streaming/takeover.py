@@ -16,7 +16,8 @@ import itertools
 import shutil
 from pathlib import Path
 
-from state import durable, killpoints
+from state.disk import files as durable
+from state.process import killpoints
 
 HISTORIES = "histories"
 REBUILDING = "histories.rebuilding"

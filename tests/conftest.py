@@ -11,7 +11,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from deploy.kafka.broker import Broker, free_port
-from state.sections import Kafka
+from state.config.sections import Kafka
 
 KafkaFactory = Callable[..., Kafka]
 

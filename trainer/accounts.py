@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from state import gaps
 from state.errors import GapError
-from state.gaps import Accepted, Consent, Gap, Journal
+from state.log import gaps
+from state.log.gaps import Accepted, Consent, Gap, Journal
 from state.metrics import TrainerMetrics
 from state.positions import Source, TrainerAccount, check_accounts
 

@@ -22,13 +22,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from state.config import Settings, load
-from state.control import Control
+from state.config.settings import Settings, load
+from state.disk.lock import DirectoryLock
 from state.errors import SpringtideError, UnusableRegistry, of_disk
-from state.lock import DirectoryLock
-from state.manifest import Kind, Manifest
-from state.registry import SERVING, TRAINING, Registry
-from trainer import content
+from state.registry.control import Control
+from state.registry.manifest import Kind, Manifest
+from state.registry.registry import SERVING, TRAINING, Registry
+from trainer.versions import content
 
 LOCK = "compactor.lock"
 HOUR_MS = 3_600_000

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
-from state.kinds import Kind, trained
-from state.mask import Mask
-from state.microbatch import MicroBatch, decode, gaps, trim
+from state.features.mask import Mask
+from state.microbatch.batch import MicroBatch, decode, gaps, trim
+from state.microbatch.row_kinds import Kind, trained
 from state.positions import Source
 
 

@@ -13,22 +13,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from state import killpoints
-from state.config import Settings
-from state.control import Control
+from state.config.settings import Settings
 from state.errors import GapError, MicroBatchError, UnknownTopic, WrongEpoch
-from state.gaps import Consent, Journal
 from state.log import PartitionBatch
-from state.manifest import Draft, Kind, LogRange, Manifest
+from state.log.gaps import Consent, Journal
 from state.metrics import TrainerMetrics
 from state.positions import Source
-from state.registry import Registry
-from trainer import accounts, checkpoint, content
+from state.process import killpoints
+from state.registry.control import Control
+from state.registry.manifest import Draft, Kind, LogRange, Manifest
+from state.registry.registry import Registry
+from trainer import accounts
 from trainer.accounts import Passages
-from trainer.guard import Verdict
+from trainer.engine.guard import Verdict
+from trainer.engine.step import Trainer
 from trainer.intake import take_in
-from trainer.publisher import Publisher
-from trainer.step import Trainer
+from trainer.versions import checkpoint, content
+from trainer.versions.publisher import Publisher
 
 CONTROL_S = 0.05
 RECORDS = 32

@@ -33,18 +33,18 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from state.actor import actor
-from state.config import Settings, load
-from state.control import start
+from state.config.settings import Settings, load
+from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, SpringtideError, of_disk
-from state.features import FeatureSpec
-from state.gaps import Consent, take_options
-from state.hush import hushed, own_stderr, quieten
-from state.lock import DirectoryLock
+from state.features.spec import FeatureSpec
 from state.log import Reader
+from state.log.gaps import Consent, take_options
 from state.metrics import TrainerMetrics, serve
-from state.registry import Registry, require_preprocessing
-from trainer.tower_check import check_tower, is_own
+from state.process.actor import actor
+from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.registry.control import start
+from state.registry.registry import Registry, require_preprocessing
+from trainer.checks import check_tower, is_own
 
 if TYPE_CHECKING:
     from trainer.learner import Learner
@@ -137,7 +137,7 @@ def _import_model() -> None:
     begun_s, begun_cpu_s = time.monotonic(), time.process_time()
     with hushed():
         importlib.import_module("trainer.learner")
-        importlib.import_module("trainer.program")
+        importlib.import_module("trainer.versions.program")
     logger.info(
         "TensorFlow loaded in %.1f s, %.1f s of processor time",
         time.monotonic() - begun_s,
@@ -153,7 +153,7 @@ def _check_own(settings: Settings) -> None:
     """
     with hushed():
         from trainer import device
-        from trainer.model import width_in
+        from trainer.model.network import width_in
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
         said = check_tower(settings.model, width_in(settings.model, FeatureSpec.from_settings(settings), None))
@@ -170,9 +170,9 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
     # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with hushed():
         from trainer import device
+        from trainer.engine.step import Trainer
         from trainer.learner import Learner
-        from trainer.program import build, preprocessing_of
-        from trainer.step import Trainer
+        from trainer.versions.program import build, preprocessing_of
 
         # Threads are fixed before the first operation, which loading the graph is.
         device.prepare(settings.trainer.device, settings.trainer.threads)

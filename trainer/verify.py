@@ -24,23 +24,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from state import gaps
-from state.config import Settings, load
-from state.control import Control
+from state.config.settings import Settings, load
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
-from state.features import FeatureSpec
-from state.gaps import Accepted, Journal
-from state.hush import hushed, own_stderr, quieten
-from state.log import PartitionBatch, Reader, Topics
-from state.manifest import Manifest, sees
-from state.mask import Mask
+from state.features.mask import Mask
+from state.features.spec import FeatureSpec
+from state.log import PartitionBatch, Reader, Topics, gaps
+from state.log.gaps import Accepted, Journal
 from state.positions import Source
-from state.registry import Registry
+from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.registry.control import Control
+from state.registry.manifest import Manifest, sees
+from state.registry.registry import Registry
 from trainer.intake import take_in
 
 if TYPE_CHECKING:
-    from trainer.difference import Difference
-    from trainer.step import Trainer
+    from trainer.engine.step import Trainer
+    from trainer.versions.difference import Difference
 
 NICENESS = 10
 RECORDS = 64
@@ -294,8 +293,8 @@ def replay(
 
 def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay) -> tuple[Difference | None, str]:
     """The first difference between the version and what was computed, and the version's digest."""
-    from trainer import checkpoint, content
-    from trainer.difference import Difference, first_difference, marks_difference
+    from trainer.versions import checkpoint, content
+    from trainer.versions.difference import Difference, first_difference, marks_difference
 
     base, deltas = registry.chain(target.version)
     kept = content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas))
@@ -345,8 +344,8 @@ def verify(
     say(f"verify: {total} positions of the training log, from {verdict.origin} to version {version}")
     trainer = make_trainer()
     # 2.
-    from trainer import checkpoint
-    from trainer.difference import environment_differences
+    from trainer.versions import checkpoint
+    from trainer.versions.difference import environment_differences
 
     differs = environment_differences(target.environment, checkpoint.environment(settings, trainer.device))
     if differs:
@@ -442,8 +441,8 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
         # TensorFlow is loaded only once the version is known to be there.
         with hushed():
             from trainer import device
-            from trainer.program import preprocessing_of
-            from trainer.step import Trainer
+            from trainer.engine.step import Trainer
+            from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
             return Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))

@@ -26,8 +26,9 @@ from deploy.serving.attributes import AttributesFollower
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
 from deploy.serving.host import ATTRIBUTES, HISTORIES, PROGRAMS, ROWS
-from state.attributes import tables_of
-from state.config import Settings, load
+from state.attributes.values import tables_of
+from state.config.settings import Settings, load
+from state.disk.lock import DirectoryLock
 from state.errors import (
     CorruptStore,
     GapError,
@@ -38,13 +39,12 @@ from state.errors import (
     UnknownTopic,
     of_disk,
 )
-from state.features import FeatureSpec
-from state.history import HistoryStore
-from state.lock import DirectoryLock
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
 from state.log import Reader, Topics
 from state.metrics import ApplierMetrics, serve
-from state.registry import Registry
-from state.rows import RowStore
+from state.registry.registry import Registry
+from state.rows.store import RowStore
 
 SAMPLE_S = 0.1
 HOUSE_S = 1.0

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from state.attribute_log import AttributeFollower, keep_following
-from state.attribute_store import AttributeStore, ids_in, open_anew, texts_in
-from state.attributes import SIDES, Table, tables_of
-from state.config import Settings
-from state.identity import load_salt
+from state.attributes.follower import AttributeFollower, keep_following
+from state.attributes.store import AttributeStore, ids_in, open_anew, texts_in
+from state.attributes.values import SIDES, Table, tables_of
+from state.config.settings import Settings
+from state.events.identity import load_salt
 from state.metrics import ApplierMetrics
 
 

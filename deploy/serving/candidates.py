@@ -12,8 +12,8 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from state.rows import RowReader, Served
-from state.transitions import WIDTH, Succession, succession
+from state.ranking.transitions import WIDTH, Succession, succession
+from state.rows.store import RowReader, Served
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]

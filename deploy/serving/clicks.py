@@ -18,16 +18,16 @@ import numpy as np
 
 from deploy.serving.host import CAUGHT_UP_EXTRA
 from deploy.serving.predictor import CLOCK_EXTRA
-from state import killpoints
 from state.errors import MicroBatchError, SaltMismatch
-from state.features import Events, FeatureSpec
-from state.gained import events_of, new_ranges
-from state.history import Appends, HistoryStore
-from state.kinds import happened
+from state.features.spec import Events, FeatureSpec
+from state.history.followed import events_of, new_ranges
+from state.history.store import Appends, HistoryStore
 from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
-from state.microbatch import MicroBatch, decode, trim
+from state.microbatch.batch import MicroBatch, decode, trim
+from state.microbatch.row_kinds import happened
 from state.positions import Range
+from state.process import killpoints
 
 POSITION_EXTRA = "microbatches"
 SALT_EXTRA = "salt"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from state.crosses import WIDTH, Crosses, Values, logits_of
-from state.rows import RowReader, Served
+from state.ranking.crosses import WIDTH, Crosses, Values, logits_of
+from state.rows.store import RowReader, Served
 
 F32 = NDArray[np.float32]
 

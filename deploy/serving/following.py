@@ -21,13 +21,14 @@ from pathlib import Path
 from safetensors.numpy import load as load_tensors
 
 from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE
-from state import durable, killpoints
-from state.control import Control
+from state.disk import files as durable
 from state.errors import CorruptVersion, UnknownVersion
-from state.manifest import Manifest
 from state.metrics import ApplierMetrics
-from state.registry import SERVING, Registry
-from state.rows import RowStore, Served
+from state.process import killpoints
+from state.registry.control import Control
+from state.registry.manifest import Manifest
+from state.registry.registry import SERVING, Registry
+from state.rows.store import RowStore, Served
 
 ROUND_MS = 200
 RETRY_MS = 1000

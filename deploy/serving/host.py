@@ -7,14 +7,14 @@ from pathlib import Path
 
 from deploy.serving.attributes import KnownAttributes
 from deploy.serving.predictor import CLOCK_EXTRA, NotReady, Predictor
-from state.attribute_store import AttributeStore
-from state.attributes import tables_of
-from state.config import Settings
+from state.attributes.store import AttributeStore
+from state.attributes.values import tables_of
+from state.config.settings import Settings
 from state.errors import SpringtideError, StoreError
-from state.features import FeatureSpec
-from state.history import HistoryStore
-from state.identity import Salt
-from state.rows import RowStore
+from state.events.identity import Salt
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
+from state.rows.store import RowStore
 
 ROWS = "rows"
 HISTORIES = "histories"

@@ -33,12 +33,12 @@ from deploy.serving import crosses
 from deploy.serving.attributes import NOTHING, Known, KnownAttributes
 from deploy.serving.candidates import Interest, Label, add_succession, came_next, interests
 from deploy.serving.program import BATCHES, Program, batch_of, read_program
-from state.crosses import Crosses, Values
 from state.errors import SaltMismatch, SpecMismatch, SpringtideError
-from state.features import FeatureSpec, Mask, Vector, vectorise
-from state.history import HistoryStore
-from state.identity import Salt, context_id, public_id, user_id
-from state.rows import RowReader, RowStore, Served
+from state.events.identity import Salt, context_id, public_id, user_id
+from state.features.spec import FeatureSpec, Mask, Vector, vectorise
+from state.history.store import HistoryStore
+from state.ranking.crosses import Crosses, Values
+from state.rows.store import RowReader, RowStore, Served
 
 CONTROL_NOTE = "control"
 MASK_NOTE = "mask"

@@ -36,9 +36,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.serving.host import Host
 from deploy.serving.predictor import MOST_AT_ONCE, Query
-from state.config import Settings, load
+from state.config.settings import Settings, load
 from state.errors import PortTaken, SpringtideError, of_disk
-from state.identity import load_salt
+from state.events.identity import load_salt
 from state.metrics import WorkerMetrics
 
 Scope = MutableMapping[str, Any]

@@ -16,11 +16,11 @@ import numpy as np
 
 from deploy.kafka.broker import Broker, free_port
 from deploy.replay import Sender
-from deploy.shoppers import Shoppers
-from state.config import Settings
+from deploy.replaying.shoppers import Shoppers
+from state.config.sections import Kafka
+from state.config.settings import Settings
 from state.log import Reader, Topics, Writer, append_encoded
-from state.log_writer import BulkWriter
-from state.sections import Kafka
+from state.log.writer import BulkWriter
 from tests.bench.report import Figure, report
 
 RECORDS = 200_000

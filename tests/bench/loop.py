@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from state import control
 from state.log import Topics, Writer, partition_of
-from state.registry import Registry
+from state.registry import control
+from state.registry.registry import Registry
 from tests.bench.report import Figure, report
 from tests.e2e.running import MODULES, Loop, until
 

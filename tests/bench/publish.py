@@ -28,18 +28,18 @@ def main(rows: int) -> None:
     """Measures and reports."""
     from prometheus_client import CollectorRegistry
 
-    from state.config import Settings
-    from state.control import start
-    from state.features import FeatureSpec
-    from state.hush import hushed
-    from state.manifest import Draft, LogRange
+    from state.config.settings import Settings
+    from state.features.spec import FeatureSpec
     from state.metrics import TrainerMetrics
-    from state.registry import Registry
+    from state.process.quiet_stderr import hushed
+    from state.registry.control import start
+    from state.registry.manifest import Draft, LogRange
+    from state.registry.registry import Registry
 
     with hushed():
-        from trainer import checkpoint, content
-        from trainer.publisher import Publisher
-        from trainer.step import Trainer
+        from trainer.engine.step import Trainer
+        from trainer.versions import checkpoint, content
+        from trainer.versions.publisher import Publisher
 
     base = Settings()
     spec = FeatureSpec()

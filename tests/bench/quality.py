@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from state.config import Settings
-from state.features import FeatureSpec
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
 from streaming.preprocessing import analysed, load_preprocessing
 from tests.bench.recorded import (
     STEP_ROWS,
@@ -35,10 +35,10 @@ from tests.bench.recorded import (
     read_impressions,
 )
 from tests.bench.report import Figure, report
-from trainer import checkpoint
-from trainer.model import Preprocessing
-from trainer.program import preprocessing_of
-from trainer.step import Report, Trainer
+from trainer.engine.step import Report, Trainer
+from trainer.model.network import Preprocessing
+from trainer.versions import checkpoint
+from trainer.versions.program import preprocessing_of
 
 SHOPPERS_CLICKS = 240 * STEP_ROWS
 """Some twenty minutes of them at their default rate."""

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from deploy.shoppers import Shoppers
-from state.attributes import Table, fields_of
-from state.config import Settings, load
-from state.features import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
-from state.identity import context_id, context_text
-from state.mask import Mask
-from state.microbatch import Header, MicroBatch
+from deploy.replaying.shoppers import Shoppers
+from state.attributes.values import Table, fields_of
+from state.config.settings import Settings, load
+from state.events.identity import context_id, context_text
+from state.features.mask import Mask
+from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
+from state.microbatch.batch import Header, MicroBatch
 from state.positions import Range, Source
 
 ROOT = Path(__file__).resolve().parents[2]

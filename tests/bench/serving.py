@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 
 from deploy.serving.host import HISTORIES, PROGRAMS, ROWS
-from state.config import Settings
-from state.features import EVENT, FeatureSpec
-from state.history import Appends, HistoryStore
-from state.identity import load_salt, public_id, user_id
-from state.manifest import LogRange, Manifest
+from state.config.settings import Settings
+from state.events.identity import load_salt, public_id, user_id
+from state.features.spec import EVENT, FeatureSpec
+from state.history.store import Appends, HistoryStore
 from state.positions import Source
-from state.rows import RowStore
+from state.registry.manifest import LogRange, Manifest
+from state.rows.store import RowStore
 from tests.bench.report import Figure, report
 
 CONNECTIONS = 32
@@ -140,8 +140,8 @@ def measure(port: int, path: str, users: int, seconds: float) -> dict[str, float
 
 def fill(settings: Settings, users: int, events: int) -> None:
     """Full histories, rows of everything, one version with a program of the default model."""
-    from trainer.model import Model
-    from trainer.program import build
+    from trainer.model.network import Model
+    from trainer.versions.program import build
 
     spec, folder = FeatureSpec.from_settings(settings), settings.serving_dir
     salt = load_salt(settings.salt_path)

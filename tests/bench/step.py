@@ -28,9 +28,9 @@ STEPS = 60
 
 def measure_step(users: int) -> dict[str, float]:
     """Milliseconds of one step with `users` user rows."""
-    from state.config import Settings
+    from state.config.settings import Settings
     from tests.trainer.batches import SPEC, START_MS, micro_batch, spread
-    from trainer.step import Trainer
+    from trainer.engine.step import Trainer
 
     base = Settings()
     trainer = Trainer(

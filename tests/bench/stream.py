@@ -24,10 +24,10 @@ import numpy as np
 import psutil
 
 from deploy.kafka.broker import Broker, free_port
-from state.config import Settings
+from state.config.sections import Kafka, Paths, Stream
+from state.config.settings import Settings
 from state.log import BulkWriter, Reader, Topics, append_encoded, partition_of
-from state.microbatch import decode
-from state.sections import Kafka, Paths, Stream
+from state.microbatch.batch import decode
 from tests.bench.report import Figure, report
 
 PARTITIONS = 4

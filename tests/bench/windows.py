@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from state.events import EventBatch, Parser, Salt
-from state.features import EVENT, Events, FeatureSpec, Mask, vectorise
-from state.history import Appends, HistoryStore
+from state.config.sections import Events as EventSettings
+from state.events.parser import EventBatch, Parser, Salt
+from state.features.kernel import WORDS, update_rows, words
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
+from state.history.store import Appends, HistoryStore
 from state.log import PartitionBatch
 from state.positions import Range, Source
-from state.sections import Events as EventSettings
-from state.windows import WORDS, update_rows, words
 from streaming.profile import Profiler
 from tests.bench.report import Figure, report
 

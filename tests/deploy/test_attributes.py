@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy.attributes import main, parser, run, send, sources_of, summary
-from deploy.recordings_progress import Progress
-from deploy.recordings_send import Piece
-from state.config import load
+from deploy.replaying.progress import Progress
+from deploy.replaying.sender import Piece
+from state.config.settings import load
 from state.errors import SettingsError
 from state.log import Reader, Topics
 from tests.conftest import KafkaFactory

@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy import cli, control, plan
+from deploy import cli
+from deploy.operate import control, plan
 from deploy.serve import run as run_serving
-from state.config import load
-from state.control import start
+from state.config.settings import load
 from state.errors import ControlConflict, ProcessFailed, RegistryError, SaltMismatch, SettingsError, UnknownVersion
-from state.identity import load_salt
-from state.manifest import Draft, LogRange
-from state.mask import Mask
+from state.events.identity import load_salt
+from state.features.mask import Mask
 from state.positions import Source
-from state.registry import Registry
-from state.rows import RowStore
+from state.registry.control import start
+from state.registry.manifest import Draft, LogRange
+from state.registry.registry import Registry
+from state.rows.store import RowStore
 
 NOW_MS = 1_800_000_000_000
 TOPIC = "0000002a" + "0" * 24

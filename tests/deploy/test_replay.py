@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from deploy.replay import Sender, main, replay
-from deploy.shoppers import Clicks, Shoppers, action_shares, encode, zipf
-from state.config import Settings
+from deploy.replaying.shoppers import Clicks, Shoppers, action_shares, encode, zipf
+from state.config.sections import Events, Kafka
+from state.config.settings import Settings
 from state.log import Reader, Topics, partition_of
-from state.sections import Events, Kafka
 
 KafkaFactory = Callable[..., Kafka]
 START_MS = 1_700_000_000_000

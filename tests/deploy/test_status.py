@@ -11,14 +11,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
-from deploy.figures import BORN, SPREADS
 from deploy.kafka.broker import free_port
-from state import control
-from state.config import Settings, load
+from deploy.watch.figures import BORN, SPREADS
+from state.config.sections import Kafka
+from state.config.settings import Settings, load
 from state.log import Topics, Writer
 from state.metrics import PROCESSES, ApplierMetrics, names, serve
-from state.registry import Registry
-from state.sections import Kafka
+from state.registry import control
+from state.registry.registry import Registry
 
 
 def settings_of(state: Path, kafka: Kafka | None = None) -> Settings:

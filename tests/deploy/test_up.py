@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from deploy import up
-from deploy.ascent import has_spec
 from deploy.kafka.broker import free_port
-from deploy.programs import STOP_ORDER, ports, programs
-from deploy.tries import repeated_flags
-from state.config import Settings, load
-from state.lock import DirectoryLock
+from deploy.startup.hints import repeated_flags
+from deploy.startup.programs import STOP_ORDER, ports, programs
+from deploy.startup.steps import has_spec
+from state.config.settings import Settings, load
+from state.disk.lock import DirectoryLock
 
 PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "kafka.port")
 
@@ -61,7 +61,7 @@ def test_a_taken_port_is_one_line_with_the_setting_to_change(
 def test_a_full_disk_is_one_line_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploy.ascent.LEAST_FREE_BYTES", 2**60)
+    monkeypatch.setattr("deploy.startup.steps.LEAST_FREE_BYTES", 2**60)
     assert "GiB free" in complaint(capsys, flags)
     assert not (tmp_path / "state").exists()
 

@@ -29,16 +29,16 @@ from pathlib import Path
 
 import psutil
 
-from deploy import scrape
 from deploy.serving.host import ATTRIBUTES
+from deploy.watch import scrape
 from state import errors
-from state.attributes import tables_of
-from state.config import Settings, load
+from state.attributes.values import tables_of
+from state.config.settings import Settings, load
 from state.errors import RegistryError
-from state.events import load_salt
+from state.events.parser import load_salt
 from state.log import Topics
 from state.positions import UNPLACED, StreamAccount
-from state.registry import Registry
+from state.registry.registry import Registry
 from tests.e2e.client import Client
 from tests.e2e.crowd import Crowd
 from tests.e2e.evidence import (

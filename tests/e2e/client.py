@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from deploy import scrape
+from deploy.watch import scrape
 
 EVERY_S = 0.05
 PATIENCE_S = 5.0

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.shoppers import Clicks, Shoppers, encode
-from state.attributes import SIDES
-from state.config import Settings
+from deploy.replaying.shoppers import Clicks, Shoppers, encode
+from state.attributes.values import SIDES
+from state.config.settings import Settings
 from state.errors import LogError
 from state.log import Writer
 

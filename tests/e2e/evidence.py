@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.serving.host import HISTORIES, ROWS
-from state.attribute_store import AttributeStore, ids_in
-from state.attributes import Table
-from state.config import Settings
-from state.history import HistoryStore
-from state.identity import Salt, public_id, user_id
-from state.kinds import trained
+from state.attributes.store import AttributeStore, ids_in
+from state.attributes.values import Table
+from state.config.sections import Kafka
+from state.config.settings import Settings
+from state.events.identity import Salt, public_id, user_id
+from state.history.store import HistoryStore
+from state.history.waiting import WaitingRows
 from state.log import Reader, Topics
-from state.manifest import Manifest
-from state.microbatch import ATTRIBUTES, NAMES, MicroBatch, decode, trim
+from state.microbatch.batch import ATTRIBUTES, NAMES, MicroBatch, decode, trim
+from state.microbatch.row_kinds import trained
 from state.positions import Source
-from state.registry import SERVING, TRAINING, Registry
-from state.rows import TABLES, RowStore
-from state.sections import Kafka
-from state.waiting import WaitingRows
+from state.registry.manifest import Manifest
+from state.registry.registry import SERVING, TRAINING, Registry
+from state.rows.store import TABLES, RowStore
 from tests.e2e.crowd import Knowledge, values_of
-from trainer import content
+from trainer.versions import content
 
 Key = tuple[Source, int, int]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 
 from deploy.kafka.broker import Broker
-from deploy.processes import die_with, last_line
-from state import killpoints
-from state.config import Settings
+from deploy.startup.processes import die_with, last_line
+from state.config.settings import Settings
+from state.process import killpoints
 from tests.e2e.running import ROOT
 
 MODULES: Mapping[str, str] = {

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import psutil
 
-from deploy import scrape
 from deploy.kafka.broker import free_port
-from state.config import Settings, load
+from deploy.watch import scrape
+from state.config.settings import Settings, load
 from state.log import Topics, Writer
 
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from state.attributes import Table, fields_of
-from state.config import load
-from state.identity import Salt, user_id
-from state.kinds import Kind
-from state.microbatch import MicroBatch, decode, encode
+from state.attributes.values import Table, fields_of
+from state.config.settings import load
+from state.events.identity import Salt, user_id
+from state.microbatch.batch import MicroBatch, decode, encode
+from state.microbatch.row_kinds import Kind
 from state.positions import Source
 from tests.e2e.crowd import Knowledge, values_of
 from tests.e2e.evidence import (
@@ -25,7 +25,7 @@ from tests.e2e.evidence import (
     doubled,
 )
 from tests.trainer.clicks import microbatch
-from trainer import content
+from trainer.versions import content
 
 ROWS = 40
 

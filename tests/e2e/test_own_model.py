@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from deploy.kafka.broker import free_port
-from state.config import load
-from state.features import FeatureSpec
-from state.registry import Registry
-from state.sections import Model
+from state.config.sections import Model
+from state.config.settings import load
+from state.features.spec import FeatureSpec
+from state.registry.registry import Registry
 from tests.e2e.running import PORTS, ROOT, SHORT, Loop
 
 EXAMPLE = ROOT / "deploy" / "examples" / "own_model"

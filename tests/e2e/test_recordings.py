@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from state.attributes import SIDES, band, fields_of, tables_of
-from state.config import Settings, load
+from state.attributes.values import SIDES, band, fields_of, tables_of
+from state.config.settings import Settings, load
 from state.errors import SettingsError
-from state.history import HistoryStore
-from state.identity import public_id
+from state.events.identity import public_id
+from state.history.store import HistoryStore
 from state.log import Topics
-from state.microbatch import MicroBatch
+from state.microbatch.batch import MicroBatch
 from state.positions import StreamAccount, check_accounts
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import deduplicated, following, headers_of, running, until

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from state.config import Settings, load
-from state.history import HistoryStore
+from state.config.sections import Kafka
+from state.config.settings import Settings, load
+from state.history.store import HistoryStore
 from state.log import Topics
-from state.sections import Kafka
 from tests.conftest import KafkaFactory
 from tests.e2e.evidence import LogContent, compare_logs, read_log
 from tests.e2e.parts import Part

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from state.config import Settings
-from state.history import HistoryStore
-from state.registry import Registry
+from state.config.settings import Settings
+from state.history.store import HistoryStore
+from state.registry.registry import Registry
 from tests.e2e.evidence import (
     Histories,
     LogContent,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import parser
-from deploy.settings_table import as_markdown
-from state.config import Settings
-from state.sections import SECTIONS, Known, known_settings
+from deploy.operate.settings_table import as_markdown
+from state.config.sections import SECTIONS, Known, known_settings
+from state.config.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "deploy" / "settings.md"

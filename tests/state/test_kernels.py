@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from state.features import EVENT, FeatureSpec, vectorise
-from state.history import Appends, HistoryStore
+from state.features.kernel import one_row, update_rows
+from state.features.mask import Mask
+from state.features.spec import EVENT, FeatureSpec, vectorise
+from state.history.store import Appends, HistoryStore
 from state.kernels import compile_shared
-from state.mask import Mask
-from state.windows import one_row, update_rows
 from streaming.profile import Profiler
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from state.events import EventBatch
-from state.history import Appends
-from state.microbatch import Rows
+from state.events.parser import EventBatch
+from state.history.store import Appends
+from state.microbatch.batch import Rows
 from state.positions import Range, Source
 
 ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)

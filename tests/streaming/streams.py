@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 
-from state.config import Settings
+from state.config.sections import Kafka, Paths, Stream
+from state.config.settings import Settings
 from state.log import PartitionBatch, Reader, Topics, Writer, client_options
-from state.microbatch import NAMES, MicroBatch, decode, trim
+from state.microbatch.batch import NAMES, MicroBatch, decode, trim
 from state.positions import Source
-from state.sections import Kafka, Paths, Stream
 
 DEADLINE_S = 120.0
 # The clicks are old, so that the broker would soon delete them.

@@ -10,11 +10,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.errors import GapError
-from state.gaps import Consent, parse_allowance
-from state.history import Appends, HistoryStore
+from state.history.store import Appends, HistoryStore
 from state.log import Topics
+from state.log.gaps import Consent, parse_allowance
 from state.metrics import StreamMetrics
-from state.microbatch import decode, gaps
+from state.microbatch.batch import decode, gaps
 from state.positions import Range, Source, StreamAccount, check_accounts
 from streaming import accounts
 from tests.conftest import KafkaFactory

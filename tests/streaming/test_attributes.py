@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from state.attribute_store import AttributeStore, Place, pack
-from state.attributes import Table, fields_of
-from state.config import Settings
-from state.events import ANNOUNCE_MS, load_salt
-from state.features import FeatureSpec
-from state.history import HistoryStore
-from state.identity import public_id, user_id
+from state.attributes.store import AttributeStore, Place, pack
+from state.attributes.values import Table, fields_of
+from state.config.sections import Attributes, Kafka
+from state.config.settings import Settings
+from state.events.identity import public_id, user_id
+from state.events.parser import ANNOUNCE_MS, load_salt
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
 from state.log import Topics, Writer
-from state.microbatch import MicroBatch, decode
-from state.sections import Attributes, Kafka
+from state.microbatch.batch import MicroBatch, decode
 from streaming.attributes import Recent
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory

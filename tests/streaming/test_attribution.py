@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.kinds import Kind
+from state.microbatch.row_kinds import Kind
 from state.positions import MOST_LEARNED
 from streaming import attribution
 from streaming.attribution import IMPRESSION, MOST_EXPIRED, OUTCOME, PLAIN, Queue, attribute, enter, pairs

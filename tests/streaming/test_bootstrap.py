@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from state.config import Settings, load
+from state.config.settings import Settings, load
 from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError
-from state.events import load_salt
-from state.features import FeatureSpec
+from state.events.parser import load_salt
+from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
-from state.microbatch import Rows
-from state.registry import Registry
+from state.microbatch.batch import Rows
+from state.registry.registry import Registry
 from streaming.bootstrap import run
 from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
 from streaming.sample import ComputeWindows, ParseSample, Sample, of_topic, opened
@@ -94,7 +94,7 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
     assert about["popular"] == sorted(about["popular"], key=lambda entry: (-entry[1], int(entry[0], 16)))
     assert {about["names"][label] for label, _ in about["popular"]} <= {f"c{number}" for number in range(12)}
 
-    from trainer.program import preprocessing_of
+    from trainer.versions.program import preprocessing_of
 
     transform = preprocessing_of(registry.transform(spec.digest))
     with opened(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
@@ -141,7 +141,7 @@ def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
     features[:, 2] = 7
     analysed([features], preprocessing_fn, tmp_path)
 
-    from trainer.program import preprocessing_of
+    from trainer.versions.program import preprocessing_of
 
     scaled = preprocessing_of(tmp_path)(
         np.vstack([features, np.full((1, 6), 65535, np.uint16)]).astype(np.float32)

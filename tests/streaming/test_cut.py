@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.features import EVENT
-from state.history import Appends
-from state.microbatch import decode
+from state.features.spec import EVENT
+from state.history.store import Appends
+from state.microbatch.batch import decode
 from streaming.cut import Cut, Cutter, encode_cut, gather, merge_appends
 from tests.streaming.pieces import ONE, ZERO, piece
 

@@ -16,15 +16,15 @@ import pytest
 import tensorflow as tf
 from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
 
-from state.config import Settings, load
+from state.config.settings import Settings, load
 from state.errors import SettingsError, SpringtideError
-from state.events import load_salt
-from state.examples import about, dataset, schema
-from state.features import FeatureSpec
-from state.identity import public_id
-from state.microbatch import Rows
-from state.recordings import Recording, find
-from state.registry import Registry
+from state.events.identity import public_id
+from state.events.parser import load_salt
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import Rows
+from state.microbatch.examples import about, dataset, schema
+from state.recordings.files import Recording, find
+from state.registry.registry import Registry
 from streaming.bootstrap import asked, run
 from streaming.examples import EncodeExamples
 from streaming.sample import ComputeWindows, ParseSample, of_recording, opened

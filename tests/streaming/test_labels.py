@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.attributes import Joined
-from state.config import Settings
+from state.attributes.values import Joined
+from state.config.sections import Events, Labels
+from state.config.settings import Settings
 from state.errors import CorruptStore
-from state.events import EventBatch
-from state.features import FeatureSpec
-from state.gained import events_of, new_ranges
-from state.history import Appends, HistoryStore
-from state.kinds import Kind, happened, trained
-from state.microbatch import MicroBatch, Rows, decode, trim
+from state.events.parser import EventBatch
+from state.features.spec import FeatureSpec
+from state.history.followed import events_of, new_ranges
+from state.history.store import Appends, HistoryStore
+from state.history.waiting import CLOCKS, RowFormat, key_of
+from state.microbatch.batch import MicroBatch, Rows, decode, trim
+from state.microbatch.row_kinds import Kind, happened, trained
 from state.positions import Range, Source
-from state.sections import Events, Labels
-from state.waiting import CLOCKS, RowFormat, key_of
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
 from streaming.attribution import IMPRESSION, OUTCOME, PLAIN

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from state.config import Settings
-from state.history import HistoryStore
-from state.kinds import Kind, trained
+from state.config.sections import Events, Labels
+from state.config.settings import Settings
+from state.history.store import HistoryStore
 from state.log import Topics
-from state.microbatch import MicroBatch
-from state.sections import Events, Labels
+from state.microbatch.batch import MicroBatch
+from state.microbatch.row_kinds import Kind, trained
 from streaming.accounts import faults
 from streaming.rebuild import Bar, rebuild
 from tests.conftest import KafkaFactory

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from state.config import Settings
-from state.features import FeatureSpec
-from state.history import HistoryStore
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
 from state.log import Topics
-from state.microbatch import decode, gaps
+from state.microbatch.batch import decode, gaps
 from state.positions import Source, StreamAccount, check_accounts
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory

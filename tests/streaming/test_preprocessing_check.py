@@ -15,7 +15,7 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from state.errors import ProgramError, SettingsError
-from state.features import FeatureSpec
+from state.features.spec import FeatureSpec
 from streaming.preprocessing_check import check_preprocessing, made_up
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.events import EventBatch
-from state.features import EVENT, Events, FeatureSpec, Mask, Vector, vectorise
-from state.history import HistoryStore
-from state.microbatch import Rows
+from state.events.parser import EventBatch
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, Vector, vectorise
+from state.history.store import HistoryStore
+from state.microbatch.batch import Rows
 from state.positions import Range, Source
 from streaming.profile import Profiler, to_events
 

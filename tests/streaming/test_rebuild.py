@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka.broker import Broker
-from state import killpoints
-from state.config import Settings
+from state.config.sections import Kafka
+from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
-from state.history import HistoryStore
-from state.lock import DirectoryLock
+from state.history.store import HistoryStore
 from state.log import Topics, Writer
-from state.microbatch import decode
+from state.microbatch.batch import decode
 from state.positions import Source
-from state.sections import Kafka
+from state.process import killpoints
 from streaming import takeover
 from streaming.rebuild import Bar, Rebuilt, rebuild
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until

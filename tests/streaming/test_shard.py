@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from state.errors import SaltMismatch, SpecMismatch
-from state.history import HistoryStore
+from state.history.store import HistoryStore
 from streaming.shard import check_identity, partitions_of
 
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from state import killpoints
+from state.config.sections import Kafka, Stream
 from state.errors import FencedWriter, PositionConflict, UnreachableBroker
-from state.events import DeadLetter
-from state.features import EVENT
-from state.history import Appends, HistoryStore
+from state.events.parser import DeadLetter
+from state.features.spec import EVENT
+from state.history.store import Appends, HistoryStore
 from state.metrics import StreamMetrics
-from state.microbatch import Rows, decode
+from state.microbatch.batch import Rows, decode
 from state.positions import Source, StreamAccount, check_accounts
-from state.sections import Kafka, Stream
+from state.process import killpoints
 from streaming.cut import Cut
 from streaming.shard import Shard
 from streaming.sink import QUEUED_CUTS, CommitThread, letter_headers

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from deploy.kafka.broker import Broker, free_port
-from state.config import Settings
+from state.config.sections import Kafka
+from state.config.settings import Settings
 from state.errors import LogError
-from state.history import HistoryStore
-from state.identity import load_salt, user_id
+from state.events.identity import load_salt, user_id
+from state.history.store import HistoryStore
 from state.log import BulkWriter, Reader, Topics, Writer, append_encoded
-from state.microbatch import decode
+from state.microbatch.batch import decode
 from state.positions import Source, StreamAccount, check_accounts
-from state.sections import Kafka
 from streaming.takeover import HISTORIES
 from tests.conftest import KafkaFactory
 from tests.disks import small_disk

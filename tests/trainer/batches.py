@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from state.features import FeatureSpec
-from state.microbatch import Header, MicroBatch
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import Header, MicroBatch
 from state.positions import Range, Source
 
 SPEC = FeatureSpec()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from state.config import Settings, load
-from state.features import FeatureSpec
-from state.microbatch import Header, MicroBatch, decode, encode
+from state.config.settings import Settings, load
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import Header, MicroBatch, decode, encode
 from state.positions import Range, Source
 
 TOPIC = "ab" * 16

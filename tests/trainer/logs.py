@@ -11,18 +11,18 @@ import numpy as np
 import tensorflow as tf
 from prometheus_client import CollectorRegistry
 
-from state.control import start
 from state.errors import GapError
-from state.gaps import Consent, Gap
+from state.features.mask import Mask
 from state.log import PartitionBatch
-from state.mask import Mask
+from state.log.gaps import Consent, Gap
 from state.metrics import TrainerMetrics
-from state.microbatch import Header, decode, encode
+from state.microbatch.batch import Header, decode, encode
 from state.positions import Source
-from state.registry import Registry
+from state.registry.control import start
+from state.registry.registry import Registry
 from tests.trainer.clicks import SALT, SPEC, small_settings
+from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner
-from trainer.step import Trainer
 
 ABOUT: dict[str, Any] = {"salt": SALT, "popular": [["00000000000000ff", 3]], "newest_ms": 1_790_000_000_000}
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from state.errors import GapError
-from state.gaps import Accepted, Consent, Gap, Journal, parse_allowance
 from state.log import Topics, Writer
+from state.log.gaps import Accepted, Consent, Gap, Journal, parse_allowance
 from state.metrics import TrainerMetrics
-from state.microbatch import Header, decode, encode
+from state.microbatch.batch import Header, decode, encode
 from state.positions import MOST_LEARNED, Range, Source, StreamAccount, TrainerAccount, check_accounts
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import TOPIC, microbatch

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.control import pin, roll_back, start
-from state.manifest import Draft, FileEntry, LogRange, Manifest, extend
-from state.mask import Mask
-from state.registry import Registry
+from state.features.mask import Mask
+from state.registry.control import pin, roll_back, start
+from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend
+from state.registry.registry import Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
-from trainer import checkpoint, compactor, content
+from trainer import compactor
 from trainer.compactor import DAY_MS, HOUR_MS, Tiers, compact, old_bases, old_deltas, retain
-from trainer.step import Trainer
+from trainer.engine.step import Trainer
+from trainer.versions import checkpoint, content
 
 WHO = {"actor": "test", "reason": "test", "now_ms": 0}
 TIERS = Tiers(delta_ms=HOUR_MS, delta_bytes=10**12, hourly_ms=24 * HOUR_MS, daily_ms=7 * DAY_MS)

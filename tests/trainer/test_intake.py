@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.kinds import Kind
-from state.mask import Mask
-from state.microbatch import ATTRIBUTES, LISTS, SCALARS, Header, encode
+from state.features.mask import Mask
+from state.microbatch.batch import ATTRIBUTES, LISTS, SCALARS, Header, encode
+from state.microbatch.row_kinds import Kind
 from state.positions import Range, Source
 from trainer.intake import take_in
 

@@ -14,22 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from state import killpoints
-from state.control import Control, follow, pin, roll_back
 from state.errors import GapError, LockHeld, MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
+from state.features.mask import Mask
 from state.log import Topics, Writer
-from state.mask import Mask
 from state.positions import Source
-from state.registry import SERVING, Registry
+from state.process import killpoints
+from state.registry.control import Control, follow, pin, roll_back
+from state.registry.registry import SERVING, Registry
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch, small_settings
 from tests.trainer.logs import MemoryLog, learner, run_to_end, shared, started, with_weight, without, write_transform
-from trainer import checkpoint
+from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.learner import Learner
 from trainer.loop import LOCK, Compaction, await_spec
-from trainer.program import preprocessing_of
-from trainer.step import Trainer
+from trainer.versions import checkpoint
+from trainer.versions.program import preprocessing_of
 
 RECORDS = [microbatch(number) for number in range(24)]
 POISON = Mask(
@@ -332,7 +332,7 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
         processes.append(running)
         until(lambda: "caught up" in log.read_text() and newest(1)[1] >= 16, running)
         with pytest.raises(LockHeld):
-            from state.lock import DirectoryLock
+            from state.disk.lock import DirectoryLock
 
             DirectoryLock(settings.registry_dir, LOCK).acquire()
         written = number + 1

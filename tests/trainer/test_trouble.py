@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from state.config.sections import Kafka
 from state.errors import CorruptVersion, GapError, MicroBatchError, UnknownTopic, UnusableRegistry
 from state.log import PartitionBatch, Reader, Topics, Writer
-from state.registry import Registry
-from state.sections import Kafka
+from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import MemoryLog, learner, run_to_end, shared, started
-from trainer import checkpoint, compactor
+from trainer import compactor
 from trainer.learner import Learner
 from trainer.loop import Compaction, doubt
+from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(10)]
 

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from state.control import Control, follow, pin, roll_back
 from state.errors import GapError, LogError, UnknownVersion
-from state.mask import Mask
-from state.registry import Registry
+from state.features.mask import Mask
+from state.registry.control import Control, follow, pin, roll_back
+from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, MemoryLog, learner, run_to_end, shared, started, with_weight, write_transform
 from tests.trainer.test_loop import POISON
-from trainer import checkpoint, compactor, content, verify
+from trainer import compactor, verify
 from trainer.verify import Verdict
+from trainer.versions import checkpoint, content
 
 RECORDS = [microbatch(number) for number in range(20)]
 
@@ -208,8 +209,8 @@ def test_the_process_verifies_on_a_real_log(
 ) -> None:
     from state.log import Reader, Topics, Writer
     from tests.trainer.test_accounts import until_at
-    from trainer.program import preprocessing_of
-    from trainer.step import Trainer
+    from trainer.engine.step import Trainer
+    from trainer.versions.program import preprocessing_of
 
     kafka = kafka_settings()
     topic = kafka.microbatches_topic

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from deploy.serving.host import HISTORIES, PROGRAMS, ROWS
-from state.config import Settings
-from state.features import FeatureSpec
-from state.history import Appends, HistoryStore
-from state.identity import Salt, public_id, user_id
-from state.rows import RowStore
+from state.config.settings import Settings
+from state.events.identity import Salt, public_id, user_id
+from state.features.spec import FeatureSpec
+from state.history.store import Appends, HistoryStore
+from state.rows.store import RowStore
 from tests.deploy.serving.stocked import (
     MAP,
     NOW_MS,
@@ -32,8 +32,8 @@ from tests.deploy.serving.stocked import (
 @pytest.fixture(scope="session")
 def lowered() -> Lowered:
     """Lowered once for all tests; takes some seconds."""
-    from trainer.model import Model
-    from trainer.program import build
+    from trainer.model.network import Model
+    from trainer.versions.program import build
 
     settings, spec = small(Settings()), FeatureSpec()
     model = Model(settings.model, spec)

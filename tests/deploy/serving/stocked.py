@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from state.config import Settings
-from state.features import EVENT, FeatureSpec
-from state.history import HistoryStore
-from state.identity import Salt, public_id, user_id
-from state.manifest import Kind, LogRange, Manifest
+from state.config.settings import Settings
+from state.events.identity import Salt, public_id, user_id
+from state.features.spec import EVENT, FeatureSpec
+from state.history.store import HistoryStore
 from state.positions import Source
-from state.rows import RowStore
-from state.transitions import SUCCESSORS
+from state.ranking.transitions import SUCCESSORS
+from state.registry.manifest import Kind, LogRange, Manifest
+from state.rows.store import RowStore
 
 NOW_MS = 1_800_000_000_000
 SOURCE = Source("ab" * 16, 0)

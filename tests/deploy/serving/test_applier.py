@@ -25,18 +25,18 @@ from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
 from deploy.serving.host import CAUGHT_UP_EXTRA, PROGRAMS, ROWS
 from deploy.serving.predictor import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE
-from state.control import follow, pin, roll_back, start
 from state.errors import GapError, SaltMismatch
-from state.features import FeatureSpec, Mask
-from state.gained import events_of, new_ranges
-from state.history import HistoryStore
+from state.features.spec import FeatureSpec, Mask
+from state.history.followed import events_of, new_ranges
+from state.history.store import HistoryStore
 from state.log import PartitionBatch
-from state.manifest import Draft, LogRange, Manifest
 from state.metrics import ApplierMetrics
-from state.microbatch import Header, encode
+from state.microbatch.batch import Header, encode
 from state.positions import Range, Source
-from state.registry import SERVING, Registry
-from state.rows import RowStore
+from state.registry.control import follow, pin, roll_back, start
+from state.registry.manifest import Draft, LogRange, Manifest
+from state.registry.registry import SERVING, Registry
+from state.rows.store import RowStore
 
 MAP = 1 << 27
 TOPIC = "cd" * 16
@@ -585,7 +585,7 @@ def test_another_salt_stops(tmp_path: Path) -> None:
 
 def test_ranges_go_on_from_the_marks() -> None:
     """Below the mark nothing, between mark and range a gap."""
-    from state.microbatch import decode
+    from state.microbatch.batch import decode
 
     batch = decode(record(4, 8))
     assert new_ranges(batch, {SOURCE: 9}) == ([], 0)

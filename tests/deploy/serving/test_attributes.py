@@ -16,15 +16,15 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.attributes import AttributesFollower, KnownAttributes
 from deploy.serving.host import ATTRIBUTES, PROGRAMS, Host
 from deploy.serving.predictor import NotReady, Predictor
-from state.attribute_store import AttributeStore, Place, pack
-from state.attributes import Table, tables_of
-from state.config import Settings
+from state.attributes.store import AttributeStore, Place, pack
+from state.attributes.values import Table, tables_of
+from state.config.sections import Attributes
+from state.config.settings import Settings
 from state.errors import SaltMismatch
-from state.features import FeatureSpec, Mask, vectorise
-from state.identity import Salt, public_id, user_id
+from state.events.identity import Salt, public_id, user_id
+from state.features.spec import FeatureSpec, Mask, vectorise
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics
-from state.sections import Attributes
 from tests.conftest import KafkaFactory
 from tests.deploy.serving.stocked import (
     DIM,

@@ -13,16 +13,16 @@ import pytest
 from deploy.serving.candidates import KINDS
 from deploy.serving.host import PROGRAMS
 from deploy.serving.predictor import Answer, Predictor, Query
-from state import transitions
-from state.features import FeatureSpec, vectorise
-from state.history import Appends
-from state.identity import Salt, public_id, user_id
+from state.compiled import compiled
+from state.events.identity import Salt, public_id, user_id
+from state.features.mask import Mask
+from state.features.spec import FeatureSpec, vectorise
+from state.history.store import Appends
 from state.kernels import compile_shared
 from state.lowering import lower_saved_model
-from state.mask import Mask
-from state.microbatch import MicroBatch
-from state.native import compiled
-from state.transitions import FOLLOWERS, SUCCESSORS, identity
+from state.microbatch.batch import MicroBatch
+from state.ranking import transitions
+from state.ranking.transitions import FOLLOWERS, SUCCESSORS, identity
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, clicks, digest_of, manifest
 from tests.trainer.batches import micro_batch, spread
 
@@ -43,11 +43,11 @@ class Taught:
 
 @pytest.fixture(scope="module")
 def taught() -> Taught:
-    from state.config import Settings
+    from state.config.settings import Settings
     from tests.deploy.serving.stocked import small
-    from trainer import checkpoint
-    from trainer.program import build
-    from trainer.step import Trainer
+    from trainer.engine.step import Trainer
+    from trainer.versions import checkpoint
+    from trainer.versions.program import build
 
     settings = small(Settings())
     trainer = Trainer(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu")), SPEC)
@@ -193,7 +193,7 @@ def old_program(model: Any) -> bytes:
     """The model as a release without successors lowered it: it is not asked for them and does not score them."""
     import tensorflow as tf
 
-    from trainer.program import _inputs, argument
+    from trainer.versions.program import _inputs, argument
 
     new = ("label_next", "popular_next", "successor_rows", "successor_mask", "successor_next")
     inputs = _inputs(model)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from deploy.serving.predictor import Query as Q
-from state.crosses import Crosses, Values
-from state.features import FeatureSpec, vectorise
-from state.identity import Salt, context_id, public_id, user_id
-from state.mask import Mask
+from state.events.identity import Salt, context_id, public_id, user_id
+from state.features.mask import Mask
+from state.features.spec import FeatureSpec, vectorise
+from state.ranking.crosses import Crosses, Values
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 from tests.deploy.serving.test_predictor import predictor
 

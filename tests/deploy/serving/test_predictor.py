@@ -15,8 +15,8 @@ from deploy.serving.host import PROGRAMS
 from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE, Answer, NotReady, Predictor
 from deploy.serving.program import Program, read_program
 from state.errors import CorruptVersion, ProgramError, SaltMismatch, SpecMismatch
-from state.features import FeatureSpec, Mask, vectorise
-from state.identity import Salt, public_id, user_id
+from state.events.identity import Salt, public_id, user_id
+from state.features.spec import FeatureSpec, Mask, vectorise
 from tests.deploy.serving.stocked import (
     DIM,
     NOW_MS,
@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused(stores: Stores) -> None:
 
 def test_without_a_version_there_is_no_answer(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The reason is told."""
-    from state.rows import RowStore
+    from state.rows.store import RowStore
 
     empty = replace_rows(stores, RowStore(tmp_path_factory.mktemp("rows"), 1 << 26))
     with pytest.raises(NotReady, match="no version"):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy import accounts
-from state.attributes import tables_of
-from state.events import load_salt
-from state.identity import public_id, user_id
-from state.kinds import Kind, trained
+from deploy.watch import accounts
+from state.attributes.values import tables_of
+from state.events.identity import public_id, user_id
+from state.events.parser import load_salt
 from state.log import Reader, Topics
-from state.microbatch import MicroBatch, decode
+from state.microbatch.batch import MicroBatch, decode
+from state.microbatch.row_kinds import Kind, trained
 from tests.e2e.running import Loop, until
 
 USER, ITEM, OTHER = "vera-of-the-labels", "lamp-of-the-labels", "vase-of-the-labels"

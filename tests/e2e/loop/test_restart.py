@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from state.history import HistoryStore
+from state.history.store import HistoryStore
 from state.positions import StreamAccount, check_accounts
 from tests.e2e.running import ROOT, Loop, until
 

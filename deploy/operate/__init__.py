@@ -1,0 +1,1 @@
+"""What an operator changes or looks up: pins, rollbacks, versions, settings."""

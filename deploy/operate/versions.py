@@ -1,0 +1,146 @@
+"""Lists the versions of a registry, and which of them answers use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from deploy.operate import plan
+from state.config.settings import Settings
+from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersion
+from state.registry.control import Control
+from state.registry.manifest import Manifest
+from state.registry.registry import Registry
+from state.rows.store import RowStore
+
+
+def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
+    """Lists the versions with age, log range, metrics, and which one serves.
+
+    Raises:
+        RegistryError: There is no registry.
+    """
+    registry = open_registry(settings)
+    control = registry.control()
+    served = served_version(settings.serving_dir)
+    numbers = registry.versions()
+    kept = numbers if asked.all else numbers[max(0, len(numbers) - asked.last) :]
+    if served is not None and served in numbers and served not in kept:
+        kept = [served, *kept]
+    listed = (_entry(registry, number, control, served, now_ms) for number in kept)
+    entries = [entry for entry in listed if entry is not None]
+    if asked.output == "json":
+        say(json.dumps(entries, indent=2))
+        return
+    if not entries:
+        say("no version yet; the trainer publishes the first after the bootstrap")
+        return
+    head = ["version", "epoch", "age", "kind", "log", "log loss", "AUC", "top 1", ""]
+    lines = [
+        [
+            str(one["version"]),
+            str(one.get("epoch", "?")),
+            plan.age(one["age_s"]) if "age_s" in one else "?",
+            one.get("kind", "?"),
+            f"{one['log']['first']}-{one['log']['next']}" if "log" in one else "?",
+            *(_figure(one, name) for name in ("log_loss", "auc", "top1")),
+            ", ".join(one["marks"]),
+        ]
+        for one in reversed(entries)
+    ]
+    say(table([head, *lines]))
+    if len(kept) < len(numbers):
+        say(f"{len(numbers) - len(kept):,} older ones are kept too; --all lists them")
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The registry of these settings, where there is one.
+
+    Raises:
+        RegistryError: There is none; a command that looks must not make one.
+    """
+    if not settings.registry_dir.is_dir():
+        raise RegistryError(
+            f"{settings.registry_dir}: no registry here; start with `springtide up`, or name the state directory with --paths.state"
+        )
+    return Registry(settings.registry_dir)
+
+
+def readable(registry: Registry) -> Iterator[Manifest]:
+    """The manifests of all versions, newest first, without those that are corrupt or were removed meanwhile."""
+    for number in reversed(registry.versions()):
+        with suppress(CorruptVersion, UnknownVersion):
+            yield registry.manifest(number)
+
+
+def served_version(serving_dir: Path) -> int | None:
+    """The version that answers on this host use; None where nothing serves here."""
+    path = serving_dir / "rows"
+    if not path.is_dir():
+        return None
+    try:
+        store = RowStore(path, readonly=True)
+    except (StoreError, OSError):
+        return None
+    try:
+        with store.reader() as reader:
+            served = reader.served()
+        return None if served is None else served.version
+    finally:
+        store.close()
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in aligned columns.
+
+    >>> print(table([["version", "age"], ["7", "2 s"]]))
+    version  age
+    7        2 s
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _entry(
+    registry: Registry, number: int, control: Control | None, served: int | None, now_ms: int
+) -> dict[str, Any] | None:
+    """What is known of a version; None where retention has removed it meanwhile."""
+    marks = ["served"] if number == served else []
+    if control is not None and control.serving.version == number:
+        marks.append("pinned")
+    if control is not None and control.base == number:
+        marks.append(f"start of epoch {control.epoch}")
+    try:
+        found = registry.manifest(number)
+    except UnknownVersion:
+        return None
+    except CorruptVersion:
+        return {"version": number, "marks": [*marks, "corrupt"]}
+    return {
+        "version": number,
+        "epoch": found.epoch,
+        # A version may be newer than the command that lists it.
+        "age_s": max(0, now_ms - found.created_at_ms) / 1000,
+        "created_at_ms": found.created_at_ms,
+        "kind": "base" if number in registry.bases() else found.kind,
+        "log": {
+            "topic": found.log.topic,
+            "partition": found.log.partition,
+            "first": found.log.first,
+            "next": found.log.next,
+        },
+        "rows": found.rows,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
+        "marks": marks,
+    }
+
+
+def _figure(entry: dict[str, Any], name: str) -> str:
+    value = entry.get("metrics", {}).get(name)
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,129 @@
+"""When each recorded click is sent, and with which time. Pure.
+
+    times     speed   event time                        Kafka timestamp   sent
+    rebased   max     recorded + (now - newest)         now               at once
+    rebased   60x     when it is sent, if not late      when it is sent   paced
+    kept      max     recorded                          none              at once
+    kept      60x     recorded                          none              paced
+
+`now` is the wall clock when the replay began. Rebased at full speed, the newest
+click is of now and the gaps stay as recorded. Rebased at 60x an hour passes in
+a minute: the click that is being sent is of now, and gaps are a sixtieth. A
+click that comes after a later one is late by as much as in the recording,
+divided by the speed. A kept time is never compared with today: those records
+carry no Kafka timestamp, so that neither the parser's bounds nor the topic's
+retention judges them by it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from state.errors import SettingsError
+from state.recordings.rows import I64, NO_TIME
+
+NO_TIMESTAMP = -1
+MAX = math.inf
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How times are made.
+
+    Attributes:
+        speed: Seconds of the recording per second of the wall; MAX: no pacing.
+        keep: Leave event times as recorded.
+        now_ms: Wall clock when the replay began; also after a restart.
+        newest_ms: Latest recorded time; needed only to rebase at full speed.
+        longest_wait_ms: A gap takes no longer than this, however long it is in the recording.
+    """
+
+    speed: float
+    keep: bool
+    now_ms: int
+    newest_ms: int
+    longest_wait_ms: float = MAX
+
+
+@dataclass(frozen=True)
+class Hand:
+    """Where the clock stands: the latest recorded time so far (NO_TIME: none), and when that was due, wall ms."""
+
+    high_ms: int
+    due_ms: float
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """n records with their times.
+
+    Attributes:
+        at_ms: `[n]` int64, event times; NO_TIME where the row has none.
+        kafka_ms: `[n]` int64, Kafka timestamps; NO_TIMESTAMP for none.
+        due_ms: `[n]` float64, wall clock from when on each may be sent.
+        high_ms: `[n]` int64, the latest recorded time so far.
+    """
+
+    at_ms: I64
+    kafka_ms: I64
+    due_ms: F64
+    high_ms: I64
+
+    def hand(self, row: int) -> Hand:
+        """The clock after record `row`."""
+        return Hand(int(self.high_ms[row]), float(self.due_ms[row]))
+
+
+def parse_speed(text: str) -> float:
+    """Reads a speed: seconds of the recording per second.
+
+    >>> parse_speed("60x"), parse_speed("0.5"), parse_speed("max")
+    (60.0, 0.5, inf)
+
+    Raises:
+        SettingsError: It is none.
+    """
+    try:
+        speed = MAX if text == "max" else float(text.removesuffix("x"))
+    except ValueError:
+        speed = 0.0
+    if not speed > 0 or (math.isinf(speed) and text != "max"):
+        raise SettingsError(f"--speed {text}: write a number above 0 such as 60x, or max")
+    return speed
+
+
+def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
+    """The times of consecutive records.
+
+    Args:
+        at_ms: `[n]` int64, recorded times, or NO_TIME: such a record goes with the one before it.
+        clock: How times are made.
+        hand: The clock before the first.
+
+    >>> stamped = stamp(np.array([0, 60_000, NO_TIME]), Clock(60.0, False, 0, 0), Hand(NO_TIME, 1e6))
+    >>> stamped.at_ms.tolist() == [1_000_000, 1_001_000, NO_TIME], stamped.due_ms.tolist()
+    (True, [1000000.0, 1001000.0, 1001000.0])
+    """
+    timed = at_ms != NO_TIME
+    high = np.maximum.accumulate(np.concatenate([[np.int64(hand.high_ms)], at_ms]))
+    steps = np.zeros(len(at_ms))
+    if not math.isinf(clock.speed):
+        known = high[:-1] != NO_TIME  # the first click of all has no gap before it
+        steps[known] = np.minimum((high[1:][known] - high[:-1][known]) / clock.speed, clock.longest_wait_ms)
+    due = hand.due_ms + np.cumsum(steps)
+    at = at_ms.copy()
+    if clock.keep:
+        # A row whose time is none is not of the recording's time: it is judged by today's.
+        return Stamped(at, np.where(timed, NO_TIMESTAMP, clock.now_ms), due, high[1:])
+    if math.isinf(clock.speed):
+        if timed.any():
+            at[timed] += clock.now_ms - clock.newest_ms
+        return Stamped(at, np.full(len(at), clock.now_ms, np.int64), due, high[1:])
+    at[timed] = (due[timed] - (high[1:][timed] - at_ms[timed]) / clock.speed).astype(np.int64)
+    return Stamped(at, due.astype(np.int64), due, high[1:])

@@ -1,0 +1,1 @@
+"""How the loop on one machine comes up, stays up and goes down."""

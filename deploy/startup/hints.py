@@ -1,0 +1,66 @@
+"""What the operator can try while the loop runs: commands to type and addresses to open."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from deploy.watch import scrape
+from state.config.sections import known_settings
+from state.config.settings import FILE, Settings
+from state.config.sources import as_text
+
+
+def addresses(settings: Settings) -> list[tuple[str, str]]:
+    """An answer, the metrics of each process and the logs, each with a word before it.
+
+    >>> addresses(Settings())[0]
+    ('try', 'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1')
+    """
+    metrics = [f"{url} ({name})" for name, url in scrape.urls(settings).items()]
+    return [
+        ("try", f"curl -s {scrape.profile_url(settings)}"),
+        *zip(("metrics", *[""] * (len(metrics) - 1)), metrics, strict=True),
+        ("logs", f"{settings.logs_dir}, where `springtide up` runs"),
+    ]
+
+
+def commands(settings: Settings) -> list[str]:
+    """What `up` says once everything runs."""
+    command = springtide_command()
+    lines = [
+        f"curl -s {scrape.profile_url(settings)}",
+        f"{command} status        {command} status --watch",
+        f"{command} versions",
+        f"{command} pin VERSION        {command} follow",
+        f"{command} rollback --to VERSION --skip-time A..B --reason TEXT",
+        "metrics: " + "  ".join(f"{name} {url}" for name, url in scrape.urls(settings).items()),
+    ]
+    flags = repeated_flags(settings)
+    return [*lines, *([f"springtide needs the flags of this run:{flags}"] if flags else [])]
+
+
+def springtide_command() -> str:
+    """How the operator can call `springtide` from here."""
+    script = Path(sys.executable).with_name("springtide")
+    if not script.exists():
+        return f"{sys.executable} -m deploy.cli"
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
+
+
+def repeated_flags(settings: Settings) -> str:
+    """The flags of this run that other commands need too, a file that was named among them.
+
+    >>> repeated_flags(Settings(origins={"kafka.port": "flag --kafka.port", "stream.cut_ms": "my shop.toml:3"}))
+    " --config 'my shop.toml' --kafka.port 9092"
+    """
+    secret = {known.name for known in known_settings() if known.secret}
+    files = {one.rpartition(":")[0] for one in settings.origins.values() if not one.startswith(("flag ", "variable "))}
+    flags = [("config", file) for file in sorted(files - {FILE})]
+    flags += [
+        (name, as_text(settings.value(name)))
+        for name, origin in settings.origins.items()
+        if origin.startswith("flag ") and name not in secret
+    ]
+    return "".join(f" --{name} {shlex.quote(value)}" for name, value in flags)

@@ -1,0 +1,87 @@
+"""Checks a preprocessing and a tower of the user's own before anything starts: `springtide check-model`, `springtide up`.
+
+Each check is a process of the part that knows how: TensorFlow is loaded
+there and gone afterwards. The tower is checked behind the preprocessing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from state.config.sections import Model
+from state.config.settings import Settings
+from state.errors import ProgramError, SettingsError
+from state.registry.registry import Registry, require_preprocessing
+
+WRONG_USE = 2
+
+
+def is_own(settings: Settings) -> bool:
+    """Whether a setting names a function of the user's own.
+
+    >>> is_own(Settings())
+    False
+    """
+    default = Model()
+    return (settings.model.tower, settings.model.preprocessing) != (default.tower, default.preprocessing)
+
+
+def check(settings: Settings, say: Callable[[str], None]) -> None:
+    """Checks what is the user's own and returns; where both functions are the default there is nothing to do.
+
+    Raises:
+        SettingsError: A function cannot be loaded.
+        ProgramError: A function is not what it has to be, or does not lower to LiteRT.
+        SpecMismatch: The registry was bootstrapped with another preprocessing.
+    """
+    if not is_own(settings):
+        return
+    if settings.registry_dir.exists():
+        registry = Registry(settings.registry_dir)
+        for digest in registry.specs():
+            require_preprocessing(registry.spec(digest), settings.model.preprocessing)
+    with tempfile.TemporaryDirectory(prefix="springtide-model-") as folder:
+        graph = []
+        if settings.model.preprocessing != Model().preprocessing:
+            say(run("streaming.preprocessing_check", settings, "--keep", folder))
+            graph = ["--transform", folder]
+        say(run("trainer.checks", settings, *graph))
+
+
+def check_tower(settings: Settings) -> None:
+    """Checks the tower alone; where it is the default there is nothing to do.
+
+    Raises:
+        SettingsError: It cannot be loaded.
+        ProgramError: It is not what it has to be, or does not lower to LiteRT.
+    """
+    if settings.model.tower != Model().tower:
+        run("trainer.checks", settings)
+
+
+def run(module: str, settings: Settings, *words: str) -> str:
+    """Runs one check as a process with these settings; returns what it said.
+
+    Raises:
+        SettingsError: It ended with 2; the message is its own.
+        ProgramError: It ended otherwise but well; the message is its own.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        env=environment | settings.environment(),
+        cwd=Path.cwd(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return done.stdout.strip()
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    message = lines[-1] if lines else f"{module} ended with {done.returncode} and said nothing"
+    raise (SettingsError if done.returncode == WRONG_USE else ProgramError)(message)

@@ -1,0 +1,70 @@
+"""The processes of the loop on one machine: their commands, ports and the order of their ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from deploy.startup.checks import Port
+from deploy.startup.processes import Program
+from state.config.settings import Settings
+
+KERNELS = "kernels"
+SHOPPERS = "shoppers"
+STREAM = "stream"
+BOOTSTRAP = "bootstrap"
+TRAINER = "trainer"
+APPLIER = "applier"
+WORKER = "worker"
+
+# Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
+STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
+
+# These would otherwise compile the same kernels for ten seconds each.
+KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
+
+
+def programs(head_start: int = 0, python: str = sys.executable, accepted: Sequence[str] = ()) -> dict[str, Program]:
+    """All programs by name; settings reach them by the environment.
+
+    Args:
+        head_start: Clicks that the shoppers send at once.
+        python: The interpreter.
+        accepted: Words for the readers of a log: gaps that the operator accepts.
+
+    >>> programs(python="python")["stream"].command
+    ('python', '-m', 'streaming.pipeline')
+    """
+
+    def program(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> Program:
+        return Program(name, (python, "-m", module, *arguments), stop_s, lasting)
+
+    listed = (
+        program(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
+        program(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
+        program(STREAM, "streaming.pipeline", *accepted),
+        # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
+        program(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
+        program(TRAINER, "trainer.loop", *accepted),
+        program(APPLIER, "deploy.serving.applier", stop_s=5.0),
+        # With serving.workers above 1 it is the parent of them all.
+        program(WORKER, "deploy.serving.rest", stop_s=5.0),
+    )
+    return {one.name: one for one in listed}
+
+
+def ports(settings: Settings, local_kafka: bool) -> list[Port]:
+    """The ports that the loop is going to listen on.
+
+    >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
+    ['kafka.port', 'serving.port']
+    """
+    local = "127.0.0.1"
+    kafka = [Port("kafka.port", local, settings.kafka.port)] if local_kafka else []
+    return [
+        *kafka,
+        Port("serving.port", settings.serving.host, settings.serving.port),
+        Port("stream.metrics_port", local, settings.stream.metrics_port),
+        Port("trainer.metrics_port", local, settings.trainer.metrics_port),
+        Port("serving.metrics_port", local, settings.serving.metrics_port),
+    ]

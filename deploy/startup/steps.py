@@ -1,0 +1,305 @@
+"""The steps of `springtide up`, from the first check to the last stop."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deploy.kafka.broker import Broker
+from deploy.startup import hints as tries
+from deploy.startup import own_model
+from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
+from deploy.startup.processes import Deaths, Supervisor, shortened
+from deploy.startup.programs import BOOTSTRAP, KERNEL_USERS, KERNELS, SHOPPERS, STOP_ORDER, TRAINER, ports, programs
+from deploy.watch import scrape
+from deploy.watch.figures import Watch
+from deploy.watch.live import Screen, live_line
+from deploy.watch.panel import panel
+from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
+from state.errors import KafkaFailed
+from state.events.parser import load_salt
+from state.log import Topics
+
+STEPS = 9
+LOOK_S = 0.1
+REMIND_S = 30.0
+
+
+class Stopped(Exception):
+    """The operator asked to stop while a step waited."""
+
+
+class Ascent:
+    """One run of the loop.
+
+    Args:
+        settings: The loop's settings.
+        shoppers: Whether synthetic shoppers click.
+        screen: Takes the lines.
+        stop: Whether the operator asked to stop.
+        hurry: Whether the operator asked again.
+        accepted: Words for stream and trainer: gaps that the operator accepts.
+        clock: Monotonic seconds.
+        sleep: Waits a number of seconds, or until a signal.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        shoppers: bool,
+        screen: Screen,
+        stop: Callable[[], bool],
+        hurry: Callable[[], bool],
+        accepted: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._settings = settings
+        self._shoppers = shoppers
+        self._screen = screen
+        self._stop = stop
+        self._hurry = hurry
+        self._clock = clock
+        self._sleep = sleep
+        self._begin = clock()
+        self._local_kafka = "kafka.bootstrap_servers" not in settings.origins
+        self._broker: Broker | None = None
+        self._broker_started_at = 0.0
+        self._broker_deaths = Deaths()
+        # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
+        fresh = not has_spec(settings.registry_dir)
+        self._programs = programs(settings.bootstrap.min_rows if fresh else 0, accepted=accepted)
+        self._supervisor: Supervisor | None = None
+
+    def run(self) -> int:
+        """Goes up, watches, and stops when asked to; returns the exit code.
+
+        Raises:
+            SpringtideError: A step cannot be done, or a process keeps dying; everything is stopped then.
+        """
+        state = self._settings.state_dir
+        require_disk(state, LEAST_FREE_BYTES)
+        state.mkdir(parents=True, exist_ok=True)
+        with DirectoryLock(state):
+            try:
+                self._go_up()
+                self._watch()
+            except Stopped:
+                pass
+            finally:
+                self._come_down()
+        return 0
+
+    def _go_up(self) -> None:
+        settings = self._settings
+        # 1. Checks; the lock and the disk were the first of them.
+        require_ports(ports(settings, self._local_kafka))
+        free = require_disk(settings.state_dir)
+        # A model of the user's own that cannot be served is refused before anything starts.
+        if own_model.is_own(settings):
+            self._screen.say(f"checking {settings.model.tower} and {settings.model.preprocessing}, some ten seconds")
+            own_model.check(settings, self._screen.say)
+        self._step(
+            1,
+            "checks",
+            f"Python {sys.version.split()[0]}, {free / 2**30:.0f} GiB free, ports free, state in {settings.state_dir}",
+        )
+        # 2. Kafka.
+        if self._local_kafka:
+            self._broker = Broker(settings.kafka_dir, settings.kafka.port, retention_h=settings.kafka.retention_h)
+            self._broker_started_at = self._clock()
+            # Both take seconds and neither needs the other.
+            self._supervise().start(self._programs[KERNELS])
+            self._broker.start()
+            where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
+        else:
+            where = f"yours at {settings.kafka.bootstrap_servers}"
+        # 3. Topics; with a cluster of the user's this is also the check that it answers.
+        topics = self._ensure_topics()
+        if not self._local_kafka:
+            self._supervise().start(self._programs[KERNELS])
+        self._step(2, "Kafka", where)
+        self._step(3, "topics", topics)
+        # 4. Salt.
+        fresh = not settings.salt_path.exists()
+        salt = load_salt(settings.salt_path)
+        self._step(4, "salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
+        # 5. All processes at once: each waits for what it needs, and imports and compilers take the longest.
+        self._start_processes()
+        # 6. to 8. come true one after another.
+        self._await_bootstrap()
+        self._await_version()
+        self._await_answer()
+        # 9. What to try.
+        self._say_what_to_try()
+
+    def _ensure_topics(self) -> str:
+        kafka = self._settings.kafka
+        keep_ms = str(kafka.retention_h * 3_600_000)
+        # The training log outlives the oldest version that can be rolled back to with a replay.
+        replay_ms = str(max(kafka.retention_h, self._settings.registry.base_keep_d * 24) * 3_600_000)
+        topics = Topics(kafka)
+        try:
+            topics.ensure(kafka.clicks_topic, kafka.clicks_partitions, {"retention.ms": keep_ms})
+            topics.ensure(kafka.dead_letters_topic, 1, {"retention.ms": keep_ms})
+            topics.ensure(kafka.microbatches_topic, 1, {"retention.ms": replay_ms})
+            wanted = self._settings.attributes
+            for topic in filter(None, (wanted.user_topic, wanted.item_topic)):
+                topics.ensure(topic, 1, {"cleanup.policy": "compact"})
+            partitions = topics.describe(kafka.clicks_topic).partitions
+        finally:
+            topics.close()
+        return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"
+
+    def _supervise(self) -> Supervisor:
+        settings = self._settings
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
+        environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
+        self._supervisor = Supervisor(settings.logs_dir, environment, self._screen.say, self._clock)
+        return self._supervisor
+
+    def _start_processes(self) -> None:
+        settings, supervisor = self._settings, self._running()
+        unwanted = {KERNELS}
+        if has_spec(settings.registry_dir):
+            unwanted.add(BOOTSTRAP)
+        if not self._shoppers:
+            unwanted.add(SHOPPERS)
+        wanted = [name for name in self._programs if name not in unwanted]
+        for name in wanted:
+            if name not in KERNEL_USERS:
+                supervisor.start(self._programs[name])
+        self._wait(lambda: supervisor.done(KERNELS), "compiling kernels")
+        for name in wanted:
+            if name in KERNEL_USERS:
+                supervisor.start(self._programs[name])
+        clicks = (
+            f"{settings.shoppers.rate:g} clicks a second of {settings.shoppers.users} shoppers"
+            if self._shoppers
+            else "no shoppers"
+        )
+        self._step(5, "processes", f"{', '.join(wanted)} started; {clicks}; logs in {settings.logs_dir}")
+
+    def _await_bootstrap(self) -> None:
+        supervisor = self._running()
+        if BOOTSTRAP not in supervisor.names():
+            self._step(6, "bootstrap", "done by an earlier run")
+            return
+        rows = self._settings.bootstrap.min_rows
+        self._wait(
+            lambda: supervisor.done(BOOTSTRAP),
+            f"waiting for {rows} clicks in {self._settings.kafka.clicks_topic} and their analysis",
+        )
+        self._step(6, "bootstrap", "preprocessing constants found on the first clicks")
+
+    def _await_version(self) -> None:
+        addresses = {TRAINER: scrape.urls(self._settings)[TRAINER]}
+        versions: list[float] = []
+
+        def published() -> bool:
+            version = scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version")
+            versions.append(version or 0.0)
+            return bool(version)
+
+        self._wait(published, "waiting for the trainer's first version")
+        self._step(7, "trainer", f"version {versions[-1]:.0f}")
+
+    def _await_answer(self) -> None:
+        url = scrape.serving_url(self._settings)
+        self._wait(lambda: scrape.fetch(f"{url}/readyz")[0] == 200, "waiting for serving to be ready")
+        self._wait(lambda: scrape.fetch(scrape.profile_url(self._settings))[0] == 200, "waiting for the first answer")
+        self._step(8, "serving", f"answers on {url}, {self._clock() - self._begin:.1f} s after the start")
+
+    def _say_what_to_try(self) -> None:
+        self._step(9, "running", "try, in another terminal:")
+        for line in tries.commands(self._settings):
+            self._screen.say(f"      {line}")
+        self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
+
+    def _watch(self) -> None:
+        settings = self._settings
+        addresses = scrape.urls(settings)
+        watch = Watch()
+        due = self._clock()
+        while True:
+            self._look()
+            if self._clock() >= due:
+                due = self._clock() + self._screen.every_s
+                figures = watch.look(scrape.scrape(addresses), self._clock(), time.time())
+                if not self._stop():
+                    self._screen.live(
+                        live_line(figures), panel(figures, tries.addresses(settings), settings.serving.workers)
+                    )
+            self._sleep(LOOK_S)
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        """Watches the processes until `done`; says what it waits for when that takes long."""
+        remind = self._clock() + REMIND_S
+        while not done():
+            self._look()
+            if self._clock() >= remind:
+                remind = self._clock() + REMIND_S
+                self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {what}; see {self._settings.logs_dir}")
+            self._sleep(LOOK_S)
+
+    def _look(self) -> None:
+        """Takes notice of stops and deaths.
+
+        Raises:
+            Stopped: The operator asked for it.
+            ProcessFailed: A process keeps dying.
+            KafkaFailed: The local Kafka does.
+        """
+        if self._stop():
+            raise Stopped
+        self._running().look()
+        failure = self._broker.failure() if self._broker else None
+        if self._broker and failure:
+            self._broker_deaths = self._broker_deaths.after(self._clock() - self._broker_started_at)
+            if self._broker_deaths.hopeless:
+                raise KafkaFailed(failure)
+            self._screen.say(f"{shortened(failure)}; starting it again")
+            self._broker_started_at = self._clock()
+            self._broker.start()
+
+    def _come_down(self) -> None:
+        """Stops shoppers, stream, trainer, serving and Kafka, in this order."""
+        begin = self._clock()
+        took: list[str] = []
+
+        def timed(name: str, stop: Callable[[], None]) -> None:
+            before = self._clock()
+            stop()
+            took.append(f"{name} {self._clock() - before:.1f} s")
+
+        supervisor, broker = self._supervisor, self._broker
+        if supervisor is not None:
+            running = [name for name in STOP_ORDER if supervisor.pid(name) is not None]
+            if TRAINER in running:
+                self._screen.say("stopping: shoppers, stream, trainer, serving, Kafka")
+            for name in running:
+                timed(name, functools.partial(supervisor.stop, name, self._hurry))
+        if broker is not None:
+            timed("Kafka", functools.partial(broker.stop, 1.0 if self._hurry() else 20.0))
+        if took:
+            where = self._settings.state_dir
+            self._screen.say(
+                f"stopped after {self._clock() - begin:.1f} s ({', '.join(took)}); the state is in {where}"
+            )
+
+    def _running(self) -> Supervisor:
+        assert self._supervisor is not None, "processes were started in step 5"
+        return self._supervisor
+
+    def _step(self, number: int, name: str, text: str) -> None:
+        self._screen.say(f"{self._clock() - self._begin:7.1f} s  {number}/{STEPS}  {name:<10} {text}")
+
+
+def has_spec(registry_dir: Path) -> bool:
+    """Whether a bootstrap has left a feature spec in the registry."""
+    return any(registry_dir.glob("specs/*/spec.json"))

@@ -1,0 +1,305 @@
+"""One consistent cut of the whole account: broker, stream, training log, trainer; for `springtide status`.
+
+The order of reading makes the cut exact while everything moves:
+
+1. The newest version: what became of the rows the trainer had, and its marks.
+2. The stream's store: what became of the positions it has committed.
+3. The training log from the version's place on: the rows in flight, counted
+   up to where the store was and no further.
+4. The broker's first and last offsets.
+
+A row is in the log before the store counts it, and in the store soon after; so
+where the version is ahead of the store, the store is read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deploy.watch.messages import shown
+from state.config.settings import Settings
+from state.errors import SpringtideError
+from state.history.store import HistoryStore
+from state.log import Reader, Topics, gaps
+from state.microbatch.batch import MicroBatch, decode, trim
+from state.microbatch.row_kinds import trained
+from state.positions import BrokerAccount, Source, StreamAccount, TrainerAccount, check_accounts
+from state.registry.manifest import Manifest
+from state.registry.registry import Registry
+
+OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
+OF_LABELS = ("opened", "feedback")
+LONGEST_S = 3.0
+LONGEST_TAIL = 20_000
+SETTLE_S = 1.0
+
+Counts = Mapping[Source, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Rows between the trainer's place and the stream's, counted on their own.
+
+    Attributes:
+        rows: New rows.
+        duplicate: Rows written again by a stream that crashed.
+        marks: The next offset of each source afterwards.
+        complete: Whether the log was read to its end.
+    """
+
+    rows: int
+    duplicate: int
+    marks: dict[Source, int]
+    complete: bool = True
+
+
+def in_flight(batches: Iterable[MicroBatch], marks: Mapping[Source, int], until: Mapping[Source, int]) -> InFlight:
+    """Counts the rows of `batches` that lie from `marks` on and before `until`. Pure."""
+    rows = duplicate = 0
+    at = dict(marks)
+    for batch in batches:
+        fresh, after = trim(batch, at)
+        ends = np.array([until.get(part.source, 0) for part in batch.header.ranges] or [0], np.int64)
+        counted = trained(batch.kind) & (batch.offset < ends[batch.source])
+        rows += int((fresh & counted).sum())
+        duplicate += int((~fresh & counted).sum())
+        at = after
+    return InFlight(rows, duplicate, at)
+
+
+def stream_account(counts: Counts) -> StreamAccount:
+    """The account over all sources.
+
+    >>> one = {"first": 0, "next": 3, "rows": 2, "dead": 1, "filtered": 0, "absent": 0}
+    >>> stream_account({Source("ab" * 16, 0): one, Source("ab" * 16, 1): one}).rows
+    4
+    """
+    parts = [StreamAccount.of(one) for one in counts.values()]
+    return StreamAccount(*(sum(getattr(one, each.name) for one in parts) for each in dataclasses.fields(StreamAccount)))
+
+
+def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
+    """The version's account, with what is in flight behind it."""
+    counted = {
+        name: int(version.metrics.get(f"account.{name}", 0))
+        for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap")
+    }
+    return TrainerAccount(
+        rows=counted["rows"] + flying.rows + flying.duplicate,
+        trained=counted["trained"],
+        skipped=counted["skipped"],
+        duplicate=counted["duplicate"] + flying.duplicate,
+        in_flight=flying.rows,
+        masked=counted["masked"],
+        gap=counted["gap"],
+    )
+
+
+def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
+    """Why the stream's rows and the trainer's cannot be compared; empty where they can. Pure.
+
+    Args:
+        counts: Of the stream's stores.
+        version: The trainer's newest version.
+        flying: What lies behind it.
+    """
+    if not flying.complete:
+        return f"the trainer is more than {LONGEST_TAIL:,} positions behind: rows in flight are not counted"
+    ahead = sum(max(0, mark - counts[source]["next"]) for source, mark in version.marks.items() if source in counts)
+    if ahead:
+        return f"the trainer has {ahead:,} positions that the stream has still to commit"
+    if unknown := [str(source) for source in version.marks if source not in counts]:
+        return f"the trainer has sources that no store here counts: {', '.join(unknown)}"
+    began = sum(one["first"] for source, one in counts.items() if source in flying.marks)
+    if "account.before" not in version.metrics:
+        return "the version was made by a release that did not count where its line began"
+    if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
+        return "the trainer's line began later than the stream's store, or earlier: its log had been cut, or the store is new"
+    return ""
+
+
+class Stores(NamedTuple):
+    """What all stores of this machine count.
+
+    Attributes:
+        counts: By source.
+        accepted: The gaps that were accepted, as JSON values.
+        waiting: Rows that wait for their label.
+    """
+
+    counts: dict[Source, dict[str, int]]
+    accepted: list[dict[str, Any]]
+    waiting: int
+
+
+def read_stores(settings: Settings) -> Stores:
+    """What the stores of this machine count.
+
+    Raises:
+        SpringtideError: There is none, or one cannot be read.
+    """
+    counts: dict[Source, dict[str, int]] = {}
+    accepted: list[dict[str, Any]] = []
+    waiting = 0
+    for path in sorted(settings.state_dir.glob("stream-*/histories")):
+        store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+        try:
+            of_store, waits = store.cut()
+            counts |= of_store
+            waiting += waits
+            accepted += [one.to_json() for one in gaps.decode(store.extra("gaps"))]
+        finally:
+            store.close()
+    if not counts:
+        raise SpringtideError(f"no stream has committed anything under {settings.state_dir} yet")
+    return Stores(counts, accepted, waiting)
+
+
+def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]) -> InFlight:
+    """The rows between the version's place in the log and the stream's.
+
+    Raises:
+        LogError: The log cannot be read from there.
+    """
+    kafka = quick(settings)
+    partition, place = version.log.partition, version.log.next
+    with Topics(kafka) as topics:
+        _, end = topics.ends(version.log.topic)[partition]
+    if end - place > LONGEST_TAIL:
+        return InFlight(0, 0, version.marks, complete=False)
+    if end <= place:
+        return InFlight(0, 0, version.marks)
+    batches: list[MicroBatch] = []
+    deadline_s = time.monotonic() + LONGEST_S
+    with Reader(kafka, version.log.topic, [partition], {partition: place}) as reader:
+        while reader.position(partition) < end:
+            if time.monotonic() > deadline_s:
+                return InFlight(0, 0, version.marks, complete=False)
+            for batch in reader.poll(0.1):
+                batches += [decode(value) for value in batch.values if value is not None]
+    return in_flight(batches, version.marks, until)
+
+
+def quick(settings: Settings) -> Any:
+    """The Kafka settings with a short patience."""
+    return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
+
+
+def settled(
+    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = read_stores, wait_s: float = SETTLE_S
+) -> Stores:
+    """The stores, once they have what the version has, or after a moment."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        stores = read(settings)
+        counts = stores.counts
+        ahead = any(mark > counts[source]["next"] for source, mark in version.marks.items() if source in counts)
+        if not ahead or time.monotonic() >= deadline_s:
+            return stores
+
+
+def account(settings: Settings) -> dict[str, Any]:
+    """The whole account as JSON values; what cannot be read says why, and the rest is checked all the same."""
+    found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
+    version, counts, waiting = _newest(settings, found), None, None
+    # 2.
+    try:
+        stores = read_stores(settings) if version is None else settled(settings, version)
+        counts, found["gaps_accepted"], waiting = stores
+    except SpringtideError as error:
+        found["notes"].append(str(error))
+    stream = stream_account(counts) if counts else None
+    # 3.
+    trainer = compared = None
+    if version is not None:
+        flying = InFlight(0, 0, version.marks, complete=False)
+        try:
+            if counts is not None:
+                flying = read_tail(settings, version, {source: one["next"] for source, one in counts.items()})
+        except SpringtideError as error:
+            found["notes"].append(f"rows in flight are not counted: {error}")
+        trainer = trainer_account(version, flying)
+        why = "" if counts is None else comparable(counts, version, flying)
+        compared = trainer if counts is not None and not why else None
+        if why:
+            found["notes"].append(why)
+        found["trainer"] = {
+            **dataclasses.asdict(trainer),
+            "version": version.version,
+            "in_flight_counted": flying.complete,
+        }
+    # 4.
+    broker = _broker(settings, counts or {}, found)
+    found["faults"] += [fault for one in (counts or {}).values() for fault in check_accounts(StreamAccount.of(one))]
+    checked = check_accounts(stream, compared, broker, waiting)
+    found["faults"] += [fault for fault in checked if fault not in found["faults"]]
+    if trainer is not None and compared is None:
+        found["faults"] += check_accounts(trainer=trainer)
+    if stream is not None:
+        unread = sum(one.unread for one in broker)
+        found["stream"] = {**dataclasses.asdict(stream), "waiting": waiting, "unread": unread}
+    found["balanced"] = None if stream is None and trainer is None else not found["faults"]
+    found["compared"] = compared is not None
+    return found
+
+
+def _newest(settings: Settings, found: dict[str, Any]) -> Manifest | None:
+    """The newest version of control's epoch."""
+    # 1.
+    try:
+        if not (settings.registry_dir / "versions").is_dir():
+            raise SpringtideError(f"no registry at {settings.registry_dir}")
+        registry = Registry(settings.registry_dir)
+        control = registry.control()
+        number = None if control is None else registry.newest(control.epoch)
+        return None if number is None else registry.manifest(number)
+    except (SpringtideError, OSError) as error:
+        found["notes"].append(str(error))
+        return None
+
+
+def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[BrokerAccount]:
+    """What the broker keeps of each source of the topic as it is now."""
+    if not counts:
+        return []
+    try:
+        with Topics(quick(settings)) as topics:
+            topic_id = topics.describe(settings.kafka.clicks_topic).topic_id
+            ends = topics.ends(settings.kafka.clicks_topic)
+    except SpringtideError as error:
+        found["notes"].append(f"the broker's offsets are not known: {error}")
+        return []
+    return [
+        BrokerAccount(source, one["next"], *ends[source.partition])
+        for source, one in sorted(counts.items())
+        if source.topic_id == topic_id and source.partition in ends
+    ]
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The account in one line.
+
+    >>> as_text({"balanced": None, "notes": ["no registry"], "faults": []})
+    'no registry'
+    """
+    parts = []
+    if stream := found.get("stream"):
+        named = [*OUTCOMES, *(name for name in OF_LABELS if stream[name])]
+        outcomes = " + ".join(f"{shown(stream[name])} {name}" for name in named)
+        parts.append(f"{shown(stream['positions'])} positions = {outcomes}, {shown(stream['unread'])} unread")
+        if stream["opened"]:
+            fates = " + ".join(f"{shown(stream[name])} {name}" for name in ("joined", "expired", "dropped", "waiting"))
+            parts.append(f"{shown(stream['opened'])} opened = {fates}")
+    if trainer := found.get("trainer"):
+        outcomes = " + ".join(
+            f"{shown(trainer[name])} {name.replace('_', ' ')}"
+            for name in ("trained", "skipped", "duplicate", "masked", "in_flight")
+        )
+        parts.append(f"{shown(trainer['rows'])} rows = {outcomes}")
+    return "; ".join([*parts, *found["faults"], *found["notes"]])

@@ -1,0 +1,268 @@
+"""The figures of the running loop, from what its processes offer on /metrics.
+
+Rates are of the last seconds, and the quantiles of the last minute or, for a
+single look, since each process started. Both need an earlier look at the same
+process: one that began anew since then is another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deploy.watch.quantiles import Buckets, Spread, between, spread
+from deploy.watch.scrape import Scrape
+
+AWAY = Scrape()
+RATE_S = 5.0
+SPREAD_S = 60.0
+SLACK_S = 0.5
+
+Labels = Mapping[str, Collection[str]]
+ANSWERS: Labels = {"route": ("profile", "batch")}
+FAILED = ("500", "503")
+
+# What each process has from its first moment on; the time of its creation tells processes apart.
+BORN = {
+    "stream": "springtide_stream_microbatches_created",
+    "trainer": "springtide_trainer_steps_created",
+    "applier": "springtide_serving_applied_versions_created",
+    "worker": "springtide_cold_starts_created",
+}
+
+# What is distributed -> its process, its histogram, and which of its labels count.
+SPREADS: Mapping[str, tuple[str, str, Labels]] = {
+    "features": ("applier", "springtide_serving_feature_age_seconds", {}),
+    "weights": ("applier", "springtide_serving_weight_age_seconds", {}),
+    "commit": ("stream", "springtide_stream_commit_seconds", {}),
+    "step": ("trainer", "springtide_trainer_step_seconds", {}),
+    "publication": ("trainer", "springtide_trainer_publish_seconds", {}),
+    "answer": ("worker", "springtide_request_seconds", ANSWERS),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of the loop at one moment; None where nobody knows.
+
+    Attributes:
+        up_s: Process -> seconds since it started, of those that answer.
+        away: Process -> why it does not answer.
+        events: Positions of the clicks topic taken up since the stream's start.
+        events_per_s: Their rate.
+        lag_events: Positions of the clicks topic not yet taken up.
+        lag_s: Wall time since the newest click taken up was appended to Kafka; 0 where none waits.
+        dead: Reason -> dead letters since the stream's start.
+        dead_per_s: Their rate.
+        microbatches_per_s: Micro-batches written.
+        microbatch_rows: Rows of one, on average.
+        steps_per_s: Training steps.
+        rows_per_s: Rows of the training log read, whatever became of them.
+        trainer_lag: Positions of the training log the trainer has not read.
+        log_loss: Of the interests, scored before learning.
+        auc: Of the engagement, scored before learning.
+        top1: Share of rows whose category led, scored before learning.
+        held: Whether the guard holds training.
+        version: Version that answers use.
+        epoch: Its epoch.
+        newest_version: The trainer's newest.
+        pinned: Whether an operator pins the version.
+        serving_lag: Positions of the training log not in serving's histories.
+        features_s: Age of the newest click in the histories that answers use.
+        weights_s: Age of the newest click trained into the version that answers use.
+        answers_per_s: Requests for profiles.
+        answers: Their number since the worker's start.
+        failed: Those of them with a status of 500 or more.
+        cold_starts: Answers for unknown users.
+        faults: Accounts that do not balance.
+        corrupt: Versions that serving refused for their digests.
+        spreads: What is distributed -> how, in seconds.
+        spread_s: The quantiles are of so many last seconds; None: since each process's start.
+    """
+
+    up_s: Mapping[str, float] = field(default_factory=dict)
+    away: Mapping[str, str] = field(default_factory=dict)
+    events: float | None = None
+    events_per_s: float | None = None
+    lag_events: float | None = None
+    lag_s: float | None = None
+    dead: Mapping[str, float] = field(default_factory=dict)
+    dead_per_s: float | None = None
+    microbatches_per_s: float | None = None
+    microbatch_rows: float | None = None
+    steps_per_s: float | None = None
+    rows_per_s: float | None = None
+    trainer_lag: float | None = None
+    log_loss: float | None = None
+    auc: float | None = None
+    top1: float | None = None
+    held: bool = False
+    version: float | None = None
+    epoch: float | None = None
+    newest_version: float | None = None
+    pinned: bool = False
+    serving_lag: float | None = None
+    features_s: float | None = None
+    weights_s: float | None = None
+    answers_per_s: float | None = None
+    answers: float | None = None
+    failed: float | None = None
+    cold_starts: float | None = None
+    faults: float = 0.0
+    corrupt: float = 0.0
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
+    spread_s: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; a name ends with its unit."""
+        found = dataclasses.asdict(self)
+        found["spreads"] = {
+            f"{name}_s": {key: value for key, value in one.items() if key != "most"}
+            for name, one in found["spreads"].items()
+        }
+        return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One process now and at an earlier look, if there was one.
+
+    Attributes:
+        now: Its metrics.
+        earlier: What they were then.
+        elapsed_s: The time between.
+    """
+
+    now: Scrape
+    earlier: Scrape | None = None
+    elapsed_s: float = 0.0
+
+    def rate(self, series: str, **labels: Collection[str]) -> float | None:
+        """Growth a second of a counter; None without an earlier look.
+
+        >>> from deploy.watch.scrape import parsed
+        >>> counted = [Scrape(parsed(f"steps_total {steps}")) for steps in (10, 30)]
+        >>> Seen(counted[1], counted[0], 4.0).rate("steps_total")
+        5.0
+        """
+        if self.earlier is None or not self.elapsed_s > 0 or self.now.problem:
+            return None
+        grown = self._grown(series, **labels)
+        return grown / self.elapsed_s if grown >= 0 else None
+
+    def count(self, series: str, **labels: Collection[str]) -> float | None:
+        """A counter since the process's start; 0 before its first event, None where the process is away."""
+        return self.now.total(series, **labels) or (0.0 if self.now.values else None)
+
+    def buckets(self, series: str, **labels: Collection[str]) -> Buckets:
+        """A histogram's growth; all of it without an earlier look."""
+        after = self.now.buckets(series, **labels)
+        return after if self.earlier is None else between(after, self.earlier.buckets(series, **labels))
+
+    def mean(self, series: str) -> float | None:
+        """The mean of what a histogram observed since the earlier look; None without an observation."""
+        total, count = (self._grown(f"{series}_{part}") for part in ("sum", "count"))
+        return total / count if count > 0 else None
+
+    def _grown(self, series: str, **labels: Collection[str]) -> float:
+        # A counter with labels offers nothing before its first event.
+        before = self.earlier.total(series, **labels) if self.earlier else None
+        return (self.now.total(series, **labels) or 0.0) - (before or 0.0)
+
+
+class Watch:
+    """Looks at the loop one after another.
+
+    Args:
+        spread_s: How far back the quantiles reach; None: to the start of each process.
+    """
+
+    def __init__(self, spread_s: float | None = SPREAD_S) -> None:
+        self._spread_s = spread_s
+        self._looks: deque[tuple[float, Mapping[str, Scrape]]] = deque()
+
+    def look(self, scrapes: Mapping[str, Scrape], now_s: float, wall_s: float) -> Figures:
+        """The figures of now.
+
+        Args:
+            scrapes: Process -> its metrics.
+            now_s: Monotonic time of the look.
+            wall_s: Seconds since 1970, for how long a process is up.
+        """
+        longest_s = max(RATE_S, self._spread_s or 0.0) + SLACK_S
+        while self._looks and self._looks[0][0] < now_s - longest_s:
+            self._looks.popleft()
+        lately = {name: self._seen(name, scrapes, now_s, RATE_S) for name in BORN}
+        if self._spread_s is None:
+            spanned = {name: Seen(one.now) for name, one in lately.items()}
+        else:
+            spanned = {name: self._seen(name, scrapes, now_s, self._spread_s) for name in BORN}
+        self._looks.append((now_s, scrapes))
+        figures = read(*(lately[name] for name in ("stream", "trainer", "applier", "worker")))
+        born = {name: one.value(BORN[name]) for name, one in scrapes.items() if name in BORN}
+        return dataclasses.replace(
+            figures,
+            up_s={name: max(0.0, wall_s - at_s) for name, at_s in born.items() if at_s is not None},
+            away={name: one.problem for name, one in scrapes.items() if one.problem},
+            spreads={
+                name: spread(spanned[process].buckets(series, **labels))
+                for name, (process, series, labels) in SPREADS.items()
+            },
+            spread_s=self._spread_s,
+        )
+
+    def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
+        """The process now and at its oldest look within that time, or else at its last one."""
+        now = scrapes.get(name, AWAY)
+        born = now.value(BORN[name])
+        looks = [(at_s, seen[name]) for at_s, seen in self._looks if name in seen and not seen[name].problem]
+        same = [(at_s, seen) for at_s, seen in looks if seen.value(BORN[name]) == born and at_s < now_s]
+        if not same:
+            return Seen(now)
+        at_s, earlier = next((look for look in same if look[0] >= now_s - within_s - SLACK_S), same[-1])
+        return Seen(now, earlier, now_s - at_s)
+
+
+def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
+    """The figures of the four processes, without what `Watch` adds. Pure."""
+    learned = bool(trainer.now.total("springtide_trainer_steps_total"))
+    dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
+    faults = (
+        stream.now.value("springtide_accounting_stream_faults"),
+        trainer.now.value("springtide_accounting_trainer_faults"),
+    )
+    return Figures(
+        events=stream.count("springtide_stream_events_total"),
+        events_per_s=stream.rate("springtide_stream_events_total"),
+        lag_events=stream.now.value("springtide_stream_lag_events"),
+        lag_s=stream.now.value("springtide_stream_lag_seconds"),
+        dead=dict(sorted(dead.items(), key=lambda one: (-one[1], one[0]))),
+        dead_per_s=stream.rate("springtide_stream_dead_letters_total"),
+        microbatches_per_s=stream.rate("springtide_stream_microbatches_total"),
+        microbatch_rows=stream.mean("springtide_stream_microbatch_rows"),
+        steps_per_s=trainer.rate("springtide_trainer_steps_total"),
+        rows_per_s=trainer.rate("springtide_trainer_rows_total"),
+        trainer_lag=trainer.now.value("springtide_trainer_lag_records"),
+        # Before the first step the gauges have their first value, which is no score.
+        log_loss=trainer.now.value("springtide_trainer_log_loss") if learned else None,
+        auc=trainer.now.value("springtide_trainer_auc") if learned else None,
+        top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
+        held=bool(trainer.now.value("springtide_trainer_held")),
+        newest_version=trainer.now.value("springtide_trainer_version"),
+        version=applier.now.value("springtide_serving_version"),
+        epoch=applier.now.value("springtide_serving_epoch"),
+        pinned=bool(applier.now.value("springtide_serving_pinned")),
+        serving_lag=applier.now.value("springtide_serving_microbatch_lag_records"),
+        # A gauge that is exactly 0 was never set.
+        features_s=applier.now.value("springtide_serving_feature_freshness_seconds") or None,
+        weights_s=applier.now.value("springtide_serving_weight_freshness_seconds") or None,
+        answers_per_s=worker.rate("springtide_requests_total", **ANSWERS),
+        answers=worker.count("springtide_requests_total", **ANSWERS),
+        failed=worker.count("springtide_requests_total", **ANSWERS, code=FAILED),
+        cold_starts=worker.now.total("springtide_cold_starts_total"),
+        faults=sum(one or 0.0 for one in faults),
+        corrupt=applier.now.total("springtide_serving_corrupt_versions_total") or 0.0,
+    )

@@ -1,0 +1,93 @@
+"""The operator's terminal: lines that stay, and below them a view of the running loop that is rewritten.
+
+The view is a screen of figures where there is room for it, one line where the
+terminal is small, and a line now and then where there is no terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from deploy.watch.figures import Figures
+from deploy.watch.messages import decimal, rate, seconds, shown
+from deploy.watch.panel import troubles
+
+EVERY_S = 1.0
+EVERY_QUIET_S = 10.0
+LEAST_COLUMNS = 80
+BESIDE_LINES = 2
+
+
+def live_line(figures: Figures) -> str:
+    """A look in one line.
+
+    >>> live_line(Figures(events_per_s=200.0, lag_events=3.0, version=17.0, epoch=1.0, features_s=0.21, weights_s=0.4))
+    '200 events/s, lag 3 | version 17, epoch 1 | features 0.2 s, weights 0.4 s old | log loss -'
+    """
+    # A terminal cuts the end off: what is not as usual comes first.
+    parts = [
+        *troubles(figures),
+        f"{rate(figures.events_per_s, 'events')}, lag {shown(figures.lag_events)}",
+        f"version {shown(figures.version, '')}, epoch {shown(figures.epoch)}",
+        f"features {seconds(figures.features_s)}, weights {seconds(figures.weights_s)} old",
+        f"log loss {decimal(figures.log_loss, 2)}",
+    ]
+    return " | ".join(parts)
+
+
+class Screen:
+    """Writes lines that stay and, on a terminal, rewrites what stands below them.
+
+    Args:
+        out: Where to write.
+        size: Columns and lines of the terminal, asked anew for each view.
+    """
+
+    def __init__(
+        self, out: TextIO = sys.stdout, size: Callable[[], os.terminal_size] = shutil.get_terminal_size
+    ) -> None:
+        self._out = out
+        self._size = size
+        self._open = 0
+        self.terminal = out.isatty()
+
+    @property
+    def every_s(self) -> float:
+        """Time between views: each stays where this is no terminal, so that they are fewer."""
+        return EVERY_S if self.terminal else EVERY_QUIET_S
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
+        self._write(self._erase() + text + "\n")
+        self._open = 0
+
+    def live(self, line: str, panel: Sequence[str] = ()) -> None:
+        """Rewrites the view: the panel where it fits, otherwise the line; where this is no terminal, writes the line."""
+        if not self.terminal:
+            self.say(line)
+            return
+        columns, lines = self._size()
+        fits = bool(panel) and columns >= LEAST_COLUMNS and lines >= len(panel) + BESIDE_LINES
+        wanted = ["", *panel] if fits else [line]
+        # A line as wide as the terminal would take two, and the next view would not find its place.
+        text = "\n".join(one[: max(1, columns - 1)] for one in wanted)
+        self._write(self._erase() + text)
+        self._open = len(wanted)
+
+    def _erase(self) -> str:
+        """What takes the view away: to the begin of its first line, and everything from there."""
+        if not self._open:
+            return ""
+        up = f"\x1b[{self._open - 1}A" if self._open > 1 else ""
+        return f"\r{up}\x1b[J"
+
+    def _write(self, text: str) -> None:
+        # A terminal that went away must not keep the loop from stopping in order.
+        with contextlib.suppress(OSError):
+            self._out.write(text)
+            self._out.flush()

@@ -1,0 +1,208 @@
+"""The loop's figures as one screen of text: what is wrong first, then what happens, then how fast.
+
+    state           nothing is wrong                      up 12 min
+    clicks          226/s       lag 0 events, 0.0 s       1,234,567 taken up
+    ...
+                    now       p50       p99       over the last 60 s
+    weights         0.35 s    0.30 s    0.62 s    age of the newest click learned
+    ...
+    try             curl -s http://127.0.0.1:8501/v1/profiles/shopper-1
+
+Columns keep their place while the numbers change. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from deploy.watch.figures import SPREADS, Figures
+from deploy.watch.messages import decimal, duration, rate, seconds, shown
+from deploy.watch.quantiles import Spread
+
+# The alerts of deploy/prometheus/alerts.yml wait a while at the same bounds.
+STALE_S = 60.0
+MANY_LAG = 10_000
+DEAD_SHARE = 0.01
+
+# Where cells begin; with 80 columns the last one has room for 26 letters, or for 33.
+HAPPENINGS = (16, 12, 26)
+DISTRIBUTIONS = (16, 10, 10, 10)
+MOST_REASONS = 4
+ANEW_S = 60.0
+
+MEANINGS = {
+    "features": "age of the newest click known",
+    "weights": "age of the newest click learned",
+    "commit": "to commit a micro-batch",
+    "step": "to train on a micro-batch",
+    "publication": "until a version is durable",
+    "answer": "to answer a request",
+}
+
+
+def troubles(figures: Figures) -> list[str]:
+    """What is not as it should be, the worst first.
+
+    >>> troubles(Figures(held=True, pinned=True))
+    ['training is held by the guard', 'pinned by an operator']
+    """
+    return list(_troubles(figures))
+
+
+def _troubles(figures: Figures) -> Iterator[str]:
+    if figures.away and not figures.up_s:
+        yield "nothing answers"
+    else:
+        yield from (f"{name} away" for name in figures.away)
+    if figures.faults:
+        yield "accounts do not balance"
+    if figures.held:
+        yield "training is held by the guard"
+    clicks = bool(figures.events_per_s)
+    if clicks and not figures.pinned and (figures.weights_s or 0.0) > STALE_S:
+        yield f"weights {seconds(figures.weights_s)} old"
+    if clicks and (figures.features_s or 0.0) > STALE_S:
+        yield f"features {seconds(figures.features_s)} old"
+    if (figures.lag_events or 0.0) > MANY_LAG:
+        yield f"{shown(figures.lag_events)} clicks wait"
+    if figures.events_per_s and (figures.dead_per_s or 0.0) / figures.events_per_s > DEAD_SHARE:
+        yield f"{(figures.dead_per_s or 0.0) / figures.events_per_s:.0%} dead letters"
+    if figures.failed:
+        yield f"answers failed: {shown(figures.failed)}"
+    if figures.corrupt:
+        yield f"corrupt versions: {shown(figures.corrupt)}"
+    if figures.pinned:
+        yield "pinned by an operator"
+
+
+def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
+    """The cells of what happens: a word, how much a second, and more of it.
+
+    Args:
+        figures: Of one look.
+        workers: Worker processes of this host; /metrics is answered by one of them.
+    """
+    top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"
+    return [
+        ("state", ", ".join(troubles(figures)) or "nothing is wrong", "", uptime(figures.up_s)),
+        (
+            "clicks",
+            rate(figures.events_per_s),
+            f"lag {shown(figures.lag_events)} events, {seconds(figures.lag_s)}",
+            f"{shown(figures.events)} taken up",
+        ),
+        ("dead letters", rate(figures.dead_per_s), "-" if figures.events is None else reasons(figures.dead)),
+        (
+            "micro-batches",
+            rate(figures.microbatches_per_s),
+            f"{decimal(figures.microbatch_rows, 1)} rows each",
+            f"trainer {shown(figures.trainer_lag)} behind",
+        ),
+        (
+            "training",
+            rate(figures.rows_per_s, "rows"),
+            f"log loss {decimal(figures.log_loss)}, AUC {decimal(figures.auc)}",
+            f"{rate(figures.steps_per_s, 'steps')}, top 1 {top1}",
+        ),
+        (
+            "served version",
+            shown(figures.version, ""),
+            f"epoch {shown(figures.epoch)}, {'-' if figures.epoch is None else 'pinned' if figures.pinned else 'follows'}",
+            f"newest {shown(figures.newest_version, '')}, serving {shown(figures.serving_lag)} behind",
+        ),
+        (
+            f"answers, 1 of {workers}" if workers > 1 else "answers",
+            rate(figures.answers_per_s),
+            f"{shown(figures.answers)} given, {shown(figures.failed)} failed",
+            f"{shown(figures.cold_starts)} cold starts",
+        ),
+    ]
+
+
+def distributions(figures: Figures) -> list[Sequence[str]]:
+    """The cells of what is distributed: a word, now, median, 99th percentile, and what it is."""
+    now = {"features": duration(figures.features_s), "weights": duration(figures.weights_s)}
+    return [
+        ("", "now", "p50", "p99", span(figures.spread_s)),
+        *((name, now.get(name, ""), *bounded(figures.spreads.get(name, Spread())), MEANINGS[name]) for name in SPREADS),
+    ]
+
+
+def uptime(up_s: Mapping[str, float]) -> str:
+    """How long the loop is up, and which process began anew since.
+
+    >>> uptime({"stream": 720.0, "trainer": 718.0}), uptime({"stream": 720.0, "trainer": 8.0})
+    ('up 12 min', 'up 12 min, trainer 8.0 s')
+    """
+    longest_s = max(up_s.values(), default=None)
+    younger = [f"{name} {seconds(one)}" for name, one in up_s.items() if one < (longest_s or 0.0) - ANEW_S]
+    return ", ".join([f"up {seconds(longest_s)}", *younger])
+
+
+def bounded(one: Spread) -> tuple[str, str]:
+    """Median and 99th percentile; a sign where they lie beyond what is measured.
+
+    >>> bounded(Spread(100, 0.004, 5.0, most=5.0)), bounded(Spread())
+    (('4.0 ms', '> 5.0 s'), ('-', '-'))
+    """
+    p50, p99 = (
+        ("> " if value is not None and value >= one.most else "") + duration(value) for value in (one.p50, one.p99)
+    )
+    return p50, p99
+
+
+def reasons(dead: Mapping[str, float]) -> str:
+    """Dead letters since the start by reason, the most frequent first.
+
+    >>> reasons({"implausible_time": 10.0, "missing_field": 2.0}), reasons({})
+    ('12: 10 implausible_time, 2 missing_field', 'none since the start')
+    """
+    if not any(dead.values()):
+        return "none since the start"
+    listed = [f"{shown(count)} {reason}" for reason, count in dead.items() if count]
+    more = [f"{len(listed) - MOST_REASONS} more"] if len(listed) > MOST_REASONS else []
+    return f"{shown(sum(dead.values()))}: {', '.join([*listed[:MOST_REASONS], *more])}"
+
+
+def span(spread_s: float | None) -> str:
+    """What the quantiles are of, in words.
+
+    >>> span(60.0), span(None)
+    ('over the last 60 s', 'since each process started')
+    """
+    return "since each process started" if spread_s is None else f"over the last {spread_s:.0f} s"
+
+
+def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
+    """One line: each cell in its column, and a long one over the empty ones behind it.
+
+    >>> aligned(("clicks", "", "lag 0"), (10, 10))
+    'clicks              lag 0'
+    """
+    line = ""
+    for place, cell in enumerate(cells):
+        if cell:
+            start = sum(columns[:place])
+            line = (line.ljust(start) if len(line) < start or not line else f"{line}  ") + cell
+    return line
+
+
+def panel(figures: Figures, tries: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
+    """The lines of the screen.
+
+    Args:
+        figures: Of one look.
+        tries: What to try: a word and what to type or to open.
+        workers: Worker processes of this host.
+    """
+    return [
+        *lines(happenings(figures, workers)),
+        "",
+        *lines(distributions(figures), DISTRIBUTIONS),
+        *(["", *lines(tries)] if tries else []),
+    ]
+
+
+def lines(cells: Sequence[Sequence[str]], columns: Sequence[int] = HAPPENINGS) -> list[str]:
+    """Each line's cells in their columns."""
+    return [aligned(one, columns) for one in cells]

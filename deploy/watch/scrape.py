@@ -1,0 +1,162 @@
+"""Reads what the loop's processes offer on /metrics."""
+
+from __future__ import annotations
+
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.client import HTTPException
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from state.config.settings import Settings
+
+TIMEOUT_S = 1.0
+SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """The series of one process at one moment.
+
+    Attributes:
+        values: (name, labels sorted by name) -> value; empty where the process did not answer.
+        problem: Why it did not answer; empty where it did.
+    """
+
+    values: Mapping[tuple[str, tuple[tuple[str, str], ...]], float] = field(default_factory=dict)
+    problem: str = ""
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """One series; None where it is absent or not a number.
+
+        >>> Scrape(parsed("held 1")).value("held")
+        1.0
+        """
+        found = self.values.get((name, tuple(sorted(labels.items()))))
+        return None if found is None or math.isnan(found) else found
+
+    def total(self, name: str, **labels: Collection[str]) -> float | None:
+        r"""A series summed over its labels; None where it is absent.
+
+        Args:
+            name: The series.
+            labels: Label -> the values that count; all of them for a label that is not named.
+
+        >>> text = 'rows_total{outcome="dead"} 2\nrows_total{outcome="rows"} 3'
+        >>> Scrape(parsed(text)).total("rows_total"), Scrape(parsed(text)).total("rows_total", outcome=["dead"])
+        (5.0, 2.0)
+        """
+        found = [value for _, value in self._matching(name, labels)]
+        return sum(found) if found else None
+
+    def buckets(self, name: str, **labels: Collection[str]) -> dict[float, float]:
+        r"""A histogram summed over its labels: upper bound -> how many were at most that.
+
+        >>> text = 'step_seconds_bucket{le="0.1"} 2\nstep_seconds_bucket{le="+Inf"} 3'
+        >>> Scrape(parsed(text)).buckets("step_seconds")
+        {0.1: 2.0, inf: 3.0}
+        """
+        found: dict[float, float] = {}
+        for own, value in self._matching(f"{name}_bucket", labels):
+            bound = float(own["le"])
+            found[bound] = found.get(bound, 0.0) + value
+        return found
+
+    def _matching(self, name: str, wanted: Mapping[str, Collection[str]]) -> Iterator[tuple[dict[str, str], float]]:
+        for (series, labels), value in self.values.items():
+            if series == name:
+                own = dict(labels)
+                if all(own.get(label) in values for label, values in wanted.items()):
+                    yield own, value
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """A series by one of its labels.
+
+        >>> Scrape(parsed('rows_total{outcome="dead"} 2')).by("rows_total", "outcome")
+        {'dead': 2.0}
+        """
+        return {dict(labels)[label]: value for (series, labels), value in self.values.items() if series == name}
+
+
+def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Prometheus's text form as a mapping.
+
+    >>> parsed('up{job="a"} 1')
+    {('up', (('job', 'a'),)): 1.0}
+    """
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
+        for family in text_string_to_metric_families(text + "\n")
+        for sample in family.samples
+    }
+
+
+def urls(settings: Settings) -> dict[str, str]:
+    """Where each process offers its metrics, in the order of the data.
+
+    >>> urls(Settings())["trainer"]
+    'http://127.0.0.1:9102/metrics'
+    """
+    return {
+        "stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics",
+        "trainer": f"http://127.0.0.1:{settings.trainer.metrics_port}/metrics",
+        "applier": f"http://127.0.0.1:{settings.serving.metrics_port}/metrics",
+        "worker": f"{serving_url(settings)}/metrics",
+    }
+
+
+def serving_url(settings: Settings) -> str:
+    """Where answers are had on this machine.
+
+    >>> serving_url(Settings())
+    'http://127.0.0.1:8501'
+    """
+    host = settings.serving.host
+    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reached}:{settings.serving.port}"
+
+
+def profile_url(settings: Settings, user: str = SAMPLE_USER) -> str:
+    """Where a profile is had on this machine.
+
+    >>> profile_url(Settings())
+    'http://127.0.0.1:8501/v1/profiles/shopper-1'
+    """
+    return f"{serving_url(settings)}/v1/profiles/{user}"
+
+
+def fetch(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
+    """Status and body of a GET; status 0 and the reason where nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+            return int(answer.status), answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read().decode("utf-8", "replace")
+    # HTTPException: the process died in the middle of its answer.
+    except (OSError, ValueError, HTTPException) as problem:
+        return 0, str(getattr(problem, "reason", problem))
+
+
+def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:
+    """Reads all processes at once.
+
+    Args:
+        addresses: Process -> URL.
+        get: Gives status and body of a URL.
+    """
+
+    def one(url: str) -> Scrape:
+        status, body = get(url)
+        if status != 200:
+            return Scrape(problem=f"{url} does not answer ({body if status == 0 else f'status {status}'})")
+        try:
+            return Scrape(parsed(body))
+        except ValueError as problem:
+            return Scrape(problem=f"{url} answers with no metrics ({problem})")
+
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        return dict(zip(addresses, pool.map(one, addresses.values()), strict=True))

@@ -1,0 +1,235 @@
+"""Attributes of users and items: what a record of their compacted topics says, and the ids of what it says.
+
+Each attribute of a user or an item is one of
+
+    a value     the id of "user:age_band=25-34"
+    none        the id of "user:age_band": there is a record, and it has no such value (null, "" or left out)
+    unknown     the id of "user:age_band?": there is no record, or a tombstone took it away
+
+None and unknown are values like any other for the model: somebody who does not
+tell the age is not somebody whom the CRM does not know. Numbers become bands.
+The last record of a key wins. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from state.config.sections import Attributes
+from state.errors import DecodeError
+from state.events.decoding import Reason, why
+from state.events.identity import context_text, public_id
+
+U64 = NDArray[np.uint64]
+
+SIDES = ("user", "item")
+LOG_EDGES = tuple(float(f"{digit}e{power}") for power in range(-3, 10) for digit in (1, 2, 5))
+"""Edges of `:log`: 1, 2, 5, 10, 20, 50 and so on, from a thousandth to 5e9."""
+CACHED_IDS = 100_000
+MOST_BYTES = 1 << 30
+TEXT_CHARACTERS = 200  # what is shown of a longer value; its id is that of the whole
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One attribute.
+
+    Attributes:
+        name: As answers, measures and settings call it.
+        path: The field of the JSON object.
+        edges: Ascending edges of the bands of a number; empty where values are taken as they are.
+    """
+
+    name: str
+    path: str
+    edges: tuple[float, ...] = ()
+
+
+class Joined(NamedTuple):
+    """The attributes of n rows as of when they were joined.
+
+    Attributes:
+        user: `[n, Au]` uint64 ids of the users' attributes.
+        item: `[n, Ai]` uint64 ids of the items' attributes; 0 where the row has no item.
+        names: Of values not announced for some time, their text by id.
+        fields: The names of the attributes of users and of items.
+    """
+
+    user: U64
+    item: U64
+    names: Mapping[int, str]
+    fields: tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def field_of(written: str) -> Field:
+    """An attribute as the settings write it.
+
+    >>> field_of("age=ageBand")
+    Field(name='age', path='ageBand', edges=())
+    >>> field_of("price:10|50").edges
+    (10.0, 50.0)
+
+    Raises:
+        ValueError: It is written otherwise.
+    """
+    head, colon, edges = written.partition(":")
+    name, equals, path = head.partition("=")
+    if not re.fullmatch(r"\w+", name) or (equals and not path):
+        raise ValueError(f"has {written!r}: write NAME, NAME=FIELD, NAME:log or NAME:10|50|100")
+    if edges == "log":
+        return Field(name, path or name, LOG_EDGES)
+    try:
+        found = tuple(float(edge) for edge in edges.split("|")) if colon else ()
+    except ValueError:
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)) or list(found) != sorted(set(found)):
+        raise ValueError(f"has {written!r}: edges are ascending numbers, as in NAME:10|50|100, or NAME:log")
+    return Field(name, path or name, found)
+
+
+def fields_of(written: Sequence[str]) -> tuple[Field, ...]:
+    """The attributes of one side, in order.
+
+    Raises:
+        ValueError: One is written wrongly.
+    """
+    return tuple(field_of(one) for one in written)
+
+
+def band(value: float, edges: Sequence[float]) -> str:
+    """The band of a number: its lower edge belongs to it.
+
+    >>> [band(value, (10.0, 50.0)) for value in (9.5, 10, 50)]
+    ['<10', '10-50', '>=50']
+    """
+    place = bisect_right(edges, value)
+    if place == 0:
+        return f"<{edges[0]:g}"
+    return f">={edges[-1]:g}" if place == len(edges) else f"{edges[place - 1]:g}-{edges[place]:g}"
+
+
+def id_of(key: bytes | None) -> str:
+    """The plain id that a record's key is.
+
+    >>> id_of(b"ada")
+    'ada'
+
+    Raises:
+        DecodeError: It has no key, an empty one, or one that is no text.
+    """
+    if not key:
+        raise DecodeError(Reason.MISSING_FIELD if key is None else Reason.EMPTY_ID)
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        raise DecodeError(Reason.UNDECODABLE) from None
+
+
+class Table:
+    """The attributes of one side, and what a record says of them.
+
+    Args:
+        side: user or item.
+        fields: A of them.
+
+    Attributes:
+        names: Of the attributes.
+        unknown: `[A]` uint64, the ids of whoever has no record.
+        digest: Of all that decides which ids a record has.
+    """
+
+    def __init__(self, side: str, fields: Sequence[Field]) -> None:
+        self.side = side
+        self.fields = tuple(fields)
+        self.names = tuple(one.name for one in fields)
+        self.unknown = np.array([self.unknown_id(name) for name in self.names], np.uint64)
+        described = json.dumps([side, *([one.name, one.path, *one.edges] for one in fields)])
+        self.digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+        self._ids: dict[tuple[str, str | None], int] = {}
+
+    def unknown_id(self, name: str) -> int:
+        """The id of an attribute of whoever has no record."""
+        return public_id(f"{self.side}:{name}?")
+
+    def none_id(self, name: str) -> int:
+        """The id of an attribute that the record has no value for."""
+        return public_id(f"{self.side}:{name}")
+
+    def read(self, value: bytes, most_bytes: int = MOST_BYTES) -> list[str | None]:
+        """The values in a record of at most `most_bytes`, as text, in the order of the attributes; None for none.
+
+        >>> Table("item", fields_of(["brand", "price:10|50"])).read(b'{"price": 12, "brand": null, "more": 1}')
+        [None, '10-50']
+
+        Raises:
+            DecodeError: It is too large or no JSON object, or a value is no text, number or truth value.
+        """
+        if len(value) > most_bytes:
+            raise DecodeError(Reason.TOO_LARGE)
+        try:
+            record = _decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise DecodeError(why(value, error)) from None
+        return [_text(one, record.get(one.path)) for one in self.fields]
+
+    def ids(self, texts: Sequence[str | None]) -> list[int]:
+        """The ids of what `read` found."""
+        return [self._id(name, text) for name, text in zip(self.names, texts, strict=True)]
+
+    def _id(self, name: str, text: str | None) -> int:
+        key = name, text
+        known = self._ids.get(key)
+        if known is None:
+            known = self.none_id(name) if text is None else public_id(f"{self.side}:{name}={text}")
+            if len(self._ids) >= CACHED_IDS:
+                self._ids.clear()
+            if len(text or "") <= TEXT_CHARACTERS:
+                self._ids[key] = known
+        return known
+
+
+def _text(one: Field, value: Any) -> str | None:
+    """A value as text, or the band of a number.
+
+    Raises:
+        DecodeError: It is of another type than allowed, or not finite.
+    """
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | bool | int | float):
+        raise DecodeError(Reason.WRONG_TYPE)
+    if not one.edges:
+        return context_text(value)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DecodeError(Reason.WRONG_TYPE)
+    return band(number, one.edges)
+
+
+def tables_of(settings: Attributes) -> dict[str, Table]:
+    """The sides that have a topic, users first.
+
+    >>> list(tables_of(Attributes(item_topic="items", item_fields=("brand",))))
+    ['item']
+    """
+    return {
+        side: Table(side, fields_of(getattr(settings, f"{side}_fields")))
+        for side in SIDES
+        if getattr(settings, f"{side}_topic")
+    }

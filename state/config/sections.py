@@ -1,0 +1,374 @@
+"""Declares every setting: its section, default, unit, bounds and help.
+
+`state.config.settings` reads the values; nothing here reads a file or a variable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def setting(
+    default: T,
+    unit: str = "",
+    help: str = "",
+    secret: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    filled: bool = False,
+    choices: tuple[str, ...] = (),
+) -> T:
+    """Declares one setting as a dataclass field.
+
+    Args:
+        default: The value when nobody says otherwise; its type is the setting's type.
+        unit: The unit in words, where the name does not carry it.
+        help: One sentence for `springtide config`.
+        secret: Whether the value is masked wherever it is shown.
+        least: The smallest value allowed, of each element for a list.
+        most: The largest value allowed, likewise.
+        above: A value that is too small by itself, likewise.
+        filled: Whether an empty text is refused, likewise.
+        choices: The only values allowed.
+    """
+    metadata = {
+        "unit": unit,
+        "help": help,
+        "secret": secret,
+        "least": least,
+        "most": most,
+        "above": above,
+        "filled": filled,
+        "choices": choices,
+    }
+    declared: Any = field(default=default, repr=not secret, metadata=metadata)
+    return declared  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where files live."""
+
+    state: str = setting(
+        ".springtide", filled=True, help="Directory of all durable state; relative to the working directory."
+    )
+    registry: str = setting("", help="Registry of versions and control; empty: `registry` in the state directory.")
+    salt_file: str = setting(
+        "", help="File with the secret salt of user pseudonyms; empty: `salt` in the state directory."
+    )
+
+
+@dataclass(frozen=True)
+class Kafka:
+    """The Kafka cluster and its topics."""
+
+    bootstrap_servers: str = setting("127.0.0.1:9092", help="Brokers to ask first, HOST:PORT separated by commas.")
+    clicks_topic: str = setting("springtide.clicks.v1", help="Topic of the clicks.")
+    dead_letters_topic: str = setting("springtide.clicks.v1.dlq", help="Topic of the refused records.")
+    microbatches_topic: str = setting("springtide.microbatches.v1", help="Topic of the training log.")
+    group: str = setting(
+        "springtide-stream", filled=True, help="Consumer group that shows the stream's positions to lag tools."
+    )
+    clicks_partitions: int = setting(
+        4, least=1, most=65535, help="Partitions of the clicks topic when it is created here."
+    )
+    port: int = setting(9092, least=1, most=65535, help="Port of the local Kafka that `springtide up` starts.")
+    security_protocol: str = setting(
+        "PLAINTEXT", choices=("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"), help="How to talk to the brokers."
+    )
+    sasl_mechanism: str = setting(
+        "",
+        choices=("", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER"),
+        help="SASL mechanism; empty: none.",
+    )
+    sasl_username: str = setting("", help="SASL user name.")
+    sasl_password: str = setting("", secret=True, help="SASL password; better given by its variable than in the file.")
+    ssl_cafile: str = setting("", help="Certificates to trust, PEM; empty: those of the system.")
+    ssl_certfile: str = setting("", help="Client certificate, PEM.")
+    ssl_keyfile: str = setting("", help="Client key, PEM.")
+    ssl_key_password: str = setting("", secret=True, help="Password of the client key.")
+    request_timeout_s: float = setting(
+        30.0, "s", least=0.1, most=3600.0, help="How long a request to a broker may take."
+    )
+    retention_h: int = setting(168, "h", least=1, most=876_000, help="How long the topics created here keep records.")
+
+
+@dataclass(frozen=True)
+class Events:
+    """How a record of the clicks topic becomes an event."""
+
+    decoder: str = setting(
+        "state.events.decoding:decode_json", filled=True, help="Decoder of a record's value, as `module:name`."
+    )
+    user: str = setting("user", filled=True, help="Field with the user's id.")
+    item: str = setting("item", help="Field with the item's id; empty: there is none.")
+    category: str = setting("category", help="Field with the category's id; empty: there is none.")
+    action: str = setting("action", help="Field with the action; empty: every event is the one action there is.")
+    time: str = setting("time", help="Field with the event's time; empty: the record's time in Kafka.")
+    label: str = setting("", help="Field with an engagement label between 0 and 1; empty: there is none.")
+    request: str = setting(
+        "",
+        help="Field with an id that an impression and its outcomes share (`[labels]`); empty: user and item pair them.",
+    )
+    context: tuple[str, ...] = setting((), filled=True, help="Fields of context, such as device or country.")
+    time_unit: str = setting(
+        "auto", choices=("auto", "ms", "s", "iso"), help="How times are written; auto tells ms, s and ISO 8601 apart."
+    )
+    actions: tuple[str, ...] = setting(
+        ("view", "favorite", "cart", "purchase"), filled=True, help="The actions; others are dead letters."
+    )
+    action_weights: tuple[float, ...] = setting(
+        (1.0, 1.0, 1.0, 1.0), least=0.0, help="Weight of each action in the interest loss, in the order of `actions`."
+    )
+    outcomes: tuple[str, ...] = setting(
+        (), help="Fields known only after the event; refused as context or id, for they would leak the label."
+    )
+    allow_outcomes: tuple[str, ...] = setting((), help="Outcomes that may be used all the same; say why in a comment.")
+    columns: tuple[str, ...] = setting(
+        (), help="Names of the columns of replayed CSV files without a header, in order; `-` for one not needed."
+    )
+    constants: tuple[str, ...] = setting(
+        (), help="Fields with the same value in every replayed row, as `field=value`, such as `action=view`."
+    )
+    max_event_bytes: int = setting(
+        1_000_000, "bytes", least=16, most=1_000_000_000, help="Larger records are dead letters."
+    )
+    max_future_s: float = setting(
+        300.0, "s", least=0.0, most=315_360_000.0, help="How far an event may lie after its Kafka timestamp."
+    )
+    max_age_s: float = setting(
+        2_592_000.0, "s", above=0.0, most=3_153_600_000.0, help="How far an event may lie before its Kafka timestamp."
+    )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels that arrive later: impressions wait for an outcome, such as a click, as an event of its own."""
+
+    impressions: tuple[str, ...] = setting(
+        (),
+        help="Actions that wait for their label; empty: no row waits. An impression with a label in it does not wait.",
+    )
+    outcomes: tuple[str, ...] = setting(
+        (),
+        help="Actions that label the latest waiting impression of the same user, item and `events.request` positive.",
+    )
+    wait_s: float = setting(
+        600.0,
+        "s",
+        least=0.001,
+        most=31_536_000.0,
+        help="Longest wait for an outcome, event time; then the impression is negative.",
+    )
+    max_waiting: int = setting(
+        1_000_000,
+        "rows",
+        least=1,
+        most=1_000_000_000,
+        help="Most impressions of a partition that wait; more are dropped and counted.",
+    )
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What is known of users and items beside their clicks: compacted topics, joined into every click."""
+
+    user_topic: str = setting("", help="Compacted topic of users' attributes, keyed by the user's id; empty: none.")
+    item_topic: str = setting("", help="Compacted topic of items' attributes, keyed by the item's id; empty: none.")
+    user_fields: tuple[str, ...] = setting(
+        (),
+        help="Attributes of users: `name`, or `name=field` of the JSON object; numbers become bands by `name:log` or by "
+        "edges, as in `price:10|50|100`.",
+    )
+    item_fields: tuple[str, ...] = setting((), help="Attributes of items, written likewise.")
+    slices: tuple[str, ...] = setting((), help="Names of attributes whose values have measures of their own.")
+    slice_values: int = setting(
+        16, "values", least=1, most=256, help="Most values of such an attribute; the later ones are measured together."
+    )
+
+
+@dataclass(frozen=True)
+class Features:
+    """The windowed features; a change needs a new state directory."""
+
+    windows_s: tuple[int, ...] = setting(
+        (3600, 86400, 604800), "s", least=1, most=315_360_000, help="Windows of the counts, shortest first."
+    )
+    half_lives_s: tuple[int, ...] = setting(
+        (1800, 43200, 259200), "s", least=1, most=315_360_000, help="Half-lives of the decayed counts, shortest first."
+    )
+    history: int = setting(256, "events", least=16, most=4096, help="Events remembered per user.")
+    labels: int = setting(24, "labels", least=3, most=256, help="Latest categories of a user that are scored.")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The Beam job."""
+
+    cut_ms: int = setting(100, "ms", least=1, most=60_000, help="Longest wait before a micro-batch is cut.")
+    cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Rows at which a micro-batch is cut.")
+    max_record_bytes: int = setting(
+        900_000, "bytes", least=100_000, most=15_000_000, help="Largest micro-batch record; larger ones are split."
+    )
+    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Longest wait for clicks in one poll.")
+    batch_events: int = setting(1000, "events", least=1, most=1_000_000, help="Most events of one columnar batch.")
+    cache_users: int = setting(
+        20_000, "users", least=1, most=100_000_000, help="Users whose histories are held in memory."
+    )
+    sync_s: float = setting(5.0, "s", least=0.1, most=3600.0, help="Time between syncs of the histories to disk.")
+    shard: int = setting(0, least=0, help="Number of this stream among `shards`.")
+    shards: int = setting(1, least=1, most=65535, help="Streams that share the clicks topic's partitions.")
+    map_gb: int = setting(
+        16, "GiB", least=1, most=65536, help="Upper bound of the histories' size; address space, not memory."
+    )
+    metrics_port: int = setting(9101, least=0, most=65535, help="Port of the stream's /metrics.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    tower: str = setting("trainer.model.network:build", filled=True, help="Builder of the tower, as `module:name`.")
+    preprocessing: str = setting(
+        "streaming.preprocessing:preprocessing_fn",
+        filled=True,
+        help="TensorFlow Transform preprocessing function, as `module:name`.",
+    )
+    dim: int = setting(32, least=1, most=1024, help="Width of an embedding row.")
+    hidden: tuple[int, ...] = setting(
+        (256, 128), least=1, most=65536, help="Widths of the tower's layers; the last is the profile vector."
+    )
+    dropout: float = setting(0.0, least=0.0, most=0.99, help="Share of the first layer dropped while training.")
+    popular: int = setting(32, "labels", least=1, most=4096, help="Popular categories scored for every user.")
+    learning_rate: float = setting(0.02, least=0.0, help="Step size of the rows (Adagrad).")
+    dense_learning_rate: float = setting(0.001, least=0.0, help="Step size of the dense weights (Adam).")
+    initial_accumulator: float = setting(1e-6, least=1e-12, help="First value of Adagrad's accumulators.")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The trainer."""
+
+    device: str = setting(
+        "auto", choices=("auto", "cpu", "gpu"), help="Where to train; auto takes a GPU when there is one."
+    )
+    threads: int = setting(1, least=1, most=1024, help="Threads of TensorFlow's operations.")
+    publish_s: float = setting(0.2, "s", least=0.01, most=3600.0, help="Time between versions.")
+    base_every_s: float = setting(600.0, "s", least=1.0, help="Time between bases made by the compactor.")
+    admit_after: int = setting(1, "sightings", least=1, help="Sightings before an id has a row of its own.")
+    expire_s: float = setting(2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row goes.")
+    capacity: int = setting(65536, "rows", least=16, most=2_000_000_000, help="Rows of a table at the start; it grows.")
+    partition: int = setting(0, least=0, help="Partition of the micro-batch topic to learn from.")
+    guard_factor: float = setting(
+        8.0, least=1.0, help="A step whose loss exceeds the running loss this many times is skipped."
+    )
+    guard_patience: int = setting(20, "steps", least=1, help="Skipped steps in a row after which training is held.")
+    metrics_port: int = setting(9102, least=0, most=65535, help="Port of the trainer's /metrics.")
+
+
+@dataclass(frozen=True)
+class Registry:
+    """How long versions are kept."""
+
+    delta_keep_s: float = setting(3600.0, "s", least=1.0, help="How long each delta is kept.")
+    delta_keep_gb: float = setting(
+        4.0, "GB", least=0.01, help="How much the deltas may take together; the oldest go first."
+    )
+    base_keep_h: int = setting(24, "h", least=1, help="How long one base an hour is kept.")
+    base_keep_d: int = setting(7, "d", least=1, help="How long one base a day is kept.")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The answers."""
+
+    host: str = setting("127.0.0.1", filled=True, help="Address to listen on.")
+    port: int = setting(8501, least=0, most=65535, help="Port of the REST answers.")
+    workers: int = setting(1, least=1, most=256, help="Worker processes; they share the port.")
+    clock: str = setting(
+        "event",
+        choices=("event", "wall"),
+        help="What `at` means when a request does not say: event clock or wall clock.",
+    )
+    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Time between looks at the registry.")
+    keep_s: float = setting(900.0, "s", least=0.0, help="How long rows of older versions stay readable.")
+    map_gb: int = setting(
+        16, "GiB", least=1, most=65536, help="Upper bound of each serving store's size; address space, not memory."
+    )
+    sync_s: float = setting(5.0, "s", least=0.1, most=3600.0, help="Time between syncs of the stores to disk.")
+    metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """The analysis of the first clicks."""
+
+    sample_rows: int = setting(50_000, "rows", least=1, help="Most rows analysed.")
+    min_rows: int = setting(2000, "rows", least=1, help="Rows waited for before the analysis.")
+    timeout_s: int = setting(120, "s", least=1, help="How long to wait for them.")
+    compression: str = setting(
+        "gzip", choices=("gzip", "none"), help="Compression of the files of `springtide bootstrap --examples`."
+    )
+    shard_rows: int = setting(10_000, "rows", least=1, help="Examples of one such file, about.")
+
+
+@dataclass(frozen=True)
+class Shoppers:
+    """The synthetic shoppers of `springtide up` and `springtide replay --synthetic`."""
+
+    users: int = setting(2000, least=1, most=100_000_000, help="Shoppers.")
+    rate: float = setting(200.0, "events/s", least=0.0, help="Events they make.")
+    categories: int = setting(64, least=1, help="Categories they choose from.")
+    items: int = setting(4000, least=1, help="Items they choose from.")
+    drift_s: float = setting(120.0, "s", least=0.1, help="Time after which a shopper's taste has moved on.")
+    seed: int = setting(7, least=0, help="Seed of their choices.")
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "paths": Paths,
+    "kafka": Kafka,
+    "events": Events,
+    "labels": Labels,
+    "attributes": Attributes,
+    "features": Features,
+    "stream": Stream,
+    "model": Model,
+    "trainer": Trainer,
+    "registry": Registry,
+    "serving": Serving,
+    "bootstrap": Bootstrap,
+    "shoppers": Shoppers,
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """One setting as declared: dotted name, default, unit, help, secrecy, bounds and choices; see `setting`."""
+
+    name: str
+    default: Any
+    unit: str
+    help: str
+    secret: bool
+    least: float | None
+    most: float | None
+    above: float | None
+    filled: bool
+    choices: tuple[str, ...]
+
+
+def known_settings() -> Iterator[Known]:
+    """Every setting, in order.
+
+    >>> next(known_settings()).name
+    'paths.state'
+    """
+    for section, kind in SECTIONS.items():
+        for declared in dataclasses.fields(kind):
+            yield Known(name=f"{section}.{declared.name}", default=declared.default, **declared.metadata)

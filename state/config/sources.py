@@ -1,0 +1,267 @@
+"""Reads single settings from a TOML file, from variables and from flags, and checks each value.
+
+Every reader yields (dotted name, value, origin); `state.config.settings` puts them
+together. Unknown names and impossible values are refused here, with their
+origin and the nearest known name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from state.config.sections import SECTIONS, Known
+from state.errors import SettingsError, reason_of
+
+PREFIX = "SPRINGTIDE_"
+MASK = "********"
+NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
+SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
+
+
+def variable(name: str) -> str:
+    """The environment variable of a dotted name.
+
+    >>> variable("kafka.sasl_password")
+    'SPRINGTIDE_KAFKA_SASL_PASSWORD'
+    """
+    return PREFIX + name.replace(".", "_", 1).upper()
+
+
+def as_text(value: Any) -> str:
+    """A value as a variable or a flag writes it.
+
+    >>> as_text((3600, 86400)), as_text(0.2), as_text(("category=a,b",))
+    ('3600,86400', '0.2', '["category=a,b"]')
+    """
+    if not isinstance(value, tuple):
+        return str(value)
+    words = [str(one) for one in value]
+    plain = all("," not in word and word == word.strip("[] ") for word in words)
+    return ",".join(words) if plain else json.dumps(value, ensure_ascii=False)
+
+
+def as_list(text: str) -> list[Any]:
+    """The elements of a list written as text: with commas, or as JSON where an element has one.
+
+    >>> as_list("view, cart"), as_list("[60, 120]"), as_list('["category=a,b"]')
+    (['view', 'cart'], [60, 120], ['category=a,b'])
+    """
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            return list(json.loads(text))
+    return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
+
+
+def from_file(path: Path, known: Mapping[str, Known]) -> Iterator[tuple[str, Any, str]]:
+    """Yields (name, value, origin) of a TOML file's settings."""
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r"\(at line (\d+)", str(error))
+        where = f"{path}:{at[1]}" if at else str(path)
+        raise SettingsError(f"{where}: not readable as TOML: {error}; correct the file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SettingsError(f"{path}:{line}: not readable as TOML: no UTF-8; correct the file") from None
+    except OSError as error:
+        raise SettingsError(f"{reason_of(error)}; correct the path or its access rights") from None
+    lines = line_numbers(text)
+    for section, table in document.items():
+        where = f"{path}:{lines.get(section, 1)}"
+        if section not in SECTIONS and not isinstance(table, dict):
+            near = nearest_setting(section, known)
+            raise SettingsError(
+                f"{where}: {section} stands outside of a section; the nearest setting is {near}: "
+                f"write it below [{near.partition('.')[0]}]"
+            )
+        if section not in SECTIONS:
+            raise SettingsError(f"{where}: unknown section [{section}]; the nearest is [{nearest(section, SECTIONS)}]")
+        if not isinstance(table, dict):
+            raise SettingsError(f"{where}: {section} is a section; write [{section}] once, and its settings below")
+        for key, value in table.items():
+            name = f"{section}.{key}"
+            origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
+            yield _known_name(name, known, origin), value, origin
+
+
+def from_environment(env: Mapping[str, str], known: Mapping[str, Known]) -> Iterator[tuple[str, str, str]]:
+    """Yields (name, text, origin) of the variables that begin with SPRINGTIDE_."""
+    by_variable = {variable(name): name for name in known}
+    for key in sorted(env):
+        if not key.startswith(PREFIX) or key in NO_SETTINGS:
+            continue
+        if key not in by_variable:
+            near = variable(nearest_setting(key.removeprefix(PREFIX).replace("_", ".", 1).lower(), known))
+            raise SettingsError(f"variable {key}: unknown setting; the nearest is {near}")
+        yield by_variable[key], env[key], f"variable {key}"
+
+
+def from_flags(argv: Sequence[str], known: Mapping[str, Known]) -> Iterator[tuple[str, str, str]]:
+    """Yields (name, text, origin) of `--section.name VALUE`, `--section.name=VALUE` and `--config FILE`."""
+    words = iter(argv)
+    for word in words:
+        flag, equals, text = word.partition("=")
+        if not flag.startswith("--"):
+            raise SettingsError(f"argument {flag!r}: not a flag; settings are written --section.name VALUE")
+        name = SHORT_FLAGS.get(flag[2:], flag[2:].replace("-", "_"))
+        if name != "config" and name not in known and "." not in name:
+            near = difflib.get_close_matches(name, [one.partition(".")[2] for one in known], n=1, cutoff=0.7)
+            like = f" (the nearest is --{nearest_setting(near[0], known)})" if near else ""
+            raise SettingsError(
+                f"flag {flag}: no such option; settings are written --section.name VALUE{like}, and --help lists the options"
+            )
+        if name != "config":
+            _known_name(name, known, f"flag {flag}", "--")
+        if not equals:
+            following = next(words, None)
+            if following is None or following.startswith("--"):
+                raise SettingsError(f"flag {flag}: its value is missing; write {flag} VALUE, or {flag}=VALUE")
+            text = following
+        yield name, text, f"flag {flag}"
+
+
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a line into flags of settings and the rest.
+
+    >>> split_settings(["pin", "--paths.state", "here", "7", "--reason", "odd"])
+    (['--paths.state', 'here'], ['pin', '7', '--reason', 'odd'])
+    """
+    settings: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and ("." in name or name == "config" or name in SHORT_FLAGS):
+            settings.append(word)
+            if "=" not in word:
+                settings += [value for value in [next(words, None)] if value is not None]
+        else:
+            rest.append(word)
+    return settings, rest
+
+
+def _known_name(name: str, known: Mapping[str, Known], origin: str, prefix: str = "") -> str:
+    """Returns `name`, or raises with the nearest known one."""
+    if name not in known:
+        raise SettingsError(f"{origin}: unknown setting {name}; the nearest is {prefix}{nearest_setting(name, known)}")
+    return name
+
+
+def nearest_setting(name: str, known: Mapping[str, object]) -> str:
+    """The setting that `name` was meant to be: the same key in another section before a like one.
+
+    >>> known = {"kafka.port": 1, "trainer.publish_s": 2, "stream.poll_ms": 3}
+    >>> [nearest_setting(name, known) for name in ("stream.publish_s", "stream.pol_ms", "port")]
+    ['trainer.publish_s', 'stream.poll_ms', 'kafka.port']
+    """
+    section, _, key = name.rpartition(".")
+    same = [one for one in known if one.partition(".")[2] == key]
+    return nearest(name, dict.fromkeys(same, 1) or known) if same or section else _nearest_key(name, known)
+
+
+def _nearest_key(key: str, known: Mapping[str, object]) -> str:
+    """The setting whose key, without its section, is most like `key`."""
+    near = nearest(key, {one.partition(".")[2]: 1 for one in known})
+    return next(one for one in known if one.partition(".")[2] == near)
+
+
+def nearest(name: str, candidates: Mapping[str, object]) -> str:
+    """The candidate most like `name`.
+
+    >>> nearest("kafka.prot", {"kafka.port": 1, "kafka.group": 2})
+    'kafka.port'
+    """
+    return difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.0)[0]
+
+
+def line_numbers(text: str) -> dict[str, int]:
+    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none.
+
+    >>> line_numbers("[kafka]\n\nport = 9192\n")
+    {'kafka': 1, 'kafka.port': 3}
+    """
+    lines: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[{1,2}\s*([\"']?)([\w.-]+)\1\s*\]", line)
+        key = re.match(r"\s*([\"']?)([\w-]+(?:\s*\.\s*[\w-]+)?)\1\s*=", line)
+        if header:
+            section = header[2]
+            lines.setdefault(section, number)
+        elif key:
+            name = re.sub(r"\s", "", key[2])
+            lines.setdefault(f"{section}.{name}" if section else name, number)
+            lines.setdefault((section or name).partition(".")[0], number)
+    return lines
+
+
+def checked(known: Known, value: Any, origin: str) -> Any:
+    """The value in the setting's type and bounds.
+
+    Raises:
+        SettingsError: It is not of the type, or out of bounds.
+    """
+    where = f"{origin}: {known.name}"
+    if isinstance(known.default, tuple):
+        if isinstance(value, str):
+            value = as_list(value)
+        if not isinstance(value, list):
+            raise SettingsError(
+                f"{where} must be a list, such as {as_text(known.default) or 'one,two'}, not {_shown(known, value)}"
+            )
+        kind = _element_kind(known)
+        return tuple(_in_bounds(known, _scalar(known, kind, one, where), where) for one in value)
+    return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
+
+
+def _element_kind(known: Known) -> type:
+    """The type of a list's elements; an empty default is a list of strings."""
+    return type(known.default[0]) if known.default else str
+
+
+def _scalar(known: Known, kind: type, value: Any, where: str) -> Any:
+    """One value as `kind`; text is parsed, other types must fit without loss."""
+    try:
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return value
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            return float(value)
+        if kind is int and isinstance(value, str):
+            return int(value)
+    except ValueError:
+        pass
+    wanted = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    raise SettingsError(f"{where} must be {wanted}, not {_shown(known, value)}")
+
+
+def _in_bounds(known: Known, value: Any, where: str) -> Any:
+    if known.choices and value not in known.choices:
+        raise SettingsError(
+            f"{where} must be one of {', '.join(filter(None, known.choices))}, not {_shown(known, value)}"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{where} must be finite, not {_shown(known, value)}")
+    if known.filled and value.strip() == "":
+        raise SettingsError(f"{where} must not be empty")
+    if known.above is not None and value <= known.above:
+        raise SettingsError(f"{where} must be more than {known.above:g}, not {_shown(known, value)}")
+    if known.least is not None and value < known.least:
+        raise SettingsError(f"{where} must be at least {known.least:g}, not {_shown(known, value)}")
+    if known.most is not None and value > known.most:
+        raise SettingsError(f"{where} must be at most {known.most:g}, not {_shown(known, value)}")
+    return value
+
+
+def _shown(known: Known, value: Any) -> str:
+    return MASK if known.secret else repr(value)

@@ -1,0 +1,1 @@
+"""Durable files, one writer a directory, and what the LMDB stores share."""

@@ -1,0 +1,1 @@
+"""A click: bytes of a record to columns of events, and ids that carry no raw name."""

@@ -1,0 +1,170 @@
+"""Bytes of a record to the fields of a click: the JSON decoder, the seam for others, and times.
+
+What a decoder gives is checked by `state.events.parser.Parser`, whatever decoder it is.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import json
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from operator import attrgetter
+from typing import Any, cast
+
+import msgspec
+
+from state.config.sections import Events as EventSettings
+from state.errors import DecodeError, SettingsError
+
+MILLISECONDS_FROM = 1e11  # a number this large is milliseconds: in seconds it is the year 5138
+LATEST_MS = 1 << 52  # the kernel's and JSON's integers stay exact
+
+
+class Reason(enum.StrEnum):
+    """Why a record is a dead letter."""
+
+    UNDECODABLE = "undecodable"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    EMPTY_ID = "empty_id"
+    NOT_FINITE = "not_finite"
+    IMPLAUSIBLE_TIME = "implausible_time"
+    TOO_LARGE = "too_large"
+    UNKNOWN_ACTION = "unknown_action"
+    CORRUPT_RECORD = "corrupt_record"
+
+
+Decoder = Callable[[bytes], Any]
+
+
+_IDS = str | int | None
+_ANY = str | bool | int | float | None
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("user", "item", "category", "action", "request"), _IDS),
+    "time": int | float | str | None,
+    "label": bool | int | float | None,
+}
+
+
+def decode_json(settings: EventSettings) -> Decoder:
+    """Makes the decoder of JSON objects; the model for a decoder of your own.
+
+    `events.decoder` names a function like this one as `module:name`. It gets
+    the section `[events]` and returns a function from a record's value to
+    anything with the attributes
+
+        user, item, category, action: str | int | None
+        time:    int | float | str | None
+        label:   bool | int | float | None
+        context: a sequence of str | int | float | bool | None, one for each of
+                 `events.context`; may be missing where none are configured
+        request: str | int | None; may be missing where `events.request` is empty
+
+    None is "not there"; the parser checks everything else. A value that
+    cannot be decoded raises ValueError, or DecodeError with one of `Reason`.
+
+    >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
+    7
+    """
+    names = {
+        "user": settings.user,
+        "item": settings.item,
+        "category": settings.category,
+        "action": settings.action,
+        "time": settings.time,
+        "label": settings.label,
+        "request": settings.request,
+        **{f"context_{index}": name for index, name in enumerate(settings.context)},
+    }
+    # One field of the record may be several of ours, such as the category and a context.
+    owners: dict[str, list[str]] = {}
+    for attribute, name in names.items():
+        owners.setdefault(name, []).append(attribute)
+    context = [f"context_{index}" for index in range(len(settings.context))]
+    namespace: dict[str, Any] = {"context": property(lambda event: [getattr(event, one) for one in context])}
+    namespace |= dict.fromkeys(owners.pop("", []))
+    for first, *others in owners.values():
+        namespace |= {other: property(attrgetter(first)) for other in others}
+    fields: list[Any] = [
+        (attributes[0], _KINDS.get(attributes[0], _ANY) if len(attributes) == 1 else _ANY, None)
+        for attributes in owners.values()
+    ]
+    rename = {attributes[0]: name for name, attributes in owners.items()}
+    struct = msgspec.defstruct("Click", fields, namespace=namespace, rename=rename, gc=False)
+    decode = msgspec.json.Decoder(struct).decode
+
+    def read(value: bytes) -> Any:
+        try:
+            return decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise DecodeError(why(value, error)) from None
+
+    return read
+
+
+def why(value: bytes, error: Exception) -> Reason:
+    """Finds the reason of a value that JSON's strict decoder refused."""
+    if isinstance(error, msgspec.ValidationError) and "out of range" not in str(error):
+        return Reason.WRONG_TYPE
+    infinite: list[str] = []
+    try:
+        # Python's reader takes NaN and Infinity, which are no JSON.
+        json.loads(value, parse_constant=infinite.append)
+    except (ValueError, RecursionError):
+        return Reason.UNDECODABLE
+    return Reason.NOT_FINITE if infinite or "out of range" in str(error) else Reason.UNDECODABLE
+
+
+def load_decoder(settings: EventSettings) -> Decoder:
+    """Makes the decoder that `events.decoder` names.
+
+    Raises:
+        SettingsError: There is no such function.
+    """
+    module, _, name = settings.decoder.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"events.decoder {settings.decoder!r} is no module:name ({error}); correct it") from None
+    return cast(Decoder, factory(settings))
+
+
+def parse_time(value: Any, unit: str) -> int:
+    """Reads an event's time as milliseconds since 1970, UTC.
+
+    Args:
+        value: A number, or text with a number or an ISO 8601 time; without a zone it is UTC.
+        unit: auto, ms, s or iso.
+
+    >>> [parse_time(value, "auto") for value in (1_700_000_000, 1.7e12, "1700000000.5", "2023-11-14T22:13:20Z")]
+    [1700000000000, 1700000000000, 1700000000500, 1700000000000]
+
+    Raises:
+        DecodeError: It is no time in that unit.
+    """
+    kind = type(value)
+    if kind is str:
+        value, text = None, value
+        if unit != "iso":
+            try:
+                value = int(text) if text.isascii() and text.isdigit() else float(text)
+            except ValueError:
+                value = None
+        if value is None:
+            if unit in ("ms", "s"):
+                raise DecodeError(Reason.WRONG_TYPE)
+            try:
+                moment = datetime.fromisoformat(text)
+                return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+            except (ValueError, OverflowError):
+                raise DecodeError(Reason.WRONG_TYPE) from None
+    elif (kind is not int and kind is not float) or unit == "iso":
+        raise DecodeError(Reason.WRONG_TYPE)
+    if not -LATEST_MS < value < LATEST_MS:
+        raise DecodeError(Reason.IMPLAUSIBLE_TIME if math.isfinite(value) else Reason.NOT_FINITE)
+    if unit == "s" or (unit == "auto" and value < MILLISECONDS_FROM):
+        value = value * 1000
+    return value if type(value) is int else round(value)

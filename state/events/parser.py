@@ -1,0 +1,327 @@
+"""A click: records of the topic become columns of events, or dead letters with a reason.
+
+Validation is repeatable: a record is compared with its own Kafka timestamp,
+never with now, so that reading the log again gives the same events. Users
+become pseudonyms here; no raw user id leaves the parser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.config.sections import Events as EventSettings
+from state.errors import DecodeError, SettingsError
+from state.events.decoding import LATEST_MS
+from state.events.decoding import Reason as Reason
+from state.events.decoding import decode_json as decode_json
+from state.events.decoding import load_decoder as load_decoder
+from state.events.decoding import parse_time as parse_time
+from state.events.identity import Salt as Salt
+from state.events.identity import context_id as context_id
+from state.events.identity import context_text as context_text
+from state.events.identity import load_salt as load_salt
+from state.events.identity import public_id as public_id
+from state.events.identity import user_id as user_id
+from state.positions import Range, Source
+
+if TYPE_CHECKING:
+    from state.log import PartitionBatch
+
+ANNOUNCE_MS = 600_000
+CACHED_IDS = 200_000
+CACHED_CHARACTERS = 256  # longer ids are hashed each time, so that the caches stay small
+NAME_CHARACTERS = 200
+
+
+class DeadLetter(NamedTuple):
+    """A record that is no event.
+
+    Attributes:
+        source: The partition it was in.
+        offset: Its offset.
+        reason: Why it is dead.
+        key: Its key, which is a user's raw id: for the dead-letter writer only, where bytes are switched on.
+        value: Its value, likewise.
+    """
+
+    source: Source
+    offset: int
+    reason: Reason
+    key: bytes | None
+    value: bytes | None
+
+    def __repr__(self) -> str:
+        """Coordinates and reason; the bytes may hold a raw user id."""
+        return f"DeadLetter({self.source}@{self.offset}, {self.reason})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EventBatch:
+    """Events as columns, in order of arrival.
+
+    Attributes:
+        user: `[n]` uint64 pseudonyms.
+        item: `[n]` uint64.
+        category: `[n]` uint64.
+        action: `[n]` uint8, an index of the configured actions.
+        at_ms: `[n]` int64, event time.
+        label: `[n]` float32; NaN is unknown.
+        weight: `[n]` float32, of the action.
+        context: `[n, K]` uint64; 0 is none.
+        source: `[n]` uint16, an index of `ranges`.
+        offset: `[n]` int64.
+        ranges: What became of each position read.
+        dead: The records that are no events.
+        names: Names of categories not announced for ten minutes of event time.
+        request: `[n]` uint64 ids of requests, 0 for none; empty where no field is configured.
+    """
+
+    user: NDArray[np.uint64]
+    item: NDArray[np.uint64]
+    category: NDArray[np.uint64]
+    action: NDArray[np.uint8]
+    at_ms: NDArray[np.int64]
+    label: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    context: NDArray[np.uint64]
+    source: NDArray[np.uint16]
+    offset: NDArray[np.int64]
+    ranges: tuple[Range, ...]
+    dead: tuple[DeadLetter, ...]
+    names: dict[int, str]
+    request: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def __len__(self) -> int:
+        """The number of events."""
+        return len(self.user)
+
+    def __bool__(self) -> bool:
+        """A batch without events still moves positions."""
+        return True
+
+
+def _reason(error: Exception) -> Reason:
+    """The reason code of what a decoder or the parser raised; a code that is none counts as undecodable."""
+    code = getattr(error, "reason", Reason.UNDECODABLE)
+    return Reason(code) if code in set(Reason) else Reason.UNDECODABLE
+
+
+def _remember(cache: dict[Any, int], key: Any, value: int) -> int:
+    """Puts `value` into a cache that is emptied when it is full."""
+    if len(cache) >= CACHED_IDS:
+        cache.clear()
+    if len(str(key)) <= CACHED_CHARACTERS:
+        cache[key] = value
+    return value
+
+
+class Parser:
+    """Turns records into events. Used by one thread; remembers only caches and announced names.
+
+    Args:
+        settings: The section `[events]`.
+        salt: What users' pseudonyms are made with.
+    """
+
+    def __init__(self, settings: EventSettings, salt: Salt) -> None:
+        self._settings = settings
+        self._salt = salt
+        self._decode = load_decoder(settings)
+        self._actions = {name: index for index, name in enumerate(settings.actions)}
+        self._weights = np.array(settings.action_weights, np.float32)
+        if len(self._weights) != len(self._actions):
+            raise SettingsError(
+                f"events.action_weights has {len(self._weights)} weights for {len(self._actions)} actions; give one for each"
+            )
+        self._future_ms = round(settings.max_future_s * 1000)
+        self._age_ms = round(settings.max_age_s * 1000)
+        self._users: dict[Any, int] = {}
+        self._public: dict[Any, int] = {}
+        self._contexts: dict[tuple[str, str], int] = {}
+        self._announced: dict[int, int] = {}
+        self._categories: dict[int, Any] = {}
+
+    def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
+        """Turns what one poll found into events, dead letters and the account of every position.
+
+        Args:
+            batches: Contiguous ranges of partitions with their records.
+        """
+        rows: list[tuple[int, int, int, int, int, float]] = []
+        contexts: list[list[int]] = []
+        requests: list[int] = []
+        dead: list[DeadLetter] = []
+        ranges: list[Range] = []
+        sources: list[int] = []
+        offsets: list[NDArray[np.int64]] = []
+        read, limit, wide = self._read, self._settings.max_event_bytes, bool(self._settings.context)
+        paired = bool(self._settings.request)
+        for number, batch in enumerate(batches):
+            source = Source(batch.topic_id, batch.partition)
+            kept: list[int] = []
+            filtered, dead_before = 0, len(dead)
+            times = batch.timestamps_ms.tolist()
+            for index, value in enumerate(batch.values):
+                if value is None:
+                    filtered += 1
+                    continue
+                try:
+                    if len(value) > limit:
+                        raise DecodeError(Reason.TOO_LARGE)
+                    event = self._decode(value)
+                    row = read(event, times[index])
+                    if paired:
+                        request = self._request(event.request)
+                    if wide:
+                        contexts.append(self._context(event))
+                except (DecodeError, ValueError) as error:
+                    dead.append(DeadLetter(source, int(batch.offsets[index]), _reason(error), batch.keys[index], value))
+                    continue
+                rows.append(row)
+                if paired:
+                    requests.append(request)
+                kept.append(index)
+            for first, after, _ in batch.corrupt:
+                dead += [DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None) for lost in range(first, after)]
+            outcomes = len(kept), len(dead) - dead_before, filtered
+            absent = batch.next - batch.first - sum(outcomes)
+            ranges.append(Range(source, batch.first, batch.next, *outcomes, absent))
+            sources += [number] * len(kept)
+            offsets.append(batch.offsets[kept])
+        return self._columns(rows, contexts, requests, sources, offsets, tuple(ranges), tuple(dead))
+
+    def _columns(
+        self,
+        rows: list[tuple[int, int, int, int, int, float]],
+        contexts: list[list[int]],
+        requests: list[int],
+        sources: list[int],
+        offsets: list[NDArray[np.int64]],
+        ranges: tuple[Range, ...],
+        dead: tuple[DeadLetter, ...],
+    ) -> EventBatch:
+        user, item, category, action, at_ms, label = zip(*rows, strict=True) if rows else ((),) * 6
+        actions = np.array(action, np.uint8)
+        times = np.array(at_ms, np.int64)
+        return EventBatch(
+            user=np.array(user, np.uint64),
+            item=np.array(item, np.uint64),
+            category=np.array(category, np.uint64),
+            action=actions,
+            at_ms=times,
+            label=np.array(label, np.float32),
+            weight=self._weights[actions],
+            context=np.array(contexts, np.uint64).reshape(len(rows), len(self._settings.context)),
+            source=np.array(sources, np.uint16),
+            offset=np.concatenate(offsets) if offsets else np.empty(0, np.int64),
+            ranges=ranges,
+            dead=dead,
+            names=self._news(int(times.max())) if rows else {},
+            request=np.array(requests, np.uint64),
+        )
+
+    def _read(self, event: Any, timestamp_ms: int) -> tuple[int, int, int, int, int, float]:
+        """Checks one event; returns user, item, category, action, time, label."""
+        settings = self._settings
+        at_ms = parse_time(event.time, settings.time_unit) if event.time is not None else self._no_time(timestamp_ms)
+        # A record without a Kafka timestamp (-1) can be compared with nothing.
+        if timestamp_ms >= 0 and not -self._age_ms <= at_ms - timestamp_ms <= self._future_ms:
+            raise DecodeError(Reason.IMPLAUSIBLE_TIME)
+        if not 0 <= at_ms < LATEST_MS:
+            raise DecodeError(Reason.IMPLAUSIBLE_TIME)
+        value = event.user
+        if type(value) is not str and type(value) is not int:
+            raise DecodeError(Reason.MISSING_FIELD if value is None else Reason.WRONG_TYPE)
+        user = self._users.get(value) or self._new_user(value)
+        value = event.item
+        if type(value) is not str and type(value) is not int:
+            item = self._no_id(value, settings.item)
+        else:
+            item = self._public.get(value) or self._new_public(value)
+        value = event.category
+        if type(value) is not str and type(value) is not int:
+            category = self._no_id(value, settings.category)
+        else:
+            category = self._public.get(value) or self._new_public(value)
+            self._categories[category] = value
+        action = self._actions.get(event.action) if type(event.action) is str else self._other_action(event.action)
+        if action is None:
+            raise DecodeError(Reason.UNKNOWN_ACTION)
+        label = event.label
+        if label is None:
+            return user, item, category, action, at_ms, math.nan
+        if not isinstance(label, bool | int | float):
+            raise DecodeError(Reason.WRONG_TYPE)
+        if not 0 <= label <= 1:
+            raise DecodeError(Reason.WRONG_TYPE if math.isfinite(label) else Reason.NOT_FINITE)
+        return user, item, category, action, at_ms, float(label)
+
+    def _no_time(self, timestamp_ms: int) -> int:
+        if self._settings.time:
+            raise DecodeError(Reason.MISSING_FIELD)
+        return timestamp_ms
+
+    def _no_id(self, value: Any, configured: str) -> int:
+        """An id that is neither text nor integer: allowed only where no field is configured."""
+        if value is not None:
+            raise DecodeError(Reason.WRONG_TYPE)
+        if configured:
+            raise DecodeError(Reason.MISSING_FIELD)
+        return 0
+
+    def _other_action(self, value: Any) -> int | None:
+        if value is None:
+            if len(self._actions) == 1:
+                return 0
+            raise DecodeError(Reason.MISSING_FIELD)
+        if type(value) is not int:
+            raise DecodeError(Reason.WRONG_TYPE)
+        return self._actions.get(str(value))
+
+    def _new_user(self, value: str | int) -> int:
+        if value == "":
+            raise DecodeError(Reason.EMPTY_ID)
+        return _remember(self._users, value, user_id(self._salt, value))
+
+    def _new_public(self, value: str | int) -> int:
+        if value == "":
+            raise DecodeError(Reason.EMPTY_ID)
+        return _remember(self._public, value, public_id(value))
+
+    def _request(self, value: Any) -> int:
+        """The id of an event's request; they pass by and are not remembered."""
+        if value is None or value == "":
+            return 0
+        if type(value) is not str and type(value) is not int:
+            raise DecodeError(Reason.WRONG_TYPE)
+        return public_id(value)
+
+    def _context(self, event: Any) -> list[int]:
+        found = []
+        for name, value in zip(self._settings.context, event.context, strict=True):
+            if value is None or value == "":
+                found.append(0)
+                continue
+            if not isinstance(value, str | bool | int | float):
+                raise DecodeError(Reason.WRONG_TYPE)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise DecodeError(Reason.NOT_FINITE)
+            key = name, context_text(value)
+            found.append(self._contexts.get(key) or _remember(self._contexts, key, context_id(*key)))
+        return found
+
+    def _news(self, newest_ms: int) -> dict[int, str]:
+        """The names of this batch's categories that were not announced lately; announces them."""
+        seen, self._categories = self._categories, {}
+        announced = self._announced
+        due = [key for key in seen if newest_ms - announced.get(key, -ANNOUNCE_MS) >= ANNOUNCE_MS]
+        if len(announced) >= CACHED_IDS:
+            announced.clear()
+        announced.update(dict.fromkeys(due, newest_ms))
+        return {key: str(seen[key])[:NAME_CHARACTERS] for key in due}

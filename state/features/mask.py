@@ -1,0 +1,120 @@
+"""Which clicks an operator has taken back: by place in the log, by time, by user.
+
+A masked event is left out of every window as if it never was there; nothing
+is deleted. The bound on a history counts events before the mask is applied,
+so that a masked event still takes one of a user's N places.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.features.kernel import I64, Hidden
+from state.positions import Range
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The events that no answer and no step may use.
+
+    Attributes:
+        generation: the control generation that set it.
+        offsets: (topic word, partition, first, next); offsets in [first, next).
+        times: (from, to) of event time in milliseconds, [from, to).
+        users: pseudonyms.
+
+    >>> mask = Mask(3, times=((1000, 2000),), users=frozenset({7}))
+    >>> Mask.from_json(mask.to_json()) == mask
+    True
+    """
+
+    generation: int = 0
+    offsets: tuple[tuple[int, int, int, int], ...] = ()
+    times: tuple[tuple[int, int], ...] = ()
+    users: frozenset[int] = frozenset()
+    NONE: ClassVar[Mask]
+
+    def __bool__(self) -> bool:
+        return bool(self.offsets or self.times or self.users)
+
+    @property
+    def hidden(self) -> Hidden:
+        """What the window kernel asks of an event; users are the caller's part."""
+        offsets = [(topic | partition << 32, first, last) for topic, partition, first, last in self.offsets]
+        return Hidden(
+            np.array(offsets, np.int64).reshape(-1, 3),
+            np.array(self.times, np.int64).reshape(-1, 2),
+        )
+
+    def rows(
+        self,
+        user: NDArray[np.uint64],
+        at_ms: I64,
+        source: NDArray[np.uint16],
+        offset: I64,
+        ranges: Sequence[Range],
+    ) -> NDArray[np.bool_]:
+        """Says which rows of a batch are masked out.
+
+        Args:
+            user: `[n]` uint64 pseudonyms.
+            at_ms: `[n]` int64 event times.
+            source: `[n]` uint16 indices into `ranges`.
+            offset: `[n]` int64.
+            ranges: the batch's source ranges.
+
+        Returns:
+            `[n]` bool, True where the row is masked.
+        """
+        words = [part.source.topic for part in ranges] or [0]
+        partitions = [part.source.partition for part in ranges] or [0]
+        topic, partition = np.array(words, np.int64)[source], np.array(partitions, np.int64)[source]
+        out = self._events(topic, partition, offset, at_ms)
+        if self.users:
+            out |= np.isin(user, np.fromiter(self.users, np.uint64, len(self.users)))
+        return out
+
+    def events(self, history: NDArray[Any], user: int = 0) -> NDArray[np.bool_]:
+        """Says which events of one user's history (`[m]` EVENT) are masked out."""
+        if user in self.users:
+            return np.ones(len(history), np.bool_)
+        return self._events(history["topic"], history["partition"], history["offset"], history["at_ms"])
+
+    def _events(
+        self, topic: NDArray[Any], partition: NDArray[Any], offset: NDArray[Any], at_ms: NDArray[Any]
+    ) -> NDArray[np.bool_]:
+        out = np.zeros(len(offset), np.bool_)
+        for word, part, first, last in self.offsets:
+            out |= (topic == word) & (partition == part) & (offset >= first) & (offset < last)
+        for begin, end in self.times:
+            out |= (at_ms >= begin) & (at_ms < end)
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the mask as JSON values, users in order."""
+        return {
+            "generation": self.generation,
+            "offsets": [list(part) for part in self.offsets],
+            "times": [list(part) for part in self.times],
+            "users": [f"{user:016x}" for user in sorted(self.users)],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any] | str) -> Mask:
+        """Reads what `to_json` gave, as values or as text."""
+        document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
+        return cls(
+            generation=int(document.get("generation", 0)),
+            offsets=tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in document.get("offsets", ())),
+            times=tuple((int(a), int(b)) for a, b in document.get("times", ())),
+            users=frozenset(int(user, 16) for user in document.get("users", ())),
+        )
+
+
+Mask.NONE = Mask()

@@ -1,0 +1,272 @@
+"""The feature spec and `vectorise`: a user's recent events as named integers.
+
+The stream and serving compute windows with the one kernel of
+`state/features/kernel.py`, so that the same events give the same bits. The rules:
+
+- A history is the last N events in append order; the bound holds before
+  the mask, and masked events are then left out as if they never were there.
+- The window of w seconds is `(at - w, at]`. Events later than `at`, and those
+  older than the longest window, are visible in nothing; sweeping the latter
+  cannot change an answer.
+- "Last" is by (time, offset), then by partition, and so is the order of which the
+  windows `of_latest_5`, `of_latest_20` and `follows` of a label speak: its events
+  among the user's latest 5 and 20, and how often it came next after the category
+  of the user's latest event. An event without a category counts among the latest,
+  and nothing comes next to it.
+- Every output is a uint16 that saturates. A decayed count is in 1/256 events;
+  recency is the age in steps of an eighth of an octave, 255 for never.
+"""
+
+from __future__ import annotations
+
+import decimal
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.errors import SettingsError
+from state.features.kernel import FEW, GAPS, MANY, NEVER, OF_ORDER, SLOTS, SWITCHES, Tables, one_row, quantise, words
+from state.features.mask import Mask as Mask
+
+if TYPE_CHECKING:
+    from state.config.settings import Settings
+
+EVENT = np.dtype(
+    [
+        ("at_ms", "<i8"),
+        ("category", "<u8"),
+        ("item", "<u8"),
+        ("offset", "<i8"),
+        ("topic", "<u4"),
+        ("partition", "<u2"),
+        ("action", "u1"),
+        ("flags", "u1"),
+    ]
+)
+LABELLED = 1  # bit of `flags`: the label is known
+POSITIVE = 2  # bit of `flags`: the label is at least 0.5
+CODE = 2  # raised when the same events give other integers
+
+Events = NDArray[Any]
+
+
+class Vector(NamedTuple):
+    """One row: `[D]` uint16 features, `[L]` uint64 labels, `[L, F]` uint16 label windows."""
+
+    features: NDArray[np.uint16]
+    labels: NDArray[np.uint64]
+    label_windows: NDArray[np.uint16]
+
+
+def _span(seconds: int) -> str:
+    """Names a duration.
+
+    >>> [_span(s) for s in (1800, 3600, 604800, 90)]
+    ['30m', '1h', '7d', '90s']
+    """
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def recency_step(age: int) -> int:
+    """Gives the recency of an age in units of 1.024 s: eight steps an octave, at most 254.
+
+    >>> [recency_step(age) for age in (0, 15, 16, 3515, 590_625, 10**12)]
+    [0, 15, 16, 77, 137, 254]
+    """
+    shift = max(0, age.bit_length() - 4)
+    return min(8 * shift + (age >> shift), NEVER - 1)
+
+
+def _decay_column(half_life_s: int, ages: list[int]) -> list[int]:
+    """Gives 65536 * 2^(-age / half life) for ages in units of 1.024 s.
+
+    Decimal arithmetic is correctly rounded everywhere; a platform's exp2 is not.
+    """
+    with decimal.localcontext(decimal.Context(prec=34)):
+        rate = -decimal.Decimal(2).ln() * 1024 / (1000 * half_life_s)
+        return [int((65536 * (rate * age).exp()).to_integral_value()) for age in ages]
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What the integers of a row mean. Its digest goes with everything that is made from them.
+
+    Attributes:
+        actions: names of the actions; an event carries the index.
+        windows_s: lengths of the windows, ascending, seconds.
+        half_lives_s: half lives of the decayed counts, seconds.
+        history: N, events kept of a user.
+        labels: L, latest labels of a user that get windows of their own.
+
+    >>> spec = FeatureSpec()
+    >>> len(spec.names), len(spec.label_names), spec.names[0]
+    (128, 15, 'view.count_1h')
+    >>> FeatureSpec.from_json(spec.to_json()) == spec
+    True
+    """
+
+    actions: tuple[str, ...] = ("view", "favorite", "cart", "purchase")
+    windows_s: tuple[int, ...] = (3600, 86_400, 604_800)
+    half_lives_s: tuple[int, ...] = (1800, 43_200, 259_200)
+    history: int = 256
+    labels: int = 24
+
+    def __post_init__(self) -> None:
+        if not self.actions or len(self.actions) > 255 or len(set(self.actions)) != len(self.actions):
+            raise ValueError(f"actions {self.actions} must be 1 to 255 different names")
+        if not self.windows_s or list(self.windows_s) != sorted(set(self.windows_s)) or self.windows_s[0] < 1:
+            raise ValueError(f"windows_s {self.windows_s} must be positive and ascending")
+        if not self.half_lives_s or min(self.half_lives_s) < 1:
+            raise ValueError(f"half_lives_s {self.half_lives_s} must be positive")
+        if not 16 <= self.history <= 4096:
+            raise ValueError(f"history {self.history} must be between 16 and 4096")
+        if not SLOTS <= self.labels <= self.history:
+            raise ValueError(f"labels {self.labels} must be between {SLOTS} and history ({self.history})")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> FeatureSpec:
+        """Takes the sections `events` and `features` of the settings.
+
+        Raises:
+            SettingsError: They make no spec.
+        """
+        features = settings.features
+        try:
+            return cls(
+                actions=tuple(settings.events.actions),
+                windows_s=tuple(features.windows_s),
+                half_lives_s=tuple(features.half_lives_s),
+                history=features.history,
+                labels=features.labels,
+            )
+        except ValueError as error:
+            raise SettingsError(f"[features] or events.actions: {error}; correct the setting") from None
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the F windows of one label."""
+        return (
+            *(f"count_{_span(window)}" for window in self.windows_s),
+            *(f"decayed_{_span(life)}" for life in self.half_lives_s),
+            "recency",
+            "is_last",
+            *(f"{action}_{_span(self.windows_s[-1])}" for action in self.actions),
+            *(f"of_latest_{events}" for events in (FEW, MANY)),
+            "follows",
+        )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the D features, in the order of the kernel's part 3b."""
+        windows = [_span(window) for window in self.windows_s]
+        sums = [f"count_{window}" for window in windows]
+        sums += [f"decayed_{_span(life)}" for life in self.half_lives_s]
+        return (
+            *(f"{action}.{name}" for action in self.actions for name in [*sums, "recency"]),
+            *(f"{kind}.{name}" for kind in ("labelled", "positive") for name in sums),
+            *(f"{kind}.distinct_{window}" for kind in ("labels", "items") for window in windows),
+            *(f"labels.top_share_{window}" for window in windows),
+            *(f"gap.{k + 1}" for k in range(GAPS)),
+            *(f"session.{name}" for name in ("events", "age", "labels", "items")),
+            "sessions.count",
+            "last.same_label",
+            f"last.switches_{SWITCHES}",
+            "events.visible",
+            "truncated",
+            "events.oldest",
+            "events.days",
+            *(f"clock.{name}" for name in ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")),
+            *(f"label.{slot + 1}.{name}" for slot in range(SLOTS) for name in self.label_names[:-OF_ORDER]),
+        )
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The constants the kernel reads."""
+        steps = quantise(self.windows_s[-1] * 1000 >> 10) + 1
+        ages = [q if q < 128 else (q % 64 + 64) << (q // 64 - 1) for q in range(steps)]
+
+        def circle(points: int) -> NDArray[np.int64]:
+            angles = [2 * math.pi * point / points for point in range(points)]
+            pairs = [(1000 + round(1000 * math.sin(a)), 1000 + round(1000 * math.cos(a))) for a in angles]
+            return np.array(pairs, np.int64)
+
+        return Tables(
+            windows_ms=np.array(self.windows_s, np.int64) * 1000,
+            decay=np.ascontiguousarray(np.array([_decay_column(life, ages) for life in self.half_lives_s], np.int64).T),
+            recency=np.array([recency_step(age) for age in ages], np.int64),
+            hour=circle(24),
+            weekday=circle(7),
+            actions=len(self.actions),
+            history=self.history,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the spec as JSON values, code version included."""
+        return {**{name: _plain(value) for name, value in asdict(self).items()}, "code": CODE}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any] | str) -> FeatureSpec:
+        """Reads what `to_json` gave, as values or as text.
+
+        Raises:
+            ValueError: it was written by code whose integers mean something else.
+        """
+        document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
+        if document["code"] != CODE:
+            raise ValueError(
+                f"feature spec of code version {document['code']}; this program computes version {CODE}; "
+                "read it with the release that wrote it, or make it anew with this one"
+            )
+        return cls(
+            actions=tuple(document["actions"]),
+            windows_s=tuple(document["windows_s"]),
+            half_lives_s=tuple(document["half_lives_s"]),
+            history=document["history"],
+            labels=document["labels"],
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON and of the names."""
+        document = {**self.to_json(), "names": list(self.names)}
+        return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec: FeatureSpec, user: int = 0) -> Vector:
+    """Computes one user's row as of `at_ms`.
+
+    Args:
+        history: `[m]` EVENT in append order; of more than N the last N count.
+        at_ms: the time the answer speaks of, milliseconds.
+        before: how many leading events of `history` are visible; None for all.
+        mask: events to leave out.
+        spec: what to compute.
+        user: the pseudonym, for masks that name users.
+
+    >>> click = np.zeros(1, EVENT)
+    >>> click["at_ms"], click["category"] = 1_000, 7
+    >>> row = vectorise(click, 2_000, None, Mask.NONE, FeatureSpec())
+    >>> int(row.features[0]), int(row.labels[0]), int(row.labels[1])
+    (1, 7, 0)
+    """
+    events = history if before is None else history[:before]
+    if user in mask.users:
+        events = events[:0]
+    features = np.empty(len(spec.names), np.uint16)
+    labels = np.empty(spec.labels, np.int64)
+    label_windows = np.empty((spec.labels, len(spec.label_names)), np.uint16)
+    one_row(words(events[-spec.history :]), at_ms, spec.tables, mask.hidden, features, labels, label_windows)
+    return Vector(features, labels.view(np.uint64), label_windows)

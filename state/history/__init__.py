@@ -1,0 +1,1 @@
+"""Each user's last events and the position of each source, committed together."""

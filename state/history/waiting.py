@@ -1,0 +1,171 @@
+"""Rows that wait for their label, as the history store keeps them: one key and one value each.
+
+    key     topic id (16 bytes), partition (4, BE), offset (8, BE)
+    value   the row's columns of a micro-batch, fixed widths, one after another
+
+The widths depend on the feature spec, on the fields of context and on the
+release; they are kept beside the rows as an extra of the store. Where they have
+changed since, each row is read by the old ones: a column that was not there,
+or had another shape, is 0, as for an event that has none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.errors import CorruptStore
+from state.history.store import HistoryStore
+from state.microbatch.batch import LISTS, NAMES, SCALARS, Columns
+from state.positions import Source
+
+WIDTHS = "waiting"  # name of the store's extra
+CLOCKS = "clocks"  # name of the store's extra: the newest event time of each source
+
+KEY_BYTES = 28
+KINDS = {**SCALARS, **LISTS}
+
+Changes = dict[bytes, bytes | None]
+Extra = dict[str, bytes]
+
+
+def key_of(source: Source, offset: int) -> bytes:
+    """The key of the row at `offset`.
+
+    >>> place_of(key_of(Source("ab" * 16, 3), 70))
+    (Source(topic_id='abababababababababababababababab', partition=3, bucket=0, buckets=1), 70)
+    """
+    return bytes.fromhex(source.topic_id) + source.partition.to_bytes(4, "big") + offset.to_bytes(8, "big")
+
+
+def place_of(key: bytes) -> tuple[Source, int]:
+    """Source and offset of a key."""
+    return Source(key[:16].hex(), int.from_bytes(key[16:20], "big")), int.from_bytes(key[20:KEY_BYTES], "big")
+
+
+class RowFormat:
+    """The widths of rows, and rows in them.
+
+    Args:
+        shapes: By column its shape without the rows.
+
+    Raises:
+        CorruptStore: There is a column that this release does not know.
+
+    >>> made = RowFormat({"user": (), "features": (2,)})
+    >>> made.dtype.itemsize, RowFormat.from_json(made.to_json()) == made
+    (12, True)
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        if unknown := set(shapes) - set(NAMES):
+            raise CorruptStore(f"rows wait with columns of a later release: {', '.join(sorted(unknown))}; use that one")
+        self.shapes = {name: tuple(shapes[name]) for name in NAMES if name in shapes}
+        self.dtype = np.dtype([(name, KINDS[name], shape) for name, shape in self.shapes.items()])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowFormat) and self.shapes == other.shapes
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.shapes.items()))
+
+    @classmethod
+    def of(cls, columns: Columns) -> RowFormat:
+        """The format of rows with these columns."""
+        return cls({name: columns[name].shape[1:] for name in NAMES})
+
+    def to_json(self) -> bytes:
+        """The format, as the store keeps it."""
+        return json.dumps({name: list(shape) for name, shape in self.shapes.items()}).encode()
+
+    @classmethod
+    def from_json(cls, value: bytes) -> RowFormat:
+        """What `to_json` gave.
+
+        Raises:
+            CorruptStore: A later release wrote it.
+        """
+        return cls(json.loads(value))
+
+    def pack(self, columns: Columns) -> list[bytes]:
+        """A value for each row; `source` is left out, which counts in one micro-batch only."""
+        rows = np.zeros(len(columns["user"]), self.dtype)
+        for name in self.shapes:
+            if name != "source":
+                rows[name] = columns[name]
+        data, size = rows.tobytes(), self.dtype.itemsize
+        return [data[at : at + size] for at in range(0, len(data), size)]
+
+    def unpack(self, values: Sequence[bytes]) -> dict[str, NDArray[Any]]:
+        """The columns of rows.
+
+        Raises:
+            CorruptStore: A value has another length.
+        """
+        if any(len(value) != self.dtype.itemsize for value in values):
+            raise CorruptStore(
+                f"a row that waits has not {self.dtype.itemsize} bytes; `springtide rebuild-history` makes the store anew"
+            )
+        rows = np.frombuffer(b"".join(values), self.dtype)
+        return {name: np.ascontiguousarray(rows[name]) for name in self.shapes}
+
+    def convert(self, values: Sequence[bytes], to: RowFormat) -> list[bytes]:
+        """The rows in another format."""
+        old = self.unpack(values)
+        return to.pack(
+            {
+                name: old[name] if self.shapes.get(name) == shape else np.zeros((len(values), *shape), KINDS[name])
+                for name, shape in to.shapes.items()
+            }
+        )
+
+
+class WaitingRows:
+    """The rows that wait in a store, in one format whatever release and settings wrote them. One thread.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: HistoryStore) -> None:
+        self._store = store
+        stored = store.extra(WIDTHS)
+        self.format = None if stored is None else RowFormat.from_json(stored)
+        self.clocks = decode_clocks(store.extra(CLOCKS))
+
+    def adopt(self, columns: Columns, changes: Changes, extra: Extra) -> RowFormat:
+        """The format of `columns`; where it is another than before, all that waits is written anew."""
+        now = RowFormat.of(columns)
+        if now != self.format:
+            if self.format is not None:
+                for key, value in {**dict(self._store.waiting()), **changes}.items():
+                    changes[key] = None if value is None else self.format.convert([value], now)[0]
+            extra[WIDTHS] = now.to_json()
+            self.format = now
+        return now
+
+    def values(self, keys: Sequence[bytes], changes: Mapping[bytes, bytes | None]) -> list[bytes | None]:
+        """The rows under `keys`, in `changes` or else in the store; None for one that does not wait."""
+        apart = [key for key in keys if key not in changes]
+        stored = dict(zip(apart, self._store.waiting_values(apart), strict=True)) if apart else {}
+        return [changes[key] if key in changes else stored[key] for key in keys]
+
+    def tell(self, marks: Mapping[Source, int], extra: Extra) -> None:
+        """Puts the newest event times into `extra`."""
+        for source, at_ms in marks.items():
+            self.clocks[source] = max(at_ms, self.clocks.get(source, at_ms))
+        extra[CLOCKS] = json.dumps({str(source): at_ms for source, at_ms in self.clocks.items()}).encode()
+
+
+def keys_of(sources: Sequence[Source], source: NDArray[np.uint16], offset: NDArray[np.int64]) -> list[bytes]:
+    """The store's keys of rows; `source` is an index of `sources`."""
+    return [key_of(sources[one], at) for one, at in zip(source.tolist(), offset.tolist(), strict=True)]
+
+
+def decode_clocks(value: bytes | None) -> dict[Source, int]:
+    """The newest event time of each source, as the store has it."""
+    return {Source.parse(source): int(at_ms) for source, at_ms in json.loads(value or b"{}").items()}

@@ -1,0 +1,164 @@
+"""How we connect to Kafka, and how its client's errors become ours.
+
+Part of `state.log`; only the files `state/log*.py` import the Kafka client.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import kafka.errors as kafka_errors
+from kafka.net.compat import KafkaNetClient
+
+from state.config.sections import Kafka
+from state.errors import FencedWriter, LogError, SpringtideError, UnknownTopic, UnreachableBroker
+
+# The client logs each lost connection as a warning or an error; what an
+# operator can act on reaches them as one of our errors. A program that wants
+# the client's own words configures logging.
+logging.getLogger("kafka").addHandler(logging.NullHandler())
+
+_UNREACHABLE = (
+    kafka_errors.KafkaTimeoutError,
+    kafka_errors.KafkaConnectionError,
+    kafka_errors.NodeNotReadyError,
+    kafka_errors.MetadataEmptyBrokerList,
+    kafka_errors.Cancelled,
+    OSError,
+)
+_REFUSED = (
+    kafka_errors.AuthorizationError,
+    kafka_errors.SaslAuthenticationFailedError,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.IllegalSaslStateError,
+)
+_FENCED = (
+    kafka_errors.ProducerFencedError,
+    kafka_errors.InvalidProducerEpochError,
+)
+# The client tells only in words that a transactional request was not answered in time.
+_UNANSWERED = "Could not execute transactional request for unknown reasons"
+
+
+def client_options(settings: Kafka) -> dict[str, Any]:
+    """The options that every client of ours has: servers, time-outs, SASL and TLS.
+
+    >>> options = client_options(Kafka(sasl_mechanism="PLAIN", sasl_username="ada"))
+    >>> options["sasl_plain_username"], "ssl_cafile" in options
+    ('ada', False)
+    """
+    request_ms = int(settings.request_timeout_s * 1000)
+    options: dict[str, Any] = {
+        "bootstrap_servers": [server.strip() for server in settings.bootstrap_servers.split(",") if server.strip()],
+        "client_id": "springtide",
+        "request_timeout_ms": request_ms,
+        "bootstrap_timeout_ms": request_ms,
+        "security_protocol": settings.security_protocol,
+        # The default of 30 s would let a broker be back for half a minute
+        # before we notice.
+        "reconnect_backoff_ms": 50,
+        "reconnect_backoff_max_ms": 1000,
+    }
+    optional = {
+        "sasl_mechanism": settings.sasl_mechanism,
+        "sasl_plain_username": settings.sasl_username,
+        "sasl_plain_password": settings.sasl_password,
+        "ssl_cafile": settings.ssl_cafile,
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile,
+        "ssl_password": settings.ssl_key_password,
+    }
+    return options | {name: value for name, value in optional.items() if value}
+
+
+def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
+    """Makes a client of kafka-python; if it cannot connect, nothing of it is left behind.
+
+    Args:
+        settings: How to connect.
+        doing: What for, see `translated`.
+        make: One of the client's classes.
+        options: Beside `client_options`.
+
+    Raises:
+        UnreachableBroker, LogError: see `translated`.
+    """
+    begun: list[Any] = []
+
+    def network(**given: object) -> Any:
+        begun.append(KafkaNetClient(**given))
+        return begun[-1]
+
+    with translated(settings, doing):
+        try:
+            return make(**client_options(settings), **options, kafka_client=network)
+        except BaseException:
+            # A constructor that raises leaves its thread and its sockets.
+            for client in begun:
+                client.close()
+            raise
+
+
+@contextmanager
+def translated(settings: Kafka, doing: str) -> Iterator[None]:
+    """Turns what the Kafka client raises into one of our errors, in one line.
+
+    Args:
+        settings: names the servers in the message.
+        doing: what was tried, such as "describe topic clicks".
+
+    Raises:
+        UnreachableBroker: no broker answered in time.
+        UnknownTopic: the topic or partition does not exist.
+        FencedWriter: a newer writer has the same transactional id.
+        LogError: anything else that Kafka refused.
+    """
+    try:
+        yield
+    except SpringtideError:
+        raise
+    except _FENCED as problem:
+        raise _fenced(doing) from problem
+    except kafka_errors.UnknownTopicOrPartitionError as problem:
+        raise UnknownTopic(
+            f"cannot {doing}: it does not exist on {settings.bootstrap_servers}; create it, or "
+            "correct its name in [kafka]"
+        ) from problem
+    except _REFUSED as problem:
+        raise LogError(
+            f"cannot {doing}: {settings.bootstrap_servers} refused us ({_first_line(problem)}); "
+            "check kafka.security_protocol, kafka.sasl_* and the access rights of this user"
+        ) from problem
+    except _UNREACHABLE as problem:
+        raise unreachable(settings, doing, problem) from problem
+    except kafka_errors.KafkaError as problem:
+        if isinstance(problem.args[-1] if problem.args else None, _FENCED):
+            # A send after the one that was fenced: the client wraps the first error.
+            raise _fenced(doing) from problem
+        if _UNANSWERED in str(problem):
+            raise unreachable(settings, doing, problem) from problem
+        raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {_first_line(problem)}") from problem
+
+
+def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> UnreachableBroker:
+    """The error of a broker that does not answer, with what to look at."""
+    why = cause if isinstance(cause, str) else _first_line(cause)
+    return UnreachableBroker(
+        f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why}); check that it runs and that "
+        "kafka.bootstrap_servers, kafka.security_protocol, kafka.sasl_* and kafka.ssl_* are right"
+    )
+
+
+def _fenced(doing: str) -> FencedWriter:
+    return FencedWriter(
+        f"cannot {doing}: another writer took over this transactional id; stop one of the two, "
+        "or give each its own stream.shard"
+    )
+
+
+def _first_line(problem: BaseException) -> str:
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__

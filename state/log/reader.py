@@ -1,0 +1,399 @@
+"""Reads a topic by position: no group, no automatic commits, nothing skipped unseen.
+
+Part of `state.log`. The client hands over one object per record instead of
+one per record batch; `state.log.hook` changes that. Without the hook the
+plain, slower way is used.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import kafka.errors as kafka_errors
+import numpy as np
+from kafka import KafkaConsumer
+from kafka.structs import TopicPartition
+
+from state.config.sections import Kafka
+from state.errors import GapError, LogError, UnknownTopic, UnreachableBroker
+from state.log import hook as log_hook
+from state.log.batches import I64, Chunk
+from state.log.client import connect, translated
+from state.log.gaps import Gap
+from state.log.topics import Topics
+from state.positions import Source
+
+FETCH_BYTES = 2 * 1024 * 1024
+METADATA_S = 1.0
+# A fetch that waits at the broker names its topic, not the topic's id: within
+# this time a topic may be deleted and made again unseen.
+FETCH_WAIT_MS = 250
+# After a longer pause no fetch was waiting, and the topic is asked for its id.
+PAUSE_S = 0.1
+
+
+@dataclass(frozen=True)
+class PartitionBatch:
+    """What `Reader.poll` found in one partition: the positions [first, next) and the records there.
+
+    Attributes:
+        topic_id: 32 hexadecimal digits.
+        partition: Number of the partition.
+        first: First position covered; the one before it was covered earlier.
+        next: Position after the last one covered.
+        offsets: `[n]` int64, ascending; positions without a record are absent
+            (transaction markers, aborted or compacted records).
+        timestamps_ms: `[n]` int64, Kafka's timestamps.
+        keys: n keys.
+        values: n values.
+        corrupt: (first, next, reason) of ranges that cannot be read; no record
+            lies in them.
+    """
+
+    topic_id: str
+    partition: int
+    first: int
+    next: int
+    offsets: I64
+    timestamps_ms: I64
+    keys: list[bytes | None]
+    values: list[bytes | None]
+    corrupt: tuple[tuple[int, int, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __bool__(self) -> bool:
+        """A range without records is news too."""
+        return True
+
+
+class Reader:
+    """Follows partitions of a topic from given positions. One thread polls; others may commit.
+
+    A broker that goes away and comes back costs only time: `poll` returns
+    nothing meanwhile.
+    """
+
+    def __init__(
+        self,
+        settings: Kafka,
+        topic: str,
+        partitions: Sequence[int] | None = None,
+        positions: Mapping[int, int] | None = None,
+        committed_only: bool = True,
+        from_end: bool = False,
+        batched: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Connects; the first `poll` fetches.
+
+        Args:
+            settings: How to connect.
+            topic: Its name.
+            partitions: Those to read; None for all, also later ones.
+            positions: Where to begin per partition; those not named begin at
+                their beginning, or at their end with `from_end`.
+            committed_only: Leave out records of open and aborted transactions.
+            from_end: See `positions`.
+            batched: Decode whole record batches; False for the client's way.
+            clock: Seconds that never go back.
+
+        Raises:
+            UnreachableBroker: no broker answered in time.
+            UnknownTopic: there is no such topic or partition.
+            GapError: a position lies before the beginning or after the end.
+        """
+        self._settings = settings
+        self.topic = topic
+        self._all = partitions is None
+        self._clock = clock
+        self._topics = Topics(settings)
+        try:
+            self._open(partitions, positions or {}, committed_only, from_end, batched)
+        except BaseException:
+            self._topics.close()
+            raise
+
+    @property
+    def partitions(self) -> list[int]:
+        """The partitions that are read."""
+        return sorted(self._positions)
+
+    def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
+        """Waits until something new is there, at most `timeout_s`.
+
+        Args:
+            timeout_s: Seconds; 0 takes what has arrived.
+            max_records: At most so many records over all partitions.
+
+        Returns:
+            At most one batch per partition; also ranges without a record.
+
+        Raises:
+            GapError: records were deleted before we read them.
+            UnknownTopic: the topic is gone, or is another topic of that name.
+        """
+        if not self._buffer:
+            self._fetch(timeout_s)
+        batches = []
+        for partition in list(self._buffer):
+            if max_records <= 0:
+                break
+            batch = self._deliver(partition, max_records)
+            max_records -= len(batch)
+            batches.append(batch)
+        return batches
+
+    def seek(self, partition: int, offset: int) -> None:
+        """The next poll of this partition begins at `offset`."""
+        self._buffer.pop(partition, None)
+        self._positions[partition] = offset
+        self._consumer.seek(TopicPartition(self.topic, partition), offset)
+
+    def position(self, partition: int) -> int:
+        """The position after the last one that `poll` covered."""
+        return self._positions[partition]
+
+    def lag(self) -> dict[int, int]:
+        """Per partition how many positions lie between ours and the log's end, as last heard."""
+        marks = {
+            partition: self._consumer.highwater(TopicPartition(self.topic, partition)) for partition in self._positions
+        }
+        if any(mark is None for mark in marks.values()):
+            marks |= {partition: end for partition, (_, end) in self._topics.ends(self.topic).items()}
+        return {partition: max(0, marks[partition] - ours) for partition, ours in self._positions.items()}
+
+    def refresh(self) -> list[int]:
+        """Takes up partitions that the topic got meanwhile, from their beginning; returns them.
+
+        Raises:
+            UnknownTopic: the topic is gone, or is another topic of that name.
+        """
+        info = self._check()
+        added = [number for number in range(info) if number not in self._positions] if self._all else []
+        if added:
+            self._positions |= dict.fromkeys(added, 0)
+            self._assign()
+        return added
+
+    def commit_group(self, positions: Mapping[int, int]) -> None:
+        """Shows positions to lag tools under the group of the settings; nothing is read from there.
+
+        Raises:
+            LogError: the group has members, or no broker answered.
+        """
+        self._topics.commit(self._settings.group, self.topic, positions)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._consumer.close(autocommit=False)
+        self._topics.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(
+        self,
+        partitions: Sequence[int] | None,
+        positions: Mapping[int, int],
+        committed_only: bool,
+        from_end: bool,
+        batched: bool,
+    ) -> None:
+        settings, topic = self._settings, self.topic
+        info = self._topics.describe(topic)
+        self.topic_id = info.topic_id
+        wanted = list(range(info.partitions)) if partitions is None else sorted(partitions)
+        if wanted and wanted[-1] >= info.partitions:
+            raise UnknownTopic(
+                f"topic {topic} has no partition {wanted[-1]}, only {info.partitions}; correct the number of shards"
+            )
+        self._positions = self._begin(wanted, positions, from_end)
+        self._buffer: dict[int, deque[Chunk]] = {}
+        self._refused = False
+        self._paused = False
+        self._polled_s = self._clock()
+        self._consumer: Any = connect(
+            settings,
+            f"read topic {topic}",
+            KafkaConsumer,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            allow_auto_create_topics=False,
+            isolation_level="read_committed" if committed_only else "read_uncommitted",
+            max_partition_fetch_bytes=FETCH_BYTES,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            metadata_max_age_ms=int(METADATA_S * 1000),
+            metrics_enabled=False,
+            retry_backoff_ms=20,
+        )
+        self._batched = batched and log_hook.install(self._consumer, self._doubt)
+        self._assign()
+
+    def _begin(self, wanted: list[int], positions: Mapping[int, int], from_end: bool) -> dict[int, int]:
+        ends = self._topics.ends(self.topic)
+        found = {}
+        for partition in wanted:
+            begin, end = ends[partition]
+            ours = positions.get(partition, end if from_end else begin)
+            if not begin <= ours <= end:
+                raise _gap(self.topic, self.topic_id, partition, ours, begin, end)
+            found[partition] = ours
+        return found
+
+    def _assign(self) -> None:
+        self._consumer.assign([TopicPartition(self.topic, number) for number in self.partitions])
+        for partition, offset in self._positions.items():
+            self.seek(partition, offset)
+
+    def _doubt(self) -> None:
+        """The broker answered a fetch with an error: the topic may be gone."""
+        self._refused = True
+
+    def _fetch(self, timeout_s: float) -> None:
+        if self._clock() - self._polled_s > PAUSE_S:
+            self._paused = True
+        try:
+            found = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
+        except (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError) as problem:
+            self._check()
+            ends = self._topics.ends(self.topic)
+            for partition, ours in self._positions.items():
+                begin, end = ends[partition]
+                if not begin <= ours <= end:
+                    raise _gap(self.topic, self.topic_id, partition, ours, begin, end) from problem
+            # Deleted up to our very position since we asked: nothing is lost.
+            self._assign()
+            return
+        except kafka_errors.CorruptRecordError as problem:
+            self._skip_corrupt(problem)
+            return
+        except kafka_errors.KafkaError as problem:
+            with translated(self._settings, f"read topic {self.topic}"):
+                raise problem
+        finally:
+            self._polled_s = self._clock()
+        # A name is no identity: before anything is delivered the topic must
+        # still be the one whose positions we hold.
+        known = self._consumer._fetcher._manager.cluster.topic_id(self.topic)
+        changed = known is not None and known.hex != self.topic_id
+        if self._refused or changed or (self._paused and found):
+            try:
+                self._check()
+                self._refused = self._paused = False
+            except UnreachableBroker:
+                self._assign()
+                return
+        if self._batched:
+            self._buffer = {each.partition: deque(chunks) for each, chunks in found.items()}
+        else:
+            self._buffer = self._plain(found)
+
+    def _check(self) -> int:
+        """Number of partitions, if the topic is still the same one."""
+        info = self._topics.describe(self.topic)
+        if info.topic_id != self.topic_id:
+            raise UnknownTopic(
+                f"topic {self.topic} was deleted and made again (id {self.topic_id} is now {info.topic_id}); our "
+                "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
+                "trainer needs a new state directory"
+            )
+        return info.partitions
+
+    def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
+        chunks = self._buffer[partition]
+        taken: list[Chunk] = []
+        while chunks and max_records > 0:
+            chunk = chunks.popleft()
+            if len(chunk.values) > max_records:
+                chunk, rest = _split(chunk, max_records)
+                chunks.appendleft(rest)
+            max_records -= len(chunk.values)
+            taken.append(chunk)
+        if not chunks:
+            del self._buffer[partition]
+        first, self._positions[partition] = self._positions[partition], taken[-1].next
+        return PartitionBatch(
+            topic_id=self.topic_id,
+            partition=partition,
+            first=first,
+            next=taken[-1].next,
+            offsets=np.concatenate([chunk.offsets for chunk in taken]),
+            timestamps_ms=np.concatenate([chunk.timestamps_ms for chunk in taken]),
+            keys=[key for chunk in taken for key in chunk.keys],
+            values=[value for chunk in taken for value in chunk.values],
+            corrupt=tuple((chunk.first, chunk.next, chunk.corrupt) for chunk in taken if chunk.corrupt),
+        )
+
+    def _plain(self, found: Mapping[TopicPartition, Sequence[Any]]) -> dict[int, deque[Chunk]]:
+        """Chunks out of the client's own records; its position tells of those without any."""
+        buffer = {}
+        for partition, ours in self._positions.items():
+            each = TopicPartition(self.topic, partition)
+            records = found.get(each, ())
+            after = self._consumer.position(each)
+            if records or after > ours:
+                buffer[partition] = deque(
+                    [
+                        Chunk(
+                            ours,
+                            after,
+                            np.array([record.offset for record in records], np.int64),
+                            np.array([record.timestamp for record in records], np.int64),
+                            [record.key for record in records],
+                            [record.value for record in records],
+                        )
+                    ]
+                )
+        return buffer
+
+    def _skip_corrupt(self, problem: Exception) -> None:
+        """Without the hook a corrupt batch shows only as an error of one of the partitions."""
+        for partition in self._positions:
+            each = TopicPartition(self.topic, partition)
+            if f"{each}" in str(problem):
+                at = self._consumer.position(each)
+                ours = self._positions[partition]
+                self._consumer.seek(each, at + 1)
+                self._buffer[partition] = deque([Chunk(ours, at + 1, corrupt=str(problem))])
+                return
+        raise LogError(f"cannot read topic {self.topic}: {problem}") from problem
+
+
+def _gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
+    if ours < begin:
+        return GapError(
+            f"topic {topic} partition {partition}: we were at {ours}, but the log now begins at {begin}: "
+            f"{begin - ours} positions were deleted unread; restore them, raise the topic's retention.ms, or accept "
+            "the loss",
+            Gap(Source(topic_id, partition), ours, begin),
+        )
+    return GapError(
+        f"topic {topic} partition {partition}: we were at {ours}, but the log ends at {end}: it was truncated, or "
+        "deleted and made again, or another cluster answers; restore it, or start a new state directory"
+    )
+
+
+def _split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
+    """The first `records` records of a chunk, and the rest.
+
+    >>> whole = Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])
+    >>> [(part.first, part.next, part.keys) for part in _split(whole, 1)]
+    [(5, 8, [b'a']), (8, 9, [b'b'])]
+    """
+    at = int(chunk.offsets[records])
+    parts = (slice(None, records), slice(records, None))
+    head, tail = (
+        Chunk(first, after, chunk.offsets[part], chunk.timestamps_ms[part], chunk.keys[part], chunk.values[part])
+        for (first, after), part in zip(((chunk.first, at), (at, chunk.next)), parts, strict=True)
+    )
+    return head, tail

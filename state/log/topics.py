@@ -1,0 +1,200 @@
+"""Topics of the log: made, described, their ends and the positions of groups.
+
+Part of `state.log`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import UUID
+
+import kafka.errors as kafka_errors
+from kafka import KafkaAdminClient
+from kafka.admin import OffsetSpec
+from kafka.structs import OffsetAndMetadata, TopicPartition
+
+from state.config.sections import Kafka
+from state.errors import LogError, UnknownTopic
+from state.log.client import connect, translated, unreachable
+
+RETRY_S = 0.05
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class TopicInfo:
+    """A topic as the cluster knows it.
+
+    Attributes:
+        topic_id: 32 hexadecimal digits; a topic that was deleted and made
+            again has another one.
+        partitions: How many it has.
+    """
+
+    topic_id: str
+    partitions: int
+
+
+class Topics:
+    """Asks and changes what topics there are. Any thread may call; calls wait for one another.
+
+    Raises:
+        UnreachableBroker: no broker answered within kafka.request_timeout_s; so does every method.
+        LogError: the cluster refused; so does every method.
+    """
+
+    def __init__(self, settings: Kafka) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._admin: Any = connect(settings, "connect to Kafka", KafkaAdminClient)
+
+    def ensure(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> TopicInfo:
+        """Makes the topic if there is none; an existing one stays as it is.
+
+        Returns when every partition has a leader.
+        """
+        wanted = {name: {"num_partitions": partitions, "replication_factor": -1, "configs": dict(config or {})}}
+
+        def create() -> None:
+            with contextlib.suppress(kafka_errors.TopicAlreadyExistsError):
+                self._admin.create_topics(wanted)
+            self._admin.wait_for_topics([name], timeout_ms=self._timeout_ms)
+
+        self._call(f"create topic {name}", create)
+        return self.describe(name)
+
+    def describe(self, name: str) -> TopicInfo:
+        """The topic's id and number of partitions.
+
+        Raises:
+            UnknownTopic: there is no such topic; nothing is created.
+        """
+        (topic,) = self._call(f"describe topic {name}", lambda: self._admin.describe_topics([name]))
+        if topic["error_code"]:
+            problem = kafka_errors.for_code(topic["error_code"])
+            with translated(self._settings, f"use topic {name}"):
+                raise problem(name)
+        return TopicInfo(UUID(str(topic["topic_id"])).hex, len(topic["partitions"]))
+
+    def names(self) -> list[str]:
+        """All topics that we may see, sorted."""
+        return sorted(self._call("list topics", self._admin.list_topics))
+
+    def ends(self, name: str) -> dict[int, tuple[int, int]]:
+        """Per partition the first position kept and the position of the next record.
+
+        Raises:
+            UnknownTopic: there is no such topic.
+        """
+        partitions = self._partitions(name)
+        begin = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.EARLIEST))
+        end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST))
+        return {each.partition: (begin[each], end[each]) for each in partitions}
+
+    def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
+        """Per partition the first position whose record's Kafka timestamp is `time_ms` or later.
+
+        Where all records are older it is the end: reading on from there sees
+        what comes from now on.
+
+        Raises:
+            UnknownTopic: there is no such topic.
+        """
+        partitions = self._partitions(name)
+        found = self._offsets(name, dict.fromkeys(partitions, time_ms))
+        end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST))
+        return {each.partition: found[each] if found[each] >= 0 else end[each] for each in partitions}
+
+    def delete(self, name: str) -> None:
+        """Deletes the topic with all its records; returns when it is gone.
+
+        Raises:
+            UnknownTopic: there is no such topic.
+        """
+        gone = self.describe(name).topic_id
+        self._call(f"delete topic {name}", lambda: self._admin.delete_topics([name]))
+        deadline = time.monotonic() + self._settings.request_timeout_s
+        while time.monotonic() < deadline:
+            try:
+                if self.describe(name).topic_id != gone:
+                    return
+            except UnknownTopic:
+                return
+            threading.Event().wait(RETRY_S)
+        raise LogError(f"topic {name} was not deleted within {self._settings.request_timeout_s:g} s; try again")
+
+    def delete_before(self, name: str, positions: Mapping[int, int]) -> None:
+        """Deletes records before a position per partition, as retention does."""
+        before = {TopicPartition(name, partition): offset for partition, offset in positions.items()}
+        self._call(f"delete records of {name}", lambda: self._admin.delete_records(before))
+
+    def grow(self, name: str, partitions: int) -> None:
+        """Gives the topic more partitions."""
+        self._call(f"grow topic {name}", lambda: self._admin.create_partitions({name: partitions}))
+        self._call(f"grow topic {name}", lambda: self._admin.wait_for_topics([name], timeout_ms=self._timeout_ms))
+
+    def commit(self, group: str, name: str, positions: Mapping[int, int]) -> None:
+        """Writes positions of a consumer group without members, for lag tools."""
+        offsets = {
+            TopicPartition(name, partition): OffsetAndMetadata(offset, "", -1)
+            for partition, offset in positions.items()
+        }
+
+        def commit() -> None:
+            for problem in self._admin.alter_group_offsets(group, offsets).values():
+                if problem is not kafka_errors.NoError:
+                    raise problem()
+
+        self._call(f"commit positions of group {group}", commit)
+
+    def committed(self, group: str, name: str) -> dict[int, int]:
+        """Positions of a consumer group in a topic; partitions without one are absent."""
+        answer = self._call(f"read positions of group {group}", lambda: self._admin.list_group_offsets([group]))
+        return {
+            each.partition: position.offset
+            for each, position in answer.get(group, {}).items()
+            if each.topic == name and position.offset >= 0
+        }
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._admin.close()
+
+    def __enter__(self) -> Topics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _timeout_ms(self) -> int:
+        return int(self._settings.request_timeout_s * 1000)
+
+    def _partitions(self, name: str) -> list[TopicPartition]:
+        return [TopicPartition(name, number) for number in range(self.describe(name).partitions)]
+
+    def _offsets(self, name: str, specs: Mapping[TopicPartition, object]) -> dict[TopicPartition, int]:
+        answer = self._call(f"read ends of {name}", lambda: self._admin.list_partition_offsets(dict(specs)))
+        return {each: int(found.offset) for each, found in answer.items()}
+
+    def _call(self, doing: str, ask: Callable[[], Answer]) -> Answer:
+        """Asks, and asks again while the cluster says that it will know in a moment."""
+        deadline = time.monotonic() + self._settings.request_timeout_s
+        while True:
+            try:
+                with self._lock, translated(self._settings, doing):
+                    return ask()
+            except LogError as problem:
+                cause = problem.__cause__
+                passing = isinstance(cause, kafka_errors.RetriableError) and not isinstance(problem, UnknownTopic)
+                if not passing:
+                    raise
+                if time.monotonic() + RETRY_S >= deadline:
+                    raise unreachable(self._settings, doing, cause or problem) from problem
+            threading.Event().wait(RETRY_S)

@@ -1,0 +1,339 @@
+"""Writes to topics, acknowledged: one by one, in transactions, or in whole record batches.
+
+Part of `state.log`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import kafka.errors as kafka_errors
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.partitioner.default import murmur2
+from kafka.protocol.producer import ProduceRequest
+
+from state.config.sections import Kafka
+from state.errors import LogError, UnknownTopic, UnreachableBroker
+from state.log.batches import I64, encode_batch
+from state.log.client import connect, translated
+from state.log.topics import RETRY_S, Topics
+
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+# The default of 100 ms is what a transaction would cost: the first look at a
+# transaction's coordinator always comes too early.
+RETRY_BACKOFF_MS = 2
+
+RETRIES = 40
+
+# The client can lose a transaction's request when the broker dies, and then
+# sends nothing until the delivery time-out, long after the broker is back. A
+# new writer finds the broker at once: give up early.
+PATIENCE = 3
+
+Headers = Sequence[tuple[str, bytes]]
+
+
+class Writer:
+    """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent).
+
+    One thread uses a writer.
+
+    With a transactional id every record belongs to a `transaction`; a second
+    writer with the same id fences the first. After an error close the writer
+    and make another.
+    """
+
+    def __init__(self, settings: Kafka, transactional_id: str | None = None) -> None:
+        """Connects; with a transactional id also ends what a predecessor left open.
+
+        Raises:
+            UnreachableBroker: no broker answered in time.
+            LogError: the cluster refused.
+        """
+        self._settings = settings
+        self._patience_s = settings.request_timeout_s / PATIENCE
+        self._known: set[str] = set()
+        self._pending: list[Any] = []
+        self._topics = Topics(settings)
+        try:
+            self._producer: Any = self._open(transactional_id)
+        except BaseException:
+            self._topics.close()
+            raise
+
+    def send(
+        self,
+        topic: str,
+        partition: int | None,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers = (),
+        timestamp_ms: int | None = None,
+    ) -> None:
+        """Hands a record over; it is not acknowledged before `flush` or the transaction's end.
+
+        Raises:
+            UnknownTopic: there is no such topic; none is created.
+            LogError: the record is too large, or outside a transaction.
+        """
+        if topic not in self._known:
+            self._topics.describe(topic)
+            self._known.add(topic)
+        with translated(self._settings, f"write to topic {topic}"):
+            try:
+                self._pending.append(
+                    self._producer.send(
+                        topic,
+                        value=value,
+                        key=key,
+                        headers=list(headers),
+                        partition=partition,
+                        timestamp_ms=timestamp_ms,
+                    )
+                )
+            except (AssertionError, ValueError) as problem:
+                raise LogError(f"cannot write to partition {partition} of topic {topic}: {problem}") from problem
+
+    def flush(self) -> None:
+        """Returns when every record sent so far is acknowledged by all replicas.
+
+        Raises:
+            UnreachableBroker: no acknowledgement in time; records may or may not be there.
+            LogError: the cluster refused a record.
+        """
+        pending, self._pending = self._pending, []
+        deadline = time.monotonic() + self._patience_s
+        with translated(self._settings, "write records"):
+            for future in pending:
+                future.get(timeout=max(0.001, deadline - time.monotonic()))
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What is sent inside becomes visible together when the block ends, or not at all.
+
+        1. Begins. 2. The block sends. 3. Every record is acknowledged. 4. Commits.
+        An exception in the block aborts and goes on.
+
+        Raises:
+            FencedWriter: another writer took over the transactional id.
+            UnreachableBroker: no broker answered within a third of the request time-out; the outcome is unknown.
+            LogError: the cluster refused; nothing became visible.
+        """
+        with translated(self._settings, "begin a transaction"):
+            self._producer.begin_transaction()
+        try:
+            yield
+            self.flush()
+            with translated(self._settings, "commit a transaction"):
+                self._end("begin_commit")
+        except UnreachableBroker:
+            # Nobody would hear the abort; whoever takes the id next ends the transaction.
+            raise
+        except BaseException:
+            self._abort()
+            raise
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Closes the connections; what is not acknowledged by then is given up."""
+        self._pending = []
+        try:
+            self._producer.close(timeout=timeout_s)
+        except kafka_errors.KafkaTimeoutError:
+            # The client gives up its own closing when it cannot flush.
+            self._producer._sender.force_close()
+            self._producer._sender.join(timeout_s)
+            self._producer._closed = True
+        self._topics.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, transactional_id: str | None) -> Any:
+        request_ms = int(self._settings.request_timeout_s * 1000)
+        producer = connect(
+            self._settings,
+            "connect a writer",
+            KafkaProducer,
+            acks="all",
+            enable_idempotence=True,
+            transactional_id=transactional_id,
+            retry_backoff_ms=RETRY_BACKOFF_MS,
+            max_block_ms=request_ms,
+            delivery_timeout_ms=2 * request_ms,
+            max_request_size=MAX_RECORD_BYTES,
+            batch_size=256 * 1024,
+            allow_auto_create_topics=False,
+            metrics_enabled=False,
+        )
+        if transactional_id is not None:
+            try:
+                with translated(self._settings, "begin as a transactional writer"):
+                    producer.init_transactions()
+            except BaseException:
+                producer.close(timeout=0)
+                raise
+        return producer
+
+    def _end(self, begin: str) -> None:
+        """Commits or aborts; the client's own methods wait for ever for a broker that is gone."""
+        result = getattr(self._producer._transaction_manager, begin)()
+        self._producer._sender.wakeup()
+        if not result.wait(int(self._patience_s * 1000)):
+            raise kafka_errors.KafkaTimeoutError("the transaction's coordinator does not answer")
+
+    def _abort(self) -> None:
+        self._pending = []
+        try:
+            self._end("begin_abort")
+        except (kafka_errors.KafkaError, RuntimeError):
+            # Fenced, or the broker is gone: the coordinator ends the
+            # transaction by itself; the first error is the one that counts.
+            return
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """The partition that Kafka's clients choose for a key.
+
+    >>> partition_of(b"shopper-1", 4) in range(4)
+    True
+    """
+    return int((murmur2(key) & 0x7FFFFFFF) % partitions)
+
+
+class BulkWriter:
+    """Appends whole record batches to one topic: for load generators, at 10 times the records per second.
+
+    Acknowledged (acks=all), not idempotent: a broken connection may leave a
+    batch twice.
+    """
+
+    def __init__(self, settings: Kafka, topic: str) -> None:
+        """Connects.
+
+        Raises:
+            UnreachableBroker: no broker answered in time.
+            UnknownTopic: there is no such topic.
+        """
+        self._settings = settings
+        self.topic = topic
+        with Topics(settings) as topics:
+            self.partitions = topics.describe(topic).partitions
+        self._admin: Any = connect(settings, "connect a writer", KafkaAdminClient)
+        with translated(settings, "connect a writer"):
+            self._leaders: dict[int, int] = self._find_leaders()
+
+    def append(self, batches: dict[int, bytes]) -> dict[int, int]:
+        """Appends one encoded batch per partition and waits for all acknowledgements.
+
+        Args:
+            batches: Per partition a batch of `log_batches.encode_batch`.
+
+        Returns:
+            Per partition the offset of its batch's first record.
+
+        Raises:
+            UnreachableBroker: no acknowledgement in time.
+            LogError: the cluster refused a batch.
+        """
+        bases: dict[int, int] = {}
+        left = batches
+        with translated(self._settings, f"append to topic {self.topic}"):
+            for attempt in range(RETRIES):
+                answers = self._admin._manager.run(self._send, left)
+                bases |= {number: base for number, (code, base) in answers.items() if not code}
+                failed = {number: code for number, (code, _) in answers.items() if code}
+                # Only what was refused is sent again: the rest is in the log.
+                left = {number: left[number] for number in failed}
+                if not left:
+                    return bases
+                error = kafka_errors.for_code(next(iter(failed.values())))
+                if attempt == RETRIES - 1 or not issubclass(error, kafka_errors.RetriableError):
+                    raise error(f"partition {next(iter(failed))}")
+                threading.Event().wait(RETRY_S)
+                self._leaders = self._find_leaders()
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._admin.close()
+
+    def __enter__(self) -> BulkWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _find_leaders(self) -> dict[int, int]:
+        (topic,) = self._admin.describe_topics([self.topic])
+        if topic["error_code"]:
+            raise UnknownTopic(f"topic {self.topic} does not exist; create it")
+        return {each["partition_index"]: each["leader_id"] for each in topic["partitions"]}
+
+    async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:
+        """Per partition the error code (0: acknowledged) and the offset of the first record."""
+        by_leader: dict[int, dict[int, bytes]] = {}
+        for partition, batch in batches.items():
+            by_leader.setdefault(self._leaders[partition], {})[partition] = batch
+        topic_data = ProduceRequest.TopicProduceData
+        sent = [
+            self._admin._manager.send(
+                ProduceRequest(
+                    transactional_id=None,
+                    acks=-1,
+                    timeout_ms=int(self._settings.request_timeout_s * 1000),
+                    topic_data=[
+                        topic_data(
+                            name=self.topic,
+                            partition_data=[
+                                topic_data.PartitionProduceData(index=partition, records=batch)
+                                for partition, batch in mine.items()
+                            ],
+                        )
+                    ],
+                    min_version=3,
+                    max_version=9,
+                ),
+                node_id=leader,
+            )
+            for leader, mine in by_leader.items()
+        ]
+        answers = {}
+        for answer in sent:
+            for topic in (await answer).responses:
+                for partition in topic.partition_responses:
+                    answers[partition.index] = (partition.error_code, partition.base_offset)
+        return answers
+
+
+def append_encoded(
+    writer: BulkWriter,
+    keys: Sequence[bytes],
+    values: Sequence[bytes],
+    timestamps_ms: I64,
+    partitions: Sequence[int] | I64,
+) -> None:
+    """Appends records in whole batches, one per partition; each partition keeps their order.
+
+    Args:
+        writer: Where to.
+        keys: n keys.
+        values: n values.
+        timestamps_ms: `[n]` int64, Kafka's timestamps.
+        partitions: `[n]` the partition of each record (see `partition_of`).
+    """
+    rows: dict[int, list[int]] = {}
+    for row, partition in enumerate(partitions):
+        rows.setdefault(int(partition), []).append(row)
+    writer.append(
+        {
+            partition: encode_batch([keys[row] for row in mine], [values[row] for row in mine], timestamps_ms[mine])
+            for partition, mine in rows.items()
+        }
+    )

@@ -1,0 +1,1 @@
+"""The micro-batch: one record of the training log, one step of the trainer."""

@@ -1,0 +1,178 @@
+"""tf.Examples of training rows: their format, and how they are read back through tf.data.
+
+A directory of examples has
+
+    examples-00000-of-00005.tfrecord.gz   one tf.Example a row, in no particular order
+    schema.pbtxt                          TensorFlow Metadata: name, type and shape of each feature
+    transform/transform_fn/               the preprocessing that the bootstrap analysed, a SavedModel
+    spec.json                             names of the columns, and where the rows came from; written last
+
+The rows are those that the trainer learns from. With `[labels]` an impression
+has the label that its wait made known, and the features of its own moment; the
+clicks that labelled it are no rows. An impression whose wait was not over when
+the clicks ended has no label and is left out.
+
+An example has
+
+    name           type    shape     meaning
+    user           int64   []        pseudonym; ids are 64 bits in two's complement, 0 is none
+    item           int64   []
+    category       int64   []        the category of this click: what interest is to foresee
+    action         int64   []        index into `actions` of spec.json
+    at_ms          int64   []        event time, ms
+    offset         int64   []        position in the topic's partition, or row of the recording
+    label          float32 []        engagement label in [0, 1], also one that came later; NaN is unknown
+    weight         float32 []        weight of the action in the interest loss
+    context        int64   [K]       ids of `name=value`; absent where `events.context` is empty
+    features       int64   [D]       windows before this click, raw integers, named by `features` of spec.json
+    labels         int64   [L]       the user's latest categories, newest first; 0 pads
+    label_windows  int64   [L * F]   windows of each of them, named by `label_windows` of spec.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from state.errors import SettingsError
+from state.features.spec import FeatureSpec
+from state.microbatch.row_kinds import trained
+
+if TYPE_CHECKING:
+    from state.microbatch.batch import Rows
+
+FORMAT = 1
+SPEC, SCHEMA, PREFIX = "spec.json", "schema.pbtxt", "examples"
+SUFFIXES = {"gzip": ".tfrecord.gz", "none": ".tfrecord"}
+IDS = ("user", "item", "category")
+BATCH_ROWS = 1024
+
+
+def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """Type and shape of each feature of an example, in order.
+
+    Args:
+        spec: Names the D features, the L labels and the F windows of each.
+        fields: K, context fields.
+
+    >>> shapes(FeatureSpec(), 0)["label_windows"]
+    (<class 'int'>, (360,))
+    """
+    found: dict[str, tuple[type, tuple[int, ...]]] = {
+        **dict.fromkeys((*IDS, "action", "at_ms", "offset"), (int, ())),
+        "label": (float, ()),
+        "weight": (float, ()),
+    }
+    if fields:
+        found["context"] = (int, (fields,))
+    found["features"] = (int, (len(spec.names),))
+    found["labels"] = (int, (spec.labels,))
+    found["label_windows"] = (int, (spec.labels * len(spec.label_names),))
+    return found
+
+
+def schema(spec: FeatureSpec, fields: int) -> Any:
+    """The TensorFlow Metadata schema of an example."""
+    from tensorflow_metadata.proto.v0 import schema_pb2
+
+    made = schema_pb2.Schema()
+    for name, (kind, shape) in shapes(spec, fields).items():
+        feature = made.feature.add(name=name, type=schema_pb2.INT if kind is int else schema_pb2.FLOAT)
+        feature.presence.min_fraction = 1.0
+        feature.shape.SetInParent()
+        for size in shape:
+            feature.shape.dim.add(size=size)
+    return made
+
+
+def record_batch(rows: Rows) -> pa.RecordBatch:
+    """The rows that are learned from, as the Arrow columns that tfx-bsl encodes as examples."""
+    every = rows.columns
+    keep = trained(every["kind"])
+    found = {name: column[keep] for name, column in every.items()}
+    count = int(keep.sum())
+    columns: dict[str, Any] = {name: found[name].view(np.int64) for name in IDS}
+    # An impression that waited is where it happened, not where its label became known.
+    columns |= {"action": found["action"].astype(np.int64), "at_ms": found["at_ms"]}
+    columns |= {"offset": found["offset"] - found["waited"], "label": found["label"], "weight": found["weight"]}
+    if found["context"].shape[1]:
+        columns["context"] = found["context"].view(np.int64)
+    columns["features"] = found["features"].astype(np.int64)
+    columns["labels"] = found["labels"].view(np.int64)
+    columns["label_windows"] = (
+        found["label_windows"].reshape(count, math.prod(found["label_windows"].shape[1:])).astype(np.int64)
+    )
+    return pa.RecordBatch.from_arrays(
+        [_lists(column.reshape(count, math.prod(column.shape[1:]))) for column in columns.values()], [*columns]
+    )
+
+
+def _lists(column: Any) -> pa.Array:
+    rows, width = column.shape
+    ends = pa.array(np.arange(0, rows * width + 1, width, dtype=np.int32))
+    return pa.ListArray.from_arrays(ends, pa.array(np.ascontiguousarray(column).reshape(-1)))
+
+
+def about(path: Path) -> dict[str, Any]:
+    """What spec.json of a directory of examples says.
+
+    Raises:
+        SettingsError: The directory is none, or of another format.
+    """
+    try:
+        document: dict[str, Any] = json.loads((path / SPEC).read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{path} holds no complete examples ({error}); make them with `springtide bootstrap --examples {path}`"
+        ) from None
+    if document.get("format") != FORMAT:
+        raise SettingsError(
+            f"{path} holds examples of format {document.get('format')}, this release reads {FORMAT}; make them again"
+        )
+    return document
+
+
+def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
+    """A `tf.data.Dataset` over the examples of a directory, in batches of dictionaries.
+
+    Ids and numbers are as in an example. What `trainer.model.network.Model.forward`
+    takes comes as it takes it: `features` `[B, D]` float32 and `label_windows`
+    `[B, L, F]` float32, raw integers; `label_mask` `[B, L]` float32, 1 where
+    there is a label. A batch comes from one file; shuffle with a buffer of
+    some batches, as the order of the rows is not random within a file.
+
+    Args:
+        path: The directory.
+        batch_rows: Rows of a batch, B; the last of a file may have fewer.
+
+    Raises:
+        SettingsError: The directory holds no complete examples of this format.
+    """
+    import tensorflow as tf
+
+    path = Path(path)
+    document = about(path)
+    spec = FeatureSpec.from_json(document["spec"])
+    columns = {
+        name: tf.io.FixedLenFeature(shape, tf.int64 if kind is int else tf.float32)
+        for name, (kind, shape) in shapes(spec, len(document["context"])).items()
+    }
+    per_label = [-1, spec.labels, len(spec.label_names)]
+
+    def as_tensors(serialized: Any) -> Mapping[str, Any]:
+        rows = tf.io.parse_example(serialized, columns)
+        rows["features"] = tf.cast(rows["features"], tf.float32)
+        rows["label_windows"] = tf.cast(tf.reshape(rows["label_windows"], per_label), tf.float32)
+        rows["label_mask"] = tf.cast(rows["labels"] != 0, tf.float32)
+        return dict(rows)
+
+    files = sorted(str(file) for file in path.glob(f"{PREFIX}-*{SUFFIXES[document['compression']]}"))
+    compression = "GZIP" if document["compression"] == "gzip" else ""
+    records = tf.data.TFRecordDataset(files, compression_type=compression)
+    return records.batch(batch_rows).map(as_tensors, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)

@@ -1,0 +1,265 @@
+"""Crosses: what a row's values, alone and in pairs, are called in the table of their weights.
+
+A cross is a value, such as the item or the user's age band, or a pair, such as
+the user and the category: that this user likes that category is then a number
+of its own, which no product of two embedding rows has to find. The trainer and
+serving name crosses with this one function, so that the same row has the same
+numbers in both. Integers only: the same bits on every machine.
+
+Each cross has two learned numbers, both logits. Its weight is what it adds to
+the sum of all weights of a row, where each leaves to the others what they can
+say too. Its margin is by how much the labels of its own rows differ from those
+of all, whatever else those rows had in common: known after few rows, and not
+moved by what others learn. They err in different ways, so that a mixture of
+both is nearer than either: a part of a row's engagement logit is
+
+    sum over its crosses c of  weight share of c * weight + margin share of c * margin
+
+with shares that are learned too, a pair for each name of a cross.
+
+    alone       user, item, category, each context field, each attribute of user and item, each answer
+    with user   item, category, each context field, each attribute of the item
+    in context  each context field with category and with each attribute of the item
+
+An answer is what the user's labels and events so far say, in bands: of so many
+impressions so many were positive, and this is the third of a session. A value that is not there (id 0) takes its crosses out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.compiled import compiled
+from state.compiled.mixing import mix
+from state.features.spec import FeatureSpec
+
+U64 = NDArray[np.uint64]
+U16 = NDArray[np.uint16]
+I32 = NDArray[np.int32]
+F32 = NDArray[np.float32]
+
+ANSWERS = {
+    "share": 2.0,
+    "share by weight": 48.0,
+    "positive of labelled": 300.0,
+    "labelled": 300.0,
+    "pause": 6.0,
+    "pause before": 15.0,
+    "session": 15.0,
+    "days": 15.0,
+}
+"""What the answers are, and the precision of their crosses before anything was learned.
+
+share                 positive of labelled, decayed, in sixteenths, drawn to a half where there are few
+share by weight       the same in eighths, for each half octave of labelled
+positive of labelled  both counts in the longest window
+labelled              of them the second
+pause                 octaves since the last event
+pause before          octaves between the last two
+session               events of the session so far
+days                  days with an event
+"""
+
+PRECISION = {
+    "every": 1.0,
+    "user": 8.0,
+    "item": 30.0,
+    "category": 15.0,
+    "context": 0.05,
+    "user attribute": 300.0,
+    "item attribute": 40.0,
+    "user*item": 0.3,
+    "user*category": 20.0,
+    "user*context": 8.0,
+    "user*item attribute": 30.0,
+    "context*category": 75.0,
+    "context*item attribute": 30.0,
+}
+"""The precision of a weight before anything was learned, by the kind of its values: 1 / variance of a logit.
+
+A context differs most from another, then somebody's taste for an item that
+comes again; what an age band has in common differs least. Four labels tell one
+of precision, at best. Chosen on KuaiRand in one pass over its six days.
+"""
+
+WIDTH = 2
+"""Numbers of a cross: weight and margin."""
+
+FIRST_SHARES = (0.5, 0.0)
+"""How much weight and margin count before anything was learned. Half of the sum of weights is about right beside margins."""
+
+MARGIN_PRECISION = 1.0
+"""The precision of a margin before anything was learned: four labels, where half of all are positive."""
+
+SHARE_PRECISION = 30.0
+"""The precision of what is added to a first share."""
+
+
+class Values(NamedTuple):
+    """What of n rows is crossed; ids, 0 where there is none.
+
+    Attributes:
+        user: `[n]` uint64.
+        item: `[n]` uint64.
+        category: `[n]` uint64.
+        context: `[n, K]` uint64.
+        user_attributes: `[n, Au]` uint64.
+        item_attributes: `[n, Ai]` uint64.
+        features: `[n, D]` uint16, as the feature spec names them.
+    """
+
+    user: U64
+    item: U64
+    category: U64
+    context: U64
+    user_attributes: U64
+    item_attributes: U64
+    features: U16
+
+
+@compiled
+def _band(count: int) -> int:
+    """Counts below 16 as they are, then four bands an octave."""
+    shift = 0
+    while (count >> shift) >= 16:
+        shift += 1
+    return count if shift == 0 else 16 + 8 * shift + ((count >> shift) - 8)
+
+
+@compiled
+def _half_octave(weight: int) -> int:
+    """Two bands an octave."""
+    shift = 0
+    while (weight >> shift) >= 4:
+        shift += 1
+    return 2 * shift + (weight >> shift)
+
+
+@compiled
+def _answers(features: U16, places: I32, first: int, values: U64) -> None:
+    """Into the columns of `values` from `first` on; `places` are those that `Crosses` reads."""
+    for i in range(features.shape[0]):
+        labelled, positive = int(features[i, places[0]]), int(features[i, places[1]])
+        counted, taken = int(features[i, places[2]]), int(features[i, places[3]])
+        pause = 255
+        for place in places[7:]:
+            pause = min(pause, int(features[i, place]))
+        # Decayed counts are in 1/256 events; a new user has 0.45 of one event.
+        values[i, first] = np.uint64(1 + (positive + 115) * 16 // (labelled + 256))
+        values[i, first + 1] = np.uint64(1 + _half_octave(labelled) * 16 + positive * 8 // max(labelled, 1))
+        values[i, first + 2] = np.uint64(1 + _band(counted) * 256 + _band(taken))
+        values[i, first + 3] = np.uint64(1 + _band(counted))
+        values[i, first + 4] = np.uint64(1 + pause // 8)
+        values[i, first + 5] = np.uint64(1 + int(features[i, places[4]]) // 8)
+        values[i, first + 6] = np.uint64(1 + _band(int(features[i, places[5]])))
+        values[i, first + 7] = np.uint64(1 + _band(int(features[i, places[6]])))
+
+
+@compiled
+def _cross(values: U64, pairs: I32, salts: U64, found: U64) -> None:
+    for i in range(values.shape[0]):
+        for c in range(pairs.shape[0]):
+            one, other = values[i, pairs[c, 0]], values[i, pairs[c, 1]]
+            found[i, c] = np.uint64(0)
+            if one != np.uint64(0) and other != np.uint64(0):
+                found[i, c] = max(mix(mix(one ^ salts[c]) + other), np.uint64(1))
+
+
+def _hashed(kind: str, names: Sequence[str]) -> U64:
+    """`[n]` uint64."""
+    digests = [hashlib.sha256(f"{kind}:{name}".encode()).digest() for name in names]
+    return np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
+
+
+def logits_of(rows: F32, shares: F32) -> F32:
+    """What crosses add to the logit of rows.
+
+    Args:
+        rows: `[n, C, 2]` float32 weights and margins, 0 where there is no cross.
+        shares: `[C, 2]` float32, what is added to the first shares.
+
+    Returns:
+        `[n]` float32.
+    """
+    found: F32 = ((shares + np.array(FIRST_SHARES, np.float32)) * rows).sum((1, 2))
+    return found
+
+
+class Crosses:
+    """The crosses of rows with some columns.
+
+    Args:
+        spec: Names the features.
+        context: Names of the context fields.
+        users: Names of the users' attributes.
+        items: Names of the items' attributes.
+
+    Attributes:
+        names: Of the C crosses, such as `user*category`.
+        precision: `[C]` float32, of their weights before anything was learned.
+        shares: `[C]` uint64, under which ids what is added to the first shares of each name is kept.
+
+    >>> crosses = Crosses(FeatureSpec(), ("tab",), (), ("author",))
+    >>> crosses.names[1:9]
+    ('user', 'item', 'category', 'context.tab', 'item.author', 'answer.share', 'answer.share by weight', 'answer.positive of labelled')
+    >>> crosses.names[14:]
+    ('user*item', 'user*category', 'user*context.tab', 'user*item.author', 'context.tab*category', 'context.tab*item.author')
+    """
+
+    def __init__(
+        self, spec: FeatureSpec, context: Sequence[str] = (), users: Sequence[str] = (), items: Sequence[str] = ()
+    ) -> None:
+        kinds = {"every": "every", "user": "user", "item": "item", "category": "category"}
+        kinds |= {f"context.{name}": "context" for name in context}
+        kinds |= {f"user.{name}": "user attribute" for name in users}
+        kinds |= {f"item.{name}": "item attribute" for name in items}
+        kinds |= {f"answer.{name}": name for name in ANSWERS}
+        things = [name for name, kind in kinds.items() if kind in ("category", "item attribute")]
+        contexts = [name for name, kind in kinds.items() if kind == "context"]
+        paired = [("user", name) for name in ("item", "category", *contexts, *things[1:])]
+        paired += [(one, other) for one in contexts for other in things]
+        alone = [(name, "every") for name in kinds]
+        place = {name: number for number, name in enumerate(kinds)}
+        self.names = (*kinds, *("*".join(pair) for pair in paired))
+        known = PRECISION | ANSWERS
+        self.precision: F32 = np.array(
+            [known[kinds[one]] for one in kinds] + [known[f"{kinds[one]}*{kinds[other]}"] for one, other in paired],
+            np.float32,
+        )
+        self._width = len(kinds)
+        self._pairs: I32 = np.array([[place[one], place[other]] for one, other in alone + paired], np.int32)
+        self._salts, self.shares = (_hashed(kind, self.names) for kind in ("cross", "cross share"))
+        counted, decayed = len(spec.windows_s) - 1, len(spec.windows_s) + len(spec.half_lives_s) - 1
+        read = [f"{kind}.{spec.label_names[name]}" for name in (decayed, counted) for kind in ("labelled", "positive")]
+        read += ["gap.1", "session.events", "events.days"]
+        read += [f"{action}.recency" for action in spec.actions]
+        self._places: I32 = np.array([spec.names.index(name) for name in read], np.int32)
+
+    def __len__(self) -> int:
+        """C."""
+        return len(self.names)
+
+    def ids(self, rows: Values) -> U64:
+        """The crosses of rows, `[n, C]` uint64; 0 where one of its values is not there.
+
+        Args:
+            rows: With the columns that this was made for.
+        """
+        count = len(rows.user)
+        values = np.empty((count, self._width), np.uint64)
+        values[:, 0] = 1
+        for place, column in enumerate((rows.user, rows.item, rows.category), 1):
+            values[:, place] = column
+        at = 4
+        for columns in (rows.context, rows.user_attributes, rows.item_attributes):
+            values[:, at : at + columns.shape[1]] = columns
+            at += columns.shape[1]
+        _answers(np.ascontiguousarray(rows.features), self._places, at, values)
+        found = np.empty((count, len(self)), np.uint64)
+        _cross(values, self._pairs, self._salts, found)
+        return found

@@ -1,0 +1,204 @@
+"""Files of clicks: which there are, of which format, and their rows as columns in chunks.
+
+    CSV         .csv .tsv .txt          state/recordings/text.py
+    JSON lines  .json .jsonl .ndjson    state/recordings/text.py
+    Parquet     .parquet .pq            state/recordings/parquet.py
+
+CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns
+that `[events]` names are read: an outcome that nobody mapped cannot become a
+feature.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+
+from state.config.sections import Events
+from state.errors import SettingsError, UnreadableRecording
+from state.recordings.parquet import parquet_rows
+from state.recordings.rows import Encoded, Encoder, Rows, mapped_fields
+from state.recordings.text import CHUNK_ROWS, REMEDY, csv_rows, json_rows
+
+FORMATS = ("csv", "json", "parquet")
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
+BUFFER_BYTES = 1 << 20
+MEMORY_PER_BYTE = {"csv": 6, "json": 3, "parquet": 30}
+COMPRESSION = 6
+MEMORY_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class RecordedFile:
+    """A file of clicks.
+
+    Attributes:
+        path: Where it is.
+        format: csv, json or parquet.
+        delimiter: Between the cells of a CSV file.
+    """
+
+    path: Path
+    format: str
+    delimiter: str = ","
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Files and how their columns are fields.
+
+    Attributes:
+        files: In the order in which they are read.
+        columns: Names of the columns of CSV files without a header; empty: they have one.
+        constants: Field -> the value that each row has.
+        remedy: What to do about a field that is no column.
+    """
+
+    files: tuple[RecordedFile, ...]
+    columns: tuple[str, ...] = ()
+    constants: Mapping[str, str] | None = None
+    remedy: str = REMEDY
+
+    def rows(self, number: int, fields: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:
+        """The rows of file `number`, their `fields` as columns; constants are not read.
+
+        Raises:
+            SettingsError: A field is no column of the file.
+            UnreadableRecording: The file is cut or damaged.
+        """
+        file = self.files[number]
+        wanted = [name for name in fields if name not in (self.constants or {})]
+        last = 0
+        try:
+            if file.format == "parquet":
+                chunks = parquet_rows(file.path, wanted, chunk_rows, self.remedy)
+            else:
+                stream = _opened(file.path)
+                where = str(file.path)
+                chunks = (
+                    csv_rows(stream, where, wanted, self.columns, file.delimiter, chunk_rows, self.remedy)
+                    if file.format == "csv"
+                    else json_rows(stream, where, wanted, chunk_rows)
+                )
+            for rows in chunks:
+                yield rows
+                last = int(rows.lines[-1])
+        except (OSError, pa.ArrowException) as error:
+            unit = "row" if file.format == "parquet" else "line"
+            raise UnreadableRecording(
+                f"{file.path}: not readable as {file.format} after {unit} {last}: {error}; repair the file, leave it "
+                "out, or name its format with --format"
+            ) from None
+
+    def encoded(self, encoder: Encoder, events: Events) -> Iterator[Encoded]:
+        """All rows of all files as records, in the order of the files.
+
+        Raises:
+            SettingsError: As `rows`.
+            UnreadableRecording: As `rows`.
+        """
+        fields = mapped_fields(events)
+        for number in range(len(self.files)):
+            for rows in self.rows(number, fields):
+                yield encoder.encode(rows, number)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The uncompressed bytes; unlike gzip and zstandard's own readers it refuses a cut file and reads all frames."""
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER_BYTES))
+
+
+def find(patterns: Sequence[str], format: str = "", delimiter: str = "") -> tuple[RecordedFile, ...]:
+    """The files that names and globs mean, each once, those of one glob sorted by name.
+
+    Args:
+        patterns: Paths, or globs that the shell left alone.
+        format: One of FORMATS; empty: by each file's name.
+        delimiter: Of CSV; empty: a tab for .tsv, else a comma.
+
+    Raises:
+        SettingsError: A pattern means no file, or a file's name tells no format.
+    """
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
+        if not found:
+            raise SettingsError(f"{pattern}: no such file; check the path")
+        paths |= dict.fromkeys(map(Path, found))
+    return tuple(_described(path, format, delimiter) for path in paths)
+
+
+def _described(path: Path, format: str, delimiter: str) -> RecordedFile:
+    if not path.is_file():
+        raise SettingsError(f"{path}: no file; name files, or a glob such as '{path}/*.csv'")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    kind = format or SUFFIXES.get(suffix, "")
+    if not kind:
+        raise SettingsError(f"{path}: its name does not tell its format; say --format {'|'.join(FORMATS)}")
+    return RecordedFile(path, kind, delimiter or ("\t" if suffix == ".tsv" else ","))
+
+
+def constants_of(written: Sequence[str], events: Events) -> dict[str, str]:
+    """Constants written as `field=value`.
+
+    >>> constants_of(["action=view"], Events())
+    {'action': 'view'}
+
+    Raises:
+        SettingsError: One is written differently, or is of no field that `[events]` names.
+    """
+    constants: dict[str, str] = {}
+    fields = mapped_fields(events)
+    for one in written:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise SettingsError(f"constant {one!r}: write FIELD=VALUE, such as action=view")
+        if name not in fields:
+            raise SettingsError(f"constant {one!r}: [events] names no field {name!r}, only {', '.join(fields)}")
+        constants[name] = value
+    return constants
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_beyond_memory(recording: Recording, available: int) -> None:
+    """Refuses to sort what memory would not hold.
+
+    Raises:
+        SettingsError: The files are too large.
+    """
+    needed = sum(
+        file.path.stat().st_size
+        * MEMORY_PER_BYTE[file.format]
+        * (COMPRESSION if file.path.suffix.lower() in COMPRESSED else 1)
+        for file in recording.files
+    )
+    if needed > available * MEMORY_SHARE:
+        raise SettingsError(
+            f"the files would take about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: "
+            "sort them by time and say --sort assume, or read fewer at once"
+        )

@@ -1,0 +1,87 @@
+"""The options of commands that read files of clicks: which files, of which format, and how columns are fields."""
+
+from __future__ import annotations
+
+import argparse
+
+from state.config.sections import Events
+from state.errors import SettingsError
+from state.recordings.files import FORMATS, Recording, constants_of, find
+
+
+def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
+    """Adds `FILE...` and the options that say how to read them.
+
+    Args:
+        parser: Where to.
+        about: What the command does with the rows, one or two sentences for its help.
+    """
+    parser.add_argument("files", nargs="*", metavar="FILE", help="CSV, JSON lines or Parquet; .gz, .zst; globs")
+    group = parser.add_argument_group("files", f"Columns are found by the names in [events], as in the topic. {about}")
+    add_format_arguments(group)
+    group.add_argument(
+        "--constant", action="append", default=[], metavar="FIELD=VALUE", help="a field that is the same in every row"
+    )
+    group.add_argument(
+        "--allow-outcome",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let an outcome (events.outcomes) be a feature",
+    )
+    group.add_argument(
+        "--sort",
+        choices=("memory", "assume"),
+        default="memory",
+        help="memory: read everything and order it by time (default); assume: the files are in order",
+    )
+
+
+def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> None:
+    """Adds the options that say what all files are.
+
+    Args:
+        parser: Where to, or a group of its options.
+        of: Of which files the columns are, where not of all.
+    """
+    parser.add_argument("--format", choices=FORMATS, default="", help="of all files; else each file's name tells")
+    parser.add_argument("--delimiter", default="", metavar="C", help="between CSV cells (default , and a tab for .tsv)")
+    parser.add_argument(
+        "--columns",
+        default="",
+        metavar="A,B,...",
+        help=f"names of the columns of CSV files without a header{of}; - skips one",
+    )
+
+
+def as_settings(options: argparse.Namespace) -> list[str]:
+    """The options that are settings, as their flags.
+
+    >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"], allow_outcome=[]))
+    ['--events.columns=user,time', '--events.constants=action=view']
+    """
+    flags = []
+    for name, values in (
+        ("columns", options.columns.split(",") if options.columns else []),
+        ("constants", options.constant),
+        ("allow_outcomes", options.allow_outcome),
+    ):
+        if values:
+            flags.append(f"--events.{name}={','.join(values)}")
+    return flags
+
+
+def chosen(options: argparse.Namespace, events: Events) -> Recording:
+    """The recording that the options and `[events]` describe.
+
+    Raises:
+        SettingsError: A file is not there, its format is not known, or `[events]` names no user.
+    """
+    recording = Recording(
+        files=find(options.files, options.format, options.delimiter),
+        columns=events.columns,
+        constants=constants_of(events.constants, events),
+    )
+    if not events.user:
+        raise SettingsError("events.user names no field: every click is some user's; name it")
+    return recording

@@ -1,0 +1,258 @@
+"""Rows of a recording become records of the topic: JSON objects with the field names of `[events]`.
+
+The time of a row is left open until it is sent, since a replay moves it. What
+cannot be a click is not dropped: a row whose fields are wrong goes out with
+them, a row that cannot be split into fields goes out as its text, and the
+stream's parser makes a dead letter of each. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from state.config.sections import Events
+from state.errors import DecodeError
+from state.events.parser import parse_time
+
+I64 = npt.NDArray[np.int64]
+NO_TIME = np.iinfo(np.int64).min
+SECONDS_BELOW = 1e11  # auto reads smaller numbers as seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of one file, as columns.
+
+    Attributes:
+        columns: Field -> n values, None where a row has none.
+        lines: `[n]` int64, the line each row begins on (for Parquet its number), from 1.
+        broken: The rows that cannot be split into fields.
+        text: A row as it stands in the file.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    lines: I64
+    broken: frozenset[int]
+    text: Callable[[int], bytes]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """n records, complete but for their time.
+
+    Attributes:
+        keys: n keys, the raw ids of users.
+        bodies: n values; where `at_ms` is a time, the object lacks `,"time":...}` at its end.
+        at_ms: `[n]` int64, recorded time; NO_TIME where the row has none that can be read: it is sent as it is.
+        file: `[n]` int64, number of the file.
+        line: `[n]` int64, line in the file.
+    """
+
+    keys: list[bytes]
+    bodies: list[bytes]
+    at_ms: I64
+    file: I64
+    line: I64
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: I64) -> Encoded:
+        """The records `rows`, in that order."""
+        places = rows.tolist()
+        return Encoded(
+            [self.keys[row] for row in places],
+            [self.bodies[row] for row in places],
+            self.at_ms[rows],
+            self.file[rows],
+            self.line[rows],
+        )
+
+    def cut(self, first: int, after: int) -> Encoded:
+        """The records [first, after)."""
+        part = slice(first, after)
+        return Encoded(self.keys[part], self.bodies[part], self.at_ms[part], self.file[part], self.line[part])
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """All records of `parts`, in their order."""
+    return Encoded(
+        [key for part in parts for key in part.keys],
+        [body for part in parts for body in part.bodies],
+        *(
+            np.concatenate([np.empty(0, np.int64), *(getattr(part, name) for part in parts)])
+            for name in ("at_ms", "file", "line")
+        ),
+    )
+
+
+def order(at_ms: I64) -> I64:
+    """`[n]` int64: rows by time; equal times keep their order, and a row without one stays behind the row before it.
+
+    >>> order(np.array([30, NO_TIME, 10, 30])).tolist()
+    [2, 0, 1, 3]
+    """
+    place = np.where(at_ms != NO_TIME, np.arange(len(at_ms)), 0)
+    return np.argsort(at_ms[np.maximum.accumulate(place)], kind="stable")
+
+
+def mapped_fields(events: Events) -> tuple[str, ...]:
+    """The fields that `[events]` names, each once; no other column of a file is ever sent.
+
+    >>> mapped_fields(Events(action="", label="is_click", context=("tab", "item")))
+    ('user', 'item', 'category', 'time', 'is_click', 'tab')
+    """
+    names = (
+        events.user,
+        events.item,
+        events.category,
+        events.action,
+        events.time,
+        events.label,
+        events.request,
+        *events.context,
+    )
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def as_label(value: Any) -> Any:
+    """A label written as text, as CSV has it, becomes a number; what is none stays, for the parser to refuse.
+
+    >>> [as_label(value) for value in ("1", "0.5", "true", "", "often", 1)]
+    [1, 0.5, True, None, 'often', 1]
+    """
+    if type(value) is not str:
+        return value
+    text = value.strip().lower()
+    if text in ("", "true", "false"):
+        return {"true": True, "false": False}.get(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return value
+    if not math.isfinite(number):
+        return value
+    return int(number) if number.is_integer() else number
+
+
+def time_of(value: Any, unit: str, latest_ms: int) -> int:
+    """A row's time in milliseconds; NO_TIME for what is none or lies after `latest_ms`.
+
+    >>> time_of("1511544070", "auto", 1 << 52), time_of("soon", "auto", 1 << 52) == NO_TIME
+    (1511544070000, True)
+    """
+    if isinstance(value, date):
+        moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
+        at_ms = round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+    else:
+        try:
+            at_ms = parse_time(value, unit)
+        except DecodeError:
+            return NO_TIME
+    return at_ms if at_ms <= latest_ms else NO_TIME
+
+
+def times_as(at_ms: I64, unit: str) -> list[bytes]:
+    """`[n]` int64 times as JSON in the configured unit.
+
+    >>> times_as(np.array([1_511_544_070_500]), "s"), times_as(np.array([1_511_544_070_500]), "iso")
+    ([b'1511544070.5'], [b'"2017-11-24T17:21:10.500Z"'])
+    """
+    if unit == "iso":
+        return [b'"%sZ"' % text.encode() for text in at_ms.astype("datetime64[ms]").astype(str).tolist()]
+    if unit == "s" or (unit == "auto" and len(at_ms) and at_ms.min() < SECONDS_BELOW):
+        small = unit == "s"
+        return [
+            orjson.dumps(at // 1000 if not at % 1000 else at / 1000) if small or at < SECONDS_BELOW else b"%d" % at
+            for at in at_ms.tolist()
+        ]
+    return [b"%d" % at for at in at_ms.tolist()]
+
+
+class Encoder:
+    """Makes records of rows.
+
+    Args:
+        events: The section `[events]`.
+        constants: Field -> the value that every row has.
+        latest_ms: A later time is none: a recording is of the past.
+    """
+
+    def __init__(self, events: Events, constants: Mapping[str, str], latest_ms: int) -> None:
+        self._events = events
+        self._latest_ms = latest_ms
+        self._constants = {
+            name: as_label(value) if name == events.label else value for name, value in constants.items()
+        }
+        self._names = tuple(name for name in mapped_fields(events) if name != events.time)
+        self._time_key = b"," + orjson.dumps(events.time) + b":"
+
+    def encode(self, rows: Rows, file: int) -> Encoded:
+        """The records of `rows` of file number `file`."""
+        events, count = self._events, len(rows)
+        columns = [self._column(rows, name) for name in self._names]
+        times = self._column(rows, events.time) if events.time else [None] * count
+        users = columns[self._names.index(events.user)]
+        at_ms = np.full(count, NO_TIME, np.int64)
+        keys: list[bytes] = []
+        bodies: list[bytes] = []
+        dumps, names, unit, latest_ms = orjson.dumps, self._names, events.time_unit, self._latest_ms
+        for row, values in enumerate(zip(*columns, strict=True)):
+            user = users[row]
+            keys.append(str(user).encode() if type(user) in (str, int) else b"")
+            if row in rows.broken:
+                bodies.append(rows.text(row))
+                continue
+            fields = dict(zip(names, values, strict=True))
+            at = time_of(times[row], unit, latest_ms)
+            try:
+                if at != NO_TIME:
+                    bodies.append(dumps(fields)[:-1])
+                    at_ms[row] = at
+                else:
+                    bodies.append(dumps(fields | ({events.time: times[row]} if events.time else {})))
+            except (TypeError, ValueError):
+                # No JSON has such a value, say a number of 30 digits.
+                bodies.append(rows.text(row))
+        return Encoded(keys, bodies, at_ms, np.full(count, file, np.int64), rows.lines)
+
+    def values(self, encoded: Encoded, at_ms: I64) -> list[bytes]:
+        """Complete values with the times to send; where `encoded` has no time, its body as it is."""
+        endings = times_as(np.where(encoded.at_ms == NO_TIME, 1 << 41, at_ms), self._events.time_unit)
+        has_time = (encoded.at_ms != NO_TIME).tolist()
+        key = self._time_key
+        return [
+            body + key + ending + b"}" if complete else body
+            for body, ending, complete in zip(encoded.bodies, endings, has_time, strict=True)
+        ]
+
+    def _column(self, rows: Rows, name: str) -> Sequence[Any]:
+        if name in self._constants:
+            return [self._constants[name]] * len(rows)
+        values = rows.columns.get(name)
+        if values is None:
+            return [None] * len(rows)
+        return [as_label(value) for value in values] if name == self._events.label else values
+
+
+def shown_reasons(refused: Mapping[str, int], called: str = "dead letter") -> str:
+    """Dead letters by reason, the most frequent first.
+
+    >>> shown_reasons({"undecodable": 1, "implausible_time": 35}), shown_reasons({})
+    ('36 dead letters (35 implausible_time, 1 undecodable)', '0 dead letters')
+    """
+    total = sum(refused.values())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(refused).most_common())
+    return f"{total:,} {called}{'s' * (total != 1)}" + (f" ({reasons})" if reasons else "")

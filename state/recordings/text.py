@@ -1,0 +1,228 @@
+"""Reads rows from lines of text: CSV and JSON lines.
+
+A line that cannot be split into fields is a broken row of the result, never
+an exception and never left out: one bad line spoils no other. Blank lines are
+no rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+
+from state.config.sources import nearest
+from state.errors import SettingsError
+from state.recordings.rows import Rows
+
+CHUNK_ROWS = 8192
+LONGEST_RECORD_LINES = 100  # a quoted field with more lines is a stray quote
+REMEDY = "correct [events], or say --constant FIELD=VALUE"
+BOM = b"\xef\xbb\xbf"
+
+Record = tuple[int, bytes, list[str] | None]
+
+
+def csv_rows(
+    stream: BinaryIO,
+    where: str,
+    wanted: Sequence[str],
+    columns: Sequence[str] = (),
+    delimiter: str = ",",
+    chunk_rows: int = CHUNK_ROWS,
+    remedy: str = REMEDY,
+) -> Iterator[Rows]:
+    """Reads CSV.
+
+    Args:
+        stream: The bytes.
+        where: The file's name, for messages.
+        wanted: The fields to read.
+        columns: Names of the columns of a file without a header; empty: the first line is the header.
+        delimiter: One character.
+        chunk_rows: Rows at a time.
+        remedy: What to do about a column that is not there.
+
+    Raises:
+        SettingsError: A wanted field is no column.
+    """
+    names, records = _named(stream, where, columns, delimiter)
+    places = {name: names.index(name) for name in wanted if name in names}
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        raise SettingsError(_no_column(where, missing[0], names, bool(columns), remedy))
+    nothing = [None] * len(names)
+
+    def rows_of(chunk: list[Record]) -> Rows:
+        cells = [one[2] or nothing for one in chunk]
+        return Rows(
+            columns={name: [row[place] for row in cells] for name, place in places.items()},
+            lines=np.array([one[0] for one in chunk], np.int64),
+            broken=frozenset(row for row, one in enumerate(chunk) if one[2] is None),
+            text=lambda row: chunk[row][1],
+        )
+
+    yield from (rows_of(chunk) for chunk in _chunks(records, chunk_rows))
+
+
+def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str) -> tuple[list[str], Iterator[Record]]:
+    """The names of the columns and the rows below them."""
+    lines = enumerate(stream, 1)
+    for number, line in lines:
+        text = line.removeprefix(BOM) if number == 1 else line
+        if text.strip():
+            break
+    else:
+        return list(columns), iter(())
+    first = _split(text.rstrip(b"\r\n"), delimiter) or []
+    if not columns:
+        return [name.strip() for name in first], _records(lines, delimiter, len(first))
+    names = list(columns)
+    if [name.strip() for name in first] == names:
+        return names, _records(lines, delimiter, len(names))
+    if len(first) != len(names):
+        raise SettingsError(
+            f"{where}:{number}: {len(first)} columns, but --columns names {len(names)}: {','.join(names)}; "
+            "name each, `-` for one not needed"
+        )
+
+    def from_first() -> Iterator[tuple[int, bytes]]:
+        yield number, text
+        yield from lines
+
+    return names, _records(from_first(), delimiter, len(names))
+
+
+def _no_column(where: str, missing: str, names: Sequence[str], given: bool, remedy: str) -> str:
+    """What to do about a column that is not there."""
+    if given:
+        return f"--columns {','.join(names)}: has no {missing!r}; name the column, or {remedy}"
+    shown = ", ".join(names[:30])
+    return (
+        f"{where}: no column {missing!r} (the nearest is {nearest(missing, dict.fromkeys(names or ['none']))!r}); "
+        f"it has {shown}; {remedy}, or give --columns if the file has no header"
+    )
+
+
+def _split(text: bytes, delimiter: str) -> list[str] | None:
+    """The cells of one line; None if it is not UTF-8 or its quotes are wrong.
+
+    >>> _split(b'1,"a, b",c', ","), _split(b'1,"a', ",")
+    (['1', 'a, b', 'c'], None)
+    """
+    try:
+        line = text.decode()
+    except UnicodeDecodeError:
+        return None
+    return _quoted(line, delimiter) if '"' in line else line.split(delimiter)
+
+
+def _quoted(text: str, delimiter: str) -> list[str] | None:
+    r"""The cells of the one record that `text` is; None if its quotes are wrong.
+
+    >>> _quoted('1,"two\nlines"', ",")
+    ['1', 'two\nlines']
+    """
+    try:
+        found = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None
+    return found[0] if len(found) == 1 else None
+
+
+def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> Iterator[Record]:
+    """Line, text and cells of each row; cells None where the text has not `width` cells."""
+    waiting: deque[tuple[int, bytes]] = deque()
+    while (found := waiting.popleft() if waiting else next(lines, None)) is not None:
+        number, text = found
+        text = text.rstrip(b"\r\n")
+        if not text.strip(b" "):
+            continue
+        cells = None
+        if b'"' not in text or text.count(b'"') % 2 == 0:
+            cells = _split(text, delimiter)
+        else:
+            # A quoted field may go on in the next lines. Where no quote ends it, or what ends there is no row, the
+            # quote is a stray one, and only its line is broken.
+            held = [found]
+            while len(held) < LONGEST_RECORD_LINES and (more := waiting.popleft() if waiting else next(lines, None)):
+                held.append(more)
+                if more[1].count(b'"') % 2:
+                    whole = b"".join(line for _, line in held).rstrip(b"\r\n")
+                    cells = _split(whole, delimiter)
+                    break
+            if cells is not None and len(cells) == width:
+                text = whole
+            else:
+                waiting.extendleft(reversed(held[1:]))
+        yield number, text, cells if cells is not None and len(cells) == width else None
+
+
+def json_rows(stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:
+    """Reads JSON lines: one object a line.
+
+    Args:
+        stream: The bytes.
+        where: The file's name, for messages.
+        wanted: The fields to read; other fields are skipped unread.
+        chunk_rows: Rows at a time.
+
+    Raises:
+        SettingsError: The file is one JSON array.
+    """
+    decode = _decoder(wanted)
+    numbered = ((number, line.removeprefix(BOM) if number == 1 else line) for number, line in enumerate(stream, 1))
+    lines = ((number, line) for number, line in numbered if line.strip())
+    first = True
+    for chunk in _chunks(lines, chunk_rows):
+        if first and chunk[0][1].lstrip().startswith(b"["):
+            raise SettingsError(
+                f"{where}: a JSON array; a recording has one object a line: `jq -c '.[]' FILE` makes one"
+            )
+        yield _json_chunk(chunk, wanted, decode)
+        first = False
+
+
+def _decoder(wanted: Sequence[str]) -> Callable[[bytes], tuple[Any, ...]]:
+    """Reads the wanted fields of one object, in their order."""
+    fields: list[Any] = [(f"field_{place}", Any, None) for place in range(len(wanted))]
+    rename = {f"field_{place}": name for place, name in enumerate(wanted)}
+    decode = msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=rename, gc=False)).decode
+    return lambda line: msgspec.structs.astuple(decode(line))
+
+
+def _json_chunk(
+    chunk: list[tuple[int, bytes]], wanted: Sequence[str], decode: Callable[[bytes], tuple[Any, ...]]
+) -> Rows:
+    nothing = (None,) * len(wanted)
+    rows: list[tuple[Any, ...]] = []
+    broken: list[int] = []
+    for row, (_, line) in enumerate(chunk):
+        try:
+            rows.append(decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            rows.append(nothing)
+            broken.append(row)
+    return Rows(
+        columns=dict(zip(wanted, zip(*rows, strict=True), strict=True)),
+        lines=np.array([number for number, _ in chunk], np.int64),
+        broken=frozenset(broken),
+        text=lambda row: chunk[row][1].strip(),
+    )
+
+
+def _chunks(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
+    """Lists of at most `count` items."""
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == count:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,1 @@
+"""Versions, complete or absent, and control: which of them should be used."""

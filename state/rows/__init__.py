@@ -1,0 +1,1 @@
+"""Serving's embedding rows of many versions: an answer reads exactly one."""

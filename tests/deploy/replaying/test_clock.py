@@ -1,0 +1,80 @@
+"""The clock of a replay: pure, in order, never ahead of now, and the same however the rows are cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.replaying.clock import MAX, NO_TIMESTAMP, Clock, Hand, parse_speed, stamp
+from state.errors import SettingsError
+from state.recordings.rows import NO_TIME
+
+NOW_MS = 1_800_000_000_000
+BEGUN = Hand(NO_TIME, float(NOW_MS))
+TIMES = st.lists(st.one_of(st.integers(0, 2 * 10**12), st.just(NO_TIME)), min_size=1, max_size=30)
+
+
+def clock(speed: float = MAX, keep: bool = False, newest_ms: int = 5000, longest_wait_ms: float = MAX) -> Clock:
+    return Clock(speed, keep, NOW_MS, newest_ms, longest_wait_ms)
+
+
+def test_at_full_speed_the_newest_is_of_now_and_gaps_stay() -> None:
+    stamped = stamp(np.array([1000, 4000, 5000]), clock(), BEGUN)
+    assert stamped.at_ms.tolist() == [NOW_MS - 4000, NOW_MS - 1000, NOW_MS]
+    assert stamped.kafka_ms.tolist() == [NOW_MS] * 3
+    assert stamped.due_ms.tolist() == [NOW_MS] * 3
+
+
+def test_at_60x_what_is_sent_is_of_now_and_a_minute_takes_a_second() -> None:
+    stamped = stamp(np.array([0, 60_000, 30_000, 120_000]), clock(60.0), BEGUN)
+    assert stamped.due_ms.tolist() == [NOW_MS, NOW_MS + 1000, NOW_MS + 1000, NOW_MS + 2000]
+    # The third is half a minute late: half a second at this speed.
+    assert stamped.at_ms.tolist() == [NOW_MS, NOW_MS + 1000, NOW_MS + 500, NOW_MS + 2000]
+    assert stamped.kafka_ms.tolist() == stamped.due_ms.tolist()
+
+
+def test_kept_times_stay_paced_or_not_and_carry_no_timestamp() -> None:
+    times = np.array([1000, NO_TIME, 61_000])
+    stamped = stamp(times, clock(60.0, keep=True), BEGUN)
+    assert stamped.at_ms.tolist() == times.tolist()
+    assert stamped.kafka_ms.tolist() == [NO_TIMESTAMP, NOW_MS, NO_TIMESTAMP]
+    assert stamped.due_ms.tolist() == [NOW_MS, NOW_MS, NOW_MS + 1000]
+    assert stamp(times, clock(keep=True), BEGUN).at_ms.tolist() == times.tolist()
+
+
+def test_a_night_takes_no_longer_than_the_longest_wait() -> None:
+    stamped = stamp(np.array([0, 8 * 3_600_000, 8 * 3_600_000 + 60_000]), clock(60.0, longest_wait_ms=10_000.0), BEGUN)
+    assert (stamped.due_ms - NOW_MS).tolist() == [0, 10_000, 11_000]
+
+
+@given(TIMES, st.sampled_from([1.0, 60.0, 0.5, MAX]), st.booleans())
+def test_nothing_is_due_before_its_predecessor_nor_stamped_after_it_is_due(
+    times: list[int], speed: float, keep: bool
+) -> None:
+    at_ms = np.array(times, np.int64)
+    stamped = stamp(at_ms, clock(speed, keep, int(at_ms.max())), BEGUN)
+    assert (np.diff(stamped.due_ms) >= 0).all()
+    timed = at_ms != NO_TIME
+    assert ((stamped.at_ms == NO_TIME) == ~timed).all()
+    if not keep:
+        assert (stamped.at_ms[timed] <= stamped.kafka_ms[timed]).all()
+
+
+@given(TIMES, st.data(), st.sampled_from([60.0, MAX]))
+def test_a_cut_changes_nothing(times: list[int], data: st.DataObject, speed: float) -> None:
+    at_ms = np.array(times, np.int64)
+    place = data.draw(st.integers(1, len(times)))
+    whole = stamp(at_ms, clock(speed), BEGUN)
+    front = stamp(at_ms[:place], clock(speed), BEGUN)
+    back = stamp(at_ms[place:], clock(speed), front.hand(place - 1))
+    # Sums of floats in another order may differ by less than a millisecond.
+    assert np.allclose(np.concatenate([front.due_ms, back.due_ms]), whole.due_ms, atol=1e-2, rtol=0)
+    assert np.concatenate([front.high_ms, back.high_ms]).tolist() == whole.high_ms.tolist()
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1x", "fast", "nan", "inf", "x"])
+def test_a_speed_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="--speed"):
+        parse_speed(text)

@@ -1,0 +1,329 @@
+"""A replay loses nothing, sends nothing twice, and goes on after every end: limit, stop, kill, outage."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy.replaying import replay as recordings_replay
+from deploy.replaying.clock import MAX
+from deploy.replaying.journal import Journal, key_of
+from deploy.replaying.progress import Progress
+from deploy.replaying.replay import Options, Outcome, replay
+from deploy.replaying.sender import LARGEST_VALUE, Piece, Record, missing
+from state.config.sections import Events
+from state.errors import CorruptStore, LogError, SettingsError
+from state.recordings.files import Recording, find, refuse_beyond_memory
+from state.recordings.rows import NO_TIME, order
+
+NOW_MS = 1_800_000_000_000
+BEGIN_S = 1_700_000_000
+ROWS = 40
+
+
+@dataclass
+class Topic:
+    """A topic of two partitions that can break: before, in the middle of, or after a piece."""
+
+    records: list[Record] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=lambda: {0: 0, 1: 0})
+    log: list[tuple[int, int, Record]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    break_at: int = -1
+    arriving: str = ""
+
+    def send(self, piece: Piece) -> Mapping[int, int]:
+        self.sizes.append(len(piece))
+        broken = len(self.sizes) - 1 == self.break_at
+        for record in piece.records():
+            partition = sum(record[0]) % 2
+            if broken and (self.arriving == "nothing" or (self.arriving == "a partition" and partition)):
+                continue
+            self.log.append((partition, self.places[partition], record))
+            self.places[partition] += 1
+        if broken:
+            raise LogError("gone")
+        return dict(self.places)
+
+    def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
+        return [record for partition, offset, record in self.log if offset >= ends[partition]]
+
+    def ends(self) -> Mapping[int, int]:
+        return dict(self.places)
+
+    @property
+    def values(self) -> list[bytes]:
+        return [value for _, _, (_, value, _) in self.log]
+
+    def clicks(self) -> list[dict[str, Any]]:
+        return [json.loads(value) for value in self.values]
+
+
+class Wall:
+    """A clock that somebody waiting moves on."""
+
+    def __init__(self) -> None:
+        self.now_ms = float(NOW_MS)
+        self.stopped = threading.Event()
+        self.stopped.wait = self._wait  # type: ignore[method-assign]
+
+    def _wait(self, timeout: float | None = None) -> bool:
+        self.now_ms += (timeout or 0) * 1000
+        return self.stopped.is_set()
+
+    def __call__(self) -> int:
+        return int(self.now_ms)
+
+
+def write(folder: Path, rows: list[str], name: str = "clicks.csv") -> Recording:
+    path = folder / name
+    path.write_text("user,item,category,action,time\n" + "\n".join(rows) + "\n")
+    return Recording(find([str(path)]))
+
+
+def some_rows() -> list[str]:
+    """Of five users, mixed in time, every tenth time unreadable, two rows equal."""
+    rows = [f"u{n % 5},i{n},c{n % 3},view,{BEGIN_S + (n * 17) % ROWS * 60 if n % 10 else 'soon'}" for n in range(ROWS)]
+    return [*rows, rows[-1]]
+
+
+def run(
+    recording: Recording,
+    folder: Path,
+    topic: Topic,
+    wall: Wall | None = None,
+    out: io.StringIO | None = None,
+    **how: Any,
+) -> Outcome:
+    wall = wall or Wall()
+    folder.mkdir(exist_ok=True)
+    progress = Progress(out or io.StringIO(), lambda: 0.0)
+    events = how.pop("events", Events())
+    return replay(recording, events, Options(**how), topic, Journal(folder), progress, wall.stopped, wall)
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordings_replay, "SLICE_ROWS", 16)
+
+
+def test_rows_are_sent_by_time_and_the_newest_is_of_now(tmp_path: Path) -> None:
+    topic = Topic()
+    outcome = run(write(tmp_path, some_rows()), tmp_path / "j", topic)
+    assert (outcome.sent, outcome.total, outcome.clicks, outcome.late) == (41, 41, 37, 0)
+    assert outcome.position.complete
+    assert outcome.position.refused == {"wrong_type": 4}
+    times = [click["time"] for click in topic.clicks() if click["time"] != "soon"]
+    assert times == sorted(times)
+    assert times[-1] == NOW_MS
+    # What no time could be read of is there, as it was.
+    assert Counter(click["item"] for click in topic.clicks()) == Counter(row.split(",")[1] for row in some_rows())
+
+
+def test_a_second_run_sends_nothing_and_a_restart_all_again(tmp_path: Path) -> None:
+    recording, topic = write(tmp_path, some_rows()), Topic()
+    run(recording, tmp_path / "j", topic)
+    again = run(recording, tmp_path / "j", topic)
+    assert (again.sent, again.position.complete, len(topic.log)) == (0, True, 41)
+    Journal(tmp_path / "j").forget()
+    assert run(recording, tmp_path / "j", topic).sent == 41
+
+
+@pytest.mark.parametrize("how", [{"sort": "memory"}, {"sort": "assume"}, {"keep": True}, {"speed": 600.0}])
+def test_limits_add_up_to_the_undisturbed_replay(tmp_path: Path, how: dict[str, Any]) -> None:
+    recording, whole, parts = write(tmp_path, some_rows()), Topic(), Topic()
+    assert run(recording, tmp_path / "whole", whole, **how).sent == 41
+    sent = [run(recording, tmp_path / "parts", parts, limit=15, **how).sent for _ in range(3)]
+    assert sent == [15, 15, 11]
+    if how.get("speed"):  # a later run begins at a later now
+        assert [click["item"] for click in parts.clicks()] == [click["item"] for click in whole.clicks()]
+    else:
+        assert parts.log == whole.log
+    assert run(recording, tmp_path / "parts", parts, **how).position.complete
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    break_at=st.integers(0, 3),
+    arriving=st.sampled_from(["nothing", "a partition", "everything"]),
+    how=st.sampled_from([{"sort": "memory"}, {"sort": "assume"}, {"keep": True}, {"speed": 600.0}]),
+    other=st.booleans(),
+)
+def test_an_outage_at_any_piece_loses_nothing_and_doubles_nothing(
+    tmp_path_factory: pytest.TempPathFactory, break_at: int, arriving: str, how: dict[str, Any], other: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("outage")
+    recording, topic, wall = write(folder, some_rows()), Topic(break_at=break_at, arriving=arriving), Wall()
+    try:
+        run(recording, folder / "j", topic, wall, **how)
+    except LogError:
+        if other:  # somebody else writes into the topic meanwhile
+            topic.send(Piece([b"x"], [b'{"item": "of somebody else"}'], np.array([5])))
+        outcome = run(recording, folder / "j", topic, wall, **how)
+        assert outcome.position.complete
+    clicks = [click for click in topic.clicks() if click["item"] != "of somebody else"]
+    assert Counter(click["item"] for click in clicks) == Counter(row.split(",")[1] for row in some_rows())
+    assert run(recording, folder / "j", topic, wall, **how).position.refused == {"wrong_type": 4}
+    # Each user's clicks are in the order of an undisturbed replay.
+    calm = Topic()
+    run(recording, folder / "calm", calm, Wall(), **how)
+    for user in {click["user"] for click in clicks}:
+        assert [click["item"] for click in clicks if click["user"] == user] == [
+            click["item"] for click in calm.clicks() if click["user"] == user
+        ]
+
+
+def test_a_stop_ends_between_two_pieces(tmp_path: Path) -> None:
+    recording, topic, wall = write(tmp_path, some_rows()), Topic(), Wall()
+    send = topic.send
+
+    def stop_then_send(piece: Piece) -> Mapping[int, int]:
+        wall.stopped.set()
+        return send(piece)
+
+    topic.send = stop_then_send  # type: ignore[method-assign]
+    outcome = run(recording, tmp_path / "j", topic, wall)
+    assert (outcome.sent, outcome.position.complete) == (16, False)
+    assert run(recording, tmp_path / "j", topic).sent == 25
+
+
+def test_a_paced_replay_takes_the_recordings_time_by_its_speed(tmp_path: Path) -> None:
+    recording, topic, wall = write(tmp_path, some_rows()), Topic(), Wall()
+    run(recording, tmp_path / "j", topic, wall, speed=60.0)
+    # 39 minutes at a minute a second.
+    assert 38_000 <= wall.now_ms - NOW_MS <= 40_500
+    stamps = [kafka_ms for _, _, (_, _, kafka_ms) in topic.log]
+    assert stamps == sorted(stamps)
+    for (_, _, (_, value, kafka_ms)), _ in pairwise(topic.log):
+        time = json.loads(value)["time"]
+        assert time in ("soon", kafka_ms)
+    assert max(topic.sizes) <= 3
+
+
+def test_rows_out_of_order_are_late_where_order_is_assumed(tmp_path: Path) -> None:
+    rows = [f"u,i{n},c,view,{BEGIN_S + second}" for n, second in enumerate([0, 60, 30, 90])]
+    topic = Topic()
+    outcome = run(write(tmp_path, rows), tmp_path / "j", topic, sort="assume")
+    assert outcome.late == 1
+    assert [click["time"] - NOW_MS for click in topic.clicks()] == [-90_000, -30_000, -60_000, 0]
+
+
+def test_rows_of_the_future_do_not_move_the_others(tmp_path: Path) -> None:
+    rows = [*(f"u,i,c,view,{BEGIN_S + n}" for n in range(10)), f"u,i,c,view,{NOW_MS // 1000 + 10_000_000}"]
+    topic = Topic()
+    outcome = run(write(tmp_path, rows), tmp_path / "j", topic)
+    assert outcome.position.refused == {"implausible_time": 1}
+    assert topic.clicks()[9]["time"] == NOW_MS
+
+
+def test_a_row_too_large_for_a_record_is_named_and_counted(tmp_path: Path) -> None:
+    rows = [f"u,i{n},c,view,{BEGIN_S + n}" for n in range(20)]
+    rows[4] = f"u,{'x' * LARGEST_VALUE},c,view,{BEGIN_S}"
+    out, topic = io.StringIO(), Topic()
+    outcome = run(write(tmp_path, rows), tmp_path / "j", topic, out=out)
+    assert (outcome.sent, outcome.position.unsendable, len(topic.log)) == (20, 1, 19)
+    assert "clicks.csv:6: not sent: more than 900,000 bytes" in out.getvalue()
+
+
+def test_the_first_refused_rows_are_named_without_their_ids(tmp_path: Path) -> None:
+    rows = [f"secret-{n},i,c,{'stare' if n >= 12 else 'view'},{BEGIN_S + n}" for n in range(20)]
+    out = io.StringIO()
+    assert run(write(tmp_path, rows), tmp_path / "j", Topic(), out=out).position.refused == {"unknown_action": 8}
+    assert "clicks.csv:14: no click: unknown_action" in out.getvalue()
+    assert out.getvalue().count("no click:") == 5
+    assert "secret" not in out.getvalue()
+
+
+def test_a_wrong_mapping_stops_before_anything_is_sent(tmp_path: Path) -> None:
+    rows = [f"u,i,c,pv,{BEGIN_S + n}" for n in range(20)]
+    topic, recording = Topic(), write(tmp_path, rows)
+    with pytest.raises(SettingsError, match=r"16 unknown_action.*nothing was sent"):
+        run(recording, tmp_path / "j", topic)
+    assert topic.log == []
+    # Corrected, it begins at the beginning.
+    assert (
+        run(recording, tmp_path / "j", topic, events=replace(Events(), actions=("pv",), action_weights=(1.0,))).sent
+        == 20
+    )
+
+
+def test_old_clicks_are_dead_letters_and_no_wrong_mapping(tmp_path: Path) -> None:
+    rows = [*(f"u,i,c,view,{n}" for n in range(20)), f"u,i,c,view,{BEGIN_S}"]
+    outcome = run(write(tmp_path, rows), tmp_path / "j", Topic())
+    assert outcome.position.refused == {"implausible_time": 20}
+
+
+@pytest.mark.parametrize("how", [{}, {"sort": "assume"}, {"speed": 60.0}, {"keep": True}])
+def test_a_recording_without_times_is_of_now(tmp_path: Path, how: dict[str, Any]) -> None:
+    rows = [f"u,i{n},c,view,ignored" for n in range(20)]
+    topic = Topic()
+    outcome = run(write(tmp_path, rows), tmp_path / "j", topic, events=replace(Events(), time=""), **how)
+    assert (outcome.sent, outcome.clicks) == (20, 20)
+    assert [(click["item"], len(click)) for click in topic.clicks()] == [(f"i{n}", 4) for n in range(20)]
+    assert {kafka_ms for _, _, (_, _, kafka_ms) in topic.log} == {NOW_MS}
+
+
+def test_an_unreadable_journal_says_so(tmp_path: Path) -> None:
+    recording = write(tmp_path, some_rows())
+    run(recording, tmp_path / "j", Topic(), limit=5)
+    (journal,) = (tmp_path / "j").iterdir()
+    journal.write_text("{")
+    with pytest.raises(CorruptStore, match="--restart"):
+        run(recording, tmp_path / "j", Topic())
+
+
+def test_a_journal_holds_no_click(tmp_path: Path) -> None:
+    rows = [f"secret-user,secret-item,secret-category,view,{BEGIN_S + n}" for n in range(5)]
+    run(write(tmp_path, rows), tmp_path / "j", Topic())
+    assert "secret" not in (tmp_path / "j" / "journal.json").read_text()
+    assert key_of({"a": 1}) != key_of({"a": 2})
+
+
+def test_an_empty_recording_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "empty.csv"
+    path.write_text("user,item,category,action,time\n")
+    for sort in ("memory", "assume"):
+        outcome = run(Recording(find([str(path)])), tmp_path / sort, Topic(), sort=sort)
+        assert (outcome.sent, outcome.position.complete) == (0, True)
+
+
+def test_what_memory_would_not_hold_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    recording = write(tmp_path, some_rows())
+    with pytest.raises(SettingsError, match="--sort assume"):
+        refuse_beyond_memory(recording, 1000)
+    refuse_beyond_memory(recording, 10**9)
+
+
+@given(st.lists(st.one_of(st.integers(0, 9), st.just(NO_TIME)), max_size=20))
+def test_order_is_stable_and_rows_without_a_time_stay_behind_their_predecessor(times: list[int]) -> None:
+    found = order(np.array(times, np.int64)).tolist()
+    assert sorted(found) == list(range(len(times)))
+    for row, time in enumerate(times):
+        if time == NO_TIME and row and found.index(row) > 0:
+            assert found[found.index(row) - 1] == row - 1
+    timed = [(times[row], row) for row in found if times[row] != NO_TIME]
+    assert timed == sorted(timed)
+
+
+@given(st.lists(st.integers(0, 3), max_size=10), st.data())
+def test_missing_and_arrived_make_the_piece(kinds: list[int], data: st.DataObject) -> None:
+    piece = Piece([b"k%d" % kind for kind in kinds], [b"v"] * len(kinds), np.array(kinds, np.int64))
+    arrived = data.draw(st.lists(st.sampled_from(piece.records()), max_size=5)) if kinds else []
+    left = missing(piece, arrived)
+    assert Counter(left.records()) == Counter(piece.records()) - Counter(arrived)
+
+
+def test_speed_is_max_by_default() -> None:
+    assert Options().speed == MAX

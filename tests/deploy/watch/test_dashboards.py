@@ -1,0 +1,158 @@
+"""Prometheus and Grafana files parse, and name only metrics that exist, used as their type allows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser as promql
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from state import metrics
+from state.config.settings import Settings
+
+DEPLOY = Path(__file__).parents[3] / "deploy"
+ALERTS = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
+SCRAPE = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/overview.json").read_text())
+RULES: list[dict[str, Any]] = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+
+# Series that Prometheus itself makes.
+PROMETHEUS_OWN = {"up": "gauge"}
+GROWING = {"rate", "irate", "increase"}
+
+
+def series() -> dict[str, tuple[str, frozenset[str]]]:
+    """Series name -> (type, labels), from the metrics that the processes make."""
+    registry = CollectorRegistry()
+    for process in metrics.PROCESSES:
+        process(registry)
+    found: dict[str, tuple[str, frozenset[str]]] = {}
+    for collector in list(registry._collector_to_names):
+        labels = frozenset(getattr(collector, "_labelnames", ()))
+        for family in collector.describe() if hasattr(collector, "describe") else collector.collect():
+            if family.type == "counter":
+                found[family.name + "_total"] = ("counter", labels)
+            elif family.type == "histogram":
+                found[family.name + "_bucket"] = ("counter", labels | {"le"})
+                found[family.name + "_sum"] = found[family.name + "_count"] = ("counter", labels)
+            else:
+                found[family.name] = (family.type, labels)
+    return found
+
+
+SERIES = series()
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Yields (where, expression) of every rule, panel and annotation."""
+    for rule in RULES:
+        yield rule["alert"], rule["expr"]
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            yield f"{panel['title']} {target['refId']}", target["expr"]
+    for annotation in DASHBOARD["annotations"]["list"]:
+        yield annotation["name"], annotation["expr"]
+
+
+def selectors(node: Any, around: str = "") -> Iterator[tuple[Any, str]]:
+    """Yields each vector selector and the function that it is an argument of."""
+    if isinstance(node, promql.VectorSelector):
+        yield node, around
+    elif isinstance(node, promql.MatrixSelector):
+        yield from selectors(node.vector_selector, around)
+    elif isinstance(node, promql.Call):
+        for argument in node.args:
+            yield from selectors(argument, node.func.name)
+    elif isinstance(node, promql.BinaryExpr):
+        yield from selectors(node.lhs)
+        yield from selectors(node.rhs)
+    elif isinstance(node, (promql.AggregateExpr, promql.ParenExpr, promql.UnaryExpr, promql.SubqueryExpr)):
+        yield from selectors(node.expr)
+
+
+@pytest.mark.parametrize(("where", "expression"), list(expressions()), ids=[where for where, _ in expressions()])
+def test_every_expression_uses_metrics_that_exist_as_their_type_allows(where: str, expression: str) -> None:
+    used = list(selectors(promql.parse(expression)))
+    assert used, f"{where} selects nothing"
+    for selector, function in used:
+        name = selector.name
+        if name in PROMETHEUS_OWN:
+            continue
+        assert name in SERIES, f"{where}: {name} is no metric of state/metrics.py"
+        kind, labels = SERIES[name]
+        counts = function in GROWING
+        assert counts == (kind == "counter"), f"{where}: {name} is a {kind} and stands in {function or 'no function'}"
+        for matcher in selector.matchers.matchers:
+            assert matcher.name in labels | {"job", "instance"}, f"{where}: {name} has no label {matcher.name}"
+
+
+@pytest.mark.parametrize(("where", "expression"), list(expressions()), ids=[where for where, _ in expressions()])
+def test_every_grouping_label_belongs_to_the_metric(where: str, expression: str) -> None:
+    grouped = re.findall(r"by \(([^)]*)\)", expression)
+    wanted = {label.strip() for labels in grouped for label in labels.split(",")}
+    offered = {
+        label
+        for selector, _ in selectors(promql.parse(expression))
+        for label in SERIES.get(selector.name, ("", frozenset()))[1]
+    }
+    assert wanted <= offered, f"{where} groups by {wanted - offered}"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_every_alert_waits_and_says_what_happened_and_what_to_do(rule: dict[str, Any]) -> None:
+    assert re.fullmatch(r"\d+[smh]", rule["for"])
+    assert rule["labels"]["severity"] in {"critical", "warning", "info"}
+    assert set(rule["annotations"]) == {"summary", "action"}
+    assert all(text.strip().endswith(".") for text in rule["annotations"].values())
+
+
+def test_the_alerts_that_the_loop_needs_are_there() -> None:
+    names = {rule["alert"] for rule in RULES}
+    assert len(names) == len(RULES)
+    assert names >= {
+        "SpringtideLagGrowing",
+        "SpringtideNoNewVersion",
+        "SpringtideDeadLetters",
+        "SpringtideWeightsStale",
+        "SpringtideTrainingHeld",
+        "SpringtideTargetDown",
+    }
+
+
+def test_prometheus_scrapes_all_four_processes_at_their_default_ports() -> None:
+    settings = Settings()
+    ports = {
+        "springtide-stream": settings.stream.metrics_port,
+        "springtide-trainer": settings.trainer.metrics_port,
+        "springtide-applier": settings.serving.metrics_port,
+        "springtide-worker": settings.serving.port,
+    }
+    scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in SCRAPE["scrape_configs"]}
+    assert scraped == {job: [f"127.0.0.1:{port}"] for job, port in ports.items()}
+    assert all((DEPLOY / "prometheus" / name).exists() for name in SCRAPE["rule_files"])
+
+
+def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for grid in (panel["gridPos"] for panel in panels)
+        for x in range(grid["x"], grid["x"] + grid["w"])
+        for y in range(grid["y"], grid["y"] + grid["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+
+
+def test_grafana_finds_the_datasource_that_the_panels_name() -> None:
+    (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/springtide.yml").read_text())["providers"]
+    assert provider["type"] == "file"
+    assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}

@@ -1,0 +1,262 @@
+"""The figures come from the metrics that the processes really offer: rates of a while, quantiles of a while or since the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
+
+from deploy.kafka.broker import free_port
+from deploy.watch.figures import Figures, Watch
+from deploy.watch.live import live_line
+from deploy.watch.panel import panel, troubles
+from deploy.watch.quantiles import between, quantile, spread
+from deploy.watch.scrape import Scrape, parsed, scrape
+from state.metrics import ApplierMetrics, StreamMetrics, TrainerMetrics, WorkerMetrics, serve
+
+
+@dataclasses.dataclass
+class Loop:
+    """The metrics of all processes, really offered over HTTP."""
+
+    stream: StreamMetrics
+    trainer: TrainerMetrics
+    applier: ApplierMetrics
+    worker: WorkerMetrics
+    port: int
+
+    def scrapes(self) -> dict[str, Scrape]:
+        url = f"http://127.0.0.1:{self.port}/metrics"
+        return scrape(dict.fromkeys(("stream", "trainer", "applier", "worker"), url))
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    registry, port = CollectorRegistry(), free_port()
+    made = [kind(registry) for kind in (StreamMetrics, TrainerMetrics, ApplierMetrics, WorkerMetrics)]
+    stop = serve(registry, port)
+    yield Loop(*made, port)  # type: ignore[arg-type]
+    stop()
+
+
+def busy(loop: Loop) -> Figures:
+    """Two looks, two seconds apart, at a loop that works."""
+    watch = Watch()
+    loop.stream.events.labels("rows").inc(100)
+    loop.worker.requests.labels("metrics", "200").inc(50)
+    watch.look(loop.scrapes(), now_s=10.0, wall_s=0.0)
+    loop.stream.events.labels("rows").inc(390)
+    loop.stream.events.labels("dead").inc(10)
+    loop.stream.dead_letters.labels("missing_field").inc(3)
+    loop.stream.dead_letters.labels("undecodable").inc(7)
+    loop.stream.lag_events.set(12)
+    loop.stream.lag_seconds.set(0.5)
+    loop.stream.microbatches.inc(20)
+    for rows in (10, 30):
+        loop.stream.microbatch_rows.observe(rows)
+    loop.trainer.steps.inc(18)
+    loop.trainer.rows.labels("trained").inc(380)
+    loop.trainer.log_loss.set(1.25)
+    loop.trainer.auc.set(0.625)
+    loop.trainer.version.set(35)
+    for _ in range(10):
+        loop.trainer.step_seconds.observe(0.0015)
+    loop.applier.version.set(34)
+    loop.applier.epoch.set(2)
+    loop.applier.feature_freshness_seconds.set(0.25)
+    loop.applier.weight_freshness_seconds.set(0.5)
+    loop.worker.requests.labels("profile", "200").inc(7)
+    loop.worker.requests.labels("batch", "503").inc(1)
+    loop.worker.requests.labels("metrics", "200").inc(50)
+    return watch.look(loop.scrapes(), now_s=12.0, wall_s=0.0)
+
+
+def test_the_figures_come_from_the_metrics_that_the_processes_really_offer(loop: Loop) -> None:
+    found = busy(loop)
+    assert (found.events, found.events_per_s, found.lag_events, found.lag_s) == (500, 200, 12, 0.5)
+    assert (dict(found.dead), found.dead_per_s) == ({"undecodable": 7, "missing_field": 3}, 5)
+    assert (found.microbatches_per_s, found.microbatch_rows, found.steps_per_s, found.rows_per_s) == (10, 20, 9, 190)
+    assert (found.log_loss, found.auc, found.version, found.epoch, found.newest_version) == (1.25, 0.625, 34, 2, 35)
+    assert (found.features_s, found.weights_s) == (0.25, 0.5)
+    assert (found.answers, found.answers_per_s, found.failed) == (8, 4, 1)
+    assert found.spreads["step"].p50 == pytest.approx(0.0015)
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_view_says_them_in_fixed_columns_with_the_trouble_first(loop: Loop) -> None:
+    found = busy(loop)
+    assert panel(found, [("try", "curl")])[:7] == [
+        "state           2% dead letters, answers failed: 1    up 0.0 s",
+        "clicks          200/s       lag 12 events, 0.5 s      500 taken up",
+        "dead letters    5.0/s       10: 7 undecodable, 3 missing_field",
+        "micro-batches   10.0/s      20.0 rows each            trainer 0 behind",
+        "training        190 rows/s  log loss 1.250, AUC 0.625 9.0 steps/s, top 1 0.0%",
+        "served version  34          epoch 2, follows          newest 35, serving 0 behind",
+        "answers         4.0/s       8 given, 1 failed         0 cold starts",
+    ]
+    assert panel(found)[8] == "                now       p50       p99       over the last 60 s"
+    assert panel(found)[9:11] == [
+        "features        0.25 s    -         -         age of the newest click known",
+        "weights         0.50 s    -         -         age of the newest click learned",
+    ]
+    assert live_line(found) == (
+        "2% dead letters | answers failed: 1 | 200 events/s, lag 12 | version 34, epoch 2 | "
+        "features 0.2 s, weights 0.5 s old | log loss 1.25"
+    )
+
+
+def test_the_view_fits_a_usual_terminal_also_with_large_figures() -> None:
+    large = Figures(
+        up_s={"stream": 1e6, "trainer": 5.0},
+        events=9_876_543_210.0,
+        events_per_s=123_456.0,
+        lag_events=98_765.0,
+        lag_s=59.9,
+        microbatches_per_s=987.6,
+        microbatch_rows=2048.0,
+        trainer_lag=1234.0,
+        rows_per_s=123_456.0,
+        steps_per_s=123.4,
+        log_loss=1.234,
+        auc=0.987,
+        top1=0.5,
+        version=123_456.0,
+        newest_version=123_456.0,
+        epoch=12.0,
+        serving_lag=12.0,
+        answers=12_345_678.0,
+        failed=1.0,
+        answers_per_s=23_456.0,
+    )
+    lines = panel(large, [("try", "curl -s http://127.0.0.1:8501/v1/profiles/shopper-1")], workers=4)
+    assert len(lines) <= 22
+    assert [line for line in lines if len(line) > 92] == []
+
+
+def test_a_process_that_is_away_is_named_and_the_rest_is_shown() -> None:
+    text = "springtide_serving_version 3\nspringtide_serving_applied_versions_created 5"
+    scrapes = {"stream": Scrape(problem="refused"), "applier": Scrape(parsed(text))}
+    found = Watch().look(scrapes, now_s=0.0, wall_s=65.0)
+    assert (found.away, found.up_s) == ({"stream": "refused"}, {"applier": 60.0})
+    assert live_line(found).startswith("stream away | -, lag - | version 3")
+    assert (found.events, found.events_per_s, found.answers, found.failed) == (None, None, None, None)
+
+
+def counted(born: float, steps: int, slow: int = 0) -> dict[str, Scrape]:
+    """A trainer that began at `born` with so many steps, some of them slow."""
+    series = "springtide_trainer_step_seconds_bucket"
+    lines = [
+        f"springtide_trainer_steps_created {born}",
+        f"springtide_trainer_steps_total {steps}",
+        *(
+            f'{series}{{le="{bound}"}} {count}'
+            for bound, count in (("0.1", steps - slow), ("1.0", steps), ("+Inf", steps))
+        ),
+    ]
+    return {"trainer": Scrape(parsed("\n".join(lines)))}
+
+
+def test_a_restarted_process_has_no_rate_and_quantiles_of_its_own() -> None:
+    watch = Watch()
+    watch.look(counted(1.0, 500, slow=500), 0.0, 0.0)
+    after = watch.look(counted(2.0, 600), 1.0, 0.0)
+    assert after.steps_per_s is None
+    assert (after.spreads["step"].count, after.spreads["step"].p99) == (600, pytest.approx(0.099))
+    assert watch.look(counted(2.0, 610), 2.0, 0.0).steps_per_s == 10
+
+
+def test_quantiles_are_of_the_last_minute_and_forget_a_slow_start() -> None:
+    watch = Watch()
+    watch.look(counted(1.0, 100, slow=100), 0.0, 0.0)
+    assert watch.look(counted(1.0, 200, slow=100), 60.0, 0.0).spreads["step"].count == 100
+    found = watch.look(counted(1.0, 300, slow=100), 120.0, 0.0).spreads["step"]
+    assert (found.count, found.p99) == (100, pytest.approx(0.099))
+
+
+def test_a_single_look_says_quantiles_since_the_start() -> None:
+    watch = Watch(spread_s=None)
+    watch.look(counted(1.0, 100, slow=100), 0.0, 0.0)
+    found = watch.look(counted(1.0, 300, slow=100), 2.0, 0.0)
+    assert (found.spreads["step"].count, found.spread_s, found.steps_per_s) == (300, None, 100)
+    assert found.spreads["step"].p99 > 0.9  # type: ignore[operator]
+    assert "since each process started" in "\n".join(panel(found))
+
+
+def test_a_rate_is_of_the_last_seconds_or_of_the_last_look_where_looks_are_rare() -> None:
+    watch = Watch()
+    for second in range(20):
+        watch.look(counted(1.0, 0), float(second), 0.0)
+    assert watch.look(counted(1.0, 50), 20.0, 0.0).steps_per_s == 10
+    assert watch.look(counted(1.0, 150), 30.0, 0.0).steps_per_s == 10
+
+
+def test_no_more_looks_are_kept_than_the_quantiles_need() -> None:
+    watch = Watch()
+    for second in range(1000):
+        watch.look({}, float(second), 0.0)
+    assert len(watch._looks) <= 62
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        (Figures(), []),
+        (Figures(faults=1.0), ["accounts do not balance"]),
+        (Figures(held=True), ["training is held by the guard"]),
+        (Figures(events_per_s=1.0, weights_s=61.0), ["weights 61 s old"]),
+        (Figures(events_per_s=0.0, weights_s=61.0), []),
+        (Figures(events_per_s=1.0, weights_s=61.0, pinned=True), ["pinned by an operator"]),
+        (Figures(events_per_s=1.0, features_s=90.0), ["features 90 s old"]),
+        (Figures(lag_events=10_001.0), ["10,001 clicks wait"]),
+        (Figures(events_per_s=100.0, dead_per_s=1.0), []),
+        (Figures(events_per_s=100.0, dead_per_s=1.1), ["1% dead letters"]),
+        (Figures(corrupt=2.0), ["corrupt versions: 2"]),
+        (Figures(away={"stream": "refused"}), ["nothing answers"]),
+    ],
+)
+def test_what_is_wrong_is_said_and_what_is_quiet_is_not(figures: Figures, words: list[str]) -> None:
+    assert troubles(figures) == words
+
+
+@given(
+    st.lists(st.floats(0.001, 9.0), min_size=1, max_size=60),
+    st.lists(st.floats(0.001, 9.0), max_size=60),
+    st.sampled_from([0.5, 0.9, 0.99]),
+)
+def test_a_quantile_lies_in_the_bucket_of_the_true_one(later: list[float], earlier: list[float], q: float) -> None:
+    bounds = (0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
+    registry = CollectorRegistry()
+    histogram = Histogram("of", "test", buckets=bounds, registry=registry)
+
+    def buckets() -> dict[float, float]:
+        (family,) = registry.collect()
+        return {float(one.labels["le"]): one.value for one in family.samples if one.name == "of_bucket"}
+
+    for value in earlier:
+        histogram.observe(value)
+    before = buckets()
+    for value in later:
+        histogram.observe(value)
+    found = quantile(between(buckets(), before), q)
+    rank = max(0, math.ceil(q * len(later) - 1e-9) - 1)
+    place = int(np.searchsorted(bounds, sorted(later)[rank]))
+    assert found is not None
+    assert (0.0, *bounds)[place] <= found <= bounds[place] * (1 + 1e-9)
+
+
+def test_a_histogram_that_began_anew_is_taken_whole() -> None:
+    assert between({1.0: 1, math.inf: 2}, {1.0: 5, math.inf: 9}) == {1.0: 1, math.inf: 2}
+    assert spread({}).p50 is None
+
+
+@pytest.mark.parametrize("make", [Watch, lambda: Watch(spread_s=None)])
+def test_a_loop_of_which_nothing_is_known_is_a_view_of_dashes(make: Callable[[], Watch]) -> None:
+    shown = "\n".join(panel(make().look({}, 0.0, 0.0)))
+    assert "None" not in shown and "nan" not in shown

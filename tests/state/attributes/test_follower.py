@@ -1,0 +1,189 @@
+"""Attributes out of a real topic: the last record wins, a tombstone removes, a restart goes on, and nothing bad stops it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from state.attributes.follower import AttributeFollower, follow
+from state.attributes.store import AttributeStore, texts_in
+from state.attributes.values import Table, fields_of
+from state.config.sections import Kafka
+from state.errors import UnknownTopic
+from state.events.identity import Salt, public_id, user_id
+from state.events.parser import DeadLetter
+from state.log import Topics, Writer
+from tests.conftest import KafkaFactory
+
+SALT = Salt(b"a salt of the tests only")
+MAP = 1 << 24
+FIELDS = ("age_band", "level")
+COMPACTED = {"cleanup.policy": "compact,delete"}
+
+
+@dataclass
+class Crm:
+    """A topic of attributes, and what follows it."""
+
+    kafka: Kafka
+    topic: str
+    path: Path
+    bad: list[DeadLetter] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.store = AttributeStore(self.path, MAP)
+        self.follower = self.following()
+
+    def following(self, side: str = "user", salt: Salt = SALT, fields: tuple[str, ...] = FIELDS) -> AttributeFollower:
+        table = Table(side, fields_of(fields))
+        return AttributeFollower(self.kafka, self.topic, table, salt, self.store, self.bad.extend, 1000)
+
+    def send(self, *records: tuple[str | None, object], partition: int = 0) -> None:
+        with Writer(self.kafka) as writer:
+            for key, value in records:
+                encoded = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
+                writer.send(self.topic, partition, None if key is None else key.encode(), encoded)
+            writer.flush()
+
+    def read(self) -> None:
+        """Reads to where the topic ends now."""
+        self.follower.disconnect()
+        self.follower.connect()
+        while self.follower.unread:
+            follow([self.follower], 0.2)
+
+    def of(self, user: str) -> list[str | None] | None:
+        (value,) = self.store.read_many(self.follower.side, [user_id(SALT, user)])
+        return None if value is None else texts_in(value, len(FIELDS))
+
+    def counts(self) -> Mapping[str, int]:
+        return {name: count for name, count in self.follower.place.counts.items() if count}
+
+    def reopen(self, **changes: Any) -> None:
+        self.close()
+        self.store = AttributeStore(self.path, MAP)
+        self.follower = self.following(**changes)
+
+    def close(self) -> None:
+        self.follower.disconnect()
+        self.store.close()
+
+
+@pytest.fixture
+def crm(kafka_settings: KafkaFactory, tmp_path: Path) -> Iterator[Crm]:
+    kafka = kafka_settings()
+    made = Crm(kafka, f"crm-{kafka.clicks_topic}", tmp_path / "store")
+    with Topics(kafka) as topics:
+        topics.ensure(made.topic, 2, COMPACTED)
+    yield made
+    made.close()
+
+
+def test_the_last_record_of_a_user_wins(crm: Crm) -> None:
+    crm.send(("ann", {"age_band": "18-24"}), ("bob", {"age_band": "35-44"}), ("ann", {"age_band": "25-34", "level": 2}))
+    crm.read()
+    assert (crm.of("ann"), crm.of("bob")) == (["25-34", "2"], ["35-44", None])
+    crm.send(("ann", {"level": 3}))
+    crm.read()
+    assert crm.of("ann") == [None, "3"]
+    assert crm.counts() == {"value": 4}
+
+
+def test_a_tombstone_makes_a_user_unknown(crm: Crm) -> None:
+    crm.send(("ann", {"age_band": "18-24"}), ("bob", {}), ("ann", None))
+    crm.read()
+    assert (crm.of("ann"), crm.of("bob")) == (None, [None, None])
+    assert crm.counts() == {"value": 2, "removed": 1}
+
+
+def test_a_bad_record_is_told_counted_and_changes_nothing(crm: Crm) -> None:
+    bad = [("ann", b"{"), ("ann", {"level": []}), ("", {}), ("ann", {"age_band": "x" * 1000})]
+    crm.send(("ann", {"level": 1}), *bad, ("bob", {"level": 2}))
+    crm.read()
+    reasons = ["undecodable", "wrong_type", "empty_id", "too_large"]
+    assert [(letter.offset, str(letter.reason)) for letter in crm.bad] == list(enumerate(reasons, 1))
+    assert (crm.of("ann"), crm.of("bob")) == ([None, "1"], [None, "2"])
+    assert crm.counts() == {"value": 2, "dead": 4}
+
+
+def test_a_record_without_a_key_is_nobodys(crm: Crm) -> None:
+    """A compacted topic refuses it; another topic may have it."""
+    crm.topic += "-plain"
+    with Topics(crm.kafka) as topics:
+        topics.ensure(crm.topic, 1)
+    crm.reopen()
+    crm.send((None, {"level": 1}))
+    crm.read()
+    assert [str(letter.reason) for letter in crm.bad] == ["missing_field"]
+
+
+def test_a_restart_goes_on_from_the_stored_offsets(crm: Crm) -> None:
+    crm.send(("ann", {"level": 1}))
+    crm.send(("bob", {"level": 1}), ("cid", {"level": 1}), partition=1)
+    crm.read()
+    crm.reopen()
+    assert dict(crm.follower.place.next) == {0: 1, 1: 2}
+    crm.send(("ann", {"level": 2}))
+    crm.read()
+    assert (crm.of("ann"), crm.of("cid")) == ([None, "2"], [None, "1"])
+    assert crm.counts() == {"value": 4}
+
+
+@pytest.mark.parametrize("change", [{"salt": Salt(b"another salt of the tests")}, {"fields": ("level",)}])
+def test_another_salt_or_other_fields_read_the_topic_from_its_beginning(crm: Crm, change: dict[str, Any]) -> None:
+    crm.send(("ann", {"level": 1}), ("bob", {"level": 1}))
+    crm.read()
+    crm.reopen(**change)
+    crm.send(("bob", None))
+    crm.read()
+    assert crm.counts() == {"value": 2, "removed": 1}
+    assert crm.store.count("user") == 1
+
+
+def test_a_topic_made_again_is_read_from_its_beginning(crm: Crm) -> None:
+    crm.send(("ann", {"level": 1}), ("bob", {"level": 1}))
+    crm.read()
+    crm.follower.disconnect()
+    with Topics(crm.kafka) as topics:
+        topics.delete(crm.topic)
+        topics.ensure(crm.topic, 1, COMPACTED)
+    crm.send(("bob", {"level": 9}))
+    crm.read()
+    assert (crm.of("ann"), crm.of("bob"), crm.counts()) == (None, [None, "9"], {"value": 1})
+
+
+def test_records_deleted_unread_make_the_topic_be_read_anew(crm: Crm) -> None:
+    crm.send(("ann", {"level": 1}))
+    crm.read()
+    crm.follower.disconnect()
+    crm.send(("ann", None), ("bob", {"level": 2}))
+    with Topics(crm.kafka) as topics:
+        topics.delete_before(crm.topic, {0: 2})
+    crm.read()
+    assert (crm.of("ann"), crm.of("bob"), crm.counts()) == (None, [None, "2"], {"value": 1})
+
+
+def test_items_are_found_by_their_public_id(crm: Crm) -> None:
+    crm.reopen(side="item")
+    crm.send(("lamp", {"level": "x"}))
+    crm.read()
+    assert crm.store.read_many("item", [public_id("lamp")]) != [None]
+
+
+def test_a_missing_topic_is_named(crm: Crm) -> None:
+    other = AttributeFollower(crm.kafka, "no-such-topic", Table("user", ()), SALT, crm.store, crm.bad.extend, 1000)
+    with pytest.raises(UnknownTopic, match="no-such-topic"):
+        other.connect()
+
+
+def test_positions_without_a_record_are_counted_as_absent(crm: Crm) -> None:
+    with Writer(crm.kafka, transactional_id=f"tx-{crm.topic}") as writer, writer.transaction():
+        writer.send(crm.topic, 0, b"ann", b'{"level": 1}')
+    crm.send(("bob", {"level": 1}))
+    crm.read()
+    assert crm.counts() == {"value": 2, "absent": 1}

@@ -1,0 +1,346 @@
+"""Disks fill up, bits flip, rights are missing: seen, named, never loaded, never taken for something else."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from state.disk import files as durable
+from state.disk.lock import DirectoryLock
+from state.errors import CorruptStore, CorruptVersion, LockHeld, StoreFull, UnusableDisk, UnusableRegistry
+from state.features.spec import EVENT
+from state.history.store import Appends, HistoryStore
+from state.positions import Range, Source
+from state.registry.control import start
+from state.registry.manifest import Draft, LogRange
+from state.registry.registry import SERVING, TRAINING, Registry
+from state.rows.store import RowStore
+from tests.disks import as_nobody, open_folder, small_disk
+
+SOURCE = Source("ab" * 16, 0)
+MAP = 64 << 20
+
+
+def draft(parent: int | None) -> Draft:
+    return Draft(
+        kind="base" if parent is None else "delta", epoch=1, parent=parent, log=LogRange("log", "cd" * 16, 0, 4, 9),
+        sources=((SOURCE, 7),), steps=3, rows=12, created_at_ms=1000, event_time_ms=900, spec="s", program="p", salt="t",
+    )  # fmt: skip
+
+
+def publish(registry: Registry, parent: int | None, size: int = 40) -> int:
+    files = {SERVING: b"%d:" % (parent or 0) + bytes(size), TRAINING: bytes(range(40))}
+    return registry.publish(draft(parent), files).version
+
+
+def started(path: Path, versions: int) -> Registry:
+    registry = Registry(path)
+    registry.propose(start(actor="ann", reason="because", now_ms=5))
+    for parent in range(versions):
+        publish(registry, parent or None)
+    return registry
+
+
+def grow(store: HistoryStore, user: int, first: int) -> None:
+    """One commit of 200 users with 16 events each."""
+    events = np.zeros(3200, EVENT)
+    events["offset"] = np.arange(first, first + 3200)
+    users = np.repeat(np.arange(user, user + 200, dtype=np.uint64), 16)
+    store.commit(Appends.of(users, events), [Range(SOURCE, first, first + 3200, rows=3200)])
+
+
+# A full disk
+
+
+def test_a_version_that_does_not_fit_is_absent_and_the_one_before_stays(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        registry = started(disk.path / "registry", 2)
+        with pytest.raises(UnusableRegistry, match=r"cannot take version 3 \(.*No space left on device.*free space"):
+            publish(registry, 2, size=4 << 20)
+        assert Registry(registry.path).newest_good(1) == 2
+        assert not list((registry.path / "tmp").iterdir())
+        full = disk.fill()
+        with pytest.raises(UnusableRegistry, match="cannot take control generation 2"):
+            registry.change(lambda control: _pinned(control, 1))
+        assert len(registry.controls()) == 1
+        full.unlink()
+        assert publish(registry, 2) == 3
+        assert Registry(registry.path).newest_good(1) == 3
+
+
+def _pinned(control: object, version: int) -> object:
+    from state.registry.control import pin
+
+    return pin(control, version, actor="ann", reason="test", now_ms=6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+def test_whatever_the_disk_says_no_part_of_a_version_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    registry = started(tmp_path, 1)
+    written: list[str] = []
+
+    def refuse(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        if len(written) == 2:
+            path.write_bytes(data[:1])
+            raise OSError(code, os.strerror(code), str(path))
+        path.write_bytes(data)
+
+    monkeypatch.setattr(durable, "write", refuse)
+    with pytest.raises(UnusableRegistry, match=os.strerror(code)):
+        publish(registry, 1)
+    assert (registry.versions(), list((tmp_path / "tmp").iterdir())) == ([1], [])
+
+
+def test_a_commit_that_does_not_fit_changes_nothing_and_goes_through_once_there_is_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        store = HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-1")
+        commits = 0
+        with pytest.raises(StoreFull, match=r"\((mdb_txn_commit: )?(No space|Input).*nothing was changed: free space"):
+            while True:
+                before = store.digest(), store.positions()
+                grow(store, 200 * commits, 3200 * commits)
+                commits += 1
+        assert commits > 1
+        assert (store.digest(), store.positions()) == before
+        disk.remount("size=16m")
+        grow(store, 200 * commits, 3200 * commits)
+        assert store.positions() == {SOURCE: 3200 * (commits + 1)}
+        store.close()
+        again = HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-2")
+        assert again.users() == 200 * (commits + 1)
+        again.close()
+
+
+def test_a_store_that_cannot_be_closed_in_order_is_not_marked_clean(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        store = HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-1")
+        grow(store, 0, 0)
+        full = disk.fill()
+        with pytest.raises(StoreFull):
+            for number in range(1, 100):
+                grow(store, 0, 3200 * number)
+        with pytest.raises(StoreFull):
+            store.close()
+        full.unlink()
+        with pytest.raises(CorruptStore, match="springtide rebuild-history"):
+            HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-2")
+        HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-1").close()
+
+
+def test_a_row_store_on_a_full_disk_says_so_and_keeps_answering(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        store = RowStore(disk.path / "rows", MAP)
+        store.steer({"control": b"1"})
+        disk.fill()
+        with pytest.raises(StoreFull, match="free disk space"):
+            for number in range(100):
+                store.steer({f"note-{number}": bytes(100_000)})
+        with store.reader() as reader:
+            assert reader.note("control") == b"1"
+        store._environment.close()
+
+
+# Damaged files
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Versions 1 (base) to 4, and a base of 3 beside its delta."""
+    registry = started(tmp_path_factory.mktemp("chain"), 4)
+    registry.add_base(registry.manifest(3), {SERVING: b"all", TRAINING: b"all too"})
+    return registry.path
+
+
+FILES = [
+    (folder, number, name)
+    for folder, numbers in (("versions", (2, 3, 4)), ("bases", (1, 3)))
+    for number in numbers
+    for name in ("manifest.json", SERVING, TRAINING)
+]
+# Which version is the newest good one when a file of the first is damaged: the chain of 4 goes base 3, delta 4.
+LEFT = {("versions", 2): 4, ("versions", 3): 4, ("versions", 4): 3, ("bases", 1): 4, ("bases", 3): 4}
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(which=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 8))
+def test_a_file_damaged_anywhere_is_never_loaded(
+    chain: Path, which: tuple[str, int, str], place: float, bit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """`bit` 8 cuts the file at `place`; else that bit of the byte there flips."""
+    folder, number, name = which
+    path = shutil.copytree(chain, tmp_path_factory.mktemp("damaged") / "registry")
+    file = path / folder / f"{number:012d}" / name
+    data = file.read_bytes()
+    at = int(place * len(data))
+    file.write_bytes(data[:at] if bit == 8 else data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+    registry = Registry(path)
+    kind = "delta" if folder == "versions" else "base"
+    with pytest.raises(CorruptVersion, match=f"version {number}: .*{name}") as raised:
+        registry.verify(registry.manifest(number, kind))  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
+
+    # What is restored is good in every part, and what was needed and bad is set aside.
+    newest = registry.newest_good(1)
+    assert newest == LEFT[folder, number]
+    base, deltas = registry.chain(newest)
+    for part in (base, *deltas):
+        registry.verify(part)
+    needed = (folder, number) in {("versions", 4), ("bases", 3)}
+    aside = [one.name for one in (path / folder).iterdir() if ".bad" in one.name]
+    assert aside == ([f"{number:012d}.bad"] if needed else [])
+    shutil.rmtree(path.parent)
+
+
+@settings(max_examples=60, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 8))
+def test_control_damaged_anywhere_is_no_control_and_no_older_one(
+    place: float, bit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("control")
+    registry = started(path, 1)
+    registry.change(lambda control: _pinned(control, 1))  # type: ignore[arg-type, return-value]
+    file = path / "control" / "00000002.json"
+    data = file.read_bytes()
+    at = int(place * len(data))
+    file.write_bytes(data[:at] if bit == 8 else data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+    for _ in range(2):
+        with pytest.raises(CorruptVersion, match=r"00000002.json is damaged"):
+            Registry(path).control()
+    shutil.rmtree(path)
+
+
+def test_a_damaged_program_is_replaced_by_the_one_just_lowered(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    digest = registry.add_program(b"program")
+    (tmp_path / "programs" / f"{digest}.tflite").write_bytes(b"progrm")
+    with pytest.raises(CorruptVersion, match="digest"):
+        registry.program(digest)
+    registry.add_program(b"program")
+    assert registry.program(digest) == b"program"
+
+
+def test_what_is_no_history_store_is_said_to_be_damaged(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").write_bytes(bytes(range(256)) * 64)
+    with pytest.raises(CorruptStore, match="springtide rebuild-history"):
+        HistoryStore(tmp_path, 32, MAP)
+
+
+@pytest.mark.parametrize("mark", [b"", b'{"clean": tr', b'{"clean": false, "boot_id": "before"}'])
+def test_rows_from_before_a_power_cut_are_begun_anew_aloud(
+    tmp_path: Path, mark: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = RowStore(tmp_path / "rows", MAP)
+    store.steer({"control": b"1"})
+    store._environment.close()
+    (tmp_path / "rows" / "mark.json").write_bytes(mark)
+    with caplog.at_level(logging.WARNING):
+        anew = RowStore(tmp_path / "rows", MAP)
+    assert "begun anew from the registry" in caplog.text
+    with anew.reader() as reader:
+        assert reader.note("control") is None
+    anew.close()
+    again = RowStore(tmp_path / "rows", MAP)
+    assert len(caplog.records) == 1
+    again.close()
+
+
+# Missing rights
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from state.registry.registry.control import pin
+from state.errors import SpringtideError
+from state.disk.lock import DirectoryLock
+from state.registry.registry.registry import Registry
+"""
+LOOK = """
+registry = Registry(Path(sys.argv[1]))
+for use in (registry.control, registry.versions, lambda: registry.newest_good(1), lambda: registry.read(2, "serving.safetensors")):
+    try:
+        print(use())
+    except SpringtideError as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "says"),
+    [
+        (".", ["UnusableRegistry"] * 4),
+        ("control", ["UnusableRegistry", "[1, 2]", "2", "b'1:"]),
+        ("versions", ["Control", "UnusableRegistry", "UnusableRegistry", "UnusableRegistry"]),
+        ("versions/000000000002", ["Control", "[1, 2]", "UnusableRegistry", "UnusableRegistry"]),
+        ("versions/000000000002/serving.safetensors", ["Control", "[1, 2]", "UnusableRegistry", "UnusableRegistry"]),
+    ],
+)
+def test_what_may_not_be_read_is_neither_empty_nor_corrupt(closed: str, says: list[str]) -> None:
+    with open_folder() as folder:
+        registry = started(folder / "registry", 2)
+        (registry.path / closed).chmod(0)
+        done = as_nobody(IMPORTS, LOOK, registry.path)
+        (registry.path / closed).chmod(0o755)
+        lines = done.stdout.splitlines()
+        assert [line[: len(start)] for line, start in zip(lines, says, strict=True)] == says, done.stderr
+        assert all("correct its access rights" in line for line in lines if line.startswith("Unusable"))
+        assert not list(registry.path.rglob("*.bad"))
+
+
+TRY = """
+path = Path(sys.argv[1])
+registry = Registry(path)
+print(registry.newest_good(1))
+for use in (
+    lambda: registry.change(lambda control: pin(control, 1, actor="bob", reason="test", now_ms=6)),
+    lambda: registry.add_program(b"program"),
+    lambda: registry.set_aside("delta", 2, "test"),
+    lambda: registry.remove("delta", 2),
+    DirectoryLock(path, "trainer.lock").acquire,
+):
+    try:
+        use()
+        print("done")
+    except SpringtideError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_registry_that_may_only_be_read_is_read_and_every_change_refused() -> None:
+    with open_folder() as folder:
+        registry = started(folder / "registry", 2)
+        done = as_nobody(IMPORTS, TRY, registry.path)
+        lines = done.stdout.splitlines()
+        assert [line.split()[0] for line in lines] == ["2", *["UnusableRegistry"] * 4, "UnusableDisk"], done.stderr
+        assert registry.versions() == [1, 2]
+        assert len(registry.controls()) == 1
+
+
+def test_a_read_only_disk_is_read_and_every_change_refused(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        registry = started(disk.path / "registry", 2)
+        disk.remount("ro")
+        reader = Registry(registry.path)
+        assert reader.newest_good(1) == 2
+        with pytest.raises(UnusableRegistry, match="Read-only file system"):
+            publish(reader, 2)
+        with pytest.raises(UnusableDisk, match="Read-only file system"):
+            DirectoryLock(registry.path, "trainer.lock").acquire()
+
+
+def test_a_full_disk_keeps_nobody_from_the_lock(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        disk.fill()
+        with DirectoryLock(disk.path), pytest.raises(LockHeld):
+            DirectoryLock(disk.path).acquire()

@@ -1,0 +1,199 @@
+"""Claims about the histories: what is read is what was appended, all or nothing, also after a crash."""
+
+from __future__ import annotations
+
+import errno
+from collections import defaultdict
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.errors import CorruptStore, PositionConflict, SpecMismatch, StoreError, StoreFull
+from state.features.spec import EVENT, Events
+from state.history.store import Appends, HistoryStore
+from state.positions import Range, Source
+
+MAP = 64 << 20
+SOURCE = Source("ab" * 16, 0)
+OTHER = Source("ab" * 16, 1)
+
+
+def events(count: int, first: int = 0, at_ms: int = 0) -> Events:
+    made = np.zeros(count, EVENT)
+    made["offset"] = np.arange(first, first + count)
+    made["at_ms"] = at_ms + made["offset"]
+    return made
+
+
+def appends(*parts: tuple[int, Events]) -> Appends:
+    users = np.repeat([user for user, _ in parts], [len(part) for _, part in parts]).astype(np.uint64)
+    return Appends.of(users, np.concatenate([part for _, part in parts]))
+
+
+def store_at(path: Path, history: int = 32, map_bytes: int = MAP, boot_id: str = "boot-1") -> HistoryStore:
+    return HistoryStore(path, history=history, map_bytes=map_bytes, boot_id=boot_id)
+
+
+def reopen(store: HistoryStore, crash: bool, history: int = 32) -> HistoryStore:
+    """A crash leaves what the kernel has: the environment goes without a sync or a clean mark."""
+    if crash:
+        store._env.close()
+    else:
+        store.close()
+    return store_at(store.path, history)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    commits=st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=4),
+            st.sampled_from(["go on", "crash", "close"]),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_a_history_is_the_last_n_events_in_append_order(
+    tmp_path_factory: pytest.TempPathFactory, commits: list[tuple[list[tuple[int, int]], str]]
+) -> None:
+    store = store_at(tmp_path_factory.mktemp("histories") / "store")
+    expected: dict[int, list[int]] = defaultdict(list)
+    offset = 0
+    for parts, then in commits:
+        made = []
+        for user, count in parts:
+            made.append((user, events(count, offset)))
+            expected[user] += range(offset, offset + count)
+            offset += count
+        store.commit(appends(*made))
+        if then != "go on":
+            store = reopen(store, crash=then == "crash")
+    known = len(expected)
+    for user in range(1, 5):
+        assert store.read(user)["offset"].tolist() == expected[user][-32:]
+        assert store.total(user) == len(expected[user])
+    assert [part["offset"].tolist() for part in store.read_many([3, 1])] == [expected[3][-32:], expected[1][-32:]]
+    assert store.users() == known
+    with store._env.begin(db=store._chunks) as transaction:
+        assert transaction.stat(store._chunks)["entries"] <= known * 4  # 32 / 16 and two at the ends
+    store.close()
+
+
+def test_positions_counts_and_extras_move_with_the_histories(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store")
+    store.commit(appends((5, events(2))), [Range(SOURCE, 10, 14, rows=2, dead=1, absent=1)], {"spec": b"abc"})
+    store.commit(
+        Appends.none(), [Range(SOURCE, 14, 15, filtered=1), Range(OTHER, 0, 3, absent=3), Range(OTHER, 3, 4, dead=1)]
+    )
+    store = reopen(store, crash=True)
+    assert store.positions() == {SOURCE: 15, OTHER: 4}
+    assert store.counts()[SOURCE] == {"first": 10, "next": 15, "rows": 2, "dead": 1, "filtered": 1, "absent": 1}
+    assert store.totals == {"positions": 9, "rows": 2, "dead": 2, "filtered": 1, "absent": 4}
+    assert (store.extra("spec"), store.extra("salt")) == (b"abc", None)
+    store.close()
+
+
+def test_a_range_that_does_not_follow_changes_nothing(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store")
+    store.commit(appends((5, events(2))), [Range(SOURCE, 0, 2, rows=2)])
+    before = store.digest()
+    with pytest.raises(PositionConflict, match=r"read .*:0 up to 2, and the batch begins at 1"):
+        store.commit(appends((5, events(2))), [Range(OTHER, 0, 1, dead=1), Range(SOURCE, 1, 3, rows=2)], {"x": b"1"})
+    assert (store.digest(), store.positions(), store.extra("x")) == (before, {SOURCE: 2}, None)
+    store.close()
+
+
+def test_a_recreated_topic_is_another_source(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store")
+    store.commit(Appends.none(), [Range(SOURCE, 0, 2, absent=2)])
+    store.commit(Appends.none(), [Range(Source("cd" * 16, 0), 0, 2, absent=2)])
+    assert len(store.positions()) == 2
+    store.close()
+
+
+def test_equal_histories_have_equal_digests_whatever_the_commits(tmp_path: Path) -> None:
+    digests = set()
+    for name, cuts in (("one", [100]), ("some", [3, 40, 100]), ("each", list(range(1, 101)))):
+        store = store_at(tmp_path / name)
+        first = 0
+        for cut in cuts:
+            store.commit(appends((5, events(cut - first, first))))
+            first = cut
+        digests.add(store.digest())
+        store.close()
+    assert len(digests) == 1
+
+
+def test_a_power_cut_is_noticed_and_a_kill_is_not(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store")
+    store._env.close()
+    store_at(tmp_path / "store")._env.close()
+    with pytest.raises(CorruptStore, match=r"open when the machine went down.*springtide rebuild-history"):
+        store_at(tmp_path / "store", boot_id="boot-2")
+    store_at(tmp_path / "store").close()
+    store_at(tmp_path / "store", boot_id="boot-2").close()
+
+
+def test_another_length_of_history_is_refused(tmp_path: Path) -> None:
+    store_at(tmp_path / "store", history=32).close()
+    with pytest.raises(SpecMismatch, match=r"keeps 32 events .* features.history is 64"):
+        store_at(tmp_path / "store", history=64)
+
+
+def test_a_full_map_changes_nothing_and_names_the_setting(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store", map_bytes=1 << 20)
+    with pytest.raises(StoreFull, match="map_gb"):
+        for round_ in range(100):
+            before = store.digest()
+            store.commit(appends(*((user + 1000 * round_, events(16)) for user in range(1, 200))))
+    assert store.digest() == before
+    store.close()
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store")
+    with pytest.raises(StoreFull, match="free space"), store._write():
+        raise lmdb.DiskError("mdb_txn_commit", errno.ENOSPC)
+    store.close()
+
+
+def test_a_reader_sees_whole_commits_and_needs_a_writer_first(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is its writer running"):
+        HistoryStore(tmp_path / "store", 32, MAP, readonly=True)
+    store = store_at(tmp_path / "store")
+    store.commit(appends((5, events(3))))
+    store.close()
+    reader = HistoryStore(tmp_path / "store", 32, MAP, readonly=True, boot_id="boot-2")
+    assert len(reader.read(5)) == 3 and len(reader.read(6)) == 0
+    reader.close()
+    # Closing a reader sets no mark and asks for none.
+    store_at(tmp_path / "store", boot_id="boot-3").close()
+
+
+def test_sweeping_removes_only_leading_old_events_and_whole_users(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store", history=64)
+    late = events(16, 16)
+    late["at_ms"][3] = 10_000
+    store.commit(appends((1, np.concatenate([events(16), late, events(8, 32)])), (2, events(5)), (3, events(40, 9000))))
+    assert store.sweep(horizon_ms=100, limit=2) == (16 + 5, 3)
+    assert store.sweep(horizon_ms=100, start=3) == (0, None)
+    assert store.read(1)["offset"].tolist() == list(range(16, 40))
+    assert (len(store.read(2)), len(store.read(3)), store.users()) == (0, 40, 2)
+    # The last N are still counted from the first event ever appended.
+    store.commit(appends((1, events(50, 40)), (2, events(1, 7))))
+    assert store.read(1)["offset"].tolist() == list(range(26, 90))
+    assert (store.read(2)["offset"].tolist(), store.users()) == ([7], 3)
+    store.close()
+
+
+def test_readers_of_dead_processes_are_cleared(tmp_path: Path) -> None:
+    store = store_at(tmp_path / "store")
+    assert store.clear_readers() == 0
+    assert store.bytes_used() > 0
+    store.sync()
+    store.close()

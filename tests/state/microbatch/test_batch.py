@@ -1,0 +1,253 @@
+"""Micro-batches: what is encoded comes back, damage is named, splitting and trimming lose nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.errors import MicroBatchError
+from state.history.followed import new_ranges
+from state.microbatch.batch import LISTS, NAMES, SCALARS, SINCE_2, Header, decode, encode, gaps, split, trim
+from state.microbatch.row_kinds import Kind, counts, trained
+from state.positions import Range, Source, merge_ranges
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
+
+
+def made(rows: int, seed: int = 7, contexts: int = 2, random_features: bool = False) -> tuple[Header, dict[str, Any]]:
+    """A header and columns of `rows` rows from two partitions, every third offset dead."""
+    shapes = {"context": (contexts,), "features": (8,), "labels": (4,), "label_windows": (4, 3)}
+    shapes |= {"user_attributes": (2,), "item_attributes": (1,)}
+    rng = np.random.default_rng(seed)
+    columns: dict[str, Any] = {}
+    for name, kind in SCALARS.items():
+        columns[name] = np.arange(rows).astype(kind) * 3
+    for name, kind in LISTS.items():
+        top = 60_000 if random_features else 5
+        columns[name] = rng.integers(0, top, (rows, *shapes[name])).astype(kind)
+    columns["source"] = (np.arange(rows) % 2).astype("<u2")
+    columns["label"] = np.where(np.arange(rows) % 3 == 0, np.nan, 1.0).astype("<f4")
+    ranges, offset = [], np.zeros(rows, "<i8")
+    for index, source in enumerate((ZERO, ONE)):
+        mine = columns["source"] == index
+        count = int(mine.sum())
+        # Offsets 100, 101, 103, 104, 106, ...: one of three is dead.
+        offset[mine] = 100 + np.arange(count) + np.arange(count) // 2
+        end = 100 + count + count // 2
+        ranges.append(Range(source, 100, end, rows=count, dead=end - 100 - count))
+    columns["offset"] = offset
+    columns |= {name: np.zeros(rows, SCALARS[name]) for name in SINCE_2}
+    names, attributes = {0xFEED: "shoes", 7: "Schürzen"}, (("age", "city"), ("brand",))
+    header = Header("spec", "salt", tuple(ranges), 1_700_000_000_000, 3, names, attributes)
+    return header, columns
+
+
+def with_kinds() -> tuple[Header, dict[str, Any]]:
+    """Nine rows of all kinds at the offsets 100, 101, 102, 102, 102, 103, 104, 105, 105 of one partition; 106 is dead."""
+    header, columns = made(9)
+    columns["source"][:] = 0
+    columns["offset"] = np.array([100, 101, 102, 102, 102, 103, 104, 105, 105], "<i8")
+    kinds = [Kind.OPENED, Kind.OPENED, Kind.ROW, Kind.EXPIRED, Kind.EXPIRED]
+    kinds += [Kind.DROPPED, Kind.OPENED, Kind.FEEDBACK, Kind.JOINED]
+    columns["kind"] = np.array(kinds, "u1")
+    columns["waited"] = np.array([0, 0, 0, 12, 11, 0, 0, 0, 5], "<i8")
+    columns["delay_ms"] = np.array([0, 0, 0, 600, 600, 0, 0, 0, 40], "<i8")
+    columns["request"] = np.array([8, 8, 0, 0, 0, 0, 9, 9, 0], "<u8")
+    part = Range(ZERO, 100, 107, rows=1, dead=1, opened=4, feedback=1, joined=1, expired=2, dropped=1)
+    return Header("spec", "salt", (part,), 1_700_000_000_000, 3, {7: "shoes"}, header.attributes), columns
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether the columns hold the same bits."""
+    return all(left[name].tobytes() == right[name].tobytes() for name in NAMES)
+
+
+@pytest.mark.parametrize(("rows", "contexts"), [(0, 0), (0, 2), (1, 0), (5, 1), (2048, 3)])
+def test_what_is_encoded_comes_back(rows: int, contexts: int) -> None:
+    header, columns = made(rows, contexts=contexts)
+    batch = decode(encode(header, columns))
+    assert batch.header == header
+    assert len(batch) == rows
+    assert same(batch.columns, columns)
+    assert {name: column.shape for name, column in batch.columns.items()} == {n: c.shape for n, c in columns.items()}
+
+
+def test_the_golden_micro_batch_still_decodes() -> None:
+    header, columns = with_kinds()
+    batch = decode((GOLDEN / "microbatch-v2.arrow").read_bytes())
+    assert batch.header == header
+    assert same(batch.columns, columns)
+
+
+def test_a_row_knows_its_own_place_beside_that_where_its_label_became_known() -> None:
+    batch = decode(encode(*with_kinds()))
+    assert batch.opened[trained(batch.kind)].tolist() == [102, 90, 91, 100]
+
+
+def test_the_rows_of_one_place_are_never_parted() -> None:
+    header, columns = with_kinds()
+    parts = [decode(value) for value in split(header, columns, 900_000, max_rows=1)]
+    assert [part.offset.tolist() for part in parts] == [[100], [101], [102, 102, 102], [103], [104], [105, 105]]
+    for before, after in pairwise(parts):
+        assert before.header.ranges[0].next == after.header.ranges[0].first
+    whole = parts[0].header.ranges[0]
+    for part in parts[1:]:
+        whole = merge_ranges(whole, part.header.ranges[0])
+    assert whole == header.ranges[0]
+    marks: dict[Source, int] = {}
+    for part in parts:
+        keep, marks = trim(part, marks)
+        assert keep.all()
+
+
+@pytest.mark.parametrize("mark", range(100, 108))
+def test_what_a_range_counts_beyond_a_mark_is_what_the_rows_say(mark: int) -> None:
+    batch = decode(encode(*with_kinds()))
+    keep, _ = trim(batch, {ZERO: mark})
+    (part,) = new_ranges(batch, {ZERO: mark})[0] or [Range(ZERO, 107, 107)]
+    assert {name: getattr(part, name) for name in counts(batch.kind)} == counts(batch.kind[keep])
+
+
+def test_a_micro_batch_of_format_1_is_one_without_attributes_and_without_waiting() -> None:
+    header, columns = made(7)
+    batch = decode((GOLDEN / "microbatch-v1.arrow").read_bytes())
+    assert batch.header == replace(header, attributes=((), ()))
+    none = {name: np.empty((7, 0), "<u8") for name in ("user_attributes", "item_attributes")}
+    assert same(batch.columns, columns | none)
+    assert same(decode(encode(batch.header, batch.columns)).columns, batch.columns)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_damage_is_a_micro_batch_error_or_changes_no_shape(data: st.DataObject) -> None:
+    value = bytearray(encode(*made(5)))
+    place = data.draw(st.integers(0, len(value) - 1))
+    if data.draw(st.booleans()):
+        value = value[:place]
+    else:
+        value[place] ^= data.draw(st.integers(1, 255))
+    try:
+        batch = decode(bytes(value))
+    except MicroBatchError:
+        return
+    assert int(trained(batch.kind).sum()) == sum(part.rows + part.joined + part.expired for part in batch.header.ranges)
+
+
+@pytest.mark.parametrize("value", [b"", b"{}", b"\xff" * 100])
+def test_other_bytes_are_no_micro_batch(value: bytes) -> None:
+    with pytest.raises(MicroBatchError, match="is no micro-batch"):
+        decode(value)
+
+
+def test_another_format_is_named() -> None:
+    value = encode(*made(1)).replace(b'"format":2', b'"format":3')
+    with pytest.raises(MicroBatchError, match="format 3"):
+        decode(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"user": np.zeros(4, "<i8")}, "column user is int64"),
+        ({"offset": np.zeros(3, "<i8")}, "with 4 rows"),
+        ({"source": np.full(4, 2, "<u2")}, "names range 2"),
+        ({"source": np.zeros(4, "<u2")}, "counts 2 rows"),
+        ({"kind": np.full(4, Kind.OPENED, "u1")}, "counts 2 rows"),
+        ({"kind": np.full(4, 9, "u1")}, "of kind 9"),
+        ({"offset": np.zeros(4, "<i8")}, "outside of its source"),
+        ({"label_windows": np.zeros((4, 12), "<u2")}, "3 dimensions"),
+        ({"item_attributes": np.zeros((4, 2), "<u8")}, "has 2 attributes, the header names 1"),
+    ],
+)
+def test_columns_that_contradict_the_header_are_refused(change: dict[str, Any], words: str) -> None:
+    header, columns = made(4)
+    with pytest.raises(MicroBatchError, match=words):
+        encode(header, columns | change)
+
+
+def test_a_missing_column_is_named() -> None:
+    header, columns = made(4)
+    del columns["item"]
+    with pytest.raises(MicroBatchError, match="without the columns item"):
+        encode(header, columns)
+
+
+def test_take_keeps_the_named_rows_and_the_header() -> None:
+    header, columns = made(6)
+    keep = np.array([True, False] * 3)
+    batch = decode(encode(header, columns)).take(keep)
+    assert batch.header == header
+    assert same(batch.columns, {name: column[keep] for name, column in columns.items()})
+
+
+@pytest.mark.parametrize("limit", [6_000, 20_000])
+def test_a_split_batch_has_the_same_rows_and_adjacent_ranges(limit: int) -> None:
+    header, columns = made(1000, random_features=True)
+    values = split(header, columns, limit)
+    parts = [decode(value) for value in values]
+    assert len(parts) > 1
+    assert max(map(len, values)) <= limit
+    for name in set(NAMES) - {"source"}:
+        assert np.concatenate([part.columns[name] for part in parts]).tobytes() == columns[name].tobytes()
+    for whole in header.ranges:
+        merged = None
+        for part in parts:
+            for piece in part.header.ranges:
+                if piece.source == whole.source:
+                    merged = piece if merged is None else merge_ranges(merged, piece)
+        assert merged == whole
+    sources = [part.header.ranges[index].source for part in parts for index in part.source]
+    assert sources == [header.ranges[index].source for index in columns["source"]]
+    assert [part.header.names for part in parts] == [header.names] + [{}] * (len(parts) - 1)
+
+
+def test_a_row_that_exceeds_the_record_is_refused() -> None:
+    with pytest.raises(MicroBatchError, match=r"raise stream\.max_record_bytes"):
+        split(*made(1), 100)
+
+
+def test_trim_drops_what_is_below_the_marks() -> None:
+    header, columns = made(8)
+    batch = decode(encode(header, columns))
+    keep, marks = trim(batch, {ZERO: 103})
+    assert columns["offset"][keep & (columns["source"] == 0)].min() == 103
+    assert keep[columns["source"] == 1].all()
+    assert marks == {part.source: part.next for part in header.ranges}
+
+
+def test_trimming_the_same_batch_again_leaves_nothing() -> None:
+    batch = decode(encode(*made(8)))
+    _, marks = trim(batch, {})
+    keep, again = trim(batch, marks)
+    assert not keep.any()
+    assert again == marks
+
+
+def test_an_older_batch_does_not_move_marks_back() -> None:
+    batch = decode(encode(*made(8)))
+    keep, marks = trim(batch, {ZERO: 10_000, ONE: 10_000})
+    assert not keep.any()
+    assert marks == {ZERO: 10_000, ONE: 10_000}
+
+
+def test_trim_takes_a_batch_without_ranges() -> None:
+    header, columns = made(0)
+    batch = decode(encode(replace(header, ranges=()), columns))
+    keep, marks = trim(batch, {ZERO: 3})
+    assert len(keep) == 0
+    assert marks == {ZERO: 3}
+    assert header.ranges
+
+
+def test_a_gap_is_named_and_a_new_source_is_none() -> None:
+    header, _ = made(8)
+    assert gaps(header, {ZERO: 90}) == [(ZERO, 90, 100)]
+    assert gaps(header, {ZERO: 100}) == []

@@ -1,0 +1,139 @@
+"""Records of a recording: the configured decoder reads them, and what is no click stays what it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.replaying.sender import Judge, Piece
+from state.config.sections import Events
+from state.config.settings import load
+from state.errors import SettingsError
+from state.events.parser import decode_json
+from state.recordings.rows import NO_TIME, Encoded, Encoder, Rows, joined
+
+LATEST = 1_800_000_000_000
+DEFAULT = Events()
+AT_MS = 1_700_000_000_000
+
+
+def rows(broken: frozenset[int] = frozenset(), **columns: list[Any]) -> Rows:
+    count = len(next(iter(columns.values())))
+    return Rows(columns, np.arange(1, count + 1), broken, lambda row: f"text of {row}".encode())
+
+
+def one(events: Events = DEFAULT, constants: dict[str, str] | None = None, **fields: Any) -> tuple[Encoded, bytes]:
+    encoder = Encoder(events, constants or {}, LATEST)
+    encoded = encoder.encode(rows(**{name: [value] for name, value in fields.items()}), 0)
+    return encoded, encoder.values(encoded, encoded.at_ms)[0]
+
+
+CLICK = {"user": "ada", "item": 7, "category": "c", "action": "view", "time": "1700000000"}
+
+
+def test_a_record_is_what_the_decoder_reads_keyed_by_user() -> None:
+    encoded, value = one(**CLICK)
+    assert encoded.keys == [b"ada"]
+    assert encoded.at_ms.tolist() == [AT_MS]
+    event = decode_json(Events())(value)
+    assert (event.user, event.item, event.category, event.action, event.time) == ("ada", 7, "c", "view", AT_MS)
+
+
+@given(
+    user=st.one_of(st.text(min_size=1), st.integers(0, 2**63 - 1)),
+    category=st.text(min_size=1),
+    at_ms=st.integers(0, LATEST),
+    moved_ms=st.integers(10**12, LATEST),
+    unit=st.sampled_from(["auto", "ms", "iso", "s"]),
+)
+def test_any_click_survives_the_way_with_its_new_time(
+    user: str | int, category: str, at_ms: int, moved_ms: int, unit: str
+) -> None:
+    events = Events(time_unit=unit, max_age_s=1e12, time="when it was")
+    encoder = Encoder(events, {"action": "cart"}, LATEST)
+    written = str(np.datetime64(at_ms, "ms")) if unit == "iso" else at_ms / 1000 if unit == "s" else at_ms + 10**12
+    encoded = encoder.encode(rows(**{"user": [user], "item": [1], "category": [category], "when it was": [written]}), 0)
+    if encoded.at_ms[0] == NO_TIME:
+        assert unit in ("auto", "ms")  # beyond the latest
+        return
+    value = encoder.values(encoded, np.array([moved_ms]))[0]
+    event = decode_json(events)(value)
+    assert (event.user, event.category, event.action) == (user, category, "cart")
+    piece = Piece(encoded.keys, [value], np.array([moved_ms]))
+    assert Judge(events).judge(piece) == {}
+    assert encoded.keys == [str(user).encode()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"time": "soon"}, "wrong_type"),
+        ({"time": None}, "missing_field"),
+        ({"time": math.inf}, "missing_field"),
+        ({"time": "inf"}, "not_finite"),
+        ({"time": LATEST + 1}, "implausible_time"),
+        ({"user": None}, "missing_field"),
+        ({"user": ""}, "empty_id"),
+        ({"user": 1.5}, "wrong_type"),
+        ({"item": [1, 2]}, "wrong_type"),
+        ({"item": 10**30}, "undecodable"),
+        ({"category": ""}, "empty_id"),
+        ({"action": "stare"}, "unknown_action"),
+    ],
+)
+def test_a_row_that_is_no_click_is_sent_for_the_parser_to_refuse(fields: dict[str, Any], reason: str) -> None:
+    encoded, value = one(**(CLICK | fields))
+    piece = Piece(encoded.keys, [value], np.array([AT_MS]))
+    assert Judge(Events()).judge(piece) == {0: reason}
+
+
+def test_a_row_that_cannot_be_split_is_sent_as_its_text() -> None:
+    encoder = Encoder(Events(), {}, LATEST)
+    columns = {name: [value, None] for name, value in CLICK.items()}
+    encoded = encoder.encode(rows(frozenset({1}), **columns), 3)
+    assert encoder.values(encoded, encoded.at_ms)[1] == b"text of 1"
+    assert (encoded.keys[1], encoded.at_ms[1], encoded.file.tolist()) == (b"", NO_TIME, [3, 3])
+
+
+def test_labels_written_as_text_are_numbers_and_context_goes_along() -> None:
+    events = Events(label="liked", context=("tab", "category"))
+    _, value = one(events, **CLICK, liked="1", tab=3)
+    assert json.loads(value) == {**CLICK, "time": AT_MS, "liked": 1, "tab": 3}
+    _, value = one(events, {"liked": "0.5"}, **CLICK, tab=None)
+    assert json.loads(value)["liked"] == 0.5
+
+
+def test_without_a_time_field_kafkas_timestamp_is_the_time() -> None:
+    events = Events(time="")
+    encoded, value = one(events, **{name: CLICK[name] for name in ("user", "item", "category", "action")})
+    assert encoded.at_ms.tolist() == [NO_TIME]
+    assert Judge(events).judge(Piece(encoded.keys, [value], np.array([AT_MS]))) == {}
+
+
+def test_parts_are_joined_taken_and_cut() -> None:
+    parts = [one(**(CLICK | {"user": name}))[0] for name in "abc"]
+    whole = joined(parts)
+    assert whole.take(np.array([2, 0])).keys == [b"c", b"a"]
+    assert whole.cut(1, 3).keys == [b"b", b"c"]
+    assert len(joined([])) == 0
+
+
+@pytest.mark.parametrize("field", ["context", "item", "category", "action", "user"])
+def test_an_outcome_is_no_feature_unless_somebody_says_so(field: str) -> None:
+    flags = [f"--events.{field}=is_like", "--events.outcomes=play_time_ms,is_like"]
+    with pytest.raises(SettingsError, match=rf"flag --events.{field}: .*'is_like', an outcome.*allow_outcomes is_like"):
+        load(flags, env={})
+    assert load([*flags, "--events.allow_outcomes=is_like"], env={}).events.allow_outcomes == ("is_like",)
+
+
+def test_the_label_is_an_outcome_without_being_listed() -> None:
+    with pytest.raises(SettingsError, match="'is_click', an outcome"):
+        load(["--events.label=is_click", "--events.context=tab,is_click"], env={})
+    assert replace(Events(), label="is_click").outcomes == ()

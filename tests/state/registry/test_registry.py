@@ -1,0 +1,313 @@
+"""The registry: versions are complete or absent, corrupt ones are never loaded, and descent is right after rollbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.errors import ControlConflict, CorruptVersion, SpecMismatch, UnknownVersion, WrongEpoch
+from state.features.mask import Mask
+from state.positions import Source
+from state.process import killpoints
+from state.registry.control import Control, follow, pin, roll_back, start
+from state.registry.manifest import Draft, LogRange, Manifest, sees
+from state.registry.registry import SERVING, Registry
+
+WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
+SOURCE = Source("ab" * 16, 1)
+GOLDEN = Path(__file__).parents[2] / "golden" / "registry-v1"
+
+
+def draft(parent: int | None, epoch: int = 1) -> Draft:
+    return Draft(
+        kind="base" if parent is None else "delta",
+        epoch=epoch,
+        parent=parent,
+        log=LogRange("microbatches", "cd" * 16, 0, 4, 9),
+        sources=((SOURCE, 7),),
+        steps=3,
+        rows=12,
+        created_at_ms=1000,
+        event_time_ms=900,
+        spec="spec",
+        program="program",
+        salt="salt",
+        metrics={"log_loss": 0.5, "auc": float("nan")},
+        environment={"tensorflow": "2.21.0"},
+    )
+
+
+def publish(registry: Registry, parent: int | None, epoch: int = 1) -> Manifest:
+    return registry.publish(draft(parent, epoch), {SERVING: b"rows of %d" % (parent or 0)})
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    made = Registry(tmp_path)
+    made.propose(start(**WHO))
+    return made
+
+
+def started(path: Path, versions: int) -> Registry:
+    registry = Registry(path)
+    registry.propose(start(**WHO))
+    for parent in range(versions):
+        publish(registry, parent or None)
+    return registry
+
+
+def test_a_published_version_is_read_back_by_another_process(registry: Registry) -> None:
+    first = publish(registry, None)
+    second = publish(registry, 1)
+    other = Registry(registry.path)
+    assert other.versions() == [1, 2]
+    assert other.manifest(2) == second
+    assert other.read(2, SERVING) == b"rows of 1"
+    assert other.chain(2) == (first, [second])
+    assert (second.marks, second.metrics) == ({SOURCE: 7}, {"log_loss": 0.5})
+
+
+def test_polling_finds_each_version_once(registry: Registry) -> None:
+    other = Registry(registry.path)
+    assert other.next_after(0) is None
+    for version in (1, 2, 3):
+        publish(registry, version - 1 or None)
+        assert other.next_after(version - 1) == version
+        assert other.next_after(version) is None
+
+
+def test_a_version_of_another_epoch_is_refused(registry: Registry) -> None:
+    publish(registry, None)
+    publish(registry, 1)
+    registry.propose(roll_back(registry.control() or start(**WHO), 1, Mask.NONE, **WHO))
+    with pytest.raises(WrongEpoch, match="control is at epoch 2"):
+        publish(registry, 2, epoch=1)
+    assert registry.versions() == [1, 2]
+    assert not list((registry.path / "tmp").iterdir())
+
+
+def test_a_rollback_while_a_version_is_written_refuses_it(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(registry, None)
+    operator = Registry(registry.path)
+    monkeypatch.setattr(
+        killpoints,
+        "armed",
+        killpoints.parse(
+            "publish.written", lambda: print(operator.change(lambda c: roll_back(c, 1, Mask.NONE, **WHO)))
+        ),
+    )
+    with pytest.raises(WrongEpoch):
+        publish(registry, 1)
+    assert registry.versions() == [1]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:-1], lambda data: bytes([data[0] ^ 1]) + data[1:]]
+)
+@pytest.mark.parametrize("name", [SERVING, "manifest.json"])
+def test_a_corrupt_version_is_never_loaded_and_is_set_aside_aloud(
+    registry: Registry, damage: Callable[[bytes], bytes], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for parent in (None, 1, 2):
+        publish(registry, parent)
+    path = registry.folder("delta", 3) / name
+    path.write_bytes(damage(path.read_bytes()))
+    other = Registry(registry.path)
+    with pytest.raises(CorruptVersion, match=name):
+        other.read(3, SERVING)
+    with caplog.at_level(logging.ERROR):
+        assert other.newest_good(1) == 2
+    assert name in caplog.text and ".bad" in caplog.text
+    assert other.versions() == [1, 2]
+    assert publish(other, 2).version == 4, "a number is never used twice"
+
+
+def test_versions_that_only_a_corrupt_one_led_to_are_set_aside_too(registry: Registry) -> None:
+    for parent in (None, 1, 2, 3):
+        publish(registry, parent)
+    (registry.folder("delta", 2) / SERVING).write_bytes(b"spoiled")
+    assert Registry(registry.path).newest_good(1) == 1
+    assert registry.versions() == [1]
+
+
+def test_a_corrupt_base_falls_back_to_the_one_before(registry: Registry) -> None:
+    for parent in (None, 1, 2):
+        publish(registry, parent)
+    registry.add_base(registry.manifest(2), {SERVING: b"all"})
+    assert [part.version for part in registry.chain(3).deltas] == [3]
+    (registry.folder("base", 2) / SERVING).write_bytes(b"spoiled")
+    assert registry.newest_good(1) == 3
+    assert [part.version for part in registry.chain(3).deltas] == [2, 3]
+
+
+def test_a_base_stays_readable_as_its_version_when_the_delta_is_removed(registry: Registry) -> None:
+    for parent in (None, 1, 2):
+        publish(registry, parent)
+    registry.add_base(registry.manifest(2), {SERVING: b"all"})
+    registry.remove("delta", 2)
+    assert registry.versions() == [1, 2, 3]
+    assert registry.read(2, SERVING) == b"all"
+    assert registry.manifest(2).visible == ((1, 2),)
+    with pytest.raises(UnknownVersion, match="take 3"):
+        registry.manifest(9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(st.just(0), st.integers(1, 30)), min_size=1, max_size=30))
+def test_visible_intervals_are_the_ancestors_after_any_rollbacks(plan: list[int]) -> None:
+    """0 publishes the next version; another number rolls back to one of those there are."""
+    with tempfile.TemporaryDirectory() as folder:
+        registry = Registry(Path(folder))
+        control = registry.propose(start(**WHO))
+        parents: dict[int, int | None] = {}
+        head: int | None = None
+        for number in plan:
+            if number == 0 or head is None:
+                made = publish(registry, head, control.epoch)
+                parents[made.version] = head
+                head = made.version
+            else:
+                head = sorted(parents)[number % len(parents)]
+                to = head
+                control = registry.change(lambda c, to=to: roll_back(c, to, Mask.NONE, **WHO))
+        for version in parents:
+            ancestors, at = set(), version
+            while at is not None:
+                ancestors.add(at)
+                at = parents[at]
+            line = registry.visible(version)
+            assert {other for other in parents if sees(line, other)} == ancestors
+            assert list(line) == sorted(line, reverse=True)
+            base, deltas = registry.chain(version)
+            assert {base.version, *(part.version for part in deltas)} == ancestors
+
+
+def test_proposals_are_exclusive(registry: Registry) -> None:
+    control = registry.control()
+    assert control is not None
+    mine, other = pin(control, 3, **WHO), pin(control, 4, **WHO)
+    assert registry.propose(mine) == mine
+    with pytest.raises(ControlConflict, match="springtide history"):
+        registry.propose(other)
+    assert registry.propose(mine) == mine, "again, as after a crash"
+    assert registry.controls() == [control, mine]
+
+
+def test_a_change_is_repeated_on_the_newest_generation(registry: Registry) -> None:
+    other = Registry(registry.path)
+    seen: list[int] = []
+
+    def transition(control: Control) -> Control:
+        seen.append(control.generation)
+        if len(seen) == 1:
+            other.change(lambda c: pin(c, 4, **WHO))
+        return pin(control, 3, **WHO)
+
+    assert registry.change(transition).serving.version == 3
+    assert seen == [1, 2]
+    assert registry.change(lambda c: pin(c, 3, **WHO)).generation == 3
+    assert registry.change(lambda c: follow(c, **WHO)).generation == 4
+
+
+def test_a_damaged_control_stops_its_reader(registry: Registry) -> None:
+    path = next((registry.path / "control").iterdir())
+    path.write_bytes(path.read_bytes().replace(b"because", b"becausf"))
+    with pytest.raises(CorruptVersion, match=path.name):
+        Registry(registry.path).control()
+
+
+def test_a_program_and_a_spec_are_checked_when_read(registry: Registry) -> None:
+    digest = registry.add_program(b"program")
+    assert registry.add_program(b"program") == digest
+    assert registry.program(digest) == b"program"
+    (registry.path / "programs" / f"{digest}.tflite").write_bytes(b"other")
+    with pytest.raises(CorruptVersion, match="digest"):
+        registry.program(digest)
+
+    def fill(folder: Path) -> None:
+        (folder / "transform").mkdir()
+        (folder / "transform" / "graph").write_bytes(b"graph")
+
+    with pytest.raises(SpecMismatch, match="springtide bootstrap"):
+        registry.spec("abc")
+    assert registry.add_spec("abc", {"salt": "s"}, fill)
+    assert not registry.add_spec("abc", {"salt": "t"}, fill)
+    assert registry.spec("abc")["salt"] == "s"
+    assert (registry.transform("abc") / "graph").read_bytes() == b"graph"
+    (registry.path / "specs" / "abc" / "transform" / "graph").write_bytes(b"grapf")
+    with pytest.raises(CorruptVersion, match="graph"):
+        registry.transform("abc")
+
+
+CRASH = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.state.registry.test_registry import started
+started(Path({path!r}), 4)
+"""
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["publish.file", "publish.written", "publish.checked", "publish.renamed", "publish.synced", "control.linked"],
+)
+def test_after_kill_9_a_version_is_complete_or_absent(tmp_path: Path, point: str) -> None:
+    root = str(Path(__file__).parents[3])
+    count = 1 if point == "control.linked" else 3
+    script = CRASH.format(root=root, path=str(tmp_path))
+    crashed = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, killpoints.VARIABLE: f"{point}:{count}"}, check=False
+    )
+    assert crashed.returncode == -9
+    registry = Registry(tmp_path)
+    assert registry.control() is not None
+    expected = {
+        "publish.file": 2,
+        "publish.written": 2,
+        "publish.checked": 2,
+        "publish.renamed": 3,
+        "publish.synced": 3,
+        "control.linked": 0,
+    }
+    assert registry.versions() == list(range(1, expected[point] + 1))
+    if registry.versions():
+        assert registry.newest_good(1) == expected[point]
+    registry.sweep()
+    assert not list((tmp_path / "tmp").iterdir())
+    assert publish(registry, expected[point] or None).version == expected[point] + 1
+
+
+def test_a_sweep_leaves_the_files_of_the_living(registry: Registry) -> None:
+    alive = registry._temporary("version")
+    alive.mkdir()
+    assert registry.sweep() == []
+    assert alive.exists()
+
+
+def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:
+    """Run this file with `--golden` to write it, for a new format only."""
+    registry = Registry(shutil.copytree(GOLDEN, tmp_path / "registry"))
+    assert registry.versions() == [1, 2]
+    base, deltas = registry.chain(2)
+    assert replace(base, files={}).marks == {SOURCE: 7}
+    assert registry.read(deltas[0], SERVING) == b"rows of 1"
+    control = registry.control()
+    assert control is not None
+    assert (control.action, control.mask.users) == ("rollback", frozenset({2**64 - 1}))
+
+
+if __name__ == "__main__" and "--golden" in sys.argv:
+    golden = started(GOLDEN, 2)
+    golden.change(lambda c: roll_back(c, 1, Mask(users=frozenset({2**64 - 1}), times=((1, 2),)), **WHO))

@@ -1,0 +1,330 @@
+"""The row store answers at each version what a plain replay along its line of descent gives."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.errors import StoreError, StoreFull, UnknownVersion
+from state.positions import Source
+from state.registry.manifest import Kind, LogRange, Manifest, Visible
+from state.rows.store import RowStore, Served
+
+DIM = 4
+IDS = 6
+Rows = dict[tuple[str, int], float]
+
+
+def manifest(version: int, parent: int | None, kind: Kind = "delta", epoch: int = 1) -> Manifest:
+    """A manifest of which only what the store keeps matters."""
+    return Manifest(
+        version=version, kind=kind, epoch=epoch, parent=parent, visible=((version, version),), log=LogRange(),
+        sources=((Source("ab" * 16, 0), version * 10),), steps=version, rows=version, created_at_ms=version * 1000,
+        event_time_ms=version * 1000 - 500, spec="spec", program="program", salt="salt", mask_generation=0,
+        metrics={}, environment={}, files={},
+    )  # fmt: skip
+
+
+def tensors(put: Mapping[tuple[str, int], float], removed: frozenset[tuple[str, int]] = frozenset()) -> dict[str, Any]:
+    """The tensors of a version: rows filled with one value each."""
+    made: dict[str, Any] = {"dense.w": np.array([1.0], np.float32), "popular": np.array([5, 6], np.uint64)}
+    for table in ("user", "category"):
+        ids = [identity for name, identity in put if name == table]
+        made[f"{table}.ids"] = np.array(ids, np.uint64)
+        made[f"{table}.rows"] = np.array([[put[table, i]] * DIM for i in ids], np.float32).reshape(len(ids), DIM)
+        made[f"{table}.removed"] = np.array([i for name, i in removed if name == table], np.uint64)
+    return made
+
+
+@contextmanager
+def store_in_temporary_folder() -> Iterator[RowStore]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = RowStore(Path(folder) / "rows", 1 << 26)
+        yield store
+        store.close()
+
+
+def read(store: RowStore, version: int) -> Rows:
+    """Everything that is visible at `version`."""
+    found: Rows = {}
+    with store.reader() as reader:
+        at = reader.version(version)
+        assert at is not None
+        for table in ("user", "category"):
+            rows, known = reader.get(table, range(IDS), at)
+            for identity in range(IDS):
+                if known[identity]:
+                    assert len(set(rows[identity].tolist())) == 1
+                    found[table, identity] = float(rows[identity][0])
+                else:
+                    assert not rows[identity].any()
+    return found
+
+
+KEYS = st.tuples(st.sampled_from(["user", "category"]), st.integers(0, IDS - 1))
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("publish"), st.sets(KEYS, max_size=4), st.sets(KEYS, max_size=2)),
+        st.tuples(st.just("roll back"), st.integers(0, 30), st.none()),
+        st.tuples(st.just("serve"), st.integers(0, 30), st.none()),
+        st.tuples(st.just("sweep"), st.integers(1, 6), st.lists(st.integers(0, 30), max_size=2)),
+        st.tuples(st.just("rebuild"), st.integers(0, 40), st.integers(0, 5)),
+        st.tuples(st.just("reapply"), st.none(), st.none()),
+        st.tuples(st.just("base"), st.none(), st.none()),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(OPERATIONS)
+def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]]) -> None:
+    """Epochs, sweeps, rebuilds and newcomers' bases change what is stored, never what a version says."""
+    with store_in_temporary_folder() as store:
+        truth: dict[int, Rows] = {1: {("user", 0): 0.5}}
+        changes: dict[int, tuple[int, Rows, frozenset[tuple[str, int]]]] = {}
+        store.apply(manifest(1, None, "base"), tensors(truth[1]), now_ms=1, follow=True)
+        newest = head = 1
+        for clock, (name, first, second) in enumerate(operations, start=2):
+            with store.reader() as reader:
+                here = [record.version for record in reader.versions()]
+            match name:
+                case "publish":
+                    newest += 1
+                    put: Rows = {key: newest + key[1] / 16 for key in sorted(first)}
+                    removed = frozenset(second - first)
+                    truth[newest] = {k: v for k, v in truth[head].items() if k not in removed} | put
+                    changes[newest] = (head, put, removed)
+                    if store.accepts(manifest(newest, head)):
+                        assert store.apply(manifest(newest, head), tensors(put, removed), now_ms=clock, follow=True)
+                    else:
+                        assert head not in here
+                        store.apply(manifest(newest, head, "base"), tensors(truth[newest]), now_ms=clock, follow=True)
+                    head = newest
+                case "roll back":
+                    head = here[first % len(here)]
+                    store.serve(head)
+                case "serve":
+                    store.serve(here[first % len(here)])
+                case "sweep":
+                    store.sweep(clock - first, keep=[*second, head])
+                case "base":
+                    store.apply(
+                        manifest(head, 0, "base"), tensors(truth[head]), now_ms=clock, follow=True, replace=True
+                    )
+                case "reapply":
+                    for version, (parent, put, removed) in sorted(changes.items()):
+                        if version not in here and store.accepts(manifest(version, parent)):
+                            store.apply(manifest(version, parent), tensors(put, removed), now_ms=clock)
+                case "rebuild":
+                    version = sorted(truth)[first % len(truth)]
+                    line = [version]
+                    while line[0] in changes and len(line) <= second:
+                        line.insert(0, changes[line[0]][0])
+                    store.apply(manifest(line[0], 0, "base"), tensors(truth[line[0]]), now_ms=clock, replace=True)
+                    for step in line[1:]:
+                        parent, put, removed = changes[step]
+                        store.apply(manifest(step, parent), tensors(put, removed), now_ms=clock, replace=True)
+            with store.reader() as reader:
+                here = [record.version for record in reader.versions()]
+                served = reader.served()
+            assert served is not None and served.version in here
+            for version in here:
+                assert read(store, version) == truth[version], version
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sets(KEYS, max_size=4), st.sets(KEYS, max_size=2)), min_size=1, max_size=12))
+def test_nothing_superseded_survives_a_full_sweep(
+    steps: list[tuple[set[tuple[str, int]], set[tuple[str, int]]]],
+) -> None:
+    """After the last versions with changes were forgotten, one entry per live row is left, and no tombstone."""
+    with store_in_temporary_folder() as store:
+        truth: Rows = {}
+        store.apply(manifest(1, None, "base"), tensors(truth), now_ms=1, follow=True)
+        for version, (put, removed) in enumerate(steps, start=2):
+            fresh = {key: float(version) for key in put}
+            truth = {k: v for k, v in truth.items() if k not in removed - put} | fresh
+            store.apply(
+                manifest(version, version - 1), tensors(fresh, frozenset(removed - put)), now_ms=version, follow=True
+            )
+        last = len(steps) + 2
+        store.apply(manifest(last, last - 1), {}, now_ms=last, follow=True)
+        store.sweep(last)
+        assert read(store, last) == truth
+        assert store.entries() == len(truth)
+
+
+def test_abandoned_versions_are_never_visible(tmp_path: Path) -> None:
+    """A version trained after the point that was rolled back to is stored, and nobody of the new epoch sees it."""
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
+    store.apply(manifest(2, 1), tensors({("user", 1): 666.0, ("user", 2): 666.0}), now_ms=1)
+    store.apply(manifest(3, 1, epoch=2), tensors({("user", 3): 3.0}), now_ms=1, follow=True)
+    assert read(store, 3) == {("user", 1): 1.0, ("user", 3): 3.0}
+    assert read(store, 2) == {("user", 1): 666.0, ("user", 2): 666.0}
+
+
+def test_a_version_carries_dense_weights_popular_labels_and_provenance(tmp_path: Path) -> None:
+    """What a delta leaves out is its parent's; the record says where the weights come from."""
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({}) | {"dense.b": np.array([2.0], np.float32)}, now_ms=1)
+    store.apply(manifest(2, 1), {"dense.w": np.array([[7.0]], np.float32)}, now_ms=77, follow=True)
+    with store.reader() as reader:
+        served = reader.served()
+        assert served is not None
+        dense = reader.dense(2)
+        assert {name: value.tolist() for name, value in dense.items()} == {"w": [[7.0]], "b": [2.0]}
+        assert reader.popular(2).tolist() == [5, 6]
+    assert (served.version, served.event_time_ms, served.applied_at_ms) == (2, 1500, 77)
+    assert served.sources == {"ab" * 16 + ":0": 20}
+    assert Served.parse(served.to_json()) == served
+
+
+def test_applying_twice_changes_nothing(tmp_path: Path) -> None:
+    """A version applied again is refused quietly; with `follow` the pointer still moves."""
+    store = RowStore(tmp_path, 1 << 26)
+    assert store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
+    assert not store.apply(manifest(1, None, "base"), tensors({("user", 1): 9.0}), now_ms=1, follow=True)
+    assert read(store, 1) == {("user", 1): 1.0}
+    with store.reader() as reader:
+        assert reader.served() is not None
+
+
+def test_a_delta_without_its_parent_is_refused(tmp_path: Path) -> None:
+    """Rows on top of an unknown state would be of no version."""
+    store = RowStore(tmp_path, 1 << 26)
+    with pytest.raises(UnknownVersion, match="version 9 builds on version 8"):
+        store.apply(manifest(9, 8), tensors({}), now_ms=1)
+    with pytest.raises(UnknownVersion, match="version 9 is not applied"):
+        store.serve(9)
+    with store.reader() as reader:
+        assert reader.served() is None and reader.versions() == []
+
+
+def test_a_full_map_is_reported_and_changes_nothing(tmp_path: Path) -> None:
+    """The failed version is absent, the served one still answers."""
+    store = RowStore(tmp_path, 1 << 19)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1, follow=True)
+    many = {"user.ids": np.arange(50_000, dtype=np.uint64), "user.rows": np.ones((50_000, DIM), np.float32)}
+    with pytest.raises(StoreFull, match=r"serving\.map_gb"):
+        store.apply(manifest(2, 1), many, now_ms=1, follow=True)
+    assert read(store, 1) == {("user", 1): 1.0}
+
+
+def test_readonly_needs_a_store(tmp_path: Path) -> None:
+    """A worker that starts before its applier says so."""
+    with pytest.raises(StoreError, match="start the applier"):
+        RowStore(tmp_path / "nothing", readonly=True)
+
+
+@pytest.mark.parametrize(
+    ("clean", "other_boot", "kept"), [(True, True, True), (False, False, True), (False, True, False)]
+)
+def test_only_a_power_cut_begins_anew(tmp_path: Path, clean: bool, other_boot: bool, kept: bool) -> None:
+    """Unsynced pages survive kill -9, not another boot."""
+    store = RowStore(tmp_path / "rows", 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({}), now_ms=1, follow=True)
+    store.close()
+    mark = tmp_path / "rows" / "mark.json"
+    written = json.loads(mark.read_text())
+    mark.write_text(json.dumps({"clean": clean, "boot_id": "another" if other_boot else written["boot_id"]}))
+    store = RowStore(tmp_path / "rows", 1 << 26)
+    with store.reader() as reader:
+        assert (reader.served() is not None) == kept
+    store.close()
+
+
+def test_a_rebuilt_lane_does_not_touch_the_others(tmp_path: Path) -> None:
+    """A swept version comes back from its base in a lane of its own while the newest goes on answering."""
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
+    store.apply(manifest(2, 1), tensors({}, frozenset({("user", 1)})), now_ms=2)
+    store.apply(manifest(3, 2), tensors({("user", 2): 3.0}), now_ms=3, follow=True)
+    store.sweep(3)
+    assert not store.accepts(manifest(2, 1))
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=4, replace=True)
+    assert read(store, 3) == {("user", 2): 3.0}
+    assert read(store, 1) == {("user", 1): 1.0}
+
+
+def _read_on(path: Path, ready: Event, stop: Event, torn: Any) -> None:
+    store = RowStore(path, 1 << 26, readonly=True)
+    seen = 0
+    while not stop.is_set():
+        with store.reader() as reader:
+            served = reader.served()
+            assert served is not None
+            rows, _ = reader.get("user", range(IDS), served)
+            values = {*rows.reshape(-1).tolist(), float(served.version), float(reader.dense(served.version)["w"][0])}
+        if len(values) != 1:
+            torn.put(sorted(values))
+            return
+        seen += 1
+        ready.set()
+    torn.put(seen)
+
+
+def test_a_reader_in_another_process_sees_whole_versions(tmp_path: Path) -> None:
+    """Rows, dense weights and pointer change together, whoever looks."""
+    store = RowStore(tmp_path, 1 << 26)
+
+    def apply(version: int, visible: Visible = ()) -> None:
+        values = tensors({("user", i): float(version) for i in range(IDS)}) | {
+            "dense.w": np.array([version], np.float32)
+        }
+        store.apply(manifest(version, version - 1, "delta" if version > 1 else "base"), values, version, follow=True)
+
+    apply(1)
+    context = multiprocessing.get_context("spawn")
+    ready, stop, torn = context.Event(), context.Event(), context.Queue()
+    process = context.Process(target=_read_on, args=(tmp_path, ready, stop, torn))
+    process.start()
+    assert ready.wait(60)
+    for version in range(2, 300):
+        apply(version)
+        if version % 20 == 0:
+            store.sweep(version - 10)
+            store.clear_stale_readers()
+    stop.set()
+    result = torn.get(timeout=60)
+    process.join(60)
+    assert isinstance(result, int) and result > 0
+
+
+def test_a_version_older_than_a_dropped_tombstone_does_not_come_back_to_its_lane(tmp_path: Path) -> None:
+    """A row made and removed between two retained versions leaves nothing: the version that made it needs a lane of its own."""
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({}), now_ms=1)
+    store.apply(manifest(2, 1), tensors({("user", 1): 2.0}), now_ms=2)
+    store.apply(manifest(3, 2), tensors({}, frozenset({("user", 1)})), now_ms=3)
+    store.apply(manifest(4, 3), tensors({}), now_ms=4, follow=True)
+    store.sweep(4, keep=[1])
+    assert store.entries() == 0
+    assert not store.accepts(manifest(2, 1))
+    assert store.accepts(manifest(5, 4))
+
+
+def test_notes_and_pointer_move_together(tmp_path: Path) -> None:
+    """A mask and the version it goes with are seen by the same answer, or neither is."""
+    store = RowStore(tmp_path, 1 << 26)
+    with pytest.raises(UnknownVersion):
+        store.steer({"control": b"2"}, version=7)
+    with store.reader() as reader:
+        assert reader.note("control") is None
+    store.apply(manifest(1, None, "base"), tensors({}), now_ms=1)
+    store.steer({"control": b"2"}, version=1)
+    with store.reader() as reader:
+        served = reader.served()
+        assert served is not None and (served.version, reader.note("control")) == (1, b"2")

@@ -1,0 +1,252 @@
+"""Crosses in the step: learned from labels alone, pair after pair, and state like any other row."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from state.microbatch.batch import MicroBatch
+from state.ranking.crosses import FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION, Crosses, Values, logits_of
+from tests.trainer.batches import SPEC, micro_batch, spread
+from tests.trainer.engine.test_step import digests, learned, restored, settings
+from tests.trainer.model.test_attributes import WANTED, with_attributes
+from trainer.engine.crosses import crosses
+from trainer.engine.graph import CROSS
+from trainer.engine.guard import Verdict
+from trainer.engine.step import Trainer
+from trainer.versions import checkpoint, content
+from trainer.versions.difference import first_difference
+
+NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
+
+
+@functools.cache
+def traced(capacity: int) -> Trainer:
+    base = settings(capacity)
+    events = dataclasses.replace(base.events, context=("tab",), label="clicked")
+    return Trainer(dataclasses.replace(base, attributes=WANTED, events=events), SPEC)
+
+
+def fresh(capacity: int = 4096) -> Trainer:
+    made = traced(capacity)
+    made.clear()
+    return made
+
+
+def impressions(rows: int = 64, first: int = 0, labelled: float = 1.0) -> MicroBatch:
+    """Rows with context and attributes, of which a share has a label."""
+    rng = np.random.default_rng([2, first])
+    label = np.where(rng.random(rows) < labelled, rng.integers(0, 2, rows), np.nan).astype(np.float32)
+    return dataclasses.replace(with_attributes(micro_batch(rows, first=first, context=1)), label=label)
+
+
+def log(count: int = 4, labelled: float = 1.0) -> list[MicroBatch]:
+    return [impressions(first=number * 64, labelled=labelled) for number in range(count)]
+
+
+def crosses_of(batch: MicroBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    return NAMES.ids(_values(batch))
+
+
+def _values(batch: MicroBatch) -> Values:
+    return Values(
+        batch.user, batch.item, batch.category, batch.context, batch.user_attributes, batch.item_attributes,
+        batch.features,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("labelled", [1.0, 0.6])
+def test_the_same_log_gives_the_same_bits_in_another_layout_and_after_a_restart(labelled: float) -> None:
+    batches = log(6, labelled)
+    whole = digests(learned(batches, fresh()))
+    assert digests(learned(batches, fresh(64))) == whole
+    half = learned(batches[:3], fresh())
+    assert len(half.tables[CROSS]) > 1000
+    assert digests(learned(batches[3:], restored(half, fresh(64)))) == whole
+
+
+def test_a_log_without_labels_has_no_crosses() -> None:
+    trainer = learned(log(2, labelled=0.0), fresh())
+    assert len(trainer.tables[CROSS]) == 0
+
+
+def test_rows_without_a_label_leave_no_crosses_behind() -> None:
+    batch = impressions(labelled=0.5)
+    trainer = fresh()
+    trainer.step(batch)
+    found = trainer.tables[CROSS].find(crosses_of(batch).reshape(-1)).reshape(64, -1)
+    # Another row of the same user and item may have a label.
+    pairs = list(zip(batch.user.tolist(), batch.item.tolist(), strict=True))
+    known = {pair for pair, label in zip(pairs, batch.label.tolist(), strict=True) if label == label}
+    assert (found[:, NAMES.names.index("user*item")] != 0).tolist() == [pair in known for pair in pairs]
+    assert 0 < len(known) < len(set(pairs))
+
+
+def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]]:
+    """In float64, row by row: the logits of rows, and by id weight, margin and their precisions, shares included."""
+    ids, labels = crosses_of(batch), batch.label.astype(float).tolist()
+    learned: dict[int, list[float]] = {one: [0.0] * 4 for one in (*ids[ids != 0].tolist(), *NAMES.shares.tolist())}
+
+    def chance(logit: float) -> float:
+        return float(1 / (1 + np.exp(-logit)))
+
+    logits = []
+    for row, label in zip(ids.tolist(), labels, strict=True):
+        own = [
+            (learned[one], learned[share], prior)
+            for one, share, prior in zip(row, NAMES.shares.tolist(), NAMES.precision.tolist(), strict=True)
+            if one
+        ]
+        said = [(share, side, cross[side]) for cross, share, _ in own for side in (0, 1)]
+        logit = sum((share[side] + FIRST_SHARES[side]) * value for share, side, value in said)
+        logits.append(logit)
+        together, mixed = chance(sum(cross[0] for cross, _, _ in own)), chance(logit)
+        margins = [cross[1] for cross, _, _ in own]
+        variance = [1 / (prior + cross[2]) for cross, _, prior in own]
+        # Shares.
+        information, known = mixed * (1 - mixed), [SHARE_PRECISION + share[2 + side] for share, side, _ in said]
+        doubt = sum(value**2 / one for one, (_, _, value) in zip(known, said, strict=True))
+        for one, (share, side, value) in zip(known, said, strict=True):
+            share[side] += value * (label - mixed) / (1 + information * doubt) / one
+            share[2 + side] += information * value**2
+        # Weights.
+        information, doubt = together * (1 - together), sum(variance)
+        for v, (cross, _, _) in zip(variance, own, strict=True):
+            cross[0] += v * (label - together) / (1 + information * doubt)
+            cross[2] += information / (1 + information * (doubt - v))
+        # Margins: the first is the logit of all labels, the others are what theirs add to it.
+        for place, (cross, _, _) in enumerate(own):
+            alone = chance(margins[0] + margins[place] if place else margins[0])
+            cross[3] += alone * (1 - alone)
+            cross[1] += (label - alone) / (MARGIN_PRECISION + cross[3])
+    return logits, learned
+
+
+def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
+    batch = impressions()
+    logits, learned = plain_filter(batch)
+    ids = np.concatenate([crosses_of(batch), NAMES.shares[None]])
+    distinct, at = np.unique(np.append(ids, np.uint64(0)), return_inverse=True)
+    places = at[:-1].reshape(ids.shape).astype(np.int32)
+    nothing = np.zeros((distinct.size, 2), np.float32)
+    found = crosses(places[:-1], places[-1], NAMES.precision, batch.label, nothing, nothing)
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
+    assert np.abs(logits).max() > 0.3
+    expected = np.array([learned[one] for one in distinct[1:].tolist()])
+    np.testing.assert_allclose(found.rows[1:], expected[:, :2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.precision[1:], expected[:, 2:], rtol=1e-4, atol=1e-5)
+    # And so it does in a step.
+    trainer = fresh()
+    report = trainer.step(batch)
+    table = trainer.tables[CROSS].state()
+    assert table.ids.tolist() == distinct[1:].tolist()
+    np.testing.assert_allclose(np.concatenate([table.rows, table.accum], 1), expected, rtol=1e-4, atol=1e-5)
+    # The rest of the logit is next to nothing in a first step.
+    np.testing.assert_allclose(report.scores, logits, atol=0.03)
+
+
+def test_serving_adds_up_a_versions_rows_as_the_trainer_scores_the_next_row() -> None:
+    trainer, last = learned(log(8), fresh()), impressions(rows=1, first=900)
+    state = trainer.tables[CROSS].state()
+    ids = np.concatenate([crosses_of(last), NAMES.shares[None]])
+    # Some crosses of the row were never seen: theirs is the row of zeros.
+    places = np.where(np.isin(ids, state.ids), np.searchsorted(state.ids, ids) + 1, 0).astype(np.int32)
+    rows, precision = (np.concatenate([np.zeros((1, 2), np.float32), part]) for part in (state.rows, state.accum))
+    scored = crosses(places[:1], places[1], NAMES.precision, last.label, rows, precision).logits
+    np.testing.assert_allclose(logits_of(rows[places[:1]], rows[places[1]]), scored, rtol=1e-5, atol=1e-6)
+    without = rows * np.array([1, 0], np.float32)
+    assert abs(scored[0] - logits_of(without[places[:1]], without[places[1]])[0]) > 1e-3
+
+
+def test_a_margin_is_what_labels_of_a_cross_say_alone() -> None:
+    """Positives are rare, one in fifty, and in one of two contexts ten times as many as in the other."""
+    rng = np.random.default_rng(4)
+    trainer = fresh()
+    for number in range(60):
+        seen = np.arange(64) % 2
+        label = (rng.random(64) < np.where(seen == 1, 0.2 / 5.5, 0.02 / 5.5)).astype(np.float32)
+        batch = dataclasses.replace(impressions(first=number * 64), context=spread(seen + 1)[:, None], label=label)
+        trainer.step(batch)
+    table, ids = trainer.tables[CROSS], crosses_of(batch)
+    margins = table.rows.numpy()[table.find(ids[:2].reshape(-1)), 1].reshape(2, -1)
+    expected = np.log(np.array([0.02 / 5.5, 0.2 / 5.5]))
+    of_context = margins[:, 0] + margins[:, NAMES.names.index("context.tab")]
+    np.testing.assert_allclose(of_context, expected, atol=0.6)
+
+
+def test_a_users_taste_for_a_category_is_learned() -> None:
+    """Each user likes half of the categories, and no user or category is liked more than another."""
+    trainer, rng = fresh(), np.random.default_rng(1)
+
+    def shown(first: int, rows: int = 256) -> tuple[MicroBatch, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+        batch = impressions(rows, first)
+        user, category = rng.integers(1, 21, rows), rng.integers(1, 9, rows)
+        liked = (user * 7 + category * 3) % 5 % 2 == 0
+        labels = {"user": spread(user), "category": spread(category), "label": liked.astype(np.float32)}
+        return dataclasses.replace(batch, item=spread(np.arange(first, first + rows) + 10**9), **labels), liked
+
+    for number in range(30):
+        trainer.step(shown(number * 256)[0])
+    last, liked = shown(30 * 256)
+    scores = trainer.step(last).scores
+    assert scores[liked].mean() > scores[~liked].mean() + 0.7
+    ids = crosses_of(last)[:, NAMES.names.index("user*category")].copy()
+    weights = trainer.tables[CROSS].rows.numpy()[trainer.tables[CROSS].find(ids), 0]
+    assert weights[liked].mean() > weights[~liked].mean() + 0.3
+
+
+def test_a_skipped_step_changes_no_weight_of_a_cross() -> None:
+    trainer = learned(log(3), fresh())
+    batch = impressions(first=900)
+    trainer.guard = dataclasses.replace(trainer.guard, loss=1e-9, accepted=100)
+    before = {one: row.tobytes() for one, row in zip(*_rows(trainer), strict=True)}
+    assert trainer.step(batch).verdict is not Verdict.ACCEPT
+    after = {one: row.tobytes() for one, row in zip(*_rows(trainer), strict=True)}
+    assert {one: after[one] for one in before} == before
+    assert not any(np.frombuffer(after[one], np.float32).any() for one in after.keys() - before.keys())
+
+
+def _rows(trainer: Trainer) -> tuple[list[int], np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    state = trainer.tables[CROSS].state()
+    return state.ids.tolist(), np.concatenate([state.rows, state.accum], 1)
+
+
+def test_a_version_of_a_release_without_crosses_is_taken_up_without_any() -> None:
+    trainer = learned(log(3), fresh())
+    whole = checkpoint.full(trainer)
+    old = {name: value for name, value in whole.items() if not name.startswith(f"{CROSS}.")}
+    other = learned(log(1), fresh(64))
+    checkpoint.load(other, content.merge([old]))
+    assert len(other.tables[CROSS]) == 0
+    other.tables[CROSS].take_changes()
+    other.step(impressions(first=900))
+    delta = checkpoint.changes(other)
+    merged = content.merge([old, delta])
+    assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
+
+
+def test_crosses_of_a_release_with_others_are_not_taken_up_and_not_laid_under_those_of_now() -> None:
+    old = checkpoint.full(learned(log(3), fresh()))
+    old |= {f"{CROSS}.{name}": old[f"{CROSS}.{name}"][:, :1] for name in ("rows", "accum")}
+    other = learned(log(1), fresh(64))
+    checkpoint.load(other, content.merge([old]))
+    assert len(other.tables[CROSS]) == 0
+    other.tables[CROSS].take_changes()
+    other.step(impressions(first=900))
+    merged = content.merge([old, checkpoint.changes(other)])
+    assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
+    assert merged["cross.rows"].tobytes() == other.tables[CROSS].state().rows.tobytes()
+
+
+def test_a_missing_table_is_an_empty_one() -> None:
+    empty = checkpoint.full(
+        learned([dataclasses.replace(impressions(), label=np.full(64, np.nan, np.float32))], fresh())
+    )
+    old = {name: value for name, value in empty.items() if not name.startswith(f"{CROSS}.")}
+    assert first_difference(old, empty) is None
+    some = checkpoint.full(learned(log(1), fresh()))
+    old = {name: value for name, value in some.items() if not name.startswith(f"{CROSS}.")}
+    assert str(first_difference(old, some)).startswith("cross: the version has nothing")

@@ -1,0 +1,243 @@
+"""The step: the same bits from the same log, whatever the layout; the guard keeps poison out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from state.config.settings import Settings
+from state.errors import SettingsError, TrainingHeld
+from state.microbatch.batch import MicroBatch
+from tests.trainer.batches import SPEC, micro_batch, spread
+from trainer.device import pick
+from trainer.engine.guard import Verdict
+from trainer.engine.step import Trainer
+from trainer.model.candidates import candidates, partners
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def settings(capacity: int = 4096, admit_after: int = 1, **trainer: float) -> Settings:
+    base = Settings()
+    return dataclasses.replace(
+        base,
+        trainer=dataclasses.replace(base.trainer, device="cpu", capacity=capacity, admit_after=admit_after, **trainer),
+    )
+
+
+@functools.cache
+def traced(capacity: int, admit_after: int, context: tuple[str, ...]) -> Trainer:
+    """Tracing the graphs takes seconds, so that trainers are shared and cleared."""
+    base = settings(capacity, admit_after)
+    return Trainer(dataclasses.replace(base, events=dataclasses.replace(base.events, context=context)), SPEC)
+
+
+def fresh(capacity: int = 4096, admit_after: int = 1, context: tuple[str, ...] = (), **trainer: float) -> Trainer:
+    """A trainer in its first state."""
+    made = traced(capacity, admit_after, context)
+    made.settings = dataclasses.replace(made.settings, trainer=settings(capacity, admit_after, **trainer).trainer)
+    made.clear()
+    return made
+
+
+def digests(trainer: Trainer) -> dict[str, str]:
+    """A digest of every part of a trainer."""
+    found = {f"table.{name}": table.digest() for name, table in trainer.tables.items()}
+    arrays = trainer.model.weights() | {f"slot.{name}": value for name, value in trainer.optimizer.slots().items()}
+    arrays |= trainer.state()
+    return found | {
+        name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest() for name, value in arrays.items()
+    }
+
+
+def learned(batches: list[MicroBatch], trainer: Trainer) -> Trainer:
+    for batch in batches:
+        trainer.step(batch)
+    return trainer
+
+
+def log(count: int = 6, rows: int = 64) -> list[MicroBatch]:
+    return [micro_batch(rows, first=number * rows) for number in range(count)]
+
+
+def restored(source: Trainer, target: Trainer) -> Trainer:
+    """What a version does: state out of one trainer, into another."""
+    target.clear()
+    for name, table in target.tables.items():
+        table.load(source.tables[name].state())
+    target.model.set_weights(source.model.weights())
+    target.optimizer.set_slots(source.optimizer.slots())
+    target.load(source.state())
+    return target
+
+
+if __name__ == "__main__":
+    print(hashlib.sha256(repr(sorted(digests(learned(log(), Trainer(settings(), SPEC))).items())).encode()).hexdigest())
+
+
+def test_fresh_process_makes_the_same_bits_whether_it_compiles_or_finds_kernels(tmp_path: Path) -> None:
+    here = hashlib.sha256(repr(sorted(digests(learned(log(), fresh())).items())).encode()).hexdigest()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in ("compiles", "finds"):
+        there = subprocess.run(
+            [sys.executable, __file__],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert there.stdout.split()[-1] == here
+
+
+@pytest.mark.parametrize("admit_after", [1, 2])
+def test_restored_trainer_of_another_layout_goes_on_with_the_same_bits(admit_after: int) -> None:
+    batches = log(8)
+    whole = digests(learned(batches, fresh(admit_after=admit_after)))
+    first = learned(batches[:4], fresh(admit_after=admit_after))
+    other = restored(first, learned(log(2, rows=9), fresh(capacity=16, admit_after=admit_after)))
+    assert digests(other) == digests(first)
+    assert digests(learned(batches[4:], other)) == whole
+
+
+def test_deltas_rebuild_the_tables() -> None:
+    trainer, copy = fresh(), fresh(capacity=16)
+    for batch in log():
+        trainer.step(batch)
+        for name, table in trainer.tables.items():
+            copy.tables[name].load(table.take_changes())
+    assert [table.digest() for table in copy.tables.values()] == [table.digest() for table in trainer.tables.values()]
+
+
+def test_interest_never_sees_what_was_clicked() -> None:
+    trainer = learned(log(), fresh())
+    batch = micro_batch(64, first=9000)
+    order = np.random.default_rng(0).permutation(64)
+    shuffled = dataclasses.replace(
+        batch,
+        item=batch.item[order],
+        category=batch.category[order],
+        action=batch.action[order],
+        weight=batch.weight[order],
+    )
+    before, after = trainer.score(batch), trainer.score(shuffled)
+    for name, value in before.items():
+        assert (value == after[name]).all()
+
+
+def test_loss_falls_and_top1_rises() -> None:
+    trainer = fresh()
+    rows = micro_batch(512)
+    # A rule to learn: the second label wins.
+    chosen = np.where(rows.labels[:, 1] != 0, rows.labels[:, 1], rows.category)
+    batch = dataclasses.replace(rows, category=chosen)
+    first = trainer.step(batch)
+    for _ in range(40):
+        last = trainer.step(batch)
+    assert last.interest_log_loss < 0.7 * first.interest_log_loss
+    assert last.top1 > first.top1 + 100
+    assert last.engagement_log_loss < first.engagement_log_loss
+
+
+def test_skipped_step_changes_no_weight_and_keeps_its_sightings() -> None:
+    trainer = learned(log(22, rows=16), fresh())
+    trainer.guard = dataclasses.replace(trainer.guard, loss=1e-9)
+    before = digests(trainer)
+    known = len(trainer.tables["user"])
+    batch = dataclasses.replace(micro_batch(16, first=5000), user=spread(np.arange(10_000, 10_016)))
+    report = trainer.step(batch)
+    after = digests(trainer)
+    assert report.verdict is Verdict.SKIP
+    assert trainer.counters.skipped == 16
+    assert len(trainer.tables["user"]) == known + 16
+    same = [name for name in before if not name.startswith(("table.", "counters.", "guard."))]
+    assert {name: before[name] for name in same} == {name: after[name] for name in same}
+
+
+def test_held_trainer_refuses_until_its_state_is_replaced() -> None:
+    trainer = learned(log(1), fresh())
+    state = trainer.state()
+    trainer.guard = dataclasses.replace(trainer.guard, held=True, skipped=20)
+    with pytest.raises(TrainingHeld, match="rollback"):
+        trainer.step(micro_batch(4))
+    trainer.load(state)
+    assert trainer.step(micro_batch(4, first=64)).verdict is Verdict.ACCEPT
+
+
+def test_no_row_is_no_step() -> None:
+    with pytest.raises(ValueError, match="no step"):
+        fresh().step(micro_batch(4).take(np.zeros(4, bool)))
+
+
+def test_one_row_is_a_step() -> None:
+    report = fresh().step(micro_batch(1))
+    assert report.rows == 1 and report.scores.size == 1
+
+
+def test_ids_expire_by_log_time() -> None:
+    trainer = fresh(expire_s=3600.0)
+    trainer.step(micro_batch(16))
+    trainer.step(micro_batch(1, first=16, at_ms=1_700_000_000_000 + 10 * 3_600_000))
+    assert len(trainer.tables["user"]) <= 2
+
+
+def test_known_labels_are_learned_instead_of_drawn_negatives() -> None:
+    batch = dataclasses.replace(micro_batch(8), label=np.array([0, 1] * 4, np.float32))
+    report = fresh().step(batch)
+    assert report.positive.tolist() == [False, True] * 4
+
+
+def test_context_rows_are_trained() -> None:
+    trainer = fresh(context=("device", "country"))
+    trainer.step(micro_batch(32, context=2))
+    before = trainer.tables["context"].digest()
+    trainer.step(micro_batch(32, first=32, context=2))
+    assert 0 < len(trainer.tables["context"]) <= 8
+    assert trainer.tables["context"].digest() != before
+
+
+def test_candidates_agree_with_a_plain_definition() -> None:
+    batch = micro_batch(200, categories=30)
+    popular = np.append(spread(np.arange(1, 7)), np.zeros(2, np.uint64))
+    partner = partners(np.zeros(200, np.uint64), np.zeros(200, np.uint64), batch.offset)
+    # Three of the ids that are neither a label of the row nor popular, and a gap.
+    rare = [[one for one in spread(np.arange(7, 31)).tolist() if one not in labels] for labels in batch.labels.tolist()]
+    successors = np.array([[*found[:3], 0] for found in rare], np.uint64)
+    found = candidates(batch.category, batch.labels, popular, successors, partner)
+    slots = SPEC.labels
+    kinds = set()
+    for row in range(200):
+        labels, own, last = batch.labels[row].tolist(), int(batch.category[row]), successors[row].tolist()
+        foreign = int(batch.category[partner[row]])
+        offered = [p for p in popular.tolist() if p]
+        mask = [float(p != 0 and p not in labels) for p in popular.tolist()]
+        assert found.popular_mask[row].tolist() == mask
+        if own in labels:
+            kinds.add("label")
+            assert labels[found.target[row]] == own
+        elif own in offered:
+            kinds.add("popular")
+            assert popular[found.target[row] - slots] == own
+        elif own in last:
+            kinds.add("successor")
+            assert last[found.target[row] - slots - popular.size] == own
+        else:
+            kinds.add("other")
+            assert found.target[row] == slots + popular.size + len(last) and found.other[row] == own
+            continue
+        assert found.other[row] == (0 if foreign in labels or foreign in offered or foreign in last else foreign)
+    assert kinds == {"label", "popular", "successor", "other"}
+
+
+def test_missing_gpu_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"trainer\.device is gpu"):
+        pick("gpu", [])

@@ -1,0 +1,159 @@
+"""Transitions in the step: what was learned from is counted, and lists are state like any other row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from state.microbatch.batch import MicroBatch
+from state.ranking.transitions import FOLLOWERS, identity
+from tests.trainer.batches import micro_batch, spread
+from tests.trainer.engine.test_step import digests, fresh, learned, restored
+from trainer.engine.guard import Verdict
+from trainer.engine.step import TRANSITION, Trainer
+from trainer.versions import checkpoint, content
+from trainer.versions.difference import first_difference
+
+CATEGORIES = FOLLOWERS
+"""So few that no list is ever full."""
+
+
+def log(count: int = 6, rows: int = 64, first: int = 0) -> list[MicroBatch]:
+    """Batches in which some rows have no category, and others no weight."""
+    made = []
+    for number in range(first, first + count):
+        batch = micro_batch(rows, first=number * rows, categories=CATEGORIES)
+        kind = np.arange(rows) % 5
+        made.append(
+            dataclasses.replace(
+                batch,
+                category=np.where(kind == 3, np.uint64(0), batch.category),
+                weight=np.where(kind == 4, np.float32(0), batch.weight),
+            )
+        )
+    return made
+
+
+def lists(trainer: Trainer) -> dict[int, dict[int, int]]:
+    """What came next how often, by the label before."""
+    state = trainer.tables[TRANSITION].state()
+    found = {}
+    for label, row in zip(state.ids.tolist(), state.rows, strict=True):
+        length = int((row[:FOLLOWERS] > 0).sum())
+        found[label] = {int(identity(row, place)): int(row[place]) for place in range(length)}
+    return found
+
+
+def counted(batches: Iterable[MicroBatch]) -> dict[int, Counter[int]]:
+    """The plain definition: each row that is learned from, after its user's newest label."""
+    found: dict[int, Counter[int]] = {}
+    for batch in batches:
+        columns = (batch.labels[:, 0].tolist(), batch.category.tolist(), batch.weight.tolist())
+        for newest, category, weight in zip(*columns, strict=True):
+            if newest and category:
+                found.setdefault(newest, Counter()).update([category] if weight else [])
+    return found
+
+
+def test_a_list_is_the_count_of_the_rows_that_were_learned_from() -> None:
+    batches = log()
+    found = lists(learned(batches, fresh()))
+    assert found == counted(batches)
+    assert max(sum(one.values()) for one in found.values()) > 50
+    everything = [dataclasses.replace(batch, weight=np.ones(64, np.float32)) for batch in batches]
+    assert found != counted(everything)
+
+
+def test_a_list_begins_when_its_label_was_seen_as_often_as_any_row_must_be() -> None:
+    trainer = fresh(admit_after=2)
+    after = spread(np.array([1, 2, 1]))
+    for number, label in enumerate(after):
+        batch = micro_batch(1, first=number)
+        labels = np.zeros_like(batch.labels)
+        labels[:, 0] = label
+        trainer.step(dataclasses.replace(batch, labels=labels, category=spread(np.array([9]))))
+    assert lists(trainer) == {int(after[0]): {int(spread(np.array([9]))[0]): 1}}
+
+
+def test_what_came_next_in_a_batch_is_not_known_to_its_own_rows() -> None:
+    trainer, batch = learned(log(3), fresh()), log(1, first=50)[0]
+    before = trainer.score(batch)
+    other = dataclasses.replace(batch, category=batch.category[::-1].copy())
+    # Some of the rows have a category only before, or only after.
+    same = (batch.category != 0) == (other.category != 0)
+    after = trainer.score(other)
+    assert 0 < same.sum() < len(same)
+    for name, values in before.items():
+        np.testing.assert_array_equal(values, after[name])
+
+
+def test_a_skipped_step_counts_nothing() -> None:
+    trainer = learned(log(3), fresh())
+    trainer.guard = dataclasses.replace(trainer.guard, loss=1e-9, accepted=100)
+    before = lists(trainer)
+    assert trainer.step(log(1, first=50)[0]).verdict is Verdict.SKIP
+    after = lists(trainer)
+    # Labels that were first seen in it have a row, as in the other tables, and it is empty.
+    assert {label: after[label] for label in before} == before
+    assert not any(after[label] for label in after.keys() - before.keys())
+
+
+def test_a_version_keeps_the_lists_and_another_layout_goes_on_with_the_same_bits() -> None:
+    batches = log(8)
+    whole = digests(learned(batches, fresh()))
+    half = learned(batches[:4], fresh())
+    expected, counts = checkpoint.digest(half), lists(half)
+    base = content.merge([checkpoint.full(half)])
+    files = content.encode(base)
+    other = learned(log(2, rows=9), fresh(capacity=16))
+    checkpoint.load(other, content.decode(files.values()))
+    assert checkpoint.digest(other) == expected and lists(other) == counts
+    assert digests(learned(batches[4:], other)) == whole
+
+
+def test_deltas_over_a_base_are_the_lists_of_now() -> None:
+    trainer = learned(log(2), fresh())
+    base = checkpoint.full(trainer)
+    checkpoint.changes(trainer)
+    learned(log(3, first=2), trainer)
+    delta = checkpoint.changes(trainer)
+    assert 0 < len(delta[f"{TRANSITION}.ids"]) <= len(trainer.tables[TRANSITION])
+    merged = content.merge([base, delta])
+    assert first_difference(merged, checkpoint.full(trainer)) is None
+    assert merged[f"{TRANSITION}.rows"].tobytes() == trainer.tables[TRANSITION].state().rows.tobytes()
+
+
+def test_a_list_has_no_accumulator() -> None:
+    state = learned(log(1), fresh()).tables[TRANSITION].state()
+    assert state.accum.shape == (len(state.ids), 0) and len(state.ids)
+
+
+@pytest.mark.parametrize("left", ["nothing", "narrow"])
+def test_a_version_of_a_release_without_lists_or_with_others_is_taken_up_without_any(left: str) -> None:
+    old = checkpoint.full(learned(log(3), fresh()))
+    if left == "nothing":
+        old = {name: value for name, value in old.items() if not name.startswith(f"{TRANSITION}.")}
+    else:
+        old |= {f"{TRANSITION}.rows": old[f"{TRANSITION}.rows"][:, :100]}
+    other = learned(log(1), fresh(64))
+    checkpoint.load(other, content.merge([old]))
+    assert lists(other) == {}
+    other.tables[TRANSITION].take_changes()
+    batch = log(1, first=50)[0]
+    other.step(batch)
+    assert lists(other) == counted([batch])
+    # And none of the old ones is laid under those of now.
+    merged = content.merge([old, checkpoint.changes(other)])
+    state = other.tables[TRANSITION].state()
+    assert merged[f"{TRANSITION}.ids"].tolist() == state.ids.tolist()
+    assert merged[f"{TRANSITION}.rows"].tobytes() == state.rows.tobytes()
+
+
+def test_a_restored_trainer_has_the_lists() -> None:
+    trainer = learned(log(3), fresh())
+    expected = lists(trainer)
+    assert lists(restored(trainer, fresh(capacity=16))) == expected

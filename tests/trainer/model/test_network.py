@@ -1,0 +1,160 @@
+"""The model: pure over its inputs, open to other towers, lowered with built-in operations only."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from state.config.settings import Settings
+from state.errors import SettingsError
+from state.ranking.transitions import COLUMNS, SUCCESSORS
+from tests.trainer.batches import SPEC
+from trainer.model.network import MASKED, DenseTower, Model, recency_prior
+
+MODEL = Settings().model
+ROWS = 5
+
+
+def shapes(rows: int | None) -> dict[str, list[int | None]]:
+    dim = MODEL.dim
+    return {
+        "features": [rows, len(SPEC.names)],
+        "user_row": [rows, dim],
+        "context_row": [rows, dim],
+        "label_rows": [rows, SPEC.labels, dim],
+        "label_windows": [rows, SPEC.labels, len(SPEC.label_names)],
+        "label_next": [rows, SPEC.labels, len(COLUMNS)],
+        "label_mask": [rows, SPEC.labels],
+        "popular_rows": [MODEL.popular, dim],
+        "popular_mask": [rows, MODEL.popular],
+        "popular_next": [rows, MODEL.popular, len(COLUMNS)],
+        "successor_rows": [rows, SUCCESSORS, dim],
+        "successor_mask": [rows, SUCCESSORS],
+        "successor_next": [rows, SUCCESSORS, len(COLUMNS)],
+        "item_row": [rows, dim],
+        "category_row": [rows, dim],
+        "cross": [rows],
+    }
+
+
+def inputs(rows: int = ROWS) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    found = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes(rows).items()}
+    for name in ("features", "label_windows", "label_next", "popular_next", "successor_next"):
+        found[name] = rng.integers(0, 200, shapes(rows)[name]).astype(np.float32)
+    for name in ("label_mask", "popular_mask", "successor_mask"):
+        found[name] = (rng.random(shapes(rows)[name]) < 0.7).astype(np.float32)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    trained = Model(MODEL, SPEC)
+    rng = np.random.default_rng(2)
+    trained.set_weights(
+        {name: value + rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in trained.weights().items()}
+    )
+    return trained
+
+
+def test_shapes_and_masks(model: Model) -> None:
+    given = inputs()
+    found = model.forward(given)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "label_logits": (ROWS, SPEC.labels),
+        "popular_logits": (ROWS, MODEL.popular),
+        "successor_logits": (ROWS, SUCCESSORS),
+        "engagement_logit": (ROWS,),
+        "vector": (ROWS, MODEL.hidden[-1]),
+    }
+    assert (found["label_logits"].numpy()[given["label_mask"] == 0] == MASKED).all()
+    assert (found["popular_logits"].numpy()[given["popular_mask"] == 0] == MASKED).all()
+    assert (found["successor_logits"].numpy()[given["successor_mask"] == 0] == MASKED).all()
+
+
+def test_interest_does_not_see_item_and_category(model: Model) -> None:
+    given = inputs()
+    changed = given | {"item_row": given["item_row"] + 1, "category_row": given["category_row"] - 1}
+    before, after = model.forward(given), model.forward(changed)
+    for name in ("label_logits", "popular_logits", "successor_logits", "vector"):
+        assert (before[name].numpy() == after[name].numpy()).all()
+    assert (before["engagement_logit"].numpy() != after["engagement_logit"].numpy()).all()
+
+
+def test_first_weights_are_the_same_in_every_process_and_rank_the_latest_label_first() -> None:
+    one, other = Model(MODEL, SPEC), Model(MODEL, SPEC)
+    assert all((value == other.weights()[name]).all() for name, value in one.weights().items())
+    given = inputs(1)
+    given["label_windows"][:] = 1
+    given["label_rows"][:] = 0
+    given["label_windows"][0, :, SPEC.label_names.index("is_last")] = np.arange(SPEC.labels) == 0
+    given["label_mask"][:] = 1
+    assert int(one.forward(given)["label_logits"].numpy().argmax()) == 0
+    assert recency_prior(SPEC.label_names).shape == (len(SPEC.label_names),)
+
+
+def test_weights_of_another_model_are_refused(model: Model) -> None:
+    weights = model.weights()
+    with pytest.raises(SettingsError, match=r"query\.bias.*put the \[model\] settings back"):
+        model.set_weights({name: value for name, value in weights.items() if name != "query.bias"})
+    with pytest.raises(SettingsError, match=r"tower\.kernel_0"):
+        model.set_weights(weights | {"tower.kernel_0": np.zeros((3, 3), np.float32)})
+
+
+def test_dropout_repeats_with_its_seed_and_keeps_the_expected_share() -> None:
+    tower = DenseTower(8, (4096, 4), 0.3)
+    x = tf.ones([1, 8])
+    one, two = (tower(x, True, tf.constant(seed)).numpy() for seed in ([1, 2], [1, 3]))
+    assert (one == tower(x, True, tf.constant([1, 2])).numpy()).all() and (one != two).any()
+    from trainer.model.network import _dropped
+
+    kept = _dropped(tf.ones([64, 1024]), 0.3, tf.constant([3, 4])).numpy()
+    assert abs((kept > 0).mean() - 0.7) < 0.01 and abs(kept.mean() - 1) < 0.01
+
+
+class OwnTower(tf.Module):
+    """A tower as a user would plug in."""
+
+    def __init__(self, width_in: int) -> None:
+        super().__init__()
+        self.kernel = tf.Variable(tf.ones([width_in, 128]), name="own_kernel")
+
+    def __call__(self, x: Any, training: bool, seed: Any) -> Any:
+        return tf.tanh(tf.matmul(x, self.kernel))
+
+
+def build_own(width_in: int, settings: Any) -> OwnTower:
+    return OwnTower(width_in)
+
+
+def test_own_tower_plugs_in_by_its_path() -> None:
+    own = Model(dataclasses.replace(MODEL, tower=f"{__name__}:build_own"), SPEC)
+    assert "tower.own_kernel" in own.weights()
+    assert np.abs(own.forward(inputs())["vector"].numpy()).max() <= 1
+    with pytest.raises(SettingsError, match="nowhere"):
+        Model(dataclasses.replace(MODEL, tower="nowhere:build"), SPEC)
+
+
+def test_forward_lowers_to_built_in_operations_with_the_same_answers(model: Model, tmp_path: Path) -> None:
+    class Program(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+    specs = {name: tf.TensorSpec(shape, tf.float32, name=name) for name, shape in shapes(None).items()}
+    predict = tf.function(lambda **given: model.forward(given)).get_concrete_function(**specs)
+    tf.saved_model.save(Program(), str(tmp_path), signatures={"predict": predict})
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path), signature_keys=["predict"])
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(model_content=converter.convert()).get_signature_runner("predict")
+    given = inputs()
+    lowered, direct = runner(**given), model.forward(given)
+    for name, value in direct.items():
+        np.testing.assert_allclose(lowered[name], value.numpy(), atol=1e-4, rtol=1e-5)

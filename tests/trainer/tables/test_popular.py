@@ -1,0 +1,59 @@
+"""Popular labels: the incremental list against a full ranking, and decay at log time."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.tables.popular import HOUR_MS, Popular, decayed, ranked
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 3)), max_size=30))
+def test_list_equals_a_ranking_of_all_counts(updates: list[tuple[list[int], int]]) -> None:
+    popular, hour = Popular(5), 0
+    for clicked, later in updates:
+        hour += later
+        popular.update(np.array(clicked, np.uint64), hour * HOUR_MS)
+        state = popular.state()
+        expected = ranked(state["ids"], state["counts"], 5)
+        assert popular.top()[: expected.size].tolist() == expected.tolist()
+        assert not popular.top()[expected.size :].any()
+
+
+def test_new_taste_replaces_the_old_one_in_log_time() -> None:
+    popular = Popular(1)
+    popular.update(np.full(100, 1, np.uint64), 0)
+    popular.update(np.full(20, 2, np.uint64), HOUR_MS)
+    assert popular.top().tolist() == [1]
+    popular.update(np.full(20, 2, np.uint64), 72 * HOUR_MS)
+    assert popular.top().tolist() == [2]
+
+
+def test_event_out_of_order_does_not_turn_the_clock_back() -> None:
+    popular = Popular(2)
+    popular.update(np.array([1], np.uint64), 50 * HOUR_MS)
+    popular.update(np.array([2], np.uint64), 10 * HOUR_MS)
+    assert popular.state()["hour"] == 50
+
+
+def test_forgotten_label_leaves_the_state() -> None:
+    popular = Popular(2)
+    popular.update(np.array([1], np.uint64), 0)
+    popular.update(np.array([2], np.uint64), 24 * 40 * HOUR_MS)
+    assert popular.state()["ids"].tolist() == [2]
+
+
+def test_state_restores_list_and_counts() -> None:
+    one, other = Popular(3), Popular(3)
+    one.update(np.array([5, 5, 9, 4, 3], np.uint64), 7 * HOUR_MS)
+    other.load(one.state())
+    assert other.top().tolist() == one.top().tolist() == [5, 3, 4]
+    for popular in (one, other):
+        popular.update(np.array([9, 9], np.uint64), 9 * HOUR_MS)
+    assert all((one.state()[name] == value).all() for name, value in other.state().items())
+
+
+def test_decay_halves_in_a_day() -> None:
+    assert abs(int(decayed(np.array([1 << 30]), 24)[0]) / (1 << 29) - 1) < 0.001

@@ -1,0 +1,158 @@
+"""Versions and trainers: what was published and restored goes on with the same bits, however its tables lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.errors import CorruptVersion, SpecMismatch
+from state.registry.control import start
+from state.registry.manifest import Draft, LogRange
+from state.registry.registry import TRAINING, Registry
+from tests.trainer.clicks import SPEC, batches, small_settings
+from trainer.engine.step import Trainer
+from trainer.versions import checkpoint, content
+
+FLAGS = ("--trainer.admit_after", "2", "--trainer.expire_s", "3600")
+
+
+def made(*flags: str) -> Trainer:
+    return Trainer(small_settings(*FLAGS, *flags), SPEC)
+
+
+def publish(registry: Registry, trainer: Trainer, parent: int | None, spec: str = SPEC.digest) -> int:
+    tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
+    draft = Draft("base" if parent is None else "delta", 1, parent, LogRange(), (), 0, 0, 0, 0, spec, "", "")
+    return registry.publish(draft, content.encode(tensors)).version
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    found = Registry(tmp_path)
+    found.propose(start(actor="test", reason="test", now_ms=0))
+    return found
+
+
+def test_the_tables_are_those_of_the_step() -> None:
+    assert tuple(made().tables) == content.TABLES
+
+
+def test_a_restored_trainer_goes_on_with_the_same_bits_in_another_layout(registry: Registry) -> None:
+    ours = made()
+    version = publish(registry, ours, None)
+    digests = {version: checkpoint.digest(ours)}
+    # Some hours of log time, expiry after one: the later versions hold tombstones.
+    for number, batch in enumerate(batches(0, 90)):
+        ours.step(batch)
+        if number % 7 == 0:
+            version = publish(registry, ours, version)
+            digests[version] = checkpoint.digest(ours)
+    assert any(len(checkpoint.tensors_of(registry, registry.manifest(number))["user.removed"]) for number in digests)
+
+    theirs = made("--trainer.capacity", "1024")
+    for number, expected in digests.items():
+        checkpoint.restore(registry, number, theirs, SPEC.digest)
+        assert checkpoint.digest(theirs) == expected, f"version {number}"
+    checkpoint.restore(registry, version, theirs, SPEC.digest)
+    for batch in batches(85, 90):
+        theirs.step(batch)
+    assert checkpoint.digest(theirs) == checkpoint.digest(ours)
+
+
+def test_a_restored_trainer_publishes_only_what_it_changed(registry: Registry) -> None:
+    ours = made()
+    first = publish(registry, ours, None)
+    for batch in batches(0, 4):
+        ours.step(batch)
+    second = publish(registry, ours, first)
+    checkpoint.restore(registry, second, ours, SPEC.digest)
+    assert all(len(checkpoint.changes(ours)[f"{table}.ids"]) == 0 for table in content.TABLES)
+
+
+def test_a_corrupt_or_foreign_version_is_not_restored(registry: Registry) -> None:
+    ours = made()
+    first = publish(registry, ours, None)
+    foreign = publish(registry, ours, first, spec="f" * 64)
+    with pytest.raises(SpecMismatch, match=r"put \[features\]"):
+        checkpoint.restore(registry, foreign, ours, SPEC.digest)
+    path = registry.folder("base", first) / TRAINING
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptVersion, match=TRAINING):
+        checkpoint.restore(registry, first, ours, SPEC.digest)
+
+
+def delta(changed: dict[int, int], removed: set[int], pending: dict[int, int]) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {"dense.w": np.array([sum(changed.values())], np.float32)}
+    for table in content.TABLES:
+        ids = sorted(changed)
+        values = np.array([changed[key] for key in ids], np.float32).reshape(-1, 1)
+        tensors |= {
+            f"{table}.ids": np.array(ids, np.uint64),
+            f"{table}.rows": values,
+            f"{table}.accum": values * 2,
+            f"{table}.last_seen_ms": values[:, 0].astype(np.int64),
+            f"{table}.removed": np.array(sorted(removed - set(ids)), np.uint64),
+            f"{table}.pending_ids": np.array(sorted(pending), np.uint64),
+            f"{table}.pending_counts": np.array([pending[key] for key in sorted(pending)], np.int32),
+            f"{table}.pending_seen_ms": np.array([pending[key] for key in sorted(pending)], np.int64),
+        }
+    return tensors
+
+
+keys = st.integers(1, 8)
+deltas = st.lists(
+    st.builds(
+        delta,
+        st.dictionaries(keys, st.integers(1, 99), max_size=5),
+        st.sets(keys, max_size=3),
+        st.dictionaries(keys, st.integers(0, 3), max_size=3),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(deltas, st.integers(1, 5))
+def test_merging_in_any_grouping_is_replaying_the_deltas(parts: list[dict[str, np.ndarray]], cut: int) -> None:
+    rows: dict[int, float] = {}
+    pending: dict[int, int] = {}
+    for part in parts:
+        for key in part["user.removed"].tolist():
+            rows.pop(key, None)
+        rows |= dict(zip(part["user.ids"].tolist(), part["user.rows"][:, 0].tolist(), strict=True))
+        pending |= dict(zip(part["user.pending_ids"].tolist(), part["user.pending_counts"].tolist(), strict=True))
+    merged = content.merge(parts)
+    assert dict(zip(merged["user.ids"].tolist(), merged["user.rows"][:, 0].tolist(), strict=True)) == rows
+    assert merged["user.ids"].tolist() == sorted(rows)
+    assert merged["user.accum"][:, 0].tolist() == [2 * rows[key] for key in sorted(rows)]
+    assert merged["user.pending_ids"].tolist() == sorted(key for key, count in pending.items() if count)
+    assert merged["dense.w"] == parts[-1]["dense.w"]
+    if cut < len(parts):
+        grouped = content.merge([content.merge(parts[:cut], full=False), content.merge(parts[cut:], full=False)])
+        assert content.encode(grouped) == content.encode(merged)
+
+
+def test_encoding_is_exact_and_splits_what_serving_needs_from_the_rest() -> None:
+    trainer = made()
+    trainer.step(batches(0, 1)[0])
+    tensors = checkpoint.full(trainer)
+    files = content.encode(tensors)
+    assert files == content.encode(tensors)
+    back = content.decode(files.values())
+    assert content.digest(back) == content.digest(tensors)
+    served = content.decode([files["serving.safetensors"]])
+    assert {name for name in served if not name.startswith("dense.")} == {
+        *(f"{table}.{name}" for table in content.TABLES for name in ("ids", "rows", "removed")),
+        "popular",
+    }
+
+
+def test_the_environment_names_what_decides_the_bits() -> None:
+    found = checkpoint.environment(small_settings(), "/CPU:0")
+    assert found["tensorflow"].startswith("2.")
+    assert found["threads"] == "1"

@@ -1,0 +1,87 @@
+"""The program: it answers as the model does, from any version's weights, and says what does not lower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from state.config.sections import Model as ModelSettings
+from state.errors import ProgramError
+from state.features.spec import FeatureSpec
+from trainer.model.network import DenseTower, Model
+from trainer.versions.program import Program, build, check_parity, lower, preprocessing_of, sample
+
+SMALL = ModelSettings(dim=8, hidden=(16, 8), popular=4)
+
+
+class Rounding(DenseTower):
+    def __call__(self, x: object, training: bool, seed: object) -> object:
+        return tf.math.bessel_i0e(super().__call__(x, training, seed))
+
+
+def rounding(width_in: int, settings: ModelSettings) -> Rounding:
+    return Rounding(width_in, settings.hidden, settings.dropout)
+
+
+def test_the_program_answers_as_the_model_does_with_each_versions_weights() -> None:
+    model = Model(SMALL, FeatureSpec())
+    content = build(model)
+    before = model.weights()
+    program, inputs = Program(content), sample(model, 5)
+    for scale in (1.0, -0.5):
+        model.set_weights({name: weight * np.float32(scale) for name, weight in before.items()})
+        program.load(model.weights())
+        ours, theirs = program.predict(inputs), model.forward(inputs)
+        assert set(ours) == {
+            "label_logits",
+            "popular_logits",
+            "successor_logits",
+            "engagement_logit",
+            "vector",
+        }
+        for name, values in ours.items():
+            np.testing.assert_allclose(values, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_lowering_leaves_the_weights_and_gives_the_same_bytes_again() -> None:
+    model = Model(SMALL, FeatureSpec())
+    before = model.weights()
+    assert lower(model) == lower(Model(SMALL, FeatureSpec()))
+    for name, weight in model.weights().items():
+        np.testing.assert_array_equal(weight, before[name])
+
+
+def test_a_program_without_weights_answers_nan() -> None:
+    model = Model(SMALL, FeatureSpec())
+    assert np.isnan(Program(lower(model)).predict(sample(model))["engagement_logit"]).all()
+
+
+def test_a_parity_failure_is_an_error() -> None:
+    model = Model(SMALL, FeatureSpec())
+    other = Model(ModelSettings(dim=8, hidden=(16, 8), popular=4), FeatureSpec(), preprocessing=lambda x: tf.sqrt(x))
+    with pytest.raises(ProgramError, match="differs from the model's"):
+        check_parity(lower(model), other, sample(model))
+
+
+def test_an_operation_that_does_not_lower_is_named() -> None:
+    settings = ModelSettings(dim=8, hidden=(16, 8), popular=4, tower=f"{__name__}:rounding")
+    with pytest.raises(ProgramError, match=r"tf\.Bessel"):
+        lower(Model(settings, FeatureSpec()))
+
+
+def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
+    class Transform(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = tf.Variable(tf.fill([128], 2.0))
+
+        @tf.function(input_signature=[{"features": tf.TensorSpec([None, 128], tf.float32)}])
+        def transform_fn(self, inputs: object) -> object:
+            return {"features": (tf.math.log1p(inputs["features"]) - self.mean)[:, :100]}
+
+    tf.saved_model.save(Transform(), str(tmp_path / "transform_fn"))
+    model = Model(SMALL, FeatureSpec(), preprocessing_of(tmp_path))
+    assert check_parity(lower(model), model, sample(model)) < 1e-5

@@ -1,0 +1,224 @@
+"""Checks a tower of the user's own before anything is trained: `python -m trainer.checks [--transform DIR]`.
+
+On made-up rows, in a few seconds:
+
+1. It can be loaded and built; its weights are float32, each with a name of
+   its own, and begin with the same values in every process.
+2. It gives `[B, hidden[-1]]` float32, with and without training.
+3. It is a function of row, weights and seed alone: nothing is remembered, the
+   seed counts only in training, and a row gives alone what it gives in a batch.
+4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
+
+Then the whole model with it is lowered and compared, as the trainer does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.config.sections import Model as ModelSettings
+from state.config.settings import load
+from state.errors import ProgramError, SettingsError, SpringtideError, of_disk
+from state.features.spec import FeatureSpec
+from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
+from state.process.quiet_stderr import hushed, own_stderr, quieten
+
+ROWS = 64
+ALONE = 8
+SEEDS = ((0, 0), (3, 5))
+F32 = npt.NDArray[np.float32]
+
+
+def is_own(path: str) -> bool:
+    """Whether `model.tower` is not the default, which needs no check."""
+    return path != ModelSettings().tower
+
+
+def check_tower(settings: ModelSettings, width_in: int) -> str:
+    """Checks the tower that `model.tower` names; returns what it is in one line.
+
+    Args:
+        settings: The section `[model]`.
+        width_in: Width of what the tower is given.
+
+    Raises:
+        SettingsError: There is no such builder, or two weights have one name.
+        ProgramError: It is not what a tower has to be; the message says what it did and what is wanted.
+    """
+    import tensorflow as tf
+
+    what = f"model.tower {settings.tower!r}"
+    # 1.
+    tower = _built(settings, width_in, what)
+    _check_weights(tower, _built(settings, width_in, what), what)
+    x = np.random.default_rng(7).normal(0.0, 1.0, (ROWS, width_in)).astype(np.float32)
+    x[0], x[1] = 0.0, 10.0
+    # 2.
+    call = _Call(tower, settings.hidden[-1], what)
+    held = [variable.numpy() for variable in tower.variables]
+    plain, trained = call(x, False, SEEDS[0]), call(x, True, SEEDS[1])
+    # 3.
+    if not (np.isfinite(plain).all() and np.isfinite(trained).all()):
+        raise ProgramError(f"{what}: its output is not finite for some rows; guard logarithms and divisions")
+    if any((now.numpy() != before).any() for now, before in zip(tower.variables, held, strict=True)):
+        raise ProgramError(
+            f"{what} changed a variable while it was called: a tower remembers nothing between calls (no moving averages)"
+        )
+    if (call(x, False, SEEDS[0]) != plain).any() or (call(x, True, SEEDS[1]) != trained).any():
+        raise ProgramError(
+            f"{what}: the same rows and seed gave two different outputs; draw from the seed with tf.random.stateless_*"
+        )
+    if (call(x, False, SEEDS[1]) != plain).any():
+        raise ProgramError(f"{what}: without training its output depends on the seed; dropout is for training only")
+    for row in range(ALONE):
+        apart = difference(call(x[row : row + 1], False, SEEDS[0]), plain[row : row + 1])
+        if apart > ROWS_TOLERANCE:
+            raise ProgramError(
+                f"{what}: row {row} gives another output alone than in a batch of {ROWS} (difference {apart:.2g}, allowed "
+                f"{ROWS_TOLERANCE:g}); nothing may be computed over the rows of a batch"
+            )
+    # 4.
+    with tempfile.TemporaryDirectory(prefix="springtide-tower-") as folder:
+        predict = tf.function(lambda x: {"vector": tower(x, False, tf.constant(SEEDS[0]))}, autograph=False)
+        module = tf.Module()
+        module.tower = tower
+        concrete = predict.get_concrete_function(tf.TensorSpec([None, width_in], tf.float32, "x"))
+        tf.saved_model.save(module, folder, signatures={"predict": concrete})
+        content = lower_saved_model(Path(folder), ["predict"], what, frozen=True)
+    apart = difference(run_lowered(content, "predict", {"x": x})["vector"], plain)
+    if apart > TOLERANCE:
+        raise ProgramError(
+            f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g}); "
+            "replace the operation that the two compute differently"
+        )
+    weights = ", ".join(f"{_name(one)} {list(one.shape)}" for one in tower.trainable_variables)
+    return f"{what}: [B, {width_in}] to [B, {plain.shape[1]}], weights {weights or 'none'}, lowers to LiteRT, differs there by {apart:.1g}"
+
+
+def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
+    from trainer.model.network import load_builder
+
+    wanted = "wanted is build(width_in: int, settings) -> tf.Module with __call__(x, training, seed)"
+    try:
+        tower = load_builder(settings.tower)(width_in, settings)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise ProgramError(f"{what} raised {_told(error)}; {wanted}") from error
+    import tensorflow as tf
+
+    if not isinstance(tower, tf.Module) or not callable(tower):
+        raise ProgramError(f"{what} returned {type(tower).__name__}; {wanted}")
+    return tower
+
+
+def _check_weights(tower: Any, again: Any, what: str) -> None:
+    from trainer.model.network import named
+
+    weights, others = named(tower), named(again)
+    for name, weight in weights.items():
+        if weight.dtype != "float32":
+            raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}; weights are float32")
+        if name not in others or weight.shape != others[name].shape:
+            raise ProgramError(f"{what}: built twice it has other weights ({name}); take no decision by chance or time")
+        if (weight.numpy() != others[name].numpy()).any():
+            raise ProgramError(
+                f"{what}: built twice its weight {name} begins with other values; draw first values from a fixed seed, "
+                "such as np.random.default_rng(7)"
+            )
+
+
+class _Call:
+    """The tower as the trainer calls it, its output checked and its errors told in the user's terms."""
+
+    def __init__(self, tower: Any, width: int, what: str) -> None:
+        import tensorflow as tf
+
+        self._what, self._wanted = what, f"wanted is [B, {width}] float32, the last of model.hidden"
+        self._width = width
+
+        @tf.function(autograph=False)
+        def call(x: Any, training: bool, seed: Any) -> Any:
+            return tower(x, training, seed)
+
+        self._call = call
+
+    def __call__(self, x: F32, training: bool, seed: tuple[int, int]) -> F32:
+        """`[n, width_in]` to `[n, width]` float32."""
+        import tensorflow as tf
+
+        try:
+            found = self._call(tf.constant(x), training, tf.constant(seed, tf.int32))
+        except Exception as error:
+            # The trainer runs TensorFlow so that it refuses what cannot be repeated.
+            if "determinism" in str(error):
+                raise ProgramError(
+                    f"{self._what}: draws at random; draw from the seed with tf.random.stateless_*"
+                ) from error
+            raise ProgramError(
+                f"{self._what}: called with x {list(x.shape)} and training={training} it raised {_told(error)}; {self._wanted}"
+            ) from error
+        if not isinstance(found, tf.Tensor):
+            raise ProgramError(f"{self._what} gave {type(found).__name__} for {len(x)} rows; {self._wanted}")
+        if found.dtype != tf.float32 or tuple(found.shape) != (len(x), self._width):
+            raise ProgramError(
+                f"{self._what} gave shape {list(found.shape)} and type {found.dtype.name} for {len(x)} rows; {self._wanted}"
+            )
+        values: F32 = found.numpy()
+        return values
+
+
+def _name(variable: Any) -> str:
+    return str(variable.name).removesuffix(":0")
+
+
+def _told(error: BaseException) -> str:
+    """An error of the user's code in one line, with its place."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {first}{place}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks `model.tower` of the settings behind the graph in `--transform DIR`; returns the exit code."""
+    quieten(os.environ)
+    errors = own_stderr()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--transform", type=Path)
+    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = load(flags, os.environ)
+        with hushed():
+            said = _check_model(settings.model, FeatureSpec.from_settings(settings), asked.transform)
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
+        print(error, file=errors)
+        return error.exit_code
+    print(said)
+    return 0
+
+
+def _check_model(settings: ModelSettings, spec: FeatureSpec, transform: Path | None) -> str:
+    """Checks the tower with the width it will have, then lowers the whole model."""
+    from trainer.model.network import Model, width_in
+    from trainer.versions.program import build, preprocessing_of
+
+    preprocessing = preprocessing_of(transform) if transform else None
+    said = check_tower(settings, width_in(settings, spec, preprocessing))
+    build(Model(settings, spec, preprocessing))
+    return said
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What crosses say of a step's rows, and what they learn of them: a compiled loop, row after row.
+
+`state/ranking/crosses.py` says what a cross is and what its two numbers are. A row is
+scored first. If its label is known, three things are learned of it, each a
+normal variable of its own, before the next row is scored:
+
+1. Margins: each cross by itself, against the labels of all rows.
+2. Weights: all crosses of the row together share what their sum left unsaid.
+3. Shares: how much the weight and the margin of a cross count in the logit.
+
+The second and third are steps of an extended Kalman filter with a diagonal
+covariance: who is little known moves far and learns, who is well known stays.
+No rate is tuned and none decays.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from state.compiled import compiled_sums, part_of_sums
+from state.ranking.crosses import FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION
+from trainer.engine.facts import F32, I32
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+class Crossed(NamedTuple):
+    """What the crosses said and learned.
+
+    Attributes:
+        logits: `[B]` float32, before a row was learned from; 0 in rows without crosses.
+        rows: `[w, 2]` float32, after the step.
+        precision: `[w, 2]` float32, likewise.
+    """
+
+    logits: F32
+    rows: F32
+    precision: F32
+
+
+@part_of_sums
+def _chance(logit: np.float32) -> np.float32:
+    return _ONE / (_ONE + np.float32(math.exp(-logit)))
+
+
+@part_of_sums
+def _learn_margins(
+    b: int, at: I32, label: np.float32, first: np.float32, margin: F32, rows: F32, precision: F32
+) -> None:
+    """1. The first cross, which every row has, learns the logit of all labels; the others what theirs add to it."""
+    for c in range(at.shape[1]):
+        place = at[b, c]
+        if place != 0:
+            likely = _chance(margin[0] + margin[c] if c > 0 else margin[0])
+            precision[place, 1] += likely * (_ONE - likely)
+            rows[place, 1] += (label - likely) / (first + precision[place, 1])
+
+
+@part_of_sums
+def _learn_weights(b: int, at: I32, label: np.float32, variance: F32, weight: F32, rows: F32, precision: F32) -> None:
+    """2. `variance` and `weight` are those of the row's crosses, 0 where there is none."""
+    logit, doubt = _ZERO, _ZERO
+    for c in range(at.shape[1]):
+        logit += weight[c]
+        doubt += variance[c]
+    likely = _chance(logit)
+    information = likely * (_ONE - likely)
+    surprise = (label - likely) / (_ONE + information * doubt)
+    for c in range(at.shape[1]):
+        place = at[b, c]
+        if place != 0:
+            rows[place, 0] += variance[c] * surprise
+            precision[place, 0] += information / (_ONE + information * (doubt - variance[c]))
+
+
+@part_of_sums
+def _learn_shares(logit: np.float32, label: np.float32, said: F32, first: np.float32, shares: F32, known: F32) -> None:
+    """3. `said` `[2 C]` are weights and margins, which `shares` and their precision `known` belong to."""
+    likely, doubt = _chance(logit), _ZERO
+    information = likely * (_ONE - likely)
+    for c in range(said.shape[0]):
+        doubt += said[c] * said[c] / (first + known[c])
+    surprise = (label - likely) / (_ONE + information * doubt)
+    for c in range(said.shape[0]):
+        shares[c] += said[c] * surprise / (first + known[c])
+        known[c] += information * said[c] * said[c]
+
+
+@compiled_sums
+def _crosses(
+    at: I32, share_at: I32, prior: F32, firsts: F32, labels: F32, logits: F32, rows: F32, precision: F32
+) -> None:
+    """`firsts`: the first shares of weight and margin, then the first precision of a margin and of a share."""
+    count = at.shape[1]
+    said, variance = np.zeros(2 * count, np.float32), np.zeros(count, np.float32)
+    weight, margin = said[:count], said[count:]
+    # Shares move with every row; a cross has both of its own in one row of the table.
+    shares, known = np.zeros(2 * count, np.float32), np.zeros(2 * count, np.float32)
+    for c in range(count):
+        for k in range(2):
+            shares[k * count + c] = firsts[k] + rows[share_at[c], k]
+            known[k * count + c] = precision[share_at[c], k]
+    for b in range(at.shape[0]):
+        crosses = 0
+        for c in range(count):
+            place = at[b, c]
+            weight[c], margin[c] = rows[place, 0], rows[place, 1]
+            variance[c] = _ONE / (prior[c] + precision[place, 0])
+            if place == 0:
+                variance[c] = _ZERO
+            else:
+                crosses += 1
+        logit = _ZERO
+        for c in range(2 * count):
+            logit += shares[c] * said[c]
+        logits[b] = logit
+        if crosses > 0:
+            _learn_margins(b, at, labels[b], firsts[2], margin, rows, precision)
+            _learn_weights(b, at, labels[b], variance, weight, rows, precision)
+            _learn_shares(logit, labels[b], said, firsts[3], shares, known)
+    for c in range(count):
+        if share_at[c] != 0:
+            for k in range(2):
+                rows[share_at[c], k] = shares[k * count + c] - firsts[k]
+                precision[share_at[c], k] = known[k * count + c]
+
+
+def crosses(at: I32, share_at: I32, prior: F32, labels: F32, rows: F32, precision: F32) -> Crossed:
+    """Scores the crosses of a step and learns from its labels.
+
+    Args:
+        at: `[B, C]` int32 places in `rows`, 0 where there is no cross; all 0 in rows without a label.
+        share_at: `[C]` int32, the places of shares.
+        prior: `[C]` float32, the precision of each weight before anything was learned.
+        labels: `[B]` float32 or more.
+        rows: `[w, 2]` float32, distinct rows of the table, not changed.
+        precision: `[w, 2]` float32, how much was learned of each, not changed.
+    """
+    found = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
+    if at.shape[1]:
+        firsts = np.array([*FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION], np.float32)
+        _crosses(at, share_at, prior, firsts, labels, *found)
+    return found

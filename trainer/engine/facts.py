@@ -1,0 +1,271 @@
+"""What the heads are given of a step and what they find: plain arrays, by name.
+
+The compiled loops of `trainer/engine/heads.py` read and write them; the host makes
+the facts, the graph computes the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+U16 = npt.NDArray[np.uint16]
+
+
+class Facts(NamedTuple):
+    """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
+
+    Attributes:
+        windows: `[B, L, F]` uint16, of each label; the last two say how often it came next (`state/ranking/transitions.py`).
+        log_scale: `[F]` float32, the factor of a window's logarithm.
+        scale: `[F]` float32, the factor of the window itself.
+        shift: `[F]` float32, added to both.
+        label_mask: `[B, L]` float32.
+        popular_mask: `[B, P]` float32.
+        successor_mask: `[B, S]` float32.
+        other_mask: `[B]` float32.
+        popular_next: `[B, P, 2]` uint16, how often the popular labels came next.
+        successor_next: `[B, S, 2]` uint16, the same of the successors.
+        label_at: `[B, L]` int32 category rows of the labels.
+        successor_at: `[B, S]` int32, of the successors.
+        other_at: `[B]` int32 category row of the last slot.
+        pair_category_at: `[2 B]` int32, of the rows and then of their negatives.
+        pair_item_at: `[2 B]` int32.
+        target: `[B]` int32, a candidate's slot, -1 for none.
+        weight: `[B]` float32, factor of a row's interest loss.
+        engaged: `[2 B]` float32 outcomes.
+        engaged_shift: `[2 B]` float32, added to the score of a pair before its loss.
+        engaged_weight: `[2 B]` float32, factor of a pair's loss; 0 leaves it out.
+        cross_at: `[B, C]` int32 cross rows of each row's own pair; the missing one where it is not learned from.
+        share_at: `[C]` int32 cross rows in which the shares of each cross are.
+        cross_prior: `[C]` float32, the precision of each weight of a cross before anything was learned.
+    """
+
+    windows: U16
+    log_scale: F32
+    scale: F32
+    shift: F32
+    label_mask: F32
+    popular_mask: F32
+    successor_mask: F32
+    other_mask: F32
+    popular_next: U16
+    successor_next: U16
+    label_at: I32
+    successor_at: I32
+    other_at: I32
+    pair_category_at: I32
+    pair_item_at: I32
+    target: I32
+    weight: F32
+    engaged: F32
+    engaged_shift: F32
+    engaged_weight: F32
+    cross_at: I32
+    share_at: I32
+    cross_prior: F32
+
+
+class Moving(NamedTuple):
+    """The weights that move within a step, or derivatives by them, float32.
+
+    Attributes:
+        user: `[U, H + K]`, the user's part of the hidden units of both nets.
+        linear: `[F]`, weights of a label's windows.
+        bias: `[H + K]`, of both nets.
+        net_0: `[2 F, H]`, a net's first layer over a label's windows and over the newest label's.
+        net_1: `[H]`
+        position: `[L]`
+        next: `[2, 2]`, weights of how often popular labels came next, and of how often successors did.
+        next_0: `[2, K]`, a net's first layer over the same.
+        next_1: `[K]`
+        successor: `[S]`, of a successor's rank.
+        other: `[1]`
+    """
+
+    user: F32
+    linear: F32
+    bias: F32
+    net_0: F32
+    net_1: F32
+    position: F32
+    next: F32
+    next_0: F32
+    next_1: F32
+    successor: F32
+    other: F32
+
+    def flat(self) -> F32:
+        """A copy, `[m]`."""
+        return np.concatenate([part.reshape(-1) for part in self])
+
+    @classmethod
+    def of(cls, flat: F32, like: Moving) -> Moving:
+        """Views of the parts of `flat` `[m]`, one behind another in the shapes of `like`."""
+        shapes = [part.shape for part in like]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        parts = np.split(flat, ends[:-1])
+        return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+MOVING = Moving._fields
+
+
+class Given(NamedTuple):
+    """What the graph computed of a step, float32.
+
+    Attributes:
+        scoring: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
+        learning: The same with dropout.
+        scoring_popular: `[B, P]` popular logits without dropout, not masked.
+        learning_popular: The same with dropout.
+        prepared: `[B, U]` the user's features, as the evidence takes them.
+        category: `[u, dim]` distinct category rows.
+        item: `[v, dim]` distinct item rows.
+        prior: `[3]` of a known label, of its log probability, of that of another.
+        item_bias: `[dim]`
+        category_bias: `[dim]`
+        cross: `[w, 2]` distinct weights and margins of crosses, and their shares.
+        cross_precision: `[w, 2]`, how much was learned of each.
+        moving: What moves within the step.
+    """
+
+    scoring: F32
+    learning: F32
+    scoring_popular: F32
+    learning_popular: F32
+    prepared: F32
+    category: F32
+    item: F32
+    prior: F32
+    item_bias: F32
+    category_bias: F32
+    cross: F32
+    cross_precision: F32
+    moving: Moving
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the loss by what of `Given` is learned, in its shapes.
+
+    Attributes:
+        moving: By what moves within the step, summed over it.
+    """
+
+    learning: F32
+    learning_popular: F32
+    category: F32
+    item: F32
+    prior: F32
+    item_bias: F32
+    category_bias: F32
+    moving: Moving
+
+
+class Moved(NamedTuple):
+    """The weights that move within a step, one behind another in the order of `MOVING`, and their slots.
+
+    Attributes:
+        weights: `[m]` float32, what scores and learns.
+        fast: `[m]` float32, what the derivatives move.
+        slow: `[m]` float32, the mean of it over the latest moves.
+        second: `[m]` float32, the mean of the squared derivatives.
+        moves: `[2]` float32: how many there were, and Adam's second beta to that power.
+    """
+
+    weights: F32
+    fast: F32
+    slow: F32
+    second: F32
+    moves: F32
+
+    @classmethod
+    def of(cls, weights: F32) -> Moved:
+        """Before the first move."""
+        moves = np.array([0.0, 1.0], np.float32)
+        return cls(weights, weights.copy(), weights.copy(), np.zeros_like(weights), moves)
+
+
+class Learned(NamedTuple):
+    """What the heads have learned themselves, for when the guard accepts the step.
+
+    Attributes:
+        cross: That of `Given` after the step.
+        cross_precision: Likewise.
+        moved: The weights that moved within it.
+    """
+
+    cross: F32
+    cross_precision: F32
+    moved: Moved
+
+
+class Scores(NamedTuple):
+    """The measures of a step, without dropout.
+
+    Attributes:
+        label_logits: `[B, L]` float32, MASKED where there is no label.
+        popular_logits: `[B, P]` float32.
+        successor_logits: `[B, S]` float32.
+        interest_loss: `[B]` float32, 0 without a target.
+        rank: `[B]` int32, candidates before the target; all of them where it is none.
+        engagement: `[2 B]` float32 logits.
+        engagement_loss: `[2 B]` float32.
+    """
+
+    label_logits: F32
+    popular_logits: F32
+    successor_logits: F32
+    interest_loss: F32
+    rank: I32
+    engagement: F32
+    engagement_loss: F32
+
+
+class Room(NamedTuple):
+    """Working memory for a block of `n` rows.
+
+    Attributes:
+        firsts: `[n + 1]` int32, where the labels of each row begin among those of all.
+        newest: `[n, F]` float32, the prepared windows of each row's newest label.
+        across: `[F, n * L]`, those of all labels.
+        hidden: `[H, n * L]`, the hidden units of the net over them.
+        evidence: `[n * L]`, what they say of each label.
+        users: `[n, H + K]`, the user's part of the hidden units of both nets.
+        evidence_slope: `[n * L]`, the derivative by `evidence`.
+        to_users: `[n, H + K]`, by `users`.
+        logs: `[2, n * (P + S)]`, logarithms of how often popular labels and successors came next.
+        next_hidden: `[K, n * (P + S)]`, the hidden units of the net over them.
+        said: `[n * (P + S)]`, what they say of each candidate.
+        said_slope: `[n * (P + S)]`, the derivative by `said`.
+    """
+
+    firsts: I32
+    newest: F32
+    across: F32
+    hidden: F32
+    evidence: F32
+    users: F32
+    evidence_slope: F32
+    to_users: F32
+    logs: F32
+    next_hidden: F32
+    said: F32
+    said_slope: F32
+
+    @classmethod
+    def of(cls, rows: int, facts: Facts, net_hidden: int, next_hidden: int, lanes: int) -> Room:
+        """Room for blocks of so many rows of `facts`, and of labels for whole vectors of `lanes`."""
+        _, labels, width = facts.windows.shape
+        most = -(-rows * labels // lanes) * lanes
+        places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
+        columns = facts.popular_next.shape[2]
+        both = net_hidden + next_hidden
+        shapes = [(rows, width), (width, most), (net_hidden, most), (most,), (rows, both), (most,), (rows, both)]
+        shapes += [(columns, places), (next_hidden, places), (places,), (places,)]
+        return cls(np.zeros(rows + 1, np.int32), *(np.zeros(shape, np.float32) for shape in shapes))

@@ -1,0 +1,1 @@
+"""Progressive validation: each row is scored before it is learned from."""

@@ -1,0 +1,1 @@
+"""What the model is: its inputs, its formula, its candidates."""

@@ -1,0 +1,90 @@
+"""Attributes as a step uses them: rows of the context table, of users into the tower, of items beside the item's row.
+
+A user's attributes join the context fields of the row: the mean over all of
+them goes into the tower. An item's attributes add their mean to the item's own
+row, which only the engagement head reads; the interest head never sees them.
+What an item is then depends on the row, so that the head is given one row for
+each combination of item and attributes in the step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from state.attributes.values import U64, Table, fields_of
+from state.config.sections import Attributes
+from state.microbatch.batch import MicroBatch
+from trainer.tables.index import I32
+
+
+class Combined(NamedTuple):
+    """The combinations of item and attributes in a step.
+
+    Attributes:
+        item: `[c]` uint64.
+        attributes: `[c, Ai]` uint64.
+        at: `[n]` int32, which of them each row has.
+    """
+
+    item: U64
+    attributes: U64
+    at: I32
+
+
+class Columns:
+    """Which columns of attributes the trainer learns from.
+
+    Args:
+        settings: The section `[attributes]`.
+
+    Attributes:
+        users: Table of users' attributes, without fields where they have no topic.
+        items: Table of items' attributes, likewise.
+    """
+
+    def __init__(self, settings: Attributes) -> None:
+        self.users = Table("user", fields_of(settings.user_fields if settings.user_topic else ()))
+        self.items = Table("item", fields_of(settings.item_fields if settings.item_topic else ()))
+
+    def users_of(self, batch: MicroBatch) -> U64:
+        """`[n, Au]` uint64, in the order of the settings."""
+        return _arranged(batch.user_attributes, batch.header.attributes[0], self.users)
+
+    def items_of(self, batch: MicroBatch) -> U64:
+        """`[n, Ai]` uint64, likewise."""
+        return _arranged(batch.item_attributes, batch.header.attributes[1], self.items)
+
+
+def _arranged(columns: U64, names: tuple[str, ...], table: Table) -> U64:
+    """The columns that `table` names; one that the micro-batch, of older settings, lacks is unknown."""
+    if names == table.names:
+        return columns
+    found = np.tile(table.unknown, (len(columns), 1))
+    for place, name in enumerate(table.names):
+        if name in names:
+            found[:, place] = columns[:, names.index(name)]
+    return found
+
+
+def combine(item: U64, attributes: U64) -> Combined:
+    """The different combinations of `[n]` items and their `[n, Ai]` attributes, in an order that the ids alone decide.
+
+    >>> found = combine(np.array([5, 5, 5], np.uint64), np.array([[1], [2], [1]], np.uint64))
+    >>> found.item.tolist(), bool(found.at[0] == found.at[2] != found.at[1])
+    ([5, 5], True)
+    """
+    keys = _mixed(item)
+    for column in attributes.T:
+        keys = _mixed(keys ^ column)
+    _, first, at = np.unique(keys, return_index=True, return_inverse=True)
+    return Combined(item[first], np.ascontiguousarray(attributes[first]), at.astype(np.int32))
+
+
+def _mixed(x: U64) -> U64:
+    """One number of the generator SplitMix64 (Steele, Lea and Flood 2014) from each."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,154 @@
+"""Who competes for a row's interest, and who is its negative: integers, on the host, in compiled loops.
+
+The candidates of a row are its user's labels (L slots, newest first), the
+popular labels that are not among them (P slots), what over all users came next
+after the newest label (S slots), and one more slot. The last holds the row's
+own category where that is in none of them, and else a category that another row
+of the batch clicked, so that the model learns what "something else" is worth.
+Only the slots' use as targets depends on the row's own event.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from state.compiled import compiled
+from state.compiled.mixing import mix
+from trainer.tables.index import I32, U64
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+
+
+class Candidates(NamedTuple):
+    """The interest slots of a batch.
+
+    Attributes:
+        target: `[n]` int32, the slot of the row's category: below L a label,
+            below L + P a popular one, below L + P + S a successor, L + P + S the last slot; -1 without a category.
+        popular_mask: `[n, P]` float32, 1 where a popular label is a candidate of its own.
+        other: `[n]` uint64, the category in the last slot; 0 where it is empty.
+    """
+
+    target: I32
+    popular_mask: F32
+    other: U64
+
+
+@compiled
+def _partners(topics: U64, partitions: U64, offsets: I64, partners: I64) -> None:
+    rows = partners.shape[0]
+    for i in range(rows):
+        state = mix(topics[i] + np.uint64(0x9E3779B97F4A7C15))
+        state = mix(state ^ partitions[i])
+        state = mix(state ^ np.uint64(offsets[i]))
+        step = np.int64(state % np.uint64(max(rows - 1, 1)))
+        partners[i] = (i + 1 + step) % rows
+
+
+@compiled
+def _compete(
+    category: U64,
+    labels: U64,
+    popular: U64,
+    successors: U64,
+    partners: I64,
+    target: I32,
+    popular_mask: F32,
+    other: U64,
+) -> None:
+    slots, ranks, last = labels.shape[1], popular.shape[0], successors.shape[1]
+    for i in range(category.shape[0]):
+        own, foreign = category[i], category[partners[i]]
+        place, foreign_known = -1, foreign == np.uint64(0)
+        for p in range(ranks):
+            popular_mask[i, p] = 0.0 if popular[p] == np.uint64(0) else 1.0
+            if popular[p] == own:
+                place = slots + p
+            if popular[p] == foreign:
+                foreign_known = True
+        for j in range(slots):
+            label = labels[i, j]
+            if label == np.uint64(0):
+                continue
+            if label == own:
+                place = j
+            if label == foreign:
+                foreign_known = True
+            for p in range(ranks):
+                if popular[p] == label:
+                    popular_mask[i, p] = 0.0
+        for j in range(last):
+            if successors[i, j] == own:
+                place = slots + ranks + j
+            if successors[i, j] == foreign:
+                foreign_known = True
+        if own == np.uint64(0):
+            target[i] = -1
+            other[i] = 0
+        elif place < 0:
+            target[i] = slots + ranks + last
+            other[i] = own
+        else:
+            target[i] = place
+            other[i] = np.uint64(0) if foreign_known else foreign
+
+
+def partners(topics: U64, partitions: U64, offsets: I64) -> I64:
+    """For each row another row of the batch, by a hash of its source position.
+
+    Args:
+        topics: `[n]` uint64 short numbers of the rows' topics.
+        partitions: `[n]` uint64.
+        offsets: `[n]` int64.
+
+    Returns:
+        `[n]` int64 indices, none its own; 0 for the only row of a batch.
+
+    >>> found = partners(np.zeros(3, np.uint64), np.zeros(3, np.uint64), np.arange(3))
+    >>> bool((found != np.arange(3)).all())
+    True
+    """
+    found = np.empty(offsets.size, np.int64)
+    _partners(topics, partitions, offsets, found)
+    return found
+
+
+def candidates(category: U64, labels: U64, popular: U64, successors: U64, partner: I64) -> Candidates:
+    """The interest slots of a batch.
+
+    Args:
+        category: `[n]` uint64, what each row clicked; 0 for none.
+        labels: `[n, L]` uint64, the user's labels before the click, padded with 0.
+        popular: `[P]` uint64, padded with 0.
+        successors: `[n, S]` uint64, neither labels of their row nor popular, padded with 0.
+        partner: `[n]` int64 from `partners`.
+
+    >>> found = candidates(
+    ...     np.array([5, 9], np.uint64),
+    ...     np.array([[5, 7], [5, 0]], np.uint64),
+    ...     np.array([7, 8], np.uint64),
+    ...     np.array([[3], [0]], np.uint64),
+    ...     np.array([1, 0]),
+    ... )
+    >>> found.target.tolist(), found.popular_mask.tolist(), found.other.tolist()
+    ([0, 5], [[0.0, 1.0], [1.0, 1.0]], [9, 9])
+    """
+    rows = category.size
+    found = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
+    _compete(np.ascontiguousarray(category), np.ascontiguousarray(labels), popular, successors, partner, *found)
+    return found
+
+
+def seed_of(topic: int, partition: int, offset: int) -> tuple[int, int]:
+    """A step's dropout seed: two int32 hashed from the position of its first row.
+
+    >>> seed_of(1, 2, 3) == seed_of(1, 2, 3) != seed_of(1, 2, 4)
+    True
+    """
+    state = ((topic * 0x9E3779B97F4A7C15) ^ (partition * 0xBF58476D1CE4E5B9) ^ offset) & (2**64 - 1)
+    mixed = int(mix(np.uint64(state)))
+    return (mixed >> 33), (mixed & 0x7FFFFFFF)

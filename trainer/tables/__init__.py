@@ -1,0 +1,1 @@
+"""Embedding tables: from ids to rows, grown, admitted and expired."""

@@ -1,0 +1,158 @@
+"""From ids to rows: an open-addressing index, and numbers that depend on an id alone.
+
+Compiled loops over integers: 40,000 look-ups take less than a millisecond,
+where TensorFlow's hash table takes ten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from state.compiled import compiled
+from state.compiled.mixing import mix
+
+U64 = npt.NDArray[np.uint64]
+I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
+
+_FILL = 0.7
+
+
+@compiled
+def _slot_of(keys: U64, key: np.uint64) -> np.int64:
+    """The slot that holds `key`, or the empty one where it would go."""
+    mask = np.uint64(keys.shape[0] - 1)
+    mixed = (key ^ (key >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+    slot = (mixed >> np.uint64(20)) & mask
+    while keys[slot] != np.uint64(0) and keys[slot] != key:
+        slot = (slot + np.uint64(1)) & mask
+    return np.int64(slot)
+
+
+@compiled
+def _insert(keys: U64, rows: I32, ids: U64, values: I32) -> int:
+    fresh = 0
+    for i in range(ids.shape[0]):
+        slot = _slot_of(keys, ids[i])
+        if keys[slot] == np.uint64(0):
+            fresh += 1
+        keys[slot] = ids[i]
+        rows[slot] = values[i]
+    return fresh
+
+
+@compiled
+def _find(keys: U64, rows: I32, ids: U64, found: I32) -> None:
+    # An empty slot has key 0 and row 0, so that id 0 ("none") finds MISSING.
+    for i in range(ids.shape[0]):
+        found[i] = rows[_slot_of(keys, ids[i])]
+
+
+@compiled
+def _remove(keys: U64, rows: I32, ids: U64) -> int:
+    """Takes ids out by shifting the rest of their run back, which leaves no marks behind."""
+    mask = np.int64(keys.shape[0] - 1)
+    gone = 0
+    for i in range(ids.shape[0]):
+        hole = _slot_of(keys, ids[i])
+        if ids[i] == np.uint64(0) or keys[hole] != ids[i]:
+            continue
+        gone += 1
+        keys[hole] = np.uint64(0)
+        rows[hole] = 0
+        slot = (hole + 1) & mask
+        while keys[slot] != np.uint64(0):
+            key, row = keys[slot], rows[slot]
+            keys[slot] = np.uint64(0)
+            rows[slot] = 0
+            home = _slot_of(keys, key)
+            keys[home] = key
+            rows[home] = row
+            slot = (slot + 1) & mask
+    return gone
+
+
+class IdIndex:
+    """An open-addressing map of 64-bit id -> row, 0 where an id has none.
+
+    >>> index = IdIndex()
+    >>> index.insert(np.array([7, 9], np.uint64), np.array([1, 2], np.int32))
+    >>> index.find(np.array([9, 8, 0], np.uint64)).tolist()
+    [2, 0, 0]
+    >>> index.remove(np.array([9], np.uint64)); len(index)
+    1
+    """
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._keys: U64 = np.zeros(_slots_for(capacity), np.uint64)
+        self._rows: I32 = np.zeros(self._keys.size, np.int32)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def find(self, ids: U64) -> I32:
+        """The row of each id, `[n]` int32; MISSING (0) for an unknown one."""
+        found = np.empty(ids.size, np.int32)
+        _find(self._keys, self._rows, np.ascontiguousarray(ids), found)
+        return found
+
+    def insert(self, ids: U64, rows: I32) -> None:
+        """Sets the rows of `ids` (no id is 0), growing first where it would get too full."""
+        if self._size + ids.size > self._keys.size * _FILL:
+            keys, held = self._keys, self._rows
+            self._keys = np.zeros(_slots_for(self._size + ids.size), np.uint64)
+            self._rows = np.zeros(self._keys.size, np.int32)
+            used = keys != 0
+            _insert(self._keys, self._rows, keys[used], held[used])
+        self._size += _insert(self._keys, self._rows, np.ascontiguousarray(ids), rows)
+
+    def remove(self, ids: U64) -> None:
+        """Forgets `ids`; unknown ones are ignored."""
+        self._size -= _remove(self._keys, self._rows, np.ascontiguousarray(ids))
+
+
+def _slots_for(ids: int) -> int:
+    """The smallest power of two in which `ids` keys stay below the fill limit.
+
+    >>> _slots_for(10), _slots_for(1000)
+    (1024, 2048)
+    """
+    slots = 1024
+    while slots * _FILL <= ids:
+        slots *= 2
+    return slots
+
+
+@compiled
+def _draw(ids: U64, salt: np.uint64, out: F32) -> None:
+    for i in range(ids.shape[0]):
+        state = mix(ids[i] ^ salt)
+        for j in range(out.shape[1]):
+            state = state + np.uint64(0x9E3779B97F4A7C15)
+            # 24 bits fit a float32 exactly: the same value on every machine.
+            out[i, j] = np.float32(np.int64(mix(state) >> np.uint64(40))) * np.float32(2.0**-23) - np.float32(1.0)
+
+
+def hashed_uniform(ids: U64, width: int, name: str) -> F32:
+    """Uniform numbers in [-1, 1) that depend only on `name` and each id.
+
+    Args:
+        ids: `[n]` uint64.
+        width: Numbers for each id.
+        name: Separates tables (and dense weights) from one another.
+
+    Returns:
+        `[n, width]` float32.
+
+    >>> one = hashed_uniform(np.array([5], np.uint64), 2, "user")
+    >>> bool((one == hashed_uniform(np.array([4, 5], np.uint64), 2, "user")[1]).all())
+    True
+    """
+    salt = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+    out = np.empty((ids.size, width), np.float32)
+    _draw(np.ascontiguousarray(ids), salt, out)
+    return out

@@ -1,0 +1,1 @@
+"""Versions out of a trainer, and a trainer out of a version."""

@@ -1,0 +1,159 @@
+"""A version out of the trainer, and a trainer out of a version: the same bits.
+
+The step thread copies what changed (some milliseconds); encoding, digests and
+the disk are the background's business, see `trainer/versions/publisher.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from state.config.settings import Settings
+from state.errors import SpecMismatch
+from state.registry.manifest import Manifest
+from state.registry.registry import SERVING, TRAINING
+from state.registry.versions import Versions
+from trainer.engine.graph import CROSS
+from trainer.engine.step import TRANSITION, Trainer, labelled
+from trainer.tables.popular import HOUR_MS, ONE
+from trainer.tables.table import Changes
+from trainer.versions import content
+
+# Settings of [trainer] beside all of [model].
+_DECIDING = ("admit_after", "expire_s", "guard_factor", "guard_patience")
+# What decides the order of floating-point sums on a processor.
+_INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
+
+
+def changes(trainer: Trainer) -> dict[str, content.Array]:
+    """Copies what a delta holds, and starts the next list of changes; only the step thread may call it."""
+    return _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
+
+
+def full(trainer: Trainer) -> dict[str, content.Array]:
+    """Copies the whole state, as a base holds it; the list of changes goes on."""
+    return _tensors(trainer, {name: table.state() for name, table in trainer.tables.items()})
+
+
+def digest(trainer: Trainer) -> str:
+    """SHA-256 over everything: rows ordered by id, dense weights, slots, counters, guard, measures."""
+    return content.digest(full(trainer))
+
+
+def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Manifest:
+    """Makes `trainer` the one that published `version`, whatever it was before and however its tables lie.
+
+    Args:
+        versions: Where the version is.
+        version: Its number.
+        trainer: Is cleared first.
+        spec: Digest of the trainer's feature spec.
+
+    Returns:
+        The manifest of the version.
+
+    Raises:
+        UnknownVersion: A part of its chain is not kept.
+        CorruptVersion: A file of its chain fails its digest.
+        SpecMismatch: It was trained on other features.
+        SettingsError: It is of another model.
+    """
+    base, deltas = versions.chain(version)
+    newest = deltas[-1] if deltas else base
+    if newest.spec != spec:
+        raise SpecMismatch(
+            f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}; "
+            "put [features] and events.actions back, or start a new state directory"
+        )
+    load(trainer, content.merge(tensors_of(versions, part) for part in (base, *deltas)))
+    return newest
+
+
+def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
+    """The tensors of one delta or base, every file checked."""
+    return content.decode(versions.read(part, name) for name in (SERVING, TRAINING))
+
+
+def load(trainer: Trainer, tensors: content.Tensors) -> None:
+    """Replaces the whole state of `trainer` by a full one; one of a release without crosses or transitions, or with others, has none."""
+    trainer.clear()
+    for name, table in trainer.tables.items():
+        if name in (CROSS, TRANSITION) and (
+            f"{name}.ids" not in tensors or tensors[f"{name}.rows"].shape[1] != table.dim
+        ):
+            continue
+        table.load(Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS}))
+    trainer.model.set_weights(_under("dense.", tensors))
+    trainer.optimizer.set_slots(_under("slots.", tensors))
+    trainer.load(_under("state.", tensors))
+
+
+def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
+    """Makes `trainer` one that has learned nothing and knows the popular labels of the bootstrap.
+
+    Args:
+        trainer: Is cleared first.
+        about: What the bootstrap wrote about the feature spec.
+    """
+    trainer.clear()
+    popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
+    if popular:
+        hour = np.int64(int(about["newest_ms"]) // HOUR_MS)
+        ids = np.array([label for label, _ in popular], np.uint64)
+        counts = np.array([clicks * ONE for _, clicks in popular], np.int64)
+        trainer.popular.load({"ids": ids, "counts": counts, "hour": hour})
+
+
+def environment(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What the bits of a step depend on beside the log: versions where it differs are not comparable."""
+    flags: set[str] = set()
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                flags.update(value.split())
+                break
+    return {
+        "tensorflow": tf.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "instructions": " ".join(name for name in _INSTRUCTIONS if name in flags),
+        "device": device,
+        "threads": str(settings.trainer.threads),
+        "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        **deciding(settings),
+    }
+
+
+def deciding(settings: Settings) -> dict[str, str]:
+    """The settings that decide what a step does, by name, and no others."""
+    model = {f"model.{name}": str(value) for name, value in dataclasses.asdict(settings.model).items()}
+    wanted, own = settings.attributes, {f"trainer.{name}": str(getattr(settings.trainer, name)) for name in _DECIDING}
+    for side in ("user", "item"):
+        fields = getattr(wanted, f"{side}_fields") if getattr(wanted, f"{side}_topic") else ()
+        own[f"attributes.{side}_fields"] = str(fields)
+    own |= {"events.context": str(settings.events.context), "labelled": str(labelled(settings))}
+    return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}
+
+
+def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:
+    held: dict[str, content.Array] = {
+        f"{name}.{field}": getattr(rows, field) for name, rows in tables.items() for field in Changes.FIELDS
+    }
+    held |= {f"dense.{name}": weight for name, weight in trainer.model.weights().items()}
+    held |= {f"slots.{name}": slot for name, slot in trainer.optimizer.slots().items()}
+    held |= {f"state.{name}": value for name, value in trainer.state().items()}
+    return held | {"popular": trainer.popular.top()}
+
+
+def _under(prefix: str, tensors: content.Tensors) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

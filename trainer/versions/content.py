@@ -1,0 +1,123 @@
+"""What a version's files hold: tensors by name, encoded, decoded, and a base merged with the deltas after it.
+
+    serving.safetensors    <table>.ids, .rows, .removed; dense.<name>; popular
+    training.safetensors   <table>.accum, .last_seen_ms, .pending_ids, .pending_counts, .pending_seen_ms;
+                           slots.<name> of the dense optimizer; state.<name>: counters, guard, measures
+
+A delta lists the rows that changed and the ids that went; everything else is
+whole in each version. NumPy only: the compactor runs without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load, save
+
+from state.registry.registry import SERVING, TRAINING
+from state.rows.store import TABLES as TABLES
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+
+ROWS = ("rows", "accum", "last_seen_ms")
+PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
+_SERVED = {f"{table}.{name}" for table in TABLES for name in ("ids", "rows", "removed")} | {"popular"}
+_FOLD_ROWS = 1_000_000
+
+
+def encode(tensors: Tensors) -> dict[str, bytes]:
+    """The files of a version; equal tensors give equal bytes."""
+    files: dict[str, dict[str, Array]] = {SERVING: {}, TRAINING: {}}
+    for name, tensor in sorted(tensors.items()):
+        served = name in _SERVED or name.startswith("dense.")
+        files[SERVING if served else TRAINING][name] = np.asarray(tensor, order="C")
+    return {name: save(held) for name, held in files.items()}
+
+
+def decode(files: Iterable[bytes]) -> dict[str, Array]:
+    """The tensors in the files of a version."""
+    return {name: tensor for data in files for name, tensor in load(data).items()}
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype.str} {tensor.shape} ".encode())
+        sha.update(tensor.tobytes())
+    return sha.hexdigest()
+
+
+def merge(parts: Iterable[Tensors], full: bool = True) -> dict[str, Array]:
+    """Lays tensors of versions on top of each other, the oldest first.
+
+    Args:
+        parts: A base and deltas; or, for a delta over several versions, only deltas.
+        full: The result is a full state: ids that went are forgotten. Else they stay listed.
+
+    Returns:
+        The newest row of each id, ordered by id; bit-equal to what a trainer
+        holds that did the same steps.
+    """
+    # Folding the deltas now and then bounds memory; a large base is copied once.
+    iterator = iter(parts)
+    first = next(iterator)
+    later: list[Tensors] = []
+    rows = 0
+    for part in iterator:
+        later.append(part)
+        rows += sum(len(part.get(f"{table}.ids", ())) for table in TABLES)
+        if rows > _FOLD_ROWS:
+            later, rows = [_merged(later, full=False)], 0
+    return _merged([first, *later], full)
+
+
+def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
+    tabled = {f"{table}.{name}" for table in TABLES for name in ("ids", "removed", *ROWS, *PENDING)}
+    # 1. What is whole in each version.
+    merged = {name: tensor for name, tensor in parts[-1].items() if name not in tabled}
+    for table in TABLES:
+        # A release without this table wrote none of it; an empty one is the same. Rows of another width are of a
+        # release whose rows meant something else: a trainer that went on from there took up none of them.
+        held = [part for part in parts if f"{table}.ids" in part]
+        held = [part for part in held if part[f"{table}.rows"].shape[1:] == held[-1][f"{table}.rows"].shape[1:]]
+        if not held:
+            continue
+        # 2. Rows: the last word about an id counts, be it a row or its removal.
+        ids = [part[f"{table}.{name}"] for part in held for name in ("removed", "ids")]
+        gone = [
+            np.full(len(part[f"{table}.{name}"]), name == "removed") for part in held for name in ("removed", "ids")
+        ]
+        last = _last_of_each(np.concatenate(ids))
+        all_ids, all_gone = np.concatenate(ids), np.concatenate(gone)
+        live = last[~all_gone[last]]
+        merged[f"{table}.ids"] = all_ids[live]
+        merged[f"{table}.removed"] = np.zeros(0, np.uint64) if full else all_ids[last[all_gone[last]]]
+        place = np.cumsum(~all_gone) - 1
+        for name in ROWS:
+            merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in held])[place[live]]
+        # 3. Sightings of ids without a row; a count of 0 takes one away.
+        columns = [np.concatenate([part[f"{table}.{name}"] for part in held]) for name in PENDING]
+        last = _last_of_each(columns[0])
+        if full:
+            last = last[columns[1][last] != 0]
+        merged |= {f"{table}.{name}": column[last] for name, column in zip(PENDING, columns, strict=True)}
+    return merged
+
+
+def _last_of_each(ids: Array) -> npt.NDArray[np.int64]:
+    """Where each id occurs last, in the order of the ids.
+
+    >>> _last_of_each(np.array([5, 3, 5, 4], np.uint64)).tolist()
+    [1, 3, 2]
+    """
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    ends = np.ones(len(ids), np.bool_)
+    ends[:-1] = ordered[1:] != ordered[:-1]
+    return order[ends].astype(np.int64)

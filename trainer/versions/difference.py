@@ -1,0 +1,143 @@
+"""The first difference between two full states of a trainer: which table, which id, which position. Pure.
+
+Both are tensors by name as a base holds them, rows ordered by id. Bits are
+compared, so that a NaN equals itself and minus zero does not equal zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.versions.content import PENDING, ROWS, TABLES, Array, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two states first differ.
+
+    Attributes:
+        table: The table, or the tensor's name where it belongs to none.
+        field: Which of the table's columns; empty for other tensors.
+        id: The row's id; None for other tensors.
+        position: Where in the row or in the flattened tensor; None where the whole differs.
+        kept: What the version holds there, as text.
+        recomputed: What was computed anew.
+    """
+
+    table: str
+    field: str
+    id: int | None
+    position: int | None
+    kept: str
+    recomputed: str
+
+    def __str__(self) -> str:
+        """One line.
+
+        >>> str(Difference("user", "rows", 7, 2, "0.5", "0.25"))
+        'user, id 0000000000000007, rows[2]: the version has 0.5, recomputed 0.25'
+        """
+        where = [self.table] if self.id is None else [self.table, f"id {self.id:016x}"]
+        at = "" if self.position is None else f"[{self.position}]"
+        if self.field:
+            where.append(self.field + at)
+        else:
+            where[-1] += at
+        return f"{', '.join(where)}: the version has {self.kept}, recomputed {self.recomputed}"
+
+
+def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
+    """Where the states first differ: tables in their order, then everything else by name; None where they are equal."""
+    for table in TABLES:
+        found = _of_table(table, kept, recomputed)
+        if found is not None:
+            return found
+    tabled = {f"{table}.{name}" for table in TABLES for name in ("ids", "removed", *ROWS, *PENDING)}
+    for name in sorted((kept.keys() | recomputed.keys()) - tabled):
+        if name not in kept or name not in recomputed:
+            return Difference(name, "", None, None, _presence(name in kept), _presence(name in recomputed))
+        at = _unequal(kept[name], recomputed[name])
+        if at is not None:
+            return _at("", None, name, at, kept[name], recomputed[name])
+    return None
+
+
+def _of_table(table: str, kept: Tensors, recomputed: Tensors) -> Difference | None:
+    there = [side for side in (kept, recomputed) if f"{table}.ids" in side]
+    if len(there) < 2:
+        # A release without this table wrote none of it; an empty one is the same.
+        if all(len(side[f"{table}.{name}"]) == 0 for side in there for name in ("ids", "pending_ids")):
+            return None
+        return Difference(table, "", None, None, _presence(there[0] is kept), _presence(there[0] is recomputed))
+    for ids_name, columns in (("ids", ROWS), ("pending_ids", PENDING[1:])):
+        ids, other = kept[f"{table}.{ids_name}"], recomputed[f"{table}.{ids_name}"]
+        what = "row" if ids_name == "ids" else "sightings"
+        # Which id is only on one side: the lowest one.
+        alone = np.setxor1d(ids, other)
+        if len(alone):
+            here = bool(np.isin(alone[0], ids))
+            return Difference(table, what, int(alone[0]), None, _presence(here), _presence(not here))
+        order, other_order = np.argsort(ids, kind="stable"), np.argsort(other, kind="stable")
+        for column in columns:
+            ours, theirs = kept[f"{table}.{column}"][order], recomputed[f"{table}.{column}"][other_order]
+            at = _unequal(ours, theirs)
+            if at is not None:
+                width = ours[0].size if len(ours) else 1
+                row = int(ids[order][(at or 0) // width]) if at >= 0 else None
+                return _at(table, row, column, at, ours, theirs, width)
+    return None
+
+
+def _unequal(ours: Array, theirs: Array) -> int | None:
+    """The flat position of the first element with other bits; -1 where type or shape differ, None where none does."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return -1
+    if ours.tobytes() == theirs.tobytes():
+        return None
+    left, right = (np.ascontiguousarray(each).reshape(-1) for each in (ours, theirs))
+    size = left.dtype.itemsize
+    bits = left.view(np.uint8).reshape(-1, size) != right.view(np.uint8).reshape(-1, size)
+    return int(np.argmax(bits.any(axis=1)))
+
+
+def _at(table: str, row: int | None, name: str, at: int, ours: Array, theirs: Array, width: int = 1) -> Difference:
+    if at < 0:
+        shapes = [f"{each.dtype}{list(each.shape)}" for each in (ours, theirs)]
+        return Difference(table or name, name if table else "", row, None, *shapes)
+    position = at % width if table else at
+    values = [repr(np.ascontiguousarray(each).reshape(-1)[at].item()) for each in (ours, theirs)]
+    return Difference(table or name, name if table else "", row, position, *values)
+
+
+def _presence(there: bool) -> str:
+    return "it" if there else "nothing"
+
+
+def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What the bits depend on and is not as it was, one line each; what one side does not name is left out.
+
+    >>> environment_differences({"numpy": "2.3", "device": "/CPU:0"}, {"numpy": "2.4", "device": "/CPU:0"})
+    ['numpy was 2.3 and is 2.4']
+    """
+    return [
+        f"{name} was {then[name]} and is {now[name]}"
+        for name in sorted(then.keys() & now.keys())
+        if then[name] != now[name]
+    ]
+
+
+def marks_difference(kept: Mapping[Any, int], recomputed: Mapping[Any, int]) -> Difference | None:
+    """The first source whose next offset differs.
+
+    >>> str(marks_difference({"a": 1, "b": 2}, {"a": 1}))
+    'marks of b: the version has 2, recomputed nothing'
+    """
+    for source in sorted(kept.keys() | recomputed.keys()):
+        values = [str(each.get(source, "nothing")) for each in (kept, recomputed)]
+        if values[0] != values[1]:
+            return Difference(f"marks of {source}", "", None, None, *values)
+    return None
