@@ -24,7 +24,7 @@ def compile_shared(spec: FeatureSpec) -> None:
     """Calls each shared kernel once, with the types that its users call it with."""
     # 1. As serving does; what a store reads cannot be written to, which is a type of its own.
     vectorise(np.frombuffer(bytes(EVENT.itemsize), EVENT), 1, None, Mask.NONE, spec)
-    none = np.zeros((1, spec.labels), np.uint64)
+    none = np.zeros((1, spec.recent_categories), np.uint64)
     succession(np.zeros(1, np.int32), np.zeros((1, WIDTH), np.float32), none, np.zeros(1, np.uint64))
     # 2. As the stream and the bootstrap do.
     empty = np.empty(0, np.int64)
@@ -37,8 +37,8 @@ def compile_shared(spec: FeatureSpec) -> None:
         spec.tables,
         Mask.NONE.hidden,
         np.empty((0, len(spec.names)), np.uint16),
-        np.empty((0, spec.labels), np.int64),
-        np.empty((0, spec.labels, len(spec.label_names)), np.uint16),
+        np.empty((0, spec.recent_categories), np.int64),
+        np.empty((0, spec.recent_categories, len(spec.window_names)), np.uint16),
     )
 
 

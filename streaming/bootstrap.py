@@ -148,7 +148,7 @@ def document(
     return {
         "spec": spec.to_json(),
         "features": list(spec.names),
-        "label_windows": list(spec.label_names),
+        "category_windows": list(spec.window_names),
         "salt": salt.fingerprint,
         "preprocessing": model.preprocessing,
         "rows": sample.clicks,

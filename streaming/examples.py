@@ -81,7 +81,7 @@ def describe(folder: Path, spec: FeatureSpec, context: tuple[str, ...], about: M
         "format": FORMAT,
         "spec": spec.to_json(),
         "features": list(spec.names),
-        "label_windows": list(spec.label_names),
+        "category_windows": list(spec.window_names),
         "actions": list(spec.actions),
         "context": list(context),
         **about,

@@ -93,8 +93,10 @@ class Profiler:
         by_row = np.empty(len(order), np.int64)
         by_row[order] = np.repeat(slots, lengths)
         # 3. Rows and appends, event by event.
-        features, labels, label_windows = self._compute(by_row, events)
-        return Rows(batch, features, labels, label_windows, Appends(users, starts, lengths, events[order]))
+        features, recent_categories, category_windows = self._compute(by_row, events)
+        return Rows(
+            batch, features, recent_categories, category_windows, Appends(users, starts, lengths, events[order])
+        )
 
     def committed(self, rows: Rows) -> None:
         """Tells that the store has the appends of `rows`, each `Rows` once; any thread may call it."""
@@ -103,8 +105,8 @@ class Profiler:
     def _compute(self, slots: I64, events: Events) -> tuple[NDArray[np.uint16], NDArray[np.uint64], NDArray[np.uint16]]:
         spec, count = self._spec, len(events)
         features = np.empty((count, len(spec.names)), np.uint16)
-        labels = np.empty((count, spec.labels), np.int64)
-        label_windows = np.empty((count, spec.labels, len(spec.label_names)), np.uint16)
+        recent_categories = np.empty((count, spec.recent_categories), np.int64)
+        category_windows = np.empty((count, spec.recent_categories, len(spec.window_names)), np.uint16)
         update_rows(
             self._rings,
             self._ends,
@@ -114,10 +116,10 @@ class Profiler:
             spec.tables,
             self._hidden,
             features,
-            labels,
-            label_windows,
+            recent_categories,
+            category_windows,
         )
-        return features, labels.view(np.uint64), label_windows
+        return features, recent_categories.view(np.uint64), category_windows
 
     def _settle(self) -> None:
         """Takes note of what was committed since the last batch."""

@@ -1,6 +1,6 @@
-"""Whose probability an answer tells: a user's labels, popular ones, and what over all users came next after the newest.
+"""Whose probability an answer tells: a user's categories, popular ones, and what over all users came next after the newest.
 
-A candidate's slot is its place in the program's logits: the user's labels,
+A candidate's slot is its place in the program's logits: the user's categories,
 newest first, then the popular ones, then the successors.
 """
 
@@ -18,7 +18,7 @@ from state.rows.store import RowReader, Served
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
 
-KINDS = ("label", "popular", "successor")
+KINDS = ("recent", "popular", "successor")
 """Of candidates, in the order of their slots; so begin the names of the program's masks and logits."""
 
 
@@ -37,22 +37,22 @@ class Label(NamedTuple):
     hex: str
 
 
-def came_next(reader: RowReader, served: Served, labels: U64, popular: U64) -> Succession:
-    """What the version's lists of users' newest labels say; a label without a list says nothing.
+def came_next(reader: RowReader, served: Served, recent_categories: U64, popular: U64) -> Succession:
+    """What the version's lists of users' newest categories say; a category without a list says nothing.
 
     Args:
         reader: Of the transaction.
         served: The version; one of a release without lists, or with others, has none.
-        labels: `[n, L]` uint64, the users' labels, newest first, padded with 0.
+        recent_categories: `[n, L]` uint64, the users' categories, newest first, padded with 0.
         popular: `[P]` uint64, padded with 0.
     """
-    lists, at = np.zeros((1 + len(labels), WIDTH), np.float32), np.zeros(len(labels), np.int32)
-    for place, newest in enumerate(labels[:, 0].tolist()):
+    lists, at = np.zeros((1 + len(recent_categories), WIDTH), np.float32), np.zeros(len(recent_categories), np.int32)
+    for place, newest in enumerate(recent_categories[:, 0].tolist()):
         row = reader.row("transition", newest, served) if newest else None
         if row is not None and len(row) == 4 * WIDTH:
             at[place] = place + 1
             lists[place + 1] = np.frombuffer(row, np.float32)
-    return succession(at, lists, labels, popular)
+    return succession(at, lists, recent_categories, popular)
 
 
 def add_succession(inputs: Mapping[str, F32], found: Succession, rows: F32) -> None:
@@ -67,7 +67,7 @@ def add_succession(inputs: Mapping[str, F32], found: Succession, rows: F32) -> N
     if "successor_mask" not in inputs:
         return
     count, successors = found.ids.shape
-    inputs["label_next"][:count] = found.labels
+    inputs["recent_next"][:count] = found.recent_categories
     inputs["popular_next"][:count] = found.popular
     inputs["successor_next"][:count] = found.successors
     inputs["successor_mask"][:count] = found.ids != 0
@@ -93,8 +93,8 @@ def interests(
     """Each user's candidates, best first.
 
     Args:
-        users: The names of each user's labels, and of the successors.
-        popular: The names of the popular labels.
+        users: The names of each user's categories, and of the successors.
+        popular: The names of the popular categories.
         inputs: The program's, for the masks.
         outputs: The program's, for the logits.
     """

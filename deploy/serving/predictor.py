@@ -8,10 +8,10 @@ for one row and 150 us for sixteen.
 1. Pointer, control and mask; program and dense weights, when the version changed.
 2. The users' pseudonyms, by the salt, and their histories.
 3. The windows as of `at`, without what the mask takes out.
-4. Rows of the user, the context, the labels, the item, and of the attributes of user and item; where an item is
+4. Rows of the user, the context, the categories, the item, and of the attributes of user and item; where an item is
    asked for, what the pair's crosses say.
-5. Candidates = the user's labels, the popular ones that are not among them, and of what over all users came next
-   after the newest label the most frequent that are neither; of each, how often it came next.
+5. Candidates = the user's categories, the popular ones that are not among them, and of what over all users came next
+   after the newest category the most frequent that are neither; of each, how often it came next.
 6. Logits, softmax over the candidates, names.
 """
 
@@ -256,7 +256,7 @@ class Predictor:
                 for user, history, at_ms in zip(users, histories, times, strict=True)
             ]
             # 4. 5.
-            seen = [[label for label in vector.labels.tolist() if label] for vector in vectors]
+            seen = [[label for label in vector.recent_categories.tolist() if label] for vector in vectors]
             people = self._attributes.of("user", users)
             items = [None if query.item is None else public_id(query.item) for query in queries]
             goods = self._attributes.of("item", [item or 0 for item in items])
@@ -265,7 +265,9 @@ class Predictor:
                 for query, item in zip(queries, items, strict=True)
             ]
             inputs, known = self._inputs(reader, loaded, users, items, categories, seen)
-            found = came_next(reader, loaded.served, np.stack([vector.labels for vector in vectors]), loaded.popular)
+            found = came_next(
+                reader, loaded.served, np.stack([vector.recent_categories for vector in vectors]), loaded.popular
+            )
             add_succession(inputs, found, self._categories(reader, loaded, found.ids.reshape(-1).tolist()))
             self._add_attributes(reader, loaded, queries, inputs, people, goods)
             pairs = [
@@ -278,7 +280,7 @@ class Predictor:
             self._add_crosses(reader, loaded, pairs, inputs)
         for place, vector in enumerate(vectors):
             inputs["features"][place] = vector.features
-            inputs["label_windows"][place] = vector.label_windows
+            inputs["category_windows"][place] = vector.category_windows
         # 6.
         outputs = loaded.program.predict(inputs)
         named = [
@@ -402,16 +404,20 @@ class Predictor:
         inputs["popular_rows"] = loaded.popular_rows
         inputs["popular_mask"][: len(users)] = loaded.popular_known
         known, popular = [], loaded.popular.tolist()
-        for place, (user, item, category, labels) in enumerate(zip(users, items, categories, seen, strict=True)):
+        for place, (user, item, category, recent_categories) in enumerate(
+            zip(users, items, categories, seen, strict=True)
+        ):
             row = reader.row("user", user, served)
             known.append(row is not None)
             if row is not None:
                 inputs["user_row"][place] = np.frombuffer(row, np.float32)
-            if labels:
-                # Labels come first and without gaps.
-                inputs["label_rows"][place, : len(labels)] = self._categories(reader, loaded, labels)
-                inputs["label_mask"][place, : len(labels)] = 1.0
-                own = set(labels)
+            if recent_categories:
+                # Categories come first and without gaps.
+                inputs["recent_rows"][place, : len(recent_categories)] = self._categories(
+                    reader, loaded, recent_categories
+                )
+                inputs["recent_mask"][place, : len(recent_categories)] = 1.0
+                own = set(recent_categories)
                 taken = [rank for rank, label in enumerate(popular) if label in own]
                 inputs["popular_mask"][place, taken] = 0.0
             if item is not None:
@@ -422,11 +428,11 @@ class Predictor:
                 inputs["category_row"][place] = self._categories(reader, loaded, [category])[0]
         return inputs, known
 
-    def _categories(self, reader: RowReader, loaded: Loaded, labels: Sequence[int]) -> F32:
+    def _categories(self, reader: RowReader, loaded: Loaded, recent_categories: Sequence[int]) -> F32:
         """Rows of categories, `[n, dim]` float32; zeros for those without one."""
         cached = loaded.category_rows
         found = []
-        for label in labels:
+        for label in recent_categories:
             row = cached.get(label)
             if row is None:
                 if len(cached) >= ROWS_REMEMBERED:

@@ -19,6 +19,15 @@ from state.errors import CorruptVersion, ProgramError
 
 BATCHES = (1, 4, 16)
 
+RENAMED = {
+    "label_rows": "recent_rows",
+    "label_windows": "category_windows",
+    "label_next": "recent_next",
+    "label_mask": "recent_mask",
+    "label_logits": "recent_logits",
+}
+"""Inputs and outputs of programs that release 0.1.0 lowered, and what they are called."""
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -69,9 +78,10 @@ class Program:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error}); restart the trainer to lower the model again"
             ) from error
+        self._names = {RENAMED.get(name, name): name for name in self._predicts[1].get_input_details()}
         self._weights = sorted(self._loads[0].get_input_details())
         self.shapes = {
-            name: tuple(int(size) for size in details["shape_signature"])
+            RENAMED.get(name, name): tuple(int(size) for size in details["shape_signature"])
             for name, details in self._predicts[1].get_input_details().items()
         }
 
@@ -95,8 +105,11 @@ class Program:
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
-        outputs: dict[str, NDArray[np.float32]] = self._predicts[len(inputs["features"])](**inputs)
-        return outputs
+        outputs: dict[str, NDArray[np.float32]]
+        outputs = self._predicts[len(inputs["features"])](
+            **{self._names[name]: value for name, value in inputs.items()}
+        )
+        return {RENAMED.get(name, name): value for name, value in outputs.items()}
 
 
 def batch_of(rows: int) -> int:

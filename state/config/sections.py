@@ -204,7 +204,9 @@ class Features:
         (1800, 43200, 259200), "s", least=1, most=315_360_000, help="Half-lives of the decayed counts, shortest first."
     )
     history: int = setting(256, "events", least=16, most=4096, help="Events remembered per user.")
-    labels: int = setting(24, "labels", least=3, most=256, help="Latest categories of a user that are scored.")
+    recent_categories: int = setting(
+        24, "categories", least=5, most=256, help="Latest categories of a user that are scored."
+    )
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ class Model:
         (256, 128), least=1, most=65536, help="Widths of the tower's layers; the last is the profile vector."
     )
     dropout: float = setting(0.0, least=0.0, most=0.99, help="Share of the first layer dropped while training.")
-    popular: int = setting(32, "labels", least=1, most=4096, help="Popular categories scored for every user.")
+    popular: int = setting(32, "categories", least=1, most=4096, help="Popular categories scored for every user.")
     learning_rate: float = setting(0.02, least=0.0, help="Step size of the rows (Adagrad).")
     dense_learning_rate: float = setting(0.001, least=0.0, help="Step size of the dense weights (Adam).")
     initial_accumulator: float = setting(1e-6, least=1e-12, help="First value of Adagrad's accumulators.")

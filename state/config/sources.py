@@ -25,6 +25,9 @@ MASK = "********"
 NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
 SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
 
+RENAMED = {"features.labels": "features.recent_categories"}
+"""Settings of an earlier release, and what they are called."""
+
 
 def variable(name: str) -> str:
     """The environment variable of a dotted name.
@@ -165,6 +168,8 @@ def nearest_setting(name: str, known: Mapping[str, object]) -> str:
     >>> [nearest_setting(name, known) for name in ("stream.publish_s", "stream.pol_ms", "port")]
     ['trainer.publish_s', 'stream.poll_ms', 'kafka.port']
     """
+    if name in RENAMED:
+        return RENAMED[name]
     section, _, key = name.rpartition(".")
     same = [one for one in known if one.partition(".")[2] == key]
     return nearest(name, dict.fromkeys(same, 1) or known) if same or section else _nearest_key(name, known)

@@ -32,11 +32,11 @@ U16 = NDArray[np.uint16]
 WORDS = 5
 NEVER = 255  # the recency of what never happened
 GAPS = 4  # gaps between the latest events that are features
-SLOTS = 5  # latest labels whose windows are features
-SWITCHES = 16  # events among which changes of label are counted
-FEW = 5  # latest events among which each label is counted
+SLOTS = 5  # latest categories whose windows are features
+SWITCHES = 16  # events among which changes of category are counted
+FEW = 5  # latest events among which each category is counted
 MANY = 20
-OF_ORDER = 3  # windows of a label by the order of events, not by time; the last of its windows
+OF_ORDER = 3  # windows of a category by the order of events, not by time; the last of its windows
 SESSION_GAP_MS = 30 * 60_000
 EXACT = 128  # ages below this many units have a step each, then 64 an octave
 DAY_MS = 86_400_000
@@ -68,15 +68,17 @@ class Scratch(NamedTuple):
     """Working memory of one thread, kept from row to row."""
 
     order: U64  # [N]: ring positions of visible events, newest first
-    labels: I64  # [T, 2]: open addressing, key and generation << 16 | slot
+    recent_categories: I64  # [T, 2]: open addressing, key and generation << 16 | slot
     items: I64  # [T, 2]
-    label_sums: I64  # [N, W + H + A + 1]: counts, decays, counts by action of each label
-    slots: I64  # [N]: the label's slot of each visible event, newest first; N without a label
-    of_order: I64  # [3, N + 1]: of each label among the latest FEW, the others of the latest MANY, next to the newest
+    category_sums: I64  # [N, W + H + A + 1]: counts, decays, counts by action of each category
+    slots: I64  # [N]: the category's slot of each visible event, newest first; N without a category
+    of_order: (
+        I64  # [3, N + 1]: of each category among the latest FEW, the others of the latest MANY, next to the newest
+    )
     kind_sums: I64  # [(A + 1) * 4, W + H]: the same by action and the two low flags
     sums: I64  # [A + 2, W + H]: by action, labelled, positive
-    distinct: I64  # [2, W]: labels, items
-    tops: I64  # [2, W]: events of the top label, events with a label
+    distinct: I64  # [2, W]: categories, items
+    tops: I64  # [2, W]: events of the top category, events with a category
     gaps: I64  # [GAPS]
     action_recency: I64  # [A + 1]
 
@@ -85,13 +87,13 @@ class Facts(NamedTuple):
     """What one pass found besides the sums in `Scratch`."""
 
     visible: int
-    labels: int
+    recent_categories: int
     session_events: int
     session_start: int
-    session_labels: int
+    session_categories: int
     session_items: int
     sessions: int
-    same_label: int
+    same_category: int
     switches: int
     days: int
     oldest_step: int
@@ -219,27 +221,27 @@ def _sum(
     generation: int,
     tables: Tables,
     work: Scratch,
-    labels: I64,
-    label_windows: U16,
+    recent_categories: I64,
+    category_windows: U16,
 ) -> Facts:
-    """Step 2: sums into `work`, labels in order, and what is found on the way."""
+    """Step 2: sums into `work`, categories in order, and what is found on the way."""
     windows, decay, recency = tables.windows_ms, tables.decay, tables.recency
-    width, lives, actions, slots = windows.shape[0], decay.shape[1], tables.actions, labels.shape[0]
+    width, lives, actions, slots = windows.shape[0], decay.shape[1], tables.actions, recent_categories.shape[0]
     work.kind_sums[:] = 0
     work.distinct[:] = 0
     work.gaps[:] = NEVER
     work.action_recency[:] = NEVER
-    labels[:] = 0
-    label_windows[:] = 0
-    label_count = item_count = 0
-    session_events = session_labels = session_items = sessions = 0
+    recent_categories[:] = 0
+    category_windows[:] = 0
+    category_count = item_count = 0
+    session_events = session_categories = session_items = sessions = 0
     session_start = newer_time = at_ms
-    newer_label = switches = days = window = shift = step = same_label = 0
+    newer_category = switches = days = window = shift = step = same_category = 0
     day_start = at_ms + 1
     open_session = True
     for k in range(visible):
         place = work.order[k]
-        time, label, item, packed = ring[place, 0], ring[place, 1], ring[place, 2], ring[place, 4]
+        time, category, item, packed = ring[place, 0], ring[place, 1], ring[place, 2], ring[place, 4]
         action = min((packed >> 48) & 0xFF, actions)
         age = at_ms - time
         while age >= windows[window]:
@@ -265,25 +267,25 @@ def _sum(
         if k < SWITCHES and k > 0:
             if k <= GAPS:
                 work.gaps[k - 1] = recency[_quantise(gap >> 10)]
-            switches += label != newer_label
-            if k == 1 and label == newer_label and label != 0:
-                same_label = 1
-        newer_label = label
+            switches += category != newer_category
+            if k == 1 and category == newer_category and category != 0:
+                same_category = 1
+        newer_category = category
         if time < day_start:
             days += 1
             day_start = time // DAY_MS * DAY_MS
 
         slot = tables.history
-        if label != 0:
-            slot = _slot(work.labels, label, generation, label_count)
-            if slot == label_count:
-                label_count += 1
+        if category != 0:
+            slot = _slot(work.recent_categories, category, generation, category_count)
+            if slot == category_count:
+                category_count += 1
                 work.distinct[0, window] += 1
-                work.label_sums[slot, :] = 0
+                work.category_sums[slot, :] = 0
                 if slot < slots:
-                    labels[slot] = label
-                    label_windows[slot, width + lives] = recency[step]
-            sums = work.label_sums[np.uint64(slot)]
+                    recent_categories[slot] = category
+                    category_windows[slot, width + lives] = recency[step]
+            sums = work.category_sums[np.uint64(slot)]
             sums[np.uint64(window)] += 1
             sums[np.uint64(width + lives + action)] += 1
             for h in range(lives):
@@ -294,18 +296,18 @@ def _sum(
             work.distinct[1, window] += 1
         if open_session:
             session_events += 1
-            session_labels = label_count
+            session_categories = category_count
             session_items = item_count
             session_start = time
     return Facts(
         visible,
-        label_count,
+        category_count,
         session_events,
         session_start,
-        session_labels,
+        session_categories,
         session_items,
         sessions,
-        same_label,
+        same_category,
         switches,
         days,
         step,
@@ -313,45 +315,49 @@ def _sum(
 
 
 @compiled
-def _sum_in_order(work: Scratch, visible: int, label_count: int) -> None:
-    """The sums of which only the order of events counts, of each label: `work.of_order`."""
+def _sum_in_order(work: Scratch, visible: int, category_count: int) -> None:
+    """The sums of which only the order of events counts, of each category: `work.of_order`."""
     slots, sums = work.slots, work.of_order
-    sums[:, :label_count] = 0
+    sums[:, :category_count] = 0
     for k in range(min(visible, MANY)):
         sums[np.uint64(k >= FEW), np.uint64(slots[k])] += 1
-    # The newest label has slot 0; an event without a label has nothing next to it.
+    # The newest category has slot 0; an event without a category has nothing next to it.
     if visible > 0 and slots[0] == 0:
         for k in range(1, visible):
             sums[2, np.uint64(slots[k - 1])] += slots[k] == 0
 
 
 @compiled
-def _write_labels(tables: Tables, work: Scratch, label_count: int, any_last: bool, label_windows: U16) -> None:
-    """Step 3, what each label did; in the order of `FeatureSpec.label_names`."""
+def _write_categories(
+    tables: Tables, work: Scratch, category_count: int, any_last: bool, category_windows: U16
+) -> None:
+    """Step 3, what each category did; in the order of `FeatureSpec.window_names`."""
     width, lives = tables.windows_ms.shape[0], tables.decay.shape[1]
-    of_order, first = work.of_order, label_windows.shape[1] - OF_ORDER
-    for slot in range(label_windows.shape[0]):
-        if slot >= label_count:
-            label_windows[slot, width + lives] = NEVER
+    of_order, first = work.of_order, category_windows.shape[1] - OF_ORDER
+    for slot in range(category_windows.shape[0]):
+        if slot >= category_count:
+            category_windows[slot, width + lives] = NEVER
             continue
         total = 0
         for w in range(width):
-            total += work.label_sums[slot, w]
-            label_windows[slot, w] = min(total, 65535)
+            total += work.category_sums[slot, w]
+            category_windows[slot, w] = min(total, 65535)
         for h in range(lives):
-            label_windows[slot, width + h] = min(work.label_sums[slot, width + h] >> 8, 65535)
+            category_windows[slot, width + h] = min(work.category_sums[slot, width + h] >> 8, 65535)
         # The recency at `width + lives` was written at first sight.
         for action in range(tables.actions):
-            label_windows[slot, width + lives + 2 + action] = min(work.label_sums[slot, width + lives + action], 65535)
-        label_windows[slot, first] = of_order[0, slot]
-        label_windows[slot, first + 1] = of_order[0, slot] + of_order[1, slot]
-        label_windows[slot, first + 2] = of_order[2, slot]
-    label_windows[0, width + lives + 1] = any_last
+            category_windows[slot, width + lives + 2 + action] = min(
+                work.category_sums[slot, width + lives + action], 65535
+            )
+        category_windows[slot, first] = of_order[0, slot]
+        category_windows[slot, first + 1] = of_order[0, slot] + of_order[1, slot]
+        category_windows[slot, first + 2] = of_order[2, slot]
+    category_windows[0, width + lives + 1] = any_last
 
 
 @compiled
 def _write(
-    at_ms: int, tables: Tables, work: Scratch, facts: Facts, truncated: bool, label_windows: U16, features: U16
+    at_ms: int, tables: Tables, work: Scratch, facts: Facts, truncated: bool, category_windows: U16, features: U16
 ) -> None:
     """Step 3, the row; in the order of `FeatureSpec.names`."""
     width, lives, actions, recency = tables.windows_ms.shape[0], tables.decay.shape[1], tables.actions, tables.recency
@@ -392,10 +398,10 @@ def _write(
             features[f] = min(total, 65535)
             f += 1
     work.tops[:] = 0
-    for slot in range(facts.labels):
+    for slot in range(facts.recent_categories):
         total = 0
         for w in range(width):
-            total += work.label_sums[slot, w]
+            total += work.category_sums[slot, w]
             work.tops[0, w] = max(work.tops[0, w], total)
             work.tops[1, w] += total
     for w in range(width):
@@ -406,10 +412,10 @@ def _write(
         f += 1
     features[f] = facts.session_events
     features[f + 1] = recency[_quantise((at_ms - facts.session_start) >> 10)] if facts.session_events else NEVER
-    features[f + 2] = facts.session_labels
+    features[f + 2] = facts.session_categories
     features[f + 3] = facts.session_items
     features[f + 4] = facts.sessions
-    features[f + 5] = facts.same_label
+    features[f + 5] = facts.same_category
     features[f + 6] = facts.switches
     features[f + 7] = facts.visible
     features[f + 8] = truncated
@@ -424,8 +430,8 @@ def _write(
     features[f + 3] = tables.weekday[weekday, 1]
     f += 4
     for slot in range(SLOTS):
-        for k in range(label_windows.shape[1] - OF_ORDER):
-            features[f] = label_windows[slot, k]
+        for k in range(category_windows.shape[1] - OF_ORDER):
+            features[f] = category_windows[slot, k]
             f += 1
 
 
@@ -440,19 +446,19 @@ def _row(
     hidden: Hidden,
     work: Scratch,
     features: U16,
-    labels: I64,
-    label_windows: U16,
+    recent_categories: I64,
+    category_windows: U16,
 ) -> None:
     """Writes one row from the `count` events that end before ring position `end`."""
     # 1.
     visible, truncated = _order(ring, end, count, at_ms, tables, hidden, work.order)
     # 2.
-    facts = _sum(ring, at_ms, visible, generation, tables, work, labels, label_windows)
-    _sum_in_order(work, visible, facts.labels)
+    facts = _sum(ring, at_ms, visible, generation, tables, work, recent_categories, category_windows)
+    _sum_in_order(work, visible, facts.recent_categories)
     # 3.
-    last_is_label = visible > 0 and ring[work.order[0], 1] != 0
-    _write_labels(tables, work, facts.labels, last_is_label, label_windows)
-    _write(at_ms, tables, work, facts, truncated, label_windows, features)
+    last_is_category = visible > 0 and ring[work.order[0], 1] != 0
+    _write_categories(tables, work, facts.recent_categories, last_is_category, category_windows)
+    _write(at_ms, tables, work, facts, truncated, category_windows, features)
 
 
 @compiled
@@ -462,8 +468,8 @@ def one_row(
     tables: Tables,
     hidden: Hidden,
     features: U16,
-    labels: I64,
-    label_windows: U16,
+    recent_categories: I64,
+    category_windows: U16,
 ) -> None:
     """Writes the row of one history.
 
@@ -473,12 +479,12 @@ def one_row(
         tables: the spec's constants.
         hidden: the mask.
         features: `[D]` uint16, written.
-        labels: `[L]` int64, written: the bits of the labels' ids.
-        label_windows: `[L, F]` uint16, written.
+        recent_categories: `[L]` int64, written: the bits of the categories' ids.
+        category_windows: `[L, F]` uint16, written.
     """
     work = _scratch(tables)
     count = events.shape[0]
-    _row(events, count, count, at_ms, 1, tables, hidden, work, features, labels, label_windows)
+    _row(events, count, count, at_ms, 1, tables, hidden, work, features, recent_categories, category_windows)
 
 
 @compiled
@@ -491,8 +497,8 @@ def update_rows(
     tables: Tables,
     hidden: Hidden,
     features: U16,
-    labels: I64,
-    label_windows: U16,
+    recent_categories: I64,
+    category_windows: U16,
 ) -> None:
     """Writes the row of each event from the events before it, then appends it.
 
@@ -505,8 +511,8 @@ def update_rows(
         tables: the spec's constants.
         hidden: the mask.
         features: `[n, D]` uint16, written.
-        labels: `[n, L]` int64, written.
-        label_windows: `[n, L, F]` uint16, written.
+        recent_categories: `[n, L]` int64, written.
+        category_windows: `[n, L, F]` uint16, written.
     """
     work = _scratch(tables)
     size = rings.shape[1]
@@ -522,8 +528,8 @@ def update_rows(
             hidden,
             work,
             features[n],
-            labels[n],
-            label_windows[n],
+            recent_categories[n],
+            category_windows[n],
         )
         for word in range(WORDS):
             rings[slot, ends[slot], word] = events[n, word]

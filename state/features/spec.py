@@ -9,7 +9,7 @@ The stream and serving compute windows with the one kernel of
   older than the longest window, are visible in nothing; sweeping the latter
   cannot change an answer.
 - "Last" is by (time, offset), then by partition, and so is the order of which the
-  windows `of_latest_5`, `of_latest_20` and `follows` of a label speak: its events
+  windows `of_latest_5`, `of_latest_20` and `follows` of a category speak: its events
   among the user's latest 5 and 20, and how often it came next after the category
   of the user's latest event. An event without a category counts among the latest,
   and nothing comes next to it.
@@ -57,11 +57,11 @@ Events = NDArray[Any]
 
 
 class Vector(NamedTuple):
-    """One row: `[D]` uint16 features, `[L]` uint64 labels, `[L, F]` uint16 label windows."""
+    """One row: `[D]` uint16 features, `[L]` uint64 categories, `[L, F]` uint16 category windows."""
 
     features: NDArray[np.uint16]
-    labels: NDArray[np.uint64]
-    label_windows: NDArray[np.uint16]
+    recent_categories: NDArray[np.uint64]
+    category_windows: NDArray[np.uint16]
 
 
 def _span(seconds: int) -> str:
@@ -105,10 +105,10 @@ class FeatureSpec:
         windows_s: lengths of the windows, ascending, seconds.
         half_lives_s: half lives of the decayed counts, seconds.
         history: N, events kept of a user.
-        labels: L, latest labels of a user that get windows of their own.
+        recent_categories: L, latest categories of a user that get windows of their own.
 
     >>> spec = FeatureSpec()
-    >>> len(spec.names), len(spec.label_names), spec.names[0]
+    >>> len(spec.names), len(spec.window_names), spec.names[0]
     (128, 15, 'view.count_1h')
     >>> FeatureSpec.from_json(spec.to_json()) == spec
     True
@@ -118,7 +118,7 @@ class FeatureSpec:
     windows_s: tuple[int, ...] = (3600, 86_400, 604_800)
     half_lives_s: tuple[int, ...] = (1800, 43_200, 259_200)
     history: int = 256
-    labels: int = 24
+    recent_categories: int = 24
 
     def __post_init__(self) -> None:
         if not self.actions or len(self.actions) > 255 or len(set(self.actions)) != len(self.actions):
@@ -129,8 +129,10 @@ class FeatureSpec:
             raise ValueError(f"half_lives_s {self.half_lives_s} must be positive")
         if not 16 <= self.history <= 4096:
             raise ValueError(f"history {self.history} must be between 16 and 4096")
-        if not SLOTS <= self.labels <= self.history:
-            raise ValueError(f"labels {self.labels} must be between {SLOTS} and history ({self.history})")
+        if not SLOTS <= self.recent_categories <= self.history:
+            raise ValueError(
+                f"recent_categories {self.recent_categories} must be between {SLOTS} and history ({self.history})"
+            )
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
@@ -146,14 +148,14 @@ class FeatureSpec:
                 windows_s=tuple(features.windows_s),
                 half_lives_s=tuple(features.half_lives_s),
                 history=features.history,
-                labels=features.labels,
+                recent_categories=features.recent_categories,
             )
         except ValueError as error:
             raise SettingsError(f"[features] or events.actions: {error}; correct the setting") from None
 
     @cached_property
-    def label_names(self) -> tuple[str, ...]:
-        """Names of the F windows of one label."""
+    def window_names(self) -> tuple[str, ...]:
+        """Names of the F windows of one category."""
         return (
             *(f"count_{_span(window)}" for window in self.windows_s),
             *(f"decayed_{_span(life)}" for life in self.half_lives_s),
@@ -166,7 +168,7 @@ class FeatureSpec:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the D features, in the order of the kernel's part 3b."""
+        """Names of the D features, in the order in which the kernel writes them."""
         windows = [_span(window) for window in self.windows_s]
         sums = [f"count_{window}" for window in windows]
         sums += [f"decayed_{_span(life)}" for life in self.half_lives_s]
@@ -185,7 +187,7 @@ class FeatureSpec:
             "events.oldest",
             "events.days",
             *(f"clock.{name}" for name in ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos")),
-            *(f"label.{slot + 1}.{name}" for slot in range(SLOTS) for name in self.label_names[:-OF_ORDER]),
+            *(f"label.{slot + 1}.{name}" for slot in range(SLOTS) for name in self.window_names[:-OF_ORDER]),
         )
 
     @cached_property
@@ -211,7 +213,10 @@ class FeatureSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Gives the spec as JSON values, code version included."""
-        return {**{name: _plain(value) for name, value in asdict(self).items()}, "code": CODE}
+        values = {name: _plain(value) for name, value in asdict(self).items()}
+        # The document's name for it: a digest of before stays what it was.
+        values["labels"] = values.pop("recent_categories")
+        return {**values, "code": CODE}
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | str) -> FeatureSpec:
@@ -231,7 +236,7 @@ class FeatureSpec:
             windows_s=tuple(document["windows_s"]),
             half_lives_s=tuple(document["half_lives_s"]),
             history=document["history"],
-            labels=document["labels"],
+            recent_categories=document["labels"],
         )
 
     @cached_property
@@ -259,14 +264,16 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     >>> click = np.zeros(1, EVENT)
     >>> click["at_ms"], click["category"] = 1_000, 7
     >>> row = vectorise(click, 2_000, None, Mask.NONE, FeatureSpec())
-    >>> int(row.features[0]), int(row.labels[0]), int(row.labels[1])
+    >>> int(row.features[0]), int(row.recent_categories[0]), int(row.recent_categories[1])
     (1, 7, 0)
     """
     events = history if before is None else history[:before]
     if user in mask.users:
         events = events[:0]
     features = np.empty(len(spec.names), np.uint16)
-    labels = np.empty(spec.labels, np.int64)
-    label_windows = np.empty((spec.labels, len(spec.label_names)), np.uint16)
-    one_row(words(events[-spec.history :]), at_ms, spec.tables, mask.hidden, features, labels, label_windows)
-    return Vector(features, labels.view(np.uint64), label_windows)
+    recent_categories = np.empty(spec.recent_categories, np.int64)
+    category_windows = np.empty((spec.recent_categories, len(spec.window_names)), np.uint16)
+    one_row(
+        words(events[-spec.history :]), at_ms, spec.tables, mask.hidden, features, recent_categories, category_windows
+    )
+    return Vector(features, recent_categories.view(np.uint64), category_windows)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from state.errors import CorruptStore
 from state.history.store import HistoryStore
-from state.microbatch.batch import LISTS, NAMES, SCALARS, Columns
+from state.microbatch.batch import LISTS, NAMES, SCALARS, WRITTEN, Columns
 from state.positions import Source
 
 WIDTHS = "waiting"  # name of the store's extra
@@ -80,7 +80,7 @@ class RowFormat:
 
     def to_json(self) -> bytes:
         """The format, as the store keeps it."""
-        return json.dumps({name: list(shape) for name, shape in self.shapes.items()}).encode()
+        return json.dumps({WRITTEN.get(name, name): list(shape) for name, shape in self.shapes.items()}).encode()
 
     @classmethod
     def from_json(cls, value: bytes) -> RowFormat:
@@ -89,7 +89,8 @@ class RowFormat:
         Raises:
             CorruptStore: A later release wrote it.
         """
-        return cls(json.loads(value))
+        names = {written: name for name, written in WRITTEN.items()}
+        return cls({names.get(name, name): shape for name, shape in json.loads(value).items()})
 
     def pack(self, columns: Columns) -> list[bytes]:
         """A value for each row; `source` is left out, which counts in one micro-batch only."""

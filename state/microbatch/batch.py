@@ -54,12 +54,16 @@ SINCE_2 = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose labe
 LISTS: dict[str, np.dtype[Any]] = {
     "context": np.dtype("<u8"),
     "features": np.dtype("<u2"),
-    "labels": np.dtype("<u8"),
-    "label_windows": np.dtype("<u2"),
+    "recent_categories": np.dtype("<u8"),
+    "category_windows": np.dtype("<u2"),
     "user_attributes": np.dtype("<u8"),
     "item_attributes": np.dtype("<u8"),
 }
 NAMES = (*SCALARS, *LISTS)
+WRITTEN = {
+    "recent_categories": "labels",
+    "category_windows": "label_windows",
+}  # what the formats call a column, where not by its name
 ATTRIBUTES = ("user_attributes", "item_attributes")  # a micro-batch of format 1 has none of them
 
 _WRITE = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
@@ -120,8 +124,8 @@ class MicroBatch:
         offset: `[n]` int64 offset within the source: the row's place.
         context: `[n, K]` uint64 ids.
         features: `[n, D]` uint16.
-        labels: `[n, L]` uint64 category ids, newest first; 0 pads.
-        label_windows: `[n, L, F]` uint16.
+        recent_categories: `[n, L]` uint64 category ids, newest first; 0 pads.
+        category_windows: `[n, L, F]` uint16.
         kind: `[n]` uint8 `Kind`.
         waited: `[n]` int64, how many offsets before its place the row's event lies.
         delay_ms: `[n]` int64, how much later than the row's event its label became known, event time, ms.
@@ -142,8 +146,8 @@ class MicroBatch:
     offset: NDArray[np.int64]
     context: NDArray[np.uint64]
     features: NDArray[np.uint16]
-    labels: NDArray[np.uint64]
-    label_windows: NDArray[np.uint16]
+    recent_categories: NDArray[np.uint64]
+    category_windows: NDArray[np.uint16]
     kind: NDArray[np.uint8] = field(default_factory=_unsaid)
     waited: NDArray[np.int64] = field(default_factory=_unsaid)
     delay_ms: NDArray[np.int64] = field(default_factory=_unsaid)
@@ -185,8 +189,8 @@ class Rows:
     Attributes:
         batch: The events, in the order of arrival.
         features: `[n, D]` uint16.
-        labels: `[n, L]` uint64.
-        label_windows: `[n, L, F]` uint16.
+        recent_categories: `[n, L]` uint64.
+        category_windows: `[n, L, F]` uint16.
         appends: The events by user, for `HistoryStore.commit`.
         kind: `[n]` uint8 `Kind`; by default each event is a row.
         known: Impressions of before whose label became known.
@@ -195,8 +199,8 @@ class Rows:
 
     batch: EventBatch
     features: NDArray[np.uint16]
-    labels: NDArray[np.uint64]
-    label_windows: NDArray[np.uint16]
+    recent_categories: NDArray[np.uint64]
+    category_windows: NDArray[np.uint16]
     appends: Appends
     kind: NDArray[np.uint8] = field(default_factory=_unsaid)
     known: Known | None = None
@@ -221,8 +225,8 @@ class Rows:
             **{name: absent_column(name, rows) for name in SINCE_2},
             **{name: column for name, column in added.items() if len(column) == rows},
             "features": self.features,
-            "labels": self.labels,
-            "label_windows": self.label_windows,
+            "recent_categories": self.recent_categories,
+            "category_windows": self.category_windows,
             "user_attributes": none if self.attributes is None else self.attributes.user,
             "item_attributes": none if self.attributes is None else self.attributes.item,
         }
@@ -263,7 +267,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         kind = pa.list_(pa.field("item", pa.from_numpy_dtype(column.dtype), nullable=False), width)
         # FixedSizeListArray.from_arrays cannot tell how many lists of nothing there are.
         arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[pa.array(column.reshape(-1))]))
-        fields.append(pa.field(name, kind, nullable=False))
+        fields.append(pa.field(WRITTEN.get(name, name), kind, nullable=False))
     document = {
         "format": FORMAT,
         "spec": header.spec,
@@ -271,7 +275,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         "mask_generation": header.mask_generation,
         "ranges": [to_json(part) for part in header.ranges],
         "created_ms": header.created_ms,
-        "label_shape": list(columns["label_windows"].shape[1:]),
+        "label_shape": list(columns["category_windows"].shape[1:]),
         "names": {f"{key:016x}": name for key, name in header.names.items()},
         "attributes": header.attributes,
     }
@@ -303,8 +307,8 @@ def decode(value: bytes) -> MicroBatch:
             if name in ATTRIBUTES and document["format"] == 1:
                 columns[name] = absent_column(name, batch.num_rows)
                 continue
-            lists = batch.column(name)
-            shape = document["label_shape"] if name == "label_windows" else [lists.type.list_size]
+            lists = batch.column(WRITTEN.get(name, name))
+            shape = document["label_shape"] if name == "category_windows" else [lists.type.list_size]
             columns[name] = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), *shape)
     except MicroBatchError:
         raise
@@ -440,7 +444,7 @@ def _check(header: Header, columns: Columns) -> None:
     rows = len(columns["user"])
     for name, kind in (*SCALARS.items(), *LISTS.items()):
         column = columns[name]
-        depth = 1 if name in SCALARS else 3 if name == "label_windows" else 2
+        depth = 1 if name in SCALARS else 3 if name == "category_windows" else 2
         if column.dtype != kind or len(column) != rows or column.ndim != depth:
             raise MicroBatchError(
                 f"column {name} is {column.dtype}{list(column.shape)}, expected {kind} with {rows} rows "

@@ -26,7 +26,7 @@ An example has
     context        int64   [K]       ids of `name=value`; absent where `events.context` is empty
     features       int64   [D]       windows before this click, raw integers, named by `features` of spec.json
     labels         int64   [L]       the user's latest categories, newest first; 0 pads
-    label_windows  int64   [L * F]   windows of each of them, named by `label_windows` of spec.json
+    category_windows  int64   [L * F]   windows of each of them, named by `category_windows` of spec.json
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, .
     """Type and shape of each feature of an example, in order.
 
     Args:
-        spec: Names the D features, the L labels and the F windows of each.
+        spec: Names the D features, the L categories and the F windows of each.
         fields: K, context fields.
 
-    >>> shapes(FeatureSpec(), 0)["label_windows"]
+    >>> shapes(FeatureSpec(), 0)["category_windows"]
     (<class 'int'>, (360,))
     """
     found: dict[str, tuple[type, tuple[int, ...]]] = {
@@ -72,8 +72,8 @@ def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, .
     if fields:
         found["context"] = (int, (fields,))
     found["features"] = (int, (len(spec.names),))
-    found["labels"] = (int, (spec.labels,))
-    found["label_windows"] = (int, (spec.labels * len(spec.label_names),))
+    found["labels"] = (int, (spec.recent_categories,))
+    found["category_windows"] = (int, (spec.recent_categories * len(spec.window_names),))
     return found
 
 
@@ -104,9 +104,9 @@ def record_batch(rows: Rows) -> pa.RecordBatch:
     if found["context"].shape[1]:
         columns["context"] = found["context"].view(np.int64)
     columns["features"] = found["features"].astype(np.int64)
-    columns["labels"] = found["labels"].view(np.int64)
-    columns["label_windows"] = (
-        found["label_windows"].reshape(count, math.prod(found["label_windows"].shape[1:])).astype(np.int64)
+    columns["labels"] = found["recent_categories"].view(np.int64)
+    columns["category_windows"] = (
+        found["category_windows"].reshape(count, math.prod(found["category_windows"].shape[1:])).astype(np.int64)
     )
     return pa.RecordBatch.from_arrays(
         [_lists(column.reshape(count, math.prod(column.shape[1:]))) for column in columns.values()], [*columns]
@@ -142,9 +142,9 @@ def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
     """A `tf.data.Dataset` over the examples of a directory, in batches of dictionaries.
 
     Ids and numbers are as in an example. What `trainer.model.network.Model.forward`
-    takes comes as it takes it: `features` `[B, D]` float32 and `label_windows`
-    `[B, L, F]` float32, raw integers; `label_mask` `[B, L]` float32, 1 where
-    there is a label. A batch comes from one file; shuffle with a buffer of
+    takes comes as it takes it: `features` `[B, D]` float32 and `category_windows`
+    `[B, L, F]` float32, raw integers; `recent_mask` `[B, L]` float32, 1 where
+    there is a category. A batch comes from one file; shuffle with a buffer of
     some batches, as the order of the rows is not random within a file.
 
     Args:
@@ -163,13 +163,13 @@ def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
         name: tf.io.FixedLenFeature(shape, tf.int64 if kind is int else tf.float32)
         for name, (kind, shape) in shapes(spec, len(document["context"])).items()
     }
-    per_label = [-1, spec.labels, len(spec.label_names)]
+    per_label = [-1, spec.recent_categories, len(spec.window_names)]
 
     def as_tensors(serialized: Any) -> Mapping[str, Any]:
         rows = tf.io.parse_example(serialized, columns)
         rows["features"] = tf.cast(rows["features"], tf.float32)
-        rows["label_windows"] = tf.cast(tf.reshape(rows["label_windows"], per_label), tf.float32)
-        rows["label_mask"] = tf.cast(rows["labels"] != 0, tf.float32)
+        rows["category_windows"] = tf.cast(tf.reshape(rows["category_windows"], per_label), tf.float32)
+        rows["recent_mask"] = tf.cast(rows["labels"] != 0, tf.float32)
         return dict(rows)
 
     files = sorted(str(file) for file in path.glob(f"{PREFIX}-*{SUFFIXES[document['compression']]}"))

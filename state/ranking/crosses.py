@@ -235,7 +235,7 @@ class Crosses:
         self._pairs: I32 = np.array([[place[one], place[other]] for one, other in alone + paired], np.int32)
         self._salts, self.shares = (_hashed(kind, self.names) for kind in ("cross", "cross share"))
         counted, decayed = len(spec.windows_s) - 1, len(spec.windows_s) + len(spec.half_lives_s) - 1
-        read = [f"{kind}.{spec.label_names[name]}" for name in (decayed, counted) for kind in ("labelled", "positive")]
+        read = [f"{kind}.{spec.window_names[name]}" for name in (decayed, counted) for kind in ("labelled", "positive")]
         read += ["gap.1", "session.events", "events.days"]
         read += [f"{action}.recency" for action in spec.actions]
         self._places: I32 = np.array([spec.names.index(name) for name in read], np.int32)

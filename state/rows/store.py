@@ -3,7 +3,7 @@
     rows      lane|table u8, id u64, ~version u64   (big-endian) -> f32[dim]; empty: removed
     versions  version u64                           -> record, JSON
     dense     version u64                           -> dense tensors, safetensors
-    popular   version u64                           -> u64[P] labels
+    popular   version u64                           -> u64[P] categories
     changes   version u64                           -> u64[2, k] (table, id) written by it
     meta      "served", "serial", "floor"; note:<name> -> bytes of the owner
 
@@ -191,7 +191,7 @@ class RowReader:
         return load_tensors(_must(self._transaction, version, self._store.dense_db))
 
     def popular(self, version: int) -> NDArray[np.uint64]:
-        """`[P]` uint64: the popular labels of an applied version, most popular first."""
+        """`[P]` uint64: the popular categories of an applied version, most popular first."""
         return np.frombuffer(_must(self._transaction, version, self._store.popular_db), "<u8").astype(np.uint64)
 
 
@@ -255,7 +255,7 @@ class RowStore:
 
     @contextmanager
     def reader(self) -> Iterator[RowReader]:
-        """A read transaction over rows, dense weights, popular labels and pointer."""
+        """A read transaction over rows, dense weights, popular categories and pointer."""
         with self._environment.begin() as transaction:
             yield RowReader(self, transaction)
 

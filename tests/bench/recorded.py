@@ -180,8 +180,8 @@ def micro_batches(
         part = slice(first, min(first + step_rows, users.size))
         rows = part.stop - first
         features = np.empty((rows, len(spec.names)), np.uint16)
-        labels = np.empty((rows, spec.labels), np.uint64)
-        windows = np.empty((rows, spec.labels, len(spec.label_names)), np.uint16)
+        labels = np.empty((rows, spec.recent_categories), np.uint64)
+        windows = np.empty((rows, spec.recent_categories, len(spec.window_names)), np.uint16)
         for row, (user, at_ms) in enumerate(zip(users[part].tolist(), events["at_ms"][part].tolist(), strict=True)):
             features[row], labels[row], windows[row] = vectorise(histories[user], at_ms, seen[user], Mask.NONE, spec)
             seen[user] += known is None or first + row < known
@@ -199,8 +199,8 @@ def micro_batches(
             offset=np.arange(first, part.stop),
             context=recorded.context[part].copy(),
             features=features,
-            labels=labels,
-            label_windows=windows,
+            recent_categories=labels,
+            category_windows=windows,
             user_attributes=recorded.user_attributes[part].copy(),
             item_attributes=recorded.item_attributes[part].copy(),
         )

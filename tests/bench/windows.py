@@ -102,8 +102,8 @@ def kernel_us(rng: np.random.Generator, length: int, rows: int = 2000) -> float:
     events = np.repeat(some_history(rng, 1), rows)
     events["at_ms"] = BASE_MS + 1000
     features = np.empty((rows, len(SPEC.names)), np.uint16)
-    labels = np.empty((rows, SPEC.labels), np.int64)
-    windows = np.empty((rows, SPEC.labels, len(SPEC.label_names)), np.uint16)
+    labels = np.empty((rows, SPEC.recent_categories), np.int64)
+    windows = np.empty((rows, SPEC.recent_categories, len(SPEC.window_names)), np.uint16)
     slots = rng.permutation(rows)
 
     def run() -> None:

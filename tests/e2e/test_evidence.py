@@ -69,7 +69,7 @@ def test_an_invented_row_is_noticed() -> None:
     assert difference == LogDifference(lost=0, invented=1, changed=0)
 
 
-@pytest.mark.parametrize("name", ["user", "at_ms", "label", "features", "labels", "label_windows"])
+@pytest.mark.parametrize("name", ["user", "at_ms", "label", "features", "recent_categories", "category_windows"])
 def test_a_changed_row_is_noticed_in_every_kind_of_column(name: str) -> None:
     first, *rest = batches()
     column = first.columns[name].copy()

@@ -38,7 +38,7 @@ def piece(*parts: tuple[Source, int, int], dead: int = 0, appends: Appends | Non
     return Rows(
         batch,
         features=rng.integers(0, 9, (count, 4)).astype(np.uint16),
-        labels=rng.integers(0, 9, (count, 2)).astype(np.uint64),
-        label_windows=rng.integers(0, 9, (count, 2, 3)).astype(np.uint16),
+        recent_categories=rng.integers(0, 9, (count, 2)).astype(np.uint64),
+        category_windows=rng.integers(0, 9, (count, 2, 3)).astype(np.uint16),
         appends=appends or Appends.none(),
     )

@@ -98,13 +98,13 @@ def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Pat
         column = np.concatenate([getattr(one.batch, name) for one in rows])
         expected = column.view(np.int64) if column.dtype == np.uint64 else column
         np.testing.assert_array_equal(found[name], expected, name)
-    for name in ("features", "label_windows"):
+    for name in ("features", "category_windows"):
         expected = np.concatenate([getattr(one, name) for one in rows])
         assert found[name].dtype == np.float32
         np.testing.assert_array_equal(found[name], expected, name)
-    labels = np.concatenate([one.labels for one in rows])
+    labels = np.concatenate([one.recent_categories for one in rows])
     np.testing.assert_array_equal(found["labels"].view(np.uint64), labels)
-    np.testing.assert_array_equal(found["label_mask"], labels != 0)
+    np.testing.assert_array_equal(found["recent_mask"], labels != 0)
     assert (np.diff(found["at_ms"]) >= 0).all(), "the recording was not ordered by time"
     assert {*found["category"].view(np.uint64).tolist()} <= {public_id(f"c{number}") for number in range(9)}
 
@@ -177,7 +177,7 @@ def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settin
     example = tf.train.Example.FromString(first.numpy())
     assert set(columns) == set(example.features.feature)
     parsed = tf.io.parse_single_example(first, columns)
-    assert parsed["label_windows"].shape == (360,)
+    assert parsed["category_windows"].shape == (360,)
     assert parsed["at_ms"].shape == ()
     assert about(folder / "examples")["features"] == list(FeatureSpec.from_settings(settings).names)
     assert len(list((folder / "examples").glob("*.tfrecord.gz"))) == ROWS // 100

@@ -32,7 +32,7 @@ from streaming.profile import Profiler
 from streaming.rebuild_waiting import Waits
 from tests.streaming.test_attribution import Event, Resolved, by_hand
 
-SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, labels=5)
+SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
 ACTIONS = ("view", "impression", "click")
 WEIGHTS = np.array([1.0, 0.25, 3.0], np.float32)
@@ -138,7 +138,7 @@ class Run:
                     float(np.nan_to_num(batch.label[index], nan=-1)),
                     float(batch.weight[index]),
                     int(batch.delay_ms[index]),
-                    batch.features[index].tobytes() + batch.label_windows[index].tobytes(),
+                    batch.features[index].tobytes() + batch.category_windows[index].tobytes(),
                     int(batch.item[index]),
                 )
         return found

@@ -19,7 +19,7 @@ from state.microbatch.batch import Rows
 from state.positions import Range, Source
 from streaming.profile import Profiler, to_events
 
-SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, labels=5)
+SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
 BASE_MS = 1_700_000_000_000
 
@@ -93,7 +93,9 @@ def run(
         rows = queue.popleft()
         store.commit(rows.appends, rows.batch.ranges)
         profiler.committed(rows)
-        done.append([Vector(*row) for row in zip(rows.features, rows.labels, rows.label_windows, strict=True)])
+        done.append(
+            [Vector(*row) for row in zip(rows.features, rows.recent_categories, rows.category_windows, strict=True)]
+        )
 
     while place < len(batches) or queue:
         if place < len(batches):

@@ -31,8 +31,8 @@ def micro_batch(
 ) -> MicroBatch:
     """A micro-batch of `rows` rows from offset `first`, whose clicks often repeat one of the user's labels."""
     rng = np.random.default_rng([seed, first])
-    labels = spread(rng.zipf(1.3, (rows, SPEC.labels)) % categories + 1)
-    labels[np.arange(SPEC.labels) >= rng.integers(0, SPEC.labels + 1, rows)[:, None]] = 0
+    labels = spread(rng.zipf(1.3, (rows, SPEC.recent_categories)) % categories + 1)
+    labels[np.arange(SPEC.recent_categories) >= rng.integers(0, SPEC.recent_categories + 1, rows)[:, None]] = 0
     repeated = labels[np.arange(rows), rng.integers(0, 4, rows)]
     category = np.where(repeated != 0, repeated, spread(rng.zipf(1.3, rows) % categories + 1))
     return MicroBatch(
@@ -48,6 +48,6 @@ def micro_batch(
         offset=np.arange(first, first + rows, dtype=np.int64),
         context=spread(rng.integers(1, 9, (rows, context))),
         features=rng.integers(0, 300, (rows, len(SPEC.names))).astype(np.uint16),
-        labels=labels,
-        label_windows=rng.integers(0, 200, (rows, SPEC.labels, len(SPEC.label_names))).astype(np.uint16),
+        recent_categories=labels,
+        category_windows=rng.integers(0, 200, (rows, SPEC.recent_categories, len(SPEC.window_names))).astype(np.uint16),
     )

@@ -29,7 +29,7 @@ def record(parts: list[Range]) -> bytes:
     rows = len(offsets)
     columns = {name: np.zeros(rows, kind) for name, kind in SCALARS.items()}
     columns |= {name: np.zeros((rows, 1), kind) for name, kind in LISTS.items()}
-    columns["label_windows"] = np.zeros((rows, 1, 1), LISTS["label_windows"])
+    columns["category_windows"] = np.zeros((rows, 1, 1), LISTS["category_windows"])
     columns |= {name: np.empty((rows, 0), LISTS[name]) for name in ATTRIBUTES}
     columns["offset"] = offsets.astype(np.int64)
     columns["source"] = np.repeat(np.arange(len(parts)), [part.rows for part in parts]).astype(np.uint16)
@@ -120,7 +120,7 @@ def joined(opened: int, at: int) -> bytes:
     """A record of one source: an event at `at` that labels the impression at `opened` and ends the wait of the one before it."""
     columns = {name: np.zeros(3, kind) for name, kind in SCALARS.items()}
     columns |= {name: np.zeros((3, 1), kind) for name, kind in LISTS.items() if name not in ATTRIBUTES}
-    columns["label_windows"] = np.zeros((3, 1, 1), LISTS["label_windows"])
+    columns["category_windows"] = np.zeros((3, 1, 1), LISTS["category_windows"])
     columns["offset"][:] = at
     columns["kind"][:] = [Kind.FEEDBACK, Kind.JOINED, Kind.EXPIRED]
     columns["waited"][:] = [0, at - opened, at - opened + 1]

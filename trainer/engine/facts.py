@@ -21,17 +21,17 @@ class Facts(NamedTuple):
     """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
 
     Attributes:
-        windows: `[B, L, F]` uint16, of each label; the last two say how often it came next (`state/ranking/transitions.py`).
+        windows: `[B, L, F]` uint16, of each category; the last two say how often it came next (`state/ranking/transitions.py`).
         log_scale: `[F]` float32, the factor of a window's logarithm.
         scale: `[F]` float32, the factor of the window itself.
         shift: `[F]` float32, added to both.
-        label_mask: `[B, L]` float32.
+        recent_mask: `[B, L]` float32.
         popular_mask: `[B, P]` float32.
         successor_mask: `[B, S]` float32.
         other_mask: `[B]` float32.
-        popular_next: `[B, P, 2]` uint16, how often the popular labels came next.
+        popular_next: `[B, P, 2]` uint16, how often the popular categories came next.
         successor_next: `[B, S, 2]` uint16, the same of the successors.
-        label_at: `[B, L]` int32 category rows of the labels.
+        recent_at: `[B, L]` int32 category rows of the categories.
         successor_at: `[B, S]` int32, of the successors.
         other_at: `[B]` int32 category row of the last slot.
         pair_category_at: `[2 B]` int32, of the rows and then of their negatives.
@@ -50,13 +50,13 @@ class Facts(NamedTuple):
     log_scale: F32
     scale: F32
     shift: F32
-    label_mask: F32
+    recent_mask: F32
     popular_mask: F32
     successor_mask: F32
     other_mask: F32
     popular_next: U16
     successor_next: U16
-    label_at: I32
+    recent_at: I32
     successor_at: I32
     other_at: I32
     pair_category_at: I32
@@ -76,12 +76,12 @@ class Moving(NamedTuple):
 
     Attributes:
         user: `[U, H + K]`, the user's part of the hidden units of both nets.
-        linear: `[F]`, weights of a label's windows.
+        linear: `[F]`, weights of a category's windows.
         bias: `[H + K]`, of both nets.
-        net_0: `[2 F, H]`, a net's first layer over a label's windows and over the newest label's.
+        net_0: `[2 F, H]`, a net's first layer over a category's windows and over the newest category's.
         net_1: `[H]`
         position: `[L]`
-        next: `[2, 2]`, weights of how often popular labels came next, and of how often successors did.
+        next: `[2, 2]`, weights of how often popular categories came next, and of how often successors did.
         next_0: `[2, K]`, a net's first layer over the same.
         next_1: `[K]`
         successor: `[S]`, of a successor's rank.
@@ -209,7 +209,7 @@ class Scores(NamedTuple):
     """The measures of a step, without dropout.
 
     Attributes:
-        label_logits: `[B, L]` float32, MASKED where there is no label.
+        recent_logits: `[B, L]` float32, MASKED where there is no category.
         popular_logits: `[B, P]` float32.
         successor_logits: `[B, S]` float32.
         interest_loss: `[B]` float32, 0 without a target.
@@ -218,7 +218,7 @@ class Scores(NamedTuple):
         engagement_loss: `[2 B]` float32.
     """
 
-    label_logits: F32
+    recent_logits: F32
     popular_logits: F32
     successor_logits: F32
     interest_loss: F32
@@ -231,15 +231,15 @@ class Room(NamedTuple):
     """Working memory for a block of `n` rows.
 
     Attributes:
-        firsts: `[n + 1]` int32, where the labels of each row begin among those of all.
-        newest: `[n, F]` float32, the prepared windows of each row's newest label.
-        across: `[F, n * L]`, those of all labels.
+        firsts: `[n + 1]` int32, where the categories of each row begin among those of all.
+        newest: `[n, F]` float32, the prepared windows of each row's newest category.
+        across: `[F, n * L]`, those of all categories.
         hidden: `[H, n * L]`, the hidden units of the net over them.
-        evidence: `[n * L]`, what they say of each label.
+        evidence: `[n * L]`, what they say of each category.
         users: `[n, H + K]`, the user's part of the hidden units of both nets.
         evidence_slope: `[n * L]`, the derivative by `evidence`.
         to_users: `[n, H + K]`, by `users`.
-        logs: `[2, n * (P + S)]`, logarithms of how often popular labels and successors came next.
+        logs: `[2, n * (P + S)]`, logarithms of how often popular categories and successors came next.
         next_hidden: `[K, n * (P + S)]`, the hidden units of the net over them.
         said: `[n * (P + S)]`, what they say of each candidate.
         said_slope: `[n * (P + S)]`, the derivative by `said`.
@@ -260,9 +260,9 @@ class Room(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, facts: Facts, net_hidden: int, next_hidden: int, lanes: int) -> Room:
-        """Room for blocks of so many rows of `facts`, and of labels for whole vectors of `lanes`."""
-        _, labels, width = facts.windows.shape
-        most = -(-rows * labels // lanes) * lanes
+        """Room for blocks of so many rows of `facts`, and of categories for whole vectors of `lanes`."""
+        _, recent_categories, width = facts.windows.shape
+        most = -(-rows * recent_categories // lanes) * lanes
         places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
         columns = facts.popular_next.shape[2]
         both = net_hidden + next_hidden

@@ -8,7 +8,7 @@ logits and every derivative against TensorFlow's own.
 
 For each row, in the order of the batch:
 
-1. Windows become logarithms, and each label's evidence is summed, a block of rows at a time.
+1. Windows become logarithms, and each category's evidence is summed, a block of rows at a time.
 2. Candidates are scored: without dropout for the measures and, where there is any, with it to learn.
 3. Interest: softmax over the candidates, log loss, rank of the target.
 4. Engagement: the row's own item, and its negative where one was drawn. What its
@@ -30,13 +30,13 @@ from trainer.engine.crosses import crosses
 from trainer.engine.facts import F32, I32, Facts, Given, Learned, Moved, Moving, Room, Scores, Slopes
 
 NET_HIDDEN = 64
-"""Hidden units of the net over a label's windows."""
+"""Hidden units of the net over a category's windows."""
 
 BLOCK = 16
 """Rows whose candidates go through the nets together: loops over some hundred of them, in near memory."""
 
 LANES = 32
-"""Numbers that a loop over labels takes at once, on any processor."""
+"""Numbers that a loop over categories takes at once, on any processor."""
 
 MOVE_ROWS = 2 * BLOCK
 """Rows of a step after which the weights of the evidence move: they are few, and one move a step is too slow for them."""
@@ -131,18 +131,18 @@ def _users(begin: int, end: int, prepared: F32, weights: Moving, room: Room) -> 
 
 @part_of_sums
 def _evidence(begin: int, end: int, facts: Facts, weights: Moving, logarithms: F32, room: Room) -> None:
-    """1. The logits without embeddings of the labels of rows `begin` to `end`, one after another.
+    """1. The logits without embeddings of the categories of rows `begin` to `end`, one after another.
 
-    Adds the newest label's windows to `users`, which are whole then.
+    Adds the newest category's windows to `users`, which are whole then.
     """
     firsts, newest, across, hidden, evidence, users = room[:6]
-    labels, width = facts.windows.shape[1], facts.windows.shape[2]
+    recent_categories, width = facts.windows.shape[1], facts.windows.shape[2]
     count = 0
     for b in range(begin, end):
         row = b - begin
         firsts[row] = count
-        for j in range(labels):
-            if facts.label_mask[b, j] == _ZERO:
+        for j in range(recent_categories):
+            if facts.recent_mask[b, j] == _ZERO:
                 continue
             evidence[count] = weights.position[j]
             for f in range(width):
@@ -150,7 +150,7 @@ def _evidence(begin: int, end: int, facts: Facts, weights: Moving, logarithms: F
                 scaled = logarithms[window] * facts.log_scale[f] + np.float32(window) * facts.scale[f]
                 across[f, count] = scaled + facts.shift[f]
             count += 1
-        # Labels come first and without gaps.
+        # Categories come first and without gaps.
         for f in range(width):
             newest[row, f] = across[f, firsts[row]] if count > firsts[row] else _ZERO
         for f in range(width):
@@ -161,7 +161,7 @@ def _evidence(begin: int, end: int, facts: Facts, weights: Moving, logarithms: F
             for m in range(firsts[row], count):
                 hidden[k, m] = users[row, k]
     firsts[end - begin] = count
-    # Loops over whole vectors: what lies behind the labels counts as nothing.
+    # Loops over whole vectors: what lies behind the categories counts as nothing.
     padded = -(-count // LANES) * LANES
     across[:, count:padded] = _ZERO
     hidden[:, count:padded] = _ZERO
@@ -186,7 +186,7 @@ def _evidence_slopes(
     """Backwards through `_evidence` and `_users`, once `to_users` has the part of the other net; spoils `hidden`."""
     firsts, newest, across, hidden = room[:4]
     slope, to_users = room.evidence_slope, room.to_users
-    labels, width = facts.label_mask.shape[1], across.shape[0]
+    recent_categories, width = facts.recent_mask.shape[1], across.shape[0]
     count = -(-firsts[end - begin] // LANES) * LANES
     for f in range(width):
         total = _ZERO
@@ -208,8 +208,8 @@ def _evidence_slopes(
     for b in range(begin, end):
         row = b - begin
         m = firsts[row]
-        for j in range(labels):
-            if facts.label_mask[b, j] != _ZERO:
+        for j in range(recent_categories):
+            if facts.recent_mask[b, j] != _ZERO:
                 gained.position[j] += slope[m]
                 m += 1
         for k in range(NET_HIDDEN):
@@ -247,7 +247,7 @@ def _move(moved: Moved, slopes: F32, rate: np.float32, users: int) -> None:
 
 @part_of_sums
 def _came_next(begin: int, end: int, facts: Facts, weights: Moving, logarithms: F32, room: Room) -> None:
-    """1. What it says of popular labels and successors of rows `begin` to `end`, how often they came next."""
+    """1. What it says of popular categories and successors of rows `begin` to `end`, how often they came next."""
     users, logs, hidden, said = room.users, room.logs, room.next_hidden, room.said
     ranks, columns = facts.popular_next.shape[1], facts.popular_next.shape[2]
     places, first = ranks + facts.successor_next.shape[1], facts.log_scale.shape[0] - columns
@@ -319,19 +319,23 @@ def _came_next_slopes(begin: int, end: int, facts: Facts, weights: Moving, room:
 def _candidates(
     b: int, facts: Facts, category: F32, weights: Moving, queries: F32, popular: F32, room: Room, row: int, out: F32
 ) -> None:
-    """2. The logits of labels, popular ones, successors and the last slot of row `b`, masked, `[L + P + S + 1]`."""
+    """2. The logits of categories, popular ones, successors and the last slot of row `b`, masked, `[L + P + S + 1]`."""
     said, evidence, m = room.said, room.evidence, room.firsts[row]
-    labels, ranks, successors = facts.label_mask.shape[1], facts.popular_mask.shape[1], facts.successor_mask.shape[1]
-    for j in range(labels):
+    recent_categories, ranks, successors = (
+        facts.recent_mask.shape[1],
+        facts.popular_mask.shape[1],
+        facts.successor_mask.shape[1],
+    )
+    for j in range(recent_categories):
         out[j] = MASKED
-        if facts.label_mask[b, j] != _ZERO:
-            out[j] = evidence[m] + _dot(queries, b, 0, category, facts.label_at[b, j])
+        if facts.recent_mask[b, j] != _ZERO:
+            out[j] = evidence[m] + _dot(queries, b, 0, category, facts.recent_at[b, j])
             m += 1
     said_at = row * (ranks + successors)
     for p in range(ranks):
-        out[labels + p] = popular[b, p] + said[said_at + p] if facts.popular_mask[b, p] != _ZERO else MASKED
+        out[recent_categories + p] = popular[b, p] + said[said_at + p] if facts.popular_mask[b, p] != _ZERO else MASKED
     for j in range(successors):
-        at = labels + ranks + j
+        at = recent_categories + ranks + j
         out[at] = MASKED
         if facts.successor_mask[b, j] != _ZERO:
             out[at] = (
@@ -339,7 +343,7 @@ def _candidates(
                 + said[said_at + ranks + j]
                 + _dot(queries, b, 0, category, facts.successor_at[b, j])
             )
-    last = labels + ranks + successors
+    last = recent_categories + ranks + successors
     out[last] = MASKED
     if facts.other_mask[b] != _ZERO:
         out[last] = weights.other[0] + _dot(queries, b, 0, category, facts.other_at[b])
@@ -384,17 +388,17 @@ def _heads(
     apart: bool,
 ) -> None:
     """`weights` are views of what moves, `gained` of `gained_flat`, the derivatives since the last move."""
-    label_mask, popular_mask, successor_mask = facts.label_mask, facts.popular_mask, facts.successor_mask
-    label_at, successor_at, other_at = facts.label_at, facts.successor_at, facts.other_at
+    recent_mask, popular_mask, successor_mask = facts.recent_mask, facts.popular_mask, facts.successor_mask
+    recent_at, successor_at, other_at = facts.recent_at, facts.successor_at, facts.other_at
     engaged, engaged_shift, engaged_weight = facts.engaged, facts.engaged_shift, facts.engaged_weight
     scoring, learning, category, item, prior = given.scoring, given.learning, given.category, given.item, given.prior
     item_bias, category_bias = given.item_bias.reshape(1, -1), given.category_bias.reshape(1, -1)
     to_learning, to_category, to_item, to_prior = slopes.learning, slopes.category, slopes.item, slopes.prior
     to_item_bias, to_category_bias = slopes.item_bias.reshape(1, -1), slopes.category_bias.reshape(1, -1)
-    rows, labels, _ = facts.windows.shape
+    rows, recent_categories, _ = facts.windows.shape
     ranks, dim = popular_mask.shape[1], category.shape[1]
     successors = successor_mask.shape[1]
-    slots = labels + ranks + successors + 1
+    slots = recent_categories + ranks + successors + 1
     logits, shares = np.empty(slots, np.float32), np.empty(slots, np.float32)
     slope, bits = np.empty(slots, np.float32), np.empty(slots, np.int32)
     powers, places = bits.view(np.float32), ranks + successors
@@ -417,20 +421,20 @@ def _heads(
         if aim >= 0:
             scores.interest_loss[b] = np.float32(math.log(total)) + highest - logits[aim]
             scores.rank[b] = _rank(logits, aim)
-        for j in range(labels):
-            scores.label_logits[b, j] = logits[j]
+        for j in range(recent_categories):
+            scores.recent_logits[b, j] = logits[j]
         for p in range(ranks):
-            scores.popular_logits[b, p] = logits[labels + p]
+            scores.popular_logits[b, p] = logits[recent_categories + p]
         for j in range(successors):
-            scores.successor_logits[b, j] = logits[labels + ranks + j]
+            scores.successor_logits[b, j] = logits[recent_categories + ranks + j]
         # 4. The last slot was chosen by the row's own event, which serving does not know.
         normaliser = _normaliser(max(total - shares[slots - 1], _ZERO), highest)
         for at in range(b, 2 * rows, rows):
             category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
             known = -1
             if category_at != 0:
-                for j in range(labels):
-                    if label_at[b, j] == category_at and label_mask[b, j] != _ZERO:
+                for j in range(recent_categories):
+                    if recent_at[b, j] == category_at and recent_mask[b, j] != _ZERO:
                         known = j
             if known >= 0:
                 likely = logits[known] - normaliser
@@ -474,18 +478,18 @@ def _heads(
                 slope[i] = shares[i] * factor
             slope[aim] -= facts.weight[b]
             m = room.firsts[row]
-            for j in range(labels):
-                if label_mask[b, j] != _ZERO:
+            for j in range(recent_categories):
+                if recent_mask[b, j] != _ZERO:
                     room.evidence_slope[m] = slope[j]
                     m += 1
-                    _add(to_learning, b, 0, slope[j], category, label_at[b, j], 0, dim)
-                    _add(to_category, label_at[b, j], 0, slope[j], learning, b, 0, dim)
+                    _add(to_learning, b, 0, slope[j], category, recent_at[b, j], 0, dim)
+                    _add(to_category, recent_at[b, j], 0, slope[j], learning, b, 0, dim)
             for i in range(places):
-                room.said_slope[row * places + i] = slope[labels + i]
+                room.said_slope[row * places + i] = slope[recent_categories + i]
             for p in range(ranks):
-                slopes.learning_popular[b, p] = slope[labels + p]
+                slopes.learning_popular[b, p] = slope[recent_categories + p]
             for j in range(successors):
-                g = slope[labels + ranks + j]
+                g = slope[recent_categories + ranks + j]
                 if successor_mask[b, j] != _ZERO:
                     gained.successor[j] += g
                     _add(to_learning, b, 0, g, category, successor_at[b, j], 0, dim)
@@ -519,14 +523,14 @@ def heads(
     flat = given.moving.flat()
     moved = Moved.of(flat) if slots is None else Moved(flat, *(slot.copy() for slot in slots[1:]))
     gained, total = np.zeros_like(flat), np.zeros_like(flat)
-    rows, labels, _ = facts.windows.shape
+    rows, recent_categories, _ = facts.windows.shape
     ranks, successors = facts.popular_mask.shape[1], facts.successor_mask.shape[1]
     scores = Scores(
-        np.empty((rows, labels), np.float32),
+        np.empty((rows, recent_categories), np.float32),
         np.empty((rows, ranks), np.float32),
         np.empty((rows, successors), np.float32),
         np.zeros(rows, np.float32),
-        np.full(rows, labels + ranks + successors, np.int32),
+        np.full(rows, recent_categories + ranks + successors, np.int32),
         np.empty(2 * rows, np.float32),
         np.empty(2 * rows, np.float32),
     )

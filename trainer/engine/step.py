@@ -12,7 +12,7 @@ A step takes one micro-batch, already trimmed and unmasked:
    changes. The sightings stay, because they are facts of the log and not of the
    gradient; rows admitted by a skipped step have their first values.
 6. The report is added to the progressive measures, and the clicks to the
-   popular labels; a skipped step enters neither.
+   popular categories; a skipped step enters neither.
 
 The loss is a sum over rows divided by 1,024, so that learning does not depend
 on how traffic was cut. Given the same state, batch and environment, the bits
@@ -67,10 +67,10 @@ click, so that scores are shifted by log((1 - r) / r) to stand for r (King and Z
 NEGATIVE_SHIFT = float(np.log((1.0 - ASSUMED_CLICK_RATE) / ASSUMED_CLICK_RATE))
 
 TRANSITION = "transition"
-"""The table of what came next after a label, which is counted and not learned."""
+"""The table of what came next after a category, which is counted and not learned."""
 
 TRANSITION_CAPACITY = 1024
-"""Lists at the start: there are as many as labels, and each takes a kilobyte."""
+"""Lists at the start: there are as many as categories, and each takes a kilobyte."""
 
 EMBEDDINGS = ("user", "item", "category", "context")
 
@@ -279,11 +279,11 @@ class Trainer:
         """The interest logits of a batch without dropout, by what the candidates are. Changes nothing.
 
         Returns:
-            label_logits `[B, L]`, popular_logits `[B, P]`, successor_logits `[B, S]`, all float32.
+            recent_logits `[B, L]`, popular_logits `[B, P]`, successor_logits `[B, S]`, all float32.
         """
         with tf.device(self.device):
             _, scores, _, _ = self._graph.measure(*self._inputs(batch, self._crosses_of(batch), (0, 0)), move=False)
-        names = ("label_logits", "popular_logits", "successor_logits")
+        names = ("recent_logits", "popular_logits", "successor_logits")
         return {name: getattr(scores, name) for name in names}
 
     def _crosses_of(self, batch: MicroBatch) -> U64:
@@ -335,10 +335,10 @@ class Trainer:
         partner = partners(topics, partitions, batch.opened)
         popular = self.popular.top()
         table = self.tables[TRANSITION]
-        listed, newest_at = table.distinct(table.find(np.ascontiguousarray(batch.labels[:, 0])))
+        listed, newest_at = table.distinct(table.find(np.ascontiguousarray(batch.recent_categories[:, 0])))
         lists = table.get(listed)
-        came_next = transitions.succession(newest_at, lists, batch.labels, popular)
-        slots = candidates(batch.category, batch.labels, popular, came_next.ids, partner)
+        came_next = transitions.succession(newest_at, lists, batch.recent_categories, popular)
+        slots = candidates(batch.category, batch.recent_categories, popular, came_next.ids, partner)
         if seed is None:
             seed = seed_of(int(topics[0]), int(partitions[0]), int(batch.opened[0]))
 
@@ -353,7 +353,7 @@ class Trainer:
             "user": {"user_at": batch.user},
             "item": of_item if combined is None else {"item_at": combined.item},
             "category": {
-                "label_at": batch.labels.reshape(-1),
+                "recent_at": batch.recent_categories.reshape(-1),
                 "popular_at": popular,
                 "successor_at": came_next.ids.reshape(-1),
                 "pair_category_at": batch.category,
@@ -376,24 +376,24 @@ class Trainer:
         if combined is not None:
             at |= {"pair_item_at": combined.at, "negative_item_at": combined.at[partner]}
             inputs |= {name: at[name] for name in ("item_at", "item_attributes_at")}
-        label_at = at["label_at"].reshape(batch.labels.shape)
+        recent_at = at["recent_at"].reshape(batch.recent_categories.shape)
         inputs |= {name: at[name] for name in ("user_at", "popular_at", "context_at")}
-        inputs["latest_at"] = np.ascontiguousarray(label_at[:, :LATEST]).reshape(-1)
+        inputs["latest_at"] = np.ascontiguousarray(recent_at[:, :LATEST]).reshape(-1)
         width = self.settings.model.hidden[0] if self._graph.drops else 0
         inputs["kept"] = dropout(seed, rows, width, self.settings.model.dropout)
         weight = np.where(slots.target >= 0, batch.weight, np.float32(0.0)) * np.float32(1.0 / LOSS_ROWS)
         facts = Facts(
-            windows=np.concatenate([batch.label_windows, came_next.labels], 2),
+            windows=np.concatenate([batch.category_windows, came_next.recent_categories], 2),
             log_scale=self._windows.log_scale,
             scale=self._windows.scale,
             shift=self._windows.shift,
-            label_mask=(batch.labels != 0).astype(np.float32),
+            recent_mask=(batch.recent_categories != 0).astype(np.float32),
             popular_mask=slots.popular_mask,
             successor_mask=(came_next.ids != 0).astype(np.float32),
             other_mask=(slots.other != 0).astype(np.float32),
             popular_next=came_next.popular,
             successor_next=came_next.successors,
-            label_at=label_at,
+            recent_at=recent_at,
             successor_at=at["successor_at"].reshape(came_next.ids.shape),
             other_at=at["other_at"],
             pair_category_at=np.concatenate([at["pair_category_at"], at["negative_category_at"]]),
@@ -458,7 +458,7 @@ class Trainer:
                 self._graph.apply(rows, sparse, measured, learned)
             for name, table in self.tables.items():
                 table.touch(rows[name])
-            known = batch.labels[:, 0] != MISSING
+            known = batch.recent_categories[:, 0] != MISSING
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             if self.slices:
                 seen = Scored(targets, losses, top1, scored, inputs["partner"], logits, positive, engagement_losses)
@@ -491,5 +491,5 @@ class Trainer:
 
 
 def _left(batch: MicroBatch) -> U64:
-    """The label that each row's event came after, `[n]` uint64; 0 where there is none, or no label came next."""
-    return np.where(batch.category != 0, batch.labels[:, 0], np.uint64(0))
+    """The category that each row's event came after, `[n]` uint64; 0 where there is none, or no category came next."""
+    return np.where(batch.category != 0, batch.recent_categories[:, 0], np.uint64(0))

@@ -1,8 +1,8 @@
 """Who competes for a row's interest, and who is its negative: integers, on the host, in compiled loops.
 
-The candidates of a row are its user's labels (L slots, newest first), the
-popular labels that are not among them (P slots), what over all users came next
-after the newest label (S slots), and one more slot. The last holds the row's
+The candidates of a row are its user's categories (L slots, newest first), the
+popular categories that are not among them (P slots), what over all users came next
+after the newest category (S slots), and one more slot. The last holds the row's
 own category where that is in none of them, and else a category that another row
 of the batch clicked, so that the model learns what "something else" is worth.
 Only the slots' use as targets depends on the row's own event.
@@ -27,9 +27,9 @@ class Candidates(NamedTuple):
     """The interest slots of a batch.
 
     Attributes:
-        target: `[n]` int32, the slot of the row's category: below L a label,
+        target: `[n]` int32, the slot of the row's category: below L a category,
             below L + P a popular one, below L + P + S a successor, L + P + S the last slot; -1 without a category.
-        popular_mask: `[n, P]` float32, 1 where a popular label is a candidate of its own.
+        popular_mask: `[n, P]` float32, 1 where a popular category is a candidate of its own.
         other: `[n]` uint64, the category in the last slot; 0 where it is empty.
     """
 
@@ -52,7 +52,7 @@ def _partners(topics: U64, partitions: U64, offsets: I64, partners: I64) -> None
 @compiled
 def _compete(
     category: U64,
-    labels: U64,
+    recent_categories: U64,
     popular: U64,
     successors: U64,
     partners: I64,
@@ -60,7 +60,7 @@ def _compete(
     popular_mask: F32,
     other: U64,
 ) -> None:
-    slots, ranks, last = labels.shape[1], popular.shape[0], successors.shape[1]
+    slots, ranks, last = recent_categories.shape[1], popular.shape[0], successors.shape[1]
     for i in range(category.shape[0]):
         own, foreign = category[i], category[partners[i]]
         place, foreign_known = -1, foreign == np.uint64(0)
@@ -71,15 +71,15 @@ def _compete(
             if popular[p] == foreign:
                 foreign_known = True
         for j in range(slots):
-            label = labels[i, j]
-            if label == np.uint64(0):
+            recent = recent_categories[i, j]
+            if recent == np.uint64(0):
                 continue
-            if label == own:
+            if recent == own:
                 place = j
-            if label == foreign:
+            if recent == foreign:
                 foreign_known = True
             for p in range(ranks):
-                if popular[p] == label:
+                if popular[p] == recent:
                     popular_mask[i, p] = 0.0
         for j in range(last):
             if successors[i, j] == own:
@@ -117,14 +117,14 @@ def partners(topics: U64, partitions: U64, offsets: I64) -> I64:
     return found
 
 
-def candidates(category: U64, labels: U64, popular: U64, successors: U64, partner: I64) -> Candidates:
+def candidates(category: U64, recent_categories: U64, popular: U64, successors: U64, partner: I64) -> Candidates:
     """The interest slots of a batch.
 
     Args:
         category: `[n]` uint64, what each row clicked; 0 for none.
-        labels: `[n, L]` uint64, the user's labels before the click, padded with 0.
+        recent_categories: `[n, L]` uint64, the user's categories before the click, padded with 0.
         popular: `[P]` uint64, padded with 0.
-        successors: `[n, S]` uint64, neither labels of their row nor popular, padded with 0.
+        successors: `[n, S]` uint64, neither categories of their row nor popular, padded with 0.
         partner: `[n]` int64 from `partners`.
 
     >>> found = candidates(
@@ -139,7 +139,9 @@ def candidates(category: U64, labels: U64, popular: U64, successors: U64, partne
     """
     rows = category.size
     found = Candidates(np.empty(rows, np.int32), np.empty((rows, popular.size), np.float32), np.empty(rows, np.uint64))
-    _compete(np.ascontiguousarray(category), np.ascontiguousarray(labels), popular, successors, partner, *found)
+    _compete(
+        np.ascontiguousarray(category), np.ascontiguousarray(recent_categories), popular, successors, partner, *found
+    )
     return found
 
 

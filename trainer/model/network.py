@@ -1,11 +1,11 @@
-"""The network: preprocessing, tower, the interest head over open labels, the engagement head.
+"""The network: preprocessing, tower, the interest head over open categories, the engagement head.
 
 `Model.forward` is a pure TensorFlow function of its inputs and the dense
 weights, made of operations that LiteRT has built in. Training, the serving
 program and the tests call the same one.
 
     features ─ preprocessing ─┐
-    user row, latest labels   ├─ tower ─ vector ─┬─ query ── interest logits of labels, popular ones, any other
+    user row, latest rows     ├─ tower ─ vector ─┬─ query ── interest logits of categories, popular ones, any other
     mean context row ─────────┘                  └─ with item and category ── engagement logit
 
 Interest is scored over rows of categories, never over an index: a category
@@ -36,7 +36,7 @@ F32 = npt.NDArray[np.float32]
 Preprocessing = Callable[[Tensor], Tensor]
 
 LATEST = 3
-"""Labels of the user the mean of whose rows goes into the tower."""
+"""Categories of the user the mean of whose rows goes into the tower."""
 
 MASKED = -1e9
 """The logit of a candidate that is not there."""
@@ -132,7 +132,7 @@ class Model(tf.Module):
 
     Args:
         settings: The section `[model]`.
-        spec: Names the D features and the F windows of each of the L labels.
+        spec: Names the D features and the F windows of each of the L categories.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None
             takes logarithms.
         labelled: Whether engagement is learned from labels. All but the crosses
@@ -155,11 +155,11 @@ class Model(tf.Module):
         super().__init__(name="model")
         self.settings = settings
         self.features = len(spec.names)
-        self.labels = spec.labels
-        self.label_width = len(spec.label_names)
+        self.recent_categories = spec.recent_categories
+        self.window_width = len(spec.window_names)
         self.preprocessing = preprocessing if preprocessing is not None else Logarithms(spec.names)
-        self.prepare_windows = Windows((*spec.label_names, *COLUMNS))
-        dim, width, windows = settings.dim, settings.hidden[-1], len(spec.label_names) + len(COLUMNS)
+        self.prepare_windows = Windows((*spec.window_names, *COLUMNS))
+        dim, width, windows = settings.dim, settings.hidden[-1], len(spec.window_names) + len(COLUMNS)
         into_tower = width_in(settings, spec, self.preprocessing)
         prepared = into_tower - 3 * dim
         # A preprocessing of the user's own need not keep a column for each feature.
@@ -169,8 +169,8 @@ class Model(tf.Module):
         own = {
             "query.kernel": tf.Variable(_query_kernel(width, dim, 0.0 if labelled else 0.15), name="query.kernel"),
             "query.bias": _weight("query.bias", (2 * dim + 1,), 0.0),
-            "interest.linear": tf.Variable(recency_prior((*spec.label_names, *COLUMNS)), name="interest.linear"),
-            "interest.position": _weight("interest.position", (spec.labels,), 0.0),
+            "interest.linear": tf.Variable(recency_prior((*spec.window_names, *COLUMNS)), name="interest.linear"),
+            "interest.position": _weight("interest.position", (spec.recent_categories,), 0.0),
             "interest.user_kernel": _weight(
                 "interest.user_kernel", (self.person_width, NET_HIDDEN + NEXT_HIDDEN), 0.05
             ),
@@ -197,27 +197,27 @@ class Model(tf.Module):
         Args:
             inputs: By name, all float32:
                 features `[B, D]` raw integers; user_row, context_row, item_row,
-                category_row `[B, dim]`; label_rows `[B, L, dim]`, newest label
-                first; label_windows `[B, L, F]` raw integers; label_mask
-                `[B, L]`, 1 where there is a label; popular_rows `[P, dim]`;
-                popular_mask `[B, P]`, 1 where the label is a candidate of its own;
+                category_row `[B, dim]`; recent_rows `[B, L, dim]`, newest category
+                first; category_windows `[B, L, F]` raw integers; recent_mask
+                `[B, L]`, 1 where there is a category; popular_rows `[P, dim]`;
+                popular_mask `[B, P]`, 1 where the category is a candidate of its own;
                 successor_rows `[B, S, dim]`, successor_mask `[B, S]`; and, raw
-                integers, label_next `[B, L, 2]`, popular_next `[B, P, 2]` and
+                integers, recent_next `[B, L, 2]`, popular_next `[B, P, 2]` and
                 successor_next `[B, S, 2]`: how often each came next.
 
         Returns:
-            label_logits `[B, L]`, popular_logits `[B, P]`, successor_logits
+            recent_logits `[B, L]`, popular_logits `[B, P]`, successor_logits
             `[B, S]` (candidates that are not there have MASKED),
             engagement_logit `[B]`, vector `[B, width]`.
         """
         prepared = self.preprocessing(inputs["features"])
-        latest = tf.reduce_mean(inputs["label_rows"][:, :LATEST, :], 1)
+        latest = tf.reduce_mean(inputs["recent_rows"][:, :LATEST, :], 1)
         x = tf.concat([prepared, inputs["user_row"], latest, inputs["context_row"]], 1)
         vector = self.tower(x, False, tf.constant([0, 0], tf.int32))
         queries = self.queries(vector, inputs["user_row"])
         logits = self.interest(queries, self.personal(prepared), inputs)
         return {
-            "label_logits": logits[0],
+            "recent_logits": logits[0],
             "popular_logits": logits[1],
             "successor_logits": logits[2],
             "engagement_logit": self.engagement(queries, logits, inputs),
@@ -230,7 +230,7 @@ class Model(tf.Module):
         return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
 
     def person(self, prepared: Tensor) -> Tensor:
-        """The user's features as the evidence takes them, `[B, U]`: without those of single labels, which it has itself."""
+        """The user's features as the evidence takes them, `[B, U]`: without those of single categories, which it has itself."""
         return tf.clip_by_value(prepared[:, : self.person_width], -USER_MOST, USER_MOST)
 
     def personal(self, prepared: Tensor) -> Tensor:
@@ -242,39 +242,39 @@ class Model(tf.Module):
         user = tf.matmul(self.person(prepared), self.dense["interest.user_kernel"])
         return tf.nn.bias_add(user, self.dense["interest.bias"])
 
-    def evidence(self, personal: Tensor, label_windows: Tensor) -> Tensor:
-        """What a user's windows say about each of the labels, `[B, L]`: a logit without embedding rows.
+    def evidence(self, personal: Tensor, category_windows: Tensor) -> Tensor:
+        """What a user's windows say about each of the categories, `[B, L]`: a logit without embedding rows.
 
-        A linear part and a net of one layer over a label's windows; the net
-        also sees the newest label's windows and the user's part.
+        A linear part and a net of one layer over a category's windows; the net
+        also sees the newest category's windows and the user's part.
         """
-        width, net_0 = label_windows.shape[2], self.dense["interest.kernel_0"]
-        flat = self.prepare_windows(tf.reshape(label_windows, [-1, width]))
-        newest = tf.reshape(flat, [-1, self.labels, width])[:, 0]
+        width, net_0 = category_windows.shape[2], self.dense["interest.kernel_0"]
+        flat = self.prepare_windows(tf.reshape(category_windows, [-1, width]))
+        newest = tf.reshape(flat, [-1, self.recent_categories, width])[:, 0]
         own = personal[:, :NET_HIDDEN] + tf.matmul(newest, net_0[width:])
-        hidden = tf.reshape(tf.matmul(flat, net_0[:width]), [-1, self.labels, NET_HIDDEN])
+        hidden = tf.reshape(tf.matmul(flat, net_0[:width]), [-1, self.recent_categories, NET_HIDDEN])
         hidden = tf.reshape(tf.nn.relu(hidden + tf.expand_dims(own, 1)), [-1, NET_HIDDEN])
         logits = tf.matmul(flat, tf.expand_dims(self.dense["interest.linear"], 1))
         logits += tf.matmul(hidden, tf.expand_dims(self.dense["interest.kernel_1"], 1))
-        return tf.nn.bias_add(tf.reshape(logits, [-1, self.labels]), self.dense["interest.position"])
+        return tf.nn.bias_add(tf.reshape(logits, [-1, self.recent_categories]), self.dense["interest.position"])
 
     def popular(self, queries: Tensor, popular_rows: Tensor) -> Tensor:
-        """The popular labels' logits, not masked, `[B, P]`."""
+        """The popular categories' logits, not masked, `[B, P]`."""
         # Zeros for the rest of the queries: the derivative of a slice would be a copy of all.
         rows = tf.pad(popular_rows, [[0, 0], [0, self.settings.dim + 1]])
         return tf.nn.bias_add(tf.matmul(queries, rows, transpose_b=True), self.dense["interest.popular"])
 
     def interest(self, queries: Tensor, personal: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Interest logits of the labels `[B, L]`, the popular ones `[B, P]` and the successors `[B, S]`."""
+        """Interest logits of the categories `[B, L]`, the popular ones `[B, P]` and the successors `[B, S]`."""
         query = tf.expand_dims(queries[:, : self.settings.dim], 2)
-        windows = tf.concat([inputs["label_windows"], inputs["label_next"]], 2)
-        labels = tf.squeeze(tf.matmul(inputs["label_rows"], query), 2) + self.evidence(personal, windows)
+        windows = tf.concat([inputs["category_windows"], inputs["recent_next"]], 2)
+        recent_categories = tf.squeeze(tf.matmul(inputs["recent_rows"], query), 2) + self.evidence(personal, windows)
         popular = self.popular(queries, inputs["popular_rows"]) + self._came_next(personal, inputs["popular_next"], 0)
         successors = tf.squeeze(tf.matmul(inputs["successor_rows"], query), 2)
         successors += self._came_next(personal, inputs["successor_next"], 1)
         successors = tf.nn.bias_add(successors, self.dense["interest.successor"])
         return (
-            _masked(labels, inputs["label_mask"]),
+            _masked(recent_categories, inputs["recent_mask"]),
             _masked(popular, inputs["popular_mask"]),
             _masked(successors, inputs["successor_mask"]),
         )
@@ -299,16 +299,16 @@ class Model(tf.Module):
         """
         dim, item, category = self.settings.dim, inputs["item_row"], inputs["category_row"]
         interest = tuple(tf.stop_gradient(logits) for logits in interest)
-        label_logits = interest[0]
+        recent_logits = interest[0]
         # A candidate of logit 0 keeps the sum away from nothing where there is no other.
-        logits = tf.concat([*interest, tf.zeros_like(label_logits[:, :1])], 1)
+        logits = tf.concat([*interest, tf.zeros_like(recent_logits[:, :1])], 1)
         highest = tf.reduce_max(logits, 1)
         normaliser = highest + tf.math.log(tf.reduce_sum(tf.exp(logits - tf.expand_dims(highest, 1)), 1))
         # Rows of two categories are never equal; the missing row, all zero, is nobody's.
-        apart = tf.reduce_sum(tf.abs(inputs["label_rows"] - tf.expand_dims(category, 1)), 2)
-        same = tf.where(apart > 0.0, 0.0, 1.0) * inputs["label_mask"]
+        apart = tf.reduce_sum(tf.abs(inputs["recent_rows"] - tf.expand_dims(category, 1)), 2)
+        same = tf.where(apart > 0.0, 0.0, 1.0) * inputs["recent_mask"]
         known = tf.reduce_max(same, 1) * tf.where(tf.reduce_sum(tf.abs(category), 1) > 0.0, 1.0, 0.0)
-        likely = tf.reduce_max(_masked(label_logits, same), 1) - normaliser
+        likely = tf.reduce_max(_masked(recent_logits, same), 1) - normaliser
         other = tf.reduce_sum(queries[:, :dim] * category, 1) + self.dense["interest.other"]
         other = tf.stop_gradient(other) - normaliser
         prior = self.dense["engagement.prior"]
@@ -361,9 +361,9 @@ class Logarithms:
 
 
 class Windows:
-    """The windows of labels, `[n, F]` raw integers to about [-2, 4]: log(1 + x), centred and scaled by their kind.
+    """The windows of categories, `[n, F]` raw integers to about [-2, 4]: log(1 + x), centred and scaled by their kind.
 
-    The kinds differ by more than the labels of one user do; without it Adam
+    The kinds differ by more than the categories of one user do; without it Adam
     learned three points of top-5 later on Taobao's clicks.
 
     Args:
@@ -395,22 +395,22 @@ _KINDS = {
 """Factor of the logarithm, factor of the integer and shift of windows whose names begin so."""
 
 
-def recency_prior(label_names: tuple[str, ...]) -> F32:
-    """First weights of a label's evidence, `[F]`: recent and frequent labels come first.
+def recency_prior(window_names: tuple[str, ...]) -> F32:
+    """First weights of a category's evidence, `[F]`: recent and frequent categories come first.
 
     Before a click is learned from, the latest category wins, and among the
     others those of the last hour: already a fair guess of the next click.
-    A label's chance is taken as proportional to how often it was clicked, so
+    A category's chance is taken as proportional to how often it was clicked, so
     that the exponents of all counts add up to about one; half of it goes to
-    the latest events. How often the label came next to the newest one tells as
+    the latest events. How often the category came next to the newest one tells as
     much again.
 
     Args:
-        label_names: Names of a label's windows, such as `count_1h`.
+        window_names: Names of a category's windows, such as `count_1h`.
     """
-    weights = np.zeros(len(label_names), np.float32)
+    weights = np.zeros(len(window_names), np.float32)
     halved = 1.0
-    for position, name in enumerate(label_names):
+    for position, name in enumerate(window_names):
         weights[position] = next((weight for kind, weight in PRIORS.items() if name.startswith(kind)), 0.0)
         if name.startswith("decayed"):
             # Shortest half-life first.
@@ -426,7 +426,7 @@ def _query_kernel(width: int, dim: int, reach: float) -> F32:
 
 
 def _popular_prior(popular: int) -> F32:
-    """First logits of the popular candidates by rank: far below a label that the user has clicked."""
+    """First logits of the popular candidates by rank: far below a category that the user has clicked."""
     ranks = np.arange(1, popular + 1)
     return (-1.5 - 0.5 * np.log(ranks)).astype(np.float32)
 
@@ -461,7 +461,7 @@ def _dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:
 
 
 def width_in(settings: ModelSettings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> int:
-    """Width of what the tower is given: prepared features, the user's row, the mean latest label's and context's."""
+    """Width of what the tower is given: prepared features, the user's row, the mean latest category's and context's."""
     prepared = preprocessing if preprocessing is not None else Logarithms(spec.names)
     return int(prepared(tf.zeros([1, len(spec.names)])).shape[-1]) + 3 * settings.dim
 

@@ -1,8 +1,8 @@
-"""The popular labels: categories by decayed count at log time, in integers.
+"""The popular categories: categories by decayed count at log time, in integers.
 
 A count is in 1/65536 clicks and is multiplied by a fixed ratio each hour of
 log time, so that the same log gives the same list on every machine. The list
-is kept up to date from the labels a batch touched; only the hourly decay,
+is kept up to date from the categories a batch touched; only the hourly decay,
 which can make counts equal, looks at all of them.
 """
 
@@ -48,15 +48,15 @@ def ranked(ids: U64, counts: I64, size: int) -> U64:
 
 
 class Popular:
-    """The `size` most clicked labels.
+    """The `size` most clicked categories.
 
     Args:
-        size: P, the most labels listed.
+        size: P, the most categories listed.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        # Entry 0 is no label: the index finds 0 for what it does not hold.
+        # Entry 0 is no category: the index finds 0 for what it does not hold.
         self._hour = -1
         self._used = 1
         self._ids: U64 = np.zeros(1, np.uint64)

@@ -86,7 +86,7 @@ def tensors(lowered: Lowered, version: int, names: Mapping[str, list[str]], popu
 def no_succession() -> dict[str, Any]:
     """The model's inputs of one user of whose labels it is not known what came next."""
     said = {
-        "label_next": np.zeros((1, FeatureSpec().labels, 2), np.float32),
+        "recent_next": np.zeros((1, FeatureSpec().recent_categories, 2), np.float32),
         "popular_next": np.zeros((1, 4, 2), np.float32),
         "successor_next": np.zeros((1, SUCCESSORS, 2), np.float32),
     }

@@ -437,8 +437,8 @@ def record(first: int, next_: int, salt: str = "salt", users: int = 3, label: fl
         "offset": offsets,
         "context": np.zeros((rows, 0), np.uint64),
         "features": np.zeros((rows, 2), np.uint16),
-        "labels": np.zeros((rows, 2), np.uint64),
-        "label_windows": np.zeros((rows, 2, 3), np.uint16),
+        "recent_categories": np.zeros((rows, 2), np.uint64),
+        "category_windows": np.zeros((rows, 2, 3), np.uint16),
         "user_attributes": np.empty((rows, 0), np.uint64),
         "item_attributes": np.empty((rows, 0), np.uint64),
     }

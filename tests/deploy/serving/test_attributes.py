@@ -80,9 +80,9 @@ def learned(name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def expected(stores: Stores, user: str, context: Any, item: Any) -> dict[str, Any]:
     """The model's own answer about a user without labels who has a row only if she is ann."""
-    spec, rows = FeatureSpec(), np.zeros((1, FeatureSpec().labels, DIM), np.float32)
+    spec, rows = FeatureSpec(), np.zeros((1, FeatureSpec().recent_categories, DIM), np.float32)
     vector = vectorise(stores.histories.read(user_id(SALT, user)), NOW_MS, None, Mask.NONE, spec)
-    mask = np.zeros((1, spec.labels), np.float32)
+    mask = np.zeros((1, spec.recent_categories), np.float32)
     for place, name in enumerate(["shoes", "hats"] if user == "ann" else []):
         rows[0, place], mask[0, place] = row_of("category", name, 1), 1.0
     popular, popular_mask = np.zeros((4, DIM), np.float32), np.zeros((1, 4), np.float32)
@@ -95,9 +95,9 @@ def expected(stores: Stores, user: str, context: Any, item: Any) -> dict[str, An
         "context_row": context[None],
         "item_row": (item if item is not None else zeros)[None],
         "category_row": zeros[None] if item is None else row_of("category", "hats", 1)[None],
-        "label_rows": rows,
-        "label_windows": vector.label_windows.astype(np.float32)[None],
-        "label_mask": mask,
+        "recent_rows": rows,
+        "category_windows": vector.category_windows.astype(np.float32)[None],
+        "recent_mask": mask,
         "popular_rows": popular,
         "popular_mask": popular_mask,
         "cross": np.zeros(1, np.float32),

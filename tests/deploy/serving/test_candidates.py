@@ -92,8 +92,8 @@ def asked(stores: Stores) -> MicroBatch:
         user=np.array([user_id(SALT, name) for name in USERS], np.uint64),
         category=spread(np.full(len(USERS), 17)),
         features=np.stack([vector.features for vector in vectors]),
-        labels=np.stack([vector.labels for vector in vectors]),
-        label_windows=np.stack([vector.label_windows for vector in vectors]),
+        recent_categories=np.stack([vector.recent_categories for vector in vectors]),
+        category_windows=np.stack([vector.category_windows for vector in vectors]),
     )
 
 
@@ -113,7 +113,7 @@ def expected(stores: Stores, taught: Taught) -> list[dict[str, float]]:
     """Of each user the probabilities by id, from the trainer's own logits."""
     batch, found = asked(stores), []
     scores = taught.trainer.score(batch)
-    for place, labels in enumerate(batch.labels.tolist()):
+    for place, labels in enumerate(batch.recent_categories.tolist()):
         logits: dict[int, float] = {}
         ranked = (labels, taught.tensors["popular"].tolist(), successors(taught, labels))
         for kind, names in zip(KINDS, ranked, strict=True):
@@ -132,7 +132,7 @@ def chances(answer: Answer) -> dict[str, float]:
 
 
 def test_each_candidate_has_the_trainers_probability_alone_and_among_others(shop: Stores, taught: Taught) -> None:
-    wanted, labels = expected(shop, taught), asked(shop).labels.tolist()
+    wanted, labels = expected(shop, taught), asked(shop).recent_categories.tolist()
     together = predictor(shop).profiles([Query(name) for name in USERS])
     for name, own, chance, answer in zip(USERS, labels, wanted, together, strict=True):
         assert chances(answer) == pytest.approx(chance, abs=1e-5)
@@ -145,7 +145,7 @@ def test_each_candidate_has_the_trainers_probability_alone_and_among_others(shop
 
 
 def test_a_successor_is_named_as_other_labels_are(shop: Stores, taught: Taught) -> None:
-    first = successors(taught, asked(shop).labels[0].tolist())[0]
+    first = successors(taught, asked(shop).recent_categories[0].tolist())[0]
     empty = Appends.of(np.empty(0, np.uint64), clicks([]))
     shop.histories.commit(empty, (), {f"name:{first:016x}": b"tents"})
     found = {one["id"]: one["label"] for one in predictor(shop).profile("cleo").interests}
@@ -155,7 +155,7 @@ def test_a_successor_is_named_as_other_labels_are(shop: Stores, taught: Taught) 
 def test_engagement_is_the_trainers_too_of_a_label_a_successor_and_something_else(shop: Stores, taught: Taught) -> None:
     trainer, batch = taught.trainer, asked(shop)
     none = np.zeros((len(batch), 0), np.uint64)
-    first = batch.labels[0].tolist()
+    first = batch.recent_categories[0].tolist()
     found = set()
     for category in (first[0], successors(taught, first)[0], 12345):
         about = dataclasses.replace(
@@ -185,7 +185,7 @@ def test_rows_of_a_release_with_other_lists_say_nothing(shop: Stores, taught: Ta
     serve(shop, taught.lowered.content, narrow)
     assert chances(predictor(shop).profile("cleo")) == before
     serve(shop, taught.lowered.content, taught.tensors)
-    offered = successors(taught, asked(shop).labels[0].tolist())
+    offered = successors(taught, asked(shop).recent_categories[0].tolist())
     assert offered and len(predictor(shop).profile("cleo").interests) == len(before) + len(offered)
 
 
@@ -195,7 +195,7 @@ def old_program(model: Any) -> bytes:
 
     from trainer.versions.program import _inputs, argument
 
-    new = ("label_next", "popular_next", "successor_rows", "successor_mask", "successor_next")
+    new = ("recent_next", "popular_next", "successor_rows", "successor_mask", "successor_next")
     inputs = _inputs(model)
 
     def predict(**given: Any) -> Any:
@@ -226,7 +226,7 @@ def test_a_version_of_a_release_without_the_table_is_answered_as_it_was(shop: St
     old = old_program(taught.lowered.model)
     serve(shop, old, without_table(taught))
     before = [chances(answer) for answer in predictor(shop).profiles([Query(name) for name in USERS])]
-    labels, popular = asked(shop).labels.tolist(), set(taught.tensors["popular"].tolist()) - {0}
+    labels, popular = asked(shop).recent_categories.tolist(), set(taught.tensors["popular"].tolist()) - {0}
     assert [len(one) for one in before] == [len({*own, *popular} - {0}) for own in labels]
     # Its weights in the program of now, and its program over a version that has the table.
     serve(shop, taught.lowered.content, without_table(taught))

@@ -52,7 +52,10 @@ def reference(
     known = {"shoes", "hats", "books", "tea"}
     zeros = np.zeros(DIM, np.float32)
     row = {name: row_of("category", name, 1) if name in known else zeros for name in (*labels, *popular, category)}
-    rows, mask = np.zeros((1, spec.labels, DIM), np.float32), np.zeros((1, spec.labels), np.float32)
+    rows, mask = (
+        np.zeros((1, spec.recent_categories, DIM), np.float32),
+        np.zeros((1, spec.recent_categories), np.float32),
+    )
     for place, name in enumerate(labels):
         rows[0, place], mask[0, place] = row[name], 1.0
     popular_rows, popular_mask = np.zeros((4, DIM), np.float32), np.zeros((1, 4), np.float32)
@@ -65,9 +68,9 @@ def reference(
             "context_row": zeros[None],
             "item_row": (row_of("item", item, 1) if item == "i1" else zeros)[None],
             "category_row": row[category][None],
-            "label_rows": rows,
-            "label_windows": vector.label_windows.astype(np.float32)[None],
-            "label_mask": mask,
+            "recent_rows": rows,
+            "category_windows": vector.category_windows.astype(np.float32)[None],
+            "recent_mask": mask,
             "popular_rows": popular_rows,
             "popular_mask": popular_mask,
             "cross": np.zeros(1, np.float32),
@@ -94,7 +97,7 @@ def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
     answer = predictor(stores).profile("ann", item="i1")
     outputs = reference(stores, "ann", ["shoes", "hats"], ["tea", "shoes"], "i1", "hats")
     tea = f"{public_id('tea'):016x}"
-    check(answer, outputs, [("shoes", "label_logits", 0), ("hats", "label_logits", 1), (tea, "popular_logits", 0)])
+    check(answer, outputs, [("shoes", "recent_logits", 0), ("hats", "recent_logits", 1), (tea, "popular_logits", 0)])
     assert answer.known and not answer.cold_start
     assert answer.engagement is not None
     assert answer.engagement["probability"] == pytest.approx(
@@ -110,7 +113,7 @@ def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
     answer = predictor(stores).profile("bob")
     outputs = reference(stores, "bob", ["books"], ["tea", "shoes"], "none", "books")
     tea = f"{public_id('tea'):016x}"
-    check(answer, outputs, [("books", "label_logits", 0), (tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
+    check(answer, outputs, [("books", "recent_logits", 0), (tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
     assert answer.known and answer.engagement is None
 
 

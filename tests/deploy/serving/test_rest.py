@@ -180,8 +180,8 @@ MAKE_ANEW = """
 import sys
 from pathlib import Path
 import numpy as np
-from state.history.store.store import Appends, HistoryStore
-from state.events.parser.identity import Salt, user_id
+from state.history.store import Appends, HistoryStore
+from state.events.identity import Salt, user_id
 from tests.deploy.serving.stocked import MAP, SALT_KEY, clicks
 store = HistoryStore(Path(sys.argv[1]), map_bytes=MAP)
 store.commit(Appends.of(np.array([user_id(Salt(SALT_KEY), "cat")], np.uint64), clicks([("hats", "i1", 60_000)])))

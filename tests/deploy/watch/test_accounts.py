@@ -45,7 +45,7 @@ def batch(source: Source, first: int, rows: int, dead: int = 0) -> MicroBatch:
         context=np.zeros((rows, 0), np.uint64),
         features=np.zeros((rows, 2), np.uint16),
         labels=np.zeros((rows, 1), np.uint64),
-        label_windows=np.zeros((rows, 1, 1), np.uint16),
+        category_windows=np.zeros((rows, 1, 1), np.uint16),
     )
 
 

@@ -261,10 +261,10 @@ def test_rows_from_before_a_power_cut_are_begun_anew_aloud(
 IMPORTS = """
 import sys
 from pathlib import Path
-from state.registry.registry.control import pin
+from state.registry.control import pin
 from state.errors import SpringtideError
 from state.disk.lock import DirectoryLock
-from state.registry.registry.registry import Registry
+from state.registry.registry import Registry
 """
 LOOK = """
 registry = Registry(Path(sys.argv[1]))

@@ -19,7 +19,7 @@ from state.features.kernel import quantise
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, recency_step, vectorise
 from state.positions import Range, Source
 
-SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=32, labels=6)
+SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=32, recent_categories=6)
 BASE_MS = 1_700_000_000_000
 TOPIC = 0xABABABAB
 
@@ -132,7 +132,7 @@ def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tup
     def sums(prefix: str, events: list[Any]) -> None:
         values = [len(within(events, window)) for window in spec.windows_s]
         values += [decayed(events, k) for k in range(len(spec.half_lives_s))]
-        names = [name for name in spec.label_names if name.startswith(("count", "decayed"))]
+        names = [name for name in spec.window_names if name.startswith(("count", "decayed"))]
         out.update({f"{prefix}.{name}": value for name, value in zip(names, values, strict=True)})
 
     for index, action in enumerate(spec.actions):
@@ -141,7 +141,7 @@ def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tup
         out[f"{action}.recency"] = recency(age(mine[0]) if mine else None)
     sums("labelled", [event for event in seen if event["flags"] & 1])
     sums("positive", [event for event in seen if event["flags"] & 2])
-    spans = [name.removeprefix("count_") for name in spec.label_names if name.startswith("count_")]
+    spans = [name.removeprefix("count_") for name in spec.window_names if name.startswith("count_")]
     for window, span in zip(spec.windows_s, spans, strict=True):
         part = within(seen, window)
         labels = Counter(int(event["category"]) for event in part if event["category"])
@@ -171,8 +171,8 @@ def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tup
     out["clock.hour_cos"] = 1000 + round(1000 * math.cos(2 * math.pi * hour / 24))
     out["clock.weekday_sin"] = 1000 + round(1000 * math.sin(2 * math.pi * day / 7))
     out["clock.weekday_cos"] = 1000 + round(1000 * math.cos(2 * math.pi * day / 7))
-    labels_in_order = list(dict.fromkeys(label for label in row if label))[: spec.labels]
-    for slot in range(spec.labels):
+    labels_in_order = list(dict.fromkeys(label for label in row if label))[: spec.recent_categories]
+    for slot in range(spec.recent_categories):
         mine = [event for event in seen if slot < len(labels_in_order) and event["category"] == labels_in_order[slot]]
         prefix = f"label.{slot + 1}"
         sums(prefix, mine)
@@ -184,17 +184,17 @@ def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tup
         out[f"{prefix}.of_latest_5"] = row[:5].count(label)
         out[f"{prefix}.of_latest_20"] = row[:20].count(label)
         out[f"{prefix}.follows"] = sum(newer == label and older == row[0] for newer, older in pairwise(row) if older)
-    return out, labels_in_order + [0] * (spec.labels - len(labels_in_order))
+    return out, labels_in_order + [0] * (spec.recent_categories - len(labels_in_order))
 
 
 def assert_equal(history: Events, at_ms: int, mask: Mask, spec: FeatureSpec) -> None:
     row = vectorise(history, at_ms, None, mask, spec)
     want, labels = expected(history, at_ms, spec, lambda event: bool(mask.events(np.array([event], EVENT))[0]))
     assert dict(zip(spec.names, row.features.tolist(), strict=True)) == {name: want[name] for name in spec.names}
-    assert row.labels.tolist() == labels
-    for slot in range(spec.labels):
-        names = {name: want[f"label.{slot + 1}.{name}"] for name in spec.label_names}
-        assert dict(zip(spec.label_names, row.label_windows[slot].tolist(), strict=True)) == names
+    assert row.recent_categories.tolist() == labels
+    for slot in range(spec.recent_categories):
+        names = {name: want[f"label.{slot + 1}.{name}"] for name in spec.window_names}
+        assert dict(zip(spec.window_names, row.category_windows[slot].tolist(), strict=True)) == names
 
 
 @settings(max_examples=150, deadline=None)
@@ -290,13 +290,16 @@ def test_windows_by_order_speak_of_the_latest_events_and_of_what_came_next() -> 
     # Labels 1 2 1 2 3 1, then one without a label and six of 4, then 1: the newest label is 1, and 2 followed it twice.
     made = [(k - 30, label, 1, 0, 0, 0) for k, label in enumerate([1, 2, 1, 2, 3, 1, 0, 4, 4, 4, 4, 4, 4, 1])]
     row = vectorise(history_of(made), BASE_MS, None, Mask.NONE, SPEC)
-    shown = {2**64 - int(label): row.label_windows[slot, -3:].tolist() for slot, label in enumerate(row.labels[:4])}
+    shown = {
+        2**64 - int(label): row.category_windows[slot, -3:].tolist()
+        for slot, label in enumerate(row.recent_categories[:4])
+    }
     assert shown == {1: [1, 4, 0], 4: [4, 6, 0], 3: [0, 1, 0], 2: [0, 2, 2]}
-    assert SPEC.label_names[-3:] == ("of_latest_5", "of_latest_20", "follows")
+    assert SPEC.window_names[-3:] == ("of_latest_5", "of_latest_20", "follows")
     # Six more of 4: of the latest 20 the oldest, of label 1, falls out of none but the longer count.
     more = [*made, *((k, 4, 1, 0, 0, 0) for k in range(-6, 0)), (0, 1, 1, 0, 0, 0)]
     row = vectorise(history_of(more), BASE_MS, None, Mask.NONE, SPEC)
-    assert row.label_windows[:2, -3:].tolist() == [[1, 4, 0], [4, 12, 1]]
+    assert row.category_windows[:2, -3:].tolist() == [[1, 4, 0], [4, 12, 1]]
 
 
 def test_counts_and_decays_saturate() -> None:
@@ -313,13 +316,13 @@ def test_equal_times_are_ordered_by_offset() -> None:
     events = history_of([(0, 1, 1, 0, 0, 0), (0, 2, 1, 0, 0, 0)])
     for order in ([0, 1], [1, 0]):
         row = vectorise(events[order], BASE_MS, None, Mask.NONE, SPEC)
-        assert row.labels[:2].tolist() == [2**64 - 2, 2**64 - 1]
+        assert row.recent_categories[:2].tolist() == [2**64 - 2, 2**64 - 1]
 
 
 def test_names_are_128_and_unique_and_the_digest_is_pinned() -> None:
     spec = FeatureSpec()
     assert len(spec.names) == len(set(spec.names)) == 128
-    assert len(spec.label_names) == 15
+    assert len(spec.window_names) == 15
     # Raise CODE with the digest: stored rows and weights belong to it.
     assert spec.digest == "3a0f316c0dd9582d33dd330e8995ac383a3c3542a0adfad46cfa8adf966c8715"
     golden = np.zeros(3, EVENT)
@@ -335,7 +338,11 @@ def test_names_are_128_and_unique_and_the_digest_is_pinned() -> None:
 def test_a_spec_comes_back_from_json_and_each_part_changes_the_digest() -> None:
     spec = FeatureSpec()
     assert FeatureSpec.from_json(spec.to_json()) == spec
-    others = [replace(spec, history=128), replace(spec, labels=8), replace(spec, actions=("a", "b", "c", "d"))]
+    others = [
+        replace(spec, history=128),
+        replace(spec, recent_categories=8),
+        replace(spec, actions=("a", "b", "c", "d")),
+    ]
     others += [replace(spec, windows_s=(3600, 86_400)), replace(spec, half_lives_s=(1, 2, 3))]
     assert len({other.digest for other in [spec, *others]}) == 6
     with pytest.raises(ValueError, match=r"code version 0.*with the release that wrote it"):
@@ -344,8 +351,8 @@ def test_a_spec_comes_back_from_json_and_each_part_changes_the_digest() -> None:
 
 def test_settings_make_the_default_spec_and_impossible_ones_are_refused() -> None:
     assert FeatureSpec.from_settings(load([], {})) == FeatureSpec()
-    with pytest.raises(SettingsError, match="labels 3 must be between 5 and history"):
-        FeatureSpec.from_settings(load(["--features.labels", "3"], {}))
+    with pytest.raises(SettingsError, match="recent_categories 24 must be between 5 and history"):
+        FeatureSpec.from_settings(load(["--features.history", "16"], {}))
 
 
 @pytest.mark.parametrize(
@@ -370,4 +377,4 @@ def test_a_mask_names_rows_of_a_batch_and_comes_back_from_json() -> None:
     assert rows.tolist() == [False, True, True, True, False]
     assert Mask.from_json(mask.to_json()) == mask
     assert bool(mask) and not Mask.NONE
-    assert vectorise(history_of([(0, 1, 1, 0, 0, 0)]), BASE_MS, None, mask, SPEC, user=2**64 - 1).labels[0] == 0
+    assert vectorise(history_of([(0, 1, 1, 0, 0, 0)]), BASE_MS, None, mask, SPEC, user=2**64 - 1).recent_categories[0] == 0

@@ -24,7 +24,7 @@ ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
 
 def made(rows: int, seed: int = 7, contexts: int = 2, random_features: bool = False) -> tuple[Header, dict[str, Any]]:
     """A header and columns of `rows` rows from two partitions, every third offset dead."""
-    shapes = {"context": (contexts,), "features": (8,), "labels": (4,), "label_windows": (4, 3)}
+    shapes = {"context": (contexts,), "features": (8,), "recent_categories": (4,), "category_windows": (4, 3)}
     shapes |= {"user_attributes": (2,), "item_attributes": (1,)}
     rng = np.random.default_rng(seed)
     columns: dict[str, Any] = {}
@@ -163,7 +163,7 @@ def test_another_format_is_named() -> None:
         ({"kind": np.full(4, Kind.OPENED, "u1")}, "counts 2 rows"),
         ({"kind": np.full(4, 9, "u1")}, "of kind 9"),
         ({"offset": np.zeros(4, "<i8")}, "outside of its source"),
-        ({"label_windows": np.zeros((4, 12), "<u2")}, "3 dimensions"),
+        ({"category_windows": np.zeros((4, 12), "<u2")}, "3 dimensions"),
         ({"item_attributes": np.zeros((4, 2), "<u8")}, "has 2 attributes, the header names 1"),
     ],
 )

@@ -131,7 +131,7 @@ def test_an_own_label_wins_over_a_popular_one_and_that_over_a_successor() -> Non
     def said(count: int) -> list[int]:
         return [count, count * 256 // (1 + total)]
 
-    assert found.labels[0].tolist() == [[0, 0], said(6), said(5), [0, 0]]
+    assert found.recent_categories[0].tolist() == [[0, 0], said(6), said(5), [0, 0]]
     assert found.popular[0].tolist() == [[0, 0], said(4), [0, 0]]
     assert found.ids[0].tolist() == [4] + [0] * (SUCCESSORS - 1)
     assert found.successors[0].tolist() == [said(3)] + [[0, 0]] * (SUCCESSORS - 1)
@@ -148,7 +148,7 @@ def test_a_count_beyond_16_bits_is_the_largest_there_is() -> None:
     row = counted([1])
     row[0] = 70_000
     found = read(row, labels=[1], popular=[2])
-    assert found.labels[0, 0].tolist() == [65_535, 70_000 * 256 // 70_001]
+    assert found.recent_categories[0, 0].tolist() == [65_535, 70_000 * 256 // 70_001]
 
 
 batches = st.tuples(st.integers(0, 2**32), st.integers(1, 12))
@@ -177,7 +177,7 @@ def test_a_follower_is_a_candidate_once_and_what_is_none_says_nothing(batch: tup
         rest = [label for label, _ in listed(rows[place]) if label not in own and label not in popular.tolist()]
         assert chosen == (rest + [0] * SUCCESSORS)[:SUCCESSORS]
         expected = [counts.get(label, 0) for label in own]
-        assert found.labels[user, :, 0].tolist() == expected
+        assert found.recent_categories[user, :, 0].tolist() == expected
         expected = [0 if label in own else counts.get(label, 0) for label in popular.tolist()]
         assert found.popular[user, :, 0].tolist() == expected
         assert found.successors[user, :, 0].tolist() == [counts.get(label, 0) for label in chosen]

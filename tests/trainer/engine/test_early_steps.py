@@ -44,5 +44,5 @@ def test_a_burst_in_a_new_category_leads_after_each_of_the_first_steps(seed: int
     for batch in micro_batches(shop, spec, weights, step_rows):
         trainer.step(batch)
         scores = trainer.score(asked)
-        leads.append(float(scores["label_logits"][-1, 0] - scores["popular_logits"][-1].max()))
+        leads.append(float(scores["recent_logits"][-1, 0] - scores["popular_logits"][-1].max()))
     assert min(leads) > 0.0, f"smallest lead after step {int(np.argmin(leads)) + 1}"

@@ -16,7 +16,7 @@ from trainer.model.network import Model
 
 ROWS, DIM, POPULAR = 35, 8, 4
 """More rows than a block of the heads (16), no multiple of it, and one of seven."""
-LABELS, WIDTH = SPEC.labels, len(SPEC.label_names)
+LABELS, WIDTH = SPEC.recent_categories, len(SPEC.window_names)
 CATEGORIES, ITEMS = 12, 9
 LAST = LABELS + POPULAR + SUCCESSORS
 
@@ -39,26 +39,26 @@ def step(model: Model, labelled: bool = True, rows: int = ROWS) -> tuple[Facts, 
         return drawn.normal(0, 0.5, shape).astype(np.float32)
 
     count = drawn.integers(1, LABELS + 1, rows) if labelled else np.zeros(rows, int)
-    label_mask = (np.arange(LABELS) < count[:, None]).astype(np.float32)
+    recent_mask = (np.arange(LABELS) < count[:, None]).astype(np.float32)
     # The labels of a row are distinct, as a history gives them; one of them may have no row.
-    label_at = np.array([drawn.permutation(CATEGORIES + LABELS)[:LABELS] for _ in range(rows)]) % CATEGORIES
-    label_at = np.where(label_mask > 0, label_at, 0).astype(np.int32)
-    for row in label_at:
+    recent_at = np.array([drawn.permutation(CATEGORIES + LABELS)[:LABELS] for _ in range(rows)]) % CATEGORIES
+    recent_at = np.where(recent_mask > 0, recent_at, 0).astype(np.int32)
+    for row in recent_at:
         _, first = np.unique(row, return_index=True)
         row[np.setdiff1d(np.arange(LABELS), first)] = 0
-    pair_category_at = np.concatenate([label_at[:, 0], drawn.integers(0, CATEGORIES, rows)]).astype(np.int32)
+    pair_category_at = np.concatenate([recent_at[:, 0], drawn.integers(0, CATEGORIES, rows)]).astype(np.int32)
     facts = Facts(
         windows=drawn.integers(0, 300, (rows, LABELS, WIDTH + len(COLUMNS))).astype(np.uint16),
         log_scale=model.prepare_windows.log_scale,
         scale=model.prepare_windows.scale,
         shift=model.prepare_windows.shift,
-        label_mask=label_mask,
+        recent_mask=recent_mask,
         popular_mask=(drawn.random((rows, POPULAR)) < 0.7).astype(np.float32),
         successor_mask=(drawn.random((rows, SUCCESSORS)) < 0.6).astype(np.float32),
         other_mask=np.tile(np.array([1, 0, 1, 1, 0, 1, 1], np.float32), rows // 7),
         popular_next=drawn.integers(0, 30, (rows, POPULAR, len(COLUMNS))).astype(np.uint16),
         successor_next=drawn.integers(0, 30, (rows, SUCCESSORS, len(COLUMNS))).astype(np.uint16),
-        label_at=label_at,
+        recent_at=recent_at,
         successor_at=drawn.integers(1, CATEGORIES, (rows, SUCCESSORS)).astype(np.int32),
         other_at=drawn.integers(1, CATEGORIES, rows).astype(np.int32),
         pair_category_at=pair_category_at,
@@ -104,16 +104,16 @@ def pairs(model: Model, facts: Facts, arrays: dict[str, tf.Tensor], vector: str)
     """The logits of `Model`, of one pass: labels, popular, successors, last slot, and both pairs of each row."""
     queries = model.queries(arrays[vector], arrays["user"])
     inputs = {
-        "label_rows": tf.gather(arrays["category"], facts.label_at),
-        "label_mask": facts.label_mask,
+        "recent_rows": tf.gather(arrays["category"], facts.recent_at),
+        "recent_mask": facts.recent_mask,
         "popular_rows": arrays["popular_rows"],
         "popular_mask": facts.popular_mask,
         "successor_rows": tf.gather(arrays["category"], facts.successor_at),
         "successor_mask": facts.successor_mask,
         "popular_next": facts.popular_next.astype(np.float32),
         "successor_next": facts.successor_next.astype(np.float32),
-        "label_windows": facts.windows[:, :, :WIDTH].astype(np.float32),
-        "label_next": facts.windows[:, :, WIDTH:].astype(np.float32),
+        "category_windows": facts.windows[:, :, :WIDTH].astype(np.float32),
+        "recent_next": facts.windows[:, :, WIDTH:].astype(np.float32),
         "cross": np.zeros(ROWS, np.float32),
     }
     personal = model.personal(arrays["prepared"])
@@ -139,12 +139,12 @@ def pairs(model: Model, facts: Facts, arrays: dict[str, tf.Tensor], vector: str)
 def test_scores_are_those_of_the_model(model: Model, labelled: bool) -> None:
     facts, arrays = step(model, labelled)
     scores, _, _ = heads(facts, given(model, arrays))
-    label_logits, popular_logits, successor_logits, last, engaged = pairs(model, facts, arrays, "scoring")
-    np.testing.assert_allclose(scores.label_logits, label_logits, rtol=1e-4, atol=1e-5)
+    recent_logits, popular_logits, successor_logits, last, engaged = pairs(model, facts, arrays, "scoring")
+    np.testing.assert_allclose(scores.recent_logits, recent_logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores.popular_logits, popular_logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores.successor_logits, successor_logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores.engagement, engaged, rtol=1e-4, atol=1e-4)
-    logits = tf.concat([label_logits, popular_logits, successor_logits, last], 1).numpy()
+    logits = tf.concat([recent_logits, popular_logits, successor_logits, last], 1).numpy()
     for row in np.flatnonzero(facts.target >= 0):
         expected = (
             np.log(np.exp(logits[row] - logits[row].max()).sum()) + logits[row].max() - logits[row, facts.target[row]]
@@ -216,14 +216,14 @@ def test_weights_of_the_evidence_move_after_each_32_rows_to_their_mean_and_later
     for number, begin in enumerate(range(0, count, MOVE_ROWS), start=1):
         rows = slice(begin, min(begin + MOVE_ROWS, count))
         some, then, _ = heads(*part(facts, of, rows, Moving.of(weights.astype(np.float32), of.moving)))
-        expected_scores.append(some.label_logits)
+        expected_scores.append(some.recent_logits)
         slope = then.moving.flat()
         total += slope
         second = 0.999 * second + 0.001 * slope**2
         fast = fast - rate * pace * np.sqrt(1 - 0.999**number) * slope / (np.sqrt(second) + 1e-7)
         slow = slow + max(1 / 200, 10 / (number + 10)) * (fast - slow)
         weights = 0.3 * fast + 0.7 * slow
-    np.testing.assert_allclose(scores.label_logits, np.concatenate(expected_scores), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(scores.recent_logits, np.concatenate(expected_scores), rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(moved.weights, weights, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(moved.slow, slow, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(
@@ -232,7 +232,7 @@ def test_weights_of_the_evidence_move_after_each_32_rows_to_their_mean_and_later
     assert np.abs(moved.weights - slots.weights).max() > rate / 2
     still = heads(facts, of)
     assert (still[2].moved.weights == slots.weights).all()
-    assert (still[0].label_logits[:MOVE_ROWS] == scores.label_logits[:MOVE_ROWS]).all()
+    assert (still[0].recent_logits[:MOVE_ROWS] == scores.recent_logits[:MOVE_ROWS]).all()
 
 
 def test_one_pass_without_dropout_is_two_passes_over_the_same(model: Model) -> None:

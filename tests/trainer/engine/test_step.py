@@ -138,7 +138,7 @@ def test_loss_falls_and_top1_rises() -> None:
     trainer = fresh()
     rows = micro_batch(512)
     # A rule to learn: the second label wins.
-    chosen = np.where(rows.labels[:, 1] != 0, rows.labels[:, 1], rows.category)
+    chosen = np.where(rows.recent_categories[:, 1] != 0, rows.recent_categories[:, 1], rows.category)
     batch = dataclasses.replace(rows, category=chosen)
     first = trainer.step(batch)
     for _ in range(40):
@@ -210,13 +210,16 @@ def test_candidates_agree_with_a_plain_definition() -> None:
     popular = np.append(spread(np.arange(1, 7)), np.zeros(2, np.uint64))
     partner = partners(np.zeros(200, np.uint64), np.zeros(200, np.uint64), batch.offset)
     # Three of the ids that are neither a label of the row nor popular, and a gap.
-    rare = [[one for one in spread(np.arange(7, 31)).tolist() if one not in labels] for labels in batch.labels.tolist()]
+    rare = [
+        [one for one in spread(np.arange(7, 31)).tolist() if one not in labels]
+        for labels in batch.recent_categories.tolist()
+    ]
     successors = np.array([[*found[:3], 0] for found in rare], np.uint64)
-    found = candidates(batch.category, batch.labels, popular, successors, partner)
-    slots = SPEC.labels
+    found = candidates(batch.category, batch.recent_categories, popular, successors, partner)
+    slots = SPEC.recent_categories
     kinds = set()
     for row in range(200):
-        labels, own, last = batch.labels[row].tolist(), int(batch.category[row]), successors[row].tolist()
+        labels, own, last = batch.recent_categories[row].tolist(), int(batch.category[row]), successors[row].tolist()
         foreign = int(batch.category[partner[row]])
         offered = [p for p in popular.tolist() if p]
         mask = [float(p != 0 and p not in labels) for p in popular.tolist()]

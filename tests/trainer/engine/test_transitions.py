@@ -52,7 +52,7 @@ def counted(batches: Iterable[MicroBatch]) -> dict[int, Counter[int]]:
     """The plain definition: each row that is learned from, after its user's newest label."""
     found: dict[int, Counter[int]] = {}
     for batch in batches:
-        columns = (batch.labels[:, 0].tolist(), batch.category.tolist(), batch.weight.tolist())
+        columns = (batch.recent_categories[:, 0].tolist(), batch.category.tolist(), batch.weight.tolist())
         for newest, category, weight in zip(*columns, strict=True):
             if newest and category:
                 found.setdefault(newest, Counter()).update([category] if weight else [])
@@ -73,9 +73,9 @@ def test_a_list_begins_when_its_label_was_seen_as_often_as_any_row_must_be() -> 
     after = spread(np.array([1, 2, 1]))
     for number, label in enumerate(after):
         batch = micro_batch(1, first=number)
-        labels = np.zeros_like(batch.labels)
+        labels = np.zeros_like(batch.recent_categories)
         labels[:, 0] = label
-        trainer.step(dataclasses.replace(batch, labels=labels, category=spread(np.array([9]))))
+        trainer.step(dataclasses.replace(batch, recent_categories=labels, category=spread(np.array([9]))))
     assert lists(trainer) == {int(after[0]): {int(spread(np.array([9]))[0]): 1}}
 
 

@@ -76,7 +76,7 @@ def test_the_interest_head_sees_the_users_attributes() -> None:
     batch = with_attributes(micro_batch(64, first=900))
     rolled = dataclasses.replace(batch, user_attributes=np.roll(batch.user_attributes, 1, 0))
     before, after = trainer.score(batch), trainer.score(rolled)
-    assert (before["label_logits"] != after["label_logits"]).any()
+    assert (before["recent_logits"] != after["recent_logits"]).any()
 
 
 def test_each_attribute_none_and_unknown_have_rows_that_learn() -> None:

@@ -26,10 +26,10 @@ def shapes(rows: int | None) -> dict[str, list[int | None]]:
         "features": [rows, len(SPEC.names)],
         "user_row": [rows, dim],
         "context_row": [rows, dim],
-        "label_rows": [rows, SPEC.labels, dim],
-        "label_windows": [rows, SPEC.labels, len(SPEC.label_names)],
-        "label_next": [rows, SPEC.labels, len(COLUMNS)],
-        "label_mask": [rows, SPEC.labels],
+        "recent_rows": [rows, SPEC.recent_categories, dim],
+        "category_windows": [rows, SPEC.recent_categories, len(SPEC.window_names)],
+        "recent_next": [rows, SPEC.recent_categories, len(COLUMNS)],
+        "recent_mask": [rows, SPEC.recent_categories],
         "popular_rows": [MODEL.popular, dim],
         "popular_mask": [rows, MODEL.popular],
         "popular_next": [rows, MODEL.popular, len(COLUMNS)],
@@ -45,9 +45,9 @@ def shapes(rows: int | None) -> dict[str, list[int | None]]:
 def inputs(rows: int = ROWS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     found = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes(rows).items()}
-    for name in ("features", "label_windows", "label_next", "popular_next", "successor_next"):
+    for name in ("features", "category_windows", "recent_next", "popular_next", "successor_next"):
         found[name] = rng.integers(0, 200, shapes(rows)[name]).astype(np.float32)
-    for name in ("label_mask", "popular_mask", "successor_mask"):
+    for name in ("recent_mask", "popular_mask", "successor_mask"):
         found[name] = (rng.random(shapes(rows)[name]) < 0.7).astype(np.float32)
     return found
 
@@ -66,13 +66,13 @@ def test_shapes_and_masks(model: Model) -> None:
     given = inputs()
     found = model.forward(given)
     assert {name: tuple(value.shape) for name, value in found.items()} == {
-        "label_logits": (ROWS, SPEC.labels),
+        "recent_logits": (ROWS, SPEC.recent_categories),
         "popular_logits": (ROWS, MODEL.popular),
         "successor_logits": (ROWS, SUCCESSORS),
         "engagement_logit": (ROWS,),
         "vector": (ROWS, MODEL.hidden[-1]),
     }
-    assert (found["label_logits"].numpy()[given["label_mask"] == 0] == MASKED).all()
+    assert (found["recent_logits"].numpy()[given["recent_mask"] == 0] == MASKED).all()
     assert (found["popular_logits"].numpy()[given["popular_mask"] == 0] == MASKED).all()
     assert (found["successor_logits"].numpy()[given["successor_mask"] == 0] == MASKED).all()
 
@@ -81,7 +81,7 @@ def test_interest_does_not_see_item_and_category(model: Model) -> None:
     given = inputs()
     changed = given | {"item_row": given["item_row"] + 1, "category_row": given["category_row"] - 1}
     before, after = model.forward(given), model.forward(changed)
-    for name in ("label_logits", "popular_logits", "successor_logits", "vector"):
+    for name in ("recent_logits", "popular_logits", "successor_logits", "vector"):
         assert (before[name].numpy() == after[name].numpy()).all()
     assert (before["engagement_logit"].numpy() != after["engagement_logit"].numpy()).all()
 
@@ -90,12 +90,12 @@ def test_first_weights_are_the_same_in_every_process_and_rank_the_latest_label_f
     one, other = Model(MODEL, SPEC), Model(MODEL, SPEC)
     assert all((value == other.weights()[name]).all() for name, value in one.weights().items())
     given = inputs(1)
-    given["label_windows"][:] = 1
-    given["label_rows"][:] = 0
-    given["label_windows"][0, :, SPEC.label_names.index("is_last")] = np.arange(SPEC.labels) == 0
-    given["label_mask"][:] = 1
-    assert int(one.forward(given)["label_logits"].numpy().argmax()) == 0
-    assert recency_prior(SPEC.label_names).shape == (len(SPEC.label_names),)
+    given["category_windows"][:] = 1
+    given["recent_rows"][:] = 0
+    given["category_windows"][0, :, SPEC.window_names.index("is_last")] = np.arange(SPEC.recent_categories) == 0
+    given["recent_mask"][:] = 1
+    assert int(one.forward(given)["recent_logits"].numpy().argmax()) == 0
+    assert recency_prior(SPEC.window_names).shape == (len(SPEC.window_names),)
 
 
 def test_weights_of_another_model_are_refused(model: Model) -> None:

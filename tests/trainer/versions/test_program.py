@@ -36,7 +36,7 @@ def test_the_program_answers_as_the_model_does_with_each_versions_weights() -> N
         program.load(model.weights())
         ours, theirs = program.predict(inputs), model.forward(inputs)
         assert set(ours) == {
-            "label_logits",
+            "recent_logits",
             "popular_logits",
             "successor_logits",
             "engagement_logit",
