@@ -148,7 +148,7 @@ def document(
     return {
         "spec": spec.to_json(),
         "features": list(spec.names),
-        "category_windows": list(spec.window_names),
+        "label_windows": list(spec.window_names),
         "salt": salt.fingerprint,
         "preprocessing": model.preprocessing,
         "rows": sample.clicks,

@@ -81,7 +81,7 @@ def describe(folder: Path, spec: FeatureSpec, context: tuple[str, ...], about: M
         "format": FORMAT,
         "spec": spec.to_json(),
         "features": list(spec.names),
-        "category_windows": list(spec.window_names),
+        "label_windows": list(spec.window_names),
         "actions": list(spec.actions),
         "context": list(context),
         **about,

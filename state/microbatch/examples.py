@@ -26,7 +26,7 @@ An example has
     context        int64   [K]       ids of `name=value`; absent where `events.context` is empty
     features       int64   [D]       windows before this click, raw integers, named by `features` of spec.json
     labels         int64   [L]       the user's latest categories, newest first; 0 pads
-    category_windows  int64   [L * F]   windows of each of them, named by `category_windows` of spec.json
+    label_windows  int64   [L * F] windows of each of them, named by `label_windows` of spec.json
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, .
         spec: Names the D features, the L categories and the F windows of each.
         fields: K, context fields.
 
-    >>> shapes(FeatureSpec(), 0)["category_windows"]
+    >>> shapes(FeatureSpec(), 0)["label_windows"]
     (<class 'int'>, (360,))
     """
     found: dict[str, tuple[type, tuple[int, ...]]] = {
@@ -73,7 +73,7 @@ def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, .
         found["context"] = (int, (fields,))
     found["features"] = (int, (len(spec.names),))
     found["labels"] = (int, (spec.recent_categories,))
-    found["category_windows"] = (int, (spec.recent_categories * len(spec.window_names),))
+    found["label_windows"] = (int, (spec.recent_categories * len(spec.window_names),))
     return found
 
 
@@ -105,7 +105,7 @@ def record_batch(rows: Rows) -> pa.RecordBatch:
         columns["context"] = found["context"].view(np.int64)
     columns["features"] = found["features"].astype(np.int64)
     columns["labels"] = found["recent_categories"].view(np.int64)
-    columns["category_windows"] = (
+    columns["label_windows"] = (
         found["category_windows"].reshape(count, math.prod(found["category_windows"].shape[1:])).astype(np.int64)
     )
     return pa.RecordBatch.from_arrays(
@@ -168,8 +168,9 @@ def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
     def as_tensors(serialized: Any) -> Mapping[str, Any]:
         rows = tf.io.parse_example(serialized, columns)
         rows["features"] = tf.cast(rows["features"], tf.float32)
-        rows["category_windows"] = tf.cast(tf.reshape(rows["category_windows"], per_label), tf.float32)
-        rows["recent_mask"] = tf.cast(rows["labels"] != 0, tf.float32)
+        rows["recent_categories"] = rows.pop("labels")
+        rows["category_windows"] = tf.cast(tf.reshape(rows.pop("label_windows"), per_label), tf.float32)
+        rows["recent_mask"] = tf.cast(rows["recent_categories"] != 0, tf.float32)
         return dict(rows)
 
     files = sorted(str(file) for file in path.glob(f"{PREFIX}-*{SUFFIXES[document['compression']]}"))

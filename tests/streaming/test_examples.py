@@ -103,7 +103,7 @@ def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Pat
         assert found[name].dtype == np.float32
         np.testing.assert_array_equal(found[name], expected, name)
     labels = np.concatenate([one.recent_categories for one in rows])
-    np.testing.assert_array_equal(found["labels"].view(np.uint64), labels)
+    np.testing.assert_array_equal(found["recent_categories"].view(np.uint64), labels)
     np.testing.assert_array_equal(found["recent_mask"], labels != 0)
     assert (np.diff(found["at_ms"]) >= 0).all(), "the recording was not ordered by time"
     assert {*found["category"].view(np.uint64).tolist()} <= {public_id(f"c{number}") for number in range(9)}
@@ -177,7 +177,7 @@ def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settin
     example = tf.train.Example.FromString(first.numpy())
     assert set(columns) == set(example.features.feature)
     parsed = tf.io.parse_single_example(first, columns)
-    assert parsed["category_windows"].shape == (360,)
+    assert parsed["label_windows"].shape == (360,)
     assert parsed["at_ms"].shape == ()
     assert about(folder / "examples")["features"] == list(FeatureSpec.from_settings(settings).names)
     assert len(list((folder / "examples").glob("*.tfrecord.gz"))) == ROWS // 100
@@ -211,7 +211,7 @@ def test_a_small_keras_model_learns_from_the_examples_for_a_step(made: tuple[Pat
 
     def as_pair(rows: dict[str, Any]) -> tuple[Any, Any]:
         prepared = transform.transform_fn({"features": rows["features"]})["features"]
-        stays = tf.reduce_max(tf.cast(rows["labels"][:, :3] == rows["category"][:, None], tf.float32), 1)
+        stays = tf.reduce_max(tf.cast(rows["recent_categories"][:, :3] == rows["category"][:, None], tf.float32), 1)
         return prepared, stays
 
     pairs = dataset(folder / "examples", batch_rows=70).map(as_pair).repeat(30)
