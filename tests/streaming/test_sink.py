@@ -104,7 +104,9 @@ def with_history(rows: Rows) -> Rows:
     """The same batch, whose rows are also appended to the histories of their users."""
     events = np.zeros(len(rows.batch.offset), EVENT)
     events["offset"] = rows.batch.offset
-    return Rows(rows.batch, rows.features, rows.recent_categories, rows.category_windows, Appends.of(rows.batch.user, events))
+    return Rows(
+        rows.batch, rows.features, rows.recent_categories, rows.category_windows, Appends.of(rows.batch.user, events)
+    )
 
 
 def test_micro_batches_and_dead_letters_are_one_transaction(tmp_path: Path) -> None:

@@ -377,4 +377,6 @@ def test_a_mask_names_rows_of_a_batch_and_comes_back_from_json() -> None:
     assert rows.tolist() == [False, True, True, True, False]
     assert Mask.from_json(mask.to_json()) == mask
     assert bool(mask) and not Mask.NONE
-    assert vectorise(history_of([(0, 1, 1, 0, 0, 0)]), BASE_MS, None, mask, SPEC, user=2**64 - 1).recent_categories[0] == 0
+    assert (
+        vectorise(history_of([(0, 1, 1, 0, 0, 0)]), BASE_MS, None, mask, SPEC, user=2**64 - 1).recent_categories[0] == 0
+    )
