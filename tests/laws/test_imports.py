@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("state", "streaming", "trainer", "deploy")
@@ -19,7 +19,8 @@ ALLOWED = {
     "deploy": {"deploy", "state"},
 }
 KAFKA_ALONE = ("state/log",)
-FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+HEAVY = {"tensorflow", "keras", "apache_beam", "tensorflow_transform", "torch", "jax"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -34,28 +35,29 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
 
 
-def name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+# File -> the first parts of the modules that it imports.
+TOPS = {
+    path.relative_to(ROOT).as_posix(): {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_package_imports_only_what_it_may(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0]
-    tops = {module.partition(".")[0] for module in imported(ast.parse(path.read_text()))}
-    assert tops & set(PACKAGES) <= ALLOWED[package]
-    assert "tests" not in tops
+def test_a_package_imports_only_what_it_may() -> None:
+    not_allowed = {
+        name: tops & {*PACKAGES, "tests"} - ALLOWED[name.partition("/")[0]]
+        for name, tops in TOPS.items()
+        if not tops & {*PACKAGES, "tests"} <= ALLOWED[name.partition("/")[0]]
+    }
+    assert not_allowed == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_only_the_log_knows_the_kafka_client(path: Path) -> None:
-    tops = {module.partition(".")[0] for module in imported(ast.parse(path.read_text()))}
-    assert "kafka" not in tops or name(path).startswith(KAFKA_ALONE)
+def test_only_the_log_knows_the_kafka_client() -> None:
+    assert [name for name, tops in TOPS.items() if "kafka" in tops and not name.startswith(KAFKA_ALONE)] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_nothing_is_pickled(path: Path) -> None:
-    tops = {module.partition(".")[0] for module in imported(ast.parse(path.read_text()))}
-    assert not tops & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+def test_nothing_is_pickled() -> None:
+    assert {name: tops & PICKLES for name, tops in TOPS.items() if tops & PICKLES} == {}
 
 
 def serving_modules() -> list[str]:
@@ -63,18 +65,29 @@ def serving_modules() -> list[str]:
     return sorted(f"deploy.serving.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__")
 
 
-LOOK = "import sys, importlib; importlib.import_module(sys.argv[1]); print(sorted({m.partition('.')[0] for m in sys.modules}))"
+# Imports modules one after the other; prints after each one what is loaded.
+LOOK = """
+import importlib, json, sys
+loaded = {}
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+    loaded[module] = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps(loaded))
+"""
 
 
-@pytest.mark.parametrize("module", [*serving_modules(), "deploy.cli", "trainer.compactor"])
-def test_serving_and_the_small_processes_do_not_load_tensorflow(module: str) -> None:
-    found = subprocess.run([sys.executable, "-c", LOOK, module], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(ast.literal_eval(found.stdout))
-    assert not loaded & {"tensorflow", "keras", "apache_beam", "tensorflow_transform", "torch", "jax"}
+@functools.cache
+def loaded() -> dict[str, set[str]]:
+    """Module -> the top modules that a new process has loaded after it and those before it; the stream comes last."""
+    modules = [*serving_modules(), "deploy.cli", "trainer.compactor", "streaming.pipeline"]
+    found = subprocess.run([sys.executable, "-c", LOOK, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {module: set(tops) for module, tops in json.loads(found.stdout).items()}
+
+
+def test_serving_and_the_small_processes_do_not_load_tensorflow() -> None:
+    heavy = {module: tops & HEAVY for module, tops in loaded().items() if module != "streaming.pipeline"}
+    assert {module: tops for module, tops in heavy.items() if tops} == {}
 
 
 def test_the_stream_does_not_load_tensorflow() -> None:
-    found = subprocess.run(
-        [sys.executable, "-c", LOOK, "streaming.pipeline"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "tensorflow" not in ast.literal_eval(found.stdout)
+    assert "tensorflow" not in loaded()["streaming.pipeline"]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import re
 from pathlib import Path
-
-import pytest
 
 from deploy.cli import parser
 from deploy.operate.settings_table import as_markdown
@@ -18,10 +15,6 @@ from state.config.settings import Settings
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "deploy" / "settings.md"
 UNITS = {"_ms": {"ms"}, "_s": {"s"}, "_h": {"h"}, "_d": {"d"}, "_bytes": {"bytes"}, "_gb": {"GB", "GiB"}}
-
-
-def name(known: Known) -> str:
-    return known.name
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -37,42 +30,43 @@ def test_settings_have_the_declared_sections() -> None:
     assert [one.name for one in dataclasses.fields(Settings)] == [*SECTIONS, "origins"]
 
 
-@pytest.mark.parametrize("known", list(known_settings()), ids=name)
-def test_a_setting_explains_itself(known: Known) -> None:
-    assert known.help.endswith(".")
-    assert known.help[0].isupper() or known.help.startswith(("SASL", "TLS"))
+def test_a_setting_explains_itself() -> None:
+    def explained(known: Known) -> bool:
+        return known.help.endswith(".") and (known.help[0].isupper() or known.help.startswith(("SASL", "TLS")))
+
+    assert {known.name: known.help for known in known_settings() if not explained(known)} == {}
 
 
-@pytest.mark.parametrize("known", list(known_settings()), ids=name)
-def test_the_unit_agrees_with_the_name(known: Known) -> None:
-    units = {unit for ending, units in UNITS.items() if known.name.endswith(ending) for unit in units}
-    if isinstance(known.default, (int, float)) or known.unit:
-        assert not units or known.unit in units
+def test_the_unit_agrees_with_the_name() -> None:
+    def agrees(known: Known) -> bool:
+        units = {unit for ending, units in UNITS.items() if known.name.endswith(ending) for unit in units}
+        measured = isinstance(known.default, (int, float)) or known.unit
+        return not measured or not units or known.unit in units
+
+    assert {known.name: known.unit for known in known_settings() if not agrees(known)} == {}
 
 
-@functools.cache
-def sources() -> str:
-    """All our code, declarations of settings left out."""
+def test_some_code_uses_each_setting() -> None:
     packages = ("state", "streaming", "trainer", "deploy")
-    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
-    return "\n".join(path.read_text() for path in files if path.name != "sections.py")
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py") if path.name != "sections.py"]
+    # Attributes and strings are all that can name a setting.
+    named = set(re.findall(r"\.\w+|\"[\w.]+\"", "\n".join(path.read_text() for path in files)))
+
+    def used(known: Known) -> bool:
+        key = known.name.partition(".")[2]
+        return bool(named & {f".{key}", f'"{known.name}"', f'"{key}"'})
+
+    assert [known.name for known in known_settings() if not used(known)] == []
 
 
-@pytest.mark.parametrize("known", list(known_settings()), ids=name)
-def test_some_code_uses_the_setting(known: Known) -> None:
-    _, _, key = known.name.partition(".")
-    assert re.search(rf"\.{key}\b|\"{known.name}\"|\"{key}\"", sources())
+def test_each_command_explains_itself() -> None:
+    for command, itself in commands().items():
+        assert len(itself.description or "") > 20, command
+        for action in itself._actions:
+            assert action.help, f"{command} {action.option_strings or action.dest} has no help"
+        assert "Exit codes" in " ".join(itself.format_help().split()), command
 
 
-@pytest.mark.parametrize("command", sorted(commands()))
-def test_a_command_explains_itself(command: str) -> None:
-    text = commands()[command].format_help()
-    assert len(commands()[command].description or "") > 20
-    for action in commands()[command]._actions:
-        assert action.help, f"{command} {action.option_strings or action.dest} has no help"
-    assert "Exit codes" in " ".join(text.split())
-
-
-@pytest.mark.parametrize("command", sorted(commands()))
-def test_the_readme_names_the_command(command: str) -> None:
-    assert re.search(rf"\b{command}\b", (ROOT / "README.md").read_text())
+def test_the_readme_names_each_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [command for command in commands() if not re.search(rf"\b{command}\b", readme)] == []
