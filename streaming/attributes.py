@@ -25,7 +25,8 @@ from state.attributes.follower import POLL_S, AttributeFollower, Report, follow,
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, U64, Joined, Table
 from state.config.sections import Kafka
-from state.events.parser import ANNOUNCE_MS, DeadLetter
+from state.events.dead_letters import DeadLetter
+from state.events.parser import ANNOUNCE_MS
 from state.log import Writer
 from state.metrics import StreamMetrics
 from state.microbatch.batch import Rows

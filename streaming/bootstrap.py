@@ -41,7 +41,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
 from state.errors import SaltMismatch, SettingsError, SpringtideError, of_disk
-from state.events.parser import Salt, load_salt
+from state.events.identity import Salt, load_salt
 from state.features.spec import FeatureSpec
 from state.process.quiet_stderr import hushed, own_stderr, quieten
 from state.recordings.files import Recording

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import apache_beam as beam
 
-from state.events.parser import EventBatch
+from state.events.event_batch import EventBatch
 from state.log import PartitionBatch
 from streaming.shard import current
 

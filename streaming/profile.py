@@ -15,7 +15,7 @@ import apache_beam as beam
 import numpy as np
 from numpy.typing import NDArray
 
-from state.events.parser import EventBatch
+from state.events.event_batch import EventBatch
 from state.features.kernel import WORDS, update_rows, words
 from state.features.spec import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
 from state.history.store import Appends, HistoryStore

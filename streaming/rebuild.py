@@ -39,7 +39,9 @@ from state.errors import (
     UnknownTopic,
     of_disk,
 )
-from state.events.parser import EventBatch, Parser, Salt, load_salt
+from state.events.event_batch import EventBatch
+from state.events.identity import Salt, load_salt
+from state.events.parser import Parser
 from state.features.spec import FeatureSpec
 from state.history.followed import events_of, new_ranges
 from state.history.store import Appends, HistoryStore

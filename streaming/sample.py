@@ -19,7 +19,9 @@ import numpy as np
 
 from state.config.settings import Settings
 from state.errors import SpringtideError
-from state.events.parser import EventBatch, Parser, Salt
+from state.events.event_batch import EventBatch
+from state.events.identity import Salt
+from state.events.parser import Parser
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader

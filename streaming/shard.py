@@ -24,7 +24,8 @@ from state.attributes.values import tables_of
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SaltMismatch, SpecMismatch
-from state.events.parser import Parser, Salt, load_salt
+from state.events.identity import Salt, load_salt
+from state.events.parser import Parser
 from state.features.spec import FeatureSpec
 from state.history.store import Appends, HistoryStore
 from state.log import Reader, Topics, Writer

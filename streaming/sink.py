@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import apache_beam as beam
 
 from state.errors import LogError, UnreachableBroker
-from state.events.parser import DeadLetter
+from state.events.dead_letters import DeadLetter
 from state.microbatch.batch import Rows
 from state.positions import UNPLACED
 from state.process import killpoints

@@ -25,7 +25,7 @@ from deploy.replaying.progress import Progress
 from deploy.replaying.sender import LARGEST_VALUE, Judge, Piece, Record, missing, rows_within
 from state.config.sections import Events
 from state.errors import SettingsError
-from state.events.parser import Reason
+from state.events.dead_letters import Reason
 from state.process import killpoints
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons, time_of

@@ -10,7 +10,9 @@ import numpy as np
 
 from state.config.sections import Events, Kafka
 from state.errors import LogError
-from state.events.parser import DeadLetter, Parser, Salt
+from state.events.dead_letters import DeadLetter
+from state.events.identity import Salt
+from state.events.parser import Parser
 from state.log import BulkWriter, PartitionBatch, Reader, Topics, encode_batch, partition_of
 from state.recordings.rows import I64
 

@@ -22,7 +22,7 @@ from deploy.watch.panel import panel
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import KafkaFailed
-from state.events.parser import load_salt
+from state.events.identity import load_salt
 from state.log import Topics
 
 STEPS = 9

@@ -22,9 +22,8 @@ from state.attributes.store import OUTCOMES, AttributeStore, Place, pack
 from state.attributes.values import TEXT_CHARACTERS, Table, id_of
 from state.config.sections import Kafka
 from state.errors import DecodeError, GapError, LogError
-from state.events.decoding import Reason
+from state.events.dead_letters import DeadLetter, Reason
 from state.events.identity import Salt, public_id, user_id
-from state.events.parser import DeadLetter
 from state.log import PartitionBatch, Reader, Topics
 from state.positions import Source
 from state.process import killpoints

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from state.config.sections import Attributes
 from state.errors import DecodeError
-from state.events.decoding import Reason, why
+from state.events.dead_letters import Reason
+from state.events.decoding import why
 from state.events.identity import context_text, public_id
 
 U64 = NDArray[np.uint64]

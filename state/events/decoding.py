@@ -5,7 +5,6 @@ What a decoder gives is checked by `state.events.parser.Parser`, whatever decode
 
 from __future__ import annotations
 
-import enum
 import importlib
 import json
 import math
@@ -18,27 +17,13 @@ import msgspec
 
 from state.config.sections import Events as EventSettings
 from state.errors import DecodeError, SettingsError
+from state.events.dead_letters import Reason
 
 MILLISECONDS_FROM = 1e11  # a number this large is milliseconds: in seconds it is the year 5138
 LATEST_MS = 1 << 52  # the kernel's and JSON's integers stay exact
 
 
-class Reason(enum.StrEnum):
-    """Why a record is a dead letter."""
-
-    UNDECODABLE = "undecodable"
-    MISSING_FIELD = "missing_field"
-    WRONG_TYPE = "wrong_type"
-    EMPTY_ID = "empty_id"
-    NOT_FINITE = "not_finite"
-    IMPLAUSIBLE_TIME = "implausible_time"
-    TOO_LARGE = "too_large"
-    UNKNOWN_ACTION = "unknown_action"
-    CORRUPT_RECORD = "corrupt_record"
-
-
 Decoder = Callable[[bytes], Any]
-
 
 _IDS = str | int | None
 _ANY = str | bool | int | float | None
@@ -64,7 +49,7 @@ def decode_json(settings: EventSettings) -> Decoder:
         request: str | int | None; may be missing where `events.request` is empty
 
     None is "not there"; the parser checks everything else. A value that
-    cannot be decoded raises ValueError, or DecodeError with one of `Reason`.
+    cannot be decoded raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
 
     >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
     7

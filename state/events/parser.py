@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from state.config.sections import Events as EventSettings
 from state.errors import DecodeError, SettingsError
-from state.events.decoding import LATEST_MS
-from state.events.decoding import Reason as Reason
-from state.events.decoding import decode_json as decode_json
-from state.events.decoding import load_decoder as load_decoder
-from state.events.decoding import parse_time as parse_time
-from state.events.identity import Salt as Salt
-from state.events.identity import context_id as context_id
-from state.events.identity import context_text as context_text
-from state.events.identity import load_salt as load_salt
-from state.events.identity import public_id as public_id
-from state.events.identity import user_id as user_id
+from state.events.dead_letters import DeadLetter, Reason, reason_of
+from state.events.decoding import LATEST_MS, load_decoder, parse_time
+from state.events.event_batch import EventBatch
+from state.events.identity import Salt, context_id, context_text, public_id, user_id
 from state.positions import Range, Source
 
 if TYPE_CHECKING:
@@ -37,79 +29,6 @@ ANNOUNCE_MS = 600_000
 CACHED_IDS = 200_000
 CACHED_CHARACTERS = 256  # longer ids are hashed each time, so that the caches stay small
 NAME_CHARACTERS = 200
-
-
-class DeadLetter(NamedTuple):
-    """A record that is no event.
-
-    Attributes:
-        source: The partition it was in.
-        offset: Its offset.
-        reason: Why it is dead.
-        key: Its key, which is a user's raw id: for the dead-letter writer only, where bytes are switched on.
-        value: Its value, likewise.
-    """
-
-    source: Source
-    offset: int
-    reason: Reason
-    key: bytes | None
-    value: bytes | None
-
-    def __repr__(self) -> str:
-        """Coordinates and reason; the bytes may hold a raw user id."""
-        return f"DeadLetter({self.source}@{self.offset}, {self.reason})"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EventBatch:
-    """Events as columns, in order of arrival.
-
-    Attributes:
-        user: `[n]` uint64 pseudonyms.
-        item: `[n]` uint64.
-        category: `[n]` uint64.
-        action: `[n]` uint8, an index of the configured actions.
-        at_ms: `[n]` int64, event time.
-        label: `[n]` float32; NaN is unknown.
-        weight: `[n]` float32, of the action.
-        context: `[n, K]` uint64; 0 is none.
-        source: `[n]` uint16, an index of `ranges`.
-        offset: `[n]` int64.
-        ranges: What became of each position read.
-        dead: The records that are no events.
-        names: Names of categories not announced for ten minutes of event time.
-        request: `[n]` uint64 ids of requests, 0 for none; empty where no field is configured.
-    """
-
-    user: NDArray[np.uint64]
-    item: NDArray[np.uint64]
-    category: NDArray[np.uint64]
-    action: NDArray[np.uint8]
-    at_ms: NDArray[np.int64]
-    label: NDArray[np.float32]
-    weight: NDArray[np.float32]
-    context: NDArray[np.uint64]
-    source: NDArray[np.uint16]
-    offset: NDArray[np.int64]
-    ranges: tuple[Range, ...]
-    dead: tuple[DeadLetter, ...]
-    names: dict[int, str]
-    request: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-
-    def __len__(self) -> int:
-        """The number of events."""
-        return len(self.user)
-
-    def __bool__(self) -> bool:
-        """A batch without events still moves positions."""
-        return True
-
-
-def _reason(error: Exception) -> Reason:
-    """The reason code of what a decoder or the parser raised; a code that is none counts as undecodable."""
-    code = getattr(error, "reason", Reason.UNDECODABLE)
-    return Reason(code) if code in set(Reason) else Reason.UNDECODABLE
 
 
 def _remember(cache: dict[Any, int], key: Any, value: int) -> int:
@@ -181,7 +100,9 @@ class Parser:
                     if wide:
                         contexts.append(self._context(event))
                 except (DecodeError, ValueError) as error:
-                    dead.append(DeadLetter(source, int(batch.offsets[index]), _reason(error), batch.keys[index], value))
+                    dead.append(
+                        DeadLetter(source, int(batch.offsets[index]), reason_of(error), batch.keys[index], value)
+                    )
                     continue
                 rows.append(row)
                 if paired:

@@ -28,7 +28,7 @@ from state.positions import Range, Source, from_json, split_range, to_json
 
 if TYPE_CHECKING:
     from state.attributes.values import Joined
-    from state.events.parser import EventBatch
+    from state.events.event_batch import EventBatch
     from state.history.store import Appends
 
 FORMAT = 2

@@ -21,7 +21,7 @@ import orjson
 
 from state.config.sections import Events
 from state.errors import DecodeError
-from state.events.parser import parse_time
+from state.events.decoding import parse_time
 
 I64 = npt.NDArray[np.int64]
 NO_TIME = np.iinfo(np.int64).min

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from state.config.sections import Events as EventSettings
-from state.events.parser import EventBatch, Parser, Salt
+from state.events.event_batch import EventBatch
+from state.events.identity import Salt
+from state.events.parser import Parser
 from state.features.kernel import WORDS, update_rows, words
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.history.store import Appends, HistoryStore

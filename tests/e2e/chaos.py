@@ -35,7 +35,7 @@ from state import errors
 from state.attributes.values import tables_of
 from state.config.settings import Settings, load
 from state.errors import RegistryError
-from state.events.parser import load_salt
+from state.events.identity import load_salt
 from state.log import Topics
 from state.positions import UNPLACED, StreamAccount
 from state.registry.registry import Registry

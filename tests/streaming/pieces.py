@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from state.events.parser import EventBatch
+from state.events.event_batch import EventBatch
 from state.history.store import Appends
 from state.microbatch.batch import Rows
 from state.positions import Range, Source

@@ -15,8 +15,8 @@ from state.attributes.store import AttributeStore, Place, pack
 from state.attributes.values import Table, fields_of
 from state.config.sections import Attributes, Kafka
 from state.config.settings import Settings
-from state.events.identity import public_id, user_id
-from state.events.parser import ANNOUNCE_MS, load_salt
+from state.events.identity import load_salt, public_id, user_id
+from state.events.parser import ANNOUNCE_MS
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import Topics, Writer

@@ -18,7 +18,7 @@ import pytest
 
 from state.config.settings import Settings, load
 from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError
-from state.events.parser import load_salt
+from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
 from state.microbatch.batch import Rows

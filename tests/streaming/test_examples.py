@@ -18,8 +18,7 @@ from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
 
 from state.config.settings import Settings, load
 from state.errors import SettingsError, SpringtideError
-from state.events.identity import public_id
-from state.events.parser import load_salt
+from state.events.identity import load_salt, public_id
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import Rows
 from state.microbatch.examples import about, dataset, schema

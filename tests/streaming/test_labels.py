@@ -15,7 +15,7 @@ from state.attributes.values import Joined
 from state.config.sections import Events, Labels
 from state.config.settings import Settings
 from state.errors import CorruptStore
-from state.events.parser import EventBatch
+from state.events.event_batch import EventBatch
 from state.features.spec import FeatureSpec
 from state.history.followed import events_of, new_ranges
 from state.history.store import Appends, HistoryStore

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.events.parser import EventBatch
+from state.events.event_batch import EventBatch
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, Vector, vectorise
 from state.history.store import HistoryStore
 from state.microbatch.batch import Rows

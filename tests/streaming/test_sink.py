@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from state.config.sections import Kafka, Stream
 from state.errors import FencedWriter, PositionConflict, UnreachableBroker
-from state.events.parser import DeadLetter
+from state.events.dead_letters import DeadLetter
 from state.features.spec import EVENT
 from state.history.store import Appends, HistoryStore
 from state.metrics import StreamMetrics

@@ -6,8 +6,7 @@ from typing import Any
 
 from deploy.watch import accounts
 from state.attributes.values import tables_of
-from state.events.identity import public_id, user_id
-from state.events.parser import load_salt
+from state.events.identity import load_salt, public_id, user_id
 from state.log import Reader, Topics
 from state.microbatch.batch import MicroBatch, decode
 from state.microbatch.row_kinds import Kind, trained

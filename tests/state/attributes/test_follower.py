@@ -15,8 +15,8 @@ from state.attributes.store import AttributeStore, texts_in
 from state.attributes.values import Table, fields_of
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
+from state.events.dead_letters import DeadLetter
 from state.events.identity import Salt, public_id, user_id
-from state.events.parser import DeadLetter
 from state.log import Topics, Writer
 from tests.conftest import KafkaFactory
 

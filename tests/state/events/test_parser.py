@@ -19,19 +19,11 @@ from hypothesis import strategies as st
 
 from state.config.sections import Events
 from state.errors import DecodeError, SaltMismatch, SettingsError
-from state.events.parser import (
-    DeadLetter,
-    EventBatch,
-    Parser,
-    Reason,
-    Salt,
-    context_id,
-    load_decoder,
-    load_salt,
-    parse_time,
-    public_id,
-    user_id,
-)
+from state.events.dead_letters import DeadLetter, Reason
+from state.events.decoding import load_decoder, parse_time
+from state.events.event_batch import EventBatch
+from state.events.identity import Salt, context_id, load_salt, public_id, user_id
+from state.events.parser import Parser
 from state.log import PartitionBatch
 from state.positions import Source
 

@@ -16,7 +16,7 @@ from deploy.replaying.sender import Judge, Piece
 from state.config.sections import Events
 from state.config.settings import load
 from state.errors import SettingsError
-from state.events.parser import decode_json
+from state.events.decoding import decode_json
 from state.recordings.rows import NO_TIME, Encoded, Encoder, Rows, joined
 
 LATEST = 1_800_000_000_000

@@ -1,0 +1,56 @@
+"""Clicks as columns: what the parser makes of records and everything after it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.events.dead_letters import DeadLetter
+from state.positions import Range
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EventBatch:
+    """Events as columns, in order of arrival.
+
+    Attributes:
+        user: `[n]` uint64 pseudonyms.
+        item: `[n]` uint64.
+        category: `[n]` uint64.
+        action: `[n]` uint8, an index of the configured actions.
+        at_ms: `[n]` int64, event time.
+        label: `[n]` float32; NaN is unknown.
+        weight: `[n]` float32, of the action.
+        context: `[n, K]` uint64; 0 is none.
+        source: `[n]` uint16, an index of `ranges`.
+        offset: `[n]` int64.
+        ranges: What became of each position read.
+        dead: The records that are no events.
+        names: Names of categories not announced for ten minutes of event time.
+        request: `[n]` uint64 ids of requests, 0 for none; empty where no field is configured.
+    """
+
+    user: NDArray[np.uint64]
+    item: NDArray[np.uint64]
+    category: NDArray[np.uint64]
+    action: NDArray[np.uint8]
+    at_ms: NDArray[np.int64]
+    label: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    context: NDArray[np.uint64]
+    source: NDArray[np.uint16]
+    offset: NDArray[np.int64]
+    ranges: tuple[Range, ...]
+    dead: tuple[DeadLetter, ...]
+    names: dict[int, str]
+    request: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def __len__(self) -> int:
+        """The number of events."""
+        return len(self.user)
+
+    def __bool__(self) -> bool:
+        """A batch without events still moves positions."""
+        return True
