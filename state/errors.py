@@ -2,7 +2,7 @@
 
     SpringtideError                 exit 1
     ├── SettingsError               exit 2
-    ├── SaltMismatch, SpecMismatch
+    ├── MissingSalt, SaltMismatch, SpecMismatch
     ├── LogError
     │   ├── UnreachableBroker, UnknownTopic, GapError, FencedWriter
     ├── StoreError
@@ -12,9 +12,12 @@
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
     ├── UnreadableRecording
+    ├── NotReady
+    ├── BadRequest                  HTTP 400
+    │   └── UnknownPath, WrongMethod    HTTP 404, 405
     └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
 
-A message says what happened, to which input, and what to do, in one line and
+An error says what happened, to which input, and what to do, in one line and
 without a raw user id. A bad record is no error: it goes to the dead letters.
 """
 
@@ -23,17 +26,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from state.log.gaps import Gap
+    from state.positions import Gap
 
 
 class SpringtideError(Exception):
     """Something an operator can act on; the process ends with `exit_code`. Do what the message says.
 
+    Args:
+        what: What happened, to which input.
+        do: What to do. Where it is not given, it is what stands in `what` behind
+            the last `"; "`, or else the advice of the class.
+
     Attributes:
+        what: What happened, to which input.
+        do: What to do.
         exit_code: 1 failed, 2 wrong use.
+        http_status: What an HTTP request is answered with that meets this error.
+
+    >>> error = StoreFull("rows/ is full", "free space")
+    >>> str(error), error.what, error.do
+    ('rows/ is full; free space', 'rows/ is full', 'free space')
+    >>> LockHeld("rows/ is in use; stop pid 7").do
+    'stop pid 7'
+    >>> UnknownTopic("there is no topic clicks").do
+    'Create it, or correct its name in `[kafka]`; a mistyped name is never created.'
     """
 
     exit_code: int = 1
+    http_status: int = 503
+
+    def __init__(self, what: str, do: str = "") -> None:
+        super().__init__(f"{what}; {do}" if do else what)
+        if not do:
+            head, _, tail = what.rpartition("; ")
+            what, do = (head, tail) if head else (what, self._advice())
+        self.what, self.do = what, do
+
+    @classmethod
+    def _advice(cls) -> str:
+        """The docstring's first line behind its first sentence."""
+        return (cls.__doc__ or "").partition("\n")[0].partition(". ")[2]
 
 
 class SettingsError(SpringtideError):
@@ -42,8 +74,29 @@ class SettingsError(SpringtideError):
     exit_code = 2
 
 
+class MissingSalt(SpringtideError):
+    """There is no salt file, and none may be made. Restore the file, or set `paths.salt_file` to where it is."""
+
+
 class SaltMismatch(SpringtideError):
     """The salt is not the one the stored pseudonyms were made with. Restore the salt file, or start a new state directory."""
+
+    @classmethod
+    def between(cls, holder: str, stored: str, ours: str) -> SaltMismatch:
+        """The error, in the words that it has everywhere.
+
+        >>> str(SaltMismatch.between("version 7", "1f", "2e"))
+        'version 7 has users of salt 1f, the salt here is 2e; restore the salt file (paths.salt_file), or start a new state directory'
+
+        Args:
+            holder: What has pseudonyms of another salt.
+            stored: Fingerprint of that salt.
+            ours: Fingerprint of the salt of whoever meets it.
+        """
+        return cls(
+            f"{holder} has users of salt {stored}, the salt here is {ours}",
+            "restore the salt file (paths.salt_file), or start a new state directory",
+        )
 
 
 class SpecMismatch(SpringtideError):
@@ -154,6 +207,29 @@ class TrainingHeld(SpringtideError):
     """The guard held training after many bad steps. Look at the input, then roll back with `springtide rollback --to V`."""
 
 
+class NotReady(SpringtideError):
+    """Something that answers need is not here yet. Wait for the applier, or look at its log."""
+
+
+class BadRequest(SpringtideError):
+    """A request cannot be answered as it is. Correct it as the answer says."""
+
+    exit_code = 2
+    http_status = 400
+
+
+class UnknownPath(BadRequest):
+    """Nothing answers at this path. Ask one of the paths that the answer names."""
+
+    http_status = 404
+
+
+class WrongMethod(BadRequest):
+    """The path takes another HTTP method. Use the one that the answer names."""
+
+    http_status = 405
+
+
 class PortTaken(SpringtideError):
     """A port is in use. Stop its owner, or choose another with the setting that the message names."""
 
@@ -180,7 +256,7 @@ def of_disk(problem: SpringtideError | OSError) -> SpringtideError:
     """
     if isinstance(problem, SpringtideError):
         return problem
-    return UnusableDisk(f"{reason_of(problem)}; free space or correct its access rights, and start again")
+    return UnusableDisk(reason_of(problem), "free space or correct its access rights, and start again")
 
 
 def reason_of(problem: OSError) -> str:

@@ -1,4 +1,4 @@
-"""Positions in a log and the accounts kept of them: sources, ranges and what became of each offset.
+"""Positions in a log: sources, ranges and what became of each offset, and gaps.
 
 A position names the topic by its id, never by its name: a recreated topic is
 another topic. Everything here is a value; who stores it, and in which
@@ -66,6 +66,43 @@ class Source(NamedTuple):
             raise ValueError(f"{text!r} is no source: expected <32 hex digits>:<partition>[:<bucket>/<buckets>]")
         bucket, buckets = share[0].split("/") if share else ("0", "1")
         return cls(topic_id, int(partition), int(bucket), int(buckets))
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The positions `[first, next)` of a source that are missing.
+
+    Attributes:
+        source: Whose.
+        first: The first one.
+        next: The one after the last.
+    """
+
+    source: Source
+    first: int
+    next: int
+
+    @property
+    def positions(self) -> int:
+        """How many."""
+        return self.next - self.first
+
+    @property
+    def place(self) -> str:
+        """As `--accept-gap` takes it; both ends are included.
+
+        >>> Gap(Source("ab" * 16, 3), 10, 20).place
+        'abababab:3:10-19'
+        """
+        return f"{self.source.topic_id[:8]}:{self.source.partition}:{self.first}-{self.next - 1}"
+
+    def __str__(self) -> str:
+        """Partition, both ends and the number.
+
+        >>> str(Gap(Source("ab" * 16, 3), 10, 20))
+        'partition 3, positions 10 to 19 (10)'
+        """
+        return f"partition {self.source.partition}, positions {self.first} to {self.next - 1} ({self.positions})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,187 +256,6 @@ def from_json(document: Mapping[str, Any]) -> Range:
         numbers[name] = number
     source = Source(topic_id, numbers.pop("partition"), numbers.pop("bucket"), numbers.pop("buckets"))
     return Range(source, **numbers)
-
-
-@dataclass(frozen=True)
-class StreamAccount:
-    """What the stream has committed, summed over sources, or for one of them.
-
-    Attributes:
-        positions: Offsets passed, from the first position ever taken to the next one.
-        rows: Offsets that became rows.
-        dead: Offsets that went to the dead letters.
-        filtered: Offsets left out on purpose.
-        absent: Offsets without a record.
-        gap: Offsets deleted unread, a loss that an operator accepted.
-        opened: Impressions whose label comes later.
-        feedback: Outcomes, which only histories gained.
-        joined: Impressions that an outcome labelled.
-        expired: Impressions whose wait was over.
-        dropped: Impressions that could not wait.
-    """
-
-    positions: int
-    rows: int
-    dead: int = 0
-    filtered: int = 0
-    absent: int = 0
-    gap: int = 0
-    opened: int = 0
-    feedback: int = 0
-    joined: int = 0
-    expired: int = 0
-    dropped: int = 0
-
-    @property
-    def learnable(self) -> int:
-        """Rows that the trainer learns from: those known at once, and those known later.
-
-        >>> StreamAccount(positions=5, rows=2, opened=3, joined=1, expired=1).learnable
-        4
-        """
-        return self.rows + self.joined + self.expired
-
-    @property
-    def waiting(self) -> int:
-        """Impressions that must be waiting."""
-        return self.opened - self.joined - self.expired - self.dropped
-
-    @classmethod
-    def of(cls, counts: Mapping[str, int]) -> StreamAccount:
-        """The account of one source, as the history store counts it.
-
-        >>> StreamAccount.of({"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}).positions
-        2
-        """
-        outcomes = {name: counts.get(name, 0) for name in COUNTED}
-        return cls(counts["next"] - counts["first"], **outcomes)
-
-
-@dataclass(frozen=True)
-class TrainerAccount:
-    """What the trainer did with the rows of the micro-batch log.
-
-    Attributes:
-        rows: Rows in the log, duplicates written again after a crash included.
-        trained: Rows learned from.
-        skipped: Rows left out by the guard.
-        duplicate: Rows seen before, by their source position.
-        in_flight: Rows not yet taken, counted on their own (log end less the trainer's offset).
-        masked: Rows left out by a mask.
-        gap: Source offsets that no record of the log held, a loss that an operator accepted.
-    """
-
-    rows: int
-    trained: int
-    skipped: int = 0
-    duplicate: int = 0
-    in_flight: int = 0
-    masked: int = 0
-    gap: int = 0
-
-
-@dataclass(frozen=True)
-class BrokerAccount:
-    """One source as the stream has it and as the broker has it.
-
-    Attributes:
-        source: Which.
-        next: The stream's next offset.
-        begin: The first offset that the broker keeps.
-        end: The offset after the last one.
-    """
-
-    source: Source
-    next: int
-    begin: int
-    end: int
-
-    @property
-    def unread(self) -> int:
-        """Offsets that are still to be read.
-
-        >>> BrokerAccount(Source("ab" * 16, 0), next=5, begin=0, end=9).unread
-        4
-        """
-        return max(0, self.end - self.next)
-
-
-def check_accounts(
-    stream: StreamAccount | None = None,
-    trainer: TrainerAccount | None = None,
-    broker: Iterable[BrokerAccount] = (),
-    waiting: int | None = None,
-) -> tuple[str, ...]:
-    """Says where the accounts of one cut do not balance; empty where they do.
-
-    1. In the stream each offset has one outcome.
-    2. In the trainer each row of the log has one outcome.
-    3. The stream's rows are the log's rows without the duplicates: no row was
-       lost between the two, none came twice. Where the trainer accepted a gap,
-       at most the rows of that many positions may be missing: one each, or
-       `MOST_LEARNED` where impressions wait.
-    4. The broker still has what is to be read, and does not end before us.
-    5. Each impression opened was joined, expired or dropped, or is among the
-       `waiting` ones, which were counted on their own.
-
-    >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
-    ()
-    >>> check_accounts(StreamAccount(positions=10, rows=8))
-    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent + 0 gap + 0 opened + 0 feedback = 8',)
-    >>> check_accounts(StreamAccount(positions=8, rows=8), TrainerAccount(rows=7, trained=7))
-    ('log: the stream made 8 rows, but the log holds 7 without duplicates: 1 lost',)
-    """
-    found = []
-    # 1.
-    if stream is not None:
-        total = sum(
-            (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback)
-        )
-        if total != stream.positions:
-            found.append(
-                f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
-                f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
-                f"{stream.feedback} feedback = {total}"
-            )
-    # 2.
-    if trainer is not None:
-        total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
-        if total != trainer.rows:
-            found.append(
-                f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
-                f"{trainer.duplicate} duplicate + {trainer.masked} masked + {trainer.in_flight} in flight = {total}"
-            )
-    # 3.
-    if stream is not None and trainer is not None:
-        distinct = trainer.rows - trainer.duplicate
-        lost = stream.learnable - distinct
-        excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
-        if not 0 <= lost <= excused:
-            what = f"{-lost} came twice" if lost < 0 else f"{lost - excused} lost"
-            accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
-            found.append(
-                f"log: the stream made {stream.learnable} rows, but the log holds {distinct} without duplicates{accepted}: {what}"
-            )
-    # 4.
-    for one in broker:
-        if one.begin > one.next:
-            found.append(
-                f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
-                f"{one.begin - one.next} positions were deleted unread"
-            )
-        elif one.end < one.next:
-            found.append(
-                f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
-                "it lost its newest records, or another cluster answers"
-            )
-    # 5.
-    if stream is not None and waiting is not None and waiting != stream.waiting:
-        found.append(
-            f"labels: {stream.opened} impressions opened, but {stream.joined} joined + {stream.expired} expired + "
-            f"{stream.dropped} dropped + {waiting} waiting = {stream.opened - stream.waiting + waiting}"
-        )
-    return tuple(found)
 
 
 def positions_after(ranges: Iterable[Range]) -> dict[Source, int]:

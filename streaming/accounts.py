@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from state.accounts import StreamAccount, check_accounts
 from state.errors import GapError
 from state.history.store import OUTCOMES, Appends, HistoryStore
 from state.log import gaps
-from state.log.gaps import Accepted, Consent, Gap
+from state.log.gaps import Accepted, Consent
 from state.metrics import StreamMetrics
-from state.positions import RARE, Range, Source, StreamAccount, check_accounts
+from state.positions import RARE, Gap, Range, Source
 from state.process import killpoints
 
 OF_LABELS = ("opened", "feedback")

@@ -167,10 +167,7 @@ def require_same(about: Mapping[str, Any], settings: Settings, salt: Salt) -> No
         SpecMismatch: With another preprocessing.
     """
     if about["salt"] != salt.fingerprint:
-        raise SaltMismatch(
-            f"the registry was bootstrapped with salt {about['salt']}, {settings.salt_path} has {salt.fingerprint}; "
-            "restore that salt file, or start a new state directory"
-        )
+        raise SaltMismatch.between(f"the registry {settings.registry_dir}", about["salt"], salt.fingerprint)
     require_preprocessing(about, settings.model.preprocessing)
 
 

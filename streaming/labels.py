@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from state.accounts import StreamAccount
 from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.history.store import Appends, HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.microbatch.batch import Rows
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
-from state.positions import Range, Source, StreamAccount
+from state.positions import Range, Source
 from streaming.attribution import IMPRESSION, NEVER_MS, OUTCOME, PLAIN, Queue, attribute, enter, pairs, with_room
 from streaming.cut import Cut
 

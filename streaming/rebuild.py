@@ -275,9 +275,7 @@ class Rebuild:
             return None
         header = whole.header
         if header.salt != self._salt.fingerprint:
-            raise SaltMismatch(
-                f"{where} has users of salt {header.salt}, the salt file has {self._salt.fingerprint}; restore the salt file"
-            )
+            raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
         if header.spec != self._spec:
             raise SpecMismatch(
                 f"{where} has feature spec {header.spec[:12]}, the settings make {self._spec[:12]}; "

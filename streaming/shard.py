@@ -292,10 +292,7 @@ def check_identity(store: HistoryStore, spec: str, salt: str) -> None:
         store.commit(Appends.none(), (), {SPEC: spec.encode(), SALT: salt.encode()})
         return
     if stored_salt != salt.encode():
-        raise SaltMismatch(
-            f"the histories were made with salt {(stored_salt or b'').decode()}, the salt file has {salt}; "
-            "restore the salt file, or choose another paths.state"
-        )
+        raise SaltMismatch.between(str(store.path), (stored_salt or b"").decode(), salt)
     if stored_spec != spec.encode():
         raise SpecMismatch(
             f"the histories belong to feature spec {(stored_spec or b'').decode()[:12]}, the settings make {spec[:12]}; "

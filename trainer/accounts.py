@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from state.accounts import TrainerAccount, check_accounts
 from state.errors import GapError
 from state.log import gaps
-from state.log.gaps import Accepted, Consent, Gap, Journal
+from state.log.gaps import Accepted, Consent, Journal
 from state.metrics import TrainerMetrics
-from state.positions import Source, TrainerAccount, check_accounts
+from state.positions import Gap, Source
 
 COMMAND = "springtide train"
 FOLDER = "gaps"  # in the registry's directory

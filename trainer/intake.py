@@ -62,10 +62,7 @@ def take_in(value: bytes | None, marks: Mapping[Source, int], mask: Mask, spec: 
             "the same release, [features] and events.actions, or start a new state directory"
         )
     if whole.header.salt != salt:
-        raise SaltMismatch(
-            f"{where} has users of salt {whole.header.salt}, this registry has {salt}; "
-            "restore the salt file of the stream, or start a new state directory"
-        )
+        raise SaltMismatch.between(where, whole.header.salt, salt)
     unseen, after = trim(whole, marks)
     ours = trained(whole.kind)
     fresh = ours & unseen

@@ -153,7 +153,8 @@ def users_of(settings: Settings, file: Path, fingerprint: str) -> frozenset[int]
         fingerprint: Of the salt that the versions were trained with; another one would mask nobody.
 
     Raises:
-        SaltMismatch: The salt file is missing, or is another one.
+        MissingSalt: The salt file is missing.
+        SaltMismatch: It is another one.
         SettingsError: The file cannot be read.
     """
     try:
@@ -164,10 +165,7 @@ def users_of(settings: Settings, file: Path, fingerprint: str) -> frozenset[int]
         ) from None
     salt = load_salt(settings.salt_path, create=False)
     if salt.fingerprint != fingerprint:
-        raise SaltMismatch(
-            f"the salt at {settings.salt_path} is {salt.fingerprint}, the versions' is {fingerprint}; "
-            "restore the salt file, or set paths.salt_file to where it is"
-        )
+        raise SaltMismatch.between(f"the registry {settings.registry_dir}", fingerprint, salt.fingerprint)
     return frozenset(user_id(salt, line.strip()) for line in lines if line.strip())
 
 

@@ -76,7 +76,7 @@ class AttributesFollower:
         metrics: Of the applier.
 
     Raises:
-        SaltMismatch: The salt's file is missing.
+        MissingSalt: The salt's file is missing.
     """
 
     def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics) -> None:

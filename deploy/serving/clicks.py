@@ -199,10 +199,7 @@ class HistoryFollower:
         if self._salt is None:
             self._salt = found.header.salt
         if found.header.salt != self._salt:
-            raise SaltMismatch(
-                f"record {offset} of partition {partition} has pseudonyms of the salt {found.header.salt}, the histories those of "
-                f"{self._salt}; restore the stream's salt, or move the histories away to rebuild them"
-            )
+            raise SaltMismatch.between(f"record {offset} of partition {partition}", found.header.salt, self._salt)
         return found
 
     def _commit(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deploy.serving.attributes import KnownAttributes
-from deploy.serving.predictor import CLOCK_EXTRA, NotReady, Predictor
+from deploy.serving.predictor import CLOCK_EXTRA, Predictor
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.config.settings import Settings
-from state.errors import SpringtideError, StoreError
+from state.errors import NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore

@@ -33,7 +33,7 @@ from deploy.serving import crosses
 from deploy.serving.attributes import NOTHING, Known, KnownAttributes
 from deploy.serving.candidates import Interest, Label, add_succession, came_next, interests
 from deploy.serving.program import BATCHES, Program, batch_of, read_program
-from state.errors import SaltMismatch, SpecMismatch, SpringtideError
+from state.errors import NotReady, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, Vector, vectorise
 from state.history.store import HistoryStore
@@ -48,10 +48,6 @@ ROWS_REMEMBERED = 10_000
 MOST_AT_ONCE = BATCHES[-1]
 
 F32 = NDArray[np.float32]
-
-
-class NotReady(SpringtideError):
-    """Something that answers need is not here yet. Wait for the applier, or look at its log."""
 
 
 class Version(TypedDict):
@@ -339,10 +335,7 @@ class Predictor:
         if loaded is not None and loaded.served.serial == served.serial:
             return loaded
         if served.salt != self._salt.fingerprint:
-            raise SaltMismatch(
-                f"version {served.version} was trained with the salt {served.salt}, this worker has {self._salt.fingerprint}; "
-                "give it the stream's salt file (paths.salt_file)"
-            )
+            raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
         if served.spec != self._spec.digest:
             raise SpecMismatch(
                 f"version {served.version} has the feature spec {served.spec[:12]}, the settings give {self._spec.digest[:12]}; "

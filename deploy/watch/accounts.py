@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.watch.messages import shown
+from state.accounts import BrokerAccount, StreamAccount, TrainerAccount, check_accounts
 from state.config.settings import Settings
 from state.errors import SpringtideError
 from state.history.store import HistoryStore
 from state.log import Reader, Topics, gaps
 from state.microbatch.batch import MicroBatch, decode, trim
 from state.microbatch.row_kinds import trained
-from state.positions import BrokerAccount, Source, StreamAccount, TrainerAccount, check_accounts
+from state.positions import Source
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 

@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from state.errors import SaltMismatch, SettingsError
+from state.errors import MissingSalt, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ def load_salt(path: Path, create: bool = True) -> Salt:
         create: Whether a missing file is made, with mode 0600.
 
     Raises:
-        SaltMismatch: The file is missing and is not to be made.
+        MissingSalt: The file is missing and is not to be made.
         SettingsError: The file cannot be read, or the key is too short.
     """
     if not path.exists():
         if not create:
-            raise SaltMismatch(f"there is no salt at {path}; restore the file, or set paths.salt_file to where it is")
+            raise MissingSalt(f"there is no salt at {path}", "restore the file, or set paths.salt_file to where it is")
         _make(path)
     try:
         content = path.read_bytes().strip()

@@ -19,46 +19,9 @@ from typing import Any
 
 from state.disk import files as durable
 from state.errors import GapError, SettingsError
-from state.positions import Source
+from state.positions import Gap, Source
 
 _FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """The positions `[first, next)` of a source that are missing.
-
-    Attributes:
-        source: Whose.
-        first: The first one.
-        next: The one after the last.
-    """
-
-    source: Source
-    first: int
-    next: int
-
-    @property
-    def positions(self) -> int:
-        """How many."""
-        return self.next - self.first
-
-    @property
-    def place(self) -> str:
-        """As `--accept-gap` takes it; both ends are included.
-
-        >>> Gap(Source("ab" * 16, 3), 10, 20).place
-        'abababab:3:10-19'
-        """
-        return f"{self.source.topic_id[:8]}:{self.source.partition}:{self.first}-{self.next - 1}"
-
-    def __str__(self) -> str:
-        """Partition, both ends and the number.
-
-        >>> str(Gap(Source("ab" * 16, 3), 10, 20))
-        'partition 3, positions 10 to 19 (10)'
-        """
-        return f"partition {self.source.partition}, positions {self.first} to {self.next - 1} ({self.positions})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,8 @@ from state.errors import GapError, LogError, UnknownTopic, UnreachableBroker
 from state.log import hook as log_hook
 from state.log.batches import I64, Chunk
 from state.log.client import connect, translated
-from state.log.gaps import Gap
 from state.log.topics import Topics
-from state.positions import Source
+from state.positions import Gap, Source
 
 FETCH_BYTES = 2 * 1024 * 1024
 METADATA_S = 1.0

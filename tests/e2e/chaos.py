@@ -32,12 +32,13 @@ import psutil
 from deploy.serving.host import ATTRIBUTES
 from deploy.watch import scrape
 from state import errors
+from state.accounts import StreamAccount
 from state.attributes.values import tables_of
 from state.config.settings import Settings, load
 from state.errors import RegistryError
 from state.events.identity import load_salt
 from state.log import Topics
-from state.positions import UNPLACED, StreamAccount
+from state.positions import UNPLACED
 from state.registry.registry import Registry
 from tests.e2e.client import Client
 from tests.e2e.crowd import Crowd

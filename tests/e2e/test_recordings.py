@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from state.accounts import StreamAccount, check_accounts
 from state.attributes.values import SIDES, band, fields_of, tables_of
 from state.config.settings import Settings, load
 from state.errors import SettingsError
@@ -23,7 +24,6 @@ from state.events.identity import public_id
 from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.batch import MicroBatch
-from state.positions import StreamAccount, check_accounts
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import deduplicated, following, headers_of, running, until
 

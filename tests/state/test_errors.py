@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 
 import pytest
 
 from state import errors
-from state.errors import DecodeError, SettingsError, SpringtideError
+from state.errors import BadRequest, DecodeError, SettingsError, SpringtideError, StoreFull
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, SpringtideError)]
 
@@ -25,8 +26,34 @@ def test_the_drawn_tree_names_every_error(kind: type[SpringtideError]) -> None:
 
 
 def test_wrong_use_ends_with_2_and_everything_else_with_1() -> None:
-    assert SettingsError.exit_code == 2
-    assert {kind.exit_code for kind in CLASSES if not issubclass(kind, SettingsError)} == {1}
+    wrong_use = (SettingsError, BadRequest)
+    assert {kind.exit_code for kind in CLASSES if issubclass(kind, wrong_use)} == {2}
+    assert {kind.exit_code for kind in CLASSES if not issubclass(kind, wrong_use)} == {1}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_only_a_bad_request_is_the_callers_fault(kind: type[SpringtideError]) -> None:
+    assert kind.http_status in ((400, 404, 405) if issubclass(kind, BadRequest) else (503,))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_error_without_advice_of_its_own_gives_that_of_its_class(kind: type[SpringtideError]) -> None:
+    error = kind("something happened")
+    assert (str(error), error.what) == ("something happened", "something happened")
+    assert error.do in (kind.__doc__ or "")
+    assert len(error.do) > 10
+
+
+@pytest.mark.parametrize("said", [("a; b", "c"), ("a; b; c", "")])
+def test_an_error_splits_where_the_advice_begins(said: tuple[str, str]) -> None:
+    error = StoreFull(*said)
+    assert (str(error), error.what, error.do) == ("a; b; c", "a; b", "c")
+
+
+def test_an_error_from_another_process_keeps_both_parts() -> None:
+    sent = StoreFull("full", "free space; start again")
+    error = copy.copy(sent)  # by the same protocol as between processes
+    assert (str(error), error.what, error.do) == (str(sent), sent.what, sent.do)
 
 
 def test_a_decode_error_carries_its_reason() -> None:

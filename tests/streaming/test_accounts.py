@@ -9,13 +9,14 @@ import lmdb
 import pytest
 from prometheus_client import CollectorRegistry
 
+from state.accounts import StreamAccount, check_accounts
 from state.errors import GapError
 from state.history.store import Appends, HistoryStore
 from state.log import Topics
 from state.log.gaps import Consent, parse_allowance
 from state.metrics import StreamMetrics
 from state.microbatch.batch import decode, gaps
-from state.positions import Range, Source, StreamAccount, check_accounts
+from state.positions import Range, Source
 from streaming import accounts
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until

@@ -111,7 +111,7 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
     with pytest.raises(SpecMismatch, match=r"preprocessing is shop\.features:preprocessing_fn; put it back"):
         run(other, silent)
     settings.salt_path.write_bytes(b"another salt, of thirty-two bytes")
-    with pytest.raises(SaltMismatch, match="restore that salt file"):
+    with pytest.raises(SaltMismatch, match="restore the salt file"):
         run(settings, silent)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from state.accounts import StreamAccount, check_accounts
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.batch import decode, gaps
-from state.positions import Source, StreamAccount, check_accounts
+from state.positions import Source
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Kafka, Stream
 from state.errors import FencedWriter, PositionConflict, UnreachableBroker
 from state.events.dead_letters import DeadLetter
@@ -20,7 +21,7 @@ from state.features.spec import EVENT
 from state.history.store import Appends, HistoryStore
 from state.metrics import StreamMetrics
 from state.microbatch.batch import Rows, decode
-from state.positions import Source, StreamAccount, check_accounts
+from state.positions import Source
 from state.process import killpoints
 from streaming.cut import Cut
 from streaming.shard import Shard

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from deploy.kafka.broker import Broker, free_port
+from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.errors import LogError
@@ -22,7 +23,7 @@ from state.events.identity import load_salt, user_id
 from state.history.store import HistoryStore
 from state.log import BulkWriter, Reader, Topics, Writer, append_encoded
 from state.microbatch.batch import decode
-from state.positions import Source, StreamAccount, check_accounts
+from state.positions import Source
 from streaming.takeover import HISTORIES
 from tests.conftest import KafkaFactory
 from tests.disks import small_disk

@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry
 from state.errors import GapError
 from state.features.mask import Mask
 from state.log import PartitionBatch
-from state.log.gaps import Consent, Gap
+from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header, decode, encode
-from state.positions import Source
+from state.positions import Gap, Source
 from state.registry.control import start
 from state.registry.registry import Registry
 from tests.trainer.clicks import SALT, SPEC, small_settings

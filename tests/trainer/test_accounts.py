@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from state.accounts import StreamAccount, TrainerAccount, check_accounts
 from state.errors import GapError
 from state.log import Topics, Writer
-from state.log.gaps import Accepted, Consent, Gap, Journal, parse_allowance
+from state.log.gaps import Accepted, Consent, Journal, parse_allowance
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header, decode, encode
-from state.positions import MOST_LEARNED, Range, Source, StreamAccount, TrainerAccount, check_accounts
+from state.positions import MOST_LEARNED, Gap, Range, Source
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import MemoryLog, learner, run_to_end, started

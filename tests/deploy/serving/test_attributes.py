@@ -15,12 +15,12 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.attributes import AttributesFollower, KnownAttributes
 from deploy.serving.host import ATTRIBUTES, PROGRAMS, Host
-from deploy.serving.predictor import NotReady, Predictor
+from deploy.serving.predictor import Predictor
 from state.attributes.store import AttributeStore, Place, pack
 from state.attributes.values import Table, tables_of
 from state.config.sections import Attributes
 from state.config.settings import Settings
-from state.errors import SaltMismatch
+from state.errors import MissingSalt, NotReady
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.log import Topics, Writer
@@ -191,5 +191,5 @@ def test_the_applier_follows_both_topics(kafka_settings: KafkaFactory, tmp_path:
 def test_the_applier_needs_the_streams_salt(tmp_path: Path) -> None:
     settings = Settings(attributes=WANTED)
     settings = replace(settings, paths=replace(settings.paths, salt_file=str(tmp_path / "none")))
-    with pytest.raises(SaltMismatch, match="no salt"):
+    with pytest.raises(MissingSalt, match="no salt"):
         AttributesFollower(settings, tmp_path / "attributes", ApplierMetrics(CollectorRegistry()))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from deploy.serving.host import PROGRAMS
-from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE, Answer, NotReady, Predictor
+from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE, Answer, Predictor
 from deploy.serving.program import Program, read_program
-from state.errors import CorruptVersion, ProgramError, SaltMismatch, SpecMismatch
+from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from tests.deploy.serving.stocked import (

@@ -14,9 +14,9 @@ from state.config.sections import Kafka
 from state.config.settings import Settings, load
 from state.history.store import Appends, HistoryStore
 from state.log import Topics, Writer, gaps
-from state.log.gaps import Accepted, Gap
+from state.log.gaps import Accepted
 from state.microbatch.batch import Header, MicroBatch, encode
-from state.positions import Range, Source
+from state.positions import Gap, Range, Source
 from state.registry import control
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import Registry

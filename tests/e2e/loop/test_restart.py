@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
+from state.accounts import StreamAccount, check_accounts
 from state.history.store import HistoryStore
-from state.positions import StreamAccount, check_accounts
 from tests.e2e.running import ROOT, Loop, until
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.config.sections import Events
-from state.errors import DecodeError, SaltMismatch, SettingsError
+from state.errors import DecodeError, MissingSalt, SettingsError
 from state.events.dead_letters import DeadLetter, Reason
 from state.events.decoding import load_decoder, parse_time
 from state.events.event_batch import EventBatch
@@ -345,7 +345,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 def test_a_salt_is_made_once_for_its_owner_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "state" / "salt"
-    with pytest.raises(SaltMismatch, match="no salt at"):
+    with pytest.raises(MissingSalt, match="no salt at"):
         load_salt(path, create=False)
     with caplog.at_level(logging.WARNING):
         salt = load_salt(path)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state.accounts import StreamAccount, check_accounts
 from state.errors import PositionConflict
 from state.features.spec import EVENT
 from state.history.store import Appends, HistoryStore
-from state.positions import Range, Source, StreamAccount, check_accounts
+from state.positions import Range, Source
 
 SOURCES = tuple(Source("ab" * 16, partition) for partition in range(3))
 N = 32

@@ -32,8 +32,7 @@ from state.log import (
     partition_of,
 )
 from state.log.client import translated
-from state.log.gaps import Gap
-from state.positions import Source
+from state.positions import Gap, Source
 
 KafkaFactory = Callable[..., Kafka]
 
