@@ -33,7 +33,7 @@ from state.attributes.values import SIDES, Table, id_of, tables_of
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
 from state.errors import DecodeError, SettingsError, SpringtideError
-from state.log import Topics
+from state.log import Topics, plan
 from state.recordings.files import Recording, find
 from state.recordings.options import add_format_arguments
 from state.recordings.rows import Rows, shown_reasons
@@ -280,7 +280,7 @@ def run(
     """
     for source in sources_of(options, settings):
         with Topics(settings.kafka) as topics:
-            topics.ensure(source.topic, 1, {"cleanup.policy": "compact"})
+            topics.ensure(*plan.attributes_of(source.topic))
         progress = Progress(progress_to, time.monotonic, f"record of {_article(source.side)}", REFUSED)
         with Outbox(settings.kafka, source.topic) as outbox:
             outcome = send(source, outbox.send, progress, stopped, lambda: time.time_ns() // 1_000_000)

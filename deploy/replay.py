@@ -28,7 +28,7 @@ from state.config.sections import Events
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
-from state.log import BulkWriter, Topics, append_encoded, partition_of
+from state.log import BulkWriter, Topics, append_encoded, partition_of, plan
 from state.recordings.options import as_settings
 
 SLICE_S = 0.1
@@ -155,11 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingsError("--rate and --seed are of --synthetic; files go at --speed")
         settings = load([*flags, *as_settings(options)])
         with Topics(settings.kafka) as topics:
-            topics.ensure(
-                settings.kafka.clicks_topic,
-                settings.kafka.clicks_partitions,
-                {"retention.ms": str(settings.kafka.retention_h * 3_600_000)},
-            )
+            topics.ensure(*plan.clicks(settings))
         if options.files:
             run(options, settings, stopped)
         else:

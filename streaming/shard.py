@@ -28,7 +28,7 @@ from state.events.identity import Salt, load_salt
 from state.events.parser import Parser
 from state.features.spec import FeatureSpec
 from state.history.store import Appends, HistoryStore
-from state.log import Reader, Topics, Writer
+from state.log import Reader, Topics, Writer, plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.microbatch.batch import Rows
@@ -163,11 +163,8 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Sh
         topics = Topics(kafka)
         stack.callback(topics.close)
         clicks = topics.describe(kafka.clicks_topic)
-        retention = {"retention.ms": str(kafka.retention_h * 3_600_000)}
-        topics.ensure(kafka.dead_letters_topic, 1, retention)
-        topics.ensure(
-            kafka.microbatches_topic, 1, {**retention, "max.message.bytes": str(stream.max_record_bytes + 100_000)}
-        )
+        topics.ensure(*plan.dead_letters(settings))
+        topics.ensure(*plan.microbatches(settings))
         # 5.
         writer = open_writer(settings)
         stack.callback(writer.close)

@@ -23,7 +23,7 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import KafkaFailed
 from state.events.identity import load_salt
-from state.log import Topics
+from state.log import Topics, plan
 
 STEPS = 9
 LOOK_S = 0.1
@@ -139,18 +139,13 @@ class Ascent:
         self._say_what_to_try()
 
     def _ensure_topics(self) -> str:
-        kafka = self._settings.kafka
-        keep_ms = str(kafka.retention_h * 3_600_000)
-        # The training log outlives the oldest version that can be rolled back to with a replay.
-        replay_ms = str(max(kafka.retention_h, self._settings.registry.base_keep_d * 24) * 3_600_000)
+        settings, kafka = self._settings, self._settings.kafka
         topics = Topics(kafka)
         try:
-            topics.ensure(kafka.clicks_topic, kafka.clicks_partitions, {"retention.ms": keep_ms})
-            topics.ensure(kafka.dead_letters_topic, 1, {"retention.ms": keep_ms})
-            topics.ensure(kafka.microbatches_topic, 1, {"retention.ms": replay_ms})
-            wanted = self._settings.attributes
-            for topic in filter(None, (wanted.user_topic, wanted.item_topic)):
-                topics.ensure(topic, 1, {"cleanup.policy": "compact"})
+            for wanted in (plan.clicks(settings), plan.dead_letters(settings), plan.microbatches(settings)):
+                topics.ensure(*wanted)
+            for wanted in plan.attributes(settings):
+                topics.ensure(*wanted)
             partitions = topics.describe(kafka.clicks_topic).partitions
         finally:
             topics.close()

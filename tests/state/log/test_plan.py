@@ -1,0 +1,67 @@
+"""The plan of topics: one place says how each is made, and Kafka takes what the plan promises."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from state.config.settings import Settings, load
+from state.log import Reader, Topics, Writer, plan
+from tests.conftest import KafkaFactory
+
+ROOT = Path(__file__).parents[3]
+TOPIC_SETTING = re.compile(r'"(?:retention\.ms|cleanup\.policy|max\.message\.bytes)"')
+HOUR_MS = 3_600_000
+
+
+def settings_of(*flags: str) -> Settings:
+    return load(list(flags), {})
+
+
+def test_only_the_plan_says_how_a_topic_is_made() -> None:
+    files = [path for package in ("state", "streaming", "trainer", "deploy") for path in (ROOT / package).rglob("*.py")]
+    found = [path.relative_to(ROOT).as_posix() for path in files if TOPIC_SETTING.search(path.read_text())]
+    assert found == ["state/log/plan.py"]
+
+
+@pytest.mark.parametrize(("retention_h", "base_keep_d", "hours"), [(24, 7, 168), (500, 7, 500)])
+def test_the_training_log_outlives_the_oldest_version_one_can_go_back_to(
+    retention_h: int, base_keep_d: int, hours: int
+) -> None:
+    settings = settings_of("--kafka.retention_h", str(retention_h), "--registry.base_keep_d", str(base_keep_d))
+    assert plan.microbatches(settings).config["retention.ms"] == str(hours * HOUR_MS)
+    assert (
+        plan.clicks(settings).config
+        == plan.dead_letters(settings).config
+        == {"retention.ms": str(retention_h * HOUR_MS)}
+    )
+
+
+def test_attributes_are_kept_by_key_and_only_configured_ones_are_planned() -> None:
+    assert plan.attributes(Settings()) == []
+    settings = settings_of("--attributes.item_topic", "items", "--attributes.item_fields", "brand")
+    assert plan.attributes(settings) == [("items", 1, {"cleanup.policy": "compact"})]
+
+
+def test_the_largest_micro_batch_fits_its_topic(kafka_settings: KafkaFactory) -> None:
+    kafka = kafka_settings()
+    flags = ("--kafka.microbatches_topic", kafka.microbatches_topic, "--stream.max_record_bytes", "5000000")
+    planned = plan.microbatches(settings_of(*flags))
+    with Topics(kafka) as topics, Writer(kafka, kafka.microbatches_topic) as writer:
+        topics.ensure(*planned)
+        with writer.transaction():
+            writer.send(planned.name, 0, None, bytes(5_000_000))
+        with Reader(kafka, planned.name) as reader:
+            found = _sizes(reader)
+    assert found == [5_000_000]
+
+
+def _sizes(reader: Reader) -> list[int]:
+    """The sizes of the values in the first poll that finds any."""
+    for _ in range(100):
+        found = [len(value or b"") for batch in reader.poll(0.2) for value in batch.values]
+        if found:
+            return found
+    return []
