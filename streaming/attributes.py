@@ -29,7 +29,7 @@ from state.events.dead_letters import DeadLetter
 from state.events.parser import ANNOUNCE_MS
 from state.log import Writer
 from state.metrics import StreamMetrics
-from state.microbatch.batch import Rows
+from streaming.rows import Rows
 
 TOLD_S = 5.0
 REMEMBERED = 200_000

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.history.store import Appends
-from state.microbatch.batch import Header, Rows, split
+from state.microbatch.batch import Header
+from state.microbatch.cutting import split
 from state.positions import Range, Source, merge_ranges
+from streaming.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from apache_beam.pvalue import PCollection
 from state.disk import files as durable
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
-from state.microbatch.batch import Rows
 from state.microbatch.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, record_batch, schema
+from streaming.rows import Rows
 
 COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRESSED}
 
@@ -32,7 +32,7 @@ class EncodeExamples(beam.DoFn):
 
     def process(self, rows: Rows) -> Iterator[bytes]:
         """Encodes one batch."""
-        yield from self._encoder.encode(record_batch(rows))
+        yield from self._encoder.encode(record_batch(rows.columns))
 
 
 def require_empty(folder: Path) -> None:

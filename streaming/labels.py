@@ -23,11 +23,11 @@ from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.history.store import Appends, HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
-from state.microbatch.batch import Rows
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
 from state.positions import Range, Source
 from streaming.attribution import IMPRESSION, NEVER_MS, OUTCOME, PLAIN, Queue, attribute, enter, pairs, with_room
 from streaming.cut import Cut
+from streaming.rows import Rows
 
 LOADED_AT_ONCE = 10_000
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from state.events.event_batch import EventBatch
 from state.features.kernel import WORDS, update_rows, words
 from state.features.spec import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
 from state.history.store import Appends, HistoryStore
-from state.microbatch.batch import Rows
+from streaming.rows import Rows
 
 I64 = NDArray[np.int64]
 

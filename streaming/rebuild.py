@@ -46,7 +46,9 @@ from state.features.spec import FeatureSpec
 from state.history.followed import events_of, new_ranges
 from state.history.store import Appends, HistoryStore
 from state.log import PartitionBatch, Reader, TopicInfo, Topics, Writer
-from state.microbatch.batch import MicroBatch, decode, trim
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.cutting import trim
 from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints

@@ -25,13 +25,13 @@ from state.events.parser import Parser
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader
-from state.microbatch.batch import Rows
 from state.microbatch.row_kinds import Kind, trained
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons
 from streaming.cut import Cut
 from streaming.labels import Labels, LookedUp
 from streaming.profile import Profiler
+from streaming.rows import Rows
 
 PROGRESS_S = 2.0
 POLL_S = 0.2

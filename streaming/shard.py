@@ -31,13 +31,13 @@ from state.history.store import Appends, HistoryStore
 from state.log import Reader, Topics, Writer, plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
-from state.microbatch.batch import Rows
 from state.positions import Source
 from streaming import accounts, takeover
 from streaming.attributes import Join, letters
 from streaming.cut import Cut, encode_cut
 from streaming.labels import Labels, open_labels
 from streaming.profile import Profiler
+from streaming.rows import Rows
 
 logger = logging.getLogger(__name__)
 

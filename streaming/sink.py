@@ -23,11 +23,11 @@ import apache_beam as beam
 
 from state.errors import LogError, UnreachableBroker
 from state.events.dead_letters import DeadLetter
-from state.microbatch.batch import Rows
 from state.positions import UNPLACED
 from state.process import killpoints
 from streaming import accounts
 from streaming.cut import Cut, Cutter, encode_cut, merge_all, merge_appends
+from streaming.rows import Rows
 from streaming.shard import Shard, current, open_writer
 
 logger = logging.getLogger(__name__)

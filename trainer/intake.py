@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import Mask
-from state.microbatch.batch import MicroBatch, decode, gaps, trim
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.cutting import gaps, trim
 from state.microbatch.row_kinds import Kind, trained
 from state.positions import Source
 

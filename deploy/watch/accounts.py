@@ -28,7 +28,9 @@ from state.config.settings import Settings
 from state.errors import SpringtideError
 from state.history.store import HistoryStore
 from state.log import Reader, Topics, gaps
-from state.microbatch.batch import MicroBatch, decode, trim
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.cutting import trim
 from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.manifest import Manifest

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from state.features.spec import EVENT, LABELLED, POSITIVE, Events
-from state.microbatch.batch import MicroBatch, gaps
+from state.microbatch.batch import MicroBatch
+from state.microbatch.cutting import gaps
 from state.microbatch.row_kinds import counts
 from state.positions import Range, Source, split_range
 

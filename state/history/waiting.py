@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from state.errors import CorruptStore
 from state.history.store import HistoryStore
-from state.microbatch.batch import LISTS, NAMES, SCALARS, WRITTEN, Columns
+from state.microbatch.columns import LISTS, NAMES, SCALARS, WRITTEN, Columns
 from state.positions import Source
 
 WIDTHS = "waiting"  # name of the store's extra

@@ -35,17 +35,15 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
+from state.microbatch.columns import Columns
 from state.microbatch.row_kinds import trained
-
-if TYPE_CHECKING:
-    from state.microbatch.batch import Rows
 
 FORMAT = 1
 SPEC, SCHEMA, PREFIX = "spec.json", "schema.pbtxt", "examples"
@@ -91,9 +89,12 @@ def schema(spec: FeatureSpec, fields: int) -> Any:
     return made
 
 
-def record_batch(rows: Rows) -> pa.RecordBatch:
-    """The rows that are learned from, as the Arrow columns that tfx-bsl encodes as examples."""
-    every = rows.columns
+def record_batch(every: Columns) -> pa.RecordBatch:
+    """The rows that are learned from, as the Arrow columns that tfx-bsl encodes as examples.
+
+    Args:
+        every: The columns of a micro-batch by name.
+    """
     keep = trained(every["kind"])
     found = {name: column[keep] for name, column in every.items()}
     count = int(keep.sum())

@@ -27,7 +27,7 @@ from deploy.kafka.broker import Broker, free_port
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.log import BulkWriter, Reader, Topics, append_encoded, partition_of
-from state.microbatch.batch import decode
+from state.microbatch.codec import decode
 from tests.bench.report import Figure, report
 
 PARTITIONS = 4

@@ -19,7 +19,10 @@ from state.events.identity import Salt, public_id, user_id
 from state.history.store import HistoryStore
 from state.history.waiting import WaitingRows
 from state.log import Reader, Topics
-from state.microbatch.batch import ATTRIBUTES, NAMES, MicroBatch, decode, trim
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.columns import ATTRIBUTES, NAMES
+from state.microbatch.cutting import trim
 from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.manifest import Manifest

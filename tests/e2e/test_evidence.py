@@ -11,7 +11,8 @@ import pytest
 from state.attributes.values import Table, fields_of
 from state.config.settings import load
 from state.events.identity import Salt, user_id
-from state.microbatch.batch import MicroBatch, decode, encode
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode, encode
 from state.microbatch.row_kinds import Kind
 from state.positions import Source
 from tests.e2e.crowd import Knowledge, values_of

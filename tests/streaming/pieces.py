@@ -6,8 +6,8 @@ import numpy as np
 
 from state.events.event_batch import EventBatch
 from state.history.store import Appends
-from state.microbatch.batch import Rows
 from state.positions import Range, Source
+from streaming.rows import Rows
 
 ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
 

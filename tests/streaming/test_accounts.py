@@ -15,7 +15,8 @@ from state.history.store import Appends, HistoryStore
 from state.log import Topics
 from state.log.gaps import Consent, parse_allowance
 from state.metrics import StreamMetrics
-from state.microbatch.batch import decode, gaps
+from state.microbatch.codec import decode
+from state.microbatch.cutting import gaps
 from state.positions import Range, Source
 from streaming import accounts
 from tests.conftest import KafkaFactory

@@ -20,7 +20,8 @@ from state.events.parser import ANNOUNCE_MS
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import Topics, Writer
-from state.microbatch.batch import MicroBatch, decode
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
 from streaming.attributes import Recent
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory

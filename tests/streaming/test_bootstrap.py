@@ -21,10 +21,10 @@ from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideEr
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
-from state.microbatch.batch import Rows
 from state.registry.registry import Registry
 from streaming.bootstrap import run
 from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
+from streaming.rows import Rows
 from streaming.sample import ComputeWindows, ParseSample, Sample, of_topic, opened
 from tests.conftest import KafkaFactory
 

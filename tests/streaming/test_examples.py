@@ -20,12 +20,12 @@ from state.config.settings import Settings, load
 from state.errors import SettingsError, SpringtideError
 from state.events.identity import load_salt, public_id
 from state.features.spec import FeatureSpec
-from state.microbatch.batch import Rows
 from state.microbatch.examples import about, dataset, schema
 from state.recordings.files import Recording, find
 from state.registry.registry import Registry
 from streaming.bootstrap import asked, run
 from streaming.examples import EncodeExamples
+from streaming.rows import Rows
 from streaming.sample import ComputeWindows, ParseSample, of_recording, opened
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,9 @@ from state.features.spec import FeatureSpec
 from state.history.followed import events_of, new_ranges
 from state.history.store import Appends, HistoryStore
 from state.history.waiting import CLOCKS, RowFormat, key_of
-from state.microbatch.batch import MicroBatch, Rows, decode, trim
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.cutting import trim
 from state.microbatch.row_kinds import Kind, happened, trained
 from state.positions import Range, Source
 from streaming import labels as streaming_labels
@@ -30,6 +32,7 @@ from streaming.cut import Cut, encode_cut, merge_all, merge_appends
 from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild_waiting import Waits
+from streaming.rows import Rows
 from tests.streaming.test_attribution import Event, Resolved, by_hand
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from state.events.event_batch import EventBatch
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, Vector, vectorise
 from state.history.store import HistoryStore
-from state.microbatch.batch import Rows
 from state.positions import Range, Source
 from streaming.profile import Profiler, to_events
+from streaming.rows import Rows
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))

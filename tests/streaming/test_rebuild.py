@@ -20,7 +20,7 @@ from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
 from state.history.store import HistoryStore
 from state.log import Topics, Writer
-from state.microbatch.batch import decode
+from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
 from streaming import takeover

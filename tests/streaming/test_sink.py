@@ -20,10 +20,11 @@ from state.events.dead_letters import DeadLetter
 from state.features.spec import EVENT
 from state.history.store import Appends, HistoryStore
 from state.metrics import StreamMetrics
-from state.microbatch.batch import Rows, decode
+from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
 from streaming.cut import Cut
+from streaming.rows import Rows
 from streaming.shard import Shard
 from streaming.sink import QUEUED_CUTS, CommitThread, letter_headers
 from tests.streaming.pieces import ZERO, piece

@@ -22,7 +22,7 @@ from state.errors import LogError
 from state.events.identity import load_salt, user_id
 from state.history.store import HistoryStore
 from state.log import BulkWriter, Reader, Topics, Writer, append_encoded
-from state.microbatch.batch import decode
+from state.microbatch.codec import decode
 from state.positions import Source
 from streaming.takeover import HISTORIES
 from tests.conftest import KafkaFactory

@@ -6,7 +6,8 @@ import numpy as np
 
 from state.config.settings import Settings, load
 from state.features.spec import FeatureSpec
-from state.microbatch.batch import Header, MicroBatch, decode, encode
+from state.microbatch.batch import Header, MicroBatch
+from state.microbatch.codec import decode, encode
 from state.positions import Range, Source
 
 TOPIC = "ab" * 16

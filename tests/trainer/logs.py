@@ -16,7 +16,8 @@ from state.features.mask import Mask
 from state.log import PartitionBatch
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
-from state.microbatch.batch import Header, decode, encode
+from state.microbatch.batch import Header
+from state.microbatch.codec import decode, encode
 from state.positions import Gap, Source
 from state.registry.control import start
 from state.registry.registry import Registry

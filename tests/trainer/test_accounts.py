@@ -16,7 +16,8 @@ from state.errors import GapError
 from state.log import Topics, Writer
 from state.log.gaps import Accepted, Consent, Journal, parse_allowance
 from state.metrics import TrainerMetrics
-from state.microbatch.batch import Header, decode, encode
+from state.microbatch.batch import Header
+from state.microbatch.codec import decode, encode
 from state.positions import MOST_LEARNED, Gap, Range, Source
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import TOPIC, microbatch

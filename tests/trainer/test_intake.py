@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.features.mask import Mask
-from state.microbatch.batch import ATTRIBUTES, LISTS, SCALARS, Header, encode
+from state.microbatch.batch import Header
+from state.microbatch.codec import encode
+from state.microbatch.columns import ATTRIBUTES, LISTS, SCALARS
 from state.microbatch.row_kinds import Kind
 from state.positions import Range, Source
 from trainer.intake import take_in

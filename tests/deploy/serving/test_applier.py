@@ -31,7 +31,8 @@ from state.history.followed import events_of, new_ranges
 from state.history.store import HistoryStore
 from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
-from state.microbatch.batch import Header, encode
+from state.microbatch.batch import Header
+from state.microbatch.codec import encode
 from state.positions import Range, Source
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest
@@ -585,7 +586,7 @@ def test_another_salt_stops(tmp_path: Path) -> None:
 
 def test_ranges_go_on_from_the_marks() -> None:
     """Below the mark nothing, between mark and range a gap."""
-    from state.microbatch.batch import decode
+    from state.microbatch.codec import decode
 
     batch = decode(record(4, 8))
     assert new_ranges(batch, {SOURCE: 9}) == ([], 0)

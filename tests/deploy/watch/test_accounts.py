@@ -15,7 +15,8 @@ from state.config.settings import Settings, load
 from state.history.store import Appends, HistoryStore
 from state.log import Topics, Writer, gaps
 from state.log.gaps import Accepted
-from state.microbatch.batch import Header, MicroBatch, encode
+from state.microbatch.batch import Header, MicroBatch
+from state.microbatch.codec import encode
 from state.positions import Gap, Range, Source
 from state.registry import control
 from state.registry.manifest import Draft, LogRange, Manifest

@@ -10,7 +10,8 @@ import pytest
 
 from state.attributes.values import Table, fields_of
 from state.config.sections import Attributes
-from state.microbatch.batch import MicroBatch, decode, encode
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode, encode
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.engine.test_step import digests, learned, restored, settings
 from trainer.engine.step import Trainer

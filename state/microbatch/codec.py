@@ -1,0 +1,176 @@
+"""The bytes of a micro-batch: an Arrow IPC stream (zstd) with one record batch.
+
+The schema's metadata holds a JSON header that names the feature spec, the
+salt, the mask and, per source, the contiguous range of positions that the
+rows came from. Format 1 knew one kind of row and no attributes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from state.errors import MicroBatchError
+from state.microbatch.batch import Header, MicroBatch
+from state.microbatch.columns import ATTRIBUTES, LISTS, NAMES, SCALARS, SINCE_2, WRITTEN, Columns, absent_column
+from state.microbatch.row_kinds import KINDS, counts_by_range
+from state.positions import from_json, to_json
+
+FORMAT = 2
+METADATA = b"springtide"
+
+_WRITE = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
+_READ = pa.ipc.IpcReadOptions(use_threads=False)
+
+
+def encode(header: Header, columns: Columns) -> bytes:
+    """The bytes of one micro-batch.
+
+    Args:
+        header: What the batch says about itself.
+        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`; those of
+            `SINCE_2` may be missing, and are 0 then, those of `ATTRIBUTES` empty.
+
+    Raises:
+        MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
+    """
+    if "user" in columns:
+        columns = {name: absent_column(name, len(columns["user"])) for name in (*SINCE_2, *ATTRIBUTES)} | dict(columns)
+    _check(header, columns)
+    rows = len(columns["user"])
+    arrays, fields = [], []
+    for name in SCALARS:
+        arrays.append(pa.array(columns[name]))
+        fields.append(pa.field(name, arrays[-1].type, nullable=False))
+    for name in LISTS:
+        column = np.ascontiguousarray(columns[name])
+        width = int(np.prod(column.shape[1:], dtype=np.int64))
+        kind = pa.list_(pa.field("item", pa.from_numpy_dtype(column.dtype), nullable=False), width)
+        # FixedSizeListArray.from_arrays cannot tell how many lists of nothing there are.
+        arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[pa.array(column.reshape(-1))]))
+        fields.append(pa.field(WRITTEN.get(name, name), kind, nullable=False))
+    document = {
+        "format": FORMAT,
+        "spec": header.spec,
+        "salt": header.salt,
+        "mask_generation": header.mask_generation,
+        "ranges": [to_json(part) for part in header.ranges],
+        "created_ms": header.created_ms,
+        "label_shape": list(columns["category_windows"].shape[1:]),
+        "names": {f"{key:016x}": name for key, name in header.names.items()},
+        "attributes": header.attributes,
+    }
+    schema = pa.schema(fields, metadata={METADATA: json.dumps(document, separators=(",", ":")).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema, options=_WRITE) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return bytes(sink.getvalue())
+
+
+def decode(value: bytes) -> MicroBatch:
+    """The micro-batch in `value`; its arrays are read-only views of the decoded buffers.
+
+    Raises:
+        MicroBatchError: `value` is no micro-batch of a format that this release reads, or contradicts itself.
+    """
+    try:
+        with pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
+            document = _document(reader.schema)
+            batch = reader.read_next_batch()
+        header = _header(document)
+        columns: dict[str, NDArray[Any]] = {}
+        for name in SCALARS:
+            if name in SINCE_2 and document["format"] == 1:
+                columns[name] = absent_column(name, batch.num_rows)
+            else:
+                columns[name] = batch.column(name).to_numpy(zero_copy_only=True)
+        for name in LISTS:
+            if name in ATTRIBUTES and document["format"] == 1:
+                columns[name] = absent_column(name, batch.num_rows)
+                continue
+            lists = batch.column(WRITTEN.get(name, name))
+            shape = document["label_shape"] if name == "category_windows" else [lists.type.list_size]
+            columns[name] = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), *shape)
+    except MicroBatchError:
+        raise
+    # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
+    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError, TypeError) as error:
+        raise MicroBatchError(
+            f"a value of {len(value)} bytes is no micro-batch: {error or type(error).__name__}; "
+            "check that the topic holds only what the stream wrote"
+        ) from error
+    _check(header, columns)
+    return MicroBatch(header, **columns)
+
+
+def _document(schema: pa.Schema) -> dict[str, Any]:
+    """The JSON header in a schema's metadata."""
+    document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
+    if not isinstance(document, dict):
+        raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch; check the topic's name")
+    if document.get("format") not in range(1, FORMAT + 1):
+        raise MicroBatchError(
+            f"a micro-batch of format {document.get('format')!r}; this release reads 1 and {FORMAT}: "
+            "upgrade the reader before the stream"
+        )
+    return document
+
+
+def _header(document: Mapping[str, Any]) -> Header:
+    """The header in its JSON form."""
+    return Header(
+        spec=str(document["spec"]),
+        salt=str(document["salt"]),
+        ranges=tuple(from_json(part) for part in document["ranges"]),
+        created_ms=int(document["created_ms"]),
+        mask_generation=int(document["mask_generation"]),
+        names={int(key, 16): str(name) for key, name in document["names"].items()},
+        attributes=_names(*document.get("attributes", ((), ()))),
+    )
+
+
+def _names(users: Iterable[str], items: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(map(str, users)), tuple(map(str, items))
+
+
+def _check(header: Header, columns: Columns) -> None:
+    """Raises MicroBatchError unless columns agree with each other and with the ranges."""
+    if missing := [name for name in NAMES if name not in columns]:
+        raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
+    rows = len(columns["user"])
+    for name, kind in (*SCALARS.items(), *LISTS.items()):
+        column = columns[name]
+        depth = 1 if name in SCALARS else 3 if name == "category_windows" else 2
+        if column.dtype != kind or len(column) != rows or column.ndim != depth:
+            raise MicroBatchError(
+                f"column {name} is {column.dtype}{list(column.shape)}, expected {kind} with {rows} rows "
+                f"and {depth} dimensions"
+            )
+    for name, names in zip(ATTRIBUTES, header.attributes, strict=True):
+        if columns[name].shape[1] != len(names):
+            raise MicroBatchError(
+                f"column {name} has {columns[name].shape[1]} attributes, the header names {len(names)}"
+            )
+    sources, offsets = columns["source"], columns["offset"]
+    if rows and int(sources.max()) >= len(header.ranges):
+        raise MicroBatchError(f"a row names range {int(sources.max())}, the header has {len(header.ranges)}")
+    kinds = columns["kind"]
+    if rows and int(kinds.max()) >= KINDS:
+        raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {KINDS}")
+    for part, found in zip(header.ranges, counts_by_range(kinds, sources, len(header.ranges)), strict=True):
+        for name, count in found.items():
+            if getattr(part, name) != count:
+                raise MicroBatchError(
+                    f"the header counts {getattr(part, name)} {name} of {part.source} in [{part.first}, {part.next}), "
+                    f"there are {count}"
+                )
+    if rows:
+        firsts = np.array([part.first for part in header.ranges], np.int64)[sources]
+        nexts = np.array([part.next for part in header.ranges], np.int64)[sources]
+        if not ((firsts <= offsets) & (offsets < nexts)).all():
+            raise MicroBatchError("a row's offset lies outside of its source's range")

@@ -1,0 +1,48 @@
+"""The columns of a micro-batch: their names, types and order, and what one holds of which nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Order and types are the format: a change needs a new FORMAT and a golden file.
+SCALARS: dict[str, np.dtype[Any]] = {
+    "user": np.dtype("<u8"),
+    "item": np.dtype("<u8"),
+    "category": np.dtype("<u8"),
+    "action": np.dtype("u1"),
+    "at_ms": np.dtype("<i8"),
+    "label": np.dtype("<f4"),
+    "weight": np.dtype("<f4"),
+    "source": np.dtype("<u2"),
+    "offset": np.dtype("<i8"),
+    "kind": np.dtype("u1"),
+    "waited": np.dtype("<i8"),
+    "delay_ms": np.dtype("<i8"),
+    "request": np.dtype("<u8"),
+}
+SINCE_2 = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose label needed no waiting
+LISTS: dict[str, np.dtype[Any]] = {
+    "context": np.dtype("<u8"),
+    "features": np.dtype("<u2"),
+    "recent_categories": np.dtype("<u8"),
+    "category_windows": np.dtype("<u2"),
+    "user_attributes": np.dtype("<u8"),
+    "item_attributes": np.dtype("<u8"),
+}
+NAMES = (*SCALARS, *LISTS)
+WRITTEN = {
+    "recent_categories": "labels",
+    "category_windows": "label_windows",
+}  # what the formats call a column, where not by its name
+ATTRIBUTES = ("user_attributes", "item_attributes")  # a micro-batch of format 1 has none of them
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+def absent_column(name: str, rows: int) -> NDArray[Any]:
+    """What a column since format 2 holds where nothing is said: zeros, or no attributes, `[rows, 0]`."""
+    return np.zeros(rows, SCALARS[name]) if name in SCALARS else np.empty((rows, 0), LISTS[name])

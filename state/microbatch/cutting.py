@@ -1,0 +1,101 @@
+"""Parts of a micro-batch: one too large for a record is split, and a reader drops what it has. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.errors import MicroBatchError
+from state.microbatch.batch import Header, MicroBatch
+from state.microbatch.codec import encode
+from state.microbatch.columns import Columns
+from state.microbatch.row_kinds import counts
+from state.positions import Range, Source, split_range
+
+
+def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
+    """The micro-batches within both limits that hold these rows in this order.
+
+    Most batches fit at once. One that does not is halved by rows until its
+    parts do; each part's ranges end where the next part's begin. The rows of
+    one place stay together, even where they are more than `max_rows`.
+
+    Raises:
+        MicroBatchError: The rows of a single place exceed the limit, or the columns do not fit the header.
+    """
+    rows = len(columns["user"])
+    if rows <= max_rows:
+        value = encode(header, columns)
+        if len(value) <= max_record_bytes:
+            return [value]
+    middle = _middle(columns)
+    if not middle:
+        value = encode(header, columns)
+        if len(value) <= max_record_bytes:
+            return [value]
+        raise MicroBatchError(
+            f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record; "
+            "raise stream.max_record_bytes, and max.message.bytes of the topic"
+        )
+    parts = []
+    for part_header, part_columns in _halves(header, columns, middle):
+        parts.extend(split(part_header, part_columns, max_record_bytes, max_rows))
+    return parts
+
+
+def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.bool_], dict[Source, int]]:
+    """Which rows are new to a reader that has everything below `marks`, and its marks afterwards.
+
+    After a crash the stream writes rows again; their source positions tell.
+    A source that `marks` does not name is new: all of its rows are.
+
+    Returns:
+        `[n]` bool, and the next offset of each source.
+    """
+    floors = np.array([marks.get(part.source, 0) for part in batch.header.ranges] or [0], np.int64)
+    after = dict(marks)
+    for part in batch.header.ranges:
+        after[part.source] = max(part.next, marks.get(part.source, 0))
+    return batch.offset >= floors[batch.source], after
+
+
+def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int, int]]:
+    """The positions that no micro-batch covered: (source, the reader's mark, where the range begins)."""
+    return [
+        (part.source, marks[part.source], part.first)
+        for part in header.ranges
+        if part.source in marks and part.first > marks[part.source]
+    ]
+
+
+def _middle(columns: Columns) -> int:
+    """The row nearest to the middle that begins a place; 0 where only the first one does."""
+    sources, offsets = columns["source"], columns["offset"]
+    begins = np.flatnonzero((sources[1:] != sources[:-1]) | (offsets[1:] != offsets[:-1])) + 1
+    return int(begins[np.argmin(np.abs(begins - len(offsets) // 2))]) if len(begins) else 0
+
+
+def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
+    """Both halves of a batch cut before row `middle`; empty ranges are left out of a half."""
+    sources, offsets = columns["source"], columns["offset"]
+    halves: list[tuple[Header, Columns]] = []
+    ranges: tuple[list[Range], list[Range]] = ([], [])
+    for index, whole in enumerate(header.ranges):
+        of_source = np.flatnonzero(sources == index)
+        later = of_source[of_source >= middle]
+        at = int(offsets[later[0]]) if len(later) else whole.next
+        below = counts(columns["kind"][of_source[: len(of_source) - len(later)]])
+        before, after = split_range(whole, at, below.pop("rows"), below)
+        ranges[0].append(before)
+        ranges[1].append(after)
+    for parts, rows, names in ((ranges[0], slice(None, middle), header.names), (ranges[1], slice(middle, None), {})):
+        kept = [index for index, part in enumerate(parts) if part.next > part.first]
+        index_of = np.zeros(max(len(parts), 1), np.uint16)
+        index_of[kept] = np.arange(len(kept), dtype=np.uint16)
+        half = {name: column[rows] for name, column in columns.items()}
+        half["source"] = index_of[half["source"]]
+        halves.append((replace(header, ranges=tuple(parts[index] for index in kept), names=names), half))
+    return halves

@@ -1,0 +1,79 @@
+"""Rows on their way through the stream: a batch of events with their windows, and what histories gain by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.attributes.values import Joined
+from state.events.event_batch import EventBatch
+from state.history.appends import Appends
+from state.microbatch.columns import SCALARS, SINCE_2, absent_column
+from state.microbatch.row_kinds import Known
+
+
+def _each_event_is_a_row() -> NDArray[np.uint8]:
+    return np.empty(0, np.uint8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A batch of events with their windows and what the histories gain by them.
+
+    Attributes:
+        batch: The events, in the order of arrival.
+        features: `[n, D]` uint16.
+        recent_categories: `[n, L]` uint64.
+        category_windows: `[n, L, F]` uint16.
+        appends: The events by user, for `HistoryStore.commit`.
+        kind: `[n]` uint8 `Kind`; by default each event is a row.
+        known: Impressions of before whose label became known.
+        attributes: What is known of users and items; None where nothing is configured.
+    """
+
+    batch: EventBatch
+    features: NDArray[np.uint16]
+    recent_categories: NDArray[np.uint64]
+    category_windows: NDArray[np.uint16]
+    appends: Appends
+    kind: NDArray[np.uint8] = field(default_factory=_each_event_is_a_row)
+    known: Known | None = None
+    attributes: Joined | None = None
+
+    def __len__(self) -> int:
+        """The number of rows of a micro-batch."""
+        return len(self.batch.offset) + (0 if self.known is None else len(self.known))
+
+    def __bool__(self) -> bool:
+        """None of them still moves positions."""
+        return True
+
+    @property
+    def events(self) -> dict[str, NDArray[Any]]:
+        """The columns of the events alone."""
+        batch, rows = self.batch, len(self.batch.offset)
+        added: dict[str, NDArray[Any]] = {"kind": self.kind, "request": batch.request}
+        none = absent_column("user_attributes", rows)
+        return {
+            **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
+            **{name: absent_column(name, rows) for name in SINCE_2},
+            **{name: column for name, column in added.items() if len(column) == rows},
+            "features": self.features,
+            "recent_categories": self.recent_categories,
+            "category_windows": self.category_windows,
+            "user_attributes": none if self.attributes is None else self.attributes.user,
+            "item_attributes": none if self.attributes is None else self.attributes.item,
+        }
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of a micro-batch by name, each event before what it made known; `source` counts in the batch's ranges."""
+        events = self.events
+        if self.known is None or not len(self.known):
+            return events
+        assert self.known.columns is not None, "looked up before they are written"
+        order = np.argsort(np.concatenate([np.arange(len(self.batch.offset)), self.known.by]), kind="stable")
+        return {name: np.concatenate([events[name], self.known.columns[name]])[order] for name in events}
