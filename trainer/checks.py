@@ -106,7 +106,7 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
 
 
 def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
-    from trainer.model.network import load_builder
+    from trainer.model.tower import load_builder
 
     wanted = "wanted is build(width_in: int, settings) -> tf.Module with __call__(x, training, seed)"
     try:
@@ -123,7 +123,7 @@ def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
 
 
 def _check_weights(tower: Any, again: Any, what: str) -> None:
-    from trainer.model.network import named
+    from trainer.model.tower import named
 
     weights, others = named(tower), named(again)
     for name, weight in weights.items():
@@ -211,12 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_model(settings: ModelSettings, spec: FeatureSpec, transform: Path | None) -> str:
     """Checks the tower with the width it will have, then lowers the whole model."""
-    from trainer.model.network import Model, width_in
+    from trainer.model.default_ranker import DefaultRanker
+    from trainer.model.tower import width_in
     from trainer.versions.program import build, preprocessing_of
 
     preprocessing = preprocessing_of(transform) if transform else None
     said = check_tower(settings, width_in(settings, spec, preprocessing))
-    build(Model(settings, spec, preprocessing))
+    build(DefaultRanker(settings, spec, preprocessing))
     return said
 
 

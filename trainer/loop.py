@@ -153,7 +153,7 @@ def _check_own(settings: Settings) -> None:
     """
     with hushed():
         from trainer import device
-        from trainer.model.network import width_in
+        from trainer.model.tower import width_in
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
         said = check_tower(settings.model, width_in(settings.model, FeatureSpec.from_settings(settings), None))

@@ -236,7 +236,7 @@ class Stream:
 class Model:
     """The network."""
 
-    tower: str = setting("trainer.model.network:build", filled=True, help="Builder of the tower, as `module:name`.")
+    tower: str = setting("trainer.model.tower:build", filled=True, help="Builder of the tower, as `module:name`.")
     preprocessing: str = setting(
         "streaming.preprocessing:preprocessing_fn",
         filled=True,

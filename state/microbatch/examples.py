@@ -142,7 +142,7 @@ def about(path: Path) -> dict[str, Any]:
 def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
     """A `tf.data.Dataset` over the examples of a directory, in batches of dictionaries.
 
-    Ids and numbers are as in an example. What `trainer.model.network.Model.forward`
+    Ids and numbers are as in an example. What `DefaultRanker.predict` of `trainer.model.default_ranker`
     takes comes as it takes it: `features` `[B, D]` float32 and `category_windows`
     `[B, L, F]` float32, raw integers; `recent_mask` `[B, L]` float32, 1 where
     there is a category. A batch comes from one file; shuffle with a buffer of

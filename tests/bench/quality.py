@@ -36,7 +36,7 @@ from tests.bench.recorded import (
 )
 from tests.bench.report import Figure, report
 from trainer.engine.step import Report, Trainer
-from trainer.model.network import Preprocessing
+from trainer.model.preprocessing import Preprocessing
 from trainer.versions import checkpoint
 from trainer.versions.program import preprocessing_of
 

@@ -140,7 +140,7 @@ def measure(port: int, path: str, users: int, seconds: float) -> dict[str, float
 
 def fill(settings: Settings, users: int, events: int) -> None:
     """Full histories, rows of everything, one version with a program of the default model."""
-    from trainer.model.network import Model
+    from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.program import build
 
     spec, folder = FeatureSpec.from_settings(settings), settings.serving_dir
@@ -167,7 +167,7 @@ def fill(settings: Settings, users: int, events: int) -> None:
     histories.commit(Appends.none(), (), names | clock)
     histories.close()
 
-    model = Model(settings.model, spec)
+    model = DefaultRanker(settings.model, spec)
     program = build(model)
     digest = hashlib.sha256(program).hexdigest()
     (folder / PROGRAMS).mkdir()

@@ -19,7 +19,7 @@ from tests.trainer.clicks import SPEC, batches, microbatch, small_settings
 from tests.trainer.logs import MemoryLog, learner, run_to_end, started
 from trainer.checks import check_tower
 from trainer.engine.step import Trainer
-from trainer.model.network import width_in
+from trainer.model.tower import width_in
 from trainer.versions.program import build as build_program
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ CALLS: dict[str, tuple[Call, str]] = {
     ),
     "misspelt": (
         lambda t, x, *_: x @ t.kernle,
-        r"called with x \[64, 152\] and training=False it raised AttributeError.*\(test_tower_check\.py:\d+\); wanted",
+        r"called with x \[64, 152\] and training=False it raised AttributeError.*\(test_checks\.py:\d+\); wanted",
     ),
     "infinite": (lambda t, x, *_: tf.math.log(x @ t.kernel * 0.0), "its output is not finite"),
 }

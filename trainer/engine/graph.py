@@ -23,7 +23,9 @@ import tensorflow as tf
 from trainer.engine.facts import MOVING, Facts, Given, Learned, Moved, Moving, Scores, Slopes
 from trainer.engine.heads import heads
 from trainer.engine.optimizers import Adam, adagrad
-from trainer.model.network import LATEST, DenseTower, Model
+from trainer.model.default_ranker import DefaultRanker
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.tower import DenseTower
 from trainer.tables.table import Table
 
 F32 = npt.NDArray[np.float32]
@@ -112,14 +114,14 @@ class Graph:
     """
 
     def __init__(
-        self, model: Model, optimizer: Adam, tables: Mapping[str, Table], fields: int, attributes: int = 0
+        self, model: DefaultRanker, optimizer: Adam, tables: Mapping[str, Table], fields: int, attributes: int = 0
     ) -> None:
         self._model, self._optimizer, self._tables, self._fields = model, optimizer, tables, fields
         self._attributes, self._inputs = attributes, INPUTS | (OF_ITEMS if attributes else {})
         self._facts: Facts
         self._slots: Moved | None = None
         self._found: tuple[Scores, Slopes, Learned]
-        shapes: dict[str, list[int | None]] = {"features": [None, model.features], "seed": [2]}
+        shapes: dict[str, list[int | None]] = {"features": [None, model.sizes["D"]], "seed": [2]}
         shapes["kept"] = [None, model.settings.hidden[0] if self.drops else 0]
         self._measure = tf.function(
             self._measure_graph,
@@ -142,7 +144,7 @@ class Graph:
     @property
     def drops(self) -> bool:
         """Whether the dropout of the tower is drawn on the host; a tower of the user's own draws its own."""
-        return type(self._model.tower) is DenseTower and self._model.settings.dropout > 0.0
+        return self._model.drops
 
     @property
     def scores_apart(self) -> bool:
@@ -208,16 +210,17 @@ class Graph:
         watched = [model.dense[name] for name in names]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([user, latest, popular_rows, context, *watched])
-            prepared = model.preprocessing(tf.cast(given["features"], tf.float32))
-            vectors = self._vectors(prepared, user, latest, context, given)
-            queries = [model.queries(vector, user) for vector in vectors]
-            popular = [model.popular(each, popular_rows) for each in queries]
+            encoded = model.encode(self._inputs_of_encode(user, latest, context, given), True, given["seed"])
+            queries = [encoded.plain_queries, encoded.queries]
+            popular = [
+                model.popular_logits(each, popular_rows) for each in (queries if self.scores_apart else queries[:1])
+            ]
         known = {
             "scoring": queries[0],
             "learning": queries[-1],
             "scoring_popular": popular[0],
             "learning_popular": popular[-1],
-            "prepared": model.person(prepared),
+            "prepared": encoded.user_features,
             "category": distinct["category"],
             "item": self._items(distinct, given),
             "cross": distinct[CROSS],
@@ -254,21 +257,13 @@ class Graph:
         rows = tf.reshape(rows, [-1, self._attributes, self._model.settings.dim])
         return tf.gather(distinct["item"], given["item_at"]) + tf.reduce_mean(rows, 1)
 
-    def _vectors(
-        self, prepared: Any, user: Any, latest: Any, context: Any, given: Mapping[str, Any]
-    ) -> tuple[Any, ...]:
-        """The tower's vectors without and with dropout; only one where there is none."""
-        tower, dim = self._model.tower, self._model.settings.dim
-        rows = [user, tf.reduce_mean(tf.reshape(latest, [-1, LATEST, dim]), 1)]
+    def _inputs_of_encode(self, user: Any, latest: Any, context: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        dim = self._model.settings.dim
+        inputs = {"features": tf.cast(given["features"], tf.float32), "user_row": user}
+        inputs["recent_rows"] = tf.reshape(latest, [-1, HYPERPARAMETERS.latest, dim])
         if self._fields:
-            rows.append(tf.reduce_mean(tf.reshape(context, [-1, self._fields, dim]), 1))
-        if type(tower) is DenseTower:
-            kept = given["kept"] if self.drops else None
-            return tower.both(prepared, tf.concat(rows, 1), kept)
-        if not self._fields:
-            rows.append(tf.zeros_like(user))
-        x = tf.concat([prepared, *rows], 1)
-        return tower(x, False, given["seed"]), tower(x, True, given["seed"])
+            inputs["context_row"] = tf.reduce_mean(tf.reshape(context, [-1, self._fields, dim]), 1)
+        return inputs | ({"tower_kept": given["kept"]} if self.drops else {})
 
     def _run_heads(self, *arrays: F32) -> list[F32]:
         given = dict(zip(TO_HEADS, arrays, strict=True))

@@ -28,8 +28,9 @@ import numpy as np
 from state.compiled import compiled_sums, part_of_sums
 from trainer.engine.crosses import crosses
 from trainer.engine.facts import F32, I32, Facts, Given, Learned, Moved, Moving, Room, Scores, Slopes
+from trainer.model.hyperparameters import HYPERPARAMETERS
 
-NET_HIDDEN = 64
+NET_HIDDEN = HYPERPARAMETERS.net_hidden
 """Hidden units of the net over a category's windows."""
 
 BLOCK = 16
@@ -41,7 +42,7 @@ LANES = 32
 MOVE_ROWS = 2 * BLOCK
 """Rows of a step after which the weights of the evidence move: they are few, and one move a step is too slow for them."""
 
-NEXT_HIDDEN = 16
+NEXT_HIDDEN = HYPERPARAMETERS.next_hidden
 """Hidden units of the net over how often a candidate came next."""
 
 USER_HIDDEN = NET_HIDDEN + NEXT_HIDDEN

@@ -39,7 +39,7 @@ from state.ranking import transitions
 from state.ranking.crosses import WIDTH, Crosses, Values
 from trainer.device import prepare
 from trainer.engine.facts import Facts, Learned, Scores, Slopes
-from trainer.engine.graph import CROSS, MOVING_WEIGHTS, Graph, Measured
+from trainer.engine.graph import CROSS, Graph, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.optimizers import Adam
 from trainer.engine.sums import dropout, gather, square
@@ -47,24 +47,15 @@ from trainer.measures.evaluation import Evaluation
 from trainer.measures.slices import Scored, Slices
 from trainer.model.attributes import Columns, combine
 from trainer.model.candidates import candidates, partners, seed_of
-from trainer.model.network import LATEST, Model, Preprocessing
+from trainer.model.default_ranker import DefaultRanker
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.losses import NEGATIVE_SHIFT
+from trainer.model.preprocessing import Preprocessing
 from trainer.tables.index import I32, U64
 from trainer.tables.popular import HOUR_MS, Popular
 from trainer.tables.table import MISSING, Table
 
 F32 = npt.NDArray[np.float32]
-
-LOSS_ROWS = 1024.0
-"""The loss of a step is its sum over rows, divided by this."""
-
-ENGAGEMENT_SHARE = 0.2
-"""Weight of the engagement loss against the interest loss."""
-
-ASSUMED_CLICK_RATE = 0.05
-"""Clicks per impression in a log without impressions. One negative is drawn for each
-click, so that scores are shifted by log((1 - r) / r) to stand for r (King and Zeng 2001)."""
-
-NEGATIVE_SHIFT = float(np.log((1.0 - ASSUMED_CLICK_RATE) / ASSUMED_CLICK_RATE))
 
 TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
@@ -73,15 +64,6 @@ TRANSITION_CAPACITY = 1024
 """Lists at the start: there are as many as categories, and each takes a kilobyte."""
 
 EMBEDDINGS = ("user", "item", "category", "context")
-
-RATES = {"interest.popular": 100.0, "engagement.": 20.0}
-"""The few weights of the popular ranks see every row and learn faster, those of engagement every pair."""
-
-LABELLED_RATES = RATES | {"engagement.": 1.0}
-"""Where crosses know most of it, those of engagement need not hurry: they would follow what is left, mostly chance."""
-
-MOVING_RATE = 6.0
-"""Those of the evidence, which move several times a step (`MOVE_ROWS`)."""
 
 
 def labelled(settings: Settings) -> bool:
@@ -196,9 +178,11 @@ class Trainer:
             trained=False,
         )
         with tf.device(self.device):
-            self.model = Model(model, spec, preprocessing, labelled(settings))
-            rates = LABELLED_RATES if labelled(settings) else RATES
-            self.optimizer = Adam(self.model.dense, model.dense_learning_rate, rates, MOVING_WEIGHTS, MOVING_RATE)
+            self.model = DefaultRanker(model, spec, preprocessing, labelled(settings))
+            self.optimizer = Adam(
+                self.model.dense, model.dense_learning_rate, self.model.learning_rates, self.model.fast_weights,
+                HYPERPARAMETERS.fast_learning_rate,
+            )  # fmt: skip
         self.popular = Popular(model.popular)
         self.evaluation = Evaluation()
         self._columns = Columns(settings.attributes)
@@ -210,7 +194,7 @@ class Trainer:
         fields = len(settings.events.context) + len(self._columns.users.names)
         learned = {name: table for name, table in self.tables.items() if name != TRANSITION}
         self._graph = Graph(self.model, self.optimizer, learned, fields, len(self._columns.items.names))
-        self._windows = self.model.prepare_windows
+        self._windows = self.model.window_scaling
         self._crosses = Crosses(spec, settings.events.context, self._columns.users.names, self._columns.items.names)
 
     def clear(self) -> None:
@@ -378,10 +362,12 @@ class Trainer:
             inputs |= {name: at[name] for name in ("item_at", "item_attributes_at")}
         recent_at = at["recent_at"].reshape(batch.recent_categories.shape)
         inputs |= {name: at[name] for name in ("user_at", "popular_at", "context_at")}
-        inputs["latest_at"] = np.ascontiguousarray(recent_at[:, :LATEST]).reshape(-1)
+        inputs["latest_at"] = np.ascontiguousarray(recent_at[:, : HYPERPARAMETERS.latest]).reshape(-1)
         width = self.settings.model.hidden[0] if self._graph.drops else 0
         inputs["kept"] = dropout(seed, rows, width, self.settings.model.dropout)
-        weight = np.where(slots.target >= 0, batch.weight, np.float32(0.0)) * np.float32(1.0 / LOSS_ROWS)
+        weight = np.where(slots.target >= 0, batch.weight, np.float32(0.0)) * np.float32(
+            1.0 / HYPERPARAMETERS.loss_scale
+        )
         facts = Facts(
             windows=np.concatenate([batch.category_windows, came_next.recent_categories], 2),
             log_scale=self._windows.log_scale,
@@ -402,7 +388,8 @@ class Trainer:
             weight=weight.astype(np.float32),
             engaged=np.concatenate([np.where(known, batch.label, np.float32(1.0)), np.zeros(rows, np.float32)]),
             engaged_shift=np.where(np.concatenate([known, known]), np.float32(0.0), np.float32(NEGATIVE_SHIFT)),
-            engaged_weight=scored.astype(np.float32) * np.float32(ENGAGEMENT_SHARE / LOSS_ROWS),
+            engaged_weight=scored.astype(np.float32)
+            * np.float32(HYPERPARAMETERS.engagement_share / HYPERPARAMETERS.loss_scale),
             cross_at=at["cross_at"].reshape(crosses.shape),
             share_at=at["share_at"],
             cross_prior=self._crosses.precision,

@@ -32,11 +32,11 @@ from tests.deploy.serving.stocked import (
 @pytest.fixture(scope="session")
 def lowered() -> Lowered:
     """Lowered once for all tests; takes some seconds."""
-    from trainer.model.network import Model
+    from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.program import build
 
     settings, spec = small(Settings()), FeatureSpec()
-    model = Model(settings.model, spec)
+    model = DefaultRanker(settings.model, spec)
     rng = np.random.default_rng(5)
     weights = {name: rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in model.weights().items()}
     model.set_weights(weights)

@@ -103,7 +103,7 @@ def expected(stores: Stores, user: str, context: Any, item: Any) -> dict[str, An
         "cross": np.zeros(1, np.float32),
         **no_succession(),
     }
-    return {name: np.asarray(value) for name, value in stores.lowered.model.forward(given).items()}
+    return {name: np.asarray(value) for name, value in stores.lowered.model.predict(given).items()}
 
 
 def test_an_answer_uses_the_attributes_as_training_does_and_names_them(stores: Stores, known: AttributeStore) -> None:

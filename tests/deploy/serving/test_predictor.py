@@ -61,7 +61,7 @@ def reference(
     popular_rows, popular_mask = np.zeros((4, DIM), np.float32), np.zeros((1, 4), np.float32)
     for place, name in enumerate(popular):
         popular_rows[place], popular_mask[0, place] = row[name], float(name not in labels)
-    outputs = stores.lowered.model.forward(
+    outputs = stores.lowered.model.predict(
         {
             "features": vector.features.astype(np.float32)[None],
             "user_row": (row_of("user", user, 1) if user == "ann" else zeros)[None],

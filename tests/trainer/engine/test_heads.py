@@ -1,4 +1,4 @@
-"""The compiled heads against TensorFlow: the scores of `Model.forward`, and its derivatives."""
+"""The compiled heads against the ranker in TensorFlow: its scores, and the derivatives of its losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tests.trainer.batches import SPEC
 from trainer.engine.facts import MOVING, Facts, Given, Moved, Moving, Scores, Slopes
 from trainer.engine.graph import FROM_HEADS
 from trainer.engine.heads import MOVE_ROWS, USER_PACE, heads
-from trainer.model.network import Model
+from trainer.model import losses
+from trainer.model.default_ranker import DefaultRanker, Encoded
+from trainer.model.ranker import Targets
 
 ROWS, DIM, POPULAR = 35, 8, 4
 """More rows than a block of the heads (16), no multiple of it, and one of seven."""
@@ -22,8 +24,8 @@ LAST = LABELS + POPULAR + SUCCESSORS
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    made = Model(ModelSettings(dim=DIM, hidden=(16, 8), popular=POPULAR), SPEC)
+def ranker() -> DefaultRanker:
+    made = DefaultRanker(ModelSettings(dim=DIM, hidden=(16, 8), popular=POPULAR), SPEC)
     drawn = np.random.default_rng(3)
     made.set_weights(
         {name: value + drawn.normal(0, 0.2, value.shape).astype(np.float32) for name, value in made.weights().items()}
@@ -31,7 +33,7 @@ def model() -> Model:
     return made
 
 
-def step(model: Model, labelled: bool = True, rows: int = ROWS) -> tuple[Facts, dict[str, np.ndarray]]:
+def step(ranker: DefaultRanker, labelled: bool = True, rows: int = ROWS) -> tuple[Facts, dict[str, np.ndarray]]:
     """Facts of a step and the arrays that the graph starts from; row 0 of the tables is the missing one."""
     drawn = np.random.default_rng(5)
 
@@ -49,9 +51,9 @@ def step(model: Model, labelled: bool = True, rows: int = ROWS) -> tuple[Facts, 
     pair_category_at = np.concatenate([recent_at[:, 0], drawn.integers(0, CATEGORIES, rows)]).astype(np.int32)
     facts = Facts(
         windows=drawn.integers(0, 300, (rows, LABELS, WIDTH + len(COLUMNS))).astype(np.uint16),
-        log_scale=model.prepare_windows.log_scale,
-        scale=model.prepare_windows.scale,
-        shift=model.prepare_windows.shift,
+        log_scale=ranker.window_scaling.log_scale,
+        scale=ranker.window_scaling.scale,
+        shift=ranker.window_scaling.shift,
         recent_mask=recent_mask,
         popular_mask=(drawn.random((rows, POPULAR)) < 0.7).astype(np.float32),
         successor_mask=(drawn.random((rows, SUCCESSORS)) < 0.6).astype(np.float32),
@@ -79,106 +81,106 @@ def step(model: Model, labelled: bool = True, rows: int = ROWS) -> tuple[Facts, 
     category, item = normal(CATEGORIES, DIM), normal(ITEMS, DIM)
     category[0], item[0] = 0, 0
     return facts, {
-        "scoring": normal(rows, 8),
-        "learning": normal(rows, 8),
-        "user": normal(rows, DIM),
-        "prepared": normal(rows, len(SPEC.names)),
+        "scoring": normal(rows, 2 * DIM + 1),
+        "learning": normal(rows, 2 * DIM + 1),
+        "prepared": normal(rows, ranker.user_width),
         "popular_rows": normal(POPULAR, DIM),
         "category": category,
         "item": item,
     }
 
 
-def given(model: Model, arrays: dict[str, tf.Tensor]) -> Given:
+def given(ranker: DefaultRanker, arrays: dict[str, tf.Tensor]) -> Given:
     """What the graph computes of these arrays."""
-    scoring, learning = (model.queries(arrays[name], arrays["user"]) for name in ("scoring", "learning"))
-    found = [scoring, learning, *(model.popular(queries, arrays["popular_rows"]) for queries in (scoring, learning))]
-    found += [model.person(arrays["prepared"]), arrays["category"], arrays["item"]]
-    dense = {name: model.dense[weight].numpy() for weight, name in FROM_HEADS.items()}
+    queries = [arrays["scoring"], arrays["learning"]]
+    found = [*queries, *(ranker.popular_logits(each, arrays["popular_rows"]) for each in queries)]
+    found += [arrays["prepared"], arrays["category"], arrays["item"]]
+    dense = {name: ranker.dense[weight].numpy() for weight, name in FROM_HEADS.items()}
     moving = Moving(*(dense.pop(name) for name in MOVING))
     none = np.zeros((1, 2), np.float32)
     return Given(*(np.array(value) for value in found), **dense, cross=none, cross_precision=none, moving=moving)
 
 
-def pairs(model: Model, facts: Facts, arrays: dict[str, tf.Tensor], vector: str) -> tuple[tf.Tensor, ...]:
-    """The logits of `Model`, of one pass: labels, popular, successors, last slot, and both pairs of each row."""
-    queries = model.queries(arrays[vector], arrays["user"])
-    inputs = {
-        "recent_rows": tf.gather(arrays["category"], facts.recent_at),
+def inputs_of(facts: Facts, arrays: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The ranker's inputs of learning, but for those that only `encode` reads."""
+    rows = len(facts.target)
+    category, item = (tf.convert_to_tensor(arrays[name]) for name in ("category", "item"))
+    categories, items = facts.pair_category_at, facts.pair_item_at
+    return {
+        "recent_rows": tf.gather(category, facts.recent_at),
         "recent_mask": facts.recent_mask,
-        "popular_rows": arrays["popular_rows"],
+        "popular_rows": tf.convert_to_tensor(arrays["popular_rows"]),
         "popular_mask": facts.popular_mask,
-        "successor_rows": tf.gather(arrays["category"], facts.successor_at),
+        "successor_rows": tf.gather(category, facts.successor_at),
         "successor_mask": facts.successor_mask,
         "popular_next": facts.popular_next.astype(np.float32),
         "successor_next": facts.successor_next.astype(np.float32),
         "category_windows": facts.windows[:, :, :WIDTH].astype(np.float32),
         "recent_next": facts.windows[:, :, WIDTH:].astype(np.float32),
-        "cross": np.zeros(ROWS, np.float32),
+        "cross": np.zeros(rows, np.float32),
+        "other_row": tf.gather(category, facts.other_at),
+        "other_mask": facts.other_mask,
+        "item_row": tf.gather(item, items[:rows]),
+        "category_row": tf.gather(category, categories[:rows]),
+        "negative_item_row": tf.gather(item, items[rows:]),
+        "negative_category_row": tf.gather(category, categories[rows:]),
     }
-    personal = model.personal(arrays["prepared"])
-    logits = model.interest(queries, personal, inputs)
-    last = tf.reduce_sum(queries[:, :DIM] * tf.gather(arrays["category"], facts.other_at), 1, keepdims=True)
-    last = last + model.dense["interest.other"]
-    last = tf.where(facts.other_mask[:, None] > 0, last, -1e9)
-    frozen = model.queries(arrays["scoring"], arrays["user"])
-    read = model.interest(frozen, personal, inputs)
-    engaged = []
-    for part in (slice(0, ROWS), slice(ROWS, None)):
-        chosen = inputs | {
-            "item_row": tf.gather(arrays["item"], facts.pair_item_at[part]),
-            "category_row": tf.gather(arrays["category"], facts.pair_category_at[part]),
-        }
-        # The interest head's word on the category is read without dropout.
-        mixed = tf.concat([frozen[:, :DIM], queries[:, DIM:]], 1)
-        engaged.append(model.engagement(mixed, read, chosen))
-    return *logits, last, tf.concat(engaged, 0)
+
+
+def encoded_of(arrays: dict[str, tf.Tensor], learning: str) -> Encoded:
+    """With dropout (`learning`), or without (`scoring`)."""
+    plain = tf.convert_to_tensor(arrays["scoring"])
+    queries = plain if learning == "scoring" else tf.convert_to_tensor(arrays[learning])
+    return Encoded(queries, plain, tf.convert_to_tensor(arrays["prepared"]), plain)
+
+
+def targets_of(facts: Facts) -> Targets:
+    rows = len(facts.target)
+    own, drawn = slice(0, rows), slice(rows, None)
+    return Targets(
+        facts.target, np.where(facts.target >= 0, facts.weight, np.float32(0)), facts.engaged[own],
+        facts.engaged_shift[own], facts.engaged_weight[own], facts.engaged_shift[drawn], facts.engaged_weight[drawn],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_scores_are_those_of_the_model(model: Model, labelled: bool) -> None:
-    facts, arrays = step(model, labelled)
-    scores, _, _ = heads(facts, given(model, arrays))
-    recent_logits, popular_logits, successor_logits, last, engaged = pairs(model, facts, arrays, "scoring")
-    np.testing.assert_allclose(scores.recent_logits, recent_logits, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(scores.popular_logits, popular_logits, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(scores.successor_logits, successor_logits, rtol=1e-4, atol=1e-5)
+def test_scores_are_those_of_the_ranker(ranker: DefaultRanker, labelled: bool) -> None:
+    facts, arrays = step(ranker, labelled)
+    scores, _, _ = heads(facts, given(ranker, arrays))
+    expected = ranker.score(encoded_of(arrays, "scoring"), inputs_of(facts, arrays))
+    for name in ("recent_logits", "popular_logits", "successor_logits"):
+        np.testing.assert_allclose(getattr(scores, name), expected[name], rtol=1e-4, atol=1e-5)
+    engaged = tf.concat([expected["engagement_logit"], expected["negative_logit"]], 0)
     np.testing.assert_allclose(scores.engagement, engaged, rtol=1e-4, atol=1e-4)
-    logits = tf.concat([recent_logits, popular_logits, successor_logits, last], 1).numpy()
+    interest = losses.interest_loss(expected, facts.target)
+    np.testing.assert_allclose(scores.interest_loss, interest, rtol=1e-4, atol=1e-5)
+    logits = losses.interest_logits(expected).numpy()
     for row in np.flatnonzero(facts.target >= 0):
-        expected = (
-            np.log(np.exp(logits[row] - logits[row].max()).sum()) + logits[row].max() - logits[row, facts.target[row]]
-        )
-        assert scores.interest_loss[row] == pytest.approx(expected, rel=1e-4, abs=1e-5)
         before = (logits[row, :-1] > logits[row, facts.target[row]]).sum()
         assert scores.rank[row] == (before if facts.target[row] < LAST else LAST)
-    shifted = scores.engagement + facts.engaged_shift
-    expected = tf.nn.sigmoid_cross_entropy_with_logits(facts.engaged, shifted)
-    np.testing.assert_allclose(scores.engagement_loss, expected, rtol=1e-4, atol=1e-6)
+    both = tf.concat(losses.engagement_losses(expected, targets_of(facts)), 0)
+    own = slice(0, len(facts.target))
+    np.testing.assert_allclose(scores.engagement_loss[own], both[own], rtol=1e-4, atol=1e-6)
+    assert (facts.engaged[len(facts.target) :] == 0).all()
+    np.testing.assert_allclose(scores.engagement_loss, both, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_slopes_are_the_derivatives_of_the_model(model: Model, labelled: bool) -> None:
-    facts, arrays = step(model, labelled)
+def test_slopes_are_the_derivatives_of_the_rankers_losses(ranker: DefaultRanker, labelled: bool) -> None:
+    facts, arrays = step(ranker, labelled)
     held = {name: tf.Variable(value) for name, value in arrays.items()}
-    watched = [model.dense[name] for name in FROM_HEADS]
+    watched = [ranker.dense[name] for name in FROM_HEADS]
     with tf.GradientTape() as tape:
-        *candidates, engaged = pairs(model, facts, held, "learning")
-        logits = tf.concat(candidates, 1)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(np.maximum(facts.target, 0), logits)
-        total = tf.reduce_sum(losses * np.where(facts.target >= 0, facts.weight, 0).astype(np.float32))
-        engaged_losses = tf.nn.sigmoid_cross_entropy_with_logits(facts.engaged, engaged + facts.engaged_shift)
-        total += tf.reduce_sum(engaged_losses * facts.engaged_weight)
-    sources = {"category": held["category"], "item": held["item"], "user": held["user"], "vector": held["learning"]}
-    sources |= {"popular": held["popular_rows"]}
-    expected, expected_dense = tape.gradient(total, (sources, watched))
+        total = tf.reduce_sum(ranker.losses(encoded_of(held, "learning"), inputs_of(facts, held), targets_of(facts)))
+    names = ("category", "item", "learning", "popular_rows")
+    expected, expected_dense = tape.gradient(total, ({name: held[name] for name in names}, watched))
 
-    _, slopes, _ = heads(facts, given(model, arrays))
+    _, slopes, _ = heads(facts, given(ranker, arrays))
+    sources = {name: held[name] for name in ("learning", "popular_rows")}
     with tf.GradientTape() as tape:
-        queries = model.queries(held["learning"], held["user"])
-        ours = [queries, model.popular(queries, held["popular_rows"])]
+        queries = tf.identity(held["learning"])
+        ours = [queries, ranker.popular_logits(queries, held["popular_rows"])]
     outputs = [slopes.learning, slopes.learning_popular]
-    del sources["category"], sources["item"]
     found = {name: np.array(value) for name, value in tape.gradient(ours, sources, output_gradients=outputs).items()}
     found |= {"category": slopes.category, "item": slopes.item}
     for name, value in found.items():
@@ -202,10 +204,12 @@ def part(facts: Facts, of: Given, rows: slice, moved: Moving) -> tuple[Facts, Gi
     return facts._replace(**single, **pairs), of._replace(**per_row, moving=moved)
 
 
-def test_weights_of_the_evidence_move_after_each_32_rows_to_their_mean_and_later_rows_see_it(model: Model) -> None:
+def test_weights_of_the_evidence_move_after_each_32_rows_to_their_mean_and_later_rows_see_it(
+    ranker: DefaultRanker,
+) -> None:
     count, rate = 3 * MOVE_ROWS + 9, np.float32(0.02)
-    facts, arrays = step(model, rows=count)
-    of = given(model, arrays)
+    facts, arrays = step(ranker, rows=count)
+    of = given(ranker, arrays)
     slots = Moved.of(of.moving.flat())
     scores, slopes, learned = heads(facts, of, slots, rate)
     moved = learned.moved
@@ -235,9 +239,9 @@ def test_weights_of_the_evidence_move_after_each_32_rows_to_their_mean_and_later
     assert (still[0].recent_logits[:MOVE_ROWS] == scores.recent_logits[:MOVE_ROWS]).all()
 
 
-def test_one_pass_without_dropout_is_two_passes_over_the_same(model: Model) -> None:
-    facts, arrays = step(model)
-    of = given(model, arrays | {"learning": arrays["scoring"]})
+def test_one_pass_without_dropout_is_two_passes_over_the_same(ranker: DefaultRanker) -> None:
+    facts, arrays = step(ranker)
+    of = given(ranker, arrays | {"learning": arrays["scoring"]})
     _, slopes, _ = heads(facts, of, apart=False)
     _, twice, _ = heads(facts, of)
     for name in ("learning", "learning_popular", "category", "item"):

@@ -11,7 +11,8 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
-from trainer.model.network import DenseTower, Model
+from trainer.model.default_ranker import DefaultRanker
+from trainer.model.tower import DenseTower
 from trainer.versions.program import Program, build, check_parity, lower, preprocessing_of, sample
 
 SMALL = ModelSettings(dim=8, hidden=(16, 8), popular=4)
@@ -27,14 +28,14 @@ def rounding(width_in: int, settings: ModelSettings) -> Rounding:
 
 
 def test_the_program_answers_as_the_model_does_with_each_versions_weights() -> None:
-    model = Model(SMALL, FeatureSpec())
+    model = DefaultRanker(SMALL, FeatureSpec())
     content = build(model)
     before = model.weights()
     program, inputs = Program(content), sample(model, 5)
     for scale in (1.0, -0.5):
         model.set_weights({name: weight * np.float32(scale) for name, weight in before.items()})
         program.load(model.weights())
-        ours, theirs = program.predict(inputs), model.forward(inputs)
+        ours, theirs = program.predict(inputs), model.predict(inputs)
         assert set(ours) == {
             "recent_logits",
             "popular_logits",
@@ -47,21 +48,23 @@ def test_the_program_answers_as_the_model_does_with_each_versions_weights() -> N
 
 
 def test_lowering_leaves_the_weights_and_gives_the_same_bytes_again() -> None:
-    model = Model(SMALL, FeatureSpec())
+    model = DefaultRanker(SMALL, FeatureSpec())
     before = model.weights()
-    assert lower(model) == lower(Model(SMALL, FeatureSpec()))
+    assert lower(model) == lower(DefaultRanker(SMALL, FeatureSpec()))
     for name, weight in model.weights().items():
         np.testing.assert_array_equal(weight, before[name])
 
 
 def test_a_program_without_weights_answers_nan() -> None:
-    model = Model(SMALL, FeatureSpec())
+    model = DefaultRanker(SMALL, FeatureSpec())
     assert np.isnan(Program(lower(model)).predict(sample(model))["engagement_logit"]).all()
 
 
 def test_a_parity_failure_is_an_error() -> None:
-    model = Model(SMALL, FeatureSpec())
-    other = Model(ModelSettings(dim=8, hidden=(16, 8), popular=4), FeatureSpec(), preprocessing=lambda x: tf.sqrt(x))
+    model = DefaultRanker(SMALL, FeatureSpec())
+    other = DefaultRanker(
+        ModelSettings(dim=8, hidden=(16, 8), popular=4), FeatureSpec(), preprocessing=lambda x: tf.sqrt(x)
+    )
     with pytest.raises(ProgramError, match="differs from the model's"):
         check_parity(lower(model), other, sample(model))
 
@@ -69,7 +72,7 @@ def test_a_parity_failure_is_an_error() -> None:
 def test_an_operation_that_does_not_lower_is_named() -> None:
     settings = ModelSettings(dim=8, hidden=(16, 8), popular=4, tower=f"{__name__}:rounding")
     with pytest.raises(ProgramError, match=r"tf\.Bessel"):
-        lower(Model(settings, FeatureSpec()))
+        lower(DefaultRanker(settings, FeatureSpec()))
 
 
 def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
@@ -83,5 +86,5 @@ def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
             return {"features": (tf.math.log1p(inputs["features"]) - self.mean)[:, :100]}
 
     tf.saved_model.save(Transform(), str(tmp_path / "transform_fn"))
-    model = Model(SMALL, FeatureSpec(), preprocessing_of(tmp_path))
+    model = DefaultRanker(SMALL, FeatureSpec(), preprocessing_of(tmp_path))
     assert check_parity(lower(model), model, sample(model)) < 1e-5

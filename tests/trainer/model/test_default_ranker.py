@@ -1,4 +1,4 @@
-"""The model: pure over its inputs, open to other towers, lowered with built-in operations only."""
+"""The default ranker: pure over its inputs, open to other towers, lowered with built-in operations only."""
 
 from __future__ import annotations
 
@@ -12,34 +12,24 @@ import tensorflow as tf
 
 from state.config.settings import Settings
 from state.errors import SettingsError
-from state.ranking.transitions import COLUMNS, SUCCESSORS
+from state.ranking.transitions import SUCCESSORS
 from tests.trainer.batches import SPEC
-from trainer.model.network import MASKED, DenseTower, Model, recency_prior
+from trainer.model.default_ranker import DefaultRanker
+from trainer.model.first_values import recency_prior
+from trainer.model.inputs import INPUTS, sizes, specs
+from trainer.model.ranker import MASKED
 
 MODEL = Settings().model
 ROWS = 5
+TABLES = ("user", "item", "category", "context")
 
 
-def shapes(rows: int | None) -> dict[str, list[int | None]]:
-    dim = MODEL.dim
-    return {
-        "features": [rows, len(SPEC.names)],
-        "user_row": [rows, dim],
-        "context_row": [rows, dim],
-        "recent_rows": [rows, SPEC.recent_categories, dim],
-        "category_windows": [rows, SPEC.recent_categories, len(SPEC.window_names)],
-        "recent_next": [rows, SPEC.recent_categories, len(COLUMNS)],
-        "recent_mask": [rows, SPEC.recent_categories],
-        "popular_rows": [MODEL.popular, dim],
-        "popular_mask": [rows, MODEL.popular],
-        "popular_next": [rows, MODEL.popular, len(COLUMNS)],
-        "successor_rows": [rows, SUCCESSORS, dim],
-        "successor_mask": [rows, SUCCESSORS],
-        "successor_next": [rows, SUCCESSORS, len(COLUMNS)],
-        "item_row": [rows, dim],
-        "category_row": [rows, dim],
-        "cross": [rows],
-    }
+def shapes(rows: int) -> dict[str, list[int]]:
+    """Of the inputs of serving, by the table of inputs."""
+    found = specs(
+        tuple(one for one in INPUTS if not one.training), sizes(MODEL, SPEC), dict.fromkeys(TABLES, MODEL.dim)
+    )
+    return {name: [rows if size is None else size for size in spec.shape] for name, spec in found.items()}
 
 
 def inputs(rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -53,8 +43,8 @@ def inputs(rows: int = ROWS) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    trained = Model(MODEL, SPEC)
+def model() -> DefaultRanker:
+    trained = DefaultRanker(MODEL, SPEC)
     rng = np.random.default_rng(2)
     trained.set_weights(
         {name: value + rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in trained.weights().items()}
@@ -62,9 +52,9 @@ def model() -> Model:
     return trained
 
 
-def test_shapes_and_masks(model: Model) -> None:
+def test_shapes_and_masks(model: DefaultRanker) -> None:
     given = inputs()
-    found = model.forward(given)
+    found = model.predict(given)
     assert {name: tuple(value.shape) for name, value in found.items()} == {
         "recent_logits": (ROWS, SPEC.recent_categories),
         "popular_logits": (ROWS, MODEL.popular),
@@ -77,44 +67,33 @@ def test_shapes_and_masks(model: Model) -> None:
     assert (found["successor_logits"].numpy()[given["successor_mask"] == 0] == MASKED).all()
 
 
-def test_interest_does_not_see_item_and_category(model: Model) -> None:
+def test_interest_does_not_see_item_and_category(model: DefaultRanker) -> None:
     given = inputs()
     changed = given | {"item_row": given["item_row"] + 1, "category_row": given["category_row"] - 1}
-    before, after = model.forward(given), model.forward(changed)
+    before, after = model.predict(given), model.predict(changed)
     for name in ("recent_logits", "popular_logits", "successor_logits", "vector"):
         assert (before[name].numpy() == after[name].numpy()).all()
     assert (before["engagement_logit"].numpy() != after["engagement_logit"].numpy()).all()
 
 
 def test_first_weights_are_the_same_in_every_process_and_rank_the_latest_label_first() -> None:
-    one, other = Model(MODEL, SPEC), Model(MODEL, SPEC)
+    one, other = DefaultRanker(MODEL, SPEC), DefaultRanker(MODEL, SPEC)
     assert all((value == other.weights()[name]).all() for name, value in one.weights().items())
     given = inputs(1)
     given["category_windows"][:] = 1
     given["recent_rows"][:] = 0
     given["category_windows"][0, :, SPEC.window_names.index("is_last")] = np.arange(SPEC.recent_categories) == 0
     given["recent_mask"][:] = 1
-    assert int(one.forward(given)["recent_logits"].numpy().argmax()) == 0
+    assert int(one.predict(given)["recent_logits"].numpy().argmax()) == 0
     assert recency_prior(SPEC.window_names).shape == (len(SPEC.window_names),)
 
 
-def test_weights_of_another_model_are_refused(model: Model) -> None:
+def test_weights_of_another_model_are_refused(model: DefaultRanker) -> None:
     weights = model.weights()
     with pytest.raises(SettingsError, match=r"query\.bias.*put the \[model\] settings back"):
         model.set_weights({name: value for name, value in weights.items() if name != "query.bias"})
     with pytest.raises(SettingsError, match=r"tower\.kernel_0"):
         model.set_weights(weights | {"tower.kernel_0": np.zeros((3, 3), np.float32)})
-
-
-def test_dropout_repeats_with_its_seed_and_keeps_the_expected_share() -> None:
-    tower = DenseTower(8, (4096, 4), 0.3)
-    x = tf.ones([1, 8])
-    one, two = (tower(x, True, tf.constant(seed)).numpy() for seed in ([1, 2], [1, 3]))
-    assert (one == tower(x, True, tf.constant([1, 2])).numpy()).all() and (one != two).any()
-    from trainer.model.network import _dropped
-
-    kept = _dropped(tf.ones([64, 1024]), 0.3, tf.constant([3, 4])).numpy()
-    assert abs((kept > 0).mean() - 0.7) < 0.01 and abs(kept.mean() - 1) < 0.01
 
 
 class OwnTower(tf.Module):
@@ -133,21 +112,20 @@ def build_own(width_in: int, settings: Any) -> OwnTower:
 
 
 def test_own_tower_plugs_in_by_its_path() -> None:
-    own = Model(dataclasses.replace(MODEL, tower=f"{__name__}:build_own"), SPEC)
+    own = DefaultRanker(dataclasses.replace(MODEL, tower=f"{__name__}:build_own"), SPEC)
     assert "tower.own_kernel" in own.weights()
-    assert np.abs(own.forward(inputs())["vector"].numpy()).max() <= 1
+    assert np.abs(own.predict(inputs())["vector"].numpy()).max() <= 1
     with pytest.raises(SettingsError, match="nowhere"):
-        Model(dataclasses.replace(MODEL, tower="nowhere:build"), SPEC)
+        DefaultRanker(dataclasses.replace(MODEL, tower="nowhere:build"), SPEC)
 
 
-def test_forward_lowers_to_built_in_operations_with_the_same_answers(model: Model, tmp_path: Path) -> None:
+def test_it_lowers_to_built_in_operations_with_the_same_answers(model: DefaultRanker, tmp_path: Path) -> None:
     class Program(tf.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-    specs = {name: tf.TensorSpec(shape, tf.float32, name=name) for name, shape in shapes(None).items()}
-    predict = tf.function(lambda **given: model.forward(given)).get_concrete_function(**specs)
+    predict = tf.function(lambda **given: model.predict(given)).get_concrete_function(**model.specs())
     tf.saved_model.save(Program(), str(tmp_path), signatures={"predict": predict})
     converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path), signature_keys=["predict"])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
@@ -155,6 +133,6 @@ def test_forward_lowers_to_built_in_operations_with_the_same_answers(model: Mode
 
     runner = Interpreter(model_content=converter.convert()).get_signature_runner("predict")
     given = inputs()
-    lowered, direct = runner(**given), model.forward(given)
+    lowered, direct = runner(**given), model.predict(given)
     for name, value in direct.items():
         np.testing.assert_allclose(lowered[name], value.numpy(), atol=1e-4, rtol=1e-5)

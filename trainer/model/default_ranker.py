@@ -1,0 +1,284 @@
+"""The default ranker: a user tower, candidates scored by rows and windows, pairs scored with interest as their prior.
+
+For a user u with recent categories c_1 .. c_L (newest first), a candidate c, an item i of category c_i:
+
+    x(u)  = [ prepare(features), e_u, mean of e_{c_1..c_3}, mean of context rows ]
+    v(u)  = tower(x)                                              the profile vector, `vector`
+    [ q(u) | q'(u) | b(u) ] = W v(u) + w + [ e_u | e_u | 0 ]      the queries of interest and of engagement, the user's bias
+    z(u)  = clip(prepared features), without those of single categories
+
+    interest:    p(c) = softmax over the candidates of s(c)
+      recent     s(c_j) = q . e_c + m . windows_j + net(windows_j, windows_1, z(u)) + b_j
+      popular    s(c)   = q . e_c + n_0 . next(c) + net'(next(c), z(u)) + b_rank
+      successor  s(c)   = q . e_c + n_1 . next(c) + net'(next(c), z(u)) + b_rank
+      any other  s(c)   = q . e_c + b
+
+    engagement:  P = sigmoid( prior(c_i) + q' . e_i + w_i . e_i + w_c . e_c + b(u) + sum of crosses )
+      prior(c_i) = a + b log p(c_i) of a category of the user, else d (q . e_c + b - log sum exp s)
+
+`next(c)` are logarithms of how often c came next after the user's newest
+category, over all users. Both nets have one hidden layer with ReLU and share
+`z(u)`'s kernel. Interest is scored over rows of categories, never over an
+index: a category first seen a minute ago is a candidate like any other.
+Engagement reads the interest logits without dropout and changes none of their
+weights. In a log with labels interest is no prior of engagement at first: what
+was clicked is not what was shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from state.config.sections import Model as ModelSettings
+from state.features.spec import FeatureSpec
+from state.ranking.transitions import COLUMNS
+from trainer.model.first_values import fixed, popular_prior, query_kernel, recency_prior, successor_prior, uniform
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.inputs import INPUTS, sizes
+from trainer.model.losses import log_losses
+from trainer.model.preprocessing import Logarithms, Preprocessing, Tensor, WindowScaling
+from trainer.model.ranker import MASKED, Ranker, Targets
+from trainer.model.tower import DenseTower, load_builder, named, width_in
+
+NET_HIDDEN, NEXT_HIDDEN = HYPERPARAMETERS.net_hidden, HYPERPARAMETERS.next_hidden
+
+FAST_WEIGHTS = (
+    "interest.user_kernel",
+    "interest.linear",
+    "interest.bias",
+    "interest.kernel_0",
+    "interest.kernel_1",
+    "interest.position",
+    "interest.next",
+    "interest.next_0",
+    "interest.next_1",
+    "interest.successor",
+    "interest.other",
+)
+"""The weights that move within a record, in the order in which a version carries their slots."""
+
+
+class Encoded(NamedTuple):
+    """What of the users all scores share.
+
+    Attributes:
+        queries: `[B, 2 dim + 1]` float32: of interest, of engagement, the bias; with dropout in training.
+        plain_queries: The same without dropout.
+        user_features: `[B, U]` float32, what both nets see of the user.
+        vector: `[B, width]` float32, the profile, without dropout.
+    """
+
+    queries: Tensor
+    plain_queries: Tensor
+    user_features: Tensor
+    vector: Tensor
+
+
+class DefaultRanker(Ranker):
+    """The ranker of the settings `[model]`.
+
+    Args:
+        settings: The section `[model]`.
+        spec: Names the D features and the F windows of each of the L categories.
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None
+            takes logarithms.
+        labelled: Whether engagement is learned from labels. All but the crosses then begins at
+            nothing, and what the network adds is what crosses leave over.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        spec: FeatureSpec,
+        preprocessing: Preprocessing | None = None,
+        labelled: bool = False,
+    ) -> None:
+        super().__init__(name="model")
+        numbers, dim, width = HYPERPARAMETERS, settings.dim, settings.hidden[-1]
+        names = (*spec.window_names, *COLUMNS)
+        self.settings = settings
+        self.tables = dict.fromkeys(("user", "item", "category", "context"), dim)
+        self.sizes = sizes(settings, spec)
+        self.preprocessing = preprocessing if preprocessing is not None else Logarithms(spec.names)
+        self.window_scaling = WindowScaling(names)
+        into_tower = width_in(settings, spec, self.preprocessing)
+        prepared = into_tower - 3 * dim
+        # A preprocessing of the user's own need not keep a column for each feature.
+        of_user = sum(not name.startswith("label.") for name in spec.names)
+        self.user_width = of_user if prepared == len(spec.names) else prepared
+        self.tower = load_builder(settings.tower)(into_tower, settings)
+        self.inputs = tuple(one for one in INPUTS if one.name != "tower_kept" or self.drops)
+        self.learning_rates = numbers.labelled_learning_rates if labelled else numbers.learning_rates
+        self.fast_weights = FAST_WEIGHTS
+        self.fast_learning_rates = {"interest.user_kernel": numbers.user_lr_scale}
+        query, engagement = (0.0, 0.0) if labelled else (numbers.first_query, numbers.first_engagement)
+        own = [
+            fixed("query.kernel", query_kernel(width, dim, query)),
+            uniform("query.bias", (2 * dim + 1,), 0.0),
+            fixed("interest.linear", recency_prior(names)),
+            uniform("interest.position", (spec.recent_categories,), 0.0),
+            uniform("interest.user_kernel", (self.user_width, NET_HIDDEN + NEXT_HIDDEN), numbers.first_user_kernel),
+            uniform("interest.kernel_0", (2 * len(names), NET_HIDDEN), numbers.first_net),
+            uniform("interest.bias", (NET_HIDDEN + NEXT_HIDDEN,), 0.0),
+            uniform("interest.kernel_1", (NET_HIDDEN,), 0.0),
+            uniform("interest.next", (2, len(COLUMNS)), 0.0),
+            uniform("interest.next_0", (len(COLUMNS), NEXT_HIDDEN), numbers.first_net),
+            uniform("interest.next_1", (NEXT_HIDDEN,), 0.0),
+            fixed("interest.successor", successor_prior()),
+            fixed("interest.popular", popular_prior(settings.popular)),
+            fixed("interest.other", [numbers.first_other]),
+            fixed("engagement.prior", [0.0, 0.0, 0.0] if labelled else numbers.first_prior),
+            uniform("engagement.item", (dim,), engagement),
+            uniform("engagement.category", (dim,), engagement),
+        ]
+        of_tower = {f"tower.{name}": weight for name, weight in named(self.tower).items()}
+        self.dense: dict[str, Any] = of_tower | {weight.name.removesuffix(":0"): weight for weight in own}
+
+    @property
+    def drops(self) -> bool:
+        """Whether the dropout of the tower is an input, `tower_kept`; a tower of the user's own draws its own."""
+        return type(self.tower) is DenseTower and self.settings.dropout > 0.0
+
+    def encode(self, inputs: Mapping[str, Tensor], training: bool, seed: Tensor) -> Encoded:
+        """See `Ranker`; without context fields `context_row` may be left out."""
+        prepared = self.preprocessing(inputs["features"])
+        latest = tf.reduce_mean(inputs["recent_rows"][:, : HYPERPARAMETERS.latest, :], 1)
+        rows = [inputs["user_row"], latest, *([inputs["context_row"]] if "context_row" in inputs else [])]
+        vectors = self._vectors(prepared, rows, training, seed, inputs)
+        queries = [self._queries(vector, inputs["user_row"]) for vector in vectors]
+        limit = HYPERPARAMETERS.user_limit
+        user_features = tf.clip_by_value(prepared[:, : self.user_width], -limit, limit)
+        return Encoded(queries[-1], queries[0], user_features, vectors[0])
+
+    def score(self, encoded: Encoded, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Ranker`."""
+        hidden = self._user_hidden(encoded.user_features)
+        interest = self._interest(encoded.queries, hidden, inputs)
+        plain = interest
+        if encoded.plain_queries is not encoded.queries:
+            plain = self._interest(encoded.plain_queries, hidden, inputs)
+        own = self._engagement(encoded, plain, inputs, inputs["item_row"], inputs["category_row"])
+        scores = interest | {"engagement_logit": own + inputs["cross"], "vector": encoded.vector}
+        if "negative_item_row" in inputs:
+            rows = inputs["negative_item_row"], inputs["negative_category_row"]
+            scores["negative_logit"] = self._engagement(encoded, plain, inputs, *rows)
+        return scores
+
+    def losses(self, encoded: Encoded, inputs: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        """See `Ranker`."""
+        return log_losses(self.score(encoded, inputs), targets)
+
+    def popular_logits(self, queries: Tensor, popular_rows: Tensor) -> Tensor:
+        """Logits q . e_c + b_rank of the popular categories, not masked, `[B, P]`."""
+        # Zeros for the rest of the queries: the derivative of a slice would be a copy of all.
+        rows = tf.pad(popular_rows, [[0, 0], [0, self.settings.dim + 1]])
+        return tf.nn.bias_add(tf.matmul(queries, rows, transpose_b=True), self.dense["interest.popular"])
+
+    def _vectors(
+        self, prepared: Tensor, rows: list[Tensor], training: bool, seed: Tensor, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The vectors v(u), `[B, width]`: without dropout and, in training and where there is any, with it."""
+        if training and type(self.tower) is DenseTower:
+            return self.tower.both(prepared, tf.concat(rows, 1), inputs.get("tower_kept"))
+        if len(rows) == 2:
+            rows = [*rows, tf.zeros_like(rows[0])]
+        x = tf.concat([prepared, *rows], 1)
+        vector = self.tower(x, False, seed)
+        return (vector, self.tower(x, True, seed)) if training else (vector,)
+
+    def _queries(self, vector: Tensor, user_row: Tensor) -> Tensor:
+        """Side by side q, q' and b, `[B, 2 dim + 1]`."""
+        user = tf.concat([user_row, user_row, tf.zeros_like(user_row[:, :1])], 1)
+        return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
+
+    def _user_hidden(self, user_features: Tensor) -> Tensor:
+        """The user's part of the hidden units of both nets, `[B, NET_HIDDEN + NEXT_HIDDEN]`.
+
+        How much windows count depends on the user: somebody who comes back to
+        things is not somebody who goes on to new ones.
+        """
+        user = tf.matmul(user_features, self.dense["interest.user_kernel"])
+        return tf.nn.bias_add(user, self.dense["interest.bias"])
+
+    def _window_logits(self, user_hidden: Tensor, category_windows: Tensor) -> Tensor:
+        """Logits m . windows_j + net(windows_j, windows_1, z) + b_j of the recent categories, `[B, L]`."""
+        slots, width, kernel = self.sizes["L"], category_windows.shape[2], self.dense["interest.kernel_0"]
+        flat = self.window_scaling(tf.reshape(category_windows, [-1, width]))
+        newest = tf.reshape(flat, [-1, slots, width])[:, 0]
+        shared = user_hidden[:, :NET_HIDDEN] + tf.matmul(newest, kernel[width:])
+        hidden = tf.reshape(tf.matmul(flat, kernel[:width]), [-1, slots, NET_HIDDEN])
+        hidden = tf.reshape(tf.nn.relu(hidden + tf.expand_dims(shared, 1)), [-1, NET_HIDDEN])
+        logits = tf.matmul(flat, tf.expand_dims(self.dense["interest.linear"], 1))
+        logits += tf.matmul(hidden, tf.expand_dims(self.dense["interest.kernel_1"], 1))
+        return tf.nn.bias_add(tf.reshape(logits, [-1, slots]), self.dense["interest.position"])
+
+    def _transition_logits(self, user_hidden: Tensor, counts: Tensor, kind: int) -> Tensor:
+        """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` raw integers, `[B, k]`; `kind` is 0 of popular ones, 1 of successors."""
+        places, columns = counts.shape[1], len(COLUMNS)
+        logs = tf.reshape(tf.math.log(counts + 1.0), [-1, columns]) * self.window_scaling.log_scale[-columns:]
+        hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, places, NEXT_HIDDEN])
+        hidden = tf.nn.relu(hidden + tf.expand_dims(user_hidden[:, NET_HIDDEN:], 1))
+        logits = tf.matmul(logs, tf.expand_dims(self.dense["interest.next"][kind], 1))
+        logits += tf.matmul(tf.reshape(hidden, [-1, NEXT_HIDDEN]), tf.expand_dims(self.dense["interest.next_1"], 1))
+        return tf.reshape(logits, [-1, places])
+
+    def _interest(self, queries: Tensor, user_hidden: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The logits s(c) of every candidate, masked."""
+        query = queries[:, : self.settings.dim]
+        windows = tf.concat([inputs["category_windows"], inputs["recent_next"]], 2)
+        recent = _dots(inputs["recent_rows"], query) + self._window_logits(user_hidden, windows)
+        popular = self.popular_logits(queries, inputs["popular_rows"])
+        popular += self._transition_logits(user_hidden, inputs["popular_next"], 0)
+        successors = _dots(inputs["successor_rows"], query)
+        successors += self._transition_logits(user_hidden, inputs["successor_next"], 1)
+        successors = tf.nn.bias_add(successors, self.dense["interest.successor"])
+        logits = {
+            "recent_logits": _masked(recent, inputs["recent_mask"]),
+            "popular_logits": _masked(popular, inputs["popular_mask"]),
+            "successor_logits": _masked(successors, inputs["successor_mask"]),
+        }
+        if "other_row" in inputs:
+            other = tf.reduce_sum(query * inputs["other_row"], 1) + self.dense["interest.other"]
+            logits["other_logit"] = _masked(other, inputs["other_mask"])
+        return logits
+
+    def _engagement(
+        self, encoded: Encoded, interest: Mapping[str, Tensor], inputs: Mapping[str, Tensor], item: Tensor, category: Tensor
+    ) -> Tensor:  # fmt: skip
+        """The engagement logit `[B]` without crosses.
+
+        What interest says of the item's category is its prior; it is read, not
+        pushed. The last slot was chosen by the row's own event, which serving
+        does not know: it is no part of the sum.
+        """
+        dim, queries = self.settings.dim, encoded.queries
+        recent, popular, successors = (
+            tf.stop_gradient(interest[f"{kind}_logits"]) for kind in ("recent", "popular", "successor")
+        )
+        # A candidate of logit 0 keeps the sum away from nothing where there is no other.
+        logits = tf.concat([recent, popular, successors, tf.zeros_like(recent[:, :1])], 1)
+        highest = tf.reduce_max(logits, 1)
+        normaliser = highest + tf.math.log(tf.reduce_sum(tf.exp(logits - tf.expand_dims(highest, 1)), 1))
+        # Rows of two categories are never equal; the missing row, all zero, is nobody's.
+        apart = tf.reduce_sum(tf.abs(inputs["recent_rows"] - tf.expand_dims(category, 1)), 2)
+        same = tf.where(apart > 0.0, 0.0, 1.0) * inputs["recent_mask"]
+        known = tf.reduce_max(same, 1) * tf.where(tf.reduce_sum(tf.abs(category), 1) > 0.0, 1.0, 0.0)
+        likely = tf.reduce_max(_masked(recent, same), 1) - normaliser
+        other = tf.reduce_sum(encoded.plain_queries[:, :dim] * category, 1) + self.dense["interest.other"]
+        other = tf.stop_gradient(other) - normaliser
+        prior = self.dense["engagement.prior"]
+        score = tf.where(known > 0.0, prior[0] + prior[1] * likely, prior[2] * other)
+        score += tf.reduce_sum(item * self.dense["engagement.item"] + category * self.dense["engagement.category"], 1)
+        return score + tf.reduce_sum(queries[:, dim : 2 * dim] * item, 1) + queries[:, 2 * dim]
+
+
+def _dots(rows: Tensor, query: Tensor) -> Tensor:
+    """`[B, k, dim]` and `[B, dim]` to `[B, k]`."""
+    return tf.squeeze(tf.matmul(rows, tf.expand_dims(query, 2)), 2)
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    return logits * mask + (1.0 - mask) * MASKED

@@ -1,0 +1,106 @@
+"""The one table of inputs: what a ranker may read, its shape, and where it comes from.
+
+The signature of the serving program, the gathering of rows in training, checks
+and tests read it. Letters of shapes:
+
+    B rows of a record, users of an answer     D features          K context fields, users' attributes among them
+    L recent categories, newest first          F windows of each   A attributes of an item
+    P popular categories                       S successors        N what is said of a transition (`COLUMNS`)
+    H units of the tower's first layer         E width of the rows of the input's table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from state.config.sections import Model as ModelSettings
+from state.features.spec import FeatureSpec
+from state.ranking.transitions import COLUMNS, SUCCESSORS
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a ranker, float32.
+
+    Attributes:
+        name: What it is called in `encode`, `score`, `losses` and the program.
+        shape: A letter a dimension.
+        source: Where it comes from, in words.
+        table: Of an input of embedding rows, the table; every other input is a value.
+        ids: The ids whose rows it takes; the missing row, all zero, stands for id 0 and for an id without a row.
+        mean: The rows of the last dimension of ids are averaged.
+        attributes: The ids, if any are set, the mean of whose rows in the table `context` is added.
+        whole: A whole number from 0 to 65535.
+        training: It is there only while learning, not in serving's program.
+    """
+
+    name: str
+    shape: str
+    source: str
+    table: str = ""
+    ids: str = ""
+    mean: bool = False
+    attributes: str = ""
+    whole: bool = False
+    training: bool = False
+
+
+INPUTS = (
+    Input("features", "BD", "the user's features before the event, by the feature spec", whole=True),
+    Input("user_row", "BE", "the user", "user", "user"),
+    Input("context_row", "BE", "mean over context fields and users' attributes", "context", "context", mean=True),
+    Input("item_row", "BE", "the item, plus the mean of its attributes", "item", "item", attributes="item_attributes"),
+    Input("category_row", "BE", "the item's category", "category", "category"),
+    Input("recent_rows", "BLE", "the user's latest categories", "category", "recent"),
+    Input("category_windows", "BLF", "windows of each of them, by the feature spec", whole=True),
+    Input("recent_next", "BLN", "how often each came next after the newest", whole=True),
+    Input("recent_mask", "BL", "1 where there is a category"),
+    Input("popular_rows", "PE", "the popular categories", "category", "popular"),
+    Input("popular_mask", "BP", "1 where one is none of the user's own"),
+    Input("popular_next", "BPN", "how often each came next after the newest", whole=True),
+    Input("successor_rows", "BSE", "what most often came next and is neither", "category", "successor"),
+    Input("successor_mask", "BS", "1 where there is one"),
+    Input("successor_next", "BSN", "how often each came next after the newest", whole=True),
+    Input("cross", "B", "the sum of the pair's crosses, a logit (`state/ranking/crosses.py`)"),
+    Input("other_row", "BE", "the category of the last slot (`candidates.py`)", "category", "other", training=True),
+    Input("other_mask", "B", "1 where there is one", training=True),
+    Input(
+        "negative_item_row", "BE", "the item of another row of the record", "item", "negative_item",
+        attributes="negative_item_attributes", training=True,
+    ),
+    Input("negative_category_row", "BE", "its category", "category", "negative_category", training=True),
+    Input("tower_kept", "BH", "factor of each unit: 0 where dropout takes it", training=True),
+)  # fmt: skip
+"""All inputs, in the order of the program's arguments."""
+
+
+def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
+    """The number behind each letter but E; B is open."""
+    return {
+        "B": None,
+        "D": len(spec.names),
+        "L": spec.recent_categories,
+        "F": len(spec.window_names),
+        "N": len(COLUMNS),
+        "P": settings.popular,
+        "S": SUCCESSORS,
+        "H": settings.hidden[0],
+    }
+
+
+def specs(inputs: tuple[Input, ...], sizes: Mapping[str, int | None], tables: Mapping[str, int]) -> dict[str, Any]:
+    """The `tf.TensorSpec` of each input by name.
+
+    Args:
+        inputs: A ranker's.
+        sizes: Of `sizes`.
+        tables: Width of the rows of each table.
+    """
+    return {
+        one.name: tf.TensorSpec([tables[one.table] if letter == "E" else sizes[letter] for letter in one.shape], tf.float32, one.name)
+        for one in inputs
+    }  # fmt: skip

@@ -1,0 +1,136 @@
+"""The tower: what makes a user's vector of features and rows. Another one plugs in by its path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+from state.config.sections import Model as ModelSettings
+from state.errors import SettingsError
+from state.features.spec import FeatureSpec
+from trainer.model.first_values import uniform
+from trainer.model.preprocessing import Logarithms, Preprocessing, Tensor
+
+FORMER = ("trainer.network:build", "trainer.model.network:build")
+"""What earlier releases called the default tower; settings may still name it so."""
+
+
+class Tower(Protocol):
+    """What `build` returns: a `tf.Module` whose variables have names of their own."""
+
+    @property
+    def trainable_variables(self) -> tuple[Any, ...]:
+        """Its weights, in a fixed order."""
+
+    def __call__(self, x: Tensor, training: bool, seed: Tensor) -> Tensor:
+        """`[B, width_in]` float32 and a `[2]` int32 dropout seed to `[B, width]` float32."""
+
+
+class DenseTower(tf.Module):
+    """Dense layers with ReLU and dropout after the first: the tower unless another is plugged in."""
+
+    def __init__(self, width_in: int, hidden: tuple[int, ...], dropout: float) -> None:
+        super().__init__(name="tower")
+        self._dropout = dropout
+        self.kernels = []
+        self.biases = []
+        for number, width in enumerate(hidden):
+            self.kernels.append(uniform(f"kernel_{number}", (width_in, width), (6.0 / (width_in + width)) ** 0.5))
+            self.biases.append(uniform(f"bias_{number}", (width,), 0.0))
+            width_in = width
+
+    def __call__(self, x: Tensor, training: bool, seed: Tensor) -> Tensor:
+        """See `Tower`."""
+        first = self._first(x)
+        return self._rest(dropped(first, self._dropout, seed) if training else first)
+
+    def both(self, prepared: Tensor, rows: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+        """The vectors without and with dropout; the first layer, half the work, is computed once.
+
+        Args:
+            prepared: `[B, D']` float32, which no weight stands before: it gets no derivative.
+            rows: `[B, k]` float32, the embedding rows; what follows them in the input is zero.
+            kept: `[B, hidden]` float32, 0 for a dropped unit, else the factor that makes up for it; None drops
+                nothing, and only one vector is returned.
+        """
+        kernel = self.kernels[0]
+        parts = tf.split(
+            kernel, [prepared.shape[1], rows.shape[1], kernel.shape[0] - prepared.shape[1] - rows.shape[1]]
+        )
+        first = tf.matmul(prepared, parts[0]) + tf.matmul(rows, parts[1])
+        first = tf.nn.relu(tf.nn.bias_add(first, self.biases[0]))
+        return (self._rest(first),) if kept is None else (self._rest(first), self._rest(first * kept))
+
+    def _first(self, x: Tensor) -> Tensor:
+        return tf.nn.relu(tf.nn.bias_add(tf.matmul(x, self.kernels[0]), self.biases[0]))
+
+    def _rest(self, x: Tensor) -> Tensor:
+        for kernel, bias in zip(self.kernels[1:], self.biases[1:], strict=True):
+            x = tf.nn.relu(tf.nn.bias_add(tf.matmul(x, kernel), bias))
+        return x
+
+
+def dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:
+    """Dropout with one random byte for each unit of `[B, width]` float32: a quarter of the random words."""
+    kept = 256 - round(256 * share)
+    if kept == 256:
+        return x
+    width = x.shape[1]
+    drawn = tf.random.stateless_uniform([tf.shape(x)[0], (width + 3) // 4], seed, None, None, tf.uint32, alg="philox")
+    bytes_ = tf.reshape(tf.bitcast(drawn, tf.uint8), [tf.shape(x)[0], -1])[:, :width]
+    return x * (tf.cast(bytes_ < kept, tf.float32) * (256.0 / kept))
+
+
+def build(width_in: int, settings: ModelSettings) -> Tower:
+    """Builds the tower of the setting `model.tower`; a user's own has this signature.
+
+    Args:
+        width_in: Width of what the tower is given.
+        settings: The section `[model]`; the last of `hidden` is the width of the vector.
+    """
+    tower: Tower = DenseTower(width_in, settings.hidden, settings.dropout)
+    return tower
+
+
+def width_in(settings: ModelSettings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> int:
+    """Width of what the tower is given: prepared features, the user's row, the mean latest category's and context's."""
+    prepared = preprocessing if preprocessing is not None else Logarithms(spec.names)
+    return int(prepared(tf.zeros([1, len(spec.names)])).shape[-1]) + 3 * settings.dim
+
+
+def load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
+    """The function that `model.tower` names.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    if path in FORMER:
+        return build
+    module, _, name = path.partition(":")
+    try:
+        found: Callable[[int, ModelSettings], Tower] = getattr(importlib.import_module(module), name)
+    # A module of the user's own may fail in any way.
+    except Exception as error:
+        raise SettingsError(
+            f"model.tower {path!r} cannot be loaded ({type(error).__name__}: {error}); "
+            "name a function as `module:name`, in a module that Python finds from here"
+        ) from error
+    return found
+
+
+def named(tower: Tower) -> dict[str, Any]:
+    """The weights of a tower by name, in their order.
+
+    Raises:
+        SettingsError: Two have the same name.
+    """
+    names: dict[str, Any] = {}
+    for variable in tower.trainable_variables:
+        name = variable.name.removesuffix(":0")
+        if name in names:
+            raise SettingsError(f"two weights of the tower are named {name!r}; give each tf.Variable a name of its own")
+        names[name] = variable
+    return names
