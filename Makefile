@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .PHONY: help run test check bench chaos clean
 
 BIN := .venv/bin
+# Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
+export PYTHONDONTWRITEBYTECODE :=
 ARGS ?=
 # Test processes: much of a test is waiting for other processes.
 WORKERS ?= 2
@@ -24,14 +26,13 @@ help: ## Lists the targets.
 run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.port 9192" passes flags.
 	@exec $(BIN)/springtide up $(ARGS)
 
-test: .venv/ready ## Runs the tests and doctests; ARGS="tests/state -x" narrows them.
+test: check ## Checks, then runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
 	@$(PYTEST) $(ARGS)
 
-check: .venv/ready ## Everything that must hold before a commit: format, lint, types, tests, doctests.
+check: .venv/ready ## Format, lint and types, without the tests.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(PYTEST)
 
 bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done
