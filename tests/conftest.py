@@ -1,4 +1,4 @@
-"""What tests of several folders share: one real Kafka for each test process, and which tests share a process."""
+"""What tests of several folders share: one real Kafka, and which tests share a process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dataclasses import replace
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
-from deploy.kafka.broker import Broker, free_port
 from state.config.sections import Kafka
+from tests.shared_kafka import Running, SharedKafka, ask
 
 KafkaFactory = Callable[..., Kafka]
 
 LOOP = "tests/e2e/loop/"
+SHARED = pytest.StashKey[SharedKafka]()
+# Test brokers live for minutes: the quick compiler alone costs half of what both do.
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 _numbers = itertools.count(1)
 
@@ -33,17 +37,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
     return ByFile(config, log)
 
 
+def pytest_configure_node(node: WorkerController) -> None:
+    """Tells each test process where it can ask for the broker."""
+    config = node.config
+    if SHARED not in config.stash:
+        config.stash[SHARED] = SharedKafka()
+        config.add_cleanup(config.stash[SHARED].stop)
+    node.workerinput["kafka"] = config.stash[SHARED].address
+
+
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """A running broker; `.bootstrap_servers` says where. Do not stop it: start your own for that."""
-    broker = Broker(tmp_path_factory.mktemp("kafka"), free_port(), heap_mb=320)
-    broker.start()
-    yield broker
-    broker.stop()
+def kafka(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A running broker; `.bootstrap_servers` says where. All tests share it: start your own to stop it."""
+    led = getattr(request.config, "workerinput", None)
+    if led is not None:
+        yield ask(led["kafka"])
+        return
+    own = SharedKafka()
+    yield own.running()
+    own.stop()
 
 
 @pytest.fixture
-def kafka_settings(kafka: Broker) -> KafkaFactory:
+def kafka_settings(kafka: Running) -> KafkaFactory:
     """Makes the section `kafka` for a test: the broker, and topics and a group no other test has.
 
     The topics are named, not created. Keyword arguments replace further fields.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
@@ -25,6 +24,7 @@ from state.positions import Source
 from state.process import killpoints
 from streaming import takeover
 from streaming.rebuild import Bar, Rebuilt, rebuild
+from tests.shared_kafka import Running
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 
 CLICKS = 1200
@@ -50,7 +50,7 @@ class Lost:
 
 
 @pytest.fixture(scope="module")
-def lost(kafka: Broker, tmp_path_factory: pytest.TempPathFactory) -> Lost:
+def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
     """1,200 clicks, two of them bad, taken by a stream that was killed between log and store, and then went on."""
     folder, suffix = tmp_path_factory.mktemp("lost"), f"rebuild-{os.getpid()}"
     section = Kafka(
@@ -151,7 +151,7 @@ def test_where_the_log_does_not_reach_back_the_clicks_are_read(lost: Lost, copie
     assert found.clicks > 0
 
 
-def test_what_is_gone_from_both_is_counted(lost: Lost, copied_log: Settings, kafka: Broker, tmp_path: Path) -> None:
+def test_what_is_gone_from_both_is_counted(lost: Lost, copied_log: Settings, kafka: Running, tmp_path: Path) -> None:
     settings = copied_log
     clicks = f"clicks-cut-{os.getpid()}"
     settings = replace(settings, kafka=replace(settings.kafka, clicks_topic=clicks))
