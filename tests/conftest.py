@@ -12,12 +12,12 @@ from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 from state.config.sections import Kafka
-from tests.shared_kafka import Running, SharedKafka, ask
+from tests.one_kafka import OneKafka, Running, ask
 
 KafkaFactory = Callable[..., Kafka]
 
 LOOP = "tests/e2e/loop/"
-SHARED = pytest.StashKey[SharedKafka]()
+KAFKA = pytest.StashKey[OneKafka]()
 # Test brokers live for minutes: the quick compiler alone costs half of what both do.
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 
@@ -40,10 +40,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
 def pytest_configure_node(node: WorkerController) -> None:
     """Tells each test process where it can ask for the broker."""
     config = node.config
-    if SHARED not in config.stash:
-        config.stash[SHARED] = SharedKafka()
-        config.add_cleanup(config.stash[SHARED].stop)
-    node.workerinput["kafka"] = config.stash[SHARED].address
+    if KAFKA not in config.stash:
+        config.stash[KAFKA] = OneKafka()
+        config.add_cleanup(config.stash[KAFKA].stop)
+    node.workerinput["kafka"] = config.stash[KAFKA].address
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def kafka(request: pytest.FixtureRequest) -> Iterator[Running]:
     if led is not None:
         yield ask(led["kafka"])
         return
-    own = SharedKafka()
+    own = OneKafka()
     yield own.running()
     own.stop()
 

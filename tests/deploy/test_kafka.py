@@ -18,7 +18,7 @@ from deploy.kafka import broker as broker_module
 from deploy.kafka import jars
 from deploy.kafka.broker import Broker, free_port
 from state.errors import KafkaFailed, PortTaken
-from tests.shared_kafka import Running
+from tests.one_kafka import Running
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:

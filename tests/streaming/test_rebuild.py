@@ -24,7 +24,7 @@ from state.positions import Source
 from state.process import killpoints
 from streaming import takeover
 from streaming.rebuild import Bar, Rebuilt, rebuild
-from tests.shared_kafka import Running
+from tests.one_kafka import Running
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 
 CLICKS = 1200

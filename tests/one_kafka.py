@@ -21,7 +21,7 @@ class Running(NamedTuple):
     log_path: Path
 
 
-class SharedKafka:
+class OneKafka:
     """A broker that is started when first asked for, in this process or by `ask` in another.
 
     Attributes:
@@ -34,7 +34,7 @@ class SharedKafka:
         self._broker: Broker | None = None
         self._starting = threading.Lock()
         self.address = str(self._listener.address)
-        threading.Thread(target=self._answer, name="shared-kafka", daemon=True).start()
+        threading.Thread(target=self._answer, name="one-kafka", daemon=True).start()
 
     def running(self) -> Running:
         """The broker, running."""
