@@ -43,6 +43,11 @@ def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, t
     ]
 
 
+def positions_in(store: HistoryStore, topic_id: str) -> dict[int, int]:
+    """By partition of one topic the next offset that the store has not read."""
+    return {source.partition: after for source, after in store.positions().items() if source.topic_id == topic_id}
+
+
 def as_ranges(found: Sequence[Gap]) -> tuple[Range, ...]:
     """Ranges in which every position is a gap."""
     return tuple(Range(gap.source, gap.first, gap.next, gap=gap.positions) for gap in found)
@@ -59,9 +64,9 @@ def pass_gaps(
     consent: Consent,
     topic: str,
     now_ms: int,
-    write: Callable[[int], None],
+    write: Callable[[Sequence[Gap], int], None],
 ) -> None:
-    """Moves the stream over gaps that `consent` covers.
+    """Moves the stream over gaps that `consent` covers; does nothing where there is none.
 
     1. `write` tells the training log; a crash after it tells it twice, and readers trim that.
     2. The store moves on, counts the positions as `gap` and keeps who accepted them.
@@ -72,11 +77,13 @@ def pass_gaps(
         consent: What the operator accepts.
         topic: The topic's name, for the message.
         now_ms: Wall clock.
-        write: Writes the micro-batch with the gaps, acknowledged.
+        write: Writes the micro-batch with the gaps, made at that time, acknowledged.
 
     Raises:
         GapError: One of them is not accepted; nothing was changed.
     """
+    if not found:
+        return
     refused = [gap for gap in found if not consent.covers(gap, gap.source.topic_id)]
     if refused:
         raise GapError(
@@ -85,7 +92,7 @@ def pass_gaps(
             *refused,
         )
     # 1.
-    write(now_ms)
+    write(found, now_ms)
     killpoints.reach("gaps.written")
     # 2.
     record = [*accepted(store), *(gaps.accept(gap, consent, now_ms) for gap in found)]

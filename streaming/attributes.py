@@ -15,19 +15,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from state.attributes.follower import POLL_S, AttributeFollower, Report, follow, keep_following
+from state.attributes.follower import POLL_S, AttributeFollower, follow, keep_following
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, U64, Joined, Table
-from state.config.sections import Kafka
-from state.events.dead_letters import DeadLetter
 from state.events.parser import ANNOUNCE_MS
-from state.log import Writer
 from state.metrics import StreamMetrics
 from streaming.rows import Rows
 
@@ -211,27 +208,3 @@ class Join:
             for outcome, count in one.place.counts.items():
                 self._metrics.attribute_records.labels(one.side, outcome).set(count)
             self._metrics.attributes_known.labels(one.side).set(self._store.count(one.side))
-
-
-def letters(
-    kafka: Kafka, metrics: StreamMetrics, headers: Callable[[DeadLetter], list[tuple[str, bytes]]], writes: bool
-) -> Report:
-    """What becomes of refused records: dead letters, acknowledged, and counted by reason.
-
-    Args:
-        kafka: How to connect, and the topic of dead letters.
-        metrics: Of the stream.
-        headers: Coordinates and reason of one.
-        writes: Whether this shard is the one that writes them; each of them reads all attributes.
-    """
-
-    def report(bad: Sequence[DeadLetter]) -> None:
-        if writes:
-            with Writer(kafka) as writer:
-                for letter in bad:
-                    writer.send(kafka.dead_letters_topic, 0, None, b"", headers(letter))
-                writer.flush()
-        for reason, count in Counter(str(letter.reason) for letter in bad).items():
-            metrics.dead_letters.labels(reason).inc(count)
-
-    return report

@@ -23,152 +23,32 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import math
 import os
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import apache_beam as beam
-from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from typing import NoReturn
 
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
-from state.errors import SaltMismatch, SettingsError, SpringtideError, of_disk
-from state.events.identity import Salt, load_salt
+from state.errors import SettingsError, SpringtideError, of_disk
+from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.process.quiet_stderr import hushed, own_stderr, quieten
-from state.recordings.files import Recording
 from state.recordings.options import add_file_arguments, as_settings, chosen
-from state.registry.registry import Registry, require_preprocessing
+from state.registry.registry import Registry
 from streaming import examples
-from streaming.preprocessing import (
-    analyse,
-    category_batch,
-    list_categories,
-    load_preprocessing,
-    read_categories,
-    record_batch,
-)
+from streaming.bootstrap_job import TOPIC, Wanted, run_job
+from streaming.preprocessing import read_categories
 from streaming.preprocessing_check import check_preprocessing, is_own
-from streaming.sample import ComputeWindows, ParseSample, ReadSample, Sample, Say, opened
+from streaming.sample import Say, open_sample
+from streaming.spec_document import document, require_same
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to read and what to make of it.
-
-    Attributes:
-        recording: Files; None for the clicks topic.
-        sort: How files are ordered: memory or assume.
-        examples: Directory for tf.Examples; None for none.
-        checked: Whether the preprocessing was checked already.
-    """
-
-    recording: Recording | None = None
-    sort: str = "memory"
-    examples: Path | None = None
-    checked: bool = False
-
-
-TOPIC = Wanted()
-
-
-def build(pipeline: beam.Pipeline, settings: Settings, spec: FeatureSpec, wanted: Wanted, output: Path | None) -> None:
-    """Applies the job to `pipeline`; call it in a `tensorflow_transform.beam.Context`.
-
-    Args:
-        pipeline: What to add to.
-        settings: The effective settings.
-        spec: What the windows mean.
-        wanted: What to read and make.
-        output: Where the analyses go; None where they were done before.
-    """
-    rows = (
-        pipeline
-        | "Start" >> beam.Impulse()
-        | "Read the sample" >> beam.ParDo(ReadSample(wanted.recording, wanted.sort))
-        | "Parse events" >> beam.ParDo(ParseSample())
-        | "Compute windows" >> beam.ParDo(ComputeWindows())
-    )
-    if output is not None:
-        features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.features))
-        analyse(features, len(spec.names), load_preprocessing(settings.model.preprocessing), output / "transform")
-        categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))
-        list_categories(categories, output / "categories")
-    if wanted.examples is not None:
-        shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
-        examples.write_examples(rows, wanted.examples, settings.bootstrap.compression, shards)
-
-
-def run_job(sample: Sample, spec: FeatureSpec, wanted: Wanted, output: Path | None) -> None:
-    """Runs the job over `sample` in this process.
-
-    Raises:
-        SpringtideError: What a step raised.
-    """
-    import tensorflow_transform.beam as tft_beam
-
-    try:
-        # Named: DirectRunner would first try to download another runner.
-        with (
-            tempfile.TemporaryDirectory(prefix="springtide-analysis-") as scratch,
-            beam.Pipeline(runner=FnApiRunner()) as pipeline,
-            tft_beam.Context(scratch),
-        ):
-            build(pipeline, sample.settings, spec, wanted, output)
-    # Beam turns an exception of a step into a RuntimeError with its traceback as text.
-    except RuntimeError as error:
-        raise sample.failure or error from None
-
-
-def document(
-    sample: Sample, spec: FeatureSpec, salt: Salt, categories: Mapping[int, int], now_ms: int
-) -> dict[str, Any]:
-    """What `spec.json` says beside the graph.
-
-    Args:
-        sample: The clicks analysed.
-        spec: What their windows mean.
-        salt: What users' pseudonyms were made with.
-        categories: Clicks by category id. As many are listed as `model.popular`
-            says: most clicked first, lower id first among equals.
-        now_ms: Wall clock.
-    """
-    model = sample.settings.model
-    ranked = sorted(categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
-    return {
-        "spec": spec.to_json(),
-        "features": list(spec.names),
-        "label_windows": list(spec.window_names),
-        "salt": salt.fingerprint,
-        "preprocessing": model.preprocessing,
-        "rows": sample.clicks,
-        "popular": [[f"{label:016x}", clicks] for label, clicks in ranked],
-        "names": {f"{label:016x}": name for label, name in sorted(sample.names.items())},
-        "newest_ms": sample.newest_ms,
-        "created_at_ms": now_ms,
-    }
-
-
-def require_same(about: Mapping[str, Any], settings: Settings, salt: Salt) -> None:
-    """Refuses a feature spec that was bootstrapped with another salt or preprocessing.
-
-    Raises:
-        SaltMismatch: With another salt.
-        SpecMismatch: With another preprocessing.
-    """
-    if about["salt"] != salt.fingerprint:
-        raise SaltMismatch.between(f"the registry {settings.registry_dir}", about["salt"], salt.fingerprint)
-    require_preprocessing(about, settings.model.preprocessing)
 
 
 def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[], float] = time.time) -> bool:
@@ -200,24 +80,30 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     imports.join(None if wanted.recording else 0)
     with (
         tempfile.TemporaryDirectory(prefix="springtide-specs-") as folder,
-        opened(settings, spec, salt, clock, say) as sample,
+        open_sample(settings, spec, salt, clock, say) as handle,
     ):
         # 2.
         output = None if known else Path(folder)
         with hushed():
-            run_job(sample, spec, wanted, output)
+            run_job(handle, wanted, output)
+        sample = handle.context
         now_ms = int(clock() * 1000)
         # 3.
         if output is not None:
-            about = document(sample, spec, salt, read_categories(output / "categories"), now_ms)
+            about = document(sample, salt, read_categories(output / "categories"), now_ms)
             registry.add_spec(spec.digest, about, lambda place: _copy(output / "transform", place / "transform"))
         if wanted.examples is not None:
             _copy(registry.transform(spec.digest), wanted.examples / "transform")
-            about = {"digest": spec.digest, "salt": salt.fingerprint, "rows": sample.examples, "created_at_ms": now_ms}
+            about = {
+                "digest": spec.digest,
+                "salt": salt.fingerprint,
+                "rows": sample.tally.examples,
+                "created_at_ms": now_ms,
+            }
             about |= {"compression": settings.bootstrap.compression, "preprocessing": settings.model.preprocessing}
             examples.describe(wanted.examples, spec, settings.events.context, about)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
-            say(f"{sample.examples:,} examples in {wanted.examples}{left_out}")
+            say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
     return True
 
 

@@ -25,42 +25,39 @@ from state.config.settings import load
 from state.errors import GapError, SpringtideError, of_disk
 from state.log.gaps import how_to_go_on, take_options
 from state.process.actor import actor
-from streaming.parse import ParseEvents
-from streaming.profile import ProfileDoFn
-from streaming.shard import Shard, open_shard
+from streaming.context import Handle, StreamContext
+from streaming.open_shard import open_shard
 from streaming.sink import WriteMicroBatches
 from streaming.source import ReadClicks
+from streaming.steps import ParseEvents, UpdateProfiles
 
 logger = logging.getLogger(__name__)
 
 
-def build(pipeline: beam.Pipeline) -> PCollection[None]:
+def build(pipeline: beam.Pipeline, shard: Handle[StreamContext]) -> PCollection[None]:
     """Applies the job to `pipeline`: one fused stage, for nothing may stand behind an endless source."""
     written: PCollection[None] = (
         pipeline
         | "Start" >> beam.Impulse()
-        | "Read clicks" >> beam.ParDo(ReadClicks())
-        | "Parse events" >> beam.ParDo(ParseEvents())
-        | "Update profiles" >> beam.ParDo(ProfileDoFn())
-        | "Write micro-batches" >> beam.ParDo(WriteMicroBatches())
+        | "Read clicks" >> beam.ParDo(ReadClicks(shard))
+        | "Parse events" >> beam.ParDo(ParseEvents(shard))
+        | "Update profiles" >> beam.ParDo(UpdateProfiles(shard))
+        | "Write micro-batches" >> beam.ParDo(WriteMicroBatches(shard))
     )
     return written
 
 
-def run(shard: Shard) -> None:
-    """Runs the job in this process until `shard.stopping` is set; returns when all is committed.
+def run(shard: Handle[StreamContext]) -> None:
+    """Runs the job in this process until the shard is `stopping`; returns when all is committed.
 
     Raises:
         SpringtideError: What a step raised.
     """
     # Named: DirectRunner would first try to download another runner.
     pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(["--streaming"]))
-    build(pipeline)
-    try:
+    build(pipeline, shard)
+    with shard.as_raised():
         pipeline.run().wait_until_finish()
-    # Beam turns an exception of a step into a RuntimeError with its traceback as text.
-    except RuntimeError as error:
-        raise shard.failure or error from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         consent, flags = take_options(sys.argv[1:] if argv is None else argv, actor())
         settings = load(flags, os.environ)
         with open_shard(settings, consent) as shard:
+            stopping = shard.context.stopping
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: shard.stopping.set())
+                signal.signal(number, lambda *_: stopping.set())
             run(shard)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)

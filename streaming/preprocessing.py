@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,22 @@ def load_preprocessing(path: str) -> Preprocessing:
     return found
 
 
-def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Preprocessing, output: Path) -> None:
-    """Adds to a job what finds the constants; it writes `transform_fn/` to the directory `output`.
+@contextmanager
+def analysis() -> Iterator[beam.Pipeline]:
+    """A job of this process in which TensorFlow Transform can analyse; it runs at the end of the block."""
+    import tensorflow_transform.beam as tft_beam
 
-    Call it in a `tensorflow_transform.beam.Context`.
+    # Named: DirectRunner would first try to download another runner.
+    with (
+        tempfile.TemporaryDirectory(prefix="springtide-analysis-") as scratch,
+        beam.Pipeline(runner=FnApiRunner()) as pipeline,
+        tft_beam.Context(scratch),
+    ):
+        yield pipeline
+
+
+def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Preprocessing, output: Path) -> None:
+    """Adds to a job of `analysis` what finds the constants; it writes `transform_fn/` to the directory `output`.
 
     Args:
         features: What `record_batch` makes.
@@ -96,9 +109,7 @@ def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Pr
 
 
 def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> None:
-    """Adds to a job what counts the categories: TensorFlow Transform's vocabulary, most frequent first.
-
-    Call it in a `tensorflow_transform.beam.Context`.
+    """Adds to a job of `analysis` what counts the categories: TensorFlow Transform's vocabulary, most frequent first.
 
     Args:
         categories: What `category_batch` makes.
@@ -134,15 +145,8 @@ def read_categories(output: Path) -> dict[int, int]:
 
 def analysed(features: Iterable[npt.NDArray[np.uint16]], preprocessing: Preprocessing, output: Path) -> None:
     """Analyses chunks of `[n, D]` uint16 that are in memory: `transform_fn/` in the directory `output`."""
-    import tensorflow_transform.beam as tft_beam
-
     chunks = list(features)
-    # Named: DirectRunner would first try to download another runner.
-    with (
-        tempfile.TemporaryDirectory(prefix="springtide-analysis-") as scratch,
-        beam.Pipeline(runner=FnApiRunner()) as pipeline,
-        tft_beam.Context(scratch),
-    ):
+    with analysis() as pipeline:
         batches = pipeline | "Take the rows" >> beam.Create(chunks) | "Make record batches" >> beam.Map(record_batch)
         analyse(batches, chunks[0].shape[1], preprocessing, output)
 

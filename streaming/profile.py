@@ -1,4 +1,4 @@
-"""Histories read, windows computed, rows made: the arena of recent users and the DoFn around it.
+"""Histories read, windows computed, rows made: the arena of recent users.
 
 The arena holds each recent user's last N events as a ring. A user who is not
 there is read from the store; a user may leave only when the store has all of
@@ -8,10 +8,8 @@ that user's events, so that leaving changes nothing but the time it takes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 from numpy.typing import NDArray
 
@@ -180,22 +178,3 @@ class Profiler:
         self._pending = np.concatenate((self._pending, added))
         self._used = np.concatenate((self._used, added))
         self._free = [*range(capacity + more - 1, capacity - 1, -1), *self._free]
-
-
-class ProfileDoFn(beam.DoFn):
-    """Turns batches of events into rows with the process's `Profiler`."""
-
-    def process(self, batch: EventBatch) -> Iterator[Rows]:
-        """Makes the rows of one batch; an empty batch is passed on."""
-        # Imported here, since the shard's module imports this one.
-        from streaming.shard import current
-
-        shard = current()
-        with shard.watch():
-            rows = shard.profiler.update(batch)
-            if shard.join is not None:
-                rows = shard.join.rows(rows)
-            if shard.labels is not None:
-                rows = shard.labels.attribute(rows)
-            shard.metrics.cached_users.set(shard.profiler.cached_users)
-        yield rows

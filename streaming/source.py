@@ -21,7 +21,7 @@ from apache_beam.transforms.core import RestrictionProvider
 from state.errors import UnreachableBroker
 from state.log import PartitionBatch
 from state.positions import Source
-from streaming.shard import Shard, current
+from streaming.context import Step, StreamContext
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,11 @@ class ClickReader:
     to one thread.
 
     Args:
-        shard: What the process owns.
+        context: What the process owns.
     """
 
-    def __init__(self, shard: Shard) -> None:
-        self._shard = shard
+    def __init__(self, context: StreamContext) -> None:
+        self._context = context
         self._due_s = 0.0
         self._lag = Lag()
         self._away = False
@@ -98,8 +98,8 @@ class ClickReader:
         Raises:
             LogError: Positions are gone, or the broker stays away.
         """
-        stream = self._shard.settings.stream
-        batches = self._shard.reader.poll(stream.poll_ms / 1000, stream.batch_events)
+        stream = self._context.settings.stream
+        batches = self._context.reader.poll(stream.poll_ms / 1000, stream.batch_events)
         for batch in batches:
             self._lag.read(batch)
         now_s = time.monotonic()
@@ -110,10 +110,10 @@ class ClickReader:
 
     def _look_after(self) -> None:
         """Once a second: new partitions, and how far we are behind."""
-        shard, reader = self._shard, self._shard.reader
+        context, reader = self._context, self._context.reader
         try:
             for partition in reader.refresh():
-                logger.info("reading new partition %d of %s", partition, shard.settings.kafka.clicks_topic)
+                logger.info("reading new partition %d of %s", partition, context.settings.kafka.clicks_topic)
             unread = sum(reader.lag().values())
             self._away = False
         # A broker that comes back costs only time, here as in poll.
@@ -122,9 +122,9 @@ class ClickReader:
                 logger.warning("new partitions and lag are unknown for now: %s", error)
             self._away = True
             return
-        waiting = unread + self._lag.uncommitted(shard.committed)
-        shard.metrics.lag_events.set(waiting)
-        shard.metrics.lag_seconds.set(self._lag.seconds(time.time()) if waiting else 0.0)
+        waiting = unread + self._lag.uncommitted(context.store.positions())
+        context.metrics.lag_events.set(waiting)
+        context.metrics.lag_seconds.set(self._lag.seconds(time.time()) if waiting else 0.0)
 
 
 class Lag:
@@ -167,7 +167,7 @@ class Lag:
         return max(0.0, now_s - self._newest_ms / 1000) if self._newest_ms else 0.0
 
 
-class ReadClicks(beam.DoFn):
+class ReadClicks(Step[StreamContext]):
     """The unbounded element: lists of `PartitionBatch`, an empty one when nothing came, until asked to stop."""
 
     @beam.DoFn.unbounded_per_element()
@@ -177,9 +177,9 @@ class ReadClicks(beam.DoFn):
         tracker: Any = beam.DoFn.RestrictionParam(Forever()),  # noqa: B008  # Beam reads the default
     ) -> Iterator[list[PartitionBatch]]:
         """Polls until the process was asked to stop."""
-        shard = current()
-        clicks = ClickReader(shard)
-        while tracker.try_claim(shard.stopping.is_set()):
-            with shard.watch():
+        context = self.handle.context
+        clicks = ClickReader(context)
+        while tracker.try_claim(context.stopping.is_set()):
+            with self.handle.watched():
                 batches = clicks.poll()
             yield batches

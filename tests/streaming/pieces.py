@@ -1,15 +1,24 @@
-"""Batches of events with windows, made up for the tests of this folder."""
+"""Batches of events with windows, and contexts of a process, made up for the tests of this folder."""
 
 from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
 from state.events.event_batch import EventBatch
 from state.history.store import Appends
 from state.positions import Range, Source
+from streaming.context import StreamContext
 from streaming.rows import Rows
 
 ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
+
+
+def context_of(**owned: Any) -> StreamContext:
+    """What a process owns, as far as a test needs it."""
+    return StreamContext(**dict.fromkeys(one.name for one in fields(StreamContext)) | owned)
 
 
 def piece(*parts: tuple[Source, int, int], dead: int = 0, appends: Appends | None = None) -> Rows:

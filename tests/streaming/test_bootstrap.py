@@ -23,9 +23,12 @@ from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
 from state.registry.registry import Registry
 from streaming.bootstrap import run
+from streaming.context import Handle
 from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, ParseSample, Sample, of_topic, opened
+from streaming.sample import ComputeWindows, Sample, open_sample
+from streaming.sample_source import of_topic
+from streaming.steps import ParseEvents
 from tests.conftest import KafkaFactory
 
 START_MS = 1_790_000_000_000
@@ -64,9 +67,9 @@ def send_clicks(settings: Settings, clicks: int) -> None:
         writer.flush()
 
 
-def rows_of(sample: Sample, batches: Iterable[list[PartitionBatch]]) -> list[Rows]:
+def rows_of(sample: Handle[Sample], batches: Iterable[list[PartitionBatch]]) -> list[Rows]:
     """What the steps of the job make of batches, one after the other, without Beam."""
-    steps = ParseSample(), ComputeWindows()
+    steps = ParseEvents(sample), ComputeWindows(sample)
     return [rows for one in batches for events in steps[0].process(one) for rows in steps[1].process(events)]
 
 
@@ -97,10 +100,10 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
     from trainer.versions.program import preprocessing_of
 
     transform = preprocessing_of(registry.transform(spec.digest))
-    with opened(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
-        ours = np.concatenate([rows.features for rows in rows_of(sample, of_topic(sample))]).astype(np.float32)
-        clicked = Counter(sample.names[label] for label, clicks in _popular(about) for _ in range(clicks))
-        assert sum(clicked.values()) == sample.clicks == 400
+    with open_sample(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
+        ours = np.concatenate([rows.features for rows in rows_of(sample, of_topic(sample.context))]).astype(np.float32)
+        clicked = Counter(sample.context.tally.names[label] for label, clicks in _popular(about) for _ in range(clicks))
+        assert sum(clicked.values()) == sample.context.tally.clicks == 400
     scaled = transform(ours).numpy()
     logs = np.log1p(ours.astype(np.float64))
     expected = np.clip((logs - logs.mean(0)) / np.maximum(logs.std(0), 0.25), -CLIP, CLIP)

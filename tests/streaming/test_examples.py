@@ -26,7 +26,9 @@ from state.registry.registry import Registry
 from streaming.bootstrap import asked, run
 from streaming.examples import EncodeExamples
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, ParseSample, of_recording, opened
+from streaming.sample import ComputeWindows, open_sample
+from streaming.sample_source import of_recording
+from streaming.steps import ParseEvents
 
 ROOT = Path(__file__).parents[2]
 BEGIN_S = 1_700_000_000
@@ -75,9 +77,9 @@ def computed(folder: Path, settings: Settings) -> list[Rows]:
     """The rows of the recording, by the stream's code and without Beam."""
     recording = Recording(find([str(folder / "clicks.csv")]))
     spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
-    with opened(settings, spec, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
-        steps = ParseSample(), ComputeWindows()
-        batches = of_recording(sample, recording, "memory")
+    with open_sample(settings, spec, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
+        steps = ParseEvents(sample), ComputeWindows(sample)
+        batches = of_recording(sample.context, recording, "memory")
         return [rows for one in batches for events in steps[0].process(one) for rows in steps[1].process(events)]
 
 
@@ -130,13 +132,12 @@ def test_a_label_that_came_later_is_in_the_example_of_its_impression(tmp_path: P
     spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
     encoder = EncodeExamples()
     encoder.setup()
-    with opened(settings, spec, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
-        batches = of_recording(sample, Recording(find([str(tmp_path / "clicks.csv")])), "memory")
-        parsed = [one for batch in batches for one in ParseSample().process(batch)]
-        serialized = [
-            one for batch in parsed for rows in ComputeWindows().process(batch) for one in encoder.process(rows)
-        ]
-        told, examples = sample.unlabelled, sample.examples
+    with open_sample(settings, spec, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
+        batches = of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory")
+        parse, compute = ParseEvents(sample), ComputeWindows(sample)
+        rows = [rows for batch in batches for events in parse.process(batch) for rows in compute.process(events)]
+        serialized = [one for batch in rows for one in encoder.process(batch)]
+        told, examples = sample.context.unlabelled, sample.context.tally.examples
     columns = schema_as_feature_spec(schema(spec, 0)).feature_spec
     found = tf.io.parse_example(serialized, columns)
 

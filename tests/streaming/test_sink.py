@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +14,22 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.accounts import StreamAccount, check_accounts
-from state.config.sections import Kafka, Stream
+from state.config.settings import Settings
 from state.errors import FencedWriter, PositionConflict, UnreachableBroker
 from state.events.dead_letters import DeadLetter
 from state.features.spec import EVENT
 from state.history.store import Appends, HistoryStore
 from state.metrics import StreamMetrics
 from state.microbatch.codec import decode
-from state.positions import Source
+from state.positions import Range, Source
 from state.process import killpoints
+from streaming.commit import Committer
 from streaming.cut import Cut
+from streaming.letters import letter_headers
 from streaming.rows import Rows
-from streaming.shard import Shard
-from streaming.sink import QUEUED_CUTS, CommitThread, letter_headers
-from tests.streaming.pieces import ZERO, piece
+from streaming.sink import QUEUED_CUTS, CommitThread
+from streaming.writer import ShardWriter
+from tests.streaming.pieces import ZERO, context_of, piece
 
 DEADLINE_S = 20.0
 
@@ -75,30 +77,31 @@ class Group:
 
 
 @contextmanager
-def sink(path: Path, positions: dict[Source, int] | None = None) -> Iterator[Any]:
-    """A shard with a real store, and its commit thread."""
-    store = HistoryStore(path / "histories", map_bytes=1 << 26)
-    shard: Any = SimpleNamespace(
-        settings=SimpleNamespace(stream=Stream(), kafka=Kafka()),
-        spec=SimpleNamespace(digest="spec", names=("views", "truncated", "other", "more")),
-        salt="salt",
-        store=store,
-        topic_id=ZERO.topic_id,
-        reader=Group(),
-        writer=RecordingWriter(),
-        profiler=SimpleNamespace(told=[]),
-        metrics=StreamMetrics(CollectorRegistry()),
-        committed=dict(positions or {}),
-        labels=None,
-        failure=None,
-        stopping=threading.Event(),
-        closing=ExitStack(),
-    )
-    shard.profiler.committed = shard.profiler.told.append
-    shard.watch = lambda: Shard.watch(shard)
-    shard.commits = CommitThread(shard)
-    yield shard
-    shard.commits.close()
+def sink(path: Path, *later: RecordingWriter | Exception) -> Iterator[Any]:
+    """The commit thread with a real store; its writer, and what comes of opening another one, are in place of Kafka's."""
+    store, stopping, told = HistoryStore(path / "histories", map_bytes=1 << 26), threading.Event(), list[Rows]()
+    first = RecordingWriter()
+    opened = iter([first, *later])
+
+    def opens(settings: Settings) -> Any:
+        writer = next(opened)
+        if isinstance(writer, Exception):
+            raise writer
+        return writer
+
+    owned: dict[str, Any] = {
+        "settings": Settings(),
+        "spec": SimpleNamespace(names=("views", "truncated", "other", "more")),
+        "store": store,
+        "topic_id": ZERO.topic_id,
+        "reader": Group(),
+        "profiler": SimpleNamespace(committed=told.append),
+        "metrics": StreamMetrics(CollectorRegistry()),
+    }
+    writer = ShardWriter(owned["settings"], "spec", "salt", stopping, opens)
+    commits = CommitThread(Committer(context_of(**owned, writer=writer, stopping=stopping)))
+    yield SimpleNamespace(**owned, commits=commits, writer=first, stopping=stopping, told=told)
+    commits.close()
     store.close()
 
 
@@ -139,10 +142,10 @@ def test_histories_and_positions_follow_the_acknowledged_rows(tmp_path: Path) ->
         shard.commits.put(Cut((first,), 0))
         shard.commits.put(Cut((second,), 0))
         shard.commits.flush()
-        assert shard.store.positions() == shard.committed == {ZERO: 7}
+        assert shard.store.positions() == {ZERO: 7}
         assert check_accounts(StreamAccount(**shard.store.totals)) == ()
         assert shard.store.read(6)["offset"].tolist() == [6]
-        assert shard.profiler.told == [first, second]
+        assert shard.told == [first, second]
 
 
 def test_what_waited_while_one_was_written_goes_into_one_transaction(tmp_path: Path) -> None:
@@ -195,19 +198,13 @@ def test_rows_that_kafka_did_not_take_move_no_position(tmp_path: Path) -> None:
         with pytest.raises(FencedWriter):
             shard.commits.flush()
         assert len(shard.store.read(0)) == 0
-        assert shard.profiler.told == []
+        assert shard.told == []
 
 
-def test_an_outage_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with sink(tmp_path) as shard:
-        old, new, tries = shard.writer, RecordingWriter(), iter([UnreachableBroker("away"), UnreachableBroker("away")])
-
-        def reopened(settings: object) -> RecordingWriter:
-            for error in tries:
-                raise error
-            return new
-
-        monkeypatch.setattr("streaming.sink.open_writer", reopened)
+def test_an_outage_costs_only_time(tmp_path: Path) -> None:
+    new = RecordingWriter()
+    with sink(tmp_path, UnreachableBroker("away"), UnreachableBroker("away"), new) as shard:
+        old = shard.writer
         old.error = UnreachableBroker("away")
         shard.commits.put(Cut((with_history(piece((ZERO, 0, 2))),), 0))
         shard.commits.flush()
@@ -238,7 +235,8 @@ def test_a_second_writer_in_the_store_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_group_gets_the_committed_offsets_of_this_topic_only(tmp_path: Path) -> None:
-    with sink(tmp_path, {Source("cd" * 16, 0): 99}) as shard:
+    with sink(tmp_path) as shard:
+        shard.store.commit(Appends.none(), [Range(Source("cd" * 16, 0), 0, 99, dead=99)])
         shard.commits.put(Cut((piece((ZERO, 0, 2)),), 0))
         shard.commits.flush()
         assert shard.reader.positions == {0: 2}

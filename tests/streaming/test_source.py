@@ -6,19 +6,26 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import apache_beam as beam
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
+from state.config.sections import Stream
+from state.config.settings import Settings
 from state.errors import GapError, UnreachableBroker
+from state.history.store import Appends, HistoryStore
 from state.log import PartitionBatch
-from state.positions import Source
+from state.metrics import StreamMetrics
+from state.positions import Range, Source
 from streaming import pipeline
-from streaming.shard import Shard, installed
+from streaming.context import Handle, Step, StreamContext, opened
 from streaming.source import ClickReader, Lag, UntilStopped
+from tests.streaming.pieces import context_of
 
 TOPIC = "ab" * 16
 ZERO = Source(TOPIC, 0)
@@ -65,14 +72,14 @@ class ScriptedReader:
         return {0: 5}
 
 
-class Pass(beam.DoFn):
+class Pass(Step[StreamContext]):
     """Passes each element on."""
 
     def process(self, element: Any) -> Iterator[Any]:
         yield element
 
 
-class Keep(beam.DoFn):
+class Keep(Step[StreamContext]):
     """Keeps each element and passes it on."""
 
     seen: ClassVar[list[Any]] = []
@@ -82,55 +89,52 @@ class Keep(beam.DoFn):
         yield element
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[HistoryStore]:
+    made = HistoryStore(tmp_path / "histories", map_bytes=1 << 24)
+    yield made
+    made.close()
+
+
 @contextmanager
-def scripted(script: list[list[PartitionBatch] | Exception]) -> Iterator[Any]:
-    """A shard whose reader follows `script` and whose parser and profiler pass everything on."""
+def scripted(store: HistoryStore, script: list[list[PartitionBatch] | Exception]) -> Iterator[Handle[StreamContext]]:
+    """A process whose reader follows `script` and whose parser passes everything on."""
     stopping = threading.Event()
-    settings = SimpleNamespace(
-        stream=SimpleNamespace(poll_ms=20, batch_events=1000),
-        kafka=SimpleNamespace(clicks_topic="clicks", group="group"),
-    )
-    gauges: dict[str, float] = {}
-
-    def gauge(name: str) -> Any:
-        return SimpleNamespace(set=lambda value: gauges.__setitem__(name, value))
-
-    shard: Any = SimpleNamespace(
-        settings=settings,
+    context = context_of(
+        settings=replace(Settings(), stream=replace(Stream(), poll_ms=20)),
+        store=store,
         reader=ScriptedReader(script, stopping),
         parser=SimpleNamespace(parse=lambda batches: batches),
-        committed={},
         topic_id=TOPIC,
-        metrics=SimpleNamespace(lag_events=gauge("events"), lag_seconds=gauge("seconds")),
-        gauges=gauges,
+        metrics=StreamMetrics(CollectorRegistry()),
         stopping=stopping,
-        failure=None,
     )
-    shard.watch = lambda: Shard.watch(shard)
-    with installed(shard):
-        yield shard
+    with opened(context) as handle:
+        yield handle
 
 
 @contextmanager
 def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The elements that leave the steps before the profiles when the real runner runs the job."""
     seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "ProfileDoFn", Pass)
+    monkeypatch.setattr(pipeline, "UpdateProfiles", Pass)
     monkeypatch.setattr(pipeline, "WriteMicroBatches", Keep)
     monkeypatch.setattr(Keep, "seen", seen)
     yield seen
 
 
-def test_the_job_ends_when_asked_to_and_loses_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    with scripted([[batch(0, 2)], [], [batch(2, 5)]]) as shard, collected(monkeypatch) as seen:
+def test_the_job_ends_when_asked_to_and_loses_no_batch(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with scripted(store, [[batch(0, 2)], [], [batch(2, 5)]]) as shard, collected(monkeypatch) as seen:
         pipeline.run(shard)
     assert [(one.first, one.next) for batches in seen for one in batches] == [(0, 2), (2, 5)]
     assert [] in seen
 
 
-def test_an_exception_of_a_step_comes_out_as_it_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_a_step_comes_out_as_it_was_raised(
+    store: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (
-        scripted([[batch(0, 2)], GapError("positions 2 to 9 are gone")]) as shard,
+        scripted(store, [[batch(0, 2)], GapError("positions 2 to 9 are gone")]) as shard,
         collected(monkeypatch),
         pytest.raises(GapError, match="positions 2 to 9 are gone"),
     ):
@@ -147,16 +151,17 @@ def test_a_restriction_that_ends_unasked_is_an_error() -> None:
     assert tracker.try_split(0.5) is None
 
 
-def test_lag_counts_what_is_unread_and_what_is_uncommitted() -> None:
-    with scripted([[batch(0, 4)]]) as shard:
-        ClickReader(shard).poll()
-        assert shard.gauges["events"] == 5 + 4
+def test_lag_counts_what_is_unread_and_what_is_uncommitted(store: HistoryStore) -> None:
+    store.commit(Appends.none(), [Range(ZERO, 0, 1, dead=1)])
+    with scripted(store, [[batch(0, 4)]]) as shard:
+        ClickReader(shard.context).poll()
+        assert shard.context.metrics.lag_events._value.get() == 5 + 3
 
 
-def test_a_broker_that_is_away_for_a_while_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    with scripted([[], []]) as shard, caplog.at_level(logging.WARNING):
-        shard.reader.away = UnreachableBroker("no broker at kafka:9092")
-        clicks = ClickReader(shard)
+def test_a_broker_that_is_away_for_a_while_stops_nothing(store: HistoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    with scripted(store, [[], []]) as shard, caplog.at_level(logging.WARNING):
+        shard.context.reader.away = UnreachableBroker("no broker at kafka:9092")
+        clicks = ClickReader(shard.context)
         clicks.poll()
         clicks._due_s = 0.0
         clicks.poll()

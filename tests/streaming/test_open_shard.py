@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from state.errors import SaltMismatch, SpecMismatch
 from state.history.store import HistoryStore
-from streaming.shard import check_identity, partitions_of
+from streaming.histories import check_identity
+from streaming.open_shard import partitions_of
 
 
 @pytest.fixture

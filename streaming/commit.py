@@ -1,0 +1,112 @@
+"""The commit sequence: micro-batches and dead letters out, then histories and positions committed.
+
+For all the cuts that are queued at that moment:
+
+    1. One Kafka transaction with their micro-batches and dead letters.
+    2. One commit of the store: histories, rows that wait, next offsets, counters.
+    3. Once a second the offsets of the consumer group, for lag tools; nothing is read from there.
+
+A crash before 1 is acknowledged leaves nothing. Between 1 and 2 the rows are
+written again after the restart, with the same positions, and every reader of
+the micro-batch log trims them. After 2 nothing is written again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from state.errors import LogError
+from state.positions import UNPLACED
+from state.process import killpoints
+from streaming import accounts
+from streaming.context import StreamContext
+from streaming.cut import Cut, merge_all, merge_appends
+from streaming.letters import count_letters
+from streaming.rows import Rows
+
+logger = logging.getLogger(__name__)
+
+GROUP_S = 1.0
+
+
+class Committer:
+    """Commits cuts in the order in which they come. One thread.
+
+    Args:
+        context: What the process owns.
+    """
+
+    def __init__(self, context: StreamContext) -> None:
+        self._context = context
+        self._sync_due_s = time.monotonic() + context.settings.stream.sync_s
+        self._group_due_s = 0.0
+        self._group_fails = False
+        self._faults: tuple[str, ...] = ()
+        self._truncated = [index for index, name in enumerate(context.spec.names) if name == "truncated"]
+
+    def commit(self, cuts: Sequence[Cut]) -> None:
+        """Writes and commits `cuts`; durable in Kafka and visible in the store when it returns.
+
+        Raises:
+            CorruptStore: The store lacks an impression that waits.
+            PositionConflict: Somebody else moved the store's positions.
+            StoreFull: The store or its disk is full.
+            LogError: The cluster refused; or the broker is away and the stream was asked to stop.
+        """
+        context = self._context
+        killpoints.reach("stream.taken")
+        begun_s = time.perf_counter()
+        waiting: Mapping[bytes, bytes | None] = {}
+        extra: Mapping[str, bytes] = {}
+        if context.labels is not None:
+            cuts, waiting, extra = context.labels.look_up(cuts)
+        # 1.
+        records = context.writer.write(cuts)
+        killpoints.reach("stream.acknowledged")
+        # 2.
+        pieces = [piece for cut in cuts for piece in cut.pieces]
+        ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
+        context.store.commit(merge_appends([piece.appends for piece in pieces]), ranges, extra, waiting)
+        killpoints.reach("stream.committed")
+        for piece in pieces:
+            context.profiler.committed(piece)
+        context.metrics.commit_seconds.observe(time.perf_counter() - begun_s)
+        self._count(pieces, records)
+        # 3.
+        if time.monotonic() >= self._group_due_s:
+            self._faults = accounts.show(context.store, context.metrics, self._faults)
+            self.show_group()
+            killpoints.reach("stream.grouped")
+        if time.monotonic() >= self._sync_due_s:
+            context.store.sync()
+            self._sync_due_s = time.monotonic() + context.settings.stream.sync_s
+
+    def show_group(self) -> None:
+        """Tells Kafka the committed offsets of this topic; a failure is logged once and stops nothing."""
+        context = self._context
+        try:
+            context.reader.commit_group(accounts.positions_in(context.store, context.topic_id))
+            self._group_fails = False
+        except LogError as error:
+            if not self._group_fails:
+                logger.warning("offsets of group %s are not up to date: %s", context.settings.kafka.group, error)
+            self._group_fails = True
+        self._group_due_s = time.monotonic() + GROUP_S
+
+    def _count(self, pieces: Sequence[Rows], records: int) -> None:
+        """Adds what was committed to the metrics."""
+        metrics = self._context.metrics
+        metrics.microbatches.inc(records)
+        outcomes: Counter[str] = Counter()
+        for piece in pieces:
+            for part in piece.batch.ranges:
+                outcomes.update(part.outcomes)
+            for index in self._truncated:
+                metrics.truncated_histories.inc(int((piece.features[:, index] > 0).sum()))
+            count_letters(metrics, piece.batch.dead)
+        for outcome in outcomes.keys() - UNPLACED:
+            metrics.events.labels(outcome).inc(outcomes[outcome])
+        metrics.microbatch_rows.observe(sum(map(len, pieces)) / records)

@@ -1,0 +1,203 @@
+"""Opens what a stream process owns, in the order in which a mistake does the least harm.
+
+1. The directory with the store, which must be of this salt and this feature spec.
+2. The metrics' port.
+3. The topics; a missing topic of clicks is an error, the two others are created.
+4. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
+5. The gaps that the operator accepts are passed, with a record of it; any other one ends the process.
+6. The reader, at the store's positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+
+from prometheus_client import CollectorRegistry
+
+from state import metrics
+from state.attributes.follower import AttributeFollower
+from state.attributes.store import open_anew
+from state.attributes.values import tables_of
+from state.config.settings import Settings
+from state.events.identity import Salt
+from state.events.parser import Parser
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
+from state.log import Reader, TopicInfo, Topics, plan
+from state.log.gaps import Consent
+from state.metrics import StreamMetrics
+from state.positions import Gap
+from streaming import accounts
+from streaming.attributes import Join
+from streaming.context import Handle, StreamContext, opened
+from streaming.cut import Cut
+from streaming.histories import open_histories
+from streaming.labels import open_labels
+from streaming.letters import report_to
+from streaming.profile import Profiler
+from streaming.writer import ShardWriter
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTES = "attributes"
+NO_CONSENT = Consent()
+
+
+@contextmanager
+def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Handle[StreamContext]]:
+    """A stream process's context, opened in the order of this module and closed the other way round.
+
+    Args:
+        settings: The effective settings.
+        consent: The losses that the operator accepts.
+
+    Raises:
+        LockHeld: Another process has the directory.
+        SaltMismatch: The store's pseudonyms were made with another salt.
+        SpecMismatch: The store belongs to other feature settings.
+        SettingsError: The salt cannot be read.
+        PortTaken: The metrics' port is in use.
+        GapError: Positions are gone, and nobody accepted it.
+        LogError: Kafka is not reachable, or a topic is missing.
+        StoreError: The store cannot be opened.
+    """
+    kafka, spec, stopping = settings.kafka, FeatureSpec.from_settings(settings), threading.Event()
+    with ExitStack() as stack:
+        # 1.
+        store, salt = stack.enter_context(open_histories(settings, spec))
+        # 2.
+        counted = serve_metrics(settings.stream.metrics_port, stack)
+        # 3.
+        topics = stack.enter_context(Topics(kafka))
+        clicks = ensure_topics(settings, topics)
+        # 4.
+        writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping)
+        stack.callback(writer.close)
+        join = open_join(settings, salt, counted, stack) if tables_of(settings.attributes) else None
+        # 5.
+        parser, profiler = Parser(settings.events, salt), Profiler(store, spec, settings.stream.cache_users)
+        gaps = accounts.missing(clicks.topic_id, store.positions(), ends_of_shard(settings, topics, clicks))
+        write = partial(write_gaps, writer, parser, profiler)
+        accounts.pass_gaps(store, gaps, consent, kafka.clicks_topic, time.time_ns() // 1_000_000, write)
+        # 6.
+        reader = open_reader(settings, store, clicks)
+        stack.callback(reader.close)
+        context = StreamContext(
+            settings=settings,
+            spec=spec,
+            store=store,
+            parser=parser,
+            profiler=profiler,
+            labels=open_labels(settings, store, clicks.topic_id),
+            topic_id=clicks.topic_id,
+            reader=reader,
+            writer=writer,
+            metrics=counted,
+            join=join,
+            closing=stack,
+            stopping=stopping,
+        )
+        counted.gaps_accepted.inc(len(accounts.accepted(store)))
+        accounts.show(store, counted)
+        say_where(context, clicks)
+        yield stack.enter_context(opened(context))
+
+
+def serve_metrics(port: int, stack: ExitStack) -> StreamMetrics:
+    """The metrics of this process, served on `port` (0: not) until `stack` ends.
+
+    Raises:
+        PortTaken: The port is in use.
+    """
+    registry = CollectorRegistry()
+    counted = StreamMetrics(registry)
+    if port:
+        stack.callback(metrics.serve(registry, port))
+    return counted
+
+
+def ensure_topics(settings: Settings, topics: Topics) -> TopicInfo:
+    """Creates what the stream writes to, and says what it reads from.
+
+    Raises:
+        LogError: The topic of clicks is missing, or Kafka is not reachable.
+    """
+    clicks = topics.describe(settings.kafka.clicks_topic)
+    topics.ensure(*plan.dead_letters(settings))
+    topics.ensure(*plan.microbatches(settings))
+    return clicks
+
+
+def partitions_of(shard: int, shards: int, partitions: int) -> list[int] | None:
+    """The partitions that a shard reads; None is all, those made later included.
+
+    >>> partitions_of(1, 2, 4), partitions_of(0, 1, 4)
+    ([1, 3], None)
+    """
+    return None if shards == 1 else [one for one in range(partitions) if one % shards == shard]
+
+
+def ends_of_shard(settings: Settings, topics: Topics, clicks: TopicInfo) -> dict[int, tuple[int, int]]:
+    """Of each partition that this shard reads, the first offset kept and the offset after the last one."""
+    partitions = partitions_of(settings.stream.shard, settings.stream.shards, clicks.partitions)
+    ends = topics.ends(settings.kafka.clicks_topic)
+    return {one: ends[one] for one in (ends if partitions is None else partitions)}
+
+
+def write_gaps(writer: ShardWriter, parser: Parser, profiler: Profiler, found: Sequence[Gap], now_ms: int) -> None:
+    """Tells the readers of the training log about gaps: a micro-batch without rows, whose ranges name them."""
+    nothing = replace(parser.parse([]), ranges=accounts.as_ranges(found))
+    writer.write_once(Cut((profiler.update(nothing),), now_ms))
+
+
+def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: ExitStack) -> Join:
+    """The attributes as the topics have them now, and their follower, which ends with `stack`.
+
+    Raises:
+        LogError: A topic is missing or cannot be read.
+        StoreError: The store cannot be opened.
+    """
+    tables, wanted = tables_of(settings.attributes), settings.attributes
+    store = open_anew(settings.stream_dir / ATTRIBUTES, settings.stream.map_gb << 30)
+    report = report_to(settings.kafka, counted, writes=settings.stream.shard == 0)
+    topics = {"user": wanted.user_topic, "item": wanted.item_topic}
+    followers = [
+        AttributeFollower(settings.kafka, topics[side], table, salt, store, report, settings.events.max_event_bytes)
+        for side, table in tables.items()
+    ]
+    join = Join(store, followers, tables, wanted.slices, counted)
+    stack.callback(join.close)
+    join.catch_up()
+    join.start()
+    return join
+
+
+def open_reader(settings: Settings, store: HistoryStore, clicks: TopicInfo) -> Reader:
+    """The clicks of this shard's partitions, from where the store has read them to.
+
+    Raises:
+        LogError: Kafka is not reachable.
+    """
+    topic, stream = settings.kafka.clicks_topic, settings.stream
+    positions = accounts.positions_in(store, clicks.topic_id)
+    if store.positions() and not positions:
+        logger.warning("topic %s is another one than before: reading it from its beginning", topic)
+    return Reader(settings.kafka, topic, partitions_of(stream.shard, stream.shards, clicks.partitions), positions)
+
+
+def say_where(context: StreamContext, clicks: TopicInfo) -> None:
+    """Logs where reading begins."""
+    positions = accounts.positions_in(context.store, clicks.topic_id)
+    logger.info(
+        "reading %s (%d partitions) from %s, feature spec %s",
+        context.settings.kafka.clicks_topic,
+        clicks.partitions,
+        {partition: positions[partition] for partition in sorted(positions)} or "its beginning",
+        context.spec.digest[:12],
+    )

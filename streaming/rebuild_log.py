@@ -1,0 +1,174 @@
+"""The micro-batch log, for a rebuild: its rows are what the lost store had, its ranges are the positions."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+
+from state.config.settings import Settings
+from state.errors import MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
+from state.events.identity import Salt
+from state.history.followed import events_of, new_ranges
+from state.history.store import Appends, HistoryStore
+from state.log import PartitionBatch, Reader, Topics
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.cutting import trim
+from state.microbatch.row_kinds import happened
+from state.positions import Range, Source
+from state.process import killpoints
+from streaming.cut import merge_all, merge_appends
+from streaming.rebuild_clicks import Clicks, read_to
+from streaming.rebuild_report import Bar, Rebuilt
+from streaming.rebuild_waiting import Waits
+
+RECORDS_AT_ONCE = 64
+logger = logging.getLogger(__name__)
+
+
+class Rebuild:
+    """Fills an empty or copied store from Kafka. One thread.
+
+    1. The micro-batch log is read to its end, record by record.
+    2. What lies before a record and is in no earlier one comes from the clicks, in the order of its source.
+    3. So do the positions of a partition that the log does not name, and the group does.
+
+    Args:
+        settings: Of the stream.
+        store: Built aside; positions it has are gone on from.
+        spec: Digest of the feature spec.
+        salt: Of the users' pseudonyms.
+        bar: Where the progress goes.
+    """
+
+    def __init__(self, settings: Settings, store: HistoryStore, spec: str, salt: Salt, bar: Bar) -> None:
+        self._settings, self._store, self._spec, self._salt, self._bar = settings, store, spec, salt, bar
+        self._marks = store.positions()
+        self._waits = Waits(store, always=bool(settings.labels.impressions))
+        self._appends: list[Appends] = []
+        self._ranges: list[Range] = []
+        self.found = Rebuilt()
+
+    def run(self) -> Rebuilt:
+        """Reads what there is; the store holds it when this returns.
+
+        Raises:
+            SaltMismatch: The log's pseudonyms are of another salt.
+            SpecMismatch: The log is of other feature settings.
+            CorruptStore: The store lacks an impression that waits.
+            StoreFull: The store or its disk is full.
+            LogError: Kafka is not reachable, or stops answering.
+        """
+        kafka, found = self._settings.kafka, self.found
+        with Topics(kafka) as topics:
+            clicks = Clicks(self._settings, self._store, self._salt, topics, found)
+            try:
+                begin, end = topics.ends(kafka.microbatches_topic)[0]
+            except UnknownTopic as error:
+                logger.warning("%s; there is only the group's word for what the stream had read", error)
+                begin = end = 0
+        # 1. and 2.
+        if end > begin:
+            self._read(begin, end, clicks)
+        # 3.
+        for source, after in clicks.committed().items():
+            if self._is_ours(source) and source not in self._marks:
+                clicks.fill(source, None, after)
+                self._marks[source] = after
+        found.users = self._store.users()
+        found.incomplete = self._store.users_below(self._settings.features.history) if found.lost else 0
+        return found
+
+    def _is_ours(self, source: Source) -> bool:
+        stream = self._settings.stream
+        return source.partition % stream.shards == stream.shard
+
+    def _read(self, begin: int, end: int, clicks: Clicks) -> None:
+        kafka = self._settings.kafka
+        with Reader(kafka, kafka.microbatches_topic, [0]) as reader:
+            for batches in read_to(reader, 0, end, RECORDS_AT_ONCE, f"the micro-batch log {kafka.microbatches_topic}"):
+                for batch in batches:
+                    self._take(batch, clicks)
+                self._bar.show(min(reader.position(0), end) - begin, end - begin, self.found.rows)
+        self._bar.show(end - begin, end - begin, self.found.rows, last=True)
+
+    def _take(self, batch: PartitionBatch, clicks: Clicks) -> None:
+        """One commit for what one poll found, and one before each stretch of clicks."""
+        for first, after, reason in batch.corrupt:
+            self.found.unreadable += 1
+            logger.error("the micro-batch log's positions [%d, %d) are corrupt: %s", first, after, reason)
+        for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+            self.found.records += 1
+            mine = self._decode(value, offset)
+            if mine is None:
+                continue
+            # 2.
+            for part in mine.header.ranges:
+                self._fill_before(part, clicks)
+            # 1.
+            keep, after_marks = trim(mine, self._marks)
+            parts, missing = new_ranges(mine, self._marks)
+            self.found.lost += missing
+            parts = self._waits.follow(mine.take(keep), parts)
+            kept = mine.take(keep & happened(mine.kind))
+            self._appends.append(Appends.of(kept.user, events_of(kept)))
+            self._ranges += parts
+            self._marks = after_marks
+            self.found.rows += len(kept)
+        self._commit()
+        killpoints.reach("rebuild.committed")
+
+    def _fill_before(self, part: Range, clicks: Clicks) -> None:
+        """Takes what lies between the mark of a range's source and the range from the clicks."""
+        mark = self._marks.get(part.source)
+        if mark is not None and mark >= part.first:
+            return
+        if clicks.has(part.source, mark, part.first):
+            self._commit()
+            clicks.fill(part.source, mark, part.first)
+            self._marks[part.source] = part.first
+        elif mark is None:
+            self.found.lost += part.first
+
+    def _commit(self) -> None:
+        waiting, extra = self._waits.gained()
+        self._store.commit(merge_appends(self._appends), merge_all(self._ranges), extra, waiting)
+        self._appends, self._ranges = [], []
+
+    def _decode(self, value: bytes | None, offset: int) -> MicroBatch | None:
+        """The record's rows of this shard; None where it has none or cannot be read."""
+        where = f"{self._settings.kafka.microbatches_topic}:0 offset {offset}"
+        try:
+            whole = decode(value or b"")
+        except MicroBatchError as error:
+            self.found.unreadable += 1
+            logger.error("%s is left out, its clicks are read again: %s", where, error)
+            return None
+        header = whole.header
+        if header.salt != self._salt.fingerprint:
+            raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
+        if header.spec != self._spec:
+            raise SpecMismatch(
+                f"{where} has feature spec {header.spec[:12]}, the settings make {self._spec[:12]}; "
+                "put [features] and events.actions back"
+            )
+        return part_of(whole, [self._is_ours(part.source) for part in header.ranges])
+
+
+def part_of(whole: MicroBatch, ours: list[bool]) -> MicroBatch | None:
+    """The rows of some ranges of a micro-batch, as a micro-batch; None where there are no such ranges.
+
+    Args:
+        whole: With all ranges.
+        ours: By range whether it is wanted.
+    """
+    if all(ours):
+        return whole
+    if not any(ours):
+        return None
+    kept = whole.take(np.array(ours)[whole.source])
+    number = np.cumsum(ours, dtype=np.uint16) - np.uint16(1)
+    parts = tuple(part for part, mine in zip(whole.header.ranges, ours, strict=True) if mine)
+    return replace(kept, header=replace(whole.header, ranges=parts), source=number[kept.source].astype(np.uint16))

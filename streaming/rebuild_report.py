@@ -1,0 +1,95 @@
+"""What a rebuild says: how far it is while it reads the log, and in the end what it found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+BAR = 30
+TERMINAL_EVERY_S = 0.2
+LINE_EVERY_S = 5.0
+CLEAR = "\r\x1b[K"
+
+
+@dataclass
+class Rebuilt:
+    """What a rebuild found.
+
+    Attributes:
+        records: Records of the micro-batch log.
+        rows: Events taken from them.
+        clicks: Positions taken from the clicks instead.
+        unreadable: Records of the log that are damaged; their positions were taken from the clicks.
+        lost: Positions that neither has any more.
+        users: Users with a history.
+        incomplete: Users whose history may lack its oldest events: of those with fewer than N, where positions are lost.
+        aside: Where the old store is now.
+    """
+
+    records: int = 0
+    rows: int = 0
+    clicks: int = 0
+    unreadable: int = 0
+    lost: int = 0
+    users: int = 0
+    incomplete: int = 0
+    aside: Path | None = None
+
+
+def told(found: Rebuilt, place: Path) -> str:
+    """The result in one line.
+
+    >>> told(Rebuilt(records=10, rows=500, users=17), Path("histories"))
+    'histories: 17 users, 500 rows of 10 records of the log; complete'
+    >>> told(Rebuilt(records=10, rows=500, clicks=40, lost=60, users=17, incomplete=3), Path("h"))
+    'h: 17 users, 500 rows of 10 records of the log and 40 positions of the clicks; 60 positions are gone from both: 3 users may lack their oldest events'
+    """
+    read = f"{found.rows:,} rows of {found.records:,} records of the log"
+    read += f" and {found.clicks:,} positions of the clicks" if found.clicks else ""
+    read += f" ({found.unreadable:,} records unreadable)" if found.unreadable else ""
+    gone = "complete"
+    if found.lost:
+        gone = f"{found.lost:,} positions are gone from both: {found.incomplete:,} users may lack their oldest events"
+    aside = f"; the old store is {found.aside}, remove it when you like" if found.aside else ""
+    return f"{place}: {found.users:,} users, {read}; {gone}{aside}"
+
+
+def progress_line(done: int, total: int, rows: int, seconds: float) -> str:
+    """How far the log is read, in one line.
+
+    >>> progress_line(500, 1000, 90_000, 3.0)
+    '[###############---------------]  50 %  500 of 1,000 positions of the log  90,000 rows  30,000 rows/s'
+    """
+    filled = BAR * done // max(total, 1)
+    share = 100 * done // max(total, 1)
+    rate = rows / max(seconds, 1e-9)
+    bar = "#" * filled + "-" * (BAR - filled)
+    return f"[{bar}] {share:3d} %  {done:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
+
+
+class Bar:
+    """Shows the progress: one line that moves on a terminal, else a line every few seconds.
+
+    Args:
+        out: Where to.
+        elapsed: Seconds that never go back.
+    """
+
+    def __init__(self, out: TextIO, elapsed: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._elapsed = out, elapsed
+        self._terminal = out.isatty()
+        self._begun_s = elapsed()
+        self._shown_s = float("-inf") if self._terminal else self._begun_s
+
+    def show(self, done: int, total: int, rows: int, last: bool = False) -> None:
+        """Shows the state if it is time to; always with `last`."""
+        now_s = self._elapsed()
+        if not last and now_s - self._shown_s < (TERMINAL_EVERY_S if self._terminal else LINE_EVERY_S):
+            return
+        self._shown_s = now_s
+        line = progress_line(done, total, rows, now_s - self._begun_s)
+        self._out.write(f"{CLEAR}{line}{chr(10) * last}" if self._terminal else f"{line}\n")
+        self._out.flush()

@@ -1,0 +1,131 @@
+"""The clicks that a bootstrap looks at: read from a topic's beginning or from files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from state.errors import SpringtideError
+from state.log import PartitionBatch, Reader
+from state.recordings.files import Recording, refuse_beyond_memory
+from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons
+from streaming.context import Handle, Step
+from streaming.sample import Sample
+
+POLL_S = 0.2
+NO_TIMESTAMP = -1
+
+Batches = Iterator[list[PartitionBatch]]
+
+
+def of_topic(sample: Sample) -> Batches:
+    """The beginning of the clicks topic; ends when enough is there and no more is waiting.
+
+    Raises:
+        SpringtideError: `bootstrap.timeout_s` passed with less than `bootstrap.min_rows` clicks.
+        LogError: The topic cannot be read.
+    """
+    settings, wanted = sample.settings, sample.settings.bootstrap
+    topic = settings.kafka.clicks_topic
+    with Reader(settings.kafka, topic) as reader:
+        while sample.left > 0:
+            batches = reader.poll(POLL_S, sample.left)
+            if batches:
+                yield batches
+            # Where clicks keep coming no poll is empty: caught up to one batch is enough.
+            if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
+                break
+            sample.progress(f"of at least {wanted.min_rows:,} clicks of {topic}")
+            if sample.clock() - sample.began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
+                raise SpringtideError(
+                    f"after {wanted.timeout_s} s topic {topic} holds {sample.tally.clicks} usable clicks of the "
+                    f"{wanted.min_rows} needed; start the producer, look at the dead letters, lower "
+                    "bootstrap.min_rows, or name files of recorded clicks: `springtide bootstrap FILE...`"
+                )
+    sample.end()
+
+
+def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
+    """The rows of files with their times as recorded, as one partition.
+
+    They are judged as a replay at full speed would have them judged: a time is
+    compared with the newest one of the recording. Where the files are not
+    read to their end (`sort` is assume), no time is compared with another.
+
+    Args:
+        sample: What was read so far.
+        recording: The files.
+        sort: memory (read everything, then order by time) or assume (the files are in order).
+
+    Raises:
+        SettingsError: The columns do not fit.
+        UnreadableRecording: A file is cut or damaged.
+        SpringtideError: No row is a click.
+    """
+    events = sample.settings.events
+    latest_ms = round((sample.clock() + events.max_future_s) * 1000)
+    encoder = Encoder(events, recording.constants or {}, latest_ms)
+    chunks: Iterator[Encoded] = recording.encoded(encoder, events)
+    newest_ms = NO_TIMESTAMP
+    if sort == "memory":
+        import psutil
+
+        refuse_beyond_memory(recording, psutil.virtual_memory().available)
+        whole = joined(list(chunks))
+        newest_ms = int(whole.at_ms.max(initial=NO_TIME))
+        chunks = iter([whole.take(order(whole.at_ms))])
+    topic_id, first = _topic_of(recording), 0
+    for chunk in chunks:
+        at = 0
+        while at < len(chunk) and sample.left > 0:
+            part = chunk.cut(at, at + sample.left)
+            at += len(part)
+            values = encoder.values(part, part.at_ms)
+            yield [_partition_batch(topic_id, first, part, values, max(newest_ms, NO_TIMESTAMP))]
+            first += len(part)
+            sample.progress("clicks of the files")
+    if not sample.tally.clicks:
+        raise SpringtideError(
+            f"no row of {', '.join(str(file.path) for file in recording.files)} is a click: "
+            f"{shown_reasons(sample.tally.refused)}; correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
+        )
+    sample.end()
+
+
+def _topic_of(recording: Recording) -> str:
+    """An id in place of a topic's, by the files' names and sizes."""
+    named = "\n".join(f"{file.path.name} {file.path.stat().st_size}" for file in recording.files)
+    return hashlib.sha256(named.encode()).hexdigest()[:32]
+
+
+def _partition_batch(
+    topic_id: str, first: int, part: Encoded, values: Sequence[bytes], newest_ms: int
+) -> PartitionBatch:
+    count = len(part)
+    offsets: I64 = np.arange(first, first + count, dtype=np.int64)
+    stamps = np.full(count, newest_ms, np.int64)
+    return PartitionBatch(topic_id, 0, first, first + count, offsets, stamps, list(part.keys), list(values))
+
+
+class ReadSample(Step[Sample]):
+    """Yields lists of partition batches until the sample is complete.
+
+    Args:
+        handle: Of the sample.
+        recording: The files; None for the clicks topic.
+        sort: As `of_recording` has it.
+    """
+
+    def __init__(self, handle: Handle[Sample], recording: Recording | None, sort: str) -> None:
+        super().__init__(handle)
+        self._recording, self._sort = recording, sort
+
+    def process(self, start: bytes) -> Batches:
+        """Reads; what stands behind has taken a batch before the next one is read."""
+        with self.handle.watched() as sample:
+            if self._recording is None:
+                yield from of_topic(sample)
+            else:
+                yield from of_recording(sample, self._recording, self._sort)

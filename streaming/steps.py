@@ -1,0 +1,35 @@
+"""The steps between source and sink: records become events, events become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from state.events.event_batch import EventBatch
+from state.log import PartitionBatch
+from streaming.context import JobContext, Step, StreamContext
+from streaming.rows import Rows
+
+
+class ParseEvents(Step[JobContext]):
+    """Makes one `EventBatch` of each list of partition batches; a bad record becomes a dead letter in it."""
+
+    def process(self, batches: list[PartitionBatch]) -> Iterator[EventBatch]:
+        """Decodes, validates and pseudonymises."""
+        with self.handle.watched() as context:
+            events = context.parser.parse(batches)
+        yield events
+
+
+class UpdateProfiles(Step[StreamContext]):
+    """Makes rows of events: windows, then attributes, then what waits for its label."""
+
+    def process(self, batch: EventBatch) -> Iterator[Rows]:
+        """Makes the rows of one batch; an empty batch is passed on."""
+        with self.handle.watched() as context:
+            rows = context.profiler.update(batch)
+            if context.join is not None:
+                rows = context.join.rows(rows)
+            if context.labels is not None:
+                rows = context.labels.attribute(rows)
+            context.metrics.cached_users.set(context.profiler.cached_users)
+        yield rows

@@ -1,0 +1,33 @@
+"""Events taken into a store at once, where no micro-batch is written: a bootstrap's sample, clicks that a rebuild reads."""
+
+from __future__ import annotations
+
+from state.events.event_batch import EventBatch
+from state.history.store import HistoryStore
+from streaming.cut import Cut
+from streaming.labels import Labels, LookedUp
+from streaming.profile import Profiler
+from streaming.rows import Rows
+
+
+def commit_at_once(store: HistoryStore, profiler: Profiler, labels: Labels | None, events: EventBatch) -> Rows:
+    """Makes the rows of a batch as the stream does, and commits what they append; returns them complete.
+
+    Args:
+        store: Of `profiler` and `labels`.
+        profiler: Makes the windows.
+        labels: Impressions that wait; None where none can.
+        events: In order of arrival.
+
+    Raises:
+        CorruptStore: The store lacks an impression that waits.
+        PositionConflict: The events do not go on where the store ends.
+        StoreFull: The store or its disk is full.
+    """
+    rows, found = profiler.update(events), LookedUp([], {}, {})
+    if labels is not None:
+        found = labels.look_up([Cut((labels.attribute(rows),), 0)])
+        ((rows,),) = (cut.pieces for cut in found.cuts)
+    store.commit(rows.appends, rows.batch.ranges, found.extra, found.waiting)
+    profiler.committed(rows)
+    return rows

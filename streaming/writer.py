@@ -1,0 +1,127 @@
+"""The shard's writer of micro-batches and dead letters: acknowledged transactions, whatever time the broker is away."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from state.config.settings import Settings
+from state.errors import UnreachableBroker
+from state.log import Writer
+from state.process import killpoints
+from streaming.cut import Cut, encode_cut
+from streaming.letters import send_letters
+
+logger = logging.getLogger(__name__)
+
+
+def transactional_id(shard: int) -> str:
+    """By which Kafka fences a zombie of the same shard.
+
+    >>> transactional_id(0)
+    'springtide-stream-0'
+    """
+    return f"springtide-stream-{shard}"
+
+
+def open_writer(settings: Settings) -> Writer:
+    """A writer of the shard; it ends what a predecessor left open, and fences it.
+
+    Raises:
+        UnreachableBroker: No broker answered in time.
+        LogError: The cluster refused.
+    """
+    return Writer(settings.kafka, transactional_id=transactional_id(settings.stream.shard))
+
+
+class ShardWriter:
+    """Writes cuts, each call in one transaction. One thread at a time uses it.
+
+    Args:
+        settings: The effective settings.
+        spec: Digest of the feature spec.
+        salt: Fingerprint of the salt.
+        stopping: Set once the stream was asked to stop: then no outage is waited for.
+        opens: Makes a writer of the shard, here and after each outage.
+
+    Raises:
+        UnreachableBroker: No broker answered in time.
+        LogError: The cluster refused.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        spec: str,
+        salt: str,
+        stopping: threading.Event,
+        opens: Callable[[Settings], Writer] = open_writer,
+    ) -> None:
+        self._settings, self._spec, self._salt = settings, spec, salt
+        self._stopping, self._opens = stopping, opens
+        self._writer = opens(settings)
+
+    def write(self, cuts: Sequence[Cut]) -> int:
+        """Writes the micro-batches and the dead letters of cuts, acknowledged when it returns.
+
+        Where the outcome of a transaction is unknown its records are written
+        again with a writer that first ends the old transaction: what was
+        visible then comes twice, with the same positions, as after a crash.
+
+        Returns:
+            The number of micro-batches.
+
+        Raises:
+            MicroBatchError: A row is larger than a record may be.
+            LogError: The cluster refused; or the broker is away and the stream was asked to stop.
+        """
+        values = [value for cut in cuts for value in self._encoded(cut)]
+        letters = [letter for cut in cuts for piece in cut.pieces for letter in piece.batch.dead]
+        created_ms = cuts[-1].created_ms
+        while True:
+            try:
+                with self._writer.transaction():
+                    self._send(values, created_ms)
+                    send_letters(self._writer, self._settings.kafka.dead_letters_topic, letters, created_ms)
+                    killpoints.reach("stream.sent")
+                return len(values)
+            except UnreachableBroker as error:
+                if self._stopping.is_set():
+                    raise
+                logger.warning("%s; these rows are written again as soon as it is back", error)
+                self._reopen()
+
+    def write_once(self, cut: Cut) -> None:
+        """Writes the micro-batches of a cut, acknowledged when it returns; waits for no broker.
+
+        Raises:
+            UnreachableBroker: No broker answered in time.
+            LogError: The cluster refused.
+        """
+        with self._writer.transaction():
+            self._send(self._encoded(cut), cut.created_ms)
+
+    def close(self) -> None:
+        """Closes the connection; a transaction under way does not count."""
+        self._writer.close()
+
+    def _encoded(self, cut: Cut) -> list[bytes]:
+        stream = self._settings.stream
+        return encode_cut(cut, self._spec, self._salt, stream.cut_rows, stream.max_record_bytes)
+
+    def _send(self, values: Sequence[bytes], created_ms: int) -> None:
+        for value in values:
+            self._writer.send(self._settings.kafka.microbatches_topic, 0, None, value, [], created_ms)
+
+    def _reopen(self) -> None:
+        """Takes a new writer, once a broker answers."""
+        self._writer.close(0.0)
+        while True:
+            try:
+                self._writer = self._opens(self._settings)
+                break
+            except UnreachableBroker:
+                if self._stopping.is_set():
+                    raise
+        logger.info("the broker is back")
