@@ -1,6 +1,6 @@
 """Dead letters: what a refused record leaves in the topic of dead letters, and how it is counted.
 
-Why a record is refused is one of `state.events.decoding.Reason`. A letter has
+Why a record is refused is one of `state.events.dead_letters.Reason`. A letter has
 the coordinates and the reason in its headers and nothing else: the record's key
 is a user's id, and its value may name the user too.
 """

@@ -7,7 +7,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,48 @@ def test_only_the_log_knows_the_kafka_client() -> None:
 
 def test_nothing_is_pickled() -> None:
     assert {name: tops & PICKLES for name, tops in TOPS.items() if tops & PICKLES} == {}
+
+
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next one and the last one the first; none where there is no circle."""
+    done: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for target in sorted(edges.get(module, ())):
+            if found := search(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in sorted(edges))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def edges_within(package: str) -> dict[str, set[str]]:
+    """By module of a package the others that it imports, in functions and for type checkers too."""
+    trees = {f"{package}.{path.stem}": ast.parse(path.read_text()) for path in (ROOT / package).glob("*.py")}
+    # A module that runs as a program imports itself by its real name.
+    return {module: {name for name in modules_of(tree) if name in trees} - {module} for module, tree in trees.items()}
+
+
+def modules_of(tree: ast.AST) -> Iterator[str]:
+    """What is imported, with the names taken from it, which may be modules."""
+    yield from imported(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_modules_of_streaming_have_no_circle() -> None:
+    assert circle(edges_within("streaming")) == []
 
 
 def serving_modules() -> list[str]:
