@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from state.accounts import StreamAccount, check_accounts
 from state.errors import GapError
-from state.history.store import OUTCOMES, Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.counts import OUTCOMES
+from state.history.store import HistoryStore
 from state.log import gaps
 from state.log.gaps import Accepted, Consent
 from state.metrics import StreamMetrics

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from state.history.store import Appends
+from state.history.appends import Appends
 from state.microbatch.batch import Header
 from state.microbatch.cutting import split
 from state.positions import Range, Source, merge_ranges

@@ -11,7 +11,8 @@ from state.disk.lock import DirectoryLock
 from state.errors import SaltMismatch, SpecMismatch
 from state.events.identity import Salt, load_salt
 from state.features.spec import FeatureSpec
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from streaming import takeover
 
 SPEC, SALT = "spec", "salt"  # names of the store's extras

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from state.accounts import StreamAccount
 from state.config.settings import Settings
 from state.errors import CorruptStore
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
 from state.positions import Range, Source

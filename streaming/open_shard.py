@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from state import metrics
 from state.attributes.follower import AttributeFollower
-from state.attributes.store import open_anew
+from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.config.settings import Settings
 from state.events.identity import Salt
@@ -164,7 +164,7 @@ def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: Exi
         StoreError: The store cannot be opened.
     """
     tables, wanted = tables_of(settings.attributes), settings.attributes
-    store = open_anew(settings.stream_dir / ATTRIBUTES, settings.stream.map_gb << 30)
+    store = AttributeStore.open_anew(settings.stream_dir / ATTRIBUTES, settings.stream.map_gb << 30)
     report = report_to(settings.kafka, counted, writes=settings.stream.shard == 0)
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from state.events.event_batch import EventBatch
 from state.features.kernel import WORDS, update_rows, words
 from state.features.spec import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from streaming.rows import Rows
 
 I64 = NDArray[np.int64]

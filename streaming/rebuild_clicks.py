@@ -15,7 +15,8 @@ from state.events.event_batch import EventBatch
 from state.events.identity import Salt
 from state.events.parser import Parser
 from state.features.spec import FeatureSpec
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader, Topics
 from state.positions import Range, Source
 from streaming.labels import Labels, open_labels

@@ -10,8 +10,9 @@ import numpy as np
 from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
 from state.events.identity import Salt
+from state.history.appends import Appends
 from state.history.followed import events_of, new_ranges
-from state.history.store import Appends, HistoryStore
+from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader, Topics
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode

@@ -12,7 +12,6 @@ with the registry away new clicks do, and answers go on in any case.
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import sys
 import threading
@@ -30,11 +29,9 @@ from state.attributes.values import tables_of
 from state.config.settings import Settings, load
 from state.disk.lock import DirectoryLock
 from state.errors import (
-    CorruptStore,
     GapError,
     LogError,
     RegistryError,
-    SpecMismatch,
     SpringtideError,
     UnknownTopic,
     of_disk,
@@ -78,18 +75,6 @@ def wall_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def open_histories(settings: Settings) -> HistoryStore:
-    """The host's histories; begun anew where they cannot be used, since Kafka still has the micro-batches."""
-    path = settings.serving_dir / HISTORIES
-    map_bytes = settings.serving.map_gb << 30
-    try:
-        return HistoryStore(path, settings.features.history, map_bytes)
-    except (CorruptStore, SpecMismatch) as error:
-        _log.warning("the histories are rebuilt from the micro-batch topic: %s", error)
-        shutil.rmtree(path)
-        return HistoryStore(path, settings.features.history, map_bytes)
-
-
 class Applier:
     """The followers and their upkeep. `run` until `stop` is set.
 
@@ -112,9 +97,10 @@ class Applier:
         self._now_ms = now_ms
         self._failure: BaseException | None = None
         self.metrics = ApplierMetrics(registry)
-        folder = settings.serving_dir
-        self._rows = RowStore(folder / ROWS, settings.serving.map_gb << 30)
-        self._histories = open_histories(settings)
+        folder, map_bytes = settings.serving_dir, settings.serving.map_gb << 30
+        self._rows = RowStore.open_anew(folder / ROWS, map_bytes)
+        # Kafka still has the micro-batches, and the registry the versions.
+        self._histories = HistoryStore.open_anew(folder / HISTORIES, settings.features.history, map_bytes)
         wanted = tables_of(settings.attributes)
         self._attributes = AttributesFollower(settings, folder / ATTRIBUTES, self.metrics) if wanted else None
         self.versions = VersionFollower(
@@ -171,9 +157,9 @@ class Applier:
                 self._sample()
             if house(now_s):
                 self._rows.clear_stale_readers()
-                self._histories.clear_readers()
+                self._histories.clear_stale_readers()
                 if self._attributes is not None:
-                    self._attributes.store.clear_readers()
+                    self._attributes.store.clear_stale_readers()
             if sync(now_s):
                 self._rows.sync()
             if not more:

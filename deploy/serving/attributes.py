@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from state.attributes.follower import AttributeFollower, keep_following
-from state.attributes.store import AttributeStore, ids_in, open_anew, texts_in
+from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, Table, tables_of
 from state.config.settings import Settings
 from state.events.identity import load_salt
@@ -82,7 +82,7 @@ class AttributesFollower:
     def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics) -> None:
         wanted, self._metrics = settings.attributes, metrics
         salt = load_salt(settings.salt_path, create=False)
-        self.store = open_anew(path, settings.serving.map_gb << 30)
+        self.store = AttributeStore.open_anew(path, settings.serving.map_gb << 30)
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream makes dead letters of refused records; here they only change nothing.
         self._followers = [

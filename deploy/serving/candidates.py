@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.ranking.transitions import WIDTH, Succession, succession
-from state.rows.store import RowReader, Served
+from state.rows.reader import RowReader
+from state.rows.served import Served
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]

@@ -20,8 +20,9 @@ from deploy.serving.host import CAUGHT_UP_EXTRA
 from deploy.serving.predictor import CLOCK_EXTRA
 from state.errors import MicroBatchError, SaltMismatch
 from state.features.spec import Events, FeatureSpec
+from state.history.appends import Appends
 from state.history.followed import events_of, new_ranges
-from state.history.store import Appends, HistoryStore
+from state.history.store import HistoryStore
 from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch

@@ -28,7 +28,8 @@ from state.process import killpoints
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
-from state.rows.store import RowStore, Served
+from state.rows.served import Served
+from state.rows.store import RowStore
 
 ROUND_MS = 200
 RETRY_MS = 1000

@@ -38,7 +38,9 @@ from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, Vector, vectorise
 from state.history.store import HistoryStore
 from state.ranking.crosses import Crosses, Values
-from state.rows.store import RowReader, RowStore, Served
+from state.rows.reader import RowReader
+from state.rows.served import Served
+from state.rows.store import RowStore
 
 CONTROL_NOTE = "control"
 MASK_NOTE = "mask"

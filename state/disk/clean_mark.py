@@ -9,10 +9,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from state.disk import files as durable
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class CleanMark(NamedTuple):
+    """What a mark says.
+
+    Attributes:
+        clean: Whether the store was closed in order.
+        boot_id: Under which start of the machine it was last open.
+    """
+
+    clean: bool
+    boot_id: str
+
+    def trusts(self, boot: str) -> bool:
+        """Whether the store has all its pages: closed in order, or open under this very start of the machine.
+
+        >>> CleanMark(False, "a").trusts("a"), CleanMark(False, "a").trusts("b"), CleanMark(True, "a").trusts("b")
+        (True, False, True)
+        """
+        return self.clean or self.boot_id == boot
 
 
 def boot_id() -> str:
@@ -20,25 +41,36 @@ def boot_id() -> str:
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
 
 
-def is_trusted(mark: bytes, boot: str) -> bool:
-    """Whether a store with this mark has all its pages: closed in order, or open under this very start of the machine.
+def parse(text: bytes) -> CleanMark:
+    """The mark in a file; one that no start of the machine trusts where the file is damaged.
 
-    >>> is_trusted(b'{"clean": false, "boot_id": "a"}', "a"), is_trusted(b'{"clean": false, "boot_id": "a"}', "b")
-    (True, False)
-    >>> is_trusted(b'{"cle', "a")
-    False
+    >>> parse(b'{"clean": true, "boot_id": "a"}'), parse(b'{"cle').trusts("a")
+    (CleanMark(clean=True, boot_id='a'), False)
     """
     try:
-        fields = json.loads(mark)
-        return bool(fields["clean"]) or fields["boot_id"] == boot
+        fields = json.loads(text)
+        return CleanMark(bool(fields["clean"]), str(fields["boot_id"]))
     except (ValueError, KeyError, TypeError):
-        return False
+        return CleanMark(False, "")
 
 
-def write(path: Path, clean: bool) -> None:
-    """Replaces the mark; durable when this returns."""
+def read(path: Path) -> CleanMark | None:
+    """The mark at `path`; None where there is none.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return parse(path.read_bytes()) if path.exists() else None
+
+
+def write(path: Path, mark: CleanMark) -> None:
+    """Replaces the mark; durable when this returns.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
-    durable.write(temporary, json.dumps({"clean": clean, "boot_id": boot_id()}).encode())
+    durable.write(temporary, json.dumps(mark._asdict()).encode())
     temporary.replace(path)
     durable.sync_directory(path.parent)

@@ -1,16 +1,15 @@
 """Serving's multi-version embedding rows in LMDB: an answer reads exactly one version.
 
-    rows      lane|table u8, id u64, ~version u64   (big-endian) -> f32[dim]; empty: removed
-    versions  version u64                           -> record, JSON
-    dense     version u64                           -> dense tensors, safetensors
-    popular   version u64                           -> u64[P] categories
-    changes   version u64                           -> u64[2, k] (table, id) written by it
-    meta      "served", "serial", "floor"; note:<name> -> bytes of the owner
+    rows      as `state/rows/keys.py` says -> f32[dim]; empty: removed
+    versions  version u64                  -> `Served`, JSON
+    dense     version u64                  -> dense tensors, safetensors
+    popular   version u64                  -> u64[P] categories
+    changes   version u64                  -> u64[2, k] (table, id) written by it
+    meta      "served", "serial", "floor", "format"; note:<name> -> bytes of the owner
 
-A reader at version V makes one range seek per row: the version is stored
-inverted, so that the newest entry not above V comes first. A base goes into a
-lane of its own (there are 32), and deltas follow their parent's lane; what
-another lane holds is never seen, and a lane without versions is deleted.
+A base goes into a lane of its own (there are 32), and deltas follow their
+parent's lane; what another lane holds is never seen, and a lane without
+versions is deleted.
 
 The store is a copy of the registry. After a power cut it is begun anew.
 """
@@ -18,11 +17,8 @@ The store is a copy of the registry. After a power cut it is begun anew.
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,260 +28,69 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from state.disk import clean_mark as mark
-from state.errors import StoreError, StoreFull, UnknownVersion
-from state.registry.manifest import Manifest, Visible, extend
-from state.rows.lineage import needed, segments
-
-TABLES = ("user", "item", "category", "context", "cross", "transition")
-LANES = 32
-MAX_READERS = 512
-LANE_ROWS_PER_SWEEP = 50_000
-_PLACES = {name: place for place, name in enumerate(TABLES)}
-_TOP = (1 << 64) - 1
+from state.disk.lmdb_store import LmdbStore
+from state.errors import StoreError, UnknownVersion
+from state.registry.manifest import Manifest, Visible
+from state.rows.keys import KEY_BYTES, LANES, TABLES, lane_of, lane_start, row_keys, u64
+from state.rows.reader import LastServed, RowReader, required, stored
+from state.rows.served import Served
+from state.rows.sweep import delete_dead_lanes, sweep_rows
 
 Tensors = Mapping[str, NDArray[Any]]
-_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Served:
-    """One applied version.
-
-    Attributes:
-        serial: Number of the application; a version applied again has another one.
-        lane: Where its rows are.
-        visible: Which entries of the lane it sees, newest interval first.
-        dims: Width of each table's rows.
-        sources: Next offset of each source that it was trained on, by the source's text form.
-    """
-
-    version: int
-    epoch: int
-    parent: int | None
-    serial: int
-    lane: int
-    visible: Visible
-    dims: Mapping[str, int]
-    created_at_ms: int
-    event_time_ms: int
-    applied_at_ms: int
-    spec: str
-    program: str
-    salt: str
-    mask_generation: int
-    sources: Mapping[str, int]
-
-    @classmethod
-    def parse(cls, record: bytes | memoryview) -> Served:
-        """The version that `to_json` wrote."""
-        fields = json.loads(bytes(record))
-        fields["visible"] = tuple((low, high) for low, high in fields["visible"])
-        return cls(**fields)
-
-    def to_json(self) -> bytes:
-        """This version as a JSON object."""
-        return json.dumps(asdict(self)).encode()
-
-
-def _stored(transaction: lmdb.Transaction, key: bytes, db: lmdb._Database) -> bytes | None:
-    value = transaction.get(key, db=db)
-    return None if value is None else bytes(value)
-
-
-def _must(transaction: lmdb.Transaction, version: int, db: lmdb._Database) -> bytes:
-    value = _stored(transaction, _u64(version), db)
-    if value is None:
-        raise UnknownVersion(f"version {version} is not applied here; apply it before it is served")
-    return value
-
-
-def _u64(number: int) -> bytes:
-    return number.to_bytes(8, "big")
-
-
-def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int) -> NDArray[np.uint8]:
-    """The stored keys of `ids` at `version`.
-
-    Args:
-        lane: Below 32.
-        table: Index into `TABLES`.
-        ids: `[k]` uint64.
-        version: The version that wrote them.
-
-    Returns:
-        `[k, 17]` uint8.
-
-    >>> row_keys(1, 2, np.array([258], np.uint64), 1).tobytes().hex()
-    '0a0000000000000102fffffffffffffffe'
-    """
-    keys = np.empty((len(ids), 17), np.uint8)
-    keys[:, 0] = lane << 3 | table
-    keys[:, 1:9] = ids.astype(">u8").view(np.uint8).reshape(-1, 8)
-    keys[:, 9:] = np.frombuffer(_u64(_TOP - version), np.uint8)
-    return keys
-
-
-class RowReader:
-    """One read transaction: everything it returns is of one moment. Use it in one thread."""
-
-    def __init__(self, store: RowStore, transaction: lmdb.Transaction) -> None:
-        self._store = store
-        self._transaction = transaction
-        self._cursor = transaction.cursor(store.rows)
-
-    def served(self) -> Served | None:
-        """The version that answers use; None before the first."""
-        pointer = _stored(self._transaction, b"served", self._store.meta)
-        if pointer is None:
-            return None
-        return self._store.parsed(pointer, self._transaction)
-
-    def note(self, name: str) -> bytes | None:
-        """What `steer` last stored under `name`."""
-        return _stored(self._transaction, b"note:" + name.encode(), self._store.meta)
-
-    def version(self, version: int) -> Served | None:
-        """An applied version, or None."""
-        record = _stored(self._transaction, _u64(version), self._store.versions)
-        return None if record is None else Served.parse(record)
-
-    def versions(self) -> list[Served]:
-        """All applied versions, oldest first."""
-        return [Served.parse(record) for _, record in self._transaction.cursor(self._store.versions)]
-
-    def get(self, table: str, ids: Sequence[int], at: Served) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Rows of `ids` as version `at` has them.
-
-        Args:
-            table: One of `TABLES`.
-            ids: Ids of rows.
-            at: An applied version.
-
-        Returns:
-            `[n, dim]` float32, zeros where missing, and `[n]` bool, whether each id has a row.
-        """
-        dim = at.dims.get(table, 0)
-        found = [self.row(table, identity, at) for identity in ids]
-        missing = bytes(4 * dim)
-        rows = np.frombuffer(b"".join([row or missing for row in found]), np.float32).reshape(len(found), dim)
-        return rows, np.array([row is not None for row in found], np.bool_)
-
-    def row(self, table: str, identity: int, at: Served) -> bytes | None:
-        """The bytes of one row, `[dim]` float32, as version `at` has it; None where it has none."""
-        cursor = self._cursor
-        stem = ((at.lane << 3 | _PLACES[table]) << 64 | identity).to_bytes(9, "big")
-        for lowest, highest in at.visible:
-            if not cursor.set_range(stem + (_TOP - highest).to_bytes(8, "big")):
-                return None
-            key = cursor.key()
-            if key[:9] != stem:
-                return None
-            if _TOP - int.from_bytes(key[9:], "big") >= lowest:
-                return bytes(cursor.value()) or None
-            # The entry is of an abandoned version or of an older interval: seek again from the next one.
-        return None
-
-    def dense(self, version: int) -> dict[str, NDArray[Any]]:
-        """The dense tensors of an applied version, by their names without `dense.`."""
-        return load_tensors(_must(self._transaction, version, self._store.dense_db))
-
-    def popular(self, version: int) -> NDArray[np.uint64]:
-        """`[P]` uint64: the popular categories of an applied version, most popular first."""
-        return np.frombuffer(_must(self._transaction, version, self._store.popular_db), "<u8").astype(np.uint64)
-
-
-class RowStore:
+class RowStore(LmdbStore):
     """The store; one process writes (one thread of it), any number of processes read.
 
     Args:
         path: Its directory, made where it is missing.
         map_bytes: Upper bound of its size; address space, not memory.
         readonly: Opens an existing store for reading only.
+        boot_id: Which start of the machine this is; by default the kernel's.
 
     Raises:
-        StoreError: `readonly` and there is no store yet.
+        CorruptStore: It cannot be trusted; see `open_anew`.
+        StoreError: It cannot be opened; with `readonly`, there may be none yet.
     """
 
-    def __init__(self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False) -> None:
-        self.path = path
-        self._mark = path / "mark.json"
-        self._readonly = readonly
-        try:
-            if not readonly:
-                self._begin_anew_after_power_cut()
-                path.mkdir(parents=True, exist_ok=True)
-                # On disk before the first page that it warns of.
-                mark.write(self._mark, clean=False)
-            self._environment = lmdb.open(
-                str(path), map_size=map_bytes, max_dbs=8, max_readers=MAX_READERS,
-                readonly=readonly, create=not readonly, sync=False, readahead=False,
-            )  # fmt: skip
-            names = ("rows", "versions", "dense", "popular", "changes", "meta")
-            opened = [self._environment.open_db(name.encode(), create=not readonly) for name in names]
-        except (lmdb.Error, OSError) as error:
-            do = (
-                "start the applier, which makes it"
-                if readonly
-                else "free space or correct the directory's access rights"
-            )
-            raise StoreError(f"no usable row store in {path} ({error}); {do}") from None
-        self.rows, self.versions, self.dense_db, self.popular_db, self._changes, self.meta = opened
-        self._parsed: tuple[bytes, Served] | None = None
+    noun = "rows"
+    databases = ("rows", "versions", "dense", "popular", "changes")
+    map_setting = "serving.map_gb"
+    writer = "the applier"
+    remedy = "remove it: the applier makes it anew from the registry"
+    origin = "the registry"
 
-    def _begin_anew_after_power_cut(self) -> None:
-        # Unsynced pages survive a killed process, not a power cut: then the boot id is another one.
-        if self._mark.exists() and not mark.is_trusted(self._mark.read_bytes(), mark.boot_id()):
-            _log.warning(
-                "the row store %s was open when the machine went down, so that pages may be missing; "
-                "it is begun anew from the registry",
-                self.path,
-            )
-            shutil.rmtree(self.path)
-
-    def parsed(self, pointer: bytes, transaction: lmdb.Transaction) -> Served:
-        """The record a pointer (version, serial) names; the last one parsed is kept."""
-        last = self._parsed
-        if last is None or last[0] != pointer:
-            last = self._parsed = (
-                pointer,
-                Served.parse(_must(transaction, int.from_bytes(pointer[:8], "big"), self.versions)),
-            )
-        return last[1]
+    def __init__(
+        self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False, boot_id: str | None = None
+    ) -> None:
+        super().__init__(path, map_bytes, readonly, boot_id)
+        opened = self._databases
+        self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
+        self._dense, self._popular = opened["dense"], opened["popular"]
+        self._last = LastServed()
 
     @contextmanager
     def reader(self) -> Iterator[RowReader]:
         """A read transaction over rows, dense weights, popular categories and pointer."""
-        with self._environment.begin() as transaction:
-            yield RowReader(self, transaction)
-
-    @contextmanager
-    def _writing(self) -> Iterator[lmdb.Transaction]:
-        try:
-            with self._environment.begin(write=True) as transaction:
-                yield transaction
-        except (lmdb.Error, OSError) as error:
-            raise StoreFull(
-                f"the row store {self.path} could not be written ({error}); nothing was changed: free disk space or "
-                "raise serving.map_gb, and start again"
-            ) from None
+        with self._env.begin() as transaction:
+            yield RowReader(transaction, self._databases, self._last)
 
     def accepts(self, manifest: Manifest) -> bool:
         """Whether `apply` would take this version now: a base, or a delta whose parent's lane still holds all it needs."""
-        with self._environment.begin() as transaction:
+        with self._env.begin() as transaction:
             return manifest.kind == "base" or self._parent(manifest, transaction) is not None
 
     def _parent(self, manifest: Manifest, transaction: lmdb.Transaction) -> Served | None:
         if manifest.parent is None:
             return None
-        record = _stored(transaction, _u64(manifest.parent), self.versions)
+        record = stored(transaction, u64(manifest.parent), self._versions)
         parent = None if record is None else Served.parse(record)
         if parent is None or manifest.version <= self._floors(transaction).get(str(parent.lane), 0):
             return None
         return parent
 
     def _floors(self, transaction: lmdb.Transaction) -> dict[str, int]:
-        floors: dict[str, int] = json.loads(_stored(transaction, b"floor", self.meta) or b"{}")
+        floors: dict[str, int] = json.loads(stored(transaction, b"floor", self._meta) or b"{}")
         return floors
 
     def apply(
@@ -307,10 +112,11 @@ class RowStore:
         Raises:
             UnknownVersion: The parent is not here, or what the delta builds on was swept.
             StoreFull: Disk or map are full; nothing was changed.
+            UnusableDisk: The disk refused; nothing was changed.
         """
-        with self._writing() as transaction:
-            key = _u64(manifest.version)
-            if not replace and transaction.get(key, db=self.versions) is not None:
+        with self._write() as transaction:
+            key = u64(manifest.version)
+            if not replace and transaction.get(key, db=self._versions) is not None:
                 if follow:
                     self._point(manifest.version, transaction)
                 return False
@@ -319,7 +125,8 @@ class RowStore:
                 parent = self._parent(manifest, transaction)
                 if parent is None:
                     raise UnknownVersion(
-                        f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here; apply its base"
+                        f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
+                        "apply its base",
                     )
             lane = self._free_lane(transaction) if parent is None else parent.lane
             dims = {} if parent is None else dict(parent.dims)
@@ -328,29 +135,11 @@ class RowStore:
             ]
             transaction.put(key, np.concatenate(changed, axis=1).tobytes(), db=self._changes)
             self._put_dense(manifest.version, tensors, parent, transaction)
-            serial = int.from_bytes(_stored(transaction, b"serial", self.meta) or b"", "big") + 1
-            transaction.put(b"serial", _u64(serial), db=self.meta)
-            record = Served(
-                version=manifest.version,
-                epoch=manifest.epoch,
-                parent=manifest.parent,
-                serial=serial,
-                lane=lane,
-                visible=((manifest.version, manifest.version),)
-                if parent is None
-                else extend(parent.visible, parent.version, manifest.version),
-                dims=dims,
-                created_at_ms=manifest.created_at_ms,
-                event_time_ms=manifest.event_time_ms,
-                applied_at_ms=now_ms,
-                spec=manifest.spec,
-                program=manifest.program,
-                salt=manifest.salt,
-                mask_generation=manifest.mask_generation,
-                sources={str(source): int(following) for source, following in manifest.sources},
-            )
-            transaction.put(key, record.to_json(), db=self.versions)
-            pointer = _stored(transaction, b"served", self.meta)
+            serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
+            transaction.put(b"serial", u64(serial), db=self._meta)
+            record = Served.of(manifest, parent, serial, lane, dims, now_ms)
+            transaction.put(key, record.to_json(), db=self._versions)
+            pointer = stored(transaction, b"served", self._meta)
             if follow or (pointer is not None and pointer[:8] == key):
                 self._point(manifest.version, transaction)
         return True
@@ -371,26 +160,26 @@ class RowStore:
         every = np.concatenate((ids, removed))
         keys = row_keys(lane, table, every, version).tobytes()
         pairs = zip(
-            (keys[at : at + 17] for at in range(0, len(keys), 17)), [*blobs, *[b""] * len(removed)], strict=True
+            (keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)),
+            [*blobs, *[b""] * len(removed)],
+            strict=True,
         )
-        transaction.cursor(self.rows).putmulti(pairs)
+        transaction.cursor(self._rows).putmulti(pairs)
         return np.stack((np.full(len(every), table, np.uint64), every))
 
     def _put_dense(self, version: int, tensors: Tensors, parent: Served | None, transaction: lmdb.Transaction) -> None:
         dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
         popular = tensors.get("popular")
         if parent is not None:
-            dense = load_tensors(_must(transaction, parent.version, self.dense_db)) | dense
+            dense = load_tensors(required(transaction, parent.version, self._dense)) | dense
             if popular is None:
-                popular = np.frombuffer(_must(transaction, parent.version, self.popular_db), "<u8")
-        transaction.put(_u64(version), save_tensors(dense), db=self.dense_db)
-        transaction.put(
-            _u64(version), np.asarray(() if popular is None else popular, "<u8").tobytes(), db=self.popular_db
-        )
+                popular = np.frombuffer(required(transaction, parent.version, self._popular), "<u8")
+        transaction.put(u64(version), save_tensors(dense), db=self._dense)
+        transaction.put(u64(version), np.asarray(() if popular is None else popular, "<u8").tobytes(), db=self._popular)
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
-        record = Served.parse(_must(transaction, version, self.versions))
-        transaction.put(b"served", _u64(version) + _u64(record.serial), db=self.meta)
+        record = Served.parse(required(transaction, version, self._versions))
+        transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:
         """Moves the pointer: from now on answers use `version`.
@@ -406,24 +195,24 @@ class RowStore:
         Raises:
             UnknownVersion: `version` is not applied here; nothing was changed.
         """
-        with self._writing() as transaction:
+        with self._write() as transaction:
             for name, value in notes.items():
-                transaction.put(b"note:" + name.encode(), value, db=self.meta)
+                transaction.put(b"note:" + name.encode(), value, db=self._meta)
             if version is not None:
                 self._point(version, transaction)
 
     def _free_lane(self, transaction: lmdb.Transaction) -> int:
-        taken = {Served.parse(record).lane for _, record in transaction.cursor(self.versions)}
+        taken = {Served.parse(record).lane for _, record in transaction.cursor(self._versions)}
         for lane in range(LANES):
             if lane not in taken and not self._lane_has_rows(lane, transaction):
                 return lane
         raise StoreError(
-            f"all {LANES} lanes of {self.path} hold versions; lower serving.keep_s so that old ones are swept"
+            f"all {LANES} lanes of {self.path} hold versions", "lower serving.keep_s so that old ones are swept"
         )
 
     def _lane_has_rows(self, lane: int, transaction: lmdb.Transaction) -> bool:
-        cursor = transaction.cursor(self.rows)
-        return bool(cursor.set_range(bytes([lane << 3]))) and cursor.key()[0] >> 3 == lane
+        cursor = transaction.cursor(self._rows)
+        return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
 
     def sweep(self, horizon_ms: int, keep: Sequence[int] = (), at_most: int = 200) -> int:
         """Forgets versions applied before `horizon_ms`, and the rows that only they could see.
@@ -438,9 +227,9 @@ class RowStore:
         Returns:
             How many versions were forgotten.
         """
-        with self._writing() as transaction:
-            records = [Served.parse(record) for _, record in transaction.cursor(self.versions)]
-            pointer = _stored(transaction, b"served", self.meta)
+        with self._write() as transaction:
+            records = [Served.parse(record) for _, record in transaction.cursor(self._versions)]
+            pointer = stored(transaction, b"served", self._meta)
             kept = {*keep, 0 if pointer is None else int.from_bytes(pointer[:8], "big")}
             retired = [r for r in records if r.applied_at_ms < horizon_ms and r.version not in kept][:at_most]
             gone = {record.version for record in retired}
@@ -451,86 +240,18 @@ class RowStore:
             floors = self._floors(transaction)
             for record in retired:
                 if record.lane in lanes:
-                    floor = self._sweep_rows(record, lanes[record.lane], transaction)
+                    written = required(transaction, record.version, self._changes)
+                    changes = zip(*np.frombuffer(written, np.uint64).reshape(2, -1).tolist(), strict=True)
+                    floor = sweep_rows(transaction, self._rows, record.lane, changes, lanes[record.lane])
                     floors[str(record.lane)] = max(floors.get(str(record.lane), 0), floor)
-                for db in (self.versions, self.dense_db, self.popular_db, self._changes):
-                    transaction.delete(_u64(record.version), db=db)
-            self._delete_dead_lanes(set(lanes), floors, transaction)
-            transaction.put(b"floor", json.dumps(floors).encode(), db=self.meta)
+                for db in (self._versions, self._dense, self._popular, self._changes):
+                    transaction.delete(u64(record.version), db=db)
+            for lane in delete_dead_lanes(transaction, self._rows, set(lanes)):
+                floors.pop(str(lane), None)
+            transaction.put(b"floor", json.dumps(floors).encode(), db=self._meta)
         return len(retired)
-
-    def _sweep_rows(self, record: Served, retained: Mapping[int, Visible], transaction: lmdb.Transaction) -> int:
-        runs = segments(retained)
-        floor = 0
-        cursor = transaction.cursor(self.rows)
-        changes = np.frombuffer(_must(transaction, record.version, self._changes), np.uint64).reshape(2, -1)
-        for table, identity in zip(*changes.tolist(), strict=True):
-            stem = bytes([record.lane << 3 | table]) + _u64(identity)
-            entries: list[tuple[int, bool]] = []
-            found = cursor.set_range(stem)
-            while found and cursor.key()[:9] == stem:
-                entries.append((_TOP - int.from_bytes(cursor.key()[9:], "big"), not cursor.value()))
-                found = cursor.next()
-            kept = needed([version for version, _ in entries], runs)
-            for version, empty in reversed(entries):
-                # A tombstone with nothing older under it says nothing; but no version up to it may come back to this lane.
-                if version in kept and not empty:
-                    break
-                if version in kept:
-                    floor = max(floor, version)
-                    kept.discard(version)
-            for version, _ in entries:
-                if version not in kept:
-                    transaction.delete(stem + _u64(_TOP - version), db=self.rows)
-        return floor
-
-    def _delete_dead_lanes(self, alive: set[int], floors: dict[str, int], transaction: lmdb.Transaction) -> None:
-        budget = LANE_ROWS_PER_SWEEP
-        for lane in set(range(LANES)) - alive:
-            floors.pop(str(lane), None)
-            cursor = transaction.cursor(self.rows)
-            cursor.set_range(bytes([lane << 3]))
-            while budget and (key := cursor.key()) and key[0] >> 3 == lane:
-                cursor.delete()
-                budget -= 1
 
     def entries(self) -> int:
         """How many row entries are stored, over all versions."""
-        with self._environment.begin() as transaction:
-            return int(transaction.stat(self.rows)["entries"])
-
-    def clear_stale_readers(self) -> int:
-        """Frees the slots of readers whose process died; returns how many."""
-        return int(self._environment.reader_check())
-
-    def sync(self) -> None:
-        """Makes everything applied so far durable.
-
-        Raises:
-            StoreFull: The disk refused.
-        """
-        try:
-            self._environment.sync(True)
-        except (lmdb.Error, OSError) as error:
-            raise StoreFull(
-                f"the row store {self.path} could not be synced ({error}); free disk space and start again"
-            ) from None
-
-    def close(self) -> None:
-        """Syncs and closes; call it once no reader is open.
-
-        Raises:
-            StoreFull: The disk refused; the store is closed without the mark, as after a kill.
-        """
-        try:
-            if not self._readonly:
-                self.sync()
-        finally:
-            self._environment.close()
-        if not self._readonly:
-            try:
-                mark.write(self._mark, clean=True)
-            except OSError as error:
-                raise StoreFull(
-                    f"the row store {self.path} could not be closed in order ({error}); free disk space"
-                ) from None
+        with self._env.begin() as transaction:
+            return int(transaction.stat(self._rows)["entries"])

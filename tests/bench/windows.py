@@ -16,7 +16,8 @@ from state.events.identity import Salt
 from state.events.parser import Parser
 from state.features.kernel import WORDS, update_rows, words
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.log import PartitionBatch
 from state.positions import Range, Source
 from streaming.profile import Profiler

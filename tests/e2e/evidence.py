@@ -27,7 +27,8 @@ from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.rows.store import TABLES, RowStore
+from state.rows.keys import TABLES
+from state.rows.store import RowStore
 from tests.e2e.crowd import Knowledge, values_of
 from trainer.versions import content
 

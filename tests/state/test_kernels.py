@@ -9,7 +9,8 @@ import numpy as np
 from state.features.kernel import one_row, update_rows
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.kernels import compile_shared
 from streaming.profile import Profiler
 

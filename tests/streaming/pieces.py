@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from state.events.event_batch import EventBatch
-from state.history.store import Appends
+from state.history.appends import Appends
 from state.positions import Range, Source
 from streaming.context import StreamContext
 from streaming.rows import Rows

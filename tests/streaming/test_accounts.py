@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from state.accounts import StreamAccount, check_accounts
 from state.errors import GapError
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.log import Topics
 from state.log.gaps import Consent, parse_allowance
 from state.metrics import StreamMetrics

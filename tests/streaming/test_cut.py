@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from state.features.spec import EVENT
-from state.history.store import Appends
+from state.history.appends import Appends
 from state.microbatch.codec import decode
 from streaming.cut import Cut, Cutter, encode_cut, gather, merge_appends
 from tests.streaming.pieces import ONE, ZERO, piece

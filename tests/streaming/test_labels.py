@@ -17,8 +17,9 @@ from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.events.event_batch import EventBatch
 from state.features.spec import FeatureSpec
+from state.history.appends import Appends
 from state.history.followed import events_of, new_ranges
-from state.history.store import Appends, HistoryStore
+from state.history.store import HistoryStore
 from state.history.waiting import CLOCKS, RowFormat, key_of
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode

@@ -18,7 +18,8 @@ from state.config.settings import Settings
 from state.errors import FencedWriter, PositionConflict, UnreachableBroker
 from state.events.dead_letters import DeadLetter
 from state.features.spec import EVENT
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.metrics import StreamMetrics
 from state.microbatch.codec import decode
 from state.positions import Range, Source

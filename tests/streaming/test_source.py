@@ -18,7 +18,8 @@ from prometheus_client import CollectorRegistry
 from state.config.sections import Stream
 from state.config.settings import Settings
 from state.errors import GapError, UnreachableBroker
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.log import PartitionBatch
 from state.metrics import StreamMetrics
 from state.positions import Range, Source

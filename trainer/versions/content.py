@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors.numpy import load, save
 
 from state.registry.registry import SERVING, TRAINING
-from state.rows.store import TABLES as TABLES
+from state.rows.keys import TABLES as TABLES
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]

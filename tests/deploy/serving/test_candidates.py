@@ -17,7 +17,7 @@ from state.compiled import compiled
 from state.events.identity import Salt, public_id, user_id
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise
-from state.history.store import Appends
+from state.history.appends import Appends
 from state.kernels import compile_shared
 from state.lowering import lower_saved_model
 from state.microbatch.batch import MicroBatch

@@ -180,7 +180,8 @@ MAKE_ANEW = """
 import sys
 from pathlib import Path
 import numpy as np
-from state.history.store import Appends, HistoryStore
+from state.history.store import HistoryStore
+from state.history.appends import Appends
 from state.events.identity import Salt, user_id
 from tests.deploy.serving.stocked import MAP, SALT_KEY, clicks
 store = HistoryStore(Path(sys.argv[1]), map_bytes=MAP)

@@ -12,7 +12,8 @@ from deploy import status
 from deploy.watch import accounts
 from state.config.sections import Kafka
 from state.config.settings import Settings, load
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.log import Topics, Writer, gaps
 from state.log.gaps import Accepted
 from state.microbatch.batch import Header, MicroBatch

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pytest
-
-from state.attributes.store import AttributeStore, Place, ids_in, open_anew, pack, texts_in
-from state.errors import CorruptStore, StoreError, StoreFull
+from state.attributes.store import AttributeStore, Place, ids_in, pack, texts_in
 
 MAP = 1 << 24
 PLACE = Place("identity", "ab" * 16, {0: 5, 1: 7})
@@ -43,40 +39,6 @@ def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
     place = store.place("user")
     assert place is not None
     assert place.identity == "other"
-    store.close()
-
-
-def test_a_store_from_before_a_power_cut_is_begun_anew(tmp_path: Path) -> None:
-    store = AttributeStore(tmp_path / "s", MAP)
-    store.commit("user", {1: VALUE}, PLACE)
-    store.close()
-    (tmp_path / "s" / "mark.json").write_text(json.dumps({"clean": False, "boot_id": "of another start"}))
-    with pytest.raises(CorruptStore, match="when the machine went down"):
-        AttributeStore(tmp_path / "s", MAP)
-    anew = open_anew(tmp_path / "s", MAP)
-    assert (anew.count("user"), anew.place("user")) == (0, None)
-    anew.close()
-
-
-def test_a_damaged_file_is_begun_anew(tmp_path: Path) -> None:
-    AttributeStore(tmp_path / "s", MAP).close()
-    (tmp_path / "s" / "data.mdb").write_bytes(b"\xff" * 8192)
-    anew = open_anew(tmp_path / "s", MAP)
-    assert anew.place("user") is None
-    anew.close()
-
-
-def test_a_reader_needs_a_writer_first(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="writer running"):
-        AttributeStore(tmp_path / "s", MAP, readonly=True)
-
-
-def test_a_full_map_changes_nothing(tmp_path: Path) -> None:
-    store = AttributeStore(tmp_path / "s", 1 << 17)
-    store.commit("user", {1: VALUE}, PLACE)
-    with pytest.raises(StoreFull, match="nothing was changed"):
-        store.commit("user", dict.fromkeys(range(2, 500), VALUE * 100), Place("identity", "ab" * 16, {0: 9}))
-    assert (store.count("user"), store.place("user")) == (1, PLACE)
     store.close()
 
 

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from state.disk import files as durable
 from state.disk.lock import DirectoryLock
-from state.errors import CorruptStore, CorruptVersion, LockHeld, StoreFull, UnusableDisk, UnusableRegistry
-from state.features.spec import EVENT
-from state.history.store import Appends, HistoryStore
-from state.positions import Range, Source
+from state.errors import CorruptVersion, LockHeld, UnusableDisk, UnusableRegistry
+from state.positions import Source
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.rows.store import RowStore
 from tests.disks import as_nobody, open_folder, small_disk
 
 SOURCE = Source("ab" * 16, 0)
-MAP = 64 << 20
 
 
 def draft(parent: int | None) -> Draft:
@@ -47,14 +41,6 @@ def started(path: Path, versions: int) -> Registry:
     for parent in range(versions):
         publish(registry, parent or None)
     return registry
-
-
-def grow(store: HistoryStore, user: int, first: int) -> None:
-    """One commit of 200 users with 16 events each."""
-    events = np.zeros(3200, EVENT)
-    events["offset"] = np.arange(first, first + 3200)
-    users = np.repeat(np.arange(user, user + 200, dtype=np.uint64), 16)
-    store.commit(Appends.of(users, events), [Range(SOURCE, first, first + 3200, rows=3200)])
 
 
 # A full disk
@@ -100,55 +86,6 @@ def test_whatever_the_disk_says_no_part_of_a_version_is_left(
     with pytest.raises(UnusableRegistry, match=os.strerror(code)):
         publish(registry, 1)
     assert (registry.versions(), list((tmp_path / "tmp").iterdir())) == ([1], [])
-
-
-def test_a_commit_that_does_not_fit_changes_nothing_and_goes_through_once_there_is_room(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "3m") as disk:
-        store = HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-1")
-        commits = 0
-        with pytest.raises(StoreFull, match=r"\((mdb_txn_commit: )?(No space|Input).*nothing was changed: free space"):
-            while True:
-                before = store.digest(), store.positions()
-                grow(store, 200 * commits, 3200 * commits)
-                commits += 1
-        assert commits > 1
-        assert (store.digest(), store.positions()) == before
-        disk.remount("size=16m")
-        grow(store, 200 * commits, 3200 * commits)
-        assert store.positions() == {SOURCE: 3200 * (commits + 1)}
-        store.close()
-        again = HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-2")
-        assert again.users() == 200 * (commits + 1)
-        again.close()
-
-
-def test_a_store_that_cannot_be_closed_in_order_is_not_marked_clean(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "3m") as disk:
-        store = HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-1")
-        grow(store, 0, 0)
-        full = disk.fill()
-        with pytest.raises(StoreFull):
-            for number in range(1, 100):
-                grow(store, 0, 3200 * number)
-        with pytest.raises(StoreFull):
-            store.close()
-        full.unlink()
-        with pytest.raises(CorruptStore, match="springtide rebuild-history"):
-            HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-2")
-        HistoryStore(disk.path / "histories", 32, MAP, boot_id="boot-1").close()
-
-
-def test_a_row_store_on_a_full_disk_says_so_and_keeps_answering(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "2m") as disk:
-        store = RowStore(disk.path / "rows", MAP)
-        store.steer({"control": b"1"})
-        disk.fill()
-        with pytest.raises(StoreFull, match="free disk space"):
-            for number in range(100):
-                store.steer({f"note-{number}": bytes(100_000)})
-        with store.reader() as reader:
-            assert reader.note("control") == b"1"
-        store._environment.close()
 
 
 # Damaged files
@@ -228,31 +165,6 @@ def test_a_damaged_program_is_replaced_by_the_one_just_lowered(tmp_path: Path) -
         registry.program(digest)
     registry.add_program(b"program")
     assert registry.program(digest) == b"program"
-
-
-def test_what_is_no_history_store_is_said_to_be_damaged(tmp_path: Path) -> None:
-    (tmp_path / "data.mdb").write_bytes(bytes(range(256)) * 64)
-    with pytest.raises(CorruptStore, match="springtide rebuild-history"):
-        HistoryStore(tmp_path, 32, MAP)
-
-
-@pytest.mark.parametrize("mark", [b"", b'{"clean": tr', b'{"clean": false, "boot_id": "before"}'])
-def test_rows_from_before_a_power_cut_are_begun_anew_aloud(
-    tmp_path: Path, mark: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = RowStore(tmp_path / "rows", MAP)
-    store.steer({"control": b"1"})
-    store._environment.close()
-    (tmp_path / "rows" / "mark.json").write_bytes(mark)
-    with caplog.at_level(logging.WARNING):
-        anew = RowStore(tmp_path / "rows", MAP)
-    assert "begun anew from the registry" in caplog.text
-    with anew.reader() as reader:
-        assert reader.note("control") is None
-    anew.close()
-    again = RowStore(tmp_path / "rows", MAP)
-    assert len(caplog.records) == 1
-    again.close()
 
 
 # Missing rights

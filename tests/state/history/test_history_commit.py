@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from state.accounts import StreamAccount, check_accounts
 from state.errors import PositionConflict
 from state.features.spec import EVENT
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.positions import Range, Source
 
 SOURCES = tuple(Source("ab" * 16, partition) for partition in range(3))

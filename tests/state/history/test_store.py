@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 from collections import defaultdict
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.errors import CorruptStore, PositionConflict, SpecMismatch, StoreError, StoreFull
+from state.errors import CorruptStore, PositionConflict, SpecMismatch
 from state.features.spec import EVENT, Events
-from state.history.store import Appends, HistoryStore
+from state.history.appends import Appends
+from state.history.store import HistoryStore
 from state.positions import Range, Source
 
 MAP = 64 << 20
@@ -129,50 +128,10 @@ def test_equal_histories_have_equal_digests_whatever_the_commits(tmp_path: Path)
     assert len(digests) == 1
 
 
-def test_a_power_cut_is_noticed_and_a_kill_is_not(tmp_path: Path) -> None:
-    store = store_at(tmp_path / "store")
-    store._env.close()
-    store_at(tmp_path / "store")._env.close()
-    with pytest.raises(CorruptStore, match=r"open when the machine went down.*springtide rebuild-history"):
-        store_at(tmp_path / "store", boot_id="boot-2")
-    store_at(tmp_path / "store").close()
-    store_at(tmp_path / "store", boot_id="boot-2").close()
-
-
 def test_another_length_of_history_is_refused(tmp_path: Path) -> None:
     store_at(tmp_path / "store", history=32).close()
     with pytest.raises(SpecMismatch, match=r"keeps 32 events .* features.history is 64"):
         store_at(tmp_path / "store", history=64)
-
-
-def test_a_full_map_changes_nothing_and_names_the_setting(tmp_path: Path) -> None:
-    store = store_at(tmp_path / "store", map_bytes=1 << 20)
-    with pytest.raises(StoreFull, match="map_gb"):
-        for round_ in range(100):
-            before = store.digest()
-            store.commit(appends(*((user + 1000 * round_, events(16)) for user in range(1, 200))))
-    assert store.digest() == before
-    store.close()
-
-
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    store = store_at(tmp_path / "store")
-    with pytest.raises(StoreFull, match="free space"), store._write():
-        raise lmdb.DiskError("mdb_txn_commit", errno.ENOSPC)
-    store.close()
-
-
-def test_a_reader_sees_whole_commits_and_needs_a_writer_first(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is its writer running"):
-        HistoryStore(tmp_path / "store", 32, MAP, readonly=True)
-    store = store_at(tmp_path / "store")
-    store.commit(appends((5, events(3))))
-    store.close()
-    reader = HistoryStore(tmp_path / "store", 32, MAP, readonly=True, boot_id="boot-2")
-    assert len(reader.read(5)) == 3 and len(reader.read(6)) == 0
-    reader.close()
-    # Closing a reader sets no mark and asks for none.
-    store_at(tmp_path / "store", boot_id="boot-3").close()
 
 
 def test_sweeping_removes_only_leading_old_events_and_whole_users(tmp_path: Path) -> None:
@@ -191,9 +150,27 @@ def test_sweeping_removes_only_leading_old_events_and_whole_users(tmp_path: Path
     store.close()
 
 
-def test_readers_of_dead_processes_are_cleared(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("clean", "boot", "trusted"), [(b"1", b"before", True), (b"0", b"boot-1", True), (b"0", b"before", False)]
+)
+def test_the_mark_that_0_1_0_kept_among_the_values_counts_once(
+    tmp_path: Path, clean: bytes, boot: bytes, trusted: bool
+) -> None:
     store = store_at(tmp_path / "store")
-    assert store.clear_readers() == 0
-    assert store.bytes_used() > 0
-    store.sync()
+    store.commit(appends((5, events(3))))
+    with store._write() as transaction:
+        transaction.put(b"clean", clean, db=store._meta)
+        transaction.put(b"boot", boot, db=store._meta)
     store.close()
+    (tmp_path / "store" / "mark.json").unlink()
+    if not trusted:
+        with pytest.raises(CorruptStore, match="open when the machine went down"):
+            store_at(tmp_path / "store")
+        return
+    again = store_at(tmp_path / "store")
+    assert (len(again.read(5)), again.closed_in_order()) == (3, False)
+    again._env.close()
+    # It was taken over: a kill is a kill, and a power cut is one.
+    store_at(tmp_path / "store")._env.close()
+    with pytest.raises(CorruptStore):
+        store_at(tmp_path / "store", boot_id="boot-2")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.errors import StoreError, StoreFull, UnknownVersion
+from state.errors import UnknownVersion
 from state.positions import Source
-from state.registry.manifest import Kind, LogRange, Manifest, Visible
-from state.rows.store import RowStore, Served
+from state.registry.manifest import Kind, LogRange, Manifest
+from state.rows.served import Served
+from state.rows.store import RowStore
 
 DIM = 4
 IDS = 6
@@ -213,39 +211,6 @@ def test_a_delta_without_its_parent_is_refused(tmp_path: Path) -> None:
         assert reader.served() is None and reader.versions() == []
 
 
-def test_a_full_map_is_reported_and_changes_nothing(tmp_path: Path) -> None:
-    """The failed version is absent, the served one still answers."""
-    store = RowStore(tmp_path, 1 << 19)
-    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1, follow=True)
-    many = {"user.ids": np.arange(50_000, dtype=np.uint64), "user.rows": np.ones((50_000, DIM), np.float32)}
-    with pytest.raises(StoreFull, match=r"serving\.map_gb"):
-        store.apply(manifest(2, 1), many, now_ms=1, follow=True)
-    assert read(store, 1) == {("user", 1): 1.0}
-
-
-def test_readonly_needs_a_store(tmp_path: Path) -> None:
-    """A worker that starts before its applier says so."""
-    with pytest.raises(StoreError, match="start the applier"):
-        RowStore(tmp_path / "nothing", readonly=True)
-
-
-@pytest.mark.parametrize(
-    ("clean", "other_boot", "kept"), [(True, True, True), (False, False, True), (False, True, False)]
-)
-def test_only_a_power_cut_begins_anew(tmp_path: Path, clean: bool, other_boot: bool, kept: bool) -> None:
-    """Unsynced pages survive kill -9, not another boot."""
-    store = RowStore(tmp_path / "rows", 1 << 26)
-    store.apply(manifest(1, None, "base"), tensors({}), now_ms=1, follow=True)
-    store.close()
-    mark = tmp_path / "rows" / "mark.json"
-    written = json.loads(mark.read_text())
-    mark.write_text(json.dumps({"clean": clean, "boot_id": "another" if other_boot else written["boot_id"]}))
-    store = RowStore(tmp_path / "rows", 1 << 26)
-    with store.reader() as reader:
-        assert (reader.served() is not None) == kept
-    store.close()
-
-
 def test_a_rebuilt_lane_does_not_touch_the_others(tmp_path: Path) -> None:
     """A swept version comes back from its base in a lane of its own while the newest goes on answering."""
     store = RowStore(tmp_path, 1 << 26)
@@ -257,50 +222,6 @@ def test_a_rebuilt_lane_does_not_touch_the_others(tmp_path: Path) -> None:
     store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=4, replace=True)
     assert read(store, 3) == {("user", 2): 3.0}
     assert read(store, 1) == {("user", 1): 1.0}
-
-
-def _read_on(path: Path, ready: Event, stop: Event, torn: Any) -> None:
-    store = RowStore(path, 1 << 26, readonly=True)
-    seen = 0
-    while not stop.is_set():
-        with store.reader() as reader:
-            served = reader.served()
-            assert served is not None
-            rows, _ = reader.get("user", range(IDS), served)
-            values = {*rows.reshape(-1).tolist(), float(served.version), float(reader.dense(served.version)["w"][0])}
-        if len(values) != 1:
-            torn.put(sorted(values))
-            return
-        seen += 1
-        ready.set()
-    torn.put(seen)
-
-
-def test_a_reader_in_another_process_sees_whole_versions(tmp_path: Path) -> None:
-    """Rows, dense weights and pointer change together, whoever looks."""
-    store = RowStore(tmp_path, 1 << 26)
-
-    def apply(version: int, visible: Visible = ()) -> None:
-        values = tensors({("user", i): float(version) for i in range(IDS)}) | {
-            "dense.w": np.array([version], np.float32)
-        }
-        store.apply(manifest(version, version - 1, "delta" if version > 1 else "base"), values, version, follow=True)
-
-    apply(1)
-    context = multiprocessing.get_context("spawn")
-    ready, stop, torn = context.Event(), context.Event(), context.Queue()
-    process = context.Process(target=_read_on, args=(tmp_path, ready, stop, torn))
-    process.start()
-    assert ready.wait(60)
-    for version in range(2, 300):
-        apply(version)
-        if version % 20 == 0:
-            store.sweep(version - 10)
-            store.clear_stale_readers()
-    stop.set()
-    result = torn.get(timeout=60)
-    process.join(60)
-    assert isinstance(result, int) and result > 0
 
 
 def test_a_version_older_than_a_dropped_tombstone_does_not_come_back_to_its_lane(tmp_path: Path) -> None:

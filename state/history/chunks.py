@@ -1,0 +1,142 @@
+"""How LMDB holds a user's events: a few chunks of 16, newest first. Plain functions on a cursor.
+
+    user u64 BE, ~chunk u32 BE -> up to 16 EVENTs, in append order
+
+The chunk's number is stored inverted, so that one seek finds a user's newest
+chunk; its number and length say how many events the user ever had. An append
+rewrites that one small value. Chunks below the last N events are deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import lmdb
+import numpy as np
+
+from state.features.spec import EVENT, Events
+from state.history.appends import Appends
+
+CHUNK = 16
+EVENT_BYTES = EVENT.itemsize
+_CHUNK_BYTES = CHUNK * EVENT_BYTES
+_INVERT = (1 << 32) - 1
+
+Chunks = list[tuple[bytes, bytes]]
+
+
+def prefix_of(user: int) -> bytes:
+    """What the keys of a user's chunks begin with."""
+    return user.to_bytes(8, "big")
+
+
+def key_of(prefix: bytes, chunk: int) -> bytes:
+    """The key of a user's chunk."""
+    return prefix + (_INVERT - chunk).to_bytes(4, "big")
+
+
+def number_of(key: bytes) -> int:
+    """The chunk's number.
+
+    >>> number_of(key_of(prefix_of(258), 3))
+    3
+    """
+    return _INVERT - int.from_bytes(key[8:12], "big")
+
+
+def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
+    """The chunks that hold a user's last `history` events, joined, and how many events the user ever had."""
+    values: list[bytes] = []
+    total = 0
+    found = cursor.set_range(prefix)
+    while found:
+        key, value = bytes(cursor.key()), bytes(cursor.value())
+        if key[:8] != prefix:
+            break
+        if not values:
+            total = number_of(key) * CHUNK + len(value) // EVENT_BYTES
+        elif (number_of(key) + 1) * CHUNK <= total - history:
+            break
+        values.append(value)
+        found = cursor.next()
+    values.reverse()
+    return b"".join(values), total
+
+
+def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
+    """Writes the chunks that changed, and deletes those that fell below the last `history` events.
+
+    Returns:
+        How many users are new.
+    """
+    data = appends.events.tobytes()
+    prefixes = appends.users.astype(">u8").tobytes()
+    written: Chunks = []
+    passed: list[bytes] = []
+    new = 0
+    starts = (appends.starts * EVENT_BYTES).tolist()
+    lengths = (appends.lengths * EVENT_BYTES).tolist()
+    seek, item = cursor.set_range, cursor.item
+    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        prefix = prefixes[8 * index : 8 * index + 8]
+        gained = data[start : start + length]
+        chunk = before = 0
+        if seek(prefix):
+            key, tail = cast(tuple[bytes, bytes], item())
+            if key.startswith(prefix):
+                # The common case, kept short: the newest chunk has room.
+                if len(tail) + length <= _CHUNK_BYTES:
+                    written.append((key, tail + gained))
+                    continue
+                chunk = number_of(key)
+                before = chunk * CHUNK + len(tail) // EVENT_BYTES
+                if len(tail) == _CHUNK_BYTES:
+                    chunk += 1
+                else:
+                    gained = tail + gained
+        new += before == 0
+        floor = max(0, before + length // EVENT_BYTES - history) // CHUNK
+        for place in range(0, len(gained), _CHUNK_BYTES):
+            if chunk >= floor:
+                written.append((key_of(prefix, chunk), gained[place : place + _CHUNK_BYTES]))
+            chunk += 1
+        # A chunk may have passed out of the last N while its newest one filled up.
+        for gone in range(max(0, before - CHUNK - history) // CHUNK, floor):
+            passed.append(key_of(prefix, gone))
+    cursor.putmulti(written)
+    for key in passed:
+        cursor.pop(key)
+    return new
+
+
+def by_user(cursor: lmdb.Cursor, start: bytes = b"") -> Iterator[tuple[bytes, Chunks]]:
+    """Walks users from prefix `start` on, each with its chunks, newest first."""
+    prefix, chunks = b"", Chunks()
+    if not cursor.set_range(start):
+        return
+    for key, value in cursor:
+        if key[:8] != prefix:
+            if chunks:
+                yield prefix, chunks
+            prefix, chunks = bytes(key[:8]), []
+        chunks.append((bytes(key), bytes(value)))
+    if chunks:
+        yield prefix, chunks
+
+
+def leading_old(chunks: Chunks, horizon_ms: int) -> tuple[list[bytes], int]:
+    """The keys of a user's leading chunks whose events all lie at or before `horizon_ms`, and how many events they hold."""
+    keys: list[bytes] = []
+    events = 0
+    for key, value in reversed(chunks):
+        if int(events_in(value)["at_ms"].max()) > horizon_ms:
+            break
+        keys.append(key)
+        events += len(value) // EVENT_BYTES
+    return keys, events
+
+
+def events_in(value: bytes) -> Events:
+    """`[m]` EVENT: the events of a chunk."""
+    return np.frombuffer(value, EVENT)

@@ -1,0 +1,53 @@
+"""What the histories count of each source: how far it was read, and what became of the offsets. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from state.errors import PositionConflict
+from state.positions import RARE, Range
+
+OUTCOMES = ("rows", "dead", "filtered", "absent")
+
+Counts = dict[str, int]
+
+
+def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Counts:
+    """The counts of a source once `part` was read.
+
+    Args:
+        counts: Those before; None where it is the first range.
+        part: The range, which begins where the counts end.
+        holder: Whose counts these are, for the message.
+
+    >>> from state.positions import Source
+    >>> source = Source("ab" * 16, 0)
+    >>> counts = advanced(None, Range(source, 5, 7, rows=2), "the histories")
+    >>> advanced(counts, Range(source, 7, 8, dead=1), "the histories")
+    {'first': 5, 'next': 8, 'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
+
+    Raises:
+        PositionConflict: It begins elsewhere.
+    """
+    found = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
+    if found["next"] != part.first:
+        raise PositionConflict(
+            f"{holder} has read {part.source} up to {found['next']}, and the batch begins at {part.first}",
+            "stop the second writer and start again: reading goes on from the stored position",
+        )
+    found["next"] = part.next
+    for name, count in part.outcomes.items():
+        found[name] = found.get(name, 0) + count
+    return found
+
+
+def summed(sources: Iterable[Mapping[str, int]]) -> Counts:
+    """Outcomes over all sources, with `positions`, their sum as offsets passed; those of `RARE` where there are any.
+
+    >>> summed([{"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}])
+    {'positions': 2, 'rows': 2, 'dead': 0, 'filtered': 0, 'absent': 0}
+    """
+    counts = list(sources)
+    sums = {name: sum(count[name] for count in counts) for name in OUTCOMES}
+    sums |= {name: total for name in RARE if (total := sum(count.get(name, 0) for count in counts))}
+    return {"positions": sum(count["next"] - count["first"] for count in counts), **sums}

@@ -1,0 +1,73 @@
+"""The record of one version that was applied: where its rows are, what it may see, and where it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from state.registry.manifest import Manifest, Visible, extend
+
+
+@dataclass(frozen=True)
+class Served:
+    """One applied version.
+
+    Attributes:
+        serial: Number of the application; a version applied again has another one.
+        lane: Where its rows are.
+        visible: Which entries of the lane it sees, newest interval first.
+        dims: Width of each table's rows.
+        sources: Next offset of each source that it was trained on, by the source's text form.
+    """
+
+    version: int
+    epoch: int
+    parent: int | None
+    serial: int
+    lane: int
+    visible: Visible
+    dims: Mapping[str, int]
+    created_at_ms: int
+    event_time_ms: int
+    applied_at_ms: int
+    spec: str
+    program: str
+    salt: str
+    mask_generation: int
+    sources: Mapping[str, int]
+
+    @classmethod
+    def parse(cls, record: bytes | memoryview) -> Served:
+        """The version that `to_json` wrote."""
+        fields = json.loads(bytes(record))
+        fields["visible"] = tuple((low, high) for low, high in fields["visible"])
+        return cls(**fields)
+
+    def to_json(self) -> bytes:
+        """This version as a JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, parent: Served | None, serial: int, lane: int, dims: Mapping[str, int], now_ms: int
+    ) -> Served:
+        """The record of a version as it is applied; a base, which has no parent, sees its own rows only."""
+        version = manifest.version
+        return cls(
+            version=version,
+            epoch=manifest.epoch,
+            parent=manifest.parent,
+            serial=serial,
+            lane=lane,
+            visible=((version, version),) if parent is None else extend(parent.visible, parent.version, version),
+            dims=dims,
+            created_at_ms=manifest.created_at_ms,
+            event_time_ms=manifest.event_time_ms,
+            applied_at_ms=now_ms,
+            spec=manifest.spec,
+            program=manifest.program,
+            salt=manifest.salt,
+            mask_generation=manifest.mask_generation,
+            sources={str(source): int(following) for source, following in manifest.sources},
+        )
