@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import lmdb
@@ -18,7 +19,7 @@ from state.log.gaps import Consent, parse_allowance
 from state.metrics import StreamMetrics
 from state.microbatch.codec import decode
 from state.microbatch.cutting import gaps
-from state.positions import Range, Source
+from state.positions import Gap, Range, Source
 from streaming import accounts
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
@@ -37,7 +38,7 @@ def store(tmp_path: Path) -> HistoryStore:
 def test_a_gap_that_nobody_accepts_changes_nothing(store: HistoryStore) -> None:
     found = accounts.missing(CLICKS.topic_id, store.positions(), {0: (11, 20)})
     with pytest.raises(GapError, match=r"partition 0, positions 4 to 10 \(7\)") as caught:
-        accounts.pass_gaps(store, found, ANN, "clicks", 5, lambda _: pytest.fail("nothing is written"))
+        accounts.pass_gaps(store, found, ANN, "clicks", 5, lambda *_: pytest.fail("nothing is written"))
     assert caught.value.gaps == tuple(found)
     assert store.positions() == {CLICKS: 4}
     store.close()
@@ -45,15 +46,21 @@ def test_a_gap_that_nobody_accepts_changes_nothing(store: HistoryStore) -> None:
 
 def test_an_accepted_gap_is_written_first_then_counted_with_who_and_why(store: HistoryStore) -> None:
     found = accounts.missing(CLICKS.topic_id, store.positions(), {0: (9, 20)})
-    seen: list[int] = []
-    accounts.pass_gaps(store, found, ANN, "clicks", 5, lambda _: seen.append(store.positions()[CLICKS]))
-    assert seen == [4], "the training log knows before the store moves"
+    seen: list[object] = []
+
+    def write(gaps: Sequence[Gap], now_ms: int) -> None:
+        seen.append((gaps, now_ms, store.positions()[CLICKS]))
+
+    accounts.pass_gaps(store, found, ANN, "clicks", 5, write)
+    assert seen == [(found, 5, 4)], "the training log knows before the store moves"
     assert store.positions() == {CLICKS: 9}
     assert store.totals == {"positions": 9, "rows": 3, "dead": 1, "filtered": 0, "absent": 0, "gap": 5}
     assert check_accounts(StreamAccount(**store.totals)) == ()
     (one,) = accounts.accepted(store)
     assert (one.gap.positions, one.actor, one.reason, one.at_ms) == (5, "ann", "old clicks", 5)
     assert accounts.missing(CLICKS.topic_id, store.positions(), {0: (9, 20)}) == []
+    accounts.pass_gaps(store, [], ANN, "clicks", 6, write)
+    assert len(seen) == len(accounts.accepted(store)) == 1, "where nothing is missing nothing is done"
     store.close()
 
 
