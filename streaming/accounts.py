@@ -15,6 +15,7 @@ from state.errors import GapError
 from state.history.appends import Appends
 from state.history.counts import OUTCOMES
 from state.history.store import HistoryStore
+from state.layout import GAPS
 from state.log import gaps
 from state.log.gaps import Accepted, Consent
 from state.metrics import StreamMetrics
@@ -22,7 +23,6 @@ from state.positions import RARE, Gap, Range, Source
 from state.process import killpoints
 
 OF_LABELS = ("opened", "feedback")
-EXTRA = "gaps"  # name of the store's extra with all accepted gaps
 logger = logging.getLogger(__name__)
 
 
@@ -57,7 +57,7 @@ def as_ranges(found: Sequence[Gap]) -> tuple[Range, ...]:
 
 def accepted(store: HistoryStore) -> list[Accepted]:
     """The gaps that were ever passed, oldest first."""
-    return gaps.decode(store.extra(EXTRA))
+    return gaps.decode(store.extra(GAPS))
 
 
 def pass_gaps(
@@ -98,7 +98,7 @@ def pass_gaps(
     killpoints.reach("gaps.written")
     # 2.
     record = [*accepted(store), *(gaps.accept(gap, consent, now_ms) for gap in found)]
-    store.commit(Appends.none(), as_ranges(found), {EXTRA: gaps.encode(record)})
+    store.commit(Appends.none(), as_ranges(found), {GAPS: gaps.encode(record)})
     killpoints.reach("gaps.committed")
     store.sync()
     for gap in found:

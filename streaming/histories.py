@@ -13,6 +13,7 @@ from state.events.identity import Salt, load_salt
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
+from state.layout import HISTORIES
 from streaming import takeover
 
 SPEC, SALT = "spec", "salt"  # names of the store's extras
@@ -49,7 +50,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         if (aside := takeover.finish(folder)) is not None:
             logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
         # 4.
-        store = HistoryStore(folder / takeover.HISTORIES, spec.history, settings.stream.map_gb << 30)
+        store = HistoryStore(folder / HISTORIES, spec.history, settings.stream.map_gb << 30)
         try:
             check_identity(store, spec.digest, salt.fingerprint)
             yield store, salt

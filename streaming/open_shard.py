@@ -29,6 +29,7 @@ from state.events.identity import Salt
 from state.events.parser import Parser
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
+from state.layout import ATTRIBUTES
 from state.log import Reader, TopicInfo, Topics, plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
@@ -45,7 +46,6 @@ from streaming.writer import ShardWriter
 
 logger = logging.getLogger(__name__)
 
-ATTRIBUTES = "attributes"
 NO_CONSENT = Consent()
 
 

@@ -29,6 +29,7 @@ from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
+from state.layout import HISTORIES
 from streaming import takeover
 from streaming.histories import check_identity
 from streaming.rebuild_log import Rebuild
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.error("stopped; the old store is as it was")
         return 1
-    print(told(found, settings.stream_dir / takeover.HISTORIES))
+    print(told(found, settings.stream_dir / HISTORIES))
     return 0
 
 

@@ -17,12 +17,12 @@ import shutil
 from pathlib import Path
 
 from state.disk import files as durable
+from state.layout import HISTORIES
 from state.process import killpoints
 
-HISTORIES = "histories"
-REBUILDING = "histories.rebuilding"
-REBUILT = "histories.rebuilt"
-BAD = "histories.bad"
+REBUILDING = f"{HISTORIES}.rebuilding"
+REBUILT = f"{HISTORIES}.rebuilt"
+BAD = f"{HISTORIES}.bad"
 
 
 def begin(folder: Path) -> Path:

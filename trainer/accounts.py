@@ -18,7 +18,6 @@ from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 
 COMMAND = "springtide train"
-FOLDER = "gaps"  # in the registry's directory
 NAMES = ("rows", "trained", "skipped", "duplicate", "masked", "gap")
 logger = logging.getLogger(__name__)
 

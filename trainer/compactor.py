@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from state import layout
 from state.config.settings import Settings, load
 from state.disk.lock import DirectoryLock
 from state.errors import SpringtideError, UnusableRegistry, of_disk
@@ -30,7 +31,6 @@ from state.registry.manifest import Kind, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from trainer.versions import content
 
-LOCK = "compactor.lock"
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 NICENESS = 10
@@ -162,7 +162,7 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
         LockHeld: Another compactor works on this registry.
         SpringtideError: The registry cannot be read.
     """
-    with DirectoryLock(settings.registry_dir, LOCK):
+    with DirectoryLock(settings.registry_dir, layout.COMPACTOR_LOCK):
         registry = Registry(settings.registry_dir)
         began = time.monotonic()
         try:

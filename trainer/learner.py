@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from state import layout
 from state.config.settings import Settings
 from state.errors import GapError, MicroBatchError, UnknownTopic, WrongEpoch
 from state.log import PartitionBatch
@@ -119,7 +120,7 @@ class Learner:
         self._open_log, self._program, self._spec, self._about = open_log, program, spec, about
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         self._environment = checkpoint.environment(settings, trainer.device)
-        self._passages = Passages(Journal(registry.path / accounts.FOLDER), consent, metrics, clock)
+        self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
         self._publisher = Publisher(registry.path, metrics)
         self._log: Log | None = None

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from state import layout
 from state.config.settings import Settings, load
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, SpringtideError, of_disk
@@ -49,7 +50,6 @@ from trainer.checks import check_tower, is_own
 if TYPE_CHECKING:
     from trainer.learner import Learner
 
-LOCK = "trainer.lock"
 WAIT_S = 0.02
 PROGRESS_S = 5.0
 LOOK_S = 0.2
@@ -211,7 +211,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
     # 1.
-    with DirectoryLock(settings.registry_dir, LOCK):
+    with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK):
         registry = Registry(settings.registry_dir)
         for name in registry.sweep():
             logger.info("swept %s, left by a writer that died", name)

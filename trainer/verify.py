@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from state import layout
 from state.config.settings import Settings, load
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
 from state.features.mask import Mask
@@ -338,7 +339,7 @@ def verify(
     target = registry.manifest(version)
     base = base_of(registry, target, wanted_base)
     segments = segments_of(registry, registry.controls(), base, target)
-    accepted = Journal(registry.path / "gaps").accepted()
+    accepted = Journal(registry.path / layout.GAPS).accepted()
     verdict = Verdict(version, 0 if base is None else base.version, segments[0].first, target.log.next)
     total = sum(segment.next - segment.first for segment in segments)
     say(f"verify: {total} positions of the training log, from {verdict.origin} to version {version}")
@@ -432,7 +433,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
     Raises:
         SpringtideError: See `verify`.
     """
-    if not (settings.registry_dir / "versions").is_dir():
+    if not (settings.registry_dir / layout.VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}; correct paths.state or paths.registry")
     registry = Registry(settings.registry_dir)
     spec = FeatureSpec.from_settings(settings)

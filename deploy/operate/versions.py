@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.operate import plan
+from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersion
 from state.registry.control import Control
@@ -80,7 +81,7 @@ def readable(registry: Registry) -> Iterator[Manifest]:
 
 def served_version(serving_dir: Path) -> int | None:
     """The version that answers on this host use; None where nothing serves here."""
-    path = serving_dir / "rows"
+    path = serving_dir / layout.ROWS
     if not path.is_dir():
         return None
     try:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from deploy.replaying.clock import Hand
+from state import layout
 from state.disk import files as durable
 from state.errors import CorruptStore
 
 FORMAT = 1
-FOLDER = "replay"
 FILE = "journal.json"
 
 
@@ -110,6 +110,6 @@ class Journal:
 
 def folder_of(state_dir: Path, key: str) -> Path:
     """The journal's directory, made where it is missing."""
-    folder = state_dir / FOLDER / key
+    folder = state_dir / layout.REPLAY / key
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -24,7 +24,6 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.attributes import AttributesFollower
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
-from deploy.serving.host import ATTRIBUTES, HISTORIES, PROGRAMS, ROWS
 from state.attributes.values import tables_of
 from state.config.settings import Settings, load
 from state.disk.lock import DirectoryLock
@@ -38,6 +37,7 @@ from state.errors import (
 )
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
+from state.layout import ATTRIBUTES, HISTORIES, PROGRAMS, ROWS
 from state.log import Reader, Topics
 from state.metrics import ApplierMetrics, serve
 from state.registry.registry import Registry

@@ -14,14 +14,10 @@ from state.errors import NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
+from state.layout import ATTRIBUTES, DATA, HISTORIES, PROGRAMS, ROWS
 from state.rows.store import RowStore
 
-ROWS = "rows"
-HISTORIES = "histories"
-PROGRAMS = "programs"
-ATTRIBUTES = "attributes"
 CAUGHT_UP_EXTRA = "caught_up"
-_DATA = "data.mdb"
 _CHECK_MS = 1000
 
 
@@ -115,7 +111,7 @@ class Host:
         )
 
     def _file(self, name: str) -> int:
-        path: Path = self._settings.serving_dir / name / _DATA
+        path: Path = self._settings.serving_dir / name / DATA
         try:
             return path.stat().st_ino
         except FileNotFoundError:

@@ -19,6 +19,7 @@ from deploy.watch import scrape
 from deploy.watch.figures import Watch
 from deploy.watch.live import Screen, live_line
 from deploy.watch.panel import panel
+from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import KafkaFailed
@@ -297,4 +298,4 @@ class Ascent:
 
 def has_spec(registry_dir: Path) -> bool:
     """Whether a bootstrap has left a feature spec in the registry."""
-    return any(registry_dir.glob("specs/*/spec.json"))
+    return any((registry_dir / layout.SPECS).glob("*/spec.json"))

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.watch.messages import shown
+from state import layout
 from state.accounts import BrokerAccount, StreamAccount, TrainerAccount, check_accounts
 from state.config.settings import Settings
 from state.errors import SpringtideError
@@ -150,13 +151,13 @@ def read_stores(settings: Settings) -> Stores:
     counts: dict[Source, dict[str, int]] = {}
     accepted: list[dict[str, Any]] = []
     waiting = 0
-    for path in sorted(settings.state_dir.glob("stream-*/histories")):
+    for path in layout.streams(settings.state_dir):
         store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
         try:
             of_store, waits = store.cut()
             counts |= of_store
             waiting += waits
-            accepted += [one.to_json() for one in gaps.decode(store.extra("gaps"))]
+            accepted += [one.to_json() for one in gaps.decode(store.extra(layout.GAPS))]
         finally:
             store.close()
     if not counts:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from state import layout
 from state.config.rules import check_together
 from state.config.sections import (
     SECTIONS,
@@ -73,32 +74,32 @@ class Settings:
     @property
     def registry_dir(self) -> Path:
         """Directory of versions, programs, specs and control."""
-        return Path(self.paths.registry) if self.paths.registry else self.state_dir / "registry"
+        return Path(self.paths.registry) if self.paths.registry else self.state_dir / layout.REGISTRY
 
     @property
     def salt_path(self) -> Path:
         """File with the secret salt."""
-        return Path(self.paths.salt_file) if self.paths.salt_file else self.state_dir / "salt"
+        return Path(self.paths.salt_file) if self.paths.salt_file else self.state_dir / layout.SALT
 
     @property
     def stream_dir(self) -> Path:
         """Directory of this shard's histories."""
-        return self.state_dir / f"stream-{self.stream.shard}"
+        return layout.stream(self.state_dir, self.stream.shard)
 
     @property
     def serving_dir(self) -> Path:
         """Directory of serving's rows and histories."""
-        return self.state_dir / "serving"
+        return self.state_dir / layout.SERVING
 
     @property
     def kafka_dir(self) -> Path:
         """Directory of the local Kafka's data."""
-        return self.state_dir / "kafka"
+        return self.state_dir / layout.KAFKA
 
     @property
     def logs_dir(self) -> Path:
         """Directory of the processes' logs."""
-        return self.state_dir / "logs"
+        return self.state_dir / layout.LOGS
 
     def environment(self) -> dict[str, str]:
         """Variables that give a child process the same settings; secrets stay off its command line.

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Self
 
 import lmdb
 
+from state import layout
 from state.disk import clean_mark
 from state.disk.clean_mark import CleanMark
 from state.errors import CorruptStore, SpecMismatch, StoreError, StoreFull, UnusableDisk
@@ -211,7 +212,7 @@ class LmdbStore:
 
     @property
     def _mark_path(self) -> Path:
-        return self.path / "mark.json"
+        return self.path / layout.MARK
 
     def _require_trust(self, mark: CleanMark | None) -> None:
         if mark is not None and not mark.trusts(self._boot_id):

@@ -17,6 +17,7 @@ from types import TracebackType
 
 import psutil
 
+from state import layout
 from state.errors import LockHeld, UnusableDisk, reason_of
 
 
@@ -28,7 +29,7 @@ class DirectoryLock:
         name: The lock's file in it, where several kinds of writer share a directory.
     """
 
-    def __init__(self, path: Path, name: str = "lock") -> None:
+    def __init__(self, path: Path, name: str = layout.LOCK) -> None:
         self._path = Path(path)
         self._file = self._path / name
         self._handle: int | None = None

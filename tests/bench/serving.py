@@ -31,12 +31,12 @@ from typing import Any
 
 import numpy as np
 
-from deploy.serving.host import HISTORIES, PROGRAMS, ROWS
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id, user_id
 from state.features.spec import EVENT, FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
+from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore

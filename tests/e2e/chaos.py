@@ -29,7 +29,6 @@ from pathlib import Path
 
 import psutil
 
-from deploy.serving.host import ATTRIBUTES
 from deploy.watch import scrape
 from state import errors
 from state.accounts import StreamAccount
@@ -37,6 +36,7 @@ from state.attributes.values import tables_of
 from state.config.settings import Settings, load
 from state.errors import RegistryError
 from state.events.identity import load_salt
+from state.layout import ATTRIBUTES
 from state.log import Topics
 from state.positions import UNPLACED
 from state.registry.registry import Registry

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.serving.host import HISTORIES, ROWS
 from state.attributes.store import AttributeStore, ids_in
 from state.attributes.values import Table
 from state.config.sections import Kafka
@@ -18,6 +17,7 @@ from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
 from state.history.store import HistoryStore
 from state.history.waiting import WaitingRows
+from state.layout import HISTORIES, ROWS
 from state.log import Reader, Topics
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode

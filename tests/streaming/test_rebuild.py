@@ -18,6 +18,7 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
 from state.history.store import HistoryStore
+from state.layout import HISTORIES
 from state.log import Topics, Writer
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -75,7 +76,7 @@ def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
 
 
 def opened(settings: Settings) -> HistoryStore:
-    return HistoryStore(settings.stream_dir / takeover.HISTORIES, settings.features.history, 1 << 30)
+    return HistoryStore(settings.stream_dir / HISTORIES, settings.features.history, 1 << 30)
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:

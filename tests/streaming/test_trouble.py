@@ -21,10 +21,10 @@ from state.config.settings import Settings
 from state.errors import LogError
 from state.events.identity import load_salt, user_id
 from state.history.store import HistoryStore
+from state.layout import HISTORIES
 from state.log import BulkWriter, Reader, Topics, Writer, append_encoded
 from state.microbatch.codec import decode
 from state.positions import Source
-from streaming.takeover import HISTORIES
 from tests.conftest import KafkaFactory
 from tests.disks import small_disk
 from tests.streaming.streams import (

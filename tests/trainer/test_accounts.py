@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from state.accounts import StreamAccount, TrainerAccount, check_accounts
 from state.errors import GapError
+from state.layout import GAPS
 from state.log import Topics, Writer
 from state.log.gaps import Accepted, Consent, Journal, parse_allowance
 from state.metrics import TrainerMetrics
@@ -128,7 +129,7 @@ def test_a_record_missing_from_the_log_stops_the_trainer_until_somebody_accepts_
     assert (account.gap, account.rows) == (40, 200)
     assert check_accounts(made_by_stream(RECORDS[:6]), account) == ()
     running.close()
-    kept = Journal(registry.path / accounts.FOLDER).accepted()
+    kept = Journal(registry.path / GAPS).accepted()
     assert [(one.gap.positions, one.actor, one.reason) for one in kept] == [(20, "ann", "it was old")] * 2
     # A replay of the same part of the log asks nobody again.
     log.values.extend(RECORDS[6:8])

@@ -16,6 +16,7 @@ import pytest
 
 from state.errors import GapError, LockHeld, MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
 from state.features.mask import Mask
+from state.layout import TRAINER_LOCK
 from state.log import Topics, Writer
 from state.positions import Source
 from state.process import killpoints
@@ -27,7 +28,7 @@ from tests.trainer.logs import MemoryLog, learner, run_to_end, shared, started, 
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.learner import Learner
-from trainer.loop import LOCK, Compaction, await_spec
+from trainer.loop import Compaction, await_spec
 from trainer.versions import checkpoint
 from trainer.versions.program import preprocessing_of
 
@@ -334,7 +335,7 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
         with pytest.raises(LockHeld):
             from state.disk.lock import DirectoryLock
 
-            DirectoryLock(settings.registry_dir, LOCK).acquire()
+            DirectoryLock(settings.registry_dir, TRAINER_LOCK).acquire()
         written = number + 1
         to = newest(1)[0]
         write(RECORDS[written:])

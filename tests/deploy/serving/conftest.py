@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.serving.host import HISTORIES, PROGRAMS, ROWS
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
+from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.rows.store import RowStore
 from tests.deploy.serving.stocked import (
     MAP,

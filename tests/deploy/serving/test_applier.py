@@ -23,12 +23,13 @@ from safetensors.numpy import save
 
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
-from deploy.serving.host import CAUGHT_UP_EXTRA, PROGRAMS, ROWS
+from deploy.serving.host import CAUGHT_UP_EXTRA
 from deploy.serving.predictor import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE
 from state.errors import GapError, SaltMismatch
 from state.features.spec import FeatureSpec, Mask
 from state.history.followed import events_of, new_ranges
 from state.history.store import HistoryStore
+from state.layout import PROGRAMS, ROWS
 from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.attributes import AttributesFollower, KnownAttributes
-from deploy.serving.host import ATTRIBUTES, PROGRAMS, Host
+from deploy.serving.host import Host
 from deploy.serving.predictor import Predictor
 from state.attributes.store import AttributeStore, Place, pack
 from state.attributes.values import Table, tables_of
@@ -23,6 +23,7 @@ from state.config.settings import Settings
 from state.errors import MissingSalt, NotReady
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
+from state.layout import ATTRIBUTES, PROGRAMS
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics
 from tests.conftest import KafkaFactory

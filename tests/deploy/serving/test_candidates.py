@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from deploy.serving.candidates import KINDS
-from deploy.serving.host import PROGRAMS
 from deploy.serving.predictor import Answer, Predictor, Query
 from state.compiled import compiled
 from state.events.identity import Salt, public_id, user_id
@@ -19,6 +18,7 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise
 from state.history.appends import Appends
 from state.kernels import compile_shared
+from state.layout import PROGRAMS
 from state.lowering import lower_saved_model
 from state.microbatch.batch import MicroBatch
 from state.ranking import transitions

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.host import PROGRAMS
 from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE, Answer, Predictor
 from deploy.serving.program import Program, read_program
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
+from state.layout import PROGRAMS
 from tests.deploy.serving.stocked import (
     DIM,
     NOW_MS,

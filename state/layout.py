@@ -1,0 +1,59 @@
+"""Names on disk, each said once: what lies under `paths.state` and in the registry, and who writes it.
+
+    paths.state/
+    ├── lock                     of `springtide up`
+    ├── salt                     the secret key of pseudonyms, or where `paths.salt_file` says
+    ├── registry/                or where `paths.registry` says
+    │   ├── versions/ bases/     one directory a version          state/registry/versions.py
+    │   ├── control/             one file a generation            state/registry/registry.py
+    │   ├── programs/ specs/     by digest
+    │   ├── gaps/                losses that the trainer accepted
+    │   ├── tmp/                 being written; swept
+    │   └── trainer.lock, compactor.lock
+    ├── stream-<shard>/          lock
+    │   ├── histories/           the stream's store               state/history/store.py
+    │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
+    │   └── attributes/                                           state/attributes/store.py
+    ├── serving/                 lock of the applier
+    │   ├── rows/                                                 state/rows/store.py
+    │   ├── histories/ attributes/
+    │   └── programs/            those of applied versions
+    ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
+    ├── kafka/                   broker.lock, data                deploy/kafka/broker.py
+    └── logs/                    one file a process               deploy/startup/processes.py
+
+A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LOCK = "lock"
+SALT = "salt"
+
+REGISTRY = "registry"
+VERSIONS, BASES, CONTROL = "versions", "bases", "control"
+PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
+GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
+TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
+
+SERVING, KAFKA, LOGS, REPLAY = "serving", "kafka", "logs", "replay"
+HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
+DATA, MARK = "data.mdb", "mark.json"
+
+_STREAM = "stream-"
+
+
+def stream(state: Path, shard: int) -> Path:
+    """The directory of a shard of the stream.
+
+    >>> stream(Path("state"), 0).as_posix()
+    'state/stream-0'
+    """
+    return state / f"{_STREAM}{shard}"
+
+
+def streams(state: Path) -> list[Path]:
+    """The histories of every shard that ever ran under `state`, by name."""
+    return sorted(state.glob(f"{_STREAM}*/{HISTORIES}"))
