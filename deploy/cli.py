@@ -21,7 +21,7 @@ from deploy.operate.settings_table import as_json, as_lines, as_markdown, as_pag
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
-from state.log import gaps
+from state.log import gap_options
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     for name, (_, help) in PROCESSES.items():
         process = add(name, help, own_help=name not in OWN_HELP)
         if name in READERS:
-            gaps.add_options(process)
+            gap_options.add_options(process)
 
     versions = add("versions", "List the versions: age, log range, log loss, AUC, and which one serves.")
     versions.add_argument(
@@ -264,8 +264,8 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
             # The preprocessing is checked by the bootstrap itself.
             _check_tower(settings)
-        options = gaps.as_options(asked) if asked.command in READERS else []
-        gaps.take_options(options, actor="")
+        options = gap_options.as_options(asked) if asked.command in READERS else []
+        gap_options.take_options(options, actor="")
         become(PROCESSES[asked.command][0], [*options, *unknown, *flags])
         return
     operator_command(asked.command)(load(flags), asked, now_ms, say)

@@ -61,16 +61,16 @@ def take_accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
         SettingsError: A gap is not written as it should be, names no topic, or there is no reason.
     """
     from state.errors import SettingsError
-    from state.log import gaps
+    from state.log import gap_options
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    gaps.add_options(parser)
-    consent, rest = gaps.take_options(words, actor="")
+    gap_options.add_options(parser)
+    consent, rest = gap_options.take_options(words, actor="")
     if any(not allowance.topic for allowance in consent.allowances):
         raise SettingsError(
             "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did; stream and trainer read different topics"
         )
-    return gaps.as_options(parser.parse_known_args(list(words))[0]), rest
+    return gap_options.as_options(parser.parse_known_args(list(words))[0]), rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,9 @@ from state.history.appends import Appends
 from state.history.counts import OUTCOMES
 from state.history.store import HistoryStore
 from state.layout import GAPS
-from state.log import gaps
-from state.log.gaps import Accepted, Consent
+from state.log import accepted_gaps
+from state.log.accepted_gaps import Accepted
+from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import RARE, Gap, Range, Source
 from state.process import killpoints
@@ -57,7 +58,7 @@ def as_ranges(found: Sequence[Gap]) -> tuple[Range, ...]:
 
 def accepted(store: HistoryStore) -> list[Accepted]:
     """The gaps that were ever passed, oldest first."""
-    return gaps.decode(store.extra(GAPS))
+    return accepted_gaps.decode(store.extra(GAPS))
 
 
 def pass_gaps(
@@ -97,8 +98,8 @@ def pass_gaps(
     write(found, now_ms)
     killpoints.reach("gaps.written")
     # 2.
-    record = [*accepted(store), *(gaps.accept(gap, consent, now_ms) for gap in found)]
-    store.commit(Appends.none(), as_ranges(found), {GAPS: gaps.encode(record)})
+    record = [*accepted(store), *(accepted_gaps.accept(gap, consent, now_ms) for gap in found)]
+    store.commit(Appends.none(), as_ranges(found), {GAPS: accepted_gaps.encode(record)})
     killpoints.reach("gaps.committed")
     store.sync()
     for gap in found:

@@ -23,7 +23,8 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from state.config.settings import load
 from state.errors import GapError, SpringtideError, of_disk
-from state.log.gaps import how_to_go_on, take_options
+from state.log.gap_options import take_options
+from state.log.gaps import how_to_go_on
 from state.process.actor import actor
 from streaming.context import Handle, StreamContext
 from streaming.open_shard import open_shard

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from state.accounts import TrainerAccount, check_accounts
 from state.errors import GapError
-from state.log import gaps
-from state.log.gaps import Accepted, Consent, Journal
+from state.log import accepted_gaps
+from state.log.accepted_gaps import Accepted, Journal
+from state.log.gaps import Consent, how_to_go_on
 from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 
@@ -39,7 +40,7 @@ class Passages:
 
     def past(self, source: Source, offset: int) -> int:
         """Where the training log goes on from `offset`, behind what was accepted as lost there."""
-        return gaps.past(self._known, source, offset)
+        return accepted_gaps.past(self._known, source, offset)
 
     def pass_log(self, error: GapError, marks: Mapping[Source, int]) -> int:
         """The offset behind a gap in the training log; its record is durable when this returns.
@@ -69,7 +70,7 @@ class Passages:
             GapError: Nobody accepted one of them.
         """
         lost = [Gap(source, mark, first) for source, mark, first in found]
-        new = [gap for gap in lost if not gaps.explained(self._known, gap)]
+        new = [gap for gap in lost if not accepted_gaps.explained(self._known, gap)]
         if new:
             what = "; ".join(f"{gap} of topic id {gap.source.topic_id}" for gap in new)
             self._pass(
@@ -85,9 +86,9 @@ class Passages:
     ) -> None:
         refused = [gap for gap in found if not self._consent.covers(gap, read_topic)]
         if refused:
-            raise GapError(gaps.how_to_go_on(GapError(message, *found), COMMAND), *refused)
+            raise GapError(how_to_go_on(GapError(message, *found), COMMAND), *refused)
         for gap in found:
-            one: Accepted = gaps.accept(gap, self._consent, int(self._clock() * 1000), marks)
+            one: Accepted = accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks)
             self._journal.add(one)
             self._known.append(one)
             self._metrics.gaps_accepted.inc()

@@ -17,7 +17,8 @@ from state import layout
 from state.config.settings import Settings
 from state.errors import GapError, MicroBatchError, UnknownTopic, WrongEpoch
 from state.log import PartitionBatch
-from state.log.gaps import Consent, Journal
+from state.log.accepted_gaps import Journal
+from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
 from state.positions import Source
 from state.process import killpoints

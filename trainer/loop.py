@@ -39,7 +39,8 @@ from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.log import Reader
-from state.log.gaps import Consent, take_options
+from state.log.gap_options import take_options
+from state.log.gaps import Consent
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.quiet_stderr import hushed, own_stderr, quieten

@@ -29,8 +29,8 @@ from state.config.settings import Settings, load
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.log import PartitionBatch, Reader, Topics, gaps
-from state.log.gaps import Accepted, Journal
+from state.log import PartitionBatch, Reader, Topics, accepted_gaps
+from state.log.accepted_gaps import Accepted, Journal
 from state.positions import Source
 from state.process.quiet_stderr import hushed, own_stderr, quieten
 from state.registry.control import Control
@@ -261,7 +261,7 @@ def replay(
     done = 0
     try:
         for segment in segments:
-            at = gaps.past(accepted, Source(log.topic_id, partition), segment.first)
+            at = accepted_gaps.past(accepted, Source(log.topic_id, partition), segment.first)
             if log.position(partition) != at:
                 log.close()
                 log = open_at(at)
@@ -270,7 +270,7 @@ def replay(
                 try:
                     batches = log.poll(POLL_S, RECORDS)
                 except GapError as error:
-                    over = gaps.past(accepted, Source(log.topic_id, partition), log.position(partition))
+                    over = accepted_gaps.past(accepted, Source(log.topic_id, partition), log.position(partition))
                     if not any(over == gap.next for gap in error.gaps):
                         raise
                     log.close()
@@ -422,7 +422,7 @@ def replay_log(
         left_s = (now_s - began[0]) / (positions - began[1]) * max(0, total - positions)
         say(f"verify: {positions} of {total} positions, {done.steps} steps, {done.rows:,} rows, {left_s:.0f} s left")
 
-    first = gaps.past(accepted, Source(target.log.topic_id, partition), segments[0].first)
+    first = accepted_gaps.past(accepted, Source(target.log.topic_id, partition), segments[0].first)
     patience_s = settings.kafka.request_timeout_s
     replay(open_at(first), segments, accepted, partition, done.take, open_at, patience_s, progress, elapsed)
 

@@ -28,7 +28,7 @@ from state.accounts import BrokerAccount, StreamAccount, TrainerAccount, check_a
 from state.config.settings import Settings
 from state.errors import SpringtideError
 from state.history.store import HistoryStore
-from state.log import Reader, Topics, gaps
+from state.log import Reader, Topics, accepted_gaps
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
@@ -157,7 +157,7 @@ def read_stores(settings: Settings) -> Stores:
             of_store, waits = store.cut()
             counts |= of_store
             waiting += waits
-            accepted += [one.to_json() for one in gaps.decode(store.extra(layout.GAPS))]
+            accepted += [one.to_json() for one in accepted_gaps.decode(store.extra(layout.GAPS))]
         finally:
             store.close()
     if not counts:

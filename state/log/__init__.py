@@ -1,23 +1,39 @@
-"""The one door to Kafka: topics, reading by position, writing acknowledged.
+"""The log: topics, reading by position, writing acknowledged; in Kafka (`cluster`) or in memory (`memory`).
 
-    Topics        made, described, their ends, positions of groups   log_topics.py
-    Reader        partitions as columns, by position                 log_reader.py
-    Writer        acknowledged records, transactions                 log_writer.py
-    BulkWriter    whole record batches, for load generators          log_writer.py
+    contract     what a log is: Log, LogTopics, LogReader, LogWriter; records
+    plan         how each topic is made: partitions, retention, largest record
+    topics       made, described, their ends, positions of groups
+    reader       partitions as columns, by position; chunks, batch_decoder, hook
+    writer       acknowledged records, transactions
+    bulk         whole record batches, for load generators; batch_encoder
+    gaps         losses that an operator accepts; gap_options, accepted_gaps
+    failures     what can be wrong, said once
 
-Only the files state/log*.py import the Kafka client.
+Only the files of this package import the Kafka client.
 """
 
 from __future__ import annotations
 
-from state.log.batches import encode_batch
+from state.log.batch_encoder import encode_batch
+from state.log.bulk import BulkWriter, append_encoded
 from state.log.client import client_options
-from state.log.reader import PartitionBatch, Reader
-from state.log.topics import TopicInfo, Topics
-from state.log.writer import BulkWriter, Writer, append_encoded, partition_of
+from state.log.cluster import KafkaLog
+from state.log.contract import Log, LogReader, LogTopics, LogWriter
+from state.log.memory import MemoryLog
+from state.log.partitioner import partition_of
+from state.log.reader import Reader
+from state.log.records import PartitionBatch, TopicInfo
+from state.log.topics import Topics
+from state.log.writer import Writer
 
 __all__ = [
     "BulkWriter",
+    "KafkaLog",
+    "Log",
+    "LogReader",
+    "LogTopics",
+    "LogWriter",
+    "MemoryLog",
     "PartitionBatch",
     "Reader",
     "TopicInfo",

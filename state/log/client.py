@@ -14,7 +14,8 @@ import kafka.errors as kafka_errors
 from kafka.net.compat import KafkaNetClient
 
 from state.config.sections import Kafka
-from state.errors import FencedWriter, LogError, SpringtideError, UnknownTopic, UnreachableBroker
+from state.errors import LogError, SpringtideError
+from state.log.failures import fenced, first_line, unknown_topic, unreachable
 
 # The client logs each lost connection as a warning or an error; what an
 # operator can act on reaches them as one of our errors. A program that wants
@@ -121,15 +122,12 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     except SpringtideError:
         raise
     except _FENCED as problem:
-        raise _fenced(doing) from problem
+        raise fenced(doing) from problem
     except kafka_errors.UnknownTopicOrPartitionError as problem:
-        raise UnknownTopic(
-            f"cannot {doing}: it does not exist on {settings.bootstrap_servers}; create it, or "
-            "correct its name in [kafka]"
-        ) from problem
+        raise unknown_topic(settings, doing) from problem
     except _REFUSED as problem:
         raise LogError(
-            f"cannot {doing}: {settings.bootstrap_servers} refused us ({_first_line(problem)}); "
+            f"cannot {doing}: {settings.bootstrap_servers} refused us ({first_line(problem)}); "
             "check kafka.security_protocol, kafka.sasl_* and the access rights of this user"
         ) from problem
     except _UNREACHABLE as problem:
@@ -137,28 +135,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     except kafka_errors.KafkaError as problem:
         if isinstance(problem.args[-1] if problem.args else None, _FENCED):
             # A send after the one that was fenced: the client wraps the first error.
-            raise _fenced(doing) from problem
+            raise fenced(doing) from problem
         if _UNANSWERED in str(problem):
             raise unreachable(settings, doing, problem) from problem
-        raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {_first_line(problem)}") from problem
-
-
-def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> UnreachableBroker:
-    """The error of a broker that does not answer, with what to look at."""
-    why = cause if isinstance(cause, str) else _first_line(cause)
-    return UnreachableBroker(
-        f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why}); check that it runs and that "
-        "kafka.bootstrap_servers, kafka.security_protocol, kafka.sasl_* and kafka.ssl_* are right"
-    )
-
-
-def _fenced(doing: str) -> FencedWriter:
-    return FencedWriter(
-        f"cannot {doing}: another writer took over this transactional id; stop one of the two, "
-        "or give each its own stream.shard"
-    )
-
-
-def _first_line(problem: BaseException) -> str:
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else type(problem).__name__
+        raise LogError(f"cannot {doing} on {settings.bootstrap_servers}: {first_line(problem)}") from problem

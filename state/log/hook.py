@@ -11,7 +11,8 @@ from typing import Any
 
 from kafka.structs import TopicPartition
 
-from state.log.batches import Chunk, decode_batches
+from state.log.batch_decoder import decode_batches
+from state.log.chunks import Chunk
 
 
 class BatchRecords:

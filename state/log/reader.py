@@ -11,21 +11,21 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import kafka.errors as kafka_errors
-import numpy as np
 from kafka import KafkaConsumer
 from kafka.structs import TopicPartition
 
 from state.config.sections import Kafka
-from state.errors import GapError, LogError, UnknownTopic, UnreachableBroker
-from state.log import hook as log_hook
-from state.log.batches import I64, Chunk
+from state.errors import LogError, UnreachableBroker
+from state.log import hook
+from state.log.chunks import Chunk, as_batch, of_records, take
 from state.log.client import connect, translated
+from state.log.contract import LogReader
+from state.log.failures import gap, made_again, unknown_partition
+from state.log.records import PartitionBatch
 from state.log.topics import Topics
-from state.positions import Gap, Source
 
 FETCH_BYTES = 2 * 1024 * 1024
 METADATA_S = 1.0
@@ -36,43 +36,7 @@ FETCH_WAIT_MS = 250
 PAUSE_S = 0.1
 
 
-@dataclass(frozen=True)
-class PartitionBatch:
-    """What `Reader.poll` found in one partition: the positions [first, next) and the records there.
-
-    Attributes:
-        topic_id: 32 hexadecimal digits.
-        partition: Number of the partition.
-        first: First position covered; the one before it was covered earlier.
-        next: Position after the last one covered.
-        offsets: `[n]` int64, ascending; positions without a record are absent
-            (transaction markers, aborted or compacted records).
-        timestamps_ms: `[n]` int64, Kafka's timestamps.
-        keys: n keys.
-        values: n values.
-        corrupt: (first, next, reason) of ranges that cannot be read; no record
-            lies in them.
-    """
-
-    topic_id: str
-    partition: int
-    first: int
-    next: int
-    offsets: I64
-    timestamps_ms: I64
-    keys: list[bytes | None]
-    values: list[bytes | None]
-    corrupt: tuple[tuple[int, int, str], ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __bool__(self) -> bool:
-        """A range without records is news too."""
-        return True
-
-
-class Reader:
+class Reader(LogReader):
     """Follows partitions of a topic from given positions. One thread polls; others may commit.
 
     A broker that goes away and comes back costs only time: `poll` returns
@@ -213,9 +177,7 @@ class Reader:
         self.topic_id = info.topic_id
         wanted = list(range(info.partitions)) if partitions is None else sorted(partitions)
         if wanted and wanted[-1] >= info.partitions:
-            raise UnknownTopic(
-                f"topic {topic} has no partition {wanted[-1]}, only {info.partitions}; correct the number of shards"
-            )
+            raise unknown_partition(topic, wanted[-1], info.partitions)
         self._positions = self._begin(wanted, positions, from_end)
         self._buffer: dict[int, deque[Chunk]] = {}
         self._refused = False
@@ -235,7 +197,7 @@ class Reader:
             metrics_enabled=False,
             retry_backoff_ms=20,
         )
-        self._batched = batched and log_hook.install(self._consumer, self._doubt)
+        self._batched = batched and hook.install(self._consumer, self._doubt)
         self._assign()
 
     def _begin(self, wanted: list[int], positions: Mapping[int, int], from_end: bool) -> dict[int, int]:
@@ -245,7 +207,7 @@ class Reader:
             begin, end = ends[partition]
             ours = positions.get(partition, end if from_end else begin)
             if not begin <= ours <= end:
-                raise _gap(self.topic, self.topic_id, partition, ours, begin, end)
+                raise gap(self.topic, self.topic_id, partition, ours, begin, end)
             found[partition] = ours
         return found
 
@@ -269,7 +231,7 @@ class Reader:
             for partition, ours in self._positions.items():
                 begin, end = ends[partition]
                 if not begin <= ours <= end:
-                    raise _gap(self.topic, self.topic_id, partition, ours, begin, end) from problem
+                    raise gap(self.topic, self.topic_id, partition, ours, begin, end) from problem
             # Deleted up to our very position since we asked: nothing is lost.
             self._assign()
             return
@@ -301,37 +263,16 @@ class Reader:
         """Number of partitions, if the topic is still the same one."""
         info = self._topics.describe(self.topic)
         if info.topic_id != self.topic_id:
-            raise UnknownTopic(
-                f"topic {self.topic} was deleted and made again (id {self.topic_id} is now {info.topic_id}); our "
-                "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
-                "trainer needs a new state directory"
-            )
+            raise made_again(self.topic, self.topic_id, info.topic_id)
         return info.partitions
 
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
         chunks = self._buffer[partition]
-        taken: list[Chunk] = []
-        while chunks and max_records > 0:
-            chunk = chunks.popleft()
-            if len(chunk.values) > max_records:
-                chunk, rest = _split(chunk, max_records)
-                chunks.appendleft(rest)
-            max_records -= len(chunk.values)
-            taken.append(chunk)
+        taken = take(chunks, max_records)
         if not chunks:
             del self._buffer[partition]
         first, self._positions[partition] = self._positions[partition], taken[-1].next
-        return PartitionBatch(
-            topic_id=self.topic_id,
-            partition=partition,
-            first=first,
-            next=taken[-1].next,
-            offsets=np.concatenate([chunk.offsets for chunk in taken]),
-            timestamps_ms=np.concatenate([chunk.timestamps_ms for chunk in taken]),
-            keys=[key for chunk in taken for key in chunk.keys],
-            values=[value for chunk in taken for value in chunk.values],
-            corrupt=tuple((chunk.first, chunk.next, chunk.corrupt) for chunk in taken if chunk.corrupt),
-        )
+        return as_batch(self.topic_id, partition, first, taken)
 
     def _plain(self, found: Mapping[TopicPartition, Sequence[Any]]) -> dict[int, deque[Chunk]]:
         """Chunks out of the client's own records; its position tells of those without any."""
@@ -341,18 +282,7 @@ class Reader:
             records = found.get(each, ())
             after = self._consumer.position(each)
             if records or after > ours:
-                buffer[partition] = deque(
-                    [
-                        Chunk(
-                            ours,
-                            after,
-                            np.array([record.offset for record in records], np.int64),
-                            np.array([record.timestamp for record in records], np.int64),
-                            [record.key for record in records],
-                            [record.value for record in records],
-                        )
-                    ]
-                )
+                buffer[partition] = deque([of_records(ours, after, records)])
         return buffer
 
     def _skip_corrupt(self, problem: Exception) -> None:
@@ -366,33 +296,3 @@ class Reader:
                 self._buffer[partition] = deque([Chunk(ours, at + 1, corrupt=str(problem))])
                 return
         raise LogError(f"cannot read topic {self.topic}: {problem}") from problem
-
-
-def _gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
-    if ours < begin:
-        return GapError(
-            f"topic {topic} partition {partition}: we were at {ours}, but the log now begins at {begin}: "
-            f"{begin - ours} positions were deleted unread; restore them, raise the topic's retention.ms, or accept "
-            "the loss",
-            Gap(Source(topic_id, partition), ours, begin),
-        )
-    return GapError(
-        f"topic {topic} partition {partition}: we were at {ours}, but the log ends at {end}: it was truncated, or "
-        "deleted and made again, or another cluster answers; restore it, or start a new state directory"
-    )
-
-
-def _split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
-    """The first `records` records of a chunk, and the rest.
-
-    >>> whole = Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])
-    >>> [(part.first, part.next, part.keys) for part in _split(whole, 1)]
-    [(5, 8, [b'a']), (8, 9, [b'b'])]
-    """
-    at = int(chunk.offsets[records])
-    parts = (slice(None, records), slice(records, None))
-    head, tail = (
-        Chunk(first, after, chunk.offsets[part], chunk.timestamps_ms[part], chunk.keys[part], chunk.values[part])
-        for (first, after), part in zip(((chunk.first, at), (at, chunk.next)), parts, strict=True)
-    )
-    return head, tail

@@ -9,7 +9,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -20,28 +19,17 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.config.sections import Kafka
 from state.errors import LogError, UnknownTopic
-from state.log.client import connect, translated, unreachable
+from state.log.client import connect, translated
+from state.log.contract import LogTopics
+from state.log.failures import unreachable
+from state.log.records import TopicInfo
 
 RETRY_S = 0.05
 
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True)
-class TopicInfo:
-    """A topic as the cluster knows it.
-
-    Attributes:
-        topic_id: 32 hexadecimal digits; a topic that was deleted and made
-            again has another one.
-        partitions: How many it has.
-    """
-
-    topic_id: str
-    partitions: int
-
-
-class Topics:
+class Topics(LogTopics):
     """Asks and changes what topics there are. Any thread may call; calls wait for one another.
 
     Raises:

@@ -20,7 +20,7 @@ from deploy.replaying.shoppers import Shoppers
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.log import Reader, Topics, Writer, append_encoded
-from state.log.writer import BulkWriter
+from state.log.bulk import BulkWriter
 from tests.bench.report import Figure, report
 
 RECORDS = 200_000

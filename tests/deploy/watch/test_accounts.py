@@ -14,8 +14,8 @@ from state.config.sections import Kafka
 from state.config.settings import Settings, load
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.log import Topics, Writer, gaps
-from state.log.gaps import Accepted
+from state.log import Topics, Writer, accepted_gaps
+from state.log.accepted_gaps import Accepted
 from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import encode
 from state.positions import Gap, Range, Source
@@ -168,7 +168,7 @@ def test_an_accepted_gap_is_listed_and_balances(loop: tuple[Settings, Kafka, Sou
         topics.delete_before(kafka.clicks_topic, {0: 23})
     store = HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
     one = Accepted(Gap(source, 20, 23), "ann", "old", 5)
-    store.commit(Appends.none(), [Range(source, 20, 23, gap=3)], {"gaps": gaps.encode([one])})
+    store.commit(Appends.none(), [Range(source, 20, 23, gap=3)], {"gaps": accepted_gaps.encode([one])})
     store.close()
     found = accounts.account(settings)
     assert (found["balanced"], found["compared"], found["stream"]["gap"]) == (True, True, 3)

@@ -12,7 +12,7 @@ from state.log import Reader, Topics, Writer, plan
 from tests.conftest import KafkaFactory
 
 ROOT = Path(__file__).parents[3]
-TOPIC_SETTING = re.compile(r'"(?:retention\.ms|cleanup\.policy|max\.message\.bytes)"')
+TOPIC_SETTING = re.compile(r'"(?:retention\.ms|cleanup\.policy|max\.message\.bytes)": ')
 HOUR_MS = 3_600_000
 
 

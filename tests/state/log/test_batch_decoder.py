@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
 from state.errors import LogError
-from state.log.batches import CRC_FROM, HEADER, Chunk, decode_batches, encode_batch
+from state.log import batch_decoder
+from state.log.batch_decoder import decode_batches
+from state.log.batch_format import CRC_FROM, HEADER
+from state.log.chunks import Chunk
 
 Record = tuple[bytes | None, bytes | None, int, list[tuple[str, bytes | None]]]
 
@@ -87,16 +90,6 @@ def test_a_batch_reads_as_the_clients_own_decoder_reads_it(made: list[Record], b
     assert list(chunk.keys) == [record.key for record in expected]
     assert list(chunk.values) == [record.value for record in expected]
     assert (chunk.first, chunk.next) == (base, base + len(made))
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=400), st.integers(0, 2**42)), min_size=1))
-def test_an_encoded_batch_is_read_by_the_client(made: list[tuple[bytes, bytes, int]]) -> None:
-    keys, values, times = (list(column) for column in zip(*made, strict=True))
-    batch = DefaultRecordBatch(encode_batch(keys, values, times))
-    assert batch.validate_crc()
-    assert [(r.key, r.value, r.timestamp) for r in batch] == made
-    assert batch.max_timestamp == max(times)
 
 
 @settings(deadline=None, max_examples=300)
@@ -179,12 +172,10 @@ def test_log_append_time_is_the_time_of_all_records() -> None:
 
 
 def test_a_missing_compression_library_is_an_error_and_no_dead_letter(monkeypatch: pytest.MonkeyPatch) -> None:
-    from state.log import batches as log_batches
-
     batch = bytearray(plain(b"a"))
     struct.pack_into(">h", batch, CRC_FROM, 3)
     seal(batch)
-    monkeypatch.setitem(log_batches._DECOMPRESS, 3, ("lz4", lambda: False, bytes))
+    monkeypatch.setitem(batch_decoder._DECOMPRESS, 3, ("lz4", lambda: False, bytes))
     with pytest.raises(LogError, match=r"kafka-python\[lz4\]"):
         decode_batches(bytes(batch), 0)
 

@@ -1,0 +1,130 @@
+"""The gaps that were passed for good: the record of who accepted which loss, when and why."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from state.disk import files as durable
+from state.log.gaps import Consent
+from state.positions import Gap, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A gap that was passed, for good.
+
+    Attributes:
+        gap: What was missing.
+        actor: Who accepted it.
+        reason: Why.
+        at_ms: When, wall clock.
+        marks: Where the reader was in each source of the rows that the gap held, as text: what
+            follows each of them may be missing too. Only for a gap in the training log.
+    """
+
+    gap: Gap
+    actor: str
+    reason: str
+    at_ms: int
+    marks: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values.
+
+        >>> one = Accepted(Gap(Source("ab" * 16, 3), 10, 20), "ann", "old", 5)
+        >>> Accepted.from_json(one.to_json()) == one
+        True
+        """
+        gap = {"source": str(self.gap.source), "first": self.gap.first, "next": self.gap.next}
+        who = {"actor": self.actor, "reason": self.reason, "at_ms": self.at_ms}
+        return {**gap, **who, "marks": dict(self.marks)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Accepted:
+        """What `to_json` gave."""
+        gap = Gap(Source.parse(document["source"]), int(document["first"]), int(document["next"]))
+        marks = {str(name): int(mark) for name, mark in document.get("marks", {}).items()}
+        return cls(gap, str(document["actor"]), str(document["reason"]), int(document["at_ms"]), marks)
+
+
+def encode(accepted: Iterable[Accepted]) -> bytes:
+    """All of them as bytes.
+
+    >>> decode(encode([])), decode(None)
+    ([], [])
+    """
+    return json.dumps([one.to_json() for one in accepted], sort_keys=True).encode()
+
+
+def decode(data: bytes | None) -> list[Accepted]:
+    """What `encode` wrote; none where there is nothing."""
+    return [Accepted.from_json(one) for one in json.loads(data or b"[]")]
+
+
+class Journal:
+    """The gaps that the trainer passed: one file each in a directory, never changed. One writer, under its lock.
+
+    Args:
+        path: The directory; made with the first gap.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def accepted(self) -> list[Accepted]:
+        """All of them, in the order in which they were accepted."""
+        files = sorted(path for path in self.path.glob("*.json") if path.stem.isdecimal())
+        return [Accepted.from_json(json.loads(path.read_bytes())) for path in files]
+
+    def add(self, one: Accepted) -> None:
+        """Keeps `one`, durably; a gap that is kept already stays as it is."""
+        known = self.accepted()
+        if any(each.gap == one.gap for each in known):
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        final = self.path / f"{len(known) + 1:08d}.json"
+        temporary = self.path / f"{final.name}~{durable.owner_mark()}"
+        temporary.unlink(missing_ok=True)
+        durable.write(temporary, json.dumps(one.to_json(), sort_keys=True).encode())
+        os.link(temporary, final)
+        temporary.unlink()
+        durable.sync_directory(self.path)
+
+
+def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
+    """Where reading goes on from `offset`, behind what was accepted as lost there.
+
+    >>> one = Accepted(Gap(Source("ab" * 16, 0), 10, 20), "ann", "old", 5)
+    >>> [past([one], Source("ab" * 16, 0), offset) for offset in (9, 10, 15, 20)]
+    [9, 20, 20, 20]
+    """
+    for one in sorted(accepted, key=lambda each: each.gap.first):
+        if one.gap.source == source and one.gap.first <= offset < one.gap.next:
+            offset = one.gap.next
+    return offset
+
+
+def explained(accepted: Iterable[Accepted], gap: Gap) -> bool:
+    """Whether the loss of `gap` was accepted: by itself, or because it followed where the training log lost records.
+
+    >>> log, clicks = Source("cd" * 16, 0), Source("ab" * 16, 1)
+    >>> one = Accepted(Gap(log, 10, 20), "ann", "old", 5, {str(clicks): 300})
+    >>> explained([one], Gap(clicks, 300, 340)), explained([one], Gap(clicks, 301, 340))
+    (True, False)
+    """
+    return any(
+        one.marks.get(str(gap.source)) == gap.first
+        or (one.gap.source == gap.source and one.gap.first <= gap.first and gap.next <= one.gap.next)
+        for one in accepted
+    )
+
+
+def accept(gap: Gap, consent: Consent, now_ms: int, marks: Mapping[Source, int] | None = None) -> Accepted:
+    """The record of `gap`, accepted by `consent`."""
+    known = {str(source): mark for source, mark in (marks or {}).items()}
+    return Accepted(gap, consent.actor, consent.reason, now_ms, known)

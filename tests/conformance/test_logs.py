@@ -1,0 +1,400 @@
+"""What every log promises: positions, transactions, fencing, and what is said when something is gone.
+
+Each subclass of `state.log.Log` in the package `state.log` runs all of it, a new one unasked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import state.log
+from state.config.sections import Kafka
+from state.errors import FencedWriter, GapError, LogError, UnknownTopic
+from state.log import Log, LogTopics, partition_of
+from state.positions import Gap, Source
+from tests.conftest import KafkaFactory
+from tests.reading import all_ends, eventually, joined, read_until, values, write
+
+
+def implementations() -> list[type[Log]]:
+    for module in pkgutil.walk_packages(state.log.__path__, "state.log."):
+        importlib.import_module(module.name)
+    found, waiting = set[type[Log]](), [Log]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        found.update(one for one in below if one.__module__.startswith("state.log."))
+        waiting += below
+    return sorted(found, key=lambda one: one.__name__)
+
+
+@pytest.fixture
+def settings(kafka_settings: KafkaFactory) -> Kafka:
+    return kafka_settings()
+
+
+@pytest.fixture(params=implementations(), ids=lambda one: one.__name__)
+def log(request: pytest.FixtureRequest, settings: Kafka) -> Log:
+    made: Log = request.param(settings)
+    return made
+
+
+@pytest.fixture
+def topics(log: Log) -> Iterator[LogTopics]:
+    with log.topics() as topics:
+        yield topics
+
+
+@pytest.fixture
+def clicks(topics: LogTopics, settings: Kafka) -> str:
+    topics.ensure(settings.clicks_topic, 2)
+    return settings.clicks_topic
+
+
+def test_the_log_in_memory_and_kafka_are_held_to_this() -> None:
+    assert {one.__name__ for one in implementations()} >= {"KafkaLog", "MemoryLog"}
+
+
+# Topics
+
+
+def test_a_topic_is_made_once_and_keeps_its_id(topics: LogTopics, settings: Kafka) -> None:
+    made = topics.ensure(settings.clicks_topic, 3, {"retention.ms": "3600000"})
+    assert made.partitions == 3
+    assert len(made.topic_id) == 32
+    assert int(made.topic_id, 16)
+    assert topics.ensure(settings.clicks_topic, 5) == made == topics.describe(settings.clicks_topic)
+    assert settings.clicks_topic in topics.names()
+
+
+def test_an_unknown_topic_is_said_at_once_and_never_made(log: Log, topics: LogTopics) -> None:
+    with log.writer() as writer:
+        for use in (
+            lambda: topics.describe("typo"),
+            lambda: topics.ends("typo"),
+            lambda: topics.delete("typo"),
+            lambda: topics.offset_before("typo", 0),
+            lambda: log.reader("typo"),
+            lambda: writer.send("typo", 0, None, b"x"),
+        ):
+            start = time.monotonic()
+            with pytest.raises(UnknownTopic, match="typo"):
+                use()
+            assert time.monotonic() - start < 3
+    assert "typo" not in topics.names()
+
+
+def test_a_topic_made_again_has_another_id_and_none_of_the_records(log: Log, topics: LogTopics, clicks: str) -> None:
+    before = topics.describe(clicks).topic_id
+    write(log, clicks, [b"old"])
+    topics.delete(clicks)
+    with pytest.raises(UnknownTopic):
+        topics.describe(clicks)
+    assert topics.ensure(clicks, 2).topic_id != before
+    assert topics.ends(clicks) == {0: (0, 0), 1: (0, 0)}
+
+
+def test_ends_and_the_offset_before_a_time(log: Log, topics: LogTopics, clicks: str) -> None:
+    write(log, clicks, [b"a", b"b", b"c"])
+    assert topics.ends(clicks) == {0: (0, 3), 1: (0, 0)}
+    assert topics.offset_before(clicks, 1001) == {0: 1, 1: 0}
+    assert topics.offset_before(clicks, 10_000) == {0: 3, 1: 0}
+    topics.delete_before(clicks, {0: 2})
+    assert topics.ends(clicks)[0] == (2, 3)
+    with pytest.raises(LogError):
+        topics.delete_before(clicks, {0: 4})
+
+
+def test_group_positions_need_no_member(log: Log, topics: LogTopics, clicks: str, settings: Kafka) -> None:
+    write(log, clicks, [b"a", b"b"])
+    with log.reader(clicks) as reader:
+        read_until(reader, {0: 2})
+        reader.commit_group({0: 2, 1: 0})
+    assert topics.committed(settings.group, clicks) == {0: 2, 1: 0}
+    assert topics.committed("nobody", clicks) == {}
+
+
+# Reading
+
+
+def test_records_come_with_their_positions(log: Log, topics: LogTopics, clicks: str) -> None:
+    write(log, clicks, [b"a", b"b", b"c"])
+    write(log, clicks, [b"z"], partition=1)
+    with log.reader(clicks) as reader:
+        batches = read_until(reader, {0: 3, 1: 1})
+        assert (reader.topic, reader.topic_id) == (clicks, topics.describe(clicks).topic_id)
+        assert all(batch.topic_id == reader.topic_id for batch in batches)
+    first = [batch for batch in batches if batch.partition == 0]
+    assert values(first) == [b"a", b"b", b"c"]
+    assert np.concatenate([batch.offsets for batch in first]).tolist() == [0, 1, 2]
+    assert np.concatenate([batch.timestamps_ms for batch in first]).tolist() == [1000, 1001, 1002]
+    assert [key for batch in first for key in batch.keys] == [b"k0", b"k1", b"k2"]
+    assert values(batches, 1) == [b"z"]
+    assert joined(batches) == (0, 3)
+
+
+def test_keys_and_values_may_be_missing(log: Log, clicks: str) -> None:
+    with log.writer() as writer:
+        writer.send(clicks, 0, None, b"no key", [("reason", b"why")])
+        writer.send(clicks, 0, b"no value", None)
+        writer.flush()
+    with log.reader(clicks) as reader:
+        batches = read_until(reader, {0: 2})
+    assert [key for batch in batches for key in batch.keys] == [None, b"no value"]
+    assert values(batches) == [b"no key", None]
+
+
+def test_a_key_has_one_partition(log: Log, clicks: str) -> None:
+    keys = [b"user-%d" % number for number in range(20)]
+    with log.writer() as writer:
+        for key in keys:
+            writer.send(clicks, None, key, key)
+        writer.flush()
+    with log.reader(clicks) as reader:
+        batches = read_until(reader, all_ends(log, clicks))
+    for partition in (0, 1):
+        assert values(batches, partition) == [key for key in keys if partition_of(key, 2) == partition]
+
+
+def test_poll_gives_no_more_than_asked_and_joins_without_a_hole(log: Log, clicks: str) -> None:
+    write(log, clicks, [b"%d" % number for number in range(500)])
+    with log.reader(clicks) as reader:
+        batches = read_until(reader, {0: 500}, most=7)
+    assert max(len(batch) for batch in batches) == 7
+    assert values(batches) == [b"%d" % number for number in range(500)]
+    assert joined(batches) == (0, 500)
+
+
+def test_reading_begins_where_it_is_told(log: Log, clicks: str) -> None:
+    write(log, clicks, [b"a", b"b", b"c", b"d"])
+    with log.reader(clicks, positions={0: 2}) as reader:
+        assert values(read_until(reader, {0: 4})) == [b"c", b"d"]
+        reader.seek(0, 1)
+        assert values(read_until(reader, {0: 4})) == [b"b", b"c", b"d"]
+    with log.reader(clicks, partitions=[0], from_end=True) as reader:
+        assert reader.partitions == [0]
+        assert reader.position(0) == 4
+        write(log, clicks, [b"new"])
+        assert values(read_until(reader, {0: 5})) == [b"new"]
+    with pytest.raises(UnknownTopic, match="no partition 9"):
+        log.reader(clicks, partitions=[9])
+
+
+def test_an_idle_poll_returns_nothing_and_soon(log: Log, clicks: str) -> None:
+    with log.reader(clicks) as reader:
+        reader.poll(0.5)
+        start = time.monotonic()
+        assert reader.poll(0.02) == []
+        assert time.monotonic() - start < 2
+        assert reader.lag() == {0: 0, 1: 0}
+
+
+def test_a_waiting_poll_hears_of_a_record_at_once(log: Log, clicks: str) -> None:
+    with log.reader(clicks, from_end=True) as reader:
+        writing = threading.Timer(0.1, write, (log, clicks, [b"news"]))
+        writing.start()
+        start, found = time.monotonic(), reader.poll(15.0)
+        assert values(found) == [b"news"]
+        assert time.monotonic() - start < 10
+        writing.join()
+
+
+def test_lag_counts_what_is_not_delivered(log: Log, clicks: str) -> None:
+    write(log, clicks, [b"x"] * 10)
+    with log.reader(clicks) as reader:
+        assert reader.lag() == {0: 10, 1: 0}
+        deadline = time.monotonic() + 10
+        while reader.position(0) == 0 and time.monotonic() < deadline:
+            reader.poll(0.2, 4)
+        assert reader.lag() == {0: 6, 1: 0}
+
+
+def test_new_partitions_are_taken_up(log: Log, topics: LogTopics, clicks: str) -> None:
+    with log.reader(clicks) as reader, log.reader(clicks, partitions=[0]) as narrow:
+        assert reader.refresh() == []
+        topics.grow(clicks, 3)
+        write(log, clicks, [b"first"], partition=2)
+        assert reader.refresh() == [2]
+        assert values(read_until(reader, {2: 1}), 2) == [b"first"]
+        assert narrow.refresh() == []
+
+
+# Transactions
+
+
+def test_a_transaction_is_seen_whole_and_its_marker_is_an_absent_position(log: Log, clicks: str) -> None:
+    with log.reader(clicks) as reader, log.writer(f"tx-{clicks}") as writer:
+        with writer.transaction():
+            writer.send(clicks, 0, b"k", b"one")
+            writer.send(clicks, 0, b"k", b"two")
+            writer.send(clicks, 1, b"k", b"beside")
+            writer.flush()
+            assert reader.poll(0.3) == []
+        batches = read_until(reader, {0: 3, 1: 2})
+    assert values(batches) == [b"one", b"two"]
+    assert values(batches, 1) == [b"beside"]
+    assert joined(batches) == (0, 3)
+
+
+def test_an_aborted_transaction_is_a_range_without_records(log: Log, clicks: str) -> None:
+    with log.writer(f"tx-{clicks}") as writer:
+        with pytest.raises(RuntimeError, match="changed my mind"), writer.transaction():
+            writer.send(clicks, 0, b"k", b"never")
+            writer.flush()
+            raise RuntimeError("changed my mind")
+        with log.reader(clicks) as reader:
+            batches = read_until(reader, {0: 2})
+            assert values(batches) == []
+            assert joined(batches) == (0, 2)
+            with writer.transaction():
+                writer.send(clicks, 0, b"k", b"after")
+            assert values(read_until(reader, {0: 4})) == [b"after"]
+    with log.reader(clicks, committed_only=False) as reader:
+        assert values(read_until(reader, {0: 4})) == [b"never", b"after"]
+
+
+def test_an_open_transaction_holds_back_what_follows_it(log: Log, clicks: str) -> None:
+    with (
+        log.reader(clicks) as reader,
+        log.reader(clicks, committed_only=False) as everything,
+        log.writer(f"one-{clicks}") as one,
+        log.writer(f"two-{clicks}") as two,
+    ):
+        with one.transaction():
+            one.send(clicks, 0, None, b"first")
+            one.flush()
+            with two.transaction():
+                two.send(clicks, 0, None, b"second")
+            assert values(read_until(everything, {0: 3})) == [b"first", b"second"]
+            assert reader.poll(0.3) == []
+        assert values(read_until(reader, {0: 4})) == [b"first", b"second"]
+
+
+def test_a_writer_with_a_transactional_id_writes_in_transactions_only(log: Log, clicks: str) -> None:
+    with log.writer(f"tx-{clicks}") as writer, pytest.raises(LogError):
+        writer.send(clicks, 0, None, b"outside")
+        writer.flush()
+    with log.writer() as plain, pytest.raises(LogError), plain.transaction():
+        plain.send(clicks, 0, None, b"inside")
+    assert all_ends(log, clicks) == {0: 0, 1: 0}
+
+
+def test_a_second_writer_fences_the_first(log: Log, clicks: str) -> None:
+    first = log.writer(f"tx-{clicks}")
+    with first.transaction():
+        first.send(clicks, 0, b"k", b"mine")
+    second = log.writer(f"tx-{clicks}")
+    with pytest.raises(FencedWriter, match=r"stream\.shard"), first.transaction():
+        first.send(clicks, 0, b"k", b"zombie")
+    with second.transaction():
+        second.send(clicks, 0, b"k", b"theirs")
+    first.close()
+    second.close()
+    with log.reader(clicks) as reader:
+        assert values(read_until(reader, all_ends(log, clicks))) == [b"mine", b"theirs"]
+
+
+def test_what_a_dead_writer_left_open_never_becomes_visible(log: Log, clicks: str) -> None:
+    with log.writer(f"tx-{clicks}") as dead, pytest.raises(FencedWriter), dead.transaction():
+        dead.send(clicks, 0, b"k", b"half")
+        dead.flush()
+        with log.writer(f"tx-{clicks}") as successor, log.reader(clicks) as reader:
+            with successor.transaction():
+                successor.send(clicks, 0, b"k", b"whole")
+            assert values(read_until(reader, {0: 4})) == [b"whole"]
+    assert all_ends(log, clicks)[0] == 4, "nothing of the dead one came later"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_positions_and_records_follow_from_what_was_written(log: Log, clicks: str, seed: int) -> None:
+    """A record takes one position, the end of a transaction one in each partition that it touched."""
+    chance = random.Random(seed)
+    expected: dict[int, list[tuple[int, bytes]]] = {0: [], 1: []}
+    ends = {0: 0, 1: 0}
+    with log.writer(f"tx-{clicks}") as writer:
+        for number in range(25):
+            sent = [(chance.randrange(2), b"%d-%d" % (number, part)) for part in range(chance.randrange(4))]
+            aborted = chance.random() < 0.3
+            with contextlib.suppress(ZeroDivisionError), writer.transaction():
+                for partition, value in sent:
+                    writer.send(clicks, partition, None, value)
+                writer.flush()
+                if aborted:
+                    raise ZeroDivisionError
+            for partition, value in sent:
+                if not aborted:
+                    expected[partition].append((ends[partition], value))
+                ends[partition] += 1
+            for partition in {partition for partition, _ in sent}:
+                ends[partition] += 1
+    assert eventually(lambda: all_ends(log, clicks) == ends), "the last marker comes a little later"
+    with log.reader(clicks) as reader:
+        batches = read_until(reader, ends, most=5)
+    for partition, wanted in expected.items():
+        mine = [batch for batch in batches if batch.partition == partition]
+        found = [pair for batch in mine for pair in zip(batch.offsets.tolist(), batch.values, strict=True)]
+        assert found == wanted
+        assert joined(batches, partition) == (0, ends[partition])
+
+
+# What is refused, and what is gone
+
+
+def test_a_record_beyond_the_topics_limit_is_refused_in_one_line(log: Log, topics: LogTopics, settings: Kafka) -> None:
+    topics.ensure(settings.clicks_topic, 1, {"max.message.bytes": "1000"})
+    with log.writer() as writer:
+        writer.send(settings.clicks_topic, 0, b"k", b"x" * 5000)
+        with pytest.raises(LogError) as raised:
+            writer.flush()
+    assert "\n" not in str(raised.value)
+    with log.writer() as writer:
+        writer.send(settings.clicks_topic, 0, b"k", b"x" * 500)
+        writer.flush()
+    assert topics.ends(settings.clicks_topic) == {0: (0, 1)}
+
+
+def test_a_compacted_topic_takes_no_record_without_a_key(log: Log, topics: LogTopics, settings: Kafka) -> None:
+    topics.ensure(settings.clicks_topic, 1, {"cleanup.policy": "compact"})
+    with log.writer() as writer:
+        writer.send(settings.clicks_topic, 0, None, b"whose?")
+        with pytest.raises(LogError):
+            writer.flush()
+    write(log, settings.clicks_topic, [b"mine"])
+    assert topics.ends(settings.clicks_topic) == {0: (0, 1)}
+
+
+def test_records_deleted_before_they_were_read_are_a_gap(log: Log, topics: LogTopics, clicks: str) -> None:
+    write(log, clicks, [b"x"] * 10)
+    with log.reader(clicks) as reader:
+        topics.delete_before(clicks, {0: 6})
+        with pytest.raises(GapError, match=r"partition 0: we were at 0, but the log now begins at 6") as caught:
+            read_until(reader, {0: 10})
+        assert caught.value.gaps == (Gap(Source(reader.topic_id, 0), 0, 6),)
+    with pytest.raises(GapError, match=r"4 positions"):
+        log.reader(clicks, positions={0: 2})
+    with pytest.raises(GapError, match="ends at 10") as caught:
+        log.reader(clicks, positions={0: 11})
+    assert caught.value.gaps == (), "there is nothing to accept"
+    with log.reader(clicks, positions={0: 6}) as reader:
+        assert len(values(read_until(reader, {0: 10}))) == 4
+
+
+def test_a_topic_that_is_gone_or_another_one_stops_the_reader(log: Log, topics: LogTopics, clicks: str) -> None:
+    with log.reader(clicks) as reader:
+        reader.poll(0.1)
+        topics.delete(clicks)
+        deadline = time.monotonic() + 20
+        with pytest.raises(UnknownTopic, match="does not exist"):
+            while time.monotonic() < deadline:
+                reader.poll(0.2)
+        topics.ensure(clicks, 2)
+        with pytest.raises(UnknownTopic, match="made again"):
+            reader.refresh()

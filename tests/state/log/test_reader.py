@@ -1,0 +1,173 @@
+"""Reading a real broker: both ways alike, whatever the codec, and what becomes of a reader when things go away."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from deploy.kafka.broker import Broker
+from state.config.sections import Kafka
+from state.errors import UnknownTopic, UnreachableBroker
+from state.log import BulkWriter, KafkaLog, PartitionBatch, Reader, Topics, Writer, append_encoded, client_options
+from tests.reading import all_ends, eventually, joined, read_until, values, write
+
+LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
+
+
+def test_both_ways_of_reading_give_the_same_records(clicks: str, settings: Kafka) -> None:
+    with Writer(settings) as writer, Writer(settings, f"tx-{clicks}") as transactional:
+        for number in range(400):
+            key = None if number % 7 == 0 else b"key-%d" % number
+            value = None if number % 11 == 0 and key else b"v" * (number % 300)
+            headers = [("reason", b"x" * (number % 5))] if number % 3 == 0 else []
+            writer.send(clicks, number % 2, key, value, headers, timestamp_ms=10_000 + number)
+            if number % 50 == 0:
+                writer.flush()
+                with transactional.transaction():
+                    transactional.send(clicks, 0, b"t", b"committed-%d" % number)
+        writer.flush()
+    ends = all_ends(KafkaLog(settings), clicks)
+    rows = []
+    for batched in (True, False):
+        with Reader(settings, clicks, batched=batched) as reader:
+            batches = read_until(reader, ends)
+            rows.append(
+                sorted(
+                    (b.partition, offset, time_ms, key, value)
+                    for b in batches
+                    for offset, time_ms, key, value in zip(
+                        b.offsets.tolist(), b.timestamps_ms.tolist(), b.keys, b.values, strict=True
+                    )
+                ),
+            )
+    assert len(rows[0]) == 408
+    assert rows[0] == rows[1]
+
+
+def test_the_plain_way_leaves_out_an_aborted_transaction_too(clicks: str, settings: Kafka) -> None:
+    with Writer(settings, f"tx-{clicks}") as writer:
+        with pytest.raises(RuntimeError, match="changed my mind"), writer.transaction():
+            writer.send(clicks, 0, b"k", b"never")
+            writer.flush()
+            raise RuntimeError("changed my mind")
+        with writer.transaction():
+            writer.send(clicks, 0, b"k", b"after")
+    with Reader(settings, clicks, batched=False) as reader:
+        batches = read_until(reader, {0: 4})
+        assert values(batches) == [b"after"]
+        assert joined(batches) == (0, 4)
+    with Reader(settings, clicks, committed_only=False, batched=False) as reader:
+        assert values(read_until(reader, {0: 4})) == [b"never", b"after"]
+
+
+def test_an_acknowledged_record_does_not_wait_for_the_poll_to_end(clicks: str, settings: Kafka) -> None:
+    waits = []
+    with Reader(settings, clicks, from_end=True) as reader, Writer(settings) as writer:
+        for number in range(60):
+            writer.send(clicks, number % 2, b"k", b"v")
+            writer.flush()
+            acknowledged = time.perf_counter()
+            found: list[PartitionBatch] = []
+            while not found:
+                found = reader.poll(1.0)
+            waits.append(time.perf_counter() - acknowledged)
+    assert sorted(waits)[len(waits) // 2] < 0.5
+
+
+def test_compressed_records_are_read(clicks: str, settings: Kafka) -> None:
+    from kafka import KafkaProducer
+
+    codecs = ("gzip", "zstd", "lz4", "snappy")
+    for codec in codecs:
+        producer = KafkaProducer(**client_options(settings), compression_type=codec)
+        for _ in range(50):
+            producer.send(clicks, b"a lot of the same " * 20, partition=0)
+        producer.flush()
+        producer.close()
+    with Reader(settings, clicks) as reader:
+        everything = values(read_until(reader, {0: 50 * len(codecs)}))
+    assert everything == [b"a lot of the same " * 20] * 50 * len(codecs)
+
+
+@pytest.mark.parametrize(("behind", "written"), [(0, 20), (5, 20), (5, 2)])
+def test_a_topic_made_again_stops_the_reader(
+    topics: Topics, clicks: str, settings: Kafka, behind: int, written: int
+) -> None:
+    write(KafkaLog(settings), clicks, [b"old"] * behind)
+    with Reader(settings, clicks) as reader:
+        read_until(reader, {0: behind})
+        reader.poll(0.1)
+        topics.delete(clicks)
+        # A fetch that waits at the broker would be answered from the new topic.
+        assert eventually(lambda: not reader._consumer._fetcher.in_flight_fetches())
+        topics.ensure(clicks, 2)
+        write(KafkaLog(settings), clicks, [b"new"] * written)
+        deadline = time.monotonic() + 20
+        with pytest.raises(UnknownTopic, match="made again"):
+            while time.monotonic() < deadline:
+                assert values(reader.poll(0.2)) == []
+        with pytest.raises(UnknownTopic, match="made again"):
+            reader.refresh()
+
+
+@LEFT_SOCKETS
+@pytest.mark.usefixtures("refused")
+def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
+    settings = Kafka(bootstrap_servers=own.bootstrap_servers, request_timeout_s=20.0)
+    with Topics(settings) as topics:
+        topics.ensure("clicks", 1)
+    with Reader(settings, "clicks") as reader, Writer(settings) as writer, Writer(settings, "tx") as transactional:
+        writer.send("clicks", 0, None, b"before")
+        writer.flush()
+        seen = read_until(reader, {0: 1})
+        own.kill()
+        for _ in range(20):
+            assert reader.poll(0.05) == []
+        with pytest.raises(UnreachableBroker):
+            Topics(replace(settings, request_timeout_s=0.5))
+        writer.send("clicks", 0, None, b"while away")
+        own.start()
+        writer.flush()
+        with transactional.transaction():
+            transactional.send("clicks", 0, None, b"in a transaction")
+        seen += read_until(reader, {0: 4})
+    assert values(seen) == [b"before", b"while away", b"in a transaction"]
+    assert joined(seen) == (0, 4)
+
+    hasty = Writer(replace(settings, request_timeout_s=1.0), "tx2")
+    with hasty.transaction():
+        hasty.send("clicks", 0, None, b"the last")
+    own.kill()
+    start = time.monotonic()
+    with pytest.raises(UnreachableBroker), hasty.transaction():
+        hasty.send("clicks", 0, None, b"lost")
+    hasty.close(0.5)
+    assert time.monotonic() - start < 15
+
+
+@LEFT_SOCKETS
+@pytest.mark.usefixtures("refused")
+def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broker) -> None:
+    settings = Kafka(bootstrap_servers=own.bootstrap_servers, request_timeout_s=20.0)
+    with Topics(settings) as topics:
+        topics.ensure("clicks", 1)
+    with BulkWriter(settings, "clicks") as bulk:
+        for word in (b"good", b"damaged", b"fine"):
+            append_encoded(bulk, [b"k"] * 3, [word + b"-%d" % n for n in range(3)], np.arange(3), [0] * 3)
+    own.stop()
+    (segment,) = (own.directory / "data" / "clicks-0").glob("*.log")
+    content = segment.read_bytes()
+    segment.write_bytes(content.replace(b"damaged-1", b"dAmaged-1"))
+    own.start()
+    for batched in (True, False):
+        with Reader(settings, "clicks", batched=batched) as reader:
+            batches = read_until(reader, {0: 9})
+        assert values(batches) == [b"good-%d" % n for n in range(3)] + [b"fine-%d" % n for n in range(3)]
+        assert joined(batches) == (0, 9)
+        corrupt = [each for batch in batches for each in batch.corrupt]
+        assert (corrupt[0][0], corrupt[-1][1]) == (3, 6)
+        if batched:
+            assert corrupt == [(3, 6, "checksum of the batch at offset 3")]
