@@ -8,12 +8,12 @@ numbers in both. Integers only: the same bits on every machine.
 
 Each cross has two learned numbers, both logits. Its weight is what it adds to
 the sum of all weights of a row, where each leaves to the others what they can
-say too. Its margin is by how much the labels of its own rows differ from those
+say too. Its marginal logit is by how much the labels of its own rows differ from those
 of all, whatever else those rows had in common: known after few rows, and not
 moved by what others learn. They err in different ways, so that a mixture of
 both is nearer than either: a part of a row's engagement logit is
 
-    sum over its crosses c of  weight share of c * weight + margin share of c * margin
+    sum over its crosses c of  weight share of c * weight + marginal share of c * marginal logit
 
 with shares that are learned too, a pair for each name of a cross.
 
@@ -43,17 +43,8 @@ U16 = NDArray[np.uint16]
 I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
 
-ANSWERS = {
-    "share": 2.0,
-    "share by weight": 48.0,
-    "positive of labelled": 300.0,
-    "labelled": 300.0,
-    "pause": 6.0,
-    "pause before": 15.0,
-    "session": 15.0,
-    "days": 15.0,
-}
-"""What the answers are, and the precision of their crosses before anything was learned.
+ANSWERS = ("share", "share by weight", "positive of labelled", "labelled", "pause", "pause before", "session", "days")
+"""What the answers are.
 
 share                 positive of labelled, decayed, in sixteenths, drawn to a half where there are few
 share by weight       the same in eighths, for each half octave of labelled
@@ -65,39 +56,11 @@ session               events of the session so far
 days                  days with an event
 """
 
-PRECISION = {
-    "every": 1.0,
-    "user": 8.0,
-    "item": 30.0,
-    "category": 15.0,
-    "context": 0.05,
-    "user attribute": 300.0,
-    "item attribute": 40.0,
-    "user*item": 0.3,
-    "user*category": 20.0,
-    "user*context": 8.0,
-    "user*item attribute": 30.0,
-    "context*category": 75.0,
-    "context*item attribute": 30.0,
-}
-"""The precision of a weight before anything was learned, by the kind of its values: 1 / variance of a logit.
-
-A context differs most from another, then somebody's taste for an item that
-comes again; what an age band has in common differs least. Four labels tell one
-of precision, at best. Chosen on KuaiRand in one pass over its six days.
-"""
-
 WIDTH = 2
-"""Numbers of a cross: weight and margin."""
+"""Numbers of a cross: weight and marginal logit."""
 
 FIRST_SHARES = (0.5, 0.0)
-"""How much weight and margin count before anything was learned. Half of the sum of weights is about right beside margins."""
-
-MARGIN_PRECISION = 1.0
-"""The precision of a margin before anything was learned: four labels, where half of all are positive."""
-
-SHARE_PRECISION = 30.0
-"""The precision of what is added to a first share."""
+"""How much weight and marginal logit count before anything was learned. Half of the sum of weights is about right beside the other."""
 
 
 class Values(NamedTuple):
@@ -180,7 +143,7 @@ def logits_of(rows: F32, shares: F32) -> F32:
     """What crosses add to the logit of rows.
 
     Args:
-        rows: `[n, C, 2]` float32 weights and margins, 0 where there is no cross.
+        rows: `[n, C, 2]` float32 weights and marginal logits, 0 where there is no cross.
         shares: `[C, 2]` float32, what is added to the first shares.
 
     Returns:
@@ -201,7 +164,8 @@ class Crosses:
 
     Attributes:
         names: Of the C crosses, such as `user*category`.
-        precision: `[C]` float32, of their weights before anything was learned.
+        kinds: Of the C crosses, what of values they are, such as `user*context`: those of a kind are alike before
+            anything was learned.
         shares: `[C]` uint64, under which ids what is added to the first shares of each name is kept.
 
     >>> crosses = Crosses(FeatureSpec(), ("tab",), (), ("author",))
@@ -226,11 +190,7 @@ class Crosses:
         alone = [(name, "every") for name in kinds]
         place = {name: number for number, name in enumerate(kinds)}
         self.names = (*kinds, *("*".join(pair) for pair in paired))
-        known = PRECISION | ANSWERS
-        self.precision: F32 = np.array(
-            [known[kinds[one]] for one in kinds] + [known[f"{kinds[one]}*{kinds[other]}"] for one, other in paired],
-            np.float32,
-        )
+        self.kinds = (*kinds.values(), *(f"{kinds[one]}*{kinds[other]}" for one, other in paired))
         self._width = len(kinds)
         self._pairs: I32 = np.array([[place[one], place[other]] for one, other in alone + paired], np.int32)
         self._salts, self.shares = (_hashed(kind, self.names) for kind in ("cross", "cross share"))

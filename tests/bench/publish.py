@@ -50,7 +50,7 @@ def main(rows: int) -> None:
     every = np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for first in range(0, rows, 1_000_000):
         part = every[first : first + 1_000_000]
-        table.sight(part, np.full(part.size, 1, np.int64))
+        table.observe(part, np.full(part.size, 1, np.int64))
     drawn = np.random.default_rng(0)
     stalls, durable, published = [], [], []
     Path("build").mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def main(rows: int) -> None:
         size = 0
         for _ in range(TIMES):
             changed = drawn.choice(every, CHANGED, replace=False)
-            table.sight(changed, np.full(CHANGED, 2, np.int64))
+            table.observe(changed, np.full(CHANGED, 2, np.int64))
             began = time.perf_counter()
             tensors = checkpoint.changes(trainer)
             publisher.offer(dataclasses.replace(draft, kind="delta", parent=parent), tensors)

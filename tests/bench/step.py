@@ -38,7 +38,7 @@ def measure_step(users: int) -> dict[str, float]:
     )
     for first in range(1, users + 1, 1_000_000):
         numbers = np.arange(first, min(first + 1_000_000, users + 1))
-        trainer.tables["user"].sight(spread(numbers), np.full(numbers.size, START_MS))
+        trainer.tables["user"].observe(spread(numbers), np.full(numbers.size, START_MS))
     batches = [
         micro_batch(ROWS, first=number * ROWS, users=users, items=50_000, categories=3000) for number in range(STEPS)
     ]

@@ -13,10 +13,12 @@ import enum
 import math
 from dataclasses import dataclass, replace
 
-WARM_UP = 20
+from trainer.model.hyperparameters import HYPERPARAMETERS
+
+WARM_UP = HYPERPARAMETERS.guard_warm_up
 """Accepted steps before the first judgement by comparison."""
 
-MEMORY = 0.05
+MEMORY = HYPERPARAMETERS.guard_memory
 """Share of the newest accepted step in the running values."""
 
 

@@ -36,22 +36,21 @@ from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking import transitions
-from state.ranking.crosses import WIDTH, Crosses, Values
+from state.ranking.crosses import WIDTH, Crosses
 from trainer.device import prepare
-from trainer.engine.facts import Facts, Learned, Scores, Slopes
-from trainer.engine.graph import CROSS, Graph, Measured
+from trainer.engine.compiled.engine import CompiledEngine
+from trainer.engine.engine import CROSS, Engine, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
-from trainer.engine.optimizers import Adam
-from trainer.engine.sums import dropout, gather, square
+from trainer.engine.optimizers.adam import Adam
+from trainer.engine.optimizers.crosses import first_precision
+from trainer.engine.record import Record, Recorder
 from trainer.measures.evaluation import Evaluation
 from trainer.measures.slices import Scored, Slices
-from trainer.model.attributes import Columns, combine
-from trainer.model.candidates import candidates, partners, seed_of
+from trainer.model.attributes import Columns
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
-from trainer.model.losses import NEGATIVE_SHIFT
 from trainer.model.preprocessing import Preprocessing
-from trainer.tables.index import I32, U64
+from trainer.tables.index import U64
 from trainer.tables.popular import HOUR_MS, Popular
 from trainer.tables.table import MISSING, Table
 
@@ -191,11 +190,14 @@ class Trainer:
         self.counters = Counters()
         self._first_weights = self.model.weights()
         self._first_slots = self.optimizer.slots()
-        fields = len(settings.events.context) + len(self._columns.users.names)
-        learned = {name: table for name, table in self.tables.items() if name != TRANSITION}
-        self._graph = Graph(self.model, self.optimizer, learned, fields, len(self._columns.items.names))
-        self._windows = self.model.window_scaling
-        self._crosses = Crosses(spec, settings.events.context, self._columns.users.names, self._columns.items.names)
+        users, items = self._columns.users.names, self._columns.items.names
+        self._crosses = Crosses(spec, settings.events.context, users, items)
+        self._recorder = Recorder(settings, self._crosses, self._columns, model.hidden[0] if self.model.drops else 0)
+        precision = first_precision(self._crosses.kinds)
+        self.engine: Engine = CompiledEngine(
+            self.model, self.optimizer, {name: table for name, table in self.tables.items() if name != TRANSITION},
+            precision, len(settings.events.context) + len(users), len(items), self.device,
+        )  # fmt: skip
 
     def clear(self) -> None:
         """Back to the state of a new trainer, to start an epoch or before a base is loaded."""
@@ -251,13 +253,10 @@ class Trainer:
             )
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")
-        crosses = self._crosses_of(batch)
-        self._sight(batch, crosses)
-        facts, inputs = self._inputs(batch, crosses, seed)
-        with tf.device(self.device):
-            measured, scores, slopes, learned = self._graph.measure(facts, inputs)
-        sparse = self._sparse(facts, inputs, measured, slopes)
-        return self._judge_and_apply(batch, facts, inputs, measured, scores, sparse, learned, began)
+        crosses = self._recorder.crosses_of(batch)
+        self._observe(batch, crosses)
+        record = self._record(batch, crosses, seed)
+        return self._judge_and_apply(batch, record, self.engine.measure(record), began)
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout, by what the candidates are. Changes nothing.
@@ -265,29 +264,15 @@ class Trainer:
         Returns:
             recent_logits `[B, L]`, popular_logits `[B, P]`, successor_logits `[B, S]`, all float32.
         """
-        with tf.device(self.device):
-            _, scores, _, _ = self._graph.measure(*self._inputs(batch, self._crosses_of(batch), (0, 0)), move=False)
+        record = self._record(batch, self._recorder.crosses_of(batch), (0, 0))
+        scores = self.engine.measure(record, move=False).scores
         names = ("recent_logits", "popular_logits", "successor_logits")
         return {name: getattr(scores, name) for name in names}
 
-    def _crosses_of(self, batch: MicroBatch) -> U64:
-        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one.
+    def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
+        return self._recorder.record(batch, crosses, self.popular.top(), self.tables[TRANSITION], seed)
 
-        Only a label is learned from: of a drawn negative it is not known that anybody was shown it.
-        """
-        known = ~np.isnan(batch.label)
-        if not known.any():
-            return np.zeros((len(batch), 0), np.uint64)
-        rows = batch.take(known)
-        users, items = self._columns.users_of(rows), self._columns.items_of(rows)
-        ids = self._crosses.ids(Values(rows.user, rows.item, rows.category, rows.context, users, items, rows.features))
-        if len(rows) == len(batch):
-            return ids
-        found = np.zeros((len(batch), ids.shape[1]), np.uint64)
-        found[known] = ids
-        return found
-
-    def _sight(self, batch: MicroBatch, crosses: U64) -> None:
+    def _observe(self, batch: MicroBatch, crosses: U64) -> None:
         counters, expire_s = self.counters, self.settings.trainer.expire_s
         counters.log_ms = max(counters.log_ms, int(batch.at_ms.max()))
         if counters.log_ms // HOUR_MS > counters.expired_hour:
@@ -295,168 +280,43 @@ class Trainer:
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
         for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
-            self.tables[name].sight(np.ascontiguousarray(ids), batch.at_ms)
-        for context in (self._context(batch), self._columns.items_of(batch)):
+            self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
+        for context in (self._recorder.context_of(batch), self._columns.items_of(batch)):
             if fields := context.shape[1]:
-                self.tables["context"].sight(context.reshape(-1), np.repeat(batch.at_ms, fields))
-        self.tables[TRANSITION].sight(_left(batch), batch.at_ms)
+                self.tables["context"].observe(context.reshape(-1), np.repeat(batch.at_ms, fields))
+        self.tables[TRANSITION].observe(_left(batch), batch.at_ms)
         if crosses.size:
-            self.tables[CROSS].sight(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
+            self.tables[CROSS].observe(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
             shares = self._crosses.shares
-            self.tables[CROSS].sight(shares, np.full(shares.size, counters.log_ms))
+            self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
 
-    def _context(self, batch: MicroBatch) -> npt.NDArray[np.uint64]:
-        """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
-        users = self._columns.users_of(batch)
-        return np.concatenate([batch.context, users], 1) if users.shape[1] else batch.context
-
-    def _inputs(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> tuple[Facts, dict[str, Any]]:
-        """Everything the heads and the graph need, rows in place of ids."""
-        rows = len(batch)
-        sources = [part.source for part in batch.header.ranges]
-        topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
-        partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]
-        partner = partners(topics, partitions, batch.opened)
-        popular = self.popular.top()
-        table = self.tables[TRANSITION]
-        listed, newest_at = table.distinct(table.find(np.ascontiguousarray(batch.recent_categories[:, 0])))
-        lists = table.get(listed)
-        came_next = transitions.succession(newest_at, lists, batch.recent_categories, popular)
-        slots = candidates(batch.category, batch.recent_categories, popular, came_next.ids, partner)
-        if seed is None:
-            seed = seed_of(int(topics[0]), int(partitions[0]), int(batch.opened[0]))
-
-        known = ~np.isnan(batch.label)
-        negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(rows))
-        scored = np.concatenate([known | (batch.item != 0), negative])
-
-        attributes = self._columns.items_of(batch)
-        combined = combine(batch.item, attributes) if attributes.shape[1] else None
-        of_item = {"pair_item_at": batch.item, "negative_item_at": batch.item[partner]}
-        parts = {
-            "user": {"user_at": batch.user},
-            "item": of_item if combined is None else {"item_at": combined.item},
-            "category": {
-                "recent_at": batch.recent_categories.reshape(-1),
-                "popular_at": popular,
-                "successor_at": came_next.ids.reshape(-1),
-                "pair_category_at": batch.category,
-                "negative_category_at": batch.category[partner],
-                "other_at": slots.other,
-            },
-            "context": {"context_at": self._context(batch).reshape(-1)},
-            CROSS: {"cross_at": crosses.reshape(-1), "share_at": self._crosses.shares[: crosses.shape[1]]},
-        }
-        if combined is not None:
-            parts["context"]["item_attributes_at"] = combined.attributes.reshape(-1)
-        inputs: dict[str, Any] = {"features": batch.features, "seed": np.array(seed, np.int32), "partner": partner}
-        inputs |= {f"{TRANSITION}_rows": listed, "newest_at": newest_at, "lists": lists}
-        at: dict[str, I32] = {}
-        for name in parts:
-            table, ids = self.tables[name], np.concatenate(list(parts[name].values()))
-            inputs[f"{name}_rows"], places = table.distinct(table.find(ids))
-            ends = np.cumsum([part.size for part in parts[name].values()])
-            at |= dict(zip(parts[name], np.split(places, ends[:-1]), strict=True))
-        if combined is not None:
-            at |= {"pair_item_at": combined.at, "negative_item_at": combined.at[partner]}
-            inputs |= {name: at[name] for name in ("item_at", "item_attributes_at")}
-        recent_at = at["recent_at"].reshape(batch.recent_categories.shape)
-        inputs |= {name: at[name] for name in ("user_at", "popular_at", "context_at")}
-        inputs["latest_at"] = np.ascontiguousarray(recent_at[:, : HYPERPARAMETERS.latest]).reshape(-1)
-        width = self.settings.model.hidden[0] if self._graph.drops else 0
-        inputs["kept"] = dropout(seed, rows, width, self.settings.model.dropout)
-        weight = np.where(slots.target >= 0, batch.weight, np.float32(0.0)) * np.float32(
-            1.0 / HYPERPARAMETERS.loss_scale
-        )
-        facts = Facts(
-            windows=np.concatenate([batch.category_windows, came_next.recent_categories], 2),
-            log_scale=self._windows.log_scale,
-            scale=self._windows.scale,
-            shift=self._windows.shift,
-            recent_mask=(batch.recent_categories != 0).astype(np.float32),
-            popular_mask=slots.popular_mask,
-            successor_mask=(came_next.ids != 0).astype(np.float32),
-            other_mask=(slots.other != 0).astype(np.float32),
-            popular_next=came_next.popular,
-            successor_next=came_next.successors,
-            recent_at=recent_at,
-            successor_at=at["successor_at"].reshape(came_next.ids.shape),
-            other_at=at["other_at"],
-            pair_category_at=np.concatenate([at["pair_category_at"], at["negative_category_at"]]),
-            pair_item_at=np.concatenate([at["pair_item_at"], at["negative_item_at"]]),
-            target=slots.target,
-            weight=weight.astype(np.float32),
-            engaged=np.concatenate([np.where(known, batch.label, np.float32(1.0)), np.zeros(rows, np.float32)]),
-            engaged_shift=np.where(np.concatenate([known, known]), np.float32(0.0), np.float32(NEGATIVE_SHIFT)),
-            engaged_weight=scored.astype(np.float32)
-            * np.float32(HYPERPARAMETERS.engagement_share / HYPERPARAMETERS.loss_scale),
-            cross_at=at["cross_at"].reshape(crosses.shape),
-            share_at=at["share_at"],
-            cross_prior=self._crosses.precision,
-        )
-        return facts, inputs
-
-    def _sparse(self, facts: Facts, inputs: Mapping[str, Any], measured: Measured, slopes: Slopes) -> dict[str, F32]:
-        """The derivatives by the distinct rows of each table; the first of them is the missing row."""
-        dim, attributes = self.settings.model.dim, len(self._columns.items.names)
-        found = {"user": np.zeros((inputs["user_rows"].size, dim), np.float32), "item": slopes.item}
-        found |= {"category": slopes.category, "context": np.zeros((inputs["context_rows"].size, dim), np.float32)}
-        if attributes:
-            found["item"] = np.zeros((inputs["item_rows"].size, dim), np.float32)
-            gather(found["item"], inputs["item_at"], slopes.item)
-            shares = np.repeat(slopes.item / np.float32(attributes), attributes, 0)
-            gather(found["context"], inputs["item_attributes_at"], shares)
-        for name, at, of in (
-            ("user", "user_at", measured.user),
-            ("category", "latest_at", measured.latest),
-            ("category", "popular_at", measured.popular),
-            ("context", "context_at", measured.context),
-        ):
-            gather(found[name], inputs[at], of.numpy())
-        return found
-
-    def _judge_and_apply(
-        self,
-        batch: MicroBatch,
-        facts: Facts,
-        inputs: Mapping[str, Any],
-        measured: Measured,
-        scores: Scores,
-        sparse: Mapping[str, F32],
-        learned: Learned,
-        began: float,
-    ) -> Report:
-        counters, settings = self.counters, self.settings.trainer
-        targets = facts.target >= 0
-        scored = facts.engaged_weight > 0
+    def _judge_and_apply(self, batch: MicroBatch, record: Record, measured: Measured, began: float) -> Report:
+        counters, settings, scores = self.counters, self.settings.trainer, measured.scores
+        targets, pairs = record.targets.slot >= 0, record.targets
+        scored = np.concatenate([pairs.label_weight, pairs.negative_weight]) > 0
         losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
-        norm = math.sqrt(float(measured.norm.numpy()) + sum(square(slopes[1:]) for slopes in sparse.values()))
+        norm = math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0
         verdict, self.guard = judge(self.guard, loss, norm, len(batch), settings.guard_factor, settings.guard_patience)
         rank = scores.rank[targets]
         top1, top5 = rank < 1, rank < 5
-        logits, positive = scores.engagement[scored], facts.engaged[scored] >= 0.5
+        labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
+        logits, positive = scores.engagement[scored], labels[scored] >= 0.5
         event_time_ms = int(batch.at_ms.max())
 
         counters.steps += 1
         if verdict is Verdict.ACCEPT:
-            rows = {name: inputs[f"{name}_rows"] for name in self.tables}
-            with tf.device(self.device):
-                self._graph.apply(rows, sparse, measured, learned)
-            for name, table in self.tables.items():
-                table.touch(rows[name])
+            self.engine.apply(measured)
+            for name, rows in measured.rows.items():
+                self.tables[name].touch(rows)
             known = batch.recent_categories[:, 0] != MISSING
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             if self.slices:
-                seen = Scored(targets, losses, top1, scored, inputs["partner"], logits, positive, engagement_losses)
+                seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
                 users, items = self._columns.users_of(batch), self._columns.items_of(batch)
                 self.slices.update(users, items, batch.header.names, seen)
             self.popular.update(batch.category, counters.log_ms)
-            # Counted once the step is accepted: a skipped one leaves no trace.
-            lists = inputs["lists"]
-            transitions.record(inputs["newest_at"], np.where(facts.weight > 0, batch.category, np.uint64(0)), lists)
-            table = self.tables[TRANSITION]
-            table.put(inputs[f"{TRANSITION}_rows"][1:], lists[1:], np.zeros((len(lists) - 1, 0), np.float32))
+            self._count_transitions(batch, record)
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, event_time_ms)
         else:
@@ -475,6 +335,14 @@ class Trainer:
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
         )
+
+    def _count_transitions(self, batch: MicroBatch, record: Record) -> None:
+        """Counted once the step is accepted: a skipped one leaves no trace."""
+        followers = np.where(record.targets.weight > 0, batch.category, np.uint64(0))
+        transitions.record(record.newest, followers, record.lists)
+        table, lists = self.tables[TRANSITION], record.lists
+        table.put(record.list_rows[1:], lists[1:], np.zeros((len(lists) - 1, 0), np.float32))
+        table.touch(record.list_rows)
 
 
 def _left(batch: MicroBatch) -> U64:

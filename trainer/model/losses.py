@@ -22,6 +22,20 @@ def interest_logits(scores: Mapping[str, Tensor]) -> Tensor:
     return tf.concat([scores["recent_logits"], scores["popular_logits"], scores["successor_logits"], last], 1)
 
 
+def rank(scores: Mapping[str, Tensor], slot: Tensor) -> Tensor:
+    """`[B]` int32: candidates before the clicked one, but for the last slot; of equal ones the lower slot comes first.
+
+    All of them where it is the last slot, or none.
+    """
+    logits = interest_logits(scores)[:, :-1]
+    slots = logits.shape[1]
+    place = tf.clip_by_value(slot, 0, slots - 1)
+    own = tf.gather(logits, tf.expand_dims(place, 1), batch_dims=1)
+    lower = tf.range(slots) < tf.expand_dims(place, 1)
+    before = tf.reduce_sum(tf.cast((logits > own) | ((logits == own) & lower), tf.int32), 1)
+    return tf.where((slot >= 0) & (slot < slots), before, slots)
+
+
 def interest_loss(scores: Mapping[str, Tensor], slot: Tensor) -> Tensor:
     """`[B]` float32: -log p of the clicked candidate; 0 in rows without one (slot -1)."""
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(slot, 0), interest_logits(scores))

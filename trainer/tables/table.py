@@ -184,7 +184,7 @@ class Table:
         """The row of each id, `[n]` int32, MISSING where it has none. Admits nothing."""
         return self._index.find(ids)
 
-    def sight(self, ids: U64, at_ms: I64) -> I32:
+    def observe(self, ids: U64, at_ms: I64) -> I32:
         """Counts one sighting of each id at log time, admits those seen often enough.
 
         Args:

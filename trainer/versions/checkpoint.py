@@ -21,7 +21,7 @@ from state.errors import SpecMismatch
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING
 from state.registry.versions import Versions
-from trainer.engine.graph import CROSS
+from trainer.engine.engine import CROSS
 from trainer.engine.step import TRANSITION, Trainer, labelled
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.tables.table import Changes

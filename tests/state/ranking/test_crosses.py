@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from state.features.spec import FeatureSpec
-from state.ranking.crosses import ANSWERS, PRECISION, Crosses, Values, logits_of
+from state.ranking.crosses import ANSWERS, Crosses, Values, logits_of
 
 SPEC = FeatureSpec()
 CROSSES = Crosses(SPEC, ("tab",), ("age",), ("author", "length"))
@@ -67,13 +67,13 @@ def test_margins_count_nothing_and_weights_half_until_shares_are_learned() -> No
     np.testing.assert_allclose(logits_of(rows, learned), [0.4 + 0.3 - 0.1 - 1.0, 0.5 - 0.2], rtol=1e-6)
 
 
-def test_every_cross_has_an_id_and_a_precision_of_its_own() -> None:
+def test_every_cross_has_an_id_of_its_own_and_a_kind() -> None:
     found = CROSSES.ids(rows())
     assert found.shape == (6, len(CROSSES)) and len(np.unique(found)) >= 6 * (len(CROSSES) - 1 - len(ANSWERS))
-    assert len(set(CROSSES.names)) == len(CROSSES) == len(CROSSES.precision)
-    of = dict(zip(CROSSES.names, CROSSES.precision.tolist(), strict=True))
-    assert of["user*item.author"] == PRECISION["user*item attribute"]
-    assert of["answer.pause"] == ANSWERS["pause"]
+    assert len(set(CROSSES.names)) == len(CROSSES) == len(CROSSES.kinds)
+    of = dict(zip(CROSSES.names, CROSSES.kinds, strict=True))
+    assert of["user*item.author"] == "user*item attribute"
+    assert of["answer.pause"] == "pause"
 
 
 def test_a_rows_ids_depend_on_nothing_but_the_row() -> None:

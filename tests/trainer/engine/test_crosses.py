@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 from state.microbatch.batch import MicroBatch
-from state.ranking.crosses import FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION, Crosses, Values, logits_of
+from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
 from tests.trainer.batches import SPEC, micro_batch, spread
 from tests.trainer.engine.test_step import digests, learned, restored, settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
-from trainer.engine.crosses import crosses
-from trainer.engine.graph import CROSS
+from trainer.engine.engine import CROSS
 from trainer.engine.guard import Verdict
+from trainer.engine.optimizers.crosses import crosses, first_precision
 from trainer.engine.step import Trainer
+from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.versions import checkpoint, content
 from trainer.versions.difference import first_difference
 
 NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
+PRECISION = first_precision(NAMES.kinds)
 
 
 @functools.cache
@@ -97,7 +99,7 @@ def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]
     for row, label in zip(ids.tolist(), labels, strict=True):
         own = [
             (learned[one], learned[share], prior)
-            for one, share, prior in zip(row, NAMES.shares.tolist(), NAMES.precision.tolist(), strict=True)
+            for one, share, prior in zip(row, NAMES.shares.tolist(), PRECISION.tolist(), strict=True)
             if one
         ]
         said = [(share, side, cross[side]) for cross, share, _ in own for side in (0, 1)]
@@ -107,7 +109,10 @@ def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]
         margins = [cross[1] for cross, _, _ in own]
         variance = [1 / (prior + cross[2]) for cross, _, prior in own]
         # Shares.
-        information, known = mixed * (1 - mixed), [SHARE_PRECISION + share[2 + side] for share, side, _ in said]
+        information, known = (
+            mixed * (1 - mixed),
+            [HYPERPARAMETERS.share_precision + share[2 + side] for share, side, _ in said],
+        )
         doubt = sum(value**2 / one for one, (_, _, value) in zip(known, said, strict=True))
         for one, (share, side, value) in zip(known, said, strict=True):
             share[side] += value * (label - mixed) / (1 + information * doubt) / one
@@ -121,7 +126,7 @@ def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]
         for place, (cross, _, _) in enumerate(own):
             alone = chance(margins[0] + margins[place] if place else margins[0])
             cross[3] += alone * (1 - alone)
-            cross[1] += (label - alone) / (MARGIN_PRECISION + cross[3])
+            cross[1] += (label - alone) / (HYPERPARAMETERS.marginal_precision + cross[3])
     return logits, learned
 
 
@@ -132,7 +137,7 @@ def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
     distinct, at = np.unique(np.append(ids, np.uint64(0)), return_inverse=True)
     places = at[:-1].reshape(ids.shape).astype(np.int32)
     nothing = np.zeros((distinct.size, 2), np.float32)
-    found = crosses(places[:-1], places[-1], NAMES.precision, batch.label, nothing, nothing)
+    found = crosses(places[:-1], places[-1], PRECISION, batch.label, nothing, nothing)
     np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
     assert np.abs(logits).max() > 0.3
     expected = np.array([learned[one] for one in distinct[1:].tolist()])
@@ -155,7 +160,7 @@ def test_serving_adds_up_a_versions_rows_as_the_trainer_scores_the_next_row() ->
     # Some crosses of the row were never seen: theirs is the row of zeros.
     places = np.where(np.isin(ids, state.ids), np.searchsorted(state.ids, ids) + 1, 0).astype(np.int32)
     rows, precision = (np.concatenate([np.zeros((1, 2), np.float32), part]) for part in (state.rows, state.accum))
-    scored = crosses(places[:1], places[1], NAMES.precision, last.label, rows, precision).logits
+    scored = crosses(places[:1], places[1], PRECISION, last.label, rows, precision).logits
     np.testing.assert_allclose(logits_of(rows[places[:1]], rows[places[1]]), scored, rtol=1e-5, atol=1e-6)
     without = rows * np.array([1, 0], np.float32)
     assert abs(scored[0] - logits_of(without[places[:1]], without[places[1]])[0]) > 1e-3

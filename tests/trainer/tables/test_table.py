@@ -47,20 +47,20 @@ def test_index_grows_past_its_first_size() -> None:
 
 def test_new_row_depends_on_table_and_id_only() -> None:
     small, large = Table("user", 4, capacity=2), Table("user", 4, capacity=100)
-    small.sight(ids(1, 2, 3), times(1, 1, 1))
-    large.sight(ids(3), times(1))
+    small.observe(ids(1, 2, 3), times(1, 1, 1))
+    large.observe(ids(3), times(1))
     rows = small.state()
     assert (large.state().rows[0] == rows.rows[2]).all()
     assert (rows.rows == hashed_uniform(rows.ids, 4, "user") * np.float32(INITIAL_RANGE)).all()
     assert np.abs(rows.rows).max() <= INITIAL_RANGE
     other = Table("item", 4)
-    other.sight(ids(3), times(1))
+    other.observe(ids(3), times(1))
     assert (other.state().rows != rows.rows[2]).all()
 
 
 def test_missing_row_is_zero_and_no_id_is_none() -> None:
     table = Table("user", 4)
-    assert table.sight(ids(0, 7), times(5, 5)).tolist() == [0, 1]
+    assert table.observe(ids(0, 7), times(5, 5)).tolist() == [0, 1]
     assert table.find(ids(0, 8)).tolist() == [0, 0]
     assert not tf.gather(table.rows, [0]).numpy().any()
     assert table.take_changes().ids.tolist() == [7]
@@ -68,10 +68,10 @@ def test_missing_row_is_zero_and_no_id_is_none() -> None:
 
 def test_row_is_admitted_by_its_nth_sighting() -> None:
     table = Table("user", 4, admit_after=3)
-    assert table.sight(ids(7, 7), times(1, 2)).tolist() == [0, 0]
+    assert table.observe(ids(7, 7), times(1, 2)).tolist() == [0, 0]
     changes = table.take_changes()
     assert (changes.ids.size, changes.pending_ids.tolist(), changes.pending_counts.tolist()) == (0, [7], [2])
-    assert table.sight(ids(7), times(3))[0] != 0
+    assert table.observe(ids(7), times(3))[0] != 0
     changes = table.take_changes()
     assert (changes.ids.tolist(), changes.pending_ids.tolist(), changes.pending_counts.tolist()) == ([7], [7], [0])
     assert table.pending == 0
@@ -79,7 +79,7 @@ def test_row_is_admitted_by_its_nth_sighting() -> None:
 
 def test_expiry_by_log_time_leaves_a_tombstone_and_forgets_pending_ids() -> None:
     table = Table("user", 4, admit_after=2)
-    table.sight(ids(1, 1, 2, 2, 3), times(10, 20, 10, 50, 10))
+    table.observe(ids(1, 1, 2, 2, 3), times(10, 20, 10, 50, 10))
     table.take_changes()
     assert table.expire(before_ms=30) == 1
     changes = table.take_changes()
@@ -89,12 +89,12 @@ def test_expiry_by_log_time_leaves_a_tombstone_and_forgets_pending_ids() -> None
 
 def test_expired_id_that_comes_back_starts_anew_and_is_no_tombstone() -> None:
     table = Table("user", 4)
-    table.sight(ids(1, 2), times(10, 10))
+    table.observe(ids(1, 2), times(10, 10))
     first = table.state()
     row = table.find(ids(1))
     table.put(row, np.ones((1, 4), np.float32), np.ones((1, 4), np.float32))
     table.expire(before_ms=20)
-    table.sight(ids(1), times(30))
+    table.observe(ids(1), times(30))
     changes = table.take_changes()
     assert (changes.removed.tolist(), changes.ids.tolist()) == ([2], [1])
     assert (changes.rows == first.rows[:1]).all() and (changes.accum == first.accum[:1]).all()
@@ -102,7 +102,7 @@ def test_expired_id_that_comes_back_starts_anew_and_is_no_tombstone() -> None:
 
 def test_distinct_order_is_that_of_first_occurrence() -> None:
     table = Table("user", 4)
-    table.sight(ids(1, 2, 3), times(1, 1, 1))
+    table.observe(ids(1, 2, 3), times(1, 1, 1))
     unique, positions = table.distinct(table.find(ids(3, 9, 1, 3)))
     assert unique.tolist() == [0, *table.find(ids(3, 1))]
     assert positions.tolist() == [1, 0, 2, 1]
@@ -121,7 +121,7 @@ def test_base_and_deltas_rebuild_the_table_in_another_layout(
     table = Table("user", 4, capacity=2, admit_after=admit_after)
     copy = Table("user", 4, capacity=50, admit_after=admit_after)
     for number, (key, at, cut) in enumerate(events):
-        row = table.sight(ids(key), times(100 * number + at))
+        row = table.observe(ids(key), times(100 * number + at))
         if row[0]:
             table.put(row, np.full((1, 4), number, np.float32), np.full((1, 4), number + 1, np.float32))
         if number % 7 == 6:
@@ -139,7 +139,7 @@ def test_base_and_deltas_rebuild_the_table_in_another_layout(
 def test_growth_keeps_every_row() -> None:
     table = Table("user", 4, capacity=2)
     keys = np.arange(1, 1001, dtype=np.uint64)
-    table.sight(keys, np.ones(1000, np.int64))
+    table.observe(keys, np.ones(1000, np.int64))
     assert table.capacity >= 1001
     assert (table.state().rows == hashed_uniform(keys, 4, "user") * np.float32(INITIAL_RANGE)).all()
     assert (table.state().accum == np.float32(1e-6)).all()
@@ -148,7 +148,7 @@ def test_growth_keeps_every_row() -> None:
 def test_clear_forgets_everything() -> None:
     table = Table("user", 4)
     empty = table.digest()
-    table.sight(ids(1), times(1))
+    table.observe(ids(1), times(1))
     assert table.digest() != empty
     table.clear()
     assert table.digest() == empty and len(table) == 0
@@ -157,7 +157,7 @@ def test_clear_forgets_everything() -> None:
 @pytest.mark.parametrize("field", ["rows", "accum", "last_seen_ms"])
 def test_digest_sees_each_array(field: str) -> None:
     table = Table("user", 4)
-    table.sight(ids(1), times(1))
+    table.observe(ids(1), times(1))
     state = table.state()
     changed = {name: getattr(state, name) for name in state.FIELDS}
     changed[field] = changed[field] + 1

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from trainer.engine.optimizers.fast_weights import FastSlots
+
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 U16 = npt.NDArray[np.uint16]
@@ -71,7 +73,7 @@ class Facts(NamedTuple):
     cross_prior: F32
 
 
-class Moving(NamedTuple):
+class FastWeights(NamedTuple):
     """The weights that move within a step, or derivatives by them, float32.
 
     Attributes:
@@ -105,7 +107,7 @@ class Moving(NamedTuple):
         return np.concatenate([part.reshape(-1) for part in self])
 
     @classmethod
-    def of(cls, flat: F32, like: Moving) -> Moving:
+    def of(cls, flat: F32, like: FastWeights) -> FastWeights:
         """Views of the parts of `flat` `[m]`, one behind another in the shapes of `like`."""
         shapes = [part.shape for part in like]
         ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -113,18 +115,18 @@ class Moving(NamedTuple):
         return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
-MOVING = Moving._fields
+FAST = FastWeights._fields
 
 
-class Given(NamedTuple):
+class HeadInputs(NamedTuple):
     """What the graph computed of a step, float32.
 
     Attributes:
-        scoring: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
-        learning: The same with dropout.
-        scoring_popular: `[B, P]` popular logits without dropout, not masked.
-        learning_popular: The same with dropout.
-        prepared: `[B, U]` the user's features, as the evidence takes them.
+        plain_queries: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
+        queries: The same with dropout.
+        plain_popular: `[B, P]` popular logits without dropout, not masked.
+        popular_logits: The same with dropout.
+        user_features: `[B, U]` as both nets take them.
         category: `[u, dim]` distinct category rows.
         item: `[v, dim]` distinct item rows.
         prior: `[3]` of a known label, of its log probability, of that of another.
@@ -132,14 +134,14 @@ class Given(NamedTuple):
         category_bias: `[dim]`
         cross: `[w, 2]` distinct weights and margins of crosses, and their shares.
         cross_precision: `[w, 2]`, how much was learned of each.
-        moving: What moves within the step.
+        fast: What moves within the step.
     """
 
-    scoring: F32
-    learning: F32
-    scoring_popular: F32
-    learning_popular: F32
-    prepared: F32
+    plain_queries: F32
+    queries: F32
+    plain_popular: F32
+    popular_logits: F32
+    user_features: F32
     category: F32
     item: F32
     prior: F32
@@ -147,125 +149,35 @@ class Given(NamedTuple):
     category_bias: F32
     cross: F32
     cross_precision: F32
-    moving: Moving
+    fast: FastWeights
 
 
-class Slopes(NamedTuple):
-    """Derivatives of the loss by what of `Given` is learned, in its shapes.
+class Gradients(NamedTuple):
+    """Derivatives of the loss by what of `HeadInputs` is learned, in its shapes.
 
     Attributes:
-        moving: By what moves within the step, summed over it.
+        fast: By what moves within the step, summed over it.
     """
 
-    learning: F32
-    learning_popular: F32
+    queries: F32
+    popular_logits: F32
     category: F32
     item: F32
     prior: F32
     item_bias: F32
     category_bias: F32
-    moving: Moving
-
-
-class Moved(NamedTuple):
-    """The weights that move within a step, one behind another in the order of `MOVING`, and their slots.
-
-    Attributes:
-        weights: `[m]` float32, what scores and learns.
-        fast: `[m]` float32, what the derivatives move.
-        slow: `[m]` float32, the mean of it over the latest moves.
-        second: `[m]` float32, the mean of the squared derivatives.
-        moves: `[2]` float32: how many there were, and Adam's second beta to that power.
-    """
-
-    weights: F32
-    fast: F32
-    slow: F32
-    second: F32
-    moves: F32
-
-    @classmethod
-    def of(cls, weights: F32) -> Moved:
-        """Before the first move."""
-        moves = np.array([0.0, 1.0], np.float32)
-        return cls(weights, weights.copy(), weights.copy(), np.zeros_like(weights), moves)
+    fast: FastWeights
 
 
 class Learned(NamedTuple):
     """What the heads have learned themselves, for when the guard accepts the step.
 
     Attributes:
-        cross: That of `Given` after the step.
+        cross: That of `HeadInputs` after the step.
         cross_precision: Likewise.
-        moved: The weights that moved within it.
+        fast: The weights that moved within it.
     """
 
     cross: F32
     cross_precision: F32
-    moved: Moved
-
-
-class Scores(NamedTuple):
-    """The measures of a step, without dropout.
-
-    Attributes:
-        recent_logits: `[B, L]` float32, MASKED where there is no category.
-        popular_logits: `[B, P]` float32.
-        successor_logits: `[B, S]` float32.
-        interest_loss: `[B]` float32, 0 without a target.
-        rank: `[B]` int32, candidates before the target; all of them where it is none.
-        engagement: `[2 B]` float32 logits.
-        engagement_loss: `[2 B]` float32.
-    """
-
-    recent_logits: F32
-    popular_logits: F32
-    successor_logits: F32
-    interest_loss: F32
-    rank: I32
-    engagement: F32
-    engagement_loss: F32
-
-
-class Room(NamedTuple):
-    """Working memory for a block of `n` rows.
-
-    Attributes:
-        firsts: `[n + 1]` int32, where the categories of each row begin among those of all.
-        newest: `[n, F]` float32, the prepared windows of each row's newest category.
-        across: `[F, n * L]`, those of all categories.
-        hidden: `[H, n * L]`, the hidden units of the net over them.
-        evidence: `[n * L]`, what they say of each category.
-        users: `[n, H + K]`, the user's part of the hidden units of both nets.
-        evidence_slope: `[n * L]`, the derivative by `evidence`.
-        to_users: `[n, H + K]`, by `users`.
-        logs: `[2, n * (P + S)]`, logarithms of how often popular categories and successors came next.
-        next_hidden: `[K, n * (P + S)]`, the hidden units of the net over them.
-        said: `[n * (P + S)]`, what they say of each candidate.
-        said_slope: `[n * (P + S)]`, the derivative by `said`.
-    """
-
-    firsts: I32
-    newest: F32
-    across: F32
-    hidden: F32
-    evidence: F32
-    users: F32
-    evidence_slope: F32
-    to_users: F32
-    logs: F32
-    next_hidden: F32
-    said: F32
-    said_slope: F32
-
-    @classmethod
-    def of(cls, rows: int, facts: Facts, net_hidden: int, next_hidden: int, lanes: int) -> Room:
-        """Room for blocks of so many rows of `facts`, and of categories for whole vectors of `lanes`."""
-        _, recent_categories, width = facts.windows.shape
-        most = -(-rows * recent_categories // lanes) * lanes
-        places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
-        columns = facts.popular_next.shape[2]
-        both = net_hidden + next_hidden
-        shapes = [(rows, width), (width, most), (net_hidden, most), (most,), (rows, both), (most,), (rows, both)]
-        shapes += [(columns, places), (next_hidden, places), (places,), (places,)]
-        return cls(np.zeros(rows + 1, np.int32), *(np.zeros(shape, np.float32) for shape in shapes))
+    fast: FastSlots

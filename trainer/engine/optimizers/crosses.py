@@ -1,12 +1,12 @@
-"""What crosses say of a step's rows, and what they learn of them: a compiled loop, row after row.
+"""The Kalman filter of crosses: what they add to the logits of a record's rows, and what they learn of each, row after row.
 
 `state/ranking/crosses.py` says what a cross is and what its two numbers are. A row is
 scored first. If its label is known, three things are learned of it, each a
 normal variable of its own, before the next row is scored:
 
-1. Margins: each cross by itself, against the labels of all rows.
-2. Weights: all crosses of the row together share what their sum left unsaid.
-3. Shares: how much the weight and the margin of a cross count in the logit.
+1. Marginal logits: each cross by itself, against the labels of all rows.
+2. Weights: all crosses of the row together share the error of their sum.
+3. Shares: how much the weight and the marginal logit of a cross count in the logit.
 
 The second and third are steps of an extended Kalman filter with a diagonal
 covariance: who is little known moves far and learns, who is well known stays.
@@ -16,19 +16,24 @@ No rate is tuned and none decays.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from state.compiled import compiled_sums, part_of_sums
-from state.ranking.crosses import FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION
-from trainer.engine.facts import F32, I32
+from state.ranking.crosses import FIRST_SHARES
+from trainer.model.hyperparameters import HYPERPARAMETERS
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 class Crossed(NamedTuple):
-    """What the crosses said and learned.
+    """What the crosses numbers and learned.
 
     Attributes:
         logits: `[B]` float32, before a row was learned from; 0 in rows without crosses.
@@ -42,19 +47,19 @@ class Crossed(NamedTuple):
 
 
 @part_of_sums
-def _chance(logit: np.float32) -> np.float32:
+def _sigmoid(logit: np.float32) -> np.float32:
     return _ONE / (_ONE + np.float32(math.exp(-logit)))
 
 
 @part_of_sums
-def _learn_margins(
-    b: int, at: I32, label: np.float32, first: np.float32, margin: F32, rows: F32, precision: F32
+def _learn_marginals(
+    b: int, at: I32, label: np.float32, first: np.float32, marginal: F32, rows: F32, precision: F32
 ) -> None:
     """1. The first cross, which every row has, learns the logit of all labels; the others what theirs add to it."""
     for c in range(at.shape[1]):
         place = at[b, c]
         if place != 0:
-            likely = _chance(margin[0] + margin[c] if c > 0 else margin[0])
+            likely = _sigmoid(marginal[0] + marginal[c] if c > 0 else marginal[0])
             precision[place, 1] += likely * (_ONE - likely)
             rows[place, 1] += (label - likely) / (first + precision[place, 1])
 
@@ -62,41 +67,43 @@ def _learn_margins(
 @part_of_sums
 def _learn_weights(b: int, at: I32, label: np.float32, variance: F32, weight: F32, rows: F32, precision: F32) -> None:
     """2. `variance` and `weight` are those of the row's crosses, 0 where there is none."""
-    logit, doubt = _ZERO, _ZERO
+    logit, variances = _ZERO, _ZERO
     for c in range(at.shape[1]):
         logit += weight[c]
-        doubt += variance[c]
-    likely = _chance(logit)
+        variances += variance[c]
+    likely = _sigmoid(logit)
     information = likely * (_ONE - likely)
-    surprise = (label - likely) / (_ONE + information * doubt)
+    error = (label - likely) / (_ONE + information * variances)
     for c in range(at.shape[1]):
         place = at[b, c]
         if place != 0:
-            rows[place, 0] += variance[c] * surprise
-            precision[place, 0] += information / (_ONE + information * (doubt - variance[c]))
+            rows[place, 0] += variance[c] * error
+            precision[place, 0] += information / (_ONE + information * (variances - variance[c]))
 
 
 @part_of_sums
-def _learn_shares(logit: np.float32, label: np.float32, said: F32, first: np.float32, shares: F32, known: F32) -> None:
-    """3. `said` `[2 C]` are weights and margins, which `shares` and their precision `known` belong to."""
-    likely, doubt = _chance(logit), _ZERO
+def _learn_shares(
+    logit: np.float32, label: np.float32, numbers: F32, first: np.float32, shares: F32, known: F32
+) -> None:
+    """3. `numbers` `[2 C]` are weights and marginal logits, which `shares` and their precision `known` belong to."""
+    likely, variances = _sigmoid(logit), _ZERO
     information = likely * (_ONE - likely)
-    for c in range(said.shape[0]):
-        doubt += said[c] * said[c] / (first + known[c])
-    surprise = (label - likely) / (_ONE + information * doubt)
-    for c in range(said.shape[0]):
-        shares[c] += said[c] * surprise / (first + known[c])
-        known[c] += information * said[c] * said[c]
+    for c in range(numbers.shape[0]):
+        variances += numbers[c] * numbers[c] / (first + known[c])
+    error = (label - likely) / (_ONE + information * variances)
+    for c in range(numbers.shape[0]):
+        shares[c] += numbers[c] * error / (first + known[c])
+        known[c] += information * numbers[c] * numbers[c]
 
 
 @compiled_sums
 def _crosses(
     at: I32, share_at: I32, prior: F32, firsts: F32, labels: F32, logits: F32, rows: F32, precision: F32
 ) -> None:
-    """`firsts`: the first shares of weight and margin, then the first precision of a margin and of a share."""
+    """`firsts`: the first shares of weight and marginal, then the first precision of a marginal and of a share."""
     count = at.shape[1]
-    said, variance = np.zeros(2 * count, np.float32), np.zeros(count, np.float32)
-    weight, margin = said[:count], said[count:]
+    numbers, variance = np.zeros(2 * count, np.float32), np.zeros(count, np.float32)
+    weight, marginal = numbers[:count], numbers[count:]
     # Shares move with every row; a cross has both of its own in one row of the table.
     shares, known = np.zeros(2 * count, np.float32), np.zeros(2 * count, np.float32)
     for c in range(count):
@@ -107,7 +114,7 @@ def _crosses(
         crosses = 0
         for c in range(count):
             place = at[b, c]
-            weight[c], margin[c] = rows[place, 0], rows[place, 1]
+            weight[c], marginal[c] = rows[place, 0], rows[place, 1]
             variance[c] = _ONE / (prior[c] + precision[place, 0])
             if place == 0:
                 variance[c] = _ZERO
@@ -115,17 +122,22 @@ def _crosses(
                 crosses += 1
         logit = _ZERO
         for c in range(2 * count):
-            logit += shares[c] * said[c]
+            logit += shares[c] * numbers[c]
         logits[b] = logit
         if crosses > 0:
-            _learn_margins(b, at, labels[b], firsts[2], margin, rows, precision)
+            _learn_marginals(b, at, labels[b], firsts[2], marginal, rows, precision)
             _learn_weights(b, at, labels[b], variance, weight, rows, precision)
-            _learn_shares(logit, labels[b], said, firsts[3], shares, known)
+            _learn_shares(logit, labels[b], numbers, firsts[3], shares, known)
     for c in range(count):
         if share_at[c] != 0:
             for k in range(2):
                 rows[share_at[c], k] = shares[k * count + c] - firsts[k]
                 precision[share_at[c], k] = known[k * count + c]
+
+
+def first_precision(kinds: Sequence[str]) -> F32:
+    """`[C]` float32, the precision of the weights of crosses of such kinds before anything was learned."""
+    return np.array([HYPERPARAMETERS.cross_precision[kind] for kind in kinds], np.float32)
 
 
 def crosses(at: I32, share_at: I32, prior: F32, labels: F32, rows: F32, precision: F32) -> Crossed:
@@ -141,6 +153,8 @@ def crosses(at: I32, share_at: I32, prior: F32, labels: F32, rows: F32, precisio
     """
     found = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
     if at.shape[1]:
-        firsts = np.array([*FIRST_SHARES, MARGIN_PRECISION, SHARE_PRECISION], np.float32)
+        firsts = np.array(
+            [*FIRST_SHARES, HYPERPARAMETERS.marginal_precision, HYPERPARAMETERS.share_precision], np.float32
+        )
         _crosses(at, share_at, prior, firsts, labels, *found)
     return found

@@ -9,9 +9,11 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.ranking.transitions import COLUMNS, SUCCESSORS
 from tests.trainer.batches import SPEC
-from trainer.engine.facts import MOVING, Facts, Given, Moved, Moving, Scores, Slopes
-from trainer.engine.graph import FROM_HEADS
-from trainer.engine.heads import MOVE_ROWS, USER_PACE, heads
+from trainer.engine.compiled.arrays import FAST, Facts, FastWeights, Gradients, HeadInputs
+from trainer.engine.compiled.graph import FROM_HEADS
+from trainer.engine.compiled.heads import FAST_ROWS, heads
+from trainer.engine.engine import Scores
+from trainer.engine.optimizers.fast_weights import USER_LR_SCALE, FastSlots
 from trainer.model import losses
 from trainer.model.default_ranker import DefaultRanker, Encoded
 from trainer.model.ranker import Targets
@@ -81,24 +83,24 @@ def step(ranker: DefaultRanker, labelled: bool = True, rows: int = ROWS) -> tupl
     category, item = normal(CATEGORIES, DIM), normal(ITEMS, DIM)
     category[0], item[0] = 0, 0
     return facts, {
-        "scoring": normal(rows, 2 * DIM + 1),
-        "learning": normal(rows, 2 * DIM + 1),
-        "prepared": normal(rows, ranker.user_width),
+        "plain_queries": normal(rows, 2 * DIM + 1),
+        "queries": normal(rows, 2 * DIM + 1),
+        "user_features": normal(rows, ranker.user_width),
         "popular_rows": normal(POPULAR, DIM),
         "category": category,
         "item": item,
     }
 
 
-def given(ranker: DefaultRanker, arrays: dict[str, tf.Tensor]) -> Given:
+def given(ranker: DefaultRanker, arrays: dict[str, tf.Tensor]) -> HeadInputs:
     """What the graph computes of these arrays."""
-    queries = [arrays["scoring"], arrays["learning"]]
+    queries = [arrays["plain_queries"], arrays["queries"]]
     found = [*queries, *(ranker.popular_logits(each, arrays["popular_rows"]) for each in queries)]
-    found += [arrays["prepared"], arrays["category"], arrays["item"]]
+    found += [arrays["user_features"], arrays["category"], arrays["item"]]
     dense = {name: ranker.dense[weight].numpy() for weight, name in FROM_HEADS.items()}
-    moving = Moving(*(dense.pop(name) for name in MOVING))
+    moving = FastWeights(*(dense.pop(name) for name in FAST))
     none = np.zeros((1, 2), np.float32)
-    return Given(*(np.array(value) for value in found), **dense, cross=none, cross_precision=none, moving=moving)
+    return HeadInputs(*(np.array(value) for value in found), **dense, cross=none, cross_precision=none, fast=moving)
 
 
 def inputs_of(facts: Facts, arrays: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -128,10 +130,10 @@ def inputs_of(facts: Facts, arrays: dict[str, tf.Tensor]) -> dict[str, tf.Tensor
 
 
 def encoded_of(arrays: dict[str, tf.Tensor], learning: str) -> Encoded:
-    """With dropout (`learning`), or without (`scoring`)."""
-    plain = tf.convert_to_tensor(arrays["scoring"])
-    queries = plain if learning == "scoring" else tf.convert_to_tensor(arrays[learning])
-    return Encoded(queries, plain, tf.convert_to_tensor(arrays["prepared"]), plain)
+    """With dropout (`queries`), or without (`plain_queries`)."""
+    plain = tf.convert_to_tensor(arrays["plain_queries"])
+    queries = plain if learning == "plain_queries" else tf.convert_to_tensor(arrays[learning])
+    return Encoded(queries, plain, tf.convert_to_tensor(arrays["user_features"]), plain)
 
 
 def targets_of(facts: Facts) -> Targets:
@@ -147,7 +149,7 @@ def targets_of(facts: Facts) -> Targets:
 def test_scores_are_those_of_the_ranker(ranker: DefaultRanker, labelled: bool) -> None:
     facts, arrays = step(ranker, labelled)
     scores, _, _ = heads(facts, given(ranker, arrays))
-    expected = ranker.score(encoded_of(arrays, "scoring"), inputs_of(facts, arrays))
+    expected = ranker.score(encoded_of(arrays, "plain_queries"), inputs_of(facts, arrays))
     for name in ("recent_logits", "popular_logits", "successor_logits"):
         np.testing.assert_allclose(getattr(scores, name), expected[name], rtol=1e-4, atol=1e-5)
     engaged = tf.concat([expected["engagement_logit"], expected["negative_logit"]], 0)
@@ -166,90 +168,91 @@ def test_scores_are_those_of_the_ranker(ranker: DefaultRanker, labelled: bool) -
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_slopes_are_the_derivatives_of_the_rankers_losses(ranker: DefaultRanker, labelled: bool) -> None:
+def test_gradients_are_the_derivatives_of_the_rankers_losses(ranker: DefaultRanker, labelled: bool) -> None:
     facts, arrays = step(ranker, labelled)
     held = {name: tf.Variable(value) for name, value in arrays.items()}
     watched = [ranker.dense[name] for name in FROM_HEADS]
     with tf.GradientTape() as tape:
-        total = tf.reduce_sum(ranker.losses(encoded_of(held, "learning"), inputs_of(facts, held), targets_of(facts)))
-    names = ("category", "item", "learning", "popular_rows")
+        total = tf.reduce_sum(ranker.losses(encoded_of(held, "queries"), inputs_of(facts, held), targets_of(facts)))
+    names = ("category", "item", "queries", "popular_rows")
     expected, expected_dense = tape.gradient(total, ({name: held[name] for name in names}, watched))
 
-    _, slopes, _ = heads(facts, given(ranker, arrays))
-    sources = {name: held[name] for name in ("learning", "popular_rows")}
+    _, gradients, _ = heads(facts, given(ranker, arrays))
+    sources = {name: held[name] for name in ("queries", "popular_rows")}
     with tf.GradientTape() as tape:
-        queries = tf.identity(held["learning"])
+        queries = tf.identity(held["queries"])
         ours = [queries, ranker.popular_logits(queries, held["popular_rows"])]
-    outputs = [slopes.learning, slopes.learning_popular]
+    outputs = [gradients.queries, gradients.popular_logits]
     found = {name: np.array(value) for name, value in tape.gradient(ours, sources, output_gradients=outputs).items()}
-    found |= {"category": slopes.category, "item": slopes.item}
+    found |= {"category": gradients.category, "item": gradients.item}
     for name, value in found.items():
         np.testing.assert_allclose(
             value[1:], tf.convert_to_tensor(expected[name])[1:], rtol=2e-3, atol=2e-5, err_msg=name
         )
     for weight, slope in zip(FROM_HEADS, expected_dense, strict=True):
         name = FROM_HEADS[weight]
-        ours_slope = getattr(slopes.moving if name in MOVING else slopes, name)
+        ours_slope = getattr(gradients.fast if name in FAST else gradients, name)
         reference = np.zeros_like(ours_slope) if slope is None else slope.numpy()
         np.testing.assert_allclose(ours_slope, reference, rtol=2e-3, atol=2e-5, err_msg=weight)
 
 
-def part(facts: Facts, of: Given, rows: slice, moved: Moving) -> tuple[Facts, Given]:
+def part(facts: Facts, of: HeadInputs, rows: slice, moved: FastWeights) -> tuple[Facts, HeadInputs]:
     """Some rows of a step, with weights that have moved since."""
     count = facts.target.size
     both = np.r_[np.arange(count)[rows], count + np.arange(count)[rows]]
     pairs = {name: value[both] for name, value in facts._asdict().items() if len(value) == 2 * count}
     single = {name: value[rows] for name, value in facts._asdict().items() if len(value) == count}
     per_row = {name: value[rows] for name, value in of._asdict().items() if len(value) == count}
-    return facts._replace(**single, **pairs), of._replace(**per_row, moving=moved)
+    return facts._replace(**single, **pairs), of._replace(**per_row, fast=moved)
 
 
-def test_weights_of_the_evidence_move_after_each_32_rows_to_their_mean_and_later_rows_see_it(
+def test_fast_weights_move_after_each_32_rows_to_their_mean_and_later_rows_see_it(
     ranker: DefaultRanker,
 ) -> None:
-    count, rate = 3 * MOVE_ROWS + 9, np.float32(0.02)
+    count, rate = 3 * FAST_ROWS + 9, np.float32(0.02)
     facts, arrays = step(ranker, rows=count)
     of = given(ranker, arrays)
-    slots = Moved.of(of.moving.flat())
-    scores, slopes, learned = heads(facts, of, slots, rate)
-    moved = learned.moved
+    slots = FastSlots.of(of.fast.flat())
+    scores, gradients, learned = heads(facts, of, slots, rate)
+    moved = learned.fast
 
-    pace = np.where(np.arange(slots.weights.size) < of.moving.user.size, USER_PACE, 1.0)
+    scaled = np.where(np.arange(slots.weights.size) < of.fast.user.size, USER_LR_SCALE, 1.0)
     weights, fast, slow, second = (value.astype(np.float64) for value in slots[:4])
     total, expected_scores = np.zeros_like(weights), []
-    for number, begin in enumerate(range(0, count, MOVE_ROWS), start=1):
-        rows = slice(begin, min(begin + MOVE_ROWS, count))
-        some, then, _ = heads(*part(facts, of, rows, Moving.of(weights.astype(np.float32), of.moving)))
+    for number, begin in enumerate(range(0, count, FAST_ROWS), start=1):
+        rows = slice(begin, min(begin + FAST_ROWS, count))
+        some, then, _ = heads(*part(facts, of, rows, FastWeights.of(weights.astype(np.float32), of.fast)))
         expected_scores.append(some.recent_logits)
-        slope = then.moving.flat()
+        slope = then.fast.flat()
         total += slope
         second = 0.999 * second + 0.001 * slope**2
-        fast = fast - rate * pace * np.sqrt(1 - 0.999**number) * slope / (np.sqrt(second) + 1e-7)
+        fast = fast - rate * scaled * np.sqrt(1 - 0.999**number) * slope / (np.sqrt(second) + 1e-7)
         slow = slow + max(1 / 200, 10 / (number + 10)) * (fast - slow)
         weights = 0.3 * fast + 0.7 * slow
     np.testing.assert_allclose(scores.recent_logits, np.concatenate(expected_scores), rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(moved.weights, weights, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(moved.slow, slow, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(
-        np.concatenate([each.reshape(-1) for each in slopes.moving]), total, rtol=2e-3, atol=1e-3
+        np.concatenate([each.reshape(-1) for each in gradients.fast]), total, rtol=2e-3, atol=1e-3
     )
     assert np.abs(moved.weights - slots.weights).max() > rate / 2
     still = heads(facts, of)
-    assert (still[2].moved.weights == slots.weights).all()
-    assert (still[0].recent_logits[:MOVE_ROWS] == scores.recent_logits[:MOVE_ROWS]).all()
+    assert (still[2].fast.weights == slots.weights).all()
+    assert (still[0].recent_logits[:FAST_ROWS] == scores.recent_logits[:FAST_ROWS]).all()
 
 
 def test_one_pass_without_dropout_is_two_passes_over_the_same(ranker: DefaultRanker) -> None:
     facts, arrays = step(ranker)
-    of = given(ranker, arrays | {"learning": arrays["scoring"]})
-    _, slopes, _ = heads(facts, of, apart=False)
+    of = given(ranker, arrays | {"queries": arrays["plain_queries"]})
+    _, gradients, _ = heads(facts, of, apart=False)
     _, twice, _ = heads(facts, of)
-    for name in ("learning", "learning_popular", "category", "item"):
-        np.testing.assert_array_equal(getattr(slopes, name), getattr(twice, name), err_msg=name)
+    for name in ("queries", "popular_logits", "category", "item"):
+        np.testing.assert_array_equal(getattr(gradients, name), getattr(twice, name), err_msg=name)
 
 
-def test_every_field_of_the_slopes_is_a_field_of_what_was_given() -> None:
+def test_every_field_of_the_gradients_is_a_field_of_what_was_given() -> None:
     assert (
-        set(Slopes._fields) < set(Given._fields) and Slopes.__annotations__["moving"] == Given.__annotations__["moving"]
+        set(Gradients._fields) < set(HeadInputs._fields)
+        and Gradients.__annotations__["fast"] == HeadInputs.__annotations__["fast"]
     )
     assert len(Scores._fields) == 7

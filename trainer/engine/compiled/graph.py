@@ -1,8 +1,8 @@
 """The part of a step that TensorFlow computes: rows gathered, tower forwards and backwards, weights applied.
 
 One graph measures. In its middle, between the vectors and their derivatives,
-stand the compiled loops of `trainer/engine/heads.py`: they read what the host knows
-of the step from memory, so that it passes no border.
+stand the compiled loops of `heads.py`: they read what the host knows
+of the step from memory, so that it passes no border; the graph carries the number of the call.
 
     rows, features ─ preprocessing, tower ─ vectors, queries ─┐
                                                               heads
@@ -13,23 +13,23 @@ A second graph applies, after the guard's verdict.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.engine.facts import MOVING, Facts, Given, Learned, Moved, Moving, Scores, Slopes
-from trainer.engine.heads import heads
-from trainer.engine.optimizers import Adam, adagrad
+from trainer.engine.compiled.arrays import F32, FAST, I32, Facts, FastWeights, Gradients, HeadInputs, Learned
+from trainer.engine.compiled.heads import heads
+from trainer.engine.engine import CROSS, Scores
+from trainer.engine.optimizers.adagrad import adagrad
+from trainer.engine.optimizers.adam import Adam
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.tower import DenseTower
 from trainer.tables.table import Table
-
-F32 = npt.NDArray[np.float32]
-I32 = npt.NDArray[np.int32]
 
 FROM_HEADS = {
     "interest.user_kernel": "user",
@@ -49,16 +49,11 @@ FROM_HEADS = {
 }
 """The dense weights that only the heads use, and their names there."""
 
-MOVING_WEIGHTS = tuple(weight for moving in MOVING for weight, name in FROM_HEADS.items() if name == moving)
-"""Those that the heads move within a step, in the order of `MOVING`."""
-
-TO_HEADS = (*Given._fields[:-1], *MOVING)
+TO_HEADS = (*HeadInputs._fields[:-1], *FAST)
 """The names of the arrays that the heads are given, in their order."""
 
-CROSS = "cross"
-"""The table whose rows are learned in the heads, pair after pair, and need no derivative."""
-
 INPUTS = {
+    "call": tf.int64,
     "features": tf.uint16,
     "user_rows": tf.int32,
     "user_at": tf.int32,
@@ -72,13 +67,13 @@ INPUTS = {
     "kept": tf.float32,
     "seed": tf.int32,
 }
-"""What the first graph is given: distinct rows of each table, and where each use is in them."""
+"""What the first graph is given: the number of the call, distinct rows of each table, and where each use is in them."""
 
 OF_ITEMS = {"item_at": tf.int32, "item_attributes_at": tf.int32}
 """And, where items have attributes: for each combination of item and attributes the item's row and its attributes' rows."""
 
 
-class Measured(NamedTuple):
+class GraphFound(NamedTuple):
     """What the first graph found.
 
     Attributes:
@@ -102,11 +97,26 @@ class Measured(NamedTuple):
     accum: list[Any]
 
 
+@dataclass
+class _Call:
+    """One call of the first graph: what its heads read beside tensors, and what they leave.
+
+    Attributes:
+        facts: What the host knows.
+        move: Whether fast weights move.
+        found: Of the heads, once they have run.
+    """
+
+    facts: Facts
+    move: bool
+    found: tuple[Scores, Gradients, Learned] | None = None
+
+
 class Graph:
     """Both graphs over the tables and dense weights.
 
     Args:
-        model: The dense weights and functions.
+        ranker: The dense weights and functions.
         optimizer: Of the dense weights.
         tables: By name.
         fields: K, context fields of a row.
@@ -114,15 +124,14 @@ class Graph:
     """
 
     def __init__(
-        self, model: DefaultRanker, optimizer: Adam, tables: Mapping[str, Table], fields: int, attributes: int = 0
+        self, ranker: DefaultRanker, optimizer: Adam, tables: Mapping[str, Table], fields: int, attributes: int = 0
     ) -> None:
-        self._model, self._optimizer, self._tables, self._fields = model, optimizer, tables, fields
+        self._ranker, self._optimizer, self._tables, self._fields = ranker, optimizer, tables, fields
         self._attributes, self._inputs = attributes, INPUTS | (OF_ITEMS if attributes else {})
-        self._facts: Facts
-        self._slots: Moved | None = None
-        self._found: tuple[Scores, Slopes, Learned]
-        shapes: dict[str, list[int | None]] = {"features": [None, model.sizes["D"]], "seed": [2]}
-        shapes["kept"] = [None, model.settings.hidden[0] if self.drops else 0]
+        self._calls: dict[int, _Call] = {}
+        self._numbers = itertools.count()
+        shapes: dict[str, list[int | None]] = {"features": [None, ranker.sizes["D"]], "seed": [2], "call": []}
+        shapes["kept"] = [None, ranker.settings.hidden[0] if self.drops else 0]
         self._measure = tf.function(
             self._measure_graph,
             autograph=False,
@@ -133,39 +142,46 @@ class Graph:
         # Called without the checks of a tf.function, which cost 15 us an argument.
         self._concrete = self._measure.get_concrete_function()
         self._apply = tf.function(
-            lambda moved, *slopes: optimizer.apply(slopes, moved),
+            lambda fast, *gradients: optimizer.apply(gradients, fast),
             autograph=False,
             input_signature=[
-                tf.TensorSpec(optimizer.moving.weights.shape, tf.float32),
-                *(tf.TensorSpec(weight.shape, tf.float32) for weight in model.dense.values()),
+                tf.TensorSpec(optimizer.fast.weights.shape, tf.float32),
+                *(tf.TensorSpec(weight.shape, tf.float32) for weight in ranker.dense.values()),
             ],
         ).get_concrete_function()
 
     @property
     def drops(self) -> bool:
         """Whether the dropout of the tower is drawn on the host; a tower of the user's own draws its own."""
-        return self._model.drops
+        return self._ranker.drops
 
     @property
     def scores_apart(self) -> bool:
         """Whether what learns is not what scores: without dropout both are one pass."""
-        return self.drops or type(self._model.tower) is not DenseTower
+        return self.drops or type(self._ranker.tower) is not DenseTower
 
     def measure(
-        self, facts: Facts, inputs: Mapping[str, Any], move: bool = True
-    ) -> tuple[Measured, Scores, Slopes, Learned]:
+        self, facts: Facts, inputs: dict[str, Any], move: bool = True
+    ) -> tuple[GraphFound, Scores, Gradients, Learned]:
         """Scores a step and finds its derivatives; changes nothing. One thread.
 
         Args:
             facts: What the heads need to know.
-            inputs: The arrays named in `INPUTS` and, with attributes, in `OF_ITEMS`.
+            inputs: The arrays named in `INPUTS`, but for the call, and, with attributes, in `OF_ITEMS`.
             move: Whether weights move within the step, as they do in training; else all rows see the same.
         """
-        self._facts, self._slots = facts, self._optimizer.moving if move else None
-        measured = self._concrete(*(tf.constant(inputs[name]) for name in self._inputs))
-        return Measured(*measured), *self._found
+        number, call = next(self._numbers), _Call(facts, move)
+        self._calls[number] = call
+        try:
+            given = inputs | {"call": np.int64(number)}
+            measured = self._concrete(*(tf.constant(given[name]) for name in self._inputs))
+        finally:
+            del self._calls[number]
+        if call.found is None:
+            raise RuntimeError("the graph ran without its heads")
+        return GraphFound(*measured), *call.found
 
-    def apply(self, at: Mapping[str, I32], sparse: Mapping[str, F32], measured: Measured, learned: Learned) -> None:
+    def apply(self, at: Mapping[str, I32], sparse: Mapping[str, F32], measured: GraphFound, learned: Learned) -> None:
         """Adagrad on distinct rows of each table, Adam on the dense weights; what the heads have learned as they left it.
 
         Args:
@@ -181,15 +197,15 @@ class Graph:
                     updated = learned.cross[1:], learned.cross_precision[1:]
                 else:
                     updated = rows.numpy()[1:], accum.numpy()[1:]
-                    adagrad(*updated, sparse[name][1:], self._model.settings.learning_rate)
+                    adagrad(*updated, sparse[name][1:], self._ranker.settings.learning_rate)
                 for variable, values in zip((table.rows, table.accum), updated, strict=True):
                     tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=at[name][1:], updates=values)
-        self._apply(tf.constant(learned.moved.weights), *measured.dense)
-        self._optimizer.moving = learned.moved
+        self._apply(tf.constant(learned.fast.weights), *measured.dense)
+        self._optimizer.fast = learned.fast
 
     def _measure_graph(self, *arrays: Any) -> Any:
         given = dict(zip(self._inputs, arrays, strict=True))
-        model = self._model
+        ranker = self._ranker
         distinct, accum = (
             {
                 name: tf.raw_ops.ResourceGather(
@@ -206,46 +222,48 @@ class Graph:
         latest = tf.gather(distinct["category"], given["latest_at"])
         popular_rows = tf.gather(distinct["category"], given["popular_at"])
         context = tf.gather(distinct["context"], given["context_at"])
-        names = [name for name in model.dense if name not in FROM_HEADS]
-        watched = [model.dense[name] for name in names]
+        names = [name for name in ranker.dense if name not in FROM_HEADS]
+        watched = [ranker.dense[name] for name in names]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([user, latest, popular_rows, context, *watched])
-            encoded = model.encode(self._inputs_of_encode(user, latest, context, given), True, given["seed"])
+            encoded = ranker.encode(self._inputs_of_encode(user, latest, context, given), True, given["seed"])
             queries = [encoded.plain_queries, encoded.queries]
             popular = [
-                model.popular_logits(each, popular_rows) for each in (queries if self.scores_apart else queries[:1])
+                ranker.popular_logits(each, popular_rows) for each in (queries if self.scores_apart else queries[:1])
             ]
         known = {
-            "scoring": queries[0],
-            "learning": queries[-1],
-            "scoring_popular": popular[0],
-            "learning_popular": popular[-1],
-            "prepared": encoded.user_features,
+            "plain_queries": queries[0],
+            "queries": queries[-1],
+            "plain_popular": popular[0],
+            "popular_logits": popular[-1],
+            "user_features": encoded.user_features,
             "category": distinct["category"],
             "item": self._items(distinct, given),
             "cross": distinct[CROSS],
             "cross_precision": accum[CROSS],
         }
-        known |= {name: model.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
-        kept = ("learning", "learning_popular", *FROM_HEADS.values())
-        slopes = dict(
+        known |= {name: ranker.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
+        kept = ("queries", "popular_logits", *FROM_HEADS.values())
+        gradients = dict(
             zip(
                 kept,
-                tf.numpy_function(self._run_heads, [known[name] for name in TO_HEADS], [tf.float32] * len(kept)),
+                tf.numpy_function(
+                    self._run_heads, [given["call"], *(known[name] for name in TO_HEADS)], [tf.float32] * len(kept)
+                ),
                 strict=True,
             )
         )
-        for name, slope in slopes.items():
+        for name, slope in gradients.items():
             slope.set_shape(known[name].shape)
         sources = (dict(zip(names, watched, strict=True)), user, latest, context, popular_rows)
         found, *rows = tape.gradient(
             [queries[-1], popular[-1]],
             sources,
-            output_gradients=[slopes["learning"], slopes["learning_popular"]],
+            output_gradients=[gradients["queries"], gradients["popular_logits"]],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        found |= {weight: slopes[name] for weight, name in FROM_HEADS.items()}
-        dense = [tf.convert_to_tensor(found[name]) for name in model.dense]
+        found |= {weight: gradients[name] for weight, name in FROM_HEADS.items()}
+        dense = [tf.convert_to_tensor(found[name]) for name in ranker.dense]
         norm = tf.add_n([tf.nn.l2_loss(slope) for slope in dense]) * 2.0
         return dense, norm, *rows, list(distinct.values()), list(accum.values())
 
@@ -254,26 +272,27 @@ class Graph:
         if not self._attributes:
             return distinct["item"]
         rows = tf.gather(distinct["context"], given["item_attributes_at"])
-        rows = tf.reshape(rows, [-1, self._attributes, self._model.settings.dim])
+        rows = tf.reshape(rows, [-1, self._attributes, self._ranker.settings.dim])
         return tf.gather(distinct["item"], given["item_at"]) + tf.reduce_mean(rows, 1)
 
     def _inputs_of_encode(self, user: Any, latest: Any, context: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-        dim = self._model.settings.dim
+        dim = self._ranker.settings.dim
         inputs = {"features": tf.cast(given["features"], tf.float32), "user_row": user}
         inputs["recent_rows"] = tf.reshape(latest, [-1, HYPERPARAMETERS.latest, dim])
         if self._fields:
             inputs["context_row"] = tf.reduce_mean(tf.reshape(context, [-1, self._fields, dim]), 1)
         return inputs | ({"tower_kept": given["kept"]} if self.drops else {})
 
-    def _run_heads(self, *arrays: F32) -> list[F32]:
-        given = dict(zip(TO_HEADS, arrays, strict=True))
-        moving = Moving(*(given.pop(name) for name in MOVING))
-        self._found = heads(
-            self._facts, Given(**given, moving=moving), self._slots, self._optimizer.moving_rate, self.scores_apart
+    def _run_heads(self, number: Any, *arrays: F32) -> list[F32]:
+        call, given = self._calls[int(number)], dict(zip(TO_HEADS, arrays, strict=True))
+        inputs = HeadInputs(
+            **{name: given[name] for name in HeadInputs._fields[:-1]}, fast=FastWeights(*(given[name] for name in FAST))
         )
-        slopes = self._found[1]
+        slots = self._optimizer.fast if call.move else None
+        call.found = heads(call.facts, inputs, slots, self._optimizer.fast_rate, self.scores_apart)
+        gradients = call.found[1]
         return [
-            slopes.learning,
-            slopes.learning_popular,
-            *(getattr(slopes.moving if name in MOVING else slopes, name) for name in FROM_HEADS.values()),
+            gradients.queries,
+            gradients.popular_logits,
+            *(getattr(gradients.fast if name in FAST else gradients, name) for name in FROM_HEADS.values()),
         ]

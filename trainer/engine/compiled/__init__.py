@@ -1,0 +1,1 @@
+"""The default ranker on a processor, an optimisation: compiled loops with derivatives written by hand."""

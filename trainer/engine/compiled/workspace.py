@@ -1,0 +1,60 @@
+"""Working memory of the compiled heads: what a block of rows needs, in the processor's nearest memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.engine.compiled.arrays import F32, I32, Facts
+from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
+
+BLOCK = 16
+"""Rows whose candidates go through the nets together: loops over some hundred of them, in near memory."""
+
+LANES = 32
+"""Numbers that a loop over categories takes at once, on any processor."""
+
+
+class Workspace(NamedTuple):
+    """Working memory for a block of `n` rows.
+
+    Attributes:
+        firsts: `[n + 1]` int32, where the categories of each row begin among those of all.
+        newest: `[n, F]` float32, the prepared windows of each row's newest category.
+        across: `[F, n * L]`, those of all categories.
+        hidden: `[H, n * L]`, the hidden units of the net over them.
+        window_logits: `[n * L]`, of each category, from its windows.
+        user_hidden: `[n, H + K]`, the user's part of the hidden units of both nets.
+        window_gradient: `[n * L]`, the derivative by `window_logits`.
+        user_gradient: `[n, H + K]`, by `user_hidden`.
+        next_logs: `[2, n * (P + S)]`, logarithms of how often popular categories and successors came next.
+        next_hidden: `[K, n * (P + S)]`, the hidden units of the net over them.
+        transition_logits: `[n * (P + S)]`, of each candidate, from how often it came next.
+        transition_gradient: `[n * (P + S)]`, the derivative by `transition_logits`.
+    """
+
+    firsts: I32
+    newest: F32
+    across: F32
+    hidden: F32
+    window_logits: F32
+    user_hidden: F32
+    window_gradient: F32
+    user_gradient: F32
+    next_logs: F32
+    next_hidden: F32
+    transition_logits: F32
+    transition_gradient: F32
+
+    @classmethod
+    def of(cls, facts: Facts) -> Workspace:
+        """For blocks of `BLOCK` rows of `facts`, and of categories for whole vectors of `LANES`."""
+        _, recent_categories, width = facts.windows.shape
+        rows, both = BLOCK, NET_HIDDEN + NEXT_HIDDEN
+        most = -(-rows * recent_categories // LANES) * LANES
+        places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
+        columns = facts.popular_next.shape[2]
+        shapes = [(rows, width), (width, most), (NET_HIDDEN, most), (most,), (rows, both), (most,), (rows, both)]
+        shapes += [(columns, places), (NEXT_HIDDEN, places), (places,), (places,)]
+        return cls(np.zeros(rows + 1, np.int32), *(np.zeros(shape, np.float32) for shape in shapes))

@@ -1,0 +1,59 @@
+"""Adam of the fast weights, which move within a record: without momentum, averaged over the latest moves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from state.compiled import part_of_sums
+from trainer.model.hyperparameters import HYPERPARAMETERS
+
+F32 = npt.NDArray[np.float32]
+
+AVERAGE_SHARE = np.float32(HYPERPARAMETERS.average_share)
+USER_LR_SCALE = np.float32(HYPERPARAMETERS.user_lr_scale)
+AVERAGE_MOVES, FIRST_MOVES = np.float32(HYPERPARAMETERS.average_moves), np.float32(HYPERPARAMETERS.first_moves)
+_BETA_2, _EPSILON = np.float32(HYPERPARAMETERS.beta_2), np.float32(HYPERPARAMETERS.epsilon)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+class FastSlots(NamedTuple):
+    """The fast weights, one behind another, and their slots.
+
+    Attributes:
+        weights: `[m]` float32, what scores and learns.
+        fast: `[m]` float32, what the derivatives move.
+        slow: `[m]` float32, the mean of it over the latest moves.
+        second: `[m]` float32, the mean of the squared derivatives.
+        moves: `[2]` float32: how many there were, and Adam's second beta to that power.
+    """
+
+    weights: F32
+    fast: F32
+    slow: F32
+    second: F32
+    moves: F32
+
+    @classmethod
+    def of(cls, weights: F32) -> FastSlots:
+        """Before the first move."""
+        moves = np.array([0.0, 1.0], np.float32)
+        return cls(weights, weights.copy(), weights.copy(), np.zeros_like(weights), moves)
+
+
+@part_of_sums
+def move(slots: FastSlots, gradient: F32, rate: np.float32, users: int) -> None:
+    """One step of Adam without momentum, averaged (Defazio et al. 2024), in place; `gradient` is cleared. The first `users` weights move at `USER_LR_SCALE`."""
+    slots.moves[0] += _ONE
+    slots.moves[1] *= _BETA_2
+    step = rate * np.sqrt(_ONE - slots.moves[1])
+    share = max(_ONE / AVERAGE_MOVES, FIRST_MOVES / (slots.moves[0] + FIRST_MOVES))
+    for i in range(gradient.shape[0]):
+        slots.second[i] += (gradient[i] * gradient[i] - slots.second[i]) * (_ONE - _BETA_2)
+        scaled = step * USER_LR_SCALE if i < users else step
+        slots.fast[i] -= scaled * gradient[i] / (np.sqrt(slots.second[i]) + _EPSILON)
+        slots.slow[i] += share * (slots.fast[i] - slots.slow[i])
+        slots.weights[i] = slots.fast[i] + AVERAGE_SHARE * (slots.slow[i] - slots.fast[i])
+        gradient[i] = _ZERO

@@ -1,0 +1,173 @@
+"""What the host knows of a record before any engine computes: ids, integers, masks and targets, by name.
+
+The names are those of the table of inputs (`trainer/model/inputs.py`): an input
+with a table is the rows of the ids of that name, any other is a value of its
+own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.config.settings import Settings
+from state.microbatch.batch import MicroBatch
+from state.ranking import transitions
+from state.ranking.crosses import Crosses, Values
+from trainer.engine.sums import dropout
+from trainer.model.attributes import Columns
+from trainer.model.candidates import candidates, partners, seed_of
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.losses import NEGATIVE_SHIFT
+from trainer.model.ranker import Targets
+from trainer.tables.index import I32, U64
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of B rows.
+
+    Attributes:
+        ids: uint64 by name: user `[B]`, item `[B]`, category `[B]`, context `[B, K]`, recent `[B, L]`, popular `[P]`,
+            successor `[B, S]`, other `[B]`, negative_item `[B]`, negative_category `[B]`, item_attributes `[B, A]`,
+            negative_item_attributes `[B, A]`, cross `[B, C]` (0 in rows without a label; C is 0 where no row has
+            one), cross_share `[C]`.
+        values: By name, uint16 where they are whole numbers, else float32.
+        targets: What is learned, NumPy arrays.
+        partner: `[B]` int64, the row whose item is each row's negative.
+        seed: Of dropout.
+        newest: `[B]` int32, where the list of transitions of each row's newest category is in `lists`.
+        lists: `[u, WIDTH]` float32 lists of transitions; the first is that of no category.
+        list_rows: `[u]` int32, their rows in the table.
+    """
+
+    ids: Mapping[str, U64]
+    values: Mapping[str, npt.NDArray[Any]]
+    targets: Targets
+    partner: npt.NDArray[np.int64]
+    seed: tuple[int, int]
+    newest: I32
+    lists: F32
+    list_rows: I32
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.partner)
+
+
+class Recorder:
+    """Makes records.
+
+    Args:
+        settings: All settings.
+        crosses: With the columns of the settings.
+        columns: Of attributes.
+        dropped_units: Units of the tower's first layer of which the host draws what is kept; 0 for none.
+    """
+
+    def __init__(self, settings: Settings, crosses: Crosses, columns: Columns, dropped_units: int) -> None:
+        self._dropout, self._dropped_units = settings.model.dropout, dropped_units
+        self._crosses, self._columns = crosses, columns
+
+    def context_of(self, batch: MicroBatch) -> U64:
+        """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
+        users = self._columns.users_of(batch)
+        return np.concatenate([batch.context, users], 1) if users.shape[1] else batch.context
+
+    def crosses_of(self, batch: MicroBatch) -> U64:
+        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one.
+
+        Only a label is learned from: of a drawn negative it is not known that anybody was shown it.
+        """
+        known = ~np.isnan(batch.label)
+        if not known.any():
+            return np.zeros((len(batch), 0), np.uint64)
+        rows = batch.take(known)
+        users, items = self._columns.users_of(rows), self._columns.items_of(rows)
+        ids = self._crosses.ids(Values(rows.user, rows.item, rows.category, rows.context, users, items, rows.features))
+        if len(rows) == len(batch):
+            return ids
+        found = np.zeros((len(batch), ids.shape[1]), np.uint64)
+        found[known] = ids
+        return found
+
+    def record(
+        self, batch: MicroBatch, crosses: U64, popular: U64, transition_table: Any, seed: tuple[int, int] | None
+    ) -> Record:
+        """What the host knows of `batch`.
+
+        Args:
+            batch: One row or more.
+            crosses: Of `crosses_of`.
+            popular: `[P]` uint64, the popular categories, padded with 0.
+            transition_table: Lists by category.
+            seed: Of dropout; None hashes the first row's position.
+        """
+        sources = [part.source for part in batch.header.ranges]
+        topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
+        partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]
+        partner = partners(topics, partitions, batch.opened)
+        table, recent = transition_table, batch.recent_categories
+        list_rows, newest = table.distinct(table.find(np.ascontiguousarray(recent[:, 0])))
+        lists = table.get(list_rows)
+        came_next = transitions.succession(newest, lists, recent, popular)
+        slots = candidates(batch.category, recent, popular, came_next.ids, partner)
+        if seed is None:
+            seed = seed_of(int(topics[0]), int(partitions[0]), int(batch.opened[0]))
+        attributes = self._columns.items_of(batch)
+        ids = {
+            "user": batch.user,
+            "item": batch.item,
+            "category": batch.category,
+            "context": self.context_of(batch),
+            "recent": recent,
+            "popular": popular,
+            "successor": came_next.ids,
+            "other": slots.other,
+            "negative_item": batch.item[partner],
+            "negative_category": batch.category[partner],
+            "item_attributes": attributes,
+            "negative_item_attributes": attributes[partner],
+            "cross": crosses,
+            "cross_share": self._crosses.shares[: crosses.shape[1]],
+        }
+        values: dict[str, npt.NDArray[Any]] = {
+            "features": batch.features,
+            "category_windows": batch.category_windows,
+            "recent_next": came_next.recent_categories,
+            "recent_mask": (recent != 0).astype(np.float32),
+            "popular_mask": slots.popular_mask,
+            "popular_next": came_next.popular,
+            "successor_mask": (came_next.ids != 0).astype(np.float32),
+            "successor_next": came_next.successors,
+            "other_mask": (slots.other != 0).astype(np.float32),
+            "tower_kept": dropout(seed, len(batch), self._dropped_units, self._dropout),
+        }
+        return Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest, lists, list_rows)
+
+
+def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Targets:
+    """What is learned: the clicked candidate, the label of the row's pair, and of its negative that it is none.
+
+    A row with a label has no negative, and its logit is not shifted.
+    """
+    numbers, known = HYPERPARAMETERS, ~np.isnan(batch.label)
+    negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(len(batch)))
+    weight = np.where(slot >= 0, batch.weight, np.float32(0.0)) * np.float32(1.0 / numbers.loss_scale)
+    shift = np.where(known, np.float32(0.0), np.float32(NEGATIVE_SHIFT))
+    share = np.float32(numbers.engagement_share / numbers.loss_scale)
+    return Targets(
+        slot=slot,
+        weight=weight.astype(np.float32),
+        label=np.where(known, batch.label, np.float32(1.0)),
+        label_shift=shift,
+        label_weight=(known | (batch.item != 0)).astype(np.float32) * share,
+        negative_shift=shift,
+        negative_weight=negative.astype(np.float32) * share,
+    )
