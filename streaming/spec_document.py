@@ -8,7 +8,7 @@ from typing import Any
 from state.config.settings import Settings
 from state.errors import SaltMismatch
 from state.events.identity import Salt
-from state.registry.registry import require_preprocessing
+from state.registry.specs import require_preprocessing
 from streaming.sample import Sample
 
 

@@ -45,7 +45,8 @@ from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.quiet_stderr import hushed, own_stderr, quieten
 from state.registry.control import start
-from state.registry.registry import Registry, require_preprocessing
+from state.registry.registry import Registry
+from state.registry.specs import require_preprocessing
 from trainer.checks import check_tower, is_own
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pathlib import Path
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
-from state.registry.registry import Registry, require_preprocessing
+from state.registry.registry import Registry
+from state.registry.specs import require_preprocessing
 
 WRONG_USE = 2
 

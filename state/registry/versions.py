@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from state import layout
 from state.disk import files as durable
-from state.errors import CorruptVersion, UnknownVersion, UnusableRegistry, reason_of
+from state.errors import CorruptVersion, UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
+from state.registry.directory import Directory, file_bytes, usable
 from state.registry.manifest import Kind, Manifest, Visible, sees
+from state.registry.numbers import Numbers
 
 MANIFEST = "manifest.json"
-_FOLDERS: dict[Kind, str] = {"delta": "versions", "base": "bases"}
-# A directory that changes again within one tick of the file system's clock keeps its time.
-_TICK_NS = 100_000_000
+_FOLDERS: dict[Kind, str] = {"delta": layout.VERSIONS, "base": layout.BASES}
 _REMEMBERED = 50_000
 _log = logging.getLogger(__name__)
 
@@ -44,69 +42,17 @@ class _Corrupt(CorruptVersion):
     """A corrupt version, and which directory it is."""
 
     def __init__(self, kind: Kind, version: int, message: str) -> None:
-        super().__init__(f"version {version}: {message}; roll back to another version")
+        super().__init__(f"version {version}: {message}", "roll back to another version")
         self.kind = kind
         self.version = version
 
 
-@contextmanager
-def usable(doing: str) -> Iterator[None]:
-    """Turns what the operating system refuses into an error of ours.
-
-    A file that cannot be read is not a damaged one: nothing is set aside, and
-    nothing older is taken in its place.
-
-    Raises:
-        UnusableRegistry: The disk is full or read-only, or rights are missing.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UnusableRegistry(
-            f"the registry cannot {doing} ({reason_of(error)}); free space or correct its access rights, and start again"
-        ) from error
-
-
-class _Numbers:
-    """The version numbers that a directory holds, listed again only when it changed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._changed_ns = -1
-        self._good: tuple[int, ...] = ()
-        self._last = 0
-
-    def good(self) -> tuple[int, ...]:
-        """The complete versions, ascending."""
-        self._refresh()
-        return self._good
-
-    def last(self) -> int:
-        """The highest number ever seen here, those set aside included."""
-        self._refresh()
-        return self._last
-
-    def _refresh(self) -> None:
-        with usable("be listed"):
-            changed_ns = self.path.stat().st_mtime_ns
-            if changed_ns == self._changed_ns:
-                return
-            names = os.listdir(self.path)  # noqa: PTH208 - thousands of names, polled
-        self._good = tuple(sorted(int(name) for name in names if name.isdecimal()))
-        self._last = max((self._last, *(int(name.partition(".")[0]) for name in names)))
-        self._changed_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
-
-
-class Versions:
+class Versions(Directory):
     """The versions of one registry directory. One object per thread, except that `read` may run in any."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # Whoever only reads may do without the rest, and an applier waits for its registry: the first use says what is wrong.
-        with suppress(OSError):
-            for name in (*_FOLDERS.values(), "tmp"):
-                (path / name).mkdir(parents=True, exist_ok=True)
-        self._numbers = {kind: _Numbers(path / name) for kind, name in _FOLDERS.items()}
+    def __init__(self, path: Path, *folders: str) -> None:
+        super().__init__(path, *folders, *_FOLDERS.values())
+        self._numbers = {kind: Numbers(path / name) for kind, name in _FOLDERS.items()}
         self._manifests: dict[Path, Manifest] = {}
 
     def versions(self) -> list[int]:
@@ -276,7 +222,7 @@ class Versions:
     def remove(self, kind: Kind, version: int) -> None:
         """Takes a delta or base away for good; it vanishes by one rename."""
         folder = self.folder(kind, version)
-        grave = self._temporary(f"removed-{kind}-{version}")
+        grave = self.temporary(f"removed-{kind}-{version}")
         with usable(f"give up version {version}"):
             folder.rename(grave)
             self._manifests.pop(folder, None)
@@ -297,7 +243,7 @@ class Versions:
 
     def _add(self, made: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None]) -> bool:
         final = self.folder(made.kind, made.version)
-        temporary = self._temporary(f"{made.kind}-{made.version}")
+        temporary = self.temporary(f"{made.kind}-{made.version}")
         temporary.mkdir()
         try:
             # 1.
@@ -328,19 +274,6 @@ class Versions:
         """The number that the next version takes: numbers only grow, over all epochs."""
         return 1 + max(numbers.last() for numbers in self._numbers.values())
 
-    def sweep(self) -> list[str]:
-        """Deletes what dead writers left under `tmp/`; returns the names."""
-        with usable("be swept"):
-            left = [path for path in (self.path / "tmp").iterdir() if durable.is_dead(path.name.rpartition("~")[2])]
-            for path in left:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return [path.name for path in left]
-
-    def _temporary(self, what: str) -> Path:
-        path = self.path / "tmp" / f"{what}~{durable.owner_mark()}"
-        shutil.rmtree(path, ignore_errors=True)
-        return path
-
     def _nearest(self, version: int) -> str:
         kept = self.versions()
         nearest = [
@@ -348,18 +281,3 @@ class Versions:
             *[number for number in kept if number > version][:1],
         ]
         return f"take {' or '.join(map(str, nearest))}" if nearest else "there is none yet"
-
-
-def file_bytes(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        FileNotFoundError: There is none.
-        UnusableRegistry: It is there and cannot be read.
-    """
-    with usable("be read"):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            missing = error
-    raise missing

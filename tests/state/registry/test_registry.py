@@ -290,7 +290,7 @@ def test_after_kill_9_a_version_is_complete_or_absent(tmp_path: Path, point: str
 
 
 def test_a_sweep_leaves_the_files_of_the_living(registry: Registry) -> None:
-    alive = registry._temporary("version")
+    alive = registry.temporary("version")
     alive.mkdir()
     assert registry.sweep() == []
     assert alive.exists()

@@ -1,0 +1,135 @@
+"""The control generations in a registry: read, and taken on by one file that only one can create."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from state import layout
+from state.disk import files as durable
+from state.errors import ControlConflict, CorruptVersion
+from state.process import killpoints
+from state.registry import control as codec
+from state.registry import manifest
+from state.registry.control import Control
+from state.registry.directory import Directory, file_bytes, usable
+
+_TRIES = 8
+
+
+class Controls(Directory):
+    """The generations of one registry directory. One object per thread."""
+
+    def __init__(self, path: Path, *folders: str) -> None:
+        super().__init__(path, *folders, layout.CONTROL)
+        self._control: Control | None = None
+
+    def control(self) -> Control | None:
+        """The newest control generation; None before the first. Costs one look at a file name: poll it.
+
+        Raises:
+            CorruptVersion: The file fails its digest.
+        """
+        if self._control is None:
+            numbers = self._generations()
+            if numbers:
+                self._control = self._read_control(numbers[-1])
+        while self._control is not None and self._is_there(self._control.generation + 1):
+            self._control = self._read_control(self._control.generation + 1)
+        return self._control
+
+    def controls(self) -> list[Control]:
+        """All generations in order: the audit log.
+
+        Raises:
+            CorruptVersion: A file fails its digest.
+        """
+        return [self._read_control(number) for number in self._generations()]
+
+    def propose(self, control: Control) -> Control:
+        """Makes `control` the newest generation, durably.
+
+        Proposing the newest generation again, as after a crash, changes nothing.
+
+        Raises:
+            ControlConflict: Its generation exists and differs, or does not follow the newest one.
+            UnusableRegistry: The disk refused; nothing was changed.
+        """
+        with usable(f"take control generation {control.generation}"):
+            return self._propose(control)
+
+    def _propose(self, control: Control) -> Control:
+        newest = self.control()
+        if newest == control:
+            return control
+        if control.generation != (newest.generation if newest else 0) + 1:
+            raise ControlConflict(
+                f"control generation {control.generation} does not follow {newest.generation if newest else 'nothing'}; "
+                "look at `springtide history`, then repeat the command"
+            )
+        temporary = self.temporary(f"control-{control.generation}-{os.urandom(4).hex()}")
+        durable.write(temporary, manifest.seal(codec.encode(control)))
+        killpoints.reach("control.written")
+        final = self._control_path(control.generation)
+        try:
+            os.link(temporary, final)
+        except FileExistsError:
+            other = self._read_control(control.generation)
+            if other != control:
+                raise ControlConflict(
+                    f"control generation {control.generation} was just created by {other.actor} ({other.action}: {other.reason}); "
+                    "look at `springtide history`, then repeat the command"
+                ) from None
+        finally:
+            temporary.unlink()
+        killpoints.reach("control.linked")
+        durable.sync_directory(final.parent)
+        return control
+
+    def change(self, transition: Callable[[Control], Control]) -> Control:
+        """Takes control on by a pure transition, again from the newest generation when somebody was faster.
+
+        Returns:
+            The newest generation; the one there was where the transition changes nothing.
+
+        Raises:
+            ControlConflict: There is no control yet, or others were faster all the time.
+        """
+        for _ in range(_TRIES):
+            control = self.control()
+            if control is None:
+                raise ControlConflict(f"{self.path} has no control yet; start the trainer once: `springtide train`")
+            wanted = transition(control)
+            if wanted is control:
+                return control
+            try:
+                return self.propose(wanted)
+            except ControlConflict as error:
+                conflict = error
+        raise conflict
+
+    def _generations(self) -> list[int]:
+        # Not by glob, which takes a directory that it may not read for an empty one.
+        with usable("be listed"):
+            paths = list((self.path / layout.CONTROL).iterdir())
+        return sorted(int(path.stem) for path in paths if path.suffix == ".json" and path.stem.isdecimal())
+
+    def _is_there(self, generation: int) -> bool:
+        with usable("be read"):
+            return self._control_path(generation).exists()
+
+    def _control_path(self, generation: int) -> Path:
+        return self.path / layout.CONTROL / f"{generation:08d}.json"
+
+    def _read_control(self, generation: int) -> Control:
+        path = self._control_path(generation)
+        try:
+            return codec.decode(json.loads(manifest.unseal(file_bytes(path))))
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise CorruptVersion(
+                f"{path} is damaged: {error}; restore it from a copy: it says what should be served"
+            ) from error

@@ -1,0 +1,155 @@
+"""What versions of a registry refer to, kept by digest: the programs that answers run, and the specs of the bootstrap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from state import layout
+from state.disk import files as durable
+from state.errors import CorruptVersion, SpecMismatch
+from state.process import killpoints
+from state.registry import manifest
+from state.registry.directory import Directory, file_bytes, usable
+
+SPEC = "spec.json"
+
+
+class Specs(Directory):
+    """The programs and feature specs of one registry directory."""
+
+    def __init__(self, path: Path, *folders: str) -> None:
+        super().__init__(path, *folders, layout.PROGRAMS, layout.SPECS)
+
+    def add_program(self, program: bytes) -> str:
+        """Keeps a program; returns its SHA-256, which names it. A damaged copy of it is replaced.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
+        digest = hashlib.sha256(program).hexdigest()
+        final = self.path / layout.PROGRAMS / f"{digest}.tflite"
+        with usable(f"keep program {digest[:12]}"):
+            if not final.exists() or final.read_bytes() != program:
+                temporary = self.temporary(f"program-{digest}")
+                temporary.unlink(missing_ok=True)
+                durable.write(temporary, program)
+                temporary.replace(final)
+                durable.sync_directory(final.parent)
+        return digest
+
+    def program(self, digest: str) -> bytes:
+        """The program with this SHA-256.
+
+        Raises:
+            CorruptVersion: It is missing or fails its digest.
+        """
+        path = self.path / layout.PROGRAMS / f"{digest}.tflite"
+        try:
+            program = file_bytes(path)
+        except FileNotFoundError:
+            raise CorruptVersion(f"{path} is missing; restart the trainer to lower the model again") from None
+        if hashlib.sha256(program).hexdigest() != digest:
+            raise CorruptVersion(f"{path} fails its digest; remove it and restart the trainer to lower the model again")
+        return program
+
+    def specs(self) -> list[str]:
+        """The digests of the feature specs that were bootstrapped."""
+        with usable("be listed"):
+            return sorted(path.name for path in (self.path / layout.SPECS).iterdir() if (path / SPEC).exists())
+
+    def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
+        """Keeps what the bootstrap found out; False where another was faster, whose result stays.
+
+        Args:
+            digest: Of the feature spec.
+            document: Anything JSON.
+            fill: Writes the directory `transform/` into the folder it is given.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
+        with usable(f"take feature spec {digest[:12]}"):
+            return self._add_spec(digest, document, fill)
+
+    def _add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
+        final = self.path / layout.SPECS / digest
+        temporary = self.temporary(f"spec-{digest}")
+        temporary.mkdir()
+        try:
+            fill(temporary)
+            files = {
+                str(path.relative_to(temporary)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            body = json.dumps({**document, "files": files}, sort_keys=True).encode()
+            durable.write(temporary / SPEC, manifest.seal(body))
+            durable.sync_tree(temporary)
+            killpoints.reach("spec.written")
+            temporary.rename(final)
+        except OSError:
+            if not (final / SPEC).exists():
+                raise
+            return False
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        durable.sync_directory(final.parent)
+        return True
+
+    def spec(self, digest: str) -> dict[str, Any]:
+        """What the bootstrap wrote about a feature spec.
+
+        Raises:
+            SpecMismatch: It was not bootstrapped here.
+            CorruptVersion: The file fails its digest.
+        """
+        path = self.path / layout.SPECS / digest / SPEC
+        try:
+            document: dict[str, Any] = json.loads(manifest.unseal(file_bytes(path)))
+        except FileNotFoundError:
+            raise SpecMismatch(
+                f"{path} does not exist: run `springtide bootstrap` with these feature settings"
+            ) from None
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise CorruptVersion(f"{path} is damaged: {error}; move it away and run `springtide bootstrap`") from error
+        return document
+
+    def transform(self, digest: str) -> Path:
+        """The directory with the transform graph of a feature spec, every file checked.
+
+        Raises:
+            SpecMismatch: It was not bootstrapped here.
+            CorruptVersion: A file is missing or fails its digest.
+        """
+        folder = self.path / layout.SPECS / digest
+        for name, expected in self.spec(digest)["files"].items():
+            path = folder / name
+            if not path.is_file() or hashlib.sha256(file_bytes(path)).hexdigest() != expected:
+                raise CorruptVersion(
+                    f"{path} is missing or fails its digest; move {folder} away and run `springtide bootstrap`"
+                )
+        return folder / "transform"
+
+
+def require_preprocessing(about: Mapping[str, Any], preprocessing: str) -> None:
+    """Refuses a preprocessing that is not the one which a feature spec was bootstrapped with.
+
+    Args:
+        about: What the bootstrap wrote about the spec.
+        preprocessing: The setting `model.preprocessing`.
+
+    Raises:
+        SpecMismatch: It is another one.
+    """
+    if about.get("preprocessing", preprocessing) != preprocessing:
+        raise SpecMismatch(
+            f"the registry was bootstrapped with preprocessing {about['preprocessing']}, model.preprocessing is "
+            f"{preprocessing}; put it back, or start a new state directory"
+        )
