@@ -18,202 +18,23 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
-import numpy as np
-import orjson
-
-from deploy.cli import SETTINGS_HELP
+from deploy.command_line import SETTINGS_HELP
+from deploy.replaying.attribute_records import AttributeFiles
+from deploy.replaying.attribute_sending import BY_SIDE, REFUSED, article, send, summary
 from deploy.replaying.progress import Progress
-from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, rows_within
-from state.attributes.values import SIDES, Table, id_of, tables_of
+from deploy.replaying.sender import LARGEST_VALUE, Outbox
+from state.attributes.values import SIDES, tables_of
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
-from state.errors import DecodeError, SettingsError, SpringtideError
+from state.errors import SettingsError, SpringtideError
 from state.log import Topics, plan
 from state.recordings.files import Recording, find
 from state.recordings.options import add_format_arguments
-from state.recordings.rows import Rows, shown_reasons
 
-ENOUGH_ROWS = 10  # so many rows and no record: the mapping is wrong
 NOT_THERE = "correct [attributes]"
-REFUSED = "refused row"
-BY_SIDE = {"user": "users", "item": "items"}
-
-Record = tuple[bytes, bytes]
-Bad = tuple[int, str]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files of one side and what they are.
-
-    Attributes:
-        side: user or item.
-        recording: The files.
-        table: What a record says.
-        topic: Where records go.
-        key: The column of the id.
-        most_bytes: Larger records are refused.
-    """
-
-    side: str
-    recording: Recording
-    table: Table
-    topic: str
-    key: str
-    most_bytes: int
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that are read."""
-        return tuple(dict.fromkeys([self.key, *(one.path for one in self.table.fields)]))
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Rows as records.
-
-    Attributes:
-        records: Key and value of each that the stream takes.
-        refused: Rows that it does not, with the reason.
-        valued: Per attribute the records that have a value.
-    """
-
-    records: list[Record]
-    refused: list[Bad]
-    valued: Counter[str]
-
-
-def encode(rows: Rows, source: Source) -> Encoded:
-    """The records of rows, judged as the stream judges them.
-
-    Args:
-        rows: With the columns of `source`.
-        source: What they are.
-    """
-    table, made = source.table, Encoded([], [], Counter())
-    paths = tuple(dict.fromkeys(one.path for one in table.fields))
-    columns = [rows.columns[path] for path in paths]
-    for row, (one, *values) in enumerate(zip(rows.columns[source.key], *columns, strict=True)):
-        try:
-            key = None if type(one) not in (str, int) else str(one).encode()
-            value = rows.text(row) if row in rows.broken else _value(dict(zip(paths, values, strict=True)), rows, row)
-            texts = table.read(value, source.most_bytes)
-            id_of(key)
-        except DecodeError as error:
-            made.refused.append((row, str(error.reason)))
-            continue
-        assert key is not None
-        made.records.append((key, value))
-        made.valued.update(name for name, text in zip(table.names, texts, strict=True) if text is not None)
-    return made
-
-
-def _value(fields: dict[str, object], rows: Rows, row: int) -> bytes:
-    try:
-        return orjson.dumps(fields)
-    except (TypeError, ValueError):
-        # No JSON has such a value; as text it is refused.
-        return rows.text(row)
-
-
-@dataclass
-class Outcome:
-    """What became of the rows of one side.
-
-    Attributes:
-        sent: Records.
-        refused: Rows by reason.
-        valued: Per attribute the records that have a value.
-        complete: Whether the files were read to their ends.
-    """
-
-    sent: int
-    refused: Counter[str]
-    valued: Counter[str]
-    complete: bool = False
-
-
-def send(
-    source: Source,
-    deliver: Callable[[Piece], object],
-    progress: Progress,
-    stopped: threading.Event,
-    wall_ms: Callable[[], int],
-) -> Outcome:
-    """Sends the records of all files of one side, until their ends or `stopped`.
-
-    Args:
-        source: What to send.
-        deliver: Takes records and returns when they are acknowledged.
-        progress: Is told.
-        stopped: Ends it between two pieces.
-        wall_ms: Unix time, the records' timestamp.
-
-    Raises:
-        SettingsError: The columns do not fit, or none of the first rows is a record.
-        UnreadableRecording: A file is cut or damaged.
-        LogError: Kafka refused, or did not answer: run it again.
-    """
-    outcome = Outcome(0, Counter(), Counter())
-    for number, rows in _chunks(source):
-        made = encode(rows, source)
-        reasons = Counter(reason for _, reason in made.refused)
-        if not outcome.sent and not made.records and len(rows) >= ENOUGH_ROWS:
-            raise SettingsError(
-                f"none of the first {len(rows):,} rows of {source.recording.files[number].path} is a record of "
-                f"{_article(source.side)}: {shown_reasons(reasons, REFUSED)}; {source.recording.remedy}; nothing was sent"
-            )
-        for row, reason in made.refused:
-            progress.name(f"{source.recording.files[number].path}:{int(rows.lines[row])}", reason)
-        outcome.refused += reasons
-        outcome.valued += made.valued
-        left = made.records
-        while left:
-            if stopped.is_set():
-                return outcome
-            count = rows_within([len(key) + len(value) for key, value in left])
-            keys, values = zip(*left[:count], strict=True)
-            deliver(Piece(keys, values, np.full(count, wall_ms(), np.int64)))
-            left = left[count:]
-            outcome.sent += count
-            seen = outcome.sent + outcome.refused.total()
-            progress.show(seen, seen, None, outcome.refused.total())
-    outcome.complete = True
-    return outcome
-
-
-def _chunks(source: Source) -> Iterator[tuple[int, Rows]]:
-    for number in range(len(source.recording.files)):
-        for rows in source.recording.rows(number, source.columns):
-            yield number, rows
-
-
-def _article(side: str) -> str:
-    return f"an {side}" if side == "item" else f"a {side}"
-
-
-def summary(source: Source, outcome: Outcome, took_s: float) -> str:
-    """What a run did.
-
-    A name that no record has a value for may be misspelled; a file of JSON lines does not tell.
-    """
-    seen = outcome.sent + outcome.refused.total()
-    parts = [
-        f"sent {outcome.sent:,} records of {BY_SIDE[source.side]} to {source.topic} in {took_s:.1f} s "
-        f"({seen / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
-    ]
-    parts += [
-        f"no record has a value for {one.name}: is the field {one.path!r} spelled so?"
-        for one in source.table.fields
-        if outcome.sent and not outcome.valued[one.name]
-    ]
-    parts.append("complete" if outcome.complete else "stopped before the end: the same command sends all of it again")
-    return "; ".join(parts)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -236,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def sources_of(options: argparse.Namespace, settings: Settings) -> list[Source]:
+def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:
     """What the command line and `[attributes]` say to send.
 
     Raises:
@@ -262,7 +83,7 @@ def sources_of(options: argparse.Namespace, settings: Settings) -> list[Source]:
         files = find(asked[side], options.format, options.delimiter)
         remedy = f"{NOT_THERE}, or name the column of the id with --{side}-id"
         most_bytes = min(settings.events.max_event_bytes, LARGEST_VALUE)
-        found.append(Source(side, Recording(files, columns, remedy=remedy), table, topic, key, most_bytes))
+        found.append(AttributeFiles(side, Recording(files, columns, remedy=remedy), table, topic, key, most_bytes))
     return found
 
 
@@ -278,13 +99,13 @@ def run(
     Raises:
         SpringtideError: Files, settings or Kafka are in the way.
     """
-    for source in sources_of(options, settings):
+    for files in files_of(options, settings):
         with Topics(settings.kafka) as topics:
-            topics.ensure(*plan.attributes_of(source.topic))
-        progress = Progress(progress_to, time.monotonic, f"record of {_article(source.side)}", REFUSED)
-        with Outbox(settings.kafka, source.topic) as outbox:
-            outcome = send(source, outbox.send, progress, stopped, lambda: time.time_ns() // 1_000_000)
-        say(summary(source, outcome, progress.took_s))
+            topics.ensure(*plan.attributes_of(files.topic))
+        progress = Progress(progress_to, time.monotonic, f"record of {article(files.side)}", REFUSED)
+        with Outbox(settings.kafka, files.topic) as outbox:
+            outcome = send(files, outbox.send, progress, stopped, lambda: time.time_ns() // 1_000_000)
+        say(summary(files, outcome, progress.took_s))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deploy.cli import SETTINGS_HELP
+from deploy.command_line import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
 from deploy.replaying.command import add_arguments, run
-from deploy.replaying.shoppers import Clicks, Shoppers, encode
+from deploy.replaying.shoppers import Clicks, ShopperCrowd, encode
 from state.config.sections import Events
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
@@ -86,7 +86,7 @@ class Sender:
 
 
 def replay(
-    shoppers: Shoppers,
+    shoppers: ShopperCrowd,
     send: Callable[[Clicks], None],
     rate: float,
     limit: int | None,
@@ -182,7 +182,7 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
         speed = parse_speed(options.speed or "1x")
         # How long the shoppers' clock has run already; without a pace there is nothing to be ahead of.
         made_s = options.head_start / rate if rate > 0 and speed != MAX else 0.0
-        shoppers = Shoppers.from_settings(settings, options.seed, rate, int((time.time() - made_s) * 1000))
+        shoppers = ShopperCrowd.from_settings(settings, options.seed, rate, int((time.time() - made_s) * 1000))
         started_s = time.monotonic()
         # At full speed the shoppers' clock keeps its rate, and nobody waits for it.
         rate = 0.0 if speed == MAX else rate

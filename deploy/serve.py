@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.startup.processes import die_with, how
+from deploy.children.last_words import how
+from deploy.children.parent_death import die_with
 from state.config.settings import load
 from state.errors import ProcessFailed, SpringtideError
 

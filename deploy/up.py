@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_python(sys.version_info)
         # Only now: the rest needs Python 3.11.
-        from deploy.startup.steps import Ascent
+        from deploy.startup.steps import Startup
         from deploy.watch.live import Screen
         from state.config.settings import load
 
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shoppers = "--no-shoppers" not in words
         settings = load([word for word in words if word != "--no-shoppers"])
         signals = Signals()
-        ascent = Ascent(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted)
-        return ascent.run()
+        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted).run()
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -24,6 +24,15 @@ ROWS_TOLERANCE = 1e-5
 """Largest difference between a row alone and in a batch, likewise: kernels for several rows add up in another order."""
 
 
+def argument(name: str) -> str:
+    """The argument of a program's signature `load` for the weight `dense.<name>` of a version.
+
+    >>> argument("tower.kernel_0")
+    'dense_tower_kernel_0'
+    """
+    return f"dense.{name}".replace(".", "_")
+
+
 def lower_saved_model(folder: Path, signatures: Sequence[str], what: str, frozen: bool = False) -> bytes:
     """The LiteRT program of a SavedModel's signatures.
 

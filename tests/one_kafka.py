@@ -9,7 +9,8 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import NamedTuple
 
-from deploy.kafka.broker import Broker, free_port
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
 
 
 class Running(NamedTuple):

@@ -1,1 +1,1 @@
-"""Clicks into the topic: of recordings, each at its time, or of synthetic shoppers."""
+"""Into the topics: clicks, of recordings at their times or of synthetic shoppers, and attributes out of files."""

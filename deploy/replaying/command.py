@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any, TextIO
 
 from deploy.replaying.clock import MAX, parse_speed
-from deploy.replaying.journal import Journal, folder_of, key_of
+from deploy.replaying.journal import ReplayJournal, folder_of, key_of
 from deploy.replaying.progress import Progress
 from deploy.replaying.replay import Options, Outcome, replay
 from deploy.replaying.sender import Outbox
@@ -89,7 +89,7 @@ def run(
             topic_id = topics.describe(topic).topic_id
         folder = folder_of(settings.state_dir, key_of(identity(recording, events, how, topic, topic_id)))
         stack.enter_context(DirectoryLock(folder))
-        journal = Journal(folder)
+        journal = ReplayJournal(folder)
         if options.restart:
             journal.forget()
         outbox = stack.enter_context(Outbox(settings.kafka, topic))

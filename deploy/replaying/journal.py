@@ -64,7 +64,7 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Journal:
+class ReplayJournal:
     """The position of one replay, on disk. One process at a time: hold a lock on `folder`.
 
     Args:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TextIO
 
+from state.process.progress_line import ProgressLine, bar
+
 LINE_EVERY_S = 10.0
-TERMINAL_EVERY_S = 0.2
 BAR = 20
 NAMED_ROWS = 5
-CLEAR = "\r\x1b[K"
 
 
 def progress_line(done: int, total: int | None, rate: float, bad: int, called: str = "dead letter") -> str:
@@ -23,9 +23,7 @@ def progress_line(done: int, total: int | None, rate: float, bad: int, called: s
     letters = f"{bad:,} {called}{'s' * (bad != 1)}"
     if not total:
         return f"{done:,} rows  {rate:,.0f} rows/s  {letters}"
-    filled = BAR * done // total
-    bar = "#" * filled + "-" * (BAR - filled)
-    return f"[{bar}] {100 * done // total:3d} %  {done:,} of {total:,} rows  {rate:,.0f} rows/s  {letters}"
+    return f"{bar(done, total, BAR)}  {done:,} of {total:,} rows  {rate:,.0f} rows/s  {letters}"
 
 
 class Progress:
@@ -41,17 +39,14 @@ class Progress:
     def __init__(
         self, out: TextIO, monotonic_s: Callable[[], float], row: str = "click", called: str = "dead letter"
     ) -> None:
-        self._out, self._row, self._called = out, row, called
-        self._terminal = out.isatty()
-        self._clock = monotonic_s
-        self._begun_s = self._shown_s = monotonic_s()
+        self._row, self._called = row, called
+        self._line = ProgressLine(out, LINE_EVERY_S, monotonic_s)
         self._named = 0
-        self._open = False
 
     @property
     def took_s(self) -> float:
         """Seconds since the beginning."""
-        return max(self._clock() - self._begun_s, 1e-9)
+        return self._line.took_s
 
     def show(self, sent: int, done: int, total: int | None, bad: int) -> None:
         """Shows the state, if it is time to.
@@ -62,13 +57,7 @@ class Progress:
             total: Rows of the recording; None where they are not counted yet.
             bad: Rows that are none.
         """
-        now_s = self._clock()
-        if now_s - self._shown_s < (TERMINAL_EVERY_S if self._terminal else LINE_EVERY_S):
-            return
-        self._shown_s = now_s
-        line = progress_line(done, total, sent / self.took_s, bad, self._called)
-        self._write(f"{CLEAR}{line}" if self._terminal else f"{line}\n")
-        self._open = self._terminal
+        self._line.show(lambda: progress_line(done, total, sent / self.took_s, bad, self._called))
 
     def name(self, row: str, reason: str) -> None:
         """Names a row that is bad; after the first few only their number is shown, at the end."""
@@ -80,9 +69,4 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Writes a line of its own."""
-        self._write(f"{CLEAR * self._open}{line}\n")
-        self._open = False
-
-    def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        self._line.say(line)

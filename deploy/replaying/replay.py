@@ -17,20 +17,19 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import psutil
 
 from deploy.replaying.clock import MAX, Clock, Hand, Stamped, stamp
-from deploy.replaying.journal import Journal, Position
+from deploy.replaying.journal import Position, ReplayJournal
 from deploy.replaying.progress import Progress
+from deploy.replaying.reading import open_in_file_order, open_sorted
 from deploy.replaying.sender import LARGEST_VALUE, Judge, Piece, Record, missing, rows_within
 from state.config.sections import Events
 from state.errors import SettingsError
 from state.events.dead_letters import Reason
 from state.process import killpoints
-from state.recordings.files import Recording, refuse_beyond_memory
-from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons, time_of
+from state.recordings.files import Recording
+from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, shown_reasons
 
-SLICE_ROWS = 4096
 SLICE_S = 0.1
 LOOK_S = 0.5
 ENOUGH_ROWS = 10  # so many refused rows and no click: the mapping is wrong
@@ -96,7 +95,7 @@ def replay(
     events: Events,
     options: Options,
     destination: Destination,
-    journal: Journal,
+    journal: ReplayJournal,
     progress: Progress,
     stopped: threading.Event,
     wall_ms: Callable[[], int],
@@ -133,7 +132,7 @@ class _Run:
         events: Events,
         options: Options,
         destination: Destination,
-        journal: Journal,
+        journal: ReplayJournal,
         progress: Progress,
         stopped: threading.Event,
         wall_ms: Callable[[], int],
@@ -155,7 +154,16 @@ class _Run:
         self._sent = self._late = 0
 
     def outcome(self) -> Outcome:
-        chunks = self._chunks()
+        """Sends what is left; returns what the run did."""
+        if self._options.sort == "memory":
+            opened = open_sorted(self._recording, self._events, self._encoder, self._position)
+        else:
+            rebased_at_once = not self._options.keep and math.isinf(self._options.speed)
+            opened = open_in_file_order(
+                self._recording, self._events, self._encoder, self._position, rebased_at_once, self._latest_ms
+            )
+        self._total = opened.total
+        self._position = replace(self._position, newest_ms=opened.newest_ms)
         clock = Clock(
             speed=self._options.speed,
             keep=self._options.keep,
@@ -163,48 +171,10 @@ class _Run:
             newest_ms=self._position.newest_ms,
             longest_wait_ms=self._options.longest_wait_s * 1000,
         )
-        complete = self._send_all(chunks, clock)
+        complete = self._send_all(opened.chunks, clock)
         self._position = replace(self._position, complete=complete)
         self._journal.write(self._position)
         return Outcome(self._sent, self._late, self._total, self._position)
-
-    # Reading
-
-    def _chunks(self) -> Iterator[Encoded]:
-        """The rows that are not acknowledged yet, in the order of sending; finds the newest time on the way."""
-        if self._options.sort == "memory":
-            refuse_beyond_memory(self._recording, psutil.virtual_memory().available)
-            whole = joined(list(self._recording.encoded(self._encoder, self._events)))
-            self._total = len(whole)
-            if len(whole):
-                self._position = replace(self._position, newest_ms=int(whole.at_ms.max()))
-            return self._sorted(whole, order(whole.at_ms))
-        if not self._options.keep and math.isinf(self._options.speed) and self._position.newest_ms == NO_TIME:
-            self._position = replace(self._position, newest_ms=self._newest_ms())
-        return self._unsorted(self._position.acknowledged)
-
-    def _sorted(self, whole: Encoded, rows: I64) -> Iterator[Encoded]:
-        for first in range(self._position.acknowledged, len(whole), SLICE_ROWS):
-            yield whole.take(rows[first : first + SLICE_ROWS])
-
-    def _unsorted(self, done: int) -> Iterator[Encoded]:
-        for encoded in self._recording.encoded(self._encoder, self._events):
-            if done < len(encoded):
-                yield encoded.cut(done, len(encoded))
-            done = max(0, done - len(encoded))
-
-    def _newest_ms(self) -> int:
-        """The latest recorded time; reads the time column of all files."""
-        field, unit, newest_ms = self._events.time, self._events.time_unit, NO_TIME
-        if not field or field in (self._recording.constants or {}):
-            return newest_ms
-        for number in range(len(self._recording.files)):
-            for rows in self._recording.rows(number, (field,)):
-                times = (time_of(value, unit, self._latest_ms) for value in rows.columns[field])
-                newest_ms = max(newest_ms, max(times))
-        return newest_ms
-
-    # Sending
 
     def _send_all(self, chunks: Iterator[Encoded], clock: Clock) -> bool:
         """Sends until the end (True) or until limit or stop."""

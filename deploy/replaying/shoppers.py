@@ -151,7 +151,7 @@ def encode(clicks: Clicks, events: Events) -> tuple[list[bytes], list[bytes]]:
     return [user.encode() for user in clicks.users], values
 
 
-class Shoppers:
+class ShopperCrowd:
     """A crowd of shoppers with a clock of its own."""
 
     def __init__(
@@ -202,7 +202,7 @@ class Shoppers:
         )
 
     @classmethod
-    def from_settings(cls, settings: Settings, seed: int | None, rate: float, start_ms: int) -> Shoppers:
+    def from_settings(cls, settings: Settings, seed: int | None, rate: float, start_ms: int) -> ShopperCrowd:
         """The shoppers of the section [shoppers]."""
         wanted = settings.shoppers
         return cls(

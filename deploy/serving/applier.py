@@ -40,6 +40,7 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, HISTORIES, PROGRAMS, ROWS
 from state.log import Reader, Topics
 from state.metrics import ApplierMetrics, serve
+from state.process.said_once import SaidOnce
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 
@@ -142,16 +143,15 @@ class Applier:
 
     def _follow_versions(self) -> None:
         sample, house, sync = Every(SAMPLE_S), Every(HOUSE_S), Every(self._settings.serving.sync_s)
-        told = ""
+        say = SaidOnce(_log.error)
         while not self._stop.is_set():
             more, pause_s = False, self._settings.serving.poll_ms / 1000
             try:
                 more = self.versions.step()
                 self.versions.sweep()
             except (RegistryError, OSError) as error:
-                if str(error) != told:
-                    _log.error("the registry cannot be followed: %s; answers go on as they are", error)
-                told, pause_s = str(error), RETRY_S
+                say(f"the registry cannot be followed: {error}; answers go on as they are")
+                pause_s = RETRY_S
             now_s = time.monotonic()
             if sample(now_s):
                 self._sample()
@@ -188,19 +188,17 @@ class Applier:
 
     def _follow_clicks(self) -> None:
         sync = Every(self._settings.serving.sync_s)
-        told = ""
+        say = SaidOnce(_log.warning)
         while not self._stop.is_set():
             try:
                 if not self.clicks.connected:
                     self._connect()
-                    told = ""
+                    say.clear()
                 self.clicks.step(FETCH_S)
             except (GapError, UnknownTopic, LogError) as error:
                 self.clicks.disconnect()
                 self.metrics.log_failures.inc()
-                if str(error) != told:
-                    _log.warning("%s; serving goes on with the clicks it has, and tries again", error)
-                told = str(error)
+                say(f"{error}; serving goes on with the clicks it has, and tries again")
                 self._stop.wait(RETRY_S)
             if sync(time.monotonic()):
                 self._histories.sync()

@@ -20,7 +20,7 @@ from state.events.identity import load_salt
 from state.metrics import ApplierMetrics
 
 
-class Known(NamedTuple):
+class AttributeValues(NamedTuple):
     """What is known of one user or item.
 
     Attributes:
@@ -46,20 +46,20 @@ class KnownAttributes:
     def __init__(self, store: AttributeStore | None, tables: Mapping[str, Table]) -> None:
         self._store, self._tables = store, tables
         self.names = {side: tables[side].names if store is not None and side in tables else () for side in SIDES}
-        self._unknown = {side: Known(table.unknown.tolist(), {}) for side, table in tables.items()}
+        self._unknown = {side: AttributeValues(table.unknown.tolist(), {}) for side, table in tables.items()}
 
-    def of(self, side: str, ids: Sequence[int]) -> list[Known]:
+    def of(self, side: str, ids: Sequence[int]) -> list[AttributeValues]:
         """What is known now, in the order of `ids`."""
         table = self._tables.get(side)
         if table is None or self._store is None:
-            return [Known((), {})] * len(ids)
+            return [AttributeValues((), {})] * len(ids)
         width, found = len(table.names), []
         for value in self._store.read_many(side, ids):
             if value is None:
                 found.append(self._unknown[side])
             else:
                 texts = dict(zip(table.names, texts_in(value, width), strict=True))
-                found.append(Known(ids_in(value, width).tolist(), texts))
+                found.append(AttributeValues(ids_in(value, width).tolist(), texts))
         return found
 
 

@@ -7,14 +7,14 @@ newest first, then the popular ones, then the successors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.serving.answer import Interest
+from deploy.serving.catalogue import CategoryName
+from deploy.serving.loaded_version import VersionRows
 from state.ranking.transitions import WIDTH, Succession, succession
-from state.rows.reader import RowReader
-from state.rows.served import Served
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
@@ -23,33 +23,17 @@ KINDS = ("recent", "popular", "successor")
 """Of candidates, in the order of their slots; so begin the names of the program's masks and logits."""
 
 
-class Interest(TypedDict):
-    """A candidate: the category's name (or id where it has none), its id, its probability."""
-
-    label: str
-    id: str
-    probability: float
-
-
-class Label(NamedTuple):
-    """A candidate as an answer shows it."""
-
-    name: str
-    hex: str
-
-
-def came_next(reader: RowReader, served: Served, recent_categories: U64, popular: U64) -> Succession:
+def came_next(rows: VersionRows, recent_categories: U64, popular: U64) -> Succession:
     """What the version's lists of users' newest categories say; a category without a list says nothing.
 
     Args:
-        reader: Of the transaction.
-        served: The version; one of a release without lists, or with others, has none.
+        rows: Of the version; one of a release without lists, or with others, has none.
         recent_categories: `[n, L]` uint64, the users' categories, newest first, padded with 0.
         popular: `[P]` uint64, padded with 0.
     """
     lists, at = np.zeros((1 + len(recent_categories), WIDTH), np.float32), np.zeros(len(recent_categories), np.int32)
     for place, newest in enumerate(recent_categories[:, 0].tolist()):
-        row = reader.row("transition", newest, served) if newest else None
+        row = rows.transitions(newest) if newest else None
         if row is not None and len(row) == 4 * WIDTH:
             at[place] = place + 1
             lists[place + 1] = np.frombuffer(row, np.float32)
@@ -86,8 +70,8 @@ def softmax(logits: F32) -> F32:
 
 
 def interests(
-    users: Sequence[tuple[list[Label], list[Label]]],
-    popular: Sequence[Label],
+    users: Sequence[tuple[list[CategoryName], list[CategoryName]]],
+    popular: Sequence[CategoryName],
     inputs: Mapping[str, F32],
     outputs: Mapping[str, F32],
 ) -> list[list[Interest]]:

@@ -16,8 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deploy.serving.host import CAUGHT_UP_EXTRA
-from deploy.serving.predictor import CLOCK_EXTRA
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, item_extra, name_extra
 from state.errors import MicroBatchError, SaltMismatch
 from state.features.spec import Events, FeatureSpec
 from state.history.appends import Appends
@@ -186,7 +185,7 @@ class HistoryFollower:
             ranges.extend(parts)
             events.append(events_of(kept))
             users.append(kept.user)
-            extra |= {f"name:{label:016x}": name.encode() for label, name in found.header.names.items()}
+            extra |= {name_extra(category): name.encode() for category, name in found.header.names.items()}
             marks = after
         self._commit(batch, users, events, ranges, extra)
         self._marks = marks
@@ -241,7 +240,7 @@ class HistoryFollower:
         for item, category in dict(zip(events["item"].tolist(), events["category"].tolist(), strict=True)).items():
             if item and category and self._items.get(item) != category:
                 self._items[item] = category
-                found[f"item:{item:016x}"] = category.to_bytes(8, "big")
+                found[item_extra(item)] = category.to_bytes(8, "big")
         return found
 
     def _keep_house(self, idle: bool) -> None:

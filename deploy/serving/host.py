@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deploy.serving.attributes import KnownAttributes
-from deploy.serving.predictor import CLOCK_EXTRA, Predictor
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
+from deploy.serving.predictor import Predictor
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.config.settings import Settings
@@ -17,7 +18,6 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, DATA, HISTORIES, PROGRAMS, ROWS
 from state.rows.store import RowStore
 
-CAUGHT_UP_EXTRA = "caught_up"
 _CHECK_MS = 1000
 
 

@@ -6,16 +6,15 @@ tens of microseconds to load. No TensorFlow is imported.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 
-from state.errors import CorruptVersion, ProgramError
+from state.errors import ProgramError
+from state.lowering import argument
 
 BATCHES = (1, 4, 16)
 
@@ -31,31 +30,7 @@ RENAMED = {
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def argument(name: str) -> str:
-    """The argument of `load` for the weight `dense.<name>` of a version.
-
-    >>> argument("tower.kernel_0")
-    'dense_tower_kernel_0'
-    """
-    return f"dense.{name}".replace(".", "_")
-
-
-def read_program(path: Path) -> bytes:
-    """The bytes of a program file whose name is its SHA-256.
-
-    Raises:
-        CorruptVersion: It is missing or fails its digest.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CorruptVersion(f"the program {path} is missing; the applier copies it from the registry") from None
-    if hashlib.sha256(data).hexdigest() != path.stem:
-        raise CorruptVersion(f"the program {path} fails its digest; remove the file, and the applier copies it again")
-    return data
-
-
-class Program:
+class LoadedProgram:
     """A program for batches of some fixed sizes; use it in one thread.
 
     A change of the batch's size costs more than an answer, so that each size

@@ -9,12 +9,21 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy.kafka.broker import Broker
-from deploy.startup import hints as tries
-from deploy.startup import own_model
+from deploy.children.supervisor import Supervisor
+from deploy.startup import hints, own_model
 from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
-from deploy.startup.processes import Deaths, Supervisor, shortened
-from deploy.startup.programs import BOOTSTRAP, KERNEL_USERS, KERNELS, SHOPPERS, STOP_ORDER, TRAINER, ports, programs
+from deploy.startup.local_kafka import LocalKafka
+from deploy.startup.process_plan import (
+    BOOTSTRAP,
+    KERNEL_USERS,
+    KERNELS,
+    SHOPPERS,
+    STOP_ORDER,
+    TRAINER,
+    ports,
+    process_plans,
+)
+from deploy.startup.topics import ensure_topics
 from deploy.watch import scrape
 from deploy.watch.figures import Watch
 from deploy.watch.live import Screen, live_line
@@ -22,9 +31,7 @@ from deploy.watch.panel import panel
 from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import KafkaFailed
 from state.events.identity import load_salt
-from state.log import Topics, plan
 
 STEPS = 9
 LOOK_S = 0.1
@@ -35,7 +42,7 @@ class Stopped(Exception):
     """The operator asked to stop while a step waited."""
 
 
-class Ascent:
+class Startup:
     """One run of the loop.
 
     Args:
@@ -68,13 +75,11 @@ class Ascent:
         self._clock = clock
         self._sleep = sleep
         self._begin = clock()
-        self._local_kafka = "kafka.bootstrap_servers" not in settings.origins
-        self._broker: Broker | None = None
-        self._broker_started_at = 0.0
-        self._broker_deaths = Deaths()
+        local = "kafka.bootstrap_servers" not in settings.origins
+        self._kafka = LocalKafka(settings, screen.say, clock) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
         fresh = not has_spec(settings.registry_dir)
-        self._programs = programs(settings.bootstrap.min_rows if fresh else 0, accepted=accepted)
+        self._plans = process_plans(settings.bootstrap.min_rows if fresh else 0, accepted=accepted)
         self._supervisor: Supervisor | None = None
 
     def run(self) -> int:
@@ -99,7 +104,7 @@ class Ascent:
     def _go_up(self) -> None:
         settings = self._settings
         # 1. Checks; the lock and the disk were the first of them.
-        require_ports(ports(settings, self._local_kafka))
+        require_ports(ports(settings, self._kafka is not None))
         free = require_disk(settings.state_dir)
         # A model of the user's own that cannot be served is refused before anything starts.
         if own_model.is_own(settings):
@@ -111,19 +116,17 @@ class Ascent:
             f"Python {sys.version.split()[0]}, {free / 2**30:.0f} GiB free, ports free, state in {settings.state_dir}",
         )
         # 2. Kafka.
-        if self._local_kafka:
-            self._broker = Broker(settings.kafka_dir, settings.kafka.port, retention_h=settings.kafka.retention_h)
-            self._broker_started_at = self._clock()
+        if self._kafka is not None:
             # Both take seconds and neither needs the other.
-            self._supervise().start(self._programs[KERNELS])
-            self._broker.start()
+            self._supervise().start(self._plans[KERNELS])
+            self._kafka.start()
             where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
         else:
             where = f"yours at {settings.kafka.bootstrap_servers}"
         # 3. Topics; with a cluster of the user's this is also the check that it answers.
-        topics = self._ensure_topics()
-        if not self._local_kafka:
-            self._supervise().start(self._programs[KERNELS])
+        topics = ensure_topics(settings)
+        if self._kafka is None:
+            self._supervise().start(self._plans[KERNELS])
         self._step(2, "Kafka", where)
         self._step(3, "topics", topics)
         # 4. Salt.
@@ -139,19 +142,6 @@ class Ascent:
         # 9. What to try.
         self._say_what_to_try()
 
-    def _ensure_topics(self) -> str:
-        settings, kafka = self._settings, self._settings.kafka
-        topics = Topics(kafka)
-        try:
-            for wanted in (plan.clicks(settings), plan.dead_letters(settings), plan.microbatches(settings)):
-                topics.ensure(*wanted)
-            for wanted in plan.attributes(settings):
-                topics.ensure(*wanted)
-            partitions = topics.describe(kafka.clicks_topic).partitions
-        finally:
-            topics.close()
-        return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"
-
     def _supervise(self) -> Supervisor:
         settings = self._settings
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
@@ -166,14 +156,14 @@ class Ascent:
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:
             unwanted.add(SHOPPERS)
-        wanted = [name for name in self._programs if name not in unwanted]
+        wanted = [name for name in self._plans if name not in unwanted]
         for name in wanted:
             if name not in KERNEL_USERS:
-                supervisor.start(self._programs[name])
+                supervisor.start(self._plans[name])
         self._wait(lambda: supervisor.done(KERNELS), "compiling kernels")
         for name in wanted:
             if name in KERNEL_USERS:
-                supervisor.start(self._programs[name])
+                supervisor.start(self._plans[name])
         clicks = (
             f"{settings.shoppers.rate:g} clicks a second of {settings.shoppers.users} shoppers"
             if self._shoppers
@@ -213,7 +203,7 @@ class Ascent:
 
     def _say_what_to_try(self) -> None:
         self._step(9, "running", "try, in another terminal:")
-        for line in tries.commands(self._settings):
+        for line in hints.commands(self._settings):
             self._screen.say(f"      {line}")
         self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
 
@@ -229,7 +219,7 @@ class Ascent:
                 figures = watch.look(scrape.scrape(addresses), self._clock(), time.time())
                 if not self._stop():
                     self._screen.live(
-                        live_line(figures), panel(figures, tries.addresses(settings), settings.serving.workers)
+                        live_line(figures), panel(figures, hints.addresses(settings), settings.serving.workers)
                     )
             self._sleep(LOOK_S)
 
@@ -254,14 +244,8 @@ class Ascent:
         if self._stop():
             raise Stopped
         self._running().look()
-        failure = self._broker.failure() if self._broker else None
-        if self._broker and failure:
-            self._broker_deaths = self._broker_deaths.after(self._clock() - self._broker_started_at)
-            if self._broker_deaths.hopeless:
-                raise KafkaFailed(failure)
-            self._screen.say(f"{shortened(failure)}; starting it again")
-            self._broker_started_at = self._clock()
-            self._broker.start()
+        if self._kafka is not None:
+            self._kafka.look()
 
     def _come_down(self) -> None:
         """Stops shoppers, stream, trainer, serving and Kafka, in this order."""
@@ -273,15 +257,15 @@ class Ascent:
             stop()
             took.append(f"{name} {self._clock() - before:.1f} s")
 
-        supervisor, broker = self._supervisor, self._broker
+        supervisor, kafka = self._supervisor, self._kafka
         if supervisor is not None:
             running = [name for name in STOP_ORDER if supervisor.pid(name) is not None]
             if TRAINER in running:
                 self._screen.say("stopping: shoppers, stream, trainer, serving, Kafka")
             for name in running:
                 timed(name, functools.partial(supervisor.stop, name, self._hurry))
-        if broker is not None:
-            timed("Kafka", functools.partial(broker.stop, 1.0 if self._hurry() else 20.0))
+        if kafka is not None and kafka.started:
+            timed("Kafka", functools.partial(kafka.stop, 1.0 if self._hurry() else 20.0))
         if took:
             where = self._settings.state_dir
             self._screen.say(

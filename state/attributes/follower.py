@@ -27,6 +27,7 @@ from state.events.identity import Salt, public_id, user_id
 from state.log import PartitionBatch, Reader, Topics
 from state.positions import Source
 from state.process import killpoints
+from state.process.said_once import SaidOnce
 
 RECORDS = 5000
 POLL_S = 0.1
@@ -213,16 +214,14 @@ def keep_following(
     Raises:
         StoreError: The store cannot be written.
     """
-    told = ""
+    say = SaidOnce(logger.warning)
     while not stop.is_set():
         try:
             for side, ids in follow(followers, POLL_S).items():
                 take(side, ids)
-            told = ""
+            say.clear()
         except LogError as error:
-            if str(error) != told:
-                logger.warning("%s; %s, and it is tried again", error, meanwhile)
-            told = str(error)
+            say(f"{error}; {meanwhile}, and it is tried again")
             for one in followers:
                 one.disconnect()
             stop.wait(RETRY_S)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled
+from state.features.mask import Hidden
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
@@ -55,13 +56,6 @@ class Tables(NamedTuple):
     weekday: I64  # [7, 2]
     actions: int
     history: int
-
-
-class Hidden(NamedTuple):
-    """The parts of a mask that depend on the event alone."""
-
-    offsets: I64  # [k, 3]: topic | partition << 32, first, next
-    times: I64  # [t, 2]: from, to; milliseconds
 
 
 class Scratch(NamedTuple):

@@ -10,13 +10,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from state.features.kernel import I64, Hidden
 from state.positions import Range
+
+I64 = NDArray[np.int64]
+
+
+class Hidden(NamedTuple):
+    """The parts of a mask that depend on the event alone, as the window kernel takes them.
+
+    Attributes:
+        offsets: `[k, 3]` int64: topic | partition << 32, first, next.
+        times: `[t, 2]` int64: from, to; milliseconds.
+    """
+
+    offsets: I64
+    times: I64
 
 
 @dataclass(frozen=True)

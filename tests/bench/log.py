@@ -14,9 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from deploy.kafka.broker import Broker, free_port
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
 from deploy.replay import Sender
-from deploy.replaying.shoppers import Shoppers
+from deploy.replaying.shoppers import ShopperCrowd
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.log import Reader, Topics, Writer, append_encoded
@@ -52,7 +53,7 @@ def main() -> None:
             topics.ensure(kafka.clicks_topic, 4)
             topics.ensure("single", 1)
             topics.ensure("raw", 1)
-        shoppers = Shoppers.from_settings(settings, 1, 1000.0, 1_700_000_000_000)
+        shoppers = ShopperCrowd.from_settings(settings, 1, 1000.0, 1_700_000_000_000)
         with Sender(settings) as sender:
             sender.send(shoppers.click(1000))  # compiles the kernels
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from deploy.replaying.shoppers import Shoppers
+from deploy.replaying.shoppers import ShopperCrowd
 from state.attributes.values import Table, fields_of
 from state.config.settings import Settings, load
 from state.events.identity import context_id, context_text
@@ -103,7 +103,7 @@ def plain(users: U64, events: npt.NDArray[Any]) -> Recorded:
 
 def made_clicks(settings: Settings, clicks: int, seed: int | None = None) -> Recorded:
     """The first clicks of synthetic shoppers, whose tastes drift."""
-    made = Shoppers.from_settings(settings, seed, settings.shoppers.rate, START_MS).click(clicks)
+    made = ShopperCrowd.from_settings(settings, seed, settings.shoppers.rate, START_MS).click(clicks)
     events = np.zeros(clicks, EVENT)
     events["at_ms"], events["offset"], events["topic"] = made.at_ms, np.arange(clicks), SOURCE.topic
     events["item"], events["category"] = _hashed(made.items), _hashed(made.categories)

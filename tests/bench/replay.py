@@ -14,7 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deploy.kafka.broker import Broker, free_port
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
 from deploy.replay import main as replay
 from tests.bench.report import Figure, report
 

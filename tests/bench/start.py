@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from deploy.kafka.broker import free_port
+from deploy.kafka.configuration import free_port
 from tests.bench.report import Figure, report
 from tests.e2e.running import PORTS, ROOT
 

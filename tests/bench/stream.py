@@ -23,7 +23,8 @@ import httpx
 import numpy as np
 import psutil
 
-from deploy.kafka.broker import Broker, free_port
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.log import BulkWriter, Reader, Topics, append_encoded, partition_of

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.attributes import main, parser, run, send, sources_of, summary
+from deploy.attributes import files_of, main, parser, run
+from deploy.replaying.attribute_sending import send, summary
 from deploy.replaying.progress import Progress
 from deploy.replaying.sender import Piece
 from state.config.settings import load
@@ -31,7 +32,7 @@ Sent = list[tuple[bytes, bytes]]
 
 def sending(words: list[str], *flags: str) -> tuple[Sent, str, str]:
     """The records of a command line, its last line, and what its progress said."""
-    (source,) = sources_of(parser().parse_args(words), load([*FLAGS, *flags], env={}))
+    (source,) = files_of(parser().parse_args(words), load([*FLAGS, *flags], env={}))
     sent: Sent = []
     said = io.StringIO()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy import cli
+from deploy import cli, command_line
 from deploy.operate import control, plan
 from deploy.serve import run as run_serving
 from state.config.settings import load
@@ -244,14 +244,16 @@ def test_looking_does_not_make_a_registry(tmp_path: Path) -> None:
     assert not operator.state.exists()
 
 
-@pytest.mark.parametrize(("command", "module"), [(name, module) for name, (module, _) in cli.PROCESSES.items()])
+@pytest.mark.parametrize(
+    ("command", "module"), [(name, module) for name, (module, _) in command_line.PROCESSES.items()]
+)
 def test_a_process_gets_its_own_flags_and_the_settings(operator: Operator, command: str, module: str) -> None:
-    own = ["--synthetic"] if command in cli.OWN_HELP else []
+    own = ["--synthetic"] if command in command_line.OWN_HELP else []
     operator(command, *own, "--stream.cut_ms", "50")
     assert operator.became == [(module, [*own, "--stream.cut_ms", "50", "--paths.state", str(operator.state)])]
 
 
-@pytest.mark.parametrize("command", sorted({*cli.PROCESSES} - {*cli.OWN_HELP}))
+@pytest.mark.parametrize("command", sorted({*command_line.PROCESSES} - {*command_line.OWN_HELP}))
 def test_a_process_without_options_of_its_own_is_not_started_with_one(operator: Operator, command: str) -> None:
     with pytest.raises(SettingsError, match=f"unknown argument --synthetic; see `springtide {command} --help`"):
         operator(command, "--synthetic")

@@ -16,7 +16,8 @@ import pytest
 
 from deploy.kafka import broker as broker_module
 from deploy.kafka import jars
-from deploy.kafka.broker import Broker, free_port
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
 from state.errors import KafkaFailed, PortTaken
 from tests.one_kafka import Running
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from deploy.replay import Sender, main, replay
-from deploy.replaying.shoppers import Clicks, Shoppers, action_shares, encode, zipf
+from deploy.replaying.shoppers import Clicks, ShopperCrowd, action_shares, encode, zipf
 from state.config.sections import Events, Kafka
 from state.config.settings import Settings
 from state.log import Reader, Topics, partition_of
@@ -28,8 +28,10 @@ KafkaFactory = Callable[..., Kafka]
 START_MS = 1_700_000_000_000
 
 
-def crowd(users: int = 50, seed: int = 7, drift_s: float = 120.0, rate: float = 50.0, categories: int = 32) -> Shoppers:
-    return Shoppers(users, categories, 400, drift_s, rate, seed, START_MS, Events().actions)
+def crowd(
+    users: int = 50, seed: int = 7, drift_s: float = 120.0, rate: float = 50.0, categories: int = 32
+) -> ShopperCrowd:
+    return ShopperCrowd(users, categories, 400, drift_s, rate, seed, START_MS, Events().actions)
 
 
 def by_user(clicks: Clicks) -> dict[str, list[tuple[int, str]]]:

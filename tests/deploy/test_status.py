@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
-from deploy.kafka.broker import free_port
+from deploy.kafka.configuration import free_port
 from deploy.watch.figures import BORN, SPREADS
 from state.config.sections import Kafka
 from state.config.settings import Settings, load

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from deploy import up
-from deploy.kafka.broker import free_port
+from deploy.kafka.configuration import free_port
 from deploy.startup.hints import repeated_flags
-from deploy.startup.programs import STOP_ORDER, ports, programs
+from deploy.startup.process_plan import STOP_ORDER, ports, process_plans
 from deploy.startup.steps import has_spec
 from state.config.settings import Settings, load
 from state.disk.lock import DirectoryLock
@@ -104,7 +104,7 @@ def test_an_accepted_gap_names_its_topic_and_reaches_stream_and_trainer_only(
     assert "write TOPIC_ID:PARTITION:A-B" in capsys.readouterr().err
     accepted, rest = up.take_accepted(["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--kafka.port", "9"])
     assert rest == ["--kafka.port", "9"]
-    told = [name for name, one in programs(accepted=accepted).items() if one.command[-4:] == tuple(accepted)]
+    told = [name for name, one in process_plans(accepted=accepted).items() if one.command[-4:] == tuple(accepted)]
     assert told == ["stream", "trainer"]
 
 
@@ -117,7 +117,7 @@ def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() ->
 def test_producers_stop_before_what_they_write_to() -> None:
     order = [name for name in STOP_ORDER if name not in ("bootstrap", "kernels")]
     assert order == ["shoppers", "stream", "trainer", "applier", "worker"]
-    assert set(programs()) == set(STOP_ORDER)
+    assert set(process_plans()) == set(STOP_ORDER)
 
 
 def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:

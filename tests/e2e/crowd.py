@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.replaying.shoppers import Clicks, Shoppers, encode
+from deploy.replaying.shoppers import Clicks, ShopperCrowd, encode
 from state.attributes.values import SIDES
 from state.config.settings import Settings
 from state.errors import LogError
@@ -58,7 +58,7 @@ class Record:
 def records(settings: Settings, seed: int, start_ms: int) -> Iterator[list[Record]]:
     """Chunks of the clicks of `CHUNK_S` each, for ever; the same for the same arguments."""
     rate = settings.shoppers.rate
-    shoppers = Shoppers.from_settings(settings, seed, rate, start_ms)
+    shoppers = ShopperCrowd.from_settings(settings, seed, rate, start_ms)
     chance = random.Random(seed)
     topic, partitions = settings.kafka.clicks_topic, settings.kafka.clicks_partitions
     outcomes = Outcomes(settings, chance)

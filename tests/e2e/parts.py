@@ -16,8 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from deploy.children.last_words import last_line
+from deploy.children.parent_death import die_with
 from deploy.kafka.broker import Broker
-from deploy.startup.processes import die_with, last_line
 from state.config.settings import Settings
 from state.process import killpoints
 from tests.e2e.running import ROOT

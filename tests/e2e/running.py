@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from deploy.kafka.broker import free_port
+from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.config.settings import Settings, load
 from state.log import Topics, Writer

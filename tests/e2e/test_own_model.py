@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.kafka.broker import free_port
+from deploy.kafka.configuration import free_port
 from state.config.sections import Model
 from state.config.settings import load
 from state.features.spec import FeatureSpec

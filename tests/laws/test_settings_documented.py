@@ -7,7 +7,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from deploy.cli import parser
+from deploy.command_line import parser
 from deploy.operate.settings_table import as_markdown
 from state.config.sections import SECTIONS, Known, known_settings
 from state.config.settings import Settings

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.kafka.broker import Broker, free_port
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
 from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Kafka
 from state.config.settings import Settings

@@ -24,20 +24,11 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from state.errors import ProgramError
-from state.lowering import TOLERANCE, difference, lower_saved_model
+from state.lowering import TOLERANCE, argument, difference, lower_saved_model
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.ranker import Ranker
 
 F32 = npt.NDArray[np.float32]
-
-
-def argument(name: str) -> str:
-    """The argument of `load` for the weight `dense.<name>`.
-
-    >>> argument("tower.kernel_0")
-    'dense_tower_kernel_0'
-    """
-    return f"dense.{name}".replace(".", "_")
 
 
 def preprocessing_of(transform: Path) -> Callable[[Any], Any]:

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.replaying import replay as recordings_replay
+from deploy.replaying import reading
 from deploy.replaying.clock import MAX
-from deploy.replaying.journal import Journal, key_of
+from deploy.replaying.journal import ReplayJournal, key_of
 from deploy.replaying.progress import Progress
 from deploy.replaying.replay import Options, Outcome, replay
 from deploy.replaying.sender import LARGEST_VALUE, Piece, Record, missing
@@ -111,12 +111,12 @@ def run(
     folder.mkdir(exist_ok=True)
     progress = Progress(out or io.StringIO(), lambda: 0.0)
     events = how.pop("events", Events())
-    return replay(recording, events, Options(**how), topic, Journal(folder), progress, wall.stopped, wall)
+    return replay(recording, events, Options(**how), topic, ReplayJournal(folder), progress, wall.stopped, wall)
 
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recordings_replay, "SLICE_ROWS", 16)
+    monkeypatch.setattr(reading, "SLICE_ROWS", 16)
 
 
 def test_rows_are_sent_by_time_and_the_newest_is_of_now(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_second_run_sends_nothing_and_a_restart_all_again(tmp_path: Path) -> N
     run(recording, tmp_path / "j", topic)
     again = run(recording, tmp_path / "j", topic)
     assert (again.sent, again.position.complete, len(topic.log)) == (0, True, 41)
-    Journal(tmp_path / "j").forget()
+    ReplayJournal(tmp_path / "j").forget()
     assert run(recording, tmp_path / "j", topic).sent == 41
 
 

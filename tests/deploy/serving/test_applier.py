@@ -23,8 +23,7 @@ from safetensors.numpy import save
 
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
-from deploy.serving.host import CAUGHT_UP_EXTRA
-from deploy.serving.predictor import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE
 from state.errors import GapError, SaltMismatch
 from state.features.spec import FeatureSpec, Mask
 from state.history.followed import events_of, new_ranges

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy.serving.answer import Answer, Query
 from deploy.serving.candidates import KINDS
-from deploy.serving.predictor import Answer, Predictor, Query
+from deploy.serving.predictor import Predictor
 from state.compiled import compiled
 from state.events.identity import Salt, public_id, user_id
 from state.features.mask import Mask
@@ -193,15 +194,15 @@ def old_program(model: Any) -> bytes:
     """The model as a release without successors lowered it: it is not asked for them and does not score them."""
     import tensorflow as tf
 
-    from trainer.versions.program import _inputs, argument
+    from state.lowering import argument
 
     new = ("recent_next", "popular_next", "successor_rows", "successor_mask", "successor_next")
-    inputs = _inputs(model)
+    inputs = model.specs()
 
     def predict(**given: Any) -> Any:
         rows = tf.shape(given["features"])[0]
         nothing = {name: tf.zeros([rows, *inputs[name].shape[1:]]) for name in new}
-        found = model.forward(given | nothing)
+        found = model.predict(given | nothing)
         return {name: value for name, value in found.items() if name != "successor_logits"}
 
     def load(**given: Any) -> Any:

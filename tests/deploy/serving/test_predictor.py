@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.predictor import CONTROL_NOTE, MASK_NOTE, Answer, Predictor
-from deploy.serving.program import Program, read_program
+from deploy.serving.answer import Answer
+from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.predictor import Predictor
+from deploy.serving.program import LoadedProgram
+from deploy.serving.program_files import read_program
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
@@ -216,7 +219,7 @@ def test_what_does_not_fit_is_refused(stores: Stores) -> None:
     with pytest.raises(CorruptVersion, match="digest"):
         read_program(file)
     with pytest.raises(ProgramError, match="cannot be run"):
-        Program(b"no program")
+        LoadedProgram(b"no program")
 
 
 def test_without_a_version_there_is_no_answer(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -21,8 +21,11 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from deploy.serving.app import App
 from deploy.serving.host import Host
-from deploy.serving.rest import MOST_PROFILES, App, BadRequest, end_on_signals, time_ms
+from deploy.serving.requests import MOST_PROFILES, time_ms
+from deploy.serving.rest import end_on_signals
+from state.errors import BadRequest
 from state.events.identity import Salt, public_id
 from state.layout import PROGRAMS
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of, manifest, tensors

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deploy import status
-from deploy.watch import accounts
+from deploy.watch import accounts, rows_in_flight
 from state.config.sections import Kafka
 from state.config.settings import Settings, load
 from state.history.appends import Appends
@@ -46,7 +46,7 @@ def batch(source: Source, first: int, rows: int, dead: int = 0) -> MicroBatch:
         offset=offset,
         context=np.zeros((rows, 0), np.uint64),
         features=np.zeros((rows, 2), np.uint16),
-        labels=np.zeros((rows, 1), np.uint64),
+        recent_categories=np.zeros((rows, 1), np.uint64),
         category_windows=np.zeros((rows, 1, 1), np.uint16),
     )
 
@@ -79,20 +79,22 @@ def version_of(path: Path, made: Draft) -> Manifest:
 
 def test_rows_in_flight_are_counted_up_to_where_the_stream_is() -> None:
     written = [batch(CLICKS, 10, 5), batch(CLICKS, 10, 5), batch(CLICKS, 15, 5, dead=2)]
-    flying = accounts.in_flight(written, {CLICKS: 12}, {CLICKS: 18})
+    flying = rows_in_flight.in_flight(written, {CLICKS: 12}, {CLICKS: 18})
     assert (flying.rows, flying.duplicate) == (3 + 3, 2 + 5)
     assert flying.marks == {CLICKS: 22}
-    assert accounts.in_flight(written, {}, {}).rows == 0
+    assert rows_in_flight.in_flight(written, {}, {}).rows == 0
 
 
 def test_a_cut_in_which_the_trainer_is_ahead_or_began_elsewhere_is_not_compared(tmp_path: Path) -> None:
-    flying = accounts.InFlight(0, 0, {CLICKS: 30})
+    flying = rows_in_flight.InFlight(0, 0, {CLICKS: 30})
     version = version_of(tmp_path, draft(LogRange(), {CLICKS: 30}))
-    assert accounts.comparable({CLICKS: COUNTS}, version, flying) == ""
-    assert "still to commit" in accounts.comparable({CLICKS: COUNTS | {"next": 20}}, version, flying)
-    assert "began later" in accounts.comparable({CLICKS: COUNTS | {"first": 3}}, version, flying)
-    assert "no store here" in accounts.comparable({}, version, flying)
-    assert "not counted" in accounts.comparable({CLICKS: COUNTS}, version, accounts.InFlight(0, 0, {}, False))
+    assert rows_in_flight.comparable({CLICKS: COUNTS}, version, flying) == ""
+    assert "still to commit" in rows_in_flight.comparable({CLICKS: COUNTS | {"next": 20}}, version, flying)
+    assert "began later" in rows_in_flight.comparable({CLICKS: COUNTS | {"first": 3}}, version, flying)
+    assert "no store here" in rows_in_flight.comparable({}, version, flying)
+    assert "not counted" in rows_in_flight.comparable(
+        {CLICKS: COUNTS}, version, rows_in_flight.InFlight(0, 0, {}, False)
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from deploy.kafka.broker import free_port
+from deploy.kafka.configuration import free_port
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.live import live_line
 from deploy.watch.panel import panel, troubles
@@ -62,7 +62,7 @@ def busy(loop: Loop) -> Figures:
     for rows in (10, 30):
         loop.stream.microbatch_rows.observe(rows)
     loop.trainer.steps.inc(18)
-    loop.trainer.rows.recent_categories("trained").inc(380)
+    loop.trainer.rows.labels("trained").inc(380)
     loop.trainer.log_loss.set(1.25)
     loop.trainer.auc.set(0.625)
     loop.trainer.version.set(35)
@@ -237,7 +237,7 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(later: list[float], earli
 
     def buckets() -> dict[float, float]:
         (family,) = registry.collect()
-        return {float(one.recent_categories["le"]): one.value for one in family.samples if one.name == "of_bucket"}
+        return {float(one.labels["le"]): one.value for one in family.samples if one.name == "of_bucket"}
 
     for value in earlier:
         histogram.observe(value)

@@ -86,7 +86,7 @@ def test_a_file_sees_whole_lines_and_fewer_of_them() -> None:
 
 
 def test_nobody_at_the_address_is_status_zero_with_the_reason() -> None:
-    from deploy.kafka.broker import free_port
+    from deploy.kafka.configuration import free_port
 
     status, reason = fetch(f"http://127.0.0.1:{free_port()}/metrics")
     assert status == 0

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.kafka.broker import Broker, free_port
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka
 from state.log import Topics
 from tests.conftest import KafkaFactory

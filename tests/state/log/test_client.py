@@ -12,7 +12,7 @@ import pytest
 from kafka.errors import KafkaError
 from kafka.producer import transaction_manager
 
-from deploy.kafka.broker import free_port
+from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
 from state.log import Reader, Topics, Writer, client_options

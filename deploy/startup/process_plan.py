@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from deploy.children.supervisor import ProcessPlan
 from deploy.startup.checks import Port
-from deploy.startup.processes import Program
 from state.config.settings import Settings
 
 KERNELS = "kernels"
@@ -24,31 +24,33 @@ STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
 
 
-def programs(head_start: int = 0, python: str = sys.executable, accepted: Sequence[str] = ()) -> dict[str, Program]:
-    """All programs by name; settings reach them by the environment.
+def process_plans(
+    head_start: int = 0, python: str = sys.executable, accepted: Sequence[str] = ()
+) -> dict[str, ProcessPlan]:
+    """All processes by name; settings reach them by the environment.
 
     Args:
         head_start: Clicks that the shoppers send at once.
         python: The interpreter.
         accepted: Words for the readers of a log: gaps that the operator accepts.
 
-    >>> programs(python="python")["stream"].command
+    >>> process_plans(python="python")["stream"].command
     ('python', '-m', 'streaming.pipeline')
     """
 
-    def program(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> Program:
-        return Program(name, (python, "-m", module, *arguments), stop_s, lasting)
+    def plan(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> ProcessPlan:
+        return ProcessPlan(name, (python, "-m", module, *arguments), stop_s, lasting)
 
     listed = (
-        program(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
-        program(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
-        program(STREAM, "streaming.pipeline", *accepted),
+        plan(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
+        plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
+        plan(STREAM, "streaming.pipeline", *accepted),
         # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
-        program(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
-        program(TRAINER, "trainer.loop", *accepted),
-        program(APPLIER, "deploy.serving.applier", stop_s=5.0),
+        plan(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
+        plan(TRAINER, "trainer.loop", *accepted),
+        plan(APPLIER, "deploy.serving.applier", stop_s=5.0),
         # With serving.workers above 1 it is the parent of them all.
-        program(WORKER, "deploy.serving.rest", stop_s=5.0),
+        plan(WORKER, "deploy.serving.rest", stop_s=5.0),
     )
     return {one.name: one for one in listed}
 

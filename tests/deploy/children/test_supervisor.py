@@ -13,15 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.startup.processes import MOST_QUICK_DEATHS, Deaths, Program, Supervisor, last_line
+from deploy.children.last_words import last_line
+from deploy.children.supervisor import MOST_QUICK_DEATHS, Deaths, ProcessPlan, Supervisor
 from state.errors import ProcessFailed
 
 DEADLINE_S = 20.0
 FOREVER = "import signal, threading; threading.Event().wait()"
 
 
-def python(name: str, code: str, **more: object) -> Program:
-    return Program(name, (sys.executable, "-c", code), **more)  # type: ignore[arg-type]
+def python(name: str, code: str, **more: object) -> ProcessPlan:
+    return ProcessPlan(name, (sys.executable, "-c", code), **more)  # type: ignore[arg-type]
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -137,9 +138,9 @@ def test_a_stopped_program_is_not_started_again(supervisor: Supervisor, lines: l
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, sys, time
-from deploy.startup.processes import Program, Supervisor
+from deploy.children.supervisor import ProcessPlan, Supervisor
 supervisor = Supervisor(pathlib.Path({str(tmp_path)!r}), os.environ, print)
-supervisor.start(Program("child", (sys.executable, "-c", {FOREVER!r})))
+supervisor.start(ProcessPlan("child", (sys.executable, "-c", {FOREVER!r})))
 print(supervisor.pid("child"), flush=True)
 time.sleep(600)
 """
@@ -170,7 +171,7 @@ def test_a_long_life_clears_the_quick_deaths() -> None:
 
 
 def test_a_log_starts_anew_when_it_is_large(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.startup.processes.LARGEST_LOG_BYTES", 10)
+    monkeypatch.setattr("deploy.children.supervisor.LARGEST_LOG_BYTES", 10)
     log = supervisor.log_path("bootstrap")
     log.write_text("many lines of an earlier run\n")
     supervisor.start(python("bootstrap", "print('new')", lasting=False))

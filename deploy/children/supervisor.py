@@ -7,16 +7,15 @@ main thread only.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.children.last_words import how, last_line
+from deploy.children.parent_death import die_with
 from state.errors import ProcessFailed
 
 QUICK_S = 20.0
@@ -25,14 +24,10 @@ FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 5.0
 WRONG_USE = 2
 LARGEST_LOG_BYTES = 20 * 2**20
-TAIL_BYTES = 8192
-LONGEST_QUOTE = 300
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Program:
+class ProcessPlan:
     """One process of the loop.
 
     Attributes:
@@ -79,7 +74,7 @@ class Deaths:
 
 @dataclass
 class _Child:
-    program: Program
+    plan: ProcessPlan
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float | None = None
@@ -111,9 +106,9 @@ class Supervisor:
         self._children: dict[str, _Child] = {}
         logs.mkdir(parents=True, exist_ok=True)
 
-    def start(self, program: Program) -> None:
+    def start(self, plan: ProcessPlan) -> None:
         """Starts a process; from now on `look` keeps it alive."""
-        child = self._children[program.name] = _Child(program)
+        child = self._children[plan.name] = _Child(plan)
         self._launch(child)
 
     def look(self) -> None:
@@ -155,7 +150,7 @@ class Supervisor:
             return
         if process.poll() is None:
             process.terminate()
-        deadline = self._clock() + child.program.stop_s
+        deadline = self._clock() + child.plan.stop_s
         while self._clock() < deadline and not hurry():
             try:
                 process.wait(0.05)
@@ -163,7 +158,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 continue
         if process.poll() is None:
-            self._say(f"{name} did not end in {child.program.stop_s:.0f} s and was killed; see {self.log_path(name)}")
+            self._say(f"{name} did not end in {child.plan.stop_s:.0f} s and was killed; see {self.log_path(name)}")
             process.kill()
         process.wait()
 
@@ -175,12 +170,12 @@ class Supervisor:
     def _launch(self, child: _Child) -> None:
         child.start_at = None
         child.started_at = self._clock()
-        path = self.log_path(child.program.name)
+        path = self.log_path(child.plan.name)
         if path.exists() and path.stat().st_size > LARGEST_LOG_BYTES:
             path.replace(path.with_suffix(".log.1"))
         with path.open("ab") as log:
             child.process = subprocess.Popen(
-                child.program.command,
+                child.plan.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -192,61 +187,17 @@ class Supervisor:
 
     def _bury(self, child: _Child, status: int) -> None:
         child.process = None
-        program = child.program
-        if status == 0 and not program.lasting:
+        plan = child.plan
+        if status == 0 and not plan.lasting:
             child.done = True
             return
-        last = last_line(self.log_path(program.name))
-        what = f"{program.name} died ({how(status)}): {last}"
+        last = last_line(self.log_path(plan.name))
+        what = f"{plan.name} died ({how(status)}): {last}"
         child.deaths = child.deaths.after(self._clock() - child.started_at)
         if status == WRONG_USE or child.deaths.hopeless:
             why = "" if status == WRONG_USE else f" {child.deaths.quick} times in a row"
             raise ProcessFailed(
-                f"{program.name} died{why} ({how(status)}): {last}; the whole log is {self.log_path(program.name)}"
+                f"{plan.name} died{why} ({how(status)}): {last}; the whole log is {self.log_path(plan.name)}"
             )
         child.start_at = self._clock() + child.deaths.wait_s
         self._say(f"{what}; starting it again in {child.deaths.wait_s:g} s")
-
-
-def die_with(parent: int) -> Callable[[], None]:
-    """A function for a fork's child: the kernel kills it when the parent's starting thread ends."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def arrange() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            # The parent may have ended before the kernel was asked.
-            if os.getppid() != parent:
-                os._exit(1)
-
-    return arrange
-
-
-def how(status: int) -> str:
-    """A process's end in words.
-
-    >>> how(1), how(-9)
-    ('exit 1', 'SIGKILL')
-    """
-    return f"exit {status}" if status >= 0 else signal.Signals(-status).name
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that is not empty."""
-    try:
-        with log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines: Sequence[str] = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        lines = ()
-    return shortened(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"))
-
-
-def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
-    """A text cut to a length that a terminal can show.
-
-    >>> shortened("one two three", 7)
-    'one two...'
-    """
-    return text if len(text) <= most else f"{text[:most].rstrip()}..."

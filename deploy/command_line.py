@@ -1,0 +1,208 @@
+"""What may be written on `springtide`'s command line: its commands, their options and helps.
+
+Settings are taken out of the line before; see `state.config.sources`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from state.errors import SettingsError
+from state.log import gap_options
+
+PROCESSES = {
+    "up": (
+        "deploy.up",
+        "Start the whole loop on this machine: Kafka, stream, trainer, serving, shoppers. Ctrl-C stops it.",
+    ),
+    "stream": ("streaming.pipeline", "Run the Beam job: clicks in, histories, windows, micro-batches out."),
+    "train": ("trainer.loop", "Run the trainer: micro-batches in, versions out."),
+    "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
+    "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
+    "verify": ("trainer.verify", "Recompute a version from its base and the training log, and compare every bit."),
+    "rebuild-history": (
+        "streaming.rebuild",
+        "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",
+    ),
+    "bootstrap": (
+        "streaming.bootstrap",
+        "Analyse past clicks once, for the constants of the preprocessing: files, or the topic's beginning. --examples DIR "
+        "also writes tf.Examples.",
+    ),
+    "replay": (
+        "deploy.replay",
+        "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
+    ),
+    "attributes": (
+        "deploy.attributes",
+        "Write the attributes in files (CSV, JSON lines, Parquet) to their topics: --users FILE... --items FILE...",
+    ),
+}
+OWN_HELP = (
+    "up",
+    "status",
+    "verify",
+    "replay",
+    "attributes",
+    "bootstrap",
+    "rebuild-history",
+)  # their modules have options of their own and explain them
+READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
+SETTINGS_HELP = (
+    "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
+    "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."
+)
+
+Add = Callable[..., argparse.ArgumentParser]
+
+
+class RefusingParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are errors of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises it."""
+        raise SettingsError(f"{message}; see `{self.prog} --help`")
+
+
+class _Version(argparse.Action):
+    """Prints the release; looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *asked: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"springtide {version('springtide')}")
+        except PackageNotFoundError:
+            print("springtide, run from its source and not installed")
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser; settings are taken out of the line before."""
+    whole = RefusingParser(
+        prog="springtide",
+        description="User profiles that learn from every click.",
+        epilog=SETTINGS_HELP,
+        allow_abbrev=False,
+    )
+    whole.add_argument("--version", action=_Version, nargs=0, help="show the release and exit")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+
+    def add(name: str, help: str, description: str = "", own_help: bool = True) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=f"{help} {description}",
+            epilog=SETTINGS_HELP,
+            allow_abbrev=False,
+            add_help=own_help,
+        )
+
+    for name, (_, help) in PROCESSES.items():
+        process = add(name, help, own_help=name not in OWN_HELP)
+        if name in READERS:
+            gap_options.add_options(process)
+    printing = [_versions(add), *_pin_and_follow(add), _rollback(add)]
+    add(
+        "check-model",
+        "Check model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
+        "In seconds, and nothing is started or changed; up, bootstrap and train do the same before they start.",
+    )
+    printing += [add("history", "List every change of control: who, when, what and why."), _config(add)]
+    for one in printing:
+        one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+    return whole
+
+
+def _versions(add: Add) -> argparse.ArgumentParser:
+    versions = add("versions", "List the versions: age, log range, log loss, AUC, and which one serves.")
+    versions.add_argument(
+        "--last", type=positive, default=20, metavar="N", help="how many of the newest to list (default 20)"
+    )
+    versions.add_argument("--all", action="store_true", help="list all of them")
+    return versions
+
+
+def _pin_and_follow(add: Add) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    pin = add("pin", "Let answers stay at one version; training goes on.", "`springtide follow` undoes it.")
+    pin.add_argument("version", type=positive, metavar="V", help="the version, of `springtide versions`")
+    follow = add("follow", "Let answers follow the newest version again, after a pin or a rollback.")
+    for one in (pin, follow):
+        one.add_argument(
+            "--reason", default="none given", metavar="TEXT", help="why; kept with your name in the history"
+        )
+    return pin, follow
+
+
+def _rollback(add: Add) -> argparse.ArgumentParser:
+    rollback = add(
+        "rollback",
+        "Go back to a version, and train on from it without the clicks you name.",
+        "The plan is printed first. Answers use the version at once and stay there until `springtide follow`; the trainer "
+        "loads it and replays the training log without the masked rows. Nothing is deleted. Rows after the masked ones "
+        "keep the windows they were written with.",
+    )
+    target = rollback.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", type=positive, metavar="V", help="the version to go back to")
+    target.add_argument(
+        "--before", metavar="TIME", help="the newest version made before TIME: ISO 8601, or 10m for ten minutes ago"
+    )
+    rollback.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="P:A-B",
+        help="leave out offsets A to B of partition P of the clicks; repeatable",
+    )
+    rollback.add_argument(
+        "--skip-time",
+        action="append",
+        default=[],
+        metavar="A..B",
+        help="leave out clicks with times from A until before B, such as 10m..now; repeatable",
+    )
+    rollback.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
+    rollback.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
+    rollback.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+    return rollback
+
+
+def _config(add: Add) -> argparse.ArgumentParser:
+    config = add("config", "Show the effective settings and where each comes from; secrets are masked.")
+    config.add_argument(
+        "names", nargs="*", metavar="NAME", help="sections and settings, such as kafka or kafka.port; default all"
+    )
+    config.add_argument("--changed", action="store_true", help="only those that somebody has set")
+    config.add_argument("--explain", action="store_true", help="each in full: help, default, what is allowed")
+    config.add_argument("--markdown", action="store_true", help="print the documentation of all settings instead")
+    return config
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on.
+
+    >>> positive("7")
+    7
+    """
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def with_times(words: Sequence[str]) -> list[str]:
+    """Joins an option and a relative time, which argparse would take for another option.
+
+    >>> with_times(["rollback", "--before", "-10m", "--dry-run"])
+    ['rollback', '--before=-10m', '--dry-run']
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in ("--before", "--skip-time") and re.match(r"-\d", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined

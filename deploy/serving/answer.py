@@ -1,0 +1,98 @@
+"""What is asked of a user, and what is answered; the fields of an answer are those of the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Query(NamedTuple):
+    """A question.
+
+    Attributes:
+        user: The raw id; it is used for the pseudonym and returned, and never stored.
+        item: An item to score the engagement for.
+        category: The item's category; by default the one it was last seen in.
+        context: Values of context fields.
+        at_ms: The time to answer for; by default now by the configured clock.
+    """
+
+    user: str
+    item: str | None = None
+    category: str | None = None
+    context: Mapping[str, str] = MappingProxyType({})
+    at_ms: int | None = None
+
+
+class Version(TypedDict):
+    """Which version an answer is from; `age_s` since it was published, `sources` as far as it was trained."""
+
+    number: int
+    epoch: int
+    age_s: float
+    mask_generation: int
+    sources: Mapping[str, int]
+
+
+class Interest(TypedDict):
+    """A candidate: the category's name (or id where it has none), its id, its probability."""
+
+    label: str
+    id: str
+    probability: float
+
+
+class Engagement(TypedDict):
+    """How probable it is that the user engages with the item, whose attributes are named as the user's are."""
+
+    item: str
+    probability: float
+    attributes: Mapping[str, str | None]
+
+
+@dataclass(slots=True)
+class Answer:
+    """What is known of one user at one moment.
+
+    Attributes:
+        user_id: As it was asked for.
+        known: Whether the user has a visible click or a row.
+        cold_start: Whether the answer is the one for unknown users.
+        version: Which version it is from.
+        at: The time the windows speak of, ISO 8601.
+        at_ms: The same in milliseconds.
+        clock: Where it comes from: `event`, `wall` or `request`.
+        interests: Candidates, best first; the probabilities sum to 1.
+        engagement: For the item asked for; else None.
+        vector: `[width]` float32.
+        features: The windows by name.
+        attributes: Of the user, by name; None where the record has no such value. Empty without a record.
+    """
+
+    user_id: str
+    known: bool
+    cold_start: bool
+    version: Version
+    at: str
+    at_ms: int
+    clock: str
+    interests: list[Interest]
+    engagement: Engagement | None
+    vector: NDArray[np.float32]
+    features: dict[str, int]
+    attributes: Mapping[str, str | None]
+
+
+def iso(at_ms: int) -> str:
+    """ISO 8601 of milliseconds since 1970.
+
+    >>> iso(1_500)
+    '1970-01-01T00:00:01.500Z'
+    """
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,56 @@
+"""Answers together what has arrived together; nobody waits for a batch to fill."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from deploy.serving.answer import Query
+from deploy.serving.predictor import MOST_AT_ONCE
+
+
+class Batcher:
+    """Gathers questions until the event loop is free, and answers them in one batch. Used by one event loop.
+
+    Args:
+        answer: Gives the bodies of at most `MOST_AT_ONCE` questions, in their order.
+    """
+
+    def __init__(self, answer: Callable[[Sequence[Query]], list[bytes]]) -> None:
+        self._answer = answer
+        self._waiting: deque[tuple[Query, asyncio.Future[bytes]]] = deque()
+
+    def one(self, query: Query) -> asyncio.Future[bytes]:
+        """The answer to come; questions of the same round of the event loop are answered together."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bytes] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._answer_waiting)
+        self._waiting.append((query, answer))
+        return answer
+
+    async def many(self, queries: Sequence[Query]) -> list[bytes]:
+        """The answers to the questions of one request, in their order."""
+        answers: list[bytes] = []
+        for first in range(0, len(queries), MOST_AT_ONCE):
+            answers += self._answer(queries[first : first + MOST_AT_ONCE])
+            # Others must not wait for a whole request.
+            await asyncio.sleep(0)
+        return answers
+
+    def _answer_waiting(self) -> None:
+        some = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._answer_waiting)
+        try:
+            bodies = self._answer([query for query, _ in some])
+        except Exception as error:  # noqa: BLE001 - each request answers for itself
+            for _, answer in some:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        for (_, answer), body in zip(some, bodies, strict=True):
+            # A request whose client went away may be cancelled.
+            if not answer.done():
+                answer.set_result(body)

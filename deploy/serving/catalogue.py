@@ -1,0 +1,48 @@
+"""What a host's histories know of categories and items: names, and the category each item was last seen in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deploy.serving.notes import item_extra, name_extra
+from state.history.store import HistoryStore
+
+NAMES_REMEMBERED = 100_000
+
+
+class CategoryName(NamedTuple):
+    """A category as an answer shows it; without a name its id stands for it."""
+
+    name: str
+    hex: str
+
+
+class Catalogue:
+    """Looks names and categories up; use it in one thread.
+
+    Args:
+        histories: The history store, read only.
+    """
+
+    def __init__(self, histories: HistoryStore) -> None:
+        self._histories = histories
+        self._names: dict[int, CategoryName] = {}
+
+    def name_of(self, category: int) -> CategoryName:
+        """A category's name."""
+        known = self._names.get(category)
+        if known is not None:
+            return known
+        identity = f"{category:016x}"
+        stored = self._histories.extra(name_extra(category))
+        if stored is None:
+            # It is asked for again: the name may come with the next click.
+            return CategoryName(identity, identity)
+        if len(self._names) >= NAMES_REMEMBERED:
+            self._names.clear()
+        return self._names.setdefault(category, CategoryName(stored.decode(), identity))
+
+    def category_of(self, item: int) -> int:
+        """The category that an item was last seen in; 0 where nobody clicked it."""
+        stored = self._histories.extra(item_extra(item)) if item else None
+        return 0 if stored is None else int.from_bytes(stored, "big")

@@ -1,0 +1,137 @@
+"""What a program is asked: the inputs of one batch, from what is known of each question and from the version's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving import crosses
+from deploy.serving.answer import Query
+from deploy.serving.attributes import AttributeValues
+from deploy.serving.loaded_version import LoadedVersion, VersionRows
+from deploy.serving.program import batch_of
+from state.features.spec import Vector
+from state.ranking.crosses import Crosses, Values
+
+F32 = NDArray[np.float32]
+Inputs = dict[str, F32]
+
+
+class Asked(NamedTuple):
+    """A question, and what the host knows about it.
+
+    Attributes:
+        query: The question.
+        user: The pseudonym.
+        at_ms: The time the answer speaks of.
+        vector: The user's windows as of that time.
+        recent_categories: The user's categories, newest first, without the padding.
+        user_attributes: Of the user.
+        item: The item's id; 0 where none is asked for.
+        category: The item's category; 0 where none is known.
+        item_attributes: Of the item.
+        context: One id for each context field; 0 where it is not given.
+    """
+
+    query: Query
+    user: int
+    at_ms: int
+    vector: Vector
+    recent_categories: list[int]
+    user_attributes: AttributeValues
+    item: int
+    category: int
+    item_attributes: AttributeValues
+    context: list[int]
+
+
+def program_inputs(
+    version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], columns: Crosses
+) -> tuple[Inputs, list[bool]]:
+    """The inputs of all questions, without what says which category came next, and whether each user has a row.
+
+    Args:
+        version: What answers.
+        rows: Its rows.
+        asked: n questions.
+        columns: Of the crosses.
+
+    Returns:
+        By name zeros or more, float32, of as many rows as the program's batch has; and n flags.
+    """
+    shapes, count = version.program.shapes, batch_of(len(asked))
+    inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
+    inputs["popular_rows"] = version.popular_rows
+    inputs["popular_mask"][: len(asked)] = version.popular_known
+    has_row, popular = [], version.popular.tolist()
+    for place, one in enumerate(asked):
+        inputs["features"][place] = one.vector.features
+        inputs["category_windows"][place] = one.vector.category_windows
+        row = rows.user(one.user)
+        has_row.append(row is not None)
+        if row is not None:
+            inputs["user_row"][place] = row
+        _add_categories(inputs, place, one.recent_categories, popular, rows)
+        _add_context(inputs, place, one, rows)
+        if one.query.item is not None:
+            _add_item(inputs, place, one, rows)
+        if one.category:
+            inputs["category_row"][place] = rows.categories([one.category])[0]
+    _add_crosses(inputs, version, rows, asked, columns)
+    return inputs, has_row
+
+
+def _add_categories(inputs: Inputs, place: int, recent: list[int], popular: list[int], rows: VersionRows) -> None:
+    """The user's own categories, which are then no popular ones."""
+    if recent:
+        # Categories come first and without gaps.
+        inputs["recent_rows"][place, : len(recent)] = rows.categories(recent)
+        inputs["recent_mask"][place, : len(recent)] = 1.0
+        own = set(recent)
+        taken = [rank for rank, category in enumerate(popular) if category in own]
+        inputs["popular_mask"][place, taken] = 0.0
+
+
+def _add_context(inputs: Inputs, place: int, one: Asked, rows: VersionRows) -> None:
+    """The mean over the context fields and the user's attributes."""
+    given = [field for field in one.context if field]
+    if given or one.user_attributes.ids:
+        # As in training a field that is not given counts as zeros.
+        count = len(one.context) + len(one.user_attributes.ids)
+        inputs["context_row"][place] = rows.context_sum([*given, *one.user_attributes.ids]) / np.float32(count)
+
+
+def _add_item(inputs: Inputs, place: int, one: Asked, rows: VersionRows) -> None:
+    """The item's row and the mean of its attributes."""
+    inputs["item_row"][place] = rows.item(one.item)
+    ids = one.item_attributes.ids
+    if ids:
+        inputs["item_row"][place] += rows.context_sum(ids) / np.float32(len(ids))
+
+
+def _add_crosses(
+    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], columns: Crosses
+) -> None:
+    """What the crosses of each asked pair of user and item say; one without a row says nothing."""
+    pairs = [(place, one) for place, one in enumerate(asked) if one.query.item is not None]
+    if not pairs or "cross" not in inputs or not version.cross_shares.size:
+        return
+    values = Values(
+        user=np.array([one.user for _, one in pairs], np.uint64),
+        item=np.array([one.item for _, one in pairs], np.uint64),
+        category=np.array([one.category for _, one in pairs], np.uint64),
+        context=_table([one.context for _, one in pairs]),
+        user_attributes=_table([one.user_attributes.ids for _, one in pairs]),
+        item_attributes=_table([one.item_attributes.ids for _, one in pairs]),
+        features=np.stack([one.vector.features for _, one in pairs]),
+    )
+    found = crosses.logits(rows.reader, version.served, columns, version.cross_shares, values)
+    inputs["cross"][[place for place, _ in pairs]] = found
+
+
+def _table(ids: Sequence[Sequence[int]]) -> NDArray[np.uint64]:
+    """`[n, k]` uint64; k may be 0."""
+    return np.array(ids, np.uint64).reshape(len(ids), -1)

@@ -1,0 +1,180 @@
+"""The version that answers: its program with its weights, and what stays the same until the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving import crosses
+from deploy.serving.catalogue import Catalogue, CategoryName
+from deploy.serving.program import LoadedProgram
+from deploy.serving.program_files import path_of, read_program
+from state.errors import NotReady, SaltMismatch, SpecMismatch
+from state.events.identity import Salt
+from state.features.spec import FeatureSpec
+from state.ranking.crosses import Crosses
+from state.rows.reader import RowReader
+from state.rows.served import Served
+
+ROWS_REMEMBERED = 10_000
+
+F32 = NDArray[np.float32]
+
+
+class VersionRows:
+    """Rows of one version in one transaction.
+
+    Args:
+        reader: Of the transaction.
+        served: The version.
+        dim: Width of rows.
+        category_rows: Rows of categories read so far; they recur in most answers.
+    """
+
+    def __init__(self, reader: RowReader, served: Served, dim: int, category_rows: dict[int, bytes]) -> None:
+        self.reader, self.served = reader, served
+        self._dim = dim
+        self._missing = bytes(4 * dim)
+        self._category_rows = category_rows
+
+    def user(self, identity: int) -> F32 | None:
+        """`[dim]` float32; None for a user without a row."""
+        row = self.reader.row("user", identity, self.served)
+        return None if row is None else np.frombuffer(row, np.float32)
+
+    def item(self, identity: int) -> F32:
+        """`[dim]` float32; zeros for an item without a row."""
+        return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing, np.float32)
+
+    def categories(self, ids: Sequence[int]) -> F32:
+        """Rows of n categories, `[n, dim]` float32; zeros for those without one."""
+        cached, found = self._category_rows, []
+        for category in ids:
+            row = cached.get(category)
+            if row is None:
+                if len(cached) >= ROWS_REMEMBERED:
+                    cached.clear()
+                row = cached[category] = self.reader.row("category", category, self.served) or self._missing
+            found.append(row)
+        return np.frombuffer(b"".join(found), np.float32).reshape(-1, self._dim)
+
+    def transitions(self, category: int) -> bytes | None:
+        """The bytes of the list of what came next after a category; None where the version has none."""
+        return self.reader.row("transition", category, self.served)
+
+    def context_sum(self, ids: Sequence[int]) -> F32:
+        """The sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
+        total = np.zeros(self._dim, np.float32)
+        for one in ids:
+            total += np.frombuffer(self.reader.row("context", one, self.served) or self._missing, np.float32)
+        return total
+
+
+@dataclass(frozen=True)
+class LoadedVersion:
+    """What stays the same until another version answers.
+
+    Attributes:
+        served: The version.
+        program: With the version's weights.
+        dim: Width of rows.
+        popular: `[P]` uint64, padded with 0.
+        popular_names: Of those there are.
+        popular_rows: `[P, dim]` float32.
+        popular_known: `[P]` float32, 1 where there is a popular category.
+        cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
+        category_rows: Rows of categories read so far.
+    """
+
+    served: Served
+    program: LoadedProgram
+    dim: int
+    popular: NDArray[np.uint64]
+    popular_names: list[CategoryName]
+    popular_rows: F32
+    popular_known: F32
+    cross_shares: F32
+    category_rows: dict[int, bytes] = field(default_factory=dict)
+
+    def rows(self, reader: RowReader) -> VersionRows:
+        """The version's rows in a transaction."""
+        return VersionRows(reader, self.served, self.dim, self.category_rows)
+
+
+class VersionLoader:
+    """Keeps the version that answers loaded; use it in one thread.
+
+    Args:
+        programs: The directory with the applier's copies of programs.
+        spec: The feature spec of the settings.
+        salt: The salt of the pseudonyms.
+        crosses: With the columns of the settings.
+        catalogue: Names the popular categories.
+    """
+
+    def __init__(self, programs: Path, spec: FeatureSpec, salt: Salt, crosses: Crosses, catalogue: Catalogue) -> None:
+        self._programs = programs
+        self._spec = spec
+        self._salt = salt
+        self._crosses = crosses
+        self._catalogue = catalogue
+        self._loaded: LoadedVersion | None = None
+        self._program: tuple[str, LoadedProgram] | None = None
+
+    def take_up(self, reader: RowReader) -> LoadedVersion:
+        """The version that answers now, loaded where it changed.
+
+        Raises:
+            NotReady: There is no version yet.
+            SaltMismatch: The version's pseudonyms are of another salt.
+            SpecMismatch: The version's features are not those of the settings.
+            ProgramError: The version's program cannot be run.
+            CorruptVersion: The program's file is missing or damaged.
+        """
+        served = reader.served()
+        if served is None:
+            raise NotReady("no version is here yet; wait for the trainer's first version and for the applier")
+        loaded = self._loaded
+        if loaded is not None and loaded.served.serial == served.serial:
+            return loaded
+        self._require_fit(served)
+        if self._program is None or self._program[0] != served.program:
+            self._program = (served.program, LoadedProgram(read_program(path_of(self._programs, served.program))))
+        program = self._program[1]
+        # A failed load may leave half of the weights: the next answer must load again.
+        self._loaded = None
+        program.load(reader.dense(served.version))
+        self._loaded = self._with_popular(reader, served, program)
+        return self._loaded
+
+    def _require_fit(self, served: Served) -> None:
+        if served.salt != self._salt.fingerprint:
+            raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
+        if served.spec != self._spec.digest:
+            raise SpecMismatch(
+                f"version {served.version} has the feature spec {served.spec[:12]}, the settings give {self._spec.digest[:12]}; "
+                "use the settings of the stream"
+            )
+
+    def _with_popular(self, reader: RowReader, served: Served, program: LoadedProgram) -> LoadedVersion:
+        slots, dim = program.shapes["popular_rows"]
+        stored = reader.popular(served.version)
+        popular = stored[stored != 0][:slots]
+        rows, known = np.zeros((slots, dim), np.float32), np.zeros(slots, np.float32)
+        known[: len(popular)] = 1.0
+        loaded = LoadedVersion(
+            served=served,
+            program=program,
+            dim=dim,
+            popular=np.pad(popular, (0, slots - len(popular))),
+            popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
+            popular_rows=rows,
+            popular_known=known,
+            cross_shares=crosses.shares_of(reader, served, self._crosses),
+        )
+        rows[: len(popular)] = loaded.rows(reader).categories(popular.tolist())
+        return loaded

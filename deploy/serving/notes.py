@@ -1,0 +1,43 @@
+"""What the applier notes in a host's stores for workers, by name; the stores themselves are in `state.layout`."""
+
+from __future__ import annotations
+
+import json
+
+CONTROL_NOTE = "control"
+MASK_NOTE = "mask"
+"""Notes in the rows: the control generation that answers know, and its mask."""
+
+CLOCK_EXTRA = "clock"
+CAUGHT_UP_EXTRA = "caught_up"
+"""Extras of the histories: the event clock, and whether the micro-batch topic was once read to its end."""
+
+
+def name_extra(category: int) -> str:
+    """The extra with a category's name.
+
+    >>> name_extra(7)
+    'name:0000000000000007'
+    """
+    return f"name:{category:016x}"
+
+
+def item_extra(item: int) -> str:
+    """The extra with the id of an item's category, big endian.
+
+    >>> item_extra(7)
+    'item:0000000000000007'
+    """
+    return f"item:{item:016x}"
+
+
+def event_now(clock: bytes | None, now_ms: int) -> int | None:
+    """The event clock: the newest accepted event's time, and the wall time since it was accepted.
+
+    >>> event_now(b'{"event_ms": 100, "accepted_ms": 5000}', 5030), event_now(None, 5030)
+    (130, None)
+    """
+    if clock is None:
+        return None
+    values = json.loads(clock)
+    return int(values["event_ms"]) + max(0, now_ms - int(values["accepted_ms"]))

@@ -1,0 +1,67 @@
+"""The host's copies of programs: the applier brings them from the registry, workers read them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from state.disk import files as durable
+from state.errors import CorruptVersion
+from state.registry.registry import Registry
+
+
+class ProgramFiles:
+    """Copies programs from the registry, so that workers read only this host's disk.
+
+    Args:
+        folder: Where to; it is made where it is missing.
+        registry: Where from.
+    """
+
+    def __init__(self, folder: Path, registry: Registry) -> None:
+        self._folder = folder
+        self._registry = registry
+        self._brought: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def bring(self, digest: str) -> None:
+        """Copies a program where it is not here yet; a damaged copy is replaced. Durable when it returns.
+
+        Raises:
+            CorruptVersion, UnknownVersion: The registry's file is damaged or gone.
+        """
+        if digest in self._brought:
+            return
+        final = path_of(self._folder, digest)
+        if not final.exists() or hashlib.sha256(final.read_bytes()).hexdigest() != digest:
+            program = self._registry.program(digest)
+            temporary = final.with_suffix(".tmp")
+            temporary.unlink(missing_ok=True)
+            durable.write(temporary, program)
+            temporary.replace(final)
+            durable.sync_directory(final.parent)
+        self._brought.add(digest)
+
+
+def path_of(folder: Path, digest: str) -> Path:
+    """A program's file.
+
+    >>> path_of(Path("programs"), "ab").as_posix()
+    'programs/ab.tflite'
+    """
+    return folder / f"{digest}.tflite"
+
+
+def read_program(path: Path) -> bytes:
+    """The bytes of a program file whose name is its SHA-256.
+
+    Raises:
+        CorruptVersion: It is missing or fails its digest.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CorruptVersion(f"the program {path} is missing; the applier copies it from the registry") from None
+    if hashlib.sha256(data).hexdigest() != path.stem:
+        raise CorruptVersion(f"the program {path} fails its digest; remove the file, and the applier copies it again")
+    return data

@@ -1,0 +1,21 @@
+"""The topics that the loop needs, made where they are missing."""
+
+from __future__ import annotations
+
+from state.config.settings import Settings
+from state.log import Topics, plan
+
+
+def ensure_topics(settings: Settings) -> str:
+    """Makes what is missing; returns the topics in words.
+
+    Raises:
+        LogError: Kafka does not answer, or refused.
+    """
+    kafka = settings.kafka
+    wanted = [plan.clicks(settings), plan.dead_letters(settings), plan.microbatches(settings)]
+    with Topics(kafka) as topics:
+        for one in [*wanted, *plan.attributes(settings)]:
+            topics.ensure(*one)
+        partitions = topics.describe(kafka.clicks_topic).partitions
+    return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"

@@ -1,0 +1,102 @@
+"""Reads what the account is made of: the stream's stores on this machine, and the end of the training log."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from deploy.watch.rows_in_flight import LONGEST_TAIL, InFlight, in_flight
+from state import layout
+from state.config.settings import Settings
+from state.errors import SpringtideError
+from state.history.store import HistoryStore
+from state.log import Reader, Topics, accepted_gaps
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.positions import Source
+from state.registry.manifest import Manifest
+
+LONGEST_S = 3.0
+SETTLE_S = 1.0
+
+
+class Stores(NamedTuple):
+    """What all stores of this machine count.
+
+    Attributes:
+        counts: By source.
+        accepted: The gaps that were accepted, as JSON values.
+        waiting: Rows that wait for their label.
+    """
+
+    counts: dict[Source, dict[str, int]]
+    accepted: list[dict[str, Any]]
+    waiting: int
+
+
+def read_stores(settings: Settings) -> Stores:
+    """What the stores of this machine count.
+
+    Raises:
+        SpringtideError: There is none, or one cannot be read.
+    """
+    counts: dict[Source, dict[str, int]] = {}
+    accepted: list[dict[str, Any]] = []
+    waiting = 0
+    for path in layout.streams(settings.state_dir):
+        store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+        try:
+            of_store, waits = store.cut()
+            counts |= of_store
+            waiting += waits
+            accepted += [one.to_json() for one in accepted_gaps.decode(store.extra(layout.GAPS))]
+        finally:
+            store.close()
+    if not counts:
+        raise SpringtideError(f"no stream has committed anything under {settings.state_dir} yet")
+    return Stores(counts, accepted, waiting)
+
+
+def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]) -> InFlight:
+    """The rows between the version's place in the log and the stream's.
+
+    Raises:
+        LogError: The log cannot be read from there.
+    """
+    kafka = quick(settings)
+    partition, place = version.log.partition, version.log.next
+    with Topics(kafka) as topics:
+        _, end = topics.ends(version.log.topic)[partition]
+    if end - place > LONGEST_TAIL:
+        return InFlight(0, 0, version.marks, complete=False)
+    if end <= place:
+        return InFlight(0, 0, version.marks)
+    batches: list[MicroBatch] = []
+    deadline_s = time.monotonic() + LONGEST_S
+    with Reader(kafka, version.log.topic, [partition], {partition: place}) as reader:
+        while reader.position(partition) < end:
+            if time.monotonic() > deadline_s:
+                return InFlight(0, 0, version.marks, complete=False)
+            for batch in reader.poll(0.1):
+                batches += [decode(value) for value in batch.values if value is not None]
+    return in_flight(batches, version.marks, until)
+
+
+def quick(settings: Settings) -> Any:
+    """The Kafka settings with a short patience."""
+    return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
+
+
+def settled(
+    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = read_stores, wait_s: float = SETTLE_S
+) -> Stores:
+    """The stores, once they have what the version has, or after a moment."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        stores = read(settings)
+        counts = stores.counts
+        ahead = any(mark > counts[source]["next"] for source, mark in version.marks.items() if source in counts)
+        if not ahead or time.monotonic() >= deadline_s:
+            return stores
