@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from deploy import cli
 from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.config.settings import Settings, load
@@ -142,11 +145,12 @@ class Loop:
         return scrape.scrape({name: scrape.urls(self.settings)[name]})[name]
 
     def springtide(self, command: str, *words: str) -> Any:
-        """Runs an operator's command; returns its JSON."""
-        line = [sys.executable, "-m", "deploy.cli", command, *words, "-o", "json", *self.flags]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"{command} failed: {done.stderr}"
-        return json.loads(done.stdout)
+        """Does what an operator's command does; returns its JSON."""
+        said, failed = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
+            status = cli.main([command, *words, "-o", "json", *self.flags])
+        assert status == 0, f"{command} failed: {failed.getvalue()}"
+        return json.loads(said.getvalue())
 
     def click(self, clicks: Sequence[tuple[str, str, str, str]]) -> dict[str, int]:
         """Sends clicks (user, item, category, action) of this moment.

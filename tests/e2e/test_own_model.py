@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deploy import cli
 from deploy.kafka.configuration import free_port
 from state.config.sections import Model
 from state.config.settings import load
@@ -31,6 +34,14 @@ def command(*words: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
+
+
+def check_model(*words: str) -> tuple[int, str, str]:
+    """What `springtide check-model` does; exit status, output and errors."""
+    said, failed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
+        status = cli.main(["check-model", *words])
+    return status, said.getvalue(), failed.getvalue()
 
 
 def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
@@ -68,9 +79,9 @@ def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
 def test_the_readme_shows_the_settings_and_commands_of_the_example() -> None:
     text = (EXAMPLE / "README.md").read_text()
     assert "springtide up --config deploy/examples/own_model/springtide.toml" in text
-    done = command("check-model", "--config", str(TOML))
-    assert done.returncode == 0, done.stderr
-    preprocessing, tower = done.stdout.splitlines()
+    status, said, failed = check_model("--config", str(TOML))
+    assert status == 0, failed
+    preprocessing, tower = said.splitlines()
     assert preprocessing.startswith(
         f"model.preprocessing '{OWN.preprocessing}': [B, 128] to [B, 256], lowers to LiteRT"
     )
@@ -100,11 +111,26 @@ PREPROCESSING = ("--model.preprocessing=shop:preprocessing_fn", "tf.UpperBound")
 TOWER = ("--model.tower=shop:build", "tf.BesselI0e")
 
 
+@pytest.mark.parametrize(("flag", "operation"), [PREPROCESSING, TOWER])
+def test_check_model_says_what_does_not_lower_in_one_line_with_the_operation(
+    flag: str, operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop.py").write_text(BAD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status, _, failed = check_model(flag, "--paths.state", str(tmp_path / "state"))
+    assert status == 1, failed
+    (said,) = failed.splitlines()
+    assert refusal(flag, operation) in said
+
+
+def refusal(flag: str, operation: str) -> str:
+    setting, _, function = flag.removeprefix("--").partition("=")
+    return f"{setting} '{function}' does not lower to LiteRT: it has no {operation}"
+
+
 @pytest.mark.parametrize(
     ("words", "flag", "operation"),
     [
-        (("check-model",), *PREPROCESSING),
-        (("check-model",), *TOWER),
         (("up",), *TOWER),
         (("bootstrap", "clicks.csv"), *PREPROCESSING),
     ],
@@ -120,8 +146,7 @@ def test_what_does_not_lower_is_one_line_with_the_operation_and_nothing_was_star
     done = command(*line, flag, "--paths.state", str(tmp_path / "state"), *ports, path=tmp_path)
     assert done.returncode == 1, done.stderr
     (said,) = done.stderr.splitlines()
-    setting, _, function = flag.removeprefix("--").partition("=")
-    assert f"{setting} '{function}' does not lower to LiteRT: it has no {operation}" in said
+    assert refusal(flag, operation) in said
     assert not (tmp_path / "state" / "kafka").exists()
     assert not (tmp_path / "state" / "logs").exists()
     assert not list((tmp_path / "state").glob("registry/specs/*"))
@@ -133,7 +158,7 @@ def test_another_preprocessing_than_the_bootstrapped_one_is_refused_before_the_s
         "ab", {"preprocessing": Model().preprocessing}, lambda folder: (folder / "transform").mkdir()
     )
     line = ["--paths.state", str(tmp_path), "--model.preprocessing", OWN.preprocessing]
-    done = command("check-model", *line)
-    assert done.returncode == 1
-    assert f"was bootstrapped with preprocessing {Model().preprocessing}" in done.stderr
-    assert "put it back, or start a new state directory" in done.stderr
+    status, _, failed = check_model(*line)
+    assert status == 1
+    assert f"was bootstrapped with preprocessing {Model().preprocessing}" in failed
+    assert "put it back, or start a new state directory" in failed
