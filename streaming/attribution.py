@@ -8,7 +8,7 @@ far as its clock:
 2. An impression begins to wait; not where its wait is over already, since no
    outcome could have joined it, nor where too many wait.
 3. Impressions leave in the order in which they came, as soon as their wait is
-   over: at most `MOST_EXPIRED` at one event, so that the rows of one place stay few.
+   over: at most `MOST_EXPIRED` at one event, so that the rows of one position stay few.
 
 Nothing here knows the time of day or where one batch ends, so that any cutting
 of the log gives the same. A row that waits costs some 90 bytes of memory; what
@@ -116,8 +116,8 @@ class Made(NamedTuple):
     opened_ms: I64
 
 
-def with_room(queue: Queue, more: int, sources: int) -> Queue:
-    """A queue with room for `more` impressions and `sources` sources; `queue` itself where it has that."""
+def with_space(queue: Queue, more: int, sources: int) -> Queue:
+    """A queue with space for `more` impressions and `sources` sources; `queue` itself where it has that."""
     slots, known = len(queue.offset), len(queue.waiting)
     if int(queue.sizes[_FREE]) >= more and known >= sources:
         return queue
@@ -164,18 +164,18 @@ def attribute(
         most: The most impressions of a source that wait.
     """
     impressions = int((role == IMPRESSION).sum())
-    queue = with_room(queue, impressions, int(source.max(initial=-1)) + 1)
+    queue = with_space(queue, impressions, int(source.max(initial=-1)) + 1)
     waiting = len(queue.offset) - int(queue.sizes[_FREE])
-    room = min((1 + MOST_EXPIRED) * len(role), waiting + impressions)
-    kind, known = np.zeros(len(role), np.uint8), np.empty(room, np.uint8)
-    by, opened, opened_ms = (np.empty(room, np.int64) for _ in range(3))
+    most_known = min((1 + MOST_EXPIRED) * len(role), waiting + impressions)
+    kind, known = np.zeros(len(role), np.uint8), np.empty(most_known, np.uint8)
+    by, opened, opened_ms = (np.empty(most_known, np.int64) for _ in range(3))
     count = _attribute(queue, role, source, offset, at_ms, pair, wait_ms, most, kind, by, opened, known, opened_ms)
     return queue, Made(kind, by[:count], opened[:count], known[:count], opened_ms[:count])
 
 
 def enter(queue: Queue, offset: I64, at_ms: I64, pair: U64, source: I64) -> Queue:
     """The queue with impressions that wait already, those of a source in the order of their offsets."""
-    queue = with_room(queue, len(offset), int(source.max(initial=-1)) + 1)
+    queue = with_space(queue, len(offset), int(source.max(initial=-1)) + 1)
     _enter(queue, offset, at_ms, pair, source)
     return queue
 

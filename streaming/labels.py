@@ -1,7 +1,7 @@
 """Labels that arrive later: the impressions of a stream that wait for an outcome, around the rules of `streaming.attribution`.
 
 A batch of events passes twice. The Beam thread lets `attribute` say which of
-its events wait, and which impressions of before they label. The commit thread
+its events wait, and which earlier impressions they label. The commit thread
 lets `look_up` fetch what those impressions were: from the store, or from the
 cuts at hand. What begins and ends to wait is committed with histories and
 positions, so that after a crash both start from the same event.
@@ -26,7 +26,7 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
 from state.positions import Range, Source
-from streaming.attribution import IMPRESSION, NEVER_MS, OUTCOME, PLAIN, Queue, attribute, enter, pairs, with_room
+from streaming.attribution import IMPRESSION, NEVER_MS, OUTCOME, PLAIN, Queue, attribute, enter, pairs, with_space
 from streaming.cut import Cut
 from streaming.rows import Rows
 
@@ -38,7 +38,7 @@ class LookedUp(NamedTuple):
     """Cuts that are complete, and what is committed with them.
 
     Attributes:
-        cuts: With the columns of impressions of before.
+        cuts: With the columns of earlier impressions.
         waiting: Rows that begin to wait, by key; None for one that ends.
         extra: Values of the store's owner.
     """
@@ -74,12 +74,12 @@ class Labels:
         while chunk := list(itertools.islice(rows, LOADED_AT_ONCE)):
             assert self._rows.format is not None, "written with the first row"
             columns = self._rows.format.unpack([value for _, value in chunk])
-            places = [place_of(key) for key, _ in chunk]
+            positions = [place_of(key) for key, _ in chunk]
             pair = pairs(*(columns.get(name, np.zeros(len(chunk), np.uint64)) for name in ("user", "item", "request")))
-            offsets = np.array([offset for _, offset in places], np.int64)
-            queue = enter(queue, offsets, columns["at_ms"], pair, self._number([source for source, _ in places]))
+            offsets = np.array([offset for _, offset in positions], np.int64)
+            queue = enter(queue, offsets, columns["at_ms"], pair, self._number([source for source, _ in positions]))
         numbers = self._number(list(self._rows.clocks))
-        queue = with_room(queue, 0, len(self._numbers))
+        queue = with_space(queue, 0, len(self._numbers))
         queue.clock_ms[numbers] = list(self._rows.clocks.values())
         return queue
 
@@ -87,7 +87,7 @@ class Labels:
         return np.array([self._numbers.setdefault(source, len(self._numbers)) for source in sources], np.int64)
 
     def attribute(self, rows: Rows) -> Rows:
-        """Says of each event whether it waits, and which impressions of before it labels."""
+        """Says of each event whether it waits, and which earlier impressions it labels."""
         batch = rows.batch
         if not len(batch):
             return rows
@@ -121,7 +121,7 @@ class Labels:
         return replace(rows, batch=replace(batch, ranges=ranges), kind=made.kind, known=known)
 
     def look_up(self, cuts: Sequence[Cut]) -> LookedUp:
-        """Completes cuts with what the impressions of before were.
+        """Completes cuts with what the earlier impressions were.
 
         Raises:
             CorruptStore: The store lacks one.
@@ -164,7 +164,7 @@ class Labels:
 def relabelled(
     opened: dict[str, NDArray[Any]], source: NDArray[np.uint16], offset: NDArray[np.int64], known: Known
 ) -> dict[str, NDArray[Any]]:
-    """The columns of impressions with their labels, at the place where these became known.
+    """The columns of impressions with their labels, at the position where these became known.
 
     Args:
         opened: Their columns as they began to wait, `[m]`.
@@ -192,7 +192,7 @@ def counted(
     known_source: NDArray[np.uint16],
     known: NDArray[np.uint8],
 ) -> tuple[Range, ...]:
-    """Ranges whose rows are told apart by kind, with the impressions of before that became known in them."""
+    """Ranges whose rows are told apart by kind, with the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
     return tuple(
         Range(part.source, part.first, part.next, dead=part.dead, filtered=part.filtered, absent=part.absent, **found)

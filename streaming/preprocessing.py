@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import pyarrow as pa
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from state.errors import SettingsError
+from state.process.user_code import load_named
 
 FEATURES = "features"
 CATEGORY = "category"
@@ -61,15 +60,7 @@ def load_preprocessing(path: str) -> Preprocessing:
     Raises:
         SettingsError: There is none.
     """
-    module, _, name = path.partition(":")
-    try:
-        found: Preprocessing = getattr(importlib.import_module(module), name)
-    # A module of the user's own may fail in any way.
-    except Exception as error:
-        raise SettingsError(
-            f"model.preprocessing {path!r} cannot be loaded ({type(error).__name__}: {error}); "
-            "name a function as `module:name`, in a module that Python finds from here"
-        ) from error
+    found: Preprocessing = load_named(path, "model.preprocessing")
     return found
 
 

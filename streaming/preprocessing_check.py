@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from state.errors import ProgramError, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.process.user_code import first_line, told
 from streaming.preprocessing import FEATURES, Preprocessing, analysed, load_preprocessing
 
 ROWS = 256
@@ -116,7 +116,7 @@ def _analysed(function: Preprocessing, rows: F32, output: Path, what: str, width
             failures.append(error)
             raise
         except Exception as error:
-            failures.append(ProgramError(f"{what} raised {type(error).__name__}: {_first_line(error)}{_place(error)}"))
+            failures.append(ProgramError(f"{what} raised {told(error)}"))
             raise
 
     try:
@@ -125,7 +125,7 @@ def _analysed(function: Preprocessing, rows: F32, output: Path, what: str, width
     except Exception as error:
         if failures:
             raise failures[0] from error
-        raise ProgramError(f"{what} cannot be analysed: {type(error).__name__}: {_first_line(error)}") from error
+        raise ProgramError(f"{what} cannot be analysed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _checked_output(output: Any, what: str, width: int) -> Mapping[str, Any]:
@@ -141,16 +141,6 @@ def _checked_output(output: Any, what: str, width: int) -> Mapping[str, Any]:
     if found.dtype != tf.float32 or found.shape.rank != 2 or found.shape[1] is None or found.shape[0] is not None:
         raise ProgramError(f"{what} returned features of shape {found.shape} and type {found.dtype.name}; {wanted}")
     return {FEATURES: found}
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-
-
-def _place(error: BaseException) -> str:
-    """Where in the user's code it was raised."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 class _Transform:

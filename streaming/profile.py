@@ -47,7 +47,8 @@ class Profiler:
         store: The committed histories.
         spec: What to compute.
         cache_users: Users held in memory; more when more have uncommitted events.
-        mask: Events that no row may use. Rows of masked users are their reader's to drop.
+        mask: Events that no row may use; none by default, which is what the stream passes. Rows of masked users are
+            their reader's to drop.
     """
 
     def __init__(self, store: HistoryStore, spec: FeatureSpec, cache_users: int, mask: Mask = Mask.NONE) -> None:
@@ -136,7 +137,7 @@ class Profiler:
         self._used[slots[slots >= 0]] = self._clock
         self._make_room(len(missing))
         absent = users[missing].tolist()
-        for place, user, history in zip(missing.tolist(), absent, self._store.read_many(absent), strict=True):
+        for number, user, history in zip(missing.tolist(), absent, self._store.read_many(absent), strict=True):
             slot = self._free.pop()
             count = len(history)
             self._rings[slot, :count] = words(history)
@@ -145,7 +146,7 @@ class Profiler:
             self._pending[slot] = 0
             self._users[slot] = np.uint64(user).view(np.int64)
             self._slots[user] = slot
-            slots[place] = slot
+            slots[number] = slot
         return slots
 
     def _make_room(self, needed: int) -> None:

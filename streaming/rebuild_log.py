@@ -134,7 +134,7 @@ class Rebuild:
             self.found.lost += part.first
 
     def _commit(self) -> None:
-        waiting, extra = self._waits.gained()
+        waiting, extra = self._waits.to_commit()
         self._store.commit(merge_appends(self._appends), merge_all(self._ranges), extra, waiting)
         self._appends, self._ranges = [], []
 

@@ -51,7 +51,7 @@ class Waits:
         lost = closing[~known]
         return [_without(part, batch.take(_named(lost, len(batch)))) for part in ranges] if len(lost) else list(ranges)
 
-    def gained(self) -> tuple[Changes, Extra]:
+    def to_commit(self) -> tuple[Changes, Extra]:
         """What to commit; from then on the store is asked again."""
         changes, extra, self._changes, self._extra, self._rows = self._changes, self._extra, {}, {}, None
         return changes, extra

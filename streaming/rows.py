@@ -30,7 +30,7 @@ class Rows:
         category_windows: `[n, L, F]` uint16.
         appends: The events by user, for `HistoryStore.commit`.
         kind: `[n]` uint8 `Kind`; by default each event is a row.
-        known: Impressions of before whose label became known.
+        known: Earlier impressions whose label became known.
         attributes: What is known of users and items; None where nothing is configured.
     """
 

@@ -146,7 +146,7 @@ class ComputeWindows(Step[Sample]):
     """Events to rows, as in the stream: impressions wait for their label, by the time of the events."""
 
     def process(self, events: EventBatch) -> Iterator[Rows]:
-        """Makes the rows of one batch, and of impressions of before that it labels; a batch without events has none."""
+        """Makes the rows of one batch, and of earlier impressions that it labels; a batch without events has none."""
         with self.handle.watched() as sample:
             sample.tally.count_events(events)
             rows = commit_at_once(sample.store, sample.profiler, sample.labels, events)

@@ -18,7 +18,6 @@ import argparse
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from state.errors import ProgramError, SettingsError, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.process.user_code import told
 
 ROWS = 64
 ALONE = 8
@@ -114,7 +114,7 @@ def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
     except SettingsError:
         raise
     except Exception as error:
-        raise ProgramError(f"{what} raised {_told(error)}; {wanted}") from error
+        raise ProgramError(f"{what} raised {told(error)}; {wanted}") from error
     import tensorflow as tf
 
     if not isinstance(tower, tf.Module) or not callable(tower):
@@ -166,7 +166,7 @@ class _Call:
                     f"{self._what}: draws at random; draw from the seed with tf.random.stateless_*"
                 ) from error
             raise ProgramError(
-                f"{self._what}: called with x {list(x.shape)} and training={training} it raised {_told(error)}; {self._wanted}"
+                f"{self._what}: called with x {list(x.shape)} and training={training} it raised {told(error)}; {self._wanted}"
             ) from error
         if not isinstance(found, tf.Tensor):
             raise ProgramError(f"{self._what} gave {type(found).__name__} for {len(x)} rows; {self._wanted}")
@@ -180,14 +180,6 @@ class _Call:
 
 def _name(variable: Any) -> str:
     return str(variable.name).removesuffix(":0")
-
-
-def _told(error: BaseException) -> str:
-    """An error of the user's code in one line, with its place."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {first}{place}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

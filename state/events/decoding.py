@@ -5,7 +5,6 @@ What a decoder gives is checked by `state.events.parser.Parser`, whatever decode
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from typing import Any, cast
 import msgspec
 
 from state.config.sections import Events as EventSettings
-from state.errors import DecodeError, SettingsError
+from state.errors import DecodeError
 from state.events.dead_letters import Reason
+from state.process.user_code import load_named
 
 MILLISECONDS_FROM = 1e11  # a number this large is milliseconds: in seconds it is the year 5138
 LATEST_MS = 1 << 52  # the kernel's and JSON's integers stay exact
@@ -109,12 +109,7 @@ def load_decoder(settings: EventSettings) -> Decoder:
     Raises:
         SettingsError: There is no such function.
     """
-    module, _, name = settings.decoder.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"events.decoder {settings.decoder!r} is no module:name ({error}); correct it") from None
-    return cast(Decoder, factory(settings))
+    return cast(Decoder, load_named(settings.decoder, "events.decoder")(settings))
 
 
 def parse_time(value: Any, unit: str) -> int:

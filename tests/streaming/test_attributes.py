@@ -22,8 +22,8 @@ from state.history.store import HistoryStore
 from state.log import Topics, Writer
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
-from streaming.attributes import Recent
 from streaming.profile import Profiler
+from streaming.recent_attributes import Recent
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
     FOREVER,
@@ -189,7 +189,7 @@ def test_each_row_has_what_was_known_when_it_was_made(shop: Settings, tmp_path: 
 
 @pytest.mark.parametrize("point", ["attributes.reported", "attributes.committed", "stream.acknowledged"])
 def test_after_a_kill_the_rows_written_first_count(shop: Settings, tmp_path: Path, point: str) -> None:
-    """Clicks are read again with newer attributes, and dropped by their place."""
+    """Clicks are read again with newer attributes, and dropped by their position."""
     kafka, crm = shop.kafka, shop.attributes.user_topic
     tell(kafka, crm, ("user-1", {"age": "18-24"}), ("user-1", b"broken"))
     send(kafka, [click(number) for number in range(100)])

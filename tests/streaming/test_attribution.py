@@ -19,7 +19,7 @@ WAIT_MS = 100
 
 
 class Event(NamedTuple):
-    """One event of a made-up log; its offset is its place among those of its source."""
+    """One event of a made-up log; its offset is its position among those of its source."""
 
     role: int
     source: int
@@ -123,9 +123,9 @@ def test_any_cutting_gives_what_a_join_by_hand_gives(
 @settings(max_examples=100, deadline=None)
 def test_each_impression_is_joined_expired_dropped_or_waiting_and_only_once(log: list[Event], most: int) -> None:
     kinds, resolved = by_kernel(log, most, [17], reload=False)
-    places = [(one.source, one.opened) for one in resolved]
-    assert len(set(places)) == len(places)
-    assert len(places) <= kinds.count(Kind.OPENED)
+    positions = [(one.source, one.opened) for one in resolved]
+    assert len(set(positions)) == len(positions)
+    assert len(positions) <= kinds.count(Kind.OPENED)
     assert kinds.count(Kind.OPENED) + kinds.count(Kind.DROPPED) == sum(event.role == IMPRESSION for event in log)
 
 

@@ -245,7 +245,7 @@ def rebuilt(path: Path, values: list[bytes]) -> HistoryStore:
         parts, _ = new_ranges(batch, marks)
         parts = waits.follow(batch.take(keep), parts)
         kept = batch.take(keep & happened(batch.kind))
-        changes, extra = waits.gained()
+        changes, extra = waits.to_commit()
         store.commit(Appends.of(kept.user, events_of(kept)), merge_all(parts), extra, changes)
         marks = after
     return store

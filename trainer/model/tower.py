@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
+from state.process.user_code import load_named
 from trainer.model.first_values import uniform
 from trainer.model.preprocessing import Logarithms, Preprocessing, Tensor
 
@@ -109,15 +109,7 @@ def load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
     """
     if path in FORMER:
         return build
-    module, _, name = path.partition(":")
-    try:
-        found: Callable[[int, ModelSettings], Tower] = getattr(importlib.import_module(module), name)
-    # A module of the user's own may fail in any way.
-    except Exception as error:
-        raise SettingsError(
-            f"model.tower {path!r} cannot be loaded ({type(error).__name__}: {error}); "
-            "name a function as `module:name`, in a module that Python finds from here"
-        ) from error
+    found: Callable[[int, ModelSettings], Tower] = load_named(path, "model.tower")
     return found
 
 
