@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from state.attributes.follower import Report
 from state.config.sections import Kafka
 from state.events.dead_letters import DeadLetter
-from state.log import Writer
+from state.log import LogWriter, Writer
 from state.metrics import StreamMetrics
 
 Headers = list[tuple[str, bytes]]
@@ -29,7 +29,7 @@ def letter_headers(letter: DeadLetter) -> Headers:
     ]
 
 
-def send_letters(writer: Writer, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
+def send_letters(writer: LogWriter, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
     """Hands letters over to `writer`; they are acknowledged with its flush or transaction.
 
     Args:

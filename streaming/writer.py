@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from state.config.settings import Settings
 from state.errors import UnreachableBroker
-from state.log import Writer
+from state.log import LogWriter, Writer
 from state.process import killpoints
 from streaming.cut import Cut, encode_cut
 from streaming.letters import send_letters
@@ -56,7 +56,7 @@ class ShardWriter:
         spec: str,
         salt: str,
         stopping: threading.Event,
-        opens: Callable[[Settings], Writer] = open_writer,
+        opens: Callable[[Settings], LogWriter] = open_writer,
     ) -> None:
         self._settings, self._spec, self._salt = settings, spec, salt
         self._stopping, self._opens = stopping, opens

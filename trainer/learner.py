@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from state import layout
 from state.config.settings import Settings
 from state.errors import GapError, MicroBatchError, UnknownTopic, WrongEpoch
-from state.log import PartitionBatch
+from state.log import LogReader
 from state.log.accepted_gaps import Journal
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
@@ -39,19 +39,7 @@ NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
 
-class Log(Protocol):
-    """The part of `state.log.Reader` that is needed here."""
-
-    topic_id: str
-
-    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]: ...  # noqa: D102
-    def position(self, partition: int) -> int: ...  # noqa: D102
-    def seek(self, partition: int, offset: int) -> None: ...  # noqa: D102
-    def lag(self) -> dict[int, int]: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-OpenLog = Callable[[int | None], Log]
+OpenLog = Callable[[int | None], LogReader]
 """Opens the training log at an offset; None is its beginning."""
 
 
@@ -124,7 +112,7 @@ class Learner:
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
         self._publisher = Publisher(registry.path, metrics)
-        self._log: Log | None = None
+        self._log: LogReader | None = None
         self._looked = self._published = float("-inf")
         self.control: Control
         self.place: Place
@@ -172,7 +160,7 @@ class Learner:
         made = self._registry.publish(self._draft("base"), content.encode(tensors))
         self.place.parent = made.version
 
-    def _open_behind_gaps(self, restored: Manifest) -> tuple[Log, int]:
+    def _open_behind_gaps(self, restored: Manifest) -> tuple[LogReader, int]:
         """The log where `restored` goes on, or behind what was accepted as lost there; and that offset."""
         at = self._passages.past(Source(restored.log.topic_id, restored.log.partition), restored.log.next)
         try:
@@ -395,7 +383,7 @@ class Learner:
         )
 
     @property
-    def _reader(self) -> Log:
+    def _reader(self) -> LogReader:
         if self._log is None:
             raise RuntimeError("enter an epoch first")
         return self._log

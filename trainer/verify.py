@@ -22,14 +22,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from state import layout
 from state.config.settings import Settings, load
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.log import PartitionBatch, Reader, Topics, accepted_gaps
+from state.log import LogReader, Reader, Topics, accepted_gaps
 from state.log.accepted_gaps import Accepted, Journal
 from state.positions import Source
 from state.process.quiet_stderr import hushed, own_stderr, quieten
@@ -47,16 +47,6 @@ RECORDS = 64
 POLL_S = 0.2
 PROGRESS_S = 1.0
 ACCOUNT = ("rows", "duplicate", "masked")
-
-
-class Log(Protocol):
-    """The part of `state.log.Reader` that is needed here."""
-
-    topic_id: str
-
-    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]: ...  # noqa: D102
-    def position(self, partition: int) -> int: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +218,12 @@ class Replay:
 
 
 def replay(
-    log: Log,
+    log: LogReader,
     segments: Sequence[Segment],
     accepted: Sequence[Accepted],
     partition: int,
     learn: Callable[[int, bytes | None, Mask], None],
-    open_at: Callable[[int], Log],
+    open_at: Callable[[int], LogReader],
     patience_s: float,
     progress: Callable[[int], None] = lambda _: None,
     elapsed: Callable[[], float] = time.monotonic,
@@ -313,7 +303,7 @@ def verify(
     version: int,
     wanted_base: int | None,
     make_trainer: Callable[[], Trainer],
-    open_log: Callable[[str, int], Log],
+    open_log: Callable[[str, int], LogReader],
     say: Callable[[str], None] = lambda _: None,
     elapsed: Callable[[], float] = time.monotonic,
 ) -> Verdict:
@@ -380,7 +370,7 @@ def replay_log(
     segments: Sequence[Segment],
     accepted: Sequence[Accepted],
     done: Replay,
-    open_log: Callable[[str, int], Log],
+    open_log: Callable[[str, int], LogReader],
     say: Callable[[str], None],
     elapsed: Callable[[], float],
 ) -> None:
@@ -395,7 +385,7 @@ def replay_log(
     said_s = elapsed()
     total = sum(segment.next - segment.first for segment in segments)
 
-    def open_at(offset: int) -> Log:
+    def open_at(offset: int) -> LogReader:
         try:
             log = open_log(topic, offset)
         except GapError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from state.features.spec import Events, FeatureSpec
 from state.history.appends import Appends
 from state.history.followed import events_of, new_ranges
 from state.history.store import HistoryStore
-from state.log import PartitionBatch
+from state.log import LogReader, PartitionBatch
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
@@ -40,24 +39,7 @@ EVERY_MS = 1000
 _log = logging.getLogger(__name__)
 
 
-class Reading(Protocol):
-    """What is used of `state.log.Reader`."""
-
-    topic_id: str
-
-    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
-        """Waits until something new is there, at most `timeout_s`."""
-        ...
-
-    def lag(self) -> dict[int, int]:
-        """Per partition how many positions are unread."""
-        ...
-
-    def close(self) -> None:
-        """Ends it."""
-
-
-Open = Callable[[Mapping[int, int]], Reading]
+Open = Callable[[Mapping[int, int]], LogReader]
 
 
 class HistoryFollower:
@@ -83,7 +65,7 @@ class HistoryFollower:
         self._metrics = metrics
         self._now_ms = now_ms
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
-        self._reader: Reading | None = None
+        self._reader: LogReader | None = None
         self._marks = store.positions()
         self._items: dict[int, int] = {}
         salt = store.extra(SALT_EXTRA)

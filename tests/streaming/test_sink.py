@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count, groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.accounts import StreamAccount, check_accounts
+from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.errors import FencedWriter, PositionConflict, UnreachableBroker
 from state.events.dead_letters import DeadLetter
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.store import HistoryStore
+from state.log import LogWriter, MemoryLog, plan
+from state.log.memory_clients import MemoryWriter
 from state.metrics import StreamMetrics
 from state.microbatch.codec import decode
 from state.positions import Range, Source
@@ -29,81 +33,64 @@ from streaming.cut import Cut
 from streaming.letters import letter_headers
 from streaming.rows import Rows
 from streaming.sink import QUEUED_CUTS, CommitThread
-from streaming.writer import ShardWriter
+from streaming.writer import ShardWriter, transactional_id
 from tests.streaming.pieces import ZERO, context_of, piece
 
 DEADLINE_S = 20.0
 
 
-class RecordingWriter:
-    """Keeps what a transaction sent when it commits; can fail, or wait inside of one."""
+class Gate:
+    """In place of `killpoints.reach`: holds a commit inside its transaction until it is opened."""
 
     def __init__(self) -> None:
-        self.committed: list[list[tuple[str, bytes, list[tuple[str, bytes]]]]] = []
-        self.open: list[tuple[str, bytes, list[tuple[str, bytes]]]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Semaphore(0)
-        self.error: Exception | None = None
-        self.closed = False
+        self.opened, self.entered = threading.Event(), threading.Semaphore(0)
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        self.closed = True
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        self.open = []
-        self.entered.release()
-        yield
-        assert self.gate.wait(DEADLINE_S)
-        if self.error:
-            raise self.error
-        self.committed.append(self.open)
-
-    def send(self, topic: str, partition: int, key: None, value: bytes, headers: Any, timestamp_ms: int) -> None:
-        self.open.append((topic, value, headers))
+    def __call__(self, name: str) -> None:
+        if name == "stream.sent":
+            self.entered.release()
+            assert self.opened.wait(DEADLINE_S)
 
 
-class Group:
-    """Keeps the offsets that the consumer group was told."""
-
-    def __init__(self) -> None:
-        self.positions: dict[int, int] = {}
-        self.error: Exception | None = None
-
-    def commit_group(self, positions: dict[int, int]) -> None:
-        if self.error:
-            raise self.error
-        self.positions = positions
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    made = Gate()
+    monkeypatch.setattr(killpoints, "reach", made)
+    return made
 
 
 @contextmanager
-def sink(path: Path, *later: RecordingWriter | Exception) -> Iterator[Any]:
-    """The commit thread with a real store; its writer, and what comes of opening another one, are in place of Kafka's."""
+def sink(path: Path, refused: int = 0) -> Iterator[Any]:
+    """The commit thread with a real store and a log in memory, which comes back after `refused` attempts to connect."""
     store, stopping, told = HistoryStore(path / "histories", map_bytes=1 << 26), threading.Event(), list[Rows]()
-    first = RecordingWriter()
-    opened = iter([first, *later])
+    log, settings, attempts = MemoryLog(ids=lambda: ZERO.topic_id), Settings(), count()
+    for planned in (plan.clicks(settings), plan.dead_letters(settings), plan.microbatches(settings)):
+        log.topics().ensure(*planned)
 
-    def opens(settings: Settings) -> Any:
-        writer = next(opened)
-        if isinstance(writer, Exception):
-            raise writer
-        return writer
+    def opens(_: Settings) -> LogWriter:
+        if next(attempts) > refused:
+            log.come_back()
+        return log.writer(transactional_id(0))
 
     owned: dict[str, Any] = {
-        "settings": Settings(),
+        "settings": settings,
         "spec": SimpleNamespace(names=("views", "truncated", "other", "more")),
         "store": store,
         "topic_id": ZERO.topic_id,
-        "reader": Group(),
+        "reader": log.reader(settings.kafka.clicks_topic),
         "profiler": SimpleNamespace(committed=told.append),
         "metrics": StreamMetrics(CollectorRegistry()),
     }
-    writer = ShardWriter(owned["settings"], "spec", "salt", stopping, opens)
+    writer = ShardWriter(settings, "spec", "salt", stopping, opens)
     commits = CommitThread(Committer(context_of(**owned, writer=writer, stopping=stopping)))
-    yield SimpleNamespace(**owned, commits=commits, writer=first, stopping=stopping, told=told)
+    yield SimpleNamespace(**owned, commits=commits, log=log, stopping=stopping, told=told)
     commits.close()
     store.close()
+
+
+def transactions(log: MemoryLog) -> list[int]:
+    """How many micro-batches each transaction wrote."""
+    found = log.records(Kafka().microbatches_topic)
+    return [len(list(together)) for _, together in groupby(found, key=lambda record: id(record.transaction))]
 
 
 def with_history(rows: Rows) -> Rows:
@@ -122,14 +109,13 @@ def test_micro_batches_and_dead_letters_are_one_transaction(tmp_path: Path) -> N
     with sink(tmp_path) as shard:
         shard.commits.put(Cut((rows,), 5))
         shard.commits.flush()
-        ((batch, dead),) = shard.writer.committed
-    assert batch[0] == "springtide.microbatches.v1"
-    assert decode(batch[1]).offset.tolist() == [0, 1, 2]
-    assert dead == (
-        "springtide.clicks.v1.dlq",
-        b"",
-        [("reason", b"undecodable"), ("topic_id", b"ab" * 16), ("partition", b"0"), ("offset", b"3")],
-    )
+    (batch,), (dead,) = shard.log.records("springtide.microbatches.v1"), shard.log.records("springtide.clicks.v1.dlq")
+    assert batch.transaction is dead.transaction
+    assert decode(batch.value).offset.tolist() == [0, 1, 2]
+    assert (dead.key, dead.value) == (None, b"")
+    assert dead.headers == (
+        ("reason", b"undecodable"), ("topic_id", b"ab" * 16), ("partition", b"0"), ("offset", b"3"),
+    )  # fmt: skip
 
 
 def test_a_dead_letter_never_carries_the_key() -> None:
@@ -149,31 +135,29 @@ def test_histories_and_positions_follow_the_acknowledged_rows(tmp_path: Path) ->
         assert shard.told == [first, second]
 
 
-def test_what_waited_while_one_was_written_goes_into_one_transaction(tmp_path: Path) -> None:
+def test_what_waited_while_one_was_written_goes_into_one_transaction(tmp_path: Path, gate: Gate) -> None:
     with sink(tmp_path) as shard:
-        shard.writer.gate.clear()
         shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        assert shard.writer.entered.acquire(timeout=DEADLINE_S)
+        assert gate.entered.acquire(timeout=DEADLINE_S)
         for offset in (1, 2):
             shard.commits.put(Cut((piece((ZERO, offset, 1)),), 0))
-        shard.writer.gate.set()
+        gate.opened.set()
         shard.commits.flush()
-        assert [len(sent) for sent in shard.writer.committed] == [1, 2]
+        assert transactions(shard.log) == [1, 2]
 
 
-def test_a_full_queue_holds_the_reader_back(tmp_path: Path) -> None:
+def test_a_full_queue_holds_the_reader_back(tmp_path: Path, gate: Gate) -> None:
     with sink(tmp_path) as shard:
-        shard.writer.gate.clear()
         shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        assert shard.writer.entered.acquire(timeout=DEADLINE_S)
+        assert gate.entered.acquire(timeout=DEADLINE_S)
         for offset in range(1, 1 + QUEUED_CUTS):
             shard.commits.put(Cut((piece((ZERO, offset, 1)),), 0))
         put = threading.Thread(target=shard.commits.put, args=(Cut((piece((ZERO, 1 + QUEUED_CUTS, 1)),), 0),))
         put.start()
         put.join(0.1)
         assert put.is_alive()
-        assert shard.writer.committed == []
-        shard.writer.gate.set()
+        assert transactions(shard.log) == []
+        gate.opened.set()
         put.join(DEADLINE_S)
         shard.commits.flush()
         assert not put.is_alive()
@@ -183,18 +167,18 @@ def test_a_full_queue_holds_the_reader_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", [CommitThread.check, CommitThread.flush, lambda commits: commits.put(Cut((), 0))])
 def test_a_failure_surfaces_in_the_next_call(tmp_path: Path, call: Callable[[CommitThread], None]) -> None:
     with sink(tmp_path) as shard:
-        shard.writer.error = FencedWriter("another stream writes as springtide-stream-0")
+        shard.log.writer("springtide-stream-0")
         shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
         with pytest.raises(FencedWriter):
             shard.commits.flush()
-        with pytest.raises(FencedWriter, match="another stream"):
+        with pytest.raises(FencedWriter, match="another writer took over"):
             call(shard.commits)
         assert shard.store.positions() == {}
 
 
 def test_rows_that_kafka_did_not_take_move_no_position(tmp_path: Path) -> None:
     with sink(tmp_path) as shard:
-        shard.writer.error = FencedWriter("fenced")
+        shard.log.writer("springtide-stream-0")
         shard.commits.put(Cut((with_history(piece((ZERO, 0, 1))),), 0))
         with pytest.raises(FencedWriter):
             shard.commits.flush()
@@ -202,24 +186,24 @@ def test_rows_that_kafka_did_not_take_move_no_position(tmp_path: Path) -> None:
         assert shard.told == []
 
 
-def test_an_outage_costs_only_time(tmp_path: Path) -> None:
-    new = RecordingWriter()
-    with sink(tmp_path, UnreachableBroker("away"), UnreachableBroker("away"), new) as shard:
-        old = shard.writer
-        old.error = UnreachableBroker("away")
+def test_an_outage_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(MemoryWriter, "close", lambda writer, timeout_s: closed.append(writer))
+    with sink(tmp_path, refused=2) as shard:
+        shard.log.go_away()
         shard.commits.put(Cut((with_history(piece((ZERO, 0, 2))),), 0))
         shard.commits.flush()
-        assert (old.closed, old.committed, len(new.committed)) == (True, [], 1)
+        assert (len(closed), transactions(shard.log)) == (1, [1])
         assert shard.store.positions() == {ZERO: 2}
         shard.commits.put(Cut((with_history(piece((ZERO, 2, 1))),), 0))
         shard.commits.flush()
-        assert (len(new.committed), shard.store.positions()) == (2, {ZERO: 3})
+        assert (transactions(shard.log), shard.store.positions()) == ([1, 1], {ZERO: 3})
 
 
 def test_a_stream_asked_to_stop_waits_for_no_broker(tmp_path: Path) -> None:
-    with sink(tmp_path) as shard:
+    with sink(tmp_path, refused=9) as shard:
         shard.stopping.set()
-        shard.writer.error = UnreachableBroker("away")
+        shard.log.go_away()
         shard.commits.put(Cut((with_history(piece((ZERO, 0, 2))),), 0))
         with pytest.raises(UnreachableBroker):
             shard.commits.flush()
@@ -240,21 +224,20 @@ def test_the_group_gets_the_committed_offsets_of_this_topic_only(tmp_path: Path)
         shard.store.commit(Appends.none(), [Range(Source("cd" * 16, 0), 0, 99, dead=99)])
         shard.commits.put(Cut((piece((ZERO, 0, 2)),), 0))
         shard.commits.flush()
-        assert shard.reader.positions == {0: 2}
+        assert shard.log.topics().committed(Kafka().group, Kafka().clicks_topic) == {0: 2}
 
 
 def test_a_group_that_cannot_be_told_is_logged_once_and_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with sink(tmp_path) as shard:
-        shard.reader.error = UnreachableBroker("no broker at kafka:9092")
+        shard.log.topics().delete(Kafka().clicks_topic)
         for offset in (0, 1):
             shard.commits.put(Cut((piece((ZERO, offset, 1)),), 0))
             shard.commits.flush()
         assert shard.store.positions() == {ZERO: 2}
-    assert [record.message for record in caplog.records] == [
-        "offsets of group springtide-stream are not up to date: no broker at kafka:9092"
-    ]
+    (record,) = caplog.records
+    assert record.message.startswith("offsets of group springtide-stream are not up to date: cannot commit positions")
 
 
 def test_the_metrics_count_what_was_committed(tmp_path: Path) -> None:

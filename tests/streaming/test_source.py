@@ -11,16 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 from state.config.sections import Stream
 from state.config.settings import Settings
-from state.errors import GapError, UnreachableBroker
+from state.errors import GapError
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.log import PartitionBatch
+from state.log import MemoryLog, PartitionBatch
+from state.log.memory_clients import MemoryReader
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
 from streaming import pipeline
@@ -29,48 +29,18 @@ from streaming.source import ClickReader, Lag, UntilStopped
 from tests.streaming.pieces import context_of
 
 TOPIC = "ab" * 16
+CLICKS = "clicks"
 ZERO = Source(TOPIC, 0)
 
 
-def batch(first: int, after: int) -> PartitionBatch:
-    """A batch of partition 0 without contents."""
-    count = after - first
-    return PartitionBatch(
-        topic_id=TOPIC,
-        partition=0,
-        first=first,
-        next=after,
-        offsets=np.arange(first, after),
-        timestamps_ms=np.arange(first, after) * 1000,
-        keys=[None] * count,
-        values=[None] * count,
-        corrupt=(),
-    )
-
-
-class ScriptedReader:
-    """Gives the batches of a script, raises its exceptions, then asks the shard to stop."""
-
-    def __init__(self, script: list[list[PartitionBatch] | Exception], stopping: threading.Event) -> None:
-        self.script, self.stopping = script, stopping
-        self.away: Exception | None = None
-
-    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
-        if not self.script:
-            self.stopping.set()
-            return []
-        step = self.script.pop(0)
-        if isinstance(step, Exception):
-            raise step
-        return step
-
-    def refresh(self) -> list[int]:
-        if self.away:
-            raise self.away
-        return [3]
-
-    def lag(self) -> dict[int, int]:
-        return {0: 5}
+def clicked(clicks: int) -> MemoryLog:
+    """A topic of clicks of one partition; Kafka took one a second."""
+    log = MemoryLog(ids=lambda: TOPIC)
+    log.topics().ensure(CLICKS, 1)
+    with log.writer() as writer:
+        for number in range(clicks):
+            writer.send(CLICKS, 0, None, None, timestamp_ms=number * 1000)
+    return log
 
 
 class Pass(Step[StreamContext]):
@@ -98,13 +68,21 @@ def store(tmp_path: Path) -> Iterator[HistoryStore]:
 
 
 @contextmanager
-def scripted(store: HistoryStore, script: list[list[PartitionBatch] | Exception]) -> Iterator[Handle[StreamContext]]:
-    """A process whose reader follows `script` and whose parser passes everything on."""
-    stopping = threading.Event()
+def reading(store: HistoryStore, log: MemoryLog, batch_events: int = 1000) -> Iterator[Handle[StreamContext]]:
+    """A process that reads `log` and is asked to stop at its end; its parser passes everything on."""
+    stopping, reader = threading.Event(), log.reader(CLICKS)
+
+    def poll(timeout_s: float, max_records: int) -> list[PartitionBatch]:
+        found = MemoryReader.poll(reader, timeout_s, max_records)
+        if not found:
+            stopping.set()
+        return found
+
+    reader.poll = poll  # type: ignore[method-assign,assignment]
     context = context_of(
-        settings=replace(Settings(), stream=replace(Stream(), poll_ms=20)),
+        settings=replace(Settings(), stream=replace(Stream(), poll_ms=20, batch_events=batch_events)),
         store=store,
-        reader=ScriptedReader(script, stopping),
+        reader=reader,
         parser=SimpleNamespace(parse=lambda batches: batches),
         topic_id=TOPIC,
         metrics=StreamMetrics(CollectorRegistry()),
@@ -125,21 +103,20 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def test_the_job_ends_when_asked_to_and_loses_no_batch(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    with scripted(store, [[batch(0, 2)], [], [batch(2, 5)]]) as shard, collected(monkeypatch) as seen:
+    with reading(store, clicked(5), batch_events=2) as shard, collected(monkeypatch) as seen:
         pipeline.run(shard)
-    assert [(one.first, one.next) for batches in seen for one in batches] == [(0, 2), (2, 5)]
+    assert [(one.first, one.next) for batches in seen for one in batches] == [(0, 2), (2, 4), (4, 5)]
     assert [] in seen
 
 
 def test_an_exception_of_a_step_comes_out_as_it_was_raised(
     store: HistoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with (
-        scripted(store, [[batch(0, 2)], GapError("positions 2 to 9 are gone")]) as shard,
-        collected(monkeypatch),
-        pytest.raises(GapError, match="positions 2 to 9 are gone"),
-    ):
-        pipeline.run(shard)
+    log = clicked(5)
+    with reading(store, log) as shard, collected(monkeypatch):
+        log.topics().delete_before(CLICKS, {0: 2})
+        with pytest.raises(GapError, match="2 positions were deleted unread"):
+            pipeline.run(shard)
 
 
 def test_a_restriction_that_ends_unasked_is_an_error() -> None:
@@ -154,29 +131,31 @@ def test_a_restriction_that_ends_unasked_is_an_error() -> None:
 
 def test_lag_counts_what_is_unread_and_what_is_uncommitted(store: HistoryStore) -> None:
     store.commit(Appends.none(), [Range(ZERO, 0, 1, dead=1)])
-    with scripted(store, [[batch(0, 4)]]) as shard:
+    with reading(store, clicked(9), batch_events=4) as shard:
         ClickReader(shard.context).poll()
         assert shard.context.metrics.lag_events._value.get() == 5 + 3
 
 
 def test_a_broker_that_is_away_for_a_while_stops_nothing(store: HistoryStore, caplog: pytest.LogCaptureFixture) -> None:
-    with scripted(store, [[], []]) as shard, caplog.at_level(logging.WARNING):
-        shard.context.reader.away = UnreachableBroker("no broker at kafka:9092")
+    log = clicked(0)
+    with reading(store, log) as shard, caplog.at_level(logging.WARNING):
+        log.go_away()
         clicks = ClickReader(shard.context)
         clicks.poll()
         clicks._due_s = 0.0
         clicks.poll()
-    assert [record.message for record in caplog.records] == [
-        "new partitions and lag are unknown for now: no broker at kafka:9092"
-    ]
+    (record,) = caplog.records
+    assert record.message.startswith(
+        "new partitions and lag are unknown for now: cannot describe topic clicks: no broker"
+    )
 
 
 def test_lag_in_seconds_is_that_of_the_newest_committed_click() -> None:
-    lag = Lag()
-    lag.read(batch(0, 4))
+    lag, reader = Lag(), clicked(9).reader(CLICKS)
+    lag.read(*reader.poll(0.0, 4))
     assert lag.seconds(now_s=100.0) == 0.0
     assert lag.uncommitted({ZERO: 3}) == 1
-    lag.read(batch(4, 9))
+    lag.read(*reader.poll(0.0, 5))
     assert lag.uncommitted({ZERO: 4}) == 5
     assert lag.seconds(now_s=100.0) == 97.0
     assert lag.uncommitted({ZERO: 9}) == 0

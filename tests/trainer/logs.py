@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,72 +12,42 @@ import numpy as np
 import tensorflow as tf
 from prometheus_client import CollectorRegistry
 
-from state.errors import GapError
+from state.config.sections import Kafka
 from state.features.mask import Mask
-from state.log import PartitionBatch
+from state.log import Log, MemoryLog
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
-from state.positions import Gap, Source
 from state.registry.control import start
 from state.registry.registry import Registry
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.engine.step import Trainer
-from trainer.learner import NO_CONSENT, Learner
+from trainer.learner import NO_CONSENT, Learner, OpenLog
 
+TOPIC_ID = "cd" * 16
+LOG = Kafka().microbatches_topic
 ABOUT: dict[str, Any] = {"salt": SALT, "popular": [["00000000000000ff", 3]], "newest_ms": 1_790_000_000_000}
 
 
-class MemoryLog:
-    """Records at even offsets, as transactions leave them; offset `begin` is the first kept, and may move on."""
+def written(records: Sequence[bytes], topic_id: str = TOPIC_ID, begin: int = 0) -> MemoryLog:
+    """A training log of the topic `LOG`: a record at each even offset, the marker of its transaction behind it."""
+    log = MemoryLog(ids=lambda: topic_id)
+    log.topics().ensure(LOG, 1)
+    append(log, records)
+    log.topics().delete_before(LOG, {0: begin})
+    return log
 
-    def __init__(self, values: list[bytes], topic_id: str = "cd" * 16, begin: int = 0) -> None:
-        self.values, self.topic_id, self.begin = values, topic_id, begin
-        self._at = begin
-        self.origin: MemoryLog | None = None
 
-    def _gap(self, offset: int) -> GapError:
-        begin = (self.origin or self).begin
-        gap = Gap(Source(self.topic_id, 0), offset, begin)
-        return GapError(f"we were at {offset}, the log begins at {begin}", gap)
+def append(log: Log, records: Sequence[bytes], topic: str = LOG) -> None:
+    with log.writer("stream") as writer:
+        for value in records:
+            with writer.transaction():
+                writer.send(topic, 0, None, value)
 
-    def at(self, offset: int | None) -> MemoryLog:
-        if offset is not None and offset < self.begin:
-            raise self._gap(offset)
-        opened = MemoryLog(self.values, self.topic_id, self.begin)
-        opened.origin = self.origin or self
-        opened._at = self.begin if offset is None else offset
-        return opened
 
-    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
-        first = self._at
-        if first < (self.origin or self).begin:
-            raise self._gap(first)
-        offsets = [2 * index for index in range((first + 1) // 2, len(self.values))][:max_records]
-        if first >= 2 * len(self.values):
-            return []
-        # The last marker may be all that is left.
-        self._at = offsets[-1] + 2 if offsets else 2 * len(self.values)
-        values: list[bytes | None] = [self.values[offset // 2] for offset in offsets]
-        stamps = np.zeros(len(offsets), np.int64)
-        return [
-            PartitionBatch(
-                self.topic_id, 0, first, self._at, np.array(offsets, np.int64), stamps, [None] * len(offsets), values
-            )
-        ]
-
-    def position(self, partition: int) -> int:
-        return self._at
-
-    def seek(self, partition: int, offset: int) -> None:
-        self._at = offset
-
-    def lag(self) -> dict[int, int]:
-        return {0: 2 * len(self.values) - self._at}
-
-    def close(self) -> None:
-        pass
+def opener(log: Log, topic: str = LOG) -> OpenLog:
+    return lambda offset: log.reader(topic, [0], {} if offset is None else {0: offset})
 
 
 def started(path: Path) -> Registry:
@@ -93,7 +64,7 @@ def shared(lane: int, *flags: str) -> Trainer:
 
 
 def learner(
-    registry: Registry, log: MemoryLog, *flags: str, trainer: Trainer | None = None, consent: Consent = NO_CONSENT
+    registry: Registry, log: Log, *flags: str, trainer: Trainer | None = None, consent: Consent = NO_CONSENT
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look unless flags say otherwise."""
     settings = small_settings("--trainer.publish_s", "0.01", *flags)
@@ -102,7 +73,7 @@ def learner(
         settings,
         registry,
         trainer or shared(0),
-        log.at,
+        opener(log, settings.kafka.microbatches_topic),
         "program",
         SPEC.digest,
         ABOUT,

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from state.accounts import StreamAccount, TrainerAccount, check_accounts
 from state.errors import GapError
 from state.layout import GAPS
-from state.log import Topics, Writer
+from state.log import KafkaLog, Topics, Writer
 from state.log.accepted_gaps import Accepted, Journal
 from state.log.gaps import Consent, parse_allowance
 from state.metrics import TrainerMetrics
@@ -23,13 +23,13 @@ from state.microbatch.codec import decode, encode
 from state.positions import MOST_LEARNED, Gap, Range, Source
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import TOPIC, microbatch
-from tests.trainer.logs import MemoryLog, learner, run_to_end, started
+from tests.trainer.logs import LOG, TOPIC_ID, append, learner, run_to_end, started, written
 from trainer import accounts
 from trainer.accounts import Passages
 from trainer.learner import Learner
 
 RECORDS = [microbatch(number) for number in range(12)]
-LOG = Source("cd" * 16, 0)
+LOG_SOURCE = Source(TOPIC_ID, 0)
 
 
 def ann(*places: str) -> Consent:
@@ -51,11 +51,11 @@ def account_of(running: Learner) -> TrainerAccount:
 
 
 def test_a_restart_keeps_the_account_and_it_balances_with_the_streams(tmp_path: Path) -> None:
-    registry, log = started(tmp_path), MemoryLog([*RECORDS[:4], *RECORDS[2:4], *RECORDS[4:6]])
+    registry, log = started(tmp_path), written([*RECORDS[:4], *RECORDS[2:4], *RECORDS[4:6]])
     first = learner(registry, log)
     run_to_end(first)
     first.close()
-    log.values.extend(RECORDS[6:])
+    append(log, RECORDS[6:])
     again = learner(registry, log)
     assert account_of(again) == account_of(first)
     run_to_end(again)
@@ -78,7 +78,7 @@ def test_a_row_lost_on_the_way_is_found(tmp_path: Path) -> None:
         for part, rows in zip(whole.header.ranges, fewer, strict=True)
     )
     header = Header(whole.header.spec, whole.header.salt, ranges, whole.header.created_ms)
-    running = learner(started(tmp_path), MemoryLog([*RECORDS[:3], encode(header, kept.columns), *RECORDS[4:]]))
+    running = learner(started(tmp_path), written([*RECORDS[:3], encode(header, kept.columns), *RECORDS[4:]]))
     run_to_end(running)
     (fault,) = check_accounts(made_by_stream(RECORDS), account_of(running))
     lost = 40 - sum(fewer)
@@ -90,7 +90,7 @@ def test_a_row_learned_twice_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     import trainer.intake as intake
 
     monkeypatch.setattr(intake, "trim", lambda batch, marks: (batch.offset >= 0, dict(marks)))
-    running = learner(started(tmp_path), MemoryLog([*RECORDS[:4], RECORDS[3], *RECORDS[4:]]))
+    running = learner(started(tmp_path), written([*RECORDS[:4], RECORDS[3], *RECORDS[4:]]))
     run_to_end(running)
     (fault,) = check_accounts(made_by_stream(RECORDS), account_of(running))
     assert fault == "log: the stream made 480 rows, but the log holds 520 without duplicates: 40 came twice"
@@ -110,7 +110,7 @@ def test_a_counter_that_misses_a_row_is_said_aloud(caplog: pytest.LogCaptureFixt
 
 
 def test_a_record_missing_from_the_log_stops_the_trainer_until_somebody_accepts_it(tmp_path: Path) -> None:
-    registry, log = started(tmp_path), MemoryLog([*RECORDS[:3], *RECORDS[4:6]])
+    registry, log = started(tmp_path), written([*RECORDS[:3], *RECORDS[4:6]])
     running = learner(registry, log)
     with pytest.raises(GapError) as caught:
         run_to_end(running)
@@ -133,19 +133,19 @@ def test_a_record_missing_from_the_log_stops_the_trainer_until_somebody_accepts_
     kept = Journal(registry.path / GAPS).accepted()
     assert [(one.gap.positions, one.actor, one.reason) for one in kept] == [(20, "ann", "it was old")] * 2
     # A replay of the same part of the log asks nobody again.
-    log.values.extend(RECORDS[6:8])
+    append(log, RECORDS[6:8])
     later = learner(registry, log)
     run_to_end(later)
     assert account_of(later).gap == 40
 
 
 def test_records_deleted_from_the_log_stop_the_trainer_until_somebody_accepts_them(tmp_path: Path) -> None:
-    registry, log = started(tmp_path), MemoryLog(RECORDS[:4])
+    registry, log = started(tmp_path), written(RECORDS[:4])
     running = learner(registry, log)
     run_to_end(running)
     running.close()
-    log.values.extend(RECORDS[4:])
-    log.begin = 14
+    append(log, RECORDS[4:])
+    log.topics().delete_before(LOG, {0: 14})
     with pytest.raises(GapError):
         learner(registry, log)
     running = learner(registry, log, consent=ann("0:7-13"))
@@ -163,11 +163,11 @@ def test_records_deleted_from_the_log_stop_the_trainer_until_somebody_accepts_th
 
 
 def test_records_deleted_under_way_are_a_gap_too(tmp_path: Path) -> None:
-    log = MemoryLog(RECORDS[:4])
+    log = written(RECORDS[:4])
     running = learner(started(tmp_path), log, consent=ann("0:0-99"))
     run_to_end(running)
-    log.values.extend(RECORDS[4:])
-    log.begin = 12
+    append(log, RECORDS[4:])
+    log.topics().delete_before(LOG, {0: 12})
     run_to_end(running)
     assert (running.place.next, account_of(running).gap) == (24, 2 * 2 * 20)
     running.close()
@@ -176,10 +176,10 @@ def test_records_deleted_under_way_are_a_gap_too(tmp_path: Path) -> None:
 def test_an_accepted_gap_is_kept_once(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "gaps")
     assert journal.accepted() == []
-    one = Accepted(Gap(LOG, 5, 9), "ann", "old", 3, {str(Source(TOPIC, 0)): 7})
+    one = Accepted(Gap(LOG_SOURCE, 5, 9), "ann", "old", 3, {str(Source(TOPIC, 0)): 7})
     journal.add(one)
     journal.add(replace(one, actor="bob"))
-    journal.add(replace(one, gap=Gap(LOG, 20, 21)))
+    journal.add(replace(one, gap=Gap(LOG_SOURCE, 20, 21)))
     assert [kept.gap.first for kept in journal.accepted()] == [5, 20]
     assert journal.accepted()[0] == one
 
@@ -233,12 +233,11 @@ def test_where_impressions_wait_a_lost_position_may_have_had_the_rows_of_several
 def test_deleted_records_of_a_real_log_stop_the_trainer_until_somebody_accepts_them(
     kafka_settings: KafkaFactory, tmp_path: Path
 ) -> None:
-    from state.log import Reader
     from tests.trainer.logs import shared
-    from trainer.learner import Log
 
     kafka = kafka_settings()
     topic = kafka.microbatches_topic
+    flags = ("--kafka.microbatches_topic", topic)
     with Topics(kafka) as topics, Writer(kafka) as writer:
         topics.ensure(topic, 1, {"retention.ms": "-1"})
 
@@ -247,21 +246,17 @@ def test_deleted_records_of_a_real_log_stop_the_trainer_until_somebody_accepts_t
                 writer.send(topic, 0, None, value)
             writer.flush()
 
-        class RealLog(MemoryLog):
-            def at(self, offset: int | None) -> Log:  # type: ignore[override]
-                return Reader(kafka, topic, [0], {} if offset is None else {0: offset})
-
         write(RECORDS[:4])
-        registry, log = started(tmp_path), RealLog([])
-        running = learner(registry, log, trainer=shared(0))
+        registry, log = started(tmp_path), KafkaLog(kafka)
+        running = learner(registry, log, *flags, trainer=shared(0))
         until_at(running, 4)
         running.close()
         write(RECORDS[4:])
         topics.delete_before(topic, {0: 7})
         with pytest.raises(GapError) as caught:
-            learner(registry, log)
+            learner(registry, log, *flags)
         assert f"--accept-gap {topics.describe(topic).topic_id[:8]}:0:4-6 --reason TEXT" in str(caught.value)
-        running = learner(registry, log, consent=ann("0:4-6"))
+        running = learner(registry, log, *flags, consent=ann("0:4-6"))
         until_at(running, 12)
         assert check_accounts(made_by_stream(RECORDS), account_of(running)) == ()
         assert account_of(running).gap == 2 * 3 * 20

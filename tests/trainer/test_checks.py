@@ -16,7 +16,7 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError, SettingsError
 from tests.trainer.clicks import SPEC, batches, microbatch, small_settings
-from tests.trainer.logs import MemoryLog, learner, run_to_end, started
+from tests.trainer.logs import learner, run_to_end, started, written
 from trainer.checks import check_tower
 from trainer.engine.step import Trainer
 from trainer.model.tower import width_in
@@ -162,7 +162,7 @@ def test_a_restart_with_a_tower_of_ones_own_gives_the_same_bits(tmp_path: Path) 
         registry = started(tmp_path / folder)
         for cut in cuts:
             trainer = Trainer(small_settings(*flags), SPEC)
-            running = learner(registry, MemoryLog(records[:cut]), *flags, trainer=trainer)
+            running = learner(registry, written(records[:cut]), *flags, trainer=trainer)
             run_to_end(running)
             running.close()
         found.append(trainer.model.weights())

@@ -24,7 +24,17 @@ from state.registry.control import Control, follow, pin, roll_back
 from state.registry.registry import SERVING, Registry
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch, small_settings
-from tests.trainer.logs import MemoryLog, learner, run_to_end, shared, started, with_weight, without, write_transform
+from tests.trainer.logs import (
+    append,
+    learner,
+    run_to_end,
+    shared,
+    started,
+    with_weight,
+    without,
+    write_transform,
+    written,
+)
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.learner import Learner
@@ -51,13 +61,13 @@ def rolled_back(to: int, mask: Mask) -> Callable[[Control], Control]:
 
 
 def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path) -> None:
-    registry, log = started(tmp_path / "ours"), MemoryLog(RECORDS[:8])
+    registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
     ours = learner(registry, log)
     run_to_end(ours)
     ours.tick(0.0)
     ours._settle(wait=True)
     to = ours.place.parent
-    log.values.extend(RECORDS[8:])
+    append(log, RECORDS[8:])
     run_to_end(ours)
     poisoned = state(ours)
     registry.change(rolled_back(to, POISON))
@@ -66,7 +76,7 @@ def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path)
     assert ours.place.masked > 100
 
     other = started(tmp_path / "theirs")
-    log = MemoryLog([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
+    log = written([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
     theirs = learner(other, log, trainer=shared(1))
     run_to_end(theirs)
     assert state(ours) == state(theirs)
@@ -83,12 +93,13 @@ def _first_of(registry: Registry, epoch: int) -> int:
 
 
 def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) -> None:
-    whole = learner(started(tmp_path / "whole"), MemoryLog(RECORDS))
+    whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
     expected = state(whole)
-    registry, log = started(tmp_path / "cut"), MemoryLog(RECORDS[:13])
+    registry, log, known = started(tmp_path / "cut"), written([]), 0
     for capacity, records in (("64", 13), ("1024", 17), ("64", 24)):
-        log.values[:] = RECORDS[:records]
+        append(log, RECORDS[known:records])
+        known = records
         running = learner(registry, log, trainer=shared(1, "--trainer.capacity", capacity))
         run_to_end(running)
         # Killed: what was not published is lost, and learned again.
@@ -98,10 +109,10 @@ def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) 
 
 
 def test_rows_written_again_by_a_crashed_stream_change_nothing(tmp_path: Path) -> None:
-    once = learner(started(tmp_path / "once"), MemoryLog(RECORDS[:6]))
+    once = learner(started(tmp_path / "once"), written(RECORDS[:6]))
     run_to_end(once)
     expected = state(once)
-    again = learner(started(tmp_path / "again"), MemoryLog([*RECORDS[:4], *RECORDS[2:6]]))
+    again = learner(started(tmp_path / "again"), written([*RECORDS[:4], *RECORDS[2:6]]))
     run_to_end(again)
     assert (state(again)[0], again.place.marks) == (expected[0], expected[2])
     assert again.place.duplicate == 80
@@ -110,7 +121,7 @@ def test_rows_written_again_by_a_crashed_stream_change_nothing(tmp_path: Path) -
 
 def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
     registry = started(tmp_path)
-    running = learner(registry, MemoryLog(RECORDS[:2]))
+    running = learner(registry, written(RECORDS[:2]))
     run_to_end(running)
     for _ in range(20):
         running.tick(0.0)
@@ -124,7 +135,7 @@ def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
 
 def test_a_version_says_what_it_was_trained_on(tmp_path: Path) -> None:
     registry = started(tmp_path)
-    running = learner(registry, MemoryLog(RECORDS[:3]), "--trainer.publish_s", "3600")
+    running = learner(registry, written(RECORDS[:3]), "--trainer.publish_s", "3600")
     run_to_end(running)
     running.close()
     made = registry.manifest(registry.newest(1) or 0)
@@ -140,12 +151,12 @@ def test_a_rollback_between_two_records_leaves_the_rest_of_the_poll(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = started(tmp_path)
-    running = learner(registry, MemoryLog(RECORDS))
+    running = learner(registry, written(RECORDS))
     strike = killpoints.parse("loop.stepped:5", lambda: print(Registry(tmp_path).change(rolled_back(1, POISON))))
     monkeypatch.setattr(killpoints, "armed", strike)
     run_to_end(running)
     assert running.place.epoch == 2
-    log = MemoryLog([without(value, POISON) for value in RECORDS])
+    log = written([without(value, POISON) for value in RECORDS])
     theirs = learner(started(tmp_path / "theirs"), log, trainer=shared(1))
     run_to_end(theirs)
     assert state(running) == state(theirs)
@@ -159,7 +170,7 @@ def test_a_held_trainer_says_what_to_do_and_goes_on_with_a_new_generation(
 ) -> None:
     registry = started(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
-    log = MemoryLog([*RECORDS[:4], *bad, *RECORDS[8:12]])
+    log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
     running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
     run_to_end(running)
     assert running._trainer.guard.held
@@ -182,7 +193,7 @@ def test_a_held_trainer_says_what_to_do_and_goes_on_with_a_new_generation(
 
 
 def test_a_corrupt_newest_version_is_learned_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    registry, log = started(tmp_path), MemoryLog(RECORDS[:9])
+    registry, log = started(tmp_path), written(RECORDS[:9])
     first = learner(registry, log)
     run_to_end(first)
     first.close()
@@ -198,13 +209,13 @@ def test_a_corrupt_newest_version_is_learned_again(tmp_path: Path, caplog: pytes
 
 def test_a_log_made_anew_or_cut_off_is_not_read_on(tmp_path: Path) -> None:
     registry = started(tmp_path)
-    running = learner(registry, MemoryLog(RECORDS[:4]))
+    running = learner(registry, written(RECORDS[:4]))
     run_to_end(running)
     running.close()
     with pytest.raises(UnknownTopic, match="made again"):
-        learner(registry, MemoryLog(RECORDS, topic_id="ef" * 16))
+        learner(registry, written(RECORDS, topic_id="ef" * 16))
     with pytest.raises(GapError):
-        learner(registry, MemoryLog(RECORDS, begin=20))
+        learner(registry, written(RECORDS, begin=20))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +361,7 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
     # 4. The same in one process, on the filtered log.
     trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
     filtered = [*RECORDS[:written], *(without(value, POISON) for value in RECORDS[written:])]
-    theirs = learner(started(tmp_path / "theirs"), MemoryLog(filtered), trainer=trainer)
+    theirs = learner(started(tmp_path / "theirs"), written(filtered), trainer=trainer)
     theirs._about = {"salt": SALT, "popular": [], "newest_ms": 0}
     theirs._begin(theirs.control)
     run_to_end(theirs)

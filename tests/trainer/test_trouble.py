@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from state.config.sections import Kafka
 from state.errors import CorruptVersion, GapError, MicroBatchError, UnknownTopic, UnusableRegistry
-from state.log import PartitionBatch, Reader, Topics, Writer
+from state.log import KafkaLog, Log, PartitionBatch, Topics
+from state.log.memory_clients import MemoryReader
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
-from tests.trainer.logs import MemoryLog, learner, run_to_end, shared, started
+from tests.trainer.logs import learner, run_to_end, shared, started, written
 from trainer import compactor
 from trainer.learner import Learner
 from trainer.loop import Compaction, doubt
@@ -27,22 +27,12 @@ from trainer.versions import checkpoint
 RECORDS = [microbatch(number) for number in range(10)]
 
 
-class KafkaLog(MemoryLog):
-    """The real topic in place of the one in memory."""
-
-    def __init__(self, kafka: Kafka) -> None:
-        super().__init__([])
-        self._kafka = kafka
-
-    def at(self, offset: int | None) -> Reader:  # type: ignore[override]
-        return Reader(self._kafka, self._kafka.microbatches_topic, [0], {} if offset is None else {0: offset})
-
-    def make(self, records: list[bytes]) -> None:
-        with Topics(self._kafka) as topics, Writer(self._kafka) as writer:
-            topics.ensure(self._kafka.microbatches_topic, 1)
-            for value in records:
-                writer.send(self._kafka.microbatches_topic, 0, None, value)
-            writer.flush()
+def make(log: Log, topic: str, records: list[bytes]) -> None:
+    log.topics().ensure(topic, 1)
+    with log.writer() as writer:
+        for value in records:
+            writer.send(topic, 0, None, value)
+        writer.flush()
 
 
 def tick_until_it_ends(running: Learner) -> None:
@@ -53,16 +43,17 @@ def tick_until_it_ends(running: Learner) -> None:
 
 def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
-    log = KafkaLog(kafka)
-    log.make(RECORDS[:6])
+    log, topic = KafkaLog(kafka), kafka.microbatches_topic
+    flags = ("--kafka.microbatches_topic", topic)
+    make(log, topic, RECORDS[:6])
     registry = started(tmp_path)
-    running = learner(registry, log)
+    running = learner(registry, log, *flags)
     while running.place.next < 6:
         running.tick(0.1)
     before = checkpoint.digest(running._trainer)
     with Topics(kafka) as topics:
         topics.delete(kafka.microbatches_topic)
-        log.make(RECORDS[6:])
+        make(log, topic, RECORDS[6:])
         with pytest.raises(UnknownTopic, match=r"made again|does not exist") as raised:
             tick_until_it_ends(running)
         assert "\n" not in str(raised.value)
@@ -71,27 +62,26 @@ def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory
         versions = registry.versions()
         # Started again: the new log is shorter than our position, then longer.
         with pytest.raises(GapError, match=r"log ends at 4: .*made again"):
-            learner(registry, log)
-        log.make(RECORDS[:6])
+            learner(registry, log, *flags)
+        make(log, topic, RECORDS[:6])
         with pytest.raises(UnknownTopic, match=r"deleted and made again; start a new state directory"):
-            learner(registry, log)
+            learner(registry, log, *flags)
     assert registry.versions() == versions
 
 
-def test_a_corrupt_record_of_the_training_log_stops_the_trainer_at_its_offset(tmp_path: Path) -> None:
-    class Damaged(MemoryLog):
-        def at(self, offset: int | None) -> MemoryLog:
-            opened = Damaged(self.values, self.topic_id)
-            opened._at = offset or 0
-            return opened
+def test_a_corrupt_record_of_the_training_log_stops_the_trainer_at_its_offset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = MemoryReader.poll
 
-        def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
-            (whole,) = super().poll(timeout_s, 2)
-            if whole.first < 4:
-                return [whole]
-            return [replace(whole, offsets=whole.offsets[:0], values=[], corrupt=((4, 6, "checksum"),))]
+    def damaged(reader: MemoryReader, timeout_s: float, _: int) -> list[PartitionBatch]:
+        (whole,) = read(reader, timeout_s, 2)
+        if whole.first < 4:
+            return [whole]
+        return [replace(whole, offsets=whole.offsets[:0], values=[], corrupt=((4, 6, "checksum"),))]
 
-    running = learner(started(tmp_path), Damaged(RECORDS))
+    monkeypatch.setattr(MemoryReader, "poll", damaged)
+    running = learner(started(tmp_path), written(RECORDS))
     running.tick(0.0)
     with pytest.raises(MicroBatchError, match=r":0 offset 4 cannot be read: checksum"):
         running.tick(0.0)
@@ -99,17 +89,17 @@ def test_a_corrupt_record_of_the_training_log_stops_the_trainer_at_its_offset(tm
 
 
 def test_on_a_full_disk_the_trainer_stops_and_then_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    whole = learner(started(tmp_path / "whole"), MemoryLog(RECORDS))
+    whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
     expected = checkpoint.digest(whole._trainer)
     whole.close()
     with small_disk(tmp_path / "disk", "64m") as disk:
         registry = started(disk.path / "registry")
-        running = learner(registry, MemoryLog(RECORDS[:4]), trainer=shared(1))
+        running = learner(registry, written(RECORDS[:4]), trainer=shared(1))
         run_to_end(running)
         running.close()
         good = registry.versions()
-        running = learner(registry, MemoryLog(RECORDS), trainer=shared(1))
+        running = learner(registry, written(RECORDS), trainer=shared(1))
         full = disk.fill()
         with pytest.raises(UnusableRegistry, match=r"No space left on device.*free space"):
             run_to_end(running)
@@ -117,7 +107,7 @@ def test_on_a_full_disk_the_trainer_stops_and_then_goes_on_with_the_same_bits(tm
         assert registry.versions() == good
         assert not list((registry.path / "tmp").iterdir())
         full.unlink()
-        again = learner(Registry(registry.path), MemoryLog(RECORDS), trainer=shared(1))
+        again = learner(Registry(registry.path), written(RECORDS), trainer=shared(1))
         run_to_end(again)
         assert checkpoint.digest(again._trainer) == expected
         again.close()
@@ -142,7 +132,7 @@ def test_a_compactor_on_a_full_disk_removes_what_is_old_before_it_fails(
 def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fails(tmp_path: Path) -> None:
     """Else it would add versions that nobody can restore; started again it sets the damage aside."""
     registry = started(tmp_path / "registry")
-    running = learner(registry, MemoryLog(RECORDS[:5]))
+    running = learner(registry, written(RECORDS[:5]))
     run_to_end(running)
     running.close()
     expected = checkpoint.digest(running._trainer)
@@ -159,7 +149,7 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
     assert compaction._child is not None and compaction._child.wait() == 1
     with pytest.raises(CorruptVersion, match=rf"version {damaged}: .*training.safetensors.*start the trainer again"):
         compaction.tick()
-    again = learner(Registry(registry.path), MemoryLog(RECORDS[:5]))
+    again = learner(Registry(registry.path), written(RECORDS[:5]))
     assert again.place.parent < damaged
     run_to_end(again)
     assert checkpoint.digest(again._trainer) == expected

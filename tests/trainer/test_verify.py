@@ -5,18 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
+from state.log import Log, MemoryLog
+from state.log.memory_clients import MemoryReader
 from state.registry.control import Control, follow, pin, roll_back
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
-from tests.trainer.logs import ABOUT, MemoryLog, learner, run_to_end, shared, started, with_weight, write_transform
+from tests.trainer.logs import (
+    ABOUT,
+    LOG,
+    append,
+    learner,
+    opener,
+    run_to_end,
+    shared,
+    started,
+    with_weight,
+    write_transform,
+    written,
+)
 from tests.trainer.test_loop import POISON
 from trainer import compactor, verify
 from trainer.verify import Verdict
@@ -31,9 +44,9 @@ def started_with_spec(path: Path) -> Registry:
     return registry
 
 
-def asked(registry: Registry, log: MemoryLog, version: int, base: int | None = None) -> Verdict:
+def asked(registry: Registry, log: Log, version: int, base: int | None = None) -> Verdict:
     return verify.verify(
-        small_settings(), registry, version, base, lambda: shared(1), lambda topic, offset: log.at(offset)
+        small_settings(), registry, version, base, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
     )
 
 
@@ -46,26 +59,26 @@ def rolled_back(to: int, mask: Mask) -> Callable[[Control], Control]:
 
 
 def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path) -> None:
-    registry, log = started_with_spec(tmp_path), MemoryLog(RECORDS[:6])
+    registry, log = started_with_spec(tmp_path), written(RECORDS[:6])
     running = learner(registry, log)
     run_to_end(running)
     # Killed, and rows written again by a stream that was killed too.
     running._publisher.close()
-    log.values.extend([RECORDS[5], *RECORDS[6:9]])
+    append(log, [RECORDS[5], *RECORDS[6:9]])
     running = learner(registry, log, trainer=shared(0, "--trainer.capacity", "1024"))
     run_to_end(running)
     running.tick(0.0)
     running._settle(wait=True)
     to = running.place.parent
     compactor.compact(registry)
-    log.values.extend(RECORDS[9:14])
+    append(log, RECORDS[9:14])
     run_to_end(running)
     running.tick(0.0)
     running._settle(wait=True)
     late = running.place.parent
     # Back to a version before the newest one, without the poison.
     registry.change(rolled_back(to, POISON))
-    log.values.extend(RECORDS[14:])
+    append(log, RECORDS[14:])
     run_to_end(running)
     running.close()
     newest = registry.newest(2) or 0
@@ -96,7 +109,7 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
 def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
     registry = started_with_spec(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
-    log = MemoryLog([*RECORDS[:4], *bad, *RECORDS[8:12]])
+    log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
     running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
     run_to_end(running)
     assert running._trainer.guard.held
@@ -114,13 +127,15 @@ def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
     running.close()
     trainer = shared(0, "--trainer.guard_patience", "3")
     for version in (held, registry.newest(1) or 0):
-        found = verify.verify(small_settings(), registry, version, 1, lambda: trainer, lambda _, offset: log.at(offset))
+        found = verify.verify(
+            small_settings(), registry, version, 1, lambda: trainer, lambda topic, offset: opener(log, topic)(offset)
+        )
         assert found.outcome == "equal", found.text()
     assert found.steps == 12
 
 
 def trained(tmp_path: Path, records: int = 6) -> tuple[Registry, MemoryLog, int]:
-    registry, log = started_with_spec(tmp_path), MemoryLog(RECORDS[:records])
+    registry, log = started_with_spec(tmp_path), written(RECORDS[:records])
     running = learner(registry, log)
     run_to_end(running)
     running.close()
@@ -128,9 +143,8 @@ def trained(tmp_path: Path, records: int = 6) -> tuple[Registry, MemoryLog, int]
 
 
 def test_another_click_in_the_log_is_a_difference_with_its_place(tmp_path: Path) -> None:
-    registry, log, newest = trained(tmp_path)
-    log.values[2] = with_weight(log.values[2], 0.5)
-    found = asked(registry, log, newest)
+    registry, _, newest = trained(tmp_path)
+    found = asked(registry, written([*RECORDS[:2], with_weight(RECORDS[2], 0.5), *RECORDS[3:6]]), newest)
     assert found.outcome == "different"
     assert found.difference is not None
     assert found.difference.table in content.TABLES
@@ -140,9 +154,8 @@ def test_another_click_in_the_log_is_a_difference_with_its_place(tmp_path: Path)
 
 
 def test_a_doubled_record_is_no_difference_and_a_lost_one_is(tmp_path: Path) -> None:
-    registry, log, newest = trained(tmp_path)
-    log.values[3] = RECORDS[2]
-    found = asked(registry, log, newest)
+    registry, _, newest = trained(tmp_path)
+    found = asked(registry, written([*RECORDS[:3], RECORDS[2], *RECORDS[4:6]]), newest)
     assert found.outcome == "different"
 
 
@@ -160,20 +173,20 @@ def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest
 def test_other_settings_are_not_compared(tmp_path: Path) -> None:
     registry, log, newest = trained(tmp_path)
     changed = small_settings("--model.learning_rate", "0.01")
-    found = verify.verify(changed, registry, newest, None, lambda: shared(1), lambda _, offset: log.at(offset))
+    found = verify.verify(
+        changed, registry, newest, None, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
+    )
     assert found.outcome == "not comparable"
     assert found.environment == ("model.learning_rate was 0.02 and is 0.01",)
 
 
 def test_a_log_that_no_longer_reaches_back_is_said(tmp_path: Path) -> None:
     registry, log, newest = trained(tmp_path)
-    log.begin = 3
+    log.topics().delete_before(LOG, {0: 3})
     with pytest.raises(GapError, match="no longer reaches back"):
         asked(registry, log, newest)
-    log.begin = 0
-    log.topic_id = "ef" * 16
     with pytest.raises(LogError, match="made again"):
-        asked(registry, log, newest)
+        asked(registry, written(RECORDS[:6], topic_id="ef" * 16), newest)
 
 
 def test_without_a_base_before_it_a_version_cannot_be_recomputed(tmp_path: Path) -> None:
@@ -184,13 +197,9 @@ def test_without_a_base_before_it_a_version_cannot_be_recomputed(tmp_path: Path)
         asked(registry, log, newest)
 
 
-def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, log, newest = trained(tmp_path)
-
-    class Silent(MemoryLog):
-        def poll(self, timeout_s: float, max_records: int) -> list[Any]:
-            return []
-
+    monkeypatch.setattr(MemoryReader, "poll", lambda *_: [])
     seconds = iter(range(10_000))
     with pytest.raises(LogError, match="gave nothing after offset 0"):
         verify.verify(
@@ -199,7 +208,7 @@ def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> 
             newest,
             None,
             lambda: shared(1),
-            lambda topic, offset: Silent(log.values),
+            lambda topic, offset: opener(log, topic)(offset),
             elapsed=lambda: float(next(seconds)),
         )
 
@@ -207,7 +216,7 @@ def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> 
 def test_the_process_verifies_on_a_real_log(
     kafka_settings: KafkaFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from state.log import Reader, Topics, Writer
+    from state.log import KafkaLog, Topics, Writer
     from tests.trainer.test_accounts import until_at
     from trainer.engine.step import Trainer
     from trainer.versions.program import preprocessing_of
@@ -220,17 +229,13 @@ def test_the_process_verifies_on_a_real_log(
     registry = started(settings.registry_dir)
     registry.add_spec(SPEC.digest, {**ABOUT, "salt": SALT}, write_transform)
 
-    class RealLog(MemoryLog):
-        def at(self, offset: int | None) -> Any:
-            return Reader(kafka, topic, [0], {} if offset is None else {0: offset})
-
     with Topics(kafka) as topics, Writer(kafka, transactional_id=topic) as writer:
         topics.ensure(topic, 1, {"retention.ms": "-1"})
         for value in RECORDS[:5]:
             with writer.transaction():
                 writer.send(topic, 0, None, value)
         trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
-        running = learner(registry, RealLog([]), *flags[:4], trainer=trainer)
+        running = learner(registry, KafkaLog(kafka), *flags[:4], trainer=trainer)
         until_at(running, 9)
         running.close()
         newest = registry.newest(1) or 0

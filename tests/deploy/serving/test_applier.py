@@ -29,7 +29,7 @@ from state.features.spec import FeatureSpec, Mask
 from state.history.followed import events_of, new_ranges
 from state.history.store import HistoryStore
 from state.layout import PROGRAMS, ROWS
-from state.log import PartitionBatch
+from state.log import MemoryLog
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
@@ -41,6 +41,7 @@ from state.rows.store import RowStore
 
 MAP = 1 << 27
 TOPIC = "cd" * 16
+LOG = "microbatches"
 SOURCE = Source("ab" * 16, 3)
 BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
@@ -389,37 +390,18 @@ def test_whatever_happens_the_wanted_version_is_served_whole(
 # Histories
 
 
-@dataclass
-class Log:
-    """A micro-batch topic of one partition, as `state.log.Reader` shows it."""
+def written(*records: bytes, topic_id: str = TOPIC) -> MemoryLog:
+    """A micro-batch topic of one partition."""
+    log = MemoryLog(ids=lambda: topic_id)
+    log.topics().ensure(LOG, 1)
+    append(log, *records)
+    return log
 
-    records: list[bytes] = field(default_factory=list)
-    topic_id: str = TOPIC
-    begin: int = 0
-    at: int = 0
 
-    def open(self, positions: Mapping[int, int]) -> Log:
-        self.at = positions.get(0, self.begin)
-        return self
-
-    def ends(self) -> dict[int, tuple[int, int]]:
-        return {0: (self.begin, len(self.records))}
-
-    def poll(self, timeout_s: float, max_records: int) -> list[PartitionBatch]:
-        if self.at < self.begin:
-            raise GapError("deleted unread")
-        values = self.records[self.at : self.at + max_records]
-        if not values:
-            return []
-        first, self.at = self.at, self.at + len(values)
-        offsets = np.arange(first, self.at)
-        return [PartitionBatch(self.topic_id, 0, first, self.at, offsets, offsets, [None] * len(values), list(values))]
-
-    def lag(self) -> dict[int, int]:
-        return {0: len(self.records) - self.at}
-
-    def close(self) -> None:
-        pass
+def append(log: MemoryLog, *records: bytes) -> None:
+    with log.writer() as writer:
+        for value in records:
+            writer.send(LOG, 0, None, value)
 
 
 def record(first: int, next_: int, salt: str = "salt", users: int = 3, label: float = float("nan")) -> bytes:
@@ -452,14 +434,19 @@ class Following:
     """A history follower on a log."""
 
     path: Path
-    log: Log
+    log: MemoryLog
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self.store = HistoryStore(self.path, map_bytes=MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
         self.follower = HistoryFollower(self.store, FeatureSpec(), 3600.0, self.metrics, self.clock)
-        self.follower.connect(self.log.topic_id, self.log.ends(), self.log.open)
+        self.connect()
+
+    def connect(self) -> None:
+        topics = self.log.topics()
+        topic_id, ends = topics.describe(LOG).topic_id, topics.ends(LOG)
+        self.follower.connect(topic_id, ends, lambda positions: self.log.reader(LOG, positions=positions))
 
     def drain(self) -> None:
         while self.follower.step(0.0):
@@ -484,13 +471,13 @@ def test_each_click_is_in_the_histories_once(
     cuts: list[tuple[int, int]], restarts: set[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Records written again after a crash of the stream, and restarts of the applier, add nothing."""
-    log, path = Log(), tmp_path_factory.mktemp("histories")
+    log, path = written(), tmp_path_factory.mktemp("histories")
     following = Following(path, log)
     end = 0
     for number, (rows, again) in enumerate(cuts):
         first = max(0, end - again)
         end = max(end, first + rows)
-        log.records.append(record(first, first + rows))
+        append(log, record(first, first + rows))
         if number in restarts:
             following.store.close()
             following = Following(path, log)
@@ -504,7 +491,7 @@ def test_each_click_is_in_the_histories_once(
 
 def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
     """The same record as the stream's own history keeps."""
-    log = Log([record(0, 3, label=0.75)])
+    log = written(record(0, 3, label=0.75))
     following = Following(tmp_path, log)
     following.drain()
     (event,) = following.store.read(2)
@@ -516,7 +503,7 @@ def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
 
 def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None:
     """All that answers need of the log, in the histories' own transaction."""
-    log = Log([record(0, 9)])
+    log = written(record(0, 9))
     following = Following(tmp_path, log, Clock(77_000))
     assert following.store.extra(CAUGHT_UP_EXTRA) is None
     following.drain()
@@ -531,7 +518,7 @@ def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None
 
 def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
     """Clicks that no micro-batch covers are said to be missing."""
-    following = Following(tmp_path, Log([record(0, 4), record(9, 12)]))
+    following = Following(tmp_path, written(record(0, 4), record(9, 12)))
     following.drain()
     assert following.offsets() == [0, 1, 2, 3, 9, 10, 11]
     assert following.metrics.gap_positions._value.get() == 5
@@ -541,15 +528,15 @@ def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
 
 def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
     """Kafka's retention overtook the applier: it goes on at the log's beginning."""
-    log = Log([record(0, 4)])
+    log = written(record(0, 4))
     following = Following(tmp_path, log)
     following.drain()
-    log.records += [record(4, 6), record(6, 8)]
-    log.begin = 2
+    append(log, record(4, 6), record(6, 8))
+    log.topics().delete_before(LOG, {0: 2})
     with pytest.raises(GapError):
         following.follower.step(0.0)
     following.follower.disconnect()
-    following.follower.connect(log.topic_id, log.ends(), log.open)
+    following.connect()
     following.drain()
     assert following.offsets() == [0, 1, 2, 3, 6, 7]
     following.store.close()
@@ -557,10 +544,10 @@ def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
 
 def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
     """Positions belong to a topic's id; clicks that are there already are not taken twice."""
-    following = Following(tmp_path, Log([record(0, 4), record(4, 5)]))
+    following = Following(tmp_path, written(record(0, 4), record(4, 5)))
     following.drain()
     following.store.close()
-    again = Following(tmp_path, Log([record(0, 7)], topic_id="ef" * 16))
+    again = Following(tmp_path, written(record(0, 7), topic_id="ef" * 16))
     again.drain()
     assert again.offsets() == list(range(7))
     again.store.close()
@@ -568,7 +555,7 @@ def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
 
 def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
     """A foreign record is data; serving goes on."""
-    following = Following(tmp_path, Log([record(0, 2), b"garbage", record(2, 4)]))
+    following = Following(tmp_path, written(record(0, 2), b"garbage", record(2, 4)))
     following.drain()
     assert following.offsets() == [0, 1, 2, 3]
     assert following.metrics.unreadable_microbatches._value.get() == 1
@@ -577,7 +564,7 @@ def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
 
 def test_another_salt_stops(tmp_path: Path) -> None:
     """Pseudonyms of two salts in one store would split every user."""
-    following = Following(tmp_path, Log([record(0, 2), record(2, 4, salt="other")]))
+    following = Following(tmp_path, written(record(0, 2), record(2, 4, salt="other")))
     with pytest.raises(SaltMismatch, match="record 1"):
         following.drain()
     assert following.offsets() == []
