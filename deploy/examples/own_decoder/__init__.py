@@ -1,0 +1,1 @@
+"""A decoder of one's own, for clicks that are no JSON."""
