@@ -19,7 +19,6 @@ from deploy.operate.settings_table import as_json, as_lines, as_markdown, as_pag
 from state.config.settings import Settings, load
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
-from state.log import gap_options
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
@@ -76,7 +75,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         SpringtideError: What went wrong; the message is for the operator.
     """
     flags, words = split_settings(argv)
-    asked, unknown = parser().parse_known_args(with_times(words))
+    asked, unknown = parser(words).parse_known_args(with_times(words))
     if unknown and asked.command not in OWN_HELP:
         raise SettingsError(f"unknown argument {unknown[0]}; see `springtide {asked.command} --help`")
     if asked.command in PROCESSES:
@@ -85,11 +84,20 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
             # The preprocessing is checked by the bootstrap itself.
             _check_tower(settings)
-        options = gap_options.as_options(asked) if asked.command in READERS else []
-        gap_options.take_options(options, actor="")
-        become(PROCESSES[asked.command][0], [*options, *unknown, *flags])
+        become(PROCESSES[asked.command][0], [*_accepted(asked), *unknown, *flags])
         return
     operator_command(asked.command)(load(flags), asked, now_ms, say)
+
+
+def _accepted(asked: argparse.Namespace) -> list[str]:
+    """The words of the gaps that the operator accepts; what is wrong with them is said here too."""
+    if asked.command not in READERS:
+        return []
+    from state.log import gap_options
+
+    options = gap_options.as_options(asked)
+    gap_options.take_options(options, actor="")
+    return options
 
 
 def _check_tower(settings: Settings) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from state.errors import SettingsError
-from state.log import gap_options
 
 PROCESSES = {
     "up": (
@@ -81,8 +80,13 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser; settings are taken out of the line before."""
+def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The command line's parser; settings are taken out of the line before.
+
+    Args:
+        words: What it is for. Options whose import takes long (the log, for those that read it) are left out of
+            commands that these words do not name; none are without words.
+    """
     whole = RefusingParser(
         prog="springtide",
         description="User profiles that learn from every click.",
@@ -104,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
 
     for name, (_, help) in PROCESSES.items():
         process = add(name, help, own_help=name not in OWN_HELP)
-        if name in READERS:
+        if name in READERS and (words is None or name in words):
+            from state.log import gap_options
+
             gap_options.add_options(process)
     printing = [_versions(add), *_pin_and_follow(add), _rollback(add)]
     add(

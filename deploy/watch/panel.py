@@ -187,19 +187,19 @@ def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
     return line
 
 
-def panel(figures: Figures, tries: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
+def panel(figures: Figures, hints: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
     """The lines of the screen.
 
     Args:
         figures: Of one look.
-        tries: What to try: a word and what to type or to open.
+        hints: What to try: a word and what to type or to open.
         workers: Worker processes of this host.
     """
     return [
         *lines(happenings(figures, workers)),
         "",
         *lines(distributions(figures), DISTRIBUTIONS),
-        *(["", *lines(tries)] if tries else []),
+        *(["", *lines(hints)] if hints else []),
     ]
 
 

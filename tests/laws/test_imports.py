@@ -133,3 +133,21 @@ def test_serving_and_the_small_processes_do_not_load_tensorflow() -> None:
 
 def test_the_stream_does_not_load_tensorflow() -> None:
     assert "tensorflow" not in loaded()["streaming.pipeline"]
+
+
+def tops_after(*modules: str) -> set[str]:
+    """What a new process has loaded after these modules."""
+    found = subprocess.run([sys.executable, "-c", LOOK, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(found.stdout)[modules[-1]])
+
+
+def test_a_pin_loads_no_compiler() -> None:
+    """It is typed in a hurry: neither kernels nor graphs are needed to move a pointer."""
+    tops = tops_after("deploy.cli", "deploy.operate.control", "deploy.operate.versions")
+    assert "lmdb" in tops and not tops & (HEAVY | {"numba", "llvmlite"})
+
+
+def test_the_applier_runs_no_program() -> None:
+    """It writes what workers read; LiteRT is the workers'."""
+    tops = tops_after("deploy.serving.applier")
+    assert "lmdb" in tops and "ai_edge_litert" not in tops

@@ -1,0 +1,212 @@
+"""The REST interface: answers, errors that say what to do, readiness, requests counted."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.app import App
+from deploy.serving.host import Host
+from deploy.serving.requests import MOST_PROFILES
+from state.events.identity import Salt, public_id
+from state.layout import PROGRAMS
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of
+
+
+def app_of(stores: Stores) -> tuple[App, CollectorRegistry]:
+    """The application on the stores, whose writers are closed: one process may open a store only once."""
+    stores.close()
+    registry = CollectorRegistry()
+    host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
+    return App(host, registry), registry
+
+
+def ask(app: App, method: str, path: str, **more: Any) -> httpx.Response:
+    """One request through ASGI."""
+
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(go())
+
+
+@pytest.fixture
+def app(stores: Stores) -> Iterator[App]:
+    made, _ = app_of(stores)
+    yield made
+    made.close()
+
+
+def test_a_profile_is_answered_in_the_documented_form(app: App) -> None:
+    """Every field, in its type and order."""
+    response = ask(app, "GET", "/v1/profiles/ann?item=i1")
+    assert response.status_code == 200 and response.headers["content-type"] == "application/json"
+    answer = response.json()
+    assert list(answer) == [
+        "user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "interests", "engagement", "vector", "features",
+        "attributes",
+    ]  # fmt: skip
+    assert answer["user_id"] == "ann" and answer["known"] is True and answer["cold_start"] is False
+    assert answer["version"] == {
+        "number": 1,
+        "epoch": 1,
+        "age_s": 2.0,
+        "mask_generation": 0,
+        "sources": {str(SOURCE): 1001},
+    }
+    assert answer["at"] == "2027-01-15T07:59:55.400Z" and answer["clock"] == "event"
+    assert {one["label"] for one in answer["interests"]} == {"shoes", "hats", f"{public_id('tea'):016x}"}
+    assert all(len(one["id"]) == 16 for one in answer["interests"])
+    assert sum(one["probability"] for one in answer["interests"]) == pytest.approx(1.0, abs=1e-5)
+    assert answer["engagement"]["item"] == "i1" and 0 < answer["engagement"]["probability"] < 1
+    assert len(answer["vector"]) == 12 and len(answer["features"]) == 128
+
+
+def test_ids_may_hold_any_character(app: App) -> None:
+    """Slashes, spaces and other scripts are part of an id."""
+    for user in ("a/b c", "Łódź?", "日本"):
+        response = httpx.URL("http://worker").copy_with(raw_path=b"/v1/profiles/" + quote(user, safe="").encode())
+        assert ask(app, "GET", str(response)).json()["user_id"] == user
+
+
+def test_a_batch_is_answered_in_order(app: App) -> None:
+    """Both forms of the body; each profile is what it would be alone, but for the last bit of a sum in a batch."""
+    both = ask(app, "POST", "/v1/profiles:batch", json={"users": ["bob", "ann"]}).json()["profiles"]
+    assert [one["user_id"] for one in both] == ["bob", "ann"]
+    alone = ask(app, "GET", "/v1/profiles/ann").json()
+    together, single = both[1].pop("interests"), alone.pop("interests")
+    assert [one["label"] for one in together] == [one["label"] for one in single]
+    assert [one["probability"] for one in together] == pytest.approx([one["probability"] for one in single], rel=1e-5)
+    assert both[1].pop("vector") == pytest.approx(alone.pop("vector"), rel=1e-5, abs=1e-6)
+    assert both[1] == alone
+    asked = {"profiles": [{"user_id": 7, "item": "i1", "at": "1500", "context": {"device": "tv"}}]}
+    (one,) = ask(app, "POST", "/v1/profiles:batch", json=asked).json()["profiles"]
+    assert (one["user_id"], one["at_ms"], one["cold_start"]) == ("7", 1500, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more", "status", "what"),
+    [
+        ("GET", "/nothing", {}, 404, "/nothing"),
+        ("GET", "/v1/profiles/", {}, 404, "/v1/profiles/"),
+        ("GET", "/v1/profiles/ann?at=soon", {}, 400, "soon"),
+        ("GET", "/v1/profiles/ann?at=-5", {}, 400, "-5"),
+        ("GET", "/v1/profiles/ann?at=99999999999999999", {}, 400, "no time"),
+        ("DELETE", "/v1/profiles/ann", {}, 405, "DELETE"),
+        ("GET", "/v1/profiles:batch", {}, 405, "GET"),
+        ("POST", "/v1/profiles:batch", {"content": b"{"}, 400, "no JSON"),
+        ("POST", "/v1/profiles:batch", {"json": []}, 400, "no JSON object"),
+        ("POST", "/v1/profiles:batch", {"json": {}}, 400, "no profile"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": 3}}, 400, "no profile"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": [None]}}, 400, "profile 0"),
+        ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "itm": "b"}]}}, 400, "profile 0"),
+        ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "context": []}, {}]}}, 400, "profile 1"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"] * (MOST_PROFILES + 1)}}, 400, "257 profiles"),
+        ("POST", "/v1/profiles:batch", {"content": b" " * (1 << 20) + b"{}"}, 400, "1048576 bytes"),
+    ],
+)
+def test_an_error_says_what_and_what_to_do(
+    app: App, method: str, path: str, more: dict[str, Any], status: int, what: str
+) -> None:
+    """Errors are JSON, and never a 500 for what a caller sends."""
+    response = ask(app, method, path, **more)
+    assert response.status_code == status
+    body = response.json()
+    assert set(body) == {"error", "do"} and what in body["error"] and body["do"]
+
+
+def test_readiness_names_what_is_missing(stores: Stores) -> None:
+    """Version, program, histories: each with its reason."""
+    app, _ = app_of(stores)
+    assert ask(app, "GET", "/readyz").json() == {"ready": True, "version": True, "program": True, "histories": True}
+    app.close()
+    program = stores.settings.serving_dir / PROGRAMS / f"{digest_of(stores.lowered)}.tflite"
+    program.unlink()
+    response = ask(app, "GET", "/readyz")
+    assert response.status_code == 503
+    assert (response.json()["version"], response.json()["program"], response.json()["histories"]) == (True, False, True)
+    assert "the applier copies it" in response.json()["error"]
+    answer = ask(app, "GET", "/v1/profiles/ann")
+    assert answer.status_code == 503 and "program" in answer.json()["error"]
+    assert ask(app, "GET", "/healthz").status_code == 200
+    app.close()
+
+
+def test_before_the_applier_nothing_is_ready(tmp_path: Path, stores: Stores) -> None:
+    """A worker may start first; it says what it waits for, and answers once that is there."""
+    settings = replace(stores.settings, paths=replace(stores.settings.paths, state=str(tmp_path / "elsewhere")))
+    app = App(Host(settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), CollectorRegistry())
+    response = ask(app, "GET", "/v1/profiles/ann")
+    assert response.status_code == 503 and "start the applier" in response.json()["do"]
+    assert ask(app, "GET", "/readyz").json()["version"] is False
+    stores.close()
+    stores.settings.serving_dir.rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved").rename(settings.serving_dir)
+    assert ask(app, "GET", "/v1/profiles/ann").status_code == 200
+    app.close()
+
+
+MAKE_ANEW = """
+import sys
+from pathlib import Path
+import numpy as np
+from state.history.store import HistoryStore
+from state.history.appends import Appends
+from state.events.identity import Salt, user_id
+from tests.deploy.serving.stocked import MAP, SALT_KEY, clicks
+store = HistoryStore(Path(sys.argv[1]), map_bytes=MAP)
+store.commit(Appends.of(np.array([user_id(Salt(SALT_KEY), "cat")], np.uint64), clicks([("hats", "i1", 60_000)])))
+store.close()
+"""
+
+
+@pytest.mark.parametrize("later_ms", [2_000, -2_000])
+def test_stores_begun_anew_are_opened_again(stores: Stores, later_ms: int) -> None:
+    """After a power cut the applier makes other files; a worker that runs on takes them up, whatever the clock does."""
+    now = [NOW_MS]
+    stores.close()
+    app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    assert ask(app, "GET", "/v1/profiles/cat").json()["cold_start"]
+    path = stores.settings.serving_dir / "histories"
+    path.rename(path.with_name("old"))
+    subprocess.run([sys.executable, "-c", MAKE_ANEW, str(path)], check=True)
+    now[0] += later_ms
+    assert ask(app, "GET", "/v1/profiles/cat").json()["known"]
+    app.close()
+
+
+def test_requests_are_counted_without_ids(stores: Stores) -> None:
+    """By route and code; a user's id is in no label."""
+    app, registry = app_of(stores)
+    for path in ("/v1/profiles/ann", "/v1/profiles/nobody", "/v1/profiles/ann?at=x", "/secret"):
+        ask(app, "GET", path)
+    text = ask(app, "GET", "/metrics").text
+    assert 'springtide_requests_total{code="200",route="profile"} 2.0' in text
+    assert 'springtide_requests_total{code="400",route="profile"} 1.0' in text
+    assert 'springtide_requests_total{code="404",route="unknown"} 1.0' in text
+    assert "springtide_cold_starts_total 1.0" in text
+    assert "ann" not in text.replace("channel", "") and "secret" not in text
+    assert registry.get_sample_value("springtide_request_seconds_count", {"route": "profile"}) == 3
+    app.close()
+
+
+def test_the_model_status_is_that_of_tensorflow_serving(app: App) -> None:
+    """The form that its clients read."""
+    assert ask(app, "GET", "/v1/models/profile").json() == {
+        "model_version_status": [
+            {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}},
+        ]
+    }

@@ -1,0 +1,233 @@
+"""Clicks: each is in the histories once, whatever the micro-batch log went through."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.clicks import HistoryFollower
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
+from state.errors import GapError, SaltMismatch
+from state.features.spec import FeatureSpec
+from state.history.followed import events_of, new_ranges
+from state.history.store import HistoryStore
+from state.log import MemoryLog
+from state.metrics import ApplierMetrics
+from state.microbatch.batch import Header
+from state.microbatch.codec import encode
+from state.positions import Range, Source
+
+MAP = 1 << 27
+TOPIC = "cd" * 16
+LOG = "microbatches"
+SOURCE = Source("ab" * 16, 3)
+
+
+@dataclass
+class Clock:
+    """A wall clock that tests move."""
+
+    now_ms: int = 1_000_000
+
+    def __call__(self) -> int:
+        return self.now_ms
+
+
+def written(*records: bytes, topic_id: str = TOPIC) -> MemoryLog:
+    """A micro-batch topic of one partition."""
+    log = MemoryLog(ids=lambda: topic_id)
+    log.topics().ensure(LOG, 1)
+    append(log, *records)
+    return log
+
+
+def append(log: MemoryLog, *records: bytes) -> None:
+    with log.writer() as writer:
+        for value in records:
+            writer.send(LOG, 0, None, value)
+
+
+def record(first: int, next_: int, salt: str = "salt", users: int = 3, label: float = float("nan")) -> bytes:
+    """A micro-batch of the source's offsets [first, next_), each a row."""
+    rows = next_ - first
+    offsets = np.arange(first, next_, dtype=np.int64)
+    columns = {
+        "user": (offsets % users + 1).astype(np.uint64),
+        "item": (offsets % 5 + 100).astype(np.uint64),
+        "category": (offsets % 4 + 50).astype(np.uint64),
+        "action": (offsets % 2).astype(np.uint8),
+        "at_ms": offsets * 1000,
+        "label": np.full(rows, label, np.float32),
+        "weight": np.ones(rows, np.float32),
+        "source": np.zeros(rows, np.uint16),
+        "offset": offsets,
+        "context": np.zeros((rows, 0), np.uint64),
+        "features": np.zeros((rows, 2), np.uint16),
+        "recent_categories": np.zeros((rows, 2), np.uint64),
+        "category_windows": np.zeros((rows, 2, 3), np.uint16),
+        "user_attributes": np.empty((rows, 0), np.uint64),
+        "item_attributes": np.empty((rows, 0), np.uint64),
+    }
+    header = Header("spec", salt, (Range(SOURCE, first, next_, rows=rows),), 7, names={50: "shoes"})
+    return encode(header, columns)
+
+
+@dataclass
+class Following:
+    """A history follower on a log."""
+
+    path: Path
+    log: MemoryLog
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.store = HistoryStore(self.path, map_bytes=MAP)
+        self.metrics = ApplierMetrics(CollectorRegistry())
+        self.follower = HistoryFollower(self.store, FeatureSpec(), 3600.0, self.metrics, self.clock)
+        self.connect()
+
+    def connect(self) -> None:
+        topics = self.log.topics()
+        topic_id, ends = topics.describe(LOG).topic_id, topics.ends(LOG)
+        self.follower.connect(topic_id, ends, lambda positions: self.log.reader(LOG, positions=positions))
+
+    def drain(self) -> None:
+        while self.follower.step(0.0):
+            pass
+
+    def offsets(self) -> list[int]:
+        """The offsets in all histories, each user's in order."""
+        found = []
+        for user in range(1, 4):
+            mine = self.store.read(user)["offset"].tolist()
+            assert mine == sorted(mine)
+            found += mine
+        return sorted(found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.tuples(st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=12),
+    restarts=st.sets(st.integers(0, 11)),
+)
+def test_each_click_is_in_the_histories_once(
+    cuts: list[tuple[int, int]], restarts: set[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Records written again after a crash of the stream, and restarts of the applier, add nothing."""
+    log, path = written(), tmp_path_factory.mktemp("histories")
+    following = Following(path, log)
+    end = 0
+    for number, (rows, again) in enumerate(cuts):
+        first = max(0, end - again)
+        end = max(end, first + rows)
+        append(log, record(first, first + rows))
+        if number in restarts:
+            following.store.close()
+            following = Following(path, log)
+        following.drain()
+    assert following.offsets() == list(range(end))
+    assert following.store.positions() == {SOURCE: end}
+    totals = following.store.totals
+    assert totals["rows"] == totals["positions"] == end
+    following.store.close()
+
+
+def test_events_are_those_of_the_stream(tmp_path: Path) -> None:
+    """The same record as the stream's own history keeps."""
+    log = written(record(0, 3, label=0.75))
+    following = Following(tmp_path, log)
+    following.drain()
+    (event,) = following.store.read(2)
+    assert dict(zip(event.dtype.names, event.tolist(), strict=True)) == {
+        "at_ms": 1000, "category": 51, "item": 101, "offset": 1, "topic": SOURCE.topic, "partition": 3, "action": 1, "flags": 3,
+    }  # fmt: skip
+    following.store.close()
+
+
+def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None:
+    """All that answers need of the log, in the histories' own transaction."""
+    log = written(record(0, 9))
+    following = Following(tmp_path, log, Clock(77_000))
+    assert following.store.extra(CAUGHT_UP_EXTRA) is None
+    following.drain()
+    extra = following.store.extra
+    assert extra(f"name:{50:016x}") == b"shoes"
+    assert extra(f"item:{100:016x}") == (51).to_bytes(8, "big")
+    assert json.loads(extra(CLOCK_EXTRA) or b"") == {"event_ms": 8000, "accepted_ms": 77_000}
+    assert json.loads(extra("microbatches") or b"") == {"topic_id": TOPIC, "next": {"0": 1}}
+    assert extra(CAUGHT_UP_EXTRA) == b"1"
+    following.store.close()
+
+
+def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
+    """Clicks that no micro-batch covers are said to be missing."""
+    following = Following(tmp_path, written(record(0, 4), record(9, 12)))
+    following.drain()
+    assert following.offsets() == [0, 1, 2, 3, 9, 10, 11]
+    assert following.metrics.gap_positions._value.get() == 5
+    assert following.store.totals["absent"] == 5
+    following.store.close()
+
+
+def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
+    """Kafka's retention overtook the applier: it goes on at the log's beginning."""
+    log = written(record(0, 4))
+    following = Following(tmp_path, log)
+    following.drain()
+    append(log, record(4, 6), record(6, 8))
+    log.topics().delete_before(LOG, {0: 2})
+    with pytest.raises(GapError):
+        following.follower.step(0.0)
+    following.follower.disconnect()
+    following.connect()
+    following.drain()
+    assert following.offsets() == [0, 1, 2, 3, 6, 7]
+    following.store.close()
+
+
+def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
+    """Positions belong to a topic's id; clicks that are there already are not taken twice."""
+    following = Following(tmp_path, written(record(0, 4), record(4, 5)))
+    following.drain()
+    following.store.close()
+    again = Following(tmp_path, written(record(0, 7), topic_id="ef" * 16))
+    again.drain()
+    assert again.offsets() == list(range(7))
+    again.store.close()
+
+
+def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
+    """A foreign record is data; serving goes on."""
+    following = Following(tmp_path, written(record(0, 2), b"garbage", record(2, 4)))
+    following.drain()
+    assert following.offsets() == [0, 1, 2, 3]
+    assert following.metrics.unreadable_microbatches._value.get() == 1
+    following.store.close()
+
+
+def test_another_salt_stops(tmp_path: Path) -> None:
+    """Pseudonyms of two salts in one store would split every user."""
+    following = Following(tmp_path, written(record(0, 2), record(2, 4, salt="other")))
+    with pytest.raises(SaltMismatch, match="record 1"):
+        following.drain()
+    assert following.offsets() == []
+    following.store.close()
+
+
+def test_ranges_go_on_from_the_marks() -> None:
+    """Below the mark nothing, between mark and range a gap."""
+    from state.microbatch.codec import decode
+
+    batch = decode(record(4, 8))
+    assert new_ranges(batch, {SOURCE: 9}) == ([], 0)
+    assert new_ranges(batch, {SOURCE: 6}) == ([Range(SOURCE, 6, 8, rows=2)], 0)
+    assert new_ranges(batch, {SOURCE: 1}) == ([Range(SOURCE, 1, 4, absent=3), Range(SOURCE, 4, 8, rows=4)], 3)
+    assert new_ranges(batch, {}) == ([Range(SOURCE, 4, 8, rows=4)], 0)
+    assert len(events_of(batch)) == 4

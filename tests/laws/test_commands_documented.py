@@ -1,0 +1,131 @@
+"""Every command that a document shows is there, with its options, its settings and its words."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from deploy.command_line import OWN_HELP, PROCESSES, parser, with_times
+from state.config.settings import load
+from state.config.sources import split_settings
+from state.errors import SettingsError
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    path for path in ROOT.rglob("*.md") if not any(part[0] == "." for part in path.relative_to(ROOT).parts)
+)
+REFUSED = "springtide: "
+
+
+class Shown(NamedTuple):
+    """A line of a fenced block.
+
+    Attributes:
+        document: Where it stands.
+        words: What is typed, without a comment.
+        said: The line below it.
+    """
+
+    document: str
+    words: list[str]
+    said: str
+
+
+def shown(program: str) -> Iterator[Shown]:
+    """The lines that call a program."""
+    for path in DOCUMENTS:
+        for block in re.findall(r"^```[a-z]*\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+            lines = re.sub(r"\\\n\s*", " ", block).splitlines()
+            for line, said in zip(lines, [*lines[1:], ""], strict=True):
+                if found := re.match(rf"(?:\$ )?(?:\.venv/bin/)?{program} (?!\.\.\.)(.*)", line):
+                    yield Shown(path.relative_to(ROOT).as_posix(), shlex.split(found[1], comments=True), said)
+
+
+@functools.cache
+def own_help(module: str) -> str:
+    """What a command says of itself."""
+    asked = [sys.executable, "-m", module, "--help"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def check(words: list[str]) -> None:
+    """Refuses a line as `springtide` would, before anything starts.
+
+    Raises:
+        SettingsError: A command, an option or a setting is not there.
+    """
+    flags, rest = split_settings(words)
+    asked, unknown = parser().parse_known_args(with_times(rest))
+    if asked.command in OWN_HELP:
+        options = set(re.findall(r"--?[a-z][a-z-]*", own_help(PROCESSES[asked.command][0])))
+        unknown = [word for word in unknown if word.startswith("-") and word.partition("=")[0] not in options]
+    if unknown:
+        raise SettingsError(f"unknown argument {unknown[0]}")
+    load(flags, env={}, path="/dev/null")
+
+
+def test_every_springtide_command_shown_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals that are shown are shown as they are; those of a file need that file and are not tried."""
+    monkeypatch.chdir(ROOT)
+    seen = 0
+    for document, words, said in shown("springtide"):
+        seen += 1
+        if said.startswith(f"{REFUSED}flag "):
+            with pytest.raises(SettingsError) as refused:
+                check(words)
+            assert str(refused.value) == said.removeprefix(REFUSED), document
+        else:
+            try:
+                check(words)
+            except SettingsError as error:
+                pytest.fail(f"{document}: springtide {shlex.join(words)}: {error}")
+    assert seen > 5
+
+
+def test_every_make_target_shown_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = [
+        (document, word) for document, words, _ in shown("make") for word in words if re.fullmatch("[a-z-]+", word)
+    ]
+    inline = [
+        (path.name, target) for path in DOCUMENTS for target in re.findall(r"`make ([a-z-]+)[` ]", path.read_text())
+    ]
+    assert asked
+    assert [(document, target) for document, target in [*asked, *inline] if target not in targets] == []
+
+
+def test_every_command_named_in_a_sentence_is_there() -> None:
+    known = {name for action in parser()._actions for name in (action.choices or ()) if action.dest == "command"}
+    named = [
+        (path.relative_to(ROOT).as_posix(), command)
+        for path in DOCUMENTS
+        for command in re.findall(r"`springtide ([a-z][a-z-]*)", path.read_text())
+    ]
+    assert named
+    assert [(document, command) for document, command in named if command not in known] == []
+
+
+def test_every_module_named_as_a_process_is_there() -> None:
+    named = [
+        (path.relative_to(ROOT).as_posix(), module)
+        for path in DOCUMENTS
+        for module in re.findall(r"python -m ((?:deploy|state|streaming|trainer|tests)[\w.]*\w)", path.read_text())
+    ]
+    assert named
+    places = {(document, module): ROOT.joinpath(*module.split(".")) for document, module in named}
+    assert [one for one, place in places.items() if not place.with_suffix(".py").exists() and not place.is_dir()] == []
+
+
+@pytest.mark.parametrize("words", [["pin", "x"], ["nothing"], ["replay", "--burts", "a"], ["up", "--kafka.prot=1"]])
+def test_a_wrong_line_is_refused(words: list[str]) -> None:
+    """The check can fail."""
+    with pytest.raises(SettingsError):
+        check(words)
