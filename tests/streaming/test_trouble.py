@@ -255,7 +255,7 @@ def test_a_full_disk_ends_the_stream_in_one_line_and_loses_nothing(
         Topics(kafka) as topics,
         following(kafka, kafka.microbatches_topic) as log,
     ):
-        settings = settings_for(kafka, disk.path / "state", tmp_path / "salt")
+        settings = settings_for(kafka, disk.path / "state", tmp_path / "salt", cut_rows=1000, batch_events=500)
         topics.ensure(kafka.clicks_topic, 1, FOREVER)
         users = 20_000
         with BulkWriter(kafka, kafka.clicks_topic) as bulk:
