@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from state.process.progress_line import ProgressLine, bar
+
 BAR = 30
-TERMINAL_EVERY_S = 0.2
 LINE_EVERY_S = 5.0
-CLEAR = "\r\x1b[K"
 
 
 @dataclass
@@ -63,11 +63,8 @@ def progress_line(done: int, total: int, rows: int, seconds: float) -> str:
     >>> progress_line(500, 1000, 90_000, 3.0)
     '[###############---------------]  50 %  500 of 1,000 positions of the log  90,000 rows  30,000 rows/s'
     """
-    filled = BAR * done // max(total, 1)
-    share = 100 * done // max(total, 1)
     rate = rows / max(seconds, 1e-9)
-    bar = "#" * filled + "-" * (BAR - filled)
-    return f"[{bar}] {share:3d} %  {done:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
+    return f"{bar(done, total, BAR)}  {done:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
 
 
 class Bar:
@@ -79,17 +76,8 @@ class Bar:
     """
 
     def __init__(self, out: TextIO, elapsed: Callable[[], float] = time.monotonic) -> None:
-        self._out, self._elapsed = out, elapsed
-        self._terminal = out.isatty()
-        self._begun_s = elapsed()
-        self._shown_s = float("-inf") if self._terminal else self._begun_s
+        self._line = ProgressLine(out, LINE_EVERY_S, elapsed, at_once=True)
 
     def show(self, done: int, total: int, rows: int, last: bool = False) -> None:
         """Shows the state if it is time to; always with `last`."""
-        now_s = self._elapsed()
-        if not last and now_s - self._shown_s < (TERMINAL_EVERY_S if self._terminal else LINE_EVERY_S):
-            return
-        self._shown_s = now_s
-        line = progress_line(done, total, rows, now_s - self._begun_s)
-        self._out.write(f"{CLEAR}{line}{chr(10) * last}" if self._terminal else f"{line}\n")
-        self._out.flush()
+        self._line.show(lambda: progress_line(done, total, rows, self._line.took_s), last)
