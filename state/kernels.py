@@ -14,7 +14,8 @@ import numpy as np
 
 from state.config.settings import load
 from state.errors import SpringtideError
-from state.features.kernel import WORDS, update_rows, words
+from state.features.arrays import WORDS, words
+from state.features.kernel import update_rows
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from state.ranking.transitions import WIDTH, succession
@@ -36,9 +37,7 @@ def compile_shared(spec: FeatureSpec) -> None:
         words(np.empty(0, EVENT)),
         spec.tables,
         Mask.NONE.hidden,
-        np.empty((0, len(spec.names)), np.uint16),
-        np.empty((0, spec.recent_categories), np.int64),
-        np.empty((0, spec.recent_categories, len(spec.window_names)), np.uint16),
+        spec.empty(0),
     )
 
 

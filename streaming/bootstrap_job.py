@@ -55,7 +55,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         | "Compute windows" >> beam.ParDo(ComputeWindows(handle))
     )
     if output is not None:
-        features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.features))
+        features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.vectors.features))
         analyse(features, len(spec.names), load_preprocessing(settings.model.preprocessing), output / "transform")
         categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))
         list_categories(categories, output / "categories")

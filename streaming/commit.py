@@ -105,7 +105,7 @@ class Committer:
             for part in piece.batch.ranges:
                 outcomes.update(part.outcomes)
             for index in self._truncated:
-                metrics.truncated_histories.inc(int((piece.features[:, index] > 0).sum()))
+                metrics.truncated_histories.inc(int((piece.vectors.features[:, index] > 0).sum()))
             count_letters(metrics, piece.batch.dead)
         for outcome in outcomes.keys() - UNPLACED:
             metrics.events.labels(outcome).inc(outcomes[outcome])

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.events.event_batch import EventBatch
-from state.features.kernel import WORDS, update_rows, words
+from state.features.arrays import WORDS, Vector, words
+from state.features.kernel import update_rows
 from state.features.spec import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -93,33 +94,16 @@ class Profiler:
         by_row = np.empty(len(order), np.int64)
         by_row[order] = np.repeat(slots, lengths)
         # 3. Rows and appends, event by event.
-        features, recent_categories, category_windows = self._compute(by_row, events)
-        return Rows(
-            batch, features, recent_categories, category_windows, Appends(users, starts, lengths, events[order])
-        )
+        return Rows(batch, self._compute(by_row, events), Appends(users, starts, lengths, events[order]))
 
     def committed(self, rows: Rows) -> None:
         """Tells that the store has the appends of `rows`, each `Rows` once; any thread may call it."""
         self._committed.append(rows.appends.users.view(np.int64))
 
-    def _compute(self, slots: I64, events: Events) -> tuple[NDArray[np.uint16], NDArray[np.uint64], NDArray[np.uint16]]:
-        spec, count = self._spec, len(events)
-        features = np.empty((count, len(spec.names)), np.uint16)
-        recent_categories = np.empty((count, spec.recent_categories), np.int64)
-        category_windows = np.empty((count, spec.recent_categories, len(spec.window_names)), np.uint16)
-        update_rows(
-            self._rings,
-            self._ends,
-            self._counts,
-            slots,
-            words(events),
-            spec.tables,
-            self._hidden,
-            features,
-            recent_categories,
-            category_windows,
-        )
-        return features, recent_categories.view(np.uint64), category_windows
+    def _compute(self, slots: I64, events: Events) -> Vector:
+        rows = self._spec.empty(len(events))
+        update_rows(self._rings, self._ends, self._counts, slots, words(events), self._spec.tables, self._hidden, rows)
+        return rows
 
     def _settle(self) -> None:
         """Takes note of what was committed since the last batch."""

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from state.attributes.values import Joined
 from state.events.event_batch import EventBatch
+from state.features.arrays import Vector
 from state.history.appends import Appends
-from state.microbatch.columns import SCALARS, SINCE_2, absent_column
+from state.microbatch.columns import LISTS, SCALARS, SINCE_2, absent_column
 from state.microbatch.row_kinds import Known
 
 
@@ -25,9 +26,7 @@ class Rows:
 
     Attributes:
         batch: The events, in the order of arrival.
-        features: `[n, D]` uint16.
-        recent_categories: `[n, L]` uint64.
-        category_windows: `[n, L, F]` uint16.
+        vectors: What the window kernel wrote of each event, `[n, ...]`.
         appends: The events by user, for `HistoryStore.commit`.
         kind: `[n]` uint8 `Kind`; by default each event is a row.
         known: Earlier impressions whose label became known.
@@ -35,9 +34,7 @@ class Rows:
     """
 
     batch: EventBatch
-    features: NDArray[np.uint16]
-    recent_categories: NDArray[np.uint64]
-    category_windows: NDArray[np.uint16]
+    vectors: Vector
     appends: Appends
     kind: NDArray[np.uint8] = field(default_factory=_each_event_is_a_row)
     known: Known | None = None
@@ -61,9 +58,8 @@ class Rows:
             **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
             **{name: absent_column(name, rows) for name in SINCE_2},
             **{name: column for name, column in added.items() if len(column) == rows},
-            "features": self.features,
-            "recent_categories": self.recent_categories,
-            "category_windows": self.category_windows,
+            # Sequences are columns only where the spec asks for them.
+            **{name: column for name, column in self.vectors._asdict().items() if column.shape[1] or name in LISTS},
             "user_attributes": none if self.attributes is None else self.attributes.user,
             "item_attributes": none if self.attributes is None else self.attributes.item,
         }

@@ -13,7 +13,7 @@ from deploy.serving.answer import Query
 from deploy.serving.attributes import AttributeValues
 from deploy.serving.loaded_version import LoadedVersion, VersionRows
 from deploy.serving.program import batch_of
-from state.features.spec import Vector
+from state.features.arrays import Vector
 from state.ranking.crosses import Crosses, Values
 
 F32 = NDArray[np.float32]

@@ -207,6 +207,13 @@ class Features:
     recent_categories: int = setting(
         24, "categories", least=5, most=256, help="Latest categories of a user that are scored."
     )
+    sequence: int = setting(
+        0,
+        "events",
+        least=0,
+        most=4096,
+        help="Latest events of a user that each row carries for a ranker of one's own; 0: none.",
+    )
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,23 @@ The stream and serving compute windows with the one kernel of
 
 from __future__ import annotations
 
-import decimal
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from state.errors import SettingsError
-from state.features.kernel import FEW, GAPS, MANY, NEVER, OF_ORDER, SLOTS, SWITCHES, Tables, one_row, quantise, words
+from state.features.ages import ages_of_steps, decay_column, recency_step
+from state.features.arrays import GAPS, OF_ORDER, SLOTS, Tables, Vector, words
+from state.features.kernel import one_row
 from state.features.mask import Mask as Mask
+from state.features.order import SWITCHES
+from state.features.sums import FEW, MANY
 
 if TYPE_CHECKING:
     from state.config.settings import Settings
@@ -56,14 +59,6 @@ CODE = 2  # raised when the same events give other integers
 Events = NDArray[Any]
 
 
-class Vector(NamedTuple):
-    """One row: `[D]` uint16 features, `[L]` uint64 categories, `[L, F]` uint16 category windows."""
-
-    features: NDArray[np.uint16]
-    recent_categories: NDArray[np.uint64]
-    category_windows: NDArray[np.uint16]
-
-
 def _span(seconds: int) -> str:
     """Names a duration.
 
@@ -76,26 +71,6 @@ def _span(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def recency_step(age: int) -> int:
-    """Gives the recency of an age in units of 1.024 s: eight steps an octave, at most 254.
-
-    >>> [recency_step(age) for age in (0, 15, 16, 3515, 590_625, 10**12)]
-    [0, 15, 16, 77, 137, 254]
-    """
-    shift = max(0, age.bit_length() - 4)
-    return min(8 * shift + (age >> shift), NEVER - 1)
-
-
-def _decay_column(half_life_s: int, ages: list[int]) -> list[int]:
-    """Gives 65536 * 2^(-age / half life) for ages in units of 1.024 s.
-
-    Decimal arithmetic is correctly rounded everywhere; a platform's exp2 is not.
-    """
-    with decimal.localcontext(decimal.Context(prec=34)):
-        rate = -decimal.Decimal(2).ln() * 1024 / (1000 * half_life_s)
-        return [int((65536 * (rate * age).exp()).to_integral_value()) for age in ages]
-
-
 @dataclass(frozen=True)
 class FeatureSpec:
     """What the integers of a row mean. Its digest goes with everything that is made from them.
@@ -106,6 +81,7 @@ class FeatureSpec:
         half_lives_s: half lives of the decayed counts, seconds.
         history: N, events kept of a user.
         recent_categories: L, latest categories of a user that get windows of their own.
+        sequence: T, latest events of a user that a row carries themselves; 0 for none.
 
     >>> spec = FeatureSpec()
     >>> len(spec.names), len(spec.window_names), spec.names[0]
@@ -119,6 +95,7 @@ class FeatureSpec:
     half_lives_s: tuple[int, ...] = (1800, 43_200, 259_200)
     history: int = 256
     recent_categories: int = 24
+    sequence: int = 0
 
     def __post_init__(self) -> None:
         if not self.actions or len(self.actions) > 255 or len(set(self.actions)) != len(self.actions):
@@ -133,6 +110,8 @@ class FeatureSpec:
             raise ValueError(
                 f"recent_categories {self.recent_categories} must be between {SLOTS} and history ({self.history})"
             )
+        if not 0 <= self.sequence <= self.history:
+            raise ValueError(f"sequence {self.sequence} must be between 0 and history ({self.history})")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
@@ -149,6 +128,7 @@ class FeatureSpec:
                 half_lives_s=tuple(features.half_lives_s),
                 history=features.history,
                 recent_categories=features.recent_categories,
+                sequence=features.sequence,
             )
         except ValueError as error:
             raise SettingsError(f"[features] or events.actions: {error}; correct the setting") from None
@@ -193,8 +173,7 @@ class FeatureSpec:
     @cached_property
     def tables(self) -> Tables:
         """The constants the kernel reads."""
-        steps = quantise(self.windows_s[-1] * 1000 >> 10) + 1
-        ages = [q if q < 128 else (q % 64 + 64) << (q // 64 - 1) for q in range(steps)]
+        ages = ages_of_steps(self.windows_s[-1] * 1000)
 
         def circle(points: int) -> NDArray[np.int64]:
             angles = [2 * math.pi * point / points for point in range(points)]
@@ -203,7 +182,7 @@ class FeatureSpec:
 
         return Tables(
             windows_ms=np.array(self.windows_s, np.int64) * 1000,
-            decay=np.ascontiguousarray(np.array([_decay_column(life, ages) for life in self.half_lives_s], np.int64).T),
+            decay=np.ascontiguousarray(np.array([decay_column(life, ages) for life in self.half_lives_s], np.int64).T),
             recency=np.array([recency_step(age) for age in ages], np.int64),
             hour=circle(24),
             weekday=circle(7),
@@ -211,11 +190,30 @@ class FeatureSpec:
             history=self.history,
         )
 
+    def empty(self, rows: int) -> Vector:
+        """Arrays for so many rows, which a kernel writes.
+
+        >>> FeatureSpec(sequence=20).empty(3).sequence_items.shape
+        (3, 20)
+        """
+        recent, events = (rows, self.recent_categories), (rows, self.sequence)
+        return Vector(
+            features=np.empty((rows, len(self.names)), np.uint16),
+            recent_categories=np.empty(recent, np.uint64),
+            category_windows=np.empty((*recent, len(self.window_names)), np.uint16),
+            sequence_items=np.empty(events, np.uint64),
+            sequence_categories=np.empty(events, np.uint64),
+            sequence_actions=np.empty(events, np.uint16),
+            sequence_ages=np.empty(events, np.uint16),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Gives the spec as JSON values, code version included."""
         values = {name: _plain(value) for name, value in asdict(self).items()}
         # The document's name for it: a digest of before stays what it was.
         values["labels"] = values.pop("recent_categories")
+        if not self.sequence:
+            del values["sequence"]
         return {**values, "code": CODE}
 
     @classmethod
@@ -237,6 +235,7 @@ class FeatureSpec:
             half_lives_s=tuple(document["half_lives_s"]),
             history=document["history"],
             recent_categories=document["labels"],
+            sequence=document.get("sequence", 0),
         )
 
     @cached_property
@@ -270,10 +269,6 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     events = history if before is None else history[:before]
     if user in mask.users:
         events = events[:0]
-    features = np.empty(len(spec.names), np.uint16)
-    recent_categories = np.empty(spec.recent_categories, np.int64)
-    category_windows = np.empty((spec.recent_categories, len(spec.window_names)), np.uint16)
-    one_row(
-        words(events[-spec.history :]), at_ms, spec.tables, mask.hidden, features, recent_categories, category_windows
-    )
-    return Vector(features, recent_categories.view(np.uint64), category_windows)
+    rows = spec.empty(1)
+    one_row(words(events[-spec.history :]), at_ms, spec.tables, mask.hidden, rows)
+    return Vector(*[column[0] for column in rows])

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from state.errors import CorruptStore
 from state.history.store import HistoryStore
-from state.microbatch.columns import LISTS, NAMES, SCALARS, WRITTEN, Columns
+from state.microbatch.columns import KINDS, WRITTEN, Columns
 from state.positions import Source
 
 WIDTHS = "waiting"  # name of the store's extra
 CLOCKS = "clocks"  # name of the store's extra: the newest event time of each source
 
 KEY_BYTES = 28
-KINDS = {**SCALARS, **LISTS}
 
 Changes = dict[bytes, bytes | None]
 Extra = dict[str, bytes]
@@ -62,9 +61,9 @@ class RowFormat:
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        if unknown := set(shapes) - set(NAMES):
+        if unknown := shapes.keys() - KINDS.keys():
             raise CorruptStore(f"rows wait with columns of a later release: {', '.join(sorted(unknown))}; use that one")
-        self.shapes = {name: tuple(shapes[name]) for name in NAMES if name in shapes}
+        self.shapes = {name: tuple(shapes[name]) for name in KINDS if name in shapes}
         self.dtype = np.dtype([(name, KINDS[name], shape) for name, shape in self.shapes.items()])
 
     def __eq__(self, other: object) -> bool:
@@ -76,7 +75,7 @@ class RowFormat:
     @classmethod
     def of(cls, columns: Columns) -> RowFormat:
         """The format of rows with these columns."""
-        return cls({name: columns[name].shape[1:] for name in NAMES})
+        return cls({name: columns[name].shape[1:] for name in KINDS if name in columns})
 
     def to_json(self) -> bytes:
         """The format, as the store keeps it."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from state.microbatch.columns import ATTRIBUTES, NAMES, SINCE_2, absent_column
+from state.microbatch.columns import ATTRIBUTES, NAMES, SEQUENCES, SINCE_2, absent_column
 from state.positions import Range
 
 _UNSAID: NDArray[Any] = np.empty(0, np.uint8)
@@ -77,6 +77,10 @@ class MicroBatch:
         request: `[n]` uint64 id by which an impression and its outcome are paired; 0 is none.
         user_attributes: `[n, Au]` uint64 ids, see `state/attributes/values.py`.
         item_attributes: `[n, Ai]` uint64 ids; never shown to the interest head.
+        sequence_items: `[n, T]` uint64 ids of the user's latest events, see `state/features/sequence.py`; T may be 0.
+        sequence_categories: `[n, T]` uint64 ids.
+        sequence_actions: `[n, T]` uint16, 1 and up; 0 pads.
+        sequence_ages: `[n, T]` uint16 recencies.
     """
 
     header: Header
@@ -99,10 +103,14 @@ class MicroBatch:
     request: NDArray[np.uint64] = field(default_factory=_unsaid)
     user_attributes: NDArray[np.uint64] = field(default_factory=_unsaid)
     item_attributes: NDArray[np.uint64] = field(default_factory=_unsaid)
+    sequence_items: NDArray[np.uint64] = field(default_factory=_unsaid)
+    sequence_categories: NDArray[np.uint64] = field(default_factory=_unsaid)
+    sequence_actions: NDArray[np.uint16] = field(default_factory=_unsaid)
+    sequence_ages: NDArray[np.uint16] = field(default_factory=_unsaid)
 
     def __post_init__(self) -> None:
-        """Rows of which nothing else is said needed no waiting, and have no attributes."""
-        for name in (*SINCE_2, *ATTRIBUTES):
+        """Rows of which nothing else is said needed no waiting, and have no attributes and no sequences."""
+        for name in (*SINCE_2, *ATTRIBUTES, *SEQUENCES):
             if getattr(self, name) is _UNSAID:
                 object.__setattr__(self, name, absent_column(name, len(self.user)))
 
@@ -118,7 +126,8 @@ class MicroBatch:
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
         """The columns by name, as `encode` takes them."""
-        return {name: getattr(self, name) for name in NAMES}
+        names = (*NAMES, *SEQUENCES) if self.sequence_items.shape[1] else NAMES
+        return {name: getattr(self, name) for name in names}
 
     def take(self, keep: NDArray[np.bool_]) -> MicroBatch:
         """The batch with only the rows that `keep` (`[n]` bool) names; the header stays."""

@@ -2,7 +2,8 @@
 
 The schema's metadata holds a JSON header that names the feature spec, the
 salt, the mask and, per source, the contiguous range of positions that the
-rows came from. Format 1 knew one kind of row and no attributes.
+rows came from. Format 1 knew one kind of row and no attributes. A micro-batch
+is of format 3 where its rows carry sequences, and else of format 2.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from state.errors import MicroBatchError
+from state.microbatch import row_kinds
 from state.microbatch.batch import Header, MicroBatch
-from state.microbatch.columns import ATTRIBUTES, LISTS, NAMES, SCALARS, SINCE_2, WRITTEN, Columns, absent_column
-from state.microbatch.row_kinds import KINDS, counts_by_range
+from state.microbatch.columns import (
+    ATTRIBUTES,
+    KINDS,
+    LISTS,
+    NAMES,
+    SCALARS,
+    SEQUENCES,
+    SINCE_2,
+    WRITTEN,
+    Columns,
+    absent_column,
+)
 from state.positions import from_json, to_json
 
-FORMAT = 2
+FORMAT, WITH_SEQUENCES = 2, 3
 METADATA = b"springtide"
 
 _WRITE = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
@@ -34,7 +46,8 @@ def encode(header: Header, columns: Columns) -> bytes:
     Args:
         header: What the batch says about itself.
         columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`; those of
-            `SINCE_2` may be missing, and are 0 then, those of `ATTRIBUTES` empty.
+            `SINCE_2` may be missing, and are 0 then, those of `ATTRIBUTES` empty; those of `SEQUENCES` are there
+            together or not at all.
 
     Raises:
         MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
@@ -47,7 +60,8 @@ def encode(header: Header, columns: Columns) -> bytes:
     for name in SCALARS:
         arrays.append(pa.array(columns[name]))
         fields.append(pa.field(name, arrays[-1].type, nullable=False))
-    for name in LISTS:
+    sequences = _sequences(columns)
+    for name in (*LISTS, *sequences):
         column = np.ascontiguousarray(columns[name])
         width = int(np.prod(column.shape[1:], dtype=np.int64))
         kind = pa.list_(pa.field("item", pa.from_numpy_dtype(column.dtype), nullable=False), width)
@@ -55,7 +69,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[pa.array(column.reshape(-1))]))
         fields.append(pa.field(WRITTEN.get(name, name), kind, nullable=False))
     document = {
-        "format": FORMAT,
+        "format": WITH_SEQUENCES if sequences else FORMAT,
         "spec": header.spec,
         "salt": header.salt,
         "mask_generation": header.mask_generation,
@@ -82,20 +96,12 @@ def decode(value: bytes) -> MicroBatch:
         with pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
             document = _document(reader.schema)
             batch = reader.read_next_batch()
+        # Damage can make lists longer than their buffers.
+        batch.validate()
         header = _header(document)
-        columns: dict[str, NDArray[Any]] = {}
-        for name in SCALARS:
-            if name in SINCE_2 and document["format"] == 1:
-                columns[name] = absent_column(name, batch.num_rows)
-            else:
-                columns[name] = batch.column(name).to_numpy(zero_copy_only=True)
-        for name in LISTS:
-            if name in ATTRIBUTES and document["format"] == 1:
-                columns[name] = absent_column(name, batch.num_rows)
-                continue
-            lists = batch.column(WRITTEN.get(name, name))
-            shape = document["label_shape"] if name == "category_windows" else [lists.type.list_size]
-            columns[name] = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), *shape)
+        columns = {name: _column(batch, name, document) for name in NAMES}
+        if document["format"] == WITH_SEQUENCES:
+            columns |= {name: _column(batch, name, document) for name in SEQUENCES}
     except MicroBatchError:
         raise
     # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
@@ -108,14 +114,29 @@ def decode(value: bytes) -> MicroBatch:
     return MicroBatch(header, **columns)
 
 
+def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> NDArray[Any]:
+    """A column of a batch with the header `document`, as `MicroBatch` has it."""
+    if document["format"] == 1 and name in (*SINCE_2, *ATTRIBUTES):
+        return absent_column(name, batch.num_rows)
+    column = batch.column(WRITTEN.get(name, name))
+    if name in SCALARS:
+        scalars: NDArray[Any] = column.to_numpy(zero_copy_only=True)
+        return scalars
+    if not pa.types.is_fixed_size_list(column.type):
+        raise MicroBatchError(f"column {name} is {column.type}, expected lists of one length")
+    shape = document["label_shape"] if name == "category_windows" else [column.type.list_size]
+    lists: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), *shape)
+    return lists
+
+
 def _document(schema: pa.Schema) -> dict[str, Any]:
     """The JSON header in a schema's metadata."""
     document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
     if not isinstance(document, dict):
         raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch; check the topic's name")
-    if document.get("format") not in range(1, FORMAT + 1):
+    if document.get("format") not in range(1, WITH_SEQUENCES + 1):
         raise MicroBatchError(
-            f"a micro-batch of format {document.get('format')!r}; this release reads 1 and {FORMAT}: "
+            f"a micro-batch of format {document.get('format')!r}; this release reads 1 to {WITH_SEQUENCES}: "
             "upgrade the reader before the stream"
         )
     return document
@@ -143,8 +164,8 @@ def _check(header: Header, columns: Columns) -> None:
     if missing := [name for name in NAMES if name not in columns]:
         raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
     rows = len(columns["user"])
-    for name, kind in (*SCALARS.items(), *LISTS.items()):
-        column = columns[name]
+    for name in (*NAMES, *_sequences(columns)):
+        column, kind = columns[name], KINDS[name]
         depth = 1 if name in SCALARS else 3 if name == "category_windows" else 2
         if column.dtype != kind or len(column) != rows or column.ndim != depth:
             raise MicroBatchError(
@@ -160,9 +181,9 @@ def _check(header: Header, columns: Columns) -> None:
     if rows and int(sources.max()) >= len(header.ranges):
         raise MicroBatchError(f"a row names range {int(sources.max())}, the header has {len(header.ranges)}")
     kinds = columns["kind"]
-    if rows and int(kinds.max()) >= KINDS:
-        raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {KINDS}")
-    for part, found in zip(header.ranges, counts_by_range(kinds, sources, len(header.ranges)), strict=True):
+    if rows and int(kinds.max()) >= row_kinds.KINDS:
+        raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {row_kinds.KINDS}")
+    for part, found in zip(header.ranges, row_kinds.counts_by_range(kinds, sources, len(header.ranges)), strict=True):
         for name, count in found.items():
             if getattr(part, name) != count:
                 raise MicroBatchError(
@@ -174,3 +195,12 @@ def _check(header: Header, columns: Columns) -> None:
         nexts = np.array([part.next for part in header.ranges], np.int64)[sources]
         if not ((firsts <= offsets) & (offsets < nexts)).all():
             raise MicroBatchError("a row's offset lies outside of its source's range")
+
+
+def _sequences(columns: Columns) -> list[str]:
+    """The names of the sequences that the rows carry: all of them or none."""
+    found = [name for name in SEQUENCES if name in columns]
+    widths = {columns[name].shape[1:] for name in found}
+    if found and (len(found) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):
+        raise MicroBatchError(f"the columns {', '.join(SEQUENCES)} are there together, of one width, or not at all")
+    return found

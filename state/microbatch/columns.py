@@ -33,7 +33,14 @@ LISTS: dict[str, np.dtype[Any]] = {
     "user_attributes": np.dtype("<u8"),
     "item_attributes": np.dtype("<u8"),
 }
+SEQUENCES: dict[str, np.dtype[Any]] = {
+    "sequence_items": np.dtype("<u8"),
+    "sequence_categories": np.dtype("<u8"),
+    "sequence_actions": np.dtype("<u2"),
+    "sequence_ages": np.dtype("<u2"),
+}  # there only where the feature spec asks for them; see `state/features/sequence.py`
 NAMES = (*SCALARS, *LISTS)
+KINDS = {**SCALARS, **LISTS, **SEQUENCES}
 WRITTEN = {
     "recent_categories": "labels",
     "category_windows": "label_windows",
@@ -44,5 +51,5 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 def absent_column(name: str, rows: int) -> NDArray[Any]:
-    """What a column since format 2 holds where nothing is said: zeros, or no attributes, `[rows, 0]`."""
-    return np.zeros(rows, SCALARS[name]) if name in SCALARS else np.empty((rows, 0), LISTS[name])
+    """What a column holds where nothing is said: zeros; no attributes and no sequences, `[rows, 0]`."""
+    return np.zeros(rows, KINDS[name]) if name in SCALARS else np.empty((rows, 0), KINDS[name])

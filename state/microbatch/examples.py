@@ -27,6 +27,9 @@ An example has
     features       int64   [D]       windows before this click, raw integers, named by `features` of spec.json
     labels         int64   [L]       the user's latest categories, newest first; 0 pads
     label_windows  int64   [L * F] windows of each of them, named by `label_windows` of spec.json
+
+and, where `features.sequence` asks for them, `sequence_items`, `sequence_categories`, `sequence_actions` and
+`sequence_ages`, int64 `[T]`: the user's latest events before this click, see `state/features/sequence.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ import pyarrow as pa
 
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
-from state.microbatch.columns import Columns
+from state.microbatch.columns import SEQUENCES, Columns
 from state.microbatch.row_kinds import trained
 
 FORMAT = 1
@@ -72,6 +75,8 @@ def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, .
     found["features"] = (int, (len(spec.names),))
     found["labels"] = (int, (spec.recent_categories,))
     found["label_windows"] = (int, (spec.recent_categories * len(spec.window_names),))
+    if spec.sequence:
+        found |= dict.fromkeys(SEQUENCES, (int, (spec.sequence,)))
     return found
 
 
@@ -109,6 +114,7 @@ def record_batch(every: Columns) -> pa.RecordBatch:
     columns["label_windows"] = (
         found["category_windows"].reshape(count, math.prod(found["category_windows"].shape[1:])).astype(np.int64)
     )
+    columns |= {name: found[name].astype(np.int64) for name in SEQUENCES if name in found}
     return pa.RecordBatch.from_arrays(
         [_lists(column.reshape(count, math.prod(column.shape[1:]))) for column in columns.values()], [*columns]
     )

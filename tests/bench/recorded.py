@@ -179,11 +179,11 @@ def micro_batches(
     for first in range(0, users.size, step_rows):
         part = slice(first, min(first + step_rows, users.size))
         rows = part.stop - first
-        features = np.empty((rows, len(spec.names)), np.uint16)
-        labels = np.empty((rows, spec.recent_categories), np.uint64)
-        windows = np.empty((rows, spec.recent_categories, len(spec.window_names)), np.uint16)
+        vectors = spec.empty(rows)
         for row, (user, at_ms) in enumerate(zip(users[part].tolist(), events["at_ms"][part].tolist(), strict=True)):
-            features[row], labels[row], windows[row] = vectorise(histories[user], at_ms, seen[user], Mask.NONE, spec)
+            vector = vectorise(histories[user], at_ms, seen[user], Mask.NONE, spec)
+            for columns, values in zip(vectors, vector, strict=True):
+                columns[row] = values
             seen[user] += known is None or first + row < known
         ranges = (Range(SOURCE, first, part.stop, rows=rows),)
         yield MicroBatch(
@@ -198,9 +198,7 @@ def micro_batches(
             source=np.zeros(rows, np.uint16),
             offset=np.arange(first, part.stop),
             context=recorded.context[part].copy(),
-            features=features,
-            recent_categories=labels,
-            category_windows=windows,
+            **vectors._asdict(),
             user_attributes=recorded.user_attributes[part].copy(),
             item_attributes=recorded.item_attributes[part].copy(),
         )

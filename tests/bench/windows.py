@@ -14,7 +14,8 @@ from state.config.sections import Events as EventSettings
 from state.events.event_batch import EventBatch
 from state.events.identity import Salt
 from state.events.parser import Parser
-from state.features.kernel import WORDS, update_rows, words
+from state.features.arrays import WORDS, words
+from state.features.kernel import update_rows
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -104,14 +105,11 @@ def kernel_us(rng: np.random.Generator, length: int, rows: int = 2000) -> float:
         ring[:length] = words(some_history(rng, length))
     events = np.repeat(some_history(rng, 1), rows)
     events["at_ms"] = BASE_MS + 1000
-    features = np.empty((rows, len(SPEC.names)), np.uint16)
-    labels = np.empty((rows, SPEC.recent_categories), np.int64)
-    windows = np.empty((rows, SPEC.recent_categories, len(SPEC.window_names)), np.uint16)
-    slots = rng.permutation(rows)
+    made, slots = SPEC.empty(rows), rng.permutation(rows)
 
     def run() -> None:
         ends, counts = np.full(rows, length % SPEC.history), np.full(rows, length)
-        update_rows(rings, ends, counts, slots, words(events), SPEC.tables, Mask.NONE.hidden, features, labels, windows)
+        update_rows(rings, ends, counts, slots, words(events), SPEC.tables, Mask.NONE.hidden, made)
 
     run()
     return best_cpu_s(run) / rows * 1e6

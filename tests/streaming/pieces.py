@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from state.events.event_batch import EventBatch
+from state.features.arrays import Vector
 from state.history.appends import Appends
 from state.positions import Range, Source
 from streaming.context import StreamContext
@@ -46,8 +47,14 @@ def piece(*parts: tuple[Source, int, int], dead: int = 0, appends: Appends | Non
     rng = np.random.default_rng(count)
     return Rows(
         batch,
-        features=rng.integers(0, 9, (count, 4)).astype(np.uint16),
-        recent_categories=rng.integers(0, 9, (count, 2)).astype(np.uint64),
-        category_windows=rng.integers(0, 9, (count, 2, 3)).astype(np.uint16),
+        Vector(
+            features=rng.integers(0, 9, (count, 4)).astype(np.uint16),
+            recent_categories=rng.integers(0, 9, (count, 2)).astype(np.uint64),
+            category_windows=rng.integers(0, 9, (count, 2, 3)).astype(np.uint16),
+            sequence_items=np.empty((count, 0), np.uint64),
+            sequence_categories=np.empty((count, 0), np.uint64),
+            sequence_actions=np.empty((count, 0), np.uint16),
+            sequence_ages=np.empty((count, 0), np.uint16),
+        ),
         appends=appends or Appends.none(),
     )

@@ -101,7 +101,9 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
 
     transform = preprocessing_of(registry.transform(spec.digest))
     with open_sample(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
-        ours = np.concatenate([rows.features for rows in rows_of(sample, of_topic(sample.context))]).astype(np.float32)
+        ours = np.concatenate([rows.vectors.features for rows in rows_of(sample, of_topic(sample.context))]).astype(
+            np.float32
+        )
         clicked = Counter(sample.context.tally.names[label] for label, clicks in _popular(about) for _ in range(clicks))
         assert sum(clicked.values()) == sample.context.tally.clicks == 400
     scaled = transform(ours).numpy()

@@ -95,7 +95,7 @@ def test_a_cut_of_several_batches_is_one_micro_batch_with_one_range_a_source() -
     ]
     assert [batch.header.ranges[index].source for index in batch.source] == [ZERO, ZERO, ONE, ONE, ZERO, ZERO]
     assert batch.offset.tolist() == [0, 1, 5, 7, 3, 4]
-    assert batch.features.tobytes() == np.concatenate([one.features for one in cut.pieces]).tobytes()
+    assert batch.features.tobytes() == np.concatenate([one.vectors.features for one in cut.pieces]).tobytes()
 
 
 def test_a_batch_larger_than_a_record_is_written_in_parts() -> None:

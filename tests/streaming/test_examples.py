@@ -162,7 +162,7 @@ def test_a_label_that_came_later_is_in_the_example_of_its_impression(tmp_path: P
     assert waiting >= 3
     assert told == f"{waiting} impressions still waited for their label when the clicks ended"
     # The features are of the impression's own moment, as they are for an event that waits for nothing.
-    before = np.concatenate([rows.features for rows in computed(tmp_path, load([*own[:2], *own[5:]], env={}))])
+    before = np.concatenate([rows.vectors.features for rows in computed(tmp_path, load([*own[:2], *own[5:]], env={}))])
     order = np.argsort(found["offset"].numpy())
     np.testing.assert_array_equal(found["features"].numpy()[order], before[sorted(labels)])
 

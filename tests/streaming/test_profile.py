@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.events.event_batch import EventBatch
-from state.features.spec import EVENT, Events, FeatureSpec, Mask, Vector, vectorise
+from state.features.arrays import Vector
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.history.store import HistoryStore
 from state.positions import Range, Source
 from streaming.profile import Profiler, to_events
 from streaming.rows import Rows
 
-SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)
+SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
 BASE_MS = 1_700_000_000_000
 
@@ -93,9 +94,7 @@ def run(
         rows = queue.popleft()
         store.commit(rows.appends, rows.batch.ranges)
         profiler.committed(rows)
-        done.append(
-            [Vector(*row) for row in zip(rows.features, rows.recent_categories, rows.category_windows, strict=True)]
-        )
+        done.append([Vector(*row) for row in zip(*rows.vectors, strict=True)])
 
     while place < len(batches) or queue:
         if place < len(batches):
@@ -167,7 +166,7 @@ def test_users_leave_memory_only_when_committed(tmp_path: Path) -> None:
     assert profiler.cached_users <= 20
     # A user who left is read again.
     back = profiler.update(batch_of([(0, 1, 1, 0, 0.0)], following))
-    assert back.features[0, SPEC.names.index("events.visible")] == 1
+    assert back.vectors.features[0, SPEC.names.index("events.visible")] == 1
     store.close()
 
 
@@ -188,7 +187,7 @@ def test_an_empty_batch_passes_through(tmp_path: Path) -> None:
         names={},
     )
     rows = Profiler(store, SPEC, 4).update(batch)
-    assert rows.features.shape == (0, len(SPEC.names))
+    assert rows.vectors.features.shape == (0, len(SPEC.names))
     store.commit(rows.appends, rows.batch.ranges)
     assert store.positions() == {SOURCES[0]: 3}
     store.close()
@@ -209,4 +208,4 @@ def test_a_masked_profiler_never_saw_the_events(tmp_path: Path) -> None:
     kept = batch_of(clicks[:2] + clicks[5:], [0, 0])
     clean = Profiler(store, SPEC, 4).update(kept)
     store.close()
-    np.testing.assert_array_equal(np.delete(rows.features, [2, 3, 4], 0), clean.features)
+    np.testing.assert_array_equal(np.delete(rows.vectors.features, [2, 3, 4], 0), clean.vectors.features)

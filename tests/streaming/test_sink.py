@@ -97,9 +97,7 @@ def with_history(rows: Rows) -> Rows:
     """The same batch, whose rows are also appended to the histories of their users."""
     events = np.zeros(len(rows.batch.offset), EVENT)
     events["offset"] = rows.batch.offset
-    return Rows(
-        rows.batch, rows.features, rows.recent_categories, rows.category_windows, Appends.of(rows.batch.user, events)
-    )
+    return Rows(rows.batch, rows.vectors, Appends.of(rows.batch.user, events))
 
 
 def test_micro_batches_and_dead_letters_are_one_transaction(tmp_path: Path) -> None:
@@ -243,7 +241,7 @@ def test_a_group_that_cannot_be_told_is_logged_once_and_stops_nothing(
 def test_the_metrics_count_what_was_committed(tmp_path: Path) -> None:
     with sink(tmp_path) as shard:
         rows = piece((ZERO, 0, 3), dead=1)
-        rows.features[:, 1] = [0, 1, 1]
+        rows.vectors.features[:, 1] = [0, 1, 1]
         object.__setattr__(rows.batch, "dead", (DeadLetter(ZERO, 3, "undecodable", None, None),))
         shard.commits.put(Cut((rows,), 0))
         shard.commits.flush()

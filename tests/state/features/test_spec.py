@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from state.config.settings import load
 from state.errors import SettingsError
-from state.features.kernel import quantise
-from state.features.spec import EVENT, Events, FeatureSpec, Mask, recency_step, vectorise
+from state.features.ages import quantise, recency_step
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.positions import Range, Source
 
-SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=32, recent_categories=6)
+SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=32, recent_categories=6, sequence=7)
 BASE_MS = 1_700_000_000_000
 TOPIC = 0xABABABAB
 
@@ -108,12 +108,19 @@ def history_of(made: list[Click]) -> Events:
     return events
 
 
+def visible(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> list[Any]:
+    """The events that a row may speak of, newest first."""
+    longest = spec.windows_s[-1] * 1000
+    kept = history[-spec.history :]
+    seen = [event for event in kept if at_ms - longest < int(event["at_ms"]) <= at_ms and not hidden(event)]
+    return sorted(seen, key=lambda e: (int(e["at_ms"]), int(e["offset"]), int(e["partition"])), reverse=True)
+
+
 def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tuple[dict[str, int], list[int]]:
     """Every feature by its definition; returns them by name, and the labels."""
     kept = list(history[-spec.history :])
     longest = spec.windows_s[-1] * 1000
-    seen = [event for event in kept if at_ms - longest < int(event["at_ms"]) <= at_ms and not hidden(event)]
-    seen.sort(key=lambda e: (int(e["at_ms"]), int(e["offset"]), int(e["partition"])), reverse=True)
+    seen = visible(history, at_ms, spec, hidden)
     tables = spec.tables
     out: dict[str, int] = {}
 
@@ -188,8 +195,18 @@ def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tup
 
 
 def assert_equal(history: Events, at_ms: int, mask: Mask, spec: FeatureSpec) -> None:
+    def hidden(event: Any) -> bool:
+        return bool(mask.events(np.array([event], EVENT))[0])
+
     row = vectorise(history, at_ms, None, mask, spec)
-    want, labels = expected(history, at_ms, spec, lambda event: bool(mask.events(np.array([event], EVENT))[0]))
+    want, labels = expected(history, at_ms, spec, hidden)
+    latest = visible(history, at_ms, spec, hidden)[: spec.sequence]
+    padding = [0] * (spec.sequence - len(latest))
+    assert row.sequence_items.tolist() == [int(event["item"]) for event in latest] + padding
+    assert row.sequence_categories.tolist() == [int(event["category"]) for event in latest] + padding
+    assert row.sequence_actions.tolist() == [1 + int(event["action"]) for event in latest] + padding
+    ages = [recency_step((at_ms - int(event["at_ms"])) >> 10) for event in latest]
+    assert row.sequence_ages.tolist() == ages + padding
     assert dict(zip(spec.names, row.features.tolist(), strict=True)) == {name: want[name] for name in spec.names}
     assert row.recent_categories.tolist() == labels
     for slot in range(spec.recent_categories):
@@ -343,8 +360,13 @@ def test_a_spec_comes_back_from_json_and_each_part_changes_the_digest() -> None:
         replace(spec, recent_categories=8),
         replace(spec, actions=("a", "b", "c", "d")),
     ]
-    others += [replace(spec, windows_s=(3600, 86_400)), replace(spec, half_lives_s=(1, 2, 3))]
-    assert len({other.digest for other in [spec, *others]}) == 6
+    others += [
+        replace(spec, windows_s=(3600, 86_400)),
+        replace(spec, half_lives_s=(1, 2, 3)),
+        replace(spec, sequence=20),
+    ]
+    assert len({other.digest for other in [spec, *others]}) == 7
+    assert [FeatureSpec.from_json(other.to_json()) for other in others] == others
     with pytest.raises(ValueError, match=r"code version 0.*with the release that wrote it"):
         FeatureSpec.from_json({**spec.to_json(), "code": 0})
 
@@ -357,7 +379,14 @@ def test_settings_make_the_default_spec_and_impossible_ones_are_refused() -> Non
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"actions": ()}, {"actions": ("a", "a")}, {"windows_s": (9, 3)}, {"half_lives_s": (0,)}, {"history": 4}],
+    [
+        {"actions": ()},
+        {"actions": ("a", "a")},
+        {"windows_s": (9, 3)},
+        {"half_lives_s": (0,)},
+        {"history": 4},
+        {"sequence": 257},
+    ],
 )
 def test_an_impossible_spec_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -16,7 +16,7 @@ from state.errors import MicroBatchError
 from state.history.followed import new_ranges
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
-from state.microbatch.columns import LISTS, NAMES, SCALARS, SINCE_2
+from state.microbatch.columns import LISTS, NAMES, SCALARS, SEQUENCES, SINCE_2
 from state.microbatch.cutting import gaps, split, trim
 from state.microbatch.row_kinds import Kind, counts, trained
 from state.positions import Range, Source, merge_ranges
@@ -68,6 +68,15 @@ def with_kinds() -> tuple[Header, dict[str, Any]]:
     return Header("spec", "salt", (part,), 1_700_000_000_000, 3, {7: "shoes"}, header.attributes), columns
 
 
+def with_sequences(rows: int, places: int = 3) -> tuple[Header, dict[str, Any]]:
+    """As `made`, whose rows carry the latest events of their users."""
+    header, columns = made(rows)
+    rng = np.random.default_rng(rows)
+    return header, columns | {
+        name: rng.integers(0, 50_000, (rows, places)).astype(kind) for name, kind in SEQUENCES.items()
+    }
+
+
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Whether the columns hold the same bits."""
     return all(left[name].tobytes() == right[name].tobytes() for name in NAMES)
@@ -81,6 +90,38 @@ def test_what_is_encoded_comes_back(rows: int, contexts: int) -> None:
     assert len(batch) == rows
     assert same(batch.columns, columns)
     assert {name: column.shape for name, column in batch.columns.items()} == {n: c.shape for n, c in columns.items()}
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_sequences_come_back_in_a_format_of_their_own(rows: int) -> None:
+    header, columns = with_sequences(rows)
+    value = encode(header, columns)
+    batch = decode(value)
+    assert same(batch.columns, columns)
+    assert {name: batch.columns[name].tobytes() for name in SEQUENCES} == {
+        name: columns[name].tobytes() for name in SEQUENCES
+    }
+    assert encode(batch.header, batch.columns) == value
+    assert b'"format":3' in value
+    assert b'"format":2' in encode(*made(rows))
+    for part in map(decode, split(header, columns, 900_000, max_rows=100)):
+        assert part.sequence_items.tobytes() in columns["sequence_items"].tobytes()
+
+
+def test_a_micro_batch_without_sequences_has_the_bytes_of_format_2() -> None:
+    header, columns = with_kinds()
+    golden = decode((GOLDEN / "microbatch-v2.arrow").read_bytes())
+    assert not set(SEQUENCES) & set(golden.columns)
+    assert golden.sequence_items.shape == (len(golden), 0)
+    assert encode(golden.header, golden.columns) == encode(header, columns)
+
+
+@pytest.mark.parametrize("change", [{"sequence_ages": None}, {"sequence_items": np.zeros((4, 2), "<u8")}])
+def test_sequences_that_contradict_each_other_are_refused(change: dict[str, Any]) -> None:
+    header, columns = with_sequences(4)
+    columns = {name: column for name, column in (columns | change).items() if column is not None}
+    with pytest.raises(MicroBatchError, match="together, of one width"):
+        encode(header, columns)
 
 
 def test_the_golden_micro_batch_still_decodes() -> None:
@@ -151,8 +192,8 @@ def test_other_bytes_are_no_micro_batch(value: bytes) -> None:
 
 
 def test_another_format_is_named() -> None:
-    value = encode(*made(1)).replace(b'"format":2', b'"format":3')
-    with pytest.raises(MicroBatchError, match="format 3"):
+    value = encode(*made(1)).replace(b'"format":2', b'"format":4')
+    with pytest.raises(MicroBatchError, match="format 4"):
         decode(value)
 
 

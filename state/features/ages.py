@@ -1,0 +1,61 @@
+"""Ages as steps: 64 an octave inside the kernel, where sums are taken, and 8 an octave in what a row says.
+
+An age is in units of 1.024 s, so that the kernel gets it from milliseconds by a shift.
+"""
+
+from __future__ import annotations
+
+import decimal
+
+from state.compiled import compiled
+
+NEVER = 255  # the recency of what never happened
+EXACT = 128  # ages below this many units have a step each, then 64 an octave
+DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
+
+
+def quantise(age: int) -> int:
+    """Gives the step of an age in units of 1.024 s, exact below 128 units.
+
+    >>> [quantise(age) for age in (0, 127, 128, 129, 130, 256)]
+    [0, 127, 128, 128, 129, 192]
+    """
+    shift = 0
+    while (age >> shift) >= EXACT:
+        shift += 1
+    return 64 * shift + (age >> shift)
+
+
+step_of = compiled(quantise)
+
+
+def recency_step(age: int) -> int:
+    """Gives the recency of an age in units of 1.024 s: eight steps an octave, at most 254.
+
+    >>> [recency_step(age) for age in (0, 15, 16, 3515, 590_625, 10**12)]
+    [0, 15, 16, 77, 137, 254]
+    """
+    shift = max(0, age.bit_length() - 4)
+    return min(8 * shift + (age >> shift), NEVER - 1)
+
+
+def ages_of_steps(longest_ms: int) -> list[int]:
+    """The least age of each step of the quantiser, in units, up to that of `longest_ms`.
+
+    >>> ages = ages_of_steps(604_800_000)
+    >>> len(ages), [quantise(age) for age in ages] == list(range(len(ages)))
+    (905, True)
+    """
+    steps = quantise(longest_ms >> 10) + 1
+    return [q if q < EXACT else (q % 64 + 64) << (q // 64 - 1) for q in range(steps)]
+
+
+def decay_column(half_life_s: int, ages: list[int]) -> list[int]:
+    """Gives 65536 * 2^(-age / half life) for ages in units of 1.024 s.
+
+    Decimal arithmetic is correctly rounded everywhere; a platform's exp2 is not.
+    """
+    with decimal.localcontext(decimal.Context(prec=34)):
+        rate = -decimal.Decimal(2).ln() * 1024 / (1000 * half_life_s)
+        return [int((65536 * (rate * age).exp()).to_integral_value()) for age in ages]
