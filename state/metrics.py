@@ -1,4 +1,4 @@
-"""Every metric's name, help, labels and buckets: one class per process.
+"""Every metric's name, help, labels and buckets: one class per process, as tables.
 
 A process makes its class on a `CollectorRegistry` of its own and offers it
 with `serve`. Dashboards and alerts are checked against this file. Label values
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -19,248 +21,203 @@ FRESHNESS_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-class StreamMetrics:
+class _Declared(partial[Any]):
+    """A metric that is made once its process has a registry."""
+
+
+def counter(name: str, text: str, *labels: str) -> Counter:
+    """Declares what only grows."""
+    return cast(Counter, _Declared(Counter, name, text, labels))
+
+
+def gauge(name: str, text: str, *labels: str) -> Gauge:
+    """Declares what rises and falls."""
+    return cast(Gauge, _Declared(Gauge, name, text, labels))
+
+
+def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+    """Declares what is counted by its size."""
+    return cast(Histogram, _Declared(Histogram, name, text, labels, buckets=buckets))
+
+
+class Metrics:
+    """The metrics of one process, which its class declares.
+
+    Args:
+        registry: Where they are collected.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        for attribute, declared in vars(type(self)).items():
+            if isinstance(declared, _Declared):
+                setattr(self, attribute, declared(registry=registry))
+
+
+class StreamMetrics(Metrics):
     """What the Beam job counts."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        prefix = "springtide_stream_"
-        self.events = Counter(
-            prefix + "events",
-            "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent, opened, feedback.",
-            ["outcome"],
-            registry=registry,
-        )
-        self.dead_letters = Counter(
-            prefix + "dead_letters", "Records refused, by reason.", ["reason"], registry=registry
-        )
-        self.lag_events = Gauge(prefix + "lag_events", "Positions of the clicks topic not yet read.", registry=registry)
-        self.lag_seconds = Gauge(
-            prefix + "lag_seconds",
-            "Wall time since the newest committed click was appended to Kafka; 0 when none wait.",
-            registry=registry,
-        )
-        self.microbatches = Counter(prefix + "microbatches", "Micro-batches written.", registry=registry)
-        self.microbatch_rows = Histogram(
-            prefix + "microbatch_rows", "Rows of a micro-batch.", buckets=ROWS, registry=registry
-        )
-        self.commit_seconds = Histogram(
-            prefix + "commit_seconds",
-            "Time to write and commit one micro-batch.",
-            buckets=SHORT_SECONDS,
-            registry=registry,
-        )
-        self.truncated_histories = Counter(
-            prefix + "truncated_histories",
-            "Rows whose longest window began before the oldest remembered event.",
-            registry=registry,
-        )
-        self.cached_users = Gauge(prefix + "cached_users", "Users whose histories are in memory.", registry=registry)
-        self.attribute_records = Gauge(
-            prefix + "attribute_records",
-            "Positions of the topics of attributes read since the store began, by side (user, item) and outcome: value, "
-            "removed, dead, absent.",
-            ["side", "outcome"],
-            registry=registry,
-        )
-        self.attributes_known = Gauge(
-            prefix + "attributes_known", "Users and items that have attributes, by side.", ["side"], registry=registry
-        )
-        self.accounting_positions = Gauge(
-            "springtide_accounting_positions",
-            "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap, "
-            "opened (impressions whose label comes later), feedback (outcomes).",
-            ["outcome"],
-            registry=registry,
-        )
-        self.accounting_labels = Gauge(
-            "springtide_accounting_labels",
-            "Impressions whose label comes later since the store began, by outcome: opened (all), joined, expired (negative), "
-            "dropped, waiting; unmatched counts outcomes without an impression.",
-            ["outcome"],
-            registry=registry,
-        )
-        self.accounting_faults = Gauge(
-            "springtide_accounting_stream_faults",
-            "Accounts of the stream that do not balance; 0 when each position has one outcome.",
-            registry=registry,
-        )
-        self.gaps_accepted = Counter(
-            prefix + "gaps_accepted",
-            "Gaps in the clicks topic that operators accepted since the store began.",
-            registry=registry,
-        )
+    events = counter(
+        "springtide_stream_events",
+        "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent, opened, feedback.",
+        "outcome",
+    )
+    dead_letters = counter("springtide_stream_dead_letters", "Records refused, by reason.", "reason")
+    lag_events = gauge("springtide_stream_lag_events", "Positions of the clicks topic not yet read.")
+    lag_seconds = gauge(
+        "springtide_stream_lag_seconds",
+        "Wall time since the newest committed click was appended to Kafka; 0 when none wait.",
+    )
+    microbatches = counter("springtide_stream_microbatches", "Micro-batches written.")
+    microbatch_rows = histogram("springtide_stream_microbatch_rows", "Rows of a micro-batch.", ROWS)
+    commit_seconds = histogram(
+        "springtide_stream_commit_seconds", "Time to write and commit one micro-batch.", SHORT_SECONDS
+    )
+    truncated_histories = counter(
+        "springtide_stream_truncated_histories", "Rows whose longest window began before the oldest remembered event."
+    )
+    cached_users = gauge("springtide_stream_cached_users", "Users whose histories are in memory.")
+    attribute_records = gauge(
+        "springtide_stream_attribute_records",
+        "Positions of the topics of attributes read since the store began, by side (user, item) and outcome: value, removed, dead, absent.",
+        "side",
+        "outcome",
+    )
+    attributes_known = gauge(
+        "springtide_stream_attributes_known", "Users and items that have attributes, by side.", "side"
+    )
+    accounting_positions = gauge(
+        "springtide_accounting_positions",
+        "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions whose label comes later), feedback (outcomes).",
+        "outcome",
+    )
+    accounting_labels = gauge(
+        "springtide_accounting_labels",
+        "Impressions whose label comes later since the store began, by outcome: opened (all), joined, expired (negative), dropped, waiting; unmatched counts outcomes without an impression.",
+        "outcome",
+    )
+    accounting_faults = gauge(
+        "springtide_accounting_stream_faults",
+        "Accounts of the stream that do not balance; 0 when each position has one outcome.",
+    )
+    gaps_accepted = counter(
+        "springtide_stream_gaps_accepted", "Gaps in the clicks topic that operators accepted since the store began."
+    )
 
 
-class TrainerMetrics:
+class TrainerMetrics(Metrics):
     """What the trainer counts."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        prefix = "springtide_trainer_"
-        self.rows = Counter(
-            prefix + "rows",
-            "Rows of the training log, by outcome: trained, skipped, duplicate, masked.",
-            ["outcome"],
-            registry=registry,
-        )
-        self.steps = Counter(prefix + "steps", "Training steps done.", registry=registry)
-        self.step_seconds = Histogram(
-            prefix + "step_seconds", "Time of one training step.", buckets=SHORT_SECONDS, registry=registry
-        )
-        self.log_loss = Gauge(
-            prefix + "log_loss", "Log loss of the interests, scored before learning.", registry=registry
-        )
-        self.auc = Gauge(
-            prefix + "auc", "Area under the curve of the engagement, scored before learning.", registry=registry
-        )
-        self.top1_ratio = Gauge(
-            prefix + "top1_ratio", "Share of rows whose category led, scored before learning.", registry=registry
-        )
-        by_value = ["attribute", "value"]
-        self.slice_rows = Gauge(
-            prefix + "slice_rows",
-            "Recent rows, by the value of an attribute of `attributes.slices`.",
-            by_value,
-            registry=registry,
-        )
-        self.slice_log_loss = Gauge(
-            prefix + "slice_log_loss",
-            "Log loss of the interests of those rows, scored before learning.",
-            by_value,
-            registry=registry,
-        )
-        self.slice_auc = Gauge(
-            prefix + "slice_auc",
-            "Area under the curve of the engagement of those rows, scored before learning.",
-            by_value,
-            registry=registry,
-        )
-        self.version = Gauge(prefix + "version", "Newest version published.", registry=registry)
-        self.epoch = Gauge(prefix + "epoch", "Epoch the trainer works in.", registry=registry)
-        self.publish_seconds = Histogram(
-            prefix + "publish_seconds", "Time until a version is durable.", buckets=SHORT_SECONDS, registry=registry
-        )
-        self.publish_stall_seconds = Histogram(
-            prefix + "publish_stall_seconds",
-            "Time a publication kept the steps waiting.",
-            buckets=SHORT_SECONDS,
-            registry=registry,
-        )
-        self.lag_records = Gauge(
-            prefix + "lag_records", "Positions of the training log not yet read.", registry=registry
-        )
-        self.caught_up = Gauge(
-            prefix + "caught_up", "1 once this epoch has read the training log to its end.", registry=registry
-        )
-        self.table_rows = Gauge(prefix + "table_rows", "Rows in use, by table.", ["table"], registry=registry)
-        self.guard = Counter(
-            prefix + "guard", "The guard's verdicts: accept, skip, hold.", ["verdict"], registry=registry
-        )
-        self.held = Gauge(prefix + "held", "1 while the guard holds training.", registry=registry)
-        self.accounting_rows = Gauge(
-            "springtide_accounting_rows",
-            "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked; "
-            "gap counts positions that no record held.",
-            ["outcome"],
-            registry=registry,
-        )
-        self.accounting_faults = Gauge(
-            "springtide_accounting_trainer_faults",
-            "Accounts of the trainer that do not balance; 0 when each row has one outcome.",
-            registry=registry,
-        )
-        self.gaps_accepted = Counter(
-            prefix + "gaps_accepted", "Gaps that operators accepted since the registry began.", registry=registry
-        )
+    rows = counter(
+        "springtide_trainer_rows",
+        "Rows of the training log, by outcome: trained, skipped, duplicate, masked.",
+        "outcome",
+    )
+    steps = counter("springtide_trainer_steps", "Training steps done.")
+    step_seconds = histogram("springtide_trainer_step_seconds", "Time of one training step.", SHORT_SECONDS)
+    log_loss = gauge("springtide_trainer_log_loss", "Log loss of the interests, scored before learning.")
+    auc = gauge("springtide_trainer_auc", "Area under the curve of the engagement, scored before learning.")
+    top1_ratio = gauge("springtide_trainer_top1_ratio", "Share of rows whose category led, scored before learning.")
+    slice_rows = gauge(
+        "springtide_trainer_slice_rows",
+        "Recent rows, by the value of an attribute of `attributes.slices`.",
+        "attribute",
+        "value",
+    )
+    slice_log_loss = gauge(
+        "springtide_trainer_slice_log_loss",
+        "Log loss of the interests of those rows, scored before learning.",
+        "attribute",
+        "value",
+    )
+    slice_auc = gauge(
+        "springtide_trainer_slice_auc",
+        "Area under the curve of the engagement of those rows, scored before learning.",
+        "attribute",
+        "value",
+    )
+    version = gauge("springtide_trainer_version", "Newest version published.")
+    epoch = gauge("springtide_trainer_epoch", "Epoch the trainer works in.")
+    publish_seconds = histogram("springtide_trainer_publish_seconds", "Time until a version is durable.", SHORT_SECONDS)
+    publish_stall_seconds = histogram(
+        "springtide_trainer_publish_stall_seconds", "Time a publication kept the steps waiting.", SHORT_SECONDS
+    )
+    lag_records = gauge("springtide_trainer_lag_records", "Positions of the training log not yet read.")
+    caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
+    table_rows = gauge("springtide_trainer_table_rows", "Rows in use, by table.", "table")
+    guard = counter("springtide_trainer_guard", "The guard's verdicts: accept, skip, hold.", "verdict")
+    held = gauge("springtide_trainer_held", "1 while the guard holds training.")
+    accounting_rows = gauge(
+        "springtide_accounting_rows",
+        "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked; gap counts positions that no record held.",
+        "outcome",
+    )
+    accounting_faults = gauge(
+        "springtide_accounting_trainer_faults",
+        "Accounts of the trainer that do not balance; 0 when each row has one outcome.",
+    )
+    gaps_accepted = counter(
+        "springtide_trainer_gaps_accepted", "Gaps that operators accepted since the registry began."
+    )
 
 
-class ApplierMetrics:
+class ApplierMetrics(Metrics):
     """What serving's applier counts."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        prefix = "springtide_serving_"
-        self.version = Gauge(prefix + "version", "Version that answers use.", registry=registry)
-        self.epoch = Gauge(prefix + "epoch", "Epoch of that version.", registry=registry)
-        self.pinned = Gauge(prefix + "pinned", "1 while an operator pins the version.", registry=registry)
-        self.applied_versions = Counter(
-            prefix + "applied_versions", "Versions whose rows were applied.", registry=registry
-        )
-        self.apply_seconds = Histogram(
-            prefix + "apply_seconds", "Time to apply one version's rows.", buckets=SHORT_SECONDS, registry=registry
-        )
-        self.feature_freshness_seconds = Gauge(
-            prefix + "feature_freshness_seconds",
-            "Age of the newest click in the histories that answers use.",
-            registry=registry,
-        )
-        self.weight_freshness_seconds = Gauge(
-            prefix + "weight_freshness_seconds",
-            "Age of the newest click trained into the version that answers use.",
-            registry=registry,
-        )
-        self.attributes_known = Gauge(
-            prefix + "attributes_known",
-            "Users and items whose attributes answers use, by side (user, item).",
-            ["side"],
-            registry=registry,
-        )
-        self.history_rows = Counter(prefix + "history_rows", "Rows taken into serving's histories.", registry=registry)
-        self.microbatch_lag_records = Gauge(
-            prefix + "microbatch_lag_records",
-            "Positions of the micro-batch topic not yet taken into the histories.",
-            registry=registry,
-        )
-        self.control_generation = Gauge(
-            prefix + "control_generation", "Control generation that serving has seen.", registry=registry
-        )
-        self.corrupt_versions = Counter(
-            prefix + "corrupt_versions", "Versions refused because a file fails its digest.", registry=registry
-        )
-        self.swept_versions = Counter(prefix + "swept_versions", "Old versions forgotten.", registry=registry)
-        self.history_duplicates = Counter(
-            prefix + "history_duplicates", "Rows of the micro-batch topic that the histories had.", registry=registry
-        )
-        self.gap_positions = Counter(
-            prefix + "gap_positions",
-            "Positions that no micro-batch covered, or that were deleted unread.",
-            registry=registry,
-        )
-        self.unreadable_microbatches = Counter(
-            prefix + "unreadable_microbatches",
-            "Records of the micro-batch topic that are no micro-batch.",
-            registry=registry,
-        )
-        self.log_failures = Counter(
-            prefix + "log_failures", "Times that the micro-batch topic could not be read.", registry=registry
-        )
-        self.feature_age_seconds = Histogram(
-            prefix + "feature_age_seconds",
-            "Age of the newest click in the histories, sampled ten times a second.",
-            buckets=FRESHNESS_SECONDS,
-            registry=registry,
-        )
-        self.weight_age_seconds = Histogram(
-            prefix + "weight_age_seconds",
-            "Age of the newest click trained into the served version, sampled ten times a second.",
-            buckets=FRESHNESS_SECONDS,
-            registry=registry,
-        )
+    version = gauge("springtide_serving_version", "Version that answers use.")
+    epoch = gauge("springtide_serving_epoch", "Epoch of that version.")
+    pinned = gauge("springtide_serving_pinned", "1 while an operator pins the version.")
+    applied_versions = counter("springtide_serving_applied_versions", "Versions whose rows were applied.")
+    apply_seconds = histogram("springtide_serving_apply_seconds", "Time to apply one version's rows.", SHORT_SECONDS)
+    feature_freshness_seconds = gauge(
+        "springtide_serving_feature_freshness_seconds", "Age of the newest click in the histories that answers use."
+    )
+    weight_freshness_seconds = gauge(
+        "springtide_serving_weight_freshness_seconds",
+        "Age of the newest click trained into the version that answers use.",
+    )
+    attributes_known = gauge(
+        "springtide_serving_attributes_known",
+        "Users and items whose attributes answers use, by side (user, item).",
+        "side",
+    )
+    history_rows = counter("springtide_serving_history_rows", "Rows taken into serving's histories.")
+    microbatch_lag_records = gauge(
+        "springtide_serving_microbatch_lag_records",
+        "Positions of the micro-batch topic not yet taken into the histories.",
+    )
+    control_generation = gauge("springtide_serving_control_generation", "Control generation that serving has seen.")
+    corrupt_versions = counter(
+        "springtide_serving_corrupt_versions", "Versions refused because a file fails its digest."
+    )
+    swept_versions = counter("springtide_serving_swept_versions", "Old versions forgotten.")
+    history_duplicates = counter(
+        "springtide_serving_history_duplicates", "Rows of the micro-batch topic that the histories had."
+    )
+    gap_positions = counter(
+        "springtide_serving_gap_positions", "Positions that no micro-batch covered, or that were deleted unread."
+    )
+    unreadable_microbatches = counter(
+        "springtide_serving_unreadable_microbatches", "Records of the micro-batch topic that are no micro-batch."
+    )
+    log_failures = counter("springtide_serving_log_failures", "Times that the micro-batch topic could not be read.")
+    feature_age_seconds = histogram(
+        "springtide_serving_feature_age_seconds",
+        "Age of the newest click in the histories, sampled ten times a second.",
+        FRESHNESS_SECONDS,
+    )
+    weight_age_seconds = histogram(
+        "springtide_serving_weight_age_seconds",
+        "Age of the newest click trained into the served version, sampled ten times a second.",
+        FRESHNESS_SECONDS,
+    )
 
 
-class WorkerMetrics:
+class WorkerMetrics(Metrics):
     """What a serving worker counts."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "springtide_requests", "Requests, by route and status code.", ["route", "code"], registry=registry
-        )
-        self.request_seconds = Histogram(
-            "springtide_request_seconds",
-            "Time of a request, by route.",
-            ["route"],
-            buckets=SHORT_SECONDS,
-            registry=registry,
-        )
-        self.cold_starts = Counter("springtide_cold_starts", "Answers for users without a history.", registry=registry)
+    requests = counter("springtide_requests", "Requests, by route and status code.", "route", "code")
+    request_seconds = histogram("springtide_request_seconds", "Time of a request, by route.", SHORT_SECONDS, "route")
+    cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
 
 
 PROCESSES = (StreamMetrics, TrainerMetrics, ApplierMetrics, WorkerMetrics)

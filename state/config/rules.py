@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from state.attributes.values import fields_of
+from state.config.fields import fields_of
 from state.errors import SettingsError
 
 if TYPE_CHECKING:

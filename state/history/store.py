@@ -63,8 +63,10 @@ class HistoryStore(LmdbStore):
         super().__init__(path, map_bytes, readonly, boot_id)
         self._chunks = self._databases["chunks"]
         self._waiting = self._databases.get("waiting")
-        if not readonly:
-            self._forget_older_mark()
+        if not readonly and self._stored(b"boot") is not None:
+            with self._write() as transaction:
+                for name in (b"boot", b"clean"):
+                    transaction.delete(name, db=self._meta)
 
     def _made_with(self) -> dict[str, int]:
         return {"history": self.history}
@@ -77,15 +79,9 @@ class HistoryStore(LmdbStore):
             )
 
     def _older_mark(self) -> CleanMark | None:
-        # Release 0.1.0 kept the mark of histories among their own values.
+        # Release 0.1.0 kept the mark of histories among their own values, from where `__init__` takes it away.
         boot = self._stored(b"boot")
         return None if boot is None else CleanMark(self._stored(b"clean") == b"1", boot.decode())
-
-    def _forget_older_mark(self) -> None:
-        if self._stored(b"boot") is not None:
-            with self._write() as transaction:
-                transaction.delete(b"boot", db=self._meta)
-                transaction.delete(b"clean", db=self._meta)
 
     def read(self, user: int) -> Events:
         """Gives `[m <= N]` EVENT of `user` in append order: one consistent moment; empty where unknown."""

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from deploy.replaying.shoppers import ShopperCrowd
-from state.attributes.values import Table, fields_of
+from state.attributes.values import Table
+from state.config.fields import fields_of
 from state.config.settings import Settings, load
 from state.events.identity import context_id, context_text
 from state.features.mask import Mask

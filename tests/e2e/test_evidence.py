@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from state.attributes.values import Table, fields_of
+from state.attributes.values import Table
+from state.config.fields import fields_of
 from state.config.settings import load
 from state.events.identity import Salt, user_id
 from state.microbatch.batch import MicroBatch

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from state.accounts import StreamAccount, check_accounts
-from state.attributes.values import SIDES, band, fields_of, tables_of
+from state.attributes.values import SIDES, band, tables_of
+from state.config.fields import fields_of
 from state.config.settings import Settings, load
 from state.errors import SettingsError
 from state.events.identity import public_id

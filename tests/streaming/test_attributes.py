@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from state.attributes.store import AttributeStore, Place, pack
-from state.attributes.values import Table, fields_of
+from state.attributes.values import Table
+from state.config.fields import fields_of
 from state.config.sections import Attributes, Kafka
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id, user_id

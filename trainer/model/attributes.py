@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from state.attributes.values import U64, Table, fields_of
+from state.attributes.values import U64, Table
+from state.config.fields import fields_of
 from state.config.sections import Attributes
 from state.microbatch.batch import MicroBatch
 from trainer.tables.index import I32

@@ -12,7 +12,8 @@ import pytest
 
 from state.attributes.follower import AttributeFollower, follow
 from state.attributes.store import AttributeStore, texts_in
-from state.attributes.values import Table, fields_of
+from state.attributes.values import Table
+from state.config.fields import fields_of
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
 from state.events.dead_letters import DeadLetter

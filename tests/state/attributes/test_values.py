@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.attributes.values import LOG_EDGES, Table, band, field_of, fields_of, tables_of
+from state.attributes.values import Table, band, tables_of
+from state.config.fields import LOG_EDGES, field_of, fields_of
 from state.config.sections import Attributes
 from state.config.settings import load
 from state.errors import DecodeError, SettingsError

@@ -8,7 +8,8 @@ import functools
 import numpy as np
 import pytest
 
-from state.attributes.values import Table, fields_of
+from state.attributes.values import Table
+from state.config.fields import fields_of
 from state.config.sections import Attributes
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode

@@ -1,0 +1,92 @@
+"""This release takes up what 0.1.0 left: it reads all of it, answers the same, and goes on learning to the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from state.config.settings import Settings
+from state.features.mask import Mask
+from state.history.store import HistoryStore
+from state.layout import HISTORIES, ROWS
+from state.registry.registry import Registry
+from state.rows.store import RowStore
+from tests.golden.archive import EXPECTED, HERE, read_topic, settings_of, unpack
+from tests.golden.learning import learn_on, new_trainer
+from tests.golden.measures import MAP_BYTES, differences, measure, without_digests
+from trainer.versions import checkpoint
+
+CLOSE = 1e-5
+FOLDER = HERE / "0.1.0"
+RUNS: Mapping[str, Any] = json.loads((FOLDER / EXPECTED).read_text())["runs"]
+
+
+class Run(NamedTuple):
+    """A run of 0.1.0, unpacked.
+
+    Attributes:
+        expected: What it says of itself.
+        state: Its state directory.
+        settings: Its settings.
+    """
+
+    expected: Mapping[str, Any]
+    state: Path
+    settings: Settings
+
+
+@pytest.fixture(scope="module", params=sorted(RUNS))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    expected = RUNS[request.param]
+    state = unpack(FOLDER / expected["archive"], tmp_path_factory.mktemp(request.param))
+    return Run(expected, state, settings_of(expected, state))
+
+
+def test_everything_that_0_1_0_wrote_is_read_bit_by_bit_and_answers_as_it_did(run: Run) -> None:
+    """Registry, digests of merged versions, log, histories, waiting rows, serving's rows; answers within 1e-5."""
+    users = [one["user"] for one in run.expected["answers"]]
+    found = measure(run.state, run.settings, run.expected["answers_at_ms"], users, run.expected["item"])
+    assert set(found) == {"registry", "topics", "stream", "serving", "answers"}
+    for part, theirs in found.items():
+        # LiteRT's sums are in another order on another processor.
+        assert differences(run.expected[part], theirs, CLOSE if part == "answers" else 0.0, part) == []
+
+
+def test_learning_goes_on_to_the_same_weights(run: Run) -> None:
+    """From the newest version, and from nothing: step by step the same digest where the environment is the same, else close."""
+    registry = Registry(run.settings.registry_dir)
+    trainer = new_trainer(run.settings, registry)
+    log = read_topic(run.state / "topics", "microbatches")
+    theirs = machine(run.expected["registry"]["environment"])
+    ours = machine(checkpoint.environment(run.settings, trainer.device))
+    starts = [run.expected[name] for name in ("learned on", "learned from nothing") if name in run.expected]
+    for wanted in starts:
+        steps, mask = len(wanted["steps"]) - 1, Mask.from_json(wanted["mask"])
+        found = learn_on(trainer, registry, log, wanted["version"], steps, mask)
+        assert differences(without_digests(wanted), without_digests(found), CLOSE) == []
+        if all(ours.get(name) == value for name, value in theirs.items()):
+            assert [one["digest"] for one in found["steps"]] == [one["digest"] for one in wanted["steps"]]
+    assert starts
+
+
+def machine(environment: Mapping[str, str]) -> dict[str, str]:
+    """What an environment says of processor and libraries; names of settings have a dot."""
+    return {name: value for name, value in environment.items() if "." not in name}
+
+
+def test_the_writers_of_this_release_take_the_stores_over(run: Run, tmp_path: Path) -> None:
+    """A stream and an applier open them for writing, also after the machine was started anew."""
+    state = unpack(FOLDER / run.expected["archive"], tmp_path)
+    for _ in range(2):
+        for owner in ("stream-0", "serving"):
+            histories = HistoryStore(state / owner / HISTORIES, run.settings.features.history, MAP_BYTES)
+            part = run.expected["stream" if owner == "stream-0" else "serving"]
+            assert (histories.digest(), histories.waiting_rows()) == (part["digest"], part["waiting"])
+            histories.close()
+        rows = RowStore.open_anew(state / "serving" / ROWS, MAP_BYTES)
+        assert rows.entries() == run.expected["serving"]["entries"]
+        rows.close()
