@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from state.microbatch.codec import decode
 from state.microbatch.columns import NAMES
 from state.microbatch.cutting import trim
 from state.positions import Source
+from tests.streaming.forked import Forked
 
 DEADLINE_S = 120.0
 # The clicks are old, so that the broker would soon delete them.
@@ -85,9 +84,7 @@ class StreamProcess:
         env = {**os.environ, **settings.environment(), "SPRINGTIDE_KILL_AT": kill_at}
         if not kill_at:
             del env["SPRINGTIDE_KILL_AT"]
-        with log.open("ab") as errors:
-            command = [sys.executable, "-m", "streaming.pipeline", *arguments]
-            self.process = subprocess.Popen(command, env=env, stderr=errors)
+        self.process = Forked(arguments, env, log)
 
     def wait(self) -> int:
         """The exit code."""
