@@ -10,68 +10,35 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from state import layout
 from state.config.settings import Settings
-from state.errors import GapError, MicroBatchError, UnknownTopic, WrongEpoch
+from state.errors import GapError, MicroBatchError, WrongEpoch
 from state.log import LogReader
 from state.log.accepted_gaps import Journal
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
-from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control
-from state.registry.manifest import Draft, Kind, LogRange, Manifest
+from state.registry.manifest import Draft, Kind
 from state.registry.registry import Registry
-from trainer import accounts
+from trainer import accounts, gauges
 from trainer.accounts import Passages
 from trainer.engine.guard import Verdict
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
+from trainer.place import Place
+from trainer.resume import OpenLog, resume
 from trainer.versions import checkpoint, content
+from trainer.versions.draft import Drafter
 from trainer.versions.publisher import Publisher
 
 CONTROL_S = 0.05
 RECORDS = 32
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
-
-
-OpenLog = Callable[[int | None], LogReader]
-"""Opens the training log at an offset; None is its beginning."""
-
-
-@dataclass
-class Place:
-    """Where the trainer is: one consistent cut together with its weights.
-
-    Attributes:
-        epoch: Control's epoch.
-        parent: The newest version of this line.
-        first: Where the log goes on after `parent`.
-        next: Where the log goes on now.
-        marks: The next offset of each source.
-        rows: Rows read on this line.
-        duplicate: Of them, rows dropped as seen before.
-        masked: Of them, rows left out by a mask.
-        gap: Source positions that no record held, a loss that was accepted.
-        before: Source positions before the first one of this line, summed over sources.
-        changed: Whether there was a step since `parent`.
-    """
-
-    epoch: int
-    parent: int
-    first: int
-    next: int
-    marks: dict[Source, int] = field(default_factory=dict)
-    rows: int = 0
-    duplicate: int = 0
-    masked: int = 0
-    gap: int = 0
-    before: int = 0
-    changed: bool = False
 
 
 class Learner:
@@ -106,9 +73,16 @@ class Learner:
         consent: Consent = NO_CONSENT,
     ) -> None:
         self._settings, self._registry, self._trainer = settings, registry, trainer
-        self._open_log, self._program, self._spec, self._about = open_log, program, spec, about
+        self._open_log, self._spec, self._about = open_log, spec, about
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
-        self._environment = checkpoint.environment(settings, trainer.device)
+        self._drafter = Drafter(
+            settings.kafka.microbatches_topic,
+            settings.trainer.partition,
+            spec,
+            program,
+            str(about["salt"]),
+            checkpoint.environment(settings, trainer.device),
+        )
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
         self._publisher = Publisher(registry.path, metrics)
@@ -139,8 +113,8 @@ class Learner:
             self._begin(control)
         else:
             restored = checkpoint.restore(self._registry, version, self._trainer, self._spec)
-            self._log, at = self._open_behind_gaps(restored)
-            self._place_at(restored, at)
+            self._log, at = resume(restored, self._open_log, self._passages)
+            self.place = Place.restored(restored, control.epoch, at)
         self.caught_up = False
         self._published = self._elapsed()
         self._metrics.epoch.set(control.epoch)
@@ -158,26 +132,7 @@ class Learner:
         self.place = Place(control.epoch, parent=0, first=begin, next=begin)
         tensors = checkpoint.full(self._trainer)
         made = self._registry.publish(self._draft("base"), content.encode(tensors))
-        self.place.parent = made.version
-
-    def _open_behind_gaps(self, restored: Manifest) -> tuple[LogReader, int]:
-        """The log where `restored` goes on, or behind what was accepted as lost there; and that offset."""
-        at = self._passages.past(Source(restored.log.topic_id, restored.log.partition), restored.log.next)
-        try:
-            return self._open_log(at), at
-        except GapError as error:
-            at = self._passages.pass_log(error, restored.marks)
-            return self._open_log(at), at
-
-    def _place_at(self, restored: Manifest, at: int) -> None:
-        if restored.log.topic_id != self._reader.topic_id:
-            raise UnknownTopic(
-                f"version {restored.version} was trained on topic id {restored.log.topic_id}, {restored.log.topic} is now "
-                f"{self._reader.topic_id}: it was deleted and made again; start a new state directory, or restore the topic"
-            )
-        self.place = Place(self.control.epoch, restored.version, restored.log.next, at, restored.marks)
-        for name in ("rows", "duplicate", "masked", "gap", "before"):
-            setattr(self.place, name, int(restored.metrics.get(f"account.{name}", 0)))
+        self.place = replace(self.place, parent=made.version)
 
     # Learning
 
@@ -201,7 +156,7 @@ class Learner:
         except GapError as error:
             at = self._passages.pass_log(error, self.place.marks)
             self._reader.close()
-            self._log, self.place.next = self._open_log(at), at
+            self._log, self.place = self._open_log(at), replace(self.place, next=at)
             return 0
         for batch in batches:
             if batch.corrupt:
@@ -215,7 +170,7 @@ class Learner:
                     # What was polled and not taken is polled again.
                     self._reader.seek(self._settings.trainer.partition, self.place.next)
                     return taken
-            self.place.next = batch.next
+            self.place = replace(self.place, next=batch.next)
         lag = self._reader.lag().get(self._settings.trainer.partition, 0)
         self._metrics.lag_records.set(lag)
         if lag == 0 and not self.caught_up:
@@ -227,35 +182,23 @@ class Learner:
 
     def _account(self) -> dict[str, int]:
         """What became of the rows of the training log, since this line began."""
-        place, counters = self.place, self._trainer.counters
-        counted = {name: getattr(place, name) for name in ("rows", "duplicate", "masked", "gap", "before")}
-        return {**counted, "trained": counters.trained, "skipped": counters.skipped}
+        counters = self._trainer.counters
+        return self.place.counts() | {"trained": counters.trained, "skipped": counters.skipped}
 
     def _take(self, offset: int, value: bytes | None) -> None:
         """One record is one step, where a row is left to learn from."""
-        place, metrics = self.place, self._metrics
-        found = take_in(
-            value, place.marks, self.control.mask, self._spec, str(self._about["salt"]), self._where(offset)
-        )
-        place.gap += self._passages.pass_sources(found.gaps, self._where(offset), self._reader.topic_id)
-        place.before += sum(part.first for part in found.batch.header.ranges if part.source not in place.marks)
-        place.marks, place.next = found.marks, offset + 1
-        place.rows += found.rows
-        place.duplicate += found.duplicate
-        place.masked += found.masked
-        metrics.rows.labels("duplicate").inc(found.duplicate)
-        metrics.rows.labels("masked").inc(found.masked)
+        where, salt = self._where(offset), str(self._about["salt"])
+        found = take_in(value, self.place.marks, self.control.mask, self._spec, salt, where)
+        passed = self._passages.pass_sources(found.gaps, where, self._reader.topic_id)
+        self.place = self.place.taken(found, offset, passed)
+        gauges.show_intake(found, self._metrics)
         if len(found.batch) == 0:
             return
         report = self._trainer.step(found.batch)
-        place.changed = True
+        self.place = replace(self.place, changed=True)
         killpoints.reach("loop.stepped")
-        metrics.steps.inc()
-        metrics.step_seconds.observe(report.seconds)
-        metrics.guard.labels(report.verdict.value).inc()
-        metrics.rows.labels("trained" if report.verdict is Verdict.ACCEPT else "skipped").inc(report.rows)
+        gauges.show_step(report, self._metrics)
         if report.verdict is Verdict.HOLD:
-            metrics.held.set(1)
             logger.error(
                 "training is held: %d steps in a row were bad, the last at offset %d (loss %.3g, gradient norm %.3g); "
                 "look at the clicks, then `springtide rollback --to V --skip PARTITION:A-B --reason TEXT`",
@@ -306,35 +249,14 @@ class Learner:
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, tensors)
         self._published = self._elapsed()
-        self.place.changed = False
-        self.place.first = self.place.next
-        for name, table in self._trainer.tables.items():
-            self._metrics.table_rows.labels(name).set(len(table))
-        for gauge, name in (
-            (self._metrics.log_loss, "log_loss"),
-            (self._metrics.auc, "auc"),
-            (self._metrics.top1_ratio, "top1"),
-        ):
-            gauge.set(draft.metrics.get(name, float("nan")))
-        self._show_slices()
-
-    def _show_slices(self) -> None:
-        """Sets the gauges of the slices; a value may have got its name meanwhile."""
-        shown = {
-            "rows": self._metrics.slice_rows,
-            "log_loss": self._metrics.slice_log_loss,
-            "auc": self._metrics.slice_auc,
-        }
-        for gauge in shown.values() if self._trainer.slices else ():
-            gauge.clear()
-        for one in self._trainer.slices.measures():
-            for name in shown.keys() & one.figures.keys():
-                shown[name].labels(one.attribute, one.value).set(one.figures[name])
+        self.place = self.place.handed_over()
+        gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
+        gauges.show_slices(self._trainer.slices, self._metrics)
 
     def _settle(self, wait: bool = False) -> None:
         made = self._publisher.settle(wait)
         if made is not None:
-            self.place.parent = made.version
+            self.place = replace(self.place, parent=made.version)
             self._metrics.version.set(made.version)
 
     def close(self) -> None:
@@ -355,32 +277,9 @@ class Learner:
             self._reader.close()
 
     def _draft(self, kind: Kind) -> Draft:
-        place, counters, kafka = self.place, self._trainer.counters, self._settings.kafka
-        return Draft(
-            kind=kind,
-            epoch=place.epoch,
-            parent=place.parent or None,
-            log=LogRange(
-                kafka.microbatches_topic,
-                self._reader.topic_id,
-                self._settings.trainer.partition,
-                place.first,
-                place.next,
-            ),
-            sources=tuple(place.marks.items()),
-            steps=counters.steps,
-            rows=counters.trained,
-            created_at_ms=int(self._clock() * 1000),
-            event_time_ms=counters.event_time_ms,
-            spec=self._spec,
-            program=self._program,
-            salt=str(self._about["salt"]),
-            mask_generation=self.control.mask.generation,
-            metrics=self._trainer.evaluation.values()
-            | self._trainer.slices.values()
-            | {f"account.{name}": float(value) for name, value in self._account().items()},
-            environment=self._environment,
-        )
+        now_ms = int(self._clock() * 1000)
+        generation, topic_id = self.control.mask.generation, self._reader.topic_id
+        return self._drafter.draft(kind, self.place, self._trainer, self._account(), topic_id, generation, now_ms)
 
     @property
     def _reader(self) -> LogReader:

@@ -23,7 +23,8 @@ from state.registry.control import start
 from state.registry.registry import Registry
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.engine.step import Trainer
-from trainer.learner import NO_CONSENT, Learner, OpenLog
+from trainer.learner import NO_CONSENT, Learner
+from trainer.resume import OpenLog
 
 TOPIC_ID = "cd" * 16
 LOG = Kafka().microbatches_topic

@@ -32,7 +32,7 @@ from tests.trainer.logs import (
 )
 from tests.trainer.test_loop import POISON
 from trainer import compactor, verify
-from trainer.verify import Verdict
+from trainer.comparison import Comparison
 from trainer.versions import checkpoint, content
 
 RECORDS = [microbatch(number) for number in range(20)]
@@ -44,7 +44,7 @@ def started_with_spec(path: Path) -> Registry:
     return registry
 
 
-def asked(registry: Registry, log: Log, version: int, base: int | None = None) -> Verdict:
+def asked(registry: Registry, log: Log, version: int, base: int | None = None) -> Comparison:
     return verify.verify(
         small_settings(), registry, version, base, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
     )

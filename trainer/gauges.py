@@ -1,0 +1,45 @@
+"""What the trainer shows of itself: steps, rows, versions and measures, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+
+from state.metrics import TrainerMetrics
+from trainer.engine.guard import Verdict
+from trainer.engine.step import Report
+from trainer.intake import Intake
+from trainer.measures.slices import Slices
+
+
+def show_intake(found: Intake, metrics: TrainerMetrics) -> None:
+    """Counts the rows of a record that are not learned from."""
+    metrics.rows.labels("duplicate").inc(found.duplicate)
+    metrics.rows.labels("masked").inc(found.masked)
+
+
+def show_step(report: Report, metrics: TrainerMetrics) -> None:
+    """Counts a step and its rows."""
+    metrics.steps.inc()
+    metrics.step_seconds.observe(report.seconds)
+    metrics.guard.labels(report.verdict.value).inc()
+    metrics.rows.labels("trained" if report.verdict is Verdict.ACCEPT else "skipped").inc(report.rows)
+    if report.verdict is Verdict.HOLD:
+        metrics.held.set(1)
+
+
+def show_version(measured: Mapping[str, float], tables: Mapping[str, Sized], metrics: TrainerMetrics) -> None:
+    """Sets the gauges of what a version was measured at, and of the tables' rows."""
+    for name, table in tables.items():
+        metrics.table_rows.labels(name).set(len(table))
+    for gauge, name in ((metrics.log_loss, "log_loss"), (metrics.auc, "auc"), (metrics.top1_ratio, "top1")):
+        gauge.set(measured.get(name, float("nan")))
+
+
+def show_slices(slices: Slices, metrics: TrainerMetrics) -> None:
+    """Sets the gauges of the slices; a value may have got its name meanwhile."""
+    shown = {"rows": metrics.slice_rows, "log_loss": metrics.slice_log_loss, "auc": metrics.slice_auc}
+    for gauge in shown.values() if slices else ():
+        gauge.clear()
+    for one in slices.measures():
+        for name in shown.keys() & one.figures.keys():
+            shown[name].labels(one.attribute, one.value).set(one.figures[name])

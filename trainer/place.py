@@ -1,0 +1,76 @@
+"""Where the trainer is in the training log, and what became of the rows on the way there. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from state.positions import Source
+from state.registry.manifest import Manifest
+from trainer.intake import Intake
+
+COUNTS = ("rows", "duplicate", "masked", "gap", "before")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the trainer is: one consistent cut together with its weights.
+
+    Attributes:
+        epoch: Control's epoch.
+        parent: The newest version of this line; 0 for none.
+        first: Where the log goes on after `parent`.
+        next: Where the log goes on now.
+        marks: The next offset of each source.
+        rows: Rows read on this line.
+        duplicate: Of them, rows dropped as seen before.
+        masked: Of them, rows left out by a mask.
+        gap: Source positions that no record held, a loss that was accepted.
+        before: Source positions before the first one of this line, summed over sources.
+        changed: Whether there was a step since `parent`.
+    """
+
+    epoch: int
+    parent: int
+    first: int
+    next: int
+    marks: Mapping[Source, int] = field(default_factory=dict)
+    rows: int = 0
+    duplicate: int = 0
+    masked: int = 0
+    gap: int = 0
+    before: int = 0
+    changed: bool = False
+
+    @classmethod
+    def restored(cls, version: Manifest, epoch: int, next: int) -> Place:
+        """At a version that was loaded, going on at `next`."""
+        counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in COUNTS}
+        return cls(epoch, version.version, version.log.next, next, version.marks, **counts)
+
+    def taken(self, found: Intake, offset: int, gap: int) -> Place:
+        """After the record at `offset`, before which `gap` source positions were passed as lost."""
+        new = (part.first for part in found.batch.header.ranges if part.source not in self.marks)
+        return replace(
+            self,
+            next=offset + 1,
+            marks=found.marks,
+            rows=self.rows + found.rows,
+            duplicate=self.duplicate + found.duplicate,
+            masked=self.masked + found.masked,
+            gap=self.gap + gap,
+            before=self.before + sum(new),
+        )
+
+    def handed_over(self) -> Place:
+        """Once all that changed is on its way to a version."""
+        return replace(self, first=self.next, changed=False)
+
+    def counts(self) -> dict[str, int]:
+        """What is counted of the rows of this line.
+
+        >>> Place(1, 0, 0, 9, rows=5, masked=2).counts()
+        {'rows': 5, 'duplicate': 0, 'masked': 2, 'gap': 0, 'before': 0}
+        """
+        return {name: getattr(self, name) for name in COUNTS}

@@ -1,0 +1,193 @@
+"""Learns records of the training log again, segment by segment, as the trainer did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from state.errors import GapError, LogError
+from state.features.mask import Mask
+from state.log import LogReader, accepted_gaps
+from state.log.accepted_gaps import Accepted
+from state.positions import Source
+from state.registry.manifest import LogRange, Manifest
+from trainer.intake import take_in
+from trainer.segments import Segment
+
+if TYPE_CHECKING:
+    from trainer.engine.step import Trainer
+
+RECORDS = 64
+POLL_S = 0.2
+PROGRESS_S = 1.0
+ACCOUNT = ("rows", "duplicate", "masked")
+
+Learn = Callable[[int, bytes | None, Mask], None]
+"""Takes a record: offset, value, and the rows to leave out."""
+
+
+class Replay:
+    """Learns the records of the log again. One thread.
+
+    Args:
+        trainer: At the base.
+        base: Its manifest; None for nothing.
+        spec: Digest of the feature spec.
+        salt: Fingerprint of the salt.
+        where: Names an offset, for messages.
+    """
+
+    def __init__(self, trainer: Trainer, base: Manifest | None, spec: str, salt: str, where: str) -> None:
+        self._trainer, self._spec, self._salt, self._where = trainer, spec, salt, where
+        self.marks = {} if base is None else base.marks
+        counted = {} if base is None else base.metrics
+        self.account = {name: int(counted.get(f"account.{name}", 0)) for name in ACCOUNT}
+        self.steps = self.rows = 0
+
+    def take(self, offset: int, value: bytes | None, mask: Mask) -> None:
+        """One record is one step, as in the trainer's loop.
+
+        Raises:
+            MicroBatchError: The record cannot be read.
+        """
+        found = take_in(value, self.marks, mask, self._spec, self._salt, f"{self._where} offset {offset}")
+        self.marks = found.marks
+        self.rows += found.rows
+        for name in ACCOUNT:
+            self.account[name] += getattr(found, name)
+        if len(found.batch) == 0:
+            return
+        if self._trainer.guard.held:
+            # Nothing is learned while training is held: somebody let it go on from here.
+            self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
+        self._trainer.step(found.batch)
+        self.steps += 1
+
+
+class SegmentReader:
+    """Reads segments of the training log, over the gaps that the trainer passed. One thread.
+
+    A rollback makes a segment begin before the one before it ended: the log is
+    opened again there.
+
+    Args:
+        open_at: Opens the log at an offset.
+        log: The part of the log that the version says it learned.
+        accepted: Gaps that the trainer passed.
+        patience_s: The longest wait for a record that must be there.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        open_at: Callable[[int], LogReader],
+        log: LogRange,
+        accepted: Sequence[Accepted],
+        patience_s: float,
+        elapsed: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._open_at, self._partition, self._source = open_at, log.partition, Source(log.topic_id, log.partition)
+        self._accepted, self._patience_s, self._elapsed = accepted, patience_s, elapsed
+        self._log: LogReader | None = None
+
+    def records(self, segment: Segment) -> Iterator[tuple[int, bytes | None]]:
+        """Offset and value of each record of a segment, in order.
+
+        Raises:
+            GapError: Records are gone.
+            LogError: They do not come.
+        """
+        log = self._moved_to(self._past(segment.first))
+        waited_s = self._elapsed()
+        while log.position(self._partition) < segment.next:
+            try:
+                batches = log.poll(POLL_S, RECORDS)
+            except GapError as error:
+                over = self._past(log.position(self._partition))
+                if not any(over == gap.next for gap in error.gaps):
+                    raise
+                log = self._moved_to(over)
+                continue
+            for batch in batches:
+                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+                    if offset < segment.next:
+                        yield offset, value
+                waited_s = self._elapsed()
+            if self._elapsed() - waited_s > self._patience_s:
+                raise LogError(
+                    f"the training log gave nothing after offset {log.position(self._partition)} for {self._patience_s:g} s, "
+                    f"and the version needs it up to {segment.next}; look after the broker and try again"
+                )
+
+    def close(self) -> None:
+        """Closes the log."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _past(self, offset: int) -> int:
+        return accepted_gaps.past(self._accepted, self._source, offset)
+
+    def _moved_to(self, offset: int) -> LogReader:
+        if self._log is None or self._log.position(self._partition) != offset:
+            self.close()
+            self._log = self._open_at(offset)
+        return self._log
+
+
+class Progress:
+    """Says once a second how far a replay is, and how long it will take.
+
+    Args:
+        total: Positions to do.
+        done: What counts steps and rows.
+        say: Takes the lines.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(
+        self, total: int, done: Replay, say: Callable[[str], None], elapsed: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._done, self._say, self._elapsed = total, done, say, elapsed
+        self._said_s = elapsed()
+        self._began: tuple[float, int] | None = None
+
+    def reach(self, positions: int) -> None:
+        """Notes that so many positions are done."""
+        now_s = self._elapsed()
+        # The first step compiles: the pace is measured from there.
+        self._began = began_s, began = self._began or (now_s, positions)
+        if now_s - self._said_s < PROGRESS_S or positions <= began:
+            return
+        self._said_s = now_s
+        left_s = (now_s - began_s) / (positions - began) * max(0, self._total - positions)
+        self._say(
+            f"verify: {positions} of {self._total} positions, {self._done.steps} steps, {self._done.rows:,} rows, "
+            f"{left_s:.0f} s left"
+        )
+
+
+def replay(reader: SegmentReader, segments: Sequence[Segment], learn: Learn, reach: Callable[[int], None]) -> None:
+    """Gives each record of the segments to `learn`, in order; closes the reader.
+
+    Args:
+        reader: Of the log.
+        segments: Oldest first.
+        learn: Takes each record.
+        reach: Told the number of positions done.
+
+    Raises:
+        GapError: Records are gone.
+        LogError: They do not come.
+    """
+    done = 0
+    try:
+        for segment in segments:
+            for offset, value in reader.records(segment):
+                learn(offset, value, segment.mask)
+                reach(done + offset - segment.first)
+            done += segment.next - segment.first
+    finally:
+        reader.close()

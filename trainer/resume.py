@@ -1,0 +1,36 @@
+"""Opens the training log where a version left it, or behind what was accepted as lost there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from state.errors import GapError, UnknownTopic
+from state.log import LogReader
+from state.positions import Source
+from state.registry.manifest import Manifest
+from trainer.accounts import Passages
+
+OpenLog = Callable[[int | None], LogReader]
+"""Opens the training log at an offset; None is its beginning."""
+
+
+def resume(restored: Manifest, open_log: OpenLog, passages: Passages) -> tuple[LogReader, int]:
+    """The log at the offset where `restored` goes on, and that offset.
+
+    Raises:
+        UnknownTopic: The log was made anew since that version.
+        GapError: It does not reach back to that version any more, and nobody accepted it.
+    """
+    at = passages.past(Source(restored.log.topic_id, restored.log.partition), restored.log.next)
+    try:
+        log = open_log(at)
+    except GapError as error:
+        at = passages.pass_log(error, restored.marks)
+        log = open_log(at)
+    if restored.log.topic_id != log.topic_id:
+        log.close()
+        raise UnknownTopic(
+            f"version {restored.version} was trained on topic id {restored.log.topic_id}, {restored.log.topic} is now "
+            f"{log.topic_id}: it was deleted and made again; start a new state directory, or restore the topic"
+        )
+    return log, at

@@ -1,0 +1,74 @@
+"""The line of a version: the base that it can be recomputed from, and the parts of the training log between. Pure reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from state.errors import UnknownVersion
+from state.features.mask import Mask
+from state.registry.control import Control
+from state.registry.manifest import Manifest, sees
+from state.registry.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the training log that was learned under one mask.
+
+    Attributes:
+        first: Its first offset.
+        next: The offset after it.
+        mask: The rows left out.
+    """
+
+    first: int
+    next: int
+    mask: Mask
+
+
+def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifest | None:
+    """The version to begin from: the one asked for, else the nearest base below `target`; None to begin from nothing.
+
+    Raises:
+        UnknownVersion: There is none, it is not kept, or it does not lead to `target`.
+    """
+    if wanted is not None:
+        if wanted > target.version or not sees(target.visible, wanted):
+            raise UnknownVersion(
+                f"version {target.version} does not descend from version {wanted}; leave --from out, or take one of "
+                "`springtide versions` on its line"
+            )
+        return registry.manifest(wanted)
+    below = [one for one in registry.bases() if one < target.version and sees(target.visible, one)]
+    if below:
+        return registry.manifest(below[-1], "base")
+    if target.parent is None:
+        return None
+    raise UnknownVersion(
+        f"version {target.version} cannot be recomputed: no base before it is kept; versions made after the oldest kept "
+        "base can, see `springtide versions --all` and registry.base_keep_h"
+    )
+
+
+def segments_of(
+    registry: Registry, controls: Sequence[Control], base: Manifest | None, target: Manifest
+) -> list[Segment]:
+    """The parts of the log from `base` to `target`, oldest first, each with its epoch's mask.
+
+    Raises:
+        UnknownVersion: A version that an epoch began from is not kept any more.
+    """
+    began = {control.epoch: control for control in reversed(controls)}
+    found: list[Segment] = []
+    epoch, end = target.epoch, target.log.next
+    while base is not None and epoch != base.epoch:
+        start = began[epoch].base
+        if start is None:
+            raise UnknownVersion(f"epoch {epoch} began from nothing: version {base.version} does not lead to it")
+        turned = registry.manifest(start)
+        found.append(Segment(turned.log.next, end, began[epoch].mask))
+        epoch, end = turned.epoch, turned.log.next
+    first = target.log.first if base is None else base.log.next
+    found.append(Segment(first, end, began[epoch].mask if epoch in began else Mask.NONE))
+    return found[::-1]

@@ -1,0 +1,73 @@
+"""What a version says of itself before it is published: the log range, the counts, the measures, and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from state.registry.manifest import Draft, Kind, LogRange
+from trainer.engine.step import Trainer
+from trainer.place import Place
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Drafts of the versions of one process; what is said here is the same in all of them.
+
+    Attributes:
+        topic: Name of the training log's topic.
+        partition: Its partition.
+        spec: Digest of the feature spec.
+        program: SHA-256 of the program that fits the model.
+        salt: Fingerprint of the salt.
+        environment: What the bits depend on.
+    """
+
+    topic: str
+    partition: int
+    spec: str
+    program: str
+    salt: str
+    environment: Mapping[str, str]
+
+    def draft(
+        self,
+        kind: Kind,
+        place: Place,
+        trainer: Trainer,
+        account: Mapping[str, int],
+        topic_id: str,
+        mask_generation: int,
+        now_ms: int,
+    ) -> Draft:
+        """The draft of a version with the weights that `trainer` has now.
+
+        Args:
+            kind: Base or delta.
+            place: Where the trainer is.
+            trainer: Its counters and measures.
+            account: What became of the rows.
+            topic_id: Of the training log.
+            mask_generation: Of the mask that it learned under.
+            now_ms: Wall clock.
+        """
+        counters = trainer.counters
+        return Draft(
+            kind=kind,
+            epoch=place.epoch,
+            parent=place.parent or None,
+            log=LogRange(self.topic, topic_id, self.partition, place.first, place.next),
+            sources=tuple(place.marks.items()),
+            steps=counters.steps,
+            rows=counters.trained,
+            created_at_ms=now_ms,
+            event_time_ms=counters.event_time_ms,
+            spec=self.spec,
+            program=self.program,
+            salt=self.salt,
+            mask_generation=mask_generation,
+            metrics=trainer.evaluation.values()
+            | trainer.slices.values()
+            | {f"account.{name}": float(value) for name, value in account.items()},
+            environment=self.environment,
+        )
