@@ -38,7 +38,7 @@ from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
-from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.options import add_file_arguments, as_settings, chosen
 from state.registry.registry import Registry
 from streaming import examples
@@ -71,7 +71,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         examples.require_empty(wanted.examples)
     # 1.
     if is_own(settings.model.preprocessing) and not known and not wanted.checked:
-        with hushed():
+        with quiet_stderr():
             checked = check_preprocessing(settings.model.preprocessing, spec)
         say(checked)
     # Importing what the analysis needs takes as long as the wait for clicks: they overlap.
@@ -84,7 +84,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     ):
         # 2.
         output = None if known else Path(folder)
-        with hushed():
+        with quiet_stderr():
             run_job(handle, wanted, output)
         sample = handle.context
         now_ms = int(clock() * 1000)
@@ -112,7 +112,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _import_analysis() -> None:
-    with hushed():
+    with quiet_stderr():
         for module in (
             "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
             "tfx_bsl.tfxio.tensor_adapter",
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # Beam's import may load TensorFlow already.
-    quieten(os.environ)
+    quiet_tensorflow(os.environ)
     # By its real name: what Beam pickles must not live in __main__.
     from streaming.bootstrap import main as run_main
 

@@ -30,7 +30,7 @@ from state.config.settings import load
 from state.errors import ProgramError, SettingsError, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.user_code import told
 
 ROWS = 64
@@ -184,14 +184,14 @@ def _name(variable: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks `model.tower` of the settings behind the graph in `--transform DIR`; returns the exit code."""
-    quieten(os.environ)
+    quiet_tensorflow(os.environ)
     errors = own_stderr()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--transform", type=Path)
     asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         settings = load(flags, os.environ)
-        with hushed():
+        with quiet_stderr():
             said = _check_model(settings.model, FeatureSpec.from_settings(settings), asked.transform)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)

@@ -24,11 +24,10 @@ import importlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -36,18 +35,19 @@ from prometheus_client import CollectorRegistry
 from state import layout
 from state.config.settings import Settings, load
 from state.disk.lock import DirectoryLock
-from state.errors import CorruptVersion, SpringtideError, of_disk
+from state.errors import SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.log import Reader
 from state.log.gap_options import take_options
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
-from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import start
 from state.registry.registry import Registry
 from state.registry.specs import require_preprocessing
 from trainer.checks import check_tower, is_own
+from trainer.compaction import Compaction, doubt
 
 if TYPE_CHECKING:
     from trainer.learner import Learner
@@ -57,70 +57,6 @@ PROGRESS_S = 5.0
 LOOK_S = 0.2
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
-
-
-class Compaction:
-    """Starts the compactor every so often, one at a time, with the trainer's own settings.
-
-    Args:
-        arguments: The command line of this process.
-        every_s: Seconds from one start to the next.
-        elapsed: Monotonic seconds.
-        on_failure: What to look at when one fails.
-    """
-
-    def __init__(
-        self,
-        arguments: Sequence[str],
-        every_s: float,
-        elapsed: Callable[[], float] = time.monotonic,
-        on_failure: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
-        self._every_s, self._elapsed, self._on_failure = every_s, elapsed, on_failure
-        self._next_s = elapsed() + every_s
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def tick(self) -> None:
-        """Starts one that is due and takes note of one that ended.
-
-        Raises:
-            SpringtideError: What `on_failure` found.
-        """
-        if self._child is not None:
-            code = self._child.poll()
-            if code is None:
-                return
-            if code != 0:
-                logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
-            self._child = None
-            if code != 0:
-                self._on_failure()
-        if self._elapsed() >= self._next_s:
-            self._next_s = self._elapsed() + self._every_s
-            self._child = subprocess.Popen(self._command)
-
-    def close(self) -> None:
-        """Ends a child; what it had not finished is absent."""
-        if self._child is not None:
-            self._child.terminate()
-            self._child.wait()
-
-
-def doubt(registry: Registry, version: int) -> None:
-    """Reads all that `version` is made from, while the trainer waits: what is built on damage can never be restored.
-
-    Raises:
-        CorruptVersion: A part of it is damaged.
-    """
-    try:
-        base, deltas = registry.chain(version)
-        for part in (base, *deltas):
-            registry.verify(part)
-    except CorruptVersion as error:
-        raise CorruptVersion(
-            f"{error}, or start the trainer again: it sets the damaged one aside and learns what came after from the log"
-        ) from error
 
 
 def await_spec(registry: Registry, digest: str, stopping: threading.Event) -> bool:
@@ -137,7 +73,7 @@ def await_spec(registry: Registry, digest: str, stopping: threading.Event) -> bo
 
 def _import_model() -> None:
     begun_s, begun_cpu_s = time.monotonic(), time.process_time()
-    with hushed():
+    with quiet_stderr():
         importlib.import_module("trainer.learner")
         importlib.import_module("trainer.versions.program")
     logger.info(
@@ -153,7 +89,7 @@ def _check_own(settings: Settings) -> None:
     Raises:
         ProgramError: It is not what a tower has to be.
     """
-    with hushed():
+    with quiet_stderr():
         from trainer import device
         from trainer.model.tower import width_in
 
@@ -170,7 +106,7 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
         SpringtideError: The registry or the training log cannot be used.
     """
     # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
-    with hushed():
+    with quiet_stderr():
         from trainer import device
         from trainer.engine.step import Trainer
         from trainer.learner import Learner
@@ -248,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", stream=own_stderr())
     for noisy in ("kafka", "absl", "tensorflow"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    quieten(os.environ)
+    quiet_tensorflow(os.environ)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -31,7 +31,7 @@ from state.errors import GapError, LogError, RegistryError, SpringtideError, of_
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics
 from state.log.accepted_gaps import Journal
-from state.process.quiet_stderr import hushed, own_stderr, quieten
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from trainer.comparison import Comparison, compare
@@ -145,7 +145,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
 
     def make_trainer() -> Trainer:
         # TensorFlow is loaded only once the version is known to be there.
-        with hushed():
+        with quiet_stderr():
             from trainer import device
             from trainer.engine.step import Trainer
             from trainer.versions.program import preprocessing_of
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=errors)
         for noisy in ("kafka", "absl", "tensorflow"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        quieten(os.environ)
+        quiet_tensorflow(os.environ)
         os.nice(NICENESS)
 
         def say(line: str) -> None:

@@ -1,6 +1,6 @@
 """How we connect to Kafka, and how its client's errors become ours.
 
-Part of `state.log`; only the files `state/log*.py` import the Kafka client.
+Part of `state.log`; only the files of this package import the Kafka client.
 """
 
 from __future__ import annotations

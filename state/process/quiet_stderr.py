@@ -36,7 +36,7 @@ def is_talk(line: bytes) -> bool:
     return _TALK.match(line) is not None
 
 
-def quieten(environment: MutableMapping[str, str]) -> None:
+def quiet_tensorflow(environment: MutableMapping[str, str]) -> None:
     """Lowers TensorFlow's log level, and hides a GPU driver's absence; before TensorFlow is loaded."""
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -44,12 +44,12 @@ def quieten(environment: MutableMapping[str, str]) -> None:
 
 
 def own_stderr() -> TextIO:
-    """The present standard error as a stream that `hushed` does not hold back: for the process's own log."""
+    """The present standard error as a stream that `quiet_stderr` does not hold back: for the process's own log."""
     return os.fdopen(os.dup(2), "w", buffering=1)
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """Holds back what the process writes to the standard error meanwhile, then writes all but the talk."""
     sys.stderr.flush()
     # The descriptor belongs to the whole process: two threads take turns.

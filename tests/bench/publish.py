@@ -31,12 +31,12 @@ def main(rows: int) -> None:
     from state.config.settings import Settings
     from state.features.spec import FeatureSpec
     from state.metrics import TrainerMetrics
-    from state.process.quiet_stderr import hushed
+    from state.process.quiet_stderr import quiet_stderr
     from state.registry.control import start
     from state.registry.manifest import Draft, LogRange
     from state.registry.registry import Registry
 
-    with hushed():
+    with quiet_stderr():
         from trainer.engine.step import Trainer
         from trainer.versions import checkpoint, content
         from trainer.versions.publisher import Publisher

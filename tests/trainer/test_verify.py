@@ -30,7 +30,7 @@ from tests.trainer.logs import (
     write_transform,
     written,
 )
-from tests.trainer.test_loop import POISON
+from tests.trainer.test_learner import POISON
 from trainer import compactor, verify
 from trainer.comparison import Comparison
 from trainer.versions import checkpoint, content

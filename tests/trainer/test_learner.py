@@ -1,0 +1,204 @@
+"""The learner: whatever happens to it, the weights are a function of base, log range and mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from state.errors import GapError, UnknownTopic
+from state.features.mask import Mask
+from state.positions import Source
+from state.process import killpoints
+from state.registry.control import Control, follow, pin, roll_back
+from state.registry.registry import SERVING, Registry
+from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
+from tests.trainer.logs import (
+    append,
+    learner,
+    run_to_end,
+    shared,
+    started,
+    with_weight,
+    without,
+    written,
+)
+from trainer.learner import Learner
+from trainer.versions import checkpoint
+
+RECORDS = [microbatch(number) for number in range(24)]
+POISON = Mask(
+    offsets=((Source(TOPIC, 0).topic, 0, 200, 330),), times=((START_MS + 20 * 150_000, START_MS + 21 * 150_000),)
+)
+
+
+def who(reason: str = "test") -> dict[str, object]:
+    return {"actor": "ann", "reason": reason, "now_ms": 5}
+
+
+def state(running: Learner) -> tuple[str, int, dict[Source, int]]:
+    return checkpoint.digest(running._trainer), running.place.next, running.place.marks
+
+
+def rolled_back(to: int, mask: Mask) -> Callable[[Control], Control]:
+    return lambda control: roll_back(control, to, mask, actor="ann", reason="poison", now_ms=5)
+
+
+def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path) -> None:
+    registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
+    ours = learner(registry, log)
+    run_to_end(ours)
+    ours.tick(0.0)
+    ours._settle(wait=True)
+    to = ours.place.parent
+    append(log, RECORDS[8:])
+    run_to_end(ours)
+    poisoned = state(ours)
+    registry.change(rolled_back(to, POISON))
+    run_to_end(ours)
+    assert ours.place.epoch == 2
+    assert ours.place.masked > 100
+
+    other = started(tmp_path / "theirs")
+    log = written([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
+    theirs = learner(other, log, trainer=shared(1))
+    run_to_end(theirs)
+    assert state(ours) == state(theirs)
+    assert state(ours) != poisoned
+    ours.close()
+    newest = registry.manifest(registry.newest(2) or 0)
+    assert newest.log.next in (ours.place.next - 1, ours.place.next), "a marker follows the last record"
+    assert newest.visible == ((_first_of(registry, 2), newest.version), (1, to))
+    assert newest.mask_generation == 2
+
+
+def _first_of(registry: Registry, epoch: int) -> int:
+    return min(version for version in registry.versions() if registry.manifest(version).epoch == epoch)
+
+
+def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) -> None:
+    whole = learner(started(tmp_path / "whole"), written(RECORDS))
+    run_to_end(whole)
+    expected = state(whole)
+    registry, log, known = started(tmp_path / "cut"), written([]), 0
+    for capacity, records in (("64", 13), ("1024", 17), ("64", 24)):
+        append(log, RECORDS[known:records])
+        known = records
+        running = learner(registry, log, trainer=shared(1, "--trainer.capacity", capacity))
+        run_to_end(running)
+        # Killed: what was not published is lost, and learned again.
+        running._publisher.close()
+    assert state(running) == expected
+    assert (running.place.rows, running.place.duplicate) == (whole.place.rows, 0)
+
+
+def test_rows_written_again_by_a_crashed_stream_change_nothing(tmp_path: Path) -> None:
+    once = learner(started(tmp_path / "once"), written(RECORDS[:6]))
+    run_to_end(once)
+    expected = state(once)
+    again = learner(started(tmp_path / "again"), written([*RECORDS[:4], *RECORDS[2:6]]))
+    run_to_end(again)
+    assert (state(again)[0], again.place.marks) == (expected[0], expected[2])
+    assert again.place.duplicate == 80
+    assert again.place.rows == again._trainer.counters.trained + again.place.duplicate
+
+
+def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
+    registry = started(tmp_path)
+    running = learner(registry, written(RECORDS[:2]))
+    run_to_end(running)
+    for _ in range(20):
+        running.tick(0.0)
+        running._settle(wait=True)
+    before = registry.versions()
+    for _ in range(20):
+        running.tick(0.0)
+    running.close()
+    assert registry.versions() == before
+
+
+def test_a_version_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    registry = started(tmp_path)
+    running = learner(registry, written(RECORDS[:3]), "--trainer.publish_s", "3600")
+    run_to_end(running)
+    running.close()
+    made = registry.manifest(registry.newest(1) or 0)
+    assert (made.log.first, made.log.next, made.steps, made.rows) == (0, 6, 3, 120)
+    assert made.marks == {Source(TOPIC, 0): 60, Source(TOPIC, 1): 60}
+    assert (made.salt, made.spec) == (SALT, SPEC.digest)
+    assert made.environment["threads"] == "1"
+    assert made.metrics["account.rows"] == made.metrics["account.trained"] == 120
+    assert made.metrics["log_loss"] > 0
+
+
+def test_a_rollback_between_two_records_leaves_the_rest_of_the_poll(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = started(tmp_path)
+    running = learner(registry, written(RECORDS))
+    strike = killpoints.parse("loop.stepped:5", lambda: print(Registry(tmp_path).change(rolled_back(1, POISON))))
+    monkeypatch.setattr(killpoints, "armed", strike)
+    run_to_end(running)
+    assert running.place.epoch == 2
+    log = written([without(value, POISON) for value in RECORDS])
+    theirs = learner(started(tmp_path / "theirs"), log, trainer=shared(1))
+    run_to_end(theirs)
+    assert state(running) == state(theirs)
+    running.close()
+    epochs = [registry.manifest(version).epoch for version in registry.versions()]
+    assert epochs == sorted(epochs)
+
+
+def test_a_held_trainer_says_what_to_do_and_goes_on_with_a_new_generation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = started(tmp_path)
+    bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
+    log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
+    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    run_to_end(running)
+    assert running._trainer.guard.held
+    assert "springtide rollback --to V --skip" in caplog.text
+    at = running.place.next
+    for _ in range(5):
+        assert running.tick(0.0) == 0
+    assert running.place.next == at == 13
+    running.close()
+    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    assert running._trainer.guard.held, "a restart does not let it go"
+
+    registry.change(lambda control: pin(control, 1, actor="ann", reason="look", now_ms=5))
+    assert running.tick(0.0) == 0, "a pin is no word about training"
+    registry.change(lambda control: follow(control, actor="ann", reason="fine", now_ms=6))
+    running.tick(0.0)
+    run_to_end(running)
+    assert running.place.next == 24
+    assert running._trainer.counters.skipped == 160
+
+
+def test_a_corrupt_newest_version_is_learned_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:9])
+    first = learner(registry, log)
+    run_to_end(first)
+    first.close()
+    expected = state(first)
+    newest = registry.newest(1) or 0
+    (registry.folder("delta", newest) / SERVING).write_bytes(b"spoiled")
+    second = learner(Registry(tmp_path), log)
+    assert second.place.parent < newest
+    assert ".bad" in caplog.text
+    run_to_end(second)
+    assert state(second) == expected
+
+
+def test_a_log_made_anew_or_cut_off_is_not_read_on(tmp_path: Path) -> None:
+    registry = started(tmp_path)
+    running = learner(registry, written(RECORDS[:4]))
+    run_to_end(running)
+    running.close()
+    with pytest.raises(UnknownTopic, match="made again"):
+        learner(registry, written(RECORDS, topic_id="ef" * 16))
+    with pytest.raises(GapError):
+        learner(registry, written(RECORDS, begin=20))

@@ -1,0 +1,78 @@
+"""The compactor beside the trainer: a child now and then, and what to look at when one fails."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from state.errors import CorruptVersion
+from state.registry.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+
+class Compaction:
+    """Starts the compactor every so often, one at a time, with the trainer's own settings.
+
+    Args:
+        arguments: The command line of this process.
+        every_s: Seconds from one start to the next.
+        elapsed: Monotonic seconds.
+        on_failure: What to look at when one fails.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        every_s: float,
+        elapsed: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
+        self._every_s, self._elapsed, self._on_failure = every_s, elapsed, on_failure
+        self._next_s = elapsed() + every_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def tick(self) -> None:
+        """Starts one that is due and takes note of one that ended.
+
+        Raises:
+            SpringtideError: What `on_failure` found.
+        """
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None:
+                return
+            if code != 0:
+                logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
+            self._child = None
+            if code != 0:
+                self._on_failure()
+        if self._elapsed() >= self._next_s:
+            self._next_s = self._elapsed() + self._every_s
+            self._child = subprocess.Popen(self._command)
+
+    def close(self) -> None:
+        """Ends a child; what it had not finished is absent."""
+        if self._child is not None:
+            self._child.terminate()
+            self._child.wait()
+
+
+def doubt(registry: Registry, version: int) -> None:
+    """Reads all that `version` is made from, while the trainer waits: what is built on damage can never be restored.
+
+    Raises:
+        CorruptVersion: A part of it is damaged.
+    """
+    try:
+        base, deltas = registry.chain(version)
+        for part in (base, *deltas):
+            registry.verify(part)
+    except CorruptVersion as error:
+        raise CorruptVersion(
+            f"{error}, or start the trainer again: it sets the damaged one aside and learns what came after from the log"
+        ) from error
