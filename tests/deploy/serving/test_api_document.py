@@ -57,7 +57,9 @@ def send(words: list[str], port: int) -> httpx.Response:
             method = next(rest)
         elif word != "-s":
             url = word
-    return httpx.request(method, f"http://{url.replace('localhost:8501', f'127.0.0.1:{port}')}", content=body)
+    return httpx.request(
+        method, f"http://{url.replace('localhost:8501', f'127.0.0.1:{port}')}", content=body, timeout=60.0
+    )
 
 
 def differences(documented: Any, given: Any, at: str = "answer") -> list[str]:

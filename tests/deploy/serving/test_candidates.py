@@ -164,7 +164,7 @@ def test_engagement_is_the_trainers_too_of_a_label_a_successor_and_something_els
             item=np.full(len(batch), public_id("i9"), np.uint64),
             category=np.full(len(batch), category, np.uint64),
         )
-        _, scores, _, _ = trainer._graph.measure(*trainer._inputs(about, none, (0, 0)), move=False)
+        scores = trainer.engine.measure(trainer._record(about, none, (0, 0)), move=False).scores
         extra = {f"item:{public_id('i9'):016x}": category.to_bytes(8, "big")}
         shop.histories.commit(Appends.of(np.empty(0, np.uint64), clicks([])), (), extra)
         answers = predictor(shop).profiles([Query(name, item="i9") for name in USERS])

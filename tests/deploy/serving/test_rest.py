@@ -50,7 +50,7 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def answers(port: int, path: str) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=30.0).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -66,7 +66,9 @@ def test_a_worker_answers_and_ends_in_order(stores: Stores, workers: int) -> Non
         stores.rows.apply(
             manifest(2, program, parent=1), tensors(stores.lowered, 2, {"user": ["ann"]}, []), NOW_MS, follow=True
         )
-        until(lambda: httpx.get(f"http://127.0.0.1:{port}/v1/profiles/ann").json()["version"]["number"] == 2)
+        until(
+            lambda: httpx.get(f"http://127.0.0.1:{port}/v1/profiles/ann", timeout=30.0).json()["version"]["number"] == 2
+        )
         with worker(stores, port) as second:
             _, log = second.communicate(timeout=60)
         assert second.returncode == 1 and len(log.splitlines()) == 1 and f"port {port}" in log
