@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled
+from state.compiled.mixing import mixed
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
@@ -135,17 +136,10 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
     >>> len(set(pairs(ids, ids[::-1].copy(), ids).tolist()))
     3
     """
-    mixed = np.zeros(len(user), np.uint64)
+    sums = np.zeros(len(user), np.uint64)
     for part in (user, item, request):
-        mixed = _mixed(mixed + np.uint64(0x9E3779B97F4A7C15) + part)
-    return mixed
-
-
-def _mixed(x: U64) -> U64:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+        sums = mixed(sums + np.uint64(0x9E3779B97F4A7C15) + part)
+    return sums
 
 
 def attribute(

@@ -10,8 +10,6 @@ On made-up rows, in a few seconds:
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,11 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from state.config.sections import Model
-from state.config.settings import load
-from state.errors import ProgramError, SpringtideError, of_disk
+from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.check_command import run_check
 from state.process.user_code import first_line, told
 from streaming.preprocessing import FEATURES, Preprocessing, analysed, load_preprocessing
 
@@ -178,21 +175,13 @@ def _lowered(transform: _Transform, rows: F32, folder: Path, what: str) -> F32:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks `model.preprocessing` of the settings; `--keep DIR` keeps the graph. Returns the exit code."""
-    quiet_tensorflow(os.environ)
-    errors = own_stderr()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--keep", type=Path)
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    try:
-        settings = load(flags, os.environ)
-        with quiet_stderr():
-            said = check_preprocessing(settings.model.preprocessing, FeatureSpec.from_settings(settings), asked.keep)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        print(error, file=errors)
-        return error.exit_code
-    print(said)
-    return 0
+    return run_check(
+        argv,
+        "--keep",
+        lambda settings, keep: check_preprocessing(
+            settings.model.preprocessing, FeatureSpec.from_settings(settings), keep
+        ),
+    )
 
 
 if __name__ == "__main__":

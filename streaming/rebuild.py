@@ -30,10 +30,11 @@ from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
+from state.process.progress_line import ProgressLine
 from streaming import takeover
 from streaming.histories import check_identity
 from streaming.rebuild_log import Rebuild
-from streaming.rebuild_report import Bar, Rebuilt, told
+from streaming.rebuild_report import Rebuilt, progress_on, told
 from streaming.writer import open_writer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 
-def rebuild(settings: Settings, copy: Path | None, bar: Bar, say: Say) -> Rebuilt:
+def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: Say) -> Rebuilt:
     """Rebuilds the histories of `stream.shard` and puts them in place.
 
     Raises:
@@ -64,7 +65,7 @@ def rebuild(settings: Settings, copy: Path | None, bar: Bar, say: Say) -> Rebuil
         try:
             check_identity(store, spec.digest, salt.fingerprint)
             # 2. and 3.
-            found = Rebuild(settings, store, spec.digest, salt, bar).run()
+            found = Rebuild(settings, store, spec.digest, salt, progress).run()
         finally:
             store.close()
         # 4.
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load(flags, os.environ)
         if copy is not None and not copy.is_dir():
             raise SettingsError(f"--from {copy} is no directory; name the directory of a history store")
-        found = rebuild(settings, copy, Bar(sys.stderr), logger.info)
+        found = rebuild(settings, copy, progress_on(sys.stderr), logger.info)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)

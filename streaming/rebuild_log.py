@@ -20,9 +20,10 @@ from state.microbatch.cutting import trim
 from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
+from state.process.progress_line import ProgressLine
 from streaming.cut import merge_all, merge_appends
 from streaming.rebuild_clicks import Clicks, read_to
-from streaming.rebuild_report import Bar, Rebuilt
+from streaming.rebuild_report import Rebuilt, progress_line
 from streaming.rebuild_waiting import Waits
 
 RECORDS_AT_ONCE = 64
@@ -41,11 +42,12 @@ class Rebuild:
         store: Built aside; positions it has are gone on from.
         spec: Digest of the feature spec.
         salt: Of the users' pseudonyms.
-        bar: Where the progress goes.
+        progress: Where it is shown how far the log is read.
     """
 
-    def __init__(self, settings: Settings, store: HistoryStore, spec: str, salt: Salt, bar: Bar) -> None:
-        self._settings, self._store, self._spec, self._salt, self._bar = settings, store, spec, salt, bar
+    def __init__(self, settings: Settings, store: HistoryStore, spec: str, salt: Salt, progress: ProgressLine) -> None:
+        self._settings, self._store, self._spec, self._salt = settings, store, spec, salt
+        self._progress = progress
         self._marks = store.positions()
         self._waits = Waits(store, always=bool(settings.labels.impressions))
         self._appends: list[Appends] = []
@@ -92,8 +94,11 @@ class Rebuild:
             for batches in read_to(reader, 0, end, RECORDS_AT_ONCE, f"the micro-batch log {kafka.microbatches_topic}"):
                 for batch in batches:
                     self._take(batch, clicks)
-                self._bar.show(min(reader.position(0), end) - begin, end - begin, self.found.rows)
-        self._bar.show(end - begin, end - begin, self.found.rows, last=True)
+                self._show(min(reader.position(0), end) - begin, end - begin)
+        self._show(end - begin, end - begin, last=True)
+
+    def _show(self, done: int, total: int, last: bool = False) -> None:
+        self._progress.show(lambda: progress_line(done, total, self.found.rows, self._progress.took_s), last)
 
     def _take(self, batch: PartitionBatch, clicks: Clicks) -> None:
         """One commit for what one poll found, and one before each stretch of clicks."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -67,17 +65,6 @@ def progress_line(done: int, total: int, rows: int, seconds: float) -> str:
     return f"{bar(done, total, BAR)}  {done:,} of {total:,} positions of the log  {rows:,} rows  {rate:,.0f} rows/s"
 
 
-class Bar:
-    """Shows the progress: one line that moves on a terminal, else a line every few seconds.
-
-    Args:
-        out: Where to.
-        elapsed: Seconds that never go back.
-    """
-
-    def __init__(self, out: TextIO, elapsed: Callable[[], float] = time.monotonic) -> None:
-        self._line = ProgressLine(out, LINE_EVERY_S, elapsed, at_once=True)
-
-    def show(self, done: int, total: int, rows: int, last: bool = False) -> None:
-        """Shows the state if it is time to; always with `last`."""
-        self._line.show(lambda: progress_line(done, total, rows, self._line.took_s), last)
+def progress_on(out: TextIO) -> ProgressLine:
+    """Where a rebuild shows how far it is: one line that moves on a terminal, else a line every few seconds."""
+    return ProgressLine(out, LINE_EVERY_S, at_once=True)

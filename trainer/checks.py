@@ -14,8 +14,6 @@ Then the whole model with it is lowered and compared, as the trainer does.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,11 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from state.config.sections import Model as ModelSettings
-from state.config.settings import load
-from state.errors import ProgramError, SettingsError, SpringtideError, of_disk
+from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.check_command import run_check
 from state.process.user_code import told
 
 ROWS = 64
@@ -184,21 +181,11 @@ def _name(variable: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks `model.tower` of the settings behind the graph in `--transform DIR`; returns the exit code."""
-    quiet_tensorflow(os.environ)
-    errors = own_stderr()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--transform", type=Path)
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    try:
-        settings = load(flags, os.environ)
-        with quiet_stderr():
-            said = _check_model(settings.model, FeatureSpec.from_settings(settings), asked.transform)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        print(error, file=errors)
-        return error.exit_code
-    print(said)
-    return 0
+    return run_check(
+        argv,
+        "--transform",
+        lambda settings, transform: _check_model(settings.model, FeatureSpec.from_settings(settings), transform),
+    )
 
 
 def _check_model(settings: ModelSettings, spec: FeatureSpec, transform: Path | None) -> str:

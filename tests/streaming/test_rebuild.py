@@ -24,7 +24,8 @@ from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
 from streaming import takeover
-from streaming.rebuild import Bar, Rebuilt, rebuild
+from streaming.rebuild import rebuild
+from streaming.rebuild_report import Rebuilt, progress_on
 from tests.one_kafka import Running
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 
@@ -80,7 +81,7 @@ def opened(settings: Settings) -> HistoryStore:
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
-    return rebuild(settings, copy, Bar(io.StringIO()), lambda text: None)
+    return rebuild(settings, copy, progress_on(io.StringIO()), lambda text: None)
 
 
 def held(settings: Settings) -> tuple[str, dict[Source, dict[str, int]]]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from state.attributes.values import U64, Table
+from state.compiled.mixing import mixed
 from state.config.fields import fields_of
 from state.config.sections import Attributes
 from state.microbatch.batch import MicroBatch
@@ -85,7 +86,4 @@ def combine(item: U64, attributes: U64) -> Combined:
 
 def _mixed(x: U64) -> U64:
     """One number of the generator SplitMix64 (Steele, Lea and Flood 2014) from each."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mixed(x + np.uint64(0x9E3779B97F4A7C15))

@@ -1,0 +1,69 @@
+"""The commit thread with a real store and a log in memory, for the tests of this folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count, groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from state.config.sections import Kafka
+from state.config.settings import Settings
+from state.features.spec import EVENT
+from state.history.appends import Appends
+from state.history.store import HistoryStore
+from state.log import LogWriter, MemoryLog, plan
+from state.metrics import StreamMetrics
+from streaming.commit import Committer
+from streaming.rows import Rows
+from streaming.sink import CommitThread
+from streaming.writer import ShardWriter, transactional_id
+from tests.streaming.pieces import ZERO, context_of
+
+
+@contextmanager
+def sink(path: Path, refused: int = 0) -> Iterator[Any]:
+    """The commit thread with a real store and a log in memory, which comes back after `refused` attempts to connect."""
+    store, stopping, told = HistoryStore(path / "histories", map_bytes=1 << 26), threading.Event(), list[Rows]()
+    log, settings, attempts = MemoryLog(ids=lambda: ZERO.topic_id), Settings(), count()
+    for planned in (plan.clicks(settings), plan.dead_letters(settings), plan.microbatches(settings)):
+        log.topics().ensure(*planned)
+
+    def opens(_: Settings) -> LogWriter:
+        if next(attempts) > refused:
+            log.come_back()
+        return log.writer(transactional_id(0))
+
+    owned: dict[str, Any] = {
+        "settings": settings,
+        "spec": SimpleNamespace(names=("views", "truncated", "other", "more")),
+        "store": store,
+        "topic_id": ZERO.topic_id,
+        "reader": log.reader(settings.kafka.clicks_topic),
+        "profiler": SimpleNamespace(committed=told.append),
+        "metrics": StreamMetrics(CollectorRegistry()),
+    }
+    writer = ShardWriter(settings, "spec", "salt", stopping, opens)
+    commits = CommitThread(Committer(context_of(**owned, writer=writer, stopping=stopping)))
+    yield SimpleNamespace(**owned, commits=commits, log=log, stopping=stopping, told=told)
+    commits.close()
+    store.close()
+
+
+def transactions(log: MemoryLog) -> list[int]:
+    """How many micro-batches each transaction wrote."""
+    found = log.records(Kafka().microbatches_topic)
+    return [len(list(together)) for _, together in groupby(found, key=lambda record: id(record.transaction))]
+
+
+def with_history(rows: Rows) -> Rows:
+    """The same batch, whose rows are also appended to the histories of their users."""
+    events = np.zeros(len(rows.batch.offset), EVENT)
+    events["offset"] = rows.batch.offset
+    return Rows(rows.batch, rows.vectors, Appends.of(rows.batch.user, events))
