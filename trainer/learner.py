@@ -29,7 +29,7 @@ from trainer.accounts import Passages
 from trainer.engine.guard import Verdict
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
-from trainer.place import Place
+from trainer.place import TrainingPlace
 from trainer.resume import OpenLog, resume
 from trainer.versions import checkpoint, content
 from trainer.versions.draft import Drafter
@@ -89,7 +89,7 @@ class Learner:
         self._log: LogReader | None = None
         self._looked = self._published = float("-inf")
         self.control: Control
-        self.place: Place
+        self.place: TrainingPlace
         self.caught_up = False
 
     # Entering an epoch
@@ -114,7 +114,7 @@ class Learner:
         else:
             restored = checkpoint.restore(self._registry, version, self._trainer, self._spec)
             self._log, at = resume(restored, self._open_log, self._passages)
-            self.place = Place.restored(restored, control.epoch, at)
+            self.place = TrainingPlace.restored(restored, control.epoch, at)
         self.caught_up = False
         self._published = self._elapsed()
         self._metrics.epoch.set(control.epoch)
@@ -129,7 +129,7 @@ class Learner:
         """Starts from nothing and publishes that as the first base: serving has something to answer with."""
         checkpoint.begin(self._trainer, self._about)
         begin = self._reader.position(self._settings.trainer.partition)
-        self.place = Place(control.epoch, parent=0, first=begin, next=begin)
+        self.place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin)
         tensors = checkpoint.full(self._trainer)
         made = self._registry.publish(self._draft("base"), content.encode(tensors))
         self.place = replace(self.place, parent=made.version)

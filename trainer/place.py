@@ -14,7 +14,7 @@ COUNTS = ("rows", "duplicate", "masked", "gap", "before")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TrainingPlace:
     """Where the trainer is: one consistent cut together with its weights.
 
     Attributes:
@@ -44,12 +44,12 @@ class Place:
     changed: bool = False
 
     @classmethod
-    def restored(cls, version: Manifest, epoch: int, next: int) -> Place:
+    def restored(cls, version: Manifest, epoch: int, next: int) -> TrainingPlace:
         """At a version that was loaded, going on at `next`."""
         counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in COUNTS}
         return cls(epoch, version.version, version.log.next, next, version.marks, **counts)
 
-    def taken(self, found: Intake, offset: int, gap: int) -> Place:
+    def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
         """After the record at `offset`, before which `gap` source positions were passed as lost."""
         new = (part.first for part in found.batch.header.ranges if part.source not in self.marks)
         return replace(
@@ -63,14 +63,14 @@ class Place:
             before=self.before + sum(new),
         )
 
-    def handed_over(self) -> Place:
+    def handed_over(self) -> TrainingPlace:
         """Once all that changed is on its way to a version."""
         return replace(self, first=self.next, changed=False)
 
     def counts(self) -> dict[str, int]:
         """What is counted of the rows of this line.
 
-        >>> Place(1, 0, 0, 9, rows=5, masked=2).counts()
+        >>> TrainingPlace(1, 0, 0, 9, rows=5, masked=2).counts()
         {'rows': 5, 'duplicate': 0, 'masked': 2, 'gap': 0, 'before': 0}
         """
         return {name: getattr(self, name) for name in COUNTS}

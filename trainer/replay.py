@@ -14,7 +14,7 @@ from state.log.accepted_gaps import Accepted
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from trainer.intake import take_in
-from trainer.segments import Segment
+from trainer.segments import LogSegment
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -92,7 +92,7 @@ class SegmentReader:
         self._accepted, self._patience_s, self._elapsed = accepted, patience_s, elapsed
         self._log: LogReader | None = None
 
-    def records(self, segment: Segment) -> Iterator[tuple[int, bytes | None]]:
+    def records(self, segment: LogSegment) -> Iterator[tuple[int, bytes | None]]:
         """Offset and value of each record of a segment, in order.
 
         Raises:
@@ -137,7 +137,7 @@ class SegmentReader:
         return self._log
 
 
-class Progress:
+class ReplayProgress:
     """Says once a second how far a replay is, and how long it will take.
 
     Args:
@@ -169,7 +169,7 @@ class Progress:
         )
 
 
-def replay(reader: SegmentReader, segments: Sequence[Segment], learn: Learn, reach: Callable[[int], None]) -> None:
+def replay(reader: SegmentReader, segments: Sequence[LogSegment], learn: Learn, reach: Callable[[int], None]) -> None:
     """Gives each record of the segments to `learn`, in order; closes the reader.
 
     Args:

@@ -1,4 +1,4 @@
-"""The line of a version: the base that it can be recomputed from, and the parts of the training log between. Pure reads."""
+"""The line of a version: the base that it can be recomputed from, and the parts of the training log between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from state.registry.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class LogSegment:
     """A part of the training log that was learned under one mask.
 
     Attributes:
@@ -53,22 +53,22 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
 
 def segments_of(
     registry: Registry, controls: Sequence[Control], base: Manifest | None, target: Manifest
-) -> list[Segment]:
+) -> list[LogSegment]:
     """The parts of the log from `base` to `target`, oldest first, each with its epoch's mask.
 
     Raises:
         UnknownVersion: A version that an epoch began from is not kept any more.
     """
     began = {control.epoch: control for control in reversed(controls)}
-    found: list[Segment] = []
+    found: list[LogSegment] = []
     epoch, end = target.epoch, target.log.next
     while base is not None and epoch != base.epoch:
         start = began[epoch].base
         if start is None:
             raise UnknownVersion(f"epoch {epoch} began from nothing: version {base.version} does not lead to it")
         turned = registry.manifest(start)
-        found.append(Segment(turned.log.next, end, began[epoch].mask))
+        found.append(LogSegment(turned.log.next, end, began[epoch].mask))
         epoch, end = turned.epoch, turned.log.next
     first = target.log.first if base is None else base.log.next
-    found.append(Segment(first, end, began[epoch].mask if epoch in began else Mask.NONE))
+    found.append(LogSegment(first, end, began[epoch].mask if epoch in began else Mask.NONE))
     return found[::-1]

@@ -35,7 +35,7 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from trainer.comparison import Comparison, compare
-from trainer.replay import Progress, Replay, SegmentReader, replay
+from trainer.replay import Replay, ReplayProgress, SegmentReader, replay
 from trainer.segments import base_of, segments_of
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def verify(
             Journal(registry.path / layout.GAPS).accepted(),
         )
         reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s, elapsed)
-        replay(reader, segments, done.take, Progress(total, done, say, elapsed).reach)
+        replay(reader, segments, done.take, ReplayProgress(total, done, say, elapsed).reach)
     # 4.
     difference, digest = compare(registry, target, trainer, done)
     return found.with_result(done, difference, digest, elapsed() - began_s)

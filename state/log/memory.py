@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from state.config.sections import Kafka
 from state.log.contract import Log
 from state.log.memory_clients import MemoryReader, MemoryWriter
-from state.log.memory_state import MemoryState, Record
+from state.log.memory_state import MemoryRecord, MemoryState
 from state.log.memory_topics import MemoryTopics
 
 
@@ -70,7 +70,7 @@ class MemoryLog(Log):
         """Sends records; with a transactional id also ends what a predecessor left open."""
         return MemoryWriter(self._state, transactional_id)
 
-    def records(self, topic: str) -> list[Record]:
+    def records(self, topic: str) -> list[MemoryRecord]:
         """All that a reader of committed records would find, headers included, partition by partition.
 
         Raises:

@@ -41,7 +41,7 @@ class Transaction:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class MemoryRecord:
     """One record as it was sent.
 
     Attributes:
@@ -81,7 +81,7 @@ class Partition:
 
     def __init__(self) -> None:
         self.begin = self.end = 0
-        self.records: list[Record] = []
+        self.records: list[MemoryRecord] = []
         self._opened: list[tuple[int, Transaction]] = []
 
     @property
@@ -104,14 +104,14 @@ class Partition:
         if transaction is not None and self not in transaction.touched:
             transaction.touched.append(self)
             self._opened.append((offset, transaction))
-        self.records.append(Record(offset, key, value, tuple(headers), timestamp_ms, transaction))
+        self.records.append(MemoryRecord(offset, key, value, tuple(headers), timestamp_ms, transaction))
         self.end += 1
         return offset
 
-    def read(self, position: int, most: int, committed_only: bool) -> tuple[list[Record], int]:
+    def read(self, position: int, most: int, committed_only: bool) -> tuple[list[MemoryRecord], int]:
         """At most `most` records from `position` on, and the position after what they cover."""
         stop = self.stable_end if committed_only else self.end
-        found: list[Record] = []
+        found: list[MemoryRecord] = []
         for record in self.records[self._index(position) : self._index(stop)]:
             if committed_only and not record.visible:
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from state.registry.manifest import Draft, Kind, LogRange
 from trainer.engine.step import Trainer
-from trainer.place import Place
+from trainer.place import TrainingPlace
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Drafter:
     def draft(
         self,
         kind: Kind,
-        place: Place,
+        place: TrainingPlace,
         trainer: Trainer,
         account: Mapping[str, int],
         topic_id: str,
