@@ -16,26 +16,12 @@ from numpy.typing import NDArray
 from state.events.event_batch import EventBatch
 from state.features.arrays import WORDS, Vector, words
 from state.features.kernel import update_rows
-from state.features.spec import EVENT, LABELLED, POSITIVE, Events, FeatureSpec, Mask
-from state.history.appends import Appends
+from state.features.spec import EVENT, Events, FeatureSpec, Mask
+from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
 from streaming.rows import Rows
 
 I64 = NDArray[np.int64]
-
-
-def to_events(batch: EventBatch) -> Events:
-    """Gives the batch as `[n]` EVENT, as histories keep it."""
-    events = np.empty(len(batch.user), EVENT)
-    events["at_ms"] = batch.at_ms
-    events["category"] = batch.category
-    events["item"] = batch.item
-    events["offset"] = batch.offset
-    events["topic"] = np.array([part.source.topic for part in batch.ranges] or [0], np.uint32)[batch.source]
-    events["partition"] = np.array([part.source.partition for part in batch.ranges] or [0], np.uint16)[batch.source]
-    events["action"] = batch.action
-    events["flags"] = LABELLED * ~np.isnan(batch.label) + POSITIVE * (batch.label >= 0.5)
-    return events
 
 
 class Profiler:
@@ -80,7 +66,7 @@ class Profiler:
         """
         self._settle()
         self._clock += 1
-        events = to_events(batch)
+        events = events_of(batch, batch.ranges)
         # 1. Group by user.
         order = np.argsort(batch.user, kind="stable")
         ordered = batch.user[order]

@@ -15,12 +15,12 @@ from state.events.event_batch import EventBatch
 from state.events.identity import Salt
 from state.events.parser import Parser
 from state.features.spec import FeatureSpec
-from state.history.appends import Appends
+from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader, Topics
 from state.positions import Range, Source
 from streaming.labels import Labels, open_labels
-from streaming.profile import Profiler, to_events
+from streaming.profile import Profiler
 from streaming.rebuild_report import Rebuilt
 from streaming.unlogged import commit_at_once
 
@@ -138,6 +138,6 @@ class Clicks:
     def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
         """One commit for clicks; impressions among them may still wait, with the windows of then."""
         if profiler is None or labels is None:
-            self._store.commit(Appends.of(events.user, to_events(events)), events.ranges)
+            self._store.commit(Appends.of(events.user, events_of(events, events.ranges)), events.ranges)
         else:
             commit_at_once(self._store, profiler, labels, events)

@@ -10,8 +10,8 @@ import numpy as np
 from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
 from state.events.identity import Salt
-from state.history.appends import Appends
-from state.history.followed import events_of, new_ranges
+from state.history.appends import Appends, events_of
+from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader, Topics
 from state.microbatch.batch import MicroBatch
@@ -119,7 +119,7 @@ class Rebuild:
             self.found.lost += missing
             parts = self._waits.follow(mine.take(keep), parts)
             kept = mine.take(keep & happened(mine.kind))
-            self._appends.append(Appends.of(kept.user, events_of(kept)))
+            self._appends.append(Appends.of(kept.user, events_of(kept, kept.header.ranges)))
             self._ranges += parts
             self._marks = after_marks
             self.found.rows += len(kept)

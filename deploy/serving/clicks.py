@@ -18,8 +18,8 @@ import numpy as np
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, item_extra, name_extra
 from state.errors import MicroBatchError, SaltMismatch
 from state.features.spec import Events, FeatureSpec
-from state.history.appends import Appends
-from state.history.followed import events_of, new_ranges
+from state.history.appends import Appends, events_of
+from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.log import LogReader, PartitionBatch
 from state.metrics import ApplierMetrics
@@ -165,7 +165,7 @@ class HistoryFollower:
             self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
             kept = found.take(events_here & keep)
             ranges.extend(parts)
-            events.append(events_of(kept))
+            events.append(events_of(kept, kept.header.ranges))
             users.append(kept.user)
             extra |= {name_extra(category): name.encode() for category, name in found.header.names.items()}
             marks = after

@@ -1,13 +1,16 @@
-"""What histories gain by a batch of events, grouped by user."""
+"""What histories gain by a batch of events: the events, and these grouped by user."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from state.features.spec import EVENT, Events
+from state.features.spec import EVENT, LABELLED, POSITIVE, Events
+from state.positions import Range
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,3 +56,53 @@ class Appends:
         ordered = users[order]
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
         return cls(ordered[starts], starts, np.diff(np.append(starts, len(users))), events[order])
+
+
+class Happened(Protocol):
+    """Rows of which each happened at its own place: a batch of events, or a micro-batch."""
+
+    @property
+    def at_ms(self) -> NDArray[np.int64]:
+        """`[n]` int64, event time."""
+
+    @property
+    def category(self) -> NDArray[np.uint64]:
+        """`[n]` uint64 ids."""
+
+    @property
+    def item(self) -> NDArray[np.uint64]:
+        """`[n]` uint64 ids."""
+
+    @property
+    def offset(self) -> NDArray[np.int64]:
+        """`[n]` int64."""
+
+    @property
+    def action(self) -> NDArray[np.uint8]:
+        """`[n]` uint8."""
+
+    @property
+    def label(self) -> NDArray[np.float32]:
+        """`[n]` float32, NaN where it is not known."""
+
+    @property
+    def source(self) -> NDArray[np.uint16]:
+        """`[n]` uint16, whose offset it is."""
+
+
+def events_of(rows: Happened, ranges: Sequence[Range]) -> Events:
+    """Rows as histories keep them, `[n]` EVENT.
+
+    Args:
+        rows: The rows.
+        ranges: What they came from; `rows.source` is an index of it.
+    """
+    sources = [part.source for part in ranges]
+    events = np.empty(len(rows.offset), EVENT)
+    for name in ("at_ms", "category", "item", "offset", "action"):
+        events[name] = getattr(rows, name)
+    events["topic"] = np.array([source.topic for source in sources] or [0], np.uint32)[rows.source]
+    events["partition"] = np.array([source.partition for source in sources] or [0], np.uint16)[rows.source]
+    # A label that is not known is NaN, and no NaN is at least a half.
+    events["flags"] = LABELLED * ~np.isnan(rows.label) + POSITIVE * (rows.label >= 0.5)
+    return events

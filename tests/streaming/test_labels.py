@@ -17,8 +17,8 @@ from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.events.event_batch import EventBatch
 from state.features.spec import FeatureSpec
-from state.history.appends import Appends
-from state.history.followed import events_of, new_ranges
+from state.history.appends import Appends, events_of
+from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.history.waiting import CLOCKS, RowFormat, key_of
 from state.microbatch.batch import MicroBatch
@@ -246,7 +246,7 @@ def rebuilt(path: Path, values: list[bytes]) -> HistoryStore:
         parts = waits.follow(batch.take(keep), parts)
         kept = batch.take(keep & happened(batch.kind))
         changes, extra = waits.to_commit()
-        store.commit(Appends.of(kept.user, events_of(kept)), merge_all(parts), extra, changes)
+        store.commit(Appends.of(kept.user, events_of(kept, kept.header.ranges)), merge_all(parts), extra, changes)
         marks = after
     return store
 

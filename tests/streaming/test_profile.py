@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from state.events.event_batch import EventBatch
 from state.features.arrays import Vector
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
+from state.history.appends import events_of
 from state.history.store import HistoryStore
 from state.positions import Range, Source
-from streaming.profile import Profiler, to_events
+from streaming.profile import Profiler
 from streaming.rows import Rows
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
@@ -125,7 +126,7 @@ def by_definition(batches: list[EventBatch]) -> list[Vector]:
     histories: dict[int, list[Events]] = defaultdict(list)
     rows = []
     for batch in batches:
-        for user, event in zip(batch.user.tolist(), to_events(batch), strict=True):
+        for user, event in zip(batch.user.tolist(), events_of(batch, batch.ranges), strict=True):
             before = np.array(histories[user], EVENT)
             rows.append(vectorise(before, int(event["at_ms"]), None, Mask.NONE, SPEC))
             histories[user].append(event)
@@ -195,7 +196,7 @@ def test_an_empty_batch_passes_through(tmp_path: Path) -> None:
 
 def test_labels_become_flags() -> None:
     batch = batch_of([(1, 0, 1, 0, label) for label in (np.nan, 0.0, 0.49, 0.5, 1.0)], [0, 0])
-    assert to_events(batch)["flags"].tolist() == [0, 1, 1, 3, 3]
+    assert events_of(batch, batch.ranges)["flags"].tolist() == [0, 1, 1, 3, 3]
 
 
 def test_a_masked_profiler_never_saw_the_events(tmp_path: Path) -> None:

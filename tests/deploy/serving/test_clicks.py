@@ -16,7 +16,8 @@ from deploy.serving.clicks import HistoryFollower
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from state.errors import GapError, SaltMismatch
 from state.features.spec import FeatureSpec
-from state.history.followed import events_of, new_ranges
+from state.history.appends import events_of
+from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.log import MemoryLog
 from state.metrics import ApplierMetrics
@@ -230,4 +231,4 @@ def test_ranges_go_on_from_the_marks() -> None:
     assert new_ranges(batch, {SOURCE: 6}) == ([Range(SOURCE, 6, 8, rows=2)], 0)
     assert new_ranges(batch, {SOURCE: 1}) == ([Range(SOURCE, 1, 4, absent=3), Range(SOURCE, 4, 8, rows=4)], 3)
     assert new_ranges(batch, {}) == ([Range(SOURCE, 4, 8, rows=4)], 0)
-    assert len(events_of(batch)) == 4
+    assert len(events_of(batch, batch.header.ranges)) == 4
