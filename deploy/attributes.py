@@ -27,7 +27,8 @@ from deploy.replaying.attribute_sending import BY_SIDE, REFUSED, article, send, 
 from deploy.replaying.progress import Progress
 from deploy.replaying.sender import LARGEST_VALUE, Outbox
 from state.attributes.values import SIDES, tables_of
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import Topics, plan

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 
 from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, with_times
 from deploy.operate.settings_table import as_json, as_lines, as_markdown, as_pages, changed, chosen
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 

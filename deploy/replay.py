@@ -24,8 +24,9 @@ from deploy.command_line import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
 from deploy.replaying.command import add_arguments, run
 from deploy.replaying.shoppers import Clicks, ShopperCrowd, encode
+from state.config.loading import load
 from state.config.sections import Events
-from state.config.settings import Settings, load
+from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of, plan

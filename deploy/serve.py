@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from deploy.children.last_words import how
 from deploy.children.parent_death import die_with
-from state.config.settings import load
+from state.config.loading import load
 from state.errors import ProcessFailed, SpringtideError
 
 STOP_S = 10.0

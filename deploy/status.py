@@ -25,7 +25,8 @@ from deploy.watch.live import Screen, live_line
 from deploy.watch.messages import seconds, shown
 from deploy.watch.panel import lines, panel
 from deploy.watch.scrape import Scrape
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.log import Topics
 

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only now: the rest needs Python 3.11.
         from deploy.startup.steps import Startup
         from deploy.watch.live import Screen
-        from state.config.settings import load
+        from state.config.loading import load
 
         accepted, words = take_accepted(words)
         shoppers = "--no-shoppers" not in words

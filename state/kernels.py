@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from state.config.settings import load
+from state.config.loading import load
 from state.errors import SpringtideError
 from state.features.arrays import WORDS, words
 from state.features.kernel import update_rows

@@ -22,7 +22,7 @@ import numpy as np
 
 from state.attributes.follower import POLL_S, AttributeFollower, follow, keep_following
 from state.attributes.store import AttributeStore
-from state.attributes.values import SIDES, Joined, Table
+from state.attributes.values import SIDES, AttributeTable, Joined
 from state.metrics import StreamMetrics
 from streaming.recent_attributes import Recent
 from streaming.rows import Rows
@@ -49,7 +49,7 @@ class Join:
         self,
         store: AttributeStore,
         followers: Sequence[AttributeFollower],
-        tables: Mapping[str, Table],
+        tables: Mapping[str, AttributeTable],
         slices: Sequence[str],
         metrics: StreamMetrics,
     ) -> None:

@@ -33,7 +33,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import load_salt

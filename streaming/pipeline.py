@@ -21,7 +21,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from state.config.settings import load
+from state.config.loading import load
 from state.errors import GapError, SpringtideError, of_disk
 from state.log.gap_options import take_options
 from state.log.gaps import how_to_go_on

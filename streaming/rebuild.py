@@ -23,7 +23,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import load_salt

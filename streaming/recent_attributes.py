@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from state.attributes.store import AttributeStore, ids_in, texts_in
-from state.attributes.values import U64, Table
+from state.attributes.values import U64, AttributeTable
 from state.events.parser import ANNOUNCE_MS
 
 REMEMBERED = 200_000
@@ -25,7 +25,7 @@ class Recent:
     """
 
     def __init__(
-        self, store: AttributeStore, table: Table, slices: Sequence[str] = (), remembered: int = REMEMBERED
+        self, store: AttributeStore, table: AttributeTable, slices: Sequence[str] = (), remembered: int = REMEMBERED
     ) -> None:
         self._store, self._table, self._remembered = store, table, remembered
         self._measured = [number for number, name in enumerate(table.names) if name in slices]

@@ -10,7 +10,7 @@ import numpy as np
 from state.errors import SpringtideError
 from state.log import PartitionBatch, Reader
 from state.recordings.files import Recording, refuse_beyond_memory
-from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, joined, order, shown_reasons
+from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, joined, order, shown_reasons
 from streaming.context import Handle, Step
 from streaming.sample import Sample
 
@@ -67,7 +67,7 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
     events = sample.settings.events
     latest_ms = round((sample.clock() + events.max_future_s) * 1000)
     encoder = Encoder(events, recording.constants or {}, latest_ms)
-    chunks: Iterator[Encoded] = recording.encoded(encoder, events)
+    chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)
     newest_ms = NO_TIMESTAMP
     if sort == "memory":
         import psutil
@@ -101,7 +101,7 @@ def _topic_of(recording: Recording) -> str:
 
 
 def _partition_batch(
-    topic_id: str, first: int, part: Encoded, values: Sequence[bytes], newest_ms: int
+    topic_id: str, first: int, part: EncodedRows, values: Sequence[bytes], newest_ms: int
 ) -> PartitionBatch:
     count = len(part)
     offsets: I64 = np.arange(first, first + count, dtype=np.int64)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from state import layout
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SpringtideError, UnusableRegistry, of_disk
 from state.registry.control import Control

@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from state import layout
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SpringtideError, of_disk
 from state.features.spec import FeatureSpec

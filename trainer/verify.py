@@ -26,7 +26,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from state import layout
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.errors import GapError, LogError, RegistryError, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from state.config.sections import SECTIONS, Known, known_settings
+from state.config.sections import SECTIONS, KnownSetting, known_settings
 from state.config.settings import Settings
 from state.config.sources import MASK, as_text, nearest, nearest_setting, variable
 from state.errors import SettingsError
@@ -14,7 +14,7 @@ from state.errors import SettingsError
 SERVERS = "kafka.bootstrap_servers"
 
 
-def chosen(names: Sequence[str]) -> list[Known]:
+def chosen(names: Sequence[str]) -> list[KnownSetting]:
     """The settings of these names and sections, in the order of their declaration; all where none is named.
 
     >>> [one.name for one in chosen(["registry", "kafka.port"])][:2]
@@ -33,15 +33,15 @@ def chosen(names: Sequence[str]) -> list[Known]:
     return [one for one in declared if not names or {one.name, one.name.partition(".")[0]} & {*names}]
 
 
-def changed(settings: Settings, listed: Sequence[Known]) -> list[Known]:
+def changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
     """Those of `listed` that somebody has set."""
     return [one for one in listed if one.name in settings.origins]
 
 
-def origin(settings: Settings, known: Known) -> str:
+def origin(settings: Settings, known: KnownSetting) -> str:
     """Where a setting's value came from.
 
-    >>> from state.config.settings import load
+    >>> from state.config.loading import load
     >>> servers = next(known for known in known_settings() if known.name == SERVERS)
     >>> origin(load(["--kafka.port", "9192"], env={}, path="/dev/null"), servers)
     'the local Kafka of kafka.port'
@@ -50,7 +50,7 @@ def origin(settings: Settings, known: Known) -> str:
     return "the local Kafka of kafka.port" if local else settings.origins.get(known.name, "default")
 
 
-def as_lines(settings: Settings, listed: Sequence[Known]) -> str:
+def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     """The effective settings as springtide.toml would write them, each with its origin.
 
     What must not be read back is a comment: a masked secret, and the address of
@@ -70,7 +70,7 @@ def as_lines(settings: Settings, listed: Sequence[Known]) -> str:
     return "\n".join(lines)
 
 
-def as_pages(settings: Settings, listed: Sequence[Known]) -> str:
+def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     """Each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
     pages = [
         "\n".join(
@@ -89,7 +89,7 @@ def as_pages(settings: Settings, listed: Sequence[Known]) -> str:
     return "\n\n".join(pages)
 
 
-def as_json(settings: Settings, listed: Sequence[Known]) -> str:
+def as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     """The effective settings as a JSON list; secrets masked."""
     entries = [
         {
@@ -139,7 +139,7 @@ def _rows(section: str) -> Iterator[str]:
         yield f"| `{name}` | {default} | {known.unit} | {allowed(known)} | {known.help}{secret} |"
 
 
-def allowed(known: Known) -> str:
+def allowed(known: KnownSetting) -> str:
     """The values that a setting may have by itself, in words; empty where its type is all there is.
 
     >>> by_name = {known.name: known for known in known_settings()}
@@ -168,7 +168,7 @@ def as_number(bound: float) -> str:
     return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
-def shown(settings: Settings, known: Known) -> Any:
+def shown(settings: Settings, known: KnownSetting) -> Any:
     """A setting's value as it may be shown.
 
     >>> from state.config.settings import Kafka

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import orjson
 
-from state.attributes.values import Table, id_of
+from state.attributes.values import AttributeTable, id_of
 from state.errors import DecodeError
 from state.recordings.files import Recording
-from state.recordings.rows import Rows
+from state.recordings.rows import RecordedRows
 
 Record = tuple[bytes, bytes]
 Bad = tuple[int, str]
@@ -31,7 +31,7 @@ class AttributeFiles:
 
     side: str
     recording: Recording
-    table: Table
+    table: AttributeTable
     topic: str
     key: str
     most_bytes: int
@@ -57,7 +57,7 @@ class AttributeRecords:
     valued: Counter[str]
 
 
-def encode(rows: Rows, files: AttributeFiles) -> AttributeRecords:
+def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
     """The records of rows, judged as the stream judges them.
 
     Args:
@@ -82,7 +82,7 @@ def encode(rows: Rows, files: AttributeFiles) -> AttributeRecords:
     return made
 
 
-def _value(fields: dict[str, object], rows: Rows, row: int) -> bytes:
+def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
     try:
         return orjson.dumps(fields)
     except (TypeError, ValueError):

@@ -13,7 +13,7 @@ from deploy.replaying.attribute_records import AttributeFiles, encode
 from deploy.replaying.progress import Progress
 from deploy.replaying.sender import Piece, rows_within
 from state.errors import SettingsError
-from state.recordings.rows import Rows, shown_reasons
+from state.recordings.rows import RecordedRows, shown_reasons
 
 ENOUGH_ROWS = 10  # so many rows and no record: the mapping is wrong
 REFUSED = "refused row"
@@ -86,7 +86,7 @@ def send(
     return outcome
 
 
-def _chunks(files: AttributeFiles) -> Iterator[tuple[int, Rows]]:
+def _chunks(files: AttributeFiles) -> Iterator[tuple[int, RecordedRows]]:
     for number in range(len(files.recording.files)):
         for rows in files.recording.rows(number, files.columns):
             yield number, rows

@@ -10,7 +10,7 @@ import psutil
 from deploy.replaying.journal import Position
 from state.config.sections import Events
 from state.recordings.files import Recording, refuse_beyond_memory
-from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, joined, order, time_of
+from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, joined, order, time_of
 
 SLICE_ROWS = 4096
 
@@ -24,7 +24,7 @@ class Opened(NamedTuple):
         total: Rows of the recording; None where they are not counted yet.
     """
 
-    chunks: Iterator[Encoded]
+    chunks: Iterator[EncodedRows]
     newest_ms: int
     total: int | None
 
@@ -77,12 +77,12 @@ def newest_time(recording: Recording, events: Events, latest_ms: int) -> int:
     return newest_ms
 
 
-def _slices(whole: Encoded, rows: I64, done: int) -> Iterator[Encoded]:
+def _slices(whole: EncodedRows, rows: I64, done: int) -> Iterator[EncodedRows]:
     for first in range(done, len(whole), SLICE_ROWS):
         yield whole.take(rows[first : first + SLICE_ROWS])
 
 
-def _behind(chunks: Iterator[Encoded], done: int) -> Iterator[Encoded]:
+def _behind(chunks: Iterator[EncodedRows], done: int) -> Iterator[EncodedRows]:
     for encoded in chunks:
         if done < len(encoded):
             yield encoded.cut(done, len(encoded))

@@ -28,7 +28,7 @@ from state.errors import SettingsError
 from state.events.dead_letters import Reason
 from state.process import killpoints
 from state.recordings.files import Recording
-from state.recordings.rows import I64, NO_TIME, Encoded, Encoder, shown_reasons
+from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, shown_reasons
 
 SLICE_S = 0.1
 LOOK_S = 0.5
@@ -176,7 +176,7 @@ class _Run:
         self._journal.write(self._position)
         return Outcome(self._sent, self._late, self._total, self._position)
 
-    def _send_all(self, chunks: Iterator[Encoded], clock: Clock) -> bool:
+    def _send_all(self, chunks: Iterator[EncodedRows], clock: Clock) -> bool:
         """Sends until the end (True) or until limit or stop."""
         hand: Hand | None = None
         for chunk in chunks:
@@ -208,7 +208,7 @@ class _Run:
                 hand = stamped.hand(len(encoded) - 1)
         return True
 
-    def _recovered(self, chunk: Encoded, clock: Clock) -> Encoded:
+    def _recovered(self, chunk: EncodedRows, clock: Clock) -> EncodedRows:
         """Completes the piece that was in flight; returns the rows behind it."""
         position = self._position
         count = position.sending - position.acknowledged
@@ -223,14 +223,14 @@ class _Run:
         self._position = position.after(stamped.hand(count - 1), position.ends)
         return chunk.cut(count, len(chunk))
 
-    def _piece(self, encoded: Encoded, at_ms: I64, kafka_ms: I64) -> tuple[Piece, list[int]]:
+    def _piece(self, encoded: EncodedRows, at_ms: I64, kafka_ms: I64) -> tuple[Piece, list[int]]:
         """The records of rows and, of these, the rows that are records; others are too large."""
         values = self._encoder.values(encoded, at_ms)
         piece = Piece(encoded.keys, values, kafka_ms)
         rows = [row for row, value in enumerate(values) if len(value) <= LARGEST_VALUE]
         return (piece, rows) if len(rows) == len(values) else (piece.take(rows), rows)
 
-    def _deliver(self, encoded: Encoded, stamped: Stamped, first: int, after: int) -> int:
+    def _deliver(self, encoded: EncodedRows, stamped: Stamped, first: int, after: int) -> int:
         """Sends the next rows, as many as fit into a piece; returns how many."""
         part = encoded.cut(first, after)
         count = rows_within([len(key) + len(body) for key, body in zip(part.keys, part.bodies, strict=True)])
@@ -263,7 +263,7 @@ class _Run:
         self._late += int(np.count_nonzero((part.at_ms != NO_TIME) & (part.at_ms < high_ms)))
         return count
 
-    def _where(self, encoded: Encoded, row: int) -> str:
+    def _where(self, encoded: EncodedRows, row: int) -> str:
         return f"{self._recording.files[int(encoded.file[row])].path}:{int(encoded.line[row])}"
 
 

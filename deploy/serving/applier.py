@@ -25,7 +25,8 @@ from deploy.serving.attributes import AttributesFollower
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
 from state.attributes.values import tables_of
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import (
     GapError,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from state.attributes.follower import AttributeFollower, keep_following
 from state.attributes.store import AttributeStore, ids_in, texts_in
-from state.attributes.values import SIDES, Table, tables_of
+from state.attributes.values import SIDES, AttributeTable, tables_of
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.metrics import ApplierMetrics
@@ -43,7 +43,7 @@ class KnownAttributes:
         names: Of the attributes by side; none of a side that has no table.
     """
 
-    def __init__(self, store: AttributeStore | None, tables: Mapping[str, Table]) -> None:
+    def __init__(self, store: AttributeStore | None, tables: Mapping[str, AttributeTable]) -> None:
         self._store, self._tables = store, tables
         self.names = {side: tables[side].names if store is not None and side in tables else () for side in SIDES}
         self._unknown = {side: AttributeValues(table.unknown.tolist(), {}) for side, table in tables.items()}

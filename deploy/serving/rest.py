@@ -22,7 +22,8 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.app import App
 from deploy.serving.host import Host
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.errors import PortTaken, SpringtideError, of_disk
 from state.events.identity import load_salt
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from deploy.watch import scrape
+from state.config.loading import FILE
 from state.config.sections import known_settings
-from state.config.settings import FILE, Settings
+from state.config.settings import Settings
 from state.config.sources import as_text
 
 

@@ -18,8 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from state.attributes.store import OUTCOMES, AttributeStore, Place, pack
-from state.attributes.values import TEXT_CHARACTERS, Table, id_of
+from state.attributes.store import OUTCOMES, AttributeStore, TopicPosition, pack
+from state.attributes.values import TEXT_CHARACTERS, AttributeTable, id_of
 from state.config.sections import Kafka
 from state.errors import DecodeError, GapError, LogError
 from state.events.dead_letters import DeadLetter, Reason
@@ -55,7 +55,7 @@ class AttributeFollower:
         self,
         kafka: Kafka,
         topic: str,
-        table: Table,
+        table: AttributeTable,
         salt: Salt,
         store: AttributeStore,
         report: Report,
@@ -67,7 +67,7 @@ class AttributeFollower:
         self._reader: Reader | None = None
         self._ends: dict[int, int] = {}
         self._refresh_s = 0.0
-        self.place = store.place(table.side) or Place(self._identity, "", {})
+        self.place = store.place(table.side) or TopicPosition(self._identity, "", {})
 
     @property
     def side(self) -> str:
@@ -94,7 +94,7 @@ class AttributeFollower:
         with Topics(self._kafka) as topics:
             topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)
         place = self._store.place(self.side)
-        anew = Place(self._identity, topic_id, {partition: begin for partition, (begin, _) in ends.items()})
+        anew = TopicPosition(self._identity, topic_id, {partition: begin for partition, (begin, _) in ends.items()})
         if (
             place is None
             or (place.identity, place.topic_id) != (self._identity, topic_id)

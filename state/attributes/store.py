@@ -1,7 +1,7 @@
 """The newest attributes of each user and item in LMDB, committed together with how far their topics were read.
 
     user, item   id u64 BE -> the attributes' ids, u64 LE each, then their texts as JSON
-    meta         user, item -> `Place` as JSON; format
+    meta         user, item -> `TopicPosition` as JSON; format
 
 The store is derived: a compacted topic still has the newest record of each
 key. Where it cannot be trusted (a power cut, damage, other settings, another
@@ -24,7 +24,7 @@ OUTCOMES = ("value", "removed", "dead", "absent")
 
 
 @dataclass(frozen=True)
-class Place:
+class TopicPosition:
     """How far one topic was read, and by whose rules.
 
     Attributes:
@@ -68,21 +68,21 @@ class AttributeStore(LmdbStore):
         with self._env.begin(db=self._databases[side], buffers=False) as transaction:
             return [transaction.get(one.to_bytes(8, "big")) for one in ids]
 
-    def place(self, side: str) -> Place | None:
+    def place(self, side: str) -> TopicPosition | None:
         """How far the side's topic was read; None before anything was."""
         with self._env.begin(db=self._meta) as transaction:
             stored = transaction.get(side.encode())
         if stored is None:
             return None
         fields = json.loads(bytes(stored))
-        return Place(**fields | {"next": {int(partition): at for partition, at in fields["next"].items()}})
+        return TopicPosition(**fields | {"next": {int(partition): at for partition, at in fields["next"].items()}})
 
     def count(self, side: str) -> int:
         """How many ids have attributes."""
         with self._env.begin() as transaction:
             return int(transaction.stat(self._databases[side])["entries"])
 
-    def commit(self, side: str, changes: Mapping[int, bytes | None], place: Place) -> None:
+    def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
         """Sets the values that changed, None to remove one, and how far the topic was read: all or nothing.
 
         Raises:
@@ -98,7 +98,7 @@ class AttributeStore(LmdbStore):
                     transaction.put(key, value, db=self._databases[side])
             transaction.put(side.encode(), json.dumps(asdict(place)).encode(), db=self._meta)
 
-    def begin_anew(self, side: str, place: Place) -> None:
+    def begin_anew(self, side: str, place: TopicPosition) -> None:
         """Forgets a side; its topic is read again from `place`."""
         with self._write() as transaction:
             transaction.drop(self._databases[side], delete=False)

@@ -86,7 +86,7 @@ def id_of(key: bytes | None) -> str:
         raise DecodeError(Reason.UNDECODABLE) from None
 
 
-class Table:
+class AttributeTable:
     """The attributes of one side, and what a record says of them.
 
     Args:
@@ -119,7 +119,7 @@ class Table:
     def read(self, value: bytes, most_bytes: int = MOST_BYTES) -> list[str | None]:
         """The values in a record of at most `most_bytes`, as text, in the order of the attributes; None for none.
 
-        >>> Table("item", fields_of(["brand", "price:10|50"])).read(b'{"price": 12, "brand": null, "more": 1}')
+        >>> AttributeTable("item", fields_of(["brand", "price:10|50"])).read(b'{"price": 12, "brand": null, "more": 1}')
         [None, '10-50']
 
         Raises:
@@ -170,14 +170,14 @@ def _text(one: Field, value: Any) -> str | None:
     return band(number, one.edges)
 
 
-def tables_of(settings: Attributes) -> dict[str, Table]:
+def tables_of(settings: Attributes) -> dict[str, AttributeTable]:
     """The sides that have a topic, users first.
 
     >>> list(tables_of(Attributes(item_topic="items", item_fields=("brand",))))
     ['item']
     """
     return {
-        side: Table(side, fields_of(getattr(settings, f"{side}_fields")))
+        side: AttributeTable(side, fields_of(getattr(settings, f"{side}_fields")))
         for side in SIDES
         if getattr(settings, f"{side}_topic")
     }

@@ -148,7 +148,7 @@ class Events:
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelSettings:
     """Labels that arrive later: impressions wait for an outcome, such as a click, as an event of its own."""
 
     impressions: tuple[str, ...] = setting(
@@ -261,7 +261,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainerSettings:
     """The trainer."""
 
     device: str = setting(
@@ -282,7 +282,7 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class Registry:
+class RegistrySettings:
     """How long versions are kept."""
 
     delta_keep_s: float = setting(3600.0, "s", least=1.0, help="How long each delta is kept.")
@@ -294,7 +294,7 @@ class Registry:
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServingSettings:
     """The answers."""
 
     host: str = setting("127.0.0.1", filled=True, help="Address to listen on.")
@@ -343,21 +343,21 @@ SECTIONS: dict[str, type[Any]] = {
     "paths": Paths,
     "kafka": Kafka,
     "events": Events,
-    "labels": Labels,
+    "labels": LabelSettings,
     "attributes": Attributes,
     "features": Features,
     "stream": Stream,
     "model": Model,
-    "trainer": Trainer,
-    "registry": Registry,
-    "serving": Serving,
+    "trainer": TrainerSettings,
+    "registry": RegistrySettings,
+    "serving": ServingSettings,
     "bootstrap": Bootstrap,
     "shoppers": Shoppers,
 }
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownSetting:
     """One setting as declared: dotted name, default, unit, help, secrecy, bounds and choices; see `setting`."""
 
     name: str
@@ -372,7 +372,7 @@ class Known:
     choices: tuple[str, ...]
 
 
-def known_settings() -> Iterator[Known]:
+def known_settings() -> Iterator[KnownSetting]:
     """Every setting, in order.
 
     >>> next(known_settings()).name
@@ -380,4 +380,4 @@ def known_settings() -> Iterator[Known]:
     """
     for section, kind in SECTIONS.items():
         for declared in dataclasses.fields(kind):
-            yield Known(name=f"{section}.{declared.name}", default=declared.default, **declared.metadata)
+            yield KnownSetting(name=f"{section}.{declared.name}", default=declared.default, **declared.metadata)

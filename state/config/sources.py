@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state.config.sections import SECTIONS, Known
+from state.config.sections import SECTIONS, KnownSetting
 from state.errors import SettingsError, reason_of
 
 PREFIX = "SPRINGTIDE_"
@@ -63,7 +63,7 @@ def as_list(text: str) -> list[Any]:
     return [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
 
 
-def from_file(path: Path, known: Mapping[str, Known]) -> Iterator[tuple[str, Any, str]]:
+def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[str, Any, str]]:
     """Yields (name, value, origin) of a TOML file's settings."""
     if not path.exists():
         return
@@ -98,7 +98,7 @@ def from_file(path: Path, known: Mapping[str, Known]) -> Iterator[tuple[str, Any
             yield _known_name(name, known, origin), value, origin
 
 
-def from_environment(env: Mapping[str, str], known: Mapping[str, Known]) -> Iterator[tuple[str, str, str]]:
+def from_environment(env: Mapping[str, str], known: Mapping[str, KnownSetting]) -> Iterator[tuple[str, str, str]]:
     """Yields (name, text, origin) of the variables that begin with SPRINGTIDE_."""
     by_variable = {variable(name): name for name in known}
     for key in sorted(env):
@@ -110,7 +110,7 @@ def from_environment(env: Mapping[str, str], known: Mapping[str, Known]) -> Iter
         yield by_variable[key], env[key], f"variable {key}"
 
 
-def from_flags(argv: Sequence[str], known: Mapping[str, Known]) -> Iterator[tuple[str, str, str]]:
+def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterator[tuple[str, str, str]]:
     """Yields (name, text, origin) of `--section.name VALUE`, `--section.name=VALUE` and `--config FILE`."""
     words = iter(argv)
     for word in words:
@@ -154,7 +154,7 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return settings, rest
 
 
-def _known_name(name: str, known: Mapping[str, Known], origin: str, prefix: str = "") -> str:
+def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefix: str = "") -> str:
     """Returns `name`, or raises with the nearest known one."""
     if name not in known:
         raise SettingsError(f"{origin}: unknown setting {name}; the nearest is {prefix}{nearest_setting(name, known)}")
@@ -211,7 +211,7 @@ def line_numbers(text: str) -> dict[str, int]:
     return lines
 
 
-def checked(known: Known, value: Any, origin: str) -> Any:
+def checked(known: KnownSetting, value: Any, origin: str) -> Any:
     """The value in the setting's type and bounds.
 
     Raises:
@@ -230,12 +230,12 @@ def checked(known: Known, value: Any, origin: str) -> Any:
     return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
 
 
-def _element_kind(known: Known) -> type:
+def _element_kind(known: KnownSetting) -> type:
     """The type of a list's elements; an empty default is a list of strings."""
     return type(known.default[0]) if known.default else str
 
 
-def _scalar(known: Known, kind: type, value: Any, where: str) -> Any:
+def _scalar(known: KnownSetting, kind: type, value: Any, where: str) -> Any:
     """One value as `kind`; text is parsed, other types must fit without loss."""
     try:
         if isinstance(value, kind) and not isinstance(value, bool):
@@ -250,7 +250,7 @@ def _scalar(known: Known, kind: type, value: Any, where: str) -> Any:
     raise SettingsError(f"{where} must be {wanted}, not {_shown(known, value)}")
 
 
-def _in_bounds(known: Known, value: Any, where: str) -> Any:
+def _in_bounds(known: KnownSetting, value: Any, where: str) -> Any:
     if known.choices and value not in known.choices:
         raise SettingsError(
             f"{where} must be one of {', '.join(filter(None, known.choices))}, not {_shown(known, value)}"
@@ -268,5 +268,5 @@ def _in_bounds(known: Known, value: Any, where: str) -> Any:
     return value
 
 
-def _shown(known: Known, value: Any) -> str:
+def _shown(known: KnownSetting, value: Any) -> str:
     return MASK if known.secret else repr(value)

@@ -85,9 +85,8 @@ class HistoryStore(LmdbStore):
 
     def read(self, user: int) -> Events:
         """Gives `[m <= N]` EVENT of `user` in append order: one consistent moment; empty where unknown."""
-        prefix = prefix_of(user)
         with self._env.begin(db=self._chunks) as transaction:
-            return self._read(transaction.cursor(), prefix)[0]
+            return self._read(transaction.cursor(), prefix_of(user))[0]
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """Gives the histories of several users as of one moment."""

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.errors import SpringtideError, of_disk
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 

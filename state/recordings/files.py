@@ -24,7 +24,7 @@ import pyarrow as pa
 from state.config.sections import Events
 from state.errors import SettingsError, UnreadableRecording
 from state.recordings.parquet import parquet_rows
-from state.recordings.rows import Encoded, Encoder, Rows, mapped_fields
+from state.recordings.rows import EncodedRows, Encoder, RecordedRows, mapped_fields
 from state.recordings.text import CHUNK_ROWS, REMEDY, csv_rows, json_rows
 
 FORMATS = ("csv", "json", "parquet")
@@ -76,7 +76,7 @@ class Recording:
     constants: Mapping[str, str] | None = None
     remedy: str = REMEDY
 
-    def rows(self, number: int, fields: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:
+    def rows(self, number: int, fields: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[RecordedRows]:
         """The rows of file `number`, their `fields` as columns; constants are not read.
 
         Raises:
@@ -107,7 +107,7 @@ class Recording:
                 "out, or name its format with --format"
             ) from None
 
-    def encoded(self, encoder: Encoder, events: Events) -> Iterator[Encoded]:
+    def encoded(self, encoder: Encoder, events: Events) -> Iterator[EncodedRows]:
         """All rows of all files as records, in the order of the files.
 
         Raises:

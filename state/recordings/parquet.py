@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from state.config.sources import nearest
 from state.errors import SettingsError
-from state.recordings.rows import Rows
+from state.recordings.rows import RecordedRows
 from state.recordings.text import REMEDY
 
 CHUNK_ROWS = 8192
@@ -22,7 +22,7 @@ CHUNK_ROWS = 8192
 
 def parquet_rows(
     path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
-) -> Iterator[Rows]:
+) -> Iterator[RecordedRows]:
     """Reads Parquet; only the wanted columns are decoded.
 
     Raises:
@@ -41,7 +41,9 @@ def parquet_rows(
         first = 1
         for batch in file.iter_batches(batch_size=chunk_rows, columns=list(wanted)):
             columns = {name: as_values(batch.column(name)) for name in wanted}
-            yield Rows(columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), _text_of(columns))
+            yield RecordedRows(
+                columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), _text_of(columns)
+            )
             first += len(batch)
 
 

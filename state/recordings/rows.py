@@ -29,7 +29,7 @@ SECONDS_BELOW = 1e11  # auto reads smaller numbers as seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RecordedRows:
     """Consecutive rows of one file, as columns.
 
     Attributes:
@@ -49,7 +49,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedRows:
     """n records, complete but for their time.
 
     Attributes:
@@ -69,10 +69,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def take(self, rows: I64) -> Encoded:
+    def take(self, rows: I64) -> EncodedRows:
         """The records `rows`, in that order."""
         places = rows.tolist()
-        return Encoded(
+        return EncodedRows(
             [self.keys[row] for row in places],
             [self.bodies[row] for row in places],
             self.at_ms[rows],
@@ -80,15 +80,15 @@ class Encoded:
             self.line[rows],
         )
 
-    def cut(self, first: int, after: int) -> Encoded:
+    def cut(self, first: int, after: int) -> EncodedRows:
         """The records [first, after)."""
         part = slice(first, after)
-        return Encoded(self.keys[part], self.bodies[part], self.at_ms[part], self.file[part], self.line[part])
+        return EncodedRows(self.keys[part], self.bodies[part], self.at_ms[part], self.file[part], self.line[part])
 
 
-def joined(parts: Sequence[Encoded]) -> Encoded:
+def joined(parts: Sequence[EncodedRows]) -> EncodedRows:
     """All records of `parts`, in their order."""
-    return Encoded(
+    return EncodedRows(
         [key for part in parts for key in part.keys],
         [body for part in parts for body in part.bodies],
         *(
@@ -199,7 +199,7 @@ class Encoder:
         self._names = tuple(name for name in mapped_fields(events) if name != events.time)
         self._time_key = b"," + orjson.dumps(events.time) + b":"
 
-    def encode(self, rows: Rows, file: int) -> Encoded:
+    def encode(self, rows: RecordedRows, file: int) -> EncodedRows:
         """The records of `rows` of file number `file`."""
         events, count = self._events, len(rows)
         columns = [self._column(rows, name) for name in self._names]
@@ -226,9 +226,9 @@ class Encoder:
             except (TypeError, ValueError):
                 # No JSON has such a value, say a number of 30 digits.
                 bodies.append(rows.text(row))
-        return Encoded(keys, bodies, at_ms, np.full(count, file, np.int64), rows.lines)
+        return EncodedRows(keys, bodies, at_ms, np.full(count, file, np.int64), rows.lines)
 
-    def values(self, encoded: Encoded, at_ms: I64) -> list[bytes]:
+    def values(self, encoded: EncodedRows, at_ms: I64) -> list[bytes]:
         """Complete values with the times to send; where `encoded` has no time, its body as it is."""
         endings = times_as(np.where(encoded.at_ms == NO_TIME, 1 << 41, at_ms), self._events.time_unit)
         has_time = (encoded.at_ms != NO_TIME).tolist()
@@ -238,7 +238,7 @@ class Encoder:
             for body, ending, complete in zip(encoded.bodies, endings, has_time, strict=True)
         ]
 
-    def _column(self, rows: Rows, name: str) -> Sequence[Any]:
+    def _column(self, rows: RecordedRows, name: str) -> Sequence[Any]:
         if name in self._constants:
             return [self._constants[name]] * len(rows)
         values = rows.columns.get(name)

@@ -18,7 +18,7 @@ import numpy as np
 
 from state.config.sources import nearest
 from state.errors import SettingsError
-from state.recordings.rows import Rows
+from state.recordings.rows import RecordedRows
 
 CHUNK_ROWS = 8192
 LONGEST_RECORD_LINES = 100  # a quoted field with more lines is a stray quote
@@ -36,7 +36,7 @@ def csv_rows(
     delimiter: str = ",",
     chunk_rows: int = CHUNK_ROWS,
     remedy: str = REMEDY,
-) -> Iterator[Rows]:
+) -> Iterator[RecordedRows]:
     """Reads CSV.
 
     Args:
@@ -58,9 +58,9 @@ def csv_rows(
         raise SettingsError(_no_column(where, missing[0], names, bool(columns), remedy))
     nothing = [None] * len(names)
 
-    def rows_of(chunk: list[Record]) -> Rows:
+    def rows_of(chunk: list[Record]) -> RecordedRows:
         cells = [one[2] or nothing for one in chunk]
-        return Rows(
+        return RecordedRows(
             columns={name: [row[place] for row in cells] for name, place in places.items()},
             lines=np.array([one[0] for one in chunk], np.int64),
             broken=frozenset(row for row, one in enumerate(chunk) if one[2] is None),
@@ -163,7 +163,9 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
         yield number, text, cells if cells is not None and len(cells) == width else None
 
 
-def json_rows(stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[Rows]:
+def json_rows(
+    stream: BinaryIO, where: str, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS
+) -> Iterator[RecordedRows]:
     """Reads JSON lines: one object a line.
 
     Args:
@@ -198,7 +200,7 @@ def _decoder(wanted: Sequence[str]) -> Callable[[bytes], tuple[Any, ...]]:
 
 def _json_chunk(
     chunk: list[tuple[int, bytes]], wanted: Sequence[str], decode: Callable[[bytes], tuple[Any, ...]]
-) -> Rows:
+) -> RecordedRows:
     nothing = (None,) * len(wanted)
     rows: list[tuple[Any, ...]] = []
     broken: list[int] = []
@@ -208,7 +210,7 @@ def _json_chunk(
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             rows.append(nothing)
             broken.append(row)
-    return Rows(
+    return RecordedRows(
         columns=dict(zip(wanted, zip(*rows, strict=True), strict=True)),
         lines=np.array([number for number, _ in chunk], np.int64),
         broken=frozenset(broken),

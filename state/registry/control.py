@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ServingChoice:
     """Which version answers should use.
 
     Attributes:
@@ -54,7 +54,7 @@ class Control:
     action: Action
     epoch: int
     base: int | None = None
-    serving: Serving = field(default_factory=Serving)
+    serving: ServingChoice = field(default_factory=ServingChoice)
     mask: Mask = Mask.NONE
 
 
@@ -77,7 +77,7 @@ def pin(control: Control, version: int, *, actor: str, reason: str, now_ms: int)
     >>> pin(pinned, 7, actor="bob", reason="again", now_ms=6) is pinned
     True
     """
-    return _next(control, "pin", actor, reason, now_ms, serving=Serving("pin", version))
+    return _next(control, "pin", actor, reason, now_ms, serving=ServingChoice("pin", version))
 
 
 def follow(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
@@ -87,7 +87,7 @@ def follow(control: Control, *, actor: str, reason: str, now_ms: int) -> Control
     >>> follow(first, actor="ann", reason="no need", now_ms=5) is first
     True
     """
-    return _next(control, "follow", actor, reason, now_ms, serving=Serving())
+    return _next(control, "follow", actor, reason, now_ms, serving=ServingChoice())
 
 
 def roll_back(control: Control, to: int, mask: Mask, *, actor: str, reason: str, now_ms: int) -> Control:
@@ -114,7 +114,7 @@ def roll_back(control: Control, to: int, mask: Mask, *, actor: str, reason: str,
     True
     """
     joined = join(control.mask, mask, control.generation + 1)
-    serving = Serving("pin", to)
+    serving = ServingChoice("pin", to)
     if control.action != "start" and control.base == to and joined == control.mask:
         return _next(control, "rollback", actor, reason, now_ms, serving=serving)
     return replace(
@@ -178,7 +178,7 @@ def decode(document: Mapping[str, Any]) -> Control:
             action=document["action"],
             epoch=int(document["epoch"]),
             base=document["base"],
-            serving=Serving(serving["mode"], serving["version"]),
+            serving=ServingChoice(serving["mode"], serving["version"]),
             mask=Mask.from_json(document["mask"]),
         )
     except KeyError as error:
@@ -186,7 +186,14 @@ def decode(document: Mapping[str, Any]) -> Control:
 
 
 def _next(
-    control: Control, action: Action, actor: str, reason: str, now_ms: int, *, serving: Serving, force: bool = False
+    control: Control,
+    action: Action,
+    actor: str,
+    reason: str,
+    now_ms: int,
+    *,
+    serving: ServingChoice,
+    force: bool = False,
 ) -> Control:
     """The next generation with another `serving`; `control` itself where that changes nothing."""
     if control.serving == serving and not force:

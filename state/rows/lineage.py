@@ -14,7 +14,7 @@ from typing import NamedTuple
 from state.registry.manifest import Visible, sees
 
 
-class Segment(NamedTuple):
+class RetainedRun(NamedTuple):
     """Retained versions that follow each other on one line of descent.
 
     Attributes:
@@ -40,23 +40,23 @@ def newest_visible(versions: Iterable[int], visible: Visible) -> int | None:
     return None
 
 
-def segments(retained: Mapping[int, Visible]) -> tuple[Segment, ...]:
+def segments(retained: Mapping[int, Visible]) -> tuple[RetainedRun, ...]:
     """Groups `retained` versions into runs without a gap on one line of descent.
 
     >>> segments({7: ((1, 7),), 8: ((1, 8),), 3: ((1, 3),)})
-    (Segment(first=3, last=3, visible=((1, 3),)), Segment(first=7, last=8, visible=((1, 7),)))
+    (RetainedRun(first=3, last=3, visible=((1, 3),)), RetainedRun(first=7, last=8, visible=((1, 7),)))
     """
-    runs: list[Segment] = []
+    runs: list[RetainedRun] = []
     for version in sorted(retained):
         visible = retained[version]
         if runs and runs[-1].last == version - 1 and runs[-1].visible[0][0] == visible[0][0]:
             runs[-1] = runs[-1]._replace(last=version)
         else:
-            runs.append(Segment(version, version, visible))
+            runs.append(RetainedRun(version, version, visible))
     return tuple(runs)
 
 
-def needed(versions: Sequence[int], runs: Sequence[Segment]) -> set[int]:
+def needed(versions: Sequence[int], runs: Sequence[RetainedRun]) -> set[int]:
     """Which entries of one id (their versions, newest first) some retained version reads.
 
     >>> needed([9, 7, 5, 2], [Segment(6, 8, ((1, 6),))]) == {7, 5}

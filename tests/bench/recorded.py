@@ -21,9 +21,10 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from deploy.replaying.shoppers import ShopperCrowd
-from state.attributes.values import Table
+from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.events.identity import context_id, context_text
 from state.features.mask import Mask
 from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec, vectorise
@@ -135,8 +136,8 @@ def read_impressions(settings: Settings, folder: Path = KUAIRAND) -> Recorded:
     events["flags"] = LABELLED | np.where(label >= 0.5, POSITIVE, 0)
     events["offset"] = np.arange(len(order))
     events["topic"] = SOURCE.topic
-    users = Table("user", fields_of(settings.attributes.user_fields))
-    items = Table("item", fields_of(settings.attributes.item_fields))
+    users = AttributeTable("user", fields_of(settings.attributes.user_fields))
+    items = AttributeTable("item", fields_of(settings.attributes.item_fields))
     return Recorded(
         users=_hashed(column[names.user]),
         events=events,
@@ -156,7 +157,7 @@ def _hashed(values: Sequence[Any]) -> U64:
     return np.array([ids[value] for value in values], np.uint64)
 
 
-def _joined(table: Table, path: Path, key: str, wanted: list[Any]) -> U64:
+def _joined(table: AttributeTable, path: Path, key: str, wanted: list[Any]) -> U64:
     """The ids of the attributes of each of `wanted`, `[n, A]`."""
     with path.open(newline="") as lines:
         known = {row[key]: table.ids(table.read(json.dumps(row).encode())) for row in csv.DictReader(lines)}

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 import state
-from state.attributes.store import AttributeStore, Place, ids_in, pack
+from state.attributes.store import AttributeStore, TopicPosition, ids_in, pack
 from state.disk.lmdb_store import LmdbStore
 from state.features.spec import EVENT
 from state.history.appends import Appends
@@ -116,7 +116,7 @@ class Attributes(Kept[AttributeStore]):
 
     def commit(self, store: AttributeStore, number: int, size: int = 20) -> None:
         value = pack([number], ["a" * 60])
-        store.commit("user", dict.fromkeys(range(size), value), Place("identity", SOURCE.topic_id, {0: number}))
+        store.commit("user", dict.fromkeys(range(size), value), TopicPosition("identity", SOURCE.topic_id, {0: number}))
 
     def seen(self, store: AttributeStore) -> int:
         values = store.read_many("user", range(20))

@@ -16,7 +16,7 @@ from deploy.attributes import files_of, main, parser, run
 from deploy.replaying.attribute_sending import send, summary
 from deploy.replaying.progress import Progress
 from deploy.replaying.sender import Piece
-from state.config.settings import load
+from state.config.loading import load
 from state.errors import SettingsError
 from state.log import Reader, Topics
 from tests.conftest import KafkaFactory

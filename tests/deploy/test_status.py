@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry
 from deploy import status
 from deploy.kafka.configuration import free_port
 from deploy.watch.figures import BORN, SPREADS
+from state.config.loading import load
 from state.config.sections import Kafka
-from state.config.settings import Settings, load
+from state.config.settings import Settings
 from state.log import Topics, Writer
 from state.metrics import PROCESSES, ApplierMetrics, names, serve
 from state.registry import control

@@ -16,7 +16,8 @@ from deploy.kafka.configuration import free_port
 from deploy.startup.hints import repeated_flags
 from deploy.startup.process_plan import STOP_ORDER, ports, process_plans
 from deploy.startup.steps import has_spec
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 
 PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "kafka.port")

@@ -33,7 +33,8 @@ from deploy.watch import scrape
 from state import errors
 from state.accounts import StreamAccount
 from state.attributes.values import tables_of
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.errors import RegistryError
 from state.events.identity import load_salt
 from state.layout import ATTRIBUTES

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from state.attributes.store import AttributeStore, ids_in
-from state.attributes.values import Table
+from state.attributes.values import AttributeTable
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
@@ -269,7 +269,9 @@ def _waiting(store: HistoryStore) -> dict[bytes, bytes]:
     return dict(zip(rows, [row.tobytes() for row in np.concatenate(parts, axis=1)], strict=True))
 
 
-def attributes_differ(log: LogContent, tables: Mapping[str, Table], knowledge: Knowledge, salt: Salt) -> list[str]:
+def attributes_differ(
+    log: LogContent, tables: Mapping[str, AttributeTable], knowledge: Knowledge, salt: Salt
+) -> list[str]:
     """Where rows have attributes that they cannot have had at their moment.
 
     1. A row has a change of its own user or item, or nobody's.
@@ -309,7 +311,7 @@ def _owners(side: str, knowledge: Knowledge, salt: Salt) -> set[int]:
     return {user_id(salt, one) if side == "user" else public_id(one) for one in ids}
 
 
-def known_differs(path: Path, tables: Mapping[str, Table], knowledge: Knowledge, salt: Salt) -> list[str]:
+def known_differs(path: Path, tables: Mapping[str, AttributeTable], knowledge: Knowledge, salt: Salt) -> list[str]:
     """The users and items of whom a store of attributes does not have the newest change."""
     store = AttributeStore(path, 1 << 30, readonly=True)
     try:

@@ -20,7 +20,8 @@ import psutil
 from deploy import cli
 from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.log import Topics, Writer
 
 ROOT = Path(__file__).parents[2]

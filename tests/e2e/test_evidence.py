@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from state.attributes.values import Table
+from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
-from state.config.settings import load
+from state.config.loading import load
 from state.events.identity import Salt, user_id
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
@@ -109,7 +109,7 @@ def test_rows_of_one_place_are_told_apart_and_only_those_learned_from_count() ->
 
 
 SOURCE, SALT = Source("ab" * 16, 0), Salt(b"salt of a test, long enough")
-USERS = Table("user", fields_of(["user_change", "user_tier"]))
+USERS = AttributeTable("user", fields_of(["user_change", "user_tier"]))
 
 
 def joined(*rows: tuple[int, int, str, int]) -> LogContent:

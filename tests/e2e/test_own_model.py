@@ -14,8 +14,8 @@ import pytest
 
 from deploy import cli
 from deploy.kafka.configuration import free_port
+from state.config.loading import load
 from state.config.sections import Model
-from state.config.settings import load
 from state.features.spec import FeatureSpec
 from state.registry.registry import Registry
 from tests.e2e.running import PORTS, ROOT, SHORT, Loop

@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from state.config.loading import load
 from state.config.sections import Kafka
-from state.config.settings import Settings, load
+from state.config.settings import Settings
 from state.history.store import HistoryStore
 from state.log import Topics
 from tests.conftest import KafkaFactory

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from state.config.loading import load
 from state.config.sections import known_settings
-from state.config.settings import Settings, load
+from state.config.settings import Settings
 from state.config.sources import as_text, variable
 
 HERE = Path(__file__).parent

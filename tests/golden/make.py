@@ -42,8 +42,9 @@ from deploy.kafka.broker import Broker, free_port
 from deploy.replaying.shoppers import ShopperCrowd
 from deploy.serving.applier import FETCH_S, Applier
 from deploy.serving.host import CAUGHT_UP_EXTRA
+from state.config.loading import load
 from state.config.sections import Kafka
-from state.config.settings import Settings, load
+from state.config.settings import Settings
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore

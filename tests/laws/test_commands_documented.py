@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from deploy.command_line import OWN_HELP, PROCESSES, parser, with_times
-from state.config.settings import load
+from state.config.loading import load
 from state.config.sources import split_settings
 from state.errors import SettingsError
 

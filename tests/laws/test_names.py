@@ -1,8 +1,10 @@
-"""A file's name says what it is about, and its docstring what it does."""
+"""A file's name says what it is about, and its docstring what it does; a class has one name; nothing is longer than one reads at once."""
 
 from __future__ import annotations
 
 import ast
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -11,8 +13,12 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "mis
 FILES = sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py"))
 OURS = [path for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES]
 
-
-LONGEST = 550
+LONGEST_FILE, MEDIAN_FILE, LONGEST_FUNCTION = 300, 160, 60
+TABLES_OF_DATA = {"state/metrics.py", "state/config/sections.py"}
+# What does not hold yet. These only shrink.
+LONG_FILES = {"trainer/engine/step.py", "trainer/tables/table.py"}
+LONG_FUNCTIONS = {"trainer/engine/compiled/graph.py:_measure_graph"}
+NAMED_TWICE = {"Clicks", "Progress", "Record", "_Call"}
 
 
 def name(path: Path) -> str:
@@ -35,6 +41,37 @@ def test_every_package_is_a_package() -> None:
     assert [name(path) for path in OURS if not (path.parent / "__init__.py").exists()] == []
 
 
+def lengths() -> dict[str, int]:
+    """The lines of each file; those of packages, which are a docstring, left out."""
+    return {name(path): len(path.read_text().splitlines()) for path in OURS if path.stem != "__init__"}
+
+
 def test_a_file_stays_readable_in_one_sitting() -> None:
-    lengths = {name(path): len(path.read_text().splitlines()) for path in OURS}
-    assert {file: lines for file, lines in lengths.items() if lines > LONGEST} == {}
+    long = {file: lines for file, lines in lengths().items() if lines > LONGEST_FILE}
+    assert {file: lines for file, lines in long.items() if file not in TABLES_OF_DATA | LONG_FILES} == {}
+
+
+def test_most_files_are_short() -> None:
+    assert statistics.median(lengths().values()) <= MEDIAN_FILE
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Each function of a file, as `file:name`, and its lines from `def` on."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{name(path)}:{node.name}", (node.end_lineno or 0) - node.lineno + 1
+
+
+def test_a_function_fits_on_a_page() -> None:
+    long = {one: lines for path in OURS for one, lines in functions(path) if lines > LONGEST_FUNCTION}
+    assert {one: lines for one, lines in long.items() if one not in LONG_FUNCTIONS} == {}
+
+
+def test_a_class_has_its_name_alone() -> None:
+    places: dict[str, set[str]] = {}
+    for path in OURS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, set()).add(name(path))
+    twice = {one: sorted(files) for one, files in places.items() if len(files) > 1}
+    assert {one: files for one, files in twice.items() if one not in NAMED_TWICE} == {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploy.command_line import parser
 from deploy.operate.settings_table import as_markdown
-from state.config.sections import SECTIONS, Known, known_settings
+from state.config.sections import SECTIONS, KnownSetting, known_settings
 from state.config.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -31,14 +31,14 @@ def test_settings_have_the_declared_sections() -> None:
 
 
 def test_a_setting_explains_itself() -> None:
-    def explained(known: Known) -> bool:
+    def explained(known: KnownSetting) -> bool:
         return known.help.endswith(".") and (known.help[0].isupper() or known.help.startswith(("SASL", "TLS")))
 
     assert {known.name: known.help for known in known_settings() if not explained(known)} == {}
 
 
 def test_the_unit_agrees_with_the_name() -> None:
-    def agrees(known: Known) -> bool:
+    def agrees(known: KnownSetting) -> bool:
         units = {unit for ending, units in UNITS.items() if known.name.endswith(ending) for unit in units}
         measured = isinstance(known.default, (int, float)) or known.unit
         return not measured or not units or known.unit in units
@@ -52,7 +52,7 @@ def test_some_code_uses_each_setting() -> None:
     # Attributes and strings are all that can name a setting.
     named = set(re.findall(r"\.\w+|\"[\w.]+\"", "\n".join(path.read_text() for path in files)))
 
-    def used(known: Known) -> bool:
+    def used(known: KnownSetting) -> bool:
         key = known.name.partition(".")[2]
         return bool(named & {f".{key}", f'"{known.name}"', f'"{key}"'})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from state.attributes.values import Table
+from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.sections import Attributes, Kafka
 from state.config.settings import Settings
@@ -36,7 +36,7 @@ from tests.streaming.streams import (
 )
 from tests.streaming.test_recent_attributes import CRM, age
 
-GOODS = Table("item", fields_of(["brand"]))
+GOODS = AttributeTable("item", fields_of(["brand"]))
 
 
 @pytest.fixture(scope="module", autouse=True)

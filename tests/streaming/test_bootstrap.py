@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec

@@ -16,7 +16,8 @@ import pytest
 import tensorflow as tf
 from tensorflow_transform.tf_metadata.schema_utils import schema_as_feature_spec
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.events.identity import load_salt, public_id
 from state.features.spec import FeatureSpec

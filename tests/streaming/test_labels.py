@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.attributes.values import Joined
-from state.config.sections import Events, Labels
+from state.config.sections import Events, LabelSettings
 from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.events.event_batch import EventBatch
@@ -42,7 +42,7 @@ ACTIONS = ("view", "impression", "click")
 WEIGHTS = np.array([1.0, 0.25, 3.0], np.float32)
 SETTINGS = Settings(
     events=Events(actions=ACTIONS, action_weights=(1.0, 0.25, 3.0)),
-    labels=Labels(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8),
+    labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8),
 )
 ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME}
 BASE_MS = 1_700_000_000_000
@@ -216,7 +216,7 @@ def test_however_it_is_cut_and_dies_each_row_is_learned_once_as_a_join_by_hand_l
         assert (label, weight) == {Kind.ROW: (-1, 1.0), Kind.JOINED: (1, 3.0), Kind.EXPIRED: (0, 0.25)}[kind]
 
     # The windows are those that a stream without labels computes at the impression's place.
-    plain = ran(folder / "plain", log, [9], ["commit"], replace(SETTINGS, labels=Labels()))
+    plain = ran(folder / "plain", log, [9], ["commit"], replace(SETTINGS, labels=LabelSettings()))
     assert {place: row[5] for place, row in run.rows().items()} == {
         place: row[5] for place, row in plain.rows().items() if place in run.rows()
     }
@@ -294,14 +294,14 @@ def test_the_request_pairs_where_there_is_one(tmp_path: Path) -> None:
 
 
 def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path: Path) -> None:
-    run = Run(tmp_path, replace(SETTINGS, labels=Labels()))
+    run = Run(tmp_path, replace(SETTINGS, labels=LabelSettings()))
     run.open()
     assert run.labels is None
     run.settings = SETTINGS
     run.crash()
     run.update(batch_of([SHOWN], [0, 0]))
     run.commit()
-    run.settings = replace(SETTINGS, labels=Labels(wait_s=0.1))
+    run.settings = replace(SETTINGS, labels=LabelSettings(wait_s=0.1))
     run.crash()
     run.update(batch_of([SHOWN, PASSED], [1, 0]))
     run.commit()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from state.config.sections import Events, Labels
+from state.config.sections import Events, LabelSettings
 from state.config.settings import Settings
 from state.history.store import HistoryStore
 from state.log import Topics
@@ -89,7 +89,7 @@ def prepared(kafka_settings: KafkaFactory, folder: Path, **stream: int) -> Setti
     return replace(
         settings,
         events=Events(actions=ACTIONS, action_weights=(1.0, 1.0, 3.0)),
-        labels=Labels(impressions=("impression",), outcomes=("click",), wait_s=WAIT_S),
+        labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=WAIT_S),
     )
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from state.attributes.store import AttributeStore, Place, pack
-from state.attributes.values import Table
+from state.attributes.store import AttributeStore, TopicPosition, pack
+from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.events.parser import ANNOUNCE_MS
 from streaming.recent_attributes import Recent
 
-CRM = Table("user", fields_of(["age", "level"]))
-PLACE = Place("identity", "ab" * 16, {0: 1})
+CRM = AttributeTable("user", fields_of(["age", "level"]))
+PLACE = TopicPosition("identity", "ab" * 16, {0: 1})
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import decode, encode

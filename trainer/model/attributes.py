@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from state.attributes.values import U64, Table
+from state.attributes.values import U64, AttributeTable
 from state.compiled.mixing import mixed
 from state.config.fields import fields_of
 from state.config.sections import Attributes
@@ -47,8 +47,8 @@ class Columns:
     """
 
     def __init__(self, settings: Attributes) -> None:
-        self.users = Table("user", fields_of(settings.user_fields if settings.user_topic else ()))
-        self.items = Table("item", fields_of(settings.item_fields if settings.item_topic else ()))
+        self.users = AttributeTable("user", fields_of(settings.user_fields if settings.user_topic else ()))
+        self.items = AttributeTable("item", fields_of(settings.item_fields if settings.item_topic else ()))
 
     def users_of(self, batch: MicroBatch) -> U64:
         """`[n, Au]` uint64, in the order of the settings."""
@@ -59,7 +59,7 @@ class Columns:
         return _arranged(batch.item_attributes, batch.header.attributes[1], self.items)
 
 
-def _arranged(columns: U64, names: tuple[str, ...], table: Table) -> U64:
+def _arranged(columns: U64, names: tuple[str, ...], table: AttributeTable) -> U64:
     """The columns that `table` names; one that the micro-batch, of older settings, lacks is unknown."""
     if names == table.names:
         return columns

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from state.config.settings import load
+from state.config.loading import load
 from state.errors import SettingsError
 from tests.deploy.operating import Operator
 

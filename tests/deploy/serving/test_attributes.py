@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.attributes import AttributesFollower, KnownAttributes
 from deploy.serving.host import Host
 from deploy.serving.predictor import Predictor
-from state.attributes.store import AttributeStore, Place, pack
-from state.attributes.values import Table, tables_of
+from state.attributes.store import AttributeStore, TopicPosition, pack
+from state.attributes.values import AttributeTable, tables_of
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.errors import MissingSalt, NotReady
@@ -42,10 +42,10 @@ from tests.deploy.serving.stocked import (
 SALT = Salt(SALT_KEY)
 WANTED = Attributes("crm", "goods", ("age", "city"), ("brand",))
 TABLES = tables_of(WANTED)
-PLACE = Place("identity", "ab" * 16, {0: 1})
+PLACE = TopicPosition("identity", "ab" * 16, {0: 1})
 
 
-def put(store: AttributeStore, table: Table, one: int, *texts: str | None) -> None:
+def put(store: AttributeStore, table: AttributeTable, one: int, *texts: str | None) -> None:
     store.commit(table.side, {one: pack(table.ids(texts), texts)}, PLACE)
 
 

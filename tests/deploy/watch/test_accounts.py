@@ -10,8 +10,9 @@ import pytest
 
 from deploy import status
 from deploy.watch import accounts, rows_in_flight
+from state.config.loading import load
 from state.config.sections import Kafka
-from state.config.settings import Settings, load
+from state.config.settings import Settings
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.log import Topics, Writer, accepted_gaps

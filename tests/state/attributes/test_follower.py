@@ -12,7 +12,7 @@ import pytest
 
 from state.attributes.follower import AttributeFollower, follow
 from state.attributes.store import AttributeStore, texts_in
-from state.attributes.values import Table
+from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
@@ -41,7 +41,7 @@ class Crm:
         self.follower = self.following()
 
     def following(self, side: str = "user", salt: Salt = SALT, fields: tuple[str, ...] = FIELDS) -> AttributeFollower:
-        table = Table(side, fields_of(fields))
+        table = AttributeTable(side, fields_of(fields))
         return AttributeFollower(self.kafka, self.topic, table, salt, self.store, self.bad.extend, 1000)
 
     def send(self, *records: tuple[str | None, object], partition: int = 0) -> None:
@@ -177,7 +177,9 @@ def test_items_are_found_by_their_public_id(crm: Crm) -> None:
 
 
 def test_a_missing_topic_is_named(crm: Crm) -> None:
-    other = AttributeFollower(crm.kafka, "no-such-topic", Table("user", ()), SALT, crm.store, crm.bad.extend, 1000)
+    other = AttributeFollower(
+        crm.kafka, "no-such-topic", AttributeTable("user", ()), SALT, crm.store, crm.bad.extend, 1000
+    )
     with pytest.raises(UnknownTopic, match="no-such-topic"):
         other.connect()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from state.attributes.store import AttributeStore, Place, ids_in, pack, texts_in
+from state.attributes.store import AttributeStore, TopicPosition, ids_in, pack, texts_in
 
 MAP = 1 << 24
-PLACE = Place("identity", "ab" * 16, {0: 5, 1: 7})
+PLACE = TopicPosition("identity", "ab" * 16, {0: 5, 1: 7})
 VALUE = pack([3, 4], ["25-34", None])
 
 
@@ -34,7 +34,7 @@ def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
     store = AttributeStore(tmp_path / "s", MAP)
     store.commit("user", {1: VALUE}, PLACE)
     store.commit("item", {1: VALUE}, PLACE)
-    store.begin_anew("user", Place("other", "cd" * 16, {0: 0}))
+    store.begin_anew("user", TopicPosition("other", "cd" * 16, {0: 0}))
     assert (store.count("user"), store.count("item")) == (0, 1)
     place = store.place("user")
     assert place is not None

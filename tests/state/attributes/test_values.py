@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.attributes.values import Table, band, tables_of
+from state.attributes.values import AttributeTable, band, tables_of
 from state.config.fields import LOG_EDGES, field_of, fields_of
+from state.config.loading import load
 from state.config.sections import Attributes
-from state.config.settings import load
 from state.errors import DecodeError, SettingsError
 
-CRM = Table("user", fields_of(["age_band", "level=memberLevel", "income:1000|5000"]))
+CRM = AttributeTable("user", fields_of(["age_band", "level=memberLevel", "income:1000|5000"]))
 
 
 def said(record: dict[str, Any]) -> list[str | None]:
@@ -44,7 +44,7 @@ def test_none_and_unknown_and_each_value_are_different_ids() -> None:
 
 
 def test_a_value_has_another_id_for_another_attribute_and_another_side() -> None:
-    other = Table("item", CRM.fields)
+    other = AttributeTable("item", CRM.fields)
     assert len({CRM.ids(["3", "3", None])[0], CRM.ids(["3", "3", None])[1], other.ids(["3", "3", None])[0]}) == 3
 
 
@@ -91,7 +91,10 @@ def test_an_attribute_written_wrongly_is_refused(written: str) -> None:
 
 @pytest.mark.parametrize("change", [["age_band=age", "level"], ["level", "age_band"], ["age_band", "level:1"]])
 def test_tables_of_other_fields_are_told_apart(change: list[str]) -> None:
-    assert Table("user", fields_of(change)).digest != Table("user", fields_of(["age_band", "level"])).digest
+    assert (
+        AttributeTable("user", fields_of(change)).digest
+        != AttributeTable("user", fields_of(["age_band", "level"])).digest
+    )
 
 
 def test_without_a_topic_there_are_no_tables() -> None:

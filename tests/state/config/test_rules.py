@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from deploy.operate.settings_table import as_toml
-from state.config.sections import Known, known_settings
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.sections import KnownSetting, known_settings
+from state.config.settings import Settings
 from state.config.sources import as_text, variable
 from state.errors import SettingsError
 
@@ -25,7 +26,7 @@ def refusal(argv: list[str], env: dict[str, str], path: str | Path = "/dev/null"
     return str(caught.value)
 
 
-def out_of_bounds(known: Known) -> list[Any]:
+def out_of_bounds(known: KnownSetting) -> list[Any]:
     """Values of the right type that the declaration refuses."""
     one = known.default[0] if isinstance(known.default, tuple) and known.default else known.default
     found: list[Any] = []
@@ -44,7 +45,7 @@ def out_of_bounds(known: Known) -> list[Any]:
     return [[value] if isinstance(known.default, tuple) else value for value in found]
 
 
-def wrong_types(known: Known) -> list[str]:
+def wrong_types(known: KnownSetting) -> list[str]:
     """TOML of values that are of another type."""
     if isinstance(known.default, tuple):
         return ["7", "true", "{}", "[[1]]", "[true]"]
@@ -58,7 +59,7 @@ def toml(value: Any) -> str:
 
 
 @pytest.mark.parametrize("known", SETTINGS, ids=lambda known: known.name)
-def test_a_value_out_of_bounds_is_refused_where_it_was_written(known: Known, tmp_path: Path) -> None:
+def test_a_value_out_of_bounds_is_refused_where_it_was_written(known: KnownSetting, tmp_path: Path) -> None:
     section, _, key = known.name.partition(".")
     path = tmp_path / "springtide.toml"
     for value in out_of_bounds(known):
@@ -73,7 +74,7 @@ def test_a_value_out_of_bounds_is_refused_where_it_was_written(known: Known, tmp
 
 
 @pytest.mark.parametrize("known", SETTINGS, ids=lambda known: known.name)
-def test_a_value_of_another_type_is_refused_where_it_was_written(known: Known, tmp_path: Path) -> None:
+def test_a_value_of_another_type_is_refused_where_it_was_written(known: KnownSetting, tmp_path: Path) -> None:
     section, _, key = known.name.partition(".")
     path = tmp_path / "springtide.toml"
     for text in wrong_types(known):
@@ -82,7 +83,7 @@ def test_a_value_of_another_type_is_refused_where_it_was_written(known: Known, t
 
 
 @pytest.mark.parametrize("known", SETTINGS, ids=lambda known: known.name)
-def test_the_bounds_themselves_are_possible(known: Known, tmp_path: Path) -> None:
+def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path) -> None:
     if isinstance(known.default, (int, float)) and known.name != "stream.shard":
         for bound in (known.least, known.most):
             if bound is not None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from state.config.loading import load
 from state.config.sections import Kafka, known_settings
-from state.config.settings import Settings, load
+from state.config.settings import Settings
 from state.config.sources import as_text, line_numbers, variable
 from state.errors import SettingsError
 

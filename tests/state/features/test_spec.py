@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.config.settings import load
+from state.config.loading import load
 from state.errors import SettingsError
 from state.features.ages import quantise, recency_step
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise

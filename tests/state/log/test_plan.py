@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.log import Reader, Topics, Writer, plan
 from tests.conftest import KafkaFactory
 

@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from state.config.sections import Events
 from state.errors import SettingsError, UnreadableRecording
 from state.recordings.files import RecordedFile, Recording, constants_of, find
-from state.recordings.rows import Rows
+from state.recordings.rows import RecordedRows
 from state.recordings.text import csv_rows, json_rows
 
 FIELDS = ("user", "item", "time")
 CLICKS = [{"user": f"u{number}", "item": f"i{number}", "time": 1_700_000_000 + number} for number in range(50)]
 
 
-def cells(chunks: list[Rows], fields: tuple[str, ...] = FIELDS) -> list[tuple[Any, ...]]:
+def cells(chunks: list[RecordedRows], fields: tuple[str, ...] = FIELDS) -> list[tuple[Any, ...]]:
     """The rows of all chunks; a broken one is its text."""
     found: list[tuple[Any, ...]] = []
     for rows in chunks:
@@ -38,7 +38,7 @@ def cells(chunks: list[Rows], fields: tuple[str, ...] = FIELDS) -> list[tuple[An
     return found
 
 
-def read_csv(text: bytes, fields: tuple[str, ...] = FIELDS, **options: Any) -> list[Rows]:
+def read_csv(text: bytes, fields: tuple[str, ...] = FIELDS, **options: Any) -> list[RecordedRows]:
     return list(csv_rows(io.BytesIO(text), "clicks.csv", fields, **options))
 
 

@@ -13,23 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.replaying.sender import Judge, Piece
+from state.config.loading import load
 from state.config.sections import Events
-from state.config.settings import load
 from state.errors import SettingsError
 from state.events.decoding import decode_json
-from state.recordings.rows import NO_TIME, Encoded, Encoder, Rows, joined
+from state.recordings.rows import NO_TIME, EncodedRows, Encoder, RecordedRows, joined
 
 LATEST = 1_800_000_000_000
 DEFAULT = Events()
 AT_MS = 1_700_000_000_000
 
 
-def rows(broken: frozenset[int] = frozenset(), **columns: list[Any]) -> Rows:
+def rows(broken: frozenset[int] = frozenset(), **columns: list[Any]) -> RecordedRows:
     count = len(next(iter(columns.values())))
-    return Rows(columns, np.arange(1, count + 1), broken, lambda row: f"text of {row}".encode())
+    return RecordedRows(columns, np.arange(1, count + 1), broken, lambda row: f"text of {row}".encode())
 
 
-def one(events: Events = DEFAULT, constants: dict[str, str] | None = None, **fields: Any) -> tuple[Encoded, bytes]:
+def one(events: Events = DEFAULT, constants: dict[str, str] | None = None, **fields: Any) -> tuple[EncodedRows, bytes]:
     encoder = Encoder(events, constants or {}, LATEST)
     encoded = encoder.encode(rows(**{name: [value] for name, value in fields.items()}), 0)
     return encoded, encoder.values(encoded, encoded.at_ms)[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from state.features.mask import Mask
 from state.registry import control as codec
-from state.registry.control import Control, Serving, follow, pin, roll_back, start
+from state.registry.control import Control, ServingChoice, follow, pin, roll_back, start
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 
@@ -85,10 +85,10 @@ def test_a_control_survives_its_encoding(taken: list[Step]) -> None:
 
 def test_a_rollback_pins_serving_where_the_epoch_begins() -> None:
     control = roll_back(follow(pin(start(**WHO), 3, **WHO), **WHO), 2, Mask.NONE, **WHO)
-    assert (control.serving, control.base, control.epoch) == (Serving("pin", 2), 2, 2)
+    assert (control.serving, control.base, control.epoch) == (ServingChoice("pin", 2), 2, 2)
 
 
 def test_following_and_rolling_back_again_only_pins_again() -> None:
     back = roll_back(start(**WHO), 2, Mask(users=frozenset({7})), **WHO)
     again = roll_back(follow(back, **WHO), 2, Mask(users=frozenset({7})), **WHO)
-    assert (again.epoch, again.serving, again.mask) == (back.epoch, Serving("pin", 2), back.mask)
+    assert (again.epoch, again.serving, again.mask) == (back.epoch, ServingChoice("pin", 2), back.mask)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.features.spec import EVENT, FeatureSpec
 from state.microbatch.batch import MicroBatch
 from streaming.preprocessing import CLIP, LEAST_DEVIATION

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import pytest
 
-from state.attributes.values import Table
+from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.sections import Attributes
 from state.microbatch.batch import MicroBatch
@@ -20,7 +20,10 @@ from trainer.measures.slices import FIRST, Slices
 from trainer.model.attributes import Columns, combine
 
 WANTED = Attributes("crm", "goods", ("age", "city"), ("brand", "price:10|50"), slices=("age", "brand"), slice_values=4)
-USERS, ITEMS = Table("user", fields_of(WANTED.user_fields)), Table("item", fields_of(WANTED.item_fields))
+USERS, ITEMS = (
+    AttributeTable("user", fields_of(WANTED.user_fields)),
+    AttributeTable("item", fields_of(WANTED.item_fields)),
+)
 AGES, BRANDS = ("18-24", "25-34", "65+"), ("acme", "apex", "zeta", "omni", "nova")
 
 
