@@ -72,7 +72,7 @@ def until(batch: PartitionBatch, after: int) -> PartitionBatch:
     )
 
 
-class Clicks:
+class ClicksLeft:
     """What the topic of clicks still holds, and what the stream had read of it by the word of its group.
 
     Args:

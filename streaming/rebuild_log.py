@@ -22,7 +22,7 @@ from state.positions import Range, Source
 from state.process import killpoints
 from state.process.progress_line import ProgressLine
 from streaming.cut import merge_all, merge_appends
-from streaming.rebuild_clicks import Clicks, read_to
+from streaming.rebuild_clicks import ClicksLeft, read_to
 from streaming.rebuild_report import Rebuilt, progress_line
 from streaming.rebuild_waiting import Waits
 
@@ -66,7 +66,7 @@ class Rebuild:
         """
         kafka, found = self._settings.kafka, self.found
         with Topics(kafka) as topics:
-            clicks = Clicks(self._settings, self._store, self._salt, topics, found)
+            clicks = ClicksLeft(self._settings, self._store, self._salt, topics, found)
             try:
                 begin, end = topics.ends(kafka.microbatches_topic)[0]
             except UnknownTopic as error:
@@ -88,7 +88,7 @@ class Rebuild:
         stream = self._settings.stream
         return source.partition % stream.shards == stream.shard
 
-    def _read(self, begin: int, end: int, clicks: Clicks) -> None:
+    def _read(self, begin: int, end: int, clicks: ClicksLeft) -> None:
         kafka = self._settings.kafka
         with Reader(kafka, kafka.microbatches_topic, [0]) as reader:
             for batches in read_to(reader, 0, end, RECORDS_AT_ONCE, f"the micro-batch log {kafka.microbatches_topic}"):
@@ -100,7 +100,7 @@ class Rebuild:
     def _show(self, done: int, total: int, last: bool = False) -> None:
         self._progress.show(lambda: progress_line(done, total, self.found.rows, self._progress.took_s), last)
 
-    def _take(self, batch: PartitionBatch, clicks: Clicks) -> None:
+    def _take(self, batch: PartitionBatch, clicks: ClicksLeft) -> None:
         """One commit for what one poll found, and one before each stretch of clicks."""
         for first, after, reason in batch.corrupt:
             self.found.unreadable += 1
@@ -126,7 +126,7 @@ class Rebuild:
         self._commit()
         killpoints.reach("rebuild.committed")
 
-    def _fill_before(self, part: Range, clicks: Clicks) -> None:
+    def _fill_before(self, part: Range, clicks: ClicksLeft) -> None:
         """Takes what lies between the mark of a range's source and the range from the clicks."""
         mark = self._marks.get(part.source)
         if mark is not None and mark >= part.first:

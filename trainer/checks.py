@@ -61,7 +61,7 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
     x = np.random.default_rng(7).normal(0.0, 1.0, (ROWS, width_in)).astype(np.float32)
     x[0], x[1] = 0.0, 10.0
     # 2.
-    call = _Call(tower, settings.hidden[-1], what)
+    call = _CheckedTower(tower, settings.hidden[-1], what)
     held = [variable.numpy() for variable in tower.variables]
     plain, trained = call(x, False, SEEDS[0]), call(x, True, SEEDS[1])
     # 3.
@@ -135,7 +135,7 @@ def _check_weights(tower: Any, again: Any, what: str) -> None:
             )
 
 
-class _Call:
+class _CheckedTower:
     """The tower as the trainer calls it, its output checked and its errors told in the user's terms."""
 
     def __init__(self, tower: Any, width: int, what: str) -> None:

@@ -59,7 +59,7 @@ def segments(retained: Mapping[int, Visible]) -> tuple[RetainedRun, ...]:
 def needed(versions: Sequence[int], runs: Sequence[RetainedRun]) -> set[int]:
     """Which entries of one id (their versions, newest first) some retained version reads.
 
-    >>> needed([9, 7, 5, 2], [Segment(6, 8, ((1, 6),))]) == {7, 5}
+    >>> needed([9, 7, 5, 2], [RetainedRun(6, 8, ((1, 6),))]) == {7, 5}
     True
     """
     kept: set[int] = set()
