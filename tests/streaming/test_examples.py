@@ -101,10 +101,10 @@ def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Pat
         expected = column.view(np.int64) if column.dtype == np.uint64 else column
         np.testing.assert_array_equal(found[name], expected, name)
     for name in ("features", "category_windows"):
-        expected = np.concatenate([getattr(one, name) for one in rows])
+        expected = np.concatenate([getattr(one.vectors, name) for one in rows])
         assert found[name].dtype == np.float32
         np.testing.assert_array_equal(found[name], expected, name)
-    labels = np.concatenate([one.recent_categories for one in rows])
+    labels = np.concatenate([one.vectors.recent_categories for one in rows])
     np.testing.assert_array_equal(found["recent_categories"].view(np.uint64), labels)
     np.testing.assert_array_equal(found["recent_mask"], labels != 0)
     assert (np.diff(found["at_ms"]) >= 0).all(), "the recording was not ordered by time"
