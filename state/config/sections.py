@@ -268,6 +268,14 @@ class TrainerSettings:
         "auto", choices=("auto", "cpu", "gpu"), help="Where to train; auto takes a GPU when there is one."
     )
     threads: int = setting(1, least=1, most=1024, help="Threads of TensorFlow's operations.")
+    engine: str = setting(
+        "auto",
+        choices=("auto", "compiled", "tensorflow"),
+        help="What computes a step; auto takes compiled loops for the default ranker on a CPU, else TensorFlow.",
+    )
+    rows_per_update: int = setting(
+        0, "rows", least=0, most=65536, help="Rows after which all weights and rows move; 0 takes a whole micro-batch."
+    )
     publish_s: float = setting(0.2, "s", least=0.01, most=3600.0, help="Time between versions.")
     base_every_s: float = setting(600.0, "s", least=1.0, help="Time between bases made by the compactor.")
     admit_after: int = setting(1, "sightings", least=1, help="Sightings before an id has a row of its own.")

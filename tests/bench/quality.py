@@ -1,6 +1,8 @@
 """Quality in one pass over real logs: each row is scored, then learned from.
 
-    python -m tests.bench.quality [--steps N] [--only taobao|kuairand|shoppers]
+    python -m tests.bench.quality [--steps N] [--only taobao|kuairand|shoppers] [--trainer.engine tensorflow]
+
+Flags with a dot are settings; with some the figures are no goals.
 
 Taobao's clicks: the next category, and whose item it was (`tests/bench/recorded.py`
 makes micro-batches of 1,024 rows of them), with the features' means and
@@ -22,10 +24,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from state.config.settings import Settings
+from state.config.settings import Settings, load
 from state.features.spec import FeatureSpec
 from streaming.preprocessing import analysed, load_preprocessing
 from tests.bench.recorded import (
+    KUAIRAND_SETTINGS,
     STEP_ROWS,
     Recorded,
     kuairand_settings,
@@ -35,7 +38,8 @@ from tests.bench.recorded import (
     read_impressions,
 )
 from tests.bench.report import Figure, report
-from trainer.engine.step import Report, Trainer
+from trainer.engine.report import Report
+from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
 from trainer.versions import checkpoint
 from trainer.versions.program import preprocessing_of
@@ -173,18 +177,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps of 1,024 rows")
     parser.add_argument("--only", choices=("taobao", "kuairand", "shoppers"), help="one of the three logs")
-    asked = parser.parse_args()
+    asked, flags = parser.parse_known_args()
+    settings = load(flags, env={}) if flags else None
+    named = "".join(flags).replace("--", "-").replace(".", "-")
     if asked.only in (None, "taobao"):
         goals = {"total.known.top1": ">= 0.435", "total.known.top5": ">= 0.663", "total.auc": ">= 0.8"}
-        _report("quality", train(asked.steps), goals, "Taobao UserBehavior, one pass, steps of 1,024 rows")
+        _report(
+            f"quality{named}",
+            train(asked.steps, settings),
+            {} if flags else goals,
+            "Taobao UserBehavior, one pass, steps of 1,024 rows",
+        )
     if asked.only in (None, "kuairand"):
         goals = {"auc": ">= 0.736", "log_loss": "<= 0.594"}
         about = "KuaiRand-Pure, one pass over 25 to 30 April 2022, measured over 28 to 30 April, steps of 1,024 rows"
-        _report("quality-kuairand", train_impressions(asked.steps), goals, about)
+        wanted = load(["--config", str(KUAIRAND_SETTINGS), *flags], env={})
+        _report(f"quality-kuairand{named}", train_impressions(asked.steps, wanted), {} if flags else goals, about)
     if asked.only in (None, "shoppers"):
         clicks = SHOPPERS_CLICKS if asked.steps is None else asked.steps * STEP_ROWS
         about = "synthetic shoppers with the default settings, measured over the second half, steps of 1,024 rows"
-        _report("quality-shoppers", train_shoppers(clicks), {"above frozen.auc": ">= 0.03"}, about)
+        goals = {} if flags else {"above frozen.auc": ">= 0.03"}
+        _report(f"quality-shoppers{named}", train_shoppers(clicks, settings), goals, about)
 
 
 def _report(name: str, found: dict[str, float], goals: dict[str, str], data: str) -> None:

@@ -33,6 +33,7 @@ from state.positions import Range, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 CLICKS = ROOT / "../shared/data/taobao/UserBehavior.csv"
+KUAIRAND_SETTINGS = ROOT / "deploy/examples/kuairand.toml"
 KUAIRAND = ROOT / "../shared/data/kuairand"
 ACTIONS = {"pv": 0, "fav": 1, "cart": 2, "buy": 3}
 STEP_ROWS = 1024
@@ -116,7 +117,7 @@ def made_clicks(settings: Settings, clicks: int, seed: int | None = None) -> Rec
 
 def kuairand_settings() -> Settings:
     """Those of `deploy/examples/kuairand.toml`."""
-    return load(["--config", str(ROOT / "deploy/examples/kuairand.toml")], env={})
+    return load(["--config", str(KUAIRAND_SETTINGS)], env={})
 
 
 def read_impressions(settings: Settings, folder: Path = KUAIRAND) -> Recorded:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,71 +36,22 @@ from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking import transitions
-from state.ranking.crosses import WIDTH, Crosses
+from state.ranking.crosses import Crosses
 from trainer.device import prepare
-from trainer.engine.compiled.engine import CompiledEngine
-from trainer.engine.engine import CROSS, Engine, Measured
+from trainer.engine.build import TRANSITION, engine_of, optimizer_of, ranker_of, tables_of
+from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
-from trainer.engine.optimizers.adam import Adam
-from trainer.engine.optimizers.crosses import first_precision
 from trainer.engine.record import Record, Recorder
+from trainer.engine.report import Report, joined
 from trainer.measures.evaluation import Evaluation
 from trainer.measures.slices import Scored, Slices
 from trainer.model.attributes import Columns
-from trainer.model.default_ranker import DefaultRanker
-from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.tables.index import U64
 from trainer.tables.popular import HOUR_MS, Popular
-from trainer.tables.table import MISSING, Table
+from trainer.tables.table import MISSING
 
 F32 = npt.NDArray[np.float32]
-
-TRANSITION = "transition"
-"""The table of what came next after a category, which is counted and not learned."""
-
-TRANSITION_CAPACITY = 1024
-"""Lists at the start: there are as many as categories, and each takes a kilobyte."""
-
-EMBEDDINGS = ("user", "item", "category", "context")
-
-
-def labelled(settings: Settings) -> bool:
-    """Whether the log says of its rows whether somebody engaged, so that no negative is drawn."""
-    return bool(settings.events.label or settings.labels.impressions)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one step saw and did.
-
-    Attributes:
-        rows: Rows of the step.
-        verdict: What the guard said; only after ACCEPT did weights change.
-        interest_log_loss: Mean over rows with a category, before learning; NaN without any.
-        engagement_log_loss: Mean over scored pairs, before learning.
-        top1: Rows whose category was the best candidate.
-        top5: Rows whose category was among the best five.
-        targets: Rows with a category.
-        scores: `[m]` float32 engagement logits, before learning.
-        positive: `[m]` bool, their outcomes.
-        grad_norm: Norm of the whole gradient.
-        event_time_ms: Newest event time of the step.
-        seconds: Duration of the step.
-    """
-
-    rows: int
-    verdict: Verdict
-    interest_log_loss: float
-    engagement_log_loss: float
-    top1: int
-    top5: int
-    targets: int
-    scores: npt.NDArray[np.float32]
-    positive: npt.NDArray[np.bool_]
-    grad_norm: float
-    event_time_ms: int
-    seconds: float
 
 
 @dataclass
@@ -151,38 +102,11 @@ class Trainer:
         self.settings = settings
         self.device = prepare(settings.trainer.device, settings.trainer.threads)
         self._clock = clock
-        model = settings.model
-        self.tables = {
-            name: Table(
-                name,
-                model.dim,
-                settings.trainer.capacity,
-                model.initial_accumulator,
-                settings.trainer.admit_after if name != "context" else 1,
-                self.device,
-            )
-            for name in EMBEDDINGS
-        }
-        # A cross begins at nothing: a weight and a margin of 0, of which nothing was learned.
-        self.tables[CROSS] = Table(
-            CROSS, WIDTH, settings.trainer.capacity, 0.0, settings.trainer.admit_after, self.device, initial_range=0.0
-        )
-        self.tables[TRANSITION] = Table(
-            TRANSITION,
-            transitions.WIDTH,
-            TRANSITION_CAPACITY,
-            admit_after=settings.trainer.admit_after,
-            device=self.device,
-            initial_range=0.0,
-            trained=False,
-        )
         with tf.device(self.device):
-            self.model = DefaultRanker(model, spec, preprocessing, labelled(settings))
-            self.optimizer = Adam(
-                self.model.dense, model.dense_learning_rate, self.model.learning_rates, self.model.fast_weights,
-                HYPERPARAMETERS.fast_learning_rate,
-            )  # fmt: skip
-        self.popular = Popular(model.popular)
+            self.model = ranker_of(settings, spec, preprocessing)
+            self.optimizer = optimizer_of(self.model, settings)
+        self.tables = tables_of(self.model, settings, self.device)
+        self.popular = Popular(settings.model.popular)
         self.evaluation = Evaluation()
         self._columns = Columns(settings.attributes)
         self.slices = Slices(settings.attributes, self._columns)
@@ -192,12 +116,11 @@ class Trainer:
         self._first_slots = self.optimizer.slots()
         users, items = self._columns.users.names, self._columns.items.names
         self._crosses = Crosses(spec, settings.events.context, users, items)
-        self._recorder = Recorder(settings, self._crosses, self._columns, model.hidden[0] if self.model.drops else 0)
-        precision = first_precision(self._crosses.kinds)
-        self.engine: Engine = CompiledEngine(
-            self.model, self.optimizer, {name: table for name, table in self.tables.items() if name != TRANSITION},
-            precision, len(settings.events.context) + len(users), len(items), self.device,
-        )  # fmt: skip
+        dropped = settings.model.hidden[0] if any(one.name == "tower_kept" for one in self.model.inputs) else 0
+        self._recorder = Recorder(settings, self._crosses, self._columns, dropped)
+        self.engine = engine_of(
+            self.model, self.optimizer, self.tables, self._crosses, self._columns, settings, self.device
+        )
 
     def clear(self) -> None:
         """Back to the state of a new trainer, to start an epoch or before a base is loaded."""
@@ -245,7 +168,6 @@ class Trainer:
             TrainingHeld: The guard has held training.
             ValueError: The batch has no row.
         """
-        began = self._clock()
         if self.guard.held:
             raise TrainingHeld(
                 f"training is held since {self.guard.skipped} steps in a row were bad, the last at step "
@@ -255,8 +177,15 @@ class Trainer:
             raise ValueError("a micro-batch without rows is no step")
         crosses = self._recorder.crosses_of(batch)
         self._observe(batch, crosses)
-        record = self._record(batch, crosses, seed)
-        return self._judge_and_apply(batch, record, self.engine.measure(record), began)
+        self.counters.steps += 1
+        size = self.settings.trainer.rows_per_update or len(batch)
+        updates = []
+        for part, its_crosses in _parts(batch, crosses, size):
+            if self.guard.held:
+                self.counters.skipped += len(part)
+            else:
+                updates.append(self._update(part, its_crosses, seed))
+        return joined(updates)
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout, by what the candidates are. Changes nothing.
@@ -290,6 +219,13 @@ class Trainer:
             shares = self._crosses.shares
             self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
 
+    def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Report:
+        """Measures, judges and applies."""
+        began = self._clock()
+        record = self._record(batch, crosses, seed)
+        measured = self.engine.measure(record)
+        return self._judge_and_apply(batch, record, measured, began)
+
     def _judge_and_apply(self, batch: MicroBatch, record: Record, measured: Measured, began: float) -> Report:
         counters, settings, scores = self.counters, self.settings.trainer, measured.scores
         targets, pairs = record.targets.slot >= 0, record.targets
@@ -304,7 +240,6 @@ class Trainer:
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
         event_time_ms = int(batch.at_ms.max())
 
-        counters.steps += 1
         if verdict is Verdict.ACCEPT:
             self.engine.apply(measured)
             for name, rows in measured.rows.items():
@@ -348,3 +283,14 @@ class Trainer:
 def _left(batch: MicroBatch) -> U64:
     """The category that each row's event came after, `[n]` uint64; 0 where there is none, or no category came next."""
     return np.where(batch.category != 0, batch.recent_categories[:, 0], np.uint64(0))
+
+
+def _parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBatch, U64]]:
+    """The batch and its crosses in parts of `size` rows."""
+    if size >= len(batch):
+        yield batch, crosses
+        return
+    for begin in range(0, len(batch), size):
+        number = np.arange(len(batch))
+        part = (number >= begin) & (number < begin + size)
+        yield batch.take(part), crosses[part]

@@ -21,8 +21,9 @@ from state.errors import SpecMismatch
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING
 from state.registry.versions import Versions
+from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
-from trainer.engine.step import TRANSITION, Trainer, labelled
+from trainer.engine.step import Trainer
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.tables.table import Changes
 from trainer.versions import content

@@ -13,8 +13,9 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.transitions import FOLLOWERS, identity
 from tests.trainer.batches import micro_batch, spread
 from tests.trainer.engine.test_step import digests, fresh, learned, restored
+from trainer.engine.build import TRANSITION
 from trainer.engine.guard import Verdict
-from trainer.engine.step import TRANSITION, Trainer
+from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
 from trainer.versions.difference import first_difference
 

@@ -1,0 +1,215 @@
+"""The compiled and the TensorFlow engine learn the same: scores, gradients, and what hundred steps make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from state.config.sections import Model
+from state.errors import SettingsError
+from state.microbatch.batch import MicroBatch
+from tests.trainer.batches import SPEC, micro_batch
+from tests.trainer.engine.test_step import settings as trainer_settings
+from tests.trainer.model.test_attributes import WANTED, with_attributes
+from trainer.engine.build import engine_name
+from trainer.engine.engine import Measured
+from trainer.engine.optimizers.fast_weights import FastSlots
+from trainer.engine.step import Trainer
+from trainer.model.default_ranker import FAST_WEIGHTS, DefaultRanker
+
+ENGINES = ("compiled", "tensorflow")
+SMALL = Model(dim=8, hidden=(16, 8), popular=4)
+SCORES, GRADIENTS = 1e-5, 1e-4
+AFTER_100_STEPS = 2e-3
+"""Largest difference of a logit after hundred steps: rounding, and what Adam's division by a small root makes of it."""
+
+
+@functools.cache
+def trainer(engine: str, kind: str) -> Trainer:
+    """Tracing takes seconds, so that each is made once and cleared."""
+    base = trainer_settings()
+    base = dataclasses.replace(base, model=SMALL, trainer=dataclasses.replace(base.trainer, engine=engine))
+    if kind == "dropout":
+        base = dataclasses.replace(base, model=dataclasses.replace(SMALL, dropout=0.3))
+    if kind == "labels and attributes":
+        events = dataclasses.replace(base.events, context=("tab",), label="clicked")
+        base = dataclasses.replace(base, events=events, attributes=WANTED)
+    return Trainer(base, SPEC)
+
+
+def batch(kind: str, rows: int, first: int = 0, seed: int = 0, known: bool = True, targets: bool = True) -> MicroBatch:
+    """Rows whose recent categories are distinct, as a history gives them."""
+    made = micro_batch(rows, first=first, seed=seed, categories=20, items=40, users=30, context=0)
+    recent = made.recent_categories.copy()
+    for row in recent:
+        distinct = [one for one in dict.fromkeys(row.tolist()) if one and known]
+        row[:] = 0
+        row[: len(distinct)] = distinct
+    drawn = np.random.default_rng([seed, first, 1])
+    category = np.where(drawn.random(rows) < 0.8, made.category, np.uint64(0)) if targets else np.zeros(rows, np.uint64)
+    item = np.where(drawn.random(rows) < 0.9, made.item, np.uint64(0))
+    windows = np.where(recent[:, :, None] != 0, made.category_windows, np.uint16(0))
+    made = dataclasses.replace(made, recent_categories=recent, category=category, item=item, category_windows=windows)
+    if kind == "labels and attributes":
+        label = np.where(drawn.random(rows) < 0.7, drawn.integers(0, 2, rows), np.nan).astype(np.float32)
+        context = micro_batch(rows, first=first, seed=seed, context=1).context
+        made = with_attributes(dataclasses.replace(made, label=label, context=context), seed)
+    return made
+
+
+def prepared(kind: str, rows: MicroBatch, seed: int, ties: bool) -> tuple[list[Trainer], list[Measured]]:
+    """Both engines' measures of the same rows from the same drawn weights; with ties all rows are zero."""
+    trainers, found = [trainer(engine, kind) for engine in ENGINES], []
+    drawn = np.random.default_rng(seed)
+    first = trainers[0]
+    first.clear()
+    noise = {
+        name: drawn.normal(0, 0.1, value.shape).astype(np.float32) for name, value in first.model.weights().items()
+    }
+    for one in trainers:
+        one.clear()
+        one.model.set_weights({name: value + noise[name] for name, value in one.model.weights().items()})
+        weights = one.model.weights()
+        one.optimizer.fast = FastSlots.of(np.concatenate([weights[name].reshape(-1) for name in FAST_WEIGHTS]))
+        for category in rows.category[rows.category != 0][:3]:
+            one.popular.update(np.array([category]), int(rows.at_ms[0]))
+        crosses = one._recorder.crosses_of(rows)
+        one._observe(rows, crosses)
+        for table in one.tables.values():
+            held = table.state()
+            if ties and held.accum.shape[1]:
+                places = table.find(held.ids)
+                table.put(places, np.zeros_like(held.rows), held.accum)
+        found.append(one.engine.measure(one._record(rows, crosses, None)))
+    return trainers, found
+
+
+def gradients(one: Trainer, measured: Measured) -> dict[str, np.ndarray]:
+    """By dense weight, and by table in the order of rows; both engines name rows in an order of their own."""
+    found = measured.found
+    dense = found.graph.dense if one.engine.name == "compiled" else found.dense
+    held = {name: np.array(value) for name, value in zip(one.model.dense, dense, strict=True)}
+    names = ("user", "item", "category", "context")
+    sparse = found.sparse if one.engine.name == "compiled" else dict(zip(names, found.sparse, strict=True))
+    for name in names:
+        order = np.argsort(measured.rows[name][1:])
+        held[name] = np.array(sparse[name])[1:][order]
+    return held
+
+
+@settings(
+    max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+)
+@given(
+    kind=st.sampled_from(["plain", "dropout", "labels and attributes"]),
+    rows=st.integers(1, 75),
+    seed=st.integers(0, 2**20),
+    known=st.booleans(),
+    targets=st.booleans(),
+    ties=st.booleans(),
+)
+def test_scores_and_gradients_of_any_record_are_the_same(
+    kind: str, rows: int, seed: int, known: bool, targets: bool, ties: bool
+) -> None:
+    made = batch(kind, rows, seed=seed, known=known, targets=targets)
+    trainers, (one, other) = prepared(kind, made, seed, ties)
+    for name in (
+        "recent_logits",
+        "popular_logits",
+        "successor_logits",
+        "interest_loss",
+        "engagement",
+        "engagement_loss",
+    ):
+        ours, theirs = getattr(one.scores, name), getattr(other.scores, name)
+        np.testing.assert_allclose(ours, theirs, rtol=SCORES, atol=SCORES, err_msg=name)
+    logits = np.concatenate([one.scores.recent_logits, one.scores.popular_logits, one.scores.successor_logits], 1)
+    ranked = np.sort(logits, 1)
+    apart = np.diff(ranked, axis=1)
+    # A tie within rounding is decided by rounding.
+    clear = ((apart > 1e-4) | (apart == 0)).all(1)
+    assert (one.scores.rank == other.scores.rank)[clear].all()
+    assert one.squared_norm == pytest.approx(other.squared_norm, rel=1e-3, abs=1e-9)
+    ours, theirs = (gradients(*each) for each in zip(trainers, (one, other), strict=True))
+    for name, value in ours.items():
+        np.testing.assert_allclose(
+            value,
+            theirs[name],
+            rtol=GRADIENTS,
+            atol=GRADIENTS * max(1e-4, np.abs(value).max(initial=0.0)),
+            err_msg=name,
+        )
+
+
+@pytest.mark.parametrize("kind", ["plain", "labels and attributes"])
+def test_after_hundred_steps_they_are_a_stated_distance_apart(kind: str) -> None:
+    trainers = [trainer(engine, kind) for engine in ENGINES]
+    reports = []
+    for one in trainers:
+        one.clear()
+        reports.append([one.step(batch(kind, 40, first=number * 40)) for number in range(100)])
+    probe = batch(kind, 64, first=9000)
+    ours, theirs = (one.score(probe) for one in trainers)
+    for name, value in ours.items():
+        assert np.abs(value - theirs[name]).max() < AFTER_100_STEPS, name
+    hits = [sum(one.top1 for one in some) for some in reports]
+    assert abs(hits[0] - hits[1]) <= 4
+    losses = [np.nanmean([one.interest_log_loss for one in some]) for some in reports]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_engine_repeats_its_own_bits(engine: str) -> None:
+    found = []
+    for _ in range(2):
+        one = trainer(engine, "labels and attributes")
+        one.clear()
+        for number in range(5):
+            one.step(batch("labels and attributes", 50, first=number * 50))
+        digest = hashlib.sha256()
+        for value in one.model.weights().values():
+            digest.update(value.tobytes())
+        found.append((digest.hexdigest(), *(table.digest() for table in one.tables.values())))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_per_update_learns_within_a_record_as_records_of_so_many_rows_do(engine: str) -> None:
+    one, made = trainer(engine, "plain"), batch("plain", 60)
+    one.clear()
+    held = one.settings
+    one.settings = dataclasses.replace(held, trainer=dataclasses.replace(held.trainer, rows_per_update=20))
+    try:
+        report = one.step(made)
+    finally:
+        one.settings = held
+    within = one.model.weights(), one.tables["category"].digest(), one.counters.trained
+    one.clear()
+    numbers = np.arange(60)
+    # Ids are known from the whole record on: observe them all first, as the step does.
+    one._observe(made, one._recorder.crosses_of(made))
+    updates = [one._update(made.take(numbers // 20 == part), np.zeros((20, 0), np.uint64), None) for part in range(3)]
+    assert report.rows == 60 and report.top1 == sum(update.top1 for update in updates)
+    for name, weight in one.model.weights().items():
+        np.testing.assert_array_equal(weight, within[0][name], err_msg=name)
+    assert (one.tables["category"].digest(), one.counters.trained) == within[1:]
+
+
+def test_auto_takes_compiled_loops_for_the_default_ranker_on_a_cpu_alone() -> None:
+    ranker = DefaultRanker(SMALL, SPEC)
+
+    class Own(DefaultRanker):
+        """Somebody's own."""
+
+    assert engine_name("auto", ranker, "/CPU:0") == "compiled"
+    assert engine_name("auto", ranker, "/GPU:0") == "tensorflow"
+    assert engine_name("auto", Own(SMALL, SPEC), "/CPU:0") == "tensorflow"
+    assert engine_name("tensorflow", ranker, "/CPU:0") == "tensorflow"
+    with pytest.raises(SettingsError, match=r"trainer\.engine is compiled.*set trainer\.engine to auto"):
+        engine_name("compiled", ranker, "/GPU:0")

@@ -1,0 +1,121 @@
+"""What a trainer is made of, by its settings: ranker, tables, optimizer, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from state.config.settings import Settings
+from state.errors import SettingsError
+from state.features.spec import FeatureSpec
+from state.ranking import transitions
+from state.ranking.crosses import WIDTH, Crosses
+from trainer.engine.compiled.engine import CompiledEngine
+from trainer.engine.engine import CROSS, Engine
+from trainer.engine.optimizers.adam import Adam
+from trainer.engine.optimizers.crosses import first_precision
+from trainer.engine.tensorflow.engine import TensorflowEngine
+from trainer.model.attributes import Columns
+from trainer.model.default_ranker import DefaultRanker
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.preprocessing import Preprocessing
+from trainer.model.ranker import Ranker
+from trainer.tables.table import Table
+
+TRANSITION = "transition"
+"""The table of what came next after a category, which is counted and not learned."""
+
+TRANSITION_CAPACITY = 1024
+"""Lists at the start: there are as many as categories, and each takes a kilobyte."""
+
+EMBEDDINGS = ("user", "item", "category", "context")
+
+
+def labelled(settings: Settings) -> bool:
+    """Whether the log says of its rows whether somebody engaged, so that no negative is drawn."""
+    return bool(settings.events.label or settings.labels.impressions)
+
+
+def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> Ranker:
+    """The ranker of the settings."""
+    return DefaultRanker(settings.model, spec, preprocessing, labelled(settings))
+
+
+def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:
+    """Of the ranker's dense weights."""
+    return Adam(
+        ranker.dense,
+        settings.model.dense_learning_rate,
+        ranker.learning_rates,
+        ranker.fast_weights,
+        HYPERPARAMETERS.fast_learning_rate,
+    )
+
+
+def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Table]:
+    """Embedding rows, crosses and transitions, by name."""
+    model, trainer = settings.model, settings.trainer
+    tables = {
+        name: Table(
+            name,
+            ranker.tables.get(name, model.dim),
+            trainer.capacity,
+            model.initial_accumulator,
+            trainer.admit_after if name != "context" else 1,
+            device,
+        )
+        for name in EMBEDDINGS
+    }
+    # A cross begins at nothing: a weight and a marginal logit of 0, of which nothing was learned.
+    tables[CROSS] = Table(CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, device, initial_range=0.0)
+    tables[TRANSITION] = Table(
+        TRANSITION,
+        transitions.WIDTH,
+        TRANSITION_CAPACITY,
+        admit_after=trainer.admit_after,
+        device=device,
+        initial_range=0.0,
+        trained=False,
+    )
+    return tables
+
+
+def engine_name(wanted: str, ranker: Ranker, device: str) -> str:
+    """`compiled` or `tensorflow`, of the setting `trainer.engine`.
+
+    Raises:
+        SettingsError: The compiled engine is wanted of what it cannot do.
+    """
+    able = type(ranker) is DefaultRanker and "CPU" in device.upper()
+    if wanted == "compiled" and not able:
+        raise SettingsError(
+            f"trainer.engine is compiled, which computes the default ranker on a CPU only, not {type(ranker).__name__} "
+            f"on {device}; set trainer.engine to auto or tensorflow"
+        )
+    if wanted == "auto":
+        return "compiled" if able else "tensorflow"
+    return wanted
+
+
+def engine_of(
+    ranker: Ranker,
+    optimizer: Adam,
+    tables: Mapping[str, Table],
+    crosses: Crosses,
+    columns: Columns,
+    settings: Settings,
+    device: str,
+) -> Engine:
+    """The engine of the setting `trainer.engine`.
+
+    Raises:
+        SettingsError: The compiled engine is wanted of what it cannot do.
+    """
+    learned = {name: table for name, table in tables.items() if name != TRANSITION}
+    precision = first_precision(crosses.kinds)
+    if engine_name(settings.trainer.engine, ranker, device) == "compiled" and isinstance(ranker, DefaultRanker):
+        fields = len(settings.events.context) + len(columns.users.names)
+        return CompiledEngine(ranker, optimizer, learned, precision, fields, len(columns.items.names), device)
+    with tf.device(device):
+        return TensorflowEngine(ranker, optimizer, learned, settings.model.learning_rate, precision, device)

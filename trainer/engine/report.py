@@ -1,0 +1,75 @@
+"""What a step saw and did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.engine.guard import Verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one step saw and did.
+
+    Attributes:
+        rows: Rows of the step.
+        verdict: What the guard said; only after ACCEPT did weights change. Of several updates the worst.
+        interest_log_loss: Mean over rows with a category, before learning; NaN without any.
+        engagement_log_loss: Mean over scored pairs, before learning.
+        top1: Rows whose category was the best candidate.
+        top5: Rows whose category was among the best five.
+        targets: Rows with a category.
+        scores: `[m]` float32 engagement logits, before learning.
+        positive: `[m]` bool, their outcomes.
+        grad_norm: Norm of the whole gradient; of several updates the largest.
+        event_time_ms: Newest event time of the step.
+        seconds: Duration of the step.
+    """
+
+    rows: int
+    verdict: Verdict
+    interest_log_loss: float
+    engagement_log_loss: float
+    top1: int
+    top5: int
+    targets: int
+    scores: npt.NDArray[np.float32]
+    positive: npt.NDArray[np.bool_]
+    grad_norm: float
+    event_time_ms: int
+    seconds: float
+
+
+def joined(updates: Sequence[Report]) -> Report:
+    """The report of a record that was learned in several updates."""
+    if len(updates) == 1:
+        return updates[0]
+    order = list(Verdict)
+    return Report(
+        rows=sum(one.rows for one in updates),
+        verdict=max((one.verdict for one in updates), key=order.index),
+        interest_log_loss=_mean([(one.interest_log_loss, one.targets) for one in updates]),
+        engagement_log_loss=_mean([(one.engagement_log_loss, one.scores.size) for one in updates]),
+        top1=sum(one.top1 for one in updates),
+        top5=sum(one.top5 for one in updates),
+        targets=sum(one.targets for one in updates),
+        scores=np.concatenate([one.scores for one in updates]),
+        positive=np.concatenate([one.positive for one in updates]),
+        grad_norm=max(one.grad_norm for one in updates),
+        event_time_ms=max(one.event_time_ms for one in updates),
+        seconds=sum(one.seconds for one in updates),
+    )
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    """The mean over all of means over some.
+
+    >>> _mean([(1.0, 1), (float("nan"), 0), (4.0, 2)])
+    3.0
+    """
+    count = sum(some for _, some in parts)
+    return sum(mean * some for mean, some in parts if some) / count if count else float("nan")
