@@ -81,7 +81,7 @@ class Learner:
             spec,
             program,
             str(about["salt"]),
-            checkpoint.environment(settings, trainer.device),
+            checkpoint.environment(settings, trainer.device, trainer.engine.name),
         )
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()

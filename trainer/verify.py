@@ -88,7 +88,9 @@ def verify(
     from trainer.versions import checkpoint
     from trainer.versions.difference import environment_differences
 
-    differs = environment_differences(target.environment, checkpoint.environment(settings, trainer.device))
+    differs = environment_differences(
+        target.environment, checkpoint.environment(settings, trainer.device, trainer.engine.name)
+    )
     if differs:
         return replace(found, outcome="not comparable", environment=tuple(differs), seconds=elapsed() - began_s)
     # 3.

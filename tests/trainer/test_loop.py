@@ -154,4 +154,4 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
     made = checkpoint.restore(registry, newest(2)[0], trainer, SPEC.digest)
     assert checkpoint.digest(trainer) == expected
     assert made.marks == theirs.place.marks
-    assert made.environment == checkpoint.environment(settings, trainer.device)
+    assert made.environment == checkpoint.environment(settings, trainer.device, trainer.engine.name)

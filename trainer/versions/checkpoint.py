@@ -10,6 +10,7 @@ import dataclasses
 import os
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from state.registry.versions import Versions
 from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
 from trainer.engine.step import Trainer
+from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.tables.table import Changes
 from trainer.versions import content
 
 # Settings of [trainer] beside all of [model].
-_DECIDING = ("admit_after", "expire_s", "guard_factor", "guard_patience")
+_DECIDING = ("admit_after", "expire_s", "guard_factor", "guard_patience", "rows_per_update")
 # What decides the order of floating-point sums on a processor.
 _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 
@@ -113,8 +115,17 @@ def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
         trainer.popular.load({"ids": ids, "counts": counts, "hour": hour})
 
 
-def environment(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """What the bits of a step depend on beside the log: versions where it differs are not comparable."""
+def environment(
+    settings: Settings, device: str, engine: str = "compiled", cpuinfo: Path = Path("/proc/cpuinfo")
+) -> dict[str, str]:
+    """What the bits of a step depend on beside the log: versions where it differs are not comparable.
+
+    Args:
+        settings: All settings.
+        device: Of the variables.
+        engine: What computes steps; it does so with rounding of its own.
+        cpuinfo: Names what the processor can do.
+    """
     flags: set[str] = set()
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -131,6 +142,11 @@ def environment(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpu
         "device": device,
         "threads": str(settings.trainer.threads),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        "numba": metadata.version("numba"),
+        "llvmlite": metadata.version("llvmlite"),
+        "engine": engine,
+        "model_code": str(MODEL_CODE),
+        **{f"hyperparameters.{name}": text for name, text in HYPERPARAMETERS.texts().items()},
         **deciding(settings),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from state.registry.manifest import Draft, LogRange
 from state.registry.registry import TRAINING, Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
 from trainer.engine.step import Trainer
+from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.versions import checkpoint, content
+from trainer.versions.difference import environment_differences
 
 FLAGS = ("--trainer.admit_after", "2", "--trainer.expire_s", "3600")
 
@@ -156,3 +160,15 @@ def test_the_environment_names_what_decides_the_bits() -> None:
     found = checkpoint.environment(small_settings(), "/CPU:0")
     assert found["tensorflow"].startswith("2.")
     assert found["threads"] == "1"
+    assert {"numba", "llvmlite", "engine", "model_code"} <= found.keys()
+
+
+def test_the_environment_has_every_tuned_number_and_another_one_is_not_comparable() -> None:
+    found = checkpoint.environment(small_settings(), "/CPU:0")
+    for field in dataclasses.fields(HYPERPARAMETERS):
+        assert json.loads(found[f"hyperparameters.{field.name}"]) is not None, field.name
+    other = dataclasses.replace(HYPERPARAMETERS, fast_rows=16).texts()
+    changed = found | {f"hyperparameters.{name}": text for name, text in other.items()}
+    assert environment_differences(found, changed) == ["hyperparameters.fast_rows was 32 and is 16"]
+    engines = found, checkpoint.environment(small_settings(), "/CPU:0", "tensorflow")
+    assert environment_differences(*engines) == ["engine was compiled and is tensorflow"]
