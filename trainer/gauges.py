@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sized
 
 from state.metrics import TrainerMetrics
 from trainer.engine.guard import Verdict
-from trainer.engine.step import Report
+from trainer.engine.report import Report
 from trainer.intake import Intake
 from trainer.measures.slices import Slices
 
