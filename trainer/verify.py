@@ -88,9 +88,8 @@ def verify(
     from trainer.versions import checkpoint
     from trainer.versions.difference import environment_differences
 
-    differs = environment_differences(
-        target.environment, checkpoint.environment(settings, trainer.device, trainer.engine.name)
-    )
+    now = checkpoint.environment(settings, trainer.device, trainer.engine.name)
+    differs = environment_differences(target.environment, now)
     if differs:
         return replace(found, outcome="not comparable", environment=tuple(differs), seconds=elapsed() - began_s)
     # 3.

@@ -35,7 +35,7 @@ from trainer.tables.table import Table
 Tensor = Any
 
 
-class Found(NamedTuple):
+class TensorsFound(NamedTuple):
     """What the first graph found; tensors stay on the device.
 
     Attributes:
@@ -105,13 +105,13 @@ class TensorflowEngine:
             "fast": tuple(tf.constant(slot) for slot in self._optimizer.fast[1:]),
         }  # fmt: skip
         with tf.device(self._device):
-            found: Found = self._traced(given, record.ids["cross"].shape[1])(given, tf.constant(move))
+            found: TensorsFound = self._traced(given, record.ids["cross"].shape[1])(given, tf.constant(move))
         scores = Scores(*(tensor.numpy() for tensor in found.scores))
         return Measured(scores, float(found.squared_norm.numpy()), rows, found)
 
     def apply(self, measured: Measured) -> None:
         """See `Engine`."""
-        found: Found = measured.found
+        found: TensorsFound = measured.found
         with tf.device(self._device):
             at = {name: tf.constant(rows) for name, rows in measured.rows.items()}
             self._apply(at, found.dense, found.sparse, found.cross, found.fast[0])
@@ -170,7 +170,7 @@ class TensorflowEngine:
             rows += tf.reduce_mean(tf.gather(distinct["context"], at[one.attributes]), -2)
         return rows
 
-    def _measure_graph(self, given: Mapping[str, Any], move: Tensor) -> Found:
+    def _measure_graph(self, given: Mapping[str, Any], move: Tensor) -> TensorsFound:
         # 1.
         distinct, accum = (
             {
@@ -213,7 +213,7 @@ class TensorflowEngine:
         sparse = tuple(tf.convert_to_tensor(one) for one in sparse)
         parts = [*dense, *(one[1:] for one in sparse)]
         squared = 2.0 * tf.add_n([tf.nn.l2_loss(one) for one in parts])
-        return Found(scores, dense, sparse, squared, tuple(cross), fast)
+        return TensorsFound(scores, dense, sparse, squared, tuple(cross), fast)
 
     def _apply_graph(
         self,
