@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from state.config.settings import Settings, load
+from state.config.loading import load
+from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from streaming.preprocessing import analysed, load_preprocessing
 from tests.bench.recorded import (
