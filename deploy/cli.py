@@ -43,7 +43,7 @@ def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say:
     from deploy.startup import own_model
 
     if not own_model.is_own(settings):
-        say("model.tower and model.preprocessing are the default ones: there is nothing to check")
+        say("model.ranker, model.tower and model.preprocessing are the default ones: there is nothing to check")
     own_model.check(settings, say)
 
 

@@ -115,7 +115,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     printing = [_versions(add), *_pin_and_follow(add), _rollback(add)]
     add(
         "check-model",
-        "Check model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
+        "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
         "In seconds, and nothing is started or changed; up, bootstrap and train do the same before they start.",
     )
     printing += [add("history", "List every change of control: who, when, what and why."), _config(add)]

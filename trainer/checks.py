@@ -1,6 +1,6 @@
-"""Checks a tower of the user's own before anything is trained: `python -m trainer.checks [--transform DIR]`.
+"""Checks a ranker or a tower of the user's own before anything is trained: `python -m trainer.checks [--transform DIR]`.
 
-On made-up rows, in a few seconds:
+A ranker is checked by `trainer/ranker_checks.py`. A tower, on made-up rows, in a few seconds:
 
 1. It can be loaded and built; its weights are float32, each with a name of
    its own, and begin with the same values in every process.
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.config.sections import Model as ModelSettings
+from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
@@ -36,9 +37,10 @@ SEEDS = ((0, 0), (3, 5))
 F32 = npt.NDArray[np.float32]
 
 
-def is_own(path: str) -> bool:
-    """Whether `model.tower` is not the default, which needs no check."""
-    return path != ModelSettings().tower
+def is_own(model: ModelSettings) -> bool:
+    """Whether `model.ranker` or `model.tower` is not the default, which needs no check."""
+    default = ModelSettings()
+    return (model.ranker, model.tower) != (default.ranker, default.tower)
 
 
 def check_tower(settings: ModelSettings, width_in: int) -> str:
@@ -180,23 +182,43 @@ def _name(variable: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks `model.tower` of the settings behind the graph in `--transform DIR`; returns the exit code."""
+    """Checks `model.ranker` or `model.tower` behind the graph in `--transform DIR`; returns the exit code."""
     return run_check(
         argv,
         "--transform",
-        lambda settings, transform: _check_model(settings.model, FeatureSpec.from_settings(settings), transform),
+        lambda settings, transform: _check_model(settings, FeatureSpec.from_settings(settings), transform),
     )
 
 
-def _check_model(settings: ModelSettings, spec: FeatureSpec, transform: Path | None) -> str:
-    """Checks the tower with the width it will have, then lowers the whole model."""
-    from trainer.model.default_ranker import DefaultRanker
+def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) -> str:
+    """Checks the ranker of one's own; else the tower, with the width that it will have.
+
+    Args:
+        settings: All settings.
+        spec: Of the features.
+        preprocessing: What the bootstrap analysed; None takes logarithms.
+
+    Raises:
+        SettingsError: A function cannot be loaded.
+        ProgramError: It is not what it has to be, or does not lower to LiteRT.
+    """
     from trainer.model.tower import width_in
+    from trainer.ranker_checks import check_ranker
+
+    if settings.model.ranker != ModelSettings().ranker:
+        return check_ranker(settings, spec, preprocessing)
+    return check_tower(settings.model, width_in(settings.model, spec, preprocessing))
+
+
+def _check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
+    """As `check_own`, behind the graph in `transform`, then lowers the whole model of a tower."""
+    from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.program import build, preprocessing_of
 
     preprocessing = preprocessing_of(transform) if transform else None
-    said = check_tower(settings, width_in(settings, spec, preprocessing))
-    build(DefaultRanker(settings, spec, preprocessing))
+    said = check_own(settings, spec, preprocessing)
+    if settings.model.ranker == ModelSettings().ranker:
+        build(DefaultRanker(settings.model, spec, preprocessing))
     return said
 
 

@@ -47,7 +47,7 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 from state.registry.control import start
 from state.registry.registry import Registry
 from state.registry.specs import require_preprocessing
-from trainer.checks import check_tower, is_own
+from trainer.checks import check_own, is_own
 from trainer.compaction import Compaction, doubt
 
 if TYPE_CHECKING:
@@ -85,17 +85,16 @@ def _import_model() -> None:
 
 
 def _check_own(settings: Settings) -> None:
-    """Checks a tower of the user's own; the preprocessing's width is not known yet, and the tower takes any.
+    """Checks a ranker or tower of the user's own; the preprocessing's width is not known yet, and both take any.
 
     Raises:
-        ProgramError: It is not what a tower has to be.
+        ProgramError: It is not what it has to be.
     """
     with quiet_stderr():
         from trainer import device
-        from trainer.model.tower import width_in
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
-        said = check_tower(settings.model, width_in(settings.model, FeatureSpec.from_settings(settings), None))
+        said = check_own(settings, FeatureSpec.from_settings(settings))
     logger.info("%s", said)
 
 
@@ -158,7 +157,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # 2. TensorFlow's import takes seconds: it overlaps with the bootstrap.
         imports = threading.Thread(target=_import_model, name="imports", daemon=True)
         imports.start()
-        if is_own(settings.model.tower):
+        if is_own(settings.model):
             # Before the wait for clicks: what cannot be lowered is refused at once.
             imports.join()
             _check_own(settings)

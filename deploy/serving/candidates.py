@@ -52,11 +52,13 @@ def add_succession(inputs: Mapping[str, F32], found: Succession, rows: F32) -> N
     if "successor_mask" not in inputs:
         return
     count, successors = found.ids.shape
-    inputs["recent_next"][:count] = found.recent_categories
-    inputs["popular_next"][:count] = found.popular
-    inputs["successor_next"][:count] = found.successors
-    inputs["successor_mask"][:count] = found.ids != 0
-    inputs["successor_rows"][:count] = rows.reshape(count, successors, -1)
+    said = {"recent_next": found.recent_categories, "popular_next": found.popular, "successor_next": found.successors}
+    said |= {"successor_mask": found.ids != 0}
+    for name, values in said.items():
+        if name in inputs:
+            inputs[name][:count] = values
+    if "successor_rows" in inputs:
+        inputs["successor_rows"][:count] = rows.reshape(count, successors, -1)
 
 
 def softmax(logits: F32) -> F32:

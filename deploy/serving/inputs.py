@@ -64,21 +64,25 @@ def program_inputs(
     """
     shapes, count = version.program.shapes, batch_of(len(asked))
     inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
-    inputs["popular_rows"] = version.popular_rows
+    if "popular_rows" in shapes:
+        inputs["popular_rows"] = version.popular_rows
     inputs["popular_mask"][: len(asked)] = version.popular_known
     has_row, popular = [], version.popular.tolist()
     for place, one in enumerate(asked):
-        inputs["features"][place] = one.vector.features
-        inputs["category_windows"][place] = one.vector.category_windows
+        for name, values in (("features", one.vector.features), ("category_windows", one.vector.category_windows)):
+            if name in inputs:
+                inputs[name][place] = values
         row = rows.user(one.user)
         has_row.append(row is not None)
-        if row is not None:
+        if row is not None and "user_row" in inputs:
             inputs["user_row"][place] = row
         _add_categories(inputs, place, one.recent_categories, popular, rows)
-        _add_context(inputs, place, one, rows)
-        if one.query.item is not None:
+        _add_sequence(inputs, place, one.vector, rows)
+        if "context_row" in inputs:
+            _add_context(inputs, place, one, rows)
+        if one.query.item is not None and "item_row" in inputs:
             _add_item(inputs, place, one, rows)
-        if one.category:
+        if one.category and "category_row" in inputs:
             inputs["category_row"][place] = rows.categories([one.category])[0]
     _add_crosses(inputs, version, rows, asked, columns)
     return inputs, has_row
@@ -88,11 +92,27 @@ def _add_categories(inputs: Inputs, place: int, recent: list[int], popular: list
     """The user's own categories, which are then no popular ones."""
     if recent:
         # Categories come first and without gaps.
-        inputs["recent_rows"][place, : len(recent)] = rows.categories(recent)
+        if "recent_rows" in inputs:
+            inputs["recent_rows"][place, : len(recent)] = rows.categories(recent)
         inputs["recent_mask"][place, : len(recent)] = 1.0
         own = set(recent)
         taken = [rank for rank, category in enumerate(popular) if category in own]
         inputs["popular_mask"][place, taken] = 0.0
+
+
+def _add_sequence(inputs: Inputs, place: int, vector: Vector, rows: VersionRows) -> None:
+    """The user's latest events, for a program that reads them."""
+    known = int((vector.sequence_actions != 0).sum())
+    if "sequence_item_rows" in inputs:
+        for k, item in enumerate(vector.sequence_items[:known].tolist()):
+            inputs["sequence_item_rows"][place, k] = rows.item(item)
+    if "sequence_category_rows" in inputs:
+        inputs["sequence_category_rows"][place, :known] = rows.categories(vector.sequence_categories[:known].tolist())
+    for name in ("sequence_actions", "sequence_ages"):
+        if name in inputs:
+            inputs[name][place] = getattr(vector, name)
+    if "sequence_mask" in inputs:
+        inputs["sequence_mask"][place, :known] = 1.0
 
 
 def _add_context(inputs: Inputs, place: int, one: Asked, rows: VersionRows) -> None:

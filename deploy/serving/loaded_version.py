@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,20 +25,41 @@ ROWS_REMEMBERED = 10_000
 F32 = NDArray[np.float32]
 
 
+_INPUTS = {
+    "user": ("user_row",),
+    "item": ("item_row", "sequence_item_rows"),
+    "category": ("popular_rows", "recent_rows", "successor_rows", "category_row", "sequence_category_rows"),
+    # Rows of attributes are added to those of their items.
+    "context": ("context_row", "item_row"),
+}
+"""Inputs of a program that are rows of each table."""
+
+
+def widths_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The width of the rows of each table that a program with inputs of these shapes reads; 0 where it reads none.
+
+    >>> widths_of({"popular_rows": (32, 16), "item_row": (-1, 8)})
+    {'user': 0, 'item': 8, 'category': 16, 'context': 8}
+    """
+    return {table: next((shapes[name][-1] for name in names if name in shapes), 0) for table, names in _INPUTS.items()}
+
+
 class VersionRows:
     """Rows of one version in one transaction.
 
     Args:
         reader: Of the transaction.
         served: The version.
-        dim: Width of rows.
+        widths: Of the rows of each table.
         category_rows: Rows of categories read so far; they recur in most answers.
     """
 
-    def __init__(self, reader: RowReader, served: Served, dim: int, category_rows: dict[int, bytes]) -> None:
+    def __init__(
+        self, reader: RowReader, served: Served, widths: Mapping[str, int], category_rows: dict[int, bytes]
+    ) -> None:
         self.reader, self.served = reader, served
-        self._dim = dim
-        self._missing = bytes(4 * dim)
+        self._widths = widths
+        self._missing = {table: bytes(4 * width) for table, width in widths.items()}
         self._category_rows = category_rows
 
     def user(self, identity: int) -> F32 | None:
@@ -48,19 +69,21 @@ class VersionRows:
 
     def item(self, identity: int) -> F32:
         """`[dim]` float32; zeros for an item without a row."""
-        return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing, np.float32)
+        return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing["item"], np.float32)
 
     def categories(self, ids: Sequence[int]) -> F32:
         """Rows of n categories, `[n, dim]` float32; zeros for those without one."""
-        cached, found = self._category_rows, []
+        if not self._widths["category"]:
+            return np.zeros((len(ids), 0), np.float32)
+        cached, found, missing = self._category_rows, [], self._missing["category"]
         for category in ids:
             row = cached.get(category)
             if row is None:
                 if len(cached) >= ROWS_REMEMBERED:
                     cached.clear()
-                row = cached[category] = self.reader.row("category", category, self.served) or self._missing
+                row = cached[category] = self.reader.row("category", category, self.served) or missing
             found.append(row)
-        return np.frombuffer(b"".join(found), np.float32).reshape(-1, self._dim)
+        return np.frombuffer(b"".join(found), np.float32).reshape(len(ids), self._widths["category"])
 
     def transitions(self, category: int) -> bytes | None:
         """The bytes of the list of what came next after a category; None where the version has none."""
@@ -68,9 +91,9 @@ class VersionRows:
 
     def context_sum(self, ids: Sequence[int]) -> F32:
         """The sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
-        total = np.zeros(self._dim, np.float32)
+        total = np.zeros(self._widths["context"], np.float32)
         for one in ids:
-            total += np.frombuffer(self.reader.row("context", one, self.served) or self._missing, np.float32)
+            total += np.frombuffer(self.reader.row("context", one, self.served) or self._missing["context"], np.float32)
         return total
 
 
@@ -81,7 +104,7 @@ class LoadedVersion:
     Attributes:
         served: The version.
         program: With the version's weights.
-        dim: Width of rows.
+        widths: Of the rows of each table; 0 of one that the program does not read.
         popular: `[P]` uint64, padded with 0.
         popular_names: Of those there are.
         popular_rows: `[P, dim]` float32.
@@ -92,7 +115,7 @@ class LoadedVersion:
 
     served: Served
     program: LoadedProgram
-    dim: int
+    widths: Mapping[str, int]
     popular: NDArray[np.uint64]
     popular_names: list[CategoryName]
     popular_rows: F32
@@ -102,7 +125,7 @@ class LoadedVersion:
 
     def rows(self, reader: RowReader) -> VersionRows:
         """The version's rows in a transaction."""
-        return VersionRows(reader, self.served, self.dim, self.category_rows)
+        return VersionRows(reader, self.served, self.widths, self.category_rows)
 
 
 class VersionLoader:
@@ -161,15 +184,16 @@ class VersionLoader:
             )
 
     def _with_popular(self, reader: RowReader, served: Served, program: LoadedProgram) -> LoadedVersion:
-        slots, dim = program.shapes["popular_rows"]
+        widths = widths_of(program.shapes)
+        slots = program.shapes["popular_mask"][1]
         stored = reader.popular(served.version)
         popular = stored[stored != 0][:slots]
-        rows, known = np.zeros((slots, dim), np.float32), np.zeros(slots, np.float32)
+        rows, known = np.zeros((slots, widths["category"]), np.float32), np.zeros(slots, np.float32)
         known[: len(popular)] = 1.0
         loaded = LoadedVersion(
             served=served,
             program=program,
-            dim=dim,
+            widths=widths,
             popular=np.pad(popular, (0, slots - len(popular))),
             popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
             popular_rows=rows,

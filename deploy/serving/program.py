@@ -81,9 +81,8 @@ class LoadedProgram:
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
         outputs: dict[str, NDArray[np.float32]]
-        outputs = self._predicts[len(inputs["features"])](
-            **{self._names[name]: value for name, value in inputs.items()}
-        )
+        rows = next(len(value) for name, value in inputs.items() if self.shapes[name][0] < 0)
+        outputs = self._predicts[rows](**{self._names[name]: value for name, value in inputs.items()})
         return {RENAMED.get(name, name): value for name, value in outputs.items()}
 
 

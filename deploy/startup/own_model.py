@@ -1,7 +1,7 @@
-"""Checks a preprocessing and a tower of the user's own before anything starts: `springtide check-model`, `springtide up`.
+"""Checks a preprocessing and a ranker or tower of the user's own before anything starts: `springtide check-model`, `springtide up`.
 
 Each check is a process of the part that knows how: TensorFlow is loaded
-there and gone afterwards. The tower is checked behind the preprocessing.
+there and gone afterwards. Ranker and tower are checked behind the preprocessing.
 """
 
 from __future__ import annotations
@@ -20,20 +20,27 @@ from state.registry.registry import Registry
 from state.registry.specs import require_preprocessing
 
 WRONG_USE = 2
+FUNCTIONS = ("ranker", "tower", "preprocessing")
+"""Settings of `[model]` that name a function."""
+
+
+def own(settings: Settings) -> list[str]:
+    """The functions of the user's own that settings name.
+
+    >>> own(Settings())
+    []
+    """
+    given, default = settings.model, Model()
+    return [getattr(given, name) for name in FUNCTIONS if getattr(given, name) != getattr(default, name)]
 
 
 def is_own(settings: Settings) -> bool:
-    """Whether a setting names a function of the user's own.
-
-    >>> is_own(Settings())
-    False
-    """
-    default = Model()
-    return (settings.model.tower, settings.model.preprocessing) != (default.tower, default.preprocessing)
+    """Whether there is one."""
+    return bool(own(settings))
 
 
 def check(settings: Settings, say: Callable[[str], None]) -> None:
-    """Checks what is the user's own and returns; where both functions are the default there is nothing to do.
+    """Checks what is the user's own and returns; where all functions are the default there is nothing to do.
 
     Raises:
         SettingsError: A function cannot be loaded.
@@ -55,13 +62,13 @@ def check(settings: Settings, say: Callable[[str], None]) -> None:
 
 
 def check_tower(settings: Settings) -> None:
-    """Checks the tower alone; where it is the default there is nothing to do.
+    """Checks the ranker or the tower alone; where both are the default there is nothing to do.
 
     Raises:
         SettingsError: It cannot be loaded.
         ProgramError: It is not what it has to be, or does not lower to LiteRT.
     """
-    if settings.model.tower != Model().tower:
+    if (settings.model.ranker, settings.model.tower) != (Model().ranker, Model().tower):
         run("trainer.checks", settings)
 
 

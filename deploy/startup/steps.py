@@ -108,7 +108,7 @@ class Startup:
         free = require_disk(settings.state_dir)
         # A model of the user's own that cannot be served is refused before anything starts.
         if own_model.is_own(settings):
-            self._screen.say(f"checking {settings.model.tower} and {settings.model.preprocessing}, some ten seconds")
+            self._screen.say(f"checking {' and '.join(own_model.own(settings))}, some ten seconds")
             own_model.check(settings, self._screen.say)
         self._step(
             1,

@@ -140,7 +140,18 @@ def parts(settings: Settings) -> Iterator[Conflict]:
         )
     if not settings.model.hidden:
         yield Conflict(("model.hidden",), "model.hidden must name at least one layer")
-    for name in ("events.decoder", "model.tower", "model.preprocessing"):
+    for one in settings.model.options:
+        if not re.fullmatch(r"\w+=.*", one):
+            yield Conflict(("model.options",), f"model.options {one!r} must be NAME=VALUE, such as heads=4")
+    if twice := repeated([one.partition("=")[0] for one in settings.model.options]):
+        yield Conflict(("model.options",), f"model.options gives {twice!r} twice; give each option one value")
+    if settings.features.sequence > settings.features.history:
+        yield Conflict(
+            ("features.sequence", "features.history"),
+            f"features.sequence {settings.features.sequence} must not be above features.history = "
+            f"{settings.features.history}: no more events are remembered",
+        )
+    for name in ("events.decoder", "model.ranker", "model.tower", "model.preprocessing"):
         if not re.fullmatch(r"[\w.]+:\w+", settings.value(name)):
             yield Conflict((name,), f"{name} must be written module:name, not {settings.value(name)!r}")
 

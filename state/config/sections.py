@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from state.errors import SettingsError
+
 T = TypeVar("T")
 
 
@@ -243,6 +245,9 @@ class Stream:
 class Model:
     """The network."""
 
+    ranker: str = setting(
+        "trainer.model.default_ranker:DefaultRanker", filled=True, help="Builder of the ranker, as `module:name`."
+    )
     tower: str = setting("trainer.model.tower:build", filled=True, help="Builder of the tower, as `module:name`.")
     preprocessing: str = setting(
         "streaming.preprocessing:preprocessing_fn",
@@ -258,6 +263,32 @@ class Model:
     learning_rate: float = setting(0.02, least=0.0, help="Step size of the rows (Adagrad).")
     dense_learning_rate: float = setting(0.001, least=0.0, help="Step size of the dense weights (Adam).")
     initial_accumulator: float = setting(1e-6, least=1e-12, help="First value of Adagrad's accumulators.")
+    options: tuple[str, ...] = setting(
+        (), help="Hyperparameters of one's own, NAME=VALUE each, for a ranker, tower or preprocessing of one's own."
+    )
+
+    def option(self, name: str, default: Any) -> Any:
+        """A hyperparameter of one's own, in the type of its default.
+
+        >>> Model(options=("heads=4",)).option("heads", 2), Model().option("rate", 0.5)
+        (4, 0.5)
+
+        Raises:
+            SettingsError: It is written in another type.
+        """
+        written = dict(one.split("=", 1) for one in self.options)
+        if name not in written:
+            return default
+        try:
+            return (
+                {"true": True, "false": False}[written[name]]
+                if isinstance(default, bool)
+                else type(default)(written[name])
+            )
+        except (ValueError, KeyError):
+            raise SettingsError(
+                f"model.options {name}={written[name]} is no {type(default).__name__}, as its default {default!r} is"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
+from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
+from state.process.user_code import load_named, told
 from state.ranking import transitions
 from state.ranking.crosses import WIDTH, Crosses
 from trainer.engine.compiled.engine import CompiledEngine
@@ -29,6 +31,8 @@ TRANSITION = "transition"
 TRANSITION_CAPACITY = 1024
 """Lists at the start: there are as many as categories, and each takes a kilobyte."""
 
+WANTED = "wanted is build(settings, spec, preprocessing) -> trainer.model.ranker.Ranker"
+
 EMBEDDINGS = ("user", "item", "category", "context")
 
 
@@ -38,8 +42,26 @@ def labelled(settings: Settings) -> bool:
 
 
 def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> Ranker:
-    """The ranker of the settings."""
-    return DefaultRanker(settings.model, spec, preprocessing, labelled(settings))
+    """The ranker of the setting `model.ranker`.
+
+    Raises:
+        SettingsError: There is none of this name.
+        ProgramError: It is no ranker.
+    """
+    path = settings.model.ranker
+    if path == ModelSettings().ranker:
+        return DefaultRanker(settings.model, spec, preprocessing, labelled(settings))
+    try:
+        found = load_named(path, "model.ranker")(settings.model, spec, preprocessing)
+    except SettingsError:
+        raise
+    # A ranker of the user's own may fail in any way.
+    except Exception as error:
+        raise ProgramError(f"model.ranker {path!r} raised {told(error)}; {WANTED}") from error
+    if not isinstance(found, Ranker):
+        raise ProgramError(f"model.ranker {path!r} returned {type(found).__name__}; {WANTED}")
+    found.origin = f"model.ranker {path!r}"
+    return found
 
 
 def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:

@@ -36,7 +36,7 @@ class Record:
     Attributes:
         ids: uint64 by name: user `[B]`, item `[B]`, category `[B]`, context `[B, K]`, recent `[B, L]`, popular `[P]`,
             successor `[B, S]`, other `[B]`, negative_item `[B]`, negative_category `[B]`, item_attributes `[B, A]`,
-            negative_item_attributes `[B, A]`, cross `[B, C]` (0 in rows without a label; C is 0 where no row has
+            negative_item_attributes `[B, A]`, sequence_items and sequence_categories `[B, T]`, cross `[B, C]` (0 in rows without a label; C is 0 where no row has
             one), cross_share `[C]`.
         values: By name, uint16 where they are whole numbers, else float32.
         targets: What is learned, NumPy arrays.
@@ -149,6 +149,10 @@ class Recorder:
             "other_mask": (slots.other != 0).astype(np.float32),
             "tower_kept": dropout(seed, len(batch), self._dropped_units, self._dropout),
         }
+        if batch.sequence_items.shape[1]:
+            ids |= {name: getattr(batch, name) for name in ("sequence_items", "sequence_categories")}
+            values |= {name: getattr(batch, name) for name in ("sequence_actions", "sequence_ages")}
+            values["sequence_mask"] = (batch.sequence_actions != 0).astype(np.float32)
         return Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest, lists, list_rows)
 
 

@@ -7,6 +7,7 @@ and tests read it. Letters of shapes:
     L recent categories, newest first          F windows of each   A attributes of an item
     P popular categories                       S successors        N what is said of a transition (`COLUMNS`)
     H units of the tower's first layer         E width of the rows of the input's table
+    T latest events (`features.sequence`)
 """
 
 from __future__ import annotations
@@ -75,7 +76,26 @@ INPUTS = (
     Input("negative_category_row", "BE", "its category", "category", "negative_category", training=True),
     Input("tower_kept", "BH", "factor of each unit: 0 where dropout takes it", training=True),
 )  # fmt: skip
-"""All inputs, in the order of the program's arguments."""
+"""The inputs of the default ranker, in the order of the program's arguments."""
+
+SEQUENCES = (
+    Input("sequence_item_rows", "BTE", "items of the user's latest events, newest first", "item", "sequence_items"),
+    Input("sequence_category_rows", "BTE", "their categories", "category", "sequence_categories"),
+    Input("sequence_actions", "BT", "their actions, 1 and up in the order of `events.actions`; 0 pads", whole=True),
+    Input("sequence_ages", "BT", "their ages: eight steps an octave of 1.024 s, 0 to 254", whole=True),
+    Input("sequence_mask", "BT", "1 where there is an event"),
+)
+"""The user's latest events themselves, where `features.sequence` says how many."""
+
+
+def pick(*names: str) -> tuple[Input, ...]:
+    """The inputs of these names, for a ranker of one's own.
+
+    >>> [one.table for one in pick("user_row", "sequence_item_rows")]
+    ['user', 'item']
+    """
+    known = {one.name: one for one in (*INPUTS, *SEQUENCES)}
+    return tuple(known[name] for name in names)
 
 
 def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
@@ -89,6 +109,7 @@ def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
         "P": settings.popular,
         "S": SUCCESSORS,
         "H": settings.hidden[0],
+        "T": spec.sequence,
     }
 
 

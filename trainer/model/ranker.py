@@ -58,6 +58,7 @@ class Ranker(tf.Module):
         inputs: What it reads, of `trainer.model.inputs.INPUTS`.
         sizes: The number behind each letter of their shapes.
         dense: Every dense weight by name, in a fixed order. A version carries them under these names.
+        origin: What names it, for messages: the setting, of one of the user's own.
         learning_rates: Factors of Adam's step size by the beginning of a weight's name, the longest that fits; 1 elsewhere.
         fast_weights: Names of dense weights that only `score` reads and that move within a record, every some rows.
             They are averaged over their latest moves.
@@ -68,6 +69,7 @@ class Ranker(tf.Module):
     inputs: tuple[Input, ...]
     sizes: Mapping[str, int | None]
     dense: Mapping[str, Any]
+    origin: str = ""
     learning_rates: Mapping[str, float] = {}
     fast_weights: tuple[str, ...] = ()
     fast_learning_rates: Mapping[str, float] = {}

@@ -87,7 +87,7 @@ def _own(ranker: Ranker) -> str:
     """The settings whose functions a model is made of, for messages."""
     if isinstance(ranker, DefaultRanker):
         return f"model.tower {ranker.settings.tower!r} and model.preprocessing {ranker.settings.preprocessing!r}"
-    return type(ranker).__name__
+    return ranker.origin or type(ranker).__name__
 
 
 class Program:
@@ -133,12 +133,12 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
     return largest
 
 
-def sample(ranker: Ranker, rows: int = 32) -> dict[str, F32]:
-    """Made-up inputs for the parity check, the same each time, corners included."""
+def sample(ranker: Ranker, rows: int = 32, training: bool = False) -> dict[str, F32]:
+    """Made-up inputs of serving, or of learning, the same each time, corners included."""
     drawn = np.random.default_rng(7)
     made: dict[str, F32] = {}
     whole = {one.name for one in ranker.inputs if one.whole}
-    for name, spec in ranker.specs().items():
+    for name, spec in ranker.specs(training).items():
         shape = [rows if size is None else size for size in spec.shape]
         if name in whole:
             values = drawn.integers(0, 300, shape).astype(np.float64)

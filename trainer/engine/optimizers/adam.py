@@ -70,7 +70,8 @@ class Adam:
             gradients: In the order of the weights; those of fast weights are not read.
             moved: `[m]` float32, the fast weights, one behind another.
         """
-        parts = tf.split(moved, [int(np.prod(weight.shape)) for weight in self._fast.values()])
+        sizes = np.array([int(np.prod(weight.shape)) for weight in self._fast.values()], np.int32)
+        parts = tf.split(moved, sizes) if sizes.size else ()
         for weight, part in zip(self._fast.values(), parts, strict=True):
             weight.assign(tf.reshape(part, weight.shape))
         powers = self._powers.read_value()

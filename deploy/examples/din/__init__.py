@@ -1,0 +1,1 @@
+"""A ranker that attends to the items a user looked at lately, as DIN does."""

@@ -1,0 +1,156 @@
+"""Attention over a user's latest events, after DIN (Zhou et al. 2018, "Deep Interest Network").
+
+For a user with latest events k (item i_k, category c_k, action a_k, age t_k) and a candidate c with row e_c:
+
+    h_k    = [ e_{i_k} | e_{c_k} | one-hot(a_k) | t_k / 32 ]
+    w_k(c) = MLP([ K h_k | Q e_c | K h_k * Q e_c ])         no softmax: a user with more clicks has more interest
+    a(c)   = mean over k of w_k(c) V h_k
+    s(c)   = MLP([ x(u) | a(c) | e_c ]) + b_slot,           x(u) = tower([ prepared features | e_u | mean context ])
+
+An item is scored as a candidate whose row is that of its category plus that of the item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from state.config.sections import Model
+from state.features.spec import FeatureSpec
+from trainer.model import losses
+from trainer.model.inputs import pick, sizes
+from trainer.model.preprocessing import Logarithms
+from trainer.model.ranker import MASKED, Ranker, Targets
+
+READ = (
+    "features", "user_row", "context_row", "item_row", "category_row", "recent_rows", "recent_mask", "popular_rows",
+    "popular_mask", "successor_rows", "successor_mask", "sequence_item_rows", "sequence_category_rows",
+    "sequence_actions", "sequence_ages", "sequence_mask", "other_row", "negative_item_row", "negative_category_row",
+)  # fmt: skip
+
+
+class Din(Ranker):
+    """The formula above.
+
+    Args:
+        settings: The section `[model]`; the option `attention` is the width of the attention.
+        spec: Has the length of sequences and the actions.
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
+    """
+
+    def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
+        super().__init__(name="din")
+        dim, width, attention = settings.dim, settings.hidden[-1], settings.option("attention", 32)
+        self.tables = dict.fromkeys(("user", "item", "category", "context"), dim)
+        self.inputs, self.sizes = pick(*READ), sizes(settings, spec)
+        self.prepare = preprocessing if preprocessing is not None else Logarithms(spec.names)
+        self.actions = len(spec.actions) + 2  # none, those named, any other
+        into = int(self.prepare(tf.zeros([1, len(spec.names)])).shape[-1]) + 2 * dim
+        event = 2 * dim + self.actions + 1
+        slots = spec.recent_categories + settings.popular + int(self.sizes["S"] or 0)
+        drawn = np.random.default_rng(7)
+
+        def kernel(name: str, *shape: int) -> Any:
+            return tf.Variable(drawn.normal(0.0, shape[0] ** -0.5, shape).astype(np.float32), name=name)
+
+        def zeros(name: str, size: int) -> Any:
+            return tf.Variable(np.zeros(size, np.float32), name=name)
+
+        self.dense = {
+            "user.kernel": kernel("user.kernel", into, width),
+            "user.bias": zeros("user.bias", width),
+            "attend.key": kernel("attend.key", event, attention),
+            "attend.value": kernel("attend.value", event, attention),
+            "attend.query": kernel("attend.query", dim, attention),
+            "attend.kernel": kernel("attend.kernel", 3 * attention, attention),
+            "attend.bias": zeros("attend.bias", attention),
+            "attend.out": kernel("attend.out", attention, 1),
+            "score.user": kernel("score.user", width, width),
+            "score.candidate": kernel("score.candidate", attention + dim, width),
+            "score.bias": zeros("score.bias", width),
+            "score.out": kernel("score.out", width, 1),
+            # The order of slots: the newest category first, far below them the popular ones.
+            "score.slot": tf.Variable(-0.5 * np.log(np.arange(1, slots + 1, dtype=np.float32)), name="score.slot"),
+            "score.other": zeros("score.other", 1),
+            "score.pair": zeros("score.pair", 1),
+        }
+        self.learning_rates = {"score.slot": 10.0}
+
+    def encode(self, inputs: Mapping[str, Any], training: bool, seed: Any) -> dict[str, Any]:
+        """The user's vector, and keys and values of the latest events."""
+        rows = [self.prepare(inputs["features"]), inputs["user_row"], inputs["context_row"]]
+        vector = tf.nn.relu(tf.matmul(tf.concat(rows, 1), self.dense["user.kernel"]) + self.dense["user.bias"])
+        actions = tf.one_hot(
+            tf.cast(tf.minimum(inputs["sequence_actions"], self.actions - 1.0), tf.int32), self.actions
+        )
+        ages = tf.expand_dims(inputs["sequence_ages"] / 32.0, 2)
+        events = tf.concat([inputs["sequence_item_rows"], inputs["sequence_category_rows"], actions, ages], 2)
+        return {
+            "vector": vector,
+            "keys": _times(events, self.dense["attend.key"]),
+            "values": _times(events, self.dense["attend.value"]),
+        }
+
+    def _candidates(self, encoded: Mapping[str, Any], mask: Any, rows: Any) -> Any:
+        """Logits `[B, C]` of candidates with rows `[B, C, dim]`."""
+        query = tf.expand_dims(_times(rows, self.dense["attend.query"]), 2)  # [B, C, 1, A]
+        keys = tf.expand_dims(encoded["keys"], 1)  # [B, 1, T, A]
+        both = keys * query
+        joined = tf.concat([keys + tf.zeros_like(both), query + tf.zeros_like(both), both], 3)
+        weights = tf.nn.relu(_times(joined, self.dense["attend.kernel"]) + self.dense["attend.bias"])
+        weights = tf.squeeze(_times(weights, self.dense["attend.out"]), 3) * tf.expand_dims(mask, 1)  # [B, C, T]
+        attended = tf.matmul(weights, encoded["values"]) / float(mask.shape[1])
+        hidden = _times(tf.concat([attended, rows], 2), self.dense["score.candidate"]) + self.dense["score.bias"]
+        hidden += tf.expand_dims(tf.matmul(encoded["vector"], self.dense["score.user"]), 1)
+        return tf.squeeze(_times(tf.nn.relu(hidden), self.dense["score.out"]), 2)
+
+    def score(self, encoded: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Each candidate attends to the events by itself."""
+        mask = inputs["sequence_mask"]
+        # The same for everybody: [P, dim] to [B, P, dim].
+        popular = tf.expand_dims(inputs["popular_rows"], 0) + 0.0 * inputs["recent_rows"][:, :1, :]
+        parts = [inputs["recent_rows"], popular, inputs["successor_rows"]]
+        pairs = [inputs["category_row"] + inputs["item_row"]]
+        if "other_row" in inputs:
+            pairs += [inputs["other_row"], inputs["negative_category_row"] + inputs["negative_item_row"]]
+        parts += [tf.stack(pairs, 1)]
+        counts = [part.shape[1] for part in parts]
+        recent, popular, successor, pair = tf.split(self._candidates(encoded, mask, tf.concat(parts, 1)), counts, 1)
+        slots = tf.split(self.dense["score.slot"], counts[:3])
+        scores = {
+            f"{kind}_logits": _masked(logits + slot, inputs[f"{kind}_mask"])
+            for kind, logits, slot in zip(
+                ("recent", "popular", "successor"), (recent, popular, successor), slots, strict=True
+            )
+        }
+        scores |= {"engagement_logit": pair[:, 0] + self.dense["score.pair"], "vector": encoded["vector"]}
+        if "other_row" in inputs:
+            scores |= {
+                "other_logit": pair[:, 1] + self.dense["score.other"],
+                "negative_logit": pair[:, 2] + self.dense["score.pair"],
+            }
+        return scores
+
+    def losses(self, encoded: Any, inputs: Mapping[str, Any], targets: Targets) -> Any:
+        """Softmax over the candidates, and the log loss of pairs."""
+        return losses.log_losses(self.score(encoded, inputs), targets)
+
+
+def _times(x: Any, kernel: Any) -> Any:
+    """`[..., n]` by `[n, m]`, as one product of two matrices: LiteRT has no other."""
+    shape = tf.concat([tf.shape(x)[:-1], [kernel.shape[1]]], 0)
+    found = tf.reshape(tf.matmul(tf.reshape(x, [-1, kernel.shape[0]]), kernel), shape)
+    found.set_shape([*x.shape[:-1], kernel.shape[1]])
+    return found
+
+
+def _masked(logits: Any, mask: Any) -> Any:
+    return logits * mask + (1.0 - mask) * MASKED
+
+
+def build(settings: Model, spec: FeatureSpec, preprocessing: Any) -> Din:
+    """Builds the ranker of the setting `model.ranker`."""
+    return Din(settings, spec, preprocessing)

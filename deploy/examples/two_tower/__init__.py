@@ -1,0 +1,1 @@
+"""A two-tower ranker, learned with softmax over what others clicked meanwhile."""

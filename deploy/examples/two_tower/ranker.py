@@ -1,0 +1,132 @@
+"""Two towers and a sampled softmax with log-Q correction, after Yi et al. 2019 ("Sampling-Bias-Corrected Neural Modeling").
+
+    u     = user tower([ prepared features | e_u | mean context | mean of the latest items ])     unit length
+    v(c)  = candidate tower(e_c), v(i) = candidate tower(e_i + e_c)                               unit length
+    s(c)  = u . v(c) / temperature,   engagement: a s(i) + b
+
+Interest is learned from the categories that the other rows of a record were
+about: a softmax of row j over them, each logit less log Q(c), where Q(c) is the
+share of rows with c. Without it, what everybody clicks would be pushed down
+for being drawn so often. A row of the same category is no negative.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from state.config.sections import Model
+from state.features.spec import FeatureSpec
+from trainer.model import losses
+from trainer.model.inputs import pick, sizes
+from trainer.model.preprocessing import Logarithms
+from trainer.model.ranker import MASKED, Ranker, Targets
+
+READ = (
+    "features", "user_row", "context_row", "item_row", "category_row", "recent_rows", "recent_mask", "popular_rows",
+    "popular_mask", "successor_rows", "successor_mask", "sequence_item_rows", "sequence_category_rows", "sequence_mask",
+    "other_row", "negative_item_row", "negative_category_row",
+)  # fmt: skip
+SAME = 1e-5  # share of their squares, below whose squared distance two rows are of one category
+
+
+class TwoTower(Ranker):
+    """The formula above.
+
+    Args:
+        settings: The section `[model]`; the option `temperature` divides every score.
+        spec: Has the length of sequences.
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
+    """
+
+    def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
+        super().__init__(name="two_tower")
+        dim, hidden = settings.dim, settings.hidden
+        self.temperature = settings.option("temperature", 0.1)
+        self.tables = dict.fromkeys(("user", "item", "category", "context"), dim)
+        self.inputs, self.sizes = pick(*READ), sizes(settings, spec)
+        self.prepare = preprocessing if preprocessing is not None else Logarithms(spec.names)
+        into = int(self.prepare(tf.zeros([1, len(spec.names)])).shape[-1]) + 4 * dim
+        drawn = np.random.default_rng(7)
+        self.dense = {}
+        for tower, widths in (("user", (into, *hidden)), ("candidate", (dim, *hidden))):
+            for layer, (width, to) in enumerate(itertools.pairwise(widths)):
+                name = f"{tower}.kernel_{layer}"
+                first = drawn.normal(0.0, width**-0.5, (width, to)).astype(np.float32)
+                self.dense[name] = tf.Variable(first, name=name)
+                name = f"{tower}.bias_{layer}"
+                self.dense[name] = tf.Variable(np.zeros(to, np.float32), name=name)
+        self.dense["pair"] = tf.Variable(np.array([1.0, 0.0], np.float32), name="pair")
+        self.layers = len(hidden)
+
+    def _tower(self, name: str, x: Any) -> Any:
+        """`[n, width]` to `[n, hidden[-1]]` of unit length."""
+        for layer in range(self.layers):
+            x = tf.matmul(x, self.dense[f"{name}.kernel_{layer}"]) + self.dense[f"{name}.bias_{layer}"]
+            x = tf.nn.relu(x) if layer + 1 < self.layers else x
+        return x / tf.sqrt(tf.reduce_sum(x * x, 1, keepdims=True) + 1e-6)
+
+    def encode(self, inputs: Mapping[str, Any], training: bool, seed: Any) -> Any:
+        """`[B, hidden[-1]]`, the user."""
+        mask = tf.expand_dims(inputs["sequence_mask"], 2)
+        known = tf.reduce_sum(mask, 1) + 1.0
+        latest = [tf.reduce_sum(inputs[f"sequence_{kind}_rows"] * mask, 1) / known for kind in ("item", "category")]
+        rows = [self.prepare(inputs["features"]), inputs["user_row"], inputs["context_row"], *latest]
+        return self._tower("user", tf.concat(rows, 1))
+
+    def _scores(self, user: Any, rows: Any) -> Any:
+        """`[B, C]` of the users with candidates of rows `[B, C, dim]`."""
+        count = rows.shape[1]
+        candidates = self._tower("candidate", tf.reshape(rows, [-1, rows.shape[2]]))
+        candidates = tf.reshape(candidates, [-1, count, user.shape[1]])
+        return tf.squeeze(tf.matmul(candidates, tf.expand_dims(user, 2)), 2) / self.temperature
+
+    def _pair(self, user: Any, item: Any, category: Any) -> Any:
+        logits = self._scores(user, tf.expand_dims(item + category, 1))[:, 0]
+        return self.dense["pair"][0] * logits + self.dense["pair"][1]
+
+    def score(self, encoded: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Every candidate by its own tower; the popular ones once for all users."""
+        popular = tf.matmul(encoded, self._tower("candidate", inputs["popular_rows"]), transpose_b=True)
+        logits = {
+            "recent": self._scores(encoded, inputs["recent_rows"]),
+            "popular": popular / self.temperature,
+            "successor": self._scores(encoded, inputs["successor_rows"]),
+        }
+        masks = {kind: inputs[f"{kind}_mask"] for kind in logits}
+        scores = {f"{kind}_logits": each * masks[kind] + (1.0 - masks[kind]) * MASKED for kind, each in logits.items()}
+        scores |= {
+            "engagement_logit": self._pair(encoded, inputs["item_row"], inputs["category_row"]),
+            "vector": encoded,
+        }
+        if "other_row" in inputs:
+            negative = self._pair(encoded, inputs["negative_item_row"], inputs["negative_category_row"])
+            other = self._scores(encoded, tf.expand_dims(inputs["other_row"], 1))[:, 0]
+            scores |= {"other_logit": other, "negative_logit": negative}
+        return scores
+
+    def losses(self, encoded: Any, inputs: Mapping[str, Any], targets: Targets) -> Any:
+        """The sampled softmax over the record's own categories, and the log loss of pairs."""
+        rows = inputs["category_row"]
+        logits = tf.matmul(encoded, self._tower("candidate", rows), transpose_b=True) / self.temperature  # [B, B]
+        square = tf.reduce_sum(rows * rows, 1)
+        squares = tf.expand_dims(square, 1) + tf.expand_dims(square, 0)
+        apart = squares - 2.0 * tf.matmul(rows, rows, transpose_b=True)
+        same = tf.stop_gradient(tf.cast(apart <= SAME * squares, tf.float32))
+        count = tf.reduce_sum(same, 1)
+        corrected = logits - tf.math.log(tf.expand_dims(count, 0) / tf.reduce_sum(tf.ones_like(count)))
+        own = tf.linalg.diag_part(corrected)
+        others = corrected + same * MASKED
+        interest = tf.reduce_logsumexp(tf.concat([tf.expand_dims(own, 1), others], 1), 1) - own
+        scores = {name: value for name, value in self.score(encoded, inputs).items() if name.endswith("_logit")}
+        pair, drawn = losses.engagement_losses(scores, targets)
+        return interest * targets.weight + pair * targets.label_weight + drawn * targets.negative_weight
+
+
+def build(settings: Model, spec: FeatureSpec, preprocessing: Any) -> TwoTower:
+    """Builds the ranker of the setting `model.ranker`."""
+    return TwoTower(settings, spec, preprocessing)

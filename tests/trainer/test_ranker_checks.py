@@ -1,0 +1,136 @@
+"""A ranker of one's own is checked before anything is trained, learns within the step, and each refusal is one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from deploy.examples.two_tower.ranker import TwoTower
+from state.config.sections import Model
+from state.config.settings import load
+from state.errors import ProgramError, SettingsError
+from state.features.spec import FeatureSpec
+from state.microbatch.columns import SEQUENCES
+from tests.trainer.batches import micro_batch
+from tests.trainer.clicks import small_settings
+from trainer.engine.build import engine_name
+from trainer.engine.step import Trainer
+from trainer.ranker_checks import check_ranker
+
+EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
+FLAGS = ("--features.sequence", "6", "--model.hidden", "8", "--model.dim", "8")
+
+
+def wanted(name: str) -> str:
+    return f"deploy.examples.{name}.ranker:build"
+
+
+class Remembering(TwoTower):
+    def encode(self, inputs: Any, training: bool, seed: Any) -> Any:
+        self.dense["pair"].assign_add([0.1, 0.0])
+        return super().encode(inputs, training, seed)
+
+
+class Together(TwoTower):
+    def encode(self, inputs: Any, training: bool, seed: Any) -> Any:
+        found = super().encode(inputs, training, seed)
+        return found - tf.reduce_mean(found, 0, keepdims=True)
+
+
+class Lottery(TwoTower):
+    def encode(self, inputs: Any, training: bool, seed: Any) -> Any:
+        return super().encode(inputs, training, seed) + tf.random.stateless_normal([1, 8], seed)
+
+
+class Narrow(TwoTower):
+    def losses(self, encoded: Any, inputs: Any, targets: Any) -> Any:
+        return tf.reduce_sum(super().losses(encoded, inputs, targets))
+
+
+class Idle(TwoTower):
+    def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
+        super().__init__(settings, spec, preprocessing)
+        self.dense["idle"] = tf.Variable([0.0], name="idle")
+
+
+class Bessel(TwoTower):
+    def encode(self, inputs: Any, training: bool, seed: Any) -> Any:
+        return tf.math.bessel_i0e(super().encode(inputs, training, seed))
+
+
+class Chance(TwoTower):
+    def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
+        super().__init__(settings, spec, preprocessing)
+        self.dense["pair"].assign(np.random.default_rng().normal(size=2))
+
+
+def nothing(settings: Model, spec: FeatureSpec, preprocessing: Any) -> None:
+    """Builds no ranker."""
+
+
+def failing(settings: Model, spec: FeatureSpec, preprocessing: Any) -> None:
+    raise KeyError("heads")
+
+
+def refused(name: str, *flags: str) -> str:
+    path = f"{__name__}:{name}"
+    settings = small_settings("--model.ranker", path, *FLAGS, *flags)
+    with pytest.raises(ProgramError) as caught:
+        check_ranker(settings, FeatureSpec.from_settings(settings), None)
+    assert str(caught.value).startswith((f"model.ranker '{path}'", f"the model of model.ranker '{path}'"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Remembering", "gave two different scores"),
+        ("Together", "is another alone than in a batch"),
+        ("Lottery", "depend on the seed; dropout is for training only"),
+        ("Narrow", "losses gave []"),
+        ("Idle", "no loss depends on its weight idle"),
+        ("Bessel", "it has no tf.BesselI0e"),
+        ("Chance", "begins with other values; draw first values from a fixed seed"),
+        ("nothing", "returned NoneType; wanted is build(settings, spec, preprocessing)"),
+        ("failing", "raised KeyError: 'heads' (test_ranker_checks.py:"),
+    ],
+)
+def test_what_is_no_ranker_is_refused_in_one_line(name: str, said: str) -> None:
+    message = refused(name)
+    assert said in message
+    assert "\n" not in message
+
+
+def test_sequences_that_rows_do_not_carry_are_refused() -> None:
+    assert "say how many with features.sequence" in refused("TwoTower", "--features.sequence", "0")
+
+
+def test_an_option_reaches_the_ranker_in_the_type_of_its_default() -> None:
+    settings = small_settings("--model.options", "temperature=0.5")
+    ranker = TwoTower(settings.model, dataclasses.replace(FeatureSpec(), sequence=3))
+    assert ranker.temperature == 0.5
+    with pytest.raises(SettingsError, match=r"model.options temperature=warm is no float, as its default 0\.1 is"):
+        TwoTower(Model(options=("temperature=warm",)), FeatureSpec())
+
+
+@pytest.mark.parametrize("name", ["din", "two_tower"])
+def test_the_examples_pass_their_checks_and_learn_what_comes_next(name: str) -> None:
+    settings = load(["--config", str(EXAMPLES / name / "springtide.toml"), "--trainer.device", "cpu"], env={})
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dim=8, hidden=(8,), popular=4))
+    spec = FeatureSpec.from_settings(settings)
+    assert "lowers to LiteRT" in check_ranker(settings, spec, None)
+    trainer = Trainer(settings, spec)
+    assert trainer.engine.name == engine_name("auto", trainer.model, trainer.device) == "tensorflow"
+    made = micro_batch(96)
+    drawn = np.random.default_rng(5)
+    events = {key: drawn.integers(1, 5, (96, spec.sequence)).astype(kind) for key, kind in SEQUENCES.items()}
+    batch = dataclasses.replace(made, **events)
+    losses = [trainer.step(batch).interest_log_loss for _ in range(30)]
+    assert np.isfinite(losses).all()
+    # The candidates of the first steps are other ones: popular categories are not known yet.
+    assert losses[-1] < losses[3]

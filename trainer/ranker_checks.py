@@ -1,0 +1,178 @@
+"""Checks a ranker of the user's own on made-up rows, before anything is trained.
+
+1. It can be built; its tables, inputs and weights are what an engine and
+   serving can give and keep; built twice it begins with the same values.
+2. It gives finite scores of the right shapes, and a loss for each row.
+3. It is a function of row, weights and seed alone: nothing is remembered, the
+   seed counts only in training, and a row scores alone as it does in a batch.
+4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from state.config.settings import Settings
+from state.errors import ProgramError
+from state.features.spec import FeatureSpec
+from state.lowering import ROWS_TOLERANCE, difference
+from state.process.user_code import told
+from trainer.engine.build import EMBEDDINGS, ranker_of
+from trainer.model.inputs import INPUTS, SEQUENCES
+from trainer.model.preprocessing import Preprocessing
+from trainer.model.ranker import Ranker, Targets
+from trainer.versions.program import build, sample
+
+ROWS = 32
+ALONE = 4
+SEEDS = ((0, 0), (3, 5))
+CANDIDATES = {"recent": "L", "popular": "P", "successor": "S"}
+F32 = npt.NDArray[np.float32]
+Outputs = Mapping[str, Any]
+
+
+def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> str:
+    """Checks the ranker that `model.ranker` names; returns what it is in one line.
+
+    Args:
+        settings: All settings.
+        spec: Of the features.
+        preprocessing: What the bootstrap analysed; None takes logarithms.
+
+    Raises:
+        SettingsError: There is no such builder.
+        ProgramError: It is not what a ranker has to be; the message says what it did and what is wanted.
+    """
+    what = f"model.ranker {settings.model.ranker!r}"
+    # 1.
+    ranker = ranker_of(settings, spec, preprocessing)
+    _check_declared(ranker, spec, what)
+    _check_weights(ranker, ranker_of(settings, spec, preprocessing), what)
+    # 2.
+    inputs = sample(ranker, ROWS, training=True)
+    plain = _scores(ranker, inputs, what)
+    _check_losses(ranker, inputs, what)
+    # 3.
+    held = ranker.weights()
+    if any((_scores(ranker, inputs, what)[name] != plain[name]).any() for name in plain):
+        raise ProgramError(
+            f"{what}: the same rows gave two different scores; draw from the seed with tf.random.stateless_*"
+        )
+    if any((_scores(ranker, inputs, what, SEEDS[1])[name] != plain[name]).any() for name in plain):
+        raise ProgramError(f"{what}: without training its scores depend on the seed; dropout is for training only")
+    if any((now != held[name]).any() for name, now in ranker.weights().items()):
+        raise ProgramError(f"{what} changed a weight while it was called: a ranker remembers nothing between calls")
+    _check_rows_apart(ranker, inputs, plain, what)
+    # 4.
+    build(ranker)
+    tables = ", ".join(f"{name} [{width}]" for name, width in ranker.tables.items())
+    weights = ", ".join(f"{name} {list(one.shape)}" for name, one in ranker.dense.items())
+    return f"{what}: tables {tables or 'none'}, weights {weights or 'none'}, lowers to LiteRT"
+
+
+def _check_declared(ranker: Ranker, spec: FeatureSpec, what: str) -> None:
+    for name in ("tables", "inputs", "sizes", "dense"):
+        if not hasattr(ranker, name):
+            raise ProgramError(f"{what} has no {name}; set tables, inputs, sizes and dense in __init__")
+    if unknown := ranker.tables.keys() - set(EMBEDDINGS):
+        raise ProgramError(f"{what} names the table {min(unknown)!r}; there are {', '.join(EMBEDDINGS)}")
+    known, names = {one.name for one in (*INPUTS, *SEQUENCES)}, [one.name for one in ranker.inputs]
+    if unknown := set(names) - known:
+        raise ProgramError(f"{what} names the input {min(unknown)!r}; there are {', '.join(sorted(known))}")
+    if missing := [f"{kind}_mask" for kind in CANDIDATES if f"{kind}_mask" not in names]:
+        raise ProgramError(f"{what} does not read {', '.join(missing)}; serving needs to know what is a candidate")
+    if any(one in SEQUENCES for one in ranker.inputs) and not spec.sequence:
+        raise ProgramError(f"{what} reads the user's latest events; say how many with features.sequence")
+    for one in ranker.inputs:
+        if one.table and one.table not in ranker.tables:
+            raise ProgramError(f"{what} reads {one.name} without the width of {one.table} rows; put it into tables")
+
+
+def _check_weights(ranker: Ranker, again: Ranker, what: str) -> None:
+    for name, weight in ranker.dense.items():
+        if weight.dtype != "float32":
+            raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}; weights are float32")
+    first, second = ranker.weights(), again.weights()
+    for name, value in first.items():
+        if name not in second or value.shape != second[name].shape or (value != second[name]).any():
+            raise ProgramError(
+                f"{what}: built twice its weight {name} begins with other values; draw first values from a fixed seed, "
+                "such as np.random.default_rng(7)"
+            )
+
+
+def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
+    try:
+        return call()
+    # A ranker of the user's own may fail in any way.
+    except Exception as error:
+        # The trainer runs TensorFlow so that it refuses what cannot be repeated.
+        if "determinism" in str(error):
+            raise ProgramError(f"{what}: draws at random; draw from the seed with tf.random.stateless_*") from error
+        raise ProgramError(f"{what} raised {told(error)}; {wanted}") from error
+
+
+def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[int, int] = SEEDS[0]) -> dict[str, F32]:
+    """What `encode` and `score` give without dropout, their names, shapes and values checked."""
+    given = {name: tf.constant(value) for name, value in inputs.items()}
+    rows = len(inputs["recent_mask"])
+    wanted = {f"{kind}_logits": [rows, ranker.sizes[letter]] for kind, letter in CANDIDATES.items()}
+    wanted |= {f"{name}_logit": [rows] for name in ("engagement", "other", "negative")}
+
+    def call() -> Outputs:
+        return ranker.score(ranker.encode(given, False, tf.constant(seed, tf.int32)), given)
+
+    found: Outputs = _called(call, f"{what}: score", f"wanted are {', '.join(wanted)} and vector")
+    if missing := [name for name in (*wanted, "vector") if name not in found]:
+        raise ProgramError(f"{what}: score gave no {', '.join(missing)}")
+    for name, shape in wanted.items():
+        if list(found[name].shape) != shape or found[name].dtype != tf.float32:
+            raise ProgramError(
+                f"{what}: {name} is {list(found[name].shape)} {found[name].dtype.name} for {rows} rows; wanted is {shape} float32"
+            )
+    values = {name: tensor.numpy() for name, tensor in found.items()}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise ProgramError(f"{what}: {name} is not finite for some rows; guard logarithms and divisions")
+    return values
+
+
+def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:
+    given = {name: tf.constant(value) for name, value in inputs.items()}
+    rows = len(inputs["recent_mask"])
+    ones = tf.ones([rows])
+    targets = Targets(tf.range(rows) % 4 - 1, ones, ones, ones * 0, ones, ones * 0, ones)
+    with tf.GradientTape() as tape:
+        loss = _called(
+            lambda: ranker.losses(ranker.encode(given, True, tf.constant(SEEDS[1])), given, targets),
+            f"{what}: losses",
+            "wanted is [B] float32",
+        )
+    if list(loss.shape) != [rows] or loss.dtype != tf.float32:
+        raise ProgramError(
+            f"{what}: losses gave {list(loss.shape)} {loss.dtype.name} for {rows} rows; wanted is [B] float32"
+        )
+    slopes = tape.gradient(loss, list(ranker.dense.values()))
+    for name, slope in zip(ranker.dense, slopes, strict=True):
+        if slope is None:
+            raise ProgramError(f"{what}: no loss depends on its weight {name}; use it, or take it out of dense")
+        if not np.isfinite(tf.convert_to_tensor(slope).numpy()).all():
+            raise ProgramError(f"{what}: the derivative by {name} is not finite; guard logarithms and divisions")
+
+
+def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[str, F32], what: str) -> None:
+    by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
+    for row in range(ALONE):
+        one = {name: value[row : row + 1] if name in by_row else value for name, value in inputs.items()}
+        for name, value in _scores(ranker, one, what).items():
+            apart = difference(value, plain[name][row : row + 1])
+            if apart > ROWS_TOLERANCE:
+                raise ProgramError(
+                    f"{what}: {name} of row {row} is another alone than in a batch of {ROWS} (difference {apart:.2g}, "
+                    f"allowed {ROWS_TOLERANCE:g}); score computes nothing over the rows of a batch, only losses may"
+                )
