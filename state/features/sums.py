@@ -14,7 +14,7 @@ FEW = 5  # latest events among which each category is counted
 MANY = 20
 
 
-class Found(NamedTuple):
+class Totals(NamedTuple):
     """What the sums found besides those in `Scratch`."""
 
     categories: int
@@ -49,7 +49,7 @@ def sum_up(
     work: Scratch,
     recent_categories: U64,
     category_windows: U16,
-) -> Found:
+) -> Totals:
     """Sums into `work`, and writes the categories in order with their recencies.
 
     Ages only grow, so that the window, the step of the quantiser and "seen for the first time" need no search.
@@ -97,7 +97,7 @@ def sum_up(
             work.distinct[1, window] += 1
         if k < session_events:
             session_categories, session_items = category_count, item_count
-    return Found(category_count, session_categories, session_items, step)
+    return Totals(category_count, session_categories, session_items, step)
 
 
 @compiled

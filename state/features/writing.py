@@ -6,7 +6,7 @@ from state.compiled import compiled
 from state.features.ages import DAY_MS, HOUR_MS, NEVER, step_of
 from state.features.arrays import GAPS, OF_ORDER, SLOTS, U16, Scratch, Tables
 from state.features.order import Course
-from state.features.sums import Found
+from state.features.sums import Totals
 
 
 @compiled
@@ -41,7 +41,7 @@ def write_features(
     tables: Tables,
     work: Scratch,
     course: Course,
-    found: Found,
+    found: Totals,
     truncated: bool,
     category_windows: U16,
     features: U16,

@@ -1,6 +1,7 @@
 """Quality in one pass over real logs: each row is scored, then learned from.
 
     python -m tests.bench.quality [--steps N] [--only taobao|kuairand|shoppers] [--trainer.engine tensorflow]
+    python -m tests.bench.quality --ranker din|two_tower
 
 Flags with a dot are settings; with some the figures are no goals.
 
@@ -45,6 +46,7 @@ from trainer.model.preprocessing import Preprocessing
 from trainer.versions import checkpoint
 from trainer.versions.program import preprocessing_of
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 SHOPPERS_CLICKS = 240 * STEP_ROWS
 """Some twenty minutes of them at their default rate."""
 
@@ -178,9 +180,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps of 1,024 rows")
     parser.add_argument("--only", choices=("taobao", "kuairand", "shoppers"), help="one of the three logs")
+    parser.add_argument(
+        "--ranker", choices=("din", "two_tower"), help="a ranker of deploy/examples, over Taobao's clicks"
+    )
     asked, flags = parser.parse_known_args()
+    named = "".join(flags).replace("--", "-").replace(".", "-").replace("/", "-")
+    if asked.ranker:
+        asked.only, named = "taobao", f"-{asked.ranker}{named}"
+        flags = ["--config", str(EXAMPLES / asked.ranker / "springtide.toml"), *flags]
     settings = load(flags, env={}) if flags else None
-    named = "".join(flags).replace("--", "-").replace(".", "-")
     if asked.only in (None, "taobao"):
         goals = {"total.known.top1": ">= 0.435", "total.known.top5": ">= 0.663", "total.auc": ">= 0.8"}
         _report(

@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 from deploy.examples.two_tower.ranker import TwoTower
+from state.config.loading import load
 from state.config.sections import Model
-from state.config.settings import load
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.microbatch.columns import SEQUENCES
