@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.caching import IndexDataCacheFile
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
@@ -62,7 +63,10 @@ _STAMPS: dict[Any, str] = {}
 def _cached(kernel: Kernel, compile: Callable[[Kernel], Any]) -> Kernel:
     """The compiled kernel, whose cache looks at all that it was made from; Numba alone looks at the kernel's own file."""
     found = compile(kernel)
-    _STAMPS[kernel] = found._cache._cache_file._source_stamp = _stamp_of(kernel)
+    stamp, cache = _stamp_of(kernel), found._cache
+    # A file of its own for each stamp: an index names classes, and one that is gone could not even be read.
+    cache._cache_file = IndexDataCacheFile(cache._cache_path, f"{cache._impl.filename_base}-{stamp[:16]}", stamp)
+    _STAMPS[kernel] = stamp
     return cast(Kernel, found)
 
 
