@@ -73,7 +73,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     # 1.
     if is_own(settings.model.preprocessing) and not known and not wanted.checked:
         with quiet_stderr():
-            checked = check_preprocessing(settings.model.preprocessing, spec)
+            checked = check_preprocessing(settings.model.preprocessing, spec, settings=settings.model)
         say(checked)
     # Importing what the analysis needs takes as long as the wait for clicks: they overlap.
     imports = threading.Thread(target=_import_analysis, name="imports", daemon=True)

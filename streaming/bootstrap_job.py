@@ -56,7 +56,12 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
     )
     if output is not None:
         features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.vectors.features))
-        analyse(features, len(spec.names), load_preprocessing(settings.model.preprocessing), output / "transform")
+        analyse(
+            features,
+            len(spec.names),
+            load_preprocessing(settings.model.preprocessing, settings.model),
+            output / "transform",
+        )
         categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))
         list_categories(categories, output / "categories")
     if wanted.examples is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import pyarrow as pa
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
+from state.config.sections import Model
 from state.process.user_code import load_named
 
 FEATURES = "features"
@@ -24,6 +26,7 @@ LEAST_DEVIATION = 0.25
 """Of a logarithm: rarer columns are not blown up to unit variance."""
 
 CLIP = 6.0
+DEFAULT = Model()
 
 Preprocessing = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -51,8 +54,8 @@ def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {FEATURES: tf.clip_by_value(scaled, -CLIP, CLIP)}
 
 
-def load_preprocessing(path: str) -> Preprocessing:
-    """The function that `module:name` names.
+def load_preprocessing(path: str, settings: Model = DEFAULT) -> Preprocessing:
+    """The function that `module:name` names; one of two arguments gets the settings too, and so its options.
 
     >>> load_preprocessing("streaming.preprocessing:preprocessing_fn").__name__
     'preprocessing_fn'
@@ -60,8 +63,16 @@ def load_preprocessing(path: str) -> Preprocessing:
     Raises:
         SettingsError: There is none.
     """
-    found: Preprocessing = load_named(path, "model.preprocessing")
-    return found
+    found: Any = load_named(path, "model.preprocessing")
+    if not callable(found) or len(inspect.signature(found).parameters) < 2:
+        function: Preprocessing = found
+        return function
+
+    def with_settings(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        made: Mapping[str, Any] = found(inputs, settings)
+        return made
+
+    return with_settings
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.check_command import run_check
 from state.process.user_code import first_line, told
-from streaming.preprocessing import FEATURES, Preprocessing, analysed, load_preprocessing
+from streaming.preprocessing import DEFAULT, FEATURES, Preprocessing, analysed, load_preprocessing
 
 ROWS = 256
 ALONE = 8
@@ -37,20 +37,21 @@ def is_own(path: str) -> bool:
     return path != Model().preprocessing
 
 
-def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None) -> str:
+def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, settings: Model = DEFAULT) -> str:
     """Checks the function that `model.preprocessing` names; returns what it is in one line.
 
     Args:
         path: `module:name`.
         spec: Names the D columns.
         keep: Directory to leave the analysed graph in, `transform_fn/`.
+        settings: For a function that takes them.
 
     Raises:
         SettingsError: There is no such function.
         ProgramError: It is not what a preprocessing has to be; the message says what it did and what is wanted.
     """
     what = f"model.preprocessing {path!r}"
-    function = load_preprocessing(path)
+    function = load_preprocessing(path, settings)
     rows = made_up(spec)
     with tempfile.TemporaryDirectory(prefix="springtide-check-") as folder:
         first, second = keep or Path(folder, "first"), Path(folder, "second")
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         "--keep",
         lambda settings, keep: check_preprocessing(
-            settings.model.preprocessing, FeatureSpec.from_settings(settings), keep
+            settings.model.preprocessing, FeatureSpec.from_settings(settings), keep, settings.model
         ),
     )
 

@@ -72,7 +72,11 @@ def analysis(recorded: Recorded, spec: FeatureSpec, settings: Settings, steps: i
     rows = settings.bootstrap.sample_rows if steps is None else min(settings.bootstrap.sample_rows, steps * STEP_ROWS)
     batches = islice(micro_batches(recorded, spec, settings.events.action_weights), -(-rows // STEP_ROWS))
     with tempfile.TemporaryDirectory(prefix="springtide-quality-") as folder:
-        analysed((batch.features for batch in batches), load_preprocessing(settings.model.preprocessing), Path(folder))
+        analysed(
+            (batch.features for batch in batches),
+            load_preprocessing(settings.model.preprocessing, settings.model),
+            Path(folder),
+        )
         return preprocessing_of(Path(folder))
 
 

@@ -14,8 +14,10 @@ import pytest
 import tensorflow as tf
 import tensorflow_transform as tft
 
+from state.config.sections import Model
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
+from streaming.preprocessing import load_preprocessing
 from streaming.preprocessing_check import check_preprocessing, made_up
 
 ROOT = Path(__file__).parents[2]
@@ -135,3 +137,12 @@ def test_bootstrap_refuses_it_in_one_line_before_it_asks_for_kafka(tmp_path: Pat
     (said,) = done.stderr.splitlines()
     assert "ProgramError: model.preprocessing 'shop_features:preprocessing_fn' does not lower" in said
     assert "tf.BesselI0e" in said
+
+
+def scaled(inputs: Mapping[str, Any], settings: Model) -> dict[str, Any]:
+    return {"features": inputs["features"] * settings.option("scale", 1.0)}
+
+
+def test_a_preprocessing_of_two_arguments_gets_the_options() -> None:
+    function = load_preprocessing(f"{__name__}:scaled", Model(options=("scale=0.5",)))
+    assert function({"features": 4.0}) == {"features": 2.0}
