@@ -31,7 +31,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
-from state.log import Topics, plan
+from state.log import Topics, topic_plan
 from state.recordings.files import Recording, find
 from state.recordings.options import add_format_arguments
 
@@ -102,7 +102,7 @@ def run(
     """
     for files in files_of(options, settings):
         with Topics(settings.kafka) as topics:
-            topics.ensure(*plan.attributes_of(files.topic))
+            topics.ensure(*topic_plan.attributes_of(files.topic))
         progress = Progress(progress_to, time.monotonic, f"record of {article(files.side)}", REFUSED)
         with Outbox(settings.kafka, files.topic) as outbox:
             outcome = send(files, outbox.send, progress, stopped, lambda: time.time_ns() // 1_000_000)

@@ -30,7 +30,7 @@ from state.events.parser import Parser
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
-from state.log import Reader, TopicInfo, Topics, plan
+from state.log import Reader, TopicInfo, Topics, topic_plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Gap
@@ -129,8 +129,8 @@ def ensure_topics(settings: Settings, topics: Topics) -> TopicInfo:
         LogError: The topic of clicks is missing, or Kafka is not reachable.
     """
     clicks = topics.describe(settings.kafka.clicks_topic)
-    topics.ensure(*plan.dead_letters(settings))
-    topics.ensure(*plan.microbatches(settings))
+    topics.ensure(*topic_plan.dead_letters(settings))
+    topics.ensure(*topic_plan.microbatches(settings))
     return clicks
 
 

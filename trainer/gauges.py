@@ -1,4 +1,4 @@
-"""What the trainer shows of itself: steps, rows, versions and measures, as metrics."""
+"""What the trainer shows of itself: steps, rows, versions and measures, as the metrics that `state/metrics.py` declares."""
 
 from __future__ import annotations
 

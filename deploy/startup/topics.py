@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from state.config.settings import Settings
-from state.log import Topics, plan
+from state.log import Topics, topic_plan
 
 
 def ensure_topics(settings: Settings) -> str:
@@ -13,9 +13,9 @@ def ensure_topics(settings: Settings) -> str:
         LogError: Kafka does not answer, or refused.
     """
     kafka = settings.kafka
-    wanted = [plan.clicks(settings), plan.dead_letters(settings), plan.microbatches(settings)]
+    wanted = [topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)]
     with Topics(kafka) as topics:
-        for one in [*wanted, *plan.attributes(settings)]:
+        for one in [*wanted, *topic_plan.attributes(settings)]:
             topics.ensure(*one)
         partitions = topics.describe(kafka.clicks_topic).partitions
     return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"

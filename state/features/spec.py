@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from state.config.sections import Events, Features
 from state.errors import SettingsError
 from state.features.ages import ages_of_steps, decay_column, recency_step
 from state.features.arrays import GAPS, OF_ORDER, SLOTS, Tables, Vector, words
@@ -90,12 +91,12 @@ class FeatureSpec:
     True
     """
 
-    actions: tuple[str, ...] = ("view", "favorite", "cart", "purchase")
-    windows_s: tuple[int, ...] = (3600, 86_400, 604_800)
-    half_lives_s: tuple[int, ...] = (1800, 43_200, 259_200)
-    history: int = 256
-    recent_categories: int = 24
-    sequence: int = 0
+    actions: tuple[str, ...] = Events().actions
+    windows_s: tuple[int, ...] = Features().windows_s
+    half_lives_s: tuple[int, ...] = Features().half_lives_s
+    history: int = Features().history
+    recent_categories: int = Features().recent_categories
+    sequence: int = Features().sequence
 
     def __post_init__(self) -> None:
         if not self.actions or len(self.actions) > 255 or len(set(self.actions)) != len(self.actions):

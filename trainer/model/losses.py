@@ -1,4 +1,7 @@
-"""The losses: softmax over a row's candidates, and the log loss of pairs of a user and an item."""
+"""The losses: softmax over a row's candidates, and the log loss of pairs of a user and an item.
+
+How much each counts (`engagement_share`, `loss_scale`) is a number of `hyperparameters.py`.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 from state.config.loading import load
 from state.config.settings import Settings
-from state.log import Reader, Topics, Writer, plan
+from state.log import Reader, Topics, Writer, topic_plan
 from tests.conftest import KafkaFactory
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +24,7 @@ def settings_of(*flags: str) -> Settings:
 def test_only_the_plan_says_how_a_topic_is_made() -> None:
     files = [path for package in ("state", "streaming", "trainer", "deploy") for path in (ROOT / package).rglob("*.py")]
     found = [path.relative_to(ROOT).as_posix() for path in files if TOPIC_SETTING.search(path.read_text())]
-    assert found == ["state/log/plan.py"]
+    assert found == ["state/log/topic_plan.py"]
 
 
 @pytest.mark.parametrize(("retention_h", "base_keep_d", "hours"), [(24, 7, 168), (500, 7, 500)])
@@ -32,24 +32,24 @@ def test_the_training_log_outlives_the_oldest_version_one_can_go_back_to(
     retention_h: int, base_keep_d: int, hours: int
 ) -> None:
     settings = settings_of("--kafka.retention_h", str(retention_h), "--registry.base_keep_d", str(base_keep_d))
-    assert plan.microbatches(settings).config["retention.ms"] == str(hours * HOUR_MS)
+    assert topic_plan.microbatches(settings).config["retention.ms"] == str(hours * HOUR_MS)
     assert (
-        plan.clicks(settings).config
-        == plan.dead_letters(settings).config
+        topic_plan.clicks(settings).config
+        == topic_plan.dead_letters(settings).config
         == {"retention.ms": str(retention_h * HOUR_MS)}
     )
 
 
 def test_attributes_are_kept_by_key_and_only_configured_ones_are_planned() -> None:
-    assert plan.attributes(Settings()) == []
+    assert topic_plan.attributes(Settings()) == []
     settings = settings_of("--attributes.item_topic", "items", "--attributes.item_fields", "brand")
-    assert plan.attributes(settings) == [("items", 1, {"cleanup.policy": "compact"})]
+    assert topic_plan.attributes(settings) == [("items", 1, {"cleanup.policy": "compact"})]
 
 
 def test_the_largest_micro_batch_fits_its_topic(kafka_settings: KafkaFactory) -> None:
     kafka = kafka_settings()
     flags = ("--kafka.microbatches_topic", kafka.microbatches_topic, "--stream.max_record_bytes", "5000000")
-    planned = plan.microbatches(settings_of(*flags))
+    planned = topic_plan.microbatches(settings_of(*flags))
     with Topics(kafka) as topics, Writer(kafka, kafka.microbatches_topic) as writer:
         topics.ensure(*planned)
         with writer.transaction():
