@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from state.config.sections import Events, Features
+from state.config.sections import Events as EventSettings
+from state.config.sections import Features
 from state.errors import SettingsError
 from state.features.ages import ages_of_steps, decay_column, recency_step
 from state.features.arrays import GAPS, OF_ORDER, SLOTS, Tables, Vector, words
@@ -91,7 +92,7 @@ class FeatureSpec:
     True
     """
 
-    actions: tuple[str, ...] = Events().actions
+    actions: tuple[str, ...] = EventSettings().actions
     windows_s: tuple[int, ...] = Features().windows_s
     half_lives_s: tuple[int, ...] = Features().half_lives_s
     history: int = Features().history
