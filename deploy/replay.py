@@ -29,7 +29,7 @@ from state.config.sections import Events
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
-from state.log import BulkWriter, Topics, append_encoded, partition_of, plan
+from state.log import BulkWriter, Topics, append_encoded, partition_of, topic_plan
 from state.recordings.options import as_settings
 
 SLICE_S = 0.1
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingsError("--rate and --seed are of --synthetic; files go at --speed")
         settings = load([*flags, *as_settings(options)])
         with Topics(settings.kafka) as topics:
-            topics.ensure(*plan.clicks(settings))
+            topics.ensure(*topic_plan.clicks(settings))
         if options.files:
             run(options, settings, stopped)
         else:
