@@ -18,7 +18,7 @@ from state.config.settings import Settings
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.log import LogWriter, MemoryLog, plan
+from state.log import LogWriter, MemoryLog, topic_plan
 from state.metrics import StreamMetrics
 from streaming.commit import Committer
 from streaming.rows import Rows
@@ -32,7 +32,7 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
     """The commit thread with a real store and a log in memory, which comes back after `refused` attempts to connect."""
     store, stopping, told = HistoryStore(path / "histories", map_bytes=1 << 26), threading.Event(), list[Rows]()
     log, settings, attempts = MemoryLog(ids=lambda: ZERO.topic_id), Settings(), count()
-    for planned in (plan.clicks(settings), plan.dead_letters(settings), plan.microbatches(settings)):
+    for planned in (topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)):
         log.topics().ensure(*planned)
 
     def opens(_: Settings) -> LogWriter:
