@@ -21,13 +21,17 @@ def engage(
     facts: Facts,
     inputs: HeadInputs,
     weights: FastWeights,
+    biases: tuple[F32, F32, F32, F32],
     crossed: F32,
     logits: F32,
     normaliser: np.float32,
     scores: Scores,
     gradients: Gradients,
 ) -> None:
-    """Pair `at` of row `b`: scored without dropout, learned with it. `logits` are those of interest without dropout."""
+    """Pair `at` of row `b`: scored without dropout, learned with it. `logits` are those of interest without dropout.
+
+    `biases` are matrices of one row: the item's, the category's, and their derivatives.
+    """
     plain, queries, category, item, prior = (
         inputs.plain_queries,
         inputs.queries,
@@ -35,7 +39,7 @@ def engage(
         inputs.item,
         inputs.prior,
     )
-    item_bias, category_bias = inputs.item_bias.reshape(1, -1), inputs.category_bias.reshape(1, -1)
+    item_bias, category_bias, to_item_bias, to_category_bias = biases
     dim = category.shape[1]
     category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
     known = -1
@@ -70,8 +74,8 @@ def engage(
     gradients.queries[b, 2 * dim] += g
     # A loop that writes two arrays would not be put into vectors.
     add(gradients.queries, b, dim, g, item, item_at, 0, dim)
-    add(gradients.item_bias.reshape(1, -1), 0, 0, g, item, item_at, 0, dim)
-    add(gradients.category_bias.reshape(1, -1), 0, 0, g, category, category_at, 0, dim)
+    add(to_item_bias, 0, 0, g, item, item_at, 0, dim)
+    add(to_category_bias, 0, 0, g, category, category_at, 0, dim)
     add(gradients.item, item_at, 0, g, queries, b, dim, dim)
     add(gradients.item, item_at, 0, g, item_bias, 0, 0, dim)
     add(gradients.category, category_at, 0, g, category_bias, 0, 0, dim)

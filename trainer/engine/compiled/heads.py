@@ -65,6 +65,11 @@ def _heads(
     logits, shares = np.empty(count, np.float32), np.empty(count, np.float32)
     slope, bits = np.empty(count, np.float32), np.empty(count, np.int32)
     powers = bits.view(np.float32)
+    # Made once: each view is counted in and out.
+    biases = (
+        inputs.item_bias.reshape(1, -1), inputs.category_bias.reshape(1, -1),
+        gradients.item_bias.reshape(1, -1), gradients.category_bias.reshape(1, -1),
+    )  # fmt: skip
     for b in range(rows):
         begin = b // BLOCK * BLOCK
         end = min(begin + BLOCK, rows)
@@ -85,7 +90,7 @@ def _heads(
         # 3. The last slot was chosen by the row's own event, which serving does not know.
         normaliser = normaliser_of(max(total - shares[count - 1], _ZERO), highest)
         for at in range(b, 2 * rows, rows):
-            engage(b, at, facts, inputs, weights, crossed, logits, normaliser, scores, gradients)
+            engage(b, at, facts, inputs, weights, biases, crossed, logits, normaliser, scores, gradients)
         # 4.
         if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
             learn_interest(
