@@ -32,13 +32,8 @@ def engage(
 
     `biases` are matrices of one row: the item's, the category's, and their derivatives.
     """
-    plain, queries, category, item, prior = (
-        inputs.plain_queries,
-        inputs.queries,
-        inputs.category,
-        inputs.item,
-        inputs.prior,
-    )
+    plain, queries, prior = inputs.plain_queries, inputs.queries, inputs.prior
+    category, item = inputs.category, inputs.item
     item_bias, category_bias, to_item_bias, to_category_bias = biases
     dim = category.shape[1]
     category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
