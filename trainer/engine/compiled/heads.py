@@ -66,10 +66,8 @@ def _heads(
     slope, bits = np.empty(count, np.float32), np.empty(count, np.int32)
     powers = bits.view(np.float32)
     # Made once: each view is counted in and out.
-    biases = (
-        inputs.item_bias.reshape(1, -1), inputs.category_bias.reshape(1, -1),
-        gradients.item_bias.reshape(1, -1), gradients.category_bias.reshape(1, -1),
-    )  # fmt: skip
+    views = inputs.item_bias.reshape(1, -1), inputs.category_bias.reshape(1, -1)
+    biases = (*views, gradients.item_bias.reshape(1, -1), gradients.category_bias.reshape(1, -1))
     for b in range(rows):
         begin = b // BLOCK * BLOCK
         end = min(begin + BLOCK, rows)
