@@ -7,7 +7,7 @@ For a user with latest events k (item i_k, category c_k, action a_k, age t_k) an
     a(c)   = mean over k of w_k(c) V h_k
     s(c)   = MLP([ x(u) | a(c) | e_c ]) + b_slot,           x(u) = tower([ prepared features | e_u | mean context ])
 
-An item is scored as a candidate whose row is that of its category plus that of the item.
+An item is engaged with as its category is clicked, and by what x(u) says of the item: a s(c_i) + (P x(u)) . e_i + b.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Din(Ranker):
             # The order of slots: the newest category first, far below them the popular ones.
             "score.slot": tf.Variable(-0.5 * np.log(np.arange(1, slots + 1, dtype=np.float32)), name="score.slot"),
             "score.other": zeros("score.other", 1),
-            "score.pair": zeros("score.pair", 1),
+            "pair.scale": tf.Variable(np.array([1.0, 0.0], np.float32), name="pair.scale"),
+            "pair.item": zeros("pair.item", width * dim),
         }
         self.learning_rates = {"score.slot": 10.0}
 
@@ -113,9 +114,9 @@ class Din(Ranker):
         # The same for everybody: [P, dim] to [B, P, dim].
         popular = tf.expand_dims(inputs["popular_rows"], 0) + 0.0 * inputs["recent_rows"][:, :1, :]
         parts = [inputs["recent_rows"], popular, inputs["successor_rows"]]
-        pairs = [inputs["category_row"] + inputs["item_row"]]
+        pairs = [inputs["category_row"]]
         if "other_row" in inputs:
-            pairs += [inputs["other_row"], inputs["negative_category_row"] + inputs["negative_item_row"]]
+            pairs += [inputs["other_row"], inputs["negative_category_row"]]
         parts += [tf.stack(pairs, 1)]
         counts = [part.shape[1] for part in parts]
         recent, popular, successor, pair = tf.split(self._candidates(encoded, mask, tf.concat(parts, 1)), counts, 1)
@@ -126,13 +127,20 @@ class Din(Ranker):
                 ("recent", "popular", "successor"), (recent, popular, successor), slots, strict=True
             )
         }
-        scores |= {"engagement_logit": pair[:, 0] + self.dense["score.pair"], "vector": encoded["vector"]}
+        scores |= {"engagement_logit": self._pair(encoded, pair[:, 0], inputs["item_row"]), "vector": encoded["vector"]}
         if "other_row" in inputs:
             scores |= {
                 "other_logit": pair[:, 1] + self.dense["score.other"],
-                "negative_logit": pair[:, 2] + self.dense["score.pair"],
+                "negative_logit": self._pair(encoded, pair[:, 2], inputs["negative_item_row"]),
             }
         return scores
+
+    def _pair(self, encoded: Mapping[str, Any], category: Any, item: Any) -> Any:
+        """`[B]`, of each user with an item of row `[B, dim]` whose category has the logit `[B]`."""
+        vector = encoded["vector"]
+        query = tf.matmul(vector, tf.reshape(self.dense["pair.item"], [vector.shape[1], item.shape[1]]))
+        scale = self.dense["pair.scale"]
+        return scale[0] * category + tf.reduce_sum(query * item, 1) + scale[1]
 
     def losses(self, encoded: Any, inputs: Mapping[str, Any], targets: Targets) -> Any:
         """Softmax over the candidates, and the log loss of pairs."""

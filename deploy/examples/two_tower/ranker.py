@@ -1,8 +1,11 @@
 """Two towers and a sampled softmax with log-Q correction, after Yi et al. 2019 ("Sampling-Bias-Corrected Neural Modeling").
 
-    u     = user tower([ prepared features | e_u | mean context | mean of the latest items ])     unit length
-    v(c)  = candidate tower(e_c), v(i) = candidate tower(e_i + e_c)                               unit length
-    s(c)  = u . v(c) / temperature,   engagement: a s(i) + b
+    u     = latest categories + user tower([ prepared features | e_u | mean context | latest items | latest categories ])
+    v(c)  = e_c + candidate tower(e_c),   v(i) = e_i + e_c + candidate tower(e_i + e_c)
+    s(c)  = u . v(c) / temperature, both of unit length,   engagement: a s(i) + b
+
+The latest are weighted means, the newest event first: 1, 1/2, 1/3 and so on.
+Both towers begin at nothing, so that what is like the latest categories comes first.
 
 Interest is learned from the categories that the other rows of a record were
 about: a softmax of row j over them, each logit less log Q(c), where Q(c) is the
@@ -20,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from state.config.sections import Model
+from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from trainer.model import losses
 from trainer.model.inputs import pick, sizes
@@ -53,35 +57,40 @@ class TwoTower(Ranker):
         into = int(self.prepare(tf.zeros([1, len(spec.names)])).shape[-1]) + 4 * dim
         drawn = np.random.default_rng(7)
         self.dense = {}
+        if hidden[-1] != dim:
+            raise SettingsError(f"model.hidden must end with model.dim {dim}: both towers add to rows of that width")
         for tower, widths in (("user", (into, *hidden)), ("candidate", (dim, *hidden))):
             for layer, (width, to) in enumerate(itertools.pairwise(widths)):
                 name = f"{tower}.kernel_{layer}"
-                first = drawn.normal(0.0, width**-0.5, (width, to)).astype(np.float32)
+                first = drawn.normal(0.0, width**-0.5, (width, to)).astype(np.float32) * (layer + 1 < len(hidden))
                 self.dense[name] = tf.Variable(first, name=name)
                 name = f"{tower}.bias_{layer}"
                 self.dense[name] = tf.Variable(np.zeros(to, np.float32), name=name)
         self.dense["pair"] = tf.Variable(np.array([1.0, 0.0], np.float32), name="pair")
         self.layers = len(hidden)
 
-    def _tower(self, name: str, x: Any) -> Any:
-        """`[n, width]` to `[n, hidden[-1]]` of unit length."""
+    def _tower(self, name: str, x: Any, begin: Any) -> Any:
+        """`[n, width]` and `[n, dim]` to their sum behind the layers, `[n, dim]` of unit length."""
         for layer in range(self.layers):
             x = tf.matmul(x, self.dense[f"{name}.kernel_{layer}"]) + self.dense[f"{name}.bias_{layer}"]
             x = tf.nn.relu(x) if layer + 1 < self.layers else x
+        x += begin
         return x / tf.sqrt(tf.reduce_sum(x * x, 1, keepdims=True) + 1e-6)
 
     def encode(self, inputs: Mapping[str, Any], training: bool, seed: Any) -> Any:
         """`[B, hidden[-1]]`, the user."""
-        mask = tf.expand_dims(inputs["sequence_mask"], 2)
-        known = tf.reduce_sum(mask, 1) + 1.0
-        latest = [tf.reduce_sum(inputs[f"sequence_{kind}_rows"] * mask, 1) / known for kind in ("item", "category")]
+        shares = inputs["sequence_mask"] / np.arange(1, inputs["sequence_mask"].shape[1] + 1, dtype=np.float32)
+        shares = tf.expand_dims(shares, 2)
+        known = tf.reduce_sum(shares, 1) + 1e-6
+        latest = [tf.reduce_sum(inputs[f"sequence_{kind}_rows"] * shares, 1) / known for kind in ("item", "category")]
         rows = [self.prepare(inputs["features"]), inputs["user_row"], inputs["context_row"], *latest]
-        return self._tower("user", tf.concat(rows, 1))
+        return self._tower("user", tf.concat(rows, 1), latest[1])
 
     def _scores(self, user: Any, rows: Any) -> Any:
         """`[B, C]` of the users with candidates of rows `[B, C, dim]`."""
         count = rows.shape[1]
-        candidates = self._tower("candidate", tf.reshape(rows, [-1, rows.shape[2]]))
+        flat = tf.reshape(rows, [-1, rows.shape[2]])
+        candidates = self._tower("candidate", flat, flat)
         candidates = tf.reshape(candidates, [-1, count, user.shape[1]])
         return tf.squeeze(tf.matmul(candidates, tf.expand_dims(user, 2)), 2) / self.temperature
 
@@ -91,7 +100,9 @@ class TwoTower(Ranker):
 
     def score(self, encoded: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Every candidate by its own tower; the popular ones once for all users."""
-        popular = tf.matmul(encoded, self._tower("candidate", inputs["popular_rows"]), transpose_b=True)
+        popular = tf.matmul(
+            encoded, self._tower("candidate", inputs["popular_rows"], inputs["popular_rows"]), transpose_b=True
+        )
         logits = {
             "recent": self._scores(encoded, inputs["recent_rows"]),
             "popular": popular / self.temperature,
@@ -112,7 +123,7 @@ class TwoTower(Ranker):
     def losses(self, encoded: Any, inputs: Mapping[str, Any], targets: Targets) -> Any:
         """The sampled softmax over the record's own categories, and the log loss of pairs."""
         rows = inputs["category_row"]
-        logits = tf.matmul(encoded, self._tower("candidate", rows), transpose_b=True) / self.temperature  # [B, B]
+        logits = tf.matmul(encoded, self._tower("candidate", rows, rows), transpose_b=True) / self.temperature  # [B, B]
         square = tf.reduce_sum(rows * rows, 1)
         squares = tf.expand_dims(square, 1) + tf.expand_dims(square, 0)
         apart = squares - 2.0 * tf.matmul(rows, rows, transpose_b=True)
