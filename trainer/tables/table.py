@@ -12,16 +12,13 @@ One thread, the trainer's step thread, calls everything here.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from state.compiled import compiled
+from trainer.tables.changes import Changes
 from trainer.tables.index import F32, I32, U64, IdIndex, hashed_uniform
+from trainer.tables.rows_used import distinct_rows, first_occurrences, gathered, mark_rows, see
 
 I64 = npt.NDArray[np.int64]
 
@@ -32,77 +29,6 @@ INITIAL_RANGE = 0.05
 """A new row of an embedding is uniform in plus and minus this."""
 
 _SCATTER_ROWS = 1 << 18
-
-
-@compiled
-def _mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) -> int:
-    for i in range(rows.shape[0]):
-        row = rows[i]
-        if row != 0 and flags[row] == 0:
-            flags[row] = 1
-            listed[count] = row
-            count += 1
-    return count
-
-
-@compiled
-def _see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
-    for i in range(rows.shape[0]):
-        if at_ms[i] > last_seen_ms[rows[i]]:
-            last_seen_ms[rows[i]] = at_ms[i]
-
-
-@compiled
-def _distinct(rows: I32, scratch: I32, unique: I32, positions: I32) -> int:
-    unique[0] = 0
-    count = 1
-    for i in range(rows.shape[0]):
-        row = rows[i]
-        if row == 0:
-            positions[i] = 0
-            continue
-        if scratch[row] == 0:
-            scratch[row] = count
-            unique[count] = row
-            count += 1
-        positions[i] = scratch[row]
-    for k in range(1, count):
-        scratch[unique[k]] = 0
-    return count
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Rows of a table, ordered by id: all of them, or those that changed since the last take.
-
-    Attributes:
-        ids: `[k]` uint64, ascending.
-        rows: `[k, dim]` float32, the embedding rows.
-        accum: `[k, dim]` float32, their Adagrad accumulators.
-        last_seen_ms: `[k]` int64, log time of their last sighting.
-        removed: `[r]` uint64, ascending: ids that expired and were not admitted again.
-        pending_ids: `[p]` uint64, ascending: ids seen too seldom to have a row yet.
-        pending_counts: `[p]` int32, their sightings; 0 means no longer pending.
-        pending_seen_ms: `[p]` int64, log time of their last sighting.
-    """
-
-    ids: U64
-    rows: F32
-    accum: F32
-    last_seen_ms: I64
-    removed: U64
-    pending_ids: U64
-    pending_counts: I32
-    pending_seen_ms: I64
-
-    FIELDS = ("ids", "rows", "accum", "last_seen_ms", "removed", "pending_ids", "pending_counts", "pending_seen_ms")
-
-    def digest(self) -> str:
-        """SHA-256 (hex) over every array in the order of FIELDS."""
-        sha = hashlib.sha256()
-        for field in self.FIELDS:
-            sha.update(np.ascontiguousarray(getattr(self, field)).tobytes())
-        return sha.hexdigest()
 
 
 class Table:
@@ -200,22 +126,22 @@ class Table:
             if self._admit_after > 1:
                 admitted = self._count(ids[unknown], at_ms[unknown])
             else:
-                admitted = _first_occurrences(ids[unknown])
+                admitted = first_occurrences(ids[unknown])
             if admitted.size:
                 self._admit(admitted)
                 rows = self._index.find(ids)
-        _see(rows, np.ascontiguousarray(at_ms), self._last_seen_ms)
+        see(rows, np.ascontiguousarray(at_ms), self._last_seen_ms)
         self._last_seen_ms[MISSING] = 0
         self.touch(rows)
         return rows
 
     def touch(self, rows: I32) -> None:
         """Lists rows (`[n]` int32) as changed."""
-        self._dirty_count = _mark_rows(np.ascontiguousarray(rows), self._dirty, self._dirty_rows, self._dirty_count)
+        self._dirty_count = mark_rows(np.ascontiguousarray(rows), self._dirty, self._dirty_rows, self._dirty_count)
 
     def get(self, rows: I32) -> F32:
         """A host copy of rows (`[n]` int32), `[n, dim]` float32."""
-        return _gathered(self.rows, rows)
+        return gathered(self.rows, rows)
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
         """Sets rows (`[n]` int32) and their accumulators; `touch` lists them as changed."""
@@ -242,7 +168,7 @@ class Table:
         """
         unique = np.empty(rows.size + 1, np.int32)
         positions = np.empty(rows.size, np.int32)
-        count = _distinct(np.ascontiguousarray(rows), self._scratch, unique, positions)
+        count = distinct_rows(np.ascontiguousarray(rows), self._scratch, unique, positions)
         return unique[:count], positions
 
     def expire(self, before_ms: int) -> int:
@@ -364,28 +290,11 @@ class Table:
         counts = [self._pending.get(key, (0, 0)) for key in waiting]
         return Changes(
             ids=ids[order],
-            rows=_gathered(self.rows, rows),
-            accum=_gathered(self.accum, rows),
+            rows=gathered(self.rows, rows),
+            accum=gathered(self.accum, rows),
             last_seen_ms=self._last_seen_ms[rows],
             removed=np.array(sorted(removed), np.uint64),
             pending_ids=np.array(waiting, np.uint64),
             pending_counts=np.array([count for count, _ in counts], np.int32),
             pending_seen_ms=np.array([seen_ms for _, seen_ms in counts], np.int64),
         )
-
-
-def _gathered(variable: Any, rows: I32) -> F32:
-    """A host copy of some rows of a variable, `[k, dim]` float32."""
-    with tf.device(variable.device):
-        values: F32 = tf.raw_ops.ResourceGather(resource=variable.handle, indices=rows, dtype=tf.float32).numpy()
-    return values
-
-
-def _first_occurrences(ids: U64) -> U64:
-    """Distinct ids in the order in which they first occur.
-
-    >>> _first_occurrences(np.array([9, 3, 9, 1], np.uint64)).tolist()
-    [9, 3, 1]
-    """
-    _, first = np.unique(ids, return_index=True)
-    return ids[np.sort(first)]

@@ -26,8 +26,8 @@ from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
+from trainer.tables.changes import Changes
 from trainer.tables.popular import HOUR_MS, ONE
-from trainer.tables.table import Changes
 from trainer.versions import content
 
 # Settings of [trainer] beside all of [model].

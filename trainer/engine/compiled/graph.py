@@ -243,18 +243,7 @@ class Graph:
             "cross_precision": accum[CROSS],
         }
         known |= {name: ranker.dense[weight].read_value() for weight, name in FROM_HEADS.items()}
-        kept = ("queries", "popular_logits", *FROM_HEADS.values())
-        gradients = dict(
-            zip(
-                kept,
-                tf.numpy_function(
-                    self._run_heads, [given["call"], *(known[name] for name in TO_HEADS)], [tf.float32] * len(kept)
-                ),
-                strict=True,
-            )
-        )
-        for name, slope in gradients.items():
-            slope.set_shape(known[name].shape)
+        gradients = self._gradients_of_heads(given["call"], known)
         sources = (dict(zip(names, watched, strict=True)), user, latest, context, popular_rows)
         found, *rows = tape.gradient(
             [queries[-1], popular[-1]],
@@ -266,6 +255,15 @@ class Graph:
         dense = [tf.convert_to_tensor(found[name]) for name in ranker.dense]
         norm = tf.add_n([tf.nn.l2_loss(slope) for slope in dense]) * 2.0
         return dense, norm, *rows, list(distinct.values()), list(accum.values())
+
+    def _gradients_of_heads(self, call: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The derivatives by queries, popular logits and the heads' own weights, from the compiled loops."""
+        kept = ("queries", "popular_logits", *FROM_HEADS.values())
+        arrays = [call, *(known[name] for name in TO_HEADS)]
+        gradients = dict(zip(kept, tf.numpy_function(self._run_heads, arrays, [tf.float32] * len(kept)), strict=True))
+        for name, gradient in gradients.items():
+            gradient.set_shape(known[name].shape)
+        return gradients
 
     def _items(self, distinct: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
         """The rows of items that pairs name; with attributes the item's own plus the mean of theirs."""

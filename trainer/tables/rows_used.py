@@ -1,0 +1,74 @@
+"""Which rows a step used: marked, dated, made distinct, and read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from state.compiled import compiled
+from trainer.tables.index import F32, I32, U64
+
+I64 = npt.NDArray[np.int64]
+
+
+@compiled
+def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) -> int:
+    """Lists each of `[n]` rows that `flags` does not have yet behind the first `count`; returns how many are listed."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row != 0 and flags[row] == 0:
+            flags[row] = 1
+            listed[count] = row
+            count += 1
+    return count
+
+
+@compiled
+def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
+    """The newest of `[n]` log times, ms, becomes that of its row."""
+    for i in range(rows.shape[0]):
+        if at_ms[i] > last_seen_ms[rows[i]]:
+            last_seen_ms[rows[i]] = at_ms[i]
+
+
+@compiled
+def distinct_rows(rows: I32, scratch: I32, unique: I32, positions: I32) -> int:
+    """Distinct rows in order of first use behind the missing row 0, and where each of `[n]` rows is; returns how many.
+
+    `scratch` has a 0 for each row of the table, before and after.
+    """
+    unique[0] = 0
+    count = 1
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row == 0:
+            positions[i] = 0
+            continue
+        if scratch[row] == 0:
+            scratch[row] = count
+            unique[count] = row
+            count += 1
+        positions[i] = scratch[row]
+    for k in range(1, count):
+        scratch[unique[k]] = 0
+    return count
+
+
+def first_occurrences(ids: U64) -> U64:
+    """Distinct ids in the order in which they first occur.
+
+    >>> first_occurrences(np.array([9, 3, 9, 1], np.uint64)).tolist()
+    [9, 3, 1]
+    """
+    _, first = np.unique(ids, return_index=True)
+    return ids[np.sort(first)]
+
+
+def gathered(variable: Any, rows: I32) -> F32:
+    """A host copy of some rows of a variable, `[k, dim]` float32."""
+    with tf.device(variable.device):
+        values: F32 = tf.raw_ops.ResourceGather(resource=variable.handle, indices=rows, dtype=tf.float32).numpy()
+    return values
