@@ -18,9 +18,7 @@ from trainer.checks import check_own
 from trainer.engine.step import Trainer
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
-CONFIGURED = {path.parent.name: path for path in EXAMPLES.glob("*/springtide.toml")} | {
-    path.stem: path for path in EXAMPLES.glob("*.toml") if "[model]" in path.read_text()
-}
+CONFIGURED = {path.parent.name: path for path in EXAMPLES.glob("*/springtide.toml")}
 
 
 def settings_of(name: str) -> Settings:
