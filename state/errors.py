@@ -77,6 +77,15 @@ class SettingsError(SpringtideError):
 class MissingSalt(SpringtideError):
     """There is no salt file, and none may be made. Restore the file, or set `paths.salt_file` to where it is."""
 
+    @classmethod
+    def at(cls, path: object) -> MissingSalt:
+        """The error, of the file that is not there.
+
+        >>> str(MissingSalt.at("state/salt"))
+        'there is no salt at state/salt; restore the file, or set paths.salt_file to where it is'
+        """
+        return cls(f"there is no salt at {path}", "restore the file, or set paths.salt_file to where it is")
+
 
 class SaltMismatch(SpringtideError):
     """The salt is not the one the stored pseudonyms were made with. Restore the salt file, or start a new state directory."""

@@ -99,7 +99,7 @@ def load_salt(path: Path, create: bool = True) -> Salt:
     """
     if not path.exists():
         if not create:
-            raise MissingSalt(f"there is no salt at {path}", "restore the file, or set paths.salt_file to where it is")
+            raise MissingSalt.at(path)
         _make(path)
     try:
         content = path.read_bytes().strip()

@@ -1,4 +1,4 @@
-"""Adagrad of the rows that a step used, at the learning rate `model.learning_rate`, which the engines give it.
+"""Adagrad of the rows that a step used, at the learning rate `model.learning_rate`, which `Graph.apply` of the compiled engine gives it.
 
 Keras' optimizers turn the gradient of a few rows into one of the whole table;
 TensorFlow's own operation for some rows takes 0.4 us a row, a compiled loop a
