@@ -44,7 +44,12 @@ def computed(folder: Path, factor: int = 1, by: int = 2, name: str = "Found") ->
     (folder / "cache_parts.py").write_text(PARTS.format(factor=factor, by=by, name=name))
     done = subprocess.run(
         [sys.executable, str(folder / "kernel.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+        # Two versions within a second and of one size have one .pyc.
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
         capture_output=True,
         text=True,
     )
