@@ -131,7 +131,7 @@ class Graph:
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count()
         shapes: dict[str, list[int | None]] = {"features": [None, ranker.sizes["D"]], "seed": [2], "call": []}
-        shapes["kept"] = [None, ranker.settings.hidden[0] if self.drops else 0]
+        shapes["kept"] = [None, ranker.settings.hidden[0] if ranker.drops else 0]
         self._measure = tf.function(
             self._measure_graph,
             autograph=False,
@@ -151,14 +151,9 @@ class Graph:
         ).get_concrete_function()
 
     @property
-    def drops(self) -> bool:
-        """Whether the dropout of the tower is drawn on the host; a tower of the user's own draws its own."""
-        return self._ranker.drops
-
-    @property
     def scores_apart(self) -> bool:
         """Whether what learns is not what scores: without dropout both are one pass."""
-        return self.drops or type(self._ranker.tower) is not DenseTower
+        return self._ranker.drops or type(self._ranker.tower) is not DenseTower
 
     def measure(
         self, facts: Facts, inputs: dict[str, Any], move: bool = True
@@ -279,7 +274,7 @@ class Graph:
         inputs["recent_rows"] = tf.reshape(latest, [-1, HYPERPARAMETERS.latest, dim])
         if self._fields:
             inputs["context_row"] = tf.reduce_mean(tf.reshape(context, [-1, self._fields, dim]), 1)
-        return inputs | ({"tower_kept": given["kept"]} if self.drops else {})
+        return inputs | ({"tower_kept": given["kept"]} if self._ranker.drops else {})
 
     def _run_heads(self, number: Any, *arrays: F32) -> list[F32]:
         call, given = self._calls[int(number)], dict(zip(TO_HEADS, arrays, strict=True))
