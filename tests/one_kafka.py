@@ -41,7 +41,8 @@ class OneKafka:
         """The broker, running."""
         with self._starting:
             if self._broker is None:
-                self._broker = Broker(self._directory, free_port(), heap_mb=384).start()
+                # Tests write records of 1970 too: a retention of a week would delete them within the minute.
+                self._broker = Broker(self._directory, free_port(), heap_mb=384, retention_h=876_000).start()
         broker = self._broker
         return Running(broker.bootstrap_servers, broker.port, broker.directory, broker.log_path)
 

@@ -41,7 +41,7 @@ def refused() -> Iterator[None]:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Broker]:
-    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256)
+    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256, retention_h=876_000)
     broker.start()
     yield broker
     broker.stop()
