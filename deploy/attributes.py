@@ -66,7 +66,9 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
     """
     asked = {side: getattr(options, sides) for side, sides in BY_SIDE.items()}
     if not any(asked.values()):
-        raise SettingsError("say what to send: --users FILE... or --items FILE...; see `springtide attributes --help`")
+        raise SettingsError(
+            "say what to send: --users FILE... or --items FILE...", "see `springtide attributes --help`"
+        )
     if all(asked.values()) and options.columns:
         raise SettingsError("--columns is of the files of one side: run the command for users and for items")
     tables, found = tables_of(settings.attributes), []
@@ -76,7 +78,7 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
         table, topic = tables.get(side), getattr(settings.attributes, f"{side}_topic")
         if table is None or not table.fields:
             missing = f"{side}_topic names no topic" if table is None else f"{side}_fields names no field"
-            raise SettingsError(f"attributes.{missing}: nothing can be known of {BY_SIDE[side]}; name it")
+            raise SettingsError(f"attributes.{missing}: nothing can be known of {BY_SIDE[side]}", "name it")
         key = getattr(options, f"{side}_id") or getattr(settings.events, side)
         if not key:
             raise SettingsError(f"events.{side} names no field: name the column of the id with --{side}-id")

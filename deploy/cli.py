@@ -78,7 +78,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
     flags, words = split_settings(argv)
     asked, unknown = parser(words).parse_known_args(with_times(words))
     if unknown and asked.command not in OWN_HELP:
-        raise SettingsError(f"unknown argument {unknown[0]}; see `springtide {asked.command} --help`")
+        raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {asked.command} --help`")
     if asked.command in PROCESSES:
         # A mistake is said here, with status 2, before anything starts.
         settings = load(flags)

@@ -64,7 +64,7 @@ class RefusingParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises it."""
-        raise SettingsError(f"{message}; see `{self.prog} --help`")
+        raise SettingsError(message, f"see `{self.prog} --help`")
 
 
 class _Version(argparse.Action):

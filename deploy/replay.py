@@ -151,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopped.set())
     try:
         if bool(options.files) + options.synthetic + bool(options.burst) != 1:
-            raise SettingsError("say what to replay: files, --synthetic, or --burst; see `springtide replay --help`")
+            raise SettingsError("say what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")
         if options.files and (options.rate is not None or options.seed is not None):
-            raise SettingsError("--rate and --seed are of --synthetic; files go at --speed")
+            raise SettingsError("--rate and --seed are of --synthetic", "files go at --speed")
         settings = load([*flags, *as_settings(options)])
         with Topics(settings.kafka) as topics:
             topics.ensure(*topic_plan.clicks(settings))

@@ -56,7 +56,7 @@ def run(
             for name, process in running:
                 if process.poll() is not None:
                     raise ProcessFailed(
-                        f"{name} ended unasked ({how(process.returncode)}); its reason is above; serving stops here"
+                        f"{name} ended unasked ({how(process.returncode)})", "its reason is above; serving stops here"
                     )
             time.sleep(LOOK_S)
     finally:

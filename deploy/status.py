@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load(flags)
         if asked.watch:
             if asked.output == "json":
-                raise SettingsError("argument --watch: it is for people; ask again and again for -o json")
+                raise SettingsError("argument --watch: it is for people", "ask again and again for -o json")
             stopping = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stopping.set())

@@ -68,7 +68,7 @@ def take_accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     consent, rest = gap_options.take_options(words, actor="")
     if any(not allowance.topic for allowance in consent.allowances):
         raise SettingsError(
-            "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did; stream and trainer read different topics"
+            "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did", "stream and trainer read different topics"
         )
     return gap_options.as_options(parser.parse_known_args(list(words))[0]), rest
 

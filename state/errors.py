@@ -26,6 +26,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from state.positions import Gap
 
 
@@ -34,8 +36,7 @@ class SpringtideError(Exception):
 
     Args:
         what: What happened, to which input.
-        do: What to do. Where it is not given, it is what stands in `what` behind
-            the last `"; "`, or else the advice of the class.
+        do: What to do; the advice of the class where it is not given.
 
     Attributes:
         what: What happened, to which input.
@@ -46,8 +47,6 @@ class SpringtideError(Exception):
     >>> error = StoreFull("rows/ is full", "free space")
     >>> str(error), error.what, error.do
     ('rows/ is full; free space', 'rows/ is full', 'free space')
-    >>> LockHeld("rows/ is in use; stop pid 7").do
-    'stop pid 7'
     >>> UnknownTopic("there is no topic clicks").do
     'Create it, or correct its name in `[kafka]`; a mistyped name is never created.'
     """
@@ -57,10 +56,8 @@ class SpringtideError(Exception):
 
     def __init__(self, what: str, do: str = "") -> None:
         super().__init__(f"{what}; {do}" if do else what)
-        if not do:
-            head, _, tail = what.rpartition("; ")
-            what, do = (head, tail) if head else (what, self._advice())
-        self.what, self.do = what, do
+        self.what = what
+        self.do = do or self._advice()
 
     @classmethod
     def _advice(cls) -> str:
@@ -131,9 +128,9 @@ class GapError(LogError):
         gaps: What is missing; empty where nothing can be accepted, as in a log that ends too early.
     """
 
-    def __init__(self, message: str, *gaps: Gap) -> None:
-        super().__init__(message)
-        self.gaps = gaps
+    def __init__(self, what: str, do: str = "", gaps: Iterable[Gap] = ()) -> None:
+        super().__init__(what, do)
+        self.gaps = tuple(gaps)
 
 
 class FencedWriter(LogError):

@@ -55,8 +55,8 @@ def lower_saved_model(folder: Path, signatures: Sequence[str], what: str, frozen
     # The converter raises several types that are nobody's public names.
     except Exception as error:
         raise ProgramError(
-            f"{what} does not lower to LiteRT: it has no {', '.join(missing_operations(str(error)))}; "
-            "use operations that LiteRT has built in"
+            f"{what} does not lower to LiteRT: it has no {', '.join(missing_operations(str(error)))}",
+            "use operations that LiteRT has built in",
         ) from error
 
 

@@ -252,7 +252,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Ca
         if error.errno != errno.EADDRINUSE:
             raise
         raise PortTaken(
-            f"port {port} for /metrics is in use; stop its owner or set this process's metrics_port"
+            f"port {port} for /metrics is in use", "stop its owner or set this process's metrics_port"
         ) from None
 
     def stop() -> None:

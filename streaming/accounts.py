@@ -90,9 +90,9 @@ def pass_gaps(
     refused = [gap for gap in found if not consent.covers(gap, gap.source.topic_id)]
     if refused:
         raise GapError(
-            f"topic {topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}; "
+            f"topic {topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}",
             "restore them, or raise the topic's retention.ms for the next time",
-            *refused,
+            refused,
         )
     # 1.
     write(found, now_ms)

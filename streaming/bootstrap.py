@@ -125,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are errors of ours."""
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; see `{self.prog} --help`")
+        raise SettingsError(message, f"see `{self.prog} --help`")
 
 
 def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:

@@ -42,7 +42,7 @@ def require_empty(folder: Path) -> None:
         SettingsError: It has.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"--examples {folder}: is there already; name a new or empty directory")
+        raise SettingsError(f"--examples {folder}: is there already", "name a new or empty directory")
 
 
 def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shards: int) -> None:

@@ -73,6 +73,6 @@ def check_identity(store: HistoryStore, spec: str, salt: str) -> None:
         raise SaltMismatch.between(str(store.path), (stored_salt or b"").decode(), salt)
     if stored_spec != spec.encode():
         raise SpecMismatch(
-            f"the histories belong to feature spec {(stored_spec or b'').decode()[:12]}, the settings make {spec[:12]}; "
-            "put [features] and events.actions back, or choose another paths.state"
+            f"the histories belong to feature spec {(stored_spec or b'').decode()[:12]}, the settings make {spec[:12]}",
+            "put [features] and events.actions back, or choose another paths.state",
         )

@@ -155,7 +155,8 @@ class Labels:
         values = [value for value in self._rows.values(keys, found.waiting) if value is not None]
         if len(values) != len(keys):
             raise CorruptStore(
-                f"{len(keys) - len(values)} rows that wait are not in the store; `springtide rebuild-history` makes it anew"
+                f"{len(keys) - len(values)} rows that wait are not in the store",
+                "`springtide rebuild-history` makes it anew",
             )
         found.waiting.update(dict.fromkeys(keys))
         return replace(known, columns=relabelled(now.unpack(values), batch.source, batch.offset, known))

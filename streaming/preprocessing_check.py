@@ -64,32 +64,33 @@ def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, 
         if not np.isfinite(found).all():
             column = int(np.flatnonzero(~np.isfinite(found).all(0))[0])
             raise ProgramError(
-                f"{what}: column {column} of its output is not finite for some rows of integers from 0 to 65535; "
-                "guard logarithms and divisions"
+                f"{what}: column {column} of its output is not finite for some rows of integers from 0 to 65535",
+                "guard logarithms and divisions",
             )
         if (found != transform(rows)).any():
             raise ProgramError(
-                f"{what}: the same rows gave two different outputs; leave out randomness, time and variables"
+                f"{what}: the same rows gave two different outputs", "leave out randomness, time and variables"
             )
         if (found != _Transform(second)(rows)).any():
             raise ProgramError(
-                f"{what}: two analyses of the same rows gave different graphs; leave out randomness and time, also "
-                "those of Python and NumPy"
+                f"{what}: two analyses of the same rows gave different graphs",
+                "leave out randomness and time, also those of Python and NumPy",
             )
         for row in range(ALONE):
             apart = difference(transform(rows[row : row + 1]), found[row : row + 1])
             if apart > ROWS_TOLERANCE:
                 raise ProgramError(
                     f"{what}: row {row} gives another output alone than in a batch of {ROWS} (difference {apart:.2g}, "
-                    f"allowed {ROWS_TOLERANCE:g}); what is computed over a batch must be a TensorFlow Transform analyzer"
+                    f"allowed {ROWS_TOLERANCE:g})",
+                    "what is computed over a batch must be a TensorFlow Transform analyzer",
                 )
         # 3.
         apart = difference(_lowered(transform, rows, Path(folder, "lowered"), what), found)
         if apart > TOLERANCE:
             raise ProgramError(
-                f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g}); replace the "
-                "operation that the two compute differently (a comparison such as log(x) >= quantile flips by rounding: "
-                "compare the integers themselves)"
+                f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g})",
+                "replace the operation that the two compute differently (a comparison such as log(x) >= quantile flips by "
+                "rounding: compare the integers themselves)",
             )
     return f"{what}: [B, {rows.shape[1]}] to [B, {found.shape[1]}], lowers to LiteRT, differs there by {apart:.1g}"
 
@@ -132,12 +133,12 @@ def _checked_output(output: Any, what: str, width: int) -> Mapping[str, Any]:
     wanted = f"wanted is a dictionary {{'features': [B, D'] float32}}, one row for each of [B, {width}]"
     if not isinstance(output, Mapping) or set(output) != {FEATURES}:
         names = f"a dictionary of {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__
-        raise ProgramError(f"{what} returned {names}; {wanted}")
+        raise ProgramError(f"{what} returned {names}", wanted)
     found = output[FEATURES]
     if not isinstance(found, tf.Tensor):
-        raise ProgramError(f"{what} returned features as {type(found).__name__}; {wanted}")
+        raise ProgramError(f"{what} returned features as {type(found).__name__}", wanted)
     if found.dtype != tf.float32 or found.shape.rank != 2 or found.shape[1] is None or found.shape[0] is not None:
-        raise ProgramError(f"{what} returned features of shape {found.shape} and type {found.dtype.name}; {wanted}")
+        raise ProgramError(f"{what} returned features of shape {found.shape} and type {found.dtype.name}", wanted)
     return {FEATURES: found}
 
 

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         copy, flags = asked(sys.argv[1:] if argv is None else argv)
         settings = load(flags, os.environ)
         if copy is not None and not copy.is_dir():
-            raise SettingsError(f"--from {copy} is no directory; name the directory of a history store")
+            raise SettingsError(f"--from {copy} is no directory", "name the directory of a history store")
         found = rebuild(settings, copy, progress_on(sys.stderr), logger.info)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)

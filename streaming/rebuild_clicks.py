@@ -51,8 +51,8 @@ def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> I
         heard_s = time.monotonic() if batches else heard_s
         if time.monotonic() - heard_s > STALLED_S:
             raise UnknownTopic(
-                f"{what} gave nothing for {STALLED_S:.0f} s at position {at} of {end}: "
-                "a transaction may still be open; try again"
+                f"{what} gave nothing for {STALLED_S:.0f} s at position {at} of {end}: a transaction may still be open",
+                "try again",
             )
 
 

@@ -157,8 +157,8 @@ class Rebuild:
             raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
         if header.spec != self._spec:
             raise SpecMismatch(
-                f"{where} has feature spec {header.spec[:12]}, the settings make {self._spec[:12]}; "
-                "put [features] and events.actions back"
+                f"{where} has feature spec {header.spec[:12]}, the settings make {self._spec[:12]}",
+                "put [features] and events.actions back",
             )
         return part_of(whole, [self._is_ours(part.source) for part in header.ranges])
 

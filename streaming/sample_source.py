@@ -41,8 +41,9 @@ def of_topic(sample: Sample) -> Batches:
             if sample.clock() - sample.began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
                 raise SpringtideError(
                     f"after {wanted.timeout_s} s topic {topic} holds {sample.tally.clicks} usable clicks of the "
-                    f"{wanted.min_rows} needed; start the producer, look at the dead letters, lower "
-                    "bootstrap.min_rows, or name files of recorded clicks: `springtide bootstrap FILE...`"
+                    f"{wanted.min_rows} needed",
+                    "start the producer, look at the dead letters, lower "
+                    "bootstrap.min_rows, or name files of recorded clicks: `springtide bootstrap FILE...`",
                 )
     sample.end()
 
@@ -89,7 +90,8 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
     if not sample.tally.clicks:
         raise SpringtideError(
             f"no row of {', '.join(str(file.path) for file in recording.files)} is a click: "
-            f"{shown_reasons(sample.tally.refused)}; correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
+            f"{shown_reasons(sample.tally.refused)}",
+            "correct [events] (fields, actions, time_unit, decoder), --columns or --constant",
         )
     sample.end()
 

@@ -55,7 +55,7 @@ class Passages:
         if len(error.gaps) != 1:
             raise error
         (gap,) = error.gaps
-        self._pass([gap], str(error), gap.source.topic_id, marks)
+        self._pass([gap], error, gap.source.topic_id, marks)
         return gap.next
 
     def pass_sources(self, found: Sequence[tuple[Source, int, int]], where: str, read_topic: str) -> int:
@@ -75,18 +75,22 @@ class Passages:
             what = "; ".join(f"{gap} of topic id {gap.source.topic_id}" for gap in new)
             self._pass(
                 new,
-                f"{where}: no record before it holds these clicks: {what}; they were lost before the training log: look after "
-                "the stream's log file, or accept the loss",
+                GapError(
+                    f"{where}: no record before it holds these clicks: {what}",
+                    "they were lost before the training log: look after the stream's log file, or accept the loss",
+                    new,
+                ),
                 read_topic,
             )
         return sum(gap.positions for gap in lost)
 
     def _pass(
-        self, found: Sequence[Gap], message: str, read_topic: str, marks: Mapping[Source, int] | None = None
+        self, found: Sequence[Gap], error: GapError, read_topic: str, marks: Mapping[Source, int] | None = None
     ) -> None:
         refused = [gap for gap in found if not self._consent.covers(gap, read_topic)]
         if refused:
-            raise GapError(how_to_go_on(GapError(message, *found), COMMAND), *refused)
+            told = how_to_go_on(error, COMMAND)
+            raise GapError(told.what, told.do, refused)
         for gap in found:
             one: Accepted = accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks)
             self._journal.add(one)

@@ -68,23 +68,25 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
     plain, trained = call(x, False, SEEDS[0]), call(x, True, SEEDS[1])
     # 3.
     if not (np.isfinite(plain).all() and np.isfinite(trained).all()):
-        raise ProgramError(f"{what}: its output is not finite for some rows; guard logarithms and divisions")
+        raise ProgramError(f"{what}: its output is not finite for some rows", "guard logarithms and divisions")
     if any((now.numpy() != before).any() for now, before in zip(tower.variables, held, strict=True)):
         raise ProgramError(
             f"{what} changed a variable while it was called: a tower remembers nothing between calls (no moving averages)"
         )
     if (call(x, False, SEEDS[0]) != plain).any() or (call(x, True, SEEDS[1]) != trained).any():
         raise ProgramError(
-            f"{what}: the same rows and seed gave two different outputs; draw from the seed with tf.random.stateless_*"
+            f"{what}: the same rows and seed gave two different outputs",
+            "draw from the seed with tf.random.stateless_*",
         )
     if (call(x, False, SEEDS[1]) != plain).any():
-        raise ProgramError(f"{what}: without training its output depends on the seed; dropout is for training only")
+        raise ProgramError(f"{what}: without training its output depends on the seed", "dropout is for training only")
     for row in range(ALONE):
         apart = difference(call(x[row : row + 1], False, SEEDS[0]), plain[row : row + 1])
         if apart > ROWS_TOLERANCE:
             raise ProgramError(
                 f"{what}: row {row} gives another output alone than in a batch of {ROWS} (difference {apart:.2g}, allowed "
-                f"{ROWS_TOLERANCE:g}); nothing may be computed over the rows of a batch"
+                f"{ROWS_TOLERANCE:g})",
+                "nothing may be computed over the rows of a batch",
             )
     # 4.
     with tempfile.TemporaryDirectory(prefix="springtide-tower-") as folder:
@@ -97,8 +99,8 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
     apart = difference(run_lowered(content, "predict", {"x": x})["vector"], plain)
     if apart > TOLERANCE:
         raise ProgramError(
-            f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g}); "
-            "replace the operation that the two compute differently"
+            f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g})",
+            "replace the operation that the two compute differently",
         )
     weights = ", ".join(f"{_name(one)} {list(one.shape)}" for one in tower.trainable_variables)
     return f"{what}: [B, {width_in}] to [B, {plain.shape[1]}], weights {weights or 'none'}, lowers to LiteRT, differs there by {apart:.1g}"
@@ -113,11 +115,11 @@ def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
     except SettingsError:
         raise
     except Exception as error:
-        raise ProgramError(f"{what} raised {told(error)}; {wanted}") from error
+        raise ProgramError(f"{what} raised {told(error)}", wanted) from error
     import tensorflow as tf
 
     if not isinstance(tower, tf.Module) or not callable(tower):
-        raise ProgramError(f"{what} returned {type(tower).__name__}; {wanted}")
+        raise ProgramError(f"{what} returned {type(tower).__name__}", wanted)
     return tower
 
 
@@ -127,13 +129,15 @@ def _check_weights(tower: Any, again: Any, what: str) -> None:
     weights, others = named(tower), named(again)
     for name, weight in weights.items():
         if weight.dtype != "float32":
-            raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}; weights are float32")
+            raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}", "weights are float32")
         if name not in others or weight.shape != others[name].shape:
-            raise ProgramError(f"{what}: built twice it has other weights ({name}); take no decision by chance or time")
+            raise ProgramError(
+                f"{what}: built twice it has other weights ({name})", "take no decision by chance or time"
+            )
         if (weight.numpy() != others[name].numpy()).any():
             raise ProgramError(
-                f"{what}: built twice its weight {name} begins with other values; draw first values from a fixed seed, "
-                "such as np.random.default_rng(7)"
+                f"{what}: built twice its weight {name} begins with other values",
+                "draw first values from a fixed seed, such as np.random.default_rng(7)",
             )
 
 
@@ -162,16 +166,18 @@ class _CheckedTower:
             # The trainer runs TensorFlow so that it refuses what cannot be repeated.
             if "determinism" in str(error):
                 raise ProgramError(
-                    f"{self._what}: draws at random; draw from the seed with tf.random.stateless_*"
+                    f"{self._what}: draws at random", "draw from the seed with tf.random.stateless_*"
                 ) from error
             raise ProgramError(
-                f"{self._what}: called with x {list(x.shape)} and training={training} it raised {told(error)}; {self._wanted}"
+                f"{self._what}: called with x {list(x.shape)} and training={training} it raised {told(error)}",
+                self._wanted,
             ) from error
         if not isinstance(found, tf.Tensor):
-            raise ProgramError(f"{self._what} gave {type(found).__name__} for {len(x)} rows; {self._wanted}")
+            raise ProgramError(f"{self._what} gave {type(found).__name__} for {len(x)} rows", self._wanted)
         if found.dtype != tf.float32 or tuple(found.shape) != (len(x), self._width):
             raise ProgramError(
-                f"{self._what} gave shape {list(found.shape)} and type {found.dtype.name} for {len(x)} rows; {self._wanted}"
+                f"{self._what} gave shape {list(found.shape)} and type {found.dtype.name} for {len(x)} rows",
+                self._wanted,
             )
         values: F32 = found.numpy()
         return values

@@ -74,5 +74,6 @@ def doubt(registry: Registry, version: int) -> None:
             registry.verify(part)
     except CorruptVersion as error:
         raise CorruptVersion(
-            f"{error}, or start the trainer again: it sets the damaged one aside and learns what came after from the log"
+            error.what,
+            f"{error.do}, or start the trainer again: it sets the damaged one aside and learns what came after from the log",
         ) from error

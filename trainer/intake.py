@@ -60,8 +60,8 @@ def take_in(value: bytes | None, marks: Mapping[Source, int], mask: Mask, spec: 
         raise MicroBatchError(f"{where}: {error}") from error
     if whole.header.spec != spec:
         raise SpecMismatch(
-            f"{where} has feature spec {whole.header.spec[:12]}, this trainer has {spec[:12]}; give stream and trainer "
-            "the same release, [features] and events.actions, or start a new state directory"
+            f"{where} has feature spec {whole.header.spec[:12]}, this trainer has {spec[:12]}",
+            "give stream and trainer the same release, [features] and events.actions, or start a new state directory",
         )
     if whole.header.salt != salt:
         raise SaltMismatch.between(where, whole.header.salt, salt)

@@ -61,10 +61,10 @@ def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preproces
     held = ranker.weights()
     if any((_scores(ranker, inputs, what)[name] != plain[name]).any() for name in plain):
         raise ProgramError(
-            f"{what}: the same rows gave two different scores; draw from the seed with tf.random.stateless_*"
+            f"{what}: the same rows gave two different scores", "draw from the seed with tf.random.stateless_*"
         )
     if any((_scores(ranker, inputs, what, SEEDS[1])[name] != plain[name]).any() for name in plain):
-        raise ProgramError(f"{what}: without training its scores depend on the seed; dropout is for training only")
+        raise ProgramError(f"{what}: without training its scores depend on the seed", "dropout is for training only")
     if any((now != held[name]).any() for name, now in ranker.weights().items()):
         raise ProgramError(f"{what} changed a weight while it was called: a ranker remembers nothing between calls")
     _check_rows_apart(ranker, inputs, plain, what)
@@ -78,31 +78,31 @@ def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preproces
 def _check_declared(ranker: Ranker, spec: FeatureSpec, what: str) -> None:
     for name in ("tables", "inputs", "sizes", "dense"):
         if not hasattr(ranker, name):
-            raise ProgramError(f"{what} has no {name}; set tables, inputs, sizes and dense in __init__")
+            raise ProgramError(f"{what} has no {name}", "set tables, inputs, sizes and dense in __init__")
     if unknown := ranker.tables.keys() - set(EMBEDDINGS):
-        raise ProgramError(f"{what} names the table {min(unknown)!r}; there are {', '.join(EMBEDDINGS)}")
+        raise ProgramError(f"{what} names the table {min(unknown)!r}", f"there are {', '.join(EMBEDDINGS)}")
     known, names = {one.name for one in (*INPUTS, *SEQUENCES)}, [one.name for one in ranker.inputs]
     if unknown := set(names) - known:
-        raise ProgramError(f"{what} names the input {min(unknown)!r}; there are {', '.join(sorted(known))}")
+        raise ProgramError(f"{what} names the input {min(unknown)!r}", f"there are {', '.join(sorted(known))}")
     if missing := [f"{kind}_mask" for kind in CANDIDATES if f"{kind}_mask" not in names]:
-        raise ProgramError(f"{what} does not read {', '.join(missing)}; serving needs to know what is a candidate")
+        raise ProgramError(f"{what} does not read {', '.join(missing)}", "serving needs to know what is a candidate")
     if any(one in SEQUENCES for one in ranker.inputs) and not spec.sequence:
-        raise ProgramError(f"{what} reads the user's latest events; say how many with features.sequence")
+        raise ProgramError(f"{what} reads the user's latest events", "say how many with features.sequence")
     for one in ranker.inputs:
         if one.table and one.table not in ranker.tables:
-            raise ProgramError(f"{what} reads {one.name} without the width of {one.table} rows; put it into tables")
+            raise ProgramError(f"{what} reads {one.name} without the width of {one.table} rows", "put it into tables")
 
 
 def _check_weights(ranker: Ranker, again: Ranker, what: str) -> None:
     for name, weight in ranker.dense.items():
         if weight.dtype != "float32":
-            raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}; weights are float32")
+            raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}", "weights are float32")
     first, second = ranker.weights(), again.weights()
     for name, value in first.items():
         if name not in second or value.shape != second[name].shape or (value != second[name]).any():
             raise ProgramError(
-                f"{what}: built twice its weight {name} begins with other values; draw first values from a fixed seed, "
-                "such as np.random.default_rng(7)"
+                f"{what}: built twice its weight {name} begins with other values",
+                "draw first values from a fixed seed, such as np.random.default_rng(7)",
             )
 
 
@@ -113,8 +113,8 @@ def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
     except Exception as error:
         # The trainer runs TensorFlow so that it refuses what cannot be repeated.
         if "determinism" in str(error):
-            raise ProgramError(f"{what}: draws at random; draw from the seed with tf.random.stateless_*") from error
-        raise ProgramError(f"{what} raised {told(error)}; {wanted}") from error
+            raise ProgramError(f"{what}: draws at random", "draw from the seed with tf.random.stateless_*") from error
+        raise ProgramError(f"{what} raised {told(error)}", wanted) from error
 
 
 def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[int, int] = SEEDS[0]) -> dict[str, F32]:
@@ -133,12 +133,13 @@ def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[in
     for name, shape in wanted.items():
         if list(found[name].shape) != shape or found[name].dtype != tf.float32:
             raise ProgramError(
-                f"{what}: {name} is {list(found[name].shape)} {found[name].dtype.name} for {rows} rows; wanted is {shape} float32"
+                f"{what}: {name} is {list(found[name].shape)} {found[name].dtype.name} for {rows} rows",
+                f"wanted is {shape} float32",
             )
     values = {name: tensor.numpy() for name, tensor in found.items()}
     for name, value in values.items():
         if not np.isfinite(value).all():
-            raise ProgramError(f"{what}: {name} is not finite for some rows; guard logarithms and divisions")
+            raise ProgramError(f"{what}: {name} is not finite for some rows", "guard logarithms and divisions")
     return values
 
 
@@ -155,14 +156,14 @@ def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:
         )
     if list(loss.shape) != [rows] or loss.dtype != tf.float32:
         raise ProgramError(
-            f"{what}: losses gave {list(loss.shape)} {loss.dtype.name} for {rows} rows; wanted is [B] float32"
+            f"{what}: losses gave {list(loss.shape)} {loss.dtype.name} for {rows} rows", "wanted is [B] float32"
         )
     slopes = tape.gradient(loss, list(ranker.dense.values()))
     for name, slope in zip(ranker.dense, slopes, strict=True):
         if slope is None:
-            raise ProgramError(f"{what}: no loss depends on its weight {name}; use it, or take it out of dense")
+            raise ProgramError(f"{what}: no loss depends on its weight {name}", "use it, or take it out of dense")
         if not np.isfinite(tf.convert_to_tensor(slope).numpy()).all():
-            raise ProgramError(f"{what}: the derivative by {name} is not finite; guard logarithms and divisions")
+            raise ProgramError(f"{what}: the derivative by {name} is not finite", "guard logarithms and divisions")
 
 
 def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[str, F32], what: str) -> None:
@@ -174,5 +175,6 @@ def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[
             if apart > ROWS_TOLERANCE:
                 raise ProgramError(
                     f"{what}: {name} of row {row} is another alone than in a batch of {ROWS} (difference {apart:.2g}, "
-                    f"allowed {ROWS_TOLERANCE:g}); score computes nothing over the rows of a batch, only losses may"
+                    f"allowed {ROWS_TOLERANCE:g})",
+                    "score computes nothing over the rows of a batch, only losses may",
                 )

@@ -118,7 +118,8 @@ class SegmentReader:
             if self._elapsed() - waited_s > self._patience_s:
                 raise LogError(
                     f"the training log gave nothing after offset {log.position(self._partition)} for {self._patience_s:g} s, "
-                    f"and the version needs it up to {segment.next}; look after the broker and try again"
+                    f"and the version needs it up to {segment.next}",
+                    "look after the broker and try again",
                 )
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ def resume(restored: Manifest, open_log: OpenLog, passages: Passages) -> tuple[L
         log.close()
         raise UnknownTopic(
             f"version {restored.version} was trained on topic id {restored.log.topic_id}, {restored.log.topic} is now "
-            f"{log.topic_id}: it was deleted and made again; start a new state directory, or restore the topic"
+            f"{log.topic_id}: it was deleted and made again",
+            "start a new state directory, or restore the topic",
         )
     return log, at

@@ -36,8 +36,8 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
     if wanted is not None:
         if wanted > target.version or not sees(target.visible, wanted):
             raise UnknownVersion(
-                f"version {target.version} does not descend from version {wanted}; leave --from out, or take one of "
-                "`springtide versions` on its line"
+                f"version {target.version} does not descend from version {wanted}",
+                "leave --from out, or take one of `springtide versions` on its line",
             )
         return registry.manifest(wanted)
     below = [one for one in registry.bases() if one < target.version and sees(target.visible, one)]
@@ -46,8 +46,8 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
     if target.parent is None:
         return None
     raise UnknownVersion(
-        f"version {target.version} cannot be recomputed: no base before it is kept; versions made after the oldest kept "
-        "base can, see `springtide versions --all` and registry.base_keep_h"
+        f"version {target.version} cannot be recomputed: no base before it is kept",
+        "versions made after the oldest kept base can, see `springtide versions --all` and registry.base_keep_h",
     )
 
 

@@ -123,7 +123,8 @@ def open_at(open_log: OpenLog, target: Manifest, origin: str, offset: int) -> Lo
     except GapError as error:
         raise GapError(
             f"version {target.version} cannot be recomputed from {origin}: the training log no longer "
-            f"reaches back ({error}); take a younger base with --from, or a younger version"
+            f"reaches back ({error})",
+            "take a younger base with --from, or a younger version",
         ) from error
     if log.topic_id != target.log.topic_id:
         log.close()
@@ -141,7 +142,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
         SpringtideError: See `verify`.
     """
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
-        raise RegistryError(f"there is no registry at {settings.registry_dir}; correct paths.state or paths.registry")
+        raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
     registry = Registry(settings.registry_dir)
     spec = FeatureSpec.from_settings(settings)
 

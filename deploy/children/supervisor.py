@@ -197,7 +197,7 @@ class Supervisor:
         if status == WRONG_USE or child.deaths.hopeless:
             why = "" if status == WRONG_USE else f" {child.deaths.quick} times in a row"
             raise ProcessFailed(
-                f"{plan.name} died{why} ({how(status)}): {last}; the whole log is {self.log_path(plan.name)}"
+                f"{plan.name} died{why} ({how(status)}): {last}", f"the whole log is {self.log_path(plan.name)}"
             )
         child.start_at = self._clock() + child.deaths.wait_s
         self._say(f"{what}; starting it again in {child.deaths.wait_s:g} s")

@@ -110,7 +110,7 @@ class Broker:
             process.kill()
             process.wait()
 
-    def failure(self) -> str | None:
+    def failure(self) -> KafkaFailed | None:
         """Why the broker ended by itself, or None while it runs or was stopped."""
         process = self._process
         if process is None or process.poll() is None:
@@ -135,8 +135,8 @@ class Broker:
         except OSError as problem:
             os.close(lock)
             raise KafkaFailed(
-                f"Kafka was not started: another broker uses this directory ({self.directory}); stop it or set "
-                "paths.state to another one"
+                f"Kafka was not started: another broker uses this directory ({self.directory})",
+                "stop it or set paths.state to another one",
             ) from problem
         return lock
 
@@ -162,8 +162,8 @@ class Broker:
         if free < LEAST_FREE_BYTES:
             raise KafkaFailed(
                 f"Kafka was not started: {self.directory} has {free // 2**20} MB free and the "
-                f"broker needs {LEAST_FREE_BYTES // 2**20} MB; free some space or set paths.state "
-                "to a larger disk"
+                f"broker needs {LEAST_FREE_BYTES // 2**20} MB",
+                "free some space or set paths.state to a larger disk",
             )
 
     def _await_listening(self, log_start: int, timeout_s: float) -> None:
@@ -179,11 +179,11 @@ class Broker:
                 if STARTED in text_from(self.log_path, log_start) and listens(self.port):
                     return
             else:
-                reason = self.failure()
+                failure = self.failure()
                 self.stop()
-                raise KafkaFailed(reason or "Kafka was stopped while it started")
+                raise failure or KafkaFailed("Kafka was stopped while it started")
         self.stop()
-        raise KafkaFailed(self._last_words(f"did not listen on port {self.port} within {timeout_s:.0f} s"))
+        raise self._last_words(f"did not listen on port {self.port} within {timeout_s:.0f} s")
 
-    def _last_words(self, what: str) -> str:
+    def _last_words(self, what: str) -> KafkaFailed:
         return last_words(what, self.directory, self.port, (self.directory / "console.log", self.log_path))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.kafka.java import QUOTED_LINES
+from state.errors import KafkaFailed
 
 
 def text_from(path: Path, start: int) -> str:
@@ -21,7 +22,7 @@ def text_from(path: Path, start: int) -> str:
         return ""
 
 
-def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> str:
+def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> KafkaFailed:
     """Why a broker ended, and what to do.
 
     Args:
@@ -40,4 +41,4 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> s
         advice = "the whole log has more"
     telling = [line for line in lines if "ERROR" in line or "FATAL" in line or "Exception" in line]
     quoted = " | ".join((telling or lines)[-QUOTED_LINES:])
-    return f"Kafka {what}; {advice} ({logs[-1]}): {quoted}"
+    return KafkaFailed(f"Kafka {what}", f"{advice} ({logs[-1]}): {quoted}")

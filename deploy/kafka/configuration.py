@@ -56,8 +56,8 @@ def require_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as problem:
             raise PortTaken(
-                f"port {port} (setting kafka.port) cannot be used: {problem.strerror}; stop the "
-                "process that listens there, or set kafka.port to a free port"
+                f"port {port} (setting kafka.port) cannot be used: {problem.strerror}",
+                "stop the process that listens there, or set kafka.port to a free port",
             ) from problem
 
 

@@ -161,7 +161,7 @@ def users_of(settings: Settings, file: Path, fingerprint: str) -> frozenset[int]
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(
-            f"--skip-users {file}: not readable: {error}; give a UTF-8 file with one user id a line"
+            f"--skip-users {file}: not readable: {error}", "give a UTF-8 file with one user id a line"
         ) from None
     salt = load_salt(settings.salt_path, create=False)
     if salt.fingerprint != fingerprint:
@@ -192,7 +192,7 @@ def control_document(control: Control) -> dict[str, Any]:
 def _current(registry: Registry) -> Control:
     control = registry.control()
     if control is None:
-        raise RegistryError(f"{registry.path}: no control yet; start the trainer first, it writes generation 1")
+        raise RegistryError(f"{registry.path}: no control yet", "start the trainer first, it writes generation 1")
     return control
 
 

@@ -119,7 +119,7 @@ def newest_before(newest_first: Iterable[Manifest], before_ms: int) -> Manifest:
     hint = "there is no version yet"
     if oldest is not None:
         hint = f"the oldest is version {oldest.version} of {iso(oldest.created_at_ms)}"
-    raise UnknownVersion(f"no version was made before {iso(before_ms)}; {hint}")
+    raise UnknownVersion(f"no version was made before {iso(before_ms)}", hint)
 
 
 def parse_time(text: str, now_ms: int) -> int:
@@ -161,7 +161,7 @@ def parse_times(text: str, now_ms: int) -> tuple[int, int]:
         raise SettingsError(f"--skip-time {text}: write A..B, such as 10m..now")
     span = (parse_time(first, now_ms), parse_time(last, now_ms))
     if span[0] >= span[1]:
-        raise SettingsError(f"--skip-time {text}: it ends before it begins; write the earlier time first")
+        raise SettingsError(f"--skip-time {text}: it ends before it begins", "write the earlier time first")
     return span
 
 

@@ -27,9 +27,9 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
     known = {one.name: one for one in declared}
     for name in names:
         if "." not in name and name not in SECTIONS:
-            raise SettingsError(f"argument {name}: no such section; the nearest is {nearest(name, SECTIONS)}")
+            raise SettingsError(f"argument {name}: no such section", f"the nearest is {nearest(name, SECTIONS)}")
         if "." in name and name not in known:
-            raise SettingsError(f"argument {name}: no such setting; the nearest is {nearest_setting(name, known)}")
+            raise SettingsError(f"argument {name}: no such setting", f"the nearest is {nearest_setting(name, known)}")
     return [one for one in declared if not names or {one.name, one.name.partition(".")[0]} & {*names}]
 
 

@@ -67,7 +67,8 @@ def open_registry(settings: Settings) -> Registry:
     """
     if not settings.registry_dir.is_dir():
         raise RegistryError(
-            f"{settings.registry_dir}: no registry here; start with `springtide up`, or name the state directory with --paths.state"
+            f"{settings.registry_dir}: no registry here",
+            "start with `springtide up`, or name the state directory with --paths.state",
         )
     return Registry(settings.registry_dir)
 

@@ -65,7 +65,8 @@ def send(
         if not outcome.sent and not made.records and len(rows) >= ENOUGH_ROWS:
             raise SettingsError(
                 f"none of the first {len(rows):,} rows of {files.recording.files[number].path} is a record of "
-                f"{article(files.side)}: {shown_reasons(reasons, REFUSED)}; {files.recording.remedy}; nothing was sent"
+                f"{article(files.side)}: {shown_reasons(reasons, REFUSED)}",
+                f"{files.recording.remedy}; nothing was sent",
             )
         for row, reason in made.refused:
             progress.name(f"{files.recording.files[number].path}:{int(rows.lines[row])}", reason)

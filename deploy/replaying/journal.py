@@ -91,7 +91,7 @@ class ReplayJournal:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptStore(
-                f"{self._path}: not readable ({error}); --restart sends the recording again from its beginning"
+                f"{self._path}: not readable ({error})", "--restart sends the recording again from its beginning"
             ) from None
 
     def write(self, position: Position) -> None:

@@ -279,6 +279,6 @@ def refuse_all_dead(refused: Mapping[int, str], count: int) -> None:
     if count < ENOUGH_ROWS or len(refused) < count or Reason.IMPLAUSIBLE_TIME in reasons:
         return
     raise SettingsError(
-        f"none of the first {count:,} rows is a click: {shown_reasons(reasons)}; correct [events] (fields, actions, "
-        "time_unit, decoder), --columns or --constant; nothing was sent"
+        f"none of the first {count:,} rows is a click: {shown_reasons(reasons)}",
+        "correct [events] (fields, actions, time_unit, decoder), --columns or --constant; nothing was sent",
     )

@@ -162,7 +162,7 @@ class Outbox:
                 batches = reader.poll(1.0)
                 silent = 0 if batches else silent + 1
                 if silent > self._kafka.request_timeout_s:
-                    raise LogError(f"topic {self._topic} cannot be read to its end; run the command again")
+                    raise LogError(f"topic {self._topic} cannot be read to its end", "run the command again")
                 for batch in batches:
                     for key, value, kafka_ms in zip(
                         batch.keys, batch.values, batch.timestamps_ms.tolist(), strict=True

@@ -97,7 +97,7 @@ class Host:
             if self._tables:
                 self._attributes = AttributeStore(folder / ATTRIBUTES, map_bytes, readonly=True)
         except StoreError as error:
-            raise NotReady(str(error)) from error
+            raise NotReady(error.what, error.do) from error
         return Predictor(
             self._rows,
             self._histories,

@@ -160,7 +160,7 @@ class VersionLoader:
         """
         served = reader.served()
         if served is None:
-            raise NotReady("no version is here yet; wait for the trainer's first version and for the applier")
+            raise NotReady("no version is here yet", "wait for the trainer's first version and for the applier")
         loaded = self._loaded
         if loaded is not None and loaded.served.serial == served.serial:
             return loaded
@@ -179,8 +179,8 @@ class VersionLoader:
             raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
         if served.spec != self._spec.digest:
             raise SpecMismatch(
-                f"version {served.version} has the feature spec {served.spec[:12]}, the settings give {self._spec.digest[:12]}; "
-                "use the settings of the stream"
+                f"version {served.version} has the feature spec {served.spec[:12]}, the settings give {self._spec.digest[:12]}",
+                "use the settings of the stream",
             )
 
     def _with_popular(self, reader: RowReader, served: Served, program: LoadedProgram) -> LoadedVersion:

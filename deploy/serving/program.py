@@ -51,7 +51,8 @@ class LoadedProgram:
             self._predicts = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
-                f"a program of {len(data)} bytes cannot be run ({error}); restart the trainer to lower the model again"
+                f"a program of {len(data)} bytes cannot be run ({error})",
+                "restart the trainer to lower the model again",
             ) from error
         self._names = {RENAMED.get(name, name): name for name in self._predicts[1].get_input_details()}
         self._weights = sorted(self._loads[0].get_input_details())
@@ -70,13 +71,13 @@ class LoadedProgram:
         missing = [name for name in self._weights if name not in given]
         if missing:
             raise ProgramError(
-                f"the version has no dense weights {', '.join(missing)}, which its program wants; roll back"
+                f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
         try:
             for load in self._loads:
                 load(**{name: given[name] for name in self._weights})
         except (ValueError, RuntimeError) as error:
-            raise ProgramError(f"the version's dense weights do not fit its program ({error}); roll back") from error
+            raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""

@@ -61,7 +61,7 @@ def read_program(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise CorruptVersion(f"the program {path} is missing; the applier copies it from the registry") from None
+        raise CorruptVersion(f"the program {path} is missing", "the applier copies it from the registry") from None
     if hashlib.sha256(data).hexdigest() != path.stem:
-        raise CorruptVersion(f"the program {path} fails its digest; remove the file, and the applier copies it again")
+        raise CorruptVersion(f"the program {path} fails its digest", "remove the file, and the applier copies it again")
     return data

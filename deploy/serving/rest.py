@@ -44,7 +44,7 @@ def listen(host: str, port: int, shared: bool) -> socket.socket:
         bound.close()
         if error.errno != errno.EADDRINUSE:
             raise
-        raise PortTaken(f"port {port} of {host} is in use; stop its owner or set serving.port") from None
+        raise PortTaken(f"port {port} of {host} is in use", "stop its owner or set serving.port") from None
     return bound
 
 

@@ -40,7 +40,7 @@ def require_python(version: Sequence[object]) -> None:
     """
     if tuple(version[:2]) != PYTHON:
         found, wanted = (".".join(map(str, numbers[:2])) for numbers in (version, PYTHON))
-        raise UnsupportedPython(f"Python {found} is not supported; install Python {wanted} and run `make clean run`")
+        raise UnsupportedPython(f"Python {found} is not supported", f"install Python {wanted} and run `make clean run`")
 
 
 def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
@@ -53,8 +53,8 @@ def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
     free = shutil.disk_usage(existing).free
     if free < least_bytes:
         raise StoreFull(
-            f"{directory}: {free / 2**30:.1f} GiB free and {least_bytes / 2**30:.1f} GiB needed; "
-            "free some space, or set paths.state to a larger disk"
+            f"{directory}: {free / 2**30:.1f} GiB free and {least_bytes / 2**30:.1f} GiB needed",
+            "free some space, or set paths.state to a larger disk",
         )
     return free
 
@@ -69,10 +69,12 @@ def require_ports(ports: Sequence[Port]) -> None:
     for setting, host, port in ports:
         if port == 0:
             raise PortTaken(
-                f"{setting} is 0, and the parts find each other by fixed ports; set {setting} to a free port"
+                f"{setting} is 0, and the parts find each other by fixed ports", f"set {setting} to a free port"
             )
         if port in owners:
-            raise PortTaken(f"port {port} is named by {owners[port]} and by {setting}; set one of them to another port")
+            raise PortTaken(
+                f"port {port} is named by {owners[port]} and by {setting}", "set one of them to another port"
+            )
         owners[port] = setting
         _require_port(setting, host, port)
 
@@ -86,10 +88,10 @@ def _require_port(setting: str, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as problem:
             if problem.errno == errno.EADDRINUSE:
-                why = f"is in use{_owner(port)}; stop its owner"
+                why, do = f"is in use{_owner(port)}", "stop its owner"
             else:
-                why = f"cannot be used on {host} ({problem.strerror}); correct the address"
-            raise PortTaken(f"port {port} {why}, or set {setting} to a free port") from None
+                why, do = f"cannot be used on {host} ({problem.strerror})", "correct the address"
+            raise PortTaken(f"port {port} {why}", f"{do}, or set {setting} to a free port") from None
 
 
 def _owner(port: int) -> str:

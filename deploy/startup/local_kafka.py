@@ -8,7 +8,6 @@ from deploy.children.last_words import shortened
 from deploy.children.supervisor import Deaths
 from deploy.kafka.broker import Broker
 from state.config.settings import Settings
-from state.errors import KafkaFailed
 
 
 class LocalKafka:
@@ -53,8 +52,8 @@ class LocalKafka:
             return
         self._deaths = self._deaths.after(self._clock() - (self._started_at or 0.0))
         if self._deaths.hopeless:
-            raise KafkaFailed(failure)
-        self._say(f"{shortened(failure)}; starting it again")
+            raise failure
+        self._say(f"{shortened(str(failure))}; starting it again")
         self.start()
 
     def stop(self, timeout_s: float) -> None:

@@ -49,7 +49,7 @@ def load(
     text, origin = chosen[-1] if chosen else (env.get(PREFIX + "CONFIG", ""), f"variable {PREFIX}CONFIG: ")
     file = Path(path or text or FILE)
     if not file.exists() and (path or text):
-        raise SettingsError(f"{'' if path else origin}{file}: no such settings file; check the path")
+        raise SettingsError(f"{'' if path else origin}{file}: no such settings file", "check the path")
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}

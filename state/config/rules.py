@@ -25,10 +25,11 @@ SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
 
 
 class Conflict(NamedTuple):
-    """Settings that cannot be so, and why."""
+    """Settings that cannot be so, why, and what to do where `why` does not say it."""
 
     names: tuple[str, ...]
     why: str
+    do: str = ""
 
 
 Rule = Callable[["Settings"], Iterator[Conflict]]
@@ -41,11 +42,12 @@ def check_together(settings: Settings) -> None:
         SettingsError: Names where the setting to change came from, the setting, and why.
     """
     for rule in RULES:
-        for names, why in rule(settings):
+        for names, why, do in rule(settings):
             name = next((one for one in names if one in settings.origins), names[0])
             others = "".join(f", {one} from {settings.origins[one]}" for one in names[1:] if one in settings.origins)
             also = others if name == names[0] else ""
-            raise SettingsError(f"{settings.origins.get(name, 'default')}: {why}{also}")
+            what = f"{settings.origins.get(name, 'default')}: {why}"
+            raise SettingsError(what, f"{do}{also}") if do else SettingsError(f"{what}{also}")
 
 
 def actions(settings: Settings) -> Iterator[Conflict]:
@@ -55,20 +57,20 @@ def actions(settings: Settings) -> Iterator[Conflict]:
     if not 1 <= len(events.actions) <= MOST_ACTIONS:
         yield Conflict(names[:1], f"events.actions must name 1 to {MOST_ACTIONS} actions, not {len(events.actions)}")
     if twice := repeated(events.actions):
-        yield Conflict(names[:1], f"events.actions names {twice!r} twice; name each action once")
+        yield Conflict(names[:1], f"events.actions names {twice!r} twice", "name each action once")
     if len(weights) != len(events.actions):
         listed = ", ".join(events.actions)
         yield Conflict(
             names[::-1],
-            f"events.action_weights has {len(weights)} weights for {len(events.actions)} actions ({listed}); "
+            f"events.action_weights has {len(weights)} weights for {len(events.actions)} actions ({listed})",
             "give each action one weight, in the order of events.actions",
         )
     if not any(weights):
-        yield Conflict(names[1:], "events.action_weights are all 0: nothing would be learned; give one a weight")
+        yield Conflict(names[1:], "events.action_weights are all 0: nothing would be learned", "give one a weight")
     if not events.action and len(events.actions) > 1:
         yield Conflict(
             ("events.action", "events.actions"),
-            f"events.action names no field, and events.actions has {len(events.actions)} actions; "
+            f"events.action names no field, and events.actions has {len(events.actions)} actions",
             "name the field, or leave one action",
         )
 
@@ -79,7 +81,7 @@ def fields(settings: Settings) -> Iterator[Conflict]:
     for name in ("context", "columns"):
         named = tuple(one for one in getattr(events, name) if one != "-")
         if twice := repeated(named):
-            yield Conflict((f"events.{name}",), f"events.{name} names {twice!r} twice; name each field once")
+            yield Conflict((f"events.{name}",), f"events.{name} names {twice!r} twice", "name each field once")
     known = {events.user, events.item, events.category, events.action, events.time, events.label, events.request}
     known |= {*events.context}
     for one in events.constants:
@@ -92,7 +94,7 @@ def fields(settings: Settings) -> Iterator[Conflict]:
                 ("events.constants",), f"events.constants {one!r}: [events] names no field {field!r}, only {listed}"
             )
     if twice := repeated([one.partition("=")[0] for one in events.constants]):
-        yield Conflict(("events.constants",), f"events.constants gives {twice!r} twice; give each field one value")
+        yield Conflict(("events.constants",), f"events.constants gives {twice!r} twice", "give each field one value")
     leaks = {*events.outcomes, events.label} - {"", *events.allow_outcomes}
     for name in ("user", "item", "category", "action", "context"):
         leaking = leaks.intersection(events.context if name == "context" else (getattr(events, name),))
@@ -100,7 +102,7 @@ def fields(settings: Settings) -> Iterator[Conflict]:
             field = min(leaking)
             yield Conflict(
                 (f"events.{name}", "events.outcomes", "events.label"),
-                f"events.{name} names {field!r}, an outcome: known only after the event, it would leak the label; "
+                f"events.{name} names {field!r}, an outcome: known only after the event, it would leak the label",
                 f"take it out, or say events.allow_outcomes {field}",
             )
 
@@ -144,7 +146,7 @@ def parts(settings: Settings) -> Iterator[Conflict]:
         if not re.fullmatch(r"\w+=.*", one):
             yield Conflict(("model.options",), f"model.options {one!r} must be NAME=VALUE, such as heads=4")
     if twice := repeated([one.partition("=")[0] for one in settings.model.options]):
-        yield Conflict(("model.options",), f"model.options gives {twice!r} twice; give each option one value")
+        yield Conflict(("model.options",), f"model.options gives {twice!r} twice", "give each option one value")
     if settings.features.sequence > settings.features.history:
         yield Conflict(
             ("features.sequence", "features.history"),
@@ -170,7 +172,8 @@ def topics(settings: Settings) -> Iterator[Conflict]:
         if topic in owners:
             yield Conflict(
                 (name, owners[topic]),
-                f"{name} and {owners[topic]} are both {topic!r}; they must be two different names",
+                f"{name} and {owners[topic]} are both {topic!r}",
+                "they must be two different names",
             )
         owners[topic] = name
 
@@ -189,7 +192,8 @@ def attributes(settings: Settings) -> Iterator[Conflict]:
         if twice := repeated(known):
             yield Conflict(
                 (named_fields,),
-                f"{named_fields} names {twice!r} again; give each attribute, of users and items, a name",
+                f"{named_fields} names {twice!r} again",
+                "give each attribute, of users and items, a name",
             )
         if not topic:
             continue
@@ -204,7 +208,9 @@ def attributes(settings: Settings) -> Iterator[Conflict]:
         if name not in known:
             listed = ", ".join(known) or "none"
             yield Conflict(
-                ("attributes.slices",), f"attributes.slices names {name!r}, which is no attribute; name one of {listed}"
+                ("attributes.slices",),
+                f"attributes.slices names {name!r}, which is no attribute",
+                f"name one of {listed}",
             )
 
 
@@ -236,7 +242,7 @@ def brokers(settings: Settings) -> Iterator[Conflict]:
         yield from _unused(settings, files, "SSL")
     for name in files:
         if settings.value(name) and not Path(settings.value(name)).is_file():
-            yield Conflict((name,), f"{name} {settings.value(name)!r}: no such file; correct the path")
+            yield Conflict((name,), f"{name} {settings.value(name)!r}: no such file", "correct the path")
     if kafka.ssl_keyfile and not kafka.ssl_certfile:
         yield Conflict(files[2:], "kafka.ssl_keyfile needs kafka.ssl_certfile, the certificate of the key")
 
@@ -247,7 +253,7 @@ def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[C
         if settings.value(name):
             yield Conflict(
                 (name, "kafka.security_protocol"),
-                f"{name} is set, and kafka.security_protocol {settings.kafka.security_protocol} does not use it; "
+                f"{name} is set, and kafka.security_protocol {settings.kafka.security_protocol} does not use it",
                 f"set kafka.security_protocol to {wanted}, or take {name} out",
             )
 

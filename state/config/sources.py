@@ -73,25 +73,27 @@ def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[s
     except tomllib.TOMLDecodeError as error:
         at = re.search(r"\(at line (\d+)", str(error))
         where = f"{path}:{at[1]}" if at else str(path)
-        raise SettingsError(f"{where}: not readable as TOML: {error}; correct the file") from None
+        raise SettingsError(f"{where}: not readable as TOML: {error}", "correct the file") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise SettingsError(f"{path}:{line}: not readable as TOML: no UTF-8; correct the file") from None
+        raise SettingsError(f"{path}:{line}: not readable as TOML: no UTF-8", "correct the file") from None
     except OSError as error:
-        raise SettingsError(f"{reason_of(error)}; correct the path or its access rights") from None
+        raise SettingsError(reason_of(error), "correct the path or its access rights") from None
     lines = line_numbers(text)
     for section, table in document.items():
         where = f"{path}:{lines.get(section, 1)}"
         if section not in SECTIONS and not isinstance(table, dict):
             near = nearest_setting(section, known)
             raise SettingsError(
-                f"{where}: {section} stands outside of a section; the nearest setting is {near}: "
-                f"write it below [{near.partition('.')[0]}]"
+                f"{where}: {section} stands outside of a section",
+                f"the nearest setting is {near}: write it below [{near.partition('.')[0]}]",
             )
         if section not in SECTIONS:
-            raise SettingsError(f"{where}: unknown section [{section}]; the nearest is [{nearest(section, SECTIONS)}]")
+            raise SettingsError(
+                f"{where}: unknown section [{section}]", f"the nearest is [{nearest(section, SECTIONS)}]"
+            )
         if not isinstance(table, dict):
-            raise SettingsError(f"{where}: {section} is a section; write [{section}] once, and its settings below")
+            raise SettingsError(f"{where}: {section} is a section", f"write [{section}] once, and its settings below")
         for key, value in table.items():
             name = f"{section}.{key}"
             origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
@@ -106,7 +108,7 @@ def from_environment(env: Mapping[str, str], known: Mapping[str, KnownSetting]) 
             continue
         if key not in by_variable:
             near = variable(nearest_setting(key.removeprefix(PREFIX).replace("_", ".", 1).lower(), known))
-            raise SettingsError(f"variable {key}: unknown setting; the nearest is {near}")
+            raise SettingsError(f"variable {key}: unknown setting", f"the nearest is {near}")
         yield by_variable[key], env[key], f"variable {key}"
 
 
@@ -116,20 +118,21 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
     for word in words:
         flag, equals, text = word.partition("=")
         if not flag.startswith("--"):
-            raise SettingsError(f"argument {flag!r}: not a flag; settings are written --section.name VALUE")
+            raise SettingsError(f"argument {flag!r}: not a flag", "settings are written --section.name VALUE")
         name = SHORT_FLAGS.get(flag[2:], flag[2:].replace("-", "_"))
         if name != "config" and name not in known and "." not in name:
             near = difflib.get_close_matches(name, [one.partition(".")[2] for one in known], n=1, cutoff=0.7)
             like = f" (the nearest is --{nearest_setting(near[0], known)})" if near else ""
             raise SettingsError(
-                f"flag {flag}: no such option; settings are written --section.name VALUE{like}, and --help lists the options"
+                f"flag {flag}: no such option",
+                f"settings are written --section.name VALUE{like}, and --help lists the options",
             )
         if name != "config":
             _known_name(name, known, f"flag {flag}", "--")
         if not equals:
             following = next(words, None)
             if following is None or following.startswith("--"):
-                raise SettingsError(f"flag {flag}: its value is missing; write {flag} VALUE, or {flag}=VALUE")
+                raise SettingsError(f"flag {flag}: its value is missing", f"write {flag} VALUE, or {flag}=VALUE")
             text = following
         yield name, text, f"flag {flag}"
 
@@ -157,7 +160,9 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefix: str = "") -> str:
     """Returns `name`, or raises with the nearest known one."""
     if name not in known:
-        raise SettingsError(f"{origin}: unknown setting {name}; the nearest is {prefix}{nearest_setting(name, known)}")
+        raise SettingsError(
+            f"{origin}: unknown setting {name}", f"the nearest is {prefix}{nearest_setting(name, known)}"
+        )
     return name
 
 

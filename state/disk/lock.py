@@ -48,7 +48,8 @@ class DirectoryLock:
             handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UnusableDisk(
-                f"{self._path} cannot be locked ({reason_of(error)}); correct its access rights, or choose another paths.state"
+                f"{self._path} cannot be locked ({reason_of(error)})",
+                "correct its access rights, or choose another paths.state",
             ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +57,7 @@ class DirectoryLock:
             holder = _holder(os.pread(handle, 4096, 0))
             os.close(handle)
             raise LockHeld(
-                f"{self._path} is in use by {holder}; stop that process, or choose another paths.state"
+                f"{self._path} is in use by {holder}", "stop that process, or choose another paths.state"
             ) from None
         started_s = psutil.Process().create_time()
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s})

@@ -104,13 +104,15 @@ def load_salt(path: Path, create: bool = True) -> Salt:
     try:
         content = path.read_bytes().strip()
     except OSError as error:
-        raise SettingsError(f"the salt at {path} cannot be read ({error.strerror}); correct paths.salt_file") from None
+        raise SettingsError(
+            f"the salt at {path} cannot be read ({error.strerror})", "correct paths.salt_file"
+        ) from None
     try:
         key = bytes.fromhex(content.decode())
     except ValueError:
         key = content
     if len(key) < LEAST_SALT_BYTES:
-        raise SettingsError(f"the salt at {path} has {len(key)} bytes; it needs at least {LEAST_SALT_BYTES}")
+        raise SettingsError(f"the salt at {path} has {len(key)} bytes", f"it needs at least {LEAST_SALT_BYTES}")
     if path.stat().st_mode & 0o077:
         logger.warning("the salt at %s can be read by others; run chmod 600 on it", path)
     return Salt(key)

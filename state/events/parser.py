@@ -56,7 +56,8 @@ class Parser:
         self._weights = np.array(settings.action_weights, np.float32)
         if len(self._weights) != len(self._actions):
             raise SettingsError(
-                f"events.action_weights has {len(self._weights)} weights for {len(self._actions)} actions; give one for each"
+                f"events.action_weights has {len(self._weights)} weights for {len(self._actions)} actions",
+                "give one for each",
             )
         self._future_ms = round(settings.max_future_s * 1000)
         self._age_ms = round(settings.max_age_s * 1000)

@@ -133,7 +133,7 @@ class FeatureSpec:
                 sequence=features.sequence,
             )
         except ValueError as error:
-            raise SettingsError(f"[features] or events.actions: {error}; correct the setting") from None
+            raise SettingsError(f"[features] or events.actions: {error}", "correct the setting") from None
 
     @cached_property
     def window_names(self) -> tuple[str, ...]:

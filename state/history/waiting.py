@@ -62,7 +62,9 @@ class RowFormat:
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
         if unknown := shapes.keys() - KINDS.keys():
-            raise CorruptStore(f"rows wait with columns of a later release: {', '.join(sorted(unknown))}; use that one")
+            raise CorruptStore(
+                f"rows wait with columns of a later release: {', '.join(sorted(unknown))}", "use that one"
+            )
         self.shapes = {name: tuple(shapes[name]) for name in KINDS if name in shapes}
         self.dtype = np.dtype([(name, KINDS[name], shape) for name, shape in self.shapes.items()])
 
@@ -108,7 +110,8 @@ class RowFormat:
         """
         if any(len(value) != self.dtype.itemsize for value in values):
             raise CorruptStore(
-                f"a row that waits has not {self.dtype.itemsize} bytes; `springtide rebuild-history` makes the store anew"
+                f"a row that waits has not {self.dtype.itemsize} bytes",
+                "`springtide rebuild-history` makes the store anew",
             )
         rows = np.frombuffer(b"".join(values), self.dtype)
         return {name: np.ascontiguousarray(rows[name]) for name in self.shapes}

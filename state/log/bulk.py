@@ -89,7 +89,7 @@ class BulkWriter:
     def _find_leaders(self) -> dict[int, int]:
         (topic,) = self._admin.describe_topics([self.topic])
         if topic["error_code"]:
-            raise UnknownTopic(f"topic {self.topic} does not exist; create it")
+            raise UnknownTopic(f"topic {self.topic} does not exist", "create it")
         return {each["partition_index"]: each["leader_id"] for each in topic["partitions"]}
 
     async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:

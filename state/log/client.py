@@ -127,8 +127,8 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
         raise unknown_topic(settings, doing) from problem
     except _REFUSED as problem:
         raise LogError(
-            f"cannot {doing}: {settings.bootstrap_servers} refused us ({first_line(problem)}); "
-            "check kafka.security_protocol, kafka.sasl_* and the access rights of this user"
+            f"cannot {doing}: {settings.bootstrap_servers} refused us ({first_line(problem)})",
+            "check kafka.security_protocol, kafka.sasl_* and the access rights of this user",
         ) from problem
     except _UNREACHABLE as problem:
         raise unreachable(settings, doing, problem) from problem

@@ -14,37 +14,42 @@ def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> Unre
     """The error of a broker that does not answer, with what to look at."""
     why = cause if isinstance(cause, str) else first_line(cause)
     return UnreachableBroker(
-        f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why}); check that it runs and that "
-        "kafka.bootstrap_servers, kafka.security_protocol, kafka.sasl_* and kafka.ssl_* are right"
+        f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why})",
+        "check that it runs and that "
+        "kafka.bootstrap_servers, kafka.security_protocol, kafka.sasl_* and kafka.ssl_* are right",
     )
 
 
 def unknown_topic(settings: Kafka, doing: str) -> UnknownTopic:
     """The error of a topic that does not exist; none is ever made by being named."""
     return UnknownTopic(
-        f"cannot {doing}: it does not exist on {settings.bootstrap_servers}; create it, or correct its name in [kafka]"
+        f"cannot {doing}: it does not exist on {settings.bootstrap_servers}",
+        "create it, or correct its name in [kafka]",
     )
 
 
 def unknown_partition(topic: str, partition: int, partitions: int) -> UnknownTopic:
     """The error of a partition beyond those that a topic has."""
-    return UnknownTopic(f"topic {topic} has no partition {partition}, only {partitions}; correct the number of shards")
+    return UnknownTopic(
+        f"topic {topic} has no partition {partition}, only {partitions}", "correct the number of shards"
+    )
 
 
 def made_again(topic: str, before: str, now: str) -> UnknownTopic:
     """The error of a topic that is another one than before: a name is no identity."""
     return UnknownTopic(
-        f"topic {topic} was deleted and made again (id {before} is now {now}); our "
+        f"topic {topic} was deleted and made again (id {before} is now {now})",
+        "our "
         "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
-        "trainer needs a new state directory"
+        "trainer needs a new state directory",
     )
 
 
 def fenced(doing: str) -> FencedWriter:
     """The error of a writer whose transactional id another one took over."""
     return FencedWriter(
-        f"cannot {doing}: another writer took over this transactional id; stop one of the two, "
-        "or give each its own stream.shard"
+        f"cannot {doing}: another writer took over this transactional id",
+        "stop one of the two, or give each its own stream.shard",
     )
 
 
@@ -62,13 +67,14 @@ def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: i
     if ours < begin:
         return GapError(
             f"topic {topic} partition {partition}: we were at {ours}, but the log now begins at {begin}: "
-            f"{begin - ours} positions were deleted unread; restore them, raise the topic's retention.ms, or accept "
-            "the loss",
-            Gap(Source(topic_id, partition), ours, begin),
+            f"{begin - ours} positions were deleted unread",
+            "restore them, raise the topic's retention.ms, or accept the loss",
+            [Gap(Source(topic_id, partition), ours, begin)],
         )
     return GapError(
         f"topic {topic} partition {partition}: we were at {ours}, but the log ends at {end}: it was truncated, or "
-        "deleted and made again, or another cluster answers; restore it, or start a new state directory"
+        "deleted and made again, or another cluster answers",
+        "restore it, or start a new state directory",
     )
 
 

@@ -48,7 +48,7 @@ def take_options(argv: Sequence[str], actor: str) -> tuple[Consent, list[str]]:
     try:
         asked, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise SettingsError(f"{error}; write --accept-gap P:A-B --reason TEXT") from error
+        raise SettingsError(str(error), "write --accept-gap P:A-B --reason TEXT") from error
     if asked.accept_gap and not asked.reason.strip():
         raise SettingsError("--accept-gap needs --reason TEXT: a loss is accepted by somebody, for a reason")
     allowances = tuple(parse_allowance(text) for text in asked.accept_gap)

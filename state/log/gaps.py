@@ -90,19 +90,21 @@ class Consent:
         return any(one.covers(gap, read_topic) for one in self.allowances)
 
 
-def how_to_go_on(error: GapError, command: str) -> str:
-    """The error's message with the command that accepts the loss.
+def how_to_go_on(error: GapError, command: str) -> GapError:
+    """The error with the command that accepts the loss.
 
     >>> from state.positions import Source
     >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
-    >>> print(how_to_go_on(GapError("10 positions are gone", gap), "springtide stream"))
-    10 positions are gone; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
+    >>> print(how_to_go_on(GapError("10 positions are gone", "restore them", [gap]), "springtide stream"))
+    10 positions are gone; restore them; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
 
     Args:
         error: What stopped the process.
         command: The command that starts it.
     """
     if not error.gaps:
-        return str(error)
+        return error
     flags = " ".join(f"--accept-gap {gap.place}" for gap in error.gaps)
-    return f"{error}; to go on without them: {command} (or up) {flags} --reason TEXT"
+    return GapError(
+        error.what, f"{error.do}; to go on without them: {command} (or up) {flags} --reason TEXT", error.gaps
+    )

@@ -115,7 +115,7 @@ class Topics(LogTopics):
             except UnknownTopic:
                 return
             threading.Event().wait(RETRY_S)
-        raise LogError(f"topic {name} was not deleted within {self._settings.request_timeout_s:g} s; try again")
+        raise LogError(f"topic {name} was not deleted within {self._settings.request_timeout_s:g} s", "try again")
 
     def delete_before(self, name: str, positions: Mapping[int, int]) -> None:
         """Deletes records before a position per partition, as retention does."""

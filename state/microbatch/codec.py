@@ -107,8 +107,8 @@ def decode(value: bytes) -> MicroBatch:
     # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
     except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError, TypeError) as error:
         raise MicroBatchError(
-            f"a value of {len(value)} bytes is no micro-batch: {error or type(error).__name__}; "
-            "check that the topic holds only what the stream wrote"
+            f"a value of {len(value)} bytes is no micro-batch: {error or type(error).__name__}",
+            "check that the topic holds only what the stream wrote",
         ) from error
     _check(header, columns)
     return MicroBatch(header, **columns)
@@ -133,11 +133,11 @@ def _document(schema: pa.Schema) -> dict[str, Any]:
     """The JSON header in a schema's metadata."""
     document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
     if not isinstance(document, dict):
-        raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch; check the topic's name")
+        raise MicroBatchError("an Arrow stream without a springtide header is no micro-batch", "check the topic's name")
     if document.get("format") not in range(1, WITH_SEQUENCES + 1):
         raise MicroBatchError(
-            f"a micro-batch of format {document.get('format')!r}; this release reads 1 to {WITH_SEQUENCES}: "
-            "upgrade the reader before the stream"
+            f"a micro-batch of format {document.get('format')!r}",
+            f"this release reads 1 to {WITH_SEQUENCES}: upgrade the reader before the stream",
         )
     return document
 

@@ -37,8 +37,8 @@ def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int
         if len(value) <= max_record_bytes:
             return [value]
         raise MicroBatchError(
-            f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record; "
-            "raise stream.max_record_bytes, and max.message.bytes of the topic"
+            f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record",
+            "raise stream.max_record_bytes, and max.message.bytes of the topic",
         )
     parts = []
     for part_header, part_columns in _halves(header, columns, middle):

@@ -136,11 +136,11 @@ def about(path: Path) -> dict[str, Any]:
         document: dict[str, Any] = json.loads((path / SPEC).read_text())
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"{path} holds no complete examples ({error}); make them with `springtide bootstrap --examples {path}`"
+            f"{path} holds no complete examples ({error})", f"make them with `springtide bootstrap --examples {path}`"
         ) from None
     if document.get("format") != FORMAT:
         raise SettingsError(
-            f"{path} holds examples of format {document.get('format')}, this release reads {FORMAT}; make them again"
+            f"{path} holds examples of format {document.get('format')}, this release reads {FORMAT}", "make them again"
         )
     return document
 

@@ -29,8 +29,8 @@ def load_named(path: str, setting: str) -> Any:
     # A module of the user's own may fail in any way.
     except Exception as error:
         raise SettingsError(
-            f"{setting} {path!r} cannot be loaded ({type(error).__name__}: {error}); "
-            "name a function as `module:name`, in a module that Python finds from here"
+            f"{setting} {path!r} cannot be loaded ({type(error).__name__}: {error})",
+            "name a function as `module:name`, in a module that Python finds from here",
         ) from error
 
 

@@ -103,8 +103,8 @@ class Recording:
         except (OSError, pa.ArrowException) as error:
             unit = "row" if file.format == "parquet" else "line"
             raise UnreadableRecording(
-                f"{file.path}: not readable as {file.format} after {unit} {last}: {error}; repair the file, leave it "
-                "out, or name its format with --format"
+                f"{file.path}: not readable as {file.format} after {unit} {last}: {error}",
+                "repair the file, leave it out, or name its format with --format",
             ) from None
 
     def encoded(self, encoder: Encoder, events: Events) -> Iterator[EncodedRows]:
@@ -140,21 +140,21 @@ def find(patterns: Sequence[str], format: str = "", delimiter: str = "") -> tupl
     for pattern in patterns:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - may be absolute
         if not found:
-            raise SettingsError(f"{pattern}: no such file; check the path")
+            raise SettingsError(f"{pattern}: no such file", "check the path")
         paths |= dict.fromkeys(map(Path, found))
     return tuple(_described(path, format, delimiter) for path in paths)
 
 
 def _described(path: Path, format: str, delimiter: str) -> RecordedFile:
     if not path.is_file():
-        raise SettingsError(f"{path}: no file; name files, or a glob such as '{path}/*.csv'")
+        raise SettingsError(f"{path}: no file", f"name files, or a glob such as '{path}/*.csv'")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
     kind = format or SUFFIXES.get(suffix, "")
     if not kind:
-        raise SettingsError(f"{path}: its name does not tell its format; say --format {'|'.join(FORMATS)}")
+        raise SettingsError(f"{path}: its name does not tell its format", f"say --format {'|'.join(FORMATS)}")
     return RecordedFile(path, kind, delimiter or ("\t" if suffix == ".tsv" else ","))
 
 

@@ -83,5 +83,5 @@ def chosen(options: argparse.Namespace, events: Events) -> Recording:
         constants=constants_of(events.constants, events),
     )
     if not events.user:
-        raise SettingsError("events.user names no field: every click is some user's; name it")
+        raise SettingsError("events.user names no field: every click is some user's", "name it")
     return recording

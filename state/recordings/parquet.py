@@ -36,7 +36,8 @@ def parquet_rows(
             if name not in names:
                 raise SettingsError(
                     f"{path}: no column {name!r} (the nearest is {nearest(name, dict.fromkeys(names or ['none']))!r}); "
-                    f"it has {', '.join(names[:30])}; {remedy}"
+                    f"it has {', '.join(names[:30])}",
+                    remedy,
                 )
         first = 1
         for batch in file.iter_batches(batch_size=chunk_rows, columns=list(wanted)):

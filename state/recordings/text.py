@@ -55,7 +55,7 @@ def csv_rows(
     places = {name: names.index(name) for name in wanted if name in names}
     missing = [name for name in wanted if name not in places]
     if missing:
-        raise SettingsError(_no_column(where, missing[0], names, bool(columns), remedy))
+        raise SettingsError(*_no_column(where, missing[0], names, bool(columns), remedy))
     nothing = [None] * len(names)
 
     def rows_of(chunk: list[Record]) -> RecordedRows:
@@ -87,8 +87,8 @@ def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str)
         return names, _records(lines, delimiter, len(names))
     if len(first) != len(names):
         raise SettingsError(
-            f"{where}:{number}: {len(first)} columns, but --columns names {len(names)}: {','.join(names)}; "
-            "name each, `-` for one not needed"
+            f"{where}:{number}: {len(first)} columns, but --columns names {len(names)}: {','.join(names)}",
+            "name each, `-` for one not needed",
         )
 
     def from_first() -> Iterator[tuple[int, bytes]]:
@@ -98,14 +98,15 @@ def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str)
     return names, _records(from_first(), delimiter, len(names))
 
 
-def _no_column(where: str, missing: str, names: Sequence[str], given: bool, remedy: str) -> str:
-    """What to do about a column that is not there."""
+def _no_column(where: str, missing: str, names: Sequence[str], given: bool, remedy: str) -> tuple[str, str]:
+    """That a column is not there, and what to do about it."""
     if given:
-        return f"--columns {','.join(names)}: has no {missing!r}; name the column, or {remedy}"
+        return f"--columns {','.join(names)}: has no {missing!r}", f"name the column, or {remedy}"
     shown = ", ".join(names[:30])
     return (
         f"{where}: no column {missing!r} (the nearest is {nearest(missing, dict.fromkeys(names or ['none']))!r}); "
-        f"it has {shown}; {remedy}, or give --columns if the file has no header"
+        f"it has {shown}",
+        f"{remedy}, or give --columns if the file has no header",
     )
 
 
@@ -184,7 +185,7 @@ def json_rows(
     for chunk in _chunks(lines, chunk_rows):
         if first and chunk[0][1].lstrip().startswith(b"["):
             raise SettingsError(
-                f"{where}: a JSON array; a recording has one object a line: `jq -c '.[]' FILE` makes one"
+                f"{where}: a JSON array", "a recording has one object a line: `jq -c '.[]' FILE` makes one"
             )
         yield _json_chunk(chunk, wanted, decode)
         first = False

@@ -68,8 +68,8 @@ class Controls(Directory):
             return control
         if control.generation != (newest.generation if newest else 0) + 1:
             raise ControlConflict(
-                f"control generation {control.generation} does not follow {newest.generation if newest else 'nothing'}; "
-                "look at `springtide history`, then repeat the command"
+                f"control generation {control.generation} does not follow {newest.generation if newest else 'nothing'}",
+                "look at `springtide history`, then repeat the command",
             )
         temporary = self.temporary(f"control-{control.generation}-{os.urandom(4).hex()}")
         durable.write(temporary, manifest.seal(codec.encode(control)))
@@ -81,8 +81,8 @@ class Controls(Directory):
             other = self._read_control(control.generation)
             if other != control:
                 raise ControlConflict(
-                    f"control generation {control.generation} was just created by {other.actor} ({other.action}: {other.reason}); "
-                    "look at `springtide history`, then repeat the command"
+                    f"control generation {control.generation} was just created by {other.actor} ({other.action}: {other.reason})",
+                    "look at `springtide history`, then repeat the command",
                 ) from None
         finally:
             temporary.unlink()
@@ -102,7 +102,7 @@ class Controls(Directory):
         for _ in range(_TRIES):
             control = self.control()
             if control is None:
-                raise ControlConflict(f"{self.path} has no control yet; start the trainer once: `springtide train`")
+                raise ControlConflict(f"{self.path} has no control yet", "start the trainer once: `springtide train`")
             wanted = transition(control)
             if wanted is control:
                 return control
@@ -131,5 +131,5 @@ class Controls(Directory):
             return codec.decode(json.loads(manifest.unseal(file_bytes(path))))
         except (ValueError, msgspec.MsgspecError) as error:
             raise CorruptVersion(
-                f"{path} is damaged: {error}; restore it from a copy: it says what should be served"
+                f"{path} is damaged: {error}", "restore it from a copy: it says what should be served"
             ) from error

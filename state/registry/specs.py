@@ -54,9 +54,11 @@ class Specs(Directory):
         try:
             program = file_bytes(path)
         except FileNotFoundError:
-            raise CorruptVersion(f"{path} is missing; restart the trainer to lower the model again") from None
+            raise CorruptVersion(f"{path} is missing", "restart the trainer to lower the model again") from None
         if hashlib.sha256(program).hexdigest() != digest:
-            raise CorruptVersion(f"{path} fails its digest; remove it and restart the trainer to lower the model again")
+            raise CorruptVersion(
+                f"{path} fails its digest", "remove it and restart the trainer to lower the model again"
+            )
         return program
 
     def specs(self) -> list[str]:
@@ -118,7 +120,9 @@ class Specs(Directory):
                 f"{path} does not exist: run `springtide bootstrap` with these feature settings"
             ) from None
         except (ValueError, msgspec.MsgspecError) as error:
-            raise CorruptVersion(f"{path} is damaged: {error}; move it away and run `springtide bootstrap`") from error
+            raise CorruptVersion(
+                f"{path} is damaged: {error}", "move it away and run `springtide bootstrap`"
+            ) from error
         return document
 
     def transform(self, digest: str) -> Path:
@@ -133,7 +137,7 @@ class Specs(Directory):
             path = folder / name
             if not path.is_file() or hashlib.sha256(file_bytes(path)).hexdigest() != expected:
                 raise CorruptVersion(
-                    f"{path} is missing or fails its digest; move {folder} away and run `springtide bootstrap`"
+                    f"{path} is missing or fails its digest", f"move {folder} away and run `springtide bootstrap`"
                 )
         return folder / "transform"
 
@@ -151,5 +155,6 @@ def require_preprocessing(about: Mapping[str, Any], preprocessing: str) -> None:
     if about.get("preprocessing", preprocessing) != preprocessing:
         raise SpecMismatch(
             f"the registry was bootstrapped with preprocessing {about['preprocessing']}, model.preprocessing is "
-            f"{preprocessing}; put it back, or start a new state directory"
+            f"{preprocessing}",
+            "put it back, or start a new state directory",
         )

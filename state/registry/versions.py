@@ -95,7 +95,7 @@ class Versions(Directory):
                 self._manifests.clear()
             self._manifests[folder] = found
             return found
-        raise UnknownVersion(f"version {version} is not kept in {self.path}; {self._nearest(version)}")
+        raise UnknownVersion(f"version {version} is not kept in {self.path}", self._nearest(version))
 
     def read(self, version: Manifest | int, name: str) -> bytes:
         """The bytes of a version's file, checked against its manifest.
@@ -115,7 +115,7 @@ class Versions(Directory):
             if not path.parent.is_dir():
                 self._manifests.pop(path.parent, None)
                 raise UnknownVersion(
-                    f"version {found.version} is not kept any more; {self._nearest(found.version)}"
+                    f"version {found.version} is not kept any more", self._nearest(found.version)
                 ) from None
             raise _Corrupt(found.kind, found.version, f"{path} is missing") from None
         if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -164,7 +164,7 @@ class Versions(Directory):
         line = self.manifest(version).visible
         base = max((number for number in self.bases() if number <= version and sees(line, number)), default=None)
         if base is None:
-            raise UnknownVersion(f"version {version} descends from no base that is kept; {self._nearest(version)}")
+            raise UnknownVersion(f"version {version} descends from no base that is kept", self._nearest(version))
         deltas: list[Manifest] = []
         at = version
         while at != base:

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from state import errors
-from state.errors import BadRequest, DecodeError, SettingsError, SpringtideError, StoreFull
+from state.errors import BadRequest, DecodeError, GapError, SettingsError, SpringtideError, StoreFull
+from state.positions import Gap, Source
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, SpringtideError)]
 
@@ -44,10 +45,16 @@ def test_an_error_without_advice_of_its_own_gives_that_of_its_class(kind: type[S
     assert len(error.do) > 10
 
 
-@pytest.mark.parametrize("said", [("a; b", "c"), ("a; b; c", "")])
-def test_an_error_splits_where_the_advice_begins(said: tuple[str, str]) -> None:
-    error = StoreFull(*said)
-    assert (str(error), error.what, error.do) == ("a; b; c", "a; b", "c")
+def test_an_error_says_both_parts_in_one_line_and_splits_nothing() -> None:
+    error = StoreFull("a; b", "c; d")
+    assert (str(error), error.what, error.do) == ("a; b; c; d", "a; b", "c; d")
+    assert StoreFull("a; b").what == "a; b"
+
+
+def test_a_gap_error_keeps_both_parts_and_its_gaps_between_processes() -> None:
+    gap = Gap(Source("a" * 32, 1), 2, 3)
+    error = copy.copy(GapError("gone", "restore it", [gap]))
+    assert (error.what, error.do, error.gaps) == ("gone", "restore it", (gap,))
 
 
 def test_an_error_from_another_process_keeps_both_parts() -> None:

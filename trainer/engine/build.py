@@ -57,9 +57,9 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
         raise
     # A ranker of the user's own may fail in any way.
     except Exception as error:
-        raise ProgramError(f"model.ranker {path!r} raised {told(error)}; {WANTED}") from error
+        raise ProgramError(f"model.ranker {path!r} raised {told(error)}", WANTED) from error
     if not isinstance(found, Ranker):
-        raise ProgramError(f"model.ranker {path!r} returned {type(found).__name__}; {WANTED}")
+        raise ProgramError(f"model.ranker {path!r} returned {type(found).__name__}", WANTED)
     found.origin = f"model.ranker {path!r}"
     return found
 
@@ -113,7 +113,8 @@ def engine_name(wanted: str, ranker: Ranker, device: str) -> str:
     if wanted == "compiled" and not able:
         raise SettingsError(
             f"trainer.engine is compiled, which computes the default ranker on a CPU only, not {type(ranker).__name__} "
-            f"on {device}; set trainer.engine to auto or tensorflow"
+            f"on {device}",
+            "set trainer.engine to auto or tensorflow",
         )
     if wanted == "auto":
         return "compiled" if able else "tensorflow"

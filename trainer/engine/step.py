@@ -171,7 +171,8 @@ class Trainer:
         if self.guard.held:
             raise TrainingHeld(
                 f"training is held since {self.guard.skipped} steps in a row were bad, the last at step "
-                f"{self.counters.steps}; look at the input, then `springtide rollback --to V`"
+                f"{self.counters.steps}",
+                "look at the input, then `springtide rollback --to V`",
             )
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")

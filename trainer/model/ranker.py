@@ -127,7 +127,7 @@ class Ranker(tf.Module):
             if name not in weights or weights[name].shape != tuple(variable.shape):
                 found = f"shape {weights[name].shape}" if name in weights else "none"
                 raise SettingsError(
-                    f"dense weight {name}: expected shape {tuple(variable.shape)}, the version has {found}; "
-                    "put the [model] settings back, or start a new epoch from nothing"
+                    f"dense weight {name}: expected shape {tuple(variable.shape)}, the version has {found}",
+                    "put the [model] settings back, or start a new epoch from nothing",
                 )
             variable.assign(weights[name])

@@ -123,6 +123,8 @@ def named(tower: Tower) -> dict[str, Any]:
     for variable in tower.trainable_variables:
         name = variable.name.removesuffix(":0")
         if name in names:
-            raise SettingsError(f"two weights of the tower are named {name!r}; give each tf.Variable a name of its own")
+            raise SettingsError(
+                f"two weights of the tower are named {name!r}", "give each tf.Variable a name of its own"
+            )
         names[name] = variable
     return names

@@ -73,8 +73,8 @@ def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Ma
     newest = deltas[-1] if deltas else base
     if newest.spec != spec:
         raise SpecMismatch(
-            f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}; "
-            "put [features] and events.actions back, or start a new state directory"
+            f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}",
+            "put [features] and events.actions back, or start a new state directory",
         )
     load(trainer, content.merge(tensors_of(versions, part) for part in (base, *deltas)))
     return newest

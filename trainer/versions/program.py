@@ -118,7 +118,7 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
     """
     program = Program(content)
     if np.isfinite(program.predict(inputs)["vector"]).all():
-        raise ProgramError("the program answers before weights are loaded; report this as a defect")
+        raise ProgramError("the program answers before weights are loaded", "report this as a defect")
     program.load(ranker.weights())
     ours, theirs = program.predict(inputs), ranker.predict({name: tf.constant(value) for name, value in inputs.items()})
     largest = 0.0
@@ -126,8 +126,8 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
         apart = difference(ours[name], tensor.numpy())
         if apart > TOLERANCE:
             raise ProgramError(
-                f"the program's {name} differs from the model's by {apart:.2g} (allowed {TOLERANCE:g}); "
-                f"{_own(ranker)} may use an operation that LiteRT computes otherwise"
+                f"the program's {name} differs from the model's by {apart:.2g} (allowed {TOLERANCE:g})",
+                f"{_own(ranker)} may use an operation that LiteRT computes otherwise",
             )
         largest = max(largest, apart)
     return largest
