@@ -48,11 +48,13 @@ class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         return group(nodeid.partition("::")[0])
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
     """What pytest-xdist asks for; its own groups do not know the node ids of pytest 9.2."""
     return ByFile(config, log)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: WorkerController) -> None:
     """Tells each test process where it can ask for the broker."""
     config = node.config

@@ -34,6 +34,7 @@ from state.process.user_code import told
 ROWS = 64
 ALONE = 8
 SEEDS = ((0, 0), (3, 5))
+SEEDED = "draw from the seed with tf.random.stateless_*"
 F32 = npt.NDArray[np.float32]
 
 
@@ -74,10 +75,7 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
             f"{what} changed a variable while it was called: a tower remembers nothing between calls (no moving averages)"
         )
     if (call(x, False, SEEDS[0]) != plain).any() or (call(x, True, SEEDS[1]) != trained).any():
-        raise ProgramError(
-            f"{what}: the same rows and seed gave two different outputs",
-            "draw from the seed with tf.random.stateless_*",
-        )
+        raise ProgramError(f"{what}: the same rows and seed gave two different outputs", SEEDED)
     if (call(x, False, SEEDS[1]) != plain).any():
         raise ProgramError(f"{what}: without training its output depends on the seed", "dropout is for training only")
     for row in range(ALONE):
@@ -165,9 +163,7 @@ class _CheckedTower:
         except Exception as error:
             # The trainer runs TensorFlow so that it refuses what cannot be repeated.
             if "determinism" in str(error):
-                raise ProgramError(
-                    f"{self._what}: draws at random", "draw from the seed with tf.random.stateless_*"
-                ) from error
+                raise ProgramError(f"{self._what}: draws at random", SEEDED) from error
             raise ProgramError(
                 f"{self._what}: called with x {list(x.shape)} and training={training} it raised {told(error)}",
                 self._wanted,

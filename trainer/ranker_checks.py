@@ -31,6 +31,7 @@ from trainer.versions.program import build, sample
 ROWS = 32
 ALONE = 4
 SEEDS = ((0, 0), (3, 5))
+SEEDED = "draw from the seed with tf.random.stateless_*"
 CANDIDATES = {"recent": "L", "popular": "P", "successor": "S"}
 F32 = npt.NDArray[np.float32]
 Outputs = Mapping[str, Any]
@@ -60,9 +61,7 @@ def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preproces
     # 3.
     held = ranker.weights()
     if any((_scores(ranker, inputs, what)[name] != plain[name]).any() for name in plain):
-        raise ProgramError(
-            f"{what}: the same rows gave two different scores", "draw from the seed with tf.random.stateless_*"
-        )
+        raise ProgramError(f"{what}: the same rows gave two different scores", SEEDED)
     if any((_scores(ranker, inputs, what, SEEDS[1])[name] != plain[name]).any() for name in plain):
         raise ProgramError(f"{what}: without training its scores depend on the seed", "dropout is for training only")
     if any((now != held[name]).any() for name, now in ranker.weights().items()):
@@ -113,7 +112,7 @@ def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
     except Exception as error:
         # The trainer runs TensorFlow so that it refuses what cannot be repeated.
         if "determinism" in str(error):
-            raise ProgramError(f"{what}: draws at random", "draw from the seed with tf.random.stateless_*") from error
+            raise ProgramError(f"{what}: draws at random", SEEDED) from error
         raise ProgramError(f"{what} raised {told(error)}", wanted) from error
 
 
