@@ -24,6 +24,7 @@ class StreamAccount:
         joined: Impressions that an outcome labelled.
         expired: Impressions whose wait was over.
         dropped: Impressions that could not wait.
+        masked: Offsets that control's mask left out.
     """
 
     positions: int
@@ -37,6 +38,7 @@ class StreamAccount:
     joined: int = 0
     expired: int = 0
     dropped: int = 0
+    masked: int = 0
 
     @property
     def learnable(self) -> int:
@@ -133,7 +135,7 @@ def check_accounts(
     >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
     ()
     >>> check_accounts(StreamAccount(positions=10, rows=8))
-    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent + 0 gap + 0 opened + 0 feedback = 8',)
+    ('stream: 10 positions, but 8 rows + 0 dead + 0 filtered + 0 absent + 0 gap + 0 opened + 0 feedback + 0 masked = 8',)
     >>> check_accounts(StreamAccount(positions=8, rows=8), TrainerAccount(rows=7, trained=7))
     ('log: the stream made 8 rows, but the log holds 7 without duplicates: 1 lost',)
     """
@@ -148,12 +150,13 @@ def check_accounts(
 
 def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
     """Fault 1."""
-    total = sum((stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback))
+    outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback)
+    total = sum(outcomes) + stream.masked
     if total != stream.positions:
         yield (
             f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
             f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
-            f"{stream.feedback} feedback = {total}"
+            f"{stream.feedback} feedback + {stream.masked} masked = {total}"
         )
 
 

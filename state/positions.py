@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 UNPLACED = ("joined", "expired", "dropped")  # no offsets of their own
-RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped")  # named only where there are any
+RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped", "masked")  # named only where there are any
 MOST_LEARNED = 9  # rows at one position: its own or the one it joins, and `MOST_EXPIRED` of streaming/attribution.py
 _TOPIC_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -115,7 +115,7 @@ class Range:
         next: The offset after the last one.
         rows: How many became rows.
         dead: How many went to the dead letters.
-        filtered: How many were left out on purpose (too old, masked).
+        filtered: How many were left out on purpose (too old, a tombstone).
         absent: How many hold no record: transaction markers, aborted, compacted.
         gap: How many were deleted before anybody read them, a loss that an operator accepted.
         opened: How many are impressions whose label comes later.
@@ -123,6 +123,7 @@ class Range:
         joined: Impressions of before that outcomes here labelled: rows without an offset of their own.
         expired: Impressions of before whose wait was over here: likewise.
         dropped: Of `opened`, how many could not wait.
+        masked: How many control's mask left out.
     """
 
     source: Source
@@ -138,16 +139,17 @@ class Range:
     joined: int = 0
     expired: int = 0
     dropped: int = 0
+    masked: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError unless each offset has exactly one outcome."""
-        outcomes = (self.rows, self.dead, self.filtered, self.absent, self.gap, self.opened, self.feedback)
+        outcomes = (self.rows, self.dead, self.filtered, self.absent, self.gap, self.opened, self.feedback, self.masked)
         negative = min(*outcomes, self.joined, self.expired, self.dropped) < 0
         if self.first < 0 or negative or self.next - self.first != sum(outcomes):
             raise ValueError(
                 f"offsets [{self.first}, {self.next}) of {self.source} do not add up: "
                 f"{self.rows} rows + {self.dead} dead + {self.filtered} filtered + {self.absent} absent + {self.gap} gap "
-                f"+ {self.opened} opened + {self.feedback} feedback"
+                f"+ {self.opened} opened + {self.feedback} feedback + {self.masked} masked"
             )
 
     @property
@@ -194,8 +196,8 @@ def split_range(
     """Cuts `whole` before offset `at`, where `rows_before` of its rows lie below.
 
     A range says how many offsets were dead, filtered and absent, and not
-    which: the part before takes the dead first, then the filtered, the absent
-    and the gap. The sums over both parts are those of the whole.
+    which: the part before takes the dead first, then the filtered, the masked,
+    the absent and the gap. The sums over both parts are those of the whole.
 
     Args:
         whole: The range.
@@ -212,7 +214,7 @@ def split_range(
     """
     before = {"opened": 0, "feedback": 0, **(others or {}), "rows": rows_before}
     rest = at - whole.first - rows_before - before["opened"] - before["feedback"]
-    for name in ("dead", "filtered", "absent"):
+    for name in ("dead", "filtered", "masked", "absent"):
         before[name] = min(rest, getattr(whole, name))
         rest -= before[name]
     before["gap"] = rest

@@ -120,7 +120,7 @@ def faults(store: HistoryStore) -> tuple[str, ...]:
 def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Sets the gauges of the account, which go on over restarts; says aloud what does not balance beyond `known`."""
     totals = dict.fromkeys(RARE, 0) | store.totals
-    for name in ("positions", *OUTCOMES, *OF_LABELS, "gap"):
+    for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
         metrics.accounting_positions.labels(name).set(totals[name])
     for name in ("opened", "joined", "expired", "dropped"):
         metrics.accounting_labels.labels(name).set(totals[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from state.microbatch.codec import decode
 from state.microbatch.cutting import gaps, trim
 from state.microbatch.row_kinds import Kind, trained
 from state.positions import Source
+from state.registry.log_line import WHOLE, LogLine, counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,17 @@ class Intake:
     gaps: list[tuple[Source, int, int]]
 
 
-def take_in(value: bytes | None, marks: Mapping[Source, int], mask: Mask, spec: str, salt: str, where: str) -> Intake:
-    """Decodes a record, drops what is known by `marks`, leaves out what `mask` names.
+def take_in(
+    value: bytes | None,
+    marks: Mapping[Source, int],
+    mask: Mask,
+    spec: str,
+    salt: str,
+    where: str,
+    line: LogLine = WHOLE,
+    offset: int = 0,
+) -> Intake:
+    """Decodes a record, drops what is known by `marks`, leaves out what `mask` names; nothing is left of one off the line.
 
     Args:
         value: The record's value.
@@ -48,6 +58,8 @@ def take_in(value: bytes | None, marks: Mapping[Source, int], mask: Mask, spec: 
         spec: Digest of the feature spec that the trainer learns.
         salt: Fingerprint of the salt of its user ids.
         where: The record's place, for messages.
+        line: The records that count.
+        offset: The record's.
 
     Raises:
         MicroBatchError: The value is no micro-batch.
@@ -58,6 +70,9 @@ def take_in(value: bytes | None, marks: Mapping[Source, int], mask: Mask, spec: 
         whole = decode(value or b"")
     except MicroBatchError as error:
         raise MicroBatchError(f"{where}: {error}") from error
+    if not counts(line, whole.header.log_epoch, offset):
+        nothing = whole.take(np.zeros(len(whole), np.bool_))
+        return Intake(replace(nothing, header=replace(whole.header, ranges=())), dict(marks), 0, 0, 0, [])
     if whole.header.spec != spec:
         raise SpecMismatch(
             f"{where} has feature spec {whole.header.spec[:12]}, this trainer has {spec[:12]}",

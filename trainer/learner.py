@@ -22,6 +22,7 @@ from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
 from state.process import killpoints
 from state.registry.control import Control
+from state.registry.log_line import onward
 from state.registry.manifest import Draft, Kind
 from state.registry.registry import Registry
 from trainer import accounts, gauges
@@ -113,7 +114,7 @@ class Learner:
             self._begin(control)
         else:
             restored = checkpoint.restore(self._registry, version, self._trainer, self._spec)
-            self._log, at = resume(restored, self._open_log, self._passages)
+            self._log, at = resume(restored, control.log, self._open_log, self._passages)
             self.place = TrainingPlace.restored(restored, control.epoch, at)
         self.caught_up = False
         self._published = self._elapsed()
@@ -150,7 +151,10 @@ class Learner:
         if self._trainer.guard.held:
             time.sleep(min(wait_s, CONTROL_S))
             return 0
-        taken = 0
+        taken, partition, line = 0, self._settings.trainer.partition, self.control.log
+        if self._reader.position(partition) != (at := onward(line, self.place.next)):
+            self._reader.seek(partition, at)
+            self.place = replace(self.place, next=at)
         try:
             batches = self._reader.poll(wait_s, RECORDS)
         except GapError as error:
@@ -162,16 +166,19 @@ class Learner:
             if batch.corrupt:
                 raise MicroBatchError(f"{self._where(batch.corrupt[0][0])} cannot be read: {batch.corrupt[0][2]}")
             for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+                if onward(line, offset) != offset:
+                    self.place = replace(self.place, next=offset)
+                    return taken
                 self._take(offset, value)
                 taken += 1
                 if self._between():
                     return taken
                 if stopping() or self._trainer.guard.held:
                     # What was polled and not taken is polled again.
-                    self._reader.seek(self._settings.trainer.partition, self.place.next)
+                    self._reader.seek(partition, self.place.next)
                     return taken
             self.place = replace(self.place, next=batch.next)
-        lag = self._reader.lag().get(self._settings.trainer.partition, 0)
+        lag = self._reader.lag().get(partition, 0)
         self._metrics.lag_records.set(lag)
         if lag == 0 and not self.caught_up:
             self.caught_up = True
@@ -187,8 +194,8 @@ class Learner:
 
     def _take(self, offset: int, value: bytes | None) -> None:
         """One record is one step, where a row is left to learn from."""
-        where, salt = self._where(offset), str(self._about["salt"])
-        found = take_in(value, self.place.marks, self.control.mask, self._spec, salt, where)
+        where, salt, control = self._where(offset), str(self._about["salt"]), self.control
+        found = take_in(value, self.place.marks, control.mask, self._spec, salt, where, control.log, offset)
         passed = self._passages.pass_sources(found.gaps, where, self._reader.topic_id)
         self.place = self.place.taken(found, offset, passed)
         gauges.show_intake(found, self._metrics)
@@ -245,6 +252,7 @@ class Learner:
         """Hands what changed to the publisher; the copy is made here, in the step thread."""
         began = time.perf_counter()
         tensors = checkpoint.changes(self._trainer)
+        self.place = replace(self.place, next=onward(self.control.log, self.place.next))
         draft = self._draft("delta")
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, tensors)
@@ -278,8 +286,9 @@ class Learner:
 
     def _draft(self, kind: Kind) -> Draft:
         now_ms = int(self._clock() * 1000)
-        generation, topic_id = self.control.mask.generation, self._reader.topic_id
-        return self._drafter.draft(kind, self.place, self._trainer, self._account(), topic_id, generation, now_ms)
+        return self._drafter.draft(
+            kind, self.place, self._trainer, self._account(), self._reader.topic_id, self.control, now_ms
+        )
 
     @property
     def _reader(self) -> LogReader:

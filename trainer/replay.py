@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from state.errors import GapError, LogError
-from state.features.mask import Mask
 from state.log import LogReader, accepted_gaps
 from state.log.accepted_gaps import Accepted
 from state.positions import Source
@@ -24,8 +23,8 @@ POLL_S = 0.2
 PROGRESS_S = 1.0
 ACCOUNT = ("rows", "duplicate", "masked")
 
-Learn = Callable[[int, bytes | None, Mask], None]
-"""Takes a record: offset, value, and the rows to leave out."""
+Learn = Callable[[int, bytes | None, LogSegment], None]
+"""Takes a record: offset, value, and the segment it is in."""
 
 
 class Replay:
@@ -46,13 +45,14 @@ class Replay:
         self.account = {name: int(counted.get(f"account.{name}", 0)) for name in ACCOUNT}
         self.steps = self.rows = 0
 
-    def take(self, offset: int, value: bytes | None, mask: Mask) -> None:
+    def take(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
         """One record is one step, as in the trainer's loop.
 
         Raises:
             MicroBatchError: The record cannot be read.
         """
-        found = take_in(value, self.marks, mask, self._spec, self._salt, f"{self._where} offset {offset}")
+        where = f"{self._where} offset {offset}"
+        found = take_in(value, self.marks, segment.mask, self._spec, self._salt, where, segment.line, offset)
         self.marks = found.marks
         self.rows += found.rows
         for name in ACCOUNT:
@@ -187,7 +187,7 @@ def replay(reader: SegmentReader, segments: Sequence[LogSegment], learn: Learn, 
     try:
         for segment in segments:
             for offset, value in reader.records(segment):
-                learn(offset, value, segment.mask)
+                learn(offset, value, segment)
                 reach(done + offset - segment.first)
             done += segment.next - segment.first
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from state.errors import GapError, UnknownTopic
 from state.log import LogReader
 from state.positions import Source
+from state.registry.log_line import LogLine, onward
 from state.registry.manifest import Manifest
 from trainer.accounts import Passages
 
@@ -14,18 +15,19 @@ OpenLog = Callable[[int | None], LogReader]
 """Opens the training log at an offset; None is its beginning."""
 
 
-def resume(restored: Manifest, open_log: OpenLog, passages: Passages) -> tuple[LogReader, int]:
-    """The log at the offset where `restored` goes on, and that offset.
+def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passages) -> tuple[LogReader, int]:
+    """The log at the offset where `restored` goes on along `line`, and that offset.
 
     Raises:
         UnknownTopic: The log was made anew since that version.
         GapError: It does not reach back to that version any more, and nobody accepted it.
     """
-    at = passages.past(Source(restored.log.topic_id, restored.log.partition), restored.log.next)
+    source = Source(restored.log.topic_id, restored.log.partition)
+    at = passages.past(source, onward(line, restored.log.next))
     try:
         log = open_log(at)
     except GapError as error:
-        at = passages.pass_log(error, restored.marks)
+        at = onward(line, passages.pass_log(error, restored.marks))
         log = open_log(at)
     if restored.log.topic_id != log.topic_id:
         log.close()

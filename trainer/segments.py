@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from state.errors import UnknownVersion
 from state.features.mask import Mask
 from state.registry.control import Control
+from state.registry.log_line import WHOLE, LogLine
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
 
@@ -20,11 +21,13 @@ class LogSegment:
         first: Its first offset.
         next: The offset after it.
         mask: The rows left out.
+        line: The records that count.
     """
 
     first: int
     next: int
-    mask: Mask
+    mask: Mask = Mask.NONE
+    line: LogLine = WHOLE
 
 
 def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifest | None:
@@ -67,8 +70,9 @@ def segments_of(
         if start is None:
             raise UnknownVersion(f"epoch {epoch} began from nothing: version {base.version} does not lead to it")
         turned = registry.manifest(start)
-        found.append(LogSegment(turned.log.next, end, began[epoch].mask))
+        found.append(LogSegment(turned.log.next, end, began[epoch].mask, began[epoch].log))
         epoch, end = turned.epoch, turned.log.next
     first = target.log.first if base is None else base.log.next
-    found.append(LogSegment(first, end, began[epoch].mask if epoch in began else Mask.NONE))
+    under = (began[epoch].mask, began[epoch].log) if epoch in began else ()
+    found.append(LogSegment(first, end, *under))
     return found[::-1]

@@ -29,7 +29,7 @@ from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 
 OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
-OF_LABELS = ("opened", "feedback")
+RARE = ("opened", "feedback", "masked")
 
 
 def account(settings: Settings) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     """
     parts = []
     if stream := found.get("stream"):
-        named = [*OUTCOMES, *(name for name in OF_LABELS if stream[name])]
+        named = [*OUTCOMES, *(name for name in RARE if stream[name])]
         outcomes = " + ".join(f"{shown(stream[name])} {name}" for name in named)
         parts.append(f"{shown(stream['positions'])} positions = {outcomes}, {shown(stream['unread'])} unread")
         if stream["opened"]:

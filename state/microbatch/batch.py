@@ -41,6 +41,7 @@ class Header:
         mask_generation: The mask its windows were computed under; 0 for none.
         names: Names of ids, of categories and measured attributes, that the stream had not announced lately.
         attributes: Names of the attributes of users and of items, in the order of their columns.
+        log_epoch: The epoch of the log that it was written in, see `state/registry/log_line.py`.
     """
 
     spec: str
@@ -50,6 +51,7 @@ class Header:
     mask_generation: int = 0
     names: Mapping[int, str] = field(default_factory=dict)
     attributes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    log_epoch: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

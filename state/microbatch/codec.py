@@ -78,6 +78,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         "label_shape": list(columns["category_windows"].shape[1:]),
         "names": {f"{key:016x}": name for key, name in header.names.items()},
         "attributes": header.attributes,
+        **({} if header.log_epoch == 1 else {"log_epoch": header.log_epoch}),
     }
     schema = pa.schema(fields, metadata={METADATA: json.dumps(document, separators=(",", ":")).encode()})
     sink = pa.BufferOutputStream()
@@ -152,6 +153,7 @@ def _header(document: Mapping[str, Any]) -> Header:
         mask_generation=int(document["mask_generation"]),
         names={int(key, 16): str(name) for key, name in document["names"].items()},
         attributes=_names(*document.get("attributes", ((), ()))),
+        log_epoch=int(document.get("log_epoch", 1)),
     )
 
 

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from state.features.mask import Mask
+from state.registry import log_line
+from state.registry.log_line import WHOLE, LogLine
 
 Action = Literal["start", "pin", "follow", "rollback"]
-FORMAT = 1
+Mode = Literal["fast", "exact"]
+FORMAT, WITH_LINE = 1, 2  # 2 where an exact rollback was: a release that knows no line would learn what it abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Control:
         base: The version that the epoch starts from; None where it starts from nothing.
         serving: Which version answers should use.
         mask: The events that training and windows leave out; its generation is the one that decided it.
+        mode: Of the rollback that the epoch began with: `exact` where the stream went back too.
+        log: The records of the training log that count.
     """
 
     generation: int
@@ -56,6 +61,8 @@ class Control:
     base: int | None = None
     serving: ServingChoice = field(default_factory=ServingChoice)
     mask: Mask = Mask.NONE
+    mode: Mode = "fast"
+    log: LogLine = WHOLE
 
 
 def start(*, actor: str, reason: str, now_ms: int) -> Control:
@@ -90,7 +97,9 @@ def follow(control: Control, *, actor: str, reason: str, now_ms: int) -> Control
     return _next(control, "follow", actor, reason, now_ms, serving=ServingChoice())
 
 
-def roll_back(control: Control, to: int, mask: Mask, *, actor: str, reason: str, now_ms: int) -> Control:
+def roll_back(
+    control: Control, to: int, mask: Mask, *, actor: str, reason: str, now_ms: int, log: LogLine | None = None
+) -> Control:
     """The whole system goes back: answers pinned to version `to`, a new epoch that trains on from it.
 
     What was masked before stays masked, so that an old poison does not come
@@ -105,6 +114,7 @@ def roll_back(control: Control, to: int, mask: Mask, *, actor: str, reason: str,
         actor: Who decided.
         reason: Why.
         now_ms: Wall clock.
+        log: The line that turns off at `to`, for an exact rollback; None for a fast one, which reads on as before.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
@@ -115,13 +125,16 @@ def roll_back(control: Control, to: int, mask: Mask, *, actor: str, reason: str,
     """
     joined = join(control.mask, mask, control.generation + 1)
     serving = ServingChoice("pin", to)
-    if control.action != "start" and control.base == to and joined == control.mask:
+    done = control.action != "start" and control.base == to and joined == control.mask
+    if done and (log is None or control.mode == "exact"):
         return _next(control, "rollback", actor, reason, now_ms, serving=serving)
     return replace(
         _next(control, "rollback", actor, reason, now_ms, serving=serving, force=True),
         epoch=control.epoch + 1,
         base=to,
         mask=joined,
+        mode="fast" if log is None else "exact",
+        log=control.log if log is None else log,
     )
 
 
@@ -141,8 +154,8 @@ def join(mask: Mask, more: Mask, generation: int) -> Mask:
 
 def encode(control: Control) -> bytes:
     """`control` as canonical JSON: the same control gives the same bytes."""
-    document = {
-        "format": FORMAT,
+    document: dict[str, Any] = {
+        "format": FORMAT if control.log == WHOLE else WITH_LINE,
         "generation": control.generation,
         "created_at_ms": control.created_at_ms,
         "actor": control.actor,
@@ -153,6 +166,8 @@ def encode(control: Control) -> bytes:
         "serving": {"mode": control.serving.mode, "version": control.serving.version},
         "mask": control.mask.to_json(),
     }
+    if control.log != WHOLE:
+        document |= {"mode": control.mode, "log": log_line.to_json(control.log)}
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -166,8 +181,8 @@ def decode(document: Mapping[str, Any]) -> Control:
     Raises:
         ValueError: It is of a format that this release does not read, or a field is missing.
     """
-    if document.get("format") != FORMAT:
-        raise ValueError(f"control of format {document.get('format')!r}; this release reads {FORMAT}")
+    if document.get("format") not in (FORMAT, WITH_LINE):
+        raise ValueError(f"control of format {document.get('format')!r}; this release reads 1 to {WITH_LINE}")
     try:
         serving = document["serving"]
         return Control(
@@ -180,6 +195,8 @@ def decode(document: Mapping[str, Any]) -> Control:
             base=document["base"],
             serving=ServingChoice(serving["mode"], serving["version"]),
             mask=Mask.from_json(document["mask"]),
+            mode=document.get("mode", "fast"),
+            log=log_line.from_json(document["log"]) if "log" in document else WHOLE,
         )
     except KeyError as error:
         raise ValueError(f"control without the field {error}") from error

@@ -32,6 +32,7 @@ class LogRange:
         partition: The partition.
         first: The offset of the first record.
         next: Where the trainer reads on.
+        epoch: The epoch of the log that it is in there, see `state/registry/log_line.py`.
     """
 
     topic: str = ""
@@ -39,6 +40,7 @@ class LogRange:
     partition: int = 0
     first: int = 0
     next: int = 0
+    epoch: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from state.registry.control import Control
+from state.registry.log_line import epoch_at
 from state.registry.manifest import Draft, Kind, LogRange
 from trainer.engine.step import Trainer
 from trainer.place import TrainingPlace
@@ -37,7 +39,7 @@ class Drafter:
         trainer: Trainer,
         account: Mapping[str, int],
         topic_id: str,
-        mask_generation: int,
+        control: Control,
         now_ms: int,
     ) -> Draft:
         """The draft of a version with the weights that `trainer` has now.
@@ -48,7 +50,7 @@ class Drafter:
             trainer: Its counters and measures.
             account: What became of the rows.
             topic_id: Of the training log.
-            mask_generation: Of the mask that it learned under.
+            control: That it learned under: its mask, and the line of the log.
             now_ms: Wall clock.
         """
         counters = trainer.counters
@@ -56,7 +58,9 @@ class Drafter:
             kind=kind,
             epoch=place.epoch,
             parent=place.parent or None,
-            log=LogRange(self.topic, topic_id, self.partition, place.first, place.next),
+            log=LogRange(
+                *(self.topic, topic_id, self.partition, place.first, place.next), epoch_at(control.log, place.next)
+            ),
             sources=tuple(place.marks.items()),
             steps=counters.steps,
             rows=counters.trained,
@@ -65,7 +69,7 @@ class Drafter:
             spec=self.spec,
             program=self.program,
             salt=self.salt,
-            mask_generation=mask_generation,
+            mask_generation=control.mask.generation,
             metrics=trainer.evaluation.values()
             | trainer.slices.values()
             | {f"account.{name}": float(value) for name, value in account.items()},

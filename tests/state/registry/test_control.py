@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from state.features.mask import Mask
+from state.positions import Source
 from state.registry import control as codec
 from state.registry.control import Control, ServingChoice, follow, pin, roll_back, start
+from state.registry.log_line import turned
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 
@@ -92,3 +94,22 @@ def test_following_and_rolling_back_again_only_pins_again() -> None:
     back = roll_back(start(**WHO), 2, Mask(users=frozenset({7})), **WHO)
     again = roll_back(follow(back, **WHO), 2, Mask(users=frozenset({7})), **WHO)
     assert (again.epoch, again.serving, again.mask) == (back.epoch, ServingChoice("pin", 2), back.mask)
+
+
+def test_an_exact_rollback_turns_the_log_and_a_fast_one_keeps_its_line() -> None:
+    first = start(**WHO)
+    line = turned(first.log, 1, 40, 60, ((Source("ab" * 16, 1), 7),))
+    exact = roll_back(first, 3, Mask(users=frozenset({5})), **WHO, log=line)
+    assert (exact.mode, exact.log, codec.decode(json.loads(codec.encode(exact)))) == ("exact", line, exact)
+    later = turned(first.log, 1, 40, 99, ())
+    assert roll_back(exact, 3, Mask.NONE, **WHO, log=later) is exact, "asked again it changes nothing"
+    assert roll_back(exact, 3, Mask.NONE, **WHO) is exact, "what is exact is fast too"
+    fast = roll_back(exact, 2, Mask.NONE, **WHO)
+    assert (fast.mode, fast.log, fast.mask) == ("fast", line, exact.mask)
+    assert roll_back(fast, 2, Mask.NONE, **WHO, log=later).mode == "exact"
+
+
+def test_control_without_an_exact_rollback_is_what_an_older_release_reads() -> None:
+    document = json.loads(codec.encode(roll_back(start(**WHO), 3, Mask.NONE, **WHO)))
+    assert document["format"] == 1
+    assert document.keys() & {"mode", "log"} == set()
