@@ -58,7 +58,7 @@ class StreamMetrics(Metrics):
 
     events = counter(
         "springtide_stream_events",
-        "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent, opened, feedback.",
+        "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent, opened, feedback, masked.",
         "outcome",
     )
     dead_letters = counter("springtide_stream_dead_letters", "Records refused, by reason.", "reason")
@@ -87,7 +87,7 @@ class StreamMetrics(Metrics):
     )
     accounting_positions = gauge(
         "springtide_accounting_positions",
-        "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions whose label comes later), feedback (outcomes).",
+        "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions whose label comes later), feedback (outcomes), masked (left out by control's mask).",
         "outcome",
     )
     accounting_labels = gauge(
