@@ -18,7 +18,8 @@ from state.features.arrays import WORDS, words
 from state.features.kernel import update_rows
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
-from state.ranking.transitions import WIDTH, succession
+from state.ranking.transition_rows import from_stored
+from state.ranking.transitions import succession
 
 
 def compile_shared(spec: FeatureSpec) -> None:
@@ -26,7 +27,8 @@ def compile_shared(spec: FeatureSpec) -> None:
     # 1. As serving does; what a store reads cannot be written to, which is a type of its own.
     vectorise(np.frombuffer(bytes(EVENT.itemsize), EVENT), 1, None, Mask.NONE, spec)
     none = np.zeros((1, spec.recent_categories), np.uint64)
-    succession(np.zeros(1, np.int32), np.zeros((1, WIDTH), np.float32), none, np.zeros(1, np.uint64))
+    at, lists = from_stored([None])
+    succession(at, lists, none, np.zeros(1, np.uint64))
     # 2. As the stream and the bootstrap do.
     empty = np.empty(0, np.int64)
     update_rows(

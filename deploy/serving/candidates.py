@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deploy.serving.answer import Interest
 from deploy.serving.catalogue import CategoryName
 from deploy.serving.loaded_version import VersionRows
-from state.ranking.transitions import WIDTH, Succession, succession
+from state.ranking.transitions import Succession, succession
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
@@ -31,12 +31,7 @@ def came_next(rows: VersionRows, recent_categories: U64, popular: U64) -> Succes
         recent_categories: `[n, L]` uint64, the users' categories, newest first, padded with 0.
         popular: `[P]` uint64, padded with 0.
     """
-    lists, at = np.zeros((1 + len(recent_categories), WIDTH), np.float32), np.zeros(len(recent_categories), np.int32)
-    for place, newest in enumerate(recent_categories[:, 0].tolist()):
-        row = rows.transitions(newest) if newest else None
-        if row is not None and len(row) == 4 * WIDTH:
-            at[place] = place + 1
-            lists[place + 1] = np.frombuffer(row, np.float32)
+    at, lists = rows.transitions(recent_categories[:, 0].tolist())
     return succession(at, lists, recent_categories, popular)
 
 

@@ -17,12 +17,15 @@ from state.errors import NotReady, SaltMismatch, SpecMismatch
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.ranking.crosses import Crosses
+from state.ranking.transition_rows import from_stored
+from state.ranking.transitions import Lists
 from state.rows.reader import RowReader
 from state.rows.served import Served
 
 ROWS_REMEMBERED = 10_000
 
 F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
 
 
 _INPUTS = {
@@ -85,9 +88,14 @@ class VersionRows:
             found.append(row)
         return np.frombuffer(b"".join(found), np.float32).reshape(len(ids), self._widths["category"])
 
-    def transitions(self, category: int) -> bytes | None:
-        """The bytes of the list of what came next after a category; None where the version has none."""
-        return self.reader.row("transition", category, self.served)
+    def transitions(self, categories: Sequence[int]) -> tuple[I32, Lists]:
+        """What came next after n categories; 0 is none.
+
+        Returns:
+            `[n]` int32, which list is each category's, 0 where the version has none; and the lists.
+        """
+        reader, served = self.reader, self.served
+        return from_stored([reader.row("transition", one, served) if one else None for one in categories])
 
     def context_sum(self, ids: Sequence[int]) -> F32:
         """The sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""

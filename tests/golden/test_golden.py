@@ -13,12 +13,16 @@ from state.config.settings import Settings
 from state.features.mask import Mask
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
+from state.ranking.transition_rows import pack, signs_of
+from state.ranking.transition_rows import unpack as unpack_rows
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 from tests.golden.archive import EXPECTED, HERE, read_topic, settings_of, unpack
 from tests.golden.learning import learn_on, new_trainer
 from tests.golden.measures import MAP_BYTES, differences, measure, without_digests
-from trainer.versions import checkpoint
+from trainer.tables.changes import Changes
+from trainer.tables.count_table import CountTable
+from trainer.versions import checkpoint, content
 
 CLOSE = 1e-5
 FOLDER = HERE / "0.1.0"
@@ -71,6 +75,21 @@ def test_learning_goes_on_to_the_same_weights(run: Run) -> None:
         if all(ours.get(name) == value for name, value in theirs.items()):
             assert [one["digest"] for one in found["steps"]] == [one["digest"] for one in wanted["steps"]]
     assert starts
+
+
+def test_every_list_of_what_came_next_keeps_its_bits(run: Run) -> None:
+    """Typed and stored again, out of each version; in another table too."""
+    registry, found = Registry(run.settings.registry_dir), 0
+    for version in registry.versions():
+        state = content.merge([checkpoint.tensors_of(registry, registry.manifest(version))])
+        rows = state["transition.rows"]
+        assert pack(unpack_rows(rows), signs_of(rows)).tobytes() == rows.tobytes()
+        changes = Changes(**{field: state[f"transition.{field}"] for field in Changes.FIELDS})
+        table = CountTable("transition", capacity=2)
+        table.load(changes)
+        assert table.digest() == changes.digest()
+        found += int((unpack_rows(rows).counts > 0).sum())
+    assert found
 
 
 def machine(environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,6 @@ from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process.user_code import load_named, told
-from state.ranking import transitions
 from state.ranking.crosses import WIDTH, Crosses
 from trainer.engine.compiled.engine import CompiledEngine
 from trainer.engine.engine import CROSS, Engine
@@ -23,13 +22,14 @@ from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker
+from trainer.tables.count_table import CountTable
 from trainer.tables.table import Table
 
 TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
 
 TRANSITION_CAPACITY = 1024
-"""Lists at the start: there are as many as categories, and each takes a kilobyte."""
+"""Lists at the start: there are as many as categories, and each takes 800 bytes."""
 
 WANTED = "wanted is build(settings, spec, preprocessing) -> trainer.model.ranker.Ranker"
 
@@ -76,7 +76,7 @@ def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:
 
 
 def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Table]:
-    """Embedding rows, crosses and transitions, by name."""
+    """Embedding rows and crosses, by name."""
     model, trainer = settings.model, settings.trainer
     tables = {
         name: Table(
@@ -91,16 +91,12 @@ def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Tabl
     }
     # A cross begins at nothing: a weight and a marginal logit of 0, of which nothing was learned.
     tables[CROSS] = Table(CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, device, initial_range=0.0)
-    tables[TRANSITION] = Table(
-        TRANSITION,
-        transitions.WIDTH,
-        TRANSITION_CAPACITY,
-        admit_after=trainer.admit_after,
-        device=device,
-        initial_range=0.0,
-        trained=False,
-    )
     return tables
+
+
+def transitions_of(settings: Settings) -> CountTable:
+    """What came next after each category."""
+    return CountTable(TRANSITION, TRANSITION_CAPACITY, settings.trainer.admit_after)
 
 
 def engine_name(wanted: str, ranker: Ranker, device: str) -> str:
@@ -135,10 +131,9 @@ def engine_of(
     Raises:
         SettingsError: The compiled engine is wanted of what it cannot do.
     """
-    learned = {name: table for name, table in tables.items() if name != TRANSITION}
     precision = first_precision(crosses.kinds)
     if engine_name(settings.trainer.engine, ranker, device) == "compiled" and isinstance(ranker, DefaultRanker):
         fields = len(settings.events.context) + len(columns.users.names)
-        return CompiledEngine(ranker, optimizer, learned, precision, fields, len(columns.items.names), device)
+        return CompiledEngine(ranker, optimizer, tables, precision, fields, len(columns.items.names), device)
     with tf.device(device):
-        return TensorflowEngine(ranker, optimizer, learned, settings.model.learning_rate, precision, device)
+        return TensorflowEngine(ranker, optimizer, tables, settings.model.learning_rate, precision, device)

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
-from state.ranking import transitions
 from state.ranking.crosses import Crosses, Values
 from trainer.engine.sums import dropout
 from trainer.model.attributes import Columns
@@ -24,6 +23,7 @@ from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.losses import NEGATIVE_SHIFT
 from trainer.model.ranker import Targets
+from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64
 
 F32 = npt.NDArray[np.float32]
@@ -42,9 +42,7 @@ class Record:
         targets: What is learned, NumPy arrays.
         partner: `[B]` int64, the row whose item is each row's negative.
         seed: Of dropout.
-        newest: `[B]` int32, where the list of transitions of each row's newest category is in `lists`.
-        lists: `[u, WIDTH]` float32 lists of transitions; the first is that of no category.
-        list_rows: `[u]` int32, their rows in the table.
+        newest: `[B]` int32, the row of each row's newest category in the table of transitions.
     """
 
     ids: Mapping[str, U64]
@@ -53,8 +51,6 @@ class Record:
     partner: npt.NDArray[np.int64]
     seed: tuple[int, int]
     newest: I32
-    lists: F32
-    list_rows: I32
 
     def __len__(self) -> int:
         """B."""
@@ -98,7 +94,7 @@ class Recorder:
         return found
 
     def record(
-        self, batch: MicroBatch, crosses: U64, popular: U64, transition_table: Any, seed: tuple[int, int] | None
+        self, batch: MicroBatch, crosses: U64, popular: U64, transitions: CountTable, seed: tuple[int, int] | None
     ) -> Record:
         """What the host knows of `batch`.
 
@@ -106,17 +102,16 @@ class Recorder:
             batch: One row or more.
             crosses: Of `crosses_of`.
             popular: `[P]` uint64, the popular categories, padded with 0.
-            transition_table: Lists by category.
+            transitions: What came next after each category.
             seed: Of dropout; None hashes the first row's position.
         """
         sources = [part.source for part in batch.header.ranges]
         topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
         partitions = np.array([source.partition for source in sources], np.uint64)[batch.source]
         partner = partners(topics, partitions, batch.opened)
-        table, recent = transition_table, batch.recent_categories
-        list_rows, newest = table.distinct(table.find(np.ascontiguousarray(recent[:, 0])))
-        lists = table.get(list_rows)
-        came_next = transitions.succession(newest, lists, recent, popular)
+        recent = batch.recent_categories
+        newest = transitions.find(np.ascontiguousarray(recent[:, 0]))
+        came_next = transitions.succession(newest, recent, popular)
         slots = candidates(batch.category, recent, popular, came_next.ids, partner)
         if seed is None:
             seed = seed_of(int(topics[0]), int(partitions[0]), int(batch.opened[0]))
@@ -153,7 +148,7 @@ class Recorder:
             ids |= {name: getattr(batch, name) for name in ("sequence_items", "sequence_categories")}
             values |= {name: getattr(batch, name) for name in ("sequence_actions", "sequence_ages")}
             values["sequence_mask"] = (batch.sequence_actions != 0).astype(np.float32)
-        return Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest, lists, list_rows)
+        return Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest)
 
 
 def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Targets:

@@ -35,10 +35,9 @@ from state.config.settings import Settings
 from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
-from state.ranking import transitions
 from state.ranking.crosses import Crosses
 from trainer.device import prepare
-from trainer.engine.build import TRANSITION, engine_of, optimizer_of, ranker_of, tables_of
+from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, transitions_of
 from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.record import Record, Recorder
@@ -47,9 +46,9 @@ from trainer.measures.evaluation import Evaluation
 from trainer.measures.slices import Scored, Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
+from trainer.tables.id_table import MISSING, IdTable
 from trainer.tables.index import U64
 from trainer.tables.popular import HOUR_MS, Popular
-from trainer.tables.table import MISSING
 
 F32 = npt.NDArray[np.float32]
 
@@ -85,6 +84,7 @@ class Trainer:
         clock: Seconds, for the duration in the report only.
 
     Attributes:
+        transitions: What came next after each category.
         tables: By name: user, item, category, context, cross, transition.
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
@@ -105,7 +105,8 @@ class Trainer:
         with tf.device(self.device):
             self.model = ranker_of(settings, spec, preprocessing)
             self.optimizer = optimizer_of(self.model, settings)
-        self.tables = tables_of(self.model, settings, self.device)
+        learned, self.transitions = tables_of(self.model, settings, self.device), transitions_of(settings)
+        self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
         self.popular = Popular(settings.model.popular)
         self.evaluation = Evaluation()
         self._columns = Columns(settings.attributes)
@@ -119,7 +120,7 @@ class Trainer:
         dropped = settings.model.hidden[0] if any(one.name == "tower_kept" for one in self.model.inputs) else 0
         self._recorder = Recorder(settings, self._crosses, self._columns, dropped)
         self.engine = engine_of(
-            self.model, self.optimizer, self.tables, self._crosses, self._columns, settings, self.device
+            self.model, self.optimizer, learned, self._crosses, self._columns, settings, self.device
         )
 
     def clear(self) -> None:
@@ -200,7 +201,7 @@ class Trainer:
         return {name: getattr(scores, name) for name in names}
 
     def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
-        return self._recorder.record(batch, crosses, self.popular.top(), self.tables[TRANSITION], seed)
+        return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)
 
     def _observe(self, batch: MicroBatch, crosses: U64) -> None:
         counters, expire_s = self.counters, self.settings.trainer.expire_s
@@ -214,7 +215,7 @@ class Trainer:
         for context in (self._recorder.context_of(batch), self._columns.items_of(batch)):
             if fields := context.shape[1]:
                 self.tables["context"].observe(context.reshape(-1), np.repeat(batch.at_ms, fields))
-        self.tables[TRANSITION].observe(_left(batch), batch.at_ms)
+        self.transitions.observe(_left(batch), batch.at_ms)
         if crosses.size:
             self.tables[CROSS].observe(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
             shares = self._crosses.shares
@@ -252,7 +253,8 @@ class Trainer:
                 users, items = self._columns.users_of(batch), self._columns.items_of(batch)
                 self.slices.update(users, items, batch.header.names, seen)
             self.popular.update(batch.category, counters.log_ms)
-            self._count_transitions(batch, record)
+            # Only once the step is accepted: a skipped one leaves no trace.
+            self.transitions.count(record.newest, np.where(pairs.weight > 0, batch.category, np.uint64(0)))
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, event_time_ms)
         else:
@@ -271,14 +273,6 @@ class Trainer:
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
         )
-
-    def _count_transitions(self, batch: MicroBatch, record: Record) -> None:
-        """Counted once the step is accepted: a skipped one leaves no trace."""
-        followers = np.where(record.targets.weight > 0, batch.category, np.uint64(0))
-        transitions.record(record.newest, followers, record.lists)
-        table, lists = self.tables[TRANSITION], record.lists
-        table.put(record.list_rows[1:], lists[1:], np.zeros((len(lists) - 1, 0), np.float32))
-        table.touch(record.list_rows)
 
 
 def _left(batch: MicroBatch) -> U64:

@@ -22,8 +22,8 @@ from state.kernels import compile_shared
 from state.layout import PROGRAMS
 from state.lowering import lower_saved_model
 from state.microbatch.batch import MicroBatch
-from state.ranking import transitions
-from state.ranking.transitions import FOLLOWERS, SUCCESSORS, identity
+from state.ranking import transition_rows, transitions
+from state.ranking.transitions import SUCCESSORS
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, clicks, digest_of, manifest
 from tests.trainer.batches import micro_batch, spread
 
@@ -100,14 +100,10 @@ def asked(stores: Stores) -> MicroBatch:
 
 def successors(taught: Taught, labels: list[int]) -> list[int]:
     """By hand out of the trainer's table: who came next most often and is neither a label nor popular."""
-    table = taught.trainer.tables["transition"].state()
-    known = np.flatnonzero(table.ids == np.uint64(labels[0]))
-    if not labels[0] or not known.size:
-        return []
-    row = table.rows[known[0]]
-    listed = [int(identity(row, place)) for place in range(FOLLOWERS) if row[place]]
+    table = taught.trainer.transitions
+    listed = table.lists(table.find(np.array(labels[:1], np.uint64))).ids[0].tolist()
     taken = {*labels, *taught.tensors["popular"].tolist()}
-    return [label for label in listed if label not in taken][:SUCCESSORS]
+    return [label for label in listed if label and label not in taken][:SUCCESSORS]
 
 
 def expected(stores: Stores, taught: Taught) -> list[dict[str, float]]:
@@ -239,10 +235,13 @@ def test_a_version_of_a_release_without_the_table_is_answered_as_it_was(shop: St
 
 
 def test_a_first_answer_finds_its_kernel_compiled(shop: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As in a new process: nothing that another test called it with is known.
-    kernel = compiled(transitions._succeed.py_func)  # type: ignore[attr-defined]
-    monkeypatch.setattr(transitions, "_succeed", kernel)
+    # As in a new process: nothing that another test called them with is known.
+    kernels = []
+    for module, name in ((transitions, "_succeed"), (transition_rows, "_unpack")):
+        kernels.append(compiled(getattr(module, name).py_func))
+        monkeypatch.setattr(module, name, kernels[-1])
     compile_shared(SPEC)
-    before = list(kernel.signatures)
+    before = [list(kernel.signatures) for kernel in kernels]
     predictor(shop).profiles([Query("cleo"), Query("gus")])
-    assert kernel.signatures == before and len(before) == 1
+    assert [kernel.signatures for kernel in kernels] == before
+    assert [len(one) for one in before] == [1, 1]

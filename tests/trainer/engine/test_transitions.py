@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from state.microbatch.batch import MicroBatch
-from state.ranking.transitions import FOLLOWERS, identity
+from state.ranking.transitions import FOLLOWERS
 from tests.trainer.batches import micro_batch, spread
 from tests.trainer.engine.test_step import digests, fresh, learned, restored
 from trainer.engine.build import TRANSITION
@@ -41,11 +41,11 @@ def log(count: int = 6, rows: int = 64, first: int = 0) -> list[MicroBatch]:
 
 def lists(trainer: Trainer) -> dict[int, dict[int, int]]:
     """What came next how often, by the label before."""
-    state = trainer.tables[TRANSITION].state()
+    labels = trainer.transitions.state().ids
+    held = trainer.transitions.lists(trainer.transitions.find(labels))
     found = {}
-    for label, row in zip(state.ids.tolist(), state.rows, strict=True):
-        length = int((row[:FOLLOWERS] > 0).sum())
-        found[label] = {int(identity(row, place)): int(row[place]) for place in range(length)}
+    for label, counts, followers in zip(labels.tolist(), held.counts.tolist(), held.ids.tolist(), strict=True):
+        found[label] = {one: count for one, count in zip(followers, counts, strict=True) if count}
     return found
 
 

@@ -1,0 +1,75 @@
+"""What came next after each category, counted over all users: typed lists on the host, nothing learned.
+
+Lists become float32 rows when a version takes them and where it is loaded
+(`state/ranking/transition_rows.py`); nobody else in the trainer sees a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from state.ranking import transition_rows, transitions
+from state.ranking.transitions import Lists, Succession
+from trainer.tables.id_table import IdTable, grown
+from trainer.tables.index import F32, I32, U64, hashed_uniform
+
+
+class CountTable(IdTable):
+    """One list per category.
+
+    Args:
+        name: Of the table in versions.
+        capacity: Lists there is room for at first; it doubles when full.
+        admit_after: Sightings a category needs before it gets a list.
+    """
+
+    def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1) -> None:
+        super().__init__(name, transition_rows.WIDTH, capacity, admit_after)
+        self._lists = Lists.empty(self.capacity)
+        self._signs: npt.NDArray[np.uint8] = np.zeros((self.capacity, transition_rows.SIGN_BYTES), np.uint8)
+
+    def lists(self, rows: I32) -> Lists:
+        """Copies of the lists of rows, `[n]` int32; empty where there is none."""
+        return Lists(self._lists.counts[rows], self._lists.ids[rows])
+
+    def succession(self, rows: I32, recent_categories: U64, popular: U64) -> Succession:
+        """What the lists of users' newest categories say.
+
+        Args:
+            rows: `[n]` int32, that of each user's newest category; MISSING for none.
+            recent_categories: `[n, L]` uint64, the users' categories, padded with 0.
+            popular: `[P]` uint64, padded with 0.
+        """
+        distinct, at = self.distinct(rows)
+        return transitions.succession(at, self.lists(distinct), recent_categories, popular)
+
+    def count(self, rows: I32, followers: U64) -> None:
+        """Counts transitions in the order of the rows of a batch, and lists all of `rows` as changed.
+
+        Args:
+            rows: `[n]` int32, that of the newest category before each event; MISSING for none.
+            followers: `[n]` uint64, the category that came next; 0 for none.
+        """
+        halved = transitions.record(rows, followers, self._lists)
+        # What halving takes off a list leaves plain zeros.
+        self._signs[rows[halved]] = 0
+        self.touch(rows)
+
+    def put(self, rows: I32, values: F32, accum: F32) -> None:
+        """Sets lists (rows `[n]` int32) to rows of a version, `[n, dim]` float32; there is no accumulator."""
+        lists = transition_rows.unpack(values)
+        self._lists.counts[rows], self._lists.ids[rows] = lists
+        self._signs[rows] = transition_rows.signs_of(values)
+
+    def _held(self, rows: I32) -> tuple[F32, F32]:
+        packed = transition_rows.pack(self.lists(rows), self._signs[rows])
+        return packed, np.zeros((len(rows), 0), np.float32)
+
+    def _begin(self, ids: U64, rows: I32) -> None:
+        first = hashed_uniform(ids, self.dim, self.name) * np.float32(0.0)
+        self.put(rows, first, np.zeros((len(rows), 0), np.float32))
+
+    def _resize(self, capacity: int) -> None:
+        self._lists = Lists(*(grown(part, capacity) for part in self._lists))
+        self._signs = grown(self._signs, capacity)
