@@ -5,9 +5,9 @@ all values are whole numbers below 2^24, and an id is three of them.
 
     count x FOLLOWERS | bits 42.. of the id x FOLLOWERS | bits 21..41 | bits 0..20
 
-Behind a list's end there are zeros. They say nothing, but have signs: a row begins
-as random numbers times 0, as an embedding whose first values have no range does.
-Digests and `verify` compare bits, so that the trainer keeps the signs beside its lists.
+Behind a list's end there are zeros. They say nothing, but have signs: a new row is
+numbers between -1 and 1 times 0, as of an embedding that begins at nothing. Digests
+and `verify` compare bits, so that the trainer keeps the signs beside its lists.
 """
 
 from __future__ import annotations

@@ -77,6 +77,7 @@ def test_learning_goes_on_to_the_same_weights(run: Run) -> None:
     assert starts
 
 
+@pytest.mark.parametrize("run", ["joined"], indirect=True)
 def test_every_list_of_what_came_next_keeps_its_bits(run: Run) -> None:
     """Typed and stored again, out of each version; in another table too."""
     registry, found = Registry(run.settings.registry_dir), 0
@@ -89,7 +90,7 @@ def test_every_list_of_what_came_next_keeps_its_bits(run: Run) -> None:
         table.load(changes)
         assert table.digest() == changes.digest()
         found += int((unpack_rows(rows).counts > 0).sum())
-    assert found
+    assert found > 50
 
 
 def machine(environment: Mapping[str, str]) -> dict[str, str]:

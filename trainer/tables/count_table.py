@@ -67,6 +67,7 @@ class CountTable(IdTable):
         return packed, np.zeros((len(rows), 0), np.float32)
 
     def _begin(self, ids: U64, rows: I32) -> None:
+        # Empty lists, whose zeros have the signs of these.
         first = hashed_uniform(ids, self.dim, self.name) * np.float32(0.0)
         self.put(rows, first, np.zeros((len(rows), 0), np.float32))
 

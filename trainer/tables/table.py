@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.tables.id_table import MISSING as MISSING
 from trainer.tables.id_table import IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
 from trainer.tables.rows_used import gathered
