@@ -1,1 +1,1 @@
-"""Embedding tables: from ids to rows, grown, admitted and expired."""
+"""From ids to rows, grown, admitted and expired: embeddings, and counts of what came next."""
