@@ -17,7 +17,6 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 @part_of_sums
 def engage(
     b: int,
-    at: int,
     facts: Facts,
     inputs: HeadInputs,
     weights: FastWeights,
@@ -28,49 +27,51 @@ def engage(
     scores: Scores,
     gradients: Gradients,
 ) -> None:
-    """Pair `at` of row `b`: scored without dropout, learned with it. `logits` are those of interest without dropout.
+    """The pair of row `b`, and that with its negative: scored without dropout, learned with it.
 
-    `biases` are matrices of one row: the item's, the category's, and their derivatives.
+    `logits` are those of interest without dropout. `biases` are matrices of one row: the item's, the
+    category's, and their derivatives. One call takes both pairs: each array that a call unpacks costs.
     """
     plain, queries, prior = inputs.plain_queries, inputs.queries, inputs.prior
-    category, item = inputs.category, inputs.item
+    item, category, dim = inputs.item, inputs.category, inputs.category.shape[1]
     item_bias, category_bias, to_item_bias, to_category_bias = biases
-    dim = category.shape[1]
-    category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
-    known = -1
-    if category_at != 0:
-        for j in range(facts.recent_mask.shape[1]):
-            if facts.recent_at[b, j] == category_at and facts.recent_mask[b, j] != _ZERO:
-                known = j
-    if known >= 0:
-        likely = logits[known] - normaliser
-        fixed = prior[0] + prior[1] * likely
-    else:
-        likely = weights.other[0] + dot(plain, b, 0, category, category_at) - normaliser
-        fixed = prior[2] * likely
-    fixed += dot(item_bias, 0, 0, item, item_at) + dot(category_bias, 0, 0, category, category_at)
-    if at == b:
-        fixed += crossed[b]
-    score = fixed + plain[b, 2 * dim] + dot(plain, b, dim, item, item_at)
-    shifted = score + facts.engaged_shift[at]
-    scores.engagement[at] = score
-    scores.engagement_loss[at] = (
-        max(shifted, _ZERO) - shifted * facts.engaged[at] + np.float32(math.log1p(math.exp(-abs(shifted))))
-    )
-    if facts.engaged_weight[at] == _ZERO:
-        return
-    shifted = fixed + queries[b, 2 * dim] + dot(queries, b, dim, item, item_at) + facts.engaged_shift[at]
-    g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - facts.engaged[at]) * facts.engaged_weight[at]
-    if known >= 0:
-        gradients.prior[0] += g
-        gradients.prior[1] += g * likely
-    else:
-        gradients.prior[2] += g * likely
-    gradients.queries[b, 2 * dim] += g
-    # A loop that writes two arrays would not be put into vectors.
-    add(gradients.queries, b, dim, g, item, item_at, 0, dim)
-    add(to_item_bias, 0, 0, g, item, item_at, 0, dim)
-    add(to_category_bias, 0, 0, g, category, category_at, 0, dim)
-    add(gradients.item, item_at, 0, g, queries, b, dim, dim)
-    add(gradients.item, item_at, 0, g, item_bias, 0, 0, dim)
-    add(gradients.category, category_at, 0, g, category_bias, 0, 0, dim)
+    rows = facts.target.shape[0]
+    for at in range(b, 2 * rows, rows):
+        category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
+        known = -1
+        if category_at != 0:
+            for j in range(facts.recent_mask.shape[1]):
+                if facts.recent_at[b, j] == category_at and facts.recent_mask[b, j] != _ZERO:
+                    known = j
+        if known >= 0:
+            likely = logits[known] - normaliser
+            fixed = prior[0] + prior[1] * likely
+        else:
+            likely = weights.other[0] + dot(plain, b, 0, category, category_at) - normaliser
+            fixed = prior[2] * likely
+        fixed += dot(item_bias, 0, 0, item, item_at) + dot(category_bias, 0, 0, category, category_at)
+        if at == b:
+            fixed += crossed[b]
+        score = fixed + plain[b, 2 * dim] + dot(plain, b, dim, item, item_at)
+        shifted = score + facts.engaged_shift[at]
+        scores.engagement[at] = score
+        scores.engagement_loss[at] = (
+            max(shifted, _ZERO) - shifted * facts.engaged[at] + np.float32(math.log1p(math.exp(-abs(shifted))))
+        )
+        if facts.engaged_weight[at] == _ZERO:
+            continue
+        shifted = fixed + queries[b, 2 * dim] + dot(queries, b, dim, item, item_at) + facts.engaged_shift[at]
+        g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - facts.engaged[at]) * facts.engaged_weight[at]
+        if known >= 0:
+            gradients.prior[0] += g
+            gradients.prior[1] += g * likely
+        else:
+            gradients.prior[2] += g * likely
+        gradients.queries[b, 2 * dim] += g
+        # A loop that writes two arrays would not be put into vectors.
+        add(gradients.queries, b, dim, g, item, item_at, 0, dim)
+        add(to_item_bias, 0, 0, g, item, item_at, 0, dim)
+        add(to_category_bias, 0, 0, g, category, category_at, 0, dim)
+        add(gradients.item, item_at, 0, g, queries, b, dim, dim)
+        add(gradients.item, item_at, 0, g, item_bias, 0, 0, dim)
+        add(gradients.category, category_at, 0, g, category_bias, 0, 0, dim)

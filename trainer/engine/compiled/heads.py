@@ -46,6 +46,7 @@ _ZERO = np.float32(0.0)
 def _heads(
     facts: Facts,
     inputs: HeadInputs,
+    biases: tuple[F32, F32, F32, F32],
     logarithms: F32,
     crossed: F32,
     scores: Scores,
@@ -60,19 +61,17 @@ def _heads(
     apart: bool,
 ) -> None:
     """`weights` are views of what moves, `fast_gradient` of `fast_gradient_flat`, the derivatives since the last move."""
-    rows = facts.windows.shape[0]
+    rows, category = facts.windows.shape[0], inputs.category
     count = facts.windows.shape[1] + facts.popular_mask.shape[1] + facts.successor_mask.shape[1] + 1
     logits, shares = np.empty(count, np.float32), np.empty(count, np.float32)
     slope, bits = np.empty(count, np.float32), np.empty(count, np.int32)
     powers = bits.view(np.float32)
-    # Made once: each view is counted in and out.
-    views = inputs.item_bias.reshape(1, -1), inputs.category_bias.reshape(1, -1)
-    biases = (*views, gradients.item_bias.reshape(1, -1), gradients.category_bias.reshape(1, -1))
     for b in range(rows):
         begin = b // BLOCK * BLOCK
         end = min(begin + BLOCK, rows)
+        row = b - begin
         # 1.
-        if b == begin:
+        if row == 0:
             user_hidden_of(begin, end, inputs.user_features, weights, workspace)
             window_net(begin, end, facts, weights, logarithms, workspace)
             transition_net(begin, end, facts, weights, logarithms, workspace)
@@ -80,21 +79,22 @@ def _heads(
             workspace.transition_gradient[:] = _ZERO
         # 2.
         score_candidates(
-            b, facts, inputs.category, weights, inputs.plain_queries, inputs.plain_popular, workspace, b - begin, logits
+            b, row, facts, weights, inputs.plain_queries, inputs.plain_popular, category, workspace, logits
         )
         highest = highest_of(logits)
         total = exponentials(logits, highest, shares, bits, powers)
         measure_interest(b, facts, logits, total, highest, scores)
         # 3. The last slot was chosen by the row's own event, which serving does not know.
         normaliser = normaliser_of(max(total - shares[count - 1], _ZERO), highest)
-        for at in range(b, 2 * rows, rows):
-            engage(b, at, facts, inputs, weights, biases, crossed, logits, normaliser, scores, gradients)
+        engage(b, facts, inputs, weights, biases, crossed, logits, normaliser, scores, gradients)
         # 4.
         if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
-            learn_interest(
-                b, b - begin, facts, inputs, weights, workspace, logits, shares, bits, powers, slope, total, gradients,
-                fast_gradient, apart,
-            )  # fmt: skip
+            if apart:
+                score_candidates(
+                    b, row, facts, weights, inputs.queries, inputs.popular_logits, category, workspace, logits
+                )
+                total = exponentials(logits, highest_of(logits), shares, bits, powers)
+            learn_interest(b, row, facts, inputs, workspace, shares, total, slope, gradients, fast_gradient)
         if b == end - 1:
             transition_net_gradients(begin, end, facts, weights, workspace, fast_gradient)
             window_net_gradients(begin, end, facts, inputs.user_features, weights, workspace, fast_gradient)
@@ -137,8 +137,10 @@ def heads(
         facts.cross_at, facts.share_at, facts.cross_prior, facts.engaged, inputs.cross, inputs.cross_precision
     )
     step = np.float32(rate if slots is not None else 0.0)
+    item, category = inputs.item_bias[None], inputs.category_bias[None]
+    biases = item, category, gradients.item_bias[None], gradients.category_bias[None]
     _heads(
-        facts, inputs, LOGARITHMS, crossed.logits, scores, gradients, moved, FastWeights.of(moved.weights, inputs.fast),
+        facts, inputs, biases, LOGARITHMS, crossed.logits, scores, gradients, moved, FastWeights.of(moved.weights, inputs.fast),
         since_move, FastWeights.of(since_move, inputs.fast), total, Workspace.of(facts), step, apart,
     )  # fmt: skip
     return scores, gradients, Learned(crossed.rows, crossed.precision, moved)

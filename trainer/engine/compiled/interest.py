@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from state.compiled import part_of_sums
-from trainer.engine.compiled.arrays import F32, I32, Facts, FastWeights, Gradients, HeadInputs
+from trainer.engine.compiled.arrays import F32, Facts, FastWeights, Gradients, HeadInputs
 from trainer.engine.compiled.rows import add, dot
-from trainer.engine.compiled.softmax import exponentials, highest_of, rank_of
+from trainer.engine.compiled.softmax import rank_of
 from trainer.engine.compiled.workspace import Workspace
 from trainer.engine.engine import Scores
 from trainer.model import ranker
@@ -23,16 +23,16 @@ _ZERO = np.float32(0.0)
 @part_of_sums
 def score_candidates(
     b: int,
+    row: int,
     facts: Facts,
-    category: F32,
     weights: FastWeights,
     queries: F32,
     popular: F32,
+    category: F32,
     workspace: Workspace,
-    row: int,
     out: F32,
 ) -> None:
-    """The logits of categories, popular ones, successors and the last slot of row `b`, masked, `[L + P + S + 1]`."""
+    """The logits of categories, popular ones, successors and the last slot of row `b`, row `row` of its block, masked, `[L + P + S + 1]`."""
     transition_logits, window_logits, m = workspace.transition_logits, workspace.window_logits, workspace.firsts[row]
     recent_categories, ranks, successors = (
         facts.recent_mask.shape[1],
@@ -86,28 +86,20 @@ def learn_interest(
     row: int,
     facts: Facts,
     inputs: HeadInputs,
-    weights: FastWeights,
     workspace: Workspace,
-    logits: F32,
     shares: F32,
-    bits: I32,
-    powers: F32,
-    slope: F32,
     total: np.float32,
+    slope: F32,
     gradients: Gradients,
     fast_gradient: FastWeights,
-    apart: bool,
 ) -> None:
-    """The derivatives of row `b`, row `row` of its block; `shares` and their sum `total` are those without dropout, to be taken again if learning is `apart`."""
+    """The derivatives of row `b`, row `row` of its block, of whose candidates `shares` of the sum `total` are."""
     recent_mask, successor_mask = facts.recent_mask, facts.successor_mask
     recent_at, successor_at, other_at = facts.recent_at, facts.successor_at, facts.other_at
     queries, category = inputs.queries, inputs.category
     to_queries, to_category = gradients.queries, gradients.category
     recent_categories, ranks, successors = recent_mask.shape[1], facts.popular_mask.shape[1], successor_mask.shape[1]
-    dim, places, slots = category.shape[1], ranks + successors, logits.shape[0]
-    if apart:
-        score_candidates(b, facts, category, weights, queries, inputs.popular_logits, workspace, row, logits)
-        total = exponentials(logits, highest_of(logits), shares, bits, powers)
+    dim, places, slots = category.shape[1], ranks + successors, slope.shape[0]
     factor = facts.weight[b] / total
     for i in range(slots):
         slope[i] = shares[i] * factor
