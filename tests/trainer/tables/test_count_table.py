@@ -87,30 +87,6 @@ def test_what_came_next_is_counted_where_there_is_a_list_and_listed_as_changed()
     assert table.take_changes().ids.tolist() == [1, 2]
 
 
-def test_growth_keeps_every_list() -> None:
-    table, before = CountTable("transition", capacity=2), np.arange(1, 1001, dtype=np.uint64)
-    for start in range(0, 1000, 100):
-        part = before[start : start + 100]
-        table.observe(part, np.ones(100, np.int64))
-        table.count(table.find(part), part + np.uint64(1))
-    lists = table.lists(table.find(before))
-    assert table.capacity >= 1001 and (lists.counts[:, 0] == 1).all()
-    assert (lists.ids[:, 0] == before + np.uint64(1)).all() and not lists.counts[:, 1:].any()
-
-
-def test_a_category_that_expired_and_came_back_begins_anew() -> None:
-    table = CountTable("transition")
-    table.observe(ids(1, 2), np.array([10, 50]))
-    table.count(table.find(ids(1, 2)), ids(8, 8))
-    assert table.expire(before_ms=20) == 1
-    # The next category takes the row that is free.
-    rows = table.observe(ids(3, 1), np.array([60, 60]))
-    assert not table.lists(rows).counts.any() and not table.lists(rows).ids.any()
-    assert table.take_changes().removed.size == 0
-    table.clear()
-    assert len(table) == 0 and not table.lists(table.observe(ids(2), np.array([70]))).counts.any()
-
-
 def test_what_lists_say_is_that_of_all_counts_while_they_have_room() -> None:
     table = CountTable("transition")
     before, after, times = clicks(0)
