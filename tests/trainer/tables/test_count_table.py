@@ -74,6 +74,18 @@ def test_a_new_list_is_empty_and_its_row_begins_as_a_hash_times_nothing() -> Non
     assert np.signbit(held.rows).any() and held.accum.shape == (1, 0)
 
 
+def test_halving_a_list_leaves_plain_zeros_in_its_row_and_no_others() -> None:
+    table = CountTable("transition")
+    rows = table.observe(ids(7, 8), np.ones(2, np.int64))
+    table.count(rows[:1].repeat(MOST - 1), ids(5).repeat(MOST - 1))
+    table.count(rows[1:], ids(5))
+    before = table.state().rows
+    table.count(rows[:1], ids(5))
+    after = table.state().rows
+    assert np.signbit(before).any(1).all() and not np.signbit(after[0]).any()
+    assert after[1].tobytes() == before[1].tobytes() and after[0, :2].tolist() == [MOST // 2, 0]
+
+
 def test_what_came_next_is_counted_where_there_is_a_list_and_listed_as_changed() -> None:
     table = CountTable("transition", capacity=2)
     table.observe(ids(1, 2, 3), np.ones(3, np.int64))
