@@ -62,6 +62,22 @@ class StreamMetrics(Metrics):
         "outcome",
     )
     dead_letters = counter("springtide_stream_dead_letters", "Records refused, by reason.", "reason")
+    clocks_off = counter(
+        "springtide_stream_clocks_off",
+        "Clicks of a clock that is off, by direction: ahead, behind (or late), refused (reason implausible_time).",
+        "direction",
+    )
+    clock_off_partition = gauge(
+        "springtide_stream_clock_off_partition", "Partition of the newest of those clicks, by direction.", "direction"
+    )
+    clock_off_offset = gauge(
+        "springtide_stream_clock_off_offset", "Offset of the newest of those clicks, by direction.", "direction"
+    )
+    clock_off_seconds = gauge(
+        "springtide_stream_clock_off_seconds",
+        "How far the newest of those clicks is from what the clicks around it say; 0 for a refused one.",
+        "direction",
+    )
     lag_events = gauge("springtide_stream_lag_events", "Positions of the clicks topic not yet read.")
     lag_seconds = gauge(
         "springtide_stream_lag_seconds",

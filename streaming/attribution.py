@@ -1,17 +1,18 @@
 """Which impressions an event labels: those that wait, joined by an outcome or over with their time. Pure.
 
-Event by event, in the order of a source's log, with the newest event time so
-far as its clock:
+Event by event, in the order of a source's log, by the clock of `streaming.witnesses`,
+which is the newest event time so far unless somebody's clock is wrong:
 
 1. An outcome labels the latest impression of the same pair that waits, whose
    time is not after the outcome's, and whose wait is not over.
-2. An impression begins to wait; not where its wait is over already, since no
-   outcome could have joined it, nor where too many wait.
+2. An impression begins to wait at its time, or at the clock where it is ahead of
+   that; not where its wait is over already, since no outcome could have joined
+   it, nor where too many wait.
 3. Impressions leave in the order in which they came, as soon as their wait is
    over: at most `MOST_EXPIRED` at one event, so that the rows of one position stay few.
 
 Nothing here knows the time of day or where one batch ends, so that any cutting
-of the log gives the same. A row that waits costs some 90 bytes of memory; what
+of the log gives the same. A row that waits costs some 100 bytes of memory; what
 it says is in the store. All of it is one file, constants included: Numba takes
 a kernel's machine code from its cache unless the kernel's own file has changed.
 """
@@ -31,7 +32,6 @@ U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 
 MOST_EXPIRED = 8
-NEVER_MS = np.iinfo(np.int64).min
 NONE = -1
 
 # What an action is, and the kinds of `state.microbatch.row_kinds`, whose numbers a test compares.
@@ -47,26 +47,26 @@ class Queue(NamedTuple):
     Attributes:
         offset: `[S]` int64.
         at_ms: `[S]` int64.
+        begun_ms: `[S]` int64, when it began to wait.
         pair: `[S]` uint64.
         source: `[S]` int64, a number below Q.
         chain: `[S, 4]` int64: the next and the one before of the source, the older and the newer of the bucket.
         buckets: `[B]` int64, the newest slot of the pairs of each bucket; B is a power of two.
         first: `[Q, 2]` int64, the oldest and the newest slot of each source.
         waiting: `[Q]` int64, how many wait.
-        clock_ms: `[Q]` int64, the newest event time of each source.
         free: `[S]` int64, slots without an impression, the first `sizes[0]` of them.
         sizes: `[1]` int64.
     """
 
     offset: I64
     at_ms: I64
+    begun_ms: I64
     pair: U64
     source: I64
     chain: I64
     buckets: I64
     first: I64
     waiting: I64
-    clock_ms: I64
     free: I64
     sizes: I64
 
@@ -77,26 +77,26 @@ class Queue(NamedTuple):
         return cls(
             np.zeros(slots, np.int64),
             np.zeros(slots, np.int64),
+            np.zeros(slots, np.int64),
             np.zeros(slots, np.uint64),
             np.zeros(slots, np.int64),
             np.full((slots, 4), NONE, np.int64),
             np.full(buckets, NONE, np.int64),
             np.full((sources, 2), NONE, np.int64),
             np.zeros(sources, np.int64),
-            np.full(sources, NEVER_MS, np.int64),
             np.arange(slots, dtype=np.int64)[::-1].copy(),
             np.array([slots], np.int64),
         )
 
-    def rows(self) -> tuple[I64, I64, U64, I64]:
-        """Offset, time, pair and source of all that wait, those of a source in order."""
+    def rows(self) -> tuple[I64, I64, I64, U64, I64]:
+        """Offset, time, begin, pair and source of all that wait, those of a source in order."""
         found: list[int] = []
         for slot in self.first[:, 0].tolist():
             while slot != NONE:
                 found.append(slot)
                 slot = int(self.chain[slot, 0])
         at = np.array(found, np.int64)
-        return self.offset[at], self.at_ms[at], self.pair[at], self.source[at]
+        return self.offset[at], self.at_ms[at], self.begun_ms[at], self.pair[at], self.source[at]
 
 
 class Made(NamedTuple):
@@ -124,7 +124,6 @@ def with_space(queue: Queue, more: int, sources: int) -> Queue:
         return queue
     used = slots - int(queue.sizes[_FREE])
     grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, sources))
-    grown.clock_ms[:known] = queue.clock_ms
     _enter(grown, *queue.rows())
     return grown
 
@@ -143,7 +142,7 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
 
 
 def attribute(
-    queue: Queue, role: U8, source: I64, offset: I64, at_ms: I64, pair: U64, wait_ms: int, most: int
+    queue: Queue, role: U8, source: I64, offset: I64, at_ms: I64, clock_ms: I64, pair: U64, wait_ms: int, most: int
 ) -> tuple[Queue, Made]:
     """Takes events in order of arrival; returns the queue to go on with, and what became of them.
 
@@ -153,6 +152,7 @@ def attribute(
         source: `[n]` int64, numbers of sources.
         offset: `[n]` int64.
         at_ms: `[n]` int64.
+        clock_ms: `[n]` int64, its source's clock after each event.
         pair: `[n]` uint64 of `pairs`.
         wait_ms: The longest wait.
         most: The most impressions of a source that wait.
@@ -163,23 +163,26 @@ def attribute(
     most_known = min((1 + MOST_EXPIRED) * len(role), waiting + impressions)
     kind, known = np.zeros(len(role), np.uint8), np.empty(most_known, np.uint8)
     by, opened, opened_ms = (np.empty(most_known, np.int64) for _ in range(3))
-    count = _attribute(queue, role, source, offset, at_ms, pair, wait_ms, most, kind, by, opened, known, opened_ms)
+    count = _attribute(
+        queue, role, source, offset, at_ms, clock_ms, pair, wait_ms, most, kind, by, opened, known, opened_ms
+    )
     return queue, Made(kind, by[:count], opened[:count], known[:count], opened_ms[:count])
 
 
-def enter(queue: Queue, offset: I64, at_ms: I64, pair: U64, source: I64) -> Queue:
+def enter(queue: Queue, offset: I64, at_ms: I64, begun_ms: I64, pair: U64, source: I64) -> Queue:
     """The queue with impressions that wait already, those of a source in the order of their offsets."""
     queue = with_space(queue, len(offset), int(source.max(initial=-1)) + 1)
-    _enter(queue, offset, at_ms, pair, source)
+    _enter(queue, offset, at_ms, begun_ms, pair, source)
     return queue
 
 
 @compiled
-def _open(queue: Queue, offset: int, at_ms: int, pair: int, source: int) -> None:
+def _open(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, source: int) -> None:
     queue.sizes[_FREE] -= 1
     slot = queue.free[queue.sizes[_FREE]]
     queue.offset[slot] = offset
     queue.at_ms[slot] = at_ms
+    queue.begun_ms[slot] = begun_ms
     queue.pair[slot] = pair
     queue.source[slot] = source
     # The newest of its source.
@@ -226,9 +229,9 @@ def _close(queue: Queue, slot: int) -> None:
 
 
 @compiled
-def _enter(queue: Queue, offset: I64, at_ms: I64, pair: U64, source: I64) -> None:
+def _enter(queue: Queue, offset: I64, at_ms: I64, begun_ms: I64, pair: U64, source: I64) -> None:
     for n in range(offset.shape[0]):
-        _open(queue, offset[n], at_ms[n], pair[n], source[n])
+        _open(queue, offset[n], at_ms[n], begun_ms[n], pair[n], source[n])
 
 
 @compiled
@@ -238,6 +241,7 @@ def _attribute(
     source: I64,
     offset: I64,
     at_ms: I64,
+    clock_ms: I64,
     pair: U64,
     wait_ms: int,
     most: int,
@@ -250,15 +254,15 @@ def _attribute(
     count = 0
     for n in range(role.shape[0]):
         own, time = source[n], at_ms[n]
-        queue.clock_ms[own] = max(queue.clock_ms[own], time)
-        over = queue.clock_ms[own] - wait_ms
+        over = clock_ms[n] - wait_ms
         # 1.
         if role[n] == OUTCOME:
             kind[n] = FEEDBACK
             slot = queue.buckets[np.int64(pair[n] & np.uint64(queue.buckets.shape[0] - 1))]
             while slot != NONE:
                 mine = queue.pair[slot] == pair[n] and queue.source[slot] == own
-                if mine and over <= queue.at_ms[slot] <= time:
+                # Its own user's clock counts too: it may go before the others' or behind them.
+                if mine and over <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
                     by[count], opened[count], known[count], opened_ms[count] = (
                         n,
                         queue.offset[slot],
@@ -271,15 +275,16 @@ def _attribute(
                 slot = queue.chain[slot, 2]
         # 2.
         elif role[n] == IMPRESSION:
-            if time < over or queue.waiting[own] >= most:
+            begun = min(time, clock_ms[n])
+            if begun < over or queue.waiting[own] >= most:
                 kind[n] = DROPPED
             else:
                 kind[n] = OPENED
-                _open(queue, offset[n], time, pair[n], own)
+                _open(queue, offset[n], time, begun, pair[n], own)
         # 3.
         expired = 0
         slot = queue.first[own, 0]
-        while slot != NONE and expired < MOST_EXPIRED and queue.at_ms[slot] < over:
+        while slot != NONE and expired < MOST_EXPIRED and queue.begun_ms[slot] < over:
             by[count], opened[count], known[count], opened_ms[count] = n, queue.offset[slot], EXPIRED, queue.at_ms[slot]
             count += 1
             expired += 1

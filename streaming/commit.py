@@ -3,7 +3,7 @@
 For all the cuts that are queued at that moment:
 
     1. One Kafka transaction with their micro-batches and dead letters.
-    2. One commit of the store: histories, rows that wait, next offsets, counters.
+    2. One commit of the store: histories, rows that wait, clocks, next offsets, counters.
     3. Once a second the offsets of the consumer group, for lag tools; nothing is read from there.
 
 A crash before 1 is acknowledged leaves nothing. Between 1 and 2 the rows are
@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from state.errors import LogError
+from state.events.dead_letters import Reason
+from state.metrics import StreamMetrics
 from state.positions import UNPLACED
 from state.process import killpoints
 from streaming import accounts
@@ -60,7 +62,7 @@ class Committer:
         killpoints.reach("stream.taken")
         begun_s = time.perf_counter()
         waiting: Mapping[bytes, bytes | None] = {}
-        extra: Mapping[str, bytes] = {}
+        extra: dict[str, bytes] = {}
         if context.labels is not None:
             cuts, waiting, extra = context.labels.look_up(cuts)
         # 1.
@@ -69,6 +71,8 @@ class Committer:
         # 2.
         pieces = [piece for cut in cuts for piece in cut.pieces]
         ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
+        for piece in pieces:
+            extra |= {} if piece.told is None else piece.told.state
         context.store.commit(merge_appends([piece.appends for piece in pieces]), ranges, extra, waiting)
         killpoints.reach("stream.committed")
         for piece in pieces:
@@ -107,6 +111,21 @@ class Committer:
             for index in self._truncated:
                 metrics.truncated_histories.inc(int((piece.vectors.features[:, index] > 0).sum()))
             count_letters(metrics, piece.batch.dead)
+            show_clocks(metrics, piece)
         for outcome in outcomes.keys() - UNPLACED:
             metrics.events.labels(outcome).inc(outcomes[outcome])
         metrics.microbatch_rows.observe(sum(map(len, pieces)) / records)
+
+
+def show_clocks(metrics: StreamMetrics, piece: Rows) -> None:
+    """Counts the clocks that are off in a batch, and says where the newest click of such a clock is."""
+    refused = [one for one in piece.batch.dead if one.reason is Reason.IMPLAUSIBLE_TIME]
+    found = [("refused", one.source.partition, one.offset, 0) for one in refused[-1:]]
+    found += (
+        [] if piece.told is None else [(one.direction, one.partition, one.offset, one.by_ms) for one in piece.told.off]
+    )
+    for direction, partition, offset, by_ms in found:
+        metrics.clocks_off.labels(direction).inc(len(refused) if direction == "refused" else 1)
+        metrics.clock_off_partition.labels(direction).set(partition)
+        metrics.clock_off_offset.labels(direction).set(offset)
+        metrics.clock_off_seconds.labels(direction).set(by_ms / 1000)

@@ -24,6 +24,7 @@ from state.history.store import HistoryStore
 from state.log import Reader
 from state.metrics import StreamMetrics
 from streaming.attributes import Join
+from streaming.event_clock import EventClock
 from streaming.labels import Labels
 from streaming.profile import Profiler
 from streaming.writer import ShardWriter
@@ -39,6 +40,7 @@ class JobContext:
         store: Histories, positions and impressions that wait.
         parser: Records to events; used by the Beam thread only.
         profiler: Histories in memory; used by the Beam thread, told of commits by the thread that commits.
+        clock: What time it is by the clicks; used by the Beam thread only.
         labels: Impressions that wait; None where none can. The Beam thread attributes, the one that commits looks up.
     """
 
@@ -47,6 +49,7 @@ class JobContext:
     store: HistoryStore
     parser: Parser
     profiler: Profiler
+    clock: EventClock
     labels: Labels | None
 
 

@@ -97,6 +97,17 @@ def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(merged.values())
 
 
+def clocks_of(cut: Cut) -> tuple[tuple[int, int], ...]:
+    """Of each range of the merged ones what time it was before and after it; none where a piece does not say."""
+    merged: dict[Source, tuple[int, int]] = {}
+    for piece in cut.pieces:
+        if piece.told is None:
+            return ()
+        for part, (begin, end) in zip(piece.batch.ranges, piece.told.clocks, strict=True):
+            merged[part.source] = merged.get(part.source, (begin, end))[0], end
+    return tuple(merged.values())
+
+
 def gather(cut: Cut) -> tuple[tuple[Range, ...], dict[str, NDArray[Any]]]:
     """The ranges of a cut and its columns, whose `source` counts in those ranges."""
     ranges = merge_all(part for piece in cut.pieces for part in piece.batch.ranges)
@@ -131,7 +142,15 @@ def encode_cut(cut: Cut, spec: str, salt: str, max_rows: int, max_record_bytes: 
     for joined in attributes:
         names |= joined.names
     fields = attributes[0].fields if attributes else ((), ())
-    header = Header(spec=spec, salt=salt, ranges=ranges, created_ms=cut.created_ms, names=names, attributes=fields)
+    header = Header(
+        spec=spec,
+        salt=salt,
+        ranges=ranges,
+        created_ms=cut.created_ms,
+        names=names,
+        attributes=fields,
+        clocks=clocks_of(cut),
+    )
     return split(header, columns, max_record_bytes, max_rows)
 
 

@@ -26,7 +26,7 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
 from state.positions import Range, Source
-from streaming.attribution import IMPRESSION, NEVER_MS, OUTCOME, PLAIN, Queue, attribute, enter, pairs, with_space
+from streaming.attribution import IMPRESSION, OUTCOME, PLAIN, Queue, attribute, enter, pairs
 from streaming.cut import Cut
 from streaming.rows import Rows
 
@@ -77,20 +77,20 @@ class Labels:
             positions = [place_of(key) for key, _ in chunk]
             pair = pairs(*(columns.get(name, np.zeros(len(chunk), np.uint64)) for name in ("user", "item", "request")))
             offsets = np.array([offset for _, offset in positions], np.int64)
-            queue = enter(queue, offsets, columns["at_ms"], pair, self._number([source for source, _ in positions]))
-        numbers = self._number(list(self._rows.clocks))
-        queue = with_space(queue, 0, len(self._numbers))
-        queue.clock_ms[numbers] = list(self._rows.clocks.values())
+            at_ms = columns["at_ms"]
+            begun_ms = at_ms + columns.get("delay_ms", np.zeros(len(chunk), np.int64))
+            queue = enter(queue, offsets, at_ms, begun_ms, pair, self._number([source for source, _ in positions]))
         return queue
 
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
         return np.array([self._numbers.setdefault(source, len(self._numbers)) for source in sources], np.int64)
 
     def attribute(self, rows: Rows) -> Rows:
-        """Says of each event whether it waits, and which earlier impressions it labels."""
-        batch = rows.batch
+        """Says of each event whether it waits, and which earlier impressions it labels, by the clocks of `rows.told`."""
+        batch, told = rows.batch, rows.told
         if not len(batch):
             return rows
+        assert told is not None, "the event clock comes before the labels"
         role = self._roles[batch.action]
         role[(role == IMPRESSION) & ~np.isnan(batch.label)] = PLAIN
         request = batch.request if len(batch.request) else np.zeros(len(batch), np.uint64)
@@ -101,13 +101,13 @@ class Labels:
             numbers[batch.source],
             batch.offset,
             batch.at_ms,
+            told.clock_ms,
             pairs(batch.user, batch.item, request),
             self._wait_ms,
             self._most,
         )
         joined = made.known == Kind.JOINED
         said = np.where(np.isnan(batch.label), np.float32(1.0), batch.label)[made.by]
-        clocks = self._queue.clock_ms[numbers].tolist()
         known = Known(
             by=made.by,
             opened=made.opened,
@@ -115,10 +115,10 @@ class Labels:
             label=np.where(joined, said, np.float32(0.0)),
             weight=np.where(joined, batch.weight[made.by], np.float32(np.nan)),
             at_ms=np.where(joined, batch.at_ms[made.by], made.opened_ms + self._wait_ms),
-            marks={part.source: clock for part, clock in zip(batch.ranges, clocks, strict=True) if clock != NEVER_MS},
         )
         ranges = counted(batch.ranges, batch.source, made.kind, batch.source[made.by], made.known)
-        return replace(rows, batch=replace(batch, ranges=ranges), kind=made.kind, known=known)
+        delay_ms = np.where(made.kind == Kind.OPENED, np.minimum(told.clock_ms - batch.at_ms, 0), 0)
+        return replace(rows, batch=replace(batch, ranges=ranges), kind=made.kind, known=known, delay_ms=delay_ms)
 
     def look_up(self, cuts: Sequence[Cut]) -> LookedUp:
         """Completes cuts with what the earlier impressions were.
@@ -127,17 +127,13 @@ class Labels:
             CorruptStore: The store lacks one.
         """
         found = LookedUp([], {}, {})
-        marks: dict[Source, int] = {}
         for cut in cuts:
             pieces = []
             for piece in cut.pieces:
                 if piece.known is not None:
-                    marks |= piece.known.marks
                     piece = replace(piece, known=self._complete(piece, piece.known, found))
                 pieces.append(piece)
             found.cuts.append(replace(cut, pieces=tuple(pieces)))
-        if marks:
-            self._rows.tell(marks, found.extra)
         return found
 
     def _complete(self, piece: Rows, known: Known, found: LookedUp) -> Known:

@@ -38,6 +38,7 @@ from streaming import accounts
 from streaming.attributes import Join
 from streaming.context import Handle, StreamContext, opened
 from streaming.cut import Cut
+from streaming.event_clock import EventClock
 from streaming.histories import open_histories
 from streaming.labels import open_labels
 from streaming.letters import report_to
@@ -94,6 +95,7 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Ha
             store=store,
             parser=parser,
             profiler=profiler,
+            clock=EventClock(store.extra),
             labels=open_labels(settings, store, clicks.topic_id),
             topic_id=clicks.topic_id,
             reader=reader,

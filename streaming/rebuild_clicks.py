@@ -19,6 +19,7 @@ from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader, Topics
 from state.positions import Range, Source
+from streaming.event_clock import EventClock
 from streaming.labels import Labels, open_labels
 from streaming.profile import Profiler
 from streaming.rebuild_report import Rebuilt
@@ -78,6 +79,7 @@ class ClicksLeft:
     Args:
         settings: Of the stream.
         store: Being rebuilt.
+        clock: Of its clicks.
         salt: Of the users' pseudonyms.
         topics: Of the cluster.
         found: Counts what is taken and what is lost.
@@ -86,8 +88,10 @@ class ClicksLeft:
         LogError: Kafka is not reachable.
     """
 
-    def __init__(self, settings: Settings, store: HistoryStore, salt: Salt, topics: Topics, found: Rebuilt) -> None:
-        self._settings, self._store, self._found = settings, store, found
+    def __init__(
+        self, settings: Settings, store: HistoryStore, clock: EventClock, salt: Salt, topics: Topics, found: Rebuilt
+    ) -> None:
+        self._settings, self._store, self._clock, self._found = settings, store, clock, found
         self._parser = Parser(settings.events, salt)
         self._topic_id: str | None = None
         self._kept: Mapping[int, tuple[int, int]] = {}
@@ -137,7 +141,9 @@ class ClicksLeft:
 
     def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
         """One commit for clicks; impressions among them may still wait, with the windows of then."""
+        now_ms = time.time_ns() // 1_000_000
         if profiler is None or labels is None:
-            self._store.commit(Appends.of(events.user, events_of(events, events.ranges)), events.ranges)
+            told = self._clock.follow(events, events.ranges, now_ms)
+            self._store.commit(Appends.of(events.user, events_of(events, events.ranges)), events.ranges, told.state)
         else:
-            commit_at_once(self._store, profiler, labels, events)
+            commit_at_once(self._store, profiler, self._clock, labels, events, now_ms)

@@ -22,6 +22,7 @@ from state.positions import Range, Source
 from state.process import killpoints
 from state.process.progress_line import ProgressLine
 from streaming.cut import merge_all, merge_appends
+from streaming.event_clock import EventClock
 from streaming.rebuild_clicks import ClicksLeft, read_to
 from streaming.rebuild_report import Rebuilt, progress_line
 from streaming.rebuild_waiting import Waits
@@ -49,7 +50,8 @@ class Rebuild:
         self._settings, self._store, self._spec, self._salt = settings, store, spec, salt
         self._progress = progress
         self._marks = store.positions()
-        self._waits = Waits(store, always=bool(settings.labels.impressions))
+        self._waits, self._clock = Waits(store), EventClock(store.extra)
+        self._clocks: dict[str, bytes] = {}
         self._appends: list[Appends] = []
         self._ranges: list[Range] = []
         self.found = Rebuilt()
@@ -66,7 +68,7 @@ class Rebuild:
         """
         kafka, found = self._settings.kafka, self.found
         with Topics(kafka) as topics:
-            clicks = ClicksLeft(self._settings, self._store, self._salt, topics, found)
+            clicks = ClicksLeft(self._settings, self._store, self._clock, self._salt, topics, found)
             try:
                 begin, end = topics.ends(kafka.microbatches_topic)[0]
             except UnknownTopic as error:
@@ -119,6 +121,7 @@ class Rebuild:
             self.found.lost += missing
             parts = self._waits.follow(mine.take(keep), parts)
             kept = mine.take(keep & happened(mine.kind))
+            self._clocks |= self._clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
             self._appends.append(Appends.of(kept.user, events_of(kept, kept.header.ranges)))
             self._ranges += parts
             self._marks = after_marks
@@ -140,8 +143,9 @@ class Rebuild:
 
     def _commit(self) -> None:
         waiting, extra = self._waits.to_commit()
+        extra |= self._clocks
         self._store.commit(merge_appends(self._appends), merge_all(self._ranges), extra, waiting)
-        self._appends, self._ranges = [], []
+        self._appends, self._ranges, self._clocks = [], [], {}
 
     def _decode(self, value: bytes | None, offset: int) -> MicroBatch | None:
         """The record's rows of this shard; None where it has none or cannot be read."""
@@ -177,4 +181,6 @@ def part_of(whole: MicroBatch, ours: list[bool]) -> MicroBatch | None:
     kept = whole.take(np.array(ours)[whole.source])
     number = np.cumsum(ours, dtype=np.uint16) - np.uint16(1)
     parts = tuple(part for part, mine in zip(whole.header.ranges, ours, strict=True) if mine)
-    return replace(kept, header=replace(whole.header, ranges=parts), source=number[kept.source].astype(np.uint16))
+    clocks = tuple(clock for clock, mine in zip(whole.header.clocks, ours, strict=False) if mine)
+    header = replace(whole.header, ranges=parts, clocks=clocks)
+    return replace(kept, header=header, source=number[kept.source].astype(np.uint16))

@@ -11,7 +11,7 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of
 from state.microbatch.batch import MicroBatch
 from state.microbatch.row_kinds import Kind, happened
-from state.positions import Range, Source
+from state.positions import Range
 
 
 class Waits:
@@ -19,11 +19,10 @@ class Waits:
 
     Args:
         store: Being rebuilt.
-        always: Whether event time is followed where no impression was seen yet, as a stream with `[labels]` does.
     """
 
-    def __init__(self, store: HistoryStore, always: bool) -> None:
-        self._store, self._always = store, always
+    def __init__(self, store: HistoryStore) -> None:
+        self._store = store
         self._rows: WaitingRows | None = None
         self._changes: Changes = {}
         self._extra: Extra = {}
@@ -37,7 +36,7 @@ class Waits:
         rows = self._rows = self._rows or WaitingRows(self._store)
         closing = np.flatnonzero(~happened(batch.kind))
         waits = np.flatnonzero(batch.kind == Kind.OPENED)
-        if not (self._always or rows.clocks or len(closing) or len(waits)):
+        if not (len(closing) or len(waits)):
             return list(ranges)
         sources = [part.source for part in batch.header.ranges]
         now = rows.adopt(batch.columns, self._changes, self._extra)
@@ -47,7 +46,6 @@ class Waits:
         keys = keys_of(sources, batch.source[closing], batch.opened[closing])
         known = np.array([value is not None for value in rows.values(keys, self._changes)], np.bool_)
         self._changes.update(dict.fromkeys(keys))
-        self._tell(batch, sources, rows)
         lost = closing[~known]
         return [_without(part, batch.take(_named(lost, len(batch)))) for part in ranges] if len(lost) else list(ranges)
 
@@ -55,16 +53,6 @@ class Waits:
         """What to commit; from then on the store is asked again."""
         changes, extra, self._changes, self._extra, self._rows = self._changes, self._extra, {}, {}, None
         return changes, extra
-
-    def _tell(self, batch: MicroBatch, sources: Sequence[Source], rows: WaitingRows) -> None:
-        events = happened(batch.kind)
-        newest = {
-            source: int(at_ms.max())
-            for number, source in enumerate(sources)
-            if len(at_ms := batch.at_ms[events & (batch.source == number)])
-        }
-        if newest:
-            rows.tell(newest, self._extra)
 
 
 def _named(rows: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

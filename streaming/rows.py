@@ -14,6 +14,7 @@ from state.features.arrays import Vector
 from state.history.appends import Appends
 from state.microbatch.columns import LISTS, SCALARS, SINCE_2, absent_column
 from state.microbatch.row_kinds import Known
+from streaming.event_clock import Told
 
 
 def _each_event_is_a_row() -> NDArray[np.uint8]:
@@ -31,6 +32,8 @@ class Rows:
         kind: `[n]` uint8 `Kind`; by default each event is a row.
         known: Earlier impressions whose label became known.
         attributes: What is known of users and items; None where nothing is configured.
+        told: What time it was; None where nobody asks.
+        delay_ms: `[n]` int64, how far an impression's time is ahead of its partition's clock, at most 0; none by default.
     """
 
     batch: EventBatch
@@ -39,6 +42,8 @@ class Rows:
     kind: NDArray[np.uint8] = field(default_factory=_each_event_is_a_row)
     known: Known | None = None
     attributes: Joined | None = None
+    told: Told | None = None
+    delay_ms: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
         """The number of rows of a micro-batch."""
@@ -52,7 +57,11 @@ class Rows:
     def events(self) -> dict[str, NDArray[Any]]:
         """The columns of the events alone."""
         batch, rows = self.batch, len(self.batch.offset)
-        added: dict[str, NDArray[Any]] = {"kind": self.kind, "request": batch.request}
+        added: dict[str, NDArray[Any]] = {
+            "kind": self.kind,
+            "request": batch.request,
+            "delay_ms": self.delay_ms,
+        }
         none = absent_column("user_attributes", rows)
         return {
             **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},

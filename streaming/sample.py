@@ -18,6 +18,7 @@ from state.history.store import HistoryStore
 from state.microbatch.row_kinds import Kind, trained
 from state.recordings.rows import shown_reasons
 from streaming.context import Handle, JobContext, Step, opened
+from streaming.event_clock import EventClock
 from streaming.labels import Labels
 from streaming.profile import Profiler
 from streaming.rows import Rows
@@ -73,13 +74,13 @@ class Sample(JobContext):
 
     Attributes:
         say: Takes lines about the progress.
-        clock: Seconds.
+        clock_s: Wall clock, seconds.
         began_s: When reading began.
         tally: What was found so far.
     """
 
     say: Say
-    clock: Callable[[], float]
+    clock_s: Callable[[], float]
     began_s: float
     tally: Tally = field(default_factory=Tally)
 
@@ -90,14 +91,14 @@ class Sample(JobContext):
 
     def progress(self, wanted: str) -> None:
         """Says how far the reading is, now and then."""
-        now_s = self.clock()
+        now_s = self.clock_s()
         if now_s - max(self.tally.said_s, self.began_s) >= PROGRESS_S:
             self.tally.said_s = now_s
             self.say(f"{self.tally.clicks:,} {wanted} read, {self._rate(now_s):,.0f} rows/s")
 
     def end(self) -> None:
         """Says what was read; called when the last record was."""
-        now_s, tally = self.clock(), self.tally
+        now_s, tally = self.clock_s(), self.tally
         dead = f" and {shown_reasons(tally.refused)}" if tally.refused else ""
         self.say(
             f"{tally.clicks:,} clicks{dead} read in {now_s - self.began_s:.1f} s ({self._rate(now_s):,.0f} rows/s)"
@@ -131,9 +132,10 @@ def open_sample(
                 store=store,
                 parser=Parser(settings.events, salt),
                 profiler=Profiler(store, spec, settings.stream.cache_users),
+                clock=EventClock(store.extra),
                 labels=Labels(settings, store) if settings.labels.impressions else None,
                 say=say,
-                clock=clock,
+                clock_s=clock,
                 began_s=clock(),
             )
             with opened(sample) as handle:
@@ -149,7 +151,8 @@ class ComputeWindows(Step[Sample]):
         """Makes the rows of one batch, and of earlier impressions that it labels; a batch without events has none."""
         with self.handle.watched() as sample:
             sample.tally.count_events(events)
-            rows = commit_at_once(sample.store, sample.profiler, sample.labels, events)
+            now_ms = round(sample.clock_s() * 1000)
+            rows = commit_at_once(sample.store, sample.profiler, sample.clock, sample.labels, events, now_ms)
             sample.tally.count_rows(rows)
         if len(events):
             yield rows

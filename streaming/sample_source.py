@@ -38,7 +38,7 @@ def of_topic(sample: Sample) -> Batches:
             if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
                 break
             sample.progress(f"of at least {wanted.min_rows:,} clicks of {topic}")
-            if sample.clock() - sample.began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
+            if sample.clock_s() - sample.began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
                 raise SpringtideError(
                     f"after {wanted.timeout_s} s topic {topic} holds {sample.tally.clicks} usable clicks of the "
                     f"{wanted.min_rows} needed",
@@ -66,7 +66,7 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
         SpringtideError: No row is a click.
     """
     events = sample.settings.events
-    latest_ms = round((sample.clock() + events.max_future_s) * 1000)
+    latest_ms = round((sample.clock_s() + events.max_future_s) * 1000)
     encoder = Encoder(events, recording.constants or {}, latest_ms)
     chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)
     newest_ms = NO_TIMESTAMP

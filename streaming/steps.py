@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from state.events.event_batch import EventBatch
 from state.log import PartitionBatch
@@ -21,12 +23,13 @@ class ParseEvents(Step[JobContext]):
 
 
 class UpdateProfiles(Step[StreamContext]):
-    """Makes rows of events: windows, then attributes, then what waits for its label."""
+    """Makes rows of events: windows, what time it is, then attributes, then what waits for its label."""
 
     def process(self, batch: EventBatch) -> Iterator[Rows]:
         """Makes the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
-            rows = context.profiler.update(batch)
+            now_ms = time.time_ns() // 1_000_000
+            rows = replace(context.profiler.update(batch), told=context.clock.follow(batch, batch.ranges, now_ms))
             if context.join is not None:
                 rows = context.join.rows(rows)
             if context.labels is not None:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from state.events.event_batch import EventBatch
 from state.history.store import HistoryStore
 from streaming.cut import Cut
+from streaming.event_clock import EventClock
 from streaming.labels import Labels, LookedUp
 from streaming.profile import Profiler
 from streaming.rows import Rows
 
 
-def commit_at_once(store: HistoryStore, profiler: Profiler, labels: Labels | None, events: EventBatch) -> Rows:
+def commit_at_once(
+    store: HistoryStore, profiler: Profiler, clock: EventClock, labels: Labels | None, events: EventBatch, now_ms: int
+) -> Rows:
     """Makes the rows of a batch as the stream does, and commits what they append; returns them complete.
 
     Args:
         store: Of `profiler` and `labels`.
         profiler: Makes the windows.
+        clock: What time it is by the clicks.
         labels: Impressions that wait; None where none can.
         events: In order of arrival.
+        now_ms: Wall clock.
 
     Raises:
         CorruptStore: The store lacks an impression that waits.
         PositionConflict: The events do not go on where the store ends.
         StoreFull: The store or its disk is full.
     """
-    rows, found = profiler.update(events), LookedUp([], {}, {})
+    told = clock.follow(events, events.ranges, now_ms)
+    rows, found = replace(profiler.update(events), told=told), LookedUp([], {}, {})
     if labels is not None:
         found = labels.look_up([Cut((labels.attribute(rows),), 0)])
         ((rows,),) = (cut.pieces for cut in found.cuts)
-    store.commit(rows.appends, rows.batch.ranges, found.extra, found.waiting)
+    store.commit(rows.appends, rows.batch.ranges, {**found.extra, **told.state}, found.waiting)
     profiler.committed(rows)
     return rows

@@ -24,7 +24,7 @@ from state.microbatch.columns import KINDS, WRITTEN, Columns
 from state.positions import Source
 
 WIDTHS = "waiting"  # name of the store's extra
-CLOCKS = "clocks"  # name of the store's extra: the newest event time of each source
+CLOCKS = "clocks"  # name of the store's extra in which 0.1.0 kept the newest event time of each source
 
 KEY_BYTES = 28
 
@@ -138,7 +138,6 @@ class WaitingRows:
         self._store = store
         stored = store.extra(WIDTHS)
         self.format = None if stored is None else RowFormat.from_json(stored)
-        self.clocks = decode_clocks(store.extra(CLOCKS))
 
     def adopt(self, columns: Columns, changes: Changes, extra: Extra) -> RowFormat:
         """The format of `columns`; where it is another than before, all that waits is written anew."""
@@ -157,12 +156,6 @@ class WaitingRows:
         stored = dict(zip(apart, self._store.waiting_values(apart), strict=True)) if apart else {}
         return [changes[key] if key in changes else stored[key] for key in keys]
 
-    def tell(self, marks: Mapping[Source, int], extra: Extra) -> None:
-        """Puts the newest event times into `extra`."""
-        for source, at_ms in marks.items():
-            self.clocks[source] = max(at_ms, self.clocks.get(source, at_ms))
-        extra[CLOCKS] = json.dumps({str(source): at_ms for source, at_ms in self.clocks.items()}).encode()
-
 
 def keys_of(sources: Sequence[Source], source: NDArray[np.uint16], offset: NDArray[np.int64]) -> list[bytes]:
     """The store's keys of rows; `source` is an index of `sources`."""
@@ -170,5 +163,5 @@ def keys_of(sources: Sequence[Source], source: NDArray[np.uint16], offset: NDArr
 
 
 def decode_clocks(value: bytes | None) -> dict[Source, int]:
-    """The newest event time of each source, as the store has it."""
+    """The newest event time of each source, as 0.1.0 kept it."""
     return {Source.parse(source): int(at_ms) for source, at_ms in json.loads(value or b"{}").items()}

@@ -42,6 +42,8 @@ class Header:
         names: Names of ids, of categories and measured attributes, that the stream had not announced lately.
         attributes: Names of the attributes of users and of items, in the order of their columns.
         log_epoch: The epoch of the log that it was written in, see `state/registry/log_line.py`.
+        clocks: Of each range what time it was before its first and after its last event by the clocks of many users,
+            ms; see `state/microbatch/log_time.py`. Empty where the stream did not say.
     """
 
     spec: str
@@ -52,6 +54,7 @@ class Header:
     names: Mapping[int, str] = field(default_factory=dict)
     attributes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     log_epoch: int = 1
+    clocks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

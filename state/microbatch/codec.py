@@ -79,6 +79,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         "names": {f"{key:016x}": name for key, name in header.names.items()},
         "attributes": header.attributes,
         **({} if header.log_epoch == 1 else {"log_epoch": header.log_epoch}),
+        **({"clocks": header.clocks} if header.clocks else {}),
     }
     schema = pa.schema(fields, metadata={METADATA: json.dumps(document, separators=(",", ":")).encode()})
     sink = pa.BufferOutputStream()
@@ -153,6 +154,7 @@ def _header(document: Mapping[str, Any]) -> Header:
         mask_generation=int(document["mask_generation"]),
         names={int(key, 16): str(name) for key, name in document["names"].items()},
         attributes=_names(*document.get("attributes", ((), ()))),
+        clocks=tuple((int(begin), int(end)) for begin, end in document.get("clocks", ())),
         log_epoch=int(document.get("log_epoch", 1)),
     )
 
@@ -179,6 +181,8 @@ def _check(header: Header, columns: Columns) -> None:
             raise MicroBatchError(
                 f"column {name} has {columns[name].shape[1]} attributes, the header names {len(names)}"
             )
+    if header.clocks and len(header.clocks) != len(header.ranges):
+        raise MicroBatchError(f"the header has {len(header.ranges)} ranges and {len(header.clocks)} clocks")
     sources, offsets = columns["source"], columns["offset"]
     if rows and int(sources.max()) >= len(header.ranges):
         raise MicroBatchError(f"a row names range {int(sources.max())}, the header has {len(header.ranges)}")

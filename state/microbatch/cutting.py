@@ -97,5 +97,6 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         index_of[kept] = np.arange(len(kept), dtype=np.uint16)
         half = {name: column[rows] for name, column in columns.items()}
         half["source"] = index_of[half["source"]]
-        halves.append((replace(header, ranges=tuple(parts[index] for index in kept), names=names), half))
+        clocks = tuple(header.clocks[index] for index in kept) if header.clocks else ()
+        halves.append((replace(header, ranges=tuple(parts[index] for index in kept), names=names, clocks=clocks), half))
     return halves

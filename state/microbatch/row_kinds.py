@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from state.positions import Source
-
 
 class Kind(enum.IntEnum):
     """The kinds, as micro-batches write them."""
@@ -45,7 +43,6 @@ class Known:
         label: `[m]` float32.
         weight: `[m]` float32, of the outcome's action; NaN keeps that of the impression's.
         at_ms: `[m]` int64 event time at which it became known.
-        marks: By source the newest event time after the batch, ms.
         columns: Their columns as a micro-batch has them; None until they were looked up.
     """
 
@@ -55,7 +52,6 @@ class Known:
     label: NDArray[np.float32]
     weight: NDArray[np.float32]
     at_ms: NDArray[np.int64]
-    marks: Mapping[Source, int]
     columns: Mapping[str, NDArray[Any]] | None = None
 
     def __len__(self) -> int:
@@ -63,7 +59,7 @@ class Known:
         return len(self.by)
 
     def __bool__(self) -> bool:
-        """None of them still moves the marks."""
+        """None of them is known too."""
         return True
 
 

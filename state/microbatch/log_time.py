@@ -1,0 +1,40 @@
+"""Log time: when each row happened, as far as others may feel it.
+
+A row's own time is what its producer's clock said, and decides about its own
+user alone. Expiry, sightings, sweeps and serving's event clock go by log time,
+which is the row's own time where the micro-batch's header believes it, and else
+the time that its partition had reached. Pure.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.microbatch.batch import MicroBatch
+
+TOLERANCE_MS = 1_200_000
+"""20 minutes: more than good clocks differ, less than any time zone is wrong by."""
+
+
+def log_times(batch: MicroBatch) -> NDArray[np.int64]:
+    """`[n]` int64 ms: the log time of each row. Of a header without clocks, the rows' own times.
+
+    A row whose label came later is judged by the time at which that became known.
+    """
+    clocks = batch.header.clocks
+    if not clocks or not len(batch):
+        return batch.at_ms
+    told = batch.at_ms + batch.delay_ms
+    begins, ends = (np.array(times, np.int64)[batch.source] for times in zip(*clocks, strict=True))
+    if ((told <= ends) & (told >= ends - TOLERANCE_MS)).all():
+        return batch.at_ms
+    believed = told <= ends
+    found = batch.at_ms.copy()
+    for number in range(len(clocks)):
+        mine = np.flatnonzero(batch.source == number)
+        if len(mine):
+            reached = np.maximum.accumulate(np.where(believed, np.maximum(told, begins), begins)[mine])
+            off = ~believed[mine] | (told[mine] < reached - TOLERANCE_MS)
+            found[mine[off]] = reached[off]
+    return found

@@ -1,0 +1,166 @@
+"""The event clock of a stream: what its witnesses say after each batch, what readers are told, and whose clock is off.
+
+It is followed by one thread, batch by batch; what it says of a batch is
+committed with the batch's positions, so that after a crash it goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.history.waiting import CLOCKS, decode_clocks
+from state.microbatch.log_time import TOLERANCE_MS
+from state.positions import Range, Source
+from streaming.witnesses import AHEAD, ALL, BEHIND, TURNS, Witnesses, believe, hear
+
+PREFIX = "clock:"  # of the names of the store's extras, one for each source and one for all
+
+
+class Clicks(Protocol):
+    """Events in order of arrival: those of a batch, or rows of a micro-batch."""
+
+    @property
+    def user(self) -> NDArray[np.uint64]:
+        """`[n]` uint64 pseudonyms."""
+
+    @property
+    def at_ms(self) -> NDArray[np.int64]:
+        """`[n]` int64, event time."""
+
+    @property
+    def source(self) -> NDArray[np.uint16]:
+        """`[n]` uint16, an index of the ranges."""
+
+    @property
+    def offset(self) -> NDArray[np.int64]:
+        """`[n]` int64."""
+
+
+class OffClock(NamedTuple):
+    """A click whose time is far from what the clicks around it say.
+
+    Attributes:
+        direction: `ahead` or `behind`; a click may be behind because it came late.
+        partition: Of the topic of clicks.
+        offset: Its offset.
+        by_ms: How far.
+    """
+
+    direction: str
+    partition: int
+    offset: int
+    by_ms: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """What time it was in a batch of events.
+
+    Attributes:
+        clock_ms: `[n]` int64, of each event its partition's clock after it.
+        clocks: Of each range what readers may believe, before its first and after its last event, ms.
+        state: What to commit with the batch: names of the store's extras and their values.
+        off: The clocks that are off.
+    """
+
+    clock_ms: NDArray[np.int64]
+    clocks: tuple[tuple[int, int], ...]
+    state: Mapping[str, bytes]
+    off: tuple[OffClock, ...]
+
+
+class _Suspect(NamedTuple):
+    """A click that was ahead of what was believed, and may only be the first after a quiet time."""
+
+    at_ms: int
+    offset: int
+    turn: int
+
+
+class EventClock:
+    """What time it is in each partition. One thread.
+
+    Args:
+        extra: An extra of the store by name.
+    """
+
+    def __init__(self, extra: Callable[[str], bytes | None]) -> None:
+        self._extra = extra
+        self._keys: dict[Source, int] = {}
+        self._suspects: dict[int, _Suspect] = {}
+        self._known = Witnesses.of(8)
+        self._load(ALL, "all")
+        # The kernels are compiled, or their machine code loaded, before the first event.
+        nothing = np.empty(0, np.int64)
+        hear(self._known, nothing, nothing.view(np.uint64), nothing, 0)
+        believe(self._known, nothing, nothing, nothing, 0)
+
+    def follow(self, clicks: Clicks, ranges: Sequence[Range], now_ms: int) -> Told:
+        """Takes a batch of events.
+
+        Args:
+            clicks: In order of arrival.
+            ranges: What `clicks.source` is an index of.
+            now_ms: Wall clock.
+        """
+        keys = np.array([self._key(part.source) for part in ranges], np.int64)
+        source = clicks.source.astype(np.int64)
+        clock_ms = hear(self._known, keys[source] if len(source) else source, clicks.user, clicks.at_ms, now_ms)
+        clocks, off = believe(self._known, keys, source, clicks.at_ms, now_ms)
+        names = {PREFIX + str(part.source): key for part, key in zip(ranges, keys.tolist(), strict=True)}
+        if not len(source):
+            names = {}
+        state = {name: self._known.pack(key) for name, key in {PREFIX + "all": ALL, **names}.items()}
+        reached = tuple((int(begin), int(end)) for begin, end in clocks.tolist())
+        return Told(clock_ms, reached, state, self._off(clicks, ranges, keys, clocks, off, now_ms))
+
+    def _key(self, source: Source) -> int:
+        key = self._keys.get(source)
+        if key is None:
+            key = self._keys[source] = len(self._keys) + 1
+            self._known = self._known.with_space(key + 1)
+            self._load(key, str(source))
+            if not self._known.turns(key):
+                # Before there were witnesses, the clock of rows that wait was the newest event time.
+                self._known.set_clock(key, decode_clocks(self._extra(CLOCKS)).get(source))
+        return key
+
+    def _load(self, key: int, name: str) -> None:
+        value = self._extra(PREFIX + name)
+        if value is not None:
+            self._known.unpack(key, value)
+
+    def _off(
+        self,
+        clicks: Clicks,
+        ranges: Sequence[Range],
+        keys: NDArray[np.int64],
+        clocks: NDArray[np.int64],
+        off: NDArray[np.uint8],
+        now_ms: int,
+    ) -> tuple[OffClock, ...]:
+        """The clocks that are off for certain: ahead of wall clock or, fifteen turns later, still of the crowd."""
+        found = []
+        ends = dict(zip(keys.tolist(), clocks[:, 1].tolist(), strict=True))
+        partitions = {key: part.source.partition for part, key in zip(ranges, keys.tolist(), strict=True)}
+        for key in [key for key in self._suspects if key in ends]:
+            suspect = self._suspects[key]
+            if suspect.at_ms <= ends[key] + TOLERANCE_MS:
+                del self._suspects[key]
+            elif self._known.turns(key) >= suspect.turn + TURNS:
+                del self._suspects[key]
+                found.append(OffClock("ahead", partitions[key], suspect.offset, suspect.at_ms - ends[key]))
+        for row in np.flatnonzero(off).tolist():
+            key, at_ms, offset = int(keys[clicks.source[row]]), int(clicks.at_ms[row]), int(clicks.offset[row])
+            if off[row] == BEHIND:
+                found.append(OffClock("behind", partitions[key], offset, ends[key] - at_ms))
+            elif at_ms > max(now_ms, ends[key]) + TOLERANCE_MS:
+                found.append(OffClock("ahead", partitions[key], offset, at_ms - ends[key]))
+            elif off[row] == AHEAD and at_ms > ends[key] + TOLERANCE_MS:
+                self._suspects[key] = _Suspect(at_ms, offset, self._known.turns(key))
+        return tuple(found)

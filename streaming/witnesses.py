@@ -1,0 +1,243 @@
+"""What time it is by the clicks of many users: a clock that no user alone can move. Pure.
+
+The witnesses of a partition are the users of its last `TURNS` turns, each with
+the time of the latest click; clicks of one user in a row are one turn, so that
+a thousand of them weigh no more than one.
+
+1. The crowd's time is the lower median of what the witnesses say: at least half of them are as late.
+2. A time is believed up to `TOLERANCE_MS` after the crowd's. The clock is the newest time that was believed; where
+   all clocks are right it is the newest event time.
+3. Where a time beyond that was believed, as of a first click, it holds until two others say otherwise.
+
+Such a clock depends on the log of the partition alone, however it is read.
+What a micro-batch tells its readers (`believe`) also knows when each click was
+read. A witness's time goes on with the wall clock, so that after a quiet night
+the first click is believed at once; the wall clock is a witness too; and no time
+beyond it is believed unless half of `QUORUM` witnesses are there already. Where
+a partition has fewer than `ENOUGH`, those of all partitions together, under key
+0, speak for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.compiled import compiled
+from state.microbatch.log_time import TOLERANCE_MS
+
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+TURNS = 15
+QUORUM = 8
+ENOUGH = 3
+ALL = 0  # the key of all partitions together
+NEVER_MS = np.iinfo(np.int64).min
+
+AHEAD, BEHIND = 1, 2
+
+_USER, _AT, _READ, _TURN = 0, 1, 2, 3
+_TURNS, _CLOCK, _BELIEVED = 0, 1, 2
+
+
+class Witnesses(NamedTuple):
+    """The witnesses and the clocks of K keys: all partitions together, then each of them.
+
+    Attributes:
+        said: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn; turn 0 is
+            nobody's.
+        marks: `[K, 3]` int64: turns so far, the clock, and the newest time that readers were told to believe.
+    """
+
+    said: I64
+    marks: I64
+
+    @classmethod
+    def of(cls, keys: int) -> Witnesses:
+        """Nobody has said anything."""
+        marks = np.zeros((keys, 3), np.int64)
+        marks[:, _CLOCK:] = NEVER_MS
+        return cls(np.zeros((keys, TURNS, 4), np.int64), marks)
+
+    def with_space(self, keys: int) -> Witnesses:
+        """The same with space for `keys` keys; itself where there is enough."""
+        if len(self.marks) >= keys:
+            return self
+        grown = Witnesses.of(max(keys, 2 * len(self.marks)))
+        grown.said[: len(self.said)] = self.said
+        grown.marks[: len(self.marks)] = self.marks
+        return grown
+
+    def turns(self, key: int) -> int:
+        """How many turns there were."""
+        return int(self.marks[key, _TURNS])
+
+    def set_clock(self, key: int, clock_ms: int | None) -> None:
+        """Sets a clock of which no witness is left; None leaves it."""
+        if clock_ms is not None:
+            self.marks[key, _CLOCK] = clock_ms
+
+    def pack(self, key: int) -> bytes:
+        """What is known under one key, int64 little-endian: `marks`, then `said`."""
+        return np.concatenate([self.marks[key], self.said[key].ravel()]).astype("<i8").tobytes()
+
+    def unpack(self, key: int, value: bytes) -> None:
+        """Sets what `pack` gave; of another release, nobody has said anything."""
+        found = np.frombuffer(value, "<i8")
+        if len(found) == 3 + TURNS * 4:
+            self.marks[key], self.said[key] = found[:3], found[3:].reshape(TURNS, 4)
+
+
+def hear(known: Witnesses, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
+    """Takes clicks in order of arrival; returns `[n]` int64, the clock of each one's partition after it.
+
+    Args:
+        known: Changed.
+        key: `[n]` int64, of each click's partition.
+        user: `[n]` uint64.
+        at_ms: `[n]` int64.
+        read_ms: Wall clock.
+    """
+    clock = np.empty(len(at_ms), np.int64)
+    _hear(known, key, user.view(np.int64), at_ms, read_ms, clock)
+    return clock
+
+
+def believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
+    """How late readers may believe it is in each partition, once `hear` knows the clicks.
+
+    Args:
+        known: Changed.
+        keys: `[r]` int64, of the partitions.
+        source: `[n]` int64, of each click its partition, an index of `keys`.
+        at_ms: `[n]` int64.
+        now_ms: Wall clock.
+
+    Returns:
+        `[r, 2]` int64, before the first click and after the last one; and `[n]` uint8: AHEAD of what is believed,
+        far BEHIND it, or 0.
+    """
+    clocks, off = np.empty((len(keys), 2), np.int64), np.zeros(len(at_ms), np.uint8)
+    _believe(known, keys, source, at_ms, now_ms, clocks, off)
+    return clocks, off
+
+
+@compiled
+def _take(known: Witnesses, key: int, user: int, at_ms: int, read_ms: int) -> None:
+    """Notes what a user said; a user who speaks again has one word still."""
+    turn = known.marks[key, _TURNS]
+    slot = oldest = 0
+    same = False
+    for one in range(TURNS):
+        if known.said[key, one, _TURN] > 0 and known.said[key, one, _USER] == user:
+            slot = one
+            same = True
+            break
+        if known.said[key, one, _TURN] < known.said[key, oldest, _TURN]:
+            oldest = one
+    if not same:
+        slot = oldest
+    if not same or known.said[key, slot, _TURN] != turn:
+        turn += 1
+        known.marks[key, _TURNS] = turn
+    known.said[key, slot, _USER] = user
+    known.said[key, slot, _AT] = at_ms
+    known.said[key, slot, _READ] = read_ms
+    known.said[key, slot, _TURN] = turn
+
+
+@compiled
+def _sorted(known: Witnesses, key: int, now_ms: int, times: I64) -> int:
+    """Puts what the witnesses say into `times`, ascending, each as it would be at `now_ms`; returns how many they are."""
+    count = 0
+    since = known.marks[key, _TURNS] - TURNS
+    for one in range(TURNS):
+        turn = known.said[key, one, _TURN]
+        if turn <= max(since, 0):
+            continue
+        time = known.said[key, one, _AT] + max(0, now_ms - known.said[key, one, _READ])
+        place = count
+        while place > 0 and times[place - 1] > time:
+            times[place] = times[place - 1]
+            place -= 1
+        times[place] = time
+        count += 1
+    return count
+
+
+@compiled
+def _hear(known: Witnesses, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
+    times = np.empty(TURNS, np.int64)
+    for n in range(key.shape[0]):
+        own = key[n]
+        _take(known, ALL, user[n], at_ms[n], read_ms)
+        _take(known, own, user[n], at_ms[n], read_ms)
+        # 1.
+        count = _sorted(known, own, 0, times)
+        crowd = times[(count - 1) // 2]
+        clock = known.marks[own, _CLOCK]
+        # 3.
+        if clock > crowd + TOLERANCE_MS and (count < 2 or times[count - 2] < clock - TOLERANCE_MS):
+            clock = crowd
+        # 2.
+        for one in range(count):
+            if times[one] <= crowd + TOLERANCE_MS:
+                clock = max(clock, times[one])
+        known.marks[own, _CLOCK] = clock
+        clock_ms[n] = clock
+
+
+@compiled
+def _with_wall_clock(times: I64, count: int, now_ms: int) -> int:
+    """The lower median of `count` ascending times and the wall clock."""
+    if count == 0:
+        return now_ms
+    middle = count // 2
+    if middle > 0 and now_ms <= times[middle - 1]:
+        return int(times[middle - 1])
+    return min(now_ms, int(times[middle]))
+
+
+@compiled
+def _limit(crowd: int, count: int, now_ms: int) -> int:
+    """The latest time that is believed."""
+    if crowd > now_ms:
+        return crowd if count >= QUORUM else now_ms
+    return min(now_ms, crowd + TOLERANCE_MS)
+
+
+@compiled
+def _believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int, clocks: I64, off: U8) -> None:
+    times = np.empty(TURNS, np.int64)
+    limits, crowds = np.empty(keys.shape[0], np.int64), np.empty(keys.shape[0], np.int64)
+    count_of_all = _sorted(known, ALL, now_ms, times)
+    crowd_of_all = _with_wall_clock(times, count_of_all, now_ms)
+    for r in range(keys.shape[0]):
+        count, crowd = _sorted(known, keys[r], now_ms, times), crowd_of_all
+        if count >= ENOUGH:
+            crowd = _with_wall_clock(times, count, now_ms)
+        else:
+            count = count_of_all
+        limits[r] = _limit(crowd, count, now_ms)
+        crowds[r] = min(crowd, limits[r])
+        before = known.marks[keys[r], _BELIEVED]
+        # What was believed, unless it is not any more.
+        clocks[r, 0] = clocks[r, 1] = before if before <= limits[r] else NEVER_MS
+    for n in range(at_ms.shape[0]):
+        r = source[n]
+        if at_ms[n] > limits[r]:
+            off[n] = AHEAD
+            continue
+        if clocks[r, 0] == NEVER_MS:
+            clocks[r, 0] = at_ms[n]
+        clocks[r, 1] = max(clocks[r, 1], at_ms[n])
+        if at_ms[n] < clocks[r, 1] - TOLERANCE_MS:
+            off[n] = BEHIND
+    for r in range(keys.shape[0]):
+        clocks[r, 1] = max(clocks[r, 1], crowds[r])
+        if clocks[r, 0] == NEVER_MS:
+            clocks[r, 0] = clocks[r, 1]
+        known.marks[keys[r], _BELIEVED] = clocks[r, 1]
