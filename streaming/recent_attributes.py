@@ -61,7 +61,7 @@ class Recent:
         due = [
             one
             for one in np.unique(values[:, self._measured]).tolist()
-            if one in texts and newest_ms - announced.get(one, -ANNOUNCE_MS) >= ANNOUNCE_MS
+            if one in texts and abs(newest_ms - announced.get(one, -ANNOUNCE_MS)) >= ANNOUNCE_MS
         ]
         announced.update(dict.fromkeys(due, newest_ms))
         return {one: texts[one] for one in due}

@@ -15,17 +15,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
 from apache_beam.transforms.core import RestrictionProvider
 
 from state.errors import UnreachableBroker
 from state.log import PartitionBatch
+from state.microbatch.log_time import TOLERANCE_MS
 from state.positions import Source
 from streaming.context import Step, StreamContext
 
 logger = logging.getLogger(__name__)
 
 UPKEEP_S = 1.0
+LATEST = 15
 
 
 class UntilStopped(RestrictionTracker):
@@ -101,7 +104,7 @@ class ClickReader:
         stream = self._context.settings.stream
         batches = self._context.reader.poll(stream.poll_ms / 1000, stream.batch_events)
         for batch in batches:
-            self._lag.read(batch)
+            self._lag.read(batch, time.time_ns() // 1_000_000)
         now_s = time.monotonic()
         if now_s >= self._due_s:
             self._due_s = now_s + UPKEEP_S
@@ -141,9 +144,10 @@ class Lag:
         self._begun: dict[Source, int] = {}
         self._newest_ms = 0
 
-    def read(self, batch: PartitionBatch) -> None:
-        """Notes a batch that was read."""
-        newest_ms = int(batch.timestamps_ms[-1]) if len(batch.timestamps_ms) else 0
+    def read(self, batch: PartitionBatch, now_ms: int) -> None:
+        """Notes a batch that was read; a producer may set any timestamp, so that one far after the others is passed over."""
+        last = batch.timestamps_ms[-LATEST:]
+        newest_ms = min(int(last[last <= np.median(last) + TOLERANCE_MS].max()), now_ms) if len(last) else 0
         self.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, newest_ms)
 
     def note(self, source: Source, first: int, after: int, newest_ms: int) -> None:

@@ -26,6 +26,7 @@ from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
+from state.microbatch.log_time import log_times
 from state.microbatch.row_kinds import happened
 from state.positions import Range
 from state.process import killpoints
@@ -147,6 +148,7 @@ class HistoryFollower:
         users: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
         ranges: list[Range] = []
         extra: dict[str, bytes] = {}
+        newest_ms = 0
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
             found = self._decode(value, batch.partition, offset)
             if found is None:
@@ -167,9 +169,13 @@ class HistoryFollower:
             ranges.extend(parts)
             events.append(events_of(kept, kept.header.ranges))
             users.append(kept.user)
+            newest_ms = max(newest_ms, int(log_times(kept).max(initial=0)))
             extra |= {name_extra(category): name.encode() for category, name in found.header.names.items()}
             marks = after
+        if newest_ms > self.newest_ms:
+            extra[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
         self._commit(batch, users, events, ranges, extra)
+        self.newest_ms = max(self.newest_ms, newest_ms)
         self._marks = marks
 
     def _decode(self, value: bytes | None, partition: int, offset: int) -> MicroBatch | None:
@@ -202,10 +208,6 @@ class HistoryFollower:
             joined = np.concatenate(events)
             appends = Appends.of(np.concatenate(users), joined)
             extra |= self._new_items(joined)
-            newest_ms = int(joined["at_ms"].max())
-            if newest_ms > self.newest_ms:
-                self.newest_ms = newest_ms
-                extra[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
         if self._salt is not None:
             extra[SALT_EXTRA] = self._salt.encode()
         killpoints.reach("follow.taken")

@@ -239,10 +239,13 @@ class Parser:
         return found
 
     def _news(self, newest_ms: int) -> dict[int, str]:
-        """The names of this batch's categories that were not announced lately; announces them."""
+        """The names of this batch's categories that were not announced lately; announces them.
+
+        A time that goes back is another time too: one wrong clock must not silence the names for years.
+        """
         seen, self._categories = self._categories, {}
         announced = self._announced
-        due = [key for key in seen if newest_ms - announced.get(key, -ANNOUNCE_MS) >= ANNOUNCE_MS]
+        due = [key for key in seen if abs(newest_ms - announced.get(key, -ANNOUNCE_MS)) >= ANNOUNCE_MS]
         if len(announced) >= CACHED_IDS:
             announced.clear()
         announced.update(dict.fromkeys(due, newest_ms))

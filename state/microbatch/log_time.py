@@ -8,6 +8,8 @@ the time that its partition had reached. Pure.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,3 +40,9 @@ def log_times(batch: MicroBatch) -> NDArray[np.int64]:
             off = ~believed[mine] | (told[mine] < reached - TOLERANCE_MS)
             found[mine[off]] = reached[off]
     return found
+
+
+def in_log_time(batch: MicroBatch) -> MicroBatch:
+    """The batch with each row's log time as its time."""
+    found = log_times(batch)
+    return batch if found is batch.at_ms else replace(batch, at_ms=found)

@@ -80,16 +80,18 @@ def by_hand(log: list[Event], most: int) -> tuple[list[int], list[Resolved]]:
 def by_kernel(log: list[Event], most: int, sizes: list[int], reload: bool) -> tuple[list[int], list[Resolved]]:
     """The same in batches of `sizes`, repeated; with `reload` the queue is made anew from its rows after each."""
     queue = Queue.of(1, 1)
-    reached = {0: 0, 1: 0}
+    reached, newest = {0: 0, 1: 0}, {0: 0, 1: 0}
     kinds: list[int] = []
     resolved: list[Resolved] = []
     at = turn = 0
     while at < len(log):
         batch = log[at : at + sizes[turn % len(sizes)]]
         at, turn = at + len(batch), turn + 1
-        offsets = []
+        offsets, clocks = [], []
         for event in batch:
             offsets.append(reached[event.source])
+            newest[event.source] = max(newest[event.source], event.at_ms)
+            clocks.append(newest[event.source])
             reached[event.source] += 1
         queue, made = attribute(
             queue,
@@ -97,6 +99,7 @@ def by_kernel(log: list[Event], most: int, sizes: list[int], reload: bool) -> tu
             np.array([event.source for event in batch], np.int64),
             np.array(offsets, np.int64),
             np.array([event.at_ms for event in batch], np.int64),
+            np.array(clocks, np.int64),
             np.array([event.pair for event in batch], np.uint64),
             WAIT_MS,
             most,
@@ -105,9 +108,7 @@ def by_kernel(log: list[Event], most: int, sizes: list[int], reload: bool) -> tu
         for by, opened, known in zip(made.by.tolist(), made.opened.tolist(), made.known.tolist(), strict=True):
             resolved.append(Resolved(batch[by].source, offsets[by], opened, known))
         if reload:
-            clocks = queue.clock_ms.copy()
-            queue = enter(Queue.of(1, len(clocks)), *queue.rows())
-            queue.clock_ms[:] = clocks
+            queue = enter(Queue.of(1, 2), *queue.rows())
     return kinds, resolved
 
 

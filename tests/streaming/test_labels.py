@@ -20,7 +20,7 @@ from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
-from state.history.waiting import CLOCKS, RowFormat, key_of
+from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
@@ -30,6 +30,7 @@ from streaming import labels as streaming_labels
 from streaming.accounts import faults
 from streaming.attribution import IMPRESSION, OUTCOME, PLAIN
 from streaming.cut import Cut, encode_cut, merge_all, merge_appends
+from streaming.event_clock import PREFIX, EventClock
 from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild_waiting import Waits
@@ -46,6 +47,7 @@ SETTINGS = Settings(
 )
 ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME}
 BASE_MS = 1_700_000_000_000
+NOW_MS = BASE_MS + 1_000_000
 
 logs = st.lists(
     st.builds(
@@ -100,6 +102,7 @@ class Run:
     def open(self) -> None:
         self.store = HistoryStore(self.path, SPEC.history, 16 << 20)
         self.profiler = Profiler(self.store, SPEC, 1)
+        self.clock = EventClock(self.store.extra)
         self.labels = open_labels(self.settings, self.store, SOURCES[0].topic_id)
         self.queue: deque[Rows] = deque()
 
@@ -108,14 +111,15 @@ class Run:
         self.open()
 
     def update(self, batch: EventBatch, attributes: Joined | None = None) -> None:
-        rows = replace(self.profiler.update(batch), attributes=attributes)
+        told = self.clock.follow(batch, batch.ranges, NOW_MS)
+        rows = replace(self.profiler.update(batch), attributes=attributes, told=told)
         self.queue.append(rows if self.labels is None else self.labels.attribute(rows))
 
     def commit(self, cuts: int = 1, dies: bool = False) -> None:
         """Writes what is queued as `cuts` cuts of one commit; with `dies` the store never hears of it."""
         pieces = [list(part) for part in np.array_split(np.arange(len(self.queue)), cuts)]
         rows = list(self.queue)
-        made = [Cut(tuple(rows[index] for index in part), 0) for part in pieces if len(part)]
+        made = [Cut(tuple(rows[index] for index in part), NOW_MS) for part in pieces if len(part)]
         if not made:
             return
         done = self.labels.look_up(made) if self.labels is not None else streaming_labels.LookedUp(made, {}, {})
@@ -124,7 +128,10 @@ class Run:
             return
         ready = [piece for cut in done.cuts for piece in cut.pieces]
         ranges = merge_all(part for piece in ready for part in piece.batch.ranges)
-        self.store.commit(merge_appends([piece.appends for piece in ready]), ranges, done.extra, done.waiting)
+        clocks = {name: value for piece in ready if piece.told for name, value in piece.told.state.items()}
+        self.store.commit(
+            merge_appends([piece.appends for piece in ready]), ranges, {**done.extra, **clocks}, done.waiting
+        )
         for piece in ready:
             self.profiler.committed(piece)
         self.queue.clear()
@@ -227,17 +234,24 @@ def test_however_it_is_cut_and_dies_each_row_is_learned_once_as_a_join_by_hand_l
     assert run.store.waiting_rows() == kinds.count(Kind.OPENED) - len(resolved)
     held = rebuilt(folder / "rebuilt", run.values)
     assert list(held.waiting()) == list(run.store.waiting()) == list(calm.store.waiting())
-    assert held.extra(CLOCKS) is not None
+    for name in map(str, SOURCES):
+        assert witnesses(held, name) == witnesses(run.store, name) == witnesses(calm.store, name)
     assert (held.counts(), held.digest()) == (run.store.counts(), run.store.digest())
     assert faults(held) == ()
     for store in (run.store, calm.store, plain.store, held):
         store.close()
 
 
+def witnesses(store: HistoryStore, name: str) -> bytes:
+    """Turns, clock and witnesses of a source; what readers were told depends on the batches."""
+    value = store.extra(PREFIX + name) or b""
+    return value[:16] + value[24:]
+
+
 def rebuilt(path: Path, values: list[bytes]) -> HistoryStore:
     """A store made from micro-batches, one commit each."""
     store = HistoryStore(path, SPEC.history, 16 << 20)
-    waits = Waits(store, always=True)
+    waits, clock = Waits(store), EventClock(store.extra)
     marks: dict[Source, int] = {}
     for value in values:
         batch = decode(value)
@@ -246,6 +260,7 @@ def rebuilt(path: Path, values: list[bytes]) -> HistoryStore:
         parts = waits.follow(batch.take(keep), parts)
         kept = batch.take(keep & happened(batch.kind))
         changes, extra = waits.to_commit()
+        extra |= clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
         store.commit(Appends.of(kept.user, events_of(kept, kept.header.ranges)), merge_all(parts), extra, changes)
         marks = after
     return store

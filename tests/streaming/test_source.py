@@ -152,10 +152,10 @@ def test_a_broker_that_is_away_for_a_while_stops_nothing(store: HistoryStore, ca
 
 def test_lag_in_seconds_is_that_of_the_newest_committed_click() -> None:
     lag, reader = Lag(), clicked(9).reader(CLICKS)
-    lag.read(*reader.poll(0.0, 4))
+    lag.read(*reader.poll(0.0, 4), now_ms=100_000)
     assert lag.seconds(now_s=100.0) == 0.0
     assert lag.uncommitted({ZERO: 3}) == 1
-    lag.read(*reader.poll(0.0, 5))
+    lag.read(*reader.poll(0.0, 5), now_ms=100_000)
     assert lag.uncommitted({ZERO: 4}) == 5
     assert lag.seconds(now_s=100.0) == 97.0
     assert lag.uncommitted({ZERO: 9}) == 0

@@ -2,7 +2,8 @@
 
 A step takes one micro-batch, already trimmed and unmasked:
 
-1. Sightings: ids are counted, those due get a row, old ones expire by log time.
+1. Sightings: ids are counted, those due get a row, old ones expire by log time,
+   which no single click's clock decides (`state/microbatch/log_time.py`).
 2. Candidates, negatives and rows are found on the host; no id enters the graph.
 3. One graph scores the rows without dropout and computes the gradients with it.
 4. The guard judges loss and gradient.
@@ -35,6 +36,7 @@ from state.config.settings import Settings
 from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
+from state.microbatch.log_time import in_log_time
 from state.ranking.crosses import Crosses
 from trainer.device import prepare
 from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, transitions_of
@@ -177,6 +179,7 @@ class Trainer:
             )
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")
+        batch = in_log_time(batch)
         crosses = self._recorder.crosses_of(batch)
         self._observe(batch, crosses)
         self.counters.steps += 1
