@@ -21,7 +21,7 @@ from streaming.witnesses import AHEAD, ALL, BEHIND, TURNS, Witnesses, believe, h
 PREFIX = "clock:"  # of the names of the store's extras, one for each source and one for all
 
 
-class Clicks(Protocol):
+class TimedRows(Protocol):
     """Events in order of arrival: those of a batch, or rows of a micro-batch."""
 
     @property
@@ -100,7 +100,7 @@ class EventClock:
         hear(self._known, nothing, nothing.view(np.uint64), nothing, 0)
         believe(self._known, nothing, nothing, nothing, 0)
 
-    def follow(self, clicks: Clicks, ranges: Sequence[Range], now_ms: int) -> Told:
+    def follow(self, clicks: TimedRows, ranges: Sequence[Range], now_ms: int) -> Told:
         """Takes a batch of events.
 
         Args:
@@ -137,7 +137,7 @@ class EventClock:
 
     def _off(
         self,
-        clicks: Clicks,
+        clicks: TimedRows,
         ranges: Sequence[Range],
         keys: NDArray[np.int64],
         clocks: NDArray[np.int64],
