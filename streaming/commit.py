@@ -4,7 +4,11 @@ For all the cuts that are queued at that moment:
 
     1. One Kafka transaction with their micro-batches and dead letters.
     2. One commit of the store: histories, rows that wait, clocks, next offsets, counters.
-    3. Once a second the offsets of the consumer group, for lag tools; nothing is read from there.
+    3. Once a second the gauges of the account, and the offsets of the consumer group for lag tools; nothing is read
+       from there. Every `stream.sync_s` the store is synced.
+
+Where clicks stop coming, 3 is done once more, so that what is shown at rest is
+what is committed.
 
 A crash before 1 is acknowledged leaves nothing. Between 1 and 2 the rows are
 written again after the restart, with the same positions, and every reader of
@@ -14,6 +18,7 @@ the micro-batch log trims them. After 2 nothing is written again.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,11 +36,11 @@ from streaming.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-GROUP_S = 1.0
+SHOW_S = 1.0
 
 
 class Committer:
-    """Commits cuts in the order in which they come. One thread.
+    """Commits cuts in the order in which they come. One thread, but for `show`.
 
     Args:
         context: What the process owns.
@@ -44,7 +49,9 @@ class Committer:
     def __init__(self, context: StreamContext) -> None:
         self._context = context
         self._sync_due_s = time.monotonic() + context.settings.stream.sync_s
-        self._group_due_s = 0.0
+        self._show_due_s = 0.0
+        self._unshown = self._unsynced = False
+        self._showing = threading.Lock()
         self._group_fails = False
         self._faults: tuple[str, ...] = ()
         self._truncated = [index for index, name in enumerate(context.spec.names) if name == "truncated"]
@@ -79,16 +86,43 @@ class Committer:
             context.profiler.committed(piece)
         context.metrics.commit_seconds.observe(time.perf_counter() - begun_s)
         self._count(pieces, records)
+        self._unshown = self._unsynced = True
         # 3.
-        if time.monotonic() >= self._group_due_s:
-            self._faults = accounts.show(context.store, context.metrics, self._faults)
-            self.show_group()
-            killpoints.reach("stream.grouped")
-        if time.monotonic() >= self._sync_due_s:
-            context.store.sync()
-            self._sync_due_s = time.monotonic() + context.settings.stream.sync_s
+        self.catch_up()
 
-    def show_group(self) -> None:
+    @property
+    def due_s(self) -> float | None:
+        """From which monotonic time on `catch_up` has something to do; None where nothing was committed since."""
+        waiting = [self._show_due_s] * self._unshown + [self._sync_due_s] * self._unsynced
+        return min(waiting, default=None)
+
+    def catch_up(self) -> None:
+        """Shows what was committed and syncs it, each where it is due.
+
+        Raises:
+            StoreFull: The disk is full.
+        """
+        now_s = time.monotonic()
+        if self._unshown and now_s >= self._show_due_s:
+            self.show()
+            killpoints.reach("stream.grouped")
+        if self._unsynced and now_s >= self._sync_due_s:
+            self._context.store.sync()
+            self._unsynced = False
+            self._sync_due_s = time.monotonic() + self._context.settings.stream.sync_s
+
+    def show(self) -> None:
+        """Sets the gauges of the account and tells Kafka the group's offsets, of what is committed now.
+
+        Any thread may call it.
+        """
+        with self._showing:
+            self._faults = accounts.show(self._context.store, self._context.metrics, self._faults)
+            # A group that could not be told is told again.
+            self._unshown = not self._told_group()
+            self._show_due_s = time.monotonic() + SHOW_S
+
+    def _told_group(self) -> bool:
         """Tells Kafka the committed offsets of this topic; a failure is logged once and stops nothing."""
         context = self._context
         try:
@@ -98,7 +132,7 @@ class Committer:
             if not self._group_fails:
                 logger.warning("offsets of group %s are not up to date: %s", context.settings.kafka.group, error)
             self._group_fails = True
-        self._group_due_s = time.monotonic() + GROUP_S
+        return not self._group_fails
 
     def _count(self, pieces: Sequence[Rows], records: int) -> None:
         """Adds what was committed to the metrics."""

@@ -1,4 +1,8 @@
-"""The sink: cuts batches of rows, and commits the cuts in a thread of its own while the next rows are made."""
+"""The sink: cuts batches of rows, and commits the cuts in a thread of its own while the next rows are made.
+
+The thread also shows what it committed, at most once a second; where no cut
+comes it wakes for what is still to show or to sync, and then only for a cut.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,7 @@ class CommitThread:
             SpringtideError: What ended the thread.
         """
         self._wait(lambda: not self._queue and not self._busy)
-        self._committer.show_group()
+        self._committer.show()
 
     def close(self) -> None:
         """Ends the thread after the commit at hand; queued cuts are dropped and read again later."""
@@ -75,8 +79,11 @@ class CommitThread:
 
     def _run(self) -> None:
         try:
-            while cuts := self._take():
-                self._committer.commit(cuts)
+            while (cuts := self._take()) is not None:
+                if cuts:
+                    self._committer.commit(cuts)
+                else:
+                    self._committer.catch_up()
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
@@ -86,12 +93,15 @@ class CommitThread:
                 self._failure = failure
                 self._changed.notify_all()
 
-    def _take(self) -> list[Cut]:
-        """Waits for cuts and takes all of them; none when the thread should end."""
+    def _take(self) -> list[Cut] | None:
+        """Waits for cuts and takes all of them: none where something else is due, None when the thread should end."""
+        due_s = self._committer.due_s
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing)
+            self._changed.wait_for(
+                lambda: self._queue or self._closing, None if due_s is None else max(0.0, due_s - time.monotonic())
+            )
             if self._closing:
-                return []
+                return None
             cuts = list(self._queue)
             self._queue.clear()
             self._busy = True

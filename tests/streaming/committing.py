@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count, groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from state.config.sections import Kafka
+from state.config.sections import Kafka, Stream
 from state.config.settings import Settings
 from state.features.spec import EVENT
 from state.history.appends import Appends
@@ -28,10 +29,11 @@ from tests.streaming.pieces import ZERO, context_of
 
 
 @contextmanager
-def sink(path: Path, refused: int = 0) -> Iterator[Any]:
+def sink(path: Path, refused: int = 0, sync_s: float = 5.0) -> Iterator[Any]:
     """The commit thread with a real store and a log in memory, which comes back after `refused` attempts to connect."""
     store, stopping, told = HistoryStore(path / "histories", map_bytes=1 << 26), threading.Event(), list[Rows]()
-    log, settings, attempts = MemoryLog(ids=lambda: ZERO.topic_id), Settings(), count()
+    log, attempts = MemoryLog(ids=lambda: ZERO.topic_id), count()
+    settings = Settings(stream=replace(Stream(), sync_s=sync_s))
     for planned in (topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)):
         log.topics().ensure(*planned)
 
@@ -50,8 +52,9 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
         "metrics": StreamMetrics(CollectorRegistry()),
     }
     writer = ShardWriter(settings, "spec", "salt", stopping, opens)
-    commits = CommitThread(Committer(context_of(**owned, writer=writer, stopping=stopping)))
-    yield SimpleNamespace(**owned, commits=commits, log=log, stopping=stopping, told=told)
+    committer = Committer(context_of(**owned, writer=writer, stopping=stopping))
+    commits = CommitThread(committer)
+    yield SimpleNamespace(**owned, commits=commits, committer=committer, log=log, stopping=stopping, told=told)
     commits.close()
     store.close()
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.kafka.configuration import free_port
+from deploy.watch.scrape import scrape
 from state.accounts import StreamAccount, check_accounts
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -111,6 +113,24 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
         later = [decode(value) for value in log.poll()[before:]]
         assert sum(map(len, later)) == 20
         assert all(part.first >= 202 for batch in later for part in batch.header.ranges)
+
+
+def test_at_rest_the_group_and_the_metrics_say_what_is_committed(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port())
+
+    def accounted() -> dict[str, float]:
+        (scraped,) = scrape({"stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics"}).values()
+        return dict(scraped.by("springtide_accounting_positions", "outcome"))
+
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
+        with running(settings, tmp_path / "log") as stream:
+            send(kafka, [click(number) for number in range(400)])
+            until(lambda: accounted().get("positions") == 400, "the account of all clicks")
+            until(lambda: topics.committed(kafka.group, kafka.clicks_topic) == {0: 200, 1: 200}, "the group's offsets")
+            assert accounted()["rows"] == 400
+            assert stream.stop() == 0, stream.lines
 
 
 def test_a_new_partition_is_taken_up_from_its_beginning(kafka_settings: KafkaFactory, tmp_path: Path) -> None:

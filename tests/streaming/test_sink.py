@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from state.config.sections import Kafka
 from state.errors import FencedWriter
+from state.log import topic_plan
 from state.process import killpoints
 from streaming.cut import Cut
 from streaming.sink import QUEUED_CUTS, CommitThread
 from tests.streaming.committing import sink, transactions
 from tests.streaming.pieces import ZERO, piece
+from tests.streaming.streams import until
 
 DEADLINE_S = 20.0
 
@@ -64,6 +67,30 @@ def test_a_full_queue_holds_the_reader_back(tmp_path: Path, gate: Gate) -> None:
         shard.commits.flush()
         assert not put.is_alive()
         assert shard.store.positions() == {ZERO: 2 + QUEUED_CUTS}
+
+
+def test_at_rest_the_group_and_the_account_say_what_is_committed_and_then_nothing_is_due(tmp_path: Path) -> None:
+    def group() -> dict[int, int]:
+        return dict(shard.log.topics().committed(Kafka().group, Kafka().clicks_topic))
+
+    with sink(tmp_path, sync_s=0.1) as shard:
+        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
+        until(lambda: group() == {0: 1}, "the first cut is shown")
+        # Within the second in which nothing more is shown; no third cut comes.
+        shard.commits.put(Cut((piece((ZERO, 1, 2)),), 0))
+        until(lambda: group() == {0: 3}, "the second cut is shown", DEADLINE_S)
+        assert shard.metrics.accounting_positions.labels("positions")._value.get() == 3
+        until(lambda: shard.committer.due_s is None, "the store is synced too", DEADLINE_S)
+
+
+def test_a_group_that_could_not_be_told_is_told_at_rest(tmp_path: Path) -> None:
+    with sink(tmp_path) as shard:
+        topics, planned = shard.log.topics(), topic_plan.clicks(shard.settings)
+        topics.delete(Kafka().clicks_topic)
+        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
+        until(lambda: shard.store.positions() == {ZERO: 1}, "the cut is committed", DEADLINE_S)
+        topics.ensure(*planned)
+        until(lambda: topics.committed(Kafka().group, Kafka().clicks_topic) == {0: 1}, "the group", DEADLINE_S)
 
 
 @pytest.mark.parametrize("call", [CommitThread.check, CommitThread.flush, lambda commits: commits.put(Cut((), 0))])
