@@ -191,17 +191,18 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         between_s: Least time between the two looks that the rates come from.
     """
     looks, urls = Watch(spread_s=None), scrape.urls(settings)
+    asked = urls | scrape.supervisor_urls(settings)
     begin_s = time.monotonic()
-    first = looks.look(scrape.scrape(urls), begin_s, time.time())
+    first = looks.look(scrape.scrape(asked), begin_s, time.time())
     # The other parts are asked between the two looks.
     kafka, registry, account = kafka_lag(settings), registry_state(settings, now_ms), accounts.account(settings)
     if first.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
-    scrapes = scrape.scrape(urls)
+    scrapes = scrape.scrape(asked)
     figures = looks.look(scrapes, time.monotonic(), time.time())
     return figures, {
         "figures": figures.to_json(),
-        "processes": processes(scrapes, figures.up_s),
+        "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
         "kafka": kafka,
         "registry": registry,
         "accounting": account,
@@ -228,7 +229,7 @@ def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Ca
         stop: Whether to stop.
         wait: Waits a number of seconds, or until the stop.
     """
-    looks, urls = Watch(), scrape.urls(settings)
+    looks, urls = Watch(), scrape.urls(settings) | scrape.supervisor_urls(settings)
     while not stop():
         figures = looks.look(scrape.scrape(urls), time.monotonic(), time.time())
         screen.live(live_line(figures), panel(figures, addresses(settings)[:1], settings.serving.workers))

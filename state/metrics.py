@@ -236,7 +236,19 @@ class WorkerMetrics(Metrics):
     cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
 
 
-PROCESSES = (StreamMetrics, TrainerMetrics, ApplierMetrics, WorkerMetrics)
+class SupervisorMetrics(Metrics):
+    """What `springtide up` counts of the parts that it keeps alive."""
+
+    starts = counter("springtide_up_starts", "Starts of a part by `springtide up`.", "part")
+    deaths = counter("springtide_up_deaths", "Ends of a part that nobody asked for.", "part")
+    deaths_in_a_row = gauge(
+        "springtide_up_deaths_in_a_row",
+        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most.",
+        "part",
+    )
+
+
+PROCESSES = (StreamMetrics, TrainerMetrics, ApplierMetrics, WorkerMetrics, SupervisorMetrics)
 
 
 def names() -> frozenset[str]:

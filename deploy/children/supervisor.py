@@ -1,5 +1,10 @@
 """Keeps the loop's processes alive: starts, restarts after a death, stops in order.
 
+A process that cannot run waits longer before each next start
+(`deploy/children/backoff.py`) and harms no other. One that ends with an error
+that has a remedy gets it first: the remedy is a process of its own, and the
+one that died starts again once it is done.
+
 Every child ends with this process, however that ends: the kernel kills it when
 the thread that started it is gone (Linux), so `start` and `look` are for the
 main thread only.
@@ -11,19 +16,18 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from deploy.children.backoff import HEALTHY_S, Backoff
 from deploy.children.last_words import how, last_line
 from deploy.children.parent_death import die_with
 from state.errors import ProcessFailed
+from state.metrics import SupervisorMetrics
 
-QUICK_S = 20.0
-MOST_QUICK_DEATHS = 5
-FIRST_WAIT_S = 0.25
-LONGEST_WAIT_S = 5.0
 WRONG_USE = 2
 LARGEST_LOG_BYTES = 20 * 2**20
+PROGRESS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -35,41 +39,14 @@ class ProcessPlan:
         command: The program and its arguments.
         stop_s: How long it may take to end after SIGTERM.
         lasting: Whether it runs for ever; others end with status 0 when their work is done.
+        remedies: Class of an error that its last line names -> what has to be done before it starts again.
     """
 
     name: str
     command: tuple[str, ...]
     stop_s: float = 10.0
     lasting: bool = True
-
-
-@dataclass(frozen=True)
-class Deaths:
-    """How a process died lately: quick deaths in a row."""
-
-    quick: int = 0
-
-    def after(self, lived_s: float) -> Deaths:
-        """The count after a death; a long life clears it.
-
-        >>> Deaths(3).after(1.0), Deaths(3).after(60.0)
-        (Deaths(quick=4), Deaths(quick=0))
-        """
-        return Deaths(self.quick + 1 if lived_s < QUICK_S else 0)
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether another start is pointless."""
-        return self.quick >= MOST_QUICK_DEATHS
-
-    @property
-    def wait_s(self) -> float:
-        """How long to wait before the next start, doubled by each quick death.
-
-        >>> [Deaths(quick).wait_s for quick in (0, 1, 2, 3, 9)]
-        [0.25, 0.25, 0.5, 1.0, 5.0]
-        """
-        return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** max(0, self.quick - 1))
+    remedies: Mapping[str, ProcessPlan] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,8 +55,12 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float | None = None
-    deaths: Deaths = Deaths()
+    remedy: ProcessPlan | None = None
+    starts: int = 0
+    backoff: Backoff = field(default_factory=Backoff)
     done: bool = False
+    told: str = ""
+    tell_at: float = 0.0
 
 
 class Supervisor:
@@ -89,7 +70,11 @@ class Supervisor:
         logs: Directory of the logs; `<name>.log` takes a process's stdout and stderr.
         environment: The processes' environment.
         say: Takes one line for the operator.
+        metrics: Where deaths and starts are counted.
         clock: Monotonic seconds.
+
+    Attributes:
+        settled: Whether the loop once ran as a whole: from then on no process's end is this one's.
     """
 
     def __init__(
@@ -97,11 +82,14 @@ class Supervisor:
         logs: Path,
         environment: Mapping[str, str],
         say: Callable[[str], None],
+        metrics: SupervisorMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.logs = logs
+        self.settled = False
         self._environment = dict(environment)
         self._say = say
+        self._metrics = metrics
         self._clock = clock
         self._children: dict[str, _Child] = {}
         logs.mkdir(parents=True, exist_ok=True)
@@ -115,13 +103,16 @@ class Supervisor:
         """Takes notice of deaths and starts again what is due; never waits.
 
         Raises:
-            ProcessFailed: A process died too often in a row, or says that it was used wrongly.
+            ProcessFailed: A process says at its very first start, before the loop ran, that it was used wrongly.
         """
-        for child in self._children.values():
+        # A remedy becomes a child while we look.
+        for child in list(self._children.values()):
             process = child.process
             if process is not None and process.poll() is not None:
                 self._bury(child, process.returncode)
-            if child.start_at is not None and self._clock() >= child.start_at:
+            elif process is not None:
+                self._watch(child)
+            if child.start_at is not None and self._clock() >= child.start_at and self._is_cured(child):
                 self._launch(child)
 
     def done(self, name: str) -> bool:
@@ -168,8 +159,8 @@ class Supervisor:
             self.stop(name, hurry)
 
     def _launch(self, child: _Child) -> None:
-        child.start_at = None
-        child.started_at = self._clock()
+        child.start_at, child.started_at = None, self._clock()
+        child.starts += 1
         path = self.log_path(child.plan.name)
         if path.exists() and path.stat().st_size > LARGEST_LOG_BYTES:
             path.replace(path.with_suffix(".log.1"))
@@ -184,20 +175,55 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=die_with(os.getpid()),
             )
+        self._metrics.starts.labels(child.plan.name).inc()
+        self._metrics.deaths_in_a_row.labels(child.plan.name).set(child.backoff.deaths)
+
+    def _watch(self, child: _Child) -> None:
+        """Notes that a process is healthy again, and says how far a remedy is."""
+        name, now = child.plan.name, self._clock()
+        if child.backoff.deaths and now - child.started_at >= HEALTHY_S:
+            self._say(f"{name} has run for {HEALTHY_S:g} s again")
+            child.backoff = Backoff()
+            self._metrics.deaths_in_a_row.labels(name).set(0)
+        if any(other.remedy is child.plan for other in self._children.values()) and now >= child.tell_at:
+            child.tell_at, line = now + PROGRESS_S, last_line(self.log_path(name))
+            if line != child.told and child.told:
+                self._say(f"{name}: {line}")
+            child.told = line
+
+    def _is_cured(self, child: _Child) -> bool:
+        """Whether nothing has to be done before the start; begins what has to be."""
+        if child.remedy is None:
+            return True
+        cure = self._children.get(child.remedy.name)
+        if cure is None:
+            self._say(
+                f"{child.plan.name} needs {child.remedy.name} first; it begins, log {self.log_path(child.remedy.name)}"
+            )
+            self.start(child.remedy)
+            return False
+        if not cure.done:
+            return False
+        self._say(f"{child.remedy.name}: {last_line(self.log_path(child.remedy.name))}")
+        del self._children[child.remedy.name]
+        child.remedy = None
+        return True
 
     def _bury(self, child: _Child, status: int) -> None:
         child.process = None
         plan = child.plan
         if status == 0 and not plan.lasting:
             child.done = True
+            self._metrics.deaths_in_a_row.labels(plan.name).set(0)
             return
         last = last_line(self.log_path(plan.name))
-        what = f"{plan.name} died ({how(status)}): {last}"
-        child.deaths = child.deaths.after(self._clock() - child.started_at)
-        if status == WRONG_USE or child.deaths.hopeless:
-            why = "" if status == WRONG_USE else f" {child.deaths.quick} times in a row"
+        if status == WRONG_USE and child.starts == 1 and not self.settled:
             raise ProcessFailed(
-                f"{plan.name} died{why} ({how(status)}): {last}", f"the whole log is {self.log_path(plan.name)}"
+                f"{plan.name} died ({how(status)}): {last}", f"the whole log is {self.log_path(plan.name)}"
             )
-        child.start_at = self._clock() + child.deaths.wait_s
-        self._say(f"{what}; starting it again in {child.deaths.wait_s:g} s")
+        child.backoff = child.backoff.after(self._clock() - child.started_at)
+        child.start_at = self._clock() + child.backoff.wait_s
+        child.remedy = next((cure for error, cure in plan.remedies.items() if f" {error}: " in last), None)
+        self._metrics.deaths.labels(plan.name).inc()
+        self._metrics.deaths_in_a_row.labels(plan.name).set(child.backoff.deaths)
+        self._say(f"{plan.name} died ({how(status)}): {last}; {child.backoff.told()}")

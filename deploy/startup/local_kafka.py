@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from deploy.children.backoff import HEALTHY_S, Backoff
 from deploy.children.last_words import shortened
-from deploy.children.supervisor import Deaths
 from deploy.kafka.broker import Broker
 from state.config.settings import Settings
+from state.errors import KafkaFailed, PortTaken
+from state.metrics import SupervisorMetrics
+
+NAME = "kafka"
 
 
 class LocalKafka:
@@ -16,15 +20,24 @@ class LocalKafka:
     Args:
         settings: The loop's settings.
         say: Takes one line for the operator.
+        metrics: Where deaths and starts are counted.
         clock: Monotonic seconds.
     """
 
-    def __init__(self, settings: Settings, say: Callable[[str], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        say: Callable[[str], None],
+        metrics: SupervisorMetrics,
+        clock: Callable[[], float],
+    ) -> None:
         self._broker = Broker(settings.kafka_dir, settings.kafka.port, retention_h=settings.kafka.retention_h)
         self._say = say
+        self._metrics = metrics
         self._clock = clock
         self._started_at: float | None = None
-        self._deaths = Deaths()
+        self._start_at: float | None = None
+        self._backoff = Backoff()
 
     @property
     def started(self) -> bool:
@@ -38,23 +51,34 @@ class LocalKafka:
             PortTaken: Another process listens on its port.
             KafkaFailed: It cannot run; the message quotes its last words.
         """
-        self._started_at = self._clock()
+        self._started_at, self._start_at = self._clock(), None
+        self._metrics.starts.labels(NAME).inc()
         self._broker.start()
 
     def look(self) -> None:
-        """Takes notice of its death, and starts it again.
+        """Takes notice of its death, and starts it again once that is due; what it cannot do is said."""
+        if self._start_at is None:
+            failure = self._broker.failure()
+            if failure is not None:
+                self._bury(failure)
+            elif self._backoff.deaths and self._lived_s() >= HEALTHY_S:
+                self._backoff = Backoff()
+                self._metrics.deaths_in_a_row.labels(NAME).set(0)
+        elif self._clock() >= self._start_at:
+            try:
+                self.start()
+            except (KafkaFailed, PortTaken) as failure:
+                self._bury(failure)
 
-        Raises:
-            KafkaFailed: It keeps dying.
-        """
-        failure = self._broker.failure()
-        if failure is None:
-            return
-        self._deaths = self._deaths.after(self._clock() - (self._started_at or 0.0))
-        if self._deaths.hopeless:
-            raise failure
-        self._say(f"{shortened(str(failure))}; starting it again")
-        self.start()
+    def _bury(self, failure: KafkaFailed | PortTaken) -> None:
+        self._backoff = self._backoff.after(self._lived_s())
+        self._start_at = self._clock() + self._backoff.wait_s
+        self._metrics.deaths.labels(NAME).inc()
+        self._metrics.deaths_in_a_row.labels(NAME).set(self._backoff.deaths)
+        self._say(f"{shortened(str(failure))}; {self._backoff.told()}")
+
+    def _lived_s(self) -> float:
+        return self._clock() - (self._started_at or 0.0)
 
     def stop(self, timeout_s: float) -> None:
         """Ends it, by force after `timeout_s`."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from deploy.children.supervisor import ProcessPlan
 from deploy.startup.checks import Port
 from state.config.settings import Settings
+from state.errors import CorruptStore
 
 KERNELS = "kernels"
 SHOPPERS = "shoppers"
 STREAM = "stream"
 BOOTSTRAP = "bootstrap"
+REBUILD = "rebuild-history"
 TRAINER = "trainer"
 APPLIER = "applier"
 WORKER = "worker"
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
-STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, STREAM, TRAINER, APPLIER, WORKER)
+STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, APPLIER, WORKER)
 
 # These would otherwise compile the same kernels for ten seconds each.
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
@@ -41,10 +44,13 @@ def process_plans(
     def plan(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> ProcessPlan:
         return ProcessPlan(name, (python, "-m", module, *arguments), stop_s, lasting)
 
+    # It builds aside: cut short it leaves the old store, and begins again.
+    rebuild = plan(REBUILD, "streaming.rebuild", stop_s=1.0, lasting=False)
     listed = (
         plan(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
         plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
-        plan(STREAM, "streaming.pipeline", *accepted),
+        replace(plan(STREAM, "streaming.pipeline", *accepted), remedies={CorruptStore.__name__: rebuild}),
+        rebuild,
         # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
         plan(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
         plan(TRAINER, "trainer.loop", *accepted),
@@ -69,4 +75,5 @@ def ports(settings: Settings, local_kafka: bool) -> list[Port]:
         Port("stream.metrics_port", local, settings.stream.metrics_port),
         Port("trainer.metrics_port", local, settings.trainer.metrics_port),
         Port("serving.metrics_port", local, settings.serving.metrics_port),
+        *([Port("up.metrics_port", local, settings.up.metrics_port)] if settings.up.metrics_port else []),
     ]

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from deploy.children.supervisor import Supervisor
 from deploy.startup import hints, own_model
 from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
@@ -17,6 +19,7 @@ from deploy.startup.process_plan import (
     BOOTSTRAP,
     KERNEL_USERS,
     KERNELS,
+    REBUILD,
     SHOPPERS,
     STOP_ORDER,
     TRAINER,
@@ -32,6 +35,7 @@ from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.events.identity import load_salt
+from state.metrics import SupervisorMetrics, serve
 
 STEPS = 9
 LOOK_S = 0.1
@@ -76,7 +80,9 @@ class Startup:
         self._sleep = sleep
         self._begin = clock()
         local = "kafka.bootstrap_servers" not in settings.origins
-        self._kafka = LocalKafka(settings, screen.say, clock) if local else None
+        self._collected = CollectorRegistry()
+        self._metrics = SupervisorMetrics(self._collected)
+        self._kafka = LocalKafka(settings, screen.say, self._metrics, clock) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
         fresh = not has_spec(settings.registry_dir)
         self._plans = process_plans(settings.bootstrap.min_rows if fresh else 0, accepted=accepted)
@@ -86,7 +92,8 @@ class Startup:
         """Goes up, watches, and stops when asked to; returns the exit code.
 
         Raises:
-            SpringtideError: A step cannot be done, or a process keeps dying; everything is stopped then.
+            SpringtideError: A step cannot be done, or a process was used wrongly; everything is stopped then. Once
+                all of it ran, nothing ends it but the operator.
         """
         state = self._settings.state_dir
         require_disk(state, LEAST_FREE_BYTES)
@@ -106,6 +113,8 @@ class Startup:
         # 1. Checks; the lock and the disk were the first of them.
         require_ports(ports(settings, self._kafka is not None))
         free = require_disk(settings.state_dir)
+        if settings.up.metrics_port:
+            serve(self._collected, settings.up.metrics_port)
         # A model of the user's own that cannot be served is refused before anything starts.
         if own_model.is_own(settings):
             self._screen.say(f"checking {' and '.join(own_model.own(settings))}, some ten seconds")
@@ -140,18 +149,19 @@ class Startup:
         self._await_version()
         self._await_answer()
         # 9. What to try.
+        self._running().settled = True
         self._say_what_to_try()
 
     def _supervise(self) -> Supervisor:
         settings = self._settings
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
         environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
-        self._supervisor = Supervisor(settings.logs_dir, environment, self._screen.say, self._clock)
+        self._supervisor = Supervisor(settings.logs_dir, environment, self._screen.say, self._metrics, self._clock)
         return self._supervisor
 
     def _start_processes(self) -> None:
         settings, supervisor = self._settings, self._running()
-        unwanted = {KERNELS}
+        unwanted = {KERNELS, REBUILD}
         if has_spec(settings.registry_dir):
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:
@@ -209,7 +219,7 @@ class Startup:
 
     def _watch(self) -> None:
         settings = self._settings
-        addresses = scrape.urls(settings)
+        addresses = scrape.urls(settings) | scrape.supervisor_urls(settings)
         watch = Watch()
         due = self._clock()
         while True:
@@ -238,8 +248,7 @@ class Startup:
 
         Raises:
             Stopped: The operator asked for it.
-            ProcessFailed: A process keeps dying.
-            KafkaFailed: The local Kafka does.
+            ProcessFailed: A process says at its first start that it was used wrongly.
         """
         if self._stop():
             raise Stopped

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.watch.quantiles import Buckets, Spread, between, spread
-from deploy.watch.scrape import Scrape
+from deploy.watch.scrape import UP, Scrape
 
 AWAY = Scrape()
 RATE_S = 5.0
 SPREAD_S = 60.0
 SLACK_S = 0.5
+# One death is nothing: the part is back a quarter of a second later.
+OFTEN = 2
 
 Labels = Mapping[str, Collection[str]]
 ANSWERS: Labels = {"route": ("profile", "batch")}
@@ -79,6 +81,7 @@ class Figures:
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
+        dying: Part -> how often in a row it died, of those that `springtide up` starts again.
         spreads: What is distributed -> how, in seconds.
         spread_s: The quantiles are of so many last seconds; None: since each process's start.
     """
@@ -113,6 +116,7 @@ class Figures:
     cold_starts: float | None = None
     faults: float = 0.0
     corrupt: float = 0.0
+    dying: Mapping[str, float] = field(default_factory=dict)
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     spread_s: float | None = None
 
@@ -206,7 +210,9 @@ class Watch:
         return dataclasses.replace(
             figures,
             up_s={name: max(0.0, wall_s - at_s) for name, at_s in born.items() if at_s is not None},
-            away={name: one.problem for name, one in scrapes.items() if one.problem},
+            # Parts may run without `springtide up`, whose own figures are then nowhere.
+            away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
+            dying=dying(scrapes.get(UP, AWAY)),
             spreads={
                 name: spread(spanned[process].buckets(series, **labels))
                 for name, (process, series, labels) in SPREADS.items()
@@ -224,6 +230,19 @@ class Watch:
             return Seen(now)
         at_s, earlier = next((look for look in same if look[0] >= now_s - within_s - SLACK_S), same[-1])
         return Seen(now, earlier, now_s - at_s)
+
+
+def dying(up: Scrape) -> dict[str, float]:
+    r"""The parts that die again and again, and how often they did, the worst first.
+
+    >>> from deploy.watch.scrape import parsed
+    >>> series = "springtide_up_deaths_in_a_row"
+    >>> dying(Scrape(parsed(f'{series}{{part="trainer"}} 3\n{series}{{part="stream"}} 0\n{series}{{part="applier"}} 1')))
+    {'trainer': 3.0}
+    """
+    found = up.by("springtide_up_deaths_in_a_row", "part")
+    often = {part: count for part, count in found.items() if count >= OFTEN}
+    return dict(sorted(often.items(), key=lambda one: -one[1]))
 
 
 def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:

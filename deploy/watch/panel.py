@@ -54,6 +54,7 @@ def _troubles(figures: Figures) -> Iterator[str]:
         yield "nothing answers"
     else:
         yield from (f"{name} away" for name in figures.away)
+    yield from (f"{part} cannot run, {shown(count)} deaths in a row" for part, count in figures.dying.items())
     if figures.faults:
         yield "accounts do not balance"
     if figures.held:

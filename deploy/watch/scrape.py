@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from state.config.settings import Settings
 
 TIMEOUT_S = 1.0
+UP = "up"
 SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
 
 
@@ -107,6 +108,16 @@ def urls(settings: Settings) -> dict[str, str]:
         "applier": f"http://127.0.0.1:{settings.serving.metrics_port}/metrics",
         "worker": f"{serving_url(settings)}/metrics",
     }
+
+
+def supervisor_urls(settings: Settings) -> dict[str, str]:
+    """Where `springtide up` offers its own metrics; nowhere with `up.metrics_port` 0.
+
+    >>> supervisor_urls(Settings())
+    {'up': 'http://127.0.0.1:9104/metrics'}
+    """
+    port = settings.up.metrics_port
+    return {UP: f"http://127.0.0.1:{port}/metrics"} if port else {}
 
 
 def serving_url(settings: Settings) -> str:

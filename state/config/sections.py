@@ -378,6 +378,13 @@ class Shoppers:
     seed: int = setting(7, least=0, help="Seed of their choices.")
 
 
+@dataclass(frozen=True)
+class Supervision:
+    """`springtide up`, which keeps the parts of a loop alive."""
+
+    metrics_port: int = setting(9104, least=0, most=65535, help="Port of the /metrics of `springtide up`; 0: none.")
+
+
 SECTIONS: dict[str, type[Any]] = {
     "paths": Paths,
     "kafka": Kafka,
@@ -392,6 +399,7 @@ SECTIONS: dict[str, type[Any]] = {
     "serving": ServingSettings,
     "bootstrap": Bootstrap,
     "shoppers": Shoppers,
+    "up": Supervision,
 }
 
 

@@ -22,6 +22,7 @@ from state.config.sections import (
     ServingSettings,
     Shoppers,
     Stream,
+    Supervision,
     TrainerSettings,
     known_settings,
 )
@@ -51,6 +52,7 @@ class Settings:
     serving: ServingSettings = field(default_factory=ServingSettings)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     shoppers: Shoppers = field(default_factory=Shoppers)
+    up: Supervision = field(default_factory=Supervision)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -20,7 +20,14 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 
-PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "kafka.port")
+PORTS = (
+    "serving.port",
+    "stream.metrics_port",
+    "trainer.metrics_port",
+    "serving.metrics_port",
+    "up.metrics_port",
+    "kafka.port",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +123,7 @@ def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() ->
 
 
 def test_producers_stop_before_what_they_write_to() -> None:
-    order = [name for name in STOP_ORDER if name not in ("bootstrap", "kernels")]
+    order = [name for name in STOP_ORDER if name not in ("bootstrap", "kernels", "rebuild-history")]
     assert order == ["shoppers", "stream", "trainer", "applier", "worker"]
     assert set(process_plans()) == set(STOP_ORDER)
 

@@ -26,7 +26,14 @@ from state.config.settings import Settings
 from state.log import Topics, Writer
 
 ROOT = Path(__file__).parents[2]
-PORTS = ("kafka.port", "serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
+PORTS = (
+    "kafka.port",
+    "serving.port",
+    "stream.metrics_port",
+    "trainer.metrics_port",
+    "serving.metrics_port",
+    "up.metrics_port",
+)
 SHORT: Mapping[str, object] = {
     "shoppers.rate": 100,
     "shoppers.users": 200,

@@ -1,4 +1,4 @@
-"""The supervisor starts again what dies, gives up what keeps dying, and leaves nothing behind."""
+"""The supervisor starts again what dies, ever more slowly, heals what has a remedy, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry
 
 from deploy.children.last_words import last_line
-from deploy.children.supervisor import MOST_QUICK_DEATHS, Deaths, ProcessPlan, Supervisor
+from deploy.children.supervisor import ProcessPlan, Supervisor
 from state.errors import ProcessFailed
+from state.metrics import SupervisorMetrics
 
 DEADLINE_S = 20.0
 FOREVER = "import signal, threading; threading.Event().wait()"
@@ -40,7 +42,7 @@ def lines() -> list[str]:
 
 @pytest.fixture
 def supervisor(tmp_path: Path, lines: list[str]) -> Iterator[Supervisor]:
-    made = Supervisor(tmp_path / "logs", os.environ, lines.append)
+    made = Supervisor(tmp_path / "logs", os.environ, lines.append, SupervisorMetrics(CollectorRegistry()))
     yield made
     made.stop_all(hurry=lambda: True)
 
@@ -60,46 +62,108 @@ def test_a_killed_process_is_said_and_started_again(supervisor: Supervisor, line
     assert lines == ["stream died (SIGKILL): reading; starting it again in 0.25 s"]
 
 
-def test_a_process_that_keeps_dying_is_given_up_with_its_last_words(tmp_path: Path, lines: list[str]) -> None:
-    now = [0.0]
-
-    def clock() -> float:
-        now[0] += 1.0
-        return now[0]
-
-    supervisor = Supervisor(tmp_path, os.environ, lines.append, clock)
+def test_a_process_that_keeps_dying_is_tried_ever_more_slowly_and_ends_nothing(
+    tmp_path: Path, lines: list[str]
+) -> None:
+    now, collected = [0.0], CollectorRegistry()
+    supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(collected), lambda: now[0])
+    supervisor.start(python("worker", f"print('answering', flush=True); {FOREVER}"))
     supervisor.start(python("trainer", "raise SystemExit('no space left')"))
+    healthy = supervisor.pid("worker")
+    waited: list[float] = []
+
+    def deaths() -> float | None:
+        return collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "trainer"})
+
+    for number in range(1, 10):
+        process = supervisor._children["trainer"].process
+        assert process is not None
+        process.wait(DEADLINE_S)
+        supervisor.look()
+        assert deaths() == number
+        waited.append((supervisor._children["trainer"].start_at or 0.0) - now[0])
+        # It is not started a moment before its time.
+        now[0] += waited[-1] - 0.01
+        supervisor.look()
+        assert supervisor._children["trainer"].process is None
+        now[0] += 0.02
+        supervisor.look()
+    assert [round(wait, 2) for wait in waited] == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert lines[0] == "trainer died (exit 1): no space left; starting it again in 0.25 s"
+    assert lines[-1] == "trainer died (exit 1): no space left; starting it again in 30 s, after 9 deaths in a row"
+    assert supervisor.pid("worker") == healthy
+    supervisor.stop_all(hurry=lambda: True)
+
+
+def test_a_healthy_life_is_told_and_begins_the_waits_anew(tmp_path: Path, lines: list[str]) -> None:
+    now, collected = [0.0], CollectorRegistry()
+    supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(collected), lambda: now[0])
+    supervisor.start(python("stream", FOREVER))
+    for _ in range(3):
+        pid = supervisor.pid("stream")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: supervisor.pid("stream") is None)
+        supervisor.look()
+        now[0] += 5.0
+        supervisor.look()
+    assert "after 3 deaths in a row" in lines[-1]
+    now[0] += 60.0
+    supervisor.look()
+    assert lines[-1] == "stream has run for 60 s again"
+    assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "stream"}) == 0
+    assert collected.get_sample_value("springtide_up_deaths_total", {"part": "stream"}) == 3
+    supervisor.stop_all(hurry=lambda: True)
+
+
+def test_wrong_use_at_the_very_first_start_is_given_up_at_once(supervisor: Supervisor) -> None:
+    supervisor.start(python("stream", "print('kafka.port is no number'); raise SystemExit(2)"))
 
     def given_up() -> bool:
         try:
             supervisor.look()
         except ProcessFailed as error:
-            assert "no space left" in str(error)
-            assert "5 times in a row" in str(error)
-            assert str(tmp_path / "trainer.log") in str(error)
-            return True
-        return False
-
-    deadline = time.monotonic() + DEADLINE_S
-    while not given_up():
-        assert time.monotonic() < deadline
-        pid = supervisor.pid("trainer")
-        if pid is not None:
-            psutil.Process(pid).wait(DEADLINE_S)
-    assert len(lines) == MOST_QUICK_DEATHS - 1
-
-
-def test_wrong_use_is_given_up_at_once(supervisor: Supervisor) -> None:
-    supervisor.start(python("stream", "raise SystemExit(2)"))
-
-    def given_up() -> bool:
-        try:
-            supervisor.look()
-        except ProcessFailed:
+            assert "kafka.port is no number" in error.what and "stream.log" in error.do
             return True
         return False
 
     until(given_up)
+
+
+def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(supervisor: Supervisor, lines: list[str]) -> None:
+    supervisor.settled = True
+    supervisor.start(python("stream", "raise SystemExit(2)"))
+    until(lambda: (supervisor.look(), bool(lines))[1])
+    assert lines[0].startswith("stream died (exit 2)")
+
+
+def test_an_error_with_a_remedy_gets_it_before_the_next_start(
+    supervisor: Supervisor, lines: list[str], tmp_path: Path
+) -> None:
+    made = tmp_path / "histories"
+    sick = "print('stream ERROR CorruptStore: pages may be missing'); raise SystemExit(1)"
+    stream = f"import pathlib\nif not pathlib.Path({str(made)!r}).exists():\n  {sick}\n{FOREVER}"
+    # The remedy itself fails once.
+    tried = tmp_path / "tried"
+    cure = (
+        f"import pathlib\ntried = pathlib.Path({str(tried)!r})\nif not tried.exists():\n  tried.touch()\n"
+        f"  raise SystemExit('no broker')\npathlib.Path({str(made)!r}).touch()\nprint('500 rows')"
+    )
+    rebuild = python("rebuild", cure, lasting=False)
+    supervisor.start(python("stream", stream, remedies={"CorruptStore": rebuild}))
+
+    def healed() -> bool:
+        supervisor.look()
+        return made.exists() and supervisor.pid("stream") is not None
+
+    until(healed)
+    assert [line.partition(";")[0] for line in lines] == [
+        "stream died (exit 1): stream ERROR CorruptStore: pages may be missing",
+        "stream needs rebuild first",
+        "rebuild died (exit 1): no broker",
+        "rebuild: 500 rows",
+    ]
+    assert "rebuild" not in supervisor.names()
 
 
 def test_a_program_that_is_not_lasting_ends_well_and_is_not_started_again(
@@ -139,7 +203,9 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, sys, time
 from deploy.children.supervisor import ProcessPlan, Supervisor
-supervisor = Supervisor(pathlib.Path({str(tmp_path)!r}), os.environ, print)
+from prometheus_client import CollectorRegistry
+from state.metrics import SupervisorMetrics
+supervisor = Supervisor(pathlib.Path({str(tmp_path)!r}), os.environ, print, SupervisorMetrics(CollectorRegistry()))
 supervisor.start(ProcessPlan("child", (sys.executable, "-c", {FOREVER!r})))
 print(supervisor.pid("child"), flush=True)
 time.sleep(600)
@@ -159,15 +225,6 @@ time.sleep(600)
             return True
 
     until(gone)
-
-
-def test_a_long_life_clears_the_quick_deaths() -> None:
-    deaths = Deaths()
-    for _ in range(MOST_QUICK_DEATHS - 1):
-        deaths = deaths.after(0.5)
-    assert not deaths.hopeless
-    assert deaths.after(0.5).hopeless
-    assert not deaths.after(3600.0).after(0.5).hopeless
 
 
 def test_a_log_starts_anew_when_it_is_large(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:

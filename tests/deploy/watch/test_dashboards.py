@@ -122,16 +122,18 @@ def test_the_alerts_that_the_loop_needs_are_there() -> None:
         "SpringtideWeightsStale",
         "SpringtideTrainingHeld",
         "SpringtideTargetDown",
+        "SpringtidePartDying",
     }
 
 
-def test_prometheus_scrapes_all_four_processes_at_their_default_ports() -> None:
+def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
     settings = Settings()
     ports = {
         "springtide-stream": settings.stream.metrics_port,
         "springtide-trainer": settings.trainer.metrics_port,
         "springtide-applier": settings.serving.metrics_port,
         "springtide-worker": settings.serving.port,
+        "springtide-up": settings.up.metrics_port,
     }
     scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in SCRAPE["scrape_configs"]}
     assert scraped == {job: [f"127.0.0.1:{port}"] for job, port in ports.items()}
