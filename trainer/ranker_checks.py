@@ -22,8 +22,10 @@ from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, difference
 from state.process.user_code import told
-from trainer.engine.build import EMBEDDINGS, ranker_of
-from trainer.model.inputs import INPUTS, SEQUENCES
+from state.rows.tables import CODES, TAKEN, is_name
+from trainer.engine.build import ranker_of
+from trainer.engine.own_tables import EMBEDDINGS
+from trainer.model.inputs import INPUTS, SEQUENCES, own_rows
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker, Targets
 from trainer.versions.program import build, sample
@@ -78,18 +80,56 @@ def _check_declared(ranker: Ranker, spec: FeatureSpec, what: str) -> None:
     for name in ("tables", "inputs", "sizes", "dense"):
         if not hasattr(ranker, name):
             raise ProgramError(f"{what} has no {name}", "set tables, inputs, sizes and dense in __init__")
-    if unknown := ranker.tables.keys() - set(EMBEDDINGS):
-        raise ProgramError(f"{what} names the table {min(unknown)!r}", f"there are {', '.join(EMBEDDINGS)}")
+    _check_tables(ranker, what)
     known, names = {one.name for one in (*INPUTS, *SEQUENCES)}, [one.name for one in ranker.inputs]
-    if unknown := set(names) - known:
-        raise ProgramError(f"{what} names the input {min(unknown)!r}", f"there are {', '.join(sorted(known))}")
+    own = {one.name for one in ranker.inputs if one.ids and one in own_rows(one.table, one.ids)}
+    for one in ranker.inputs:
+        if one.name in own and one.table in TAKEN:
+            raise ProgramError(
+                f"{what} looks up {one.table!r} by own_rows", "pick the inputs of a table that is not its own"
+            )
+    if unknown := set(names) - known - own:
+        listed = ", ".join(sorted(known))
+        raise ProgramError(
+            f"{what} names the input {min(unknown)!r}",
+            f"there are {listed}, and what own_rows gives of tables of its own",
+        )
     if missing := [f"{kind}_mask" for kind in CANDIDATES if f"{kind}_mask" not in names]:
         raise ProgramError(f"{what} does not read {', '.join(missing)}", "serving needs to know what is a candidate")
-    if any(one in SEQUENCES for one in ranker.inputs) and not spec.sequence:
+    if any("sequence" in (one.ids or one.name) for one in ranker.inputs) and not spec.sequence:
         raise ProgramError(f"{what} reads the user's latest events", "say how many with features.sequence")
     for one in ranker.inputs:
         if one.table and one.table not in ranker.tables:
             raise ProgramError(f"{what} reads {one.name} without the width of {one.table} rows", "put it into tables")
+
+
+def _check_tables(ranker: Ranker, what: str) -> None:
+    looked_up = {one.table for one in ranker.inputs}
+    codes: dict[int, str] = {}
+    for name, width in ranker.tables.items():
+        if not isinstance(width, int) or width < 1:
+            raise ProgramError(f"{what}: rows of its table {name!r} have the width {width!r}", "give them 1 or more")
+        if name in EMBEDDINGS:
+            continue
+        if name in TAKEN:
+            raise ProgramError(f"{what} names a table of its own {name!r}, which is taken", "give it another name")
+        if not is_name(name):
+            raise ProgramError(
+                f"{what} names a table of its own {name!r}",
+                "take small letters, digits and underscores, a letter first",
+            )
+        if name not in looked_up:
+            raise ProgramError(
+                f"{what}: no input looks up its table {name!r}",
+                f"add own_rows({name!r}, ...), or take it out of tables",
+            )
+        if (twin := codes.setdefault(CODES[name], name)) != name:
+            raise ProgramError(f"{what}: keys cannot tell its tables {twin!r} and {name!r} apart", "rename one of them")
+    for name, first in ranker.initial_ranges.items():
+        if name not in ranker.tables or not 0.0 <= first < np.inf:
+            raise ProgramError(
+                f"{what}: initial_ranges says {first!r} of {name!r}", "give a table of tables a number of 0 or more"
+            )
 
 
 def _check_weights(ranker: Ranker, again: Ranker, what: str) -> None:

@@ -132,6 +132,50 @@ def _add_item(inputs: Inputs, place: int, one: Asked, rows: VersionRows) -> None
         inputs["item_row"][place] += rows.context_sum(ids) / np.float32(len(ids))
 
 
+def add_own_rows(
+    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], successors: NDArray[np.uint64]
+) -> None:
+    """Rows of tables of the ranker's own, for a program that names some.
+
+    Args:
+        inputs: Zeros, of as many rows as there are questions or more.
+        version: What answers.
+        rows: Its rows.
+        asked: n questions.
+        successors: `[n, S]` uint64, padded with 0.
+    """
+    inputs |= version.own_popular
+    own = [one for one in version.own if one.ids != "popular"]
+    for place, question in enumerate(asked if own else ()):
+        ids = _ids_of(question, successors[place])
+        for one in own:
+            if wanted := ids[one.ids]:
+                found = rows.own(one.table, wanted, one.width)
+                if one.averaged:
+                    inputs[one.name][place] = found.sum(0) / np.float32(len(wanted))
+                elif inputs[one.name].ndim == 2:
+                    inputs[one.name][place] = found[0]
+                else:
+                    inputs[one.name][place, : len(wanted)] = found
+
+
+def _ids_of(one: Asked, successors: NDArray[np.uint64]) -> dict[str, list[int]]:
+    """The ids of a question by name; those of an item where one is asked for."""
+    vector, about_item = one.vector, one.query.item is not None
+    return {
+        "user": [one.user],
+        "item": [one.item] if about_item else [],
+        "category": [one.category],
+        "context": [*one.context, *one.user_attributes.ids],
+        "item_attributes": one.item_attributes.ids if about_item else [],
+        "recent": one.recent_categories,
+        "successor": successors.tolist(),
+        "sequence_items": vector.sequence_items.tolist(),
+        "sequence_categories": vector.sequence_categories.tolist(),
+        "sequence_actions": vector.sequence_actions.tolist(),
+    }
+
+
 def _add_crosses(
     inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], columns: Crosses
 ) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from deploy.serving import crosses
 from deploy.serving.catalogue import Catalogue, CategoryName
+from deploy.serving.own_rows import OwnInput, own_inputs
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
 from state.errors import NotReady, SaltMismatch, SpecMismatch
@@ -104,6 +105,12 @@ class VersionRows:
             total += np.frombuffer(self.reader.row("context", one, self.served) or self._missing["context"], np.float32)
         return total
 
+    def own(self, table: str, ids: Sequence[int], width: int) -> F32:
+        """Rows of n ids in a table of the ranker's own, `[n, width]` float32; zeros for those without one."""
+        missing = bytes(4 * width)
+        found = [(one and self.reader.row(table, one, self.served)) or missing for one in ids]
+        return np.frombuffer(b"".join(found), np.float32).reshape(len(ids), width)
+
 
 @dataclass(frozen=True)
 class LoadedVersion:
@@ -117,6 +124,8 @@ class LoadedVersion:
         popular_names: Of those there are.
         popular_rows: `[P, dim]` float32.
         popular_known: `[P]` float32, 1 where there is a popular category.
+        own: The program's inputs that are rows of tables of the ranker's own.
+        own_popular: Those of them that are rows of the popular categories, by name.
         cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
         category_rows: Rows of categories read so far.
     """
@@ -128,6 +137,8 @@ class LoadedVersion:
     popular_names: list[CategoryName]
     popular_rows: F32
     popular_known: F32
+    own: Sequence[OwnInput]
+    own_popular: dict[str, F32]
     cross_shares: F32
     category_rows: dict[int, bytes] = field(default_factory=dict)
 
@@ -206,7 +217,13 @@ class VersionLoader:
             popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
             popular_rows=rows,
             popular_known=known,
+            own=own_inputs(program.shapes),
+            own_popular={},
             cross_shares=crosses.shares_of(reader, served, self._crosses),
         )
-        rows[: len(popular)] = loaded.rows(reader).categories(popular.tolist())
+        of_version = loaded.rows(reader)
+        rows[: len(popular)] = of_version.categories(popular.tolist())
+        for one in loaded.own:
+            if one.ids == "popular":
+                loaded.own_popular[one.name] = of_version.own(one.table, loaded.popular.tolist(), one.width)
         return loaded

@@ -11,7 +11,8 @@ for one row and 150 us for sixteen.
 4. Rows of the user, the context, the categories, the item, and of the attributes of user and item; where an item is
    asked for, what the pair's crosses say.
 5. Candidates = the user's categories, the popular ones that are not among them, and of what over all users came next
-   after the newest category the most frequent that are neither; of each, how often it came next.
+   after the newest category the most frequent that are neither; of each, how often it came next. Rows of tables of
+   the ranker's own.
 6. Logits, softmax over the candidates, names.
 """
 
@@ -28,7 +29,7 @@ from deploy.serving.answer import Answer, Engagement, Interest, Query, Version, 
 from deploy.serving.attributes import NOTHING, KnownAttributes
 from deploy.serving.candidates import add_succession, came_next, interests
 from deploy.serving.catalogue import Catalogue
-from deploy.serving.inputs import Asked, program_inputs
+from deploy.serving.inputs import Asked, add_own_rows, program_inputs
 from deploy.serving.loaded_version import VersionLoader
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, event_now
 from deploy.serving.program import BATCHES
@@ -126,6 +127,7 @@ class Predictor:
             newest = np.stack([one.vector.recent_categories for one in asked])
             found = came_next(rows, newest, version.popular)
             add_succession(inputs, found, rows.categories(found.ids.reshape(-1).tolist()))
+            add_own_rows(inputs, version, rows, asked, found.ids)
         # 6. Logits, probabilities, names.
         outputs = version.program.predict(inputs)
         name_of = self._catalogue.name_of

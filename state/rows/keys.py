@@ -1,6 +1,8 @@
 """The keys of stored rows: lane and table, id, and the version inverted, so that the newest entry comes first.
 
 lane|table u8, id u64, ~version u64   (big-endian)
+
+Table 7 is any of a ranker's own: u32 of its name's hash lies before the id.
 """
 
 from __future__ import annotations
@@ -8,11 +10,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-TABLES = ("user", "item", "category", "context", "cross", "transition")
-PLACES = {name: place for place, name in enumerate(TABLES)}
+from state.rows.tables import OWN
+
 LANES = 32
-STEM_BYTES = 9  # of lane, table and id
-KEY_BYTES = 17
+VERSION_BYTES = 8
 TOP = (1 << 64) - 1  # less the version: what a key ends with
 
 
@@ -22,12 +23,14 @@ def u64(number: int) -> bytes:
 
 
 def stem(lane: int, table: int, identity: int) -> bytes:
-    """What the keys of one row begin with, whatever the version; `table` is an index into `TABLES`.
+    """What the keys of one row begin with, whatever the version; `table` is of `state.rows.tables.CODES`.
 
-    >>> stem(1, 2, 258).hex()
-    '0a0000000000000102'
+    >>> stem(1, 2, 258).hex(), stem(1, 5 << 3 | OWN, 258).hex()
+    ('0a0000000000000102', '0f000000050000000000000102')
     """
-    return ((lane << 3 | table) << 64 | identity).to_bytes(STEM_BYTES, "big")
+    if table <= OWN:
+        return ((lane << 3 | table) << 64 | identity).to_bytes(9, "big")
+    return (((lane << 3 | OWN) << 32 | table >> 3) << 64 | identity).to_bytes(13, "big")
 
 
 def version_of(key: bytes) -> int:
@@ -36,7 +39,7 @@ def version_of(key: bytes) -> int:
     >>> version_of(row_keys(1, 2, np.array([258], np.uint64), 7).tobytes())
     7
     """
-    return TOP - int.from_bytes(key[STEM_BYTES:], "big")
+    return TOP - int.from_bytes(key[-VERSION_BYTES:], "big")
 
 
 def lane_start(lane: int) -> bytes:
@@ -54,18 +57,19 @@ def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int) -> ND
 
     Args:
         lane: Below 32.
-        table: Index into `TABLES`.
+        table: Of `state.rows.tables.CODES`.
         ids: `[k]` uint64.
         version: The version that wrote them.
 
     Returns:
-        `[k, 17]` uint8.
+        `[k, 17]` uint8, `[k, 21]` of a ranker's own table.
 
     >>> row_keys(1, 2, np.array([258], np.uint64), 1).tobytes().hex()
     '0a0000000000000102fffffffffffffffe'
     """
-    keys = np.empty((len(ids), KEY_BYTES), np.uint8)
-    keys[:, 0] = lane << 3 | table
-    keys[:, 1:STEM_BYTES] = ids.astype(">u8").view(np.uint8).reshape(-1, 8)
-    keys[:, STEM_BYTES:] = np.frombuffer(u64(TOP - version), np.uint8)
+    start = stem(lane, table, 0)
+    keys = np.empty((len(ids), len(start) + VERSION_BYTES), np.uint8)
+    keys[:, : len(start)] = np.frombuffer(start, np.uint8)
+    keys[:, len(start) - 8 : len(start)] = ids.astype(">u8").view(np.uint8).reshape(-1, 8)
+    keys[:, len(start) :] = np.frombuffer(u64(TOP - version), np.uint8)
     return keys

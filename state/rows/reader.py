@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 
 from state.errors import UnknownVersion
-from state.rows.keys import PLACES, STEM_BYTES, TOP, stem, u64
+from state.rows.keys import TOP, VERSION_BYTES, stem, u64
 from state.rows.served import Served
+from state.rows.tables import CODES
 
 Databases = Mapping[str, lmdb._Database]
 
@@ -96,7 +97,7 @@ class RowReader:
         """Rows of `ids` as version `at` has them.
 
         Args:
-            table: One of `TABLES`.
+            table: Its name.
             ids: Ids of rows.
             at: An applied version.
 
@@ -112,14 +113,14 @@ class RowReader:
     def row(self, table: str, identity: int, at: Served) -> bytes | None:
         """The bytes of one row, `[dim]` float32, as version `at` has it; None where it has none."""
         cursor = self._cursor
-        start = stem(at.lane, PLACES[table], identity)
+        start = stem(at.lane, CODES[table], identity)
         for lowest, highest in at.visible:
             if not cursor.set_range(start + (TOP - highest).to_bytes(8, "big")):
                 return None
             key = cursor.key()
-            if key[:STEM_BYTES] != start:
+            if key[: len(start)] != start:
                 return None
-            if TOP - int.from_bytes(key[STEM_BYTES:], "big") >= lowest:
+            if TOP - int.from_bytes(key[-VERSION_BYTES:], "big") >= lowest:
                 return bytes(cursor.value()) or None
             # The entry is of an abandoned version or of an older interval: seek again from the next one.
         return None

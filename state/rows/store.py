@@ -31,10 +31,11 @@ from safetensors.numpy import save as save_tensors
 from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.registry.manifest import Manifest, Visible
-from state.rows.keys import KEY_BYTES, LANES, TABLES, lane_of, lane_start, row_keys, u64
+from state.rows.keys import LANES, lane_of, lane_start, row_keys, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
 from state.rows.sweep import delete_dead_lanes, sweep_rows
+from state.rows.tables import CODES, tables_in
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -131,7 +132,7 @@ class RowStore(LmdbStore):
             lane = self._free_lane(transaction) if parent is None else parent.lane
             dims = {} if parent is None else dict(parent.dims)
             changed = [
-                self._put(table, lane, manifest.version, tensors, dims, transaction) for table in range(len(TABLES))
+                self._put(name, lane, manifest.version, tensors, dims, transaction) for name in tables_in(tensors)
             ]
             transaction.put(key, np.concatenate(changed, axis=1).tobytes(), db=self._changes)
             self._put_dense(manifest.version, tensors, parent, transaction)
@@ -145,9 +146,8 @@ class RowStore(LmdbStore):
         return True
 
     def _put(
-        self, table: int, lane: int, version: int, tensors: Tensors, dims: dict[str, int], transaction: lmdb.Transaction
+        self, name: str, lane: int, version: int, tensors: Tensors, dims: dict[str, int], transaction: lmdb.Transaction
     ) -> NDArray[np.uint64]:
-        name = TABLES[table]
         ids = np.asarray(tensors.get(f"{name}.ids", ()), np.uint64)
         removed = np.asarray(tensors.get(f"{name}.removed", ()), np.uint64)
         blobs: list[bytes] = []
@@ -158,14 +158,15 @@ class RowStore(LmdbStore):
             ids, size, blob = ids[order], 4 * rows.shape[1], rows[order].tobytes()
             blobs = [blob[at : at + size] for at in range(0, len(blob), size)]
         every = np.concatenate((ids, removed))
-        keys = row_keys(lane, table, every, version).tobytes()
+        keys = row_keys(lane, CODES[name], every, version)
+        held, width = keys.tobytes(), keys.shape[1]
         pairs = zip(
-            (keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)),
+            (held[at : at + width] for at in range(0, len(held), width)),
             [*blobs, *[b""] * len(removed)],
             strict=True,
         )
         transaction.cursor(self._rows).putmulti(pairs)
-        return np.stack((np.full(len(every), table, np.uint64), every))
+        return np.stack((np.full(len(every), CODES[name], np.uint64), every))
 
     def _put_dense(self, version: int, tensors: Tensors, parent: Served | None, transaction: lmdb.Transaction) -> None:
         dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}

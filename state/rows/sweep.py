@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import lmdb
 
 from state.registry.manifest import Visible
-from state.rows.keys import LANES, STEM_BYTES, TOP, lane_of, lane_start, stem, u64, version_of
+from state.rows.keys import LANES, TOP, lane_of, lane_start, stem, u64, version_of
 from state.rows.lineage import needed, segments
 
 LANE_ROWS_PER_SWEEP = 50_000
@@ -39,7 +39,7 @@ def sweep_rows(
         start = stem(lane, table, identity)
         entries: list[tuple[int, bool]] = []
         found = cursor.set_range(start)
-        while found and cursor.key()[:STEM_BYTES] == start:
+        while found and cursor.key()[: len(start)] == start:
             entries.append((version_of(bytes(cursor.key())), not cursor.value()))
             found = cursor.next()
         kept = needed([version for version, _ in entries], runs)

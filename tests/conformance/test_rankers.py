@@ -42,6 +42,7 @@ def batches(spec: FeatureSpec, count: int, rows: int = 64) -> list[MicroBatch]:
         latest = {name: column.copy() for name, column in empty.items()}
         latest["sequence_categories"][:, :known] = batch.recent_categories[:, :known]
         latest["sequence_items"][:, :known] = batch.recent_categories[:, :known]
+        latest["sequence_actions"] = (latest["sequence_items"] != 0).astype(np.uint16) * (1 + batch.action[:, None])
         made.append(dataclasses.replace(batch, **latest))
     return made
 

@@ -27,8 +27,8 @@ from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.rows.keys import TABLES
 from state.rows.store import RowStore
+from state.rows.tables import tables_in
 from tests.e2e.crowd import Knowledge, values_of
 from trainer.versions import content
 
@@ -351,7 +351,7 @@ def serving_differs(settings: Settings, registry: Registry) -> list[str]:
             assert served is not None, "serving has no version"
             tensors = state_at(registry, served.version).tensors
             found = []
-            for table in TABLES:
+            for table in tables_in(tensors):
                 ids = tensors[f"{table}.ids"].tolist()
                 rows, known = reader.get(table, ids, served)
                 if not known.all() or rows.tobytes() != tensors[f"{table}.rows"].astype(np.float32).tobytes():

@@ -20,8 +20,8 @@ from state.layout import HISTORIES, ROWS
 from state.microbatch.codec import decode
 from state.microbatch.columns import WRITTEN
 from state.registry.registry import Registry
-from state.rows.keys import TABLES
 from state.rows.store import RowStore
+from state.rows.tables import TABLES
 from tests.golden.archive import Document, Topic, read_topic
 from trainer.versions import checkpoint, content
 

@@ -20,6 +20,7 @@ from tests.trainer.batches import micro_batch
 from tests.trainer.clicks import small_settings
 from trainer.engine.build import engine_name
 from trainer.engine.step import Trainer
+from trainer.model.inputs import Input, own_rows, pick
 from trainer.ranker_checks import check_ranker
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
@@ -69,6 +70,40 @@ class Chance(TwoTower):
         self.dense["pair"].assign(np.random.default_rng().normal(size=2))
 
 
+def with_tables(tables: dict[str, int], *inputs: Input, first: dict[str, float] | None = None) -> Any:
+    """A builder of two towers that also name these."""
+
+    def built(settings: Model, spec: FeatureSpec, preprocessing: Any) -> TwoTower:
+        found = TwoTower(settings, spec, preprocessing)
+        found.tables, found.inputs = {**found.tables, **tables}, (*found.inputs, *inputs)
+        found.initial_ranges = first or {}
+        return found
+
+    return built
+
+
+ITEMS = own_rows("items", "item")
+taken = with_tables({"cross": 4}, *own_rows("cross", "item"))
+reserved = with_tables({"dense": 4}, *own_rows("dense", "item"))
+misnamed = with_tables({"Items": 4}, *own_rows("Items", "item"))
+empty = with_tables({"items": 0}, *ITEMS)
+broken = with_tables({"items": 1.5}, *ITEMS)  # type: ignore[dict-item]
+alone = with_tables({"items": 4})
+unsized = with_tables({}, *ITEMS)
+not_own = with_tables({}, *own_rows("item", "sequence_items"))
+made_up = with_tables({"items": 4}, *ITEMS, Input("items_of_day", "BE", "", "items", "item"))
+ranged = with_tables({"items": 4}, *ITEMS, first={"items": -1.0})
+strange = with_tables({"items": 4}, *ITEMS, first={"item_rows": 0.1})
+
+
+def unknown_ids(settings: Model, spec: FeatureSpec, preprocessing: Any) -> None:
+    own_rows("items", "sequence_item")
+
+
+def unknown_input(settings: Model, spec: FeatureSpec, preprocessing: Any) -> None:
+    pick("features", "items_row")
+
+
 def nothing(settings: Model, spec: FeatureSpec, preprocessing: Any) -> None:
     """Builds no ranker."""
 
@@ -96,6 +131,19 @@ def refused(name: str, *flags: str) -> str:
         ("Idle", "no loss depends on its weight idle"),
         ("Bessel", "it has no tf.BesselI0e"),
         ("Chance", "begins with other values; draw first values from a fixed seed"),
+        ("taken", "names a table of its own 'cross', which is taken; give it another name"),
+        ("reserved", "names a table of its own 'dense', which is taken; give it another name"),
+        ("misnamed", "names a table of its own 'Items'; take small letters, digits and underscores"),
+        ("empty", "rows of its table 'items' have the width 0; give them 1 or more"),
+        ("broken", "rows of its table 'items' have the width 1.5"),
+        ("alone", "no input looks up its table 'items'; add own_rows('items', ...), or take it out of tables"),
+        ("unsized", "reads items_of_item without the width of items rows; put it into tables"),
+        ("not_own", "looks up 'item' by own_rows; pick the inputs of a table that is not its own"),
+        ("made_up", "names the input 'items_of_day'; there are"),
+        ("ranged", "initial_ranges says -1.0 of 'items'; give"),
+        ("strange", "initial_ranges says 0.1 of 'item_rows'; give"),
+        ("unknown_ids", ": own_rows looks up 'items' by 'sequence_item'; there are user, item,"),
+        ("unknown_input", ": pick names the input 'items_row'; there are features, user_row,"),
         ("nothing", "returned NoneType; wanted is build(settings, spec, preprocessing)"),
         ("failing", "raised KeyError: 'heads' (test_ranker_checks.py:"),
     ],

@@ -16,6 +16,7 @@ from trainer.engine.compiled.engine import CompiledEngine
 from trainer.engine.engine import CROSS, Engine
 from trainer.engine.optimizers.adam import Adam
 from trainer.engine.optimizers.crosses import first_precision
+from trainer.engine.own_tables import EMBEDDINGS, own_tables
 from trainer.engine.tensorflow.engine import TensorflowEngine
 from trainer.model.attributes import Columns
 from trainer.model.default_ranker import DefaultRanker
@@ -23,7 +24,7 @@ from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker
 from trainer.tables.count_table import CountTable
-from trainer.tables.table import Table
+from trainer.tables.table import INITIAL_RANGE, Table
 
 TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
@@ -32,8 +33,6 @@ TRANSITION_CAPACITY = 1024
 """Lists at the start: there are as many as categories, and each takes 800 bytes."""
 
 WANTED = "wanted is build(settings, spec, preprocessing) -> trainer.model.ranker.Ranker"
-
-EMBEDDINGS = ("user", "item", "category", "context")
 
 
 def labelled(settings: Settings) -> bool:
@@ -55,6 +54,8 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
         found = load_named(path, "model.ranker")(settings.model, spec, preprocessing)
     except SettingsError:
         raise
+    except ProgramError as error:
+        raise ProgramError(f"model.ranker {path!r}: {error.what}", error.do) from error
     # A ranker of the user's own may fail in any way.
     except Exception as error:
         raise ProgramError(f"model.ranker {path!r} raised {told(error)}", WANTED) from error
@@ -76,7 +77,7 @@ def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:
 
 
 def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Table]:
-    """Embedding rows and crosses, by name."""
+    """Embedding rows, crosses, and the ranker's own, by name."""
     model, trainer = settings.model, settings.trainer
     tables = {
         name: Table(
@@ -86,12 +87,13 @@ def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Tabl
             model.initial_accumulator,
             trainer.admit_after if name != "context" else 1,
             device,
+            ranker.initial_ranges.get(name, INITIAL_RANGE),
         )
         for name in EMBEDDINGS
     }
     # A cross begins at nothing: a weight and a marginal logit of 0, of which nothing was learned.
     tables[CROSS] = Table(CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, device, initial_range=0.0)
-    return tables
+    return tables | own_tables(ranker, settings, device)
 
 
 def transitions_of(settings: Settings) -> CountTable:

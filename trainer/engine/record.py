@@ -36,8 +36,8 @@ class Record:
     Attributes:
         ids: uint64 by name: user `[B]`, item `[B]`, category `[B]`, context `[B, K]`, recent `[B, L]`, popular `[P]`,
             successor `[B, S]`, other `[B]`, negative_item `[B]`, negative_category `[B]`, item_attributes `[B, A]`,
-            negative_item_attributes `[B, A]`, sequence_items and sequence_categories `[B, T]`, cross `[B, C]` (0 in rows without a label; C is 0 where no row has
-            one), cross_share `[C]`.
+            negative_item_attributes `[B, A]`, sequence_items, sequence_categories and sequence_actions `[B, T]`, cross
+            `[B, C]` (0 in rows without a label; C is 0 where no row has one), cross_share `[C]`.
         values: By name, uint16 where they are whole numbers, else float32.
         targets: What is learned, NumPy arrays.
         partner: `[B]` int64, the row whose item is each row's negative.
@@ -146,6 +146,7 @@ class Recorder:
         }
         if batch.sequence_items.shape[1]:
             ids |= {name: getattr(batch, name) for name in ("sequence_items", "sequence_categories")}
+            ids["sequence_actions"] = batch.sequence_actions.astype(np.uint64)
             values |= {name: getattr(batch, name) for name in ("sequence_actions", "sequence_ages")}
             values["sequence_mask"] = (batch.sequence_actions != 0).astype(np.float32)
         return Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest)

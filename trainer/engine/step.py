@@ -42,6 +42,7 @@ from trainer.device import prepare
 from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, transitions_of
 from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
+from trainer.engine.own_tables import Growth
 from trainer.engine.record import Record, Recorder
 from trainer.engine.report import Report, joined
 from trainer.measures.evaluation import Evaluation
@@ -87,7 +88,7 @@ class Trainer:
 
     Attributes:
         transitions: What came next after each category.
-        tables: By name: user, item, category, context, cross, transition.
+        tables: By name: user, item, category, context, cross, transition, and the ranker's own.
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
@@ -108,6 +109,7 @@ class Trainer:
             self.model = ranker_of(settings, spec, preprocessing)
             self.optimizer = optimizer_of(self.model, settings)
         learned, self.transitions = tables_of(self.model, settings, self.device), transitions_of(settings)
+        self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
         self.popular = Popular(settings.model.popular)
         self.evaluation = Evaluation()
@@ -115,8 +117,7 @@ class Trainer:
         self.slices = Slices(settings.attributes, self._columns)
         self.guard = GuardState()
         self.counters = Counters()
-        self._first_weights = self.model.weights()
-        self._first_slots = self.optimizer.slots()
+        self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
         users, items = self._columns.users.names, self._columns.items.names
         self._crosses = Crosses(spec, settings.events.context, users, items)
         dropped = settings.model.hidden[0] if any(one.name == "tower_kept" for one in self.model.inputs) else 0
@@ -215,9 +216,11 @@ class Trainer:
                 table.expire(counters.log_ms - int(expire_s * 1000))
         for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
-        for context in (self._recorder.context_of(batch), self._columns.items_of(batch)):
-            if fields := context.shape[1]:
-                self.tables["context"].observe(context.reshape(-1), np.repeat(batch.at_ms, fields))
+        context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
+        for ids in (context, attributes):
+            if fields := ids.shape[1]:
+                self.tables["context"].observe(ids.reshape(-1), np.repeat(batch.at_ms, fields))
+        self._growth.observe(batch, context, attributes)
         self.transitions.observe(_left(batch), batch.at_ms)
         if crosses.size:
             self.tables[CROSS].observe(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))

@@ -8,6 +8,8 @@ and tests read it. Letters of shapes:
     P popular categories                       S successors        N what is said of a transition (`COLUMNS`)
     H units of the tower's first layer         E width of the rows of the input's table
     T latest events (`features.sequence`)
+
+A ranker's own tables are looked up by the ids of `IDS`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from typing import Any
 import tensorflow as tf
 
 from state.config.sections import Model as ModelSettings
+from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.ranking.transitions import COLUMNS, SUCCESSORS
+from state.rows.tables import AVERAGED_IDS, SERVED_IDS, own_input
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,55 @@ SEQUENCES = (
 )
 """The user's latest events themselves, where `features.sequence` says how many."""
 
+IDS = {
+    "user": "B", "item": "B", "category": "B", "context": "BK", "item_attributes": "BA", "recent": "BL",
+    "popular": "P", "successor": "BS", "sequence_items": "BT", "sequence_categories": "BT", "sequence_actions": "BT",
+    "other": "B", "negative_item": "B", "negative_category": "B", "negative_item_attributes": "BA",
+}  # fmt: skip
+"""The ids of a record and their shapes; those not of `SERVED_IDS` are there only while learning."""
+
+
+def own_rows(table: str, *ids: str) -> tuple[Input, ...]:
+    """Inputs that are rows of a table of the ranker's own, one for each of `ids`, called `<table>_of_<ids>`.
+
+    >>> [(one.name, one.shape) for one in own_rows("attended", "sequence_items", "context")]
+    [('attended_of_sequence_items', 'BTE'), ('attended_of_context', 'BE')]
+
+    Args:
+        table: The table's name; `Ranker.tables` has its width.
+        ids: Of `IDS`. Of context fields and attributes the mean of the rows is taken.
+
+    Raises:
+        ProgramError: There are no such ids.
+    """
+    if unknown := [one for one in ids if one not in IDS]:
+        raise ProgramError(f"own_rows looks up {table!r} by {unknown[0]!r}", f"there are {', '.join(IDS)}")
+    return tuple(
+        Input(
+            own_input(table, one),
+            f"{IDS[one][:-1] if one in AVERAGED_IDS else IDS[one]}E",
+            f"rows of {one} in a table of the ranker's own",
+            table,
+            one,
+            mean=one in AVERAGED_IDS,
+            training=one not in SERVED_IDS,
+        )
+        for one in ids
+    )
+
 
 def pick(*names: str) -> tuple[Input, ...]:
     """The inputs of these names, for a ranker of one's own.
 
     >>> [one.table for one in pick("user_row", "sequence_item_rows")]
     ['user', 'item']
+
+    Raises:
+        ProgramError: There is no such input.
     """
     known = {one.name: one for one in (*INPUTS, *SEQUENCES)}
+    if unknown := [name for name in names if name not in known]:
+        raise ProgramError(f"pick names the input {unknown[0]!r}", f"there are {', '.join(known)}")
     return tuple(known[name] for name in names)
 
 

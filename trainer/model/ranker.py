@@ -54,10 +54,11 @@ class Ranker(tf.Module):
     that differentiate and that LiteRT has built in.
 
     Attributes:
-        tables: Width of the embedding rows of each table it reads.
-        inputs: What it reads, of `trainer.model.inputs.INPUTS`.
+        tables: Width of the embedding rows of each table it reads: user, item, category, context, and any of its own.
+        inputs: What it reads: of `trainer.model.inputs.INPUTS` by `pick`, rows of its own tables by `own_rows`.
         sizes: The number behind each letter of their shapes.
         dense: Every dense weight by name, in a fixed order. A version carries them under these names.
+        initial_ranges: A new row of a table is uniform in plus and minus this; 0.05 where it is not named.
         origin: What names it, for messages: the setting, of one of the user's own.
         learning_rates: Factors of Adam's step size by the beginning of a weight's name, the longest that fits; 1 elsewhere.
         fast_weights: Names of dense weights that only `score` reads and that move within a record, every some rows.
@@ -69,6 +70,7 @@ class Ranker(tf.Module):
     inputs: tuple[Input, ...]
     sizes: Mapping[str, int | None]
     dense: Mapping[str, Any]
+    initial_ranges: Mapping[str, float] = {}
     origin: str = ""
     learning_rates: Mapping[str, float] = {}
     fast_weights: tuple[str, ...] = ()

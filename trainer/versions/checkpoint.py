@@ -18,10 +18,11 @@ import numpy as np
 import tensorflow as tf
 
 from state.config.settings import Settings
-from state.errors import SpecMismatch
+from state.errors import SettingsError, SpecMismatch
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING
 from state.registry.versions import Versions
+from state.rows.tables import tables_in
 from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
 from trainer.engine.step import Trainer
@@ -86,12 +87,22 @@ def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
 
 
 def load(trainer: Trainer, tensors: content.Tensors) -> None:
-    """Replaces the whole state of `trainer` by a full one; one of a release without crosses or transitions, or with others, has none."""
+    """Replaces the whole state of `trainer` by a full one; one of a release without crosses or transitions, or with others, has none.
+
+    Raises:
+        SettingsError: Tables or dense weights are of another model.
+    """
     trainer.clear()
+    widths = {name: tensors[f"{name}.rows"].shape[1] for name in tables_in(tensors) if f"{name}.ids" in tensors}
+    ours = {name: table.dim for name, table in trainer.tables.items()}
+    for name in sorted((widths.keys() | ours.keys()) - {CROSS, TRANSITION}):
+        if widths.get(name) != ours.get(name):
+            raise SettingsError(
+                f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
+                "put the [model] settings back, or start a new epoch from nothing",
+            )
     for name, table in trainer.tables.items():
-        if name in (CROSS, TRANSITION) and (
-            f"{name}.ids" not in tensors or tensors[f"{name}.rows"].shape[1] != table.dim
-        ):
+        if name in (CROSS, TRANSITION) and widths.get(name) != table.dim:
             continue
         table.load(Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS}))
     trainer.model.set_weights(_under("dense.", tensors))

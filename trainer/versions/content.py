@@ -19,23 +19,26 @@ import numpy.typing as npt
 from safetensors.numpy import load, save
 
 from state.registry.registry import SERVING, TRAINING
-from state.rows.keys import TABLES as TABLES
+from state.rows.tables import TABLES as TABLES
+from state.rows.tables import tables_in
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
 ROWS = ("rows", "accum", "last_seen_ms")
 PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
-_SERVED = {f"{table}.{name}" for table in TABLES for name in ("ids", "rows", "removed")} | {"popular"}
+COLUMNS = ("ids", "removed", *ROWS, *PENDING)
+SERVED = ("ids", "rows", "removed")
 _FOLD_ROWS = 1_000_000
 
 
 def encode(tensors: Tensors) -> dict[str, bytes]:
     """The files of a version; equal tensors give equal bytes."""
     files: dict[str, dict[str, Array]] = {SERVING: {}, TRAINING: {}}
+    served = {f"{table}.{name}" for table in tables_in(tensors) for name in SERVED} | {"popular"}
     for name, tensor in sorted(tensors.items()):
-        served = name in _SERVED or name.startswith("dense.")
-        files[SERVING if served else TRAINING][name] = np.asarray(tensor, order="C")
+        to = SERVING if name in served or name.startswith("dense.") else TRAINING
+        files[to][name] = np.asarray(tensor, order="C")
     return {name: save(held) for name, held in files.items()}
 
 
@@ -71,17 +74,18 @@ def merge(parts: Iterable[Tensors], full: bool = True) -> dict[str, Array]:
     rows = 0
     for part in iterator:
         later.append(part)
-        rows += sum(len(part.get(f"{table}.ids", ())) for table in TABLES)
+        rows += sum(len(part.get(f"{table}.ids", ())) for table in tables_in(part))
         if rows > _FOLD_ROWS:
             later, rows = [_merged(later, full=False)], 0
     return _merged([first, *later], full)
 
 
 def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
-    tabled = {f"{table}.{name}" for table in TABLES for name in ("ids", "removed", *ROWS, *PENDING)}
+    tables = tables_in({name for part in parts for name in part})
+    tabled = {f"{table}.{name}" for table in tables for name in COLUMNS}
     # 1. What is whole in each version.
     merged = {name: tensor for name, tensor in parts[-1].items() if name not in tabled}
-    for table in TABLES:
+    for table in tables:
         # A release without this table wrote none of it; an empty one is the same. Rows of another width are of a
         # release whose rows meant something else: a trainer that went on from there took up none of them.
         held = [part for part in parts if f"{table}.ids" in part]

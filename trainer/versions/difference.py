@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from state.config.sections import Model
+from state.rows.tables import tables_in
 from trainer.model.tower import FORMER
-from trainer.versions.content import PENDING, ROWS, TABLES, Array, Tensors
+from trainer.versions.content import COLUMNS, PENDING, ROWS, Array, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,12 @@ class Difference:
 
 def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
     """Where the states first differ: tables in their order, then everything else by name; None where they are equal."""
-    for table in TABLES:
+    tables = tables_in(kept.keys() | recomputed.keys())
+    for table in tables:
         found = _of_table(table, kept, recomputed)
         if found is not None:
             return found
-    tabled = {f"{table}.{name}" for table in TABLES for name in ("ids", "removed", *ROWS, *PENDING)}
+    tabled = {f"{table}.{name}" for table in tables for name in COLUMNS}
     for name in sorted((kept.keys() | recomputed.keys()) - tabled):
         if name not in kept or name not in recomputed:
             return Difference(name, "", None, None, _presence(name in kept), _presence(name in recomputed))

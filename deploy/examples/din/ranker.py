@@ -2,10 +2,13 @@
 
 For a user with latest events k (item i_k, category c_k, action a_k, age t_k) and a candidate c with row e_c:
 
-    h_k    = [ e_{i_k} | e_{c_k} | one-hot(a_k) | t_k / 32 ]
+    h_k    = [ k_{i_k} | e_{c_k} | r_{a_k} | t_k / 32 ]
     w_k(c) = MLP([ K h_k | Q e_c | K h_k * Q e_c ])         no softmax: a user with more clicks has more interest
     a(c)   = mean over k of w_k(c) V h_k
     s(c)   = MLP([ x(u) | a(c) | e_c ]) + b_slot,           x(u) = tower([ prepared features | e_u | mean context ])
+
+Rows k of items as events and r of actions are tables of this ranker's own, `attended` and `action`; rows e are those
+every ranker has. What an item says of a user who clicked it is then learned apart from what makes users click it.
 
 An item is engaged with as its category is clicked, and by what x(u) says of the item: a s(c_i) + (P x(u)) . e_i + b.
 """
@@ -21,15 +24,17 @@ import tensorflow as tf
 from state.config.sections import Model
 from state.features.spec import FeatureSpec
 from trainer.model import losses
-from trainer.model.inputs import pick, sizes
+from trainer.model.inputs import own_rows, pick, sizes
 from trainer.model.preprocessing import Logarithms
 from trainer.model.ranker import MASKED, Ranker, Targets
 
 READ = (
     "features", "user_row", "context_row", "item_row", "category_row", "recent_rows", "recent_mask", "popular_rows",
-    "popular_mask", "successor_rows", "successor_mask", "sequence_item_rows", "sequence_category_rows",
-    "sequence_actions", "sequence_ages", "sequence_mask", "other_row", "negative_item_row", "negative_category_row",
+    "popular_mask", "successor_rows", "successor_mask", "sequence_category_rows", "sequence_ages", "sequence_mask",
+    "other_row", "negative_item_row", "negative_category_row",
 )  # fmt: skip
+OWN = (*own_rows("attended", "sequence_items"), *own_rows("action", "sequence_actions"))
+ACTION_WIDTH = 4
 
 
 class Din(Ranker):
@@ -37,19 +42,19 @@ class Din(Ranker):
 
     Args:
         settings: The section `[model]`; the option `attention` is the width of the attention.
-        spec: Has the length of sequences and the actions.
+        spec: Has the length of sequences.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
     """
 
     def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
         super().__init__(name="din")
         dim, width, attention = settings.dim, settings.hidden[-1], settings.option("attention", 32)
-        self.tables = dict.fromkeys(("user", "item", "category", "context"), dim)
-        self.inputs, self.sizes = pick(*READ), sizes(settings, spec)
+        self.tables = dict.fromkeys(("user", "item", "category", "context", "attended"), dim) | {"action": ACTION_WIDTH}
+        self.initial_ranges = {"action": 0.5}
+        self.inputs, self.sizes = (*pick(*READ), *OWN), sizes(settings, spec)
         self.prepare = preprocessing if preprocessing is not None else Logarithms(spec.names)
-        self.actions = len(spec.actions) + 2  # none, those named, any other
         into = int(self.prepare(tf.zeros([1, len(spec.names)])).shape[-1]) + 2 * dim
-        event = 2 * dim + self.actions + 1
+        event = 2 * dim + ACTION_WIDTH + 1
         slots = spec.recent_categories + settings.popular + int(self.sizes["S"] or 0)
         drawn = np.random.default_rng(7)
 
@@ -84,11 +89,9 @@ class Din(Ranker):
         """The user's vector, and keys and values of the latest events."""
         rows = [self.prepare(inputs["features"]), inputs["user_row"], inputs["context_row"]]
         vector = tf.nn.relu(tf.matmul(tf.concat(rows, 1), self.dense["user.kernel"]) + self.dense["user.bias"])
-        actions = tf.one_hot(
-            tf.cast(tf.minimum(inputs["sequence_actions"], self.actions - 1.0), tf.int32), self.actions
-        )
         ages = tf.expand_dims(inputs["sequence_ages"] / 32.0, 2)
-        events = tf.concat([inputs["sequence_item_rows"], inputs["sequence_category_rows"], actions, ages], 2)
+        rows = [inputs[name] for name in ("attended_of_sequence_items", "sequence_category_rows")]
+        events = tf.concat([*rows, inputs["action_of_sequence_actions"], ages], 2)
         return {
             "vector": vector,
             "keys": _times(events, self.dense["attend.key"]),

@@ -120,14 +120,17 @@ class TensorflowEngine:
     def _traced(self, given: Mapping[str, Any], crosses: int) -> Any:
         """The graph for records of any length, as one with so many crosses asks for."""
         if crosses not in self._traces:
-            fixed = {one.ids or one.name for one in self._ranker.inputs if not one.shape.startswith("B")}
+            fixed = {
+                _use(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
+            }
+            fixed.add(f"{CROSS}.cross_share")
 
             def spec(tensor: Tensor, length: int | None = None) -> Any:
                 return tf.TensorSpec([length, *tensor.shape[1:]], tensor.dtype)
 
             named = {
                 part: {
-                    name: spec(tensor, tensor.shape[0] if name in fixed | {"cross_share"} and part != "rows" else None)
+                    name: spec(tensor, tensor.shape[0] if name in fixed and part != "rows" else None)
                     for name, tensor in given[part].items()
                 }
                 for part in ("rows", "at", "values")
@@ -141,7 +144,7 @@ class TensorflowEngine:
         return not one.table and one.name != "cross"
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
-        """Distinct rows of each table, the missing one first, and where in them each use of an id is, by the name of the ids."""
+        """Distinct rows of each table, the missing one first, and where in them each use of an id is, by `<table>.<ids>`."""
         uses: dict[str, dict[str, Any]] = {name: {} for name in self._tables}
         for one in self._ranker.inputs:
             if one.table:
@@ -157,17 +160,18 @@ class TensorflowEngine:
             rows[name], places = self._tables[name].distinct(self._tables[name].find(ids))
             ends = np.cumsum([part.size for part in parts.values()])
             found = np.split(places, ends[:-1]) if parts else []
-            at |= {name: each.reshape(parts[name].shape) for name, each in zip(parts, found, strict=True)}
+            at |= {f"{name}.{ids}": each.reshape(parts[ids].shape) for ids, each in zip(parts, found, strict=True)}
         return rows, at
 
     def _gather(self, one: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
         """The rows of one input."""
-        rows = tf.gather(distinct[one.table], at[one.ids])
+        places = at[_use(one)]
+        rows = tf.gather(distinct[one.table], places)
         if one.mean:
             # Without any ids the mean is the missing row.
-            rows = tf.reduce_mean(rows, -2) if at[one.ids].shape[-1] else tf.reduce_sum(rows, -2)
-        if one.attributes in at:
-            rows += tf.reduce_mean(tf.gather(distinct["context"], at[one.attributes]), -2)
+            rows = tf.reduce_mean(rows, -2) if places.shape[-1] else tf.reduce_sum(rows, -2)
+        if (attributes := f"context.{one.attributes}") in at:
+            rows += tf.reduce_mean(tf.gather(distinct["context"], at[attributes]), -2)
         return rows
 
     def _measure_graph(self, given: Mapping[str, Any], move: Tensor) -> TensorsFound:
@@ -184,10 +188,10 @@ class TensorflowEngine:
         values = {name: tf.cast(value, tf.float32) for name, value in given["values"].items()}
         cross = distinct[CROSS], accum[CROSS]
         if self._crossed:
-            at = given["at"]
-            if at["cross"].shape[-1]:
+            at, shares = given["at"][f"{CROSS}.cross"], given["at"][f"{CROSS}.cross_share"]
+            if at.shape[-1]:
                 prior = tf.constant(self._cross_precision)
-                values["cross"], *learned = learn_crosses(at["cross"], at["cross_share"], prior, targets.label, *cross)
+                values["cross"], *learned = learn_crosses(at, shares, prior, targets.label, *cross)
                 cross = tuple(learned)
             else:
                 values["cross"] = tf.zeros_like(targets.weight)
@@ -240,3 +244,8 @@ class TensorflowEngine:
             table = self._tables[CROSS]
             for variable, values in zip((table.rows, table.accum), cross, strict=True):
                 tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=at[CROSS][1:], updates=values[1:])
+
+
+def _use(one: Input) -> str:
+    """What the places of an input's rows are called: tables may be looked up by the same ids."""
+    return f"{one.table}.{one.ids}"
