@@ -11,7 +11,15 @@ import apache_beam as beam
 from state.recordings.files import Recording
 from streaming import examples
 from streaming.context import Handle
-from streaming.preprocessing import analyse, analysis, category_batch, list_categories, load_preprocessing, record_batch
+from streaming.preprocessing import (
+    AskedModel,
+    analyse,
+    analysis,
+    category_batch,
+    list_categories,
+    load_preprocessing,
+    record_batch,
+)
 from streaming.sample import ComputeWindows, Sample
 from streaming.sample_source import ReadSample
 from streaming.steps import ParseEvents
@@ -59,7 +67,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         analyse(
             features,
             len(spec.names),
-            load_preprocessing(settings.model.preprocessing, settings.model),
+            load_preprocessing(settings.model.preprocessing, AskedModel.of(settings.model, handle.context.asked)),
             output / "transform",
         )
         categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))

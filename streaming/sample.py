@@ -77,12 +77,14 @@ class Sample(JobContext):
         clock_s: Wall clock, seconds.
         began_s: When reading began.
         tally: What was found so far.
+        asked: The options that the preprocessing asked for, of `AskedModel`.
     """
 
     say: Say
     clock_s: Callable[[], float]
     began_s: float
     tally: Tally = field(default_factory=Tally)
+    asked: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def left(self) -> int:

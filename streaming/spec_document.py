@@ -30,6 +30,8 @@ def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: 
         "label_windows": list(spec.window_names),
         "salt": salt.fingerprint,
         "preprocessing": model.preprocessing,
+        "options": list(model.options),
+        "asked": sample.asked,
         "rows": tally.clicks,
         "popular": [[f"{label:016x}", clicks] for label, clicks in ranked],
         "names": {f"{label:016x}": name for label, name in sorted(tally.names.items())},
@@ -39,12 +41,12 @@ def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: 
 
 
 def require_same(about: Mapping[str, Any], settings: Settings, salt: Salt) -> None:
-    """Refuses a feature spec that was bootstrapped with another salt or preprocessing.
+    """Refuses a feature spec that was bootstrapped with another salt, preprocessing, or options of it.
 
     Raises:
         SaltMismatch: With another salt.
-        SpecMismatch: With another preprocessing.
+        SpecMismatch: With another preprocessing, or options that it asked for.
     """
     if about["salt"] != salt.fingerprint:
         raise SaltMismatch.between(f"the registry {settings.registry_dir}", about["salt"], salt.fingerprint)
-    require_preprocessing(about, settings.model.preprocessing)
+    require_preprocessing(about, settings.model)

@@ -115,7 +115,7 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
         # Threads are fixed before the first operation, which loading the graph is.
         device.prepare(settings.trainer.device, settings.trainer.threads)
         spec = FeatureSpec.from_settings(settings)
-        require_preprocessing(registry.spec(spec.digest), settings.model.preprocessing)
+        require_preprocessing(registry.spec(spec.digest), settings.model)
         # 3.
         trainer = Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
         program = registry.add_program(build(trainer.model))

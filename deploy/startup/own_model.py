@@ -45,14 +45,14 @@ def check(settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         SettingsError: A function cannot be loaded.
         ProgramError: A function is not what it has to be, or does not lower to LiteRT.
-        SpecMismatch: The registry was bootstrapped with another preprocessing.
+        SpecMismatch: The registry was bootstrapped with another preprocessing, or options of it.
     """
     if not is_own(settings):
         return
     if settings.registry_dir.exists():
         registry = Registry(settings.registry_dir)
         for digest in registry.specs():
-            require_preprocessing(registry.spec(digest), settings.model.preprocessing)
+            require_preprocessing(registry.spec(digest), settings.model)
     with tempfile.TemporaryDirectory(prefix="springtide-model-") as folder:
         graph = []
         if settings.model.preprocessing != Model().preprocessing:

@@ -267,6 +267,11 @@ class Model:
         (), help="Hyperparameters of one's own, NAME=VALUE each, for a ranker, tower or preprocessing of one's own."
     )
 
+    @property
+    def written(self) -> dict[str, str]:
+        """The options by name, as text."""
+        return dict(one.split("=", 1) for one in self.options)
+
     def option(self, name: str, default: Any) -> Any:
         """A hyperparameter of one's own, in the type of its default.
 
@@ -276,7 +281,7 @@ class Model:
         Raises:
             SettingsError: It is written in another type.
         """
-        written = dict(one.split("=", 1) for one in self.options)
+        written = self.written
         if name not in written:
             return default
         try:

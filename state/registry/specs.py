@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from state import layout
+from state.config.sections import Model
 from state.disk import files as durable
 from state.errors import CorruptVersion, SpecMismatch
 from state.process import killpoints
@@ -142,19 +143,30 @@ class Specs(Directory):
         return folder / "transform"
 
 
-def require_preprocessing(about: Mapping[str, Any], preprocessing: str) -> None:
+def require_preprocessing(about: Mapping[str, Any], model: Model) -> None:
     """Refuses a preprocessing that is not the one which a feature spec was bootstrapped with.
+
+    Its graph holds the options that it asked for. Others, of a ranker or a tower, may change: versions name them.
 
     Args:
         about: What the bootstrap wrote about the spec.
-        preprocessing: The setting `model.preprocessing`.
+        model: The section `[model]`.
 
     Raises:
-        SpecMismatch: It is another one.
+        SpecMismatch: It is another one, or an option that it asked for is.
     """
-    if about.get("preprocessing", preprocessing) != preprocessing:
+    remedy = "put it back, or start a new state directory"
+    if about.get("preprocessing", model.preprocessing) != model.preprocessing:
         raise SpecMismatch(
             f"the registry was bootstrapped with preprocessing {about['preprocessing']}, model.preprocessing is "
-            f"{preprocessing}",
-            "put it back, or start a new state directory",
+            f"{model.preprocessing}",
+            remedy,
         )
+    for name, (then, default) in about.get("asked", {}).items():
+        now = model.written.get(name, default)
+        if now != then:
+            raise SpecMismatch(
+                f"the registry was bootstrapped with the option {name}={then} of {model.preprocessing}, model.options "
+                f"makes it {now}",
+                remedy,
+            )

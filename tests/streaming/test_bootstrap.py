@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 
 from state.config.loading import load
+from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
 from state.registry.registry import Registry
+from state.registry.specs import require_preprocessing
 from streaming.bootstrap import run
+from streaming.bootstrap_job import Wanted
 from streaming.context import Handle
 from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
 from streaming.rows import Rows
@@ -154,6 +157,30 @@ def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
     ).numpy()
     assert np.abs(scaled[:-1, 2]).max() < 1e-4
     assert np.abs(scaled).max() <= CLIP
+
+
+def scaled(inputs: dict[str, Any], settings: Model) -> dict[str, Any]:
+    import tensorflow as tf
+
+    return {"features": tf.math.log1p(inputs["features"]) * settings.option("scale", 1.0)}
+
+
+def test_an_option_that_the_preprocessing_asked_for_stays_and_others_may_change(settings: Settings) -> None:
+    def wanted(*options: str) -> Settings:
+        model = replace(settings.model, preprocessing=f"{__name__}:scaled", options=options)
+        return replace(settings, model=model)
+
+    assert run(wanted("scale=0.5", "heads=4"), silent, Wanted(checked=True))
+    about = Registry(settings.registry_dir).spec(FeatureSpec.from_settings(settings).digest)
+    assert (about["options"], about["asked"]) == (["scale=0.5", "heads=4"], {"scale": ["0.5", "1.0"]})
+    assert not run(wanted("scale=0.5", "heads=8"), silent), "the graph does not depend on heads"
+    for options, now in ((("heads=4",), "1.0"), (("scale=2",), "2")):
+        with pytest.raises(
+            SpecMismatch, match=rf"option scale=0\.5 of .*:scaled, model\.options makes it {now}; put it back"
+        ):
+            run(wanted(*options), silent)
+    # What an earlier release wrote names no options.
+    require_preprocessing({"preprocessing": f"{__name__}:scaled"}, wanted("scale=2").model)
 
 
 def test_an_unknown_preprocessing_is_a_wrong_setting() -> None:
