@@ -18,8 +18,8 @@ from state.config.settings import Settings
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.layout import ATTRIBUTES, PROGRAMS
-from state.ranking.transitions import WIDTH as LIST_WIDTH
-from state.ranking.transitions import record, succession
+from state.ranking import transition_rows
+from state.ranking.transitions import Lists, record, succession
 from state.rows.tables import SERVED_IDS
 from tests.conformance.looking_up import NARROW, WIDTH, LookingUp
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, digest_of, manifest, small
@@ -47,11 +47,11 @@ def row(one: int, width: int = WIDTH) -> Any:
     return np.random.default_rng(one % 2**32 + width).normal(0, 1, width).astype(np.float32)
 
 
-def after_shoes() -> Any:
-    """The list of what came after shoes, ann's newest category: books."""
-    lists = np.zeros((2, LIST_WIDTH), np.float32)
+def after_shoes() -> Lists:
+    """The lists of no category and of shoes, ann's newest category: books came next."""
+    lists = Lists.empty(2)
     record(np.array([1], np.int32), np.array([public_id("books")], np.uint64), lists)
-    return lists[1]
+    return lists
 
 
 def tensors(lowered: Lowered) -> dict[str, Any]:
@@ -62,7 +62,9 @@ def tensors(lowered: Lowered) -> dict[str, Any]:
         made[f"{table}.ids"] = np.array(ids, np.uint64)
         made[f"{table}.rows"] = np.stack([row(one, width) for one in ids])
     made["transition.ids"] = np.array([public_id("shoes")], np.uint64)
-    made["transition.rows"] = after_shoes()[None]
+    made["transition.rows"] = transition_rows.pack(after_shoes(), np.zeros((2, transition_rows.SIGN_BYTES), np.uint8))[
+        1:
+    ]
     made["popular"] = np.array([public_id("tea"), public_id("shoes")], np.uint64)
     return made
 
@@ -94,9 +96,7 @@ def expected(stores: Stores, item: str | None) -> Any:
     events = [public_id("i2"), public_id("i1")]
     assert vector.sequence_items.tolist() == padded(events, 3)
     newest, popular = vector.recent_categories[None], np.array([public_id("tea"), public_id("shoes"), 0, 0], np.uint64)
-    lists = np.zeros((2, LIST_WIDTH), np.float32)
-    lists[1] = after_shoes()
-    followers = succession(np.array([1], np.int32), lists, newest, popular).ids[0].tolist()
+    followers = succession(np.array([1], np.int32), after_shoes(), newest, popular).ids[0].tolist()
     assert public_id("books") in followers
     about = item is not None
     ids: dict[str, list[int]] = {
