@@ -8,7 +8,8 @@
     ├── StoreError
     │   ├── LockHeld, PositionConflict, CorruptStore, StoreFull, UnusableDisk
     ├── RegistryError
-    │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict
+    │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
+    │   ├── UnknownMask, TooManyMasks
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
     ├── UnreadableRecording
@@ -183,6 +184,14 @@ class WrongEpoch(RegistryError):
 
 class ControlConflict(RegistryError):
     """Somebody else created this control generation first. Look at `springtide history`, then repeat the command if it still applies."""
+
+
+class UnknownMask(RegistryError):
+    """No such mask is set. Take one of `springtide masks`."""
+
+
+class TooManyMasks(RegistryError):
+    """The masks do not fit into a control generation. Name users or a span of time in place of many ranges, or lift some."""
 
 
 class MicroBatchError(SpringtideError):

@@ -5,7 +5,8 @@
     ├── salt                     the secret key of pseudonyms, or where `paths.salt_file` says
     ├── registry/                or where `paths.registry` says
     │   ├── versions/ bases/     one directory a version          state/registry/versions.py
-    │   ├── control/             one file a generation            state/registry/registry.py
+    │   ├── control/             one file a generation            state/registry/controls.py
+    │   ├── masks/               users that masks name, by digest
     │   ├── programs/ specs/     by digest
     │   ├── gaps/                losses that the trainer accepted
     │   ├── tmp/                 being written; swept
@@ -33,7 +34,7 @@ LOCK = "lock"
 SALT = "salt"
 
 REGISTRY = "registry"
-VERSIONS, BASES, CONTROL = "versions", "bases", "control"
+VERSIONS, BASES, CONTROL, MASKS = "versions", "bases", "control", "masks"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,9 @@ from state.microbatch.cutting import gaps, trim
 from state.microbatch.row_kinds import Kind, trained
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
+
+MaskAt = Callable[[int], Mask]
+"""What is left out of a record that the stream wrote under the mask of a control generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +42,27 @@ class Intake:
     gaps: list[tuple[Source, int, int]]
 
 
+def always(mask: Mask) -> MaskAt:
+    """The same mask for every record."""
+    return lambda _: mask
+
+
 def take_in(
     value: bytes | None,
     marks: Mapping[Source, int],
-    mask: Mask,
+    mask_at: MaskAt,
     spec: str,
     salt: str,
     where: str,
     line: LogLine = WHOLE,
     offset: int = 0,
 ) -> Intake:
-    """Decodes a record, drops what is known by `marks`, leaves out what `mask` names; nothing is left of one off the line.
+    """Decodes a record, drops what is known by `marks`, leaves out what is masked; nothing is left of one off the line.
 
     Args:
         value: The record's value.
         marks: The next offset of each source.
-        mask: The rows to leave out; they count as seen.
+        mask_at: The rows to leave out; they count as seen.
         spec: Digest of the feature spec that the trainer learns.
         salt: Fingerprint of the salt of its user ids.
         where: The record's place, for messages.
@@ -83,6 +91,7 @@ def take_in(
     unseen, after = trim(whole, marks)
     ours = trained(whole.kind)
     fresh = ours & unseen
+    mask = mask_at(whole.header.mask_generation)
     keep = fresh & ~masked(whole, mask) if mask else fresh
     return Intake(
         batch=whole.take(keep),
@@ -99,7 +108,7 @@ def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
     ranges = batch.header.ranges
     out = mask.rows(batch.user, batch.at_ms, batch.source, batch.opened, ranges)
     # An event that only ended a wait is not the row's business.
-    known_ms = batch.at_ms + batch.delay_ms
-    labelled = mask.rows(batch.user, known_ms, batch.source, batch.offset, ranges)
-    found: NDArray[np.bool_] = out | (labelled & (batch.kind == Kind.JOINED))
-    return found
+    if len(joined := np.flatnonzero(batch.kind == Kind.JOINED)):
+        known_ms = (batch.at_ms + batch.delay_ms)[joined]
+        out[joined] |= mask.rows(batch.user[joined], known_ms, batch.source[joined], batch.offset[joined], ranges)
+    return out

@@ -195,7 +195,7 @@ class Learner:
     def _take(self, offset: int, value: bytes | None) -> None:
         """One record is one step, where a row is left to learn from."""
         where, salt, control = self._where(offset), str(self._about["salt"]), self.control
-        found = take_in(value, self.place.marks, control.mask, self._spec, salt, where, control.log, offset)
+        found = take_in(value, self.place.marks, control.mask_at, self._spec, salt, where, control.log, offset)
         passed = self._passages.pass_sources(found.gaps, where, self._reader.topic_id)
         self.place = self.place.taken(found, offset, passed)
         gauges.show_intake(found, self._metrics)

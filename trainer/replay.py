@@ -52,7 +52,7 @@ class Replay:
             MicroBatchError: The record cannot be read.
         """
         where = f"{self._where} offset {offset}"
-        found = take_in(value, self.marks, segment.mask, self._spec, self._salt, where, segment.line, offset)
+        found = take_in(value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset)
         self.marks = found.marks
         self.rows += found.rows
         for name in ACCOUNT:

@@ -11,22 +11,25 @@ from state.registry.control import Control
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
+from trainer.intake import MaskAt, always
+
+NOTHING = always(Mask.NONE)
 
 
 @dataclass(frozen=True, slots=True)
 class LogSegment:
-    """A part of the training log that was learned under one mask.
+    """A part of the training log that was learned in one epoch.
 
     Attributes:
         first: Its first offset.
         next: The offset after it.
-        mask: The rows left out.
+        mask_at: The rows left out.
         line: The records that count.
     """
 
     first: int
     next: int
-    mask: Mask = Mask.NONE
+    mask_at: MaskAt = NOTHING
     line: LogLine = WHOLE
 
 
@@ -62,17 +65,18 @@ def segments_of(
     Raises:
         UnknownVersion: A version that an epoch began from is not kept any more.
     """
-    began = {control.epoch: control for control in reversed(controls)}
+    # The last control of an epoch knows which of its masks were lifted, and when.
+    last = {control.epoch: control for control in controls}
     found: list[LogSegment] = []
     epoch, end = target.epoch, target.log.next
     while base is not None and epoch != base.epoch:
-        start = began[epoch].base
+        start = last[epoch].base
         if start is None:
             raise UnknownVersion(f"epoch {epoch} began from nothing: version {base.version} does not lead to it")
         turned = registry.manifest(start)
-        found.append(LogSegment(turned.log.next, end, began[epoch].mask, began[epoch].log))
+        found.append(LogSegment(turned.log.next, end, last[epoch].mask_at, last[epoch].log))
         epoch, end = turned.epoch, turned.log.next
     first = target.log.first if base is None else base.log.next
-    under = (began[epoch].mask, began[epoch].log) if epoch in began else ()
+    under = (last[epoch].mask_at, last[epoch].log) if epoch in last else ()
     found.append(LogSegment(first, end, *under))
     return found[::-1]

@@ -19,8 +19,10 @@ from state.config.settings import Settings
 from state.errors import LogError, RegistryError, SaltMismatch, SettingsError
 from state.events.identity import load_salt, user_id
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.process.actor import actor
 from state.registry import control as transitions
+from state.registry import control_codec
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
@@ -140,11 +142,11 @@ def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now
     return Mask(
         offsets=tuple(plan.parse_place(text, topic_ids) for text in asked.skip),
         times=tuple(plan.parse_times(text, now_ms) for text in asked.skip_time),
-        users=frozenset() if asked.skip_users is None else users_of(settings, asked.skip_users, newest.salt),
+        users=MaskedUsers.NOBODY if asked.skip_users is None else users_of(settings, asked.skip_users, newest.salt),
     )
 
 
-def users_of(settings: Settings, file: Path, fingerprint: str) -> frozenset[int]:
+def users_of(settings: Settings, file: Path, fingerprint: str) -> MaskedUsers:
     """The pseudonyms of a file's users, one id a line.
 
     Args:
@@ -166,7 +168,7 @@ def users_of(settings: Settings, file: Path, fingerprint: str) -> frozenset[int]
     salt = load_salt(settings.salt_path, create=False)
     if salt.fingerprint != fingerprint:
         raise SaltMismatch.between(f"the registry {settings.registry_dir}", fingerprint, salt.fingerprint)
-    return frozenset(user_id(salt, line.strip()) for line in lines if line.strip())
+    return MaskedUsers.of(user_id(salt, line.strip()) for line in lines if line.strip())
 
 
 def log_end(settings: Settings) -> int | None:
@@ -185,7 +187,7 @@ def log_end(settings: Settings) -> int | None:
 
 def control_document(control: Control) -> dict[str, Any]:
     """A control generation as JSON values; a mask's users are counted, not listed."""
-    document: dict[str, Any] = json.loads(transitions.encode(control))
+    document: dict[str, Any] = json.loads(control_codec.encode(control))
     return {**document, "mask": plan.mask_document(control.mask)}
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from state.errors import SettingsError, UnknownVersion
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.registry.manifest import Manifest
 
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -193,7 +194,7 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
 def describe(mask: Mask) -> str:
     """A mask in words, without a user's id.
 
-    >>> describe(Mask(times=((0, 60_000),), users=frozenset({7})))
+    >>> describe(Mask(times=((0, 60_000),), users=MaskedUsers.of([7])))
     'clicks from 1970-01-01T00:00:00Z to 1970-01-01T00:01:00Z; all of 1 user'
     """
     parts = [
@@ -208,8 +209,7 @@ def describe(mask: Mask) -> str:
 
 def mask_document(mask: Mask) -> dict[str, Any]:
     """A mask as JSON values; users are counted, not listed."""
-    document = dict(mask.to_json())
-    return {**document, "users": len(mask.users)}
+    return {**replace(mask, users=MaskedUsers.NOBODY).to_json(), "users": len(mask.users)}
 
 
 def age(seconds: float) -> str:

@@ -130,7 +130,7 @@ class VersionFollower:
         at_once = pin if pin in self._here else None
         notes = {
             CONTROL_NOTE: json.dumps({"generation": control.generation, "epoch": control.epoch, "pin": pin}).encode(),
-            MASK_NOTE: json.dumps(control.mask.to_json()).encode(),
+            MASK_NOTE: control.mask.to_bytes(),
         }
         self._rows.steer(notes, at_once)
         killpoints.reach("apply.steered")

@@ -155,7 +155,7 @@ class Predictor:
         """The mask of the newest control that the applier has seen."""
         control = reader.note(CONTROL_NOTE)
         if control != self._control[0]:
-            self._control = (control, Mask.from_json((reader.note(MASK_NOTE) or b"{}").decode()))
+            self._control = (control, Mask.from_bytes(reader.note(MASK_NOTE) or b"{}"))
         return self._control[1]
 
     def _now(self, now_ms: int) -> tuple[int, str]:

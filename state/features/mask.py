@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from state.features.masked_users import MaskedUsers
 from state.positions import Range
 
 I64 = NDArray[np.int64]
@@ -42,21 +44,21 @@ class Mask:
         times: (from, to) of event time in milliseconds, [from, to).
         users: pseudonyms.
 
-    >>> mask = Mask(3, times=((1000, 2000),), users=frozenset({7}))
-    >>> Mask.from_json(mask.to_json()) == mask
+    >>> mask = Mask(3, times=((1000, 2000),), users=MaskedUsers.of([7]))
+    >>> Mask.from_json(mask.to_json()) == mask == Mask.from_bytes(mask.to_bytes())
     True
     """
 
     generation: int = 0
     offsets: tuple[tuple[int, int, int, int], ...] = ()
     times: tuple[tuple[int, int], ...] = ()
-    users: frozenset[int] = frozenset()
+    users: MaskedUsers = MaskedUsers.NOBODY
     NONE: ClassVar[Mask]
 
     def __bool__(self) -> bool:
         return bool(self.offsets or self.times or self.users)
 
-    @property
+    @cached_property
     def hidden(self) -> Hidden:
         """What the window kernel asks of an event; users are the caller's part."""
         offsets = [(topic | partition << 32, first, last) for topic, partition, first, last in self.offsets]
@@ -90,7 +92,7 @@ class Mask:
         topic, partition = np.array(words, np.int64)[source], np.array(partitions, np.int64)[source]
         out = self._events(topic, partition, offset, at_ms)
         if self.users:
-            out |= np.isin(user, np.fromiter(self.users, np.uint64, len(self.users)))
+            out |= self.users.has(user)
         return out
 
     def events(self, history: NDArray[Any], user: int = 0) -> NDArray[np.bool_]:
@@ -111,22 +113,43 @@ class Mask:
 
     def to_json(self) -> dict[str, Any]:
         """Gives the mask as JSON values, users in order."""
-        return {
-            "generation": self.generation,
-            "offsets": [list(part) for part in self.offsets],
-            "times": [list(part) for part in self.times],
-            "users": [f"{user:016x}" for user in sorted(self.users)],
-        }
+        return {**self._without_users(), "users": [f"{user:016x}" for user in self.users]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | str) -> Mask:
         """Reads what `to_json` gave, as values or as text."""
         document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
+        return cls._of(document, MaskedUsers.of(int(user, 16) for user in document.get("users", ())))
+
+    def to_bytes(self) -> bytes:
+        """The mask in few bytes: a line of JSON without the users, then the users as `MaskedUsers` writes them."""
+        return json.dumps(self._without_users()).encode() + b"\n" + self.users.to_bytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Mask:
+        """Reads what `to_bytes` gave, or the JSON of `to_json`, which 0.1.0 wrote.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        line, _, users = data.partition(b"\n")
+        document = json.loads(line)
+        return cls.from_json(document) if "users" in document else cls._of(document, MaskedUsers.from_bytes(users))
+
+    def _without_users(self) -> dict[str, Any]:
+        return {
+            "generation": self.generation,
+            "offsets": [list(part) for part in self.offsets],
+            "times": [list(part) for part in self.times],
+        }
+
+    @classmethod
+    def _of(cls, document: dict[str, Any], users: MaskedUsers) -> Mask:
         return cls(
             generation=int(document.get("generation", 0)),
             offsets=tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in document.get("offsets", ())),
             times=tuple((int(a), int(b)) for a, b in document.get("times", ())),
-            users=frozenset(int(user, 16) for user in document.get("users", ())),
+            users=users,
         )
 
 

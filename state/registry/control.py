@@ -2,23 +2,24 @@
 
 The operator writes the next generation; serving and trainer converge to it and
 report what they run. A generation is never changed: the sequence of all of
-them is the audit log. `state/registry/registry.py` stores them.
+them is the audit log. `state/registry/controls.py` stores them, as
+`state/registry/control_codec.py` writes them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
+from state.errors import UnknownMask
 from state.features.mask import Mask
-from state.registry import log_line
 from state.registry.log_line import WHOLE, LogLine
+from state.registry.mask_entries import MaskEntry, added, joined
 
-Action = Literal["start", "pin", "follow", "rollback"]
+Action = Literal["start", "pin", "follow", "rollback", "unmask", "hold", "release", "pause", "resume"]
 Mode = Literal["fast", "exact"]
-FORMAT, WITH_LINE = 1, 2  # 2 where an exact rollback was: a release that knows no line would learn what it abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,15 @@ class ServingChoice:
     Attributes:
         mode: `follow` the newest version of the control's epoch, or stay at the `pin`.
         version: The pinned version; None while following.
+        then_follow: Whether the trainer lets answers follow once it has caught up.
     """
 
     mode: Literal["follow", "pin"] = "follow"
     version: int | None = None
+    then_follow: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Control:
     """The desired state of the whole system.
 
@@ -47,9 +50,15 @@ class Control:
         epoch: The trainer's life since a rollback; versions of another epoch are refused.
         base: The version that the epoch starts from; None where it starts from nothing.
         serving: Which version answers should use.
-        mask: The events that training and windows leave out; its generation is the one that decided it.
+        masks: What training and windows leave out, by number.
+        lifted: Masks that were lifted since the epoch began, each with the generation that did.
+        mask_generation: That of the last change of `masks`.
+        last_mask: The last number given to a mask.
         mode: Of the rollback that the epoch began with: `exact` where the stream went back too.
         log: The records of the training log that count.
+        publishing: Whether the trainer publishes versions.
+        training: Whether the trainer takes records.
+        plan: What a rollback is to do, as its command worked it out; None for what is no rollback.
     """
 
     generation: int
@@ -60,9 +69,38 @@ class Control:
     epoch: int
     base: int | None = None
     serving: ServingChoice = field(default_factory=ServingChoice)
-    mask: Mask = Mask.NONE
+    masks: tuple[MaskEntry, ...] = ()
+    lifted: tuple[MaskEntry, ...] = ()
+    mask_generation: int = 0
+    last_mask: int = 0
     mode: Mode = "fast"
     log: LogLine = WHOLE
+    publishing: bool = True
+    training: bool = True
+    plan: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    @cached_property
+    def mask(self) -> Mask:
+        """The events that windows, the stream and answers leave out; its generation is the one that decided it."""
+        return joined(self.masks, self.mask_generation)
+
+    def mask_at(self, generation: int) -> Mask:
+        """The rows that training leaves out of a record that the stream wrote under the mask of `generation`.
+
+        A mask that was lifted since the epoch began still counts for records
+        that were written before: where in the log it ends is no matter of
+        when the trainer looked.
+        """
+        kept = tuple(one for one in self.lifted if one.lifted > generation)
+        if not kept:
+            return self.mask
+        if kept not in self._masks_at:
+            self._masks_at[kept] = joined((*self.masks, *kept), self.mask_generation)
+        return self._masks_at[kept]
+
+    @cached_property
+    def _masks_at(self) -> dict[tuple[MaskEntry, ...], Mask]:
+        return {}
 
 
 def start(*, actor: str, reason: str, now_ms: int) -> Control:
@@ -98,14 +136,22 @@ def follow(control: Control, *, actor: str, reason: str, now_ms: int) -> Control
 
 
 def roll_back(
-    control: Control, to: int, mask: Mask, *, actor: str, reason: str, now_ms: int, log: LogLine | None = None
+    control: Control,
+    to: int,
+    mask: Mask,
+    *,
+    actor: str,
+    reason: str,
+    now_ms: int,
+    log: LogLine | None = None,
+    then_follow: bool = False,
 ) -> Control:
     """The whole system goes back: answers pinned to version `to`, a new epoch that trains on from it.
 
     What was masked before stays masked, so that an old poison does not come
     back with a second rollback. Where the epoch started from `to` already,
-    with nothing new to mask, only the pin may change: the trainer need not
-    learn the same again.
+    with nothing new to mask and no mask lifted, only the pin may change: the
+    trainer need not learn the same again.
 
     Args:
         control: The control to start from.
@@ -115,6 +161,7 @@ def roll_back(
         reason: Why.
         now_ms: Wall clock.
         log: The line that turns off at `to`, for an exact rollback; None for a fast one, which reads on as before.
+        then_follow: Whether answers follow again once the trainer has caught up.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
@@ -123,97 +170,78 @@ def roll_back(
     >>> roll_back(back, 40, Mask.NONE, actor="ann", reason="retry", now_ms=10) is back
     True
     """
-    joined = join(control.mask, mask, control.generation + 1)
-    serving = ServingChoice("pin", to)
-    done = control.action != "start" and control.base == to and joined == control.mask
+    generation = control.generation + 1
+    new = added(control.masks, mask, control.last_mask, generation)
+    serving = ServingChoice("pin", to, then_follow)
+    done = control.action != "start" and control.base == to and not new and not control.lifted
     if done and (log is None or control.mode == "exact"):
         return _next(control, "rollback", actor, reason, now_ms, serving=serving)
-    return replace(
-        _next(control, "rollback", actor, reason, now_ms, serving=serving, force=True),
+    return _next(
+        control,
+        "rollback",
+        actor,
+        reason,
+        now_ms,
+        serving=serving,
         epoch=control.epoch + 1,
         base=to,
-        mask=joined,
+        masks=(*control.masks, *new),
+        lifted=(),
+        mask_generation=generation if new else control.mask_generation,
+        last_mask=control.last_mask + len(new),
         mode="fast" if log is None else "exact",
         log=control.log if log is None else log,
     )
 
 
-def join(mask: Mask, more: Mask, generation: int) -> Mask:
-    """Both masks as one of `generation`; `mask` itself where `more` adds nothing.
+def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: str, now_ms: int) -> Control:
+    """Lifts masks: from now on nothing that they named is left out. The same control where all were lifted already.
 
-    >>> join(Mask.NONE, Mask.NONE, 4) is Mask.NONE
-    True
-    """
-    offsets = tuple(sorted({*mask.offsets, *more.offsets}))
-    times = tuple(sorted({*mask.times, *more.times}))
-    users = mask.users | more.users
-    if set(offsets) == set(mask.offsets) and set(times) == set(mask.times) and users == mask.users:
-        return mask
-    return replace(mask, generation=generation, offsets=offsets, times=times, users=users)
-
-
-def encode(control: Control) -> bytes:
-    """`control` as canonical JSON: the same control gives the same bytes."""
-    document: dict[str, Any] = {
-        "format": FORMAT if control.log == WHOLE else WITH_LINE,
-        "generation": control.generation,
-        "created_at_ms": control.created_at_ms,
-        "actor": control.actor,
-        "reason": control.reason,
-        "action": control.action,
-        "epoch": control.epoch,
-        "base": control.base,
-        "serving": {"mode": control.serving.mode, "version": control.serving.version},
-        "mask": control.mask.to_json(),
-    }
-    if control.log != WHOLE:
-        document |= {"mode": control.mode, "log": log_line.to_json(control.log)}
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-
-
-def decode(document: Mapping[str, Any]) -> Control:
-    """The control that `encode` wrote, after JSON parsing; fields of later releases are left out.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> decode(json.loads(encode(first))) == first
-    True
+    What was left out meanwhile is not learned by that: it comes back with an
+    exact rollback.
 
     Raises:
-        ValueError: It is of a format that this release does not read, or a field is missing.
+        UnknownMask: One of the numbers was never given.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> back = roll_back(first, 40, Mask(times=((0, 9),)), actor="ann", reason="poison", now_ms=9)
+    >>> free = unmask(back, [1], actor="ann", reason="it was none", now_ms=10)
+    >>> bool(free.mask), bool(free.mask_at(2)), bool(free.mask_at(3))
+    (False, True, False)
     """
-    if document.get("format") not in (FORMAT, WITH_LINE):
-        raise ValueError(f"control of format {document.get('format')!r}; this release reads 1 to {WITH_LINE}")
-    try:
-        serving = document["serving"]
-        return Control(
-            generation=int(document["generation"]),
-            created_at_ms=int(document["created_at_ms"]),
-            actor=str(document["actor"]),
-            reason=str(document["reason"]),
-            action=document["action"],
-            epoch=int(document["epoch"]),
-            base=document["base"],
-            serving=ServingChoice(serving["mode"], serving["version"]),
-            mask=Mask.from_json(document["mask"]),
-            mode=document.get("mode", "fast"),
-            log=log_line.from_json(document["log"]) if "log" in document else WHOLE,
-        )
-    except KeyError as error:
-        raise ValueError(f"control without the field {error}") from error
+    unknown = [number for number in numbers if not 1 <= number <= control.last_mask]
+    if unknown:
+        known = ", ".join(str(one.id) for one in control.masks) or "none is set"
+        raise UnknownMask(f"there is no mask {unknown[0]}", f"take one of `springtide masks`: {known}")
+    generation = control.generation + 1
+    gone = tuple(replace(one, lifted=generation) for one in control.masks if one.id in numbers)
+    if not gone:
+        return control
+    return _next(
+        control,
+        "unmask",
+        actor,
+        reason,
+        now_ms,
+        masks=tuple(one for one in control.masks if one.id not in numbers),
+        lifted=(*control.lifted, *gone),
+        mask_generation=generation,
+    )
 
 
-def _next(
-    control: Control,
-    action: Action,
-    actor: str,
-    reason: str,
-    now_ms: int,
-    *,
-    serving: ServingChoice,
-    force: bool = False,
-) -> Control:
-    """The next generation with another `serving`; `control` itself where that changes nothing."""
-    if control.serving == serving and not force:
+def publish(control: Control, publishing: bool, *, actor: str, reason: str, now_ms: int) -> Control:
+    """The trainer publishes versions, or holds them while it learns on. The same control where that is so already."""
+    return _next(control, "release" if publishing else "hold", actor, reason, now_ms, publishing=publishing)
+
+
+def train(control: Control, training: bool, *, actor: str, reason: str, now_ms: int) -> Control:
+    """The trainer takes records, or pauses. The same control where that is so already."""
+    return _next(control, "resume" if training else "pause", actor, reason, now_ms, training=training)
+
+
+def _next(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
+    """The next generation with these changes; `control` itself where they change nothing."""
+    if all(getattr(control, name) == value for name, value in changes.items()):
         return control
     return replace(
         control,
@@ -222,5 +250,6 @@ def _next(
         actor=actor,
         reason=reason,
         action=action,
-        serving=serving,
+        plan=None,
+        **changes,
     )

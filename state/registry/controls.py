@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -11,22 +12,25 @@ import msgspec
 
 from state import layout
 from state.disk import files as durable
-from state.errors import ControlConflict, CorruptVersion
+from state.errors import ControlConflict, CorruptVersion, TooManyMasks
+from state.features.masked_users import MaskedUsers
 from state.process import killpoints
-from state.registry import control as codec
-from state.registry import manifest
+from state.registry import control_codec, manifest
 from state.registry.control import Control
 from state.registry.directory import Directory, file_bytes, usable
 
 _TRIES = 8
+MOST_BYTES = 100_000
+"""Of a generation's file: every part reads it when it changes, and all of them are kept."""
 
 
 class Controls(Directory):
     """The generations of one registry directory. One object per thread."""
 
     def __init__(self, path: Path, *folders: str) -> None:
-        super().__init__(path, *folders, layout.CONTROL)
+        super().__init__(path, *folders, layout.CONTROL, layout.MASKS)
         self._control: Control | None = None
+        self._users: dict[str, MaskedUsers] = {}
 
     def control(self) -> Control | None:
         """The newest control generation; None before the first. Costs one look at a file name: poll it.
@@ -57,6 +61,7 @@ class Controls(Directory):
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
+            TooManyMasks: It would not fit in its file.
             UnusableRegistry: The disk refused; nothing was changed.
         """
         with usable(f"take control generation {control.generation}"):
@@ -71,8 +76,16 @@ class Controls(Directory):
                 f"control generation {control.generation} does not follow {newest.generation if newest else 'nothing'}",
                 "look at `springtide history`, then repeat the command",
             )
+        for entry in (*control.masks, *control.lifted):
+            self._keep_users(entry.users)
+        data = manifest.seal(control_codec.encode(control))
+        if len(data) > MOST_BYTES:
+            raise TooManyMasks(
+                f"control with {len(control.masks)} masks takes {len(data):,} bytes, {MOST_BYTES:,} are allowed",
+                "name users or a span of time in place of so many ranges, or lift some: `springtide unmask`",
+            )
         temporary = self.temporary(f"control-{control.generation}-{os.urandom(4).hex()}")
-        durable.write(temporary, manifest.seal(codec.encode(control)))
+        durable.write(temporary, data)
         killpoints.reach("control.written")
         final = self._control_path(control.generation)
         try:
@@ -128,8 +141,41 @@ class Controls(Directory):
     def _read_control(self, generation: int) -> Control:
         path = self._control_path(generation)
         try:
-            return codec.decode(json.loads(manifest.unseal(file_bytes(path))))
+            return control_codec.decode(json.loads(manifest.unseal(file_bytes(path))), self._masked_users)
         except (ValueError, msgspec.MsgspecError) as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "restore it from a copy: it says what should be served"
             ) from error
+
+    def _keep_users(self, users: MaskedUsers) -> None:
+        """Writes the users of a mask to the file that their digest names, durably; a damaged one is replaced."""
+        if not users or users.digest in self._users:
+            return
+        final, data = self._users_path(users.digest), users.to_bytes()
+        if final.exists() and final.read_bytes() == data:
+            return
+        temporary = self.temporary(f"users-{users.digest}-{os.urandom(4).hex()}")
+        durable.write(temporary, data)
+        temporary.replace(final)
+        durable.sync_directory(final.parent)
+        killpoints.reach("control.users")
+
+    def _masked_users(self, digest: str) -> MaskedUsers:
+        """The users of a mask, read once; control generations share them.
+
+        Raises:
+            ValueError: Their file is missing or damaged.
+        """
+        if digest not in self._users:
+            path = self._users_path(digest)
+            try:
+                data = file_bytes(path)
+            except FileNotFoundError:
+                raise ValueError(f"{path}, the users of a mask, is missing") from None
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError(f"{path}, the users of a mask, fails its digest")
+            self._users[digest] = MaskedUsers.from_bytes(data)
+        return self._users[digest]
+
+    def _users_path(self, digest: str) -> Path:
+        return self.path / layout.MASKS / f"{digest}.users"

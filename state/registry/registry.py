@@ -3,6 +3,7 @@
     versions/<number>/         a delta: manifest.json and its files
     bases/<number>/            the full state at that version: the first one, and those of the compactor
     control/<generation>.json  what should be; never changed, never deleted
+    masks/<sha256>.users       users that masks of control name, 8 bytes each in order
     programs/<sha256>.tflite   programs that answers run
     specs/<digest>/            spec.json and transform/ of the bootstrap
     tmp/                       what is being written; names carry their writer

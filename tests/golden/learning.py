@@ -15,7 +15,7 @@ from state.registry.registry import Registry
 from tests.golden.archive import Document, Topic
 from trainer import device
 from trainer.engine.step import Trainer
-from trainer.intake import take_in
+from trainer.intake import always, take_in
 from trainer.versions import checkpoint
 from trainer.versions.program import preprocessing_of
 
@@ -52,7 +52,7 @@ def learn_on(trainer: Trainer, registry: Registry, log: Topic, version: int | No
     for one in log.records:
         if one["offset"] < at or len(found) > steps:
             continue
-        taken = take_in(one["value"], marks, mask, newest.spec, newest.salt, f"offset {one['offset']}")
+        taken = take_in(one["value"], marks, always(mask), newest.spec, newest.salt, f"offset {one['offset']}")
         marks = taken.marks
         if len(taken.batch):
             found.append(step(trainer, one["offset"], taken.batch))

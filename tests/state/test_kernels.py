@@ -8,6 +8,7 @@ import numpy as np
 
 from state.features.kernel import one_row, update_rows
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -22,7 +23,7 @@ def test_serving_and_stream_find_their_kernels_compiled(tmp_path: Path) -> None:
     # 1. As serving reads and computes, with a mask and without.
     store = HistoryStore(tmp_path, history=spec.history)
     store.commit(Appends.of(np.full(40, 7, np.uint64), np.zeros(40, EVENT)))
-    masked = Mask(generation=2, offsets=((1, 2, 3, 4),), times=((5, 6),), users=frozenset({9}))
+    masked = Mask(generation=2, offsets=((1, 2, 3, 4),), times=((5, 6),), users=MaskedUsers.of([9]))
     for user in (7, 8):
         for mask in (Mask.NONE, masked):
             vectorise(store.read(user), 1_700_000_000_000, None, mask, spec, user)

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.microbatch.columns import ATTRIBUTES, LISTS, SCALARS
 from state.microbatch.row_kinds import Kind
 from state.positions import Range, Source
-from trainer.intake import take_in
+from trainer.intake import always, take_in
 
 SPEC, SALT = "ab" * 32, "cd" * 8
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
@@ -72,7 +73,7 @@ class Trainer:
         return Trainer(self.next, dict(self.marks), list(self.learned), self.rows, self.duplicate)
 
     def take(self, value: bytes) -> None:
-        found = take_in(value, self.marks, Mask.NONE, SPEC, SALT, "here")
+        found = take_in(value, self.marks, always(Mask.NONE), SPEC, SALT, "here")
         sources = [part.source for part in found.batch.header.ranges]
         kept = zip(found.batch.source.tolist(), found.batch.offset.tolist(), strict=True)
         self.learned += [(sources[source], offset) for source, offset in kept]
@@ -112,10 +113,10 @@ def test_each_row_is_learned_once_in_order_whoever_dies(plan: list[tuple[int, in
 
 def test_a_row_that_no_record_holds_and_one_that_two_hold_are_noticed() -> None:
     first, third = (record([Range(SOURCES[0], at, at + 2, rows=2)]) for at in (0, 4))
-    marks = take_in(first, {}, Mask.NONE, SPEC, SALT, "here").marks
-    lost = take_in(third, marks, Mask.NONE, SPEC, SALT, "here")
+    marks = take_in(first, {}, always(Mask.NONE), SPEC, SALT, "here").marks
+    lost = take_in(third, marks, always(Mask.NONE), SPEC, SALT, "here")
     assert lost.gaps == [(SOURCES[0], 2, 4)]
-    twice = take_in(first, marks, Mask.NONE, SPEC, SALT, "here")
+    twice = take_in(first, marks, always(Mask.NONE), SPEC, SALT, "here")
     assert (twice.rows, twice.duplicate, len(twice.batch)) == (2, 2, 0)
 
 
@@ -135,9 +136,9 @@ def joined(opened: int, at: int) -> bytes:
 
 def test_only_rows_to_learn_from_are_taken_and_counted() -> None:
     value = joined(opened=10, at=20)
-    found = take_in(value, {SOURCES[0]: 20}, Mask.NONE, SPEC, SALT, "here")
+    found = take_in(value, {SOURCES[0]: 20}, always(Mask.NONE), SPEC, SALT, "here")
     assert (found.rows, found.duplicate, found.batch.opened.tolist()) == (2, 0, [10, 9])
-    again = take_in(value, found.marks, Mask.NONE, SPEC, SALT, "here")
+    again = take_in(value, found.marks, always(Mask.NONE), SPEC, SALT, "here")
     assert (again.rows, again.duplicate, len(again.batch)) == (2, 2, 0)
 
 
@@ -150,11 +151,11 @@ def test_only_rows_to_learn_from_are_taken_and_counted() -> None:
         (Mask(1, times=((3000, 3001),)), [9]),
         (Mask(1, times=((5000, 5001),)), [9]),
         (Mask(1, times=((4000, 4999),)), [10, 9]),
-        (Mask(1, users=frozenset({0})), []),
+        (Mask(1, users=MaskedUsers.of([0])), []),
     ],
 )
 def test_a_mask_leaves_out_a_row_with_its_impression_or_its_click(mask: Mask, left: list[int]) -> None:
-    found = take_in(joined(opened=10, at=20), {}, mask, SPEC, SALT, "here")
+    found = take_in(joined(opened=10, at=20), {}, always(mask), SPEC, SALT, "here")
     assert found.batch.opened.tolist() == left
     assert (found.rows, found.masked) == (2, 2 - len(left))
 
@@ -175,4 +176,4 @@ def test_a_record_of_another_kind_is_refused_with_its_place(
     value: bytes | None, spec: str, salt: str, error: type[Exception]
 ) -> None:
     with pytest.raises(error, match="here offset 7"):
-        take_in(value, {}, Mask.NONE, spec, salt, "here offset 7")
+        take_in(value, {}, always(Mask.NONE), spec, salt, "here offset 7")

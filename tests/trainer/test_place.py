@@ -8,7 +8,7 @@ from state.features.mask import Mask
 from state.positions import Source
 from state.registry.manifest import Draft, LogRange, complete
 from tests.trainer.clicks import SALT, SPEC, TOPIC, microbatch
-from trainer.intake import take_in
+from trainer.intake import always, take_in
 from trainer.place import TrainingPlace
 
 RECORDS = [microbatch(number) for number in range(3, 7)]
@@ -16,7 +16,7 @@ EVERYBODY = Mask(times=((0, 1 << 60),))
 
 
 def taken(place: TrainingPlace, record: bytes, offset: int, mask: Mask = Mask.NONE) -> TrainingPlace:
-    return place.taken(take_in(record, place.marks, mask, SPEC.digest, SALT, "here"), offset, gap=0)
+    return place.taken(take_in(record, place.marks, always(mask), SPEC.digest, SALT, "here"), offset, gap=0)
 
 
 def test_each_row_of_a_record_is_counted_once_as_what_became_of_it() -> None:

@@ -188,7 +188,7 @@ def test_mask_and_pin_of_a_rollback_come_together(world: World) -> None:
     check(world, good)
     with world.rows.reader() as reader:
         assert json.loads(reader.note(CONTROL_NOTE) or b"")["generation"] == 2
-        assert Mask.from_json((reader.note(MASK_NOTE) or b"").decode()).times == ((5, 9),)
+        assert Mask.from_bytes(reader.note(MASK_NOTE) or b"").times == ((5, 9),)
 
 
 def test_after_a_rollback_only_the_new_epoch_is_followed(world: World) -> None:

@@ -18,6 +18,7 @@ from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import read_program
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, public_id, user_id
+from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.layout import PROGRAMS
 from tests.deploy.serving.stocked import (
@@ -153,7 +154,7 @@ def test_masked_clicks_leave_the_answer_at_once(stores: Stores) -> None:
 
 def test_a_masked_user_is_a_cold_start(stores: Stores) -> None:
     """`--skip-users` masks the pseudonym."""
-    mask = Mask(2, users=frozenset({user_id(SALT, "bob")}))
+    mask = Mask(2, users=MaskedUsers.of([user_id(SALT, "bob")]))
     stores.rows.steer({CONTROL_NOTE: b"2", MASK_NOTE: json.dumps(mask.to_json()).encode()})
     assert predictor(stores).profile("bob").cold_start
 

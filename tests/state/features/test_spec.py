@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from state.config.loading import load
 from state.errors import SettingsError
 from state.features.ages import quantise, recency_step
+from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.positions import Range, Source
 
@@ -395,7 +396,7 @@ def test_an_impossible_spec_is_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_mask_names_rows_of_a_batch_and_comes_back_from_json() -> None:
     ranges = (Range(Source("ab" * 16, 0), 0, 9, rows=9), Range(Source("ab" * 16, 1), 0, 9, rows=9))
-    mask = Mask(4, ((TOPIC, 1, 2, 5),), ((1000, 2000),), frozenset({2**64 - 1}))
+    mask = Mask(4, ((TOPIC, 1, 2, 5),), ((1000, 2000),), MaskedUsers.of([2**64 - 1]))
     rows = mask.rows(
         user=np.array([1, 1, 1, 2**64 - 1, 1], np.uint64),
         at_ms=np.array([0, 0, 1999, 0, 2000]),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from state.errors import UnknownMask
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.positions import Source
-from state.registry import control as codec
-from state.registry.control import Control, ServingChoice, follow, pin, roll_back, start
+from state.registry import control_codec as codec
+from state.registry.control import Control, ServingChoice, follow, pin, publish, roll_back, start, train, unmask
 from state.registry.log_line import turned
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
@@ -28,6 +31,10 @@ class Step:
             return pin(control, self.version, **WHO)
         if self.kind == "follow":
             return follow(control, **WHO)
+        if self.kind == "unmask":
+            return unmask(control, [one.id for one in control.masks if one.id % 9 < self.version], **WHO)
+        if self.kind in ("publish", "train"):
+            return (publish if self.kind == "publish" else train)(control, self.version % 2 == 0, **WHO)
         return roll_back(control, self.version, self.mask, **WHO)
 
 
@@ -39,9 +46,11 @@ masks = st.builds(
         st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 50), st.integers(51, 99)), max_size=2
     ).map(tuple),
     times=st.lists(spans, max_size=2).map(tuple),
-    users=st.frozensets(st.integers(1, 2**64 - 1), max_size=2),
+    users=st.frozensets(st.integers(1, 2**64 - 1), max_size=2).map(MaskedUsers.of),
 )
-steps = st.builds(Step, st.sampled_from(["pin", "follow", "rollback"]), st.integers(1, 9), masks)
+steps = st.builds(
+    Step, st.sampled_from(["pin", "follow", "rollback", "unmask", "publish", "train"]), st.integers(1, 9), masks
+)
 
 
 @given(st.lists(steps, max_size=12))
@@ -65,15 +74,19 @@ def test_a_repeated_transition_changes_nothing(taken: list[Step], step: Step) ->
 
 
 @given(st.lists(steps, max_size=12))
-def test_what_was_masked_stays_masked(taken: list[Step]) -> None:
+def test_what_was_masked_stays_masked_until_it_is_lifted(taken: list[Step]) -> None:
     control = start(**WHO)
     for step in taken:
         after = step(control)
+        if step.kind == "unmask":
+            control = after
+            continue
         for mask in (control.mask, step.mask if step.kind == "rollback" else Mask.NONE):
             assert set(mask.offsets) <= set(after.mask.offsets)
             assert set(mask.times) <= set(after.mask.times)
-            assert mask.users <= after.mask.users
+            assert set(mask.users) <= set(after.mask.users)
         assert (after.mask == control.mask) or after.mask.generation == after.generation
+        assert after.masks[: len(control.masks)] == control.masks, "an old mask keeps its number"
         control = after
 
 
@@ -82,7 +95,8 @@ def test_a_control_survives_its_encoding(taken: list[Step]) -> None:
     control = start(**WHO)
     for step in taken:
         control = step(control)
-    assert codec.decode(json.loads(codec.encode(control))) == control
+    users = {one.users.digest: one.users for one in (*control.masks, *control.lifted)}
+    assert codec.decode(json.loads(codec.encode(control)), users.__getitem__) == control
 
 
 def test_a_rollback_pins_serving_where_the_epoch_begins() -> None:
@@ -91,15 +105,15 @@ def test_a_rollback_pins_serving_where_the_epoch_begins() -> None:
 
 
 def test_following_and_rolling_back_again_only_pins_again() -> None:
-    back = roll_back(start(**WHO), 2, Mask(users=frozenset({7})), **WHO)
-    again = roll_back(follow(back, **WHO), 2, Mask(users=frozenset({7})), **WHO)
+    back = roll_back(start(**WHO), 2, Mask(users=MaskedUsers.of([7])), **WHO)
+    again = roll_back(follow(back, **WHO), 2, Mask(users=MaskedUsers.of([7])), **WHO)
     assert (again.epoch, again.serving, again.mask) == (back.epoch, ServingChoice("pin", 2), back.mask)
 
 
 def test_an_exact_rollback_turns_the_log_and_a_fast_one_keeps_its_line() -> None:
     first = start(**WHO)
     line = turned(first.log, 1, 40, 60, ((Source("ab" * 16, 1), 7),))
-    exact = roll_back(first, 3, Mask(users=frozenset({5})), **WHO, log=line)
+    exact = roll_back(first, 3, Mask(times=((5, 6),)), **WHO, log=line)
     assert (exact.mode, exact.log, codec.decode(json.loads(codec.encode(exact)))) == ("exact", line, exact)
     later = turned(first.log, 1, 40, 99, ())
     assert roll_back(exact, 3, Mask.NONE, **WHO, log=later) is exact, "asked again it changes nothing"
@@ -112,4 +126,55 @@ def test_an_exact_rollback_turns_the_log_and_a_fast_one_keeps_its_line() -> None
 def test_control_without_an_exact_rollback_is_what_an_older_release_reads() -> None:
     document = json.loads(codec.encode(roll_back(start(**WHO), 3, Mask.NONE, **WHO)))
     assert document["format"] == 1
-    assert document.keys() & {"mode", "log"} == set()
+    assert document.keys() & {"mode", "log", "masks", "publishing", "training", "plan"} == set()
+    assert document["mask"] == {"generation": 0, "offsets": [], "times": [], "users": []}
+    for more in (
+        roll_back(start(**WHO), 3, Mask(times=((1, 2),)), **WHO),
+        roll_back(start(**WHO), 3, Mask.NONE, **WHO, then_follow=True),
+        publish(start(**WHO), False, **WHO),
+        train(start(**WHO), False, **WHO),
+    ):
+        assert json.loads(codec.encode(more))["format"] == 2, "0.1.0 would do it wrong"
+
+
+def test_masks_of_0_1_0_get_numbers_and_can_be_lifted() -> None:
+    """That release wrote all of them as one, with the users in the file."""
+    old = json.loads(codec.encode(start(**WHO)))
+    old["mask"] = {
+        "generation": 4,
+        "offsets": [[42, 1, 100, 200]],
+        "times": [[5, 9]],
+        "users": [f"{user:016x}" for user in (7, 2**64 - 1)],
+    }
+    control = codec.decode(old)
+    assert [one.id for one in control.masks] == [1, 2, 3]
+    assert control.mask == Mask(4, ((42, 1, 100, 200),), ((5, 9),), MaskedUsers.of([7, 2**64 - 1]))
+    free = unmask(control, [3], **WHO)
+    assert (free.mask.users, free.mask.times, free.last_mask) == (MaskedUsers.NOBODY, ((5, 9),), 3)
+
+
+def test_a_lifted_mask_still_counts_for_records_written_before_it_was_lifted() -> None:
+    back = roll_back(start(**WHO), 2, Mask(times=((1, 9),), offsets=((42, 0, 3, 5),)), **WHO)
+    free = unmask(pin(back, 3, **WHO), [2], **WHO)
+    (lifted,) = free.lifted
+    assert (lifted.id, lifted.lifted, free.generation) == (2, 4, 4)
+    assert [bool(free.mask_at(generation).times) for generation in (0, 2, 3, 4, 5)] == [True, True, True, False, False]
+    assert all(free.mask_at(generation).offsets for generation in (0, 2, 4)), "the other one goes on"
+    assert unmask(free, [2], **WHO) is free, "asked again it changes nothing"
+    with pytest.raises(UnknownMask, match=r"there is no mask 3.*springtide masks`: 1"):
+        unmask(free, [3], **WHO)
+
+
+def test_a_rollback_after_a_lift_learns_again_what_was_lifted_and_never_reuses_its_number() -> None:
+    free = unmask(roll_back(start(**WHO), 2, Mask(times=((1, 9),)), **WHO), [1], **WHO)
+    again = roll_back(free, 2, Mask.NONE, **WHO)
+    assert (again.epoch, again.lifted, bool(again.mask_at(0))) == (3, (), False)
+    (masked,) = roll_back(again, 2, Mask(times=((1, 9),)), **WHO).masks
+    assert masked.id == 2
+
+
+def test_users_who_are_masked_already_are_not_stored_again() -> None:
+    back = roll_back(start(**WHO), 2, Mask(users=MaskedUsers.of([1, 2, 3])), **WHO)
+    more = roll_back(back, 1, Mask(users=MaskedUsers.of([2, 3, 4])), **WHO)
+    assert [list(one.users) for one in more.masks] == [[1, 2, 3], [4]]
+    assert list(more.mask.users) == [1, 2, 3, 4]

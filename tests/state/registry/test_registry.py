@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from state.errors import ControlConflict, CorruptVersion, SpecMismatch, UnknownVersion, WrongEpoch
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, follow, pin, roll_back, start
@@ -305,9 +306,9 @@ def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:
     assert registry.read(deltas[0], SERVING) == b"rows of 1"
     control = registry.control()
     assert control is not None
-    assert (control.action, control.mask.users) == ("rollback", frozenset({2**64 - 1}))
+    assert (control.action, control.mask.users) == ("rollback", MaskedUsers.of([2**64 - 1]))
 
 
 if __name__ == "__main__" and "--golden" in sys.argv:
     golden = started(GOLDEN, 2)
-    golden.change(lambda c: roll_back(c, 1, Mask(users=frozenset({2**64 - 1}), times=((1, 2),)), **WHO))
+    golden.change(lambda c: roll_back(c, 1, Mask(users=MaskedUsers.of([2**64 - 1]), times=((1, 2),)), **WHO))

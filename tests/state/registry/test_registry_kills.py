@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, roll_back, start
@@ -21,7 +22,7 @@ from state.registry.registry import SERVING, TRAINING, Registry
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 PUBLISH = ("publish.file", "publish.written", "publish.checked", "publish.renamed", "publish.synced")
-CONTROL = ("control.written", "control.linked")
+CONTROL = ("control.users", "control.written", "control.linked")
 _remove = shutil.rmtree
 
 # An operation and where it dies: (kill point or nothing, how often it is passed first).
@@ -103,10 +104,11 @@ def test_a_version_is_whole_or_absent_and_never_changes(plan: list[tuple[str, st
                     not dead or point in ("publish.renamed", "publish.synced")
                 )
             elif what == "roll back" and versions:
-                change = partial(roll_back, to=versions[count % len(versions)], mask=Mask.NONE, **WHO)
+                mask = Mask(users=MaskedUsers.of([number]))
+                change = partial(roll_back, to=versions[count % len(versions)], mask=mask, **WHO)
                 dead = dies(point, 1, partial(registry.change, change))
                 after = registry_at(path).control()
-                assert after == (control if dead and point == "control.written" else change(control))
+                assert after == (control if dead and point != "control.linked" else change(control))
             elif what == "compact" and versions:
                 of = registry.manifest(versions[count % len(versions)])
                 dead = dies(point, 1, partial(registry.add_base, of, files(number)))

@@ -1,0 +1,103 @@
+"""A set of users as their sorted pseudonyms: what a mask holds of users, and how it lies in a file.
+
+A million of them are 8 MB, are found by binary search, and are shared by all
+masks that name the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+STORED = np.dtype("<u8")
+
+
+class MaskedUsers:
+    """Pseudonyms of users; never changed.
+
+    Args:
+        ids: `[n]` uint64, ascending, none twice.
+
+    >>> users = MaskedUsers.of([9, 3, 9])
+    >>> len(users), 3 in users, 4 in users, users.has(np.array([9, 1], np.uint64)).tolist()
+    (2, True, False, [True, False])
+    """
+
+    NOBODY: ClassVar[MaskedUsers]
+
+    def __init__(self, ids: NDArray[np.uint64]) -> None:
+        self.ids = ids
+        self.ids.flags.writeable = False
+
+    @classmethod
+    def of(cls, users: Iterable[int]) -> MaskedUsers:
+        """The set of these pseudonyms, in any order."""
+        return cls(np.unique(np.fromiter(users, np.uint64)))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> MaskedUsers:
+        """The set that `to_bytes` wrote.
+
+        Raises:
+            ValueError: The bytes are no such set.
+        """
+        ids = np.frombuffer(data, STORED).astype(np.uint64)
+        if not np.all(ids[1:] > ids[:-1]):
+            raise ValueError("users of a mask are not in order")
+        return cls(ids)
+
+    def to_bytes(self) -> bytes:
+        """The pseudonyms, 8 bytes each, little-endian and ascending."""
+        return self.ids.astype(STORED).tobytes()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of `to_bytes`, hexadecimal; it names the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def has(self, users: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of `users` (`[n]` uint64) are in the set (`[n]` bool)."""
+        found = np.zeros(len(users), np.bool_)
+        if not len(self.ids):
+            return found
+        # In order, neighbours look at the same part of a large set.
+        order = np.argsort(users)
+        ordered = users[order]
+        places = np.minimum(np.searchsorted(self.ids, ordered), len(self.ids) - 1)
+        found[order] = self.ids[places] == ordered
+        return found
+
+    def __contains__(self, user: int) -> bool:
+        if not self.ids.size:
+            return False
+        place = int(self.ids.searchsorted(np.uint64(user)))
+        return place < len(self.ids) and int(self.ids[place]) == user
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids.tolist())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __or__(self, others: MaskedUsers) -> MaskedUsers:
+        if not len(others) or self is others:
+            return self
+        return MaskedUsers(np.union1d(self.ids, others.ids)) if len(self) else others
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MaskedUsers) and np.array_equal(self.ids, other.ids)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        # Not the pseudonyms: an error or a log line may hold it.
+        return f"MaskedUsers({len(self)})"
+
+
+MaskedUsers.NOBODY = MaskedUsers(np.empty(0, np.uint64))

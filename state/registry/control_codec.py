@@ -1,0 +1,111 @@
+"""How a control generation is written: canonical JSON, users of masks in files of their own. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
+from state.registry import log_line, mask_entries
+from state.registry.control import Control, ServingChoice
+from state.registry.log_line import WHOLE
+from state.registry.mask_entries import UsersOf
+
+FORMAT, EXTENDED = 1, 2
+"""Of what 0.1.0 knew, and of what a release that reads format 1 only would do wrong."""
+
+
+def encode(control: Control) -> bytes:
+    """`control` as canonical JSON: the same control gives the same bytes."""
+    document: dict[str, Any] = {
+        "generation": control.generation,
+        "created_at_ms": control.created_at_ms,
+        "actor": control.actor,
+        "reason": control.reason,
+        "action": control.action,
+        "epoch": control.epoch,
+        "base": control.base,
+        "serving": {"mode": control.serving.mode, "version": control.serving.version},
+    }
+    more: dict[str, Any] = {}
+    if control.log != WHOLE:
+        more |= {"mode": control.mode, "log": log_line.to_json(control.log)}
+    if control.last_mask:
+        more |= {
+            "masks": [mask_entries.to_json(one) for one in control.masks],
+            "lifted": [mask_entries.to_json(one) for one in control.lifted],
+            "mask_generation": control.mask_generation,
+            "last_mask": control.last_mask,
+        }
+    more |= {name: False for name in ("publishing", "training") if not getattr(control, name)}
+    if control.serving.then_follow:
+        more["then_follow"] = True
+    if control.plan is not None:
+        more["plan"] = dict(control.plan)
+    if more:
+        document |= {"format": EXTENDED, **more}
+    else:
+        document |= {"format": FORMAT, "mask": Mask.NONE.to_json()}
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def no_files(digest: str) -> MaskedUsers:
+    """Has no users' file.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"no file of users {digest}")
+
+
+def decode(document: Mapping[str, Any], users_of: UsersOf = no_files) -> Control:
+    """The control that `encode` wrote, after JSON parsing; fields of later releases are left out.
+
+    Args:
+        document: What was written.
+        users_of: Reads the users of a mask.
+
+    >>> from state.registry.control import start
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> decode(json.loads(encode(first))) == first
+    True
+
+    Raises:
+        ValueError: It is of a format that this release does not read, or a field is missing.
+    """
+    if document.get("format") not in (FORMAT, EXTENDED):
+        raise ValueError(f"control of format {document.get('format')!r}; this release reads {FORMAT} and {EXTENDED}")
+    try:
+        serving = document["serving"]
+        return Control(
+            generation=int(document["generation"]),
+            created_at_ms=int(document["created_at_ms"]),
+            actor=str(document["actor"]),
+            reason=str(document["reason"]),
+            action=document["action"],
+            epoch=int(document["epoch"]),
+            base=document["base"],
+            serving=ServingChoice(serving["mode"], serving["version"], bool(document.get("then_follow"))),
+            **_masks(document, users_of),
+            mode=document.get("mode", "fast"),
+            log=log_line.from_json(document["log"]) if "log" in document else WHOLE,
+            publishing=bool(document.get("publishing", True)),
+            training=bool(document.get("training", True)),
+            plan=document.get("plan"),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"control without the field {error}") from error
+
+
+def _masks(document: Mapping[str, Any], users_of: UsersOf) -> dict[str, Any]:
+    """The fields of control about masks; the one mask of format 1 is taken apart."""
+    if document["format"] == FORMAT:
+        mask = Mask.from_json(document["mask"])
+        held = tuple(mask_entries.entries(mask))
+        return {"masks": held, "mask_generation": mask.generation, "last_mask": len(held)}
+    return {
+        name: tuple(mask_entries.from_json(one, users_of) for one in document.get(name, ()))
+        for name in ("masks", "lifted")
+    } | {name: int(document.get(name, 0)) for name in ("mask_generation", "last_mask")}

@@ -1,0 +1,143 @@
+"""The masks that control holds, each with a number by which it is listed and lifted. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
+
+Place = tuple[int, int, int, int]
+UsersOf = Callable[[str], MaskedUsers]
+"""Reads the users' file of this SHA-256."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskEntry:
+    """What one option of a rollback left out: a range of offsets, a span of time, or users.
+
+    Attributes:
+        id: Its number; none is given twice.
+        generation: Of the control that set it.
+        offsets: (topic word, partition, first, next), or None.
+        times: (from, to) of event time in milliseconds, or None.
+        users: Pseudonyms; none where it is about offsets or times.
+        rows: Rows of the training log that it named when it was set; None where nobody counted.
+        hit: Users of these rows.
+        lifted: The generation that lifted it; 0 while it counts.
+    """
+
+    id: int
+    generation: int
+    offsets: Place | None = None
+    times: tuple[int, int] | None = None
+    users: MaskedUsers = MaskedUsers.NOBODY
+    rows: int | None = None
+    hit: int | None = None
+    lifted: int = 0
+
+    @property
+    def mask(self) -> Mask:
+        """It alone, as a mask."""
+        return joined((self,), self.generation)
+
+
+def entries(mask: Mask) -> list[MaskEntry]:
+    """The parts of a mask, numbered from 1.
+
+    >>> [one.id for one in entries(Mask(3, times=((0, 9), (20, 30)), users=MaskedUsers.of([7])))]
+    [1, 2, 3]
+    """
+    parts: list[MaskEntry] = [MaskEntry(0, mask.generation, offsets=part) for part in sorted(set(mask.offsets))]
+    parts += [MaskEntry(0, mask.generation, times=part) for part in sorted(set(mask.times))]
+    if mask.users:
+        parts.append(MaskEntry(0, mask.generation, users=mask.users))
+    return [replace(part, id=number) for number, part in enumerate(parts, 1)]
+
+
+def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> list[MaskEntry]:
+    """The parts of `mask` that `held` does not have.
+
+    Args:
+        held: The entries that count.
+        mask: What to leave out besides.
+        last: The last number given.
+        generation: Of the control that sets them.
+
+    >>> held = entries(Mask(times=((0, 9),)))
+    >>> [(one.id, one.times) for one in added(held, Mask(times=((0, 9), (5, 7))), 4, 3)]
+    [(5, (5, 7))]
+    """
+    known = {(one.offsets, one.times) for one in held}
+    users = reduce(lambda all_users, one: all_users | one.users, held, MaskedUsers.NOBODY)
+    new: list[MaskEntry] = []
+    for part in entries(mask):
+        if part.users:
+            fresh = part.users.ids[~users.has(part.users.ids)]
+            if not len(fresh):
+                continue
+            part = replace(part, users=part.users if len(fresh) == len(part.users) else MaskedUsers(fresh))
+        elif (part.offsets, part.times) in known:
+            continue
+        new.append(replace(part, id=last + len(new) + 1, generation=generation))
+    return new
+
+
+def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
+    """All of `held` as one mask.
+
+    >>> joined(entries(Mask(2, times=((0, 9),))), 5)
+    Mask(generation=5, offsets=(), times=((0, 9),), users=MaskedUsers(0))
+    """
+    held = tuple(held)
+    if not held:
+        return replace(Mask.NONE, generation=generation)
+    return Mask(
+        generation,
+        tuple(sorted(one.offsets for one in held if one.offsets is not None)),
+        tuple(sorted(one.times for one in held if one.times is not None)),
+        reduce(lambda users, one: users | one.users, held, MaskedUsers.NOBODY),
+    )
+
+
+def to_json(entry: MaskEntry) -> dict[str, Any]:
+    """An entry as JSON values; of its users the file's SHA-256 and how many."""
+    document: dict[str, Any] = {"id": entry.id, "generation": entry.generation}
+    if entry.offsets is not None:
+        document["offsets"] = list(entry.offsets)
+    if entry.times is not None:
+        document["times"] = list(entry.times)
+    if entry.users:
+        document["users"] = {"sha256": entry.users.digest, "count": len(entry.users)}
+    if entry.rows is not None:
+        document |= {"rows": entry.rows, "hit": entry.hit}
+    if entry.lifted:
+        document["lifted"] = entry.lifted
+    return document
+
+
+def from_json(document: Mapping[str, Any], users_of: UsersOf) -> MaskEntry:
+    """The entry that `to_json` gave.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: Offsets or times are not written as they should be.
+    """
+    offsets, times, users = document.get("offsets"), document.get("times"), document.get("users")
+    place: Place | None = None
+    if offsets is not None:
+        topic, partition, first, after = offsets
+        place = (int(topic), int(partition), int(first), int(after))
+    return MaskEntry(
+        id=int(document["id"]),
+        generation=int(document["generation"]),
+        offsets=place,
+        times=None if times is None else (int(times[0]), int(times[1])),
+        users=MaskedUsers.NOBODY if users is None else users_of(str(users["sha256"])),
+        rows=document.get("rows"),
+        hit=document.get("hit"),
+        lifted=int(document.get("lifted", 0)),
+    )
