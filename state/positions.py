@@ -120,8 +120,8 @@ class Range:
         gap: How many were deleted before anybody read them, a loss that an operator accepted.
         opened: How many are impressions whose label comes later.
         feedback: How many are outcomes, which only histories gain.
-        joined: Impressions of before that outcomes here labelled: rows without an offset of their own.
-        expired: Impressions of before whose wait was over here: likewise.
+        joined: Earlier impressions that outcomes here labelled: rows without an offset of their own.
+        expired: Earlier impressions whose wait was over here: likewise.
         dropped: Of `opened`, how many could not wait.
         masked: How many control's mask left out.
     """

@@ -54,12 +54,16 @@ class LoadedProgram:
                 f"a program of {len(data)} bytes cannot be run ({error})",
                 "restart the trainer to lower the model again",
             ) from error
-        self._names = {RENAMED.get(name, name): name for name in self._predicts[1].get_input_details()}
         self._weights = sorted(self._loads[0].get_input_details())
+        inputs, outputs = self._predicts[1].get_input_details(), self._predicts[1].get_output_details()
+        self._names = {RENAMED.get(name, name): name for name in inputs}
+        self._outputs = {name: RENAMED.get(name, name) for name in outputs}
+        self._renames = any(name in RENAMED for name in (*inputs, *outputs))
         self.shapes = {
-            RENAMED.get(name, name): tuple(int(size) for size in details["shape_signature"])
-            for name, details in self._predicts[1].get_input_details().items()
+            name: tuple(int(size) for size in inputs[theirs]["shape_signature"]) for name, theirs in self._names.items()
         }
+        # Any input with a row for each question tells how many there are.
+        self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 
     def load(self, weights: Arrays) -> None:
         """Sets the dense weights; `predict` gives NaN before the first load.
@@ -82,9 +86,12 @@ class LoadedProgram:
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
         outputs: dict[str, NDArray[np.float32]]
-        rows = next(len(value) for name, value in inputs.items() if self.shapes[name][0] < 0)
-        outputs = self._predicts[rows](**{self._names[name]: value for name, value in inputs.items()})
-        return {RENAMED.get(name, name): value for name, value in outputs.items()}
+        run = self._predicts[len(inputs[self._by_row])]
+        if not self._renames:
+            outputs = run(**inputs)
+            return outputs
+        outputs = run(**{self._names[name]: value for name, value in inputs.items()})
+        return {self._outputs[name]: value for name, value in outputs.items()}
 
 
 def batch_of(rows: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,12 +19,11 @@ def mix(value: np.uint64) -> np.uint64:
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`mix` of each of `[n]` uint64, by NumPy: for once a batch, where nothing need be compiled.
+    """`mix` of each of `[n]` uint64, its Python run by NumPy: for once a batch, where nothing need be compiled.
 
     >>> values = np.array([1, 2**63], np.uint64)
     >>> mixed(values).tolist() == [int(mix(value)) for value in values]
     True
     """
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    found: NDArray[np.uint64] = cast(Any, mix).py_func(values)
+    return found

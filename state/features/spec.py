@@ -212,7 +212,7 @@ class FeatureSpec:
     def to_json(self) -> dict[str, Any]:
         """Gives the spec as JSON values, code version included."""
         values = {name: _plain(value) for name, value in asdict(self).items()}
-        # The document's name for it: a digest of before stays what it was.
+        # The document's name for it: a digest written earlier stays what it was.
         values["labels"] = values.pop("recent_categories")
         if not self.sequence:
             del values["sequence"]

@@ -25,8 +25,8 @@ class Kind(enum.IntEnum):
     OPENED = 1  # an impression that waits for its label; a later row is learned from
     DROPPED = 2  # an impression that cannot wait: it came too late, or too many wait
     FEEDBACK = 3  # an outcome
-    JOINED = 4  # an impression of before, labelled by the outcome at this place
-    EXPIRED = 5  # an impression of before whose wait is over at this place: negative
+    JOINED = 4  # an earlier impression, labelled by the outcome at this place
+    EXPIRED = 5  # an earlier impression whose wait is over at this place: negative
 
 
 KINDS = len(Kind)
@@ -34,7 +34,7 @@ KINDS = len(Kind)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """Impressions of before whose label a batch of events made known.
+    """Earlier impressions whose label a batch of events made known.
 
     Attributes:
         by: `[m]` int64, the event that did, an index of the batch; ascending.

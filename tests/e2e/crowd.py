@@ -75,7 +75,7 @@ def records(settings: Settings, seed: int, start_ms: int) -> Iterator[list[Recor
 
 
 class Outcomes:
-    """Impressions of before get their outcomes; nothing happens where no label comes later."""
+    """Earlier impressions get their outcomes; nothing happens where no label comes later."""
 
     def __init__(self, settings: Settings, chance: random.Random) -> None:
         self._labels, self._chance = settings.labels, chance

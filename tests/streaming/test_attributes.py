@@ -136,7 +136,7 @@ def test_after_a_kill_the_rows_written_first_count(shop: Settings, tmp_path: Pat
         assert stream.stop() == 0, stream.lines
         batches, _ = deduplicated(log.poll())
     assert sum(map(len, batches)) == 100
-    # The first micro-batch was acknowledged or not; the rows in it are of before or of after.
+    # The first micro-batch was acknowledged or not; its rows have the attributes from before the change or from after it.
     first, after = age("18-24"), age("65+")
     found = [one[0] for one in joined(batches, shop)["user-1"]]
     assert set(found) <= {first, after}

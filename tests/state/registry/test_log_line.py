@@ -1,4 +1,4 @@
-"""The line of the training log after any exact rollbacks, also with records that a stream of before writes too late."""
+"""The line of the training log after any exact rollbacks, also with records that an earlier stream writes too late."""
 
 from __future__ import annotations
 
