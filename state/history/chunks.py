@@ -9,7 +9,8 @@ rewrites that one small value. Chunks below the last N events are deleted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import lmdb
@@ -135,6 +136,42 @@ def leading_old(chunks: Chunks, horizon_ms: int) -> tuple[list[bytes], int]:
         keys.append(key)
         events += len(value) // EVENT_BYTES
     return keys, events
+
+
+def total_of(chunks: Chunks) -> int:
+    """How many events a user ever had, by its chunks, newest first.
+
+    >>> total_of([(key_of(prefix_of(7), 2), bytes(3 * EVENT_BYTES))])
+    35
+    """
+    key, newest = chunks[0]
+    return number_of(key) * CHUNK + len(newest) // EVENT_BYTES
+
+
+def replace_all(cursor: lmdb.Cursor, prefix: bytes, events: Events, total: int) -> None:
+    """Gives a user other events, the last ones of `total`; none takes the user away.
+
+    A newest chunk that lacks its first events would not tell the total: then it is some fewer.
+    """
+    if cursor.set_range(prefix):
+        while bytes(cursor.key())[:8] == prefix and cursor.delete():
+            pass
+    first = total - len(events)
+    if first // CHUNK == (total - 1) // CHUNK:
+        first -= first % CHUNK
+        total = first + len(events)
+    data = events.tobytes()
+    for number in range(first // CHUNK, -(-total // CHUNK) if len(events) else 0):
+        low, high = (max(0, at - first) * EVENT_BYTES for at in (number * CHUNK, (number + 1) * CHUNK))
+        cursor.put(key_of(prefix, number), data[low:high])
+
+
+def digest(histories: Iterable[tuple[bytes, Events]]) -> str:
+    """SHA-256 over users' histories."""
+    sha = hashlib.sha256()
+    for prefix, events in histories:
+        sha.update(prefix + len(events).to_bytes(4, "big") + events.tobytes())
+    return sha.hexdigest()
 
 
 def events_in(value: bytes) -> Events:

@@ -1,11 +1,14 @@
-"""What the histories count of each source: how far it was read, and what became of the offsets. Pure."""
+"""What the histories count of each source: how far it was read, and what became of the offsets."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 
+import lmdb
+
 from state.errors import PositionConflict
-from state.positions import RARE, Range
+from state.positions import RARE, Range, Source
 
 OUTCOMES = ("rows", "dead", "filtered", "absent")
 
@@ -39,6 +42,30 @@ def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Coun
     for name, count in part.outcomes.items():
         found[name] = found.get(name, 0) + count
     return found
+
+
+def returned(counts: Mapping[str, int], taken: Mapping[str, int], at: int) -> Counts:
+    """The counts of a source once what was `taken` since offset `at` is taken back.
+
+    >>> returned({"first": 5, "next": 9, "rows": 3, "dead": 1, "filtered": 0, "absent": 0}, {"rows": 2}, 7)
+    {'first': 5, 'next': 7, 'rows': 1, 'dead': 1, 'filtered': 0, 'absent': 0}
+    """
+    found = {name: count - taken.get(name, 0) for name, count in counts.items()}
+    named = {name: count for name, count in found.items() if count or name not in RARE}
+    return {**named, "first": counts["first"], "next": at}
+
+
+def key_of(source: Source) -> bytes:
+    """Under which the store keeps the counts of a source."""
+    return b"p:" + str(source).encode()
+
+
+def move(cursor: lmdb.Cursor, part: Range, holder: str) -> None:
+    """Advances the stored counts of the range's source; see `advanced`."""
+    key = key_of(part.source)
+    stored = cursor.get(key)
+    counts = advanced(None if stored is None else json.loads(bytes(stored)), part, holder)
+    cursor.put(key, json.dumps(counts).encode())
 
 
 def summed(sources: Iterable[Mapping[str, int]]) -> Counts:

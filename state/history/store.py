@@ -8,7 +8,6 @@ owner; users; format and N
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ from state.errors import CorruptStore, SpecMismatch
 from state.features.spec import EVENT, Events
 from state.history import chunks
 from state.history.appends import Appends
-from state.history.chunks import EVENT_BYTES, by_user, number_of, prefix_of
-from state.history.counts import Counts, advanced, summed
+from state.history.chunks import EVENT_BYTES, by_user, prefix_of
+from state.history.counts import Counts, move, summed
+from state.history.rewind import Rewind, Since, lacking, write_back
 from state.positions import Range, Source
 
 
@@ -172,8 +172,7 @@ class HistoryStore(LmdbStore):
     ) -> None:
         """Appends events, moves positions and counts outcomes, all or nothing.
 
-        Visible to every reader when it returns; durable against a kill at
-        once, against a power cut at the next `sync`.
+        Visible to every reader when it returns; durable against a kill at once, against a power cut at the next `sync`.
 
         Args:
             appends: Events by user.
@@ -188,7 +187,8 @@ class HistoryStore(LmdbStore):
         """
         with self._write() as transaction:
             # 1. Positions first: a conflict must not cost the appends.
-            self._move(transaction, ranges)
+            for part in ranges:
+                move(transaction.cursor(db=self._meta), part, str(self.path))
             # 2. Histories.
             new = chunks.append(transaction.cursor(db=self._chunks), appends, self.history)
             if new:
@@ -204,19 +204,21 @@ class HistoryStore(LmdbStore):
                 else:
                     transaction.put(key, row, db=self._waiting)
 
-    def _move(self, transaction: lmdb.Transaction, ranges: Sequence[Range]) -> None:
-        for part in ranges:
-            key = b"p:" + str(part.source).encode()
-            stored = transaction.get(key, db=self._meta)
-            counts = advanced(None if stored is None else json.loads(bytes(stored)), part, str(self.path))
-            transaction.put(key, json.dumps(counts).encode(), db=self._meta)
+    def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
+        """By user how many events must be found again to go back to `marks`, see `state.history.rewind`."""
+        with self._env.begin() as transaction:
+            return lacking(transaction, self._databases, since, marks, self.history)
+
+    def go_back(self, back: Rewind) -> None:
+        """Takes events and positions back, all or nothing; as visible, durable and refused as a `commit`."""
+        with self._write() as transaction:
+            write_back(transaction, self._databases, back, self.history)
 
     def sweep(self, horizon_ms: int, start: int = 0, limit: int = 1000) -> tuple[int, int | None]:
         """Deletes the leading chunks whose events all lie at or before `horizon_ms`.
 
-        No answer changes as long as no row is asked for whose longest window
-        reaches back over the horizon: the caller takes log time, less the
-        longest window, less `events.max_age_s`.
+        No answer changes as long as no row is asked for whose longest window reaches back over the horizon: the caller
+        takes log time, less the longest window, less `events.max_age_s`.
 
         Args:
             horizon_ms: Event time.
@@ -246,22 +248,15 @@ class HistoryStore(LmdbStore):
 
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""
-        sha = hashlib.sha256()
         with self._env.begin(db=self._chunks) as transaction:
             reader = transaction.cursor()
-            for prefix, _ in by_user(transaction.cursor()):
-                events, _ = self._read(reader, prefix)
-                sha.update(prefix + len(events).to_bytes(4, "big") + events.tobytes())
-        return sha.hexdigest()
+            histories = ((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
+            return chunks.digest(histories)
 
     def users_below(self, events: int) -> int:
         """How many users had fewer than `events` events in all, since they were unknown."""
-        found = 0
         with self._env.begin(db=self._chunks) as transaction:
-            for _, theirs in by_user(transaction.cursor()):
-                key, newest = theirs[0]
-                found += number_of(key) * chunks.CHUNK + len(newest) // EVENT_BYTES < events
-        return found
+            return sum(chunks.total_of(theirs) < events for _, theirs in by_user(transaction.cursor()))
 
     def copy_to(self, path: Path) -> None:
         """Writes the store as of this moment to the directory `path`, synced and marked as closed in order.

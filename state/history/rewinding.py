@@ -1,0 +1,217 @@
+"""Takes a store of histories back to where the line of the training log turned off, by reading the log in both directions.
+
+1. Where the store's line and the new one part, and up to where the clicks were read there.
+2. Forward from there: what the store has gained since (`Since`).
+3. Backward from there: what it lacks, until that is found, the log has no more,
+   or what lies further back is beyond every window (`Before`).
+4. One transaction: histories, positions, rows that wait, and the new line.
+
+A crash before 4 leaves the store as it was; after 4 there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from state.errors import GapError, LogError, MicroBatchError
+from state.history.appends import Appends
+from state.history.counts import Counts
+from state.history.rewind import Before, Rewind, Since
+from state.history.store import HistoryStore
+from state.history.waiting import CLOCKS, Changes, Extra, WaitingRows, key_of, place_of
+from state.log import LogReader
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.positions import Source
+from state.process import killpoints
+from state.registry.log_line import WHOLE, LogLine, counts, from_json, parting, to_json
+
+LINE = "log_line"  # name of the store's extra
+BLOCK, LARGEST_BLOCK = 256, 8192
+POLL_S, STALLED_S, RECORDS = 0.2, 60.0, 64
+logger = logging.getLogger(__name__)
+
+OpenAt = Callable[[int], LogReader]
+"""Opens the training log at an offset of its partition."""
+
+
+@dataclass(frozen=True)
+class WentBack:
+    """What a store gave back.
+
+    Attributes:
+        positions: Positions of the clicks.
+        users: Users who had gained events.
+        rebuilt: Of them, users whose history had lost events that it has again.
+        short: Of those, users whose oldest events are gone from the log too.
+        waiting: Impressions that wait again.
+    """
+
+    positions: int = 0
+    users: int = 0
+    rebuilt: int = 0
+    short: int = 0
+    waiting: int = 0
+
+    def __str__(self) -> str:
+        """In words.
+
+        >>> str(WentBack(positions=900, users=40, rebuilt=3, short=1))
+        '900 positions of 40 users taken back, 3 histories rebuilt from the log, 1 of them without its oldest events'
+        """
+        short = f", {self.short:,} of them without its oldest events" if self.short else ""
+        waits = f", {self.waiting:,} impressions wait again" if self.waiting else ""
+        return f"{self.positions:,} positions of {self.users:,} users taken back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"
+
+
+def line_of(store: HistoryStore) -> LogLine:
+    """The line of the log that the store's histories were made along."""
+    stored = store.extra(LINE)
+    return WHOLE if stored is None else from_json(json.loads(stored))
+
+
+def line_extra(line: LogLine) -> dict[str, bytes]:
+    """The store's extra that says it."""
+    return {LINE: json.dumps(to_json(line)).encode()}
+
+
+def go_back(
+    store: HistoryStore,
+    line: LogLine,
+    open_at: OpenAt,
+    partition: int,
+    reach_ms: int,
+    end: int | None = None,
+    extra: Callable[[Before], Mapping[str, bytes]] = lambda _: {},
+) -> WentBack | None:
+    """Takes `store` to the line `line`; the store is there when this returns.
+
+    Args:
+        store: Its writer calls.
+        line: What control wants.
+        open_at: Opens the training log.
+        partition: Of the training log.
+        reach_ms: How much older than the newest event one can be that still matters.
+        end: Up to where the store has read the log; None for the log's end.
+        extra: More values of the owner's, by what was found before the place.
+
+    Returns:
+        What was given back; None where the store was on that line already.
+
+    Raises:
+        GapError: The log no longer reaches back to where the line turned off.
+        LogError: The log cannot be read.
+        StoreFull: Nothing was changed.
+    """
+    # 1.
+    mine = line_of(store)
+    found = parting(mine, line)
+    if found is None:
+        return None
+    marks, positions = dict(found.sources), store.positions()
+    since = Since(marks, positions)
+    if not since.sources:
+        store.commit(Appends.none(), (), line_extra(line))
+        return WentBack()
+    with open_at(found.offset) as reader:
+        # 2.
+        until = reader.position(partition) + reader.lag()[partition] if end is None else end
+        for batch in records(reader, partition, found.offset, until, mine):
+            since.take(batch)
+        # 3.
+        before = Before(marks, store.lacking(since, marks), since.ended)
+        needed = len(before.histories())
+        look_back(reader, partition, found.offset, mine, before, reach_ms)
+    # 4.
+    stored = store.counts()
+    counted = since.counts(stored)
+    waiting, told = _waiting(store, before, counted, marks)
+    back = Rewind(
+        marks, since.gained, before.histories(), counted, {**told, **extra(before), **line_extra(line)}, waiting
+    )
+    killpoints.reach("back.found")
+    store.go_back(back)
+    killpoints.reach("back.committed")
+    taken = sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
+    return WentBack(taken, len(since.gained), needed, before.short, len(before.opened))
+
+
+def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[MicroBatch]:
+    """The records of a line from `first` to before `end`; one that cannot be read is left out.
+
+    Raises:
+        LogError: Nothing came for a minute, or the log cannot be read.
+    """
+    reader.seek(partition, first)
+    heard_s = time.monotonic()
+    while (at := reader.position(partition)) < end:
+        for found in reader.poll(POLL_S, RECORDS):
+            heard_s = time.monotonic()
+            for offset, value in zip(found.offsets.tolist(), found.values, strict=True):
+                try:
+                    batch = decode(value or b"")
+                except MicroBatchError as error:
+                    logger.error("offset %d of the training log is left out: %s", offset, error)
+                    continue
+                if offset < end and counts(line, batch.header.log_epoch, offset):
+                    yield batch
+        if time.monotonic() - heard_s > STALLED_S:
+            raise LogError(
+                f"the training log gave nothing for {STALLED_S:.0f} s at offset {at} of {end}",
+                "a transaction may still be open: try again",
+            )
+
+
+def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
+    """Gives the records before `end` to `before`, newest first, until it has all it wants or no older event matters.
+
+    Raises:
+        LogError: The log cannot be read.
+    """
+    size, newest_ms = BLOCK, None
+    while end > 0 and (newest_ms is None or not before.done):
+        first = max(0, end - size)
+        try:
+            block = list(records(reader, partition, first, end, line))
+        except GapError as error:
+            # Retention has come this far.
+            first = min((gap.next for gap in error.gaps), default=end)
+            block = list(records(reader, partition, first, end, line)) if first < end else []
+            end = 0
+        times = [int(batch.at_ms.max()) for batch in block if len(batch)]
+        for batch in reversed(block):
+            before.take(batch)
+        if times and newest_ms is None:
+            newest_ms = max(times)
+        if times and newest_ms is not None and max(times) <= newest_ms - reach_ms:
+            return
+        end, size = min(end, first), min(2 * size, LARGEST_BLOCK)
+
+
+def _waiting(
+    store: HistoryStore, before: Before, counted: dict[Source, Counts | None], marks: Mapping[Source, int]
+) -> tuple[Changes, Extra]:
+    """Rows that wait again and rows that do not, and the owner's values about them; what is gone counts as dropped."""
+    changes: Changes = {}
+    told: Extra = {}
+    rows = WaitingRows(store)
+    for key, _ in store.waiting():
+        source, offset = place_of(key)
+        if source in counted and offset >= marks.get(source, 0):
+            changes[key] = None
+    for one in before.opened:
+        source = one.header.ranges[int(one.source[0])].source
+        (value,) = rows.adopt(one.columns, changes, told).pack(one.columns)
+        changes[key_of(source, int(one.offset[0]))] = value
+    for source, _ in before.waited:
+        if (theirs := counted[source]) is not None:
+            theirs["dropped"] = theirs.get("dropped", 0) + 1
+    if rows.clocks:
+        clocks = {source: at_ms for source, at_ms in rows.clocks.items() if source not in counted}
+        clocks |= {source: before.newest_ms[source] for source in counted if source in before.newest_ms}
+        told[CLOCKS] = json.dumps({str(source): at_ms for source, at_ms in clocks.items()}).encode()
+    return changes, told
