@@ -19,11 +19,13 @@ import apache_beam as beam
 
 from state.config.settings import Settings
 from state.events.parser import Parser
+from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import Reader
 from state.metrics import StreamMetrics
 from streaming.attributes import Join
+from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
 from streaming.labels import Labels
 from streaming.profile import Profiler
@@ -42,6 +44,7 @@ class JobContext:
         profiler: Histories in memory; used by the Beam thread, told of commits by the thread that commits.
         clock: What time it is by the clicks; used by the Beam thread only.
         labels: Impressions that wait; None where none can. The Beam thread attributes, the one that commits looks up.
+        mask: The clicks that are left out.
     """
 
     settings: Settings
@@ -51,6 +54,7 @@ class JobContext:
     profiler: Profiler
     clock: EventClock
     labels: Labels | None
+    mask: Mask = Mask.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class StreamContext(JobContext):
         join: Attributes of users and items; None where none are configured.
         closing: What runs, last in first out, before the above is closed.
         stopping: Set by a signal: no further poll begins.
+        watch: Control as the Beam thread sees it: where it has changed no further poll begins either.
     """
 
     topic_id: str
@@ -74,6 +79,7 @@ class StreamContext(JobContext):
     join: Join | None
     closing: ExitStack
     stopping: threading.Event
+    watch: ControlWatch
 
 
 Context = TypeVar("Context", covariant=True)

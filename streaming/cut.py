@@ -123,7 +123,15 @@ def gather(cut: Cut) -> tuple[tuple[Range, ...], dict[str, NDArray[Any]]]:
     return ranges, {name: np.concatenate([columns[name] for columns in parts]) for name in parts[0]}
 
 
-def encode_cut(cut: Cut, spec: str, salt: str, max_rows: int, max_record_bytes: int) -> list[bytes]:
+def encode_cut(
+    cut: Cut,
+    spec: str,
+    salt: str,
+    max_rows: int,
+    max_record_bytes: int,
+    mask_generation: int = 0,
+    log_epoch: int = 1,
+) -> list[bytes]:
     """The values of the micro-batch records of a cut: one, unless a limit asks for more.
 
     Args:
@@ -132,6 +140,8 @@ def encode_cut(cut: Cut, spec: str, salt: str, max_rows: int, max_record_bytes: 
         salt: Fingerprint of the salt.
         max_rows: The most rows of one record.
         max_record_bytes: The most bytes of one record.
+        mask_generation: Of the mask that its windows were computed under.
+        log_epoch: The epoch of the log that it is written in.
 
     Raises:
         MicroBatchError: One row exceeds `max_record_bytes`.
@@ -142,15 +152,7 @@ def encode_cut(cut: Cut, spec: str, salt: str, max_rows: int, max_record_bytes: 
     for joined in attributes:
         names |= joined.names
     fields = attributes[0].fields if attributes else ((), ())
-    header = Header(
-        spec=spec,
-        salt=salt,
-        ranges=ranges,
-        created_ms=cut.created_ms,
-        names=names,
-        attributes=fields,
-        clocks=clocks_of(cut),
-    )
+    header = Header(spec, salt, ranges, cut.created_ms, mask_generation, names, fields, log_epoch, clocks_of(cut))
     return split(header, columns, max_record_bytes, max_rows)
 
 

@@ -3,9 +3,11 @@
 1. The directory with the store, which must be of this salt and this feature spec.
 2. The metrics' port.
 3. The topics; a missing topic of clicks is an error, the two others are created.
-4. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
-5. The gaps that the operator accepts are passed, with a record of it; any other one ends the process.
-6. The reader, at the store's positions.
+4. Control: the mask, and the line of the training log.
+5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
+6. Histories go back where the line turned off.
+7. The gaps that the operator accepts are passed, with a record of it; any other one ends the process.
+8. The reader, at the store's positions.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from state.config.settings import Settings
 from state.events.identity import Salt
 from state.events.parser import Parser
 from state.features.spec import FeatureSpec
+from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
 from state.log import Reader, TopicInfo, Topics, topic_plan
@@ -38,7 +41,9 @@ from streaming import accounts
 from streaming.attributes import Join
 from streaming.context import Handle, StreamContext, opened
 from streaming.cut import Cut
+from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
+from streaming.going_back import letters_told, take_back
 from streaming.histories import open_histories
 from streaming.labels import open_labels
 from streaming.letters import report_to
@@ -51,12 +56,15 @@ NO_CONSENT = Consent()
 
 
 @contextmanager
-def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Handle[StreamContext]]:
+def open_shard(
+    settings: Settings, consent: Consent = NO_CONSENT, stopping: threading.Event | None = None
+) -> Iterator[Handle[StreamContext]]:
     """A stream process's context, opened in the order of this module and closed the other way round.
 
     Args:
         settings: The effective settings.
         consent: The losses that the operator accepts.
+        stopping: Set by a signal; made here where none is given.
 
     Raises:
         LockHeld: Another process has the directory.
@@ -65,10 +73,11 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Ha
         SettingsError: The salt cannot be read.
         PortTaken: The metrics' port is in use.
         GapError: Positions are gone, and nobody accepted it.
+        RegistryError: Control cannot be read.
         LogError: Kafka is not reachable, or a topic is missing.
         StoreError: The store cannot be opened.
     """
-    kafka, spec, stopping = settings.kafka, FeatureSpec.from_settings(settings), threading.Event()
+    kafka, spec, stopping = settings.kafka, FeatureSpec.from_settings(settings), stopping or threading.Event()
     with ExitStack() as stack:
         # 1.
         store, salt = stack.enter_context(open_histories(settings, spec))
@@ -78,15 +87,22 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Ha
         topics = stack.enter_context(Topics(kafka))
         clicks = ensure_topics(settings, topics)
         # 4.
-        writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping)
+        watch = ControlWatch(settings.registry_dir, line_of(store))
+        desired = watch.desired
+        # 5.
+        writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, desired=desired)
         stack.callback(writer.close)
         join = open_join(settings, salt, counted, stack) if tables_of(settings.attributes) else None
-        # 5.
-        parser, profiler = Parser(settings.events, salt), Profiler(store, spec, settings.stream.cache_users)
+        # 6.
+        take_back(settings, spec, store, desired)
+        writer.told(letters_told(store))
+        # 7.
+        parser = Parser(settings.events, salt)
+        profiler = Profiler(store, spec, settings.stream.cache_users, desired.mask)
         gaps = accounts.missing(clicks.topic_id, store.positions(), ends_of_shard(settings, topics, clicks))
         write = partial(write_gaps, writer, parser, profiler)
         accounts.pass_gaps(store, gaps, consent, kafka.clicks_topic, time.time_ns() // 1_000_000, write)
-        # 6.
+        # 8.
         reader = open_reader(settings, store, clicks)
         stack.callback(reader.close)
         context = StreamContext(
@@ -104,6 +120,8 @@ def open_shard(settings: Settings, consent: Consent = NO_CONSENT) -> Iterator[Ha
             join=join,
             closing=stack,
             stopping=stopping,
+            watch=watch,
+            mask=desired.mask,
         )
         counted.gaps_accepted.inc(len(accounts.accepted(store)))
         accounts.show(store, counted)

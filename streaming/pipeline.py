@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import apache_beam as beam
@@ -49,7 +50,7 @@ def build(pipeline: beam.Pipeline, shard: Handle[StreamContext]) -> PCollection[
 
 
 def run(shard: Handle[StreamContext]) -> None:
-    """Runs the job in this process until the shard is `stopping`; returns when all is committed.
+    """Runs the job in this process until the shard is `stopping` or control has changed; returns when all is committed.
 
     Raises:
         SpringtideError: What a step raised.
@@ -68,12 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     try:
         consent, flags = take_options(sys.argv[1:] if argv is None else argv, actor())
-        settings = load(flags, os.environ)
-        with open_shard(settings, consent) as shard:
-            stopping = shard.context.stopping
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: stopping.set())
-            run(shard)
+        settings, stopping = load(flags, os.environ), threading.Event()
+        while not stopping.is_set():
+            # Again where control has changed: opening the shard is what brings it to what control asks for.
+            with open_shard(settings, consent, stopping) as shard:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, lambda *_: stopping.set())
+                run(shard)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         told = how_to_go_on(error, "springtide stream") if isinstance(error, GapError) else error

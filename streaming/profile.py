@@ -34,8 +34,7 @@ class Profiler:
         store: The committed histories.
         spec: What to compute.
         cache_users: Users held in memory; more when more have uncommitted events.
-        mask: Events that no row may use; none by default, which is what the stream passes. Rows of masked users are
-            their reader's to drop.
+        mask: Events that no row may use; rows of masked events are left out before they come here.
     """
 
     def __init__(self, store: HistoryStore, spec: FeatureSpec, cache_users: int, mask: Mask = Mask.NONE) -> None:

@@ -3,7 +3,7 @@
 1. Takes the directory's lock and fences the stream's writer, so that the
    shard's part of the micro-batch log has an end.
 2. Reads the micro-batch log to its end, from a copy's positions or from
-   nothing. Its rows are what the lost store had; its ranges are the positions.
+   nothing, along the line that control names. Its rows are what the lost store had; its ranges are the positions.
    Impressions that it opens and does not close wait again.
 3. Positions that the log does not cover, because it no longer reaches back to
    them, come from the clicks themselves. What is gone there too is counted.
@@ -29,10 +29,13 @@ from state.disk.lock import DirectoryLock
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
+from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.process.progress_line import ProgressLine
 from streaming import takeover
+from streaming.desired import ControlWatch
+from streaming.going_back import take_back
 from streaming.histories import check_identity
 from streaming.rebuild_log import Rebuild
 from streaming.rebuild_report import Rebuilt, progress_on, told
@@ -65,8 +68,10 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         store = HistoryStore(place, spec.history, map_bytes)
         try:
             check_identity(store, spec.digest, salt.fingerprint)
+            desired = ControlWatch(settings.registry_dir, line_of(store)).desired
+            take_back(settings, spec, store, desired)
             # 2. and 3.
-            found = Rebuild(settings, store, spec.digest, salt, progress).run()
+            found = Rebuild(settings, store, spec.digest, salt, progress, desired).run()
         finally:
             store.close()
         # 4.

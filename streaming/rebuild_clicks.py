@@ -14,6 +14,7 @@ from state.errors import UnknownTopic
 from state.events.event_batch import EventBatch
 from state.events.identity import Salt
 from state.events.parser import Parser
+from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
@@ -21,6 +22,7 @@ from state.log import PartitionBatch, Reader, Topics
 from state.positions import Range, Source
 from streaming.event_clock import EventClock
 from streaming.labels import Labels, open_labels
+from streaming.masking import leave_out
 from streaming.profile import Profiler
 from streaming.rebuild_report import Rebuilt
 from streaming.unlogged import commit_at_once
@@ -83,15 +85,24 @@ class ClicksLeft:
         salt: Of the users' pseudonyms.
         topics: Of the cluster.
         found: Counts what is taken and what is lost.
+        mask: The clicks that are left out.
 
     Raises:
         LogError: Kafka is not reachable.
     """
 
     def __init__(
-        self, settings: Settings, store: HistoryStore, clock: EventClock, salt: Salt, topics: Topics, found: Rebuilt
+        self,
+        settings: Settings,
+        store: HistoryStore,
+        clock: EventClock,
+        salt: Salt,
+        topics: Topics,
+        found: Rebuilt,
+        mask: Mask = Mask.NONE,
     ) -> None:
-        self._settings, self._store, self._clock, self._found = settings, store, clock, found
+        self._settings, self._store, self._clock = settings, store, clock
+        self._found, self._mask = found, mask
         self._parser = Parser(settings.events, salt)
         self._topic_id: str | None = None
         self._kept: Mapping[int, tuple[int, int]] = {}
@@ -132,12 +143,12 @@ class ClicksLeft:
         logger.info("the log does not hold positions %d to %d of %s: reading the clicks", first, after, source)
         self._found.clicks += after - first
         labels = open_labels(self._settings, self._store, source.topic_id)
-        profiler = Profiler(self._store, FeatureSpec.from_settings(self._settings), 1) if labels else None
+        profiler = Profiler(self._store, FeatureSpec.from_settings(self._settings), 1, self._mask) if labels else None
         kafka, partition = self._settings.kafka, source.partition
         with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
             for batches in read_to(reader, partition, after, CLICKS_AT_ONCE, kafka.clicks_topic):
                 events = self._parser.parse([until(batch, after) for batch in batches])
-                self._take(events, profiler, labels)
+                self._take(leave_out(events, self._mask), profiler, labels)
 
     def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
         """One commit for clicks; impressions among them may still wait, with the windows of then."""

@@ -21,7 +21,9 @@ from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.process.progress_line import ProgressLine
+from state.registry.log_line import counts
 from streaming.cut import merge_all, merge_appends
+from streaming.desired import NOTHING_DESIRED, Desired
 from streaming.event_clock import EventClock
 from streaming.rebuild_clicks import ClicksLeft, read_to
 from streaming.rebuild_report import Rebuilt, progress_line
@@ -44,11 +46,20 @@ class Rebuild:
         spec: Digest of the feature spec.
         salt: Of the users' pseudonyms.
         progress: Where it is shown how far the log is read.
+        desired: The records that count, and the clicks that are left out.
     """
 
-    def __init__(self, settings: Settings, store: HistoryStore, spec: str, salt: Salt, progress: ProgressLine) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: HistoryStore,
+        spec: str,
+        salt: Salt,
+        progress: ProgressLine,
+        desired: Desired = NOTHING_DESIRED,
+    ) -> None:
         self._settings, self._store, self._spec, self._salt = settings, store, spec, salt
-        self._progress = progress
+        self._progress, self._desired = progress, desired
         self._marks = store.positions()
         self._waits, self._clock = Waits(store), EventClock(store.extra)
         self._clocks: dict[str, bytes] = {}
@@ -68,7 +79,7 @@ class Rebuild:
         """
         kafka, found = self._settings.kafka, self.found
         with Topics(kafka) as topics:
-            clicks = ClicksLeft(self._settings, self._store, self._clock, self._salt, topics, found)
+            clicks = ClicksLeft(self._settings, self._store, self._clock, self._salt, topics, found, self._desired.mask)
             try:
                 begin, end = topics.ends(kafka.microbatches_topic)[0]
             except UnknownTopic as error:
@@ -157,6 +168,8 @@ class Rebuild:
             logger.error("%s is left out, its clicks are read again: %s", where, error)
             return None
         header = whole.header
+        if not counts(self._desired.line, header.log_epoch, offset):
+            return None
         if header.salt != self._salt.fingerprint:
             raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
         if header.spec != self._spec:

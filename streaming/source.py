@@ -32,7 +32,7 @@ LATEST = 15
 
 
 class UntilStopped(RestrictionTracker):
-    """A restriction without an end that is done when the process was asked to stop; it never splits."""
+    """A restriction without an end that is done when the process was asked to end the job; it never splits."""
 
     def __init__(self) -> None:
         self._done = False
@@ -180,10 +180,10 @@ class ReadClicks(Step[StreamContext]):
         element: bytes,
         tracker: Any = beam.DoFn.RestrictionParam(Forever()),  # noqa: B008  # Beam reads the default
     ) -> Iterator[list[PartitionBatch]]:
-        """Polls until the process was asked to stop."""
+        """Polls until the process was asked to stop, or control asks for something else."""
         context = self.handle.context
         clicks = ClickReader(context)
-        while tracker.try_claim(context.stopping.is_set()):
+        while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
             with self.handle.watched():
                 batches = clicks.poll()
             yield batches

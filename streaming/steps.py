@@ -9,16 +9,17 @@ from dataclasses import replace
 from state.events.event_batch import EventBatch
 from state.log import PartitionBatch
 from streaming.context import JobContext, Step, StreamContext
+from streaming.masking import leave_out
 from streaming.rows import Rows
 
 
 class ParseEvents(Step[JobContext]):
-    """Makes one `EventBatch` of each list of partition batches; a bad record becomes a dead letter in it."""
+    """Makes one `EventBatch` of each list of partition batches: bad records are dead letters in it, masked ones are left out."""
 
     def process(self, batches: list[PartitionBatch]) -> Iterator[EventBatch]:
         """Decodes, validates and pseudonymises."""
         with self.handle.watched() as context:
-            events = context.parser.parse(batches)
+            events = leave_out(context.parser.parse(batches), context.mask)
         yield events
 
 

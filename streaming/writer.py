@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from state.config.settings import Settings
 from state.errors import UnreachableBroker
 from state.log import LogWriter, Writer
+from state.positions import Source
 from state.process import killpoints
 from streaming.cut import Cut, encode_cut
+from streaming.desired import NOTHING_DESIRED, Desired
 from streaming.letters import send_letters
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class ShardWriter:
         salt: Fingerprint of the salt.
         stopping: Set once the stream was asked to stop: then no outage is waited for.
         opens: Makes a writer of the shard, here and after each outage.
+        desired: Names the mask and the epoch of the log.
 
     Raises:
         UnreachableBroker: No broker answered in time.
@@ -57,10 +60,16 @@ class ShardWriter:
         salt: str,
         stopping: threading.Event,
         opens: Callable[[Settings], LogWriter] = open_writer,
+        desired: Desired = NOTHING_DESIRED,
     ) -> None:
         self._settings, self._spec, self._salt = settings, spec, salt
-        self._stopping, self._opens = stopping, opens
+        self._stopping, self._opens, self._desired = stopping, opens, desired
+        self._told: Mapping[Source, int] = {}
         self._writer = opens(settings)
+
+    def told(self, until: Mapping[Source, int]) -> None:
+        """Says that letters of positions below `until` are in the topic: they are not written again."""
+        self._told = until
 
     def write(self, cuts: Sequence[Cut]) -> int:
         """Writes the micro-batches and the dead letters of cuts, acknowledged when it returns.
@@ -77,7 +86,8 @@ class ShardWriter:
             LogError: The cluster refused; or the broker is away and the stream was asked to stop.
         """
         values = [value for cut in cuts for value in self._encoded(cut)]
-        letters = [letter for cut in cuts for piece in cut.pieces for letter in piece.batch.dead]
+        dead = (letter for cut in cuts for piece in cut.pieces for letter in piece.batch.dead)
+        letters = [letter for letter in dead if letter.offset >= self._told.get(letter.source, 0)]
         created_ms = cuts[-1].created_ms
         while True:
             try:
@@ -107,8 +117,9 @@ class ShardWriter:
         self._writer.close()
 
     def _encoded(self, cut: Cut) -> list[bytes]:
-        stream = self._settings.stream
-        return encode_cut(cut, self._spec, self._salt, stream.cut_rows, stream.max_record_bytes)
+        stream, desired = self._settings.stream, self._desired
+        limits = stream.cut_rows, stream.max_record_bytes
+        return encode_cut(cut, self._spec, self._salt, *limits, desired.mask.generation, desired.log_epoch)
 
     def _send(self, values: Sequence[bytes], created_ms: int) -> None:
         for value in values:

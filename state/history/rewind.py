@@ -143,7 +143,7 @@ class Since:
 
 
 class Before:
-    """What was before a place of the training log; takes the records before it, the newest first.
+    """What was before a place of the training log, which is read block by block, the one nearest to the place first.
 
     Args:
         marks: The next offset of each source at that place.
@@ -152,7 +152,7 @@ class Before:
 
     Attributes:
         opened: The impressions found, each in a record's rows of its own.
-        newest_ms: By source the newest event time found.
+        latest: The events of the nearest block, record by record, in order.
     """
 
     def __init__(self, marks: Mapping[Source, int], needed: Mapping[int, int], waited: Iterable[Place] = ()) -> None:
@@ -162,25 +162,41 @@ class Before:
         self._found: dict[int, list[Events]] = {user: [] for user in needed}
         self.waited = set(waited)
         self.opened: list[MicroBatch] = []
-        self.newest_ms: dict[Source, int] = {}
+        self.latest: list[MicroBatch] = []
 
     @property
     def done(self) -> bool:
         """Whether nothing is wanted any more."""
         return not self._lacking and not self.waited
 
-    def take(self, batch: MicroBatch) -> None:
-        """Takes the record before the last one taken."""
-        ranges = batch.header.ranges
+    def take_block(self, block: Iterable[MicroBatch]) -> int | None:
+        """Takes a block of records in order, which lie before those taken so far; returns its newest event time."""
+        times, narrow, first = [0], list[MicroBatch](), not self.latest
+        for batch in block:
+            self._find_opened(batch)
+            events = narrowed(batch, happened(batch.kind))
+            times.append(int(events.at_ms.max(initial=0)))
+            if first:
+                self.latest.append(events)
+            narrow.append(events.take(np.isin(events.user, self._users)))
+        for events in reversed(narrow):
+            self._take(events)
+        return max(times) or None
+
+    def _find_opened(self, batch: MicroBatch) -> None:
+        for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():
+            place = (batch.header.ranges[int(batch.source[row])].source, int(batch.offset[row]))
+            if place in self.waited:
+                self.waited.remove(place)
+                self.opened.append(batch.take(np.arange(len(batch)) == row))
+
+    def _take(self, wanted: MicroBatch) -> None:
+        """Takes the wanted users' events of the record before the last one taken."""
+        ranges = wanted.header.ranges
         lows = np.array([self._low.get(part.source, 0) for part in ranges] or [0], np.int64)
-        new = batch.offset < lows[batch.source]
+        wanted = wanted.take(wanted.offset < lows[wanted.source])
         for part in ranges:
             self._low[part.source] = min(part.first, self._low.get(part.source, 0))
-        happens = new & happened(batch.kind)
-        for number, part in enumerate(ranges):
-            if len(at_ms := batch.at_ms[happens & (batch.source == number)]):
-                self.newest_ms[part.source] = max(int(at_ms.max()), self.newest_ms.get(part.source, 0))
-        wanted = batch.take(happens & np.isin(batch.user, self._users))
         events = events_of(wanted, ranges)
         for user in np.unique(wanted.user).tolist():
             if (lacking := self._lacking.get(user)) is None:
@@ -190,13 +206,6 @@ class Before:
             self._lacking[user] = lacking - len(theirs)
             if len(theirs) == lacking:
                 del self._lacking[user]
-        if self.waited:
-            opened = new & (batch.kind == Kind.OPENED)
-            for row in np.flatnonzero(opened).tolist():
-                place = (ranges[int(batch.source[row])].source, int(batch.offset[row]))
-                if place in self.waited:
-                    self.waited.remove(place)
-                    self.opened.append(batch.take(np.arange(len(batch)) == row))
 
     @property
     def short(self) -> int:
@@ -209,6 +218,12 @@ class Before:
             user: np.concatenate([np.empty(0, EVENT), *reversed(found)]).astype(EVENT)
             for user, found in self._found.items()
         }
+
+
+def narrowed(batch: MicroBatch, keep: NDArray[np.bool_]) -> MicroBatch:
+    """The rows of a batch that `keep` (`[n]` bool) names, without windows, sequences and attributes."""
+    columns = {name: column if column.ndim == 1 else column[:, :0] for name, column in batch.columns.items()}
+    return MicroBatch(batch.header, **{name: column[keep] for name, column in columns.items()})
 
 
 def lacking(

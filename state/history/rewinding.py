@@ -22,7 +22,7 @@ from state.history.appends import Appends
 from state.history.counts import Counts
 from state.history.rewind import Before, Rewind, Since
 from state.history.store import HistoryStore
-from state.history.waiting import CLOCKS, Changes, Extra, WaitingRows, key_of, place_of
+from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of
 from state.log import LogReader
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
@@ -31,7 +31,7 @@ from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, counts, from_json, parting, to_json
 
 LINE = "log_line"  # name of the store's extra
-BLOCK, LARGEST_BLOCK = 256, 8192
+BLOCK, LARGEST_BLOCK = 128, 1024
 POLL_S, STALLED_S, RECORDS = 0.2, 60.0, 64
 logger = logging.getLogger(__name__)
 
@@ -176,20 +176,16 @@ def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before
     while end > 0 and (newest_ms is None or not before.done):
         first = max(0, end - size)
         try:
-            block = list(records(reader, partition, first, end, line))
+            time_ms = before.take_block(records(reader, partition, first, end, line))
         except GapError as error:
             # Retention has come this far.
-            first = min((gap.next for gap in error.gaps), default=end)
-            block = list(records(reader, partition, first, end, line)) if first < end else []
-            end = 0
-        times = [int(batch.at_ms.max()) for batch in block if len(batch)]
-        for batch in reversed(block):
-            before.take(batch)
-        if times and newest_ms is None:
-            newest_ms = max(times)
-        if times and newest_ms is not None and max(times) <= newest_ms - reach_ms:
+            first, size = min((gap.next for gap in error.gaps), default=end), end
+            time_ms = before.take_block(records(reader, partition, first, end, line)) if first < end else None
+            first = 0
+        newest_ms = newest_ms or time_ms
+        if time_ms is not None and newest_ms is not None and time_ms <= newest_ms - reach_ms:
             return
-        end, size = min(end, first), min(2 * size, LARGEST_BLOCK)
+        end, size = first, min(2 * size, LARGEST_BLOCK)
 
 
 def _waiting(
@@ -210,8 +206,4 @@ def _waiting(
     for source, _ in before.waited:
         if (theirs := counted[source]) is not None:
             theirs["dropped"] = theirs.get("dropped", 0) + 1
-    if rows.clocks:
-        clocks = {source: at_ms for source, at_ms in rows.clocks.items() if source not in counted}
-        clocks |= {source: before.newest_ms[source] for source in counted if source in before.newest_ms}
-        told[CLOCKS] = json.dumps({str(source): at_ms for source, at_ms in clocks.items()}).encode()
     return changes, told

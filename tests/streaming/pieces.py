@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from state.events.event_batch import EventBatch
 from state.features.arrays import Vector
+from state.features.mask import Mask
 from state.history.appends import Appends
 from state.positions import Range, Source
 from streaming.context import StreamContext
@@ -19,7 +21,8 @@ ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
 
 def context_of(**owned: Any) -> StreamContext:
     """What a process owns, as far as a test needs it."""
-    return StreamContext(**dict.fromkeys(one.name for one in fields(StreamContext)) | owned)
+    calm = {"mask": Mask.NONE, "watch": SimpleNamespace(changed=lambda: False)}
+    return StreamContext(**dict.fromkeys(one.name for one in fields(StreamContext)) | calm | owned)
 
 
 def piece(*parts: tuple[Source, int, int], dead: int = 0, appends: Appends | None = None) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from state.history.appends import Appends, events_of
 from state.history.rewinding import WentBack, go_back, line_of
 from state.history.store import HistoryStore
-from state.history.waiting import CLOCKS, WaitingRows, key_of
+from state.history.waiting import WaitingRows, key_of
 from state.log import MemoryLog
 from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import decode, encode
@@ -126,9 +125,6 @@ def append(store: HistoryStore, batch: MicroBatch) -> None:
             changes[key_of(source, int(one.offset[0]))] = now.pack(one.columns)[0]
         elif one.kind[0] == Kind.JOINED:
             changes[key_of(source, int(one.opened[0]))] = None
-    for number, part in enumerate(ranges):
-        if len(times := batch.at_ms[batch.source == number]):
-            rows.tell({part.source: int(times.max())}, extra)
     events = batch.take(happened(batch.kind))
     store.commit(Appends.of(events.user, events_of(events, ranges)), ranges, extra, changes)
 
@@ -139,7 +135,6 @@ def content(store: HistoryStore) -> dict[str, Any]:
         "counts": store.counts(),
         "users": store.users(),
         "waiting": dict(store.waiting()),
-        "clocks": json.loads(store.extra(CLOCKS) or b"{}"),
     }
 
 

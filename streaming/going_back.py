@@ -1,0 +1,72 @@
+"""Takes the stream's histories back to where control's line of the training log turned off, before a click is read.
+
+It comes after the writer of the shard was opened, which fenced any other: the
+log has all that this shard wrote on its old line. A crash before the histories
+are back leaves the same to be done; dead letters are in their topic once, so
+that those written already are noted and not written again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Sequence
+
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.history.rewind import Before
+from state.history.rewinding import WentBack, go_back
+from state.history.store import HistoryStore
+from state.log import Reader
+from state.microbatch.batch import MicroBatch
+from state.microbatch.cutting import trim
+from state.positions import Source
+from streaming.desired import Desired
+from streaming.event_clock import EventClock
+from streaming.rebuild_log import part_of
+
+LETTERS = "letters"  # name of the store's extra
+PARTITION = 0
+logger = logging.getLogger(__name__)
+
+
+def letters_told(store: HistoryStore) -> dict[Source, int]:
+    """By source the offset below which every dead letter is in its topic, where the stream went back since."""
+    return {Source.parse(source): int(after) for source, after in json.loads(store.extra(LETTERS) or b"{}").items()}
+
+
+def clocks_after(latest: Sequence[MicroBatch], ours: Collection[Source]) -> dict[str, bytes]:
+    """The store's extras of the event clock, as the latest events of our sources tell it."""
+    clock, state, marks = EventClock(lambda _: None), dict[str, bytes](), dict[Source, int]()
+    for batch in latest:
+        mine = part_of(batch, [part.source in ours for part in batch.header.ranges])
+        if mine is not None:
+            new, marks = trim(mine, marks)
+            state |= clock.follow(mine.take(new), mine.header.ranges, mine.header.created_ms).state
+    return state
+
+
+def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired) -> WentBack | None:
+    """Takes `store` to the line that is desired; None where it is there already.
+
+    Raises:
+        GapError: The training log no longer reaches back to where the line turned off.
+        LogError: The log cannot be read.
+        StoreFull: Nothing was changed.
+    """
+    told = letters_told(store)
+    told |= {source: max(after, told.get(source, 0)) for source, after in store.positions().items()}
+    letters = {LETTERS: json.dumps({str(source): after for source, after in told.items()}).encode()}
+    ours = store.positions().keys()
+
+    def extra(before: Before) -> dict[str, bytes]:
+        return {**letters, **clocks_after(before.latest, ours)}
+
+    def open_at(offset: int) -> Reader:
+        return Reader(settings.kafka, settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
+
+    reach_ms = 1000 * round(spec.windows_s[-1] + settings.events.max_age_s)
+    found = go_back(store, desired.line, open_at, PARTITION, reach_ms, extra=extra)
+    if found is not None:
+        logger.info("epoch %d of the training log: %s", desired.log_epoch, found)
+    return found
