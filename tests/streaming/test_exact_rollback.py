@@ -15,7 +15,6 @@ from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
 from state.features.mask import Mask
 from state.history.store import HistoryStore
-from state.history.waiting import CLOCKS
 from state.log import Reader, Topics
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -116,7 +115,6 @@ def content(one: Deployment) -> dict[str, Any]:
             "counts": store.counts(),
             "users": store.users(),
             "waiting": dict(store.waiting()),
-            "clocks": store.extra(CLOCKS),
         }
     finally:
         store.close()
