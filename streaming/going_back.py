@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.rewind import Before
-from state.history.rewinding import WentBack, go_back
+from state.history.rewinding import go_back
 from state.history.store import HistoryStore
 from state.log import Reader
 from state.microbatch.batch import MicroBatch
@@ -46,8 +46,8 @@ def clocks_after(latest: Sequence[MicroBatch], ours: Collection[Source]) -> dict
     return state
 
 
-def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired) -> WentBack | None:
-    """Takes `store` to the line that is desired; None where it is there already.
+def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired) -> dict[Source, int]:
+    """Takes `store` to the line that is desired; returns `letters_told`.
 
     Raises:
         GapError: The training log no longer reaches back to where the line turned off.
@@ -69,4 +69,4 @@ def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desire
     found = go_back(store, desired.line, open_at, PARTITION, reach_ms, extra=extra)
     if found is not None:
         logger.info("epoch %d of the training log: %s", desired.log_epoch, found)
-    return found
+    return letters_told(store)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 from prometheus_client import CollectorRegistry
@@ -29,6 +29,7 @@ from state.attributes.values import tables_of
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.events.parser import Parser
+from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
@@ -39,11 +40,11 @@ from state.metrics import StreamMetrics
 from state.positions import Gap
 from streaming import accounts
 from streaming.attributes import Join
-from streaming.context import Handle, StreamContext, opened
+from streaming.context import Handle, JobContext, StreamContext, opened
 from streaming.cut import Cut
 from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
-from streaming.going_back import letters_told, take_back
+from streaming.going_back import take_back
 from streaming.histories import open_histories
 from streaming.labels import open_labels
 from streaming.letters import report_to
@@ -87,32 +88,23 @@ def open_shard(
         topics = stack.enter_context(Topics(kafka))
         clicks = ensure_topics(settings, topics)
         # 4.
-        watch = ControlWatch(settings.registry_dir, line_of(store))
-        desired = watch.desired
+        desired = (watch := ControlWatch(settings.registry_dir, line_of(store))).desired
         # 5.
         writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, desired=desired)
         stack.callback(writer.close)
         join = open_join(settings, salt, counted, stack) if tables_of(settings.attributes) else None
         # 6.
-        take_back(settings, spec, store, desired)
-        writer.told(letters_told(store))
+        writer.told(take_back(settings, spec, store, desired))
         # 7.
-        parser = Parser(settings.events, salt)
-        profiler = Profiler(store, spec, settings.stream.cache_users, desired.mask)
+        job = open_job(settings, spec, store, salt, clicks.topic_id, desired.mask)
         gaps = accounts.missing(clicks.topic_id, store.positions(), ends_of_shard(settings, topics, clicks))
-        write = partial(write_gaps, writer, parser, profiler)
+        write = partial(write_gaps, writer, job.parser, job.profiler)
         accounts.pass_gaps(store, gaps, consent, kafka.clicks_topic, time.time_ns() // 1_000_000, write)
         # 8.
         reader = open_reader(settings, store, clicks)
         stack.callback(reader.close)
         context = StreamContext(
-            settings=settings,
-            spec=spec,
-            store=store,
-            parser=parser,
-            profiler=profiler,
-            clock=EventClock(store.extra),
-            labels=open_labels(settings, store, clicks.topic_id),
+            **{one.name: getattr(job, one.name) for one in fields(job)},
             topic_id=clicks.topic_id,
             reader=reader,
             writer=writer,
@@ -121,12 +113,26 @@ def open_shard(
             closing=stack,
             stopping=stopping,
             watch=watch,
-            mask=desired.mask,
         )
-        counted.gaps_accepted.inc(len(accounts.accepted(store)))
         accounts.show(store, counted)
         say_where(context, clicks)
         yield stack.enter_context(opened(context))
+
+
+def open_job(
+    settings: Settings, spec: FeatureSpec, store: HistoryStore, salt: Salt, topic_id: str, mask: Mask
+) -> JobContext:
+    """What makes rows of the shard's clicks, as far as the store has come."""
+    return JobContext(
+        settings=settings,
+        spec=spec,
+        store=store,
+        parser=Parser(settings.events, salt),
+        profiler=Profiler(store, spec, settings.stream.cache_users, mask),
+        clock=EventClock(store.extra),
+        labels=open_labels(settings, store, topic_id),
+        mask=mask,
+    )
 
 
 def serve_metrics(port: int, stack: ExitStack) -> StreamMetrics:
@@ -212,7 +218,8 @@ def open_reader(settings: Settings, store: HistoryStore, clicks: TopicInfo) -> R
 
 
 def say_where(context: StreamContext, clicks: TopicInfo) -> None:
-    """Logs where reading begins."""
+    """Logs where reading begins, and counts the gaps that were ever passed."""
+    context.metrics.gaps_accepted.inc(len(accounts.accepted(context.store)))
     positions = accounts.positions_in(context.store, clicks.topic_id)
     logger.info(
         "reading %s (%d partitions) from %s, feature spec %s",
