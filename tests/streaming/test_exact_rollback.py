@@ -14,6 +14,7 @@ from state.config.sections import Features, LabelSettings
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.history.store import HistoryStore
 from state.log import Reader, Topics
 from state.microbatch.codec import decode
@@ -87,7 +88,7 @@ def mask_of(settings: Settings, topic_id: str) -> Mask:
         generation=2,
         offsets=((word, 0, GOOD + 300, GOOD + 310),),
         times=((BEGIN_MS + (GOOD + 100) * 1000, BEGIN_MS + (GOOD + 160) * 1000),),
-        users=frozenset(user_id(salt, one) for one in [*bots, "mad"]),
+        users=MaskedUsers.of([user_id(salt, one) for one in [*bots, "mad"]]),
     )
 
 
