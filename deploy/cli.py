@@ -97,7 +97,7 @@ def _accepted(asked: argparse.Namespace) -> list[str]:
     from state.log import gap_options
 
     options = gap_options.as_options(asked)
-    gap_options.take_options(options, actor="")
+    gap_options.take_options(options, actor="", records=True)
     return options
 
 

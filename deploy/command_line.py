@@ -111,7 +111,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         if name in READERS and (words is None or name in words):
             from state.log import gap_options
 
-            gap_options.add_options(process)
+            gap_options.add_options(process, records=name != "stream")
     printing = [_versions(add), *_pin_and_follow(add), _rollback(add)]
     add(
         "check-model",

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import NamedTuple
 
 from deploy.startup.checks import require_python
 
@@ -27,6 +28,9 @@ synthetic shoppers. A second run goes on where the last one stopped.
   --bootstrap-servers HOST:PORT   your own Kafka instead of a local one
   --accept-gap TOPIC_ID:P:A-B --reason TEXT
                                   go on although these positions were deleted unread; repeatable
+  --skip-record OFFSET --reason TEXT
+                                  leave out this record of the training log, or those of A-B, where it
+                                  cannot be learned from; repeatable
   --section.name VALUE            any setting; `springtide config` lists them
 """
 
@@ -51,26 +55,42 @@ class Signals:
         return self.count > 1
 
 
-def take_accepted(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes the gaps that the operator accepts out of a command line; returns their words and the rest.
+class Accepted(NamedTuple):
+    """The losses that the operator accepts, as words for those who meet them.
 
-    >>> take_accepted(["--no-shoppers", "--accept-gap", "abababab:3:10-19", "--reason", "old"])
+    Attributes:
+        stream: For the stream.
+        trainer: For the trainer.
+    """
+
+    stream: Sequence[str] = ()
+    trainer: Sequence[str] = ()
+
+
+def take_accepted(words: Sequence[str]) -> tuple[Accepted, list[str]]:
+    """Takes the losses that the operator accepts out of a command line; returns them and the rest.
+
+    >>> accepted, rest = take_accepted(["--no-shoppers", "--accept-gap", "abababab:3:10-19", "--reason", "old"])
+    >>> accepted.stream, rest
     (['--accept-gap', 'abababab:3:10-19', '--reason', 'old'], ['--no-shoppers'])
+    >>> take_accepted(["--skip-record", "7", "--reason", "a test wrote it"])[0]
+    Accepted(stream=[], trainer=['--skip-record', '7', '--reason', 'a test wrote it'])
 
     Raises:
-        SettingsError: A gap is not written as it should be, names no topic, or there is no reason.
+        SettingsError: A loss is not written as it should be, a gap names no topic, or there is no reason.
     """
     from state.errors import SettingsError
     from state.log import gap_options
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    gap_options.add_options(parser)
-    consent, rest = gap_options.take_options(words, actor="")
+    gap_options.add_options(parser, records=True)
+    consent, rest = gap_options.take_options(words, actor="", records=True)
     if any(not allowance.topic for allowance in consent.allowances):
         raise SettingsError(
             "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did", "stream and trainer read different topics"
         )
-    return gap_options.as_options(parser.parse_known_args(list(words))[0]), rest
+    asked = parser.parse_known_args(list(words))[0]
+    return Accepted(gap_options.as_options(asked, records=False), gap_options.as_options(asked)), rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -174,6 +174,10 @@ class TrainerMetrics(Metrics):
     gaps_accepted = counter(
         "springtide_trainer_gaps_accepted", "Gaps that operators accepted since the registry began."
     )
+    records_left_out = counter(
+        "springtide_trainer_records_left_out",
+        "Records of the training log that could not be learned from and that operators left out since the registry began.",
+    )
 
 
 class ApplierMetrics(Metrics):

@@ -1,8 +1,10 @@
 """What the trainer owes an account of: each row's outcome, and the gaps that it was allowed to pass.
 
 Two kinds of gap stop the trainer. In the training log: retention deleted
-records before we read them. In a source: no record of the log covers some
-positions of the clicks. The first kind explains the second where it follows.
+records before we read them, or one cannot be learned from (it is damaged, or
+nobody's micro-batch, or of other features or another salt). In a source: no
+record of the log covers some positions of the clicks. The first kind explains
+the second where it follows.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from state.accounts import TrainerAccount, check_accounts
-from state.errors import GapError
+from state.errors import GapError, SpringtideError
 from state.log import accepted_gaps
 from state.log.accepted_gaps import Accepted, Journal
 from state.log.gaps import Consent, how_to_go_on
@@ -36,7 +38,7 @@ class Passages:
     def __init__(self, journal: Journal, consent: Consent, metrics: TrainerMetrics, clock: Callable[[], float]) -> None:
         self._journal, self._consent, self._metrics, self._clock = journal, consent, metrics, clock
         self._known = journal.accepted()
-        metrics.gaps_accepted.inc(len(self._known))
+        self._count(self._known)
 
     def past(self, source: Source, offset: int) -> int:
         """Where the training log goes on from `offset`, behind what was accepted as lost there."""
@@ -57,6 +59,29 @@ class Passages:
         (gap,) = error.gaps
         self._pass([gap], error, gap.source.topic_id, marks)
         return gap.next
+
+    def is_left_out(self, source: Source, offset: int) -> bool:
+        """Whether the record at an offset of the training log was left out before."""
+        return accepted_gaps.left_out(self._known, source, offset)
+
+    def leave_out(self, place: Gap, marks: Mapping[Source, int], problem: SpringtideError) -> None:
+        """Leaves out a record that cannot be learned from; that is durable when this returns.
+
+        Args:
+            place: The record's offset in the training log, or those of a damaged batch of records.
+            marks: The next offset of each source: the record's clicks are missing from there on.
+            problem: Why it cannot be learned from; it names the place.
+
+        Raises:
+            SpringtideError: `problem`, with the command that leaves the record out; nobody accepted it.
+        """
+        if not all(self._consent.leaves_out(offset) for offset in range(place.first, place.next)):
+            flag = f"{place.first}" if place.positions == 1 else f"{place.first}-{place.next - 1}"
+            raise type(problem)(
+                problem.what,
+                f"{problem.do}; to go on without this record: {COMMAND} (or up) --skip-record {flag} --reason TEXT",
+            ) from problem
+        self._keep(accepted_gaps.accept(place, self._consent, int(self._clock() * 1000), marks, problem.what))
 
     def pass_sources(self, found: Sequence[tuple[Source, int, int]], where: str, read_topic: str) -> int:
         """How many positions no record covers before the one at `where`, all of them accepted.
@@ -92,11 +117,19 @@ class Passages:
             told = how_to_go_on(error, COMMAND)
             raise GapError(told.what, told.do, refused)
         for gap in found:
-            one: Accepted = accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks)
-            self._journal.add(one)
-            self._known.append(one)
-            self._metrics.gaps_accepted.inc()
-            logger.warning("gap accepted by %s (%s): topic id %s, %s", one.actor, one.reason, gap.source.topic_id, gap)
+            self._keep(accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks))
+
+    def _keep(self, one: Accepted) -> None:
+        self._journal.add(one)
+        self._known.append(one)
+        self._count([one])
+        what = f"record left out ({one.record})" if one.record else "gap accepted"
+        logger.warning("%s by %s (%s): topic id %s, %s", what, one.actor, one.reason, one.gap.source.topic_id, one.gap)
+
+    def _count(self, passed: Sequence[Accepted]) -> None:
+        records = sum(bool(one.record) for one in passed)
+        self._metrics.records_left_out.inc(records)
+        self._metrics.gaps_accepted.inc(len(passed) - records)
 
 
 def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sized
 
 from state.metrics import TrainerMetrics
@@ -10,6 +11,8 @@ from trainer.engine.report import Report
 from trainer.intake import Intake
 from trainer.measures.slices import Slices
 
+logger = logging.getLogger(__name__)
+
 
 def show_intake(found: Intake, metrics: TrainerMetrics) -> None:
     """Counts the rows of a record that are not learned from."""
@@ -17,14 +20,19 @@ def show_intake(found: Intake, metrics: TrainerMetrics) -> None:
     metrics.rows.labels("masked").inc(found.masked)
 
 
-def show_step(report: Report, metrics: TrainerMetrics) -> None:
-    """Counts a step and its rows."""
+def show_step(report: Report, bad: int, offset: int, metrics: TrainerMetrics) -> None:
+    """Counts the step of the record at `offset` and its rows; says so where the guard holds training, after `bad` bad steps."""
     metrics.steps.inc()
     metrics.step_seconds.observe(report.seconds)
     metrics.guard.labels(report.verdict.value).inc()
     metrics.rows.labels("trained" if report.verdict is Verdict.ACCEPT else "skipped").inc(report.rows)
     if report.verdict is Verdict.HOLD:
         metrics.held.set(1)
+        logger.error(
+            "training is held: %d steps in a row were bad, the last at offset %d (loss %.3g, gradient norm %.3g); "
+            "look at the clicks, then `springtide rollback --to V --skip PARTITION:A-B --reason TEXT`",
+            *(bad, offset, report.interest_log_loss, report.grad_norm),
+        )
 
 
 def show_version(measured: Mapping[str, float], tables: Mapping[str, Sized], metrics: TrainerMetrics) -> None:

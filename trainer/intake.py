@@ -77,7 +77,7 @@ def take_in(
     try:
         whole = decode(value or b"")
     except MicroBatchError as error:
-        raise MicroBatchError(f"{where}: {error}") from error
+        raise MicroBatchError(f"{where}: {error.what}", error.do) from error
     if not counts(line, whole.header.log_epoch, offset):
         nothing = whole.take(np.zeros(len(whole), np.bool_))
         return Intake(replace(nothing, header=replace(whole.header, ranges=())), dict(marks), 0, 0, 0, [])

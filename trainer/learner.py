@@ -15,11 +15,12 @@ from typing import Any
 
 from state import layout
 from state.config.settings import Settings
-from state.errors import GapError, MicroBatchError, WrongEpoch
+from state.errors import GapError, WrongEpoch
 from state.log import LogReader
 from state.log.accepted_gaps import Journal
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
+from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control
 from state.registry.log_line import onward
@@ -27,10 +28,10 @@ from state.registry.manifest import Draft, Kind
 from state.registry.registry import Registry
 from trainer import accounts, gauges
 from trainer.accounts import Passages
-from trainer.engine.guard import Verdict
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.place import TrainingPlace
+from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import OpenLog, resume
 from trainer.versions import checkpoint, content
 from trainer.versions.draft import Drafter
@@ -143,7 +144,7 @@ class Learner:
         Raises:
             GapError: Records or clicks are gone, and nobody accepted it.
             LogError: The log cannot be read on.
-            MicroBatchError: A record is not what a stream writes.
+            MicroBatchError, SpecMismatch, SaltMismatch: A record is not what this stream writes, and nobody left it out.
             RegistryError: A version needed cannot be loaded.
         """
         if self._between():
@@ -163,13 +164,11 @@ class Learner:
             self._log, self.place = self._open_log(at), replace(self.place, next=at)
             return 0
         for batch in batches:
-            if batch.corrupt:
-                raise MicroBatchError(f"{self._where(batch.corrupt[0][0])} cannot be read: {batch.corrupt[0][2]}")
-            for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                if onward(line, offset) != offset:
-                    self.place = replace(self.place, next=offset)
+            for record in records_of(batch):
+                if onward(line, record.first) != record.first:
+                    self.place = replace(self.place, next=record.first)
                     return taken
-                self._take(offset, value)
+                self._take(record)
                 taken += 1
                 if self._between():
                     return taken
@@ -192,11 +191,19 @@ class Learner:
         counters = self._trainer.counters
         return self.place.counts() | {"trained": counters.trained, "skipped": counters.skipped}
 
-    def _take(self, offset: int, value: bytes | None) -> None:
+    def _take(self, record: LogRecord) -> None:
         """One record is one step, where a row is left to learn from."""
-        where, salt, control = self._where(offset), str(self._about["salt"]), self.control
-        found = take_in(value, self.place.marks, control.mask_at, self._spec, salt, where, control.log, offset)
-        passed = self._passages.pass_sources(found.gaps, where, self._reader.topic_id)
+        offset, marks, control, salt = record.first, self.place.marks, self.control, str(self._about["salt"])
+        source = Source(self._reader.topic_id, self._settings.trainer.partition)
+        where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
+        found = take_or_leave(
+            record, where, source, marks, self._passages,
+            lambda value: take_in(value, marks, control.mask_at, self._spec, salt, where, control.log, offset),
+        )  # fmt: skip
+        if found is None:
+            self.place = self.place.past(record.next)
+            return
+        passed = self._passages.pass_sources(found.gaps, where, source.topic_id)
         self.place = self.place.taken(found, offset, passed)
         gauges.show_intake(found, self._metrics)
         if len(found.batch) == 0:
@@ -204,13 +211,7 @@ class Learner:
         report = self._trainer.step(found.batch)
         self.place = replace(self.place, changed=True)
         killpoints.reach("loop.stepped")
-        gauges.show_step(report, self._metrics)
-        if report.verdict is Verdict.HOLD:
-            logger.error(
-                "training is held: %d steps in a row were bad, the last at offset %d (loss %.3g, gradient norm %.3g); "
-                "look at the clicks, then `springtide rollback --to V --skip PARTITION:A-B --reason TEXT`",
-                *(self._trainer.guard.skipped, offset, report.interest_log_loss, report.grad_norm),
-            )
+        gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
 
     def _between(self) -> bool:
         """Between two records: settle, publish if due, converge to control; True where the epoch changed."""
@@ -295,6 +296,3 @@ class Learner:
         if self._log is None:
             raise RuntimeError("enter an epoch first")
         return self._log
-
-    def _where(self, offset: int) -> str:
-        return f"{self._settings.kafka.microbatches_topic}:{self._settings.trainer.partition} offset {offset}"

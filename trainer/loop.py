@@ -10,7 +10,9 @@
    then publishes what is left and ends with 0.
 
 Where records of the training log, or clicks before it, are gone, it ends and
-says which; with `--accept-gap P:A-B --reason TEXT` it counts them and goes on.
+says which; with `--accept-gap P:A-B --reason TEXT` it counts them and goes on. Where
+a record cannot be learned from, `--skip-record OFFSET --reason TEXT` leaves it
+out likewise, here and in every replay.
 
 A compactor runs beside it now and then, as a child. Everything else that ends
 the process is one line on the standard error and exit code 1 (2 for a wrong
@@ -190,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stopping.set())
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        consent, flags = take_options(arguments, actor())
+        consent, flags = take_options(arguments, actor(), records=True)
         run(load(flags, os.environ), flags, stopping, consent)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)

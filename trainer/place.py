@@ -11,6 +11,7 @@ from state.registry.manifest import Manifest
 from trainer.intake import Intake
 
 COUNTS = ("rows", "duplicate", "masked", "gap", "before")
+RARE = ("left_out",)  # counted only where there are any
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class TrainingPlace:
         masked: Of them, rows left out by a mask.
         gap: Source positions that no record held, a loss that was accepted.
         before: Source positions before the first one of this line, summed over sources.
+        left_out: Records of the log that could not be learned from, a loss that was accepted.
         changed: Whether there was a step since `parent`.
     """
 
@@ -41,12 +43,13 @@ class TrainingPlace:
     masked: int = 0
     gap: int = 0
     before: int = 0
+    left_out: int = 0
     changed: bool = False
 
     @classmethod
     def restored(cls, version: Manifest, epoch: int, next: int) -> TrainingPlace:
         """At a version that was loaded, going on at `next`."""
-        counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in COUNTS}
+        counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in (*COUNTS, *RARE)}
         return cls(epoch, version.version, version.log.next, next, version.marks, **counts)
 
     def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
@@ -63,6 +66,10 @@ class TrainingPlace:
             before=self.before + sum(new),
         )
 
+    def past(self, next: int) -> TrainingPlace:
+        """Behind a record that is left out."""
+        return replace(self, next=next, left_out=self.left_out + 1)
+
     def handed_over(self) -> TrainingPlace:
         """Once all that changed is on its way to a version."""
         return replace(self, first=self.next, changed=False)
@@ -73,4 +80,5 @@ class TrainingPlace:
         >>> TrainingPlace(1, 0, 0, 9, rows=5, masked=2).counts()
         {'rows': 5, 'duplicate': 0, 'masked': 2, 'gap': 0, 'before': 0}
         """
-        return {name: getattr(self, name) for name in COUNTS}
+        found = {name: getattr(self, name) for name in COUNTS}
+        return found | {name: count for name in RARE if (count := getattr(self, name))}

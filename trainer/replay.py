@@ -13,6 +13,7 @@ from state.log.accepted_gaps import Accepted
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from trainer.intake import take_in
+from trainer.records import records_of
 from trainer.segments import LogSegment
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Replay:
 
 
 class SegmentReader:
-    """Reads segments of the training log, over the gaps that the trainer passed. One thread.
+    """Reads segments of the training log, over the gaps and bad records that the trainer passed. One thread.
 
     A rollback makes a segment begin before the one before it ended: the log is
     opened again there.
@@ -98,6 +99,7 @@ class SegmentReader:
         Raises:
             GapError: Records are gone.
             LogError: They do not come.
+            MicroBatchError: One is damaged that was learned.
         """
         log = self._moved_to(self._past(segment.first))
         waited_s = self._elapsed()
@@ -111,9 +113,12 @@ class SegmentReader:
                 log = self._moved_to(over)
                 continue
             for batch in batches:
-                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                    if offset < segment.next:
-                        yield offset, value
+                for record in records_of(batch):
+                    if record.first < segment.next and not accepted_gaps.left_out(
+                        self._accepted, self._source, record.first
+                    ):
+                        record.require_whole(f"offset {record.first} of the training log")
+                        yield record.first, record.value
                 waited_s = self._elapsed()
             if self._elapsed() - waited_s > self._patience_s:
                 raise LogError(

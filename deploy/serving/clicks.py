@@ -52,6 +52,7 @@ class HistoryFollower:
         max_age_s: How late an event may arrive.
         metrics: Of the applier.
         now_ms: The wall clock.
+        left_out: Whether the trainer leaves out the record at a partition and an offset.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class HistoryFollower:
         max_age_s: float,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
+        left_out: Callable[[int, int], bool] = lambda *_: False,
     ) -> None:
         self._store = store
+        self._left_out = left_out
         self._metrics = metrics
         self._now_ms = now_ms
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
@@ -188,6 +191,9 @@ class HistoryFollower:
             return None
         if self._salt is None:
             self._salt = found.header.salt
+        if found.header.salt != self._salt and self._left_out(partition, offset):
+            self._metrics.unreadable_microbatches.inc()
+            return None
         if found.header.salt != self._salt:
             raise SaltMismatch.between(f"record {offset} of partition {partition}", found.header.salt, self._salt)
         return found

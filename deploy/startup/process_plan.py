@@ -28,14 +28,18 @@ KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
 
 
 def process_plans(
-    head_start: int = 0, python: str = sys.executable, accepted: Sequence[str] = ()
+    head_start: int = 0,
+    python: str = sys.executable,
+    accepted: Sequence[str] = (),
+    accepted_by_trainer: Sequence[str] = (),
 ) -> dict[str, ProcessPlan]:
     """All processes by name; settings reach them by the environment.
 
     Args:
         head_start: Clicks that the shoppers send at once.
         python: The interpreter.
-        accepted: Words for the readers of a log: gaps that the operator accepts.
+        accepted: Words for the stream: gaps that the operator accepts.
+        accepted_by_trainer: Words for the trainer: gaps and bad records that the operator accepts.
 
     >>> process_plans(python="python")["stream"].command
     ('python', '-m', 'streaming.pipeline')
@@ -53,7 +57,7 @@ def process_plans(
         rebuild,
         # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
         plan(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
-        plan(TRAINER, "trainer.loop", *accepted),
+        plan(TRAINER, "trainer.loop", *accepted_by_trainer),
         plan(APPLIER, "deploy.serving.applier", stop_s=5.0),
         # With serving.workers above 1 it is the parent of them all.
         plan(WORKER, "deploy.serving.rest", stop_s=5.0),

@@ -55,7 +55,7 @@ class Startup:
         screen: Takes the lines.
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
-        accepted: Words for stream and trainer: gaps that the operator accepts.
+        accepted: Words for stream and for trainer: losses that the operator accepts.
         clock: Monotonic seconds.
         sleep: Waits a number of seconds, or until a signal.
     """
@@ -67,7 +67,7 @@ class Startup:
         screen: Screen,
         stop: Callable[[], bool],
         hurry: Callable[[], bool],
-        accepted: Sequence[str] = (),
+        accepted: tuple[Sequence[str], Sequence[str]] = ((), ()),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -85,7 +85,10 @@ class Startup:
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
         fresh = not has_spec(settings.registry_dir)
-        self._plans = process_plans(settings.bootstrap.min_rows if fresh else 0, accepted=accepted)
+        stream, trainer = accepted
+        self._plans = process_plans(
+            settings.bootstrap.min_rows if fresh else 0, accepted=stream, accepted_by_trainer=trainer
+        )
         self._supervisor: Supervisor | None = None
 
     def run(self) -> int:

@@ -60,6 +60,7 @@ def account(settings: Settings) -> dict[str, Any]:
         found["trainer"] = {
             **dataclasses.asdict(trainer),
             "version": version.version,
+            "records_left_out": int(version.metrics.get("account.left_out", 0)),
             "in_flight_counted": flying.complete,
         }
     # 4.
@@ -130,4 +131,6 @@ def as_text(found: Mapping[str, Any]) -> str:
             for name in ("trained", "skipped", "duplicate", "masked", "in_flight")
         )
         parts.append(f"{shown(trainer['rows'])} rows = {outcomes}")
+        if trainer.get("records_left_out"):
+            parts.append(f"{shown(trainer['records_left_out'])} records of the training log left out, as accepted")
     return "; ".join([*parts, *found["faults"], *found["notes"]])

@@ -80,7 +80,10 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
             if time.monotonic() > deadline_s:
                 return InFlight(0, 0, version.marks, complete=False)
             for batch in reader.poll(0.1):
-                batches += [decode(value) for value in batch.values if value is not None]
+                for value in batch.values:
+                    # The trainer stops at what is no micro-batch, or leaves it out.
+                    with contextlib.suppress(MicroBatchError):
+                        batches.append(decode(value or b""))
     return in_flight(batches, version.marks, until)
 
 

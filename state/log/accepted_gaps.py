@@ -1,4 +1,4 @@
-"""The gaps that were passed for good: the record of who accepted which loss, when and why."""
+"""The gaps and bad records that were passed for good: who accepted which loss, when and why."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Accepted:
         at_ms: When, wall clock.
         marks: Where the reader was in each source of the rows that the gap held, as text: what
             follows each of them may be missing too. Only for a gap in the training log.
+        record: Why the record there could not be learned from; empty where there was none to read.
     """
 
     gap: Gap
@@ -32,6 +33,7 @@ class Accepted:
     reason: str
     at_ms: int
     marks: Mapping[str, int] = field(default_factory=dict)
+    record: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values.
@@ -42,14 +44,16 @@ class Accepted:
         """
         gap = {"source": str(self.gap.source), "first": self.gap.first, "next": self.gap.next}
         who = {"actor": self.actor, "reason": self.reason, "at_ms": self.at_ms}
-        return {**gap, **who, "marks": dict(self.marks)}
+        what = {"record": self.record} if self.record else {}
+        return {**gap, **who, **what, "marks": dict(self.marks)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Accepted:
         """What `to_json` gave."""
         gap = Gap(Source.parse(document["source"]), int(document["first"]), int(document["next"]))
         marks = {str(name): int(mark) for name, mark in document.get("marks", {}).items()}
-        return cls(gap, str(document["actor"]), str(document["reason"]), int(document["at_ms"]), marks)
+        who = (str(document["actor"]), str(document["reason"]))
+        return cls(gap, *who, int(document["at_ms"]), marks, str(document.get("record", "")))
 
 
 def encode(accepted: Iterable[Accepted]) -> bytes:
@@ -109,6 +113,19 @@ def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
     return offset
 
 
+def left_out(accepted: Iterable[Accepted], source: Source, offset: int) -> bool:
+    """Whether the record at `offset` is left out, whatever it holds.
+
+    >>> log = Source("cd" * 16, 0)
+    >>> one = Accepted(Gap(log, 10, 11), "ann", "a test wrote it", 5, record="no micro-batch")
+    >>> left_out([one], log, 10), left_out([one], log, 11)
+    (True, False)
+    """
+    return any(
+        bool(one.record) and one.gap.source == source and one.gap.first <= offset < one.gap.next for one in accepted
+    )
+
+
 def explained(accepted: Iterable[Accepted], gap: Gap) -> bool:
     """Whether the loss of `gap` was accepted: by itself, or because it followed where the training log lost records.
 
@@ -124,7 +141,9 @@ def explained(accepted: Iterable[Accepted], gap: Gap) -> bool:
     )
 
 
-def accept(gap: Gap, consent: Consent, now_ms: int, marks: Mapping[Source, int] | None = None) -> Accepted:
-    """The record of `gap`, accepted by `consent`."""
+def accept(
+    gap: Gap, consent: Consent, now_ms: int, marks: Mapping[Source, int] | None = None, record: str = ""
+) -> Accepted:
+    """What is kept of `gap`, accepted by `consent`; see `Accepted`."""
     known = {str(source): mark for source, mark in (marks or {}).items()}
-    return Accepted(gap, consent.actor, consent.reason, now_ms, known)
+    return Accepted(gap, consent.actor, consent.reason, now_ms, known, record)

@@ -1,4 +1,4 @@
-"""`--accept-gap` and `--reason`: how an operator says which loss a process may pass."""
+"""`--accept-gap`, `--skip-record` and `--reason`: how an operator says which loss a process may pass."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 
 from state.errors import SettingsError
-from state.log.gaps import Consent, parse_allowance
+from state.log.gaps import Consent, parse_allowance, parse_records
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--accept-gap` and `--reason` to a process's parser."""
+def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
+    """Adds `--accept-gap` and `--reason` to a process's parser, and `--skip-record` where it learns `records`."""
     parser.add_argument(
         "--accept-gap",
         action="append",
@@ -18,38 +18,55 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="[TOPIC_ID:]P:A-B",
         help="go on although positions A to B of partition P were deleted unread; repeatable",
     )
+    if records:
+        parser.add_argument(
+            "--skip-record",
+            action="append",
+            default=[],
+            metavar="OFFSET",
+            help="leave out this record of the training log, or those of A-B, where it cannot be learned from; repeatable",
+        )
     parser.add_argument("--reason", default="", metavar="TEXT", help="why the loss is accepted; kept with your name")
 
 
-def as_options(asked: argparse.Namespace) -> list[str]:
-    """The options again as words, for the process that a command becomes.
+def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
+    """The options again as words, for the process that a command becomes; without `--skip-record` unless `records`.
 
     >>> parser = argparse.ArgumentParser()
-    >>> add_options(parser)
-    >>> as_options(parser.parse_args(["--accept-gap", "0:5-9", "--reason", "old"]))
+    >>> add_options(parser, records=True)
+    >>> asked = parser.parse_args(["--accept-gap", "0:5-9", "--skip-record", "7", "--reason", "old"])
+    >>> as_options(asked)
+    ['--accept-gap', '0:5-9', '--skip-record', '7', '--reason', 'old']
+    >>> as_options(asked, records=False)
     ['--accept-gap', '0:5-9', '--reason', 'old']
     """
     words = [word for place in asked.accept_gap for word in ("--accept-gap", place)]
-    return [*words, "--reason", asked.reason] if asked.reason else words
+    if records:
+        words += [word for place in getattr(asked, "skip_record", ()) for word in ("--skip-record", place)]
+    return [*words, "--reason", asked.reason] if words and asked.reason else words
 
 
-def take_options(argv: Sequence[str], actor: str) -> tuple[Consent, list[str]]:
-    """Takes `--accept-gap` and `--reason` out of a command line; returns them and the rest.
+def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tuple[Consent, list[str]]:
+    """Takes the options of `add_options` out of a command line; returns them and the rest.
 
     >>> consent, rest = take_options(["--accept-gap", "0:5-9", "--reason", "old", "--kafka.port", "9"], "ann")
     >>> consent.allowances[0].first, consent.reason, rest
     (5, 'old', ['--kafka.port', '9'])
 
     Raises:
-        SettingsError: A gap is not written as it should be, or there is no reason.
+        SettingsError: A loss is not written as it should be, or there is no reason.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_options(parser)
+    add_options(parser, records)
     try:
         asked, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise SettingsError(str(error), "write --accept-gap P:A-B --reason TEXT") from error
-    if asked.accept_gap and not asked.reason.strip():
-        raise SettingsError("--accept-gap needs --reason TEXT: a loss is accepted by somebody, for a reason")
+        raise SettingsError(
+            str(error), "write --accept-gap P:A-B or --skip-record OFFSET, and --reason TEXT"
+        ) from error
+    skipped = asked.skip_record if records else []
+    if (asked.accept_gap or skipped) and not asked.reason.strip():
+        option = "--accept-gap" if asked.accept_gap else "--skip-record"
+        raise SettingsError(f"{option} needs --reason TEXT: a loss is accepted by somebody, for a reason")
     allowances = tuple(parse_allowance(text) for text in asked.accept_gap)
-    return Consent(allowances, actor, asked.reason), rest
+    return Consent(allowances, actor, asked.reason, tuple(map(parse_records, skipped))), rest

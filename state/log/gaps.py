@@ -1,10 +1,12 @@
-"""Gaps in a log: the loss that an operator accepts in advance. Pure.
+"""Gaps and bad records in a log: the loss that an operator accepts in advance. Pure.
 
 A gap is a range of positions that nobody will ever read: deleted by retention
 before we came, or covered by no record of the training log. A process that
 meets one stops and says so. Started again with `--accept-gap P:A-B --reason
 TEXT` it goes on behind it, and keeps who accepted what, when and why
-(`state/log/accepted_gaps.py`).
+(`state/log/accepted_gaps.py`). A record of the training log that is no
+micro-batch of this system's stream is passed likewise, with `--skip-record
+OFFSET --reason TEXT`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from state.errors import GapError, SettingsError
 from state.positions import Gap
 
+_RECORDS = re.compile(r"(\d+)(?:-(\d+))?")
 _FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
 
 
@@ -71,6 +74,23 @@ def parse_allowance(text: str) -> Allowance:
     return Allowance(int(match[2]), int(match[3]), int(match[4]) + 1, match[1] or "")
 
 
+def parse_records(text: str) -> range:
+    """The offsets of `OFFSET`, or of `A-B` with both ends included.
+
+    >>> parse_records("7"), parse_records("7-9")
+    (range(7, 8), range(7, 10))
+
+    Raises:
+        SettingsError: It is of another form.
+    """
+    match = _RECORDS.fullmatch(text.strip())
+    if not match or int(match[1]) > int(match[2] or match[1]):
+        raise SettingsError(
+            f"--skip-record {text}: write the record's OFFSET in the training log, as the error says, or A-B"
+        )
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Consent:
     """What an operator accepts, said at a process's start.
@@ -79,15 +99,25 @@ class Consent:
         allowances: The losses.
         actor: Who.
         reason: Why, in the actor's words.
+        records: Offsets of the training log whose records may be left out where they cannot be learned from.
     """
 
     allowances: tuple[Allowance, ...] = ()
     actor: str = ""
     reason: str = ""
+    records: tuple[range, ...] = ()
 
     def covers(self, gap: Gap, read_topic: str) -> bool:
         """Whether `gap` may be passed."""
         return any(one.covers(gap, read_topic) for one in self.allowances)
+
+    def leaves_out(self, offset: int) -> bool:
+        """Whether the record at `offset` of the training log may be left out.
+
+        >>> Consent(records=(parse_records("7-9"),)).leaves_out(9)
+        True
+        """
+        return any(offset in one for one in self.records)
 
 
 def how_to_go_on(error: GapError, command: str) -> GapError:

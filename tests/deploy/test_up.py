@@ -112,8 +112,23 @@ def test_an_accepted_gap_names_its_topic_and_reaches_stream_and_trainer_only(
     assert "write TOPIC_ID:PARTITION:A-B" in capsys.readouterr().err
     accepted, rest = up.take_accepted(["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--kafka.port", "9"])
     assert rest == ["--kafka.port", "9"]
-    told = [name for name, one in process_plans(accepted=accepted).items() if one.command[-4:] == tuple(accepted)]
-    assert told == ["stream", "trainer"]
+    assert told(accepted) == {"stream": tuple(accepted.stream), "trainer": tuple(accepted.stream)}
+
+
+def test_a_record_to_leave_out_reaches_the_trainer_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert up.main(["--skip-record", "7"]) == 2
+    assert "--skip-record needs --reason TEXT" in capsys.readouterr().err
+    assert up.main(["--skip-record", "seven", "--reason", "odd"]) == 2
+    assert "--skip-record seven: write the record's OFFSET" in capsys.readouterr().err
+    accepted, _ = up.take_accepted(["--skip-record", "7", "--skip-record", "9-12", "--reason", "a test wrote them"])
+    words = ("--skip-record", "7", "--skip-record", "9-12", "--reason", "a test wrote them")
+    assert told(accepted) == {"trainer": words}
+
+
+def told(accepted: up.Accepted) -> dict[str, tuple[str, ...]]:
+    """The words behind each process's module, of those that the operator accepted."""
+    plans = process_plans(accepted=accepted.stream, accepted_by_trainer=accepted.trainer)
+    return {name: one.command[3:] for name, one in plans.items() if "--reason" in one.command}
 
 
 def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() -> None:
