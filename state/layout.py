@@ -8,7 +8,7 @@
     │   ├── control/             one file a generation            state/registry/controls.py
     │   ├── masks/               users that masks name, by digest
     │   ├── programs/ specs/     by digest
-    │   ├── gaps/                losses that the trainer accepted
+    │   ├── gaps/                losses that the trainer accepted, records left out among them
     │   ├── tmp/                 being written; swept
     │   └── trainer.lock, compactor.lock
     ├── stream-<shard>/          lock

@@ -13,7 +13,9 @@ from state.events.identity import Salt
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
-from state.log import PartitionBatch, Reader, Topics
+from state.layout import GAPS
+from state.log import PartitionBatch, Reader, Topics, accepted_gaps
+from state.log.accepted_gaps import Journal
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
@@ -60,6 +62,7 @@ class Rebuild:
     ) -> None:
         self._settings, self._store, self._spec, self._salt = settings, store, spec, salt
         self._progress, self._desired = progress, desired
+        self._accepted = Journal(settings.registry_dir / GAPS).accepted()
         self._marks = store.positions()
         self._waits, self._clock = Waits(store), EventClock(store.extra)
         self._clocks: dict[str, bytes] = {}
@@ -118,8 +121,13 @@ class Rebuild:
         for first, after, reason in batch.corrupt:
             self.found.unreadable += 1
             logger.error("the micro-batch log's positions [%d, %d) are corrupt: %s", first, after, reason)
+        log = Source(batch.topic_id, batch.partition)
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
             self.found.records += 1
+            # What the trainer leaves out for good is no record here either.
+            if accepted_gaps.left_out(self._accepted, log, offset):
+                self.found.unreadable += 1
+                continue
             mine = self._decode(value, offset)
             if mine is None:
                 continue

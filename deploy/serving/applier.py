@@ -38,8 +38,9 @@ from state.errors import (
 )
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.layout import ATTRIBUTES, HISTORIES, PROGRAMS, ROWS
+from state.layout import ATTRIBUTES, GAPS, HISTORIES, PROGRAMS, ROWS
 from state.log import Reader, Topics
+from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
 from state.process.said_once import SaidOnce
 from state.registry.registry import Registry
@@ -114,7 +115,12 @@ class Applier:
             now_ms,
         )
         self.clicks = HistoryFollower(
-            self._histories, FeatureSpec.from_settings(settings), settings.events.max_age_s, self.metrics, now_ms
+            self._histories,
+            FeatureSpec.from_settings(settings),
+            settings.events.max_age_s,
+            self.metrics,
+            now_ms,
+            Journal(settings.registry_dir / GAPS).accepted,
         )
 
     def run(self) -> None:

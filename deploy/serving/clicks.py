@@ -22,13 +22,14 @@ from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.log import LogReader, PartitionBatch
+from state.log.accepted_gaps import Accepted, left_out
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
 from state.microbatch.log_time import log_times
 from state.microbatch.row_kinds import happened
-from state.positions import Range
+from state.positions import Range, Source
 from state.process import killpoints
 
 POSITION_EXTRA = "microbatches"
@@ -52,7 +53,7 @@ class HistoryFollower:
         max_age_s: How late an event may arrive.
         metrics: Of the applier.
         now_ms: The wall clock.
-        left_out: Whether the trainer leaves out the record at a partition and an offset.
+        accepted: The losses that operators accepted, records that the trainer leaves out among them.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class HistoryFollower:
         max_age_s: float,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
-        left_out: Callable[[int, int], bool] = lambda *_: False,
+        accepted: Callable[[], Sequence[Accepted]] = tuple,
     ) -> None:
         self._store = store
-        self._left_out = left_out
+        self._accepted = accepted
         self._metrics = metrics
         self._now_ms = now_ms
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
@@ -153,7 +154,7 @@ class HistoryFollower:
         extra: dict[str, bytes] = {}
         newest_ms = 0
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-            found = self._decode(value, batch.partition, offset)
+            found = self._decode(value, Source(batch.topic_id, batch.partition), offset)
             if found is None:
                 continue
             keep, after = trim(found, marks)
@@ -181,21 +182,21 @@ class HistoryFollower:
         self.newest_ms = max(self.newest_ms, newest_ms)
         self._marks = marks
 
-    def _decode(self, value: bytes | None, partition: int, offset: int) -> MicroBatch | None:
+    def _decode(self, value: bytes | None, log: Source, offset: int) -> MicroBatch | None:
         """The micro-batch, or None for a record that is none; it is data, and does not stop serving."""
         try:
             found = decode(value or b"")
         except MicroBatchError as error:
             self._metrics.unreadable_microbatches.inc()
-            _log.error("record %d of partition %d is left out: %s", offset, partition, error)
+            _log.error("record %d of partition %d is left out: %s", offset, log.partition, error)
             return None
         if self._salt is None:
             self._salt = found.header.salt
-        if found.header.salt != self._salt and self._left_out(partition, offset):
-            self._metrics.unreadable_microbatches.inc()
-            return None
         if found.header.salt != self._salt:
-            raise SaltMismatch.between(f"record {offset} of partition {partition}", found.header.salt, self._salt)
+            if left_out(self._accepted(), log, offset):
+                self._metrics.unreadable_microbatches.inc()
+                return None
+            raise SaltMismatch.between(f"record {offset} of partition {log.partition}", found.header.salt, self._salt)
         return found
 
     def _commit(

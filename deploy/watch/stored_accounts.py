@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from deploy.watch.rows_in_flight import LONGEST_TAIL, InFlight, in_flight
 from state import layout
 from state.config.settings import Settings
-from state.errors import SpringtideError
+from state.errors import MicroBatchError, SpringtideError
 from state.history.store import HistoryStore
 from state.log import Reader, Topics, accepted_gaps
 from state.microbatch.batch import MicroBatch

@@ -6,14 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from state.errors import CorruptVersion, GapError, MicroBatchError, UnknownTopic, UnusableRegistry
-from state.log import KafkaLog, Log, PartitionBatch, Topics
-from state.log.memory_clients import MemoryReader
+from state.errors import CorruptVersion, GapError, UnknownTopic, UnusableRegistry
+from state.log import KafkaLog, Log, Topics
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.disks import ROOT, small_disk
@@ -67,25 +65,6 @@ def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory
         with pytest.raises(UnknownTopic, match=r"deleted and made again; start a new state directory"):
             learner(registry, log, *flags)
     assert registry.versions() == versions
-
-
-def test_a_corrupt_record_of_the_training_log_stops_the_trainer_at_its_offset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = MemoryReader.poll
-
-    def damaged(reader: MemoryReader, timeout_s: float, _: int) -> list[PartitionBatch]:
-        (whole,) = read(reader, timeout_s, 2)
-        if whole.first < 4:
-            return [whole]
-        return [replace(whole, offsets=whole.offsets[:0], values=[], corrupt=((4, 6, "checksum"),))]
-
-    monkeypatch.setattr(MemoryReader, "poll", damaged)
-    running = learner(started(tmp_path), written(RECORDS))
-    running.tick(0.0)
-    with pytest.raises(MicroBatchError, match=r":0 offset 4 cannot be read: checksum"):
-        running.tick(0.0)
-    assert running.place.next == 4
 
 
 def test_on_a_full_disk_the_trainer_stops_and_then_goes_on_with_the_same_bits(tmp_path: Path) -> None:

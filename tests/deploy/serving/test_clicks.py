@@ -20,10 +20,11 @@ from state.history.appends import events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.log import MemoryLog
+from state.log.accepted_gaps import Accepted, Journal
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
-from state.positions import Range, Source
+from state.positions import Gap, Range, Source
 
 MAP = 1 << 27
 TOPIC = "cd" * 16
@@ -219,6 +220,21 @@ def test_another_salt_stops(tmp_path: Path) -> None:
     with pytest.raises(SaltMismatch, match="record 1"):
         following.drain()
     assert following.offsets() == []
+    following.store.close()
+
+
+def test_a_record_of_another_salt_that_the_trainer_leaves_out_is_left_out_here_too(tmp_path: Path) -> None:
+    following = Following(tmp_path / "store", written(record(0, 3), record(0, 9, salt="other"), record(3, 5)))
+    journal = Journal(tmp_path / "gaps")
+    following.follower._accepted = journal.accepted
+    with pytest.raises(SaltMismatch, match="record 1"):
+        following.drain()
+    # While it runs: an operator started the trainer with --skip-record.
+    journal.add(Accepted(Gap(Source(TOPIC, 0), 1, 2), "ann", "a test wrote it", 5, record="another salt"))
+    following.connect()
+    following.drain()
+    assert following.offsets() == [0, 1, 2, 3, 4]
+    assert following.metrics.unreadable_microbatches._value.get() == 1
     following.store.close()
 
 
