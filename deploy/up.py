@@ -55,7 +55,7 @@ class Signals:
         return self.count > 1
 
 
-class Accepted(NamedTuple):
+class AcceptedLosses(NamedTuple):
     """The losses that the operator accepts, as words for those who meet them.
 
     Attributes:
@@ -67,14 +67,14 @@ class Accepted(NamedTuple):
     trainer: Sequence[str] = ()
 
 
-def take_accepted(words: Sequence[str]) -> tuple[Accepted, list[str]]:
+def take_accepted(words: Sequence[str]) -> tuple[AcceptedLosses, list[str]]:
     """Takes the losses that the operator accepts out of a command line; returns them and the rest.
 
     >>> accepted, rest = take_accepted(["--no-shoppers", "--accept-gap", "abababab:3:10-19", "--reason", "old"])
     >>> accepted.stream, rest
     (['--accept-gap', 'abababab:3:10-19', '--reason', 'old'], ['--no-shoppers'])
     >>> take_accepted(["--skip-record", "7", "--reason", "a test wrote it"])[0]
-    Accepted(stream=[], trainer=['--skip-record', '7', '--reason', 'a test wrote it'])
+    AcceptedLosses(stream=[], trainer=['--skip-record', '7', '--reason', 'a test wrote it'])
 
     Raises:
         SettingsError: A loss is not written as it should be, a gap names no topic, or there is no reason.
@@ -90,7 +90,7 @@ def take_accepted(words: Sequence[str]) -> tuple[Accepted, list[str]]:
             "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did", "stream and trainer read different topics"
         )
     asked = parser.parse_known_args(list(words))[0]
-    return Accepted(gap_options.as_options(asked, records=False), gap_options.as_options(asked)), rest
+    return AcceptedLosses(gap_options.as_options(asked, records=False), gap_options.as_options(asked)), rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

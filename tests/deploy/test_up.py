@@ -125,7 +125,7 @@ def test_a_record_to_leave_out_reaches_the_trainer_only(capsys: pytest.CaptureFi
     assert told(accepted) == {"trainer": words}
 
 
-def told(accepted: up.Accepted) -> dict[str, tuple[str, ...]]:
+def told(accepted: up.AcceptedLosses) -> dict[str, tuple[str, ...]]:
     """The words behind each process's module, of those that the operator accepted."""
     plans = process_plans(accepted=accepted.stream, accepted_by_trainer=accepted.trainer)
     return {name: one.command[3:] for name, one in plans.items() if "--reason" in one.command}
