@@ -1,6 +1,6 @@
 """Clicks into the topic: of files, or of synthetic shoppers whose taste drifts.
 
-    python -m deploy.replay FILE... [--speed 60x|max] [--keep-time] [--limit N] [--sort memory|assume]
+    python -m deploy.replay FILE... [--speed 60x|max] [--keep-time] [--limit N] [--sort memory|assume] [--dry-run]
     python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
     python -m deploy.replay --burst USER CATEGORY N
 
@@ -154,12 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingsError("say what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")
         if options.files and (options.rate is not None or options.seed is not None):
             raise SettingsError("--rate and --seed are of --synthetic", "files go at --speed")
+        if options.dry_run and not options.files:
+            raise SettingsError("--dry-run is of files", "name them")
         settings = load([*flags, *as_settings(options)])
-        with Topics(settings.kafka) as topics:
-            topics.ensure(*topic_plan.clicks(settings))
         if options.files:
             run(options, settings, stopped)
         else:
+            with Topics(settings.kafka) as topics:
+                topics.ensure(*topic_plan.clicks(settings))
             make_clicks(options, settings, stopped)
     except SpringtideError as problem:
         print(f"springtide replay: {problem}", file=sys.stderr)

@@ -9,8 +9,9 @@ import numpy as np
 
 from state.errors import SpringtideError
 from state.log import PartitionBatch, Reader
+from state.recordings.crowd import RecordedTimes, told_apart
 from state.recordings.files import Recording, refuse_beyond_memory
-from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, joined, order, shown_reasons
+from state.recordings.rows import I64, EncodedRows, Encoder, joined, order, shown_reasons
 from streaming.context import Handle, Step
 from streaming.sample import Sample
 
@@ -52,7 +53,7 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
     """The rows of files with their times as recorded, as one partition.
 
     They are judged as a replay at full speed would have them judged: a time is
-    compared with the newest one of the recording. Where the files are not
+    compared with the newest one of the recording, strays told apart. Where the files are not
     read to their end (`sort` is assume), no time is compared with another.
 
     Args:
@@ -75,7 +76,7 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
 
         refuse_beyond_memory(recording, psutil.virtual_memory().available)
         whole = joined(list(chunks))
-        newest_ms = int(whole.at_ms.max(initial=NO_TIME))
+        newest_ms = _newest(sample, recording, whole)
         chunks = iter([whole.take(order(whole.at_ms))])
     topic_id, first = _topic_of(recording), 0
     for chunk in chunks:
@@ -94,6 +95,17 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
             "correct [events] (fields, actions, time_unit, decoder), --columns or --constant",
         )
     sample.end()
+
+
+def _newest(sample: Sample, recording: Recording, whole: EncodedRows) -> int:
+    """The newest time, which the others are compared with; says which rows are strays."""
+    times, max_age_s = RecordedTimes(), sample.settings.events.max_age_s
+    times.add(whole.at_ms, whole.file, whole.line)
+    crowd = times.crowd(round(max_age_s * 1000))
+    if crowd.first is not None:
+        file, line = crowd.first
+        sample.say(told_apart(crowd, f"{recording.files[file].path}:{line}", max_age_s))
+    return crowd.newest_ms
 
 
 def _topic_of(recording: Recording) -> str:

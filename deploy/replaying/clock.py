@@ -13,6 +13,9 @@ click that comes after a later one is late by as much as in the recording,
 divided by the speed. A kept time is never compared with today: those records
 carry no Kafka timestamp, so that neither the parser's bounds nor the topic's
 retention judges them by it.
+
+A row after `newest` is a stray (`state.recordings.crowd`): it moves no clock,
+and lies as far after the others as in the recording.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class Clock:
         speed: Seconds of the recording per second of the wall; MAX: no pacing.
         keep: Leave event times as recorded.
         now_ms: Wall clock when the replay began; also after a restart.
-        newest_ms: Latest recorded time; needed only to rebase at full speed.
+        newest_ms: Latest recorded time but for strays; NO_TIME where times are kept, and then no row is one.
         longest_wait_ms: A gap takes no longer than this, however long it is in the recording.
     """
 
@@ -75,6 +78,11 @@ class Stamped:
     due_ms: F64
     high_ms: I64
 
+    def oldest_s(self, rows: int) -> float:
+        """How far the oldest of the first `rows` records lies before its Kafka timestamp."""
+        timed = (self.at_ms[:rows] != NO_TIME) & (self.kafka_ms[:rows] != NO_TIMESTAMP)
+        return int((self.kafka_ms[:rows] - self.at_ms[:rows])[timed].max(initial=0)) / 1000
+
     def hand(self, row: int) -> Hand:
         """The clock after record `row`."""
         return Hand(int(self.high_ms[row]), float(self.due_ms[row]))
@@ -106,12 +114,13 @@ def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
         clock: How times are made.
         hand: The clock before the first.
 
-    >>> stamped = stamp(np.array([0, 60_000, NO_TIME]), Clock(60.0, False, 0, 0), Hand(NO_TIME, 1e6))
+    >>> stamped = stamp(np.array([0, 60_000, NO_TIME]), Clock(60.0, False, 0, 60_000), Hand(NO_TIME, 1e6))
     >>> stamped.at_ms.tolist() == [1_000_000, 1_001_000, NO_TIME], stamped.due_ms.tolist()
     (True, [1000000.0, 1001000.0, 1001000.0])
     """
     timed = at_ms != NO_TIME
-    high = np.maximum.accumulate(np.concatenate([[np.int64(hand.high_ms)], at_ms]))
+    stray = (at_ms > clock.newest_ms) & (clock.newest_ms != NO_TIME)
+    high = np.maximum.accumulate(np.concatenate([[np.int64(hand.high_ms)], np.where(stray, NO_TIME, at_ms)]))
     steps = np.zeros(len(at_ms))
     if not math.isinf(clock.speed):
         known = high[:-1] != NO_TIME  # the first click of all has no gap before it
@@ -125,5 +134,6 @@ def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
         if timed.any():
             at[timed] += clock.now_ms - clock.newest_ms
         return Stamped(at, np.full(len(at), clock.now_ms, np.int64), due, high[1:])
-    at[timed] = (due[timed] - (high[1:][timed] - at_ms[timed]) / clock.speed).astype(np.int64)
+    late_ms = np.where(stray, clock.newest_ms, high[1:])[timed] - at_ms[timed]
+    at[timed] = (due[timed] - late_ms / clock.speed).astype(np.int64)
     return Stamped(at, due.astype(np.int64), due, high[1:])

@@ -10,16 +10,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TextIO
 
+from deploy.replaying.checking import check
 from deploy.replaying.clock import MAX, parse_speed
+from deploy.replaying.dry_run import report, try_out
 from deploy.replaying.journal import ReplayJournal, folder_of, key_of
+from deploy.replaying.options import Options
 from deploy.replaying.progress import Progress
-from deploy.replaying.replay import Options, Outcome, replay
+from deploy.replaying.replay import Outcome, replay
 from deploy.replaying.sender import Outbox
 from state.config.sections import Events
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LogError, SettingsError
-from state.log import Topics
+from state.log import Topics, topic_plan
 from state.recordings.files import Recording, digest
 from state.recordings.options import add_file_arguments, chosen
 from state.recordings.rows import mapped_fields, shown_reasons
@@ -45,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest pause for a gap in the recording (default 10)",
     )
     parser.add_argument("--restart", action="store_true", help="send it again from the beginning")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="send nothing and ask no Kafka: counts, refused rows by reason and line, the first events",
+    )
 
 
 def identity(recording: Recording, events: Events, options: Options, topic: str, topic_id: str) -> dict[str, Any]:
@@ -69,6 +77,10 @@ def run(
 ) -> None:
     """Replays the files of the command line.
 
+    1. Files, columns and mapping are looked at.
+    2. `--dry-run` ends with what it found.
+    3. Kafka is asked, and the rows are sent.
+
     Raises:
         SpringtideError: Files, settings, Kafka or another replay of the same files are in the way.
     """
@@ -83,10 +95,18 @@ def run(
     )
     if not how.longest_wait_s >= 0:
         raise SettingsError(f"--longest-wait {options.longest_wait:g}: write seconds, 0 or more")
+    # 1.
+    now_ms = time.time_ns() // 1_000_000
+    check(recording, events, now_ms + round(events.max_future_s * 1000))
+    # 2.
+    if options.dry_run:
+        say(report(try_out(recording, events, how, now_ms), len(recording.files), topic))
+        return
+    # 3.
     progress = Progress(progress_to, time.monotonic)
     with ExitStack() as stack:
         with Topics(settings.kafka) as topics:
-            topic_id = topics.describe(topic).topic_id
+            topic_id = topics.ensure(*topic_plan.clicks(settings)).topic_id
         folder = folder_of(settings.state_dir, key_of(identity(recording, events, how, topic, topic_id)))
         stack.enter_context(DirectoryLock(folder))
         journal = ReplayJournal(folder)

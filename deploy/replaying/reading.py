@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 
 from deploy.replaying.journal import Position
+from deploy.replaying.options import Options
 from state.config.sections import Events
+from state.recordings.crowd import Crowd, RecordedTimes
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, joined, order, time_of
 
@@ -19,62 +22,64 @@ class Opened(NamedTuple):
     """A recording that is being read.
 
     Attributes:
+        encoder: Completes the rows.
         chunks: The rows that are not acknowledged yet, in the order of sending.
-        newest_ms: The latest recorded time; NO_TIME where nobody asked for it.
+        newest_ms: The newest recorded time, but for strays; NO_TIME where nobody asked for it.
         total: Rows of the recording; None where they are not counted yet.
+        crowd: How that time was found; None where it was known, or nobody asked.
     """
 
+    encoder: Encoder
     chunks: Iterator[EncodedRows]
     newest_ms: int
     total: int | None
+    crowd: Crowd | None
 
 
-def open_sorted(recording: Recording, events: Events, encoder: Encoder, position: Position) -> Opened:
-    """All rows at once, in the order of time.
+def open_recording(recording: Recording, events: Events, options: Options, position: Position) -> Opened:
+    """The rows behind those that are acknowledged.
+
+    Args:
+        recording: The files.
+        events: Names of fields, and the unit of times.
+        options: In which order, and whether times are moved: then the newest is found before the first row.
+        position: Where the replay stands.
 
     Raises:
         SettingsError: They do not fit into memory, or the columns are not there.
         UnreadableRecording: A file is cut or damaged.
     """
-    refuse_beyond_memory(recording, psutil.virtual_memory().available)
-    whole = joined(list(recording.encoded(encoder, events)))
-    newest_ms = int(whole.at_ms.max()) if len(whole) else position.newest_ms
-    return Opened(_slices(whole, order(whole.at_ms), position.acknowledged), newest_ms, len(whole))
+    find_newest, times = not options.keep and position.newest_ms == NO_TIME, RecordedTimes()
+    # A recording is of the past.
+    latest_ms = position.now_ms + round(events.max_future_s * 1000)
+    encoder, total, done = Encoder(events, recording.constants or {}, latest_ms), None, position.acknowledged
+    if options.sort == "memory":
+        refuse_beyond_memory(recording, psutil.virtual_memory().available)
+        whole = joined(list(recording.encoded(encoder, events)))
+        total, chunks = len(whole), _slices(whole, order(whole.at_ms), done)
+        if find_newest:
+            times.add(whole.at_ms, whole.file, whole.line)
+    else:
+        chunks = _behind(recording.encoded(encoder, events), done)
+        if find_newest:
+            times = recorded_times(recording, events, latest_ms)
+    crowd = times.crowd(round(events.max_age_s * 1000)) if find_newest else None
+    return Opened(encoder, chunks, position.newest_ms if crowd is None else crowd.newest_ms, total, crowd)
 
 
-def open_in_file_order(
-    recording: Recording, events: Events, encoder: Encoder, position: Position, find_newest: bool, latest_ms: int
-) -> Opened:
-    """The rows as the files have them, a chunk at a time.
-
-    Args:
-        recording: The files.
-        events: Names of fields, and the unit of times.
-        encoder: Makes records.
-        position: Where the replay stands.
-        find_newest: Whether to read all times before the first row.
-        latest_ms: Times after this are none.
-
-    Raises:
-        SettingsError: The columns are not there.
-        UnreadableRecording: A file is cut or damaged.
-    """
-    newest_ms = position.newest_ms
-    if find_newest and newest_ms == NO_TIME:
-        newest_ms = newest_time(recording, events, latest_ms)
-    return Opened(_behind(recording.encoded(encoder, events), position.acknowledged), newest_ms, None)
-
-
-def newest_time(recording: Recording, events: Events, latest_ms: int) -> int:
-    """The latest recorded time; reads the time column of all files."""
-    field, unit, newest_ms = events.time, events.time_unit, NO_TIME
-    if not field or field in (recording.constants or {}):
-        return newest_ms
+def recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
+    """All recorded times; reads the time column of all files."""
+    field, unit, times = events.time, events.time_unit, RecordedTimes()
+    if not field:
+        return times
+    if (constant := (recording.constants or {}).get(field)) is not None:
+        times.add(np.array([time_of(constant, unit, latest_ms)], np.int64), 0, np.ones(1, np.int64))
+        return times
     for number in range(len(recording.files)):
         for rows in recording.rows(number, (field,)):
-            times = (time_of(value, unit, latest_ms) for value in rows.columns[field])
-            newest_ms = max(newest_ms, max(times))
-    return newest_ms
+            at_ms = np.array([time_of(value, unit, latest_ms) for value in rows.columns[field]], np.int64)
+            times.add(at_ms, number, rows.lines)
+    return times
 
 
 def _slices(whole: EncodedRows, rows: I64, done: int) -> Iterator[EncodedRows]:

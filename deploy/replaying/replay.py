@@ -12,46 +12,27 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from deploy.replaying.clock import MAX, Clock, Hand, Stamped, stamp
+from deploy.replaying.clock import Clock, Hand, Stamped, stamp
 from deploy.replaying.journal import Position, ReplayJournal
+from deploy.replaying.judging import Judge, refuse_all_dead
+from deploy.replaying.options import Options
 from deploy.replaying.progress import Progress
-from deploy.replaying.reading import open_in_file_order, open_sorted
-from deploy.replaying.sender import LARGEST_VALUE, Judge, Piece, Record, missing, rows_within
+from deploy.replaying.reading import open_recording
+from deploy.replaying.sender import LARGEST_VALUE, Piece, Record, missing, rows_within
 from state.config.sections import Events
-from state.errors import SettingsError
-from state.events.dead_letters import Reason
 from state.process import killpoints
+from state.recordings.crowd import told_apart
 from state.recordings.files import Recording
-from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, shown_reasons
+from state.recordings.rows import I64, NO_TIME, EncodedRows
 
 SLICE_S = 0.1
 LOOK_S = 0.5
-ENOUGH_ROWS = 10  # so many refused rows and no click: the mapping is wrong
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to replay.
-
-    Attributes:
-        sort: memory (read everything, then order by time) or assume (the files are in order).
-        speed: Seconds of the recording per second, or MAX.
-        keep: Leave times as recorded.
-        limit: So many rows in this run; None: all.
-        longest_wait_s: A gap takes no longer than this.
-    """
-
-    sort: str = "memory"
-    speed: float = MAX
-    keep: bool = False
-    limit: int | None = None
-    longest_wait_s: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -147,39 +128,28 @@ class _Run:
         self._stopped = stopped
         self._wall_ms = wall_ms
         self._position = position
-        self._latest_ms = position.now_ms + round(events.max_future_s * 1000)
-        self._encoder = Encoder(events, recording.constants or {}, self._latest_ms)
+        self._opened = open_recording(recording, events, options, position)
         self._judge = Judge(events)
-        self._total: int | None = None
         self._sent = self._late = 0
 
     def outcome(self) -> Outcome:
         """Sends what is left; returns what the run did."""
-        if self._options.sort == "memory":
-            opened = open_sorted(self._recording, self._events, self._encoder, self._position)
-        else:
-            rebased_at_once = not self._options.keep and math.isinf(self._options.speed)
-            opened = open_in_file_order(
-                self._recording, self._events, self._encoder, self._position, rebased_at_once, self._latest_ms
-            )
-        self._total = opened.total
+        opened = self._opened
+        if opened.crowd is not None and opened.crowd.first is not None:
+            file, line = opened.crowd.first
+            first = f"{self._recording.files[file].path}:{line}"
+            self._progress.say(told_apart(opened.crowd, first, self._events.max_age_s))
         self._position = replace(self._position, newest_ms=opened.newest_ms)
-        clock = Clock(
-            speed=self._options.speed,
-            keep=self._options.keep,
-            now_ms=self._position.now_ms,
-            newest_ms=self._position.newest_ms,
-            longest_wait_ms=self._options.longest_wait_s * 1000,
-        )
-        complete = self._send_all(opened.chunks, clock)
+        clock = self._options.clock(self._position.now_ms, opened.newest_ms)
+        complete = self._send_all(clock)
         self._position = replace(self._position, complete=complete)
         self._journal.write(self._position)
-        return Outcome(self._sent, self._late, self._total, self._position)
+        return Outcome(self._sent, self._late, opened.total, self._position)
 
-    def _send_all(self, chunks: Iterator[EncodedRows], clock: Clock) -> bool:
+    def _send_all(self, clock: Clock) -> bool:
         """Sends until the end (True) or until limit or stop."""
         hand: Hand | None = None
-        for chunk in chunks:
+        for chunk in self._opened.chunks:
             encoded = chunk
             if hand is None:
                 # 1. What was in flight.
@@ -189,6 +159,8 @@ class _Run:
                 self._position = replace(self._position, hand=hand, ends=self._destination.ends())
             # 2. Piece by piece.
             stamped = stamp(encoded.at_ms, clock, hand)
+            if not self._position.acknowledged:
+                self._look_first(encoded, stamped)
             first = 0
             while first < len(encoded):
                 left = len(encoded) if self._options.limit is None else self._options.limit - self._sent
@@ -203,10 +175,22 @@ class _Run:
                 else:
                     self._stopped.wait(float(np.clip((stamped.due_ms[first] - now_ms) / 1000, SLICE_S, LOOK_S)))
                 position = self._position
-                self._progress.show(self._sent, position.acknowledged, self._total, sum(position.refused.values()))
+                self._progress.show(
+                    self._sent, position.acknowledged, self._opened.total, sum(position.refused.values())
+                )
             if len(encoded):
                 hand = stamped.hand(len(encoded) - 1)
         return True
+
+    def _look_first(self, encoded: EncodedRows, stamped: Stamped) -> None:
+        """Stops where none of the first rows is a click, however few of them are due.
+
+        Raises:
+            SettingsError: None is.
+        """
+        first = rows_within([len(key) + len(body) for key, body in zip(encoded.keys, encoded.bodies, strict=True)])
+        piece, rows = self._piece(encoded.cut(0, first), stamped.at_ms[:first], stamped.kafka_ms[:first])
+        refuse_all_dead(self._judge.judge(piece), len(rows), stamped.oldest_s(first))
 
     def _recovered(self, chunk: EncodedRows, clock: Clock) -> EncodedRows:
         """Completes the piece that was in flight; returns the rows behind it."""
@@ -225,7 +209,7 @@ class _Run:
 
     def _piece(self, encoded: EncodedRows, at_ms: I64, kafka_ms: I64) -> tuple[Piece, list[int]]:
         """The records of rows and, of these, the rows that are records; others are too large."""
-        values = self._encoder.values(encoded, at_ms)
+        values = self._opened.encoder.values(encoded, at_ms)
         piece = Piece(encoded.keys, values, kafka_ms)
         rows = [row for row, value in enumerate(values) if len(value) <= LARGEST_VALUE]
         return (piece, rows) if len(rows) == len(values) else (piece.take(rows), rows)
@@ -238,8 +222,6 @@ class _Run:
         after = first + count
         piece, rows = self._piece(part, stamped.at_ms[first:after], stamped.kafka_ms[first:after])
         refused = self._judge.judge(piece)
-        if not self._position.acknowledged:
-            refuse_all_dead(refused, len(piece))
         for row, reason in refused.items():
             self._progress.name(self._where(part, rows[row]), reason)
         for row in sorted({*range(count)} - {*rows}) if len(rows) < count else ():
@@ -265,20 +247,3 @@ class _Run:
 
     def _where(self, encoded: EncodedRows, row: int) -> str:
         return f"{self._recording.files[int(encoded.file[row])].path}:{int(encoded.line[row])}"
-
-
-def refuse_all_dead(refused: Mapping[int, str], count: int) -> None:
-    """Stops before a wrong mapping fills the topic with dead letters.
-
-    Clicks may all be too old; then the mapping is right, and the reason shows.
-
-    Raises:
-        SettingsError: None of the first rows is a click.
-    """
-    reasons = Counter(refused.values())
-    if count < ENOUGH_ROWS or len(refused) < count or Reason.IMPLAUSIBLE_TIME in reasons:
-        return
-    raise SettingsError(
-        f"none of the first {count:,} rows is a click: {shown_reasons(reasons)}",
-        "correct [events] (fields, actions, time_unit, decoder), --columns or --constant; nothing was sent",
-    )

@@ -1,4 +1,4 @@
-"""Sends pieces of a recording: acknowledged, each user's in one partition, and judged as the stream will judge them."""
+"""Sends pieces of a recording: acknowledged, and each user's in one partition."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from state.config.sections import Events, Kafka
+from state.config.sections import Kafka
 from state.errors import LogError
-from state.events.dead_letters import DeadLetter
-from state.events.identity import Salt
-from state.events.parser import Parser
-from state.log import BulkWriter, PartitionBatch, Reader, Topics, encode_batch, partition_of
+from state.log import BulkWriter, Reader, Topics, encode_batch, partition_of
 from state.recordings.rows import I64
 
 LARGEST_VALUE = 900_000  # bytes; Kafka's own limit for a batch is 1 MiB unless the cluster says otherwise
@@ -77,22 +74,6 @@ def missing(piece: Piece, arrived: Sequence[Record]) -> Piece:
         else:
             left.append(row)
     return piece.take(left)
-
-
-class Judge:
-    """Says which records will be dead letters, by the parser that the stream runs."""
-
-    def __init__(self, events: Events) -> None:
-        # What is dead does not depend on the salt, and nothing of what is parsed is kept.
-        self._parser = Parser(events, Salt(b"only judges"))
-
-    def judge(self, piece: Piece) -> dict[int, str]:
-        """Row -> reason."""
-        count = len(piece)
-        offsets = np.arange(count, dtype=np.int64)
-        batch = PartitionBatch("0" * 32, 0, 0, count, offsets, piece.kafka_ms, list(piece.keys), list(piece.values))
-        dead: tuple[DeadLetter, ...] = self._parser.parse([batch]).dead
-        return {letter.offset: str(letter.reason) for letter in dead}
 
 
 class Outbox:

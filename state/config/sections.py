@@ -142,10 +142,18 @@ class Events:
         1_000_000, "bytes", least=16, most=1_000_000_000, help="Larger records are dead letters."
     )
     max_future_s: float = setting(
-        300.0, "s", least=0.0, most=315_360_000.0, help="How far an event may lie after its Kafka timestamp."
+        300.0,
+        "s",
+        least=0.0,
+        most=315_360_000.0,
+        help="How far an event may lie after its Kafka timestamp; a later one is a dead letter (implausible_time).",
     )
     max_age_s: float = setting(
-        2_592_000.0, "s", above=0.0, most=3_153_600_000.0, help="How far an event may lie before its Kafka timestamp."
+        2_592_000.0,
+        "s",
+        above=0.0,
+        most=3_153_600_000.0,
+        help="How far an event may lie before its Kafka timestamp; an older one is a dead letter (implausible_time).",
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -76,7 +76,7 @@ class Recording:
     constants: Mapping[str, str] | None = None
     remedy: str = REMEDY
 
-    def rows(self, number: int, fields: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Iterator[RecordedRows]:
+    def rows(self, number: int, fields: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Generator[RecordedRows]:
         """The rows of file `number`, their `fields` as columns; constants are not read.
 
         Raises:

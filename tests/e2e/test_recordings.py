@@ -120,7 +120,7 @@ def test_taobao_its_cut_line_and_its_rows_out_of_range_are_dead_letters(
     assert "row 3,000 of 84,476; the same command goes on" in replay(settings, TAOBAO, "--limit", "3000")
     assert sent(settings) == 3000
     last = replay(settings, TAOBAO)
-    assert "84,440 clicks, 36 dead letters (35 implausible_time, 1 wrong_type); complete" in last
+    assert "84,440 clicks, 36 dead letters (35 implausible_time by events.max_age_s, 1 wrong_type); complete" in last
     assert sent(settings) == len(lines) == 84_476
     assert "are in" in replay(settings, TAOBAO)
     assert sent(settings) == 84_476

@@ -111,6 +111,20 @@ def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Pat
     assert {*found["category"].view(np.uint64).tolist()} <= {public_id(f"c{number}") for number in range(9)}
 
 
+def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
+    lines = write_recording(tmp_path).read_text().splitlines()
+    (tmp_path / "clicks.csv").write_text("\n".join([*lines, f"u1,i1,c1,view,{BEGIN_S + 60 * 86_400},,", ""]))
+    settings, said = load(flags_of(tmp_path), env={}), list[str]()
+    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
+    with open_sample(settings, spec, salt, lambda: 1_800_000_000.0, said.append) as sample:
+        parse, compute = ParseEvents(sample), ComputeWindows(sample)
+        for batch in of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory"):
+            for events in parse.process(batch):
+                list(compute.process(events))
+        assert sample.context.tally.clicks == ROWS
+    assert f"clicks.csv:{len(lines) + 1}: 1 row lies long after all the others" in said[0]
+
+
 def test_a_label_that_came_later_is_in_the_example_of_its_impression(tmp_path: Path) -> None:
     drawn, wait_s = np.random.default_rng(9), 120
     events = [

@@ -16,12 +16,12 @@ BEGUN = Hand(NO_TIME, float(NOW_MS))
 TIMES = st.lists(st.one_of(st.integers(0, 2 * 10**12), st.just(NO_TIME)), min_size=1, max_size=30)
 
 
-def clock(speed: float = MAX, keep: bool = False, newest_ms: int = 5000, longest_wait_ms: float = MAX) -> Clock:
+def clock(speed: float = MAX, keep: bool = False, newest_ms: int = NO_TIME, longest_wait_ms: float = MAX) -> Clock:
     return Clock(speed, keep, NOW_MS, newest_ms, longest_wait_ms)
 
 
 def test_at_full_speed_the_newest_is_of_now_and_gaps_stay() -> None:
-    stamped = stamp(np.array([1000, 4000, 5000]), clock(), BEGUN)
+    stamped = stamp(np.array([1000, 4000, 5000]), clock(newest_ms=5000), BEGUN)
     assert stamped.at_ms.tolist() == [NOW_MS - 4000, NOW_MS - 1000, NOW_MS]
     assert stamped.kafka_ms.tolist() == [NOW_MS] * 3
     assert stamped.due_ms.tolist() == [NOW_MS] * 3
@@ -42,6 +42,17 @@ def test_kept_times_stay_paced_or_not_and_carry_no_timestamp() -> None:
     assert stamped.kafka_ms.tolist() == [NO_TIMESTAMP, NOW_MS, NO_TIMESTAMP]
     assert stamped.due_ms.tolist() == [NOW_MS, NOW_MS, NOW_MS + 1000]
     assert stamp(times, clock(keep=True), BEGUN).at_ms.tolist() == times.tolist()
+
+
+@pytest.mark.parametrize("speed", [60.0, MAX])
+def test_a_stray_moves_no_clock_and_lies_after_the_others(speed: float) -> None:
+    times = np.array([9 * 86_400_000, 0, 60_000, 120_000])
+    stamped = stamp(times, clock(speed, newest_ms=120_000), BEGUN)
+    alone = stamp(times[1:], clock(speed, newest_ms=120_000), BEGUN)
+    assert stamped.at_ms[1:].tolist() == alone.at_ms.tolist()
+    assert stamped.due_ms[1:].tolist() == alone.due_ms.tolist()
+    after_ms = times[0] - 120_000
+    assert stamped.at_ms[0] - stamped.kafka_ms[0] == (after_ms if speed == MAX else after_ms / speed)
 
 
 def test_a_night_takes_no_longer_than_the_longest_wait() -> None:
@@ -66,9 +77,10 @@ def test_nothing_is_due_before_its_predecessor_nor_stamped_after_it_is_due(
 def test_a_cut_changes_nothing(times: list[int], data: st.DataObject, speed: float) -> None:
     at_ms = np.array(times, np.int64)
     place = data.draw(st.integers(1, len(times)))
-    whole = stamp(at_ms, clock(speed), BEGUN)
-    front = stamp(at_ms[:place], clock(speed), BEGUN)
-    back = stamp(at_ms[place:], clock(speed), front.hand(place - 1))
+    newest_ms = data.draw(st.sampled_from([time for time in times if time != NO_TIME] or [0]))
+    whole = stamp(at_ms, clock(speed, newest_ms=newest_ms), BEGUN)
+    front = stamp(at_ms[:place], clock(speed, newest_ms=newest_ms), BEGUN)
+    back = stamp(at_ms[place:], clock(speed, newest_ms=newest_ms), front.hand(place - 1))
     # Sums of floats in another order may differ by less than a millisecond.
     assert np.allclose(np.concatenate([front.due_ms, back.due_ms]), whole.due_ms, atol=1e-2, rtol=0)
     assert np.concatenate([front.high_ms, back.high_ms]).tolist() == whole.high_ms.tolist()

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from deploy.replaying import reading
 from deploy.replaying.clock import MAX
 from deploy.replaying.journal import ReplayJournal, key_of
+from deploy.replaying.options import Options
 from deploy.replaying.progress import Progress
-from deploy.replaying.replay import Options, Outcome, replay
+from deploy.replaying.replay import Outcome, replay
 from deploy.replaying.sender import LARGEST_VALUE, Piece, Record, missing
 from state.config.sections import Events
 from state.errors import CorruptStore, LogError, SettingsError
@@ -224,8 +225,56 @@ def test_rows_of_the_future_do_not_move_the_others(tmp_path: Path) -> None:
     rows = [*(f"u,i,c,view,{BEGIN_S + n}" for n in range(10)), f"u,i,c,view,{NOW_MS // 1000 + 10_000_000}"]
     topic = Topic()
     outcome = run(write(tmp_path, rows), tmp_path / "j", topic)
-    assert outcome.position.refused == {"implausible_time": 1}
+    assert outcome.position.refused == {"implausible_time by events.max_future_s": 1}
     assert topic.clicks()[9]["time"] == NOW_MS
+
+
+@pytest.mark.parametrize("how", [{"sort": "memory"}, {"sort": "assume"}, {"speed": 60.0}])
+def test_one_late_row_is_told_apart_and_the_rest_has_the_times_it_has_without_it(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
+    rows = [f"u{n % 5},i{n},c,view,{BEGIN_S + n * 3600}" for n in range(ROWS)]
+    late = f"u,late,c,view,{BEGIN_S + 60 * 86_400}"
+    out, topic, alone, limits = io.StringIO(), Topic(), Topic(), Topic()
+    with_late = write(tmp_path, [*rows[:7], late, *rows[7:]])
+    outcome = run(with_late, tmp_path / "j", topic, out=out, **how)
+    run(write(tmp_path, rows, "alone.csv"), tmp_path / "alone", alone, **how)
+    assert [click for click in topic.clicks() if click["item"] != "late"] == alone.clicks()
+    assert outcome.position.refused == {"implausible_time by events.max_future_s": 1}
+    said = out.getvalue()
+    assert "clicks.csv:9: 1 row lies long after all the others (2024-01-13T22:13:20Z)" in said
+    assert "events.max_age_s (2,592,000 s) would refuse 40 of them" in said
+    assert "clicks.csv:9: no click: implausible_time by events.max_future_s" in said
+    # A run that goes on keeps to what the first one found.
+    for _ in range(3):
+        run(with_late, tmp_path / "limits", limits, limit=15, **how)
+    if how.get("speed") is None:
+        assert limits.log == topic.log
+
+
+def test_a_recording_longer_than_the_setting_stops_before_anything_is_sent_and_says_how_long_it_is(
+    tmp_path: Path,
+) -> None:
+    rows = [f"u,i{n},c,view,{BEGIN_S + n * 86_400}" for n in range(90)]
+    topic = Topic()
+    with pytest.raises(SettingsError) as stopped:
+        run(write(tmp_path, rows), tmp_path / "j", topic)
+    assert topic.log == []
+    assert (
+        stopped.value.what
+        == "none of the first 16 rows is a click: 16 dead letters (16 implausible_time by events.max_age_s)"
+    )
+    assert "they lie up to 7,689,600 s before the newest row: raise events.max_age_s" in stopped.value.do
+    long = replace(Events(), max_age_s=7_689_600.0)
+    assert run(write(tmp_path, rows), tmp_path / "j", topic, events=long).clicks == 90
+
+
+def test_a_paced_replay_looks_at_more_rows_than_are_due(tmp_path: Path) -> None:
+    rows = [f"u,i{n},c,stare,{BEGIN_S + n * 60}" for n in range(ROWS)]
+    topic = Topic()
+    with pytest.raises(SettingsError, match="16 unknown_action"):
+        run(write(tmp_path, rows), tmp_path / "j", topic, speed=1.0)
+    assert topic.log == []
 
 
 def test_a_row_too_large_for_a_record_is_named_and_counted(tmp_path: Path) -> None:
@@ -259,10 +308,15 @@ def test_a_wrong_mapping_stops_before_anything_is_sent(tmp_path: Path) -> None:
     )
 
 
-def test_old_clicks_are_dead_letters_and_no_wrong_mapping(tmp_path: Path) -> None:
-    rows = [*(f"u,i,c,view,{n}" for n in range(20)), f"u,i,c,view,{BEGIN_S}"]
-    outcome = run(write(tmp_path, rows), tmp_path / "j", Topic())
-    assert outcome.position.refused == {"implausible_time": 20}
+def test_clicks_that_are_too_old_are_dead_letters_by_the_setting_that_says_so(tmp_path: Path) -> None:
+    rows = [
+        *(f"u,i,c,view,{BEGIN_S - 40 * 86_400 + n}" for n in range(5)),
+        *(f"u,i,c,view,{BEGIN_S + n}" for n in range(9)),
+    ]
+    out = io.StringIO()
+    outcome = run(write(tmp_path, rows), tmp_path / "j", Topic(), out=out)
+    assert outcome.position.refused == {"implausible_time by events.max_age_s": 5}
+    assert "clicks.csv:2: no click: implausible_time by events.max_age_s" in out.getvalue()
 
 
 @pytest.mark.parametrize("how", [{}, {"sort": "assume"}, {"speed": 60.0}, {"keep": True}])
@@ -273,6 +327,13 @@ def test_a_recording_without_times_is_of_now(tmp_path: Path, how: dict[str, Any]
     assert (outcome.sent, outcome.clicks) == (20, 20)
     assert [(click["item"], len(click)) for click in topic.clicks()] == [(f"i{n}", 4) for n in range(20)]
     assert {kafka_ms for _, _, (_, _, kafka_ms) in topic.log} == {NOW_MS}
+
+
+@pytest.mark.parametrize("sort", ["memory", "assume"])
+def test_a_time_that_is_the_same_in_every_row_is_moved_to_now(tmp_path: Path, sort: str) -> None:
+    recording, topic = write(tmp_path, [f"u,i{n},c,view,ignored" for n in range(20)]), Topic()
+    run(replace(recording, constants={"time": str(BEGIN_S)}), tmp_path / "j", topic, sort=sort)
+    assert {click["time"] for click in topic.clicks()} == {NOW_MS}
 
 
 def test_an_unreadable_journal_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.replaying.sender import Judge, Piece
+from deploy.replaying.judging import Judge
+from deploy.replaying.sender import Piece
 from state.config.loading import load
 from state.config.sections import Events
 from state.errors import SettingsError
@@ -78,7 +79,7 @@ def test_any_click_survives_the_way_with_its_new_time(
         ({"time": None}, "missing_field"),
         ({"time": math.inf}, "missing_field"),
         ({"time": "inf"}, "not_finite"),
-        ({"time": LATEST + 1}, "implausible_time"),
+        ({"time": LATEST + 1}, "implausible_time by events.max_future_s"),
         ({"user": None}, "missing_field"),
         ({"user": ""}, "empty_id"),
         ({"user": 1.5}, "wrong_type"),
