@@ -7,6 +7,7 @@
     │   ├── versions/ bases/     one directory a version          state/registry/versions.py
     │   ├── control/             one file a generation            state/registry/controls.py
     │   ├── masks/               users that masks name, by digest
+    │   ├── outcomes/            what became of rollbacks         state/registry/outcomes.py
     │   ├── programs/ specs/     by digest
     │   ├── gaps/                losses that the trainer accepted, records left out among them
     │   ├── tmp/                 being written; swept
@@ -34,7 +35,8 @@ LOCK = "lock"
 SALT = "salt"
 
 REGISTRY = "registry"
-VERSIONS, BASES, CONTROL, MASKS = "versions", "bases", "control", "masks"
+VERSIONS, BASES, CONTROL = "versions", "bases", "control"
+MASKS, OUTCOMES = "masks", "outcomes"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"

@@ -162,6 +162,10 @@ class TrainerMetrics(Metrics):
     table_rows = gauge("springtide_trainer_table_rows", "Rows in use, by table.", "table")
     guard = counter("springtide_trainer_guard", "The guard's verdicts: accept, skip, hold.", "verdict")
     held = gauge("springtide_trainer_held", "1 while the guard holds training.")
+    paused = gauge("springtide_trainer_paused", "1 while an operator pauses training.")
+    publishing_held = gauge(
+        "springtide_trainer_publishing_held", "1 while an operator holds the publishing of versions."
+    )
     accounting_rows = gauge(
         "springtide_accounting_rows",
         "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked; gap counts positions that no record held.",

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sized
 
 from state.metrics import TrainerMetrics
+from state.registry.control import Control
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.intake import Intake
@@ -33,6 +34,14 @@ def show_step(report: Report, bad: int, offset: int, metrics: TrainerMetrics) ->
             "look at the clicks, then `springtide rollback --to V --skip PARTITION:A-B --reason TEXT`",
             *(bad, offset, report.interest_log_loss, report.grad_norm),
         )
+
+
+def show_control(control: Control, held: bool, metrics: TrainerMetrics) -> None:
+    """Sets the gauges of what control asks of the trainer, and whether the guard holds training."""
+    metrics.epoch.set(control.epoch)
+    metrics.held.set(held)
+    metrics.paused.set(not control.training)
+    metrics.publishing_held.set(not control.publishing)
 
 
 def show_version(measured: Mapping[str, float], tables: Mapping[str, Sized], metrics: TrainerMetrics) -> None:

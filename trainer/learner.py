@@ -24,13 +24,14 @@ from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control
 from state.registry.log_line import onward
-from state.registry.manifest import Draft, Kind
 from state.registry.registry import Registry
 from trainer import accounts, gauges
 from trainer.accounts import Passages
+from trainer.catching_up import CatchingUp
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.place import TrainingPlace
+from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import OpenLog, resume
 from trainer.versions import checkpoint, content
@@ -39,6 +40,9 @@ from trainer.versions.publisher import Publisher
 
 CONTROL_S = 0.05
 RECORDS = 32
+LETS_GO = ("follow", "rollback", "resume")
+"""What an operator does who has looked at why the guard held training."""
+
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
@@ -77,19 +81,16 @@ class Learner:
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._open_log, self._spec, self._about = open_log, spec, about
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
-        self._drafter = Drafter(
-            settings.kafka.microbatches_topic,
-            settings.trainer.partition,
-            spec,
-            program,
-            str(about["salt"]),
-            checkpoint.environment(settings, trainer.device, trainer.engine.name),
-        )
+        drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
         self._publisher = Publisher(registry.path, metrics)
+        self._publications = Publications(
+            self._publisher, drafter, trainer, metrics, settings.trainer.publish_s, clock, elapsed
+        )
+        self._catching_up = CatchingUp(registry, clock)
         self._log: LogReader | None = None
-        self._looked = self._published = float("-inf")
+        self._looked = float("-inf")
         self.control: Control
         self.place: TrainingPlace
         self.caught_up = False
@@ -118,10 +119,10 @@ class Learner:
             self._log, at = resume(restored, control.log, self._open_log, self._passages)
             self.place = TrainingPlace.restored(restored, control.epoch, at)
         self.caught_up = False
-        self._published = self._elapsed()
-        self._metrics.epoch.set(control.epoch)
+        self._publications.begin()
+        self._catching_up.enter(control)
         self._metrics.version.set(self.place.parent)
-        self._metrics.held.set(self._trainer.guard.held)
+        gauges.show_control(control, self._trainer.guard.held, self._metrics)
         logger.info(
             "epoch %d: at version %d, reading the training log from offset %d",
             *(control.epoch, self.place.parent, self.place.next),
@@ -133,7 +134,8 @@ class Learner:
         begin = self._reader.position(self._settings.trainer.partition)
         self.place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin)
         tensors = checkpoint.full(self._trainer)
-        made = self._registry.publish(self._draft("base"), content.encode(tensors))
+        draft = self._publications.draft("base", self.place, control, self._account(), self._reader.topic_id)
+        made = self._registry.publish(draft, content.encode(tensors))
         self.place = replace(self.place, parent=made.version)
 
     # Learning
@@ -149,7 +151,7 @@ class Learner:
         """
         if self._between():
             return 0
-        if self._trainer.guard.held:
+        if self._resting:
             time.sleep(min(wait_s, CONTROL_S))
             return 0
         taken, partition, line = 0, self._settings.trainer.partition, self.control.log
@@ -172,16 +174,18 @@ class Learner:
                 taken += 1
                 if self._between():
                     return taken
-                if stopping() or self._trainer.guard.held:
+                if stopping() or self._resting:
                     # What was polled and not taken is polled again.
                     self._reader.seek(partition, self.place.next)
                     return taken
             self.place = replace(self.place, next=batch.next)
         lag = self._reader.lag().get(partition, 0)
         self._metrics.lag_records.set(lag)
-        if lag == 0 and not self.caught_up:
-            self.caught_up = True
-            logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
+        if lag == 0:
+            if not self.caught_up:
+                self.caught_up = True
+                logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
+            self._catching_up.look(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
         return taken
@@ -213,19 +217,18 @@ class Learner:
         killpoints.reach("loop.stepped")
         gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
 
+    @property
+    def _resting(self) -> bool:
+        """Whether no record is to be taken: the guard holds training, or an operator paused it."""
+        return self._trainer.guard.held or not self.control.training
+
     def _between(self) -> bool:
-        """Between two records: settle, publish if due, converge to control; True where the epoch changed."""
-        try:
-            self._settle()
-            if (
-                self.place.changed
-                and not self._publisher.busy
-                and self._elapsed() - self._published >= self._settings.trainer.publish_s
-            ):
-                self.publish()
-        except WrongEpoch as refused:
-            logger.info("%s", refused)
-            self._looked = float("-inf")
+        """Between two records; True where the epoch changed."""
+        self._publish_if_due()
+        return self._look_at_control()
+
+    def _look_at_control(self) -> bool:
+        """Converges to the newest control, looked at a few times a second; True where the epoch changed."""
         if self._elapsed() - self._looked < CONTROL_S:
             return False
         self._looked = self._elapsed()
@@ -233,50 +236,53 @@ class Learner:
         if control is None or control == self.control:
             return False
         logger.info("control %d: %s by %s (%s)", control.generation, control.action, control.actor, control.reason)
-        if control.epoch == self.place.epoch:
-            self.control = control
-            if self._trainer.guard.held and control.action != "pin":
-                self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
-                self._metrics.held.set(0)
-                logger.info("training goes on from offset %d", self.place.next)
-            return False
-        try:
-            self._settle(wait=True)
-        except WrongEpoch as refused:
-            logger.info("%s", refused)
-        self.enter(control)
-        return True
+        return self._converge(control)
+
+    def _converge(self, control: Control) -> bool:
+        """Becomes what a new generation wants; True where that is another epoch."""
+        if control.epoch != self.place.epoch:
+            try:
+                self._settle(wait=True)
+            except WrongEpoch as refused:
+                logger.info("%s", refused)
+            self.enter(control)
+            return True
+        self.control = control
+        if self._trainer.guard.held and control.action in LETS_GO:
+            self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
+            logger.info("training goes on from offset %d", self.place.next)
+        gauges.show_control(control, self._trainer.guard.held, self._metrics)
+        return False
 
     # Publishing
 
+    def _publish_if_due(self) -> None:
+        try:
+            self._settle()
+            if self._publications.due(self.place, self.control):
+                self.publish()
+        except WrongEpoch as refused:
+            logger.info("%s", refused)
+            self._looked = float("-inf")
+
     def publish(self) -> None:
         """Hands what changed to the publisher; the copy is made here, in the step thread."""
-        began = time.perf_counter()
-        tensors = checkpoint.changes(self._trainer)
-        self.place = replace(self.place, next=onward(self.control.log, self.place.next))
-        draft = self._draft("delta")
-        self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
-        self._publisher.offer(draft, tensors)
-        self._published = self._elapsed()
-        self.place = self.place.handed_over()
-        gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
-        gauges.show_slices(self._trainer.slices, self._metrics)
+        self.place = self._publications.publish(self.place, self.control, self._account(), self._reader.topic_id)
 
     def _settle(self, wait: bool = False) -> None:
-        made = self._publisher.settle(wait)
+        made = self._publications.settle(wait)
         if made is not None:
             self.place = replace(self.place, parent=made.version)
-            self._metrics.version.set(made.version)
 
     def close(self) -> None:
-        """Publishes what is left and ends; the next start goes on from here.
+        """Publishes what is left and ends; the next start goes on from here, or from before what is held.
 
         Raises:
             OSError: The disk refused.
         """
         try:
             self._settle(wait=True)
-            if self.place.changed:
+            if self.place.changed and self.control.publishing:
                 self.publish()
                 self._settle(wait=True)
         except WrongEpoch as refused:
@@ -284,12 +290,6 @@ class Learner:
         finally:
             self._publisher.close()
             self._reader.close()
-
-    def _draft(self, kind: Kind) -> Draft:
-        now_ms = int(self._clock() * 1000)
-        return self._drafter.draft(
-            kind, self.place, self._trainer, self._account(), self._reader.topic_id, self.control, now_ms
-        )
 
     @property
     def _reader(self) -> LogReader:

@@ -54,6 +54,21 @@ class Controls(Directory):
         """
         return [self._read_control(number) for number in self._generations()]
 
+    def beginning_of(self, epoch: int) -> Control | None:
+        """The generation that began `epoch`; None where there is no such epoch.
+
+        Raises:
+            CorruptVersion: A file fails its digest.
+        """
+        found = None
+        for number in reversed(self._generations()):
+            control = self._read_control(number)
+            if control.epoch < epoch:
+                break
+            if control.epoch == epoch:
+                found = control
+        return found
+
     def propose(self, control: Control) -> Control:
         """Makes `control` the newest generation, durably.
 

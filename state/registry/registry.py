@@ -4,6 +4,7 @@
     bases/<number>/            the full state at that version: the first one, and those of the compactor
     control/<generation>.json  what should be; never changed, never deleted
     masks/<sha256>.users       users that masks of control name, 8 bytes each in order
+    outcomes/<epoch>-*.json    what became of the rollback that began an epoch
     programs/<sha256>.tflite   programs that answers run
     specs/<digest>/            spec.json and transform/ of the bootstrap
     tmp/                       what is being written; names carry their writer
@@ -21,6 +22,7 @@ from state.errors import WrongEpoch
 from state.registry import manifest
 from state.registry.controls import Controls
 from state.registry.manifest import Draft, Manifest
+from state.registry.outcomes import Outcomes
 from state.registry.specs import Specs
 from state.registry.versions import Versions
 
@@ -28,7 +30,7 @@ SERVING = "serving.safetensors"
 TRAINING = "training.safetensors"
 
 
-class Registry(Versions, Controls, Specs):
+class Registry(Versions, Controls, Outcomes, Specs):
     """One registry directory. One object per thread, except that `read` may run in any."""
 
     def __init__(self, path: Path) -> None:

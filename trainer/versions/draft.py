@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from state.config.settings import Settings
 from state.registry.control import Control
 from state.registry.log_line import epoch_at
 from state.registry.manifest import Draft, Kind, LogRange
 from trainer.engine.step import Trainer
 from trainer.place import TrainingPlace
+from trainer.versions import checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,13 @@ class Drafter:
     program: str
     salt: str
     environment: Mapping[str, str]
+
+    @classmethod
+    def of(cls, settings: Settings, trainer: Trainer, spec: str, program: str, salt: str) -> Drafter:
+        """That of a process with these settings."""
+        topic, partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
+        return cls(topic, partition, spec, program, salt, environment)
 
     def draft(
         self,

@@ -1,0 +1,177 @@
+"""What the trainer does on each change of control within an epoch, and when it says that a rollback is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from state.microbatch.codec import decode, encode
+from state.registry.control import Control, pin, publish, roll_back, train, unmask
+from state.registry.registry import Registry
+from tests.trainer.clicks import microbatch
+from tests.trainer.logs import append, learner, run_to_end, shared, started, without, written
+from tests.trainer.test_exact_rollback import of_epoch, published, turned
+from tests.trainer.test_learner import POISON, state
+from tests.trainer.test_verify import asked, started_with_spec
+
+RECORDS = [microbatch(number) for number in range(24)]
+WHO: dict[str, Any] = {"actor": "ann", "reason": "test", "now_ms": 5}
+
+
+def under(value: bytes, generation: int) -> bytes:
+    """The record as a stream writes it that knows the mask of this control generation."""
+    batch = decode(value)
+    return encode(replace(batch.header, mask_generation=generation), batch.columns)
+
+
+def rolled_back(to: int, **more: Any) -> Callable[[Control], Control]:
+    return lambda control: roll_back(control, to, POISON, **WHO, **more)
+
+
+def test_a_lifted_mask_ends_at_a_record_whenever_the_trainer_looks(tmp_path: Path) -> None:
+    """Records that the stream wrote before it knew stay without the masked rows, later ones have them."""
+    registry, log = started_with_spec(tmp_path / "ours"), written(RECORDS[:8])
+    running = learner(registry, log)
+    to = published(running)
+    registry.change(rolled_back(to))
+    append(log, [under(value, 2) for value in RECORDS[8:12]])
+    run_to_end(running)
+    before = running.place.masked
+    registry.change(lambda control: unmask(control, [one.id for one in control.masks], **WHO))
+    append(log, [under(value, 2) for value in RECORDS[12:15]] + [under(value, 3) for value in RECORDS[15:]])
+    run_to_end(running)
+    assert running.place.masked > before > 0
+
+    filtered = [*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:15]), *RECORDS[15:]]
+    theirs = learner(started(tmp_path / "theirs"), written(filtered), trainer=shared(1))
+    run_to_end(theirs)
+    assert state(running) == state(theirs)
+    running.close()
+    newest = registry.newest(2) or 0
+    assert asked(registry, log, newest, base=1).outcome == "equal", "verify knows where it ended"
+    registry.remove("delta", newest)
+    late = learner(Registry(tmp_path / "ours"), log, trainer=shared(1))
+    run_to_end(late)
+    assert state(late) == state(theirs), "one that starts only now, too"
+
+
+def test_a_paused_trainer_takes_no_record_and_a_resumed_one_has_the_same_bits(tmp_path: Path) -> None:
+    registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
+    running = learner(registry, log)
+    run_to_end(running)
+    registry.change(lambda control: train(control, False, **WHO))
+    running.tick(0.0)
+    append(log, RECORDS[8:])
+    at = running.place.next
+    assert [running.tick(0.0) for _ in range(5)] == [0] * 5
+    assert running.place.next == at
+    running.close()
+    running = learner(registry, log)
+    assert running.tick(0.0) == 0, "a restart does not let it go"
+    registry.change(lambda control: train(control, True, **WHO))
+    run_to_end(running)
+    whole = learner(started(tmp_path / "whole"), written(RECORDS), trainer=shared(1))
+    run_to_end(whole)
+    assert state(running) == state(whole)
+
+
+def test_a_trainer_whose_publishing_is_held_learns_on_and_publishes_it_all_at_the_release(tmp_path: Path) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:4])
+    running = learner(registry, log)
+    last = published(running)
+    registry.change(lambda control: publish(control, False, **WHO))
+    running.tick(0.0)
+    append(log, RECORDS[4:])
+    run_to_end(running)
+    for _ in range(5):
+        running.tick(0.0)
+    assert registry.versions()[-1] == last
+    registry.change(lambda control: publish(control, True, **WHO))
+    made = registry.manifest(published(running))
+    assert (made.version, made.parent, made.rows) == (last + 1, last, 24 * 40)
+    registry.change(lambda control: publish(control, False, **WHO))
+    running.close()
+    assert registry.versions()[-1] == last + 1
+
+
+def test_when_the_rollback_is_learned_its_outcome_is_written_once(tmp_path: Path) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:8])
+    running = learner(registry, log)
+    to = published(running)
+    append(log, RECORDS[8:])
+    published(running)
+    registry.change(rolled_back(to))
+    assert registry.outcome(2, "learned") is None
+    run_to_end(running)
+    found = registry.outcome(2, "learned")
+    assert found is not None
+    assert (found["rows"], found["masked"], found["next"]) == (16 * 40, running.place.masked, running.place.next)
+    append(log, [microbatch(24)])
+    run_to_end(running)
+    running.close()
+    run_to_end(learner(registry, log))
+    assert registry.outcome(2, "learned") == found
+    assert registry.outcome(1, "learned") is None, "the first epoch was no rollback"
+
+
+def test_the_outcome_counts_what_was_read_before_a_restart(tmp_path: Path) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:8])
+    running = learner(registry, log)
+    to = published(running)
+    append(log, RECORDS[8:])
+    published(running)
+    registry.change(rolled_back(to))
+    while not running.place.masked:
+        running.tick(0.0, stopping=lambda: True)
+    running.close()
+    assert registry.outcome(2, "learned") is None
+    again = learner(registry, log)
+    run_to_end(again)
+    found = registry.outcome(2, "learned")
+    assert found is not None
+    assert (found["rows"], found["masked"]) == (16 * 40, again.place.masked)
+
+
+def test_answers_follow_once_all_that_was_learned_before_is_published(tmp_path: Path) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:8])
+    running = learner(registry, log)
+    to = published(running)
+    append(log, RECORDS[8:])
+    published(running)
+    registry.change(rolled_back(to, then_follow=True))
+    while (control := registry.control()) is not None and control.serving.mode == "pin":
+        running.tick(0.0)
+    assert control is not None
+    assert (control.action, control.epoch, control.actor.startswith("trainer")) == ("follow", 2, True)
+    assert registry.manifest(registry.newest(2) or 0).rows == 24 * 40 - running.place.masked
+
+
+def test_who_pins_meanwhile_stays_pinned(tmp_path: Path) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:8])
+    running = learner(registry, log)
+    to = published(running)
+    registry.change(rolled_back(to, then_follow=True))
+    registry.change(lambda control: pin(control, to, **WHO))
+    append(log, RECORDS[8:])
+    published(running)
+    for _ in range(5):
+        running.tick(0.0)
+    control = registry.control()
+    assert control is not None and control.serving.version == to
+
+
+def test_an_exact_rollback_is_done_when_the_clicks_are_where_they_were(tmp_path: Path) -> None:
+    """Its trainer reaches the log's end at once, long before the stream has written the clicks again."""
+    registry, log = started(tmp_path), written(RECORDS[:8])
+    running = learner(registry, log)
+    to = published(running)
+    append(log, RECORDS[8:])
+    published(running)
+    registry.change(turned(registry, log, to, POISON))
+    run_to_end(running)
+    assert registry.outcome(2, "learned") is None
+    append(log, [of_epoch(without(value, POISON), 2) for value in RECORDS[8:]])
+    run_to_end(running)
+    assert registry.outcome(2, "learned") is not None

@@ -1,0 +1,114 @@
+"""Notices when a rollback is done: the trainer has learned again what it had learned before, as far as it is to.
+
+Then what happened is written beside control, where the plan is, and answers
+follow where the rollback was to let them.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from state.errors import ControlConflict, CorruptVersion, UnknownVersion
+from state.positions import Source
+from state.registry.control import Control, follow
+from state.registry.registry import Registry
+from trainer.place import TrainingPlace
+
+logger = logging.getLogger(__name__)
+
+
+class CatchingUp:
+    """Follows one epoch from its beginning until it has caught up. The step thread calls every method.
+
+    Args:
+        registry: Where control, versions and outcomes are.
+        clock: Wall clock in seconds.
+    """
+
+    def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
+        self._registry, self._clock = registry, clock
+        self._goal: dict[Source, int] = {}
+        self._watched = self._caught_up = False
+        self._end = 0
+
+    def enter(self, control: Control) -> None:
+        """At the trainer's entry into an epoch; what is written down already is not followed again."""
+        self._caught_up = False
+        known = control.base is None or self._registry.outcome(control.epoch, "learned") is not None
+        self._watched = not known or control.serving.then_follow
+        self._goal = self._before(control.epoch) if self._watched else {}
+
+    def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
+        """Between two records, once the log's end was seen.
+
+        1. The clicks are as far as they were before the rollback: the outcome is written.
+        2. All of that is published: answers follow, where they are to.
+
+        Args:
+            place: Where the trainer is.
+            control: The newest control that it knows.
+            busy: Whether a version is under way.
+        """
+        if not self._watched:
+            return
+        if not self._caught_up:
+            if any(place.marks.get(source, 0) < mark for source, mark in self._goal.items()):
+                return
+            self._caught_up, self._end = True, place.next
+            self._write(place)
+        # 2.
+        if not control.serving.then_follow:
+            self._watched = False
+        elif not busy and (place.first >= self._end or not place.changed):
+            self._watched = False
+            self._let_follow(control)
+
+    def _before(self, epoch: int) -> dict[Source, int]:
+        """How far the clicks were learned when the epoch began."""
+        for number in reversed(self._registry.versions()):
+            try:
+                found = self._registry.manifest(number)
+            except (UnknownVersion, CorruptVersion):
+                continue
+            if found.epoch < epoch:
+                return found.marks
+        return {}
+
+    def _write(self, place: TrainingPlace) -> None:
+        began = self._registry.beginning_of(place.epoch)
+        if began is None or began.base is None:
+            return
+        before = self._registry.manifest(began.base).metrics
+        now_ms = int(self._clock() * 1000)
+        document: dict[str, Any] = {
+            "at_ms": now_ms,
+            "seconds": max(0, now_ms - began.created_at_ms) / 1000,
+            "next": place.next,
+            **{
+                name: count - int(before.get(f"account.{name}", 0))
+                for name, count in place.counts().items()
+                if name in ("rows", "duplicate", "masked", "gap")
+            },
+        }
+        if self._registry.add_outcome(place.epoch, "learned", document):
+            logger.info(
+                "epoch %d: caught up %.1f s after the rollback: %d rows read again, %d of them left out",
+                *(place.epoch, document["seconds"], document["rows"], document["masked"]),
+            )
+
+    def _let_follow(self, control: Control) -> None:
+        def caught_up(newest: Control) -> Control:
+            if newest.epoch != control.epoch or not newest.serving.then_follow:
+                return newest
+            who, now_ms = f"trainer:{getpass.getuser()}", int(self._clock() * 1000)
+            return follow(newest, actor=who, reason="caught up, as the rollback asked", now_ms=now_ms)
+
+        try:
+            self._registry.change(caught_up)
+        except ControlConflict as refused:
+            # Somebody changes control all the time: it is tried again after the next record.
+            logger.info("%s", refused)
+            self._watched = True

@@ -1,0 +1,98 @@
+"""When the learner's work becomes a version, and what is copied for it in the step thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from state.metrics import TrainerMetrics
+from state.registry.control import Control
+from state.registry.log_line import onward
+from state.registry.manifest import Draft, Kind, Manifest
+from trainer import gauges
+from trainer.engine.step import Trainer
+from trainer.place import TrainingPlace
+from trainer.versions import checkpoint
+from trainer.versions.draft import Drafter
+from trainer.versions.publisher import Publisher
+
+
+class Publications:
+    """The learner's versions, one under way at most. The step thread calls every method.
+
+    Args:
+        publisher: Writes them in the background.
+        drafter: What all of them say.
+        trainer: The weights.
+        metrics: What is counted.
+        pace_s: Least seconds between two.
+        clock: Wall clock in seconds.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        drafter: Drafter,
+        trainer: Trainer,
+        metrics: TrainerMetrics,
+        pace_s: float,
+        clock: Callable[[], float],
+        elapsed: Callable[[], float],
+    ) -> None:
+        self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
+        self._metrics, self._pace_s, self._clock, self._elapsed = metrics, pace_s, clock, elapsed
+        self._last_s = float("-inf")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version is under way, or was not settled yet."""
+        return self._publisher.busy
+
+    def begin(self) -> None:
+        """At the beginning of an epoch: the first version is due a pace later."""
+        self._last_s = self._elapsed()
+
+    def due(self, place: TrainingPlace, control: Control) -> bool:
+        """Whether what was learned since the last version is to become one now."""
+        return (
+            place.changed
+            and control.publishing
+            and not self._publisher.busy
+            and self._elapsed() - self._last_s >= self._pace_s
+        )
+
+    def settle(self, wait: bool = False) -> Manifest | None:
+        """The version that has become durable since the last call; see `Publisher.settle`.
+
+        Raises:
+            WrongEpoch: It was refused, because control is at another epoch.
+            OSError: The disk refused.
+        """
+        made = self._publisher.settle(wait)
+        if made is not None:
+            self._metrics.version.set(made.version)
+        return made
+
+    def publish(
+        self, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str
+    ) -> TrainingPlace:
+        """Hands what changed to the publisher; the copy is made here. Returns the place afterwards."""
+        began = time.perf_counter()
+        tensors = checkpoint.changes(self._trainer)
+        place = replace(place, next=onward(control.log, place.next))
+        draft = self.draft("delta", place, control, account, topic_id)
+        self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
+        self._publisher.offer(draft, tensors)
+        self._last_s = self._elapsed()
+        gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
+        gauges.show_slices(self._trainer.slices, self._metrics)
+        return place.handed_over()
+
+    def draft(
+        self, kind: Kind, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str
+    ) -> Draft:
+        """What a version made now says of itself."""
+        now_ms = int(self._clock() * 1000)
+        return self._drafter.draft(kind, place, self._trainer, account, topic_id, control, now_ms)
