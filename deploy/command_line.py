@@ -149,8 +149,9 @@ def _rollback(add: Add) -> argparse.ArgumentParser:
         "rollback",
         "Go back to a version, and train on from it without the clicks you name.",
         "The plan is printed first. Answers use the version at once and stay there until `springtide follow`; the trainer "
-        "loads it and replays the training log without the masked rows. Nothing is deleted. Rows after the masked ones "
-        "keep the windows they were written with.",
+        "loads it and replays the training log without the masked rows. Nothing is deleted. With --mode fast rows after the "
+        "masked ones keep the windows they were written with; with --mode exact the stream goes back too, and reads its "
+        "clicks again without them.",
     )
     target = rollback.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", type=positive, metavar="V", help="the version to go back to")
@@ -172,6 +173,12 @@ def _rollback(add: Add) -> argparse.ArgumentParser:
         help="leave out clicks with times from A until before B, such as 10m..now; repeatable",
     )
     rollback.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
+    rollback.add_argument(
+        "--mode",
+        choices=("fast", "exact"),
+        default="fast",
+        help="fast: the trainer goes back; exact: the stream and all histories too (default fast)",
+    )
     rollback.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
     rollback.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
     return rollback

@@ -64,7 +64,8 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     2. Unless it is a dry run, the next control generation is created.
 
     Raises:
-        UnknownVersion: It is not kept, or cannot be put together any more.
+        UnknownVersion: It is not kept, or cannot be put together any more, or lies off the line of the training log.
+        LogError: It is to be exact, and Kafka does not answer.
         SettingsError: What to skip is not written as it should be.
         ControlConflict: Somebody else changed control meanwhile.
     """
@@ -89,19 +90,24 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         topic=settings.kafka.microbatches_topic,
         partition=settings.trainer.partition,
     )
+    plan.require_on_line(control, to)
+    exactly = None
+    if asked.mode == "exact":
+        # Not at the top: it loads the window kernel, which no other command needs.
+        from deploy.operate.exact import exact_plan
+
+        exactly = exact_plan(settings, control, to)
+    document = planned.document() | ({} if exactly is None else {"exact": exactly.document()})
     if asked.output == "text":
-        say("\n".join(planned.lines()))
-    new = transitions.roll_back(control, to.version, mask, actor=actor(), reason=asked.reason, now_ms=now_ms)
+        say("\n".join([*planned.lines(), *([] if exactly is None else exactly.lines())]))
+    line = None if exactly is None else exactly.line
+    new = transitions.roll_back(control, to.version, mask, actor=actor(), reason=asked.reason, now_ms=now_ms, log=line)
     # 2.
     if asked.dry_run:
-        say(
-            "dry run: nothing was changed"
-            if asked.output == "text"
-            else json.dumps({"plan": planned.document()}, indent=2)
-        )
+        say("dry run: nothing was changed" if asked.output == "text" else json.dumps({"plan": document}, indent=2))
         return
     done = f"epoch {new.epoch} starts from version {to.version}"
-    _put(registry, control, new, done, asked, say, {"plan": planned.document()})
+    _put(registry, control, new, done, asked, say, {"plan": document})
 
 
 def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

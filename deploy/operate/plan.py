@@ -14,6 +14,8 @@ from typing import Any
 from state.errors import SettingsError, UnknownVersion
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
+from state.registry import log_line
+from state.registry.control import Control
 from state.registry.manifest import Manifest
 
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -121,6 +123,19 @@ def newest_before(newest_first: Iterable[Manifest], before_ms: int) -> Manifest:
     if oldest is not None:
         hint = f"the oldest is version {oldest.version} of {iso(oldest.created_at_ms)}"
     raise UnknownVersion(f"no version was made before {iso(before_ms)}", hint)
+
+
+def require_on_line(control: Control, to: Manifest) -> None:
+    """Refuses a version that learned records which an exact rollback has abandoned since.
+
+    Raises:
+        UnknownVersion: It is one.
+    """
+    if not log_line.has(control.log, to.log.epoch, to.log.next):
+        raise UnknownVersion(
+            f"version {to.version} has learned records of the training log that an exact rollback abandoned since",
+            "take a version from before that rollback, or one made after it: `springtide history` and `springtide versions`",
+        )
 
 
 def parse_time(text: str, now_ms: int) -> int:
