@@ -99,7 +99,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
         if widths.get(name) != ours.get(name):
             raise SettingsError(
                 f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
-                "put the [model] settings back, or start a new epoch from nothing",
+                "put the [model] settings back, or start a new state directory",
             )
     for name, table in trainer.tables.items():
         if name in (CROSS, TRANSITION) and widths.get(name) != table.dim:
