@@ -13,6 +13,7 @@ from state.features.mask import Mask
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import gaps, trim
+from state.microbatch.log_time import in_log_time
 from state.microbatch.row_kinds import Kind, trained
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
@@ -26,7 +27,7 @@ class Intake:
     """What became of the rows of one record.
 
     Attributes:
-        batch: The rows to learn from, perhaps none.
+        batch: The rows to learn from, in log time, perhaps none.
         marks: The next offset of each source afterwards.
         rows: Rows of the record to learn from; others are for histories.
         duplicate: Rows written again by a stream that crashed.
@@ -92,9 +93,11 @@ def take_in(
     ours = trained(whole.kind)
     fresh = ours & unseen
     mask = mask_at(whole.header.mask_generation)
-    keep = fresh & ~masked(whole, mask) if mask else fresh
+    allowed = unseen & ~masked(whole, mask) if mask else unseen
+    keep = ours & allowed
     return Intake(
-        batch=whole.take(keep),
+        # Rows that are not learned from say what time it was, too.
+        batch=in_log_time(whole.take(allowed)).take(ours[allowed]),
         marks=after,
         rows=int(ours.sum()),
         duplicate=int((ours & ~unseen).sum()),

@@ -36,7 +36,6 @@ from state.config.settings import Settings
 from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
-from state.microbatch.log_time import in_log_time
 from state.ranking.crosses import Crosses
 from trainer.device import prepare
 from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, transitions_of
@@ -165,7 +164,7 @@ class Trainer:
         """Takes one step.
 
         Args:
-            batch: A micro-batch without rows seen before or masked. None left is no step: do not call.
+            batch: A micro-batch in log time, without rows seen before or masked. None left is no step: do not call.
             seed: Dropout seed; by default a hash of the first row's position.
 
         Raises:
@@ -180,7 +179,6 @@ class Trainer:
             )
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")
-        batch = in_log_time(batch)
         crosses = self._recorder.crosses_of(batch)
         self._observe(batch, crosses)
         self.counters.steps += 1
