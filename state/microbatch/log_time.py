@@ -22,23 +22,25 @@ TOLERANCE_MS = 1_200_000
 def log_times(batch: MicroBatch) -> NDArray[np.int64]:
     """`[n]` int64 ms: the log time of each row. Of a header without clocks, the rows' own times.
 
-    A row whose label came later is judged by the time at which that became known.
+    A row whose label came later is judged by the time at which that became
+    known; an impression that waits is of the time at which its wait began.
     """
     clocks = batch.header.clocks
     if not clocks or not len(batch):
         return batch.at_ms
     told = batch.at_ms + batch.delay_ms
     begins, ends = (np.array(times, np.int64)[batch.source] for times in zip(*clocks, strict=True))
-    if ((told <= ends) & (told >= ends - TOLERANCE_MS)).all():
-        return batch.at_ms
     believed = told <= ends
-    found = batch.at_ms.copy()
+    if (believed & (told >= ends - TOLERANCE_MS) & (batch.delay_ms >= 0)).all():
+        return batch.at_ms
+    after_ms = np.maximum(batch.delay_ms, 0)
+    found = told - after_ms
     for number in range(len(clocks)):
         mine = np.flatnonzero(batch.source == number)
         if len(mine):
             reached = np.maximum.accumulate(np.where(believed, np.maximum(told, begins), begins)[mine])
             off = ~believed[mine] | (told[mine] < reached - TOLERANCE_MS)
-            found[mine[off]] = reached[off]
+            found[mine[off]] = reached[off] - after_ms[mine[off]]
     return found
 
 

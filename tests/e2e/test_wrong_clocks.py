@@ -1,0 +1,111 @@
+"""One wrong clock harms nobody else: the same clicks with wrong and with right clocks leave the same for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.wrong_clocks import END_MS, HOUR_MS, PARTITIONS, SETTINGS, SPEC, TICKS, Loop, MadeClick, Seen, world
+from trainer.engine.step import Trainer
+
+MINUTE_MS, DAY_MS = 60_000, 24 * HOUR_MS
+YEARS_MS = 80 * 365 * DAY_MS
+OFF_MS = (50 * MINUTE_MS, 3 * DAY_MS, YEARS_MS, -50 * MINUTE_MS, -3 * DAY_MS, -YEARS_MS)
+
+# When the stream reads a click of a time: as it happens, after an outage, or years later from a file.
+READ = {
+    "live": lambda at_ms: at_ms + 50,
+    "after an outage": lambda at_ms: END_MS + 30 * MINUTE_MS + (at_ms - END_MS) // 100,
+    "from a late file": lambda at_ms: END_MS + 9 * 365 * DAY_MS,
+}
+
+Ticks = list[list[MadeClick]]
+
+
+@cache
+def trainer() -> Trainer:
+    """Tracing its graphs takes seconds."""
+    return Trainer(SETTINGS, SPEC)
+
+
+def here_and_there() -> Ticks:
+    """One click in a hundred has a wrong clock, each another one; its producer stamps it so or not at all."""
+    ticks, number = world(1), 0
+    for tick in range(4, TICKS, 8):
+        for place in range(len(ticks[tick])):
+            if place % 3 == 2 and (tick // 8 + place // 3) % 4 == 0:
+                click = ticks[tick][place]
+                action = ("view", "view", "impression", "click")[number % 4]
+                shown = click.fields if action == "view" else {"item": "hot-1", "category": "hot"}
+                ticks[tick][place] = replace(
+                    click,
+                    fields={**shown, "action": action},
+                    off_ms=OFF_MS[number % 6],
+                    stamped=("clock", "none")[number // 6 % 2],
+                )
+                number += 1
+    assert number * 100 >= sum(map(len, ticks)) - 100
+    return ticks
+
+
+def a_thousand_of_one() -> Ticks:
+    """For each wrong clock a thousand clicks in a row of one user."""
+    ticks = world(2)
+    for number, off_ms in enumerate(OFF_MS):
+        tick = ticks[100 + 100 * number]
+        # Impressions behind the clock are dropped; with a right one they would keep those behind them waiting.
+        action = "impression" if off_ms > 0 and number % 2 else "view"
+        shown = {"item": f"hot-{number}", "category": "hot", "action": action}
+        click = MadeClick(number % 4, f"bot-{number}", shown, tick[0].at_ms, off_ms, ("clock", "none")[number // 2 % 2])
+        tick += [click] * 1000
+    return ticks
+
+
+CLICKS: dict[str, Callable[[], Ticks]] = {"here and there": here_and_there, "a thousand of one": a_thousand_of_one}
+
+
+def both(path: Path, ticks: Ticks, now: Callable[[int], int]) -> tuple[Seen, Seen]:
+    """What a run leaves, and what one in which the same clicks had right clocks and the refused ones were not there."""
+    wrong = [click.user for tick in ticks for click in tick if click.off_ms]
+    found = Loop(path / "wrong", trainer(), now, {}, wrong).run(ticks)
+    right = [[replace(click, off_ms=0) for click in tick] for tick in ticks]
+    return found, Loop(path / "right", trainer(), now, found.refused, wrong).run(right)
+
+
+@pytest.mark.parametrize("clicks", list(CLICKS))
+@pytest.mark.parametrize("read", list(READ))
+def test_wrong_clocks_leave_for_all_others_what_right_ones_do(tmp_path: Path, clicks: str, read: str) -> None:
+    ticks = CLICKS[clicks]()
+    if read == "from a late file":
+        ticks = [[replace(click, stamped="none") for click in tick] for tick in ticks]
+    found, right = both(tmp_path, ticks, READ[read])
+    assert set(found.refused.values()) <= {"implausible_time"} and not right.refused
+    assert found.rows == right.rows
+    assert found.waiting == right.waiting
+    assert found.histories == right.histories
+    assert found.trained == right.trained
+    assert found.clocks == right.clocks
+    # There was something to harm: rows wait, get their labels and expire, items leave the tables, histories are swept.
+    kinds = {place[1] - place[2] for place in right.rows}
+    items = [tables["item"].keys() for *_, tables in right.trained]
+    assert all(right.waiting[30:]) and len(kinds) > 20 and items[0] - items[-1] and len(items[-1]) > 100
+    assert any(stream != serving for stream, serving in right.histories.values())
+    assert right.clocks[-1] == right.trained[-1][0] == ticks[-1][0].at_ms
+
+
+def test_a_clock_that_is_off_is_named_and_a_right_one_is_not(tmp_path: Path) -> None:
+    ticks = here_and_there()
+    found, right = both(tmp_path, ticks, READ["after an outage"])
+    offsets, wrong = [0] * PARTITIONS, {}
+    for click in (click for tick in ticks for click in tick):
+        wrong[click.partition, offsets[click.partition]] = click.off_ms
+        offsets[click.partition] += 1
+    named = {(one.partition, one.offset): one for one in found.off}
+    assert all((one.direction == "ahead") == (wrong[place] > 0) and wrong[place] for place, one in named.items())
+    # A click ahead of the crowd may be the first after a quiet time; later ones take the place of one not yet judged.
+    assert len(named.keys() | found.refused.keys()) > 0.9 * sum(bool(off_ms) for off_ms in wrong.values())
+    assert right.off == []
