@@ -7,15 +7,16 @@ a thousand of them weigh no more than one.
 1. The crowd's time is the lower median of what the witnesses say: at least half of them are as late.
 2. A time is believed up to `TOLERANCE_MS` after the crowd's. The clock is the newest time that was believed; where
    all clocks are right it is the newest event time.
-3. Where a time beyond that was believed, as of a first click, it holds until two others say otherwise.
+3. A clock that `QUORUM` witnesses agree on does not go back: a click far behind it is late, and late clicks, be they
+   a whole file of them, say nothing of what time it is. Only after `PATIENCE` turns of nothing else it begins anew.
+4. A clock that fewer agree on, as that of a first click, holds until two others say otherwise.
 
 Such a clock depends on the log of the partition alone, however it is read.
 What a micro-batch tells its readers (`believe`) also knows when each click was
 read. A witness's time goes on with the wall clock, so that after a quiet night
 the first click is believed at once; the wall clock is a witness too; and no time
-beyond it is believed unless half of `QUORUM` witnesses are there already. Where
-a partition has fewer than `ENOUGH`, those of all partitions together, under key
-0, speak for it.
+beyond it is believed unless `QUORUM` witnesses are there. Where a partition has
+fewer than `ENOUGH`, those of all partitions together, under key 0, speak for it.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ U8 = NDArray[np.uint8]
 TURNS = 15
 QUORUM = 8
 ENOUGH = 3
+PATIENCE = 1000
 ALL = 0  # the key of all partitions together
 NEVER_MS = np.iinfo(np.int64).min
 
 AHEAD, BEHIND = 1, 2
 
 _USER, _AT, _READ, _TURN = 0, 1, 2, 3
-_TURNS, _CLOCK, _BELIEVED = 0, 1, 2
+_TURNS, _CLOCK, _BELIEVED, _AGREED, _LATE, _LATE_USER = 0, 1, 2, 3, 4, 5
 
 
 class Witnesses(NamedTuple):
@@ -49,7 +51,8 @@ class Witnesses(NamedTuple):
     Attributes:
         said: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn; turn 0 is
             nobody's.
-        marks: `[K, 3]` int64: turns so far, the clock, and the newest time that readers were told to believe.
+        marks: `[K, 6]` int64: turns so far, the clock, the newest time that readers were told to believe, 1 once
+            `QUORUM` agreed, turns of late clicks since the last one that was not late, and whose the last of them was.
     """
 
     said: I64
@@ -58,8 +61,8 @@ class Witnesses(NamedTuple):
     @classmethod
     def of(cls, keys: int) -> Witnesses:
         """Nobody has said anything."""
-        marks = np.zeros((keys, 3), np.int64)
-        marks[:, _CLOCK:] = NEVER_MS
+        marks = np.zeros((keys, 6), np.int64)
+        marks[:, [_CLOCK, _BELIEVED]] = NEVER_MS
         return cls(np.zeros((keys, TURNS, 4), np.int64), marks)
 
     def with_space(self, keys: int) -> Witnesses:
@@ -87,8 +90,8 @@ class Witnesses(NamedTuple):
     def unpack(self, key: int, value: bytes) -> None:
         """Sets what `pack` gave; of another release, nobody has said anything."""
         found = np.frombuffer(value, "<i8")
-        if len(found) == 3 + TURNS * 4:
-            self.marks[key], self.said[key] = found[:3], found[3:].reshape(TURNS, 4)
+        if len(found) == 6 + TURNS * 4:
+            self.marks[key], self.said[key] = found[:6], found[6:].reshape(TURNS, 4)
 
 
 def hear(known: Witnesses, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
@@ -169,25 +172,53 @@ def _sorted(known: Witnesses, key: int, now_ms: int, times: I64) -> int:
 
 
 @compiled
+def _is_late(known: Witnesses, key: int, user: int, at_ms: int) -> bool:
+    """Whether a click says nothing of what time it is; after too many of them, everything is forgotten."""
+    mark = known.marks[key]
+    if mark[_AGREED] == 0 or at_ms >= mark[_CLOCK] - TOLERANCE_MS:
+        mark[_LATE] = 0
+        return False
+    if mark[_LATE] == 0 or mark[_LATE_USER] != user:
+        mark[_LATE] += 1
+        mark[_LATE_USER] = user
+    if mark[_LATE] < PATIENCE:
+        return True
+    mark[_LATE] = mark[_AGREED] = 0
+    mark[_CLOCK] = NEVER_MS
+    known.said[key, :, _TURN] = 0
+    return False
+
+
+@compiled
+def _hear_one(known: Witnesses, key: int, user: int, at_ms: int, read_ms: int, times: I64) -> int:
+    """The clock of a key after a click."""
+    if _is_late(known, key, user, at_ms):
+        return int(known.marks[key, _CLOCK])
+    _take(known, key, user, at_ms, read_ms)
+    # 1.
+    count = _sorted(known, key, 0, times)
+    latest = times[(count - 1) // 2] + TOLERANCE_MS
+    clock = known.marks[key, _CLOCK]
+    # 4.
+    if clock > latest and known.marks[key, _AGREED] == 0 and (count < 2 or times[count - 2] < clock - TOLERANCE_MS):
+        clock = latest - TOLERANCE_MS
+    # 2.
+    for one in range(count):
+        if times[one] <= latest:
+            clock = max(clock, times[one])
+    # 3.
+    if count >= QUORUM and times[count - QUORUM] >= clock - TOLERANCE_MS:
+        known.marks[key, _AGREED] = 1
+    known.marks[key, _CLOCK] = clock
+    return int(clock)
+
+
+@compiled
 def _hear(known: Witnesses, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
     times = np.empty(TURNS, np.int64)
     for n in range(key.shape[0]):
-        own = key[n]
-        _take(known, ALL, user[n], at_ms[n], read_ms)
-        _take(known, own, user[n], at_ms[n], read_ms)
-        # 1.
-        count = _sorted(known, own, 0, times)
-        crowd = times[(count - 1) // 2]
-        clock = known.marks[own, _CLOCK]
-        # 3.
-        if clock > crowd + TOLERANCE_MS and (count < 2 or times[count - 2] < clock - TOLERANCE_MS):
-            clock = crowd
-        # 2.
-        for one in range(count):
-            if times[one] <= crowd + TOLERANCE_MS:
-                clock = max(clock, times[one])
-        known.marks[own, _CLOCK] = clock
-        clock_ms[n] = clock
+        _hear_one(known, ALL, user[n], at_ms[n], read_ms, times)
+        clock_ms[n] = _hear_one(known, key[n], user[n], at_ms[n], read_ms, times)
 
 
 @compiled

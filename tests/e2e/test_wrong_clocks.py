@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.wrong_clocks import END_MS, HOUR_MS, PARTITIONS, SETTINGS, SPEC, TICKS, Loop, MadeClick, Seen, world
+from tests.e2e.wrong_clocks import (
+    END_MS,
+    HOUR_MS,
+    PARTITIONS,
+    SETTINGS,
+    SPEC,
+    TICKS,
+    Loop,
+    MadeClick,
+    Seen,
+    world,
+)
 from trainer.engine.step import Trainer
 
 MINUTE_MS, DAY_MS = 60_000, 24 * HOUR_MS
@@ -20,7 +31,7 @@ OFF_MS = (50 * MINUTE_MS, 3 * DAY_MS, YEARS_MS, -50 * MINUTE_MS, -3 * DAY_MS, -Y
 READ = {
     "live": lambda at_ms: at_ms + 50,
     "after an outage": lambda at_ms: END_MS + 30 * MINUTE_MS + (at_ms - END_MS) // 100,
-    "from a late file": lambda at_ms: END_MS + 9 * 365 * DAY_MS,
+    "from a late file": lambda at_ms: END_MS + 9 * 365 * DAY_MS + (at_ms - END_MS) // 100,
 }
 
 Ticks = list[list[MadeClick]]
@@ -95,6 +106,26 @@ def test_wrong_clocks_leave_for_all_others_what_right_ones_do(tmp_path: Path, cl
     assert all(right.waiting[30:]) and len(kinds) > 20 and items[0] - items[-1] and len(items[-1]) > 100
     assert any(stream != serving for stream, serving in right.histories.values())
     assert right.clocks[-1] == right.trained[-1][0] == ticks[-1][0].at_ms
+
+
+def test_a_late_file_among_live_clicks_harms_nobody_and_is_learned_from(tmp_path: Path) -> None:
+    ticks, drawn, left_out = world(3), world(4), dict[tuple[int, int], str]()
+    late, offsets = [], [0] * PARTITIONS
+    for tick, clicks in enumerate(ticks):
+        for click in clicks:
+            offsets[click.partition] += 1
+        for old in drawn[tick] * 10 if 300 <= tick < 340 else []:
+            fields = {name: f"old-{value}" if name != "action" else value for name, value in old.fields.items()}
+            late.append(replace(old, user=f"old-{old.user}", fields=fields, off_ms=-9 * 365 * DAY_MS, stamped="none"))
+            left_out[old.partition, offsets[old.partition]] = "not there"
+            offsets[old.partition] += 1
+            clicks.append(late[-1])
+    apart = {one for click in late for one in (click.user, *click.fields.values())}
+    found = Loop(tmp_path / "with", trainer(), READ["live"], {}, apart).run(ticks)
+    learned = trainer().counters.trained
+    right = Loop(tmp_path / "without", trainer(), READ["live"], left_out, apart).run(ticks)
+    assert found == right and not found.refused
+    assert learned - trainer().counters.trained >= sum(click.fields["action"] == "view" for click in late) > 1000
 
 
 def test_a_clock_that_is_off_is_named_and_a_right_one_is_not(tmp_path: Path) -> None:

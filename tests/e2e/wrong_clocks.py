@@ -8,7 +8,7 @@ the others say of the time is said before it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.clicks import HistoryFollower
 from state.config.sections import LabelSettings
-from state.events.identity import Salt, user_id
+from state.events.identity import Salt, public_id, user_id
 from state.events.parser import Parser
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
@@ -73,12 +73,12 @@ class MadeClick:
 
 
 def world(seed: int) -> list[list[MadeClick]]:
-    """The clicks of each tick, all with right clocks. Some items are clicked in the first hour only."""
+    """The clicks of each tick, all with right clocks. Some users and items are only seen at first."""
     drawn, ticks = np.random.default_rng(seed), []
     for tick in range(TICKS):
         at_ms, clicks = START_MS + tick * TICK_MS, []
         for partition in range(PARTITIONS):
-            users = drawn.choice(150, 3, replace=False)
+            users = drawn.choice(150, 3, replace=False) + (0 if tick < 300 else 100)
             for place, user in enumerate(users.tolist()):
                 item = int(drawn.integers(0, 300)) + (1000 if tick < 180 else 2000 if tick < 400 else 3000)
                 shown = {"item": f"item-{item}", "category": f"category-{item % 90}", "action": "view"}
@@ -115,7 +115,7 @@ class Seen:
     histories: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     clocks: list[int] = field(default_factory=list)
     trained: list[Any] = field(default_factory=list)
-    off: list[OffClock] = field(default_factory=list)
+    off: list[OffClock] = field(default_factory=list, compare=False)
 
 
 class Loop:
@@ -126,7 +126,7 @@ class Loop:
         trainer: Cleared before.
         now: Wall clock in which the stream reads the clicks of a time.
         left_out: Partition and offset of clicks that are not there.
-        wrong: Users of whom nothing is compared.
+        apart: Users, items and categories of which nothing is compared.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class Loop:
         trainer: Trainer,
         now: Callable[[int], int],
         left_out: Mapping[tuple[int, int], str],
-        wrong: Sequence[str],
+        apart: Collection[str],
     ) -> None:
         self._now, self._left_out, self._trainer = now, left_out, trainer
-        self._wrong = {user_id(SALT, user) for user in wrong}
+        self._apart = {user_id(SALT, one) for one in apart} | {public_id(one) for one in apart}
         self._store = HistoryStore(path / "stream", SPEC.history, 1 << 28)
         self._parser, self._profiler = Parser(SETTINGS.events, SALT), Profiler(self._store, SPEC, 200)
         self._clock, self._labels = EventClock(self._store.extra), Labels(SETTINGS, self._store)
@@ -172,7 +172,7 @@ class Loop:
                 self.seen.clocks.append(self._follower.newest_ms)
         for user in {click.user for tick in ticks for click in tick}:
             number = user_id(SALT, user)
-            if number not in self._wrong:
+            if number not in self._apart:
                 self.seen.histories[user] = tuple(store.read(number).tobytes() for store in (self._store, self._served))  # type: ignore[assignment]
         self._store.close()
         self._served.close()
@@ -194,7 +194,7 @@ class Loop:
             self._owners[events.ranges[number].source, offset] = user
         waiting = dict(self._store.waiting())
         self.seen.waiting.append(
-            {key: value for key, value in waiting.items() if self._owners[place_of(key)] not in self._wrong}
+            {key: value for key, value in waiting.items() if self._owners[place_of(key)] not in self._apart}
         )
         return values
 
@@ -217,7 +217,7 @@ class Loop:
     def _learn(self, value: bytes) -> None:
         whole = decode(value)
         for row in range(len(whole)):
-            if int(whole.user[row]) not in self._wrong:
+            if int(whole.user[row]) not in self._apart:
                 place = whole.header.ranges[whole.source[row]].source.partition, int(whole.offset[row])
                 said = b"".join(column[row].tobytes() for column in whole.columns.values())
                 self.seen.rows[(*place, int(whole.opened[row]))] = said
@@ -228,5 +228,5 @@ class Loop:
         for name in ("user", "item", "category"):
             state = self._trainer.tables[name].state()
             seen_ms = zip(state.ids.tolist(), state.last_seen_ms.tolist(), strict=True)
-            tables[name] = {one: at_ms for one, at_ms in seen_ms if one not in self._wrong}
+            tables[name] = {one: at_ms for one, at_ms in seen_ms if one not in self._apart}
         self.seen.trained.append((self._trainer.counters.log_ms, int(self._trainer.popular.state()["hour"]), tables))
