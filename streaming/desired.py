@@ -8,21 +8,18 @@ again, as after a restart, in the same process.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from state import layout
-from state.errors import RegistryError, StoreError
+from state.errors import StoreError
 from state.features.mask import Mask
-from state.process.said_once import SaidOnce
-from state.registry.controls import Controls
+from state.registry.control import Control
+from state.registry.control_look import ControlLook
 from state.registry.log_line import WHOLE, LogLine
 
 LOOK_S = 0.1
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,10 @@ class ControlWatch:
     """
 
     def __init__(self, registry: Path, own: LogLine, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._own, self._clock = registry, own, clock
-        self._controls: Controls | None = None
-        self._say = SaidOnce(logger.warning)
+        self._own, self._clock = own, clock
+        self._control = ControlLook(registry)
         self._looked_s = float("-inf")
-        self.desired = self._read()
+        self.desired = self._wanted(self._control.read())
         if self.desired.log_epoch < own[-1].epoch:
             raise StoreError(
                 f"the histories are of epoch {own[-1].epoch} of the training log, and control in {registry} knows "
@@ -83,14 +79,7 @@ class ControlWatch:
         if now_s - self._looked_s < LOOK_S:
             return False
         self._looked_s = now_s
-        try:
-            return self._read() != self.desired
-        except RegistryError as error:
-            self._say(f"{error}; clicks are taken as before")
-            return False
+        return self._wanted(self._control.look()) != self.desired
 
-    def _read(self) -> Desired:
-        if self._controls is None and (self._path / layout.CONTROL).is_dir():
-            self._controls = Controls(self._path)
-        control = None if self._controls is None else self._controls.control()
+    def _wanted(self, control: Control | None) -> Desired:
         return Desired(self._own) if control is None else Desired(control.log, control.mask)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
-from state.history.rewind import Before
+from state.history.before import Before
 from state.history.rewinding import go_back
 from state.history.store import HistoryStore
 from state.log import Reader
@@ -59,7 +59,7 @@ def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desire
     letters = {LETTERS: json.dumps({str(source): after for source, after in told.items()}).encode()}
     ours = store.positions().keys()
 
-    def extra(before: Before) -> dict[str, bytes]:
+    def extra(_: int, before: Before) -> dict[str, bytes]:
         return {**letters, **clocks_after(before.latest, ours)}
 
     def open_at(offset: int) -> Reader:

@@ -10,8 +10,8 @@ from deploy.operate import plan
 from state import layout
 from state.config.settings import Settings
 from state.errors import LogError, StoreError, UnknownVersion
-from state.history.rewind import Since
 from state.history.rewinding import records
+from state.history.since import Since
 from state.history.store import HistoryStore
 from state.log import Reader, Topics
 from state.positions import Source

@@ -43,6 +43,7 @@ from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
 from state.process.said_once import SaidOnce
+from state.registry.control_look import ControlLook
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 
@@ -114,6 +115,7 @@ class Applier:
             settings.serving.keep_s,
             now_ms,
         )
+        self._control = ControlLook(settings.registry_dir)
         self.clicks = HistoryFollower(
             self._histories,
             FeatureSpec.from_settings(settings),
@@ -196,8 +198,16 @@ class Applier:
     def _follow_clicks(self) -> None:
         sync = Every(self._settings.serving.sync_s)
         say = SaidOnce(_log.warning)
+        kafka, partition = self._settings.kafka, self._settings.trainer.partition
+
+        def open_at(offset: int) -> Reader:
+            return Reader(kafka, kafka.microbatches_topic, [partition], {partition: offset})
+
         while not self._stop.is_set():
             try:
+                control = self._control.look()
+                if control is not None:
+                    self.clicks.turn(control.log, control.mask, partition, open_at)
                 if not self.clicks.connected:
                     self._connect()
                     say.clear()

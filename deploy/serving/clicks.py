@@ -5,6 +5,9 @@
 3. Positions that no micro-batch covers are a gap: counted, logged, passed.
 4. Histories, source positions, the topic's position, names, items' categories
    and the event clock are one commit.
+
+Records that control's line of the log does not have are passed over. Where the
+line turned off before what the histories have, they go back there first.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from deploy.serving.going_back import POSITION_EXTRA, clock_of, take_back
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, item_extra, name_extra
 from state.errors import MicroBatchError, SaltMismatch
+from state.features.mask import Mask
 from state.features.spec import Events, FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
+from state.history.rewinding import OpenAt, line_of
 from state.history.store import HistoryStore
 from state.log import LogReader, PartitionBatch
 from state.log.accepted_gaps import Accepted, left_out
@@ -31,8 +37,8 @@ from state.microbatch.log_time import log_times
 from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
+from state.registry.log_line import LogLine, counts, onward
 
-POSITION_EXTRA = "microbatches"
 SALT_EXTRA = "salt"
 RECORDS_AT_ONCE = 64
 ITEMS_REMEMBERED = 1_000_000
@@ -65,7 +71,7 @@ class HistoryFollower:
         now_ms: Callable[[], int],
         accepted: Callable[[], Sequence[Accepted]] = tuple,
     ) -> None:
-        self._store = store
+        self._store, self._line = store, line_of(store)
         self._accepted = accepted
         self._metrics = metrics
         self._now_ms = now_ms
@@ -75,8 +81,7 @@ class HistoryFollower:
         self._items: dict[int, int] = {}
         salt = store.extra(SALT_EXTRA)
         self._salt = None if salt is None else salt.decode()
-        clock = store.extra(CLOCK_EXTRA)
-        self.newest_ms = 0 if clock is None else int(json.loads(clock)["event_ms"])
+        self.newest_ms = clock_of(store)
         self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
         self._sweep_from = 0
         self._housekept_ms = 0
@@ -106,6 +111,32 @@ class HistoryFollower:
             positions[partition] = ours
         self._reader = open_at(positions)
         self._positions = positions
+
+    def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
+        """Takes the histories to the line of the log that control names; whether they went back.
+
+        They are disconnected then: `connect` again.
+
+        Args:
+            line: The line.
+            mask: The clicks that do not come again.
+            partition: Of the topic, which the line is of.
+            open_at: Opens that partition at an offset.
+
+        Raises:
+            GapError: The log no longer reaches back to where the line turned off.
+            LogError: The broker refused.
+            StoreFull: Nothing was changed.
+        """
+        if line == self._line:
+            return False
+        went = take_back(self._store, line, mask, partition, open_at, self._horizon_ms, self._now_ms())
+        _log.info("epoch %d of the training log: %s", line[-1].epoch, went)
+        self.disconnect()
+        self._line, self._marks = line, self._store.positions()
+        self._items.clear()
+        self.newest_ms = clock_of(self._store)
+        return True
 
     @property
     def connected(self) -> bool:
@@ -155,7 +186,7 @@ class HistoryFollower:
         newest_ms = 0
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
             found = self._decode(value, Source(batch.topic_id, batch.partition), offset)
-            if found is None:
+            if found is None or not counts(self._line, found.header.log_epoch, offset):
                 continue
             keep, after = trim(found, marks)
             parts, missing = new_ranges(found, marks)
@@ -207,7 +238,8 @@ class HistoryFollower:
         ranges: Sequence[Range],
         extra: dict[str, bytes],
     ) -> None:
-        positions = self._positions | {batch.partition: batch.next}
+        following = onward(self._line, batch.next)
+        positions = self._positions | {batch.partition: following}
         document = {"topic_id": batch.topic_id, "next": {str(partition): at for partition, at in positions.items()}}
         extra[POSITION_EXTRA] = json.dumps(document).encode()
         appends = Appends.none()
@@ -221,6 +253,8 @@ class HistoryFollower:
         self._store.commit(appends, ranges, extra)
         killpoints.reach("follow.committed")
         self._positions = positions
+        if following != batch.next and self._reader is not None:
+            self._reader.seek(batch.partition, following)
         self._metrics.history_rows.inc(len(appends.events))
 
     def _new_items(self, events: Events) -> dict[str, bytes]:

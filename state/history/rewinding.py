@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from state.errors import GapError, LogError, MicroBatchError
-from state.history.appends import Appends
+from state.features.mask import Mask
+from state.history.before import Before
 from state.history.counts import Counts
-from state.history.rewind import Before, Rewind, Since
+from state.history.rewind import Rewind
+from state.history.since import Since
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of
 from state.log import LogReader
@@ -32,8 +34,12 @@ from state.registry.log_line import WHOLE, LogLine, counts, from_json, parting, 
 
 LINE = "log_line"  # name of the store's extra
 BLOCK, LARGEST_BLOCK = 128, 1024
+BLOCKS_FOR_ITEMS = 8
 POLL_S, STALLED_S, RECORDS = 0.2, 60.0, 64
 logger = logging.getLogger(__name__)
+
+Extras = Callable[[int, Before], Mapping[str, bytes | None]]
+"""More values of the store's owner, by the offset of the log gone back to and what was found before it."""
 
 OpenAt = Callable[[int], LogReader]
 """Opens the training log at an offset of its partition."""
@@ -86,7 +92,8 @@ def go_back(
     partition: int,
     reach_ms: int,
     end: int | None = None,
-    extra: Callable[[Before], Mapping[str, bytes]] = lambda _: {},
+    mask: Mask = Mask.NONE,
+    extra: Extras = lambda _, __: {},
 ) -> WentBack | None:
     """Takes `store` to the line `line`; the store is there when this returns.
 
@@ -97,7 +104,8 @@ def go_back(
         partition: Of the training log.
         reach_ms: How much older than the newest event one can be that still matters.
         end: Up to where the store has read the log; None for the log's end.
-        extra: More values of the owner's, by what was found before the place.
+        mask: The clicks that will not come again, where the owner keeps the categories of items.
+        extra: More values of the owner's.
 
     Returns:
         What was given back; None where the store was on that line already.
@@ -113,9 +121,9 @@ def go_back(
     if found is None:
         return None
     marks, positions = dict(found.sources), store.positions()
-    since = Since(marks, positions)
+    since = Since(marks, positions, mask)
     if not since.sources:
-        store.commit(Appends.none(), (), line_extra(line))
+        store.go_back(Rewind(marks, extra={**extra(found.offset, Before(marks, {})), **line_extra(line)}))
         return WentBack()
     with open_at(found.offset) as reader:
         # 2.
@@ -123,7 +131,7 @@ def go_back(
         for batch in records(reader, partition, found.offset, until, mine):
             since.take(batch)
         # 3.
-        before = Before(marks, store.lacking(since, marks), since.ended)
+        before = Before(marks, store.lacking(since, marks), since.ended, since.masked_items)
         needed = len(before.histories())
         look_back(reader, partition, found.offset, mine, before, reach_ms)
     # 4.
@@ -131,7 +139,12 @@ def go_back(
     counted = since.counts(stored)
     waiting, told = _waiting(store, before, counted, marks)
     back = Rewind(
-        marks, since.gained, before.histories(), counted, {**told, **extra(before), **line_extra(line)}, waiting
+        marks,
+        since.gained,
+        before.histories(),
+        counted,
+        {**told, **extra(found.offset, before), **line_extra(line)},
+        waiting,
     )
     killpoints.reach("back.found")
     store.go_back(back)
@@ -169,11 +182,16 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
 def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
     """Gives the records before `end` to `before`, newest first, until it has all it wants or no older event matters.
 
+    For categories of items alone it looks no further than `BLOCKS_FOR_ITEMS` blocks: a flood may have named new ones.
+
     Raises:
         LogError: The log cannot be read.
     """
-    size, newest_ms = BLOCK, None
+    size, newest_ms, blocks = BLOCK, None, 0
     while end > 0 and (newest_ms is None or not before.done):
+        if before.has_rows and blocks >= BLOCKS_FOR_ITEMS:
+            return
+        blocks += 1
         first = max(0, end - size)
         try:
             time_ms = before.take_block(records(reader, partition, first, end, line))

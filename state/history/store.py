@@ -23,7 +23,8 @@ from state.history import chunks
 from state.history.appends import Appends
 from state.history.chunks import EVENT_BYTES, by_user, prefix_of
 from state.history.counts import Counts, move, summed
-from state.history.rewind import Rewind, Since, lacking, write_back
+from state.history.rewind import Rewind, lacking, write_back
+from state.history.since import Since
 from state.positions import Range, Source
 
 

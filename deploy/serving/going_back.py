@@ -1,0 +1,59 @@
+"""Takes a host's histories back to where control's line of the training log turned off, with all that is noted beside them."""
+
+from __future__ import annotations
+
+import json
+
+from deploy.serving.notes import CLOCK_EXTRA, item_extra
+from state.features.mask import Mask
+from state.history.before import Before
+from state.history.rewinding import OpenAt, WentBack, go_back
+from state.history.store import HistoryStore
+from state.microbatch.log_time import log_times
+from state.registry.log_line import LogLine, onward
+
+POSITION_EXTRA = "microbatches"
+
+
+def clock_of(store: HistoryStore) -> int:
+    """The event clock that the store has, ms; 0 for none."""
+    clock = store.extra(CLOCK_EXTRA)
+    return 0 if clock is None else int(json.loads(clock)["event_ms"])
+
+
+def take_back(
+    store: HistoryStore, line: LogLine, mask: Mask, partition: int, open_at: OpenAt, reach_ms: int, now_ms: int
+) -> WentBack | None:
+    """Takes `store` to `line`, in one transaction with the topic's position, the event clock and items' categories.
+
+    An item that none but masked clicks named since has the category again that
+    it had before; where none is found near, it has none until the next click.
+
+    Args:
+        store: The host's histories.
+        line: What control names.
+        mask: The clicks that do not come again.
+        partition: Of the topic, which the line is of.
+        open_at: Opens that partition at an offset.
+        reach_ms: How much older than the newest event one can be that still matters.
+        now_ms: Wall clock.
+
+    Raises:
+        GapError: The log no longer reaches back to where the line turned off.
+        LogError: The broker refused.
+        StoreFull: Nothing was changed.
+    """
+    stored = json.loads(store.extra(POSITION_EXTRA) or b"{}")
+    at = stored.get("next", {}).get(str(partition), 0)
+
+    def extra(offset: int, before: Before) -> dict[str, bytes | None]:
+        found: dict[str, bytes | None] = {item_extra(item): None for item in before.items}
+        found |= {item_extra(item): one.to_bytes(8, "big") for item, one in before.categories.items()}
+        if at > offset:
+            moved = {**stored["next"], str(partition): onward(line, offset)}
+            found[POSITION_EXTRA] = json.dumps({**stored, "next": moved}).encode()
+        if newest_ms := max((int(log_times(one).max(initial=0)) for one in before.latest), default=0):
+            found[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
+        return found
+
+    return go_back(store, line, open_at, partition, reach_ms, at, mask, extra)

@@ -1,0 +1,118 @@
+"""What was before a place of the training log, for a store of histories that goes back there and lacks it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.features.spec import EVENT, Events
+from state.history.appends import events_of
+from state.history.since import Place
+from state.microbatch.batch import MicroBatch
+from state.microbatch.row_kinds import Kind, happened
+from state.positions import Source
+
+
+class Before:
+    """What was before a place of the training log, which is read block by block, the one nearest to the place first.
+
+    Args:
+        marks: The next offset of each source at that place.
+        needed: By user how many of the latest events are wanted.
+        waited: Impressions that are wanted.
+        items: Items whose category is wanted.
+
+    Attributes:
+        categories: By item the category that it was last seen in, as far as that was found.
+        opened: The impressions found, each in a record's rows of its own.
+        latest: The events of the nearest block, record by record, in order.
+    """
+
+    def __init__(
+        self,
+        marks: Mapping[Source, int],
+        needed: Mapping[int, int],
+        waited: Iterable[Place] = (),
+        items: Iterable[int] = (),
+    ) -> None:
+        self._low: dict[Source, int] = dict(marks)
+        self._lacking = dict(needed)
+        self._users = np.array(sorted(needed), np.uint64)
+        self._found: dict[int, list[Events]] = {user: [] for user in needed}
+        self.waited, self.items = set(waited), set(items)
+        self._items = np.array(sorted(self.items), np.uint64)
+        self.categories: dict[int, int] = {}
+        self.opened: list[MicroBatch] = []
+        self.latest: list[MicroBatch] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is wanted any more."""
+        return self.has_rows and len(self.categories) == len(self.items)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether all events and impressions that are wanted were found."""
+        return not self._lacking and not self.waited
+
+    def take_block(self, block: Iterable[MicroBatch]) -> int | None:
+        """Takes a block of records in order, which lie before those taken so far; returns its newest event time."""
+        times, narrow, first = [0], list[MicroBatch](), not self.latest
+        for batch in block:
+            self._find_opened(batch)
+            events = narrowed(batch, happened(batch.kind))
+            times.append(int(events.at_ms.max(initial=0)))
+            if first:
+                self.latest.append(events)
+            named = np.isin(events.item, self._items) & (events.category != 0)
+            narrow.append(events.take(np.isin(events.user, self._users) | named))
+        for events in reversed(narrow):
+            for item, category in zip(events.item[::-1].tolist(), events.category[::-1].tolist(), strict=True):
+                if item in self.items and category:
+                    self.categories.setdefault(item, category)
+            self._take(events)
+        return max(times) or None
+
+    def _find_opened(self, batch: MicroBatch) -> None:
+        for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():
+            place = (batch.header.ranges[int(batch.source[row])].source, int(batch.offset[row]))
+            if place in self.waited:
+                self.waited.remove(place)
+                self.opened.append(batch.take(np.arange(len(batch)) == row))
+
+    def _take(self, wanted: MicroBatch) -> None:
+        """Takes the wanted users' events of the record before the last one taken."""
+        ranges = wanted.header.ranges
+        lows = np.array([self._low.get(part.source, 0) for part in ranges] or [0], np.int64)
+        wanted = wanted.take(wanted.offset < lows[wanted.source])
+        for part in ranges:
+            self._low[part.source] = min(part.first, self._low.get(part.source, 0))
+        events = events_of(wanted, ranges)
+        for user in np.unique(wanted.user).tolist():
+            if (lacking := self._lacking.get(user)) is None:
+                continue
+            theirs = events[wanted.user == user][-lacking:]
+            self._found[user].append(theirs)
+            self._lacking[user] = lacking - len(theirs)
+            if len(theirs) == lacking:
+                del self._lacking[user]
+
+    @property
+    def short(self) -> int:
+        """Of how many users not all that is wanted was found."""
+        return len(self._lacking)
+
+    def histories(self) -> dict[int, Events]:
+        """By user the events found, in order."""
+        return {
+            user: np.concatenate([np.empty(0, EVENT), *reversed(found)]).astype(EVENT)
+            for user, found in self._found.items()
+        }
+
+
+def narrowed(batch: MicroBatch, keep: NDArray[np.bool_]) -> MicroBatch:
+    """The rows of a batch that `keep` (`[n]` bool) names, without windows, sequences and attributes."""
+    columns = {name: column if column.ndim == 1 else column[:, :0] for name, column in batch.columns.items()}
+    return MicroBatch(batch.header, **{name: column[keep] for name, column in columns.items()})
