@@ -25,6 +25,7 @@ from state.accounts import BrokerAccount, StreamAccount, check_accounts
 from state.config.settings import Settings
 from state.errors import SpringtideError
 from state.log import Topics
+from state.registry.log_line import WHOLE, LogLine
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 
@@ -35,7 +36,7 @@ RARE = ("opened", "feedback", "masked")
 def account(settings: Settings) -> dict[str, Any]:
     """The whole account as JSON values; what cannot be read says why, and the rest is checked all the same."""
     found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
-    version, counts, waiting = _newest(settings, found), None, None
+    (version, line), counts, waiting = _newest(settings, found), None, None
     # 2.
     try:
         stores = read_stores(settings) if version is None else settled(settings, version)
@@ -49,7 +50,8 @@ def account(settings: Settings) -> dict[str, Any]:
         flying = InFlight(0, 0, version.marks, complete=False)
         try:
             if counts is not None:
-                flying = read_tail(settings, version, {source: one["next"] for source, one in counts.items()})
+                until = {source: one["next"] for source, one in counts.items()}
+                flying = read_tail(settings, version, until, line)
         except SpringtideError as error:
             found["notes"].append(f"rows in flight are not counted: {error}")
         trainer = trainer_account(version, flying)
@@ -78,8 +80,8 @@ def account(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _newest(settings: Settings, found: dict[str, Any]) -> Manifest | None:
-    """The newest version of control's epoch."""
+def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None, LogLine]:
+    """The newest version of control's epoch, and the line of the log that control names."""
     # 1.
     try:
         if not (settings.registry_dir / "versions").is_dir():
@@ -87,10 +89,11 @@ def _newest(settings: Settings, found: dict[str, Any]) -> Manifest | None:
         registry = Registry(settings.registry_dir)
         control = registry.control()
         number = None if control is None else registry.newest(control.epoch)
-        return None if number is None else registry.manifest(number)
+        line = WHOLE if control is None else control.log
+        return None if number is None else registry.manifest(number), line
     except (SpringtideError, OSError) as error:
         found["notes"].append(str(error))
-        return None
+        return None, WHOLE
 
 
 def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[BrokerAccount]:

@@ -17,6 +17,7 @@ from state.log import Reader, Topics, accepted_gaps
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.positions import Source
+from state.registry.log_line import WHOLE, LogLine, counts, onward
 from state.registry.manifest import Manifest
 
 LONGEST_S = 3.0
@@ -60,14 +61,14 @@ def read_stores(settings: Settings) -> Stores:
     return Stores(counts, accepted, waiting)
 
 
-def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]) -> InFlight:
-    """The rows between the version's place in the log and the stream's.
+def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
+    """The rows between the version's place in the log and the stream's, along a line of the log.
 
     Raises:
         LogError: The log cannot be read from there.
     """
     kafka = quick(settings)
-    partition, place = version.log.partition, version.log.next
+    partition, place = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
         _, end = topics.ends(version.log.topic)[partition]
     if end - place > LONGEST_TAIL:
@@ -81,10 +82,11 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
             if time.monotonic() > deadline_s:
                 return InFlight(0, 0, version.marks, complete=False)
             for batch in reader.poll(0.1):
-                for value in batch.values:
+                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
                     # The trainer stops at what is no micro-batch, or leaves it out.
                     with contextlib.suppress(MicroBatchError):
-                        batches.append(decode(value or b""))
+                        found = decode(value or b"")
+                        batches += [found] if counts(line, found.header.log_epoch, offset) else []
     return in_flight(batches, version.marks, until)
 
 

@@ -135,22 +135,21 @@ def go_back(
         needed = len(before.histories())
         look_back(reader, partition, found.offset, mine, before, reach_ms)
     # 4.
+    taken = _give_back(store, since, before, marks, {**extra(found.offset, before), **line_extra(line)})
+    return WentBack(taken, len(since.gained), needed, before.short, len(before.opened))
+
+
+def _give_back(
+    store: HistoryStore, since: Since, before: Before, marks: Mapping[Source, int], more: Mapping[str, bytes | None]
+) -> int:
+    """Commits what was found; returns how many positions were taken back."""
     stored = store.counts()
     counted = since.counts(stored)
     waiting, told = _waiting(store, before, counted, marks)
-    back = Rewind(
-        marks,
-        since.gained,
-        before.histories(),
-        counted,
-        {**told, **extra(found.offset, before), **line_extra(line)},
-        waiting,
-    )
     killpoints.reach("back.found")
-    store.go_back(back)
+    store.go_back(Rewind(marks, since.gained, before.histories(), counted, {**told, **more}, waiting))
     killpoints.reach("back.committed")
-    taken = sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
-    return WentBack(taken, len(since.gained), needed, before.short, len(before.opened))
+    return sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
 
 
 def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[MicroBatch]:
