@@ -60,3 +60,8 @@ def stream(state: Path, shard: int) -> Path:
 def streams(state: Path) -> list[Path]:
     """The histories of every shard that ever ran under `state`, by name."""
     return sorted(state.glob(f"{_STREAM}*/{HISTORIES}"))
+
+
+def has_users(state: Path, registry: Path) -> bool:
+    """Whether something is stored here under pseudonyms, whose salt must then be kept."""
+    return bool(streams(state)) or any((registry / SPECS).glob("*/spec.json"))

@@ -37,7 +37,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
-from state.events.identity import load_salt
+from state.events.identity import own_salt
 from state.features.spec import FeatureSpec
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.options import add_file_arguments, as_settings, chosen
@@ -56,12 +56,13 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     """Bootstraps the feature spec of `settings`, and writes examples; False where nothing was to do.
 
     Raises:
+        MissingSalt: The salt of what is stored here is gone.
         SaltMismatch: It was done with another salt.
         SpecMismatch: It was done with another preprocessing.
         ProgramError: The preprocessing does not lower, or is no function of its input.
         SpringtideError: There are too few clicks, or Kafka does not answer.
     """
-    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
+    spec, salt = FeatureSpec.from_settings(settings), own_salt(settings)
     registry = Registry(settings.registry_dir)
     known = spec.digest in registry.specs()
     if known:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SaltMismatch, SpecMismatch
-from state.events.identity import Salt, load_salt
+from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -37,6 +37,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         LockHeld: Another process has the directory.
         SpecMismatch: The store was filled under another spec.
         SaltMismatch: The store was filled with another salt.
+        MissingSalt: The salt of what is stored here is gone.
         SettingsError: The salt cannot be read.
         StoreError: The store cannot be opened.
     """
@@ -45,7 +46,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
     folder.mkdir(parents=True, exist_ok=True)
     with DirectoryLock(folder):
         # 2.
-        salt = load_salt(settings.salt_path)
+        salt = own_salt(settings)
         # 3.
         if (aside := takeover.finish(folder)) is not None:
             logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)

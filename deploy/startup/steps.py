@@ -34,7 +34,7 @@ from deploy.watch.panel import panel
 from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.events.identity import load_salt
+from state.events.identity import own_salt
 from state.metrics import SupervisorMetrics, serve
 
 STEPS = 9
@@ -116,6 +116,8 @@ class Startup:
         # 1. Checks; the lock and the disk were the first of them.
         require_ports(ports(settings, self._kafka is not None))
         free = require_disk(settings.state_dir)
+        # A lost one is said at once.
+        fresh, salt = not settings.salt_path.exists(), own_salt(settings)
         if settings.up.metrics_port:
             serve(self._collected, settings.up.metrics_port)
         # A model of the user's own that cannot be served is refused before anything starts.
@@ -142,8 +144,6 @@ class Startup:
         self._step(2, "Kafka", where)
         self._step(3, "topics", topics)
         # 4. Salt.
-        fresh = not settings.salt_path.exists()
-        salt = load_salt(settings.salt_path)
         self._step(4, "salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
         # 5. All processes at once: each waits for what it needs, and imports and compilers take the longest.
         self._start_processes()

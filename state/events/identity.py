@@ -14,6 +14,8 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from state import layout
+from state.config.settings import Settings
 from state.errors import MissingSalt, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,16 @@ def context_id(name: str, text: str) -> int:
     True
     """
     return public_id(f"{name}={text}")
+
+
+def own_salt(settings: Settings) -> Salt:
+    """The salt of a state directory: made at its first start, and never again once users are stored there.
+
+    Raises:
+        MissingSalt: It is gone; a new one would find none of the stored users.
+        SettingsError: The file cannot be read, or the key is too short.
+    """
+    return load_salt(settings.salt_path, create=not layout.has_users(settings.state_dir, settings.registry_dir))
 
 
 def load_salt(path: Path, create: bool = True) -> Salt:

@@ -74,6 +74,17 @@ def test_a_full_disk_is_one_line_before_anything_is_written(
     assert not (tmp_path / "state").exists()
 
 
+def test_a_lost_salt_is_one_line_before_anything_starts_and_none_is_made_in_its_place(
+    capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path
+) -> None:
+    spec = tmp_path / "state" / "registry" / "specs" / "abc" / "spec.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text("{}")
+    assert f"there is no salt at {tmp_path / 'state' / 'salt'}; restore the file" in complaint(capsys, flags)
+    assert not (tmp_path / "state" / "salt").exists()
+    assert not (tmp_path / "state" / "kafka").exists()
+
+
 # The Kafka client leaves its sockets to the garbage collector when nobody answers.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_an_unreachable_broker_is_one_line_and_starts_no_process(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from state.config.loading import load
 from state.errors import MissingSalt, SettingsError
-from state.events.identity import Salt, context_id, load_salt, public_id, user_id
+from state.events.identity import Salt, context_id, load_salt, own_salt, public_id, user_id
 
 SALT = Salt(b"a salt for the tests")
 
@@ -24,6 +25,17 @@ def test_a_salt_is_made_once_for_its_owner_only(tmp_path: Path, caplog: pytest.L
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert load_salt(path) == salt and len(salt.key) == 32 and len(salt.fingerprint) == 16
     assert salt.key.hex() not in repr(salt) and [one.name for one in path.parent.iterdir()] == ["salt"]
+
+
+def test_a_lost_salt_is_not_made_again_once_users_are_stored(tmp_path: Path) -> None:
+    settings = load(["--paths.state", str(tmp_path)], env={})
+    made = own_salt(settings)
+    (tmp_path / "stream-0" / "histories").mkdir(parents=True)
+    assert own_salt(settings) == made
+    settings.salt_path.unlink()
+    with pytest.raises(MissingSalt, match="restore the file"):
+        own_salt(settings)
+    assert not settings.salt_path.exists()
 
 
 def test_a_salt_of_the_users_own_is_taken_and_a_short_one_is_not(tmp_path: Path) -> None:
