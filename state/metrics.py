@@ -68,15 +68,16 @@ class StreamMetrics(Metrics):
         "direction",
     )
     clock_off_partition = gauge(
-        "springtide_stream_clock_off_partition", "Partition of the newest of those clicks, by direction.", "direction"
+        "springtide_stream_clock_off_partition", "Partition of the newest of those.", "direction"
     )
-    clock_off_offset = gauge(
-        "springtide_stream_clock_off_offset", "Offset of the newest of those clicks, by direction.", "direction"
-    )
+    clock_off_offset = gauge("springtide_stream_clock_off_offset", "Its offset there.", "direction")
     clock_off_seconds = gauge(
         "springtide_stream_clock_off_seconds",
-        "How far the newest of those clicks is from what the clicks around it say; 0 for a refused one.",
+        "How far its time is from what the clicks around it say; 0 for a refused one.",
         "direction",
+    )
+    clock_off_time_seconds = gauge(
+        "springtide_stream_clock_off_time_seconds", "When it was read, seconds since 1970.", "direction"
     )
     lag_events = gauge("springtide_stream_lag_events", "Positions of the clicks topic not yet read.")
     lag_seconds = gauge(

@@ -163,3 +163,4 @@ def show_clocks(metrics: StreamMetrics, piece: Rows) -> None:
         metrics.clock_off_partition.labels(direction).set(partition)
         metrics.clock_off_offset.labels(direction).set(offset)
         metrics.clock_off_seconds.labels(direction).set(by_ms / 1000)
+        metrics.clock_off_time_seconds.labels(direction).set_to_current_time()

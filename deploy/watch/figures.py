@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.watch.clocks_off import ClocksOff, clocks_off
 from deploy.watch.quantiles import Buckets, Spread, between, spread
 from deploy.watch.scrape import UP, Scrape
 
@@ -82,6 +83,7 @@ class Figures:
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
         dying: Part -> how often in a row it died, of those that `springtide up` starts again.
+        clocks_off: Direction -> the clicks whose clock is off.
         spreads: What is distributed -> how, in seconds.
         spread_s: The quantiles are of so many last seconds; None: since each process's start.
     """
@@ -117,6 +119,7 @@ class Figures:
     faults: float = 0.0
     corrupt: float = 0.0
     dying: Mapping[str, float] = field(default_factory=dict)
+    clocks_off: Mapping[str, ClocksOff] = field(default_factory=dict)
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     spread_s: float | None = None
 
@@ -213,6 +216,7 @@ class Watch:
             # Parts may run without `springtide up`, whose own figures are then nowhere.
             away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
             dying=dying(scrapes.get(UP, AWAY)),
+            clocks_off=clocks_off(scrapes.get("stream", AWAY), wall_s),
             spreads={
                 name: spread(spanned[process].buckets(series, **labels))
                 for name, (process, series, labels) in SPREADS.items()

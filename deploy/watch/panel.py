@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from deploy.watch.clocks_off import lines_of, troubles_of
 from deploy.watch.figures import SPREADS, Figures
 from deploy.watch.messages import decimal, duration, rate, seconds, shown
 from deploy.watch.quantiles import Spread
@@ -68,6 +69,7 @@ def _troubles(figures: Figures) -> Iterator[str]:
         yield f"{shown(figures.lag_events)} clicks wait"
     if figures.events_per_s and (figures.dead_per_s or 0.0) / figures.events_per_s > DEAD_SHARE:
         yield f"{(figures.dead_per_s or 0.0) / figures.events_per_s:.0%} dead letters"
+    yield from troubles_of(figures.clocks_off)
     if figures.failed:
         yield f"answers failed: {shown(figures.failed)}"
     if figures.corrupt:
@@ -93,6 +95,7 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
             f"{shown(figures.events)} taken up",
         ),
         ("dead letters", rate(figures.dead_per_s), "-" if figures.events is None else reasons(figures.dead)),
+        *lines_of(figures.clocks_off),
         (
             "micro-batches",
             rate(figures.microbatches_per_s),

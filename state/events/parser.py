@@ -1,8 +1,10 @@
 """A click: records of the topic become columns of events, or dead letters with a reason.
 
 Validation is repeatable: a record is compared with its own Kafka timestamp,
-never with now, so that reading the log again gives the same events. Users
-become pseudonyms here; no raw user id leaves the parser.
+never with now, so that reading the log again gives the same events. The same
+producer sets both times, or none: what a time that passes here may change for
+other users, many of them decide (`streaming/witnesses.py`). Users become
+pseudonyms here; no raw user id leaves the parser.
 """
 
 from __future__ import annotations

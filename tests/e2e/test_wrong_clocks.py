@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -9,6 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from deploy import status
+from deploy.kafka.configuration import free_port
+from deploy.watch import scrape
+from deploy.watch.clocks_off import ClocksOff
+from deploy.watch.figures import Watch
+from state.log import Topics, Writer
+from tests.conftest import KafkaFactory
 from tests.e2e.wrong_clocks import (
     END_MS,
     HOUR_MS,
@@ -21,6 +29,7 @@ from tests.e2e.wrong_clocks import (
     Seen,
     world,
 )
+from tests.streaming import streams
 from trainer.engine.step import Trainer
 
 MINUTE_MS, DAY_MS = 60_000, 24 * HOUR_MS
@@ -140,3 +149,37 @@ def test_a_clock_that_is_off_is_named_and_a_right_one_is_not(tmp_path: Path) -> 
     # A click ahead of the crowd may be the first after a quiet time; later ones take the place of one not yet judged.
     assert len(named.keys() | found.refused.keys()) > 0.9 * sum(bool(off_ms) for off_ms in wrong.values())
     assert right.off == []
+
+
+def test_status_names_partition_and_offset_of_a_clock_that_is_off(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    kafka = kafka_settings()
+    settings = streams.settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port())
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2)
+    at_ms = time.time_ns() // 1_000_000
+    with Writer(kafka) as writer:
+        for number in range(41):
+            # Both times of the last one are 50 minutes ahead; the broker takes an hour.
+            told_ms = at_ms + 50 * MINUTE_MS * (number == 40)
+            value = streams.click(number, time=told_ms)
+            writer.send(kafka.clicks_topic, number % 2, b"user", value, (), told_ms)
+        writer.send(kafka.clicks_topic, 1, b"user", streams.click(0, time=at_ms + 50 * MINUTE_MS), (), at_ms)
+        writer.flush()
+    with streams.running(settings, tmp_path / "log") as stream:
+        looks = Watch(spread_s=None)
+        urls = scrape.urls(settings)
+
+        def off() -> dict[str, ClocksOff]:
+            return dict(looks.look(scrape.scrape(urls), time.monotonic(), time.time()).clocks_off)
+
+        streams.until(lambda: len(off()) == 2, "the clocks that are off")
+        assert {name: (one.clicks, one.partition, one.offset) for name, one in off().items()} == {
+            "ahead": (1, 0, 20),
+            "refused": (1, 1, 20),
+        }
+        figures, state = status.status(settings, now_ms=at_ms, between_s=0.0)
+        text = status.as_text(figures, state, settings)
+        assert "clocks ahead    1           partition 0 offset 20: 50 min ahead" in text
+        assert "clocks refused  1           partition 1 offset 20: refused" in text
+        assert "a clock is 50 min ahead (partition 0 offset 20)" in text.splitlines()[0]
+        assert stream.stop() == 0, stream.lines
