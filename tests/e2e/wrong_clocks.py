@@ -36,7 +36,7 @@ from trainer.engine.step import Trainer
 from trainer.intake import always, take_in
 
 START_MS = 1_790_000_000_000
-TICKS, TICK_MS, TICKS_A_BATCH, PARTITIONS = 720, 20_000, 6, 4
+TICKS, TICK_MS, TICKS_A_BATCH, PARTITIONS = 360, 40_000, 6, 4
 END_MS = START_MS + TICKS * TICK_MS
 HOUR_MS = 3_600_000
 TOPIC, LOG = "ab" * 16, "microbatches"
@@ -78,9 +78,9 @@ def world(seed: int) -> list[list[MadeClick]]:
     for tick in range(TICKS):
         at_ms, clicks = START_MS + tick * TICK_MS, []
         for partition in range(PARTITIONS):
-            users = drawn.choice(150, 3, replace=False) + (0 if tick < 300 else 100)
+            users = drawn.choice(80, 3, replace=False) + (0 if tick < 150 else 60)
             for place, user in enumerate(users.tolist()):
-                item = int(drawn.integers(0, 300)) + (1000 if tick < 180 else 2000 if tick < 400 else 3000)
+                item = int(drawn.integers(0, 300)) + (1000 if tick < 90 else 2000 if tick < 200 else 3000)
                 shown = {"item": f"item-{item}", "category": f"category-{item % 90}", "action": "view"}
                 if place == 1:
                     shown = {
