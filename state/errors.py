@@ -4,7 +4,9 @@
     ├── SettingsError               exit 2
     ├── MissingSalt, SaltMismatch, SpecMismatch
     ├── LogError
-    │   ├── UnreachableBroker, UnknownTopic, GapError, FencedWriter
+    │   ├── UnreachableBroker, UnknownTopic, FencedWriter
+    │   ├── GapError
+    │   │   └── TruncatedLog
     ├── StoreError
     │   ├── LockHeld, PositionConflict, CorruptStore, StoreFull, UnusableDisk
     ├── RegistryError
@@ -132,6 +134,22 @@ class GapError(LogError):
     def __init__(self, what: str, do: str = "", gaps: Iterable[Gap] = ()) -> None:
         super().__init__(what, do)
         self.gaps = tuple(gaps)
+
+
+class TruncatedLog(GapError):
+    """A log was cut back behind our position, so that offsets are used twice. Do as the message says: what to do differs by who meets it.
+
+    Attributes:
+        partition: The partition.
+        ours: Where we wanted to read on.
+        kept: Up to where the log still is the one that was read; the newest place to go back to.
+    """
+
+    def __init__(
+        self, what: str, do: str = "", gaps: Iterable[Gap] = (), partition: int = 0, ours: int = 0, kept: int = 0
+    ) -> None:
+        super().__init__(what, do, gaps)
+        self.partition, self.ours, self.kept = partition, ours, kept
 
 
 class FencedWriter(LogError):

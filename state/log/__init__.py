@@ -3,7 +3,7 @@
     contract     what a log is: Log, LogTopics, LogReader, LogWriter; records
     plan         how each topic is made: partitions, retention, largest record
     topics       made, described, their ends, positions of groups
-    reader       partitions as columns, by position; chunks, batch_decoder, hook
+    reader       partitions as columns, by position; chunks, batch_decoder, hook, plain, truncation, leader_epochs
     writer       acknowledged records, transactions
     bulk         whole record batches, for load generators; batch_encoder
     gaps         losses that an operator accepts; gap_options, accepted_gaps

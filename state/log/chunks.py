@@ -51,7 +51,10 @@ def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
     at = int(chunk.offsets[records])
     parts = (slice(None, records), slice(records, None))
     head, tail = (
-        Chunk(first, after, chunk.offsets[part], chunk.timestamps_ms[part], chunk.keys[part], chunk.values[part])
+        Chunk(
+            *(first, after, chunk.offsets[part], chunk.timestamps_ms[part], chunk.keys[part], chunk.values[part]),
+            leader_epoch=chunk.leader_epoch,
+        )
         for (first, after), part in zip(((chunk.first, at), (at, chunk.next)), parts, strict=True)
     )
     return head, tail
@@ -66,6 +69,7 @@ def of_records(first: int, after: int, records: Sequence[Any]) -> Chunk:
         np.array([record.timestamp for record in records], np.int64),
         [record.key for record in records],
         [record.value for record in records],
+        leader_epoch=records[-1].leader_epoch if records else -1,
     )
 
 

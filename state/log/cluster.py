@@ -32,9 +32,10 @@ class KafkaLog(Log):
         positions: Mapping[int, int] | None = None,
         committed_only: bool = True,
         from_end: bool = False,
+        leaders: Mapping[int, int] | None = None,
     ) -> Reader:
         """Follows partitions of a topic, see `Reader`."""
-        return Reader(self._settings, topic, partitions, positions, committed_only, from_end)
+        return Reader(self._settings, topic, partitions, positions, committed_only, from_end, leaders=leaders)
 
     def writer(self, transactional_id: str | None = None) -> Writer:
         """Sends records, see `Writer`."""

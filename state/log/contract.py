@@ -48,6 +48,7 @@ class LogReader(Protocol):
 
         Raises:
             GapError: records were deleted before we read them.
+            TruncatedLog: the log was cut back behind our position.
             UnknownTopic: the topic is gone, or is another topic of that name.
         """
         ...
@@ -57,6 +58,14 @@ class LogReader(Protocol):
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""
+        ...
+
+    def leader_epoch(self, partition: int, offset: int) -> int:
+        """The epoch of the leader that wrote the newest record before `offset`; -1 where this reader does not know. Any thread.
+
+        Kept with a position and told to the reader that goes on from it, it
+        shows whether the log was cut back meanwhile.
+        """
         ...
 
     def lag(self) -> dict[int, int]:
@@ -237,6 +246,7 @@ class Log(ABC):
         positions: Mapping[int, int] | None = None,
         committed_only: bool = True,
         from_end: bool = False,
+        leaders: Mapping[int, int] | None = None,
     ) -> LogReader:
         """Follows partitions of a topic from given positions.
 
@@ -247,11 +257,13 @@ class Log(ABC):
                 their beginning, or at their end with `from_end`.
             committed_only: Leave out records of open and aborted transactions.
             from_end: See `positions`.
+            leaders: Per partition `LogReader.leader_epoch` of its position, where that is known.
 
         Raises:
             UnreachableBroker: the log does not answer.
             UnknownTopic: there is no such topic or partition.
-            GapError: a position lies before the beginning or after the end.
+            GapError: a position lies before the beginning.
+            TruncatedLog: the log was cut back behind a position.
         """
 
     @abstractmethod

@@ -6,7 +6,7 @@ Part of `state.log`. Every log says these things in the same words, whatever it 
 from __future__ import annotations
 
 from state.config.sections import Kafka
-from state.errors import FencedWriter, GapError, UnknownTopic, UnreachableBroker
+from state.errors import FencedWriter, GapError, TruncatedLog, UnknownTopic, UnreachableBroker
 from state.positions import Gap, Source
 
 
@@ -54,7 +54,7 @@ def fenced(doing: str) -> FencedWriter:
 
 
 def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
-    """The error of a position outside what a partition keeps; only what lies before `begin` can be accepted as lost.
+    """The error of a position outside what a partition keeps; deleted before we came, or cut back behind us.
 
     Args:
         topic: The topic's name.
@@ -71,10 +71,28 @@ def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: i
             "restore them, raise the topic's retention.ms, or accept the loss",
             [Gap(Source(topic_id, partition), ours, begin)],
         )
-    return GapError(
-        f"topic {topic} partition {partition}: we were at {ours}, but the log ends at {end}: it was truncated, or "
-        "deleted and made again, or another cluster answers",
-        "restore it, or start a new state directory",
+    return truncated(topic, topic_id, partition, ours, end, end)
+
+
+def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, end: int) -> TruncatedLog:
+    """The error of a partition that was cut back behind our position, and may have grown again since.
+
+    Args:
+        topic: The topic's name.
+        topic_id: Its id.
+        partition: Number of the partition.
+        ours: Where we wanted to read on.
+        kept: Up to where the log still is the one that was read.
+        end: The position of the next record.
+    """
+    again = f" and has grown again to {end}" if end > kept else ""
+    return TruncatedLog(
+        f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"
+        f"{again}, so that offsets {kept} to {ours - 1} are used twice (a leader was elected that lacked records, a broker "
+        "lost what was not on disk, or another cluster answers)",
+        "look after the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
+        [Gap(Source(topic_id, partition), kept, ours)],
+        *(partition, ours, kept),
     )
 
 

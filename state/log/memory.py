@@ -62,9 +62,10 @@ class MemoryLog(Log):
         positions: Mapping[int, int] | None = None,
         committed_only: bool = True,
         from_end: bool = False,
+        leaders: Mapping[int, int] | None = None,
     ) -> MemoryReader:
         """Follows partitions of a topic from given positions."""
-        return MemoryReader(self._state, topic, partitions, positions, committed_only, from_end)
+        return MemoryReader(self._state, topic, partitions, positions, committed_only, from_end, leaders)
 
     def writer(self, transactional_id: str | None = None) -> MemoryWriter:
         """Sends records; with a transactional id also ends what a predecessor left open."""
@@ -81,6 +82,18 @@ class MemoryLog(Log):
             return [
                 record for each in found for record in each.read(each.begin, len(each.records), committed_only=True)[0]
             ]
+
+    def cut_back(self, topic: str, positions: Mapping[int, int]) -> None:
+        """Loses what lies from a position on, per partition, as an unclean election does; it grows again under another leader.
+
+        Raises:
+            UnknownTopic: There is no such topic.
+        """
+        with self._state.changed:
+            found = self._state.topic(topic, f"cut back topic {topic}").partitions
+            for number, offset in positions.items():
+                found[number].cut_back(offset)
+            self._state.changed.notify_all()
 
     def go_away(self) -> None:
         """Until `come_back` nobody answers: a poll finds nothing, everything else raises UnreachableBroker."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from state.errors import LogError, UnreachableBroker
 from state.log.contract import LogReader, LogWriter
-from state.log.failures import fenced, gap, made_again, unknown_partition
+from state.log.failures import fenced, gap, made_again, truncated, unknown_partition
+from state.log.leader_epochs import epoch_before, noted
 from state.log.memory_state import MemoryState, Partition, Topic, Transaction
 from state.log.memory_topics import MemoryTopics
 from state.log.partitioner import partition_of
@@ -32,6 +33,7 @@ class MemoryReader(LogReader):
         positions: Mapping[int, int] | None = None,
         committed_only: bool = True,
         from_end: bool = False,
+        leaders: Mapping[int, int] | None = None,
     ) -> None:
         self._state, self.topic = state, topic
         self._all, self._committed_only = partitions is None, committed_only
@@ -43,6 +45,7 @@ class MemoryReader(LogReader):
                 raise unknown_partition(topic, wanted[-1], len(found.partitions))
             start = {one: found.partitions[one].end if from_end else found.partitions[one].begin for one in wanted}
             self._positions = start | {one: at for one, at in (positions or {}).items() if one in start}
+            self._leaders = {one: noted((), self._positions[one] - 1, told) for one, told in (leaders or {}).items()}
             for number in wanted:
                 self._require_kept(number)
 
@@ -72,6 +75,10 @@ class MemoryReader(LogReader):
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""
         return self._positions[partition]
+
+    def leader_epoch(self, partition: int, offset: int) -> int:
+        """The epoch of the leader that wrote the newest record before `offset`; -1 where this reader does not know."""
+        return epoch_before(self._leaders.get(partition, ()), offset)
 
     def lag(self) -> dict[int, int]:
         """Per partition how many positions lie between ours and the log's end."""
@@ -122,6 +129,9 @@ class MemoryReader(LogReader):
         partition, ours = self._state.topics[self.topic].partitions[number], self._positions[number]
         if not partition.begin <= ours <= partition.end:
             raise gap(self.topic, self.topic_id, number, ours, partition.begin, partition.end)
+        epoch = self.leader_epoch(number, ours)
+        if epoch >= 0 and (kept := partition.end_of(epoch)) < ours:
+            raise truncated(self.topic, self.topic_id, number, ours, kept, partition.end)
 
     def _take(self, number: int, max_records: int) -> PartitionBatch | None:
         first = self._positions[number]
@@ -130,6 +140,7 @@ class MemoryReader(LogReader):
         if after == first:
             return None
         self._positions[number] = after
+        self._leaders[number] = noted(self._leaders.get(number, ()), after - 1, epoch_before(partition.leaders, after))
         return PartitionBatch(
             topic_id=self.topic_id,
             partition=number,

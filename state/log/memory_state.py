@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from state.config.sections import Kafka
 from state.errors import LogError
 from state.log.failures import unknown_topic, unreachable
+from state.log.leader_epochs import Known, noted
 from state.log.records import Headers
 
 LARGEST_RECORD = 1_048_588  # of a topic that says nothing, in bytes, as of Kafka's brokers
@@ -81,6 +82,7 @@ class Partition:
 
     def __init__(self) -> None:
         self.begin = self.end = 0
+        self.leaders: Known = ((-1, 0),)
         self.records: list[MemoryRecord] = []
         self._opened: list[tuple[int, Transaction]] = []
 
@@ -119,6 +121,17 @@ class Partition:
                 return found, record.offset
             found.append(record)
         return found, max(position, stop)
+
+    def cut_back(self, offset: int) -> None:
+        """Loses what lies from `offset` on, as with a leader that lacked it; what comes is of the next epoch."""
+        del self.records[self._index(offset) :]
+        self._opened = [one for one in self._opened if one[0] < offset]
+        self.end = min(self.end, offset)
+        self.leaders = noted(self.leaders, self.end, self.leaders[-1][1] + 1)
+
+    def end_of(self, epoch: int) -> int:
+        """Where the records of `epoch` and of those before it end."""
+        return next((first for first, known in self.leaders if known > epoch), self.end)
 
     def offset_before(self, time_ms: int) -> int:
         """The first position whose record was made at `time_ms` or later, else the end."""

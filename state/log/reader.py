@@ -1,8 +1,7 @@
 """Reads a topic by position: no group, no automatic commits, nothing skipped unseen.
 
-Part of `state.log`. The client hands over one object per record instead of
-one per record batch; `state.log.hook` changes that. Without the hook the
-plain, slower way is used.
+Part of `state.log`. The client hands over one object per record instead of one
+per record batch; `state.log.hook` changes that, else `plain` serves, slower.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from kafka import KafkaConsumer
 from kafka.structs import TopicPartition
 
 from state.config.sections import Kafka
-from state.errors import LogError, UnreachableBroker
-from state.log import hook
-from state.log.chunks import Chunk, as_batch, of_records, take
+from state.errors import TruncatedLog, UnreachableBroker
+from state.log import hook, plain, truncation
+from state.log.chunks import Chunk, as_batch, take
 from state.log.client import connect, translated
 from state.log.contract import LogReader
 from state.log.failures import gap, made_again, unknown_partition
+from state.log.leader_epochs import epoch_before, noted
 from state.log.records import PartitionBatch
 from state.log.topics import Topics
 
@@ -51,6 +51,7 @@ class Reader(LogReader):
         positions: Mapping[int, int] | None = None,
         committed_only: bool = True,
         from_end: bool = False,
+        leaders: Mapping[int, int] | None = None,
         batched: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,13 +65,15 @@ class Reader(LogReader):
                 their beginning, or at their end with `from_end`.
             committed_only: Leave out records of open and aborted transactions.
             from_end: See `positions`.
+            leaders: Per partition the epoch of the record before its position, where that is known.
             batched: Decode whole record batches; False for the client's way.
             clock: Seconds that never go back.
 
         Raises:
             UnreachableBroker: no broker answered in time.
             UnknownTopic: there is no such topic or partition.
-            GapError: a position lies before the beginning or after the end.
+            GapError: a position lies before the beginning.
+            TruncatedLog: the log was cut back behind a position.
         """
         self._settings = settings
         self.topic = topic
@@ -78,7 +81,7 @@ class Reader(LogReader):
         self._clock = clock
         self._topics = Topics(settings)
         try:
-            self._open(partitions, positions or {}, committed_only, from_end, batched)
+            self._open(partitions, positions or {}, committed_only, from_end, batched, leaders or {})
         except BaseException:
             self._topics.close()
             raise
@@ -100,6 +103,7 @@ class Reader(LogReader):
 
         Raises:
             GapError: records were deleted before we read them.
+            TruncatedLog: the log was cut back behind our position.
             UnknownTopic: the topic is gone, or is another topic of that name.
         """
         if not self._buffer:
@@ -117,11 +121,16 @@ class Reader(LogReader):
         """The next poll of this partition begins at `offset`."""
         self._buffer.pop(partition, None)
         self._positions[partition] = offset
-        self._consumer.seek(TopicPartition(self.topic, partition), offset)
+        each = TopicPartition(self.topic, partition)
+        truncation.seek(self._consumer, each, offset, self.leader_epoch(partition, offset))
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""
         return self._positions[partition]
+
+    def leader_epoch(self, partition: int, offset: int) -> int:
+        """The epoch of the leader that wrote the newest record before `offset`; -1 where this reader does not know."""
+        return epoch_before(self._leaders.get(partition, ()), offset)
 
     def lag(self) -> dict[int, int]:
         """Per partition how many positions lie between ours and the log's end, as last heard."""
@@ -171,6 +180,7 @@ class Reader(LogReader):
         committed_only: bool,
         from_end: bool,
         batched: bool,
+        leaders: Mapping[int, int],
     ) -> None:
         settings, topic = self._settings, self.topic
         info = self._topics.describe(topic)
@@ -179,6 +189,7 @@ class Reader(LogReader):
         if wanted and wanted[-1] >= info.partitions:
             raise unknown_partition(topic, wanted[-1], info.partitions)
         self._positions = self._begin(wanted, positions, from_end)
+        self._leaders = {one: noted((), self._positions[one] - 1, epoch) for one, epoch in leaders.items()}
         self._buffer: dict[int, deque[Chunk]] = {}
         self._refused = False
         self._paused = False
@@ -198,7 +209,12 @@ class Reader(LogReader):
             retry_backoff_ms=20,
         )
         self._batched = batched and hook.install(self._consumer, self._doubt)
-        self._assign()
+        try:
+            self._assign()
+            truncation.validate(self._consumer, topic, settings.request_timeout_s)
+        except kafka_errors.LogTruncationError as problem:
+            self._consumer.close(autocommit=False)
+            raise self._truncated(problem) from problem
 
     def _begin(self, wanted: list[int], positions: Mapping[int, int], from_end: bool) -> dict[int, int]:
         ends = self._topics.ends(self.topic)
@@ -225,7 +241,9 @@ class Reader(LogReader):
             self._paused = True
         try:
             found = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
-        except (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError) as problem:
+        except kafka_errors.LogTruncationError as problem:
+            raise self._truncated(problem) from problem
+        except kafka_errors.OffsetOutOfRangeError as problem:
             self._check()
             ends = self._topics.ends(self.topic)
             for partition, ours in self._positions.items():
@@ -236,7 +254,8 @@ class Reader(LogReader):
             self._assign()
             return
         except kafka_errors.CorruptRecordError as problem:
-            self._skip_corrupt(problem)
+            partition, chunk = plain.skip_corrupt(self._consumer, self.topic, self._positions, problem)
+            self._buffer[partition] = deque([chunk])
             return
         except kafka_errors.KafkaError as problem:
             with translated(self._settings, f"read topic {self.topic}"):
@@ -257,7 +276,7 @@ class Reader(LogReader):
         if self._batched:
             self._buffer = {each.partition: deque(chunks) for each, chunks in found.items()}
         else:
-            self._buffer = self._plain(found)
+            self._buffer = plain.chunks_of(self._consumer, self.topic, self._positions, found)
 
     def _check(self) -> int:
         """Number of partitions, if the topic is still the same one."""
@@ -266,33 +285,16 @@ class Reader(LogReader):
             raise made_again(self.topic, self.topic_id, info.topic_id)
         return info.partitions
 
+    def _truncated(self, problem: kafka_errors.LogTruncationError) -> TruncatedLog:
+        self._check()
+        return truncation.as_error(problem, self.topic, self.topic_id, self._positions, self._topics.ends(self.topic))
+
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
         chunks = self._buffer[partition]
         taken = take(chunks, max_records)
         if not chunks:
             del self._buffer[partition]
         first, self._positions[partition] = self._positions[partition], taken[-1].next
+        for chunk in taken:
+            self._leaders[partition] = noted(self._leaders.get(partition, ()), chunk.first, chunk.leader_epoch)
         return as_batch(self.topic_id, partition, first, taken)
-
-    def _plain(self, found: Mapping[TopicPartition, Sequence[Any]]) -> dict[int, deque[Chunk]]:
-        """Chunks out of the client's own records; its position tells of those without any."""
-        buffer = {}
-        for partition, ours in self._positions.items():
-            each = TopicPartition(self.topic, partition)
-            records = found.get(each, ())
-            after = self._consumer.position(each)
-            if records or after > ours:
-                buffer[partition] = deque([of_records(ours, after, records)])
-        return buffer
-
-    def _skip_corrupt(self, problem: Exception) -> None:
-        """Without the hook a corrupt batch shows only as an error of one of the partitions."""
-        for partition in self._positions:
-            each = TopicPartition(self.topic, partition)
-            if f"{each}" in str(problem):
-                at = self._consumer.position(each)
-                ours = self._positions[partition]
-                self._consumer.seek(each, at + 1)
-                self._buffer[partition] = deque([Chunk(ours, at + 1, corrupt=str(problem))])
-                return
-        raise LogError(f"cannot read topic {self.topic}: {problem}") from problem

@@ -18,7 +18,7 @@ import pytest
 
 import state.log
 from state.config.sections import Kafka
-from state.errors import FencedWriter, GapError, LogError, UnknownTopic
+from state.errors import FencedWriter, GapError, LogError, TruncatedLog, UnknownTopic
 from state.log import Log, LogTopics, partition_of
 from state.positions import Gap, Source
 from tests.conftest import KafkaFactory
@@ -371,6 +371,19 @@ def test_a_compacted_topic_takes_no_record_without_a_key(log: Log, topics: LogTo
     assert topics.ends(settings.clicks_topic) == {0: (0, 1)}
 
 
+def test_a_reader_tells_the_leaders_epoch_and_goes_on_from_it(log: Log, clicks: str) -> None:
+    write(log, clicks, [b"a", b"b"])
+    with log.reader(clicks) as reader:
+        assert reader.leader_epoch(0, 0) == -1
+        read_until(reader, {0: 2})
+        epoch = reader.leader_epoch(0, 2)
+        assert epoch >= 0
+    write(log, clicks, [b"c"])
+    with log.reader(clicks, positions={0: 2}, leaders={0: epoch}) as reader:
+        assert reader.leader_epoch(0, 2) == epoch
+        assert values(read_until(reader, {0: 3})) == [b"c"]
+
+
 def test_records_deleted_before_they_were_read_are_a_gap(log: Log, topics: LogTopics, clicks: str) -> None:
     write(log, clicks, [b"x"] * 10)
     with log.reader(clicks) as reader:
@@ -380,9 +393,9 @@ def test_records_deleted_before_they_were_read_are_a_gap(log: Log, topics: LogTo
         assert caught.value.gaps == (Gap(Source(reader.topic_id, 0), 0, 6),)
     with pytest.raises(GapError, match=r"4 positions"):
         log.reader(clicks, positions={0: 2})
-    with pytest.raises(GapError, match="ends at 10") as caught:
+    with pytest.raises(TruncatedLog, match="ends at 10") as caught:
         log.reader(clicks, positions={0: 11})
-    assert caught.value.gaps == (), "there is nothing to accept"
+    assert caught.value.gaps == (Gap(Source(topics.describe(clicks).topic_id, 0), 10, 11),)
     with log.reader(clicks, positions={0: 6}) as reader:
         assert len(values(read_until(reader, {0: 10}))) == 4
 
