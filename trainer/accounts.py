@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from state.accounts import TrainerAccount, check_accounts
-from state.errors import GapError, SpringtideError
+from state.errors import GapError, SpringtideError, TruncatedLog
 from state.log import accepted_gaps
 from state.log.accepted_gaps import Accepted, Journal
 from state.log.gaps import Consent, how_to_go_on
@@ -52,9 +52,10 @@ class Passages:
             marks: The next offset of each source: what follows them may be missing too.
 
         Raises:
-            GapError: Nobody accepted it, or the log ends too early.
+            GapError: Nobody accepted it.
+            TruncatedLog: The log was cut back, which is no loss that anybody can accept: the trainer goes back.
         """
-        if len(error.gaps) != 1:
+        if len(error.gaps) != 1 or isinstance(error, TruncatedLog):
             raise error
         (gap,) = error.gaps
         self._pass([gap], error, gap.source.topic_id, marks)

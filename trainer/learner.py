@@ -104,7 +104,7 @@ class Learner:
             UnknownVersion: The base is not kept.
             CorruptVersion: The base fails its digest.
             UnknownTopic: The training log was made anew since that version.
-            GapError: The log does not reach back to that version any more, and nobody accepted it.
+            GapError: The log does not lead on from it: deleted, and nobody accepted it, or cut back (TruncatedLog).
         """
         self.control = control
         found = self._registry.newest_good(control.epoch)
@@ -267,7 +267,9 @@ class Learner:
 
     def publish(self) -> None:
         """Hands what changed to the publisher; the copy is made here, in the step thread."""
-        self.place = self._publications.publish(self.place, self.control, self._account(), self._reader.topic_id)
+        leader = self._reader.leader_epoch(self._settings.trainer.partition, self.place.next)
+        place = replace(self.place, leader_epoch=leader)
+        self.place = self._publications.publish(place, self.control, self._account(), self._reader.topic_id)
 
     def _settle(self, wait: bool = False) -> None:
         made = self._publications.settle(wait)

@@ -5,7 +5,8 @@
    analysed the feature spec of the settings.
 3. Builds the trainer and lowers its program, checked against the model.
 4. Creates control generation 1 where there is no control.
-5. Enters control's epoch: its newest version, else its base, else nothing.
+5. Enters control's epoch: its newest version, else its base, else nothing. Where the training log was cut back behind
+   that, it goes back to the newest version that the log still leads to (`trainer/recovery.py`).
 6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
    then publishes what is left and ends with 0.
 
@@ -38,7 +39,7 @@ from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import SpringtideError, of_disk
+from state.errors import SpringtideError, TruncatedLog, of_disk
 from state.features.spec import FeatureSpec
 from state.log import Reader
 from state.log.gap_options import take_options
@@ -46,11 +47,12 @@ from state.log.gaps import Consent
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
-from state.registry.control import start
+from state.registry.control import Control, start
 from state.registry.registry import Registry
 from state.registry.specs import require_preprocessing
 from trainer.checks import check_own, is_own
 from trainer.compaction import Compaction, doubt
+from trainer.recovery import recover
 
 if TYPE_CHECKING:
     from trainer.learner import Learner
@@ -129,16 +131,34 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
             start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=time.time_ns() // 1_000_000)
         )
 
-    def open_log(offset: int | None) -> Reader:
+    def open_log(offset: int | None, leader: int = -1) -> Reader:
         partition = settings.trainer.partition
         positions = {} if offset is None else {partition: offset}
-        return Reader(settings.kafka, settings.kafka.microbatches_topic, [partition], positions)
+        topic = settings.kafka.microbatches_topic
+        return Reader(settings.kafka, topic, [partition], positions, leaders={partition: leader} if positions else {})
 
     about = registry.spec(spec.digest)
     learner = Learner(settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent)
     # 5.
-    learner.enter(control)
+    enter(learner, registry, control)
     return learner
+
+
+def enter(learner: Learner, registry: Registry, control: Control) -> None:
+    """Enters control's epoch; where the log was cut back behind its version, one that goes back as far as that.
+
+    Raises:
+        TruncatedLog: No version can be learned on from.
+        SpringtideError: See `Learner.enter`.
+    """
+    while True:
+        try:
+            learner.enter(control)
+            return
+        except TruncatedLog as lost:
+            # Each time an older version: that one's end of the log may be gone too.
+            who = f"trainer:{getpass.getuser()}"
+            control = recover(registry, control, lost, who, time.time_ns() // 1_000_000)
 
 
 def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event, consent: Consent = NO_CONSENT) -> None:

@@ -30,6 +30,7 @@ class TrainingPlace:
         gap: Source positions that no record held, a loss that was accepted.
         before: Source positions before the first one of this line, summed over sources.
         left_out: Records of the log that could not be learned from, a loss that was accepted.
+        leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, set where a version is made.
         changed: Whether there was a step since `parent`.
     """
 
@@ -44,6 +45,7 @@ class TrainingPlace:
     gap: int = 0
     before: int = 0
     left_out: int = 0
+    leader_epoch: int = -1
     changed: bool = False
 
     @classmethod

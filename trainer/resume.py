@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-from state.errors import GapError, UnknownTopic
+from state.errors import GapError, TruncatedLog, UnknownTopic
 from state.log import LogReader
 from state.positions import Source
 from state.registry.log_line import LogLine, onward
 from state.registry.manifest import Manifest
 from trainer.accounts import Passages
 
-OpenLog = Callable[[int | None], LogReader]
-"""Opens the training log at an offset; None is its beginning."""
+
+class OpenLog(Protocol):
+    """Opens the training log."""
+
+    def __call__(self, offset: int | None, leader: int = -1) -> LogReader:
+        """The log at an offset.
+
+        Args:
+            offset: None is its beginning.
+            leader: The leader's epoch of the record before it; -1 where that is not known.
+        """
+        ...
 
 
 def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passages) -> tuple[LogReader, int]:
@@ -21,11 +31,14 @@ def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passa
     Raises:
         UnknownTopic: The log was made anew since that version.
         GapError: It does not reach back to that version any more, and nobody accepted it.
+        TruncatedLog: It was cut back behind that version.
     """
     source = Source(restored.log.topic_id, restored.log.partition)
     at = passages.past(source, onward(line, restored.log.next))
     try:
-        log = open_log(at)
+        log = open_log(at, restored.log.leader_epoch)
+    except TruncatedLog:
+        raise
     except GapError as error:
         at = onward(line, passages.pass_log(error, restored.marks))
         log = open_log(at)

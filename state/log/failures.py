@@ -89,7 +89,7 @@ def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, e
     return TruncatedLog(
         f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"
         f"{again}, so that offsets {kept} to {ours - 1} are used twice (a leader was elected that lacked records, a broker "
-        "lost what was not on disk, or another cluster answers)",
+        "lost what was not on disk, the topic was made again, or another cluster answers)",
         "look after the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
         [Gap(Source(topic_id, partition), kept, ours)],
         *(partition, ours, kept),

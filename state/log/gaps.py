@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from state.errors import GapError, SettingsError
+from state.errors import GapError, SettingsError, TruncatedLog
 from state.positions import Gap
 
 _RECORDS = re.compile(r"(\d+)(?:-(\d+))?")
@@ -118,6 +118,15 @@ class Consent:
         True
         """
         return any(offset in one for one in self.records)
+
+
+def in_words(lost: TruncatedLog) -> str:
+    """What a log lost that was cut back, short enough for a reason.
+
+    >>> in_words(TruncatedLog("", ours=90, kept=60))
+    'was cut back to offset 60, and we were at 90'
+    """
+    return f"was cut back to offset {lost.kept}, and we were at {lost.ours}"
 
 
 def how_to_go_on(error: GapError, command: str) -> GapError:

@@ -140,7 +140,9 @@ class MemoryReader(LogReader):
         if after == first:
             return None
         self._positions[number] = after
-        self._leaders[number] = noted(self._leaders.get(number, ()), after - 1, epoch_before(partition.leaders, after))
+        for start, epoch in partition.leaders:
+            if start < after and first < partition.end_of(epoch):
+                self._leaders[number] = noted(self._leaders.get(number, ()), max(start, first), epoch)
         return PartitionBatch(
             topic_id=self.topic_id,
             partition=number,

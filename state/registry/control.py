@@ -18,7 +18,7 @@ from state.features.mask import Mask
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.mask_entries import MaskEntry, added, joined
 
-Action = Literal["start", "pin", "follow", "rollback", "unmask", "hold", "release", "pause", "resume"]
+Action = Literal["start", "pin", "follow", "rollback", "unmask", "hold", "release", "pause", "resume", "recover"]
 Mode = Literal["fast", "exact"]
 
 
@@ -192,6 +192,17 @@ def roll_back(
         mode="fast" if log is None else "exact",
         log=control.log if log is None else log,
     )
+
+
+def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) -> Control:
+    """The trainer goes back to version `to`, the newest that it can learn on from; answers and masks stay as they are wanted.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> back = recover(first, 40, actor="trainer", reason="the training log ends before version 41", now_ms=9)
+    >>> back.epoch, back.base, back.serving.mode
+    (2, 40, 'follow')
+    """
+    return _next(control, "recover", actor, reason, now_ms, epoch=control.epoch + 1, base=to, lifted=(), mode="fast")
 
 
 def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: str, now_ms: int) -> Control:

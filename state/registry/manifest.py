@@ -33,6 +33,8 @@ class LogRange:
         first: The offset of the first record.
         next: Where the trainer reads on.
         epoch: The epoch of the log that it is in there, see `state/registry/log_line.py`.
+        leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, which shows whether the log was cut
+            back behind it; -1 where it is not known, as in versions of 0.1.0.
     """
 
     topic: str = ""
@@ -41,6 +43,7 @@ class LogRange:
     first: int = 0
     next: int = 0
     epoch: int = 1
+    leader_epoch: int = -1
 
 
 @dataclass(frozen=True, slots=True)

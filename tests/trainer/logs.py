@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from state.config.sections import Kafka
 from state.features.mask import Mask
-from state.log import Log, MemoryLog
+from state.log import Log, LogReader, MemoryLog
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
@@ -48,7 +48,12 @@ def append(log: Log, records: Sequence[bytes], topic: str = LOG) -> None:
 
 
 def opener(log: Log, topic: str = LOG) -> OpenLog:
-    return lambda offset: log.reader(topic, [0], {} if offset is None else {0: offset})
+    def opens(offset: int | None, leader: int = -1) -> LogReader:
+        return log.reader(
+            topic, [0], {} if offset is None else {0: offset}, leaders={} if offset is None else {0: leader}
+        )
+
+    return opens
 
 
 def started(path: Path) -> Registry:

@@ -59,7 +59,7 @@ def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory
         running.close()
         versions = registry.versions()
         # Started again: the new log is shorter than our position, then longer.
-        with pytest.raises(GapError, match=r"log ends at 4: .*made again"):
+        with pytest.raises(GapError, match=r"we read ends at 4: .*made again"):
             learner(registry, log, *flags)
         make(log, topic, RECORDS[:6])
         with pytest.raises(UnknownTopic, match=r"deleted and made again; start a new state directory"):

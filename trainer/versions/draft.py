@@ -68,7 +68,9 @@ class Drafter:
             epoch=place.epoch,
             parent=place.parent or None,
             log=LogRange(
-                *(self.topic, topic_id, self.partition, place.first, place.next), epoch_at(control.log, place.next)
+                *(self.topic, topic_id, self.partition, place.first, place.next),
+                epoch_at(control.log, place.next),
+                place.leader_epoch,
             ),
             sources=tuple(place.marks.items()),
             steps=counters.steps,
