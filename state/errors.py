@@ -137,19 +137,12 @@ class GapError(LogError):
 
 
 class TruncatedLog(GapError):
-    """A log was cut back behind our position, so that offsets are used twice. Do as the message says: what to do differs by who meets it.
+    """A log was cut back behind our position, so that offsets are used twice: those of its gap. Do as the message says: it differs by who meets it."""
 
-    Attributes:
-        partition: The partition.
-        ours: Where we wanted to read on.
-        kept: Up to where the log still is the one that was read; the newest place to go back to.
-    """
-
-    def __init__(
-        self, what: str, do: str = "", gaps: Iterable[Gap] = (), partition: int = 0, ours: int = 0, kept: int = 0
-    ) -> None:
-        super().__init__(what, do, gaps)
-        self.partition, self.ours, self.kept = partition, ours, kept
+    @property
+    def kept(self) -> int:
+        """Up to where the log still is the one that was read."""
+        return self.gaps[0].first
 
 
 class FencedWriter(LogError):

@@ -87,4 +87,4 @@ def newest_within(registry: Registry, control: Control, lost: TruncatedLog) -> M
 
 
 def _hopeless(lost: TruncatedLog, do: str) -> TruncatedLog:
-    return TruncatedLog(lost.what, do, lost.gaps, lost.partition, lost.ours, lost.kept)
+    return TruncatedLog(lost.what, do, lost.gaps)

@@ -92,7 +92,6 @@ def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, e
         "lost what was not on disk, the topic was made again, or another cluster answers)",
         "look after the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
         [Gap(Source(topic_id, partition), kept, ours)],
-        *(partition, ours, kept),
     )
 
 

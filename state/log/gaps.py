@@ -123,10 +123,11 @@ class Consent:
 def in_words(lost: TruncatedLog) -> str:
     """What a log lost that was cut back, short enough for a reason.
 
-    >>> in_words(TruncatedLog("", ours=90, kept=60))
+    >>> from state.positions import Source
+    >>> in_words(TruncatedLog("", "", [Gap(Source("ab" * 16, 0), 60, 90)]))
     'was cut back to offset 60, and we were at 90'
     """
-    return f"was cut back to offset {lost.kept}, and we were at {lost.ours}"
+    return f"was cut back to offset {lost.kept}, and we were at {lost.gaps[0].next}"
 
 
 def how_to_go_on(error: GapError, command: str) -> GapError:

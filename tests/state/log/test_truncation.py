@@ -63,7 +63,7 @@ def test_a_partition_of_kafka_cut_back_and_grown_again(own: Broker) -> None:
             "ends at 6: the log was cut back and has grown again to 15, so that offsets 6 to 9 are used twice"
             in str(raised.value)
         )
-        assert (raised.value.partition, raised.value.ours, raised.value.kept) == (0, 10, 6)
+        assert raised.value.kept == 6
         assert raised.value.gaps == (Gap(Source(topic_id, 0), 6, 10),)
     # 3. One that begins and knows the epoch of the record before its position.
     with pytest.raises(TruncatedLog, match="ends at 6"):
