@@ -39,9 +39,11 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
 
 
 def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
-    """Checks the functions of the user's own."""
+    """Checks the functions of the user's own, and that the newest version fits the model."""
     from deploy.startup import own_model
+    from state.registry.model_fit import require_same_model
 
+    require_same_model(settings)
     if not own_model.is_own(settings):
         say("model.ranker, model.tower and model.preprocessing are the default ones: there is nothing to check")
     own_model.check(settings, say)

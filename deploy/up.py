@@ -107,10 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.startup.steps import Startup
         from deploy.watch.live import Screen
         from state.config.loading import load
+        from state.registry.model_fit import require_same_model
 
         accepted, words = take_accepted(words)
         shoppers = "--no-shoppers" not in words
         settings = load([word for word in words if word != "--no-shoppers"])
+        # Before anything starts: some settings alone tell that the newest version cannot be loaded.
+        require_same_model(settings)
         signals = Signals()
         return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted).run()
     except SpringtideError as error:

@@ -112,6 +112,10 @@ class SpecMismatch(SpringtideError):
     """The feature settings are not those of the stored state. Put `[features]` and `events.actions` back, or start a new state directory."""
 
 
+class ModelMismatch(SettingsError):
+    """The newest version was trained with another model. Put the settings back that the message names, or learn anew from the training log as it says."""
+
+
 class LogError(SpringtideError):
     """Kafka refused or lost something. See the class below it for what to do; the process may be started again."""
 

@@ -9,7 +9,9 @@ A ranker is checked by `trainer/ranker_checks.py`. A tower, on made-up rows, in 
    seed counts only in training, and a row gives alone what it gives in a batch.
 4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
 
-Then the whole model with it is lowered and compared, as the trainer does.
+Then the weights of the version that training would go on from are compared
+with the model's, and the whole model with the tower is lowered and compared,
+as the trainer does.
 """
 
 from __future__ import annotations
@@ -213,12 +215,14 @@ def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) 
 
 
 def _check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
-    """As `check_own`, behind the graph in `transform`, then lowers the whole model of a tower."""
+    """As `check_own`, behind the graph in `transform`, then holds it to the version at hand and lowers the whole model of a tower."""
     from trainer.model.default_ranker import DefaultRanker
+    from trainer.versions.fit import require_settings_fit
     from trainer.versions.program import build, preprocessing_of
 
     preprocessing = preprocessing_of(transform) if transform else None
     said = check_own(settings, spec, preprocessing)
+    require_settings_fit(settings, spec)
     if settings.model.ranker == ModelSettings().ranker:
         build(DefaultRanker(settings.model, spec, preprocessing))
     return said

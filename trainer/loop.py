@@ -48,6 +48,7 @@ from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control, start
+from state.registry.model_fit import require_same_model
 from state.registry.registry import Registry
 from state.registry.specs import require_preprocessing
 from trainer.checks import check_own, is_own
@@ -106,6 +107,7 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
     """Builds the trainer and its program, and enters control's epoch.
 
     Raises:
+        ModelMismatch: The newest version was trained with another model.
         ProgramError: The model does not lower, or the program answers otherwise.
         SpringtideError: The registry or the training log cannot be used.
     """
@@ -114,6 +116,7 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
         from trainer import device
         from trainer.engine.step import Trainer
         from trainer.learner import Learner
+        from trainer.versions.fit import require_ranker_fits
         from trainer.versions.program import build, preprocessing_of
 
         # Threads are fixed before the first operation, which loading the graph is.
@@ -122,6 +125,7 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
         require_preprocessing(registry.spec(spec.digest), settings.model)
         # 3.
         trainer = Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
+        require_ranker_fits(registry, settings, trainer.model)
         program = registry.add_program(build(trainer.model))
     logger.info("program %s ready on %s", program[:12], trainer.device)
     # 4.
@@ -173,6 +177,8 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     # 1.
     with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK):
         registry = Registry(settings.registry_dir)
+        # Before TensorFlow: some settings alone tell that the newest version cannot be loaded.
+        require_same_model(settings)
         for name in registry.sweep():
             logger.info("swept %s, left by a writer that died", name)
         serve(collected, settings.trainer.metrics_port)

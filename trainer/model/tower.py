@@ -11,11 +11,9 @@ from state.config.sections import Model as ModelSettings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from state.process.user_code import load_named
+from state.registry.model_fit import FORMER_TOWERS
 from trainer.model.first_values import uniform
 from trainer.model.preprocessing import Logarithms, Preprocessing, Tensor
-
-FORMER = ("trainer.network:build", "trainer.model.network:build")
-"""What earlier releases called the default tower; settings may still name it so."""
 
 
 class Tower(Protocol):
@@ -107,7 +105,7 @@ def load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
     Raises:
         SettingsError: There is none.
     """
-    if path in FORMER:
+    if path in FORMER_TOWERS:
         return build
     found: Callable[[int, ModelSettings], Tower] = load_named(path, "model.tower")
     return found

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from state.config.sections import Model
+from state.registry.model_fit import FORMER_TOWERS
 from state.rows.tables import tables_in
-from trainer.model.tower import FORMER
 from trainer.versions.content import COLUMNS, PENDING, ROWS, Array, Tensors
 
 
@@ -126,10 +126,10 @@ def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> 
 
     >>> environment_differences({"numpy": "2.3", "device": "/CPU:0"}, {"numpy": "2.4", "device": "/CPU:0"})
     ['numpy was 2.3 and is 2.4']
-    >>> environment_differences({"model.tower": FORMER[0]}, {"model.tower": Model().tower})
+    >>> environment_differences({"model.tower": FORMER_TOWERS[0]}, {"model.tower": Model().tower})
     []
     """
-    then = {name: Model().tower if value in FORMER else value for name, value in then.items()}
+    then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
     return [
         f"{name} was {then[name]} and is {now[name]}"
         for name in sorted(then.keys() & now.keys())

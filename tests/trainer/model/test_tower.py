@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from trainer.model.tower import FORMER, DenseTower, build, dropped, load_builder
+from state.registry.model_fit import FORMER_TOWERS
+from trainer.model.tower import DenseTower, build, dropped, load_builder
 
 
 def test_dropout_repeats_with_its_seed_and_keeps_the_expected_share() -> None:
@@ -17,4 +18,4 @@ def test_dropout_repeats_with_its_seed_and_keeps_the_expected_share() -> None:
 
 
 def test_what_earlier_releases_called_the_default_tower_is_the_default_tower() -> None:
-    assert [load_builder(path) for path in FORMER] == [build] * len(FORMER)
+    assert [load_builder(path) for path in FORMER_TOWERS] == [build] * len(FORMER_TOWERS)

@@ -1,0 +1,141 @@
+"""A model that the newest version does not fit is refused early, by name, with what to type; any other goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from deploy import up
+from state.config.settings import Settings
+from state.errors import ModelMismatch, SettingsError
+from state.registry.control import start
+from state.registry.manifest import Draft, LogRange
+from state.registry.model_fit import require_same_model
+from state.registry.registry import Registry
+from tests.trainer.clicks import SALT, SPEC, batches, small_settings
+from tests.trainer.logs import write_transform
+from trainer.engine.step import Trainer
+from trainer.versions import checkpoint, content
+from trainer.versions.fit import require_ranker_fits, require_settings_fit
+
+HIDDEN, DIM = ("--model.hidden", "24,8"), ("--model.dim", "16")
+OWN_TOWER = ("--model.tower", "deploy.examples.own_model.tower:build")
+OTHER_RANKER = ("--model.ranker", "deploy.examples.two_tower.ranker:build")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """A base and a delta of the small model."""
+    settings = small_settings("--paths.state", str(tmp_path))
+    found, trainer = Registry(settings.registry_dir), Trainer(settings, SPEC)
+    found.propose(start(actor="test", reason="test", now_ms=0))
+    environment = checkpoint.environment(settings, trainer.device)
+    parent = None
+    for batch in batches(0, 2):
+        tensors = checkpoint.full(trainer) if parent is None else checkpoint.changes(trainer)
+        kind = "base" if parent is None else "delta"
+        draft = Draft(kind, 1, parent, LogRange(), (), 0, 0, 0, 0, SPEC.digest, "", "", environment=environment)
+        parent = found.publish(draft, content.encode(tensors)).version
+        trainer.step(batch)
+    return found
+
+
+def changed(registry: Registry, flags: Sequence[str]) -> Settings:
+    return small_settings("--paths.state", str(registry.path.parent), *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "differs", "back"),
+    [
+        (HIDDEN, "model.hidden was 16,8 and is 24,8", "--model.hidden 16,8"),
+        (DIM, "model.dim was 8 and is 16", "--model.dim 8"),
+        (
+            [*HIDDEN, *DIM],
+            "model.dim was 8 and is 16, model.hidden was 16,8 and is 24,8",
+            "--model.dim 8 --model.hidden 16,8",
+        ),
+    ],
+)
+def test_settings_alone_tell_what_differs_and_what_to_type(
+    registry: Registry, flags: Sequence[str], differs: str, back: str
+) -> None:
+    with pytest.raises(ModelMismatch) as refused:
+        require_same_model(changed(registry, flags))
+    assert refused.value.what == f"version 2 in {registry.path} was trained with another model: {differs}"
+    rows = registry.path.parent / "serving" / "rows"
+    assert refused.value.do == (
+        f"put the settings back ({back}); or learn anew from the training log: stop everything, type "
+        f"`mv {registry.path} {registry.path}.before; rm -r {rows}`, start again"
+    )
+
+
+def test_where_nothing_was_trained_nothing_is_refused(tmp_path: Path) -> None:
+    require_same_model(small_settings("--paths.state", str(tmp_path), *HIDDEN))
+    Registry(tmp_path / "registry")
+    require_same_model(small_settings("--paths.state", str(tmp_path), *HIDDEN))
+
+
+@pytest.mark.parametrize(
+    ("flags", "loads"),
+    [
+        ((), True),
+        (("--model.learning_rate", "0.3", "--model.dropout", "0.5"), True),
+        (("--model.tower", "trainer.network:build"), True),
+        (HIDDEN, False),
+        (DIM, False),
+        (OWN_TOWER, False),
+        (OTHER_RANKER, False),
+    ],
+    ids=str,
+)
+def test_a_version_is_refused_early_where_it_could_not_be_loaded_and_only_there(
+    registry: Registry, flags: Sequence[str], loads: bool
+) -> None:
+    settings = changed(registry, flags)
+    trainer = Trainer(settings, SPEC)
+    if loads:
+        require_same_model(settings)
+        require_ranker_fits(registry, settings, trainer.model)
+        checkpoint.restore(registry, 2, trainer, SPEC.digest)
+        return
+    with pytest.raises(ModelMismatch, match=r"version 2 .* was trained with another model: .*--model\."):
+        require_ranker_fits(registry, settings, trainer.model)
+    with pytest.raises(SettingsError):
+        checkpoint.restore(registry, 2, trainer, SPEC.digest)
+
+
+def test_a_tower_of_ones_own_is_refused_by_its_weights(registry: Registry) -> None:
+    settings = changed(registry, OWN_TOWER)
+    require_same_model(settings)
+    with pytest.raises(ModelMismatch) as refused:
+        require_ranker_fits(registry, settings, Trainer(settings, SPEC).model)
+    assert f"model.tower was trainer.model.tower:build and is {OWN_TOWER[1]}" in refused.value.what
+    assert "none in the version" in refused.value.what
+    assert "--model.tower trainer.model.tower:build" in refused.value.do
+
+
+def test_check_model_holds_a_tower_to_the_version_at_hand(registry: Registry) -> None:
+    """What `springtide check-model` and `up` ask of a model of the user's own, before anything starts."""
+    require_settings_fit(changed(registry, OWN_TOWER), SPEC)  # nothing was bootstrapped
+    registry.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
+    require_settings_fit(changed(registry, ()), SPEC)
+    with pytest.raises(ModelMismatch, match=r"model\.tower was"):
+        require_settings_fit(changed(registry, OWN_TOWER), SPEC)
+
+
+def test_trainer_and_up_say_so_before_tensorflow_is_loaded_or_anything_is_started(
+    registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--paths.state", str(registry.path.parent), "--model.dim", "8", "--model.hidden", "24,8"]
+    done = subprocess.run([sys.executable, "-m", "trainer.loop", *flags], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "ModelMismatch: version 2 in " in done.stderr
+    assert "TensorFlow" not in done.stderr
+    assert up.main(flags) == 2
+    said = capsys.readouterr()
+    assert "springtide: version 2 in " in said.err
+    assert said.out == ""

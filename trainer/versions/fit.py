@@ -1,0 +1,41 @@
+"""Whether the version at hand has the weights of a ranker that is built: refused before its program is lowered."""
+
+from __future__ import annotations
+
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.registry.model_fit import require_fit
+from state.registry.registry import Registry
+from trainer.engine.build import TRANSITION, ranker_of
+from trainer.engine.engine import CROSS
+from trainer.engine.own_tables import EMBEDDINGS
+from trainer.model.ranker import Ranker
+from trainer.versions.program import preprocessing_of
+
+
+def require_ranker_fits(registry: Registry, settings: Settings, ranker: Ranker) -> None:
+    """Refuses a ranker whose weights or rows the version at hand does not have.
+
+    Raises:
+        ModelMismatch: It names what differs and what to type.
+        CorruptVersion: The version's manifest fails its digest.
+    """
+    widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(ranker.tables)
+    dense = {name: tuple(one.shape) for name, one in ranker.dense.items()}
+    require_fit(registry, settings, dense, widths, (CROSS, TRANSITION))
+
+
+def require_settings_fit(settings: Settings, spec: FeatureSpec) -> None:
+    """As `require_ranker_fits`, of the ranker that the settings make; does nothing where nothing was trained.
+
+    Raises:
+        ModelMismatch: See there.
+        SettingsError: There is no such ranker.
+        RegistryError: The registry cannot be read.
+    """
+    if not settings.registry_dir.is_dir():
+        return
+    registry = Registry(settings.registry_dir)
+    if registry.control() is not None and spec.digest in registry.specs():
+        preprocessing = preprocessing_of(registry.transform(spec.digest))
+        require_ranker_fits(registry, settings, ranker_of(settings, spec, preprocessing))
