@@ -12,7 +12,7 @@
     │   ├── gaps/                losses that the trainer accepted, records left out among them
     │   ├── tmp/                 being written; swept
     │   └── trainer.lock, compactor.lock
-    ├── stream-<shard>/          lock
+    ├── stream-<shard>/          lock, writer (the transactional id)   streaming/fencing.py
     │   ├── histories/           the stream's store               state/history/store.py
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
     │   └── attributes/                                           state/attributes/store.py
@@ -42,6 +42,7 @@ GAPS = "gaps"  # also the extra of the stream's histories that holds what the st
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 
 SERVING, KAFKA, LOGS, REPLAY = "serving", "kafka", "logs", "replay"
+WRITER = "writer"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
 DATA, MARK = "data.mdb", "mark.json"
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import SettingsError, SpringtideError, of_disk
+from state.errors import SettingsError, SpringtideError, UnknownTopic, of_disk
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
@@ -35,11 +35,11 @@ from state.layout import HISTORIES
 from state.process.progress_line import ProgressLine
 from streaming import takeover
 from streaming.desired import ControlWatch
+from streaming.fencing import open_writer
 from streaming.going_back import take_back
 from streaming.histories import check_identity
 from streaming.rebuild_log import Rebuild
 from streaming.rebuild_report import Rebuilt, progress_on, told
-from streaming.writer import open_writer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,10 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         salt = load_salt(settings.salt_path, create=False)
         if (aside := takeover.finish(folder)) is not None:
             say(f"an earlier rebuild was complete and is in use now; the store before it is {aside}")
-        open_writer(settings).close()
+        try:
+            open_writer(settings).close()
+        except UnknownTopic as error:
+            logger.warning("no writer is fenced: %s", error)
         place = takeover.begin(folder)
         if copy is not None:
             HistoryStore.copied(copy, place, spec.history, map_bytes)

@@ -8,33 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from state.config.settings import Settings
 from state.errors import UnreachableBroker
-from state.log import LogWriter, Writer
+from state.log import LogWriter
 from state.positions import Source
 from state.process import killpoints
 from streaming.cut import Cut, encode_cut
 from streaming.desired import NOTHING_DESIRED, Desired
+from streaming.fencing import open_writer
 from streaming.letters import send_letters
 
 logger = logging.getLogger(__name__)
-
-
-def transactional_id(shard: int) -> str:
-    """By which Kafka fences a zombie of the same shard.
-
-    >>> transactional_id(0)
-    'springtide-stream-0'
-    """
-    return f"springtide-stream-{shard}"
-
-
-def open_writer(settings: Settings) -> Writer:
-    """A writer of the shard; it ends what a predecessor left open, and fences it.
-
-    Raises:
-        UnreachableBroker: No broker answered in time.
-        LogError: The cluster refused.
-    """
-    return Writer(settings.kafka, transactional_id=transactional_id(settings.stream.shard))
 
 
 class ShardWriter:

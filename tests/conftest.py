@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -18,7 +16,6 @@ from tests.one_kafka import OneKafka, Running, ask
 
 KafkaFactory = Callable[..., Kafka]
 
-ROOT = Path(__file__).parents[1]
 LOOP = "tests/e2e/loop/"
 KAFKA = pytest.StashKey[OneKafka]()
 # Test brokers live for minutes: the quick compiler alone costs half of what both do.
@@ -27,18 +24,9 @@ os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 _numbers = itertools.count(1)
 
 
-@functools.cache
 def group(file: str) -> str:
-    """Which files one test process takes together.
-
-    All of the running loop's, so that it is made once; and all that start
-    streams, for of two streams of one shard the broker fences the first,
-    whatever their topics are.
-    """
-    if file.startswith(LOOP):
-        return LOOP
-    text = (ROOT / file).read_text(encoding="utf-8")
-    return "streams" if "tests.streaming.streams" in text and "running(" in text else file
+    """Which files one test process takes together: each its own, and all of the running loop's, so that it is made once."""
+    return LOOP if file.startswith(LOOP) else file
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]

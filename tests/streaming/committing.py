@@ -24,7 +24,7 @@ from state.metrics import StreamMetrics
 from streaming.commit import Committer
 from streaming.rows import Rows
 from streaming.sink import CommitThread
-from streaming.writer import ShardWriter, transactional_id
+from streaming.writer import ShardWriter
 from tests.streaming.pieces import ZERO, context_of
 
 
@@ -40,7 +40,7 @@ def sink(path: Path, refused: int = 0, sync_s: float = 5.0) -> Iterator[Any]:
     def opens(_: Settings) -> LogWriter:
         if next(attempts) > refused:
             log.come_back()
-        return log.writer(transactional_id(0))
+        return log.writer("shard-0")
 
     owned: dict[str, Any] = {
         "settings": settings,

@@ -96,7 +96,7 @@ def test_a_group_that_could_not_be_told_is_told_at_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", [CommitThread.check, CommitThread.flush, lambda commits: commits.put(Cut((), 0))])
 def test_a_failure_surfaces_in_the_next_call(tmp_path: Path, call: Callable[[CommitThread], None]) -> None:
     with sink(tmp_path) as shard:
-        shard.log.writer("springtide-stream-0")
+        shard.log.writer("shard-0")
         shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
         with pytest.raises(FencedWriter):
             shard.commits.flush()
