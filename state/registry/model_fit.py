@@ -33,17 +33,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def version_to_go_on_from(registry: Registry) -> Manifest | None:
-    """The newest version of control's epoch, else the one that the epoch starts from; None where there is none.
+    """The newest version of control's epoch, else the one that the epoch starts from; None where none can be read.
 
-    Raises:
-        CorruptVersion: Its manifest fails its digest.
+    A damaged one is nothing to compare with: whoever loads versions sets it aside.
     """
-    control = registry.control()
-    if control is None:
+    try:
+        control = registry.control()
+        if control is None:
+            return None
+        newest = registry.newest(control.epoch)
+        found = control.base if newest is None else newest
+        return None if found is None else registry.manifest(found)
+    except RegistryError:
         return None
-    newest = registry.newest(control.epoch)
-    found = control.base if newest is None else newest
-    return None if found is None else registry.manifest(found)
 
 
 def require_same_model(settings: Settings) -> None:
@@ -56,10 +58,7 @@ def require_same_model(settings: Settings) -> None:
     """
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         return
-    try:
-        version = version_to_go_on_from(Registry(settings.registry_dir))
-    except RegistryError:
-        return
+    version = version_to_go_on_from(Registry(settings.registry_dir))
     if version is None:
         return
     differing, own, default = _differing(version, settings.model), settings.model, Model()
@@ -85,7 +84,6 @@ def require_fit(
 
     Raises:
         ModelMismatch: A weight or a table is missing on one side, or has another shape.
-        CorruptVersion: The manifest fails its digest.
     """
     version = version_to_go_on_from(registry)
     if version is None or (shapes := shapes_of(registry, version)) is None:
@@ -99,17 +97,28 @@ def require_fit(
     ]
     theirs = {name.removesuffix(".rows") for name in shapes if name.endswith(".rows")}
     wrong += [f"{table}.rows none, but in the version" for table in sorted(theirs - {*widths, *optional})]
-    if wrong:
+    if wrong and _undamaged(registry, version):
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         differing = [f"model.{name} {text}" for name, text in _differing(version, settings.model).items()]
         raise mismatch(version, settings, [*differing, f"weights: {'; '.join(wrong[:SHOWN])}{more}"])
 
 
+def _undamaged(registry: Registry, version: Manifest) -> bool:
+    """Whether the shapes were read from the file that was written."""
+    try:
+        registry.read(version, SERVING)
+    except RegistryError:
+        return False
+    return True
+
+
 def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
     """The shapes of what serving is given of a version, out of the head of its file; None where it cannot be read."""
+    path = registry.folder(version.kind, version.version) / SERVING
     try:
-        with (registry.folder(version.kind, version.version) / SERVING).open("rb") as file:
-            head = json.loads(file.read(int.from_bytes(file.read(HEAD_BYTES), "little")))
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(HEAD_BYTES), "little")
+            head = json.loads(file.read(min(length, path.stat().st_size)))
         return {name: tuple(one["shape"]) for name, one in head.items() if name != "__metadata__"}
     # Whoever loads the version says what is wrong with it.
     except (OSError, ValueError, KeyError, TypeError):

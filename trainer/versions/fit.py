@@ -18,7 +18,6 @@ def require_ranker_fits(registry: Registry, settings: Settings, ranker: Ranker) 
 
     Raises:
         ModelMismatch: It names what differs and what to type.
-        CorruptVersion: The version's manifest fails its digest.
     """
     widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(ranker.tables)
     dense = {name: tuple(one.shape) for name, one in ranker.dense.items()}

@@ -15,7 +15,7 @@ from state.errors import ModelMismatch, SettingsError
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.model_fit import require_same_model
-from state.registry.registry import Registry
+from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, batches, small_settings
 from tests.trainer.logs import write_transform
 from trainer.engine.step import Trainer
@@ -116,6 +116,19 @@ def test_a_tower_of_ones_own_is_refused_by_its_weights(registry: Registry) -> No
     assert f"model.tower was trainer.model.tower:build and is {OWN_TOWER[1]}" in refused.value.what
     assert "none in the version" in refused.value.what
     assert "--model.tower trainer.model.tower:build" in refused.value.do
+
+
+@pytest.mark.parametrize(("name", "at"), [("manifest.json", 0), (SERVING, 0), (SERVING, 100), (SERVING, -1)])
+def test_a_damaged_version_is_left_to_those_who_set_it_aside(registry: Registry, name: str, at: int) -> None:
+    settings = changed(registry, OWN_TOWER)
+    path = registry.folder("delta", 2) / name
+    damaged = bytearray(path.read_bytes())
+    damaged[at] ^= 0xFF
+    path.write_bytes(damaged)
+    fresh = Registry(registry.path)
+    require_same_model(settings)
+    require_ranker_fits(fresh, settings, Trainer(settings, SPEC).model)
+    assert fresh.newest_good(1) == 1
 
 
 def test_check_model_holds_a_tower_to_the_version_at_hand(registry: Registry) -> None:
