@@ -20,7 +20,7 @@ from state.microbatch.codec import decode, encode
 from state.microbatch.row_kinds import Kind, counts_by_range, happened
 from state.positions import Range, Source
 from state.process import killpoints
-from state.registry.log_line import WHOLE, LogLine, turned
+from state.registry.log_line import WHOLE, LogLine, has, turned
 
 LOG = "microbatches"
 TOPIC = "ab" * 16
@@ -249,3 +249,45 @@ def test_a_store_that_had_not_come_that_far_takes_up_the_line_alone(tmp_path: Pa
     before = content(behind.store)
     assert behind.back(line) == WentBack()
     assert (content(behind.store), line_of(behind.store)) == (before, line)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    turns=st.lists(
+        st.tuples(st.integers(1, 3), st.integers(0, 40), st.booleans()),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_after_any_rollbacks_also_unseen_ones_the_store_is_as_it_was_at_the_last_place(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int, bool]], seed: int
+) -> None:
+    """A rollback during a rollback, three in a row, and a stream that was down meanwhile."""
+    folder = tmp_path_factory.mktemp("turns")
+    writer, line, epoch = Writer(folder / "store", seed), WHOLE, 1
+    # Epoch, offset of the log, positions of the clicks, what was open, and what the store held.
+    places: list[tuple[int, int, dict[Source, int], dict[str, Any], dict[str, Any]]] = []
+
+    def note(offset: int) -> None:
+        behind = {"next": dict(writer.next), "open": dict(writer.open)}
+        places.append((epoch, offset, writer.store.positions(), behind, content(writer.store)))
+
+    for records_written, choice, seen in turns:
+        for _ in range(records_written if line == line_of(writer.store) else 0):
+            value, behind = writer.batch(25, epoch)
+            writer.write(value)
+            writer.commit(value, behind)
+            note(writer.end())
+        kept = [one for one in places if has(line, one[0], one[1])]
+        at, offset, marks, behind, then = kept[choice % len(kept)]
+        line = turned(line, at, offset, writer.end(), tuple(marks.items()))
+        epoch = line[-1].epoch
+        if seen:
+            writer.back(line)
+            writer.next, writer.open = dict(behind["next"]), dict(behind["open"])
+            assert content(writer.store) == then
+            note(line[-1].first)
+    writer.back(line)
+    assert (content(writer.store), line_of(writer.store)) == (then, line)
+    writer.store.close()
