@@ -53,14 +53,21 @@ def operator_command(name: str) -> Command:
     """The function of an operator's command; its imports wait until it is asked for."""
     if name in ("config", "check-model"):
         return config if name == "config" else check_model
-    from deploy.operate import control, versions
+    if name == "rollback":
+        # On its own: it reads the training log.
+        from deploy.operate import rollback
+
+        return rollback.rollback
+    from deploy.operate import control, history, versions
 
     commands: dict[str, Command] = {
         "versions": versions.versions,
         "pin": control.pin,
         "follow": control.follow,
-        "rollback": control.rollback,
-        "history": control.history,
+        "unmask": control.unmask,
+        **dict.fromkeys(control.SWITCHES, control.switch),
+        "history": history.history,
+        "masks": history.masks,
     }
     return commands[name]
 

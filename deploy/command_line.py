@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NoReturn
 
+from deploy.operate import options as operating
+from deploy.operate.options import Add, positive
 from state.errors import SettingsError
 
 PROCESSES = {
@@ -55,8 +56,6 @@ SETTINGS_HELP = (
     "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
     "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."
 )
-
-Add = Callable[..., argparse.ArgumentParser]
 
 
 class RefusingParser(argparse.ArgumentParser):
@@ -112,7 +111,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
             from state.log import gap_options
 
             gap_options.add_options(process, records=name != "stream")
-    printing = [_versions(add), *_pin_and_follow(add), _rollback(add)]
+    printing = [_versions(add), *_verbs(add), operating.rollback(add), *operating.masks(add)]
     add(
         "check-model",
         "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
@@ -133,55 +132,22 @@ def _versions(add: Add) -> argparse.ArgumentParser:
     return versions
 
 
-def _pin_and_follow(add: Add) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _verbs(add: Add) -> list[argparse.ArgumentParser]:
     pin = add("pin", "Let answers stay at one version; training goes on.", "`springtide follow` undoes it.")
     pin.add_argument("version", type=positive, metavar="V", help="the version, of `springtide versions`")
-    follow = add("follow", "Let answers follow the newest version again, after a pin or a rollback.")
-    for one in (pin, follow):
+    verbs = [
+        pin,
+        add("follow", "Let answers follow the newest version again, after a pin or a rollback."),
+        add("hold", "Let the trainer learn on without publishing versions.", "`springtide release` undoes it."),
+        add("release", "Let the trainer publish versions again, after a hold."),
+        add("pause", "Let the trainer take no record; answers go on.", "`springtide resume` undoes it."),
+        add("resume", "Let the trainer take records again, after a pause."),
+    ]
+    for one in verbs:
         one.add_argument(
             "--reason", default="none given", metavar="TEXT", help="why; kept with your name in the history"
         )
-    return pin, follow
-
-
-def _rollback(add: Add) -> argparse.ArgumentParser:
-    rollback = add(
-        "rollback",
-        "Go back to a version, and train on from it without the clicks you name.",
-        "The plan is printed first. Answers use the version at once and stay there until `springtide follow`; the trainer "
-        "loads it and replays the training log without the masked rows. Nothing is deleted. With --mode fast rows after the "
-        "masked ones keep the windows they were written with; with --mode exact the stream goes back too, and reads its "
-        "clicks again without them.",
-    )
-    target = rollback.add_mutually_exclusive_group(required=True)
-    target.add_argument("--to", type=positive, metavar="V", help="the version to go back to")
-    target.add_argument(
-        "--before", metavar="TIME", help="the newest version made before TIME: ISO 8601, or 10m for ten minutes ago"
-    )
-    rollback.add_argument(
-        "--skip",
-        action="append",
-        default=[],
-        metavar="P:A-B",
-        help="leave out offsets A to B of partition P of the clicks; repeatable",
-    )
-    rollback.add_argument(
-        "--skip-time",
-        action="append",
-        default=[],
-        metavar="A..B",
-        help="leave out clicks with times from A until before B, such as 10m..now; repeatable",
-    )
-    rollback.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
-    rollback.add_argument(
-        "--mode",
-        choices=("fast", "exact"),
-        default="fast",
-        help="fast: the trainer goes back; exact: the stream and all histories too (default fast)",
-    )
-    rollback.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
-    rollback.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
-    return rollback
+    return verbs
 
 
 def _config(add: Add) -> argparse.ArgumentParser:
@@ -193,17 +159,6 @@ def _config(add: Add) -> argparse.ArgumentParser:
     config.add_argument("--explain", action="store_true", help="each in full: help, default, what is allowed")
     config.add_argument("--markdown", action="store_true", help="print the documentation of all settings instead")
     return config
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on.
-
-    >>> positive("7")
-    7
-    """
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
-    return int(text)
 
 
 def with_times(words: Sequence[str]) -> list[str]:

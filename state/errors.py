@@ -11,7 +11,7 @@
     │   ├── LockHeld, PositionConflict, CorruptStore, StoreFull, UnusableDisk
     ├── RegistryError
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
-    │   ├── UnknownMask, TooManyMasks
+    │   ├── UnfitVersion, UnfitMask
     ├── MicroBatchError, DecodeError
     ├── ProgramError, TrainingHeld
     ├── UnreadableRecording
@@ -201,12 +201,12 @@ class ControlConflict(RegistryError):
     """Somebody else created this control generation first. Look at `springtide history`, then repeat the command if it still applies."""
 
 
-class UnknownMask(RegistryError):
-    """No such mask is set. Take one of `springtide masks`."""
+class UnfitVersion(RegistryError):
+    """The system cannot go back to this version as asked. Take the version that the message names."""
 
 
-class TooManyMasks(RegistryError):
-    """The masks do not fit into a control generation. Name users or a span of time in place of many ranges, or lift some."""
+class UnfitMask(RegistryError):
+    """A mask is not set, or the masks do not fit into control. Take one of `springtide masks`, or name fewer ranges."""
 
 
 class MicroBatchError(SpringtideError):

@@ -30,16 +30,27 @@ class CatchingUp:
 
     def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
         self._registry, self._clock = registry, clock
+        self._began: Control | None = None
         self._goal: dict[Source, int] = {}
+        self._again: dict[str, int] | None = None
         self._watched = self._caught_up = False
         self._end = 0
 
-    def enter(self, control: Control) -> None:
+    def enter(self, control: Control, place: TrainingPlace) -> None:
         """At the trainer's entry into an epoch; what is written down already is not followed again."""
-        self._caught_up = False
+        self._caught_up, self._again = False, None
         known = control.base is None or self._registry.outcome(control.epoch, "learned") is not None
         self._watched = not known or control.serving.then_follow
+        self._began = self._registry.beginning_of(control.epoch) if self._watched else None
         self._goal = self._before(control.epoch) if self._watched else {}
+        if self._watched and self._is_again(place, place.next):
+            # What was read before this start is not known apart from what came later.
+            self._again = {}
+
+    def pass_by(self, offset: int, place: TrainingPlace) -> None:
+        """Before the record at `offset`: counts what the plan counted, up to where the log ended then."""
+        if self._watched and self._again is None and self._is_again(place, offset):
+            self._again = self._since_base(place)
 
     def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
         """Between two records, once the log's end was seen.
@@ -54,8 +65,9 @@ class CatchingUp:
         """
         if not self._watched:
             return
+        self.pass_by(place.next, place)
         if not self._caught_up:
-            if any(place.marks.get(source, 0) < mark for source, mark in self._goal.items()):
+            if not self._at_goal(place):
                 return
             self._caught_up, self._end = True, place.next
             self._write(place)
@@ -77,25 +89,36 @@ class CatchingUp:
                 return found.marks
         return {}
 
+    def _at_goal(self, place: TrainingPlace) -> bool:
+        return all(place.marks.get(source, 0) >= mark for source, mark in self._goal.items())
+
+    def _is_again(self, place: TrainingPlace, offset: int) -> bool:
+        """Whether all before `offset` is what the plan counted; an exact rollback's records are other ones than then."""
+        if self._began is None or self._began.plan is None:
+            return False
+        return self._at_goal(place) if self._began.mode == "exact" else offset >= int(self._began.plan["end"])
+
+    def _since_base(self, place: TrainingPlace) -> dict[str, int]:
+        began = self._began
+        before = {} if began is None or began.base is None else self._registry.manifest(began.base).metrics
+        counts = place.counts()
+        found = {name: counts[name] - int(before.get(f"account.{name}", 0)) for name in ("rows", "duplicate", "masked")}
+        return {"rows": found["rows"] - found["duplicate"], "masked": found["masked"]}
+
     def _write(self, place: TrainingPlace) -> None:
-        began = self._registry.beginning_of(place.epoch)
-        if began is None or began.base is None:
+        if self._began is None or self._began.base is None:
             return
-        before = self._registry.manifest(began.base).metrics
         now_ms = int(self._clock() * 1000)
         document: dict[str, Any] = {
             "at_ms": now_ms,
-            "seconds": max(0, now_ms - began.created_at_ms) / 1000,
+            "seconds": max(0, now_ms - self._began.created_at_ms) / 1000,
             "next": place.next,
-            **{
-                name: count - int(before.get(f"account.{name}", 0))
-                for name, count in place.counts().items()
-                if name in ("rows", "duplicate", "masked", "gap")
-            },
+            **self._since_base(place),
+            "again": self._again or None,
         }
         if self._registry.add_outcome(place.epoch, "learned", document):
             logger.info(
-                "epoch %d: caught up %.1f s after the rollback: %d rows read again, %d of them left out",
+                "epoch %d: caught up %.1f s after the rollback: %d rows, %d of them left out",
                 *(place.epoch, document["seconds"], document["rows"], document["masked"]),
             )
 

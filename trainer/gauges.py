@@ -36,8 +36,9 @@ def show_step(report: Report, bad: int, offset: int, metrics: TrainerMetrics) ->
         )
 
 
-def show_control(control: Control, held: bool, metrics: TrainerMetrics) -> None:
-    """Sets the gauges of what control asks of the trainer, and whether the guard holds training."""
+def show_control(control: Control, version: int, held: bool, metrics: TrainerMetrics) -> None:
+    """Sets the gauges of what control asks of the trainer, at which version it is, and whether the guard holds training."""
+    metrics.version.set(version)
     metrics.epoch.set(control.epoch)
     metrics.held.set(held)
     metrics.paused.set(not control.training)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
-from state.features.mask import Mask
+from state.features.mask import MaskAt
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import gaps, trim
 from state.microbatch.log_time import in_log_time
-from state.microbatch.row_kinds import Kind, trained
+from state.microbatch.masked import masked
+from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
-
-MaskAt = Callable[[int], Mask]
-"""What is left out of a record that the stream wrote under the mask of a control generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +30,7 @@ class Intake:
         duplicate: Rows written again by a stream that crashed.
         masked: New rows that the mask leaves out.
         gaps: Positions that no record covered: (source, expected, found).
+        told_ms: The newest time that a row to learn from told itself, of its event or its label; 0 without rows.
     """
 
     batch: MicroBatch
@@ -41,11 +39,7 @@ class Intake:
     duplicate: int
     masked: int
     gaps: list[tuple[Source, int, int]]
-
-
-def always(mask: Mask) -> MaskAt:
-    """The same mask for every record."""
-    return lambda _: mask
+    told_ms: int = 0
 
 
 def take_in(
@@ -103,15 +97,5 @@ def take_in(
         duplicate=int((ours & ~unseen).sum()),
         masked=int(fresh.sum()) - int(keep.sum()),
         gaps=gaps(whole.header, marks),
+        told_ms=int((whole.at_ms + np.maximum(whole.delay_ms, 0))[keep].max()) if keep.any() else 0,
     )
-
-
-def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
-    """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by one."""
-    ranges = batch.header.ranges
-    out = mask.rows(batch.user, batch.at_ms, batch.source, batch.opened, ranges)
-    # An event that only ended a wait is not the row's business.
-    if len(joined := np.flatnonzero(batch.kind == Kind.JOINED)):
-        known_ms = (batch.at_ms + batch.delay_ms)[joined]
-        out[joined] |= mask.rows(batch.user[joined], known_ms, batch.source[joined], batch.offset[joined], ranges)
-    return out

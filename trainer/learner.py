@@ -120,9 +120,8 @@ class Learner:
             self.place = TrainingPlace.restored(restored, control.epoch, at)
         self.caught_up = False
         self._publications.begin()
-        self._catching_up.enter(control)
-        self._metrics.version.set(self.place.parent)
-        gauges.show_control(control, self._trainer.guard.held, self._metrics)
+        self._catching_up.enter(control, self.place)
+        gauges.show_control(control, self.place.parent, self._trainer.guard.held, self._metrics)
         logger.info(
             "epoch %d: at version %d, reading the training log from offset %d",
             *(control.epoch, self.place.parent, self.place.next),
@@ -198,6 +197,7 @@ class Learner:
     def _take(self, record: LogRecord) -> None:
         """One record is one step, where a row is left to learn from."""
         offset, marks, control, salt = record.first, self.place.marks, self.control, str(self._about["salt"])
+        self._catching_up.pass_by(offset, self.place)
         source = Source(self._reader.topic_id, self._settings.trainer.partition)
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
         found = take_or_leave(
@@ -251,7 +251,7 @@ class Learner:
         if self._trainer.guard.held and control.action in LETS_GO:
             self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
             logger.info("training goes on from offset %d", self.place.next)
-        gauges.show_control(control, self._trainer.guard.held, self._metrics)
+        gauges.show_control(control, self.place.parent, self._trainer.guard.held, self._metrics)
         return False
 
     # Publishing

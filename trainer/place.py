@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from state.positions import Source
-from state.registry.manifest import Manifest
+from state.registry.manifest import TOLD_MS, Manifest
 from trainer.intake import Intake
 
 COUNTS = ("rows", "duplicate", "masked", "gap", "before")
@@ -32,6 +32,7 @@ class TrainingPlace:
         left_out: Records of the log that could not be learned from, a loss that was accepted.
         leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, set where a version is made.
         changed: Whether there was a step since `parent`.
+        told_ms: The newest time that a row learned from told itself: with it a rollback knows what a version cannot have.
     """
 
     epoch: int
@@ -47,12 +48,14 @@ class TrainingPlace:
     left_out: int = 0
     leader_epoch: int = -1
     changed: bool = False
+    told_ms: int = 0
 
     @classmethod
     def restored(cls, version: Manifest, epoch: int, next: int) -> TrainingPlace:
         """At a version that was loaded, going on at `next`."""
         counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in (*COUNTS, *RARE)}
-        return cls(epoch, version.version, version.log.next, next, version.marks, **counts)
+        told_ms = int(version.metrics.get(TOLD_MS, version.event_time_ms))
+        return cls(epoch, version.version, version.log.next, next, version.marks, **counts, told_ms=told_ms)
 
     def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
         """After the record at `offset`, before which `gap` source positions were passed as lost."""
@@ -66,6 +69,7 @@ class TrainingPlace:
             masked=self.masked + found.masked,
             gap=self.gap + gap,
             before=self.before + sum(new),
+            told_ms=max(self.told_ms, found.told_ms),
         )
 
     def past(self, next: int) -> TrainingPlace:

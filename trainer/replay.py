@@ -12,9 +12,9 @@ from state.log import LogReader, accepted_gaps
 from state.log.accepted_gaps import Accepted
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
+from state.registry.segments import LogSegment
 from trainer.intake import take_in
 from trainer.records import records_of
-from trainer.segments import LogSegment
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer

@@ -35,9 +35,9 @@ from state.log.accepted_gaps import Journal
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.registry.segments import base_of, segments_of
 from trainer.comparison import Comparison, compare
 from trainer.replay import Replay, ReplayProgress, SegmentReader, replay
-from trainer.segments import base_of, segments_of
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.operate import plan
+from deploy.operate.log_view import LogView
 from state import layout
 from state.config.settings import Settings
-from state.errors import LogError, StoreError, UnknownVersion
-from state.history.rewinding import records
-from state.history.since import Since
-from state.history.store import HistoryStore
-from state.log import Reader, Topics
+from state.errors import LogError, StoreError, UnfitVersion
 from state.positions import Source
 from state.registry import log_line
 from state.registry.control import Control
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest
-
-ASK_KAFKA_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class ExactPlan:
 
     line: LogLine
     clicks: int
-    histories: int | None
+    histories: int | None = None
 
     def lines(self) -> list[str]:
         """It for people, one line per fact.
@@ -56,60 +49,65 @@ class ExactPlan:
         return {"clicks": self.clicks, "histories": self.histories, "log_epoch": self.line[-1].epoch}
 
 
-def exact_plan(settings: Settings, control: Control, to: Manifest) -> ExactPlan:
-    """What going back to `to` exactly means; Kafka is asked.
+def exact_plan(control: Control, to: Manifest, view: LogView | None) -> ExactPlan:
+    """Where the log turns off, and what the stream reads again; histories are not counted yet.
 
     Raises:
-        UnknownVersion: It is off the line of the log, or clicks or log no longer reach back to it.
-        LogError: Kafka does not answer, or a topic was made anew.
+        UnfitVersion: The clicks no longer reach back to the version.
+        LogError: Kafka does not answer, or the clicks topic was made anew.
     """
-    kafka = replace(settings.kafka, request_timeout_s=min(ASK_KAFKA_S, settings.kafka.request_timeout_s))
-    plan.require_on_line(control, to)
-    with Topics(kafka) as topics:
-        clicks_id, log_id = (topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic))
-        clicks, log = topics.ends(kafka.clicks_topic), topics.ends(kafka.microbatches_topic)
-    begin, end = log[settings.trainer.partition]
-    if log_id != to.log.topic_id or any(source.topic_id != clicks_id for source, _ in to.sources):
+    if view is None:
         raise LogError(
-            f"version {to.version} was made from other topics than {kafka.clicks_topic} and {kafka.microbatches_topic} are now: "
-            "they were made anew",
-            "go back without --mode exact, which needs the training log alone, or restore the topics",
+            "Kafka does not answer: where the stream goes back to cannot be told",
+            "start Kafka, or go back without --mode exact",
         )
-    if to.log.next < begin:
-        raise UnknownVersion(
-            f"the training log begins at offset {begin} and version {to.version} goes on at {to.log.next}",
-            "take a younger version; kafka.retention_h says for how long the log is kept",
+    if any(source.topic_id != view.clicks_id for source, _ in to.sources):
+        raise LogError(
+            f"version {to.version} was made from another clicks topic than there is now: it was made anew",
+            "go back without --mode exact, which needs the training log alone, or restore the topic",
         )
     for source, after in to.sources:
-        if after < clicks[source.partition][0]:
-            raise UnknownVersion(
+        if after < view.clicks[source.partition][0]:
+            raise UnfitVersion(
                 f"version {to.version} has the clicks of partition {source.partition} up to {after}, and the topic begins at "
-                f"{clicks[source.partition][0]}: the clicks between are deleted and cannot be read again",
+                f"{view.clicks[source.partition][0]}: the clicks between are deleted and cannot be read again",
                 "take a younger version, or go back without --mode exact, which needs the training log alone",
             )
     marks = to.marks
-    again = sum(last - marks.get(Source(clicks_id, one), first) for one, (first, last) in clicks.items())
-    line = log_line.turned(control.log, to.log.epoch, to.log.next, end, to.sources)
-    return ExactPlan(line, again, _to_rebuild(replace(settings, kafka=kafka), control.log, to, end, marks))
+    again = sum(last - marks.get(Source(view.clicks_id, one), first) for one, (first, last) in view.clicks.items())
+    return ExactPlan(log_line.turned(control.log, to.log.epoch, to.log.next, view.end, to.sources), again)
 
 
-def _to_rebuild(settings: Settings, line: LogLine, to: Manifest, end: int, marks: Mapping[Source, int]) -> int | None:
-    """How many users' histories have lost events that they had at `to`."""
+def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manifest, view: LogView) -> ExactPlan:
+    """The plan with how many users' histories have lost events that they had at `to`.
+
+    Args:
+        plan: Of the rollback.
+        settings: All settings.
+        line: The line of the log as it is before.
+        to: The version.
+        view: Of the log.
+
+    Raises:
+        LogError: The log cannot be read.
+    """
+    # Not at the top: they load the window kernel, which no other command needs.
+    from state.history.rewinding import records
+    from state.history.since import Since
+    from state.history.store import HistoryStore
+
     found = None
     for path in layout.streams(settings.state_dir):
         try:
             store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
         except StoreError:
             continue
-        partition = settings.trainer.partition
         try:
-            since = Since(marks, store.positions())
-            with Reader(
-                settings.kafka, settings.kafka.microbatches_topic, [partition], {partition: to.log.next}
-            ) as log:
-                for batch in records(log, partition, to.log.next, end, line):
+            since = Since(to.marks, store.positions())
+            with view.reader(to.log.next) as log:
+                for batch in records(log, view.partition, to.log.next, view.end, line):
                     since.take(batch)
-            found = (found or 0) + len(store.lacking(since, marks))
+            found = (found or 0) + len(store.lacking(since, to.marks))
         finally:
             store.close()
-    return found
+    return replace(plan, histories=found)

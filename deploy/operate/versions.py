@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deploy.operate import plan
+from deploy.operate.times import age
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersion
@@ -19,9 +19,14 @@ from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 
+if TYPE_CHECKING:
+    from deploy.operate.log_view import LogView
+
+ASK_KAFKA_S = 1.0
+
 
 def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
-    """Lists the versions with age, log range, metrics, and which one serves.
+    """Lists the versions with age, log range, metrics, which one serves, and which can do no more than that.
 
     Raises:
         RegistryError: There is no registry.
@@ -33,7 +38,11 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     kept = numbers if asked.all else numbers[max(0, len(numbers) - asked.last) :]
     if served is not None and served in numbers and served not in kept:
         kept = [served, *kept]
-    listed = (_entry(registry, number, control, served, now_ms) for number in kept)
+    # Not at the top: other commands that open a registry need no log.
+    from deploy.operate.log_view import look
+
+    view = look(settings, ASK_KAFKA_S)
+    listed = (_entry(registry, number, control, served, now_ms, view) for number in kept)
     entries = [entry for entry in listed if entry is not None]
     if asked.output == "json":
         say(json.dumps(entries, indent=2))
@@ -46,7 +55,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
         [
             str(one["version"]),
             str(one.get("epoch", "?")),
-            plan.age(one["age_s"]) if "age_s" in one else "?",
+            age(one["age_s"]) if "age_s" in one else "?",
             one.get("kind", "?"),
             f"{one['log']['first']}-{one['log']['next']}" if "log" in one else "?",
             *(_figure(one, name) for name in ("log_loss", "auc", "top1")),
@@ -110,7 +119,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _entry(
-    registry: Registry, number: int, control: Control | None, served: int | None, now_ms: int
+    registry: Registry, number: int, control: Control | None, served: int | None, now_ms: int, view: LogView | None
 ) -> dict[str, Any] | None:
     """What is known of a version; None where retention has removed it meanwhile."""
     marks = ["served"] if number == served else []
@@ -124,6 +133,8 @@ def _entry(
         return None
     except CorruptVersion:
         return {"version": number, "marks": [*marks, "corrupt"]}
+    if view is not None and not view.reaches(registry, found):
+        marks.append("serve only")
     return {
         "version": number,
         "epoch": found.epoch,

@@ -8,7 +8,7 @@ so that a masked event still takes one of a user's N places.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -154,3 +154,11 @@ class Mask:
 
 
 Mask.NONE = Mask()
+
+MaskAt = Callable[[int], Mask]
+"""What is left out of a record that the stream wrote under the mask of a control generation."""
+
+
+def always(mask: Mask) -> MaskAt:
+    """The same mask for every record."""
+    return lambda _: mask

@@ -96,11 +96,11 @@ def decode(value: bytes) -> MicroBatch:
     """
     try:
         with pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
-            document = _document(reader.schema)
+            document = document_of(reader.schema)
             batch = reader.read_next_batch()
         # Damage can make lists longer than their buffers.
         batch.validate()
-        header = _header(document)
+        header = header_of(document)
         columns = {name: _column(batch, name, document) for name in NAMES}
         if document["format"] == WITH_SEQUENCES:
             columns |= {name: _column(batch, name, document) for name in SEQUENCES}
@@ -131,7 +131,7 @@ def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> ND
     return lists
 
 
-def _document(schema: pa.Schema) -> dict[str, Any]:
+def document_of(schema: pa.Schema) -> dict[str, Any]:
     """The JSON header in a schema's metadata."""
     document = json.loads((schema.metadata or {}).get(METADATA, b"null"))
     if not isinstance(document, dict):
@@ -144,7 +144,7 @@ def _document(schema: pa.Schema) -> dict[str, Any]:
     return document
 
 
-def _header(document: Mapping[str, Any]) -> Header:
+def header_of(document: Mapping[str, Any]) -> Header:
     """The header in its JSON form."""
     return Header(
         spec=str(document["spec"]),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from state.errors import UnknownMask
+from state.errors import UnfitMask
 from state.features.mask import Mask
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.mask_entries import MaskEntry, added, joined
@@ -58,7 +58,7 @@ class Control:
         log: The records of the training log that count.
         publishing: Whether the trainer publishes versions.
         training: Whether the trainer takes records.
-        plan: What a rollback is to do, as its command worked it out; None for what is no rollback.
+        plan: Of a rollback what its command knew: `end`, the end of the training log; None for what is no rollback.
     """
 
     generation: int
@@ -212,7 +212,7 @@ def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: st
     exact rollback.
 
     Raises:
-        UnknownMask: One of the numbers was never given.
+        UnfitMask: One of the numbers was never given.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = roll_back(first, 40, Mask(times=((0, 9),)), actor="ann", reason="poison", now_ms=9)
@@ -223,7 +223,7 @@ def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: st
     unknown = [number for number in numbers if not 1 <= number <= control.last_mask]
     if unknown:
         known = ", ".join(str(one.id) for one in control.masks) or "none is set"
-        raise UnknownMask(f"there is no mask {unknown[0]}", f"take one of `springtide masks`: {known}")
+        raise UnfitMask(f"there is no mask {unknown[0]}", f"take one of `springtide masks`: {known}")
     generation = control.generation + 1
     gone = tuple(replace(one, lifted=generation) for one in control.masks if one.id in numbers)
     if not gone:

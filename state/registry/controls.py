@@ -12,7 +12,7 @@ import msgspec
 
 from state import layout
 from state.disk import files as durable
-from state.errors import ControlConflict, CorruptVersion, TooManyMasks
+from state.errors import ControlConflict, CorruptVersion, UnfitMask
 from state.features.masked_users import MaskedUsers
 from state.process import killpoints
 from state.registry import control_codec, manifest
@@ -76,7 +76,7 @@ class Controls(Directory):
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
-            TooManyMasks: It would not fit in its file.
+            UnfitMask: It would not fit in its file.
             UnusableRegistry: The disk refused; nothing was changed.
         """
         with usable(f"take control generation {control.generation}"):
@@ -95,7 +95,7 @@ class Controls(Directory):
             self._keep_users(entry.users)
         data = manifest.seal(control_codec.encode(control))
         if len(data) > MOST_BYTES:
-            raise TooManyMasks(
+            raise UnfitMask(
                 f"control with {len(control.masks)} masks takes {len(data):,} bytes, {MOST_BYTES:,} are allowed",
                 "name users or a span of time in place of so many ranges, or lift some: `springtide unmask`",
             )

@@ -18,6 +18,9 @@ import msgspec
 from state.positions import Source
 
 FORMAT = 1
+TOLD_MS = "told_ms"
+"""Among the metrics: the newest time that a row learned from told itself, of its event or its label."""
+
 Kind = Literal["base", "delta"]
 Visible = tuple[tuple[int, int], ...]
 

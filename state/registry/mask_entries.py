@@ -25,8 +25,6 @@ class MaskEntry:
         offsets: (topic word, partition, first, next), or None.
         times: (from, to) of event time in milliseconds, or None.
         users: Pseudonyms; none where it is about offsets or times.
-        rows: Rows of the training log that it named when it was set; None where nobody counted.
-        hit: Users of these rows.
         lifted: The generation that lifted it; 0 while it counts.
     """
 
@@ -35,8 +33,6 @@ class MaskEntry:
     offsets: Place | None = None
     times: tuple[int, int] | None = None
     users: MaskedUsers = MaskedUsers.NOBODY
-    rows: int | None = None
-    hit: int | None = None
     lifted: int = 0
 
     @property
@@ -112,8 +108,6 @@ def to_json(entry: MaskEntry) -> dict[str, Any]:
         document["times"] = list(entry.times)
     if entry.users:
         document["users"] = {"sha256": entry.users.digest, "count": len(entry.users)}
-    if entry.rows is not None:
-        document |= {"rows": entry.rows, "hit": entry.hit}
     if entry.lifted:
         document["lifted"] = entry.lifted
     return document
@@ -137,7 +131,5 @@ def from_json(document: Mapping[str, Any], users_of: UsersOf) -> MaskEntry:
         offsets=place,
         times=None if times is None else (int(times[0]), int(times[1])),
         users=MaskedUsers.NOBODY if users is None else users_of(str(users["sha256"])),
-        rows=document.get("rows"),
-        hit=document.get("hit"),
         lifted=int(document.get("lifted", 0)),
     )

@@ -16,8 +16,8 @@ from state.errors import CorruptVersion
 from state.registry import manifest
 from state.registry.directory import Directory, file_bytes, usable
 
-Part = Literal["learned", "answered"]
-"""What the trainer saw once it had caught up; what the command saw once answers had turned."""
+Part = Literal["planned", "answered", "learned"]
+"""What the command counted; what it saw once answers had turned; what the trainer saw once it had caught up."""
 
 
 class Outcomes(Directory):

@@ -12,11 +12,11 @@ import numpy as np
 
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
+from state.microbatch.masked import masked
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from tests.bench.report import Figure, report
 from tests.trainer.batches import micro_batch
-from trainer.intake import masked
 
 USERS, ROWS, ROUNDS = 1_000_000, 2048, 50
 WHO = {"actor": "bench", "reason": "measure", "now_ms": 0}

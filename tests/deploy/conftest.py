@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.operate import control
+from deploy.operate import log_view
+from state.log import MemoryLog
 from state.registry.control import start
 from state.registry.registry import Registry
-from tests.deploy.operating import NOW_MS, Operator, draft
+from tests.deploy.operating import NOW_MS, Operator, draft, files, users_of, written
 
 
 @pytest.fixture
@@ -24,11 +25,19 @@ def undisturbed_signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Operator:
+def log(monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
+    """The log that the operator's versions were learned from."""
+    made = written()
+    monkeypatch.setattr(log_view, "open_log", lambda settings: made)
+    return made
+
+
+@pytest.fixture
+def operator(tmp_path: Path, log: MemoryLog) -> Operator:
     """An operator of a registry with versions 1 to 5 and nothing else running."""
-    monkeypatch.setattr(control, "log_end", lambda settings: 64)
     registry = Registry(tmp_path / "registry")
     registry.propose(start(actor="trainer", reason="first start", now_ms=NOW_MS - 3_600_000))
     for number in range(1, 6):
-        registry.publish(draft(number, number - 1 or None), {"serving.safetensors": b"rows"})
+        known = {user for one in range(5 * number) for user in users_of(one)}
+        registry.publish(draft(number, number - 1 or None), files(known))
     return Operator(tmp_path)

@@ -1,16 +1,31 @@
-"""An operator at the command line of a registry with some versions."""
+"""An operator at the command line of a registry with some versions, and of the log that they were learned from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save
+
 from deploy import cli
-from state.positions import Source
-from state.registry.manifest import Draft, LogRange
-from state.registry.registry import Registry
+from state.config.sections import Kafka
+from state.features.spec import FeatureSpec
+from state.log import MemoryLog
+from state.microbatch.batch import Header
+from state.microbatch.codec import encode
+from state.microbatch.columns import KINDS, NAMES, SCALARS
+from state.positions import Range, Source
+from state.registry.manifest import TOLD_MS, Draft, LogRange
+from state.registry.registry import SERVING, TRAINING, Registry
 
 NOW_MS = 1_800_000_000_000
 TOPIC = "0000002a" + "0" * 24
+LOG_ID = "cd" * 16
+ROWS, RECORDS = 20, 32
+USERS = 17
+BOT = 99
+"""A user who begins in record 18, in every fifth row."""
 
 
 class Operator:
@@ -33,19 +48,84 @@ class Operator:
         return Registry(self.state / "registry")
 
 
-def draft(number: int, parent: int | None, epoch: int = 1) -> Draft:
+def begin_ms(record: int) -> int:
+    """When the first row of a record happened; five records a minute, and the first version is nine minutes old."""
+    return NOW_MS - 600_000 + 12_000 * record
+
+
+def users_of(record: int) -> list[int]:
+    """The users of a record's rows."""
+    found = [(ROWS * record + row) % USERS + 1 for row in range(ROWS)]
+    return [BOT if record >= 18 and row % 5 == 0 else user for row, user in enumerate(found)]
+
+
+def record(number: int) -> bytes:
+    """Record `number` of the training log: 20 clicks of partition 1."""
+    first = ROWS * number
+    columns = {
+        name: np.zeros(ROWS if name in SCALARS else (ROWS, *SHAPES.get(name, (0,))), KINDS[name]) for name in NAMES
+    }
+    columns |= {
+        "user": np.array(users_of(number), np.uint64),
+        "at_ms": begin_ms(number) + 600 * np.arange(ROWS, dtype=np.int64),
+        "offset": np.arange(first, first + ROWS, dtype=np.int64),
+    }
+    ranges = (Range(Source(TOPIC, 1), first, first + ROWS, rows=ROWS),)
+    return encode(Header("spec", "salt", ranges, created_ms=begin_ms(number) + 12_000), columns)
+
+
+SPEC = FeatureSpec()
+SHAPES = {
+    "features": (len(SPEC.names),),
+    "recent_categories": (SPEC.recent_categories,),
+    "category_windows": (SPEC.recent_categories, len(SPEC.window_names)),
+}
+
+
+def written(records: int = RECORDS) -> MemoryLog:
+    """The log of that many records, each at an even offset with its transaction's marker behind it, and their clicks."""
+    ids = iter((TOPIC, LOG_ID))
+    log, kafka = MemoryLog(ids=lambda: next(ids)), Kafka()
+    log.topics().ensure(kafka.clicks_topic, 2)
+    log.topics().ensure(kafka.microbatches_topic, 1)
+    with log.writer() as writer:
+        for _ in range(ROWS * records):
+            writer.send(kafka.clicks_topic, 1, None, b"")
+    with log.writer("stream") as writer:
+        for number in range(records):
+            with writer.transaction():
+                writer.send(kafka.microbatches_topic, 0, None, record(number))
+    return log
+
+
+def draft(number: int, parent: int | None, epoch: int = 1, records: int | None = None) -> Draft:
+    """Version `number`, which has learned `records` records, or five for each version."""
+    records = 5 * number if records is None else records
     return Draft(
         kind="base" if parent is None else "delta",
         epoch=epoch,
         parent=parent,
-        log=LogRange("microbatches", "cd" * 16, 0, 10 * (number - 1), 10 * number),
-        sources=((Source(TOPIC, 1), 100 * number),),
-        steps=number,
-        rows=1000 * number,
-        created_at_ms=NOW_MS - (10 - number) * 60_000,
-        event_time_ms=NOW_MS,
+        log=LogRange("microbatches", LOG_ID, 0, max(0, 2 * records - 10), 2 * records),
+        sources=((Source(TOPIC, 1), ROWS * records),),
+        steps=records,
+        rows=ROWS * records,
+        created_at_ms=begin_ms(records),
+        event_time_ms=begin_ms(records) - 600,
         spec="spec",
         program="program",
         salt="salt",
-        metrics={"log_loss": 3.0 - number / 10, "auc": 0.5 if number > 1 else float("nan")},
+        metrics={
+            "log_loss": 3.0 - number / 10,
+            "auc": 0.5 if number > 1 else float("nan"),
+            TOLD_MS: begin_ms(records) - 600,
+        },
     )
+
+
+def files(users: Sequence[int] = ()) -> dict[str, bytes]:
+    """The files of a version whose tables have these users."""
+    ids = np.array(sorted(users), np.uint64)
+    return {
+        SERVING: save({"user.ids": ids.view(np.int64)}),
+        TRAINING: save({"user.pending_ids": ids[:0].view(np.int64)}),
+    }

@@ -20,7 +20,7 @@ from deploy.serving.clicks import HistoryFollower
 from state.config.sections import LabelSettings
 from state.events.identity import Salt, public_id, user_id
 from state.events.parser import Parser
-from state.features.mask import Mask
+from state.features.mask import Mask, always
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.history.waiting import place_of
@@ -33,7 +33,7 @@ from streaming.labels import Labels
 from streaming.profile import Profiler
 from tests.trainer.clicks import small_settings
 from trainer.engine.step import Trainer
-from trainer.intake import always, take_in
+from trainer.intake import take_in
 
 START_MS = 1_790_000_000_000
 TICKS, TICK_MS, TICKS_A_BATCH, PARTITIONS = 360, 40_000, 6, 4

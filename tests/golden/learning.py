@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from state.config.settings import Settings
-from state.features.mask import Mask
+from state.features.mask import Mask, always
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.registry.registry import Registry
 from tests.golden.archive import Document, Topic
 from trainer import device
 from trainer.engine.step import Trainer
-from trainer.intake import always, take_in
+from trainer.intake import take_in
 from trainer.versions import checkpoint
 from trainer.versions.program import preprocessing_of
 

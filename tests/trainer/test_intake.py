@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
-from state.features.mask import Mask
+from state.features.mask import Mask, always
 from state.features.masked_users import MaskedUsers
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.microbatch.columns import ATTRIBUTES, LISTS, SCALARS
 from state.microbatch.row_kinds import Kind
 from state.positions import Range, Source
-from trainer.intake import always, take_in
+from trainer.intake import take_in
 
 SPEC, SALT = "ab" * 32, "cd" * 8
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))

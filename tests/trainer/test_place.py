@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from state.features.mask import Mask
+from state.features.mask import Mask, always
 from state.positions import Source
-from state.registry.manifest import Draft, LogRange, complete
+from state.registry.manifest import TOLD_MS, Draft, LogRange, complete
 from tests.trainer.clicks import SALT, SPEC, TOPIC, microbatch
-from trainer.intake import always, take_in
+from trainer.intake import take_in
 from trainer.place import TrainingPlace
 
 RECORDS = [microbatch(number) for number in range(3, 7)]
@@ -39,6 +39,7 @@ def test_what_is_handed_over_begins_the_next_version() -> None:
 def test_a_version_restores_the_place_that_it_was_made_at() -> None:
     place = taken(TrainingPlace(epoch=2, parent=5, first=0, next=0), RECORDS[0], 8)
     metrics = {f"account.{name}": float(count) for name, count in place.counts().items()}
+    metrics[TOLD_MS] = float(place.told_ms)
     log, sources = LogRange("log", "cd" * 16, 0, place.first, place.next), tuple(place.marks.items())
     draft = Draft("delta", 2, 5, log, sources, 1, 1, 5, 4, SPEC.digest, "program", SALT, metrics=metrics)
     restored = TrainingPlace.restored(complete(draft, 6, ((1, 5),), {}), epoch=2, next=place.next)

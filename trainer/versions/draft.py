@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from state.config.settings import Settings
 from state.registry.control import Control
 from state.registry.log_line import epoch_at
-from state.registry.manifest import Draft, Kind, LogRange
+from state.registry.manifest import TOLD_MS, Draft, Kind, LogRange
 from trainer.engine.step import Trainer
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
@@ -83,6 +83,7 @@ class Drafter:
             mask_generation=control.mask.generation,
             metrics=trainer.evaluation.values()
             | trainer.slices.values()
-            | {f"account.{name}": float(value) for name, value in account.items()},
+            | {f"account.{name}": float(value) for name, value in account.items()}
+            | {TOLD_MS: float(place.told_ms)},
             environment=self.environment,
         )

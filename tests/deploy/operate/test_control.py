@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from deploy.operate import control, plan
-from state.errors import ControlConflict, SaltMismatch, SettingsError, UnknownVersion
-from state.events.identity import load_salt
-from state.features.mask import Mask
-from tests.deploy.operating import NOW_MS, Operator, draft
+from state.errors import UnfitMask, UnknownVersion
+from state.process.actor import actor
+from tests.deploy.operating import Operator
 
 
 def test_a_pin_and_a_follow_are_generations_with_actor_and_reason(operator: Operator) -> None:
@@ -23,7 +17,7 @@ def test_a_pin_and_a_follow_are_generations_with_actor_and_reason(operator: Oper
     operator("follow")
     first, pinned, followed = operator.registry.controls()
     assert first.action == "start"
-    assert (pinned.serving.version, pinned.reason, pinned.actor) == (3, "odd answers", control.actor())
+    assert (pinned.serving.version, pinned.reason, pinned.actor) == (3, "odd answers", actor())
     assert (followed.serving.mode, followed.epoch) == ("follow", 1)
 
 
@@ -42,98 +36,43 @@ def test_an_unknown_version_is_refused_with_the_nearest(operator: Operator, comm
     assert len(operator.registry.controls()) == 1
 
 
-def test_rollback_prints_its_plan_and_then_creates_the_epoch(operator: Operator) -> None:
-    printed = operator("rollback", "--to", "3", "--skip-time", "10m..now", "--skip", "1:100-199", "--reason", "poison")
-    assert re.search(r"version 3, 7 min 0 s old", printed)
-    assert "offsets 30 to 64: 34 positions, 2,000 rows trained since" in printed
-    assert "partition 1 offsets 100-199" in printed
-    newest = operator.registry.control()
-    assert newest is not None
-    assert (newest.epoch, newest.base, newest.serving.version, newest.reason) == (2, 3, 3, "poison")
-    assert newest.mask.offsets == ((42, 1, 100, 200),)
-    assert newest.mask.times == ((NOW_MS - 600_000, NOW_MS),)
-
-
-def test_a_dry_run_prints_the_plan_and_changes_nothing(operator: Operator) -> None:
-    assert "nothing was changed" in operator("rollback", "--to", "3", "--reason", "look", "--dry-run")
-    document = json.loads(operator("rollback", "--to", "3", "--reason", "look", "--dry-run", "-o", "json"))
-    assert document["plan"]["records"] == 34
-    assert len(operator.registry.controls()) == 1
-
-
-def test_rollback_before_a_time_takes_the_newest_older_version(operator: Operator) -> None:
-    operator("rollback", "--before", "6m", "--reason", "older")
-    newest = operator.registry.control()
-    assert newest is not None and newest.base == 3
-    with pytest.raises(UnknownVersion, match="oldest is version 1"):
-        operator("rollback", "--before", "2001-01-01", "--reason", "too old")
-
-
-def test_the_same_rollback_again_starts_no_second_epoch(operator: Operator) -> None:
-    for _ in range(2):
-        operator("rollback", "--to", "3", "--reason", "poison")
-    assert [one.epoch for one in operator.registry.controls()] == [1, 2]
-
-
-def test_a_rollback_needs_a_reason_and_one_target(operator: Operator) -> None:
-    for words in (["--to", "3"], ["--reason", "x"], ["--to", "3", "--before", "now", "--reason", "x"]):
-        with pytest.raises(SettingsError, match="--help"):
-            operator("rollback", *words)
-
-
-def test_when_kafka_does_not_answer_the_plan_says_so(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "log_end", lambda settings: None)
-    printed = operator("rollback", "--to", "3", "--reason", "x", "--dry-run")
-    assert "30 to at least 50 (Kafka was not asked)" in printed
-
-
 def test_history_tells_who_did_what_and_why(operator: Operator) -> None:
-    operator("rollback", "--to", "2", "--skip-time", "10m..now", "--reason", "poisoned feed")
+    operator("rollback", "--skip-time", "8m..now", "--reason", "poisoned feed")
     text = operator("history")
     assert "poisoned feed" in text and "rollback" in text and "clicks from" in text
+    assert "not caught up yet" in text
     document = json.loads(operator("history", "-o", "json"))
     assert [one["action"] for one in document] == ["start", "rollback"]
 
 
-def test_masked_users_become_pseudonyms_and_are_only_counted(operator: Operator, tmp_path: Path) -> None:
-    salt = load_salt(tmp_path / "salt")
-    registry = operator.registry
-    registry.publish(replace(draft(6, 5), salt=salt.fingerprint), {"serving.safetensors": b"rows"})
-    listed = tmp_path / "users.txt"
-    listed.write_text("ann\nbob\n\n")
-    words = ["rollback", "--to", "3", "--skip-users", str(listed), "--reason", "asked for"]
-    assert json.loads(operator(*words, "-o", "json"))["control"]["mask"]["users"] == 2
-    newest = operator.registry.control()
-    assert newest is not None and len(newest.mask.users) == 2
-    kept = b"".join(path.read_bytes() for path in (tmp_path / "registry" / "control").iterdir())
-    assert b"ann" not in kept and b"bob" not in kept
+@pytest.mark.parametrize(("verb", "back"), [("hold", "release"), ("pause", "resume")])
+def test_publishing_and_training_are_held_and_let_go_as_generations(operator: Operator, verb: str, back: str) -> None:
+    operator(verb, "--reason", "look first")
+    assert "nothing was changed" in operator(verb)
+    document = json.loads(operator(back, "--reason", "fine", "-o", "json"))
+    assert document["changed"] is True
+    held, let_go = operator.registry.controls()[1:]
+    assert (held.publishing, held.training) == ((False, True) if verb == "hold" else (True, False))
+    assert (held.action, held.reason, held.actor) == (verb, "look first", actor())
+    assert (let_go.publishing, let_go.training, let_go.action) == (True, True, back)
+    assert held.epoch == let_go.epoch == 1, "the trainer stays in its epoch"
 
 
-def test_masking_users_with_another_salt_is_refused(operator: Operator, tmp_path: Path) -> None:
-    load_salt(tmp_path / "salt")
-    listed = tmp_path / "users.txt"
-    listed.write_text("ann\n")
-    with pytest.raises(SaltMismatch, match="restore the salt file"):
-        operator("rollback", "--to", "3", "--skip-users", str(listed), "--reason", "asked for")
-    assert len(operator.registry.controls()) == 1
-
-
-def test_a_race_between_two_operators_has_one_winner(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Operator(operator.state)
-    real = control.log_end
-
-    def meanwhile(settings: object) -> int | None:
-        other("pin", "4", "--reason", "first")
-        return real(settings)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(control, "log_end", meanwhile)
-    with pytest.raises(ControlConflict, match="history"):
-        operator("rollback", "--to", "3", "--reason", "second")
-    assert [one.action for one in operator.registry.controls()] == ["start", "pin"]
-
-
-def test_a_plan_across_a_rollback_does_not_count_rows_of_another_line(operator: Operator) -> None:
-    registry = operator.registry
-    to, newest = registry.manifest(3), replace(registry.manifest(5), visible=((5, 5), (1, 2)))
-    planned: Callable[..., plan.Plan] = plan.rollback_plan
-    assert planned(to, newest, Mask.NONE, now_ms=NOW_MS, log_end=None).rows is None
+def test_masks_are_listed_with_rows_and_users_and_lifted_by_number(operator: Operator) -> None:
+    assert operator("masks") == "nothing is left out"
+    operator("rollback", "--skip", "1:400-439", "--skip-time", "4m..now", "--reason", "bots")
+    entries = json.loads(operator("masks", "-o", "json"))
+    assert [(one["id"], one["rows"], one["users"], one["reason"]) for one in entries] == [
+        (1, 40, 18, "bots"),
+        (2, 40, 18, "bots"),
+    ]
+    assert "offsets 400-439" in operator("masks") and "40" in operator("masks")
+    said = operator("unmask", "2", "--reason", "it was a campaign")
+    assert "new clicks count again" in said and "rollback --to 4 --mode exact" in said
+    assert "nothing was changed" in operator("unmask", "2", "--reason", "again")
+    assert "lifted by generation 3" in operator("masks")
+    with pytest.raises(UnfitMask, match="there is no mask 7"):
+        operator("unmask", "7", "--reason", "typo")
+    control = operator.registry.control()
+    assert control is not None
+    assert ([one.id for one in control.masks], control.reason, control.action) == ([1], "it was a campaign", "unmask")

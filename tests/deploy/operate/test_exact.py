@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from state.config.sections import Kafka
-from state.errors import LogError, UnknownVersion
+from state.errors import LogError, UnfitVersion
 from state.log import Topics, Writer
 from state.positions import Source
 from state.registry.control import start
@@ -73,7 +73,7 @@ def test_the_log_turns_off_at_the_version_and_the_plan_says_what_is_read_again(
     assert [after for _, after in control.log[1].sources] == [4]
     assert "nothing was changed" in command("rollback", "--to", "1")
     # What it abandoned is no version to go back to any more.
-    with pytest.raises(UnknownVersion, match="abandoned since"):
+    with pytest.raises(UnfitVersion, match="a rollback abandoned"):
         command("rollback", "--to", "2")
 
 
@@ -85,7 +85,7 @@ def test_it_is_refused_where_the_clicks_or_the_log_are_gone(
 ) -> None:
     with Topics(kafka) as topics:
         topics.delete_before(getattr(kafka, topic), {0: before})
-    with pytest.raises(UnknownVersion, match=says):
+    with pytest.raises(UnfitVersion, match=says):
         command("rollback", "--to", "1")
     assert len(Operator(tmp_path).registry.controls()) == 1
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.errors import UnknownMask
+from state.errors import UnfitMask
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.positions import Source
@@ -161,7 +161,7 @@ def test_a_lifted_mask_still_counts_for_records_written_before_it_was_lifted() -
     assert [bool(free.mask_at(generation).times) for generation in (0, 2, 3, 4, 5)] == [True, True, True, False, False]
     assert all(free.mask_at(generation).offsets for generation in (0, 2, 4)), "the other one goes on"
     assert unmask(free, [2], **WHO) is free, "asked again it changes nothing"
-    with pytest.raises(UnknownMask, match=r"there is no mask 3.*springtide masks`: 1"):
+    with pytest.raises(UnfitMask, match=r"there is no mask 3.*springtide masks`: 1"):
         unmask(free, [3], **WHO)
 
 

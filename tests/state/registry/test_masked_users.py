@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.errors import CorruptVersion, TooManyMasks
+from state.errors import CorruptVersion, UnfitMask
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.registry.control import pin, roll_back, start
@@ -55,7 +55,7 @@ def test_a_million_users_leave_control_small_and_lie_in_one_file(controls: Contr
 
 def test_a_control_that_outgrows_its_file_is_refused(controls: Controls) -> None:
     mask = Mask(times=tuple((at, at + 1) for at in range(0, 6000, 2)))
-    with pytest.raises(TooManyMasks, match=r"3000 masks.*100,000 are allowed.*unmask"):
+    with pytest.raises(UnfitMask, match=r"3000 masks.*100,000 are allowed.*unmask"):
         controls.change(lambda control: roll_back(control, 1, mask, **WHO))
     assert len(controls.controls()) == 1
 

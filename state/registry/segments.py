@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from state.errors import UnknownVersion
-from state.features.mask import Mask
+from state.features.mask import Mask, MaskAt, always
 from state.registry.control import Control
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
-from trainer.intake import MaskAt, always
 
 NOTHING = always(Mask.NONE)
 
@@ -25,12 +24,14 @@ class LogSegment:
         next: The offset after it.
         mask_at: The rows left out.
         line: The records that count.
+        epoch: Of control.
     """
 
     first: int
     next: int
     mask_at: MaskAt = NOTHING
     line: LogLine = WHOLE
+    epoch: int = 1
 
 
 def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifest | None:
@@ -57,6 +58,25 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
     )
 
 
+def segments_to_end(
+    registry: Registry, control: Control, base: Manifest, newest: Manifest, end: int
+) -> list[LogSegment]:
+    """The parts of the log from `base` on along the line of `newest`, and on to offset `end` as `control` wants it.
+
+    Args:
+        registry: Where versions and control are.
+        control: The newest.
+        base: A version that `newest` descends from, or itself.
+        newest: The newest version of control's epoch, or the version that the epoch begins from.
+        end: Of the log.
+
+    Raises:
+        UnknownVersion: A version that an epoch began from is not kept any more.
+    """
+    found = segments_of(registry, registry.controls(), base, newest) if base.version != newest.version else []
+    return [*found, LogSegment(newest.log.next, max(end, newest.log.next), control.mask_at, control.log, control.epoch)]
+
+
 def segments_of(
     registry: Registry, controls: Sequence[Control], base: Manifest | None, target: Manifest
 ) -> list[LogSegment]:
@@ -74,9 +94,9 @@ def segments_of(
         if start is None:
             raise UnknownVersion(f"epoch {epoch} began from nothing: version {base.version} does not lead to it")
         turned = registry.manifest(start)
-        found.append(LogSegment(turned.log.next, end, last[epoch].mask_at, last[epoch].log))
+        found.append(LogSegment(turned.log.next, end, last[epoch].mask_at, last[epoch].log, epoch))
         epoch, end = turned.epoch, turned.log.next
     first = target.log.first if base is None else base.log.next
-    under = (last[epoch].mask_at, last[epoch].log) if epoch in last else ()
+    under = (last[epoch].mask_at, last[epoch].log, epoch) if epoch in last else ()
     found.append(LogSegment(first, end, *under))
     return found[::-1]

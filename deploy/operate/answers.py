@@ -1,0 +1,120 @@
+"""When answers of this host come from a version: at once, or once it is rebuilt from the registry; and whether they do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.operate.versions import served_version
+from deploy.watch.scrape import scrape, urls
+from state import layout
+from state.config.settings import Settings
+from state.errors import StoreError
+from state.registry.manifest import Manifest
+from state.registry.registry import SERVING, Registry
+from state.rows.store import RowStore
+
+APPLIED_BYTES_PER_S = 60e6
+"""How fast an applier puts rows of the registry into its store; `tests/bench/rollback.py` measures it."""
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How answers of this host will turn to a version.
+
+    Attributes:
+        serves: Whether this host has a row store.
+        here: Whether the version is in it.
+        bytes: What an applier has to read of the registry else.
+    """
+
+    serves: bool
+    here: bool = False
+    bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes.
+
+        >>> Turning(True, True).seconds, Turning(True, False, 120_000_000).seconds
+        (0.0, 2.0)
+        """
+        return 0.0 if self.here else self.bytes / APPLIED_BYTES_PER_S
+
+    def line(self) -> str:
+        """It in words.
+
+        >>> Turning(True, False, 120_000_000).line()
+        'on this host after about 2.0 s: 120 MB are read from the registry, and until then the version of now answers'
+        """
+        if not self.serves:
+            return "nothing serves on this host; a host that has the version in its row store turns at once"
+        if self.here:
+            return "on this host at once: the version is in its row store"
+        return (
+            f"on this host after about {self.seconds:.1f} s: {self.bytes / 1e6:.0f} MB are read from the registry, and until "
+            "then the version of now answers"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """It as JSON values."""
+        return {
+            "serves": self.serves,
+            "in_row_store": self.here,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def turning(settings: Settings, registry: Registry, to: Manifest) -> Turning:
+    """How answers of this host would turn to `to`.
+
+    Raises:
+        UnknownVersion, CorruptVersion: A part of it cannot be read.
+    """
+    here = versions_here(settings)
+    if here is None:
+        return Turning(False)
+    if to.version in here:
+        return Turning(True, True)
+    base, deltas = registry.chain(to.version)
+    parts = [base, *deltas]
+    known = [place for place, part in enumerate(parts) if part.version in here]
+    missing = parts[known[-1] + 1 :] if known else parts
+    return Turning(True, False, sum(part.files[SERVING].bytes for part in missing if SERVING in part.files))
+
+
+def versions_here(settings: Settings) -> set[int] | None:
+    """The versions in this host's row store; None where there is none."""
+    path = settings.serving_dir / layout.ROWS
+    if not path.is_dir():
+        return None
+    try:
+        store = RowStore(path, readonly=True)
+    except (StoreError, OSError):
+        return None
+    try:
+        with store.reader() as reader:
+            return {one.version for one in reader.versions()}
+    finally:
+        store.close()
+
+
+def serves(settings: Settings) -> bool:
+    """Whether an applier of this host is at work, by its metrics."""
+    if not (settings.serving_dir / layout.ROWS).is_dir():
+        return False
+    return not scrape({"applier": urls(settings)["applier"]})["applier"].problem
+
+
+def wait(settings: Settings, version: int, limit_s: float, clock: Callable[[], float] = time.monotonic) -> bool:
+    """Waits until answers of this host come from `version`; whether they do."""
+    until = clock() + limit_s
+    while served_version(settings.serving_dir) != version:
+        if clock() >= until:
+            return False
+        time.sleep(POLL_S)
+    return True

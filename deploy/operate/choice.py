@@ -1,0 +1,145 @@
+"""Chooses the version that a rollback goes back to: on the serving line, kept, loadable, and clean of what is masked.
+
+1. The newest version that by its manifest surely learned nothing masked (by
+   its positions, its newest event, its users).
+2. From there on the training log is read until the first masked row that was
+   learned. Up to it every version of the line is clean, behind it none.
+3. The version asked for must be among the clean ones, or it is the newest of
+   them; and the trainer must be able to read on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deploy.operate.line import ServingLine, told
+from deploy.operate.log_scan import FirstHit, first_hit
+from deploy.operate.log_view import LogView
+from deploy.operate.times import iso
+from state.errors import SettingsError, UnfitVersion, UnknownVersion
+from state.registry.control import Control
+from state.registry.manifest import Manifest
+from state.registry.mask_entries import MaskEntry, joined
+from state.registry.registry import Registry
+from state.registry.segments import segments_to_end
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the operator asked for.
+
+    Attributes:
+        to: A version, or None.
+        before_ms: The newest version made before this moment, or None.
+    """
+
+    to: int | None = None
+    before_ms: int | None = None
+
+
+def choose(
+    registry: Registry,
+    control: Control,
+    target: Target,
+    new: Sequence[MaskEntry],
+    view: LogView | None,
+    wait_ms: int,
+) -> Manifest:
+    """The version to go back to.
+
+    Args:
+        registry: Where versions are.
+        control: The newest.
+        target: What was asked for; the newest clean version where it names none.
+        new: What is to be left out and is not yet.
+        view: Of the log; None where Kafka does not answer.
+        wait_ms: How long a row may wait for its label.
+
+    Raises:
+        UnknownVersion: It is not kept, or cannot be put together any more.
+        UnfitVersion: It is abandoned, has learned a masked click, or the trainer cannot read on from it.
+        SettingsError: The mask names no row of the log.
+        LogError: The log cannot be read.
+    """
+    line = ServingLine(registry, control)
+    if target.to is not None:
+        asked = line.require(target.to)
+        registry.chain(target.to)
+    else:
+        asked = _before(line, target.before_ms)
+    clean = _newest_clean(registry, control, line, new, view, wait_ms) if new else line.newest
+    if target.to is not None:
+        if asked.version > clean.version:
+            raise UnfitVersion(
+                f"version {asked.version} has learned clicks that are to be left out",
+                f"the newest version of the serving line that has not is {told(clean)}: `--to {clean.version}`, or `--before-mask`",
+            )
+        found = asked
+    else:
+        found = line.loadable(min(asked, clean, key=lambda one: one.version))
+    if view is not None:
+        view.require_reach(registry, found)
+    return found
+
+
+def _before(line: ServingLine, before_ms: int | None) -> Manifest:
+    if before_ms is None:
+        return line.newest
+    found = line.last(lambda version: version.created_at_ms < before_ms)
+    if found is None:
+        oldest = line.oldest()
+        hint = "there is none" if oldest is None else f"the oldest is {told(oldest)}"
+        raise UnknownVersion(f"no version of the serving line was made before {iso(before_ms)}", hint)
+    return found
+
+
+def _newest_clean(
+    registry: Registry,
+    control: Control,
+    line: ServingLine,
+    new: Sequence[MaskEntry],
+    view: LogView | None,
+    wait_ms: int,
+) -> Manifest:
+    sure = line.surely_clean(new, wait_ms)
+    if sure is None:
+        oldest = line.oldest()
+        raise UnfitVersion(
+            "no version is kept that has learned none of what is to be left out"
+            + ("" if oldest is None else f"; the oldest is {told(oldest)}"),
+            "name later clicks or fewer users; registry.base_keep_d says for how long versions are kept",
+        )
+    if view is None:
+        return sure
+    if sure.log.next < view.begin and sure.version != line.newest.version:
+        raise UnfitVersion(
+            f"the training log begins at offset {view.begin}: what was learned between {told(sure)} and there cannot be looked "
+            f"at, and the trainer cannot read on from {sure.log.next}",
+            f"let answers stay at it with `springtide pin {sure.version}`, or name later clicks",
+        )
+    hit = _hit(registry, control, line, sure, new, view)
+    if hit is None:
+        if any(one.offsets is None for one in new):
+            raise SettingsError(
+                "no row of the training log is named by --skip-time, --minutes or --skip-users: nothing would be left out",
+                f"the log was looked through from {iso(sure.event_time_ms)} on; check times and ids, and with "
+                "`springtide status` whether the stream has read that far",
+            )
+        return line.newest
+    found = line.last(lambda version: (version.epoch, version.log.next) <= (hit.epoch, hit.offset))
+    return sure if found is None or found.version < sure.version else found
+
+
+def _hit(
+    registry: Registry,
+    control: Control,
+    line: ServingLine,
+    sure: Manifest,
+    new: Sequence[MaskEntry],
+    view: LogView,
+) -> FirstHit | None:
+    segments = segments_to_end(registry, control, sure, line.newest, view.end)
+    first = max(view.begin, min(segments[0].first, view.end))
+    with view.reader(first) as reader:
+        return first_hit(reader, view.partition, segments, joined(new, 0))

@@ -1,0 +1,139 @@
+"""`springtide history` and `springtide masks`: what was decided by whom, what came of it, and what is left out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from deploy.operate.commands import Say, control_document, current
+from deploy.operate.masking import describe
+from deploy.operate.times import age, iso
+from deploy.operate.versions import open_registry, table
+from state.config.settings import Settings
+from state.registry.control import Control
+from state.registry.mask_entries import MaskEntry
+from state.registry.outcomes import Part
+from state.registry.registry import Registry
+
+PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
+
+
+def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Lists every control generation: who decided what, when and why, and what became of a rollback.
+
+    Raises:
+        RegistryError: There is no registry.
+    """
+    registry = open_registry(settings)
+    controls = list(registry.controls())
+    outcomes = {
+        one.generation: outcome(registry, one, before)
+        for before, one in zip([None, *controls[:-1]], controls, strict=True)
+    }
+    if asked.output == "json":
+        say(json.dumps([control_document(one) | outcomes[one.generation] for one in controls], indent=2))
+        return
+    head = ["generation", "at", "actor", "action", "epoch", "from", "answers", "left out", "reason"]
+    lines = [
+        [
+            str(one.generation),
+            iso(one.created_at_ms),
+            one.actor,
+            one.action,
+            str(one.epoch),
+            "nothing" if one.base is None else str(one.base),
+            "newest" if one.serving.version is None else f"version {one.serving.version}",
+            describe(one.mask),
+            one.reason,
+        ]
+        for one in controls
+    ]
+    say(table([head, *lines]) if lines else "no control yet; the trainer writes the first")
+    for one in controls:
+        if found := outcomes[one.generation]:
+            say(f"generation {one.generation}: {compared(found['outcome'])}")
+
+
+def outcome(registry: Registry, control: Control, before: Control | None) -> dict[str, Any]:
+    """What was planned and what happened, of the rollback that began an epoch; nothing of other generations."""
+    if control.action != "rollback" or (before is not None and before.epoch == control.epoch):
+        return {}
+    return {"outcome": {part: registry.outcome(control.epoch, part) for part in PARTS}}
+
+
+def compared(outcome: dict[str, Any]) -> str:
+    """An outcome against its plan, in words.
+
+    >>> planned = {"mode": "fast", "rows": 5000, "masked": 120, "replay_s": 2.4, "answers": {"serves": True, "seconds": 0.0}}
+    >>> learned = {"seconds": 3.1, "again": {"rows": 5000, "masked": 120}}
+    >>> compared({"planned": planned, "answered": {"seconds": 0.31}, "learned": learned})
+    'answers after 0.3 s (planned 0.0 s); caught up after 3.1 s (2.4 s); 5,000 rows read again (5,000), 120 left out by the trainer (120)'
+    >>> compared({"planned": None, "answered": None, "learned": None})
+    'when answers turned is not known; not caught up yet'
+    """
+    planned, answered, learned = (outcome[part] for part in ("planned", "answered", "learned"))
+    parts = ["when answers turned is not known"]
+    if answered is not None:
+        expected = f" (planned {planned['answers']['seconds']:.1f} s)" if planned else ""
+        parts = [f"answers after {answered['seconds']:.1f} s{expected}"]
+    if learned is None:
+        return "; ".join([*parts, "not caught up yet"])
+    expected_s = planned.get("replay_s") if planned else None
+    parts.append(f"caught up after {age(learned['seconds'])}{'' if expected_s is None else f' ({age(expected_s)})'}")
+    if (again := learned.get("again")) is not None:
+        known = planned is not None and "rows" in planned
+        exact = known and planned["mode"] == "exact"  # then the stream leaves out what is masked
+        rows = f" ({planned['rows'] - exact * planned['masked']:,})" if known else ""
+        masked = f" ({(not exact) * planned['masked']:,})" if known else ""
+        parts.append(f"{again['rows']:,} rows read again{rows}, {again['masked']:,} left out by the trainer{masked}")
+    return "; ".join(parts)
+
+
+def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Lists what is left out: each mask with who set it, when and why, its rows and users, and those lifted.
+
+    Raises:
+        RegistryError: There is no registry, or no control.
+    """
+    registry = open_registry(settings)
+    control = current(registry)
+    controls = {one.generation: one for one in registry.controls()}
+    entries = [_entry(registry, one, controls.get(one.generation)) for one in (*control.masks, *control.lifted)]
+    if asked.output == "json":
+        say(json.dumps(entries, indent=2))
+        return
+    if not entries:
+        say("nothing is left out")
+        return
+    head = ["mask", "leaves out", "rows", "users", "set", "by", "reason", ""]
+    lines = [
+        [
+            str(one["id"]),
+            one["what"],
+            "?" if one["rows"] is None else f"{one['rows']:,}",
+            "?" if one["users"] is None else f"{one['users']:,}",
+            iso(one["at_ms"]) if one["at_ms"] is not None else "?",
+            one["actor"] or "?",
+            one["reason"] or "?",
+            f"lifted by generation {one['lifted']}" if one["lifted"] else "",
+        ]
+        for one in entries
+    ]
+    say(table([head, *lines]))
+
+
+def _entry(registry: Registry, entry: MaskEntry, set_by: Control | None) -> dict[str, Any]:
+    counted = None if set_by is None else registry.outcome(set_by.epoch, "planned")
+    hit = ((counted or {}).get("masks") or {}).get(str(entry.id), {})
+    return {
+        "id": entry.id,
+        "generation": entry.generation,
+        "what": describe(entry.mask),
+        "rows": hit.get("rows"),
+        "users": hit.get("users"),
+        "at_ms": None if set_by is None else set_by.created_at_ms,
+        "actor": None if set_by is None else set_by.actor,
+        "reason": None if set_by is None else set_by.reason,
+        "lifted": entry.lifted or None,
+    }

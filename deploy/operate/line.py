@@ -1,0 +1,197 @@
+"""The serving line: the versions that the newest one of control's epoch descends from, and which of them surely learned nothing masked."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from deploy.operate.times import iso
+from state.errors import CorruptVersion, UnfitVersion, UnknownVersion
+from state.features.masked_users import MaskedUsers
+from state.positions import Source
+from state.registry.control import Control
+from state.registry.manifest import TOLD_MS, Manifest, sees
+from state.registry.mask_entries import MaskEntry
+from state.registry.registry import SERVING, TRAINING, Registry
+
+FAR_AHEAD_MS = 3_900_000
+"""An hour and five minutes: how far a broker lets a timestamp lie ahead, and an event after its timestamp, by default."""
+
+
+class ServingLine:
+    """The kept versions of the line, oldest first. What is asked of them is found by halving: a manifest is a file.
+
+    Args:
+        registry: Where they are.
+        control: The newest.
+
+    Attributes:
+        newest: The newest version of control's epoch, or the one that the epoch begins from.
+
+    Raises:
+        UnknownVersion: There is no version yet.
+    """
+
+    def __init__(self, registry: Registry, control: Control) -> None:
+        self._registry, self._control = registry, control
+        self.newest = self._newest()
+        self._numbers = [number for number in registry.versions() if sees(self.newest.visible, number)]
+
+    def require(self, version: int) -> Manifest:
+        """The manifest of a version that is on the line.
+
+        Raises:
+            UnknownVersion: It is not kept.
+            UnfitVersion: A rollback abandoned it.
+        """
+        found = self._registry.manifest(version)
+        if not sees(self.newest.visible, version):
+            before = [number for number in self._numbers if number < version]
+            raise UnfitVersion(
+                f"version {version} is of epoch {found.epoch}, which a rollback abandoned: what is served does not descend from it",
+                f"take {before[-1]}, the version of the serving line before it"
+                if before
+                else "look at `springtide versions`",
+            )
+        return found
+
+    def last(self, holds: Callable[[Manifest], bool]) -> Manifest | None:
+        """The newest version for which something holds that holds for all older ones too; None where it does for none."""
+        low, high = 0, len(self._numbers)
+        while low < high:
+            middle = (low + high) // 2
+            found = self._manifest(middle)
+            if found is None:
+                high -= 1
+            elif holds(found):
+                low = middle + 1
+            else:
+                high = middle
+        return self._manifest(low - 1) if low else None
+
+    def loadable(self, version: Manifest) -> Manifest:
+        """It, or the newest one before it on the line that can be put together.
+
+        Raises:
+            UnknownVersion: There is none.
+        """
+        place = bisect_left(self._numbers, version.version + 1)
+        bases = [number for number in self._registry.bases() if number <= version.version and number in self._numbers]
+        for number in (*reversed(self._numbers[max(0, place - 2) : place]), *reversed(bases)):
+            try:
+                self._registry.chain(number)
+                return self._registry.manifest(number)
+            except (UnknownVersion, CorruptVersion):
+                continue
+        self._registry.chain(version.version)
+        return version
+
+    def oldest(self) -> Manifest | None:
+        """The oldest version kept; None where none can be read."""
+        return self._manifest(0) if self._numbers else None
+
+    def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int) -> Manifest | None:
+        """The newest version that, by what versions say of themselves, learned nothing that `entries` name.
+
+        Newer ones may be clean too: where the first masked click lies, the log
+        tells.
+
+        Args:
+            entries: The new masks.
+            wait_ms: How long a row may wait for its label, which is a masked click too.
+        """
+        firsts = {
+            (one.offsets[0], one.offsets[1]): one.offsets[2] for one in sorted(entries, key=_first) if one.offsets
+        }
+        begin_ms = min((one.times[0] for one in entries if one.times), default=None)
+        users = [one.users for one in entries if one.users]
+
+        def holds(version: Manifest) -> bool:
+            late = begin_ms is not None and newest_told_ms(version, wait_ms) >= begin_ms
+            return not late and all(after <= firsts.get(_word(source), after) for source, after in version.sources)
+
+        found = self.last(holds)
+        if found is None or not users:
+            return found
+        return self._before(found, users)
+
+    def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
+        """The newest base up to `version` whose tables have none of the users, those not admitted yet included."""
+        for number in reversed(
+            [one for one in self._registry.bases() if one <= version.version and one in self._numbers]
+        ):
+            try:
+                base = self._registry.manifest(number, "base")
+                if base.parent is None and not base.rows:
+                    return base
+                known = np.concatenate(
+                    [self._ids(base, SERVING, "user.ids"), self._ids(base, TRAINING, "user.pending_ids")]
+                )
+            except (CorruptVersion, UnknownVersion, OSError, SafetensorError):
+                continue
+            if not any(bool(one.has(known).any()) for one in users):
+                return base
+        return None
+
+    def _ids(self, base: Manifest, name: str, tensor: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        # Not the whole file, which a read with its digest would take: it is read in full before anything is loaded.
+        with safe_open(self._registry.folder("base", base.version) / name, "np") as file:
+            if tensor not in file.keys():  # noqa: SIM118 - it is no mapping
+                return np.empty(0, np.uint64)
+            return np.asarray(file.get_tensor(tensor)).view(np.uint64)
+
+    def _newest(self) -> Manifest:
+        base = self._control.base
+        for number in reversed(self._registry.versions()):
+            try:
+                found = self._registry.manifest(number)
+            except (CorruptVersion, UnknownVersion):
+                continue
+            if found.epoch == self._control.epoch or number == base:
+                return found
+        raise UnknownVersion(
+            f"epoch {self._control.epoch} has no version yet", "the trainer publishes the first after the bootstrap"
+        )
+
+    def _manifest(self, place: int) -> Manifest | None:
+        """The manifest at a place; one that was removed meanwhile, or is damaged, leaves the line."""
+        try:
+            return self._registry.manifest(self._numbers[place])
+        except (CorruptVersion, UnknownVersion):
+            del self._numbers[place]
+            return None
+
+
+def newest_told_ms(version: Manifest, wait_ms: int) -> int:
+    """No row that the version learned told a later time, of its event or of its label.
+
+    Clocks that were farther ahead of the log than `FAR_AHEAD_MS` are not
+    asked: one of them would make every version look as if it were of then.
+
+    Args:
+        version: Its manifest; 0.1.0 wrote the newest event's time only.
+        wait_ms: How long a row may wait for its label.
+    """
+    found = version.metrics.get(TOLD_MS)
+    return version.event_time_ms + wait_ms if found is None else min(int(found), version.event_time_ms + FAR_AHEAD_MS)
+
+
+def told(version: Manifest) -> str:
+    """A version and when it was made.
+
+    Args:
+        version: Its manifest.
+    """
+    return f"version {version.version} of {iso(version.created_at_ms)}"
+
+
+def _word(source: Source) -> tuple[int, int]:
+    return source.topic, source.partition
+
+
+def _first(entry: MaskEntry) -> int:
+    """Later ones first: of several ranges in a partition the earliest is to win."""
+    return -entry.offsets[2] if entry.offsets else 0

@@ -1,0 +1,142 @@
+"""What the operator asks to leave out: read from the command line, checked against clocks and topics, told in words."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deploy.operate.times import UNITS_MS, iso, parse_times
+from state.config.settings import Settings
+from state.errors import SaltMismatch, SettingsError
+from state.events.identity import load_salt, user_id
+from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
+from state.registry.manifest import Manifest
+
+Ends = Mapping[int, tuple[int, int]]
+"""Of the clicks: partition -> the first position kept, the position of the next record."""
+
+
+def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now_ms: int) -> Mask:
+    """The mask of --skip, --skip-time, --minutes and --skip-users.
+
+    Raises:
+        SettingsError: One of them is not written as it should be, or ends in the future.
+    """
+    topic_ids = {source.topic_id for source, _ in newest.sources}
+    times = [parse_times(text, now_ms) for text in asked.skip_time]
+    for text, (_, end) in zip(asked.skip_time, times, strict=True):
+        if end > now_ms:
+            raise SettingsError(
+                f"--skip-time {text}: it ends in the future, {iso(end)}: clicks to come would be left out too",
+                "end it with now, and mask what comes later once it has come",
+            )
+    if asked.minutes is not None:
+        times.append((now_ms - asked.minutes * UNITS_MS["m"], now_ms))
+    return Mask(
+        offsets=tuple(parse_place(text, topic_ids) for text in asked.skip),
+        times=tuple(times),
+        users=MaskedUsers.NOBODY if asked.skip_users is None else users_of(settings, asked.skip_users, newest.salt),
+    )
+
+
+def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
+    """Refuses offsets that the clicks topic does not have yet.
+
+    Args:
+        mask: What is to be left out.
+        topic_id: Of the clicks topic; offsets of another one are not looked at.
+        ends: Of its partitions.
+
+    >>> require_positions(Mask(offsets=((42, 3, 5, 20),)), "0000002a" + "0" * 24, {3: (0, 20)})
+
+    Raises:
+        SettingsError: A partition or an offset is not there.
+    """
+    for word, partition, first, last in mask.offsets:
+        if word != int(topic_id[:8], 16):
+            continue
+        asked = f"--skip {partition}:{first}-{last - 1}"
+        if partition not in ends:
+            known = ", ".join(map(str, sorted(ends)))
+            raise SettingsError(f"{asked}: the clicks topic has no partition {partition}", f"it has {known}")
+        if last > ends[partition][1]:
+            raise SettingsError(
+                f"{asked}: partition {partition} ends before offset {ends[partition][1]}: clicks to come would be left out too",
+                f"name offsets up to {ends[partition][1] - 1}",
+            )
+
+
+def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, int]:
+    """A mask entry of `PARTITION:A-B` (both included), or `TOPIC_ID:PARTITION:A-B`.
+
+    Args:
+        text: What the operator wrote.
+        topic_ids: Ids of the click topics that versions were trained on, 32 hexadecimal digits each.
+
+    >>> parse_place("3:100-199", ["0000002a" + "0" * 24])
+    (42, 3, 100, 200)
+
+    Raises:
+        SettingsError: It is not of that form, or the topic is not clear.
+    """
+    match = re.fullmatch(r"(?:([0-9a-f]+):)?(\d+):(\d+)-(\d+)", text.strip())
+    if not match or int(match[3]) > int(match[4]):
+        raise SettingsError(f"--skip {text}: write PARTITION:A-B with offsets A up to B, such as 3:1000-1999")
+    found = sorted(one for one in topic_ids if one.startswith(match[1] or ""))
+    if len(found) != 1:
+        known = ", ".join(sorted(topic_ids)) or "none yet"
+        raise SettingsError(
+            f"--skip {text}: write TOPIC_ID:PARTITION:A-B with one of the topic ids trained on: {known}"
+        )
+    return int(found[0][:8], 16), int(match[2]), int(match[3]), int(match[4]) + 1
+
+
+def users_of(settings: Settings, file: Path, fingerprint: str) -> MaskedUsers:
+    """The pseudonyms of a file's users, one id a line.
+
+    Args:
+        settings: They name the salt.
+        file: The file.
+        fingerprint: Of the salt that the versions were trained with; another one would mask nobody.
+
+    Raises:
+        MissingSalt: The salt file is missing.
+        SaltMismatch: It is another one.
+        SettingsError: The file cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"--skip-users {file}: not readable: {error}", "give a UTF-8 file with one user id a line"
+        ) from None
+    salt = load_salt(settings.salt_path, create=False)
+    if salt.fingerprint != fingerprint:
+        raise SaltMismatch.between(f"the registry {settings.registry_dir}", fingerprint, salt.fingerprint)
+    return MaskedUsers.of(user_id(salt, line.strip()) for line in lines if line.strip())
+
+
+def describe(mask: Mask) -> str:
+    """A mask in words, without a user's id.
+
+    >>> describe(Mask(times=((0, 60_000),), users=MaskedUsers.of([7])))
+    'clicks from 1970-01-01T00:00:00Z to 1970-01-01T00:01:00Z; all of 1 user'
+    """
+    parts = [
+        f"topic {word:08x} partition {partition} offsets {first}-{last - 1}"
+        for word, partition, first, last in mask.offsets
+    ]
+    parts += [f"clicks from {iso(first)} to {iso(last)}" for first, last in mask.times]
+    if mask.users:
+        parts.append(f"all of {len(mask.users):,} user{'s' if len(mask.users) > 1 else ''}")
+    return "; ".join(parts) or "nothing"
+
+
+def mask_document(mask: Mask) -> dict[str, Any]:
+    """A mask as JSON values; users are counted, not listed."""
+    return {**replace(mask, users=MaskedUsers.NOBODY).to_json(), "users": len(mask.users)}

@@ -1,0 +1,119 @@
+"""What may be written behind `springtide rollback`, `masks` and `unmask`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+Add = Callable[..., argparse.ArgumentParser]
+"""Adds a command: name, help, description."""
+
+WAIT_S = 10.0
+
+
+def rollback(add: Add) -> argparse.ArgumentParser:
+    """The command that goes back."""
+    command = add(
+        "rollback",
+        "Go back to a version, and train on from it without the clicks you name.",
+        "Answers turn first, and stay at the version until `springtide follow`; then the plan is counted in the training log "
+        "and told. The version has learned none of the clicks named, or the command is refused with the newest that has not. "
+        "Nothing is deleted. With --mode fast the trainer replays the log without the masked rows, and rows after them keep "
+        "the windows they were written with; with --mode exact the stream goes back too, and reads its clicks again without "
+        "them.",
+    )
+    target = command.add_mutually_exclusive_group()
+    target.add_argument("--to", type=positive, metavar="V", help="the version to go back to")
+    target.add_argument(
+        "--before",
+        metavar="TIME",
+        help="the newest clean version made before TIME: ISO 8601, or 10m for ten minutes ago",
+    )
+    target.add_argument(
+        "--before-mask",
+        action="store_true",
+        help="the newest version that has learned none of the clicks named (so without --to and --before)",
+    )
+    _skips(command)
+    command.add_argument(
+        "--mode",
+        choices=("fast", "exact"),
+        default="fast",
+        help="fast: the trainer goes back; exact: the stream and all histories too (default fast)",
+    )
+    command.add_argument(
+        "--follow-when-caught-up",
+        action="store_true",
+        help="let answers follow the newest version again once the trainer has caught up",
+    )
+    command.add_argument(
+        "--wait",
+        type=seconds,
+        default=WAIT_S,
+        metavar="S",
+        help=f"how long to wait for answers of this host to turn (default {WAIT_S:.0f}; 0: not at all)",
+    )
+    command.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+    return command
+
+
+def _skips(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="P:A-B",
+        help="leave out offsets A to B of partition P of the clicks; repeatable",
+    )
+    command.add_argument(
+        "--skip-time",
+        action="append",
+        default=[],
+        metavar="A..B",
+        help="leave out clicks with times from A until before B, such as 10m..now; repeatable",
+    )
+    command.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
+    command.add_argument(
+        "--minutes", type=positive, metavar="N", help="leave out the last N minutes: --skip-time Nm..now"
+    )
+
+
+def masks(add: Add) -> list[argparse.ArgumentParser]:
+    """The commands that list what is left out, and lift it."""
+    listing = add("masks", "List what rollbacks left out: each mask with its rows and users, who set it, and why.")
+    lifting = add(
+        "unmask",
+        "Lift masks: what they name counts again.",
+        "New clicks count at once; what was left out comes back at the next exact rollback.",
+    )
+    lifting.add_argument("masks", type=positive, nargs="+", metavar="N", help="a mask, of `springtide masks`")
+    lifting.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
+    return [listing, lifting]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on.
+
+    >>> positive("7")
+    7
+    """
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Seconds, 0 or more.
+
+    >>> seconds("2.5")
+    2.5
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1e9:
+        raise argparse.ArgumentTypeError(f"must be seconds from 0 on, not {text!r}")
+    return found

@@ -1,0 +1,77 @@
+"""The operator's ways to write a time, and how times are told. Pure."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from state.errors import SettingsError
+
+UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def parse_time(text: str, now_ms: int) -> int:
+    """A moment in ms: ISO 8601 (UTC unless it says otherwise), seconds or ms since 1970, `now`, or `10m` (ago).
+
+    >>> parse_time("10m", 1_000_000), parse_time("1970-01-01T00:01", 0), parse_time("1700000000", 0)
+    (400000, 60000, 1700000000000)
+
+    Raises:
+        SettingsError: It is none of these.
+    """
+    text = text.strip()
+    if text == "now":
+        return now_ms
+    if relative := re.fullmatch(r"-?(\d+(?:\.\d+)?)(ms|s|m|h|d)", text):
+        return now_ms - round(float(relative[1]) * UNITS_MS[relative[2]])
+    if re.fullmatch(r"\d+", text):
+        return int(text) if len(text) > 11 else int(text) * 1000
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(
+            f"time {text!r}: write ISO 8601 such as 2026-05-01T12:00:00, now, or 10m for ten minutes ago"
+        ) from None
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def parse_times(text: str, now_ms: int) -> tuple[int, int]:
+    """The half-open range of `A..B`.
+
+    >>> parse_times("10m..now", 1_000_000)
+    (400000, 1000000)
+
+    Raises:
+        SettingsError: It is no range, or B does not come after A.
+    """
+    first, dots, last = text.partition("..")
+    if not dots:
+        raise SettingsError(f"--skip-time {text}: write A..B, such as 10m..now")
+    span = (parse_time(first, now_ms), parse_time(last, now_ms))
+    if span[0] >= span[1]:
+        raise SettingsError(f"--skip-time {text}: it ends before it begins", "write the earlier time first")
+    return span
+
+
+def age(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> [age(seconds) for seconds in (0.24, 75, 3 * 3600 + 120, 200_000)]
+    ['0.2 s', '1 min 15 s', '3 h 2 min', '2 d 7 h']
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = int(seconds)
+    for unit, size, below, smaller in (("min", 60, "s", 1), ("h", 3600, "min", 60), ("d", 86400, "h", 3600)):
+        if whole < size * {"min": 60, "h": 24, "d": 10**9}[unit]:
+            return f"{whole // size} {unit} {whole % size // smaller} {below}"
+    raise AssertionError("days have no bound")
+
+
+def iso(time_ms: int) -> str:
+    """A moment in UTC, to the second.
+
+    >>> iso(61_000)
+    '1970-01-01T00:01:01Z'
+    """
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
