@@ -44,6 +44,7 @@ RECORDS_AT_ONCE = 64
 ITEMS_REMEMBERED = 1_000_000
 SWEEP_USERS = 1000
 EVERY_MS = 1000
+DAY_MS = 86_400_000
 _log = logging.getLogger(__name__)
 
 
@@ -205,6 +206,9 @@ class HistoryFollower:
             events.append(events_of(kept, kept.header.ranges))
             users.append(kept.user)
             newest_ms = max(newest_ms, int(log_times(kept).max(initial=0)))
+            if found.header.clocks and self.newest_ms > found.header.created_ms + DAY_MS:
+                # Under 0.1.0 one click could set it years ahead.
+                self.newest_ms = 0
             extra |= {name_extra(category): name.encode() for category, name in found.header.names.items()}
             marks = after
         if newest_ms > self.newest_ms:

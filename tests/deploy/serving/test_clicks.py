@@ -16,7 +16,7 @@ from deploy.serving.clicks import HistoryFollower
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from state.errors import GapError, SaltMismatch
 from state.features.spec import FeatureSpec
-from state.history.appends import events_of
+from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.log import MemoryLog
@@ -56,7 +56,14 @@ def append(log: MemoryLog, *records: bytes) -> None:
             writer.send(LOG, 0, None, value)
 
 
-def record(first: int, next_: int, salt: str = "salt", users: int = 3, label: float = float("nan")) -> bytes:
+def record(
+    first: int,
+    next_: int,
+    salt: str = "salt",
+    users: int = 3,
+    label: float = float("nan"),
+    clocks: tuple[tuple[int, int], ...] = (),
+) -> bytes:
     """A micro-batch of the source's offsets [first, next_), each a row."""
     rows = next_ - first
     offsets = np.arange(first, next_, dtype=np.int64)
@@ -77,7 +84,7 @@ def record(first: int, next_: int, salt: str = "salt", users: int = 3, label: fl
         "user_attributes": np.empty((rows, 0), np.uint64),
         "item_attributes": np.empty((rows, 0), np.uint64),
     }
-    header = Header("spec", salt, (Range(SOURCE, first, next_, rows=rows),), 7, names={50: "shoes"})
+    header = Header("spec", salt, (Range(SOURCE, first, next_, rows=rows),), 7, names={50: "shoes"}, clocks=clocks)
     return encode(header, columns)
 
 
@@ -165,6 +172,24 @@ def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None
     assert json.loads(extra(CLOCK_EXTRA) or b"") == {"event_ms": 8000, "accepted_ms": 77_000}
     assert json.loads(extra("microbatches") or b"") == {"topic_id": TOPIC, "next": {"0": 1}}
     assert extra(CAUGHT_UP_EXTRA) == b"1"
+    following.store.close()
+
+
+def test_the_event_clock_is_what_the_header_believes_and_one_that_a_click_set_years_ahead_comes_back(
+    tmp_path: Path,
+) -> None:
+    following = Following(tmp_path, written(record(0, 2)))
+    years = json.dumps({"event_ms": 1 << 42, "accepted_ms": 0}).encode()
+    following.store.commit(Appends.none(), (), {CLOCK_EXTRA: years})
+    following.store.close()
+    following = Following(tmp_path, following.log)
+    following.drain()
+    assert following.follower.newest_ms == 1 << 42
+    # Rows of 2 to 5 s, of which 3 s are believed.
+    append(following.log, record(2, 6, clocks=((1000, 3000),)))
+    following.drain()
+    assert following.follower.newest_ms == 3000
+    assert json.loads(following.store.extra(CLOCK_EXTRA) or b"")["event_ms"] == 3000
     following.store.close()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 
 import pytest
 
+from state.log import Writer
 from tests.e2e.running import Loop, until
 
 PARTS = {
@@ -69,8 +72,6 @@ def test_an_unknown_user_is_a_cold_start_and_marked_as_such(loop: Loop) -> None:
 
 
 def test_a_refused_record_is_counted_with_its_reason_and_holds_nobody_up(loop: Loop) -> None:
-    from state.log import Writer
-
     name = "springtide_stream_dead_letters_total"
     before = loop.metrics("stream").by(name, "reason").get("undecodable", 0.0)
     writer = Writer(loop.settings.kafka)
@@ -83,6 +84,21 @@ def test_a_refused_record_is_counted_with_its_reason_and_holds_nobody_up(loop: L
     )
     user = "linus-after-the-dead-letter"
     loop.answer_trained_on(user, loop.click([(user, "pen", "office", "view")]))
+
+
+def test_a_clock_that_is_50_minutes_ahead_is_its_own_users_business(loop: Loop) -> None:
+    """Both its times are: the event's and the record's in Kafka."""
+    ada = "ada-whose-clock-is-right"
+    loop.answer_trained_on(ada, loop.click([(ada, "kettle", "kitchen", "view")] * 3))
+    ahead_ms = time.time_ns() // 1_000_000 + 3_000_000
+    with Writer(loop.settings.kafka) as writer:
+        click = {"user": "bob", "item": "kettle", "category": "kitchen", "action": "view", "time": ahead_ms}
+        writer.send(loop.settings.kafka.clicks_topic, None, b"bob", json.dumps(click).encode(), (), ahead_ms)
+        writer.flush()
+    answer = loop.answer_trained_on(ada, loop.ends())
+    assert abs(answer["at_ms"] - time.time_ns() // 1_000_000) < 60_000
+    assert answer["features"]["view.count_1h"] == 3
+    until(lambda: loop.springtide("status")["figures"]["clocks_off"].get("ahead"), "the clock is not named")
 
 
 @pytest.mark.parametrize("part", PARTS)
