@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,36 @@ def test_rollback_answers_with_the_version_at_once_and_a_new_epoch_leaves_the_po
     assert answer["version"]["epoch"] == epoch + 1
     assert answer["interests"][0]["label"] == "reading"
     assert poison not in [interest["label"] for interest in answer["interests"]]
+
+
+def test_an_exact_rollback_takes_stream_and_histories_back_while_clicks_go_on(loop: Loop) -> None:
+    user, poison = "victim-of-other-bots", "flooded-category"
+    loop.answer_trained_on(user, loop.click([(user, "book", "reading", "purchase")] * 5))
+    good, epoch = served(loop)
+    began_s = time.time()
+    loop.answer_trained_on(user, loop.click([(user, f"bot-{n}", poison, "purchase") for n in range(20)]))
+    done_s = time.time()
+    masked = loop.springtide("status")["accounting"]["stream"]["masked"]
+    span = f"{iso(began_s)}..{iso(done_s)}"
+    done = loop.springtide(
+        "rollback", "--to", str(good), "--mode", "exact", "--skip-time", span, "--reason", "bots clicked"
+    )
+    assert done["plan"]["exact"]["clicks"] > 20
+    assert done["control"]["mode"] == "exact"
+    loop.springtide("follow", "--reason", "the new epoch is good")
+    # Everything of before is learned again, and more: shoppers and attributes go on all the time.
+    answer = loop.answer_trained_on(user, loop.click([(user, "book", "reading", "view")]))
+    assert answer["version"]["epoch"] == epoch + 1
+    assert answer["features"]["purchase.count_1h"] == 5
+    assert poison not in [interest["label"] for interest in answer["interests"]]
+
+    def balanced() -> dict[str, Any] | None:
+        found: dict[str, Any] = loop.springtide("status")["accounting"]
+        return found if found["compared"] else None
+
+    account = until(balanced, "the account cannot be compared")
+    assert account["faults"] == []
+    assert account["stream"]["masked"] >= masked + 20
 
 
 def test_history_names_who_did_what_and_why(loop: Loop) -> None:
