@@ -28,6 +28,8 @@ synthetic shoppers. A second run goes on where the last one stopped.
   --bootstrap-servers HOST:PORT   your own Kafka instead of a local one
   --accept-gap TOPIC_ID:P:A-B --reason TEXT
                                   go on although these positions were deleted unread; repeatable
+  --accept-cut-back --reason TEXT
+                                  go on where the clicks were cut back behind us; of course with a local Kafka
   --skip-record OFFSET --reason TEXT
                                   leave out this record of the training log, or those of A-B, where it
                                   cannot be learned from; repeatable

@@ -13,6 +13,7 @@
     │   ├── tmp/                 being written; swept
     │   └── trainer.lock, compactor.lock
     ├── stream-<shard>/          lock, writer (the transactional id)   streaming/fencing.py
+    │   ├── leaders.json                                          streaming/leaders.py
     │   ├── histories/           the stream's store               state/history/store.py
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
     │   └── attributes/                                           state/attributes/store.py
@@ -42,7 +43,7 @@ GAPS = "gaps"  # also the extra of the stream's histories that holds what the st
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 
 SERVING, KAFKA, LOGS, REPLAY = "serving", "kafka", "logs", "replay"
-WRITER = "writer"
+WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
 DATA, MARK = "data.mdb", "mark.json"
 

@@ -72,12 +72,13 @@ class Committer:
         extra: dict[str, bytes] = {}
         if context.labels is not None:
             cuts, waiting, extra = context.labels.look_up(cuts)
+        pieces = [piece for cut in cuts for piece in cut.pieces]
+        ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
+        context.leaders.note(ranges, context.reader)
         # 1.
         records = context.writer.write(cuts)
         killpoints.reach("stream.acknowledged")
         # 2.
-        pieces = [piece for cut in cuts for piece in cut.pieces]
-        ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
         for piece in pieces:
             extra |= {} if piece.told is None else piece.told.state
         context.store.commit(merge_appends([piece.appends for piece in pieces]), ranges, extra, waiting)

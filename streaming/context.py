@@ -22,12 +22,13 @@ from state.events.parser import Parser
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import Reader
+from state.log import LogReader
 from state.metrics import StreamMetrics
 from streaming.attributes import Join
 from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
 from streaming.labels import Labels
+from streaming.leaders import Leaders
 from streaming.profile import Profiler
 from streaming.writer import ShardWriter
 
@@ -63,7 +64,8 @@ class StreamContext(JobContext):
 
     Attributes:
         topic_id: The id of the topic of clicks.
-        reader: The clicks; used by the Beam thread only, but for `commit_group`.
+        reader: The clicks; used by the Beam thread only, but for `commit_group` and `leader_epoch`.
+        leaders: Who wrote the newest click before each position; used by the commit thread only.
         writer: Micro-batches and dead letters; used by the commit thread only.
         metrics: What the process counts.
         join: Attributes of users and items; None where none are configured.
@@ -73,7 +75,8 @@ class StreamContext(JobContext):
     """
 
     topic_id: str
-    reader: Reader
+    reader: LogReader
+    leaders: Leaders
     writer: ShardWriter
     metrics: StreamMetrics
     join: Join | None

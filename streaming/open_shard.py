@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -34,7 +34,7 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
-from state.log import Reader, TopicInfo, Topics, topic_plan
+from state.log import LogReader, Reader, TopicInfo, Topics, Writer, topic_plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Gap
@@ -42,11 +42,13 @@ from streaming import accounts
 from streaming.attributes import Join
 from streaming.context import Handle, JobContext, StreamContext, opened
 from streaming.cut import Cut
+from streaming.cut_back import fill, open_behind
 from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
 from streaming.going_back import take_back
 from streaming.histories import open_histories
 from streaming.labels import open_labels
+from streaming.leaders import Leaders
 from streaming.letters import report_to
 from streaming.profile import Profiler
 from streaming.writer import ShardWriter
@@ -101,12 +103,14 @@ def open_shard(
         write = partial(write_gaps, writer, job.parser, job.profiler)
         accounts.pass_gaps(store, gaps, consent, kafka.clicks_topic, time.time_ns() // 1_000_000, write)
         # 8.
-        reader = open_reader(settings, store, clicks)
+        leaders = Leaders(settings.stream_dir)
+        reader = open_reader(settings, store, clicks, leaders, topics, consent)
         stack.callback(reader.close)
         context = StreamContext(
             **{one.name: getattr(job, one.name) for one in fields(job)},
             topic_id=clicks.topic_id,
             reader=reader,
+            leaders=leaders,
             writer=writer,
             metrics=counted,
             join=join,
@@ -204,17 +208,28 @@ def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: Exi
     return join
 
 
-def open_reader(settings: Settings, store: HistoryStore, clicks: TopicInfo) -> Reader:
+def open_reader(
+    settings: Settings, store: HistoryStore, clicks: TopicInfo, leaders: Leaders, topics: Topics, consent: Consent
+) -> LogReader:
     """The clicks of this shard's partitions, from where the store has read them to.
 
     Raises:
+        TruncatedLog: They were cut back behind that, and nobody accepted it.
         LogError: Kafka is not reachable.
     """
-    topic, stream = settings.kafka.clicks_topic, settings.stream
+    kafka, stream = settings.kafka, settings.stream
     positions = accounts.positions_in(store, clicks.topic_id)
     if store.positions() and not positions:
-        logger.warning("topic %s is another one than before: reading it from its beginning", topic)
-    return Reader(settings.kafka, topic, partitions_of(stream.shard, stream.shards, clicks.partitions), positions)
+        logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
+    wanted = partitions_of(stream.shard, stream.shards, clicks.partitions)
+
+    def opens(told: Mapping[int, int]) -> Reader:
+        return Reader(kafka, kafka.clicks_topic, wanted, positions, leaders=told)
+
+    fills = partial(fill, kafka, topics, partial(Writer, kafka))
+    return open_behind(
+        opens, leaders.at(clicks.topic_id, positions), store, consent, fills, time.time_ns() // 1_000_000
+    )
 
 
 def say_where(context: StreamContext, clicks: TopicInfo) -> None:

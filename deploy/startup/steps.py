@@ -19,6 +19,7 @@ from deploy.startup.process_plan import (
     BOOTSTRAP,
     KERNEL_USERS,
     KERNELS,
+    OF_LOCAL_KAFKA,
     REBUILD,
     SHOPPERS,
     STOP_ORDER,
@@ -84,10 +85,11 @@ class Startup:
         self._metrics = SupervisorMetrics(self._collected)
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
-        fresh = not has_spec(settings.registry_dir)
-        stream, trainer = accepted
+        fresh, (stream, trainer) = not has_spec(settings.registry_dir), accepted
         self._plans = process_plans(
-            settings.bootstrap.min_rows if fresh else 0, accepted=stream, accepted_by_trainer=trainer
+            settings.bootstrap.min_rows if fresh else 0,
+            accepted=[*(OF_LOCAL_KAFKA if local else ()), *stream],
+            accepted_by_trainer=trainer,
         )
         self._supervisor: Supervisor | None = None
 

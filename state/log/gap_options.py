@@ -1,4 +1,4 @@
-"""`--accept-gap`, `--skip-record` and `--reason`: how an operator says which loss a process may pass."""
+"""`--accept-gap`, `--accept-cut-back`, `--skip-record` and `--reason`: how an operator says which loss a process may pass."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
         default=[],
         metavar="[TOPIC_ID:]P:A-B",
         help="go on although positions A to B of partition P were deleted unread; repeatable",
+    )
+    parser.add_argument(
+        "--accept-cut-back",
+        action="store_true",
+        help="go on where the clicks were cut back behind us, without those at offsets that are used twice",
     )
     if records:
         parser.add_argument(
@@ -41,6 +46,7 @@ def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
     ['--accept-gap', '0:5-9', '--reason', 'old']
     """
     words = [word for place in asked.accept_gap for word in ("--accept-gap", place)]
+    words += ["--accept-cut-back"] if asked.accept_cut_back else []
     if records:
         words += [word for place in getattr(asked, "skip_record", ()) for word in ("--skip-record", place)]
     return [*words, "--reason", asked.reason] if words and asked.reason else words
@@ -65,8 +71,9 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
             str(error), "write --accept-gap P:A-B or --skip-record OFFSET, and --reason TEXT"
         ) from error
     skipped = asked.skip_record if records else []
-    if (asked.accept_gap or skipped) and not asked.reason.strip():
-        option = "--accept-gap" if asked.accept_gap else "--skip-record"
+    named = {"--accept-gap": asked.accept_gap, "--accept-cut-back": asked.accept_cut_back, "--skip-record": skipped}
+    if any(named.values()) and not asked.reason.strip():
+        option = next(name for name, value in named.items() if value)
         raise SettingsError(f"{option} needs --reason TEXT: a loss is accepted by somebody, for a reason")
     allowances = tuple(parse_allowance(text) for text in asked.accept_gap)
-    return Consent(allowances, actor, asked.reason, tuple(map(parse_records, skipped))), rest
+    return Consent(allowances, actor, asked.reason, tuple(map(parse_records, skipped)), asked.accept_cut_back), rest

@@ -100,12 +100,14 @@ class Consent:
         actor: Who.
         reason: Why, in the actor's words.
         records: Offsets of the training log whose records may be left out where they cannot be learned from.
+        cut_back: Whether the clicks may have been cut back behind us, wherever.
     """
 
     allowances: tuple[Allowance, ...] = ()
     actor: str = ""
     reason: str = ""
     records: tuple[range, ...] = ()
+    cut_back: bool = False
 
     def covers(self, gap: Gap, read_topic: str) -> bool:
         """Whether `gap` may be passed."""

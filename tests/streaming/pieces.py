@@ -21,7 +21,11 @@ ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
 
 def context_of(**owned: Any) -> StreamContext:
     """What a process owns, as far as a test needs it."""
-    calm = {"mask": Mask.NONE, "watch": SimpleNamespace(changed=lambda: False)}
+    calm = {
+        "mask": Mask.NONE,
+        "watch": SimpleNamespace(changed=lambda: False),
+        "leaders": SimpleNamespace(note=lambda *_: None),
+    }
     return StreamContext(**dict.fromkeys(one.name for one in fields(StreamContext)) | calm | owned)
 
 

@@ -1,0 +1,69 @@
+"""Which leader wrote the newest click before each position of the shard, kept beside the histories.
+
+    leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
+
+It shows at the next start whether the clicks were cut back behind a position
+(`state/log/leader_epochs.py`). It is written when a partition got another
+leader, before anything of that leader is committed; so it also holds for
+positions that a rebuild or a rollback found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from state.disk import files as durable
+from state.layout import LEADERS
+from state.log import LogReader
+from state.log.leader_epochs import Known, epoch_before, noted
+from state.positions import Range, Source
+
+
+class Leaders:
+    """The leaders' epochs of one shard. One thread notes.
+
+    Args:
+        folder: The shard's directory, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LEADERS
+        kept = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+        self._known: dict[Source, Known] = {
+            Source.parse(source): tuple((int(first), int(epoch)) for first, epoch in known)
+            for source, known in kept.items()
+        }
+
+    def at(self, topic_id: str, positions: Mapping[int, int]) -> dict[int, int]:
+        """By partition the epoch of the record before its position, of those where it is known."""
+        found = {
+            partition: epoch_before(self._known.get(Source(topic_id, partition), ()), offset)
+            for partition, offset in positions.items()
+        }
+        return {partition: epoch for partition, epoch in found.items() if epoch >= 0}
+
+    def note(self, ranges: Iterable[Range], reader: LogReader) -> None:
+        """Keeps the epochs of the last records of `ranges`, as `reader` read them; durable when this returns.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        changed = False
+        for part in ranges:
+            known = self._known.get(part.source, ())
+            epoch = reader.leader_epoch(part.source.partition, part.next)
+            if epoch >= 0 and epoch_before(known, part.next) != epoch:
+                self._known[part.source] = noted(known, part.next - 1, epoch)
+                changed = True
+        if changed:
+            self._write()
+
+    def _write(self) -> None:
+        data = json.dumps({str(source): known for source, known in self._known.items()}, sort_keys=True)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        durable.write(temporary, data.encode())
+        temporary.replace(self._path)
+        durable.sync_directory(self._path.parent)

@@ -1,0 +1,170 @@
+"""Clicks that were cut back behind the stream and grew again are noticed; where somebody accepts it, nothing is taken for what it is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
+from state.config.sections import Kafka
+from state.errors import TruncatedLog
+from state.history.appends import Appends
+from state.history.store import HistoryStore
+from state.layout import HISTORIES
+from state.log import LogReader, MemoryLog, Topics
+from state.log.gaps import Consent, parse_allowance
+from state.positions import Range, Source
+from streaming import accounts
+from streaming.cut_back import FILLER, fill, open_behind
+from streaming.leaders import Leaders
+from tests.segments import cut_back
+from tests.streaming.pieces import ZERO
+from tests.streaming.streams import (
+    FOREVER,
+    click,
+    deduplicated,
+    following,
+    next_offsets,
+    running,
+    send,
+    settings_for,
+    until,
+)
+
+KAFKA = Kafka()
+TOPIC = KAFKA.clicks_topic
+
+
+class Shard:
+    """A store that has read ten clicks of a log in memory, which then lost the last four."""
+
+    def __init__(self, path: Path) -> None:
+        self.log = MemoryLog(ids=lambda: ZERO.topic_id)
+        self.log.topics().ensure(TOPIC, 1)
+        self.write(b"old", 10)
+        self.store = HistoryStore(path / HISTORIES, map_bytes=1 << 26)
+        self.leaders = Leaders(path)
+        reader = self.log.reader(TOPIC)
+        reader.poll(0.0)
+        ranges = [Range(ZERO, 0, 10, rows=10)]
+        self.leaders.note(ranges, reader)
+        self.store.commit(Appends.none(), ranges)
+        self.log.cut_back(TOPIC, {0: 6})
+        self.leaders = Leaders(path)
+
+    def write(self, value: bytes, times: int) -> None:
+        with self.log.writer() as writer:
+            for _ in range(times):
+                writer.send(TOPIC, 0, b"user", value)
+
+    def opened(self, consent: Consent = Consent()) -> LogReader:  # noqa: B008 - it is frozen
+        told = self.leaders.at(ZERO.topic_id, {0: 10})
+        fills = partial(fill, KAFKA, self.log.topics(), self.log.writer)
+        return open_behind(
+            lambda leaders: self.log.reader(TOPIC, None, {0: 10}, leaders=leaders), told, self.store, consent, fills, 7
+        )
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Iterator[Shard]:
+    made = Shard(tmp_path)
+    yield made
+    made.store.close()
+
+
+def test_nobody_reads_on_unasked(shard: Shard) -> None:
+    with pytest.raises(TruncatedLog, match="ends at 6: the log was cut back, so that offsets 6 to 9 are used twice"):
+        shard.opened()
+    shard.write(b"new", 9)
+    for consent in (Consent(), Consent((parse_allowance(f"{ZERO.topic_id}:0:7-9"),), "ann", "an election")):
+        with pytest.raises(TruncatedLog, match="has grown again to 15") as raised:
+            shard.opened(consent)
+        assert "never read: send them again" in raised.value.do
+    assert accounts.accepted(shard.store) == []
+
+
+def test_where_it_ends_before_us_it_is_filled_up_and_what_comes_is_read(shard: Shard) -> None:
+    with shard.opened(Consent(actor="ann", reason="the power went", cut_back=True)) as reader:
+        assert reader.poll(0.0) == []
+        shard.write(b"new", 3)
+        (batch,) = reader.poll(0.0)
+        assert (batch.first, batch.values) == (10, [b"new"] * 3)
+    filled = [record for record in shard.log.records(TOPIC) if record.key == FILLER]
+    assert [(record.offset, record.value) for record in filled] == [(offset, None) for offset in range(6, 10)]
+    (one,) = accounts.accepted(shard.store)
+    assert (one.gap.first, one.gap.next, one.actor, one.reason) == (6, 10, "ann", "the power went")
+
+
+def test_what_was_accepted_once_needs_no_words_again(shard: Shard) -> None:
+    shard.write(b"new", 9)
+    consent = Consent((parse_allowance(f"{ZERO.topic_id[:8]}:0:6-9"),), "ann", "an election")
+    for given in (consent, Consent()):
+        with shard.opened(given) as reader:
+            (batch,) = reader.poll(0.0)
+            assert (batch.first, batch.next) == (10, 15)
+    assert len(accounts.accepted(shard.store)) == 1
+
+
+def test_epochs_are_kept_once_for_each_leader(tmp_path: Path) -> None:
+    log, leaders = MemoryLog(ids=lambda: ZERO.topic_id), Leaders(tmp_path)
+    log.topics().ensure(TOPIC, 1)
+    reader = log.reader(TOPIC)
+    written: list[bytes] = []
+    for _ in range(3):
+        with log.writer() as writer:
+            writer.send(TOPIC, 0, None, b"x")
+        (batch,) = reader.poll(0.0)
+        leaders.note([Range(ZERO, batch.first, batch.next, rows=1)], reader)
+        written.append((tmp_path / "leaders.json").read_bytes())
+    assert len(set(written)) == 1
+    again = Leaders(tmp_path)
+    assert again.at(ZERO.topic_id, {0: 3, 1: 9}) == {0: 0}
+    assert again.at(Source("ef" * 16, 0).topic_id, {0: 3}) == {}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Broker]:
+    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256).start()
+    yield broker
+    broker.stop()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
+def test_a_stream_on_a_real_log_that_was_cut_back_and_grew_again(own: Broker, tmp_path: Path) -> None:
+    kafka = Kafka(bootstrap_servers=own.bootstrap_servers)
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+    with Topics(kafka) as topics:
+        topic_id = topics.ensure(kafka.clicks_topic, 1, FOREVER).topic_id
+
+    def clicks(first: int, after: int) -> None:
+        # One batch each, so that they can be cut between them.
+        for number in range(first, after):
+            send(kafka, [click(number)], number, lambda _: 0)
+
+    clicks(0, 12)
+    with following(kafka, kafka.microbatches_topic) as log:
+        with running(settings, tmp_path / "log") as stream:
+            until(lambda: next_offsets(log.poll()) == {0: 12}, "the first clicks")
+            # While it runs; it may not ask before the log has grown again.
+            own.kill()
+            cut_back(own.directory / "data", kafka.clicks_topic, 0, 7)
+            own.start()
+            clicks(12, 24)
+            assert stream.wait() == 1
+        assert re.search(r"TruncatedLog: topic .* we were at 12, but what we read ends at 7", stream.lines[-1])
+        # Started again it says the same, though the log is longer than our position.
+        with running(settings, tmp_path / "again") as stream:
+            assert stream.wait() == 1
+        flags = f"--accept-gap {topic_id[:8]}:0:7-11"
+        assert "grown again to 19" in stream.lines[-1]
+        assert f"to go on without them: springtide stream (or up) {flags} --reason TEXT" in stream.lines[-1]
+        with running(settings, tmp_path / "on", arguments=[*flags.split(), "--reason", "an election"]) as stream:
+            until(lambda: next_offsets(log.poll()) == {0: 19}, "the clicks with offsets of their own")
+            assert stream.stop() == 0, stream.lines
+        batches, _ = deduplicated(log.poll())
+        assert [offset for batch in batches for offset in batch.offset.tolist()] == list(range(19))
