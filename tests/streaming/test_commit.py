@@ -49,7 +49,7 @@ def test_histories_and_positions_follow_the_acknowledged_rows(tmp_path: Path) ->
 
 def test_rows_that_kafka_did_not_take_move_no_position(tmp_path: Path) -> None:
     with sink(tmp_path) as shard:
-        shard.log.writer("springtide-stream-0")
+        shard.log.writer("shard-0")
         shard.commits.put(Cut((with_history(piece((ZERO, 0, 1))),), 0))
         with pytest.raises(FencedWriter):
             shard.commits.flush()
