@@ -87,8 +87,7 @@ def open_shard(
         # 2.
         counted = serve_metrics(settings.stream.metrics_port, stack)
         # 3.
-        topics = stack.enter_context(Topics(kafka))
-        clicks = ensure_topics(settings, topics)
+        clicks = ensure_topics(settings, topics := stack.enter_context(Topics(kafka)))
         # 4.
         desired = (watch := ControlWatch(settings.registry_dir, line_of(store))).desired
         # 5.
@@ -103,8 +102,7 @@ def open_shard(
         write = partial(write_gaps, writer, job.parser, job.profiler)
         accounts.pass_gaps(store, gaps, consent, kafka.clicks_topic, time.time_ns() // 1_000_000, write)
         # 8.
-        leaders = Leaders(settings.stream_dir)
-        reader = open_reader(settings, store, clicks, leaders, topics, consent)
+        reader = open_reader(settings, store, clicks, leaders := Leaders(settings.stream_dir), topics, consent)
         stack.callback(reader.close)
         context = StreamContext(
             **{one.name: getattr(job, one.name) for one in fields(job)},
