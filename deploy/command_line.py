@@ -141,7 +141,7 @@ def _verbs(add: Add) -> list[argparse.ArgumentParser]:
         add("hold", "Let the trainer learn on without publishing versions.", "`springtide release` undoes it."),
         add("release", "Let the trainer publish versions again, after a hold."),
         add("pause", "Let the trainer take no record; answers go on.", "`springtide resume` undoes it."),
-        add("resume", "Let the trainer take records again, after a pause."),
+        add("resume", "Let the trainer take records again, after a pause or where its guard holds training."),
     ]
     for one in verbs:
         one.add_argument(

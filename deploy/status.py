@@ -1,4 +1,4 @@
-"""Says what runs and how well: `springtide status`, `python -m deploy.status [-o json] [--watch]`.
+"""Says what runs and how well: `springtide status`, `python -m deploy.status [-o json] [--watch | --wait-for CONDITION]`.
 
 Each part is asked on its own, so that whatever is away, the rest still shows.
 Rates are of the seconds that a look takes; quantiles are since each process
@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from deploy.operate.conditions import CONDITIONS, wait
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
 from deploy.watch import accounts, scrape
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.live import Screen, live_line
 from deploy.watch.messages import seconds, shown
-from deploy.watch.panel import lines, panel
+from deploy.watch.panel import lines, panel, wrong
 from deploy.watch.scrape import Scrape
 from state.config.loading import load
 from state.config.settings import Settings
@@ -32,11 +33,18 @@ from state.log import Topics
 
 LONGEST_WAIT_S = 3.0
 BETWEEN_S = 1.0
+TIMEOUT_S = 60.0
 PARTS = (16, 12)
 DESCRIPTION = """Shows what runs and how well: clicks a second, lag, dead letters by reason, step time, log loss, AUC, the
 served version, freshness, accounts. Rates are of the seconds that the look takes; p50 and p99 are since each process
-started, with --watch of the last minute. Exit code 0 also where something is away or wrong: the text says it."""
-EPILOG = "Settings are written --section.name VALUE; `springtide config` lists them. Exit codes: 0 shown, 2 wrong use."
+started, with --watch of the last minute. What is wrong comes first, and makes the exit code 1; what an operator holds
+does not."""
+EPILOG = (
+    "Conditions: "
+    + "; ".join(f"{name}: {one.meaning}" for name, one in CONDITIONS.items())
+    + ". Settings are written --section.name VALUE; `springtide config` lists them. Exit codes: 0 nothing is wrong, or the "
+    "condition holds; 1 something is wrong, or it did not come in time; 2 wrong use."
+)
 
 # Process -> (what it is called here, its series). Counters and labelled series are summed.
 FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
@@ -243,9 +251,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     parser.add_argument("-w", "--watch", action="store_true", help="rewrite the figures each second until Ctrl-C")
+    parser.add_argument(
+        "--wait-for", choices=CONDITIONS, metavar="CONDITION", help=f"wait for {' or '.join(CONDITIONS)}"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"how long to wait (default {TIMEOUT_S:.0f})"
+    )
     asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         settings = load(flags)
+        if asked.wait_for is not None:
+            took_s = wait(settings, asked.wait_for, asked.timeout)
+            found = {"condition": asked.wait_for, "seconds": round(took_s, 3)}
+            print(json.dumps(found) if asked.output == "json" else f"{asked.wait_for} after {took_s:.1f} s")
+            return 0
         if asked.watch:
             if asked.output == "json":
                 raise SettingsError("argument --watch: it is for people", "ask again and again for -o json")
@@ -260,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"springtide: {error}", file=sys.stderr)
         return error.exit_code
     print(json.dumps(state, indent=2) if asked.output == "json" else as_text(figures, state, settings))
-    return 0
+    return int(bool(wrong(figures)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def show_step(report: Report, bad: int, offset: int, metrics: TrainerMetrics) ->
         metrics.held.set(1)
         logger.error(
             "training is held: %d steps in a row were bad, the last at offset %d (loss %.3g, gradient norm %.3g); "
-            "look at the clicks, then `springtide rollback --to V --skip PARTITION:A-B --reason TEXT`",
+            "look at the clicks, then `springtide rollback --to V --skip PARTITION:A-B --reason TEXT`, "
+            "or `springtide resume` where they are good",
             *(bad, offset, report.interest_log_loss, report.grad_norm),
         )
 

@@ -10,6 +10,7 @@ import argparse
 
 from deploy.operate.commands import Say, current, put
 from deploy.operate.versions import open_registry
+from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
 from state.process.actor import actor
 from state.registry import control as transitions
@@ -42,7 +43,7 @@ def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 
 def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Holds or releases the publishing of versions, pauses or resumes training.
+    """Holds or releases the publishing of versions, pauses or resumes training, also where the guard holds it.
 
     Raises:
         ControlConflict: Somebody else changed control meanwhile.
@@ -51,7 +52,15 @@ def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     control = current(registry)
     transition, on, done = SWITCHES[asked.command]
     new = transition(control, on, actor=actor(), reason=asked.reason, now_ms=now_ms)
+    if asked.command == "resume" and new is control and guard_holds(settings):
+        new = transitions.let_go(control, actor=actor(), reason=asked.reason, now_ms=now_ms)
     put(registry, control, new, done, asked, say)
+
+
+def guard_holds(settings: Settings) -> bool:
+    """Whether the trainer says that its guard holds training."""
+    trainer = scrape({"trainer": urls(settings)["trainer"]})["trainer"]
+    return bool(trainer.value("springtide_trainer_held"))
 
 
 def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

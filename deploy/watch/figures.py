@@ -69,6 +69,8 @@ class Figures:
         auc: Of the engagement, scored before learning.
         top1: Share of rows whose category led, scored before learning.
         held: Whether the guard holds training.
+        paused: Whether an operator pauses training.
+        publishing_held: Whether an operator holds the publishing of versions.
         version: Version that answers use.
         epoch: Its epoch.
         newest_version: The trainer's newest.
@@ -79,6 +81,7 @@ class Figures:
         answers_per_s: Requests for profiles.
         answers: Their number since the worker's start.
         failed: Those of them with a status of 500 or more.
+        failed_per_s: Their rate.
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
@@ -105,6 +108,8 @@ class Figures:
     auc: float | None = None
     top1: float | None = None
     held: bool = False
+    paused: bool = False
+    publishing_held: bool = False
     version: float | None = None
     epoch: float | None = None
     newest_version: float | None = None
@@ -115,6 +120,7 @@ class Figures:
     answers_per_s: float | None = None
     answers: float | None = None
     failed: float | None = None
+    failed_per_s: float | None = None
     cold_starts: float | None = None
     faults: float = 0.0
     corrupt: float = 0.0
@@ -274,6 +280,8 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
         held=bool(trainer.now.value("springtide_trainer_held")),
+        paused=bool(trainer.now.value("springtide_trainer_paused")),
+        publishing_held=bool(trainer.now.value("springtide_trainer_publishing_held")),
         newest_version=trainer.now.value("springtide_trainer_version"),
         version=applier.now.value("springtide_serving_version"),
         epoch=applier.now.value("springtide_serving_epoch"),
@@ -285,6 +293,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         answers_per_s=worker.rate("springtide_requests_total", **ANSWERS),
         answers=worker.count("springtide_requests_total", **ANSWERS),
         failed=worker.count("springtide_requests_total", **ANSWERS, code=FAILED),
+        failed_per_s=worker.rate("springtide_requests_total", **ANSWERS, code=FAILED),
         cold_starts=worker.now.total("springtide_cold_starts_total"),
         faults=sum(one or 0.0 for one in faults),
         corrupt=applier.now.total("springtide_serving_corrupt_versions_total") or 0.0,

@@ -47,10 +47,29 @@ def troubles(figures: Figures) -> list[str]:
     >>> troubles(Figures(held=True, pinned=True))
     ['training is held by the guard', 'pinned by an operator']
     """
-    return list(_troubles(figures))
+    return [*wrong(figures), *wanted(figures)]
 
 
-def _troubles(figures: Figures) -> Iterator[str]:
+def wanted(figures: Figures) -> list[str]:
+    """What an operator holds; nothing is wrong for that.
+
+    >>> wanted(Figures(paused=True))
+    ['training is paused by an operator']
+    """
+    held = {
+        "training is paused by an operator": figures.paused,
+        "publishing is held by an operator": figures.publishing_held,
+        "pinned by an operator": figures.pinned,
+    }
+    return [said for said, holds in held.items() if holds]
+
+
+def wrong(figures: Figures) -> list[str]:
+    """What is wrong, the worst first."""
+    return list(_wrong(figures))
+
+
+def _wrong(figures: Figures) -> Iterator[str]:
     if figures.away and not figures.up_s:
         yield "nothing answers"
     else:
@@ -61,7 +80,7 @@ def _troubles(figures: Figures) -> Iterator[str]:
     if figures.held:
         yield "training is held by the guard"
     clicks = bool(figures.events_per_s)
-    if clicks and not figures.pinned and (figures.weights_s or 0.0) > STALE_S:
+    if clicks and not wanted(figures) and (figures.weights_s or 0.0) > STALE_S:
         yield f"weights {seconds(figures.weights_s)} old"
     if clicks and (figures.features_s or 0.0) > STALE_S:
         yield f"features {seconds(figures.features_s)} old"
@@ -70,12 +89,10 @@ def _troubles(figures: Figures) -> Iterator[str]:
     if figures.events_per_s and (figures.dead_per_s or 0.0) / figures.events_per_s > DEAD_SHARE:
         yield f"{(figures.dead_per_s or 0.0) / figures.events_per_s:.0%} dead letters"
     yield from troubles_of(figures.clocks_off)
-    if figures.failed:
-        yield f"answers failed: {shown(figures.failed)}"
+    if figures.failed_per_s:
+        yield f"{rate(figures.failed_per_s)} answers fail"
     if figures.corrupt:
         yield f"corrupt versions: {shown(figures.corrupt)}"
-    if figures.pinned:
-        yield "pinned by an operator"
 
 
 def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:

@@ -136,7 +136,7 @@ def test_control_is_shown_with_who_decided_and_why(tmp_path: Path) -> None:
 def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = settings_of(tmp_path / "none")
     flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
-    assert status.main(["-o", "json", *flags]) == 0
+    assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
     assert set(json.loads(capsys.readouterr().out)) == {
         *("figures", "processes", "kafka", "registry", "accounting", "urls")
     }

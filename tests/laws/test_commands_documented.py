@@ -17,6 +17,7 @@ from deploy.command_line import OWN_HELP, PROCESSES, parser, with_times
 from state.config.loading import load
 from state.config.sources import split_settings
 from state.errors import SettingsError
+from tests import runbook
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -30,7 +31,7 @@ class Shown(NamedTuple):
 
     Attributes:
         document: Where it stands.
-        words: What is typed, without a comment.
+        words: What is typed, without a comment, with capitals filled in.
         said: The line below it.
     """
 
@@ -46,7 +47,8 @@ def shown(program: str) -> Iterator[Shown]:
             lines = re.sub(r"\\\n\s*", " ", block).splitlines()
             for line, said in zip(lines, [*lines[1:], ""], strict=True):
                 if found := re.match(rf"(?:\$ )?(?:\.venv/bin/)?{program} (?!\.\.\.)(.*)", line):
-                    yield Shown(path.relative_to(ROOT).as_posix(), shlex.split(found[1], comments=True), said)
+                    words = shlex.split(runbook.filled(found[1]), comments=True)
+                    yield Shown(path.relative_to(ROOT).as_posix(), words, said)
 
 
 @functools.cache

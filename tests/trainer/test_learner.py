@@ -12,7 +12,7 @@ from state.errors import GapError, UnknownTopic
 from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
-from state.registry.control import Control, follow, pin, roll_back
+from state.registry.control import Control, follow, let_go, pin, roll_back
 from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (
@@ -151,8 +151,9 @@ def test_a_rollback_between_two_records_leaves_the_rest_of_the_poll(
     assert epochs == sorted(epochs)
 
 
+@pytest.mark.parametrize("goes_on", [follow, let_go])
 def test_a_held_trainer_says_what_to_do_and_goes_on_with_a_new_generation(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, goes_on: Callable[..., Control]
 ) -> None:
     registry = started(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
@@ -171,7 +172,7 @@ def test_a_held_trainer_says_what_to_do_and_goes_on_with_a_new_generation(
 
     registry.change(lambda control: pin(control, 1, actor="ann", reason="look", now_ms=5))
     assert running.tick(0.0) == 0, "a pin is no word about training"
-    registry.change(lambda control: follow(control, actor="ann", reason="fine", now_ms=6))
+    registry.change(lambda control: goes_on(control, actor="ann", reason="fine", now_ms=6))
     running.tick(0.0)
     run_to_end(running)
     assert running.place.next == 24

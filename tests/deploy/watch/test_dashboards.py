@@ -108,8 +108,8 @@ def test_every_grouping_label_belongs_to_the_metric(where: str, expression: str)
 def test_every_alert_waits_and_says_what_happened_and_what_to_do(rule: dict[str, Any]) -> None:
     assert re.fullmatch(r"\d+[smh]", rule["for"])
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
-    assert set(rule["annotations"]) == {"summary", "action"}
-    assert all(text.strip().endswith(".") for text in rule["annotations"].values())
+    assert set(rule["annotations"]) == {"summary", "action", "runbook"}
+    assert all(rule["annotations"][name].strip().endswith(".") for name in ("summary", "action"))
 
 
 def test_the_alerts_that_the_loop_needs_are_there() -> None:

@@ -93,7 +93,7 @@ def test_the_figures_come_from_the_metrics_that_the_processes_really_offer(loop:
 def test_the_view_says_them_in_fixed_columns_with_the_trouble_first(loop: Loop) -> None:
     found = busy(loop)
     assert panel(found, [("try", "curl")])[:7] == [
-        "state           2% dead letters, answers failed: 1    up 0.0 s",
+        "state           2% dead letters, 0.5/s answers fail   up 0.0 s",
         "clicks          200/s       lag 12 events, 0.5 s      500 taken up",
         "dead letters    5.0/s       10: 7 undecodable, 3 missing_field",
         "micro-batches   10.0/s      20.0 rows each            trainer 0 behind",
@@ -107,7 +107,7 @@ def test_the_view_says_them_in_fixed_columns_with_the_trouble_first(loop: Loop) 
         "weights         0.50 s    -         -         age of the newest click learned",
     ]
     assert live_line(found) == (
-        "2% dead letters | answers failed: 1 | 200 events/s, lag 12 | version 34, epoch 2 | "
+        "2% dead letters | 0.5/s answers fail | 200 events/s, lag 12 | version 34, epoch 2 | "
         "features 0.2 s, weights 0.5 s old | log loss 1.25"
     )
 
@@ -213,6 +213,8 @@ def test_no_more_looks_are_kept_than_the_quantiles_need() -> None:
         (Figures(events_per_s=1.0, weights_s=61.0), ["weights 61 s old"]),
         (Figures(events_per_s=0.0, weights_s=61.0), []),
         (Figures(events_per_s=1.0, weights_s=61.0, pinned=True), ["pinned by an operator"]),
+        (Figures(events_per_s=1.0, weights_s=61.0, paused=True), ["training is paused by an operator"]),
+        (Figures(events_per_s=1.0, weights_s=61.0, publishing_held=True), ["publishing is held by an operator"]),
         (Figures(events_per_s=1.0, features_s=90.0), ["features 90 s old"]),
         (Figures(lag_events=10_001.0), ["10,001 clicks wait"]),
         (Figures(events_per_s=100.0, dead_per_s=1.0), []),

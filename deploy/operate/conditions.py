@@ -1,0 +1,136 @@
+"""What `springtide status --wait-for` waits for: each condition looks at the running loop and says what is still missing.
+
+Looks cost some milliseconds; a part that does not answer is what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from deploy.operate.versions import open_registry
+from deploy.watch import scrape
+from deploy.watch.figures import Watch
+from deploy.watch.panel import wrong
+from state.config.settings import Settings
+from state.errors import RegistryError, SpringtideError
+from state.registry.control import Control
+from state.registry.registry import Registry
+
+LOOK_S = 0.2
+BETWEEN_S = 1.0  # rates come from two looks
+
+Missing = Callable[[Settings], str]
+"""Looks once; returns what is missing, and nothing where the condition holds."""
+
+
+class Condition(NamedTuple):
+    """One condition.
+
+    Attributes:
+        meaning: What holds then, in words.
+        missing: Looks.
+    """
+
+    meaning: str
+    missing: Missing
+
+
+def wait(
+    settings: Settings,
+    name: str,
+    timeout_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> float:
+    """Waits for a condition of `CONDITIONS`; returns the seconds that it took.
+
+    Raises:
+        SpringtideError: It did not come in time; with what was missing.
+    """
+    began_s = clock()
+    while missing := _looked(CONDITIONS[name], settings):
+        if clock() - began_s >= timeout_s:
+            raise SpringtideError(
+                f"{name}: not within {timeout_s:g} s: {missing}", "look at `springtide status`, or wait longer"
+            )
+        sleep(LOOK_S)
+    return clock() - began_s
+
+
+def _looked(condition: Condition, settings: Settings) -> str:
+    try:
+        return condition.missing(settings)
+    except SpringtideError as error:
+        # It may come yet: the loop may just be starting.
+        return str(error)
+
+
+def ready(settings: Settings) -> str:
+    """Serving says that it can answer."""
+    code, said = scrape.fetch(f"{scrape.serving_url(settings)}/readyz")
+    return "" if code == 200 else said or "nothing answers"
+
+
+def well(settings: Settings) -> str:
+    """Nothing is wrong; what an operator wanted is not."""
+    asked, looks = scrape.urls(settings) | scrape.supervisor_urls(settings), Watch(spread_s=None)
+    looks.look(scrape.scrape(asked), time.monotonic(), time.time())
+    time.sleep(BETWEEN_S)
+    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time())))
+
+
+def caught_up(settings: Settings) -> str:
+    """The trainer works in control's epoch and has learned again what a rollback took back."""
+    registry, control = _control(settings)
+    trainer = scrape.scrape({"trainer": scrape.urls(settings)["trainer"]})["trainer"]
+    if trainer.problem:
+        return trainer.problem
+    if (epoch := trainer.value("springtide_trainer_epoch")) != control.epoch:
+        return f"the trainer is in epoch {epoch or 0:.0f}, and epoch {control.epoch} is wanted"
+    if not trainer.value("springtide_trainer_caught_up"):
+        return f"the trainer is {trainer.value('springtide_trainer_lag_records') or 0:,.0f} records behind"
+    began = registry.beginning_of(control.epoch)
+    if began is not None and began.action == "rollback" and registry.outcome(control.epoch, "learned") is None:
+        return "what was learned before the rollback is not learned again yet"
+    return ""
+
+
+def answering(settings: Settings) -> str:
+    """Answers of this host come from a version that control wants."""
+    _, control = _control(settings)
+    applier = scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
+    if applier.problem:
+        return applier.problem
+    version, epoch = (applier.value(f"springtide_serving_{name}") or 0.0 for name in ("version", "epoch"))
+    if control.serving.version is not None:
+        is_wanted, wanted = version == control.serving.version, f"version {control.serving.version}"
+    else:
+        is_wanted, wanted = epoch == control.epoch, f"a version of epoch {control.epoch}"
+    return "" if is_wanted else f"answers come from version {version:.0f} of epoch {epoch:.0f}, and {wanted} is wanted"
+
+
+def following(settings: Settings) -> str:
+    """Answers follow the newest version, and come from control's epoch already."""
+    _, control = _control(settings)
+    if control.serving.mode == "follow":
+        return answering(settings)
+    return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
+
+
+CONDITIONS: Mapping[str, Condition] = {
+    "ready": Condition("serving can answer", ready),
+    "well": Condition("nothing is wrong", well),
+    "answering": Condition("answers come from what control wants: the pinned version, or control's epoch", answering),
+    "caught-up": Condition("the trainer has read its log to the end, and learned a rollback's clicks again", caught_up),
+    "following": Condition("answers follow the newest version of control's epoch", following),
+}
+
+
+def _control(settings: Settings) -> tuple[Registry, Control]:
+    registry = open_registry(settings)
+    control = registry.control()
+    if control is None:
+        raise RegistryError(f"{registry.path}: no control yet", "start the trainer first, it writes generation 1")
+    return registry, control

@@ -1,0 +1,105 @@
+"""Each condition that status waits for holds when the loop is there, and says what is missing until then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy import status
+from deploy.kafka.configuration import free_port
+from deploy.operate.conditions import CONDITIONS, wait
+from state.config.loading import load
+from state.config.settings import Settings
+from state.errors import SpringtideError
+from state.features.mask import Mask
+from state.metrics import ApplierMetrics, TrainerMetrics, serve
+from state.registry import control
+from state.registry.registry import Registry
+
+WHO = {"actor": "ann", "reason": "poison", "now_ms": 5}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    ports = ("stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "serving.port", "up.metrics_port")
+    flags = [word for name in ports for word in (f"--{name}", str(free_port()))]
+    return load([*flags, "--paths.state", str(tmp_path)], env={})
+
+
+@pytest.fixture
+def trainer(settings: Settings) -> Iterator[TrainerMetrics]:
+    collected = CollectorRegistry()
+    made = TrainerMetrics(collected)
+    stop = serve(collected, settings.trainer.metrics_port)
+    yield made
+    stop()
+
+
+@pytest.fixture
+def applier(settings: Settings) -> Iterator[ApplierMetrics]:
+    collected = CollectorRegistry()
+    made = ApplierMetrics(collected)
+    stop = serve(collected, settings.serving.metrics_port)
+    yield made
+    stop()
+
+
+@pytest.fixture
+def registry(settings: Settings) -> Registry:
+    made = Registry(settings.registry_dir)
+    made.propose(control.start(actor="trainer", reason="first start", now_ms=0))
+    return made
+
+
+def missing(name: str, settings: Settings) -> str:
+    return CONDITIONS[name].missing(settings)
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_where_nothing_runs_the_wait_ends_in_time_and_says_what_is_missing(settings: Settings, name: str) -> None:
+    with pytest.raises(SpringtideError, match=rf"{name}: not within 0 s: \S+.*springtide status"):
+        wait(settings, name, 0.0)
+
+
+def test_a_rollback_is_caught_up_once_it_is_learned_again(
+    settings: Settings, registry: Registry, trainer: TrainerMetrics
+) -> None:
+    trainer.epoch.set(1)
+    assert "records behind" in missing("caught-up", settings)
+    trainer.caught_up.set(1)
+    assert missing("caught-up", settings) == ""
+    registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, **WHO))
+    assert missing("caught-up", settings) == "the trainer is in epoch 1, and epoch 2 is wanted"
+    trainer.epoch.set(2)
+    assert "not learned again yet" in missing("caught-up", settings)
+    registry.add_outcome(2, "learned", {})
+    assert missing("caught-up", settings) == ""
+
+
+def test_answers_turn_and_then_follow(settings: Settings, registry: Registry, applier: ApplierMetrics) -> None:
+    applier.version.set(50)
+    applier.epoch.set(1)
+    assert missing("answering", settings) == missing("following", settings) == ""
+    registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, **WHO))
+    assert "version 50 of epoch 1, and version 40 is wanted" in missing("answering", settings)
+    applier.version.set(40)
+    assert missing("answering", settings) == ""
+    assert "`springtide follow`" in missing("following", settings)
+    registry.change(lambda now: control.follow(now, **WHO))
+    assert "a version of epoch 2 is wanted" in missing("following", settings)
+    applier.epoch.set(2)
+    assert missing("following", settings) == ""
+
+
+def test_the_command_says_when_it_holds_and_fails_when_it_does_not(
+    settings: Settings, registry: Registry, applier: ApplierMetrics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [word for name in settings.origins for word in (f"--{name}", str(settings.value(name)))]
+    applier.epoch.set(1)
+    assert status.main(["--wait-for", "following", *flags]) == 0
+    assert capsys.readouterr().out == "following after 0.0 s\n"
+    assert status.main(["--wait-for", "caught-up", "--timeout", "0.3", *flags]) == 1
+    assert "caught-up: not within 0.3 s" in capsys.readouterr().err

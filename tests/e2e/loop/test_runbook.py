@@ -1,0 +1,241 @@
+"""Every command of deploy/RUNBOOK.md is typed while the loop runs, in the page's order, and does what the page says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy import cli, status
+from deploy.command_line import PROCESSES
+from state.registry.registry import Registry
+from tests import runbook
+from tests.e2e.running import Loop, until
+from tests.runbook import SECTIONS, Section
+
+STARTING = ("springtide up", "springtide rebuild-history", "springtide verify")
+"""What cannot be done while the loop runs, or takes long: it is taken, and what it would become is looked at."""
+
+HONEST, POISON = "reading", "poison-of-the-drill"
+
+
+class Terminal:
+    """An operator's terminal, in a directory where the state is .springtide.
+
+    Args:
+        loop: The running loop.
+        directory: Where to type.
+    """
+
+    def __init__(self, loop: Loop, directory: Path) -> None:
+        self.loop, self.directory = loop, directory
+        self.typed: set[str] = set()
+        (directory / ".springtide").symlink_to(loop.settings.state_dir)
+
+    def type(self, command: str, **values: str) -> str:
+        """Types one command of the page with its capitals filled in; returns what it says."""
+        self.typed.add(command)
+        line = runbook.filled(command, {**runbook.EXAMPLES, **values})
+        line = line.replace("localhost:8501", f"localhost:{self.loop.settings.serving.port}")
+        words = shlex.split(line)
+        if command.startswith(STARTING):
+            return self._take(words[1:])
+        if words[0] == "springtide":
+            return self._do(words[1:])
+        done = subprocess.run(["bash", "-c", line], cwd=self.directory, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        return done.stdout
+
+    def _do(self, words: list[str]) -> str:
+        """What an operator's command says; here, for a process of its own would take a second each."""
+        said, failed = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
+            if words[0] == "status":
+                code = status.main([*words[1:], *self.loop.flags])
+            else:
+                code = cli.main([*words, *self.loop.flags])
+        # Without a condition, status says by its code whether something is wrong.
+        looking = words[0] == "status" and "--wait-for" not in words
+        assert code in ((0, 1) if looking else (0,)), f"{shlex.join(words)}: {failed.getvalue()}"
+        return said.getvalue()
+
+    def _take(self, words: list[str]) -> str:
+        """The process that a command would become."""
+        became: list[list[str]] = []
+        cli.run([*words, *self.loop.flags], lambda module, flags: became.append([module, *flags]), 0, print)
+        (line,) = became
+        assert line[0] == PROCESSES[words[0]][0]
+        return shlex.join(line)
+
+
+@pytest.fixture(scope="module")
+def terminal(one_loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Terminal:
+    return Terminal(one_loop, tmp_path_factory.mktemp("terminal"))
+
+
+def served(loop: Loop) -> tuple[int, int]:
+    """Version and epoch of an answer."""
+    answer = until(lambda: loop.profile("anyone"), "no answer")
+    return answer["version"]["number"], answer["version"]["epoch"]
+
+
+def labels(answer: dict[str, Any]) -> list[str]:
+    return [interest["label"] for interest in answer["interests"]]
+
+
+def flood(loop: Loop, user: str) -> str:
+    """A user's honest clicks, then a flood of one category, learned; returns the flood's span of time."""
+    loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "purchase")] * 5))
+    begin_s = time.time()
+    poisoned = loop.answer_trained_on(user, loop.click([(user, f"bot-{n}", POISON, "purchase") for n in range(20)]))
+    end_s = time.time()
+    assert labels(poisoned)[0] == POISON
+    return "..".join(datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds") for at_s in (begin_s, end_s))
+
+
+def turn_back(terminal: Terminal, section: Section, user: str) -> str:
+    """A flood is turned back with the section's commands; returns its span of time."""
+    loop = terminal.loop
+    span = flood(loop, user)
+    _, epoch = served(loop)
+    planned, done, *following = section.commands
+    assert "nothing was changed" in terminal.type(planned, **{"A..B": span})
+    assert served(loop)[1] == epoch
+    began_s = time.monotonic()
+    said = terminal.type(done, **{"A..B": span})
+    base = int(re.findall(r"starts from version (\d+)", said)[0])
+    answer = until(lambda: loop.profile(user), "no answer")
+    answered_s = time.monotonic() - began_s
+    assert answer["version"]["number"] == base
+    assert POISON not in labels(answer)
+    for command in following:
+        terminal.type(command)
+    until(lambda: served(loop)[1] == epoch + 1, "answers do not follow into the new epoch")
+    followed_s = time.monotonic() - began_s
+    answer = loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "view")]))
+    assert labels(answer)[0] == HONEST
+    assert POISON not in labels(answer)
+    assert answer["features"]["purchase.count_1h"] == 5
+    print(f"{section.title}: {said}\nthe command took {answered_s:.2f} s, answers followed after {followed_s:.1f} s")
+    return span
+
+
+def turn_back_fast(terminal: Terminal, section: Section) -> None:
+    turn_back(terminal, section, "victim-of-the-drill")
+
+
+def turn_back_exactly(terminal: Terminal, section: Section) -> None:
+    turn_back(terminal, section, "victim-of-the-second-drill")
+
+
+def a_mask_was_wrong(terminal: Terminal, section: Section) -> None:
+    """What the drill before it left out comes back."""
+    loop, user = terminal.loop, "victim-of-the-second-drill"
+    masks, unmask, back, follow = section.commands
+    number = re.findall(r"^(\d+) ", terminal.type(masks), re.MULTILINE)[-1]
+    registry = Registry(loop.settings.registry_dir)
+    control = registry.control()
+    assert control is not None and control.mode == "exact"
+    assert "exact rollback" in terminal.type(unmask, N=number)
+    terminal.type(back, V=str(control.base))
+    until(lambda: served(loop)[0] == control.base, "answers do not turn")
+    terminal.type(follow)
+    until(lambda: served(loop)[1] == control.epoch + 1, "answers do not follow into the new epoch")
+    answer = loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "view")]))
+    assert POISON in labels(answer)
+    assert answer["features"]["purchase.count_1h"] == 25
+
+
+def training_is_held(terminal: Terminal, section: Section) -> None:
+    loop = terminal.loop
+    log, back, *going_on = section.commands
+    assert "trainer" in terminal.type(log)
+    assert "starts from version" in terminal.type(back, N="1")
+    for command in going_on:
+        terminal.type(command)
+    loop.springtide("follow", "--reason", "the drill goes on")
+
+
+def an_operator_holds_something(terminal: Terminal, section: Section) -> None:
+    loop = terminal.loop
+    history, *undone = section.commands
+    held = re.findall(r"`(springtide (?:pin|pause|hold)[^`]*)`", "\n".join(section.lines))
+    version = str(served(loop)[0])
+    for command in held:
+        terminal.type(command, V=version)
+    until(lambda: loop.metrics("trainer").value("springtide_trainer_paused") == 1.0, "the pause is not seen")
+    state = terminal.type("springtide status").splitlines()[0]
+    assert all(word in state for word in ("paused", "held by an operator", "pinned"))
+    assert all(word in terminal.type(history) for word in ("pin", "pause", "hold"))
+    for command in undone:
+        terminal.type(command)
+    until(lambda: served(loop)[0] > int(version), "answers do not follow")
+    assert len(held) == len(undone) == 3
+
+
+def a_version_is_damaged(terminal: Terminal, section: Section) -> None:
+    listed, pin = section.commands
+    version = re.findall(r"^(\d+) ", terminal.type(listed), re.MULTILINE)[-1]
+    terminal.type(pin, V=version)
+    until(lambda: served(terminal.loop)[0] == int(version), "the pin is not seen")
+    terminal.loop.springtide("follow", "--reason", "the drill goes on")
+
+
+def a_clock_is_wrong(terminal: Terminal, section: Section) -> None:
+    status, back = section.commands
+    terminal.type(status)
+    source, end = max(terminal.loop.ends().items(), key=lambda one: one[1])
+    place = f"{source.rpartition(':')[2]}:{end - 9}-{end - 2}"
+    assert "nothing was changed" in terminal.type(back, **{"P:A-B": place})
+
+
+def an_account_is_wrong(terminal: Terminal, section: Section) -> None:
+    status, verify = section.commands
+    assert "accounting      balances" in terminal.type(status)
+    versions = [one for one in terminal.loop.springtide("versions") if one["kind"] == "delta"]
+    assert "trainer.verify" in terminal.type(verify, V=str(versions[0]["version"]))
+
+
+DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
+    "Turn back, fast": turn_back_fast,
+    "Turn back, exactly": turn_back_exactly,
+    "A mask was wrong": a_mask_was_wrong,
+    "Training is held": training_is_held,
+    "An operator holds something": an_operator_holds_something,
+    "An account is wrong": an_account_is_wrong,
+    "A version is damaged": a_version_is_damaged,
+    "A clock is wrong": a_clock_is_wrong,
+}
+
+
+@pytest.fixture(autouse=True)
+def following(loop: Loop) -> Iterator[None]:
+    """Begins and ends with a loop that follows, learns and publishes."""
+    yield
+    for verb in ("follow", "resume", "release"):
+        loop.springtide(verb, "--reason", "a drill is over")
+
+
+@pytest.mark.parametrize("section", runbook.ADVICE, ids=lambda one: one.anchor)
+def test_what_the_runbook_says_is_typed_and_does_it(loop: Loop, terminal: Terminal, section: Section) -> None:
+    if section.title in DRILLS:
+        DRILLS[section.title](terminal, section)
+    else:
+        # Looks, which are typed once, and starts.
+        for command in section.commands:
+            if command not in terminal.typed:
+                assert terminal.type(command)
+    assert set(section.commands) <= terminal.typed
+
+
+def test_each_drill_is_of_a_section() -> None:
+    assert set(DRILLS) <= set(SECTIONS)

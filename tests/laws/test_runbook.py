@@ -1,0 +1,167 @@
+"""The runbook has a section for each alert and each error, short enough for somebody who was woken."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from deploy.watch.clocks_off import ClocksOff
+from deploy.watch.figures import Figures
+from deploy.watch.panel import troubles
+from state import errors
+from state.errors import CorruptStore, MicroBatchError, MissingSalt, SpringtideError, StoreFull
+from state.history.store import HistoryStore
+from state.log import failures
+from state.log.accepted_gaps import Journal
+from state.log.gaps import Consent, how_to_go_on
+from state.metrics import TrainerMetrics
+from state.positions import Gap, Source
+from tests import runbook
+from tests.laws.test_commands_documented import check
+from trainer.accounts import Passages
+
+ROOT = Path(__file__).parents[2]
+ALERTS: dict[str, dict[str, Any]] = {
+    rule["alert"]: rule
+    for group in yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
+    for rule in group["rules"]
+}
+ANCHORS = {one.anchor for one in runbook.SECTIONS.values()}
+CLASSES = {
+    name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, SpringtideError)
+}
+MOST_LINES, WIDTH = 10, 120
+
+
+def of_table(section: runbook.Section) -> dict[str, list[str]]:
+    """Each name in a table's first cells that are code -> the anchors of its row."""
+    found: dict[str, list[str]] = {}
+    for *names, where in runbook.rows(section):
+        for name in re.findall(r"`(\w+)`", " ".join(names)):
+            found.setdefault(name, []).extend(runbook.links(where))
+    return found
+
+
+def test_each_alert_leads_to_a_section_and_the_table_to_the_same() -> None:
+    for name, rule in ALERTS.items():
+        document, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert (ROOT / document) == runbook.DOCUMENT, name
+        assert anchor in ANCHORS, f"{name} leads to #{anchor}, which is not there"
+        assert of_table(runbook.STATUS).get(name) == [anchor], f"{name} stands elsewhere in the table"
+
+
+def test_each_alert_of_the_table_is_one() -> None:
+    assert {name for name in of_table(runbook.STATUS) if name.startswith("Springtide")} == set(ALERTS)
+
+
+def test_each_class_of_the_error_tree_is_in_the_table_and_no_other() -> None:
+    named = of_table(runbook.ERRORS)
+    assert set(CLASSES) - set(named) == set()
+    assert {name for name in named if re.fullmatch(r"[A-Z]\w+", name)} - set(CLASSES) == set()
+
+
+def test_each_section_is_reached_from_a_table_and_each_link_arrives() -> None:
+    from_tables = {*runbook.links("\n".join((*runbook.STATUS.lines, *runbook.ERRORS.lines)))}
+    assert {one.anchor for one in runbook.ADVICE} - from_tables == {"look-first"}
+    assert set(runbook.links(runbook.TEXT)) <= ANCHORS
+
+
+def test_a_link_to_another_page_arrives() -> None:
+    for target in re.findall(r"\]\(([^#)][^)]*)\)", runbook.TEXT):
+        path, _, anchor = target.partition("#")
+        page = runbook.DOCUMENT.parent / path
+        assert page.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        assert not anchor or anchor in map(runbook.anchor, headings), target
+
+
+@pytest.mark.parametrize("section", runbook.ADVICE, ids=lambda one: one.anchor)
+def test_a_section_is_read_at_a_glance_says_what_to_type_and_when_it_is_over(section: runbook.Section) -> None:
+    assert sum(math.ceil(len(line) / WIDTH) for line in section.lines) <= MOST_LINES
+    assert section.commands
+    said = " ".join(section.lines)
+    assert re.search(r"over (when|by itself)|when it is over|Report it", said), "nobody knows when it is over"
+
+
+def test_what_status_says_is_what_the_table_shows() -> None:
+    wrong = Figures(
+        up_s={"worker": 1.0},
+        away={"stream": "refused"},
+        dying={"trainer": 5.0},
+        clocks_off={"ahead": ClocksOff(1.0, 0, 7, 3000.0, 1.0)},
+        events_per_s=100.0,
+        weights_s=75.0,
+        features_s=75.0,
+        lag_events=12_000.0,
+        dead_per_s=7.0,
+        failed_per_s=3.0,
+        faults=1.0,
+        held=True,
+        corrupt=1.0,
+    )
+    held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)
+    table = "\n".join(runbook.STATUS.lines)
+    for said in (*troubles(wrong), *troubles(held)):
+        shown = re.sub(r" by an operator$| \(partition.*", "", said)
+        assert shown in table, f"status says {said!r}, and the table does not"
+
+
+def test_each_springtide_command_of_the_runbook_and_of_an_alert_is_taken() -> None:
+    typed = [command for one in runbook.ADVICE for command in one.commands]
+    typed += re.findall(r"`(springtide [^`]+)`", runbook.TEXT)
+    for rule in ALERTS.values():
+        typed += re.findall(r"`(springtide [^`]+)`", rule["annotations"]["action"])
+    ours = [line for line in typed if line.startswith("springtide ")]
+    assert len(ours) > 20
+    for line in ours:
+        check(shlex.split(runbook.filled(line))[1:])
+
+
+def section_of(error: type[SpringtideError]) -> str:
+    """The row of a class in the table of errors, and the sections that it leads to."""
+    row = next(row for row in runbook.rows(runbook.ERRORS) if f"`{error.__name__}`" in row[0])
+    found = [one for one in runbook.ADVICE if one.anchor in runbook.links(row[1])]
+    return "\n".join([*row, *(line for one in found for line in one.lines)])
+
+
+@pytest.mark.parametrize("error", CLASSES.values(), ids=lambda one: one.__name__)
+def test_the_command_that_an_error_names_is_the_one_of_its_section(error: type[SpringtideError]) -> None:
+    for command in re.findall(r"`(springtide [a-z-]+)", error.__doc__ or ""):
+        assert command in section_of(error)
+    for option in re.findall(r"--[a-z-]+", error.__doc__ or ""):
+        assert option in section_of(error) or option == "--to"
+
+
+def typed(error: SpringtideError) -> str:
+    """What a message says to type where `up` runs, as the runbook writes it."""
+    (found,) = re.findall(r"springtide \w+ \(or up\)( --[^;`]*)$", str(error))
+    return f"springtide up{found}"
+
+
+def test_what_a_gap_a_cut_and_a_bad_record_say_to_type_is_in_their_sections(tmp_path: Path) -> None:
+    source = Source("ab" * 16, 0)
+    gap = failures.gap("clicks", source.topic_id, source.partition, 5, 10, 20)
+    cut = failures.truncated("clicks", source.topic_id, source.partition, 10, 5, 20)
+    passages = Passages(Journal(tmp_path), Consent(), TrainerMetrics(CollectorRegistry()), lambda: 0.0)
+    with pytest.raises(MicroBatchError) as bad:
+        passages.leave_out(Gap(source, 7, 8), {}, MicroBatchError("it is none", "see who writes"))
+    for error in (how_to_go_on(gap, "springtide stream"), how_to_go_on(cut, "springtide stream"), bad.value):
+        lines = [
+            runbook.filled(line, {**runbook.EXAMPLES, "TEXT": "TEXT"}) for line in section_of(type(error)).splitlines()
+        ]
+        assert typed(error) in lines
+
+
+def test_a_lost_salt_a_full_store_and_a_power_cut_name_what_their_sections_do() -> None:
+    assert "paths.salt_file" in str(MissingSalt.at("salt")) and "springtide config paths.salt_file" in section_of(
+        MissingSalt
+    )
+    assert {"stream.map_gb", "serving.map_gb"} <= set(re.findall(r"`(\w+\.\w+)`", section_of(StoreFull)))
+    assert re.findall(r"`(springtide \S+)`", HistoryStore.remedy)[0] in section_of(CorruptStore).splitlines()
