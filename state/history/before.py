@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.features.spec import EVENT, Events
-from state.history.appends import events_of
+from state.history.appends import Appends, events_of
 from state.history.since import Place
 from state.microbatch.batch import MicroBatch
 from state.microbatch.row_kinds import Kind, happened
@@ -89,11 +89,12 @@ class Before:
         wanted = wanted.take(wanted.offset < lows[wanted.source])
         for part in ranges:
             self._low[part.source] = min(part.first, self._low.get(part.source, 0))
-        events = events_of(wanted, ranges)
-        for user in np.unique(wanted.user).tolist():
+        grouped = Appends.of(wanted.user, events_of(wanted, ranges))
+        ends = (grouped.starts + grouped.lengths).tolist()
+        for user, start, end in zip(grouped.users.tolist(), grouped.starts.tolist(), ends, strict=True):
             if (lacking := self._lacking.get(user)) is None:
                 continue
-            theirs = events[wanted.user == user][-lacking:]
+            theirs = grouped.events[max(start, end - lacking) : end]
             self._found[user].append(theirs)
             self._lacking[user] = lacking - len(theirs)
             if len(theirs) == lacking:
