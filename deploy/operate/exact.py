@@ -23,7 +23,8 @@ class ExactPlan:
     Attributes:
         line: The line of the training log that turns off at the version.
         clicks: Positions of the clicks that the stream reads again.
-        histories: Users whose history has to be found in the training log again; None where no stream's store is here.
+        histories: Users whose history has to be found in the training log again; None where no stream's store is here,
+            or it has gone back already.
     """
 
     line: LogLine
@@ -36,7 +37,7 @@ class ExactPlan:
         >>> ExactPlan(log_line.WHOLE, 1234, 7).lines()[1]
         'histories     7 to be rebuilt from the training log; the others give back what they gained'
         """
-        rebuilt = "not counted: the stream's store is not on this machine"
+        rebuilt = "not counted: the stream's store is not on this machine, or has gone back already"
         if self.histories is not None:
             rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others give back what they gained"
         return [
@@ -92,7 +93,7 @@ def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manif
         LogError: The log cannot be read.
     """
     # Not at the top: they load the window kernel, which no other command needs.
-    from state.history.rewinding import records
+    from state.history.rewinding import line_of, records
     from state.history.since import Since
     from state.history.store import HistoryStore
 
@@ -108,6 +109,9 @@ def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manif
                 for batch in records(log, view.partition, to.log.next, view.end, line):
                     since.take(batch)
             found = (found or 0) + len(store.lacking(since, to.marks))
+            if line_of(store) != line:
+                # It went back meanwhile.
+                return plan
         finally:
             store.close()
     return replace(plan, histories=found)

@@ -118,7 +118,7 @@ def deployed(kafka_settings: KafkaFactory, folder: Path, topic: str, trainer: Tr
     with Topics(settings.kafka) as topics:
         topics.ensure(log, 1, FOREVER)
 
-    def open_log(offset: int | None) -> Reader:
+    def open_log(offset: int | None, leader: int = -1) -> Reader:
         return Reader(settings.kafka, log, [0], {} if offset is None else {0: offset})
 
     learner = Learner(
@@ -179,7 +179,7 @@ def iso(number: int) -> str:
     return str(BEGIN_MS + number * 1000)
 
 
-def rolled_back(one: Deployment, to: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def rolled_back(one: Deployment, to: int, mode: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
     """Gives the operator's command; returns its plan."""
     for name, value in one.settings.environment().items():
         monkeypatch.setenv(name, value)
@@ -188,6 +188,7 @@ def rolled_back(one: Deployment, to: int, mode: str, monkeypatch: pytest.MonkeyP
     line = [
         *("rollback", "--to", str(to), "--mode", mode, "--reason", "bots", "-o", "json", "--skip-users", str(users)),
         *("--skip", f"0:{GOOD + 300}-{GOOD + 309}", "--skip-time", f"{iso(GOOD + 100)}..{iso(GOOD + 160)}"),
+        *more,
     ]
     cli.run(line, lambda *_: None, AT_MS + 3_600_000, said.append)
     monkeypatch.undo()
@@ -226,7 +227,8 @@ def test_after_an_exact_rollback_all_is_as_if_the_masked_clicks_had_never_been(
         fast = ours.trained()
         assert fast["account"]["masked"] > 200
         # 3. Exactly.
-        planned = rolled_back(ours, good, "exact", monkeypatch)["exact"]
+        planned = rolled_back(ours, good, "exact", monkeypatch, "--dry-run")["exact"]
+        rolled_back(ours, good, "exact", monkeypatch)
         assert (planned["clicks"], planned["histories"] > 0) == (ALL - GOOD, True)
         control = registry.control()
         assert control is not None
