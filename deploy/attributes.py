@@ -32,6 +32,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import Topics, topic_plan
+from state.process.closed_output import while_read
 from state.recordings.files import Recording, find
 from state.recordings.options import add_format_arguments
 
@@ -127,4 +128,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

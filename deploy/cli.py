@@ -20,6 +20,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
+from state.process.closed_output import while_read
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
@@ -124,16 +125,17 @@ def become(module: str, flags: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `springtide`; returns the exit status."""
+    return while_read(lambda: _status(sys.argv[1:] if argv is None else argv))
+
+
+def _status(argv: Sequence[str]) -> int:
     try:
-        run(sys.argv[1:] if argv is None else argv, become, time.time_ns() // 1_000_000, print)
+        run(argv, become, time.time_ns() // 1_000_000, print)
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 1
-    except BrokenPipeError:
-        # `springtide versions | head` is no failure; nothing more may be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -30,6 +30,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of, topic_plan
+from state.process.closed_output import while_read
 from state.recordings.options import as_settings
 
 SLICE_S = 0.1
@@ -195,4 +196,4 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

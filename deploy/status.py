@@ -30,6 +30,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.log import Topics
+from state.process.closed_output import while_read
 
 LONGEST_WAIT_S = 3.0
 BETWEEN_S = 1.0
@@ -215,7 +216,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         "registry": registry,
         "accounting": account,
         "urls": {
-            "profile": scrape.profile_url(settings, "USER"),
+            "profile": scrape.profile_url(settings, scrape.ANY_USER),
             "ready": f"{scrape.serving_url(settings)}/readyz",
             "metrics": urls,
         },
@@ -225,7 +226,9 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
 def as_text(figures: Figures, state: Mapping[str, Any], settings: Settings) -> str:
     """Everything on one screen: the figures, the parts, what to try."""
     parts = as_table(state).splitlines()
-    return "\n".join([*panel(figures, (), settings.serving.workers), "", *parts, "", *lines(addresses(settings))])
+    return "\n".join(
+        [*panel(figures, (), settings.serving.workers), "", *parts, "", *lines(addresses(settings, figures.shoppers))]
+    )
 
 
 def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Callable[[float], object]) -> None:
@@ -240,7 +243,8 @@ def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Ca
     looks, urls = Watch(), scrape.urls(settings) | scrape.supervisor_urls(settings)
     while not stop():
         figures = looks.look(scrape.scrape(urls), time.monotonic(), time.time())
-        screen.live(live_line(figures), panel(figures, addresses(settings)[:1], settings.serving.workers))
+        tries = addresses(settings, figures.shoppers)[:1]
+        screen.live(live_line(figures), panel(figures, tries, settings.serving.workers))
         wait(screen.every_s)
 
 
@@ -283,4 +287,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

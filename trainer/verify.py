@@ -32,6 +32,7 @@ from state.errors import GapError, LogError, RegistryError, SpringtideError, of_
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics
 from state.log.accepted_gaps import Journal
+from state.process.closed_output import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
@@ -206,4 +207,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(while_read(main))

@@ -13,25 +13,41 @@ from state.config.settings import Settings
 from state.config.sources import as_text
 
 
-def addresses(settings: Settings) -> list[tuple[str, str]]:
+def question(settings: Settings, shoppers: bool) -> str:
+    """How to ask for an answer: of a synthetic shopper, or of a user whose id only the operator knows.
+
+    >>> question(Settings(), shoppers=True)
+    'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1'
+    >>> question(Settings(), shoppers=False)
+    'curl -s http://127.0.0.1:8501/v1/profiles/USER (USER: an id of your clicks)'
+    """
+    url = scrape.profile_url(settings, scrape.SAMPLE_USER if shoppers else scrape.ANY_USER)
+    return f"curl -s {url}" if shoppers else f"curl -s {url} ({scrape.ANY_USER}: an id of your clicks)"
+
+
+def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
     """An answer, the metrics of each process and the logs, each with a word before it.
 
-    >>> addresses(Settings())[0]
+    >>> addresses(Settings(), shoppers=True)[0]
     ('try', 'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1')
+
+    Args:
+        settings: The loop's settings.
+        shoppers: Whether synthetic shoppers click.
     """
     metrics = [f"{url} ({name})" for name, url in scrape.urls(settings).items()]
     return [
-        ("try", f"curl -s {scrape.profile_url(settings)}"),
+        ("try", question(settings, shoppers)),
         *zip(("metrics", *[""] * (len(metrics) - 1)), metrics, strict=True),
         ("logs", f"{settings.logs_dir}, where `springtide up` runs"),
     ]
 
 
-def commands(settings: Settings) -> list[str]:
-    """What `up` says once everything runs."""
+def commands(settings: Settings, shoppers: bool) -> list[str]:
+    """What `up` says once everything runs, with synthetic shoppers or without."""
     command = springtide_command()
     lines = [
-        f"curl -s {scrape.profile_url(settings)}",
+        question(settings, shoppers),
         f"{command} status        {command} status --watch",
         f"{command} versions",
         f"{command} pin VERSION        {command} follow",

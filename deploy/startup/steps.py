@@ -218,7 +218,7 @@ class Startup:
 
     def _say_what_to_try(self) -> None:
         self._step(9, "running", "try, in another terminal:")
-        for line in hints.commands(self._settings):
+        for line in hints.commands(self._settings, self._shoppers):
             self._screen.say(f"      {line}")
         self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
 
@@ -233,9 +233,8 @@ class Startup:
                 due = self._clock() + self._screen.every_s
                 figures = watch.look(scrape.scrape(addresses), self._clock(), time.time())
                 if not self._stop():
-                    self._screen.live(
-                        live_line(figures), panel(figures, hints.addresses(settings), settings.serving.workers)
-                    )
+                    tries = hints.addresses(settings, self._shoppers)
+                    self._screen.live(live_line(figures), panel(figures, tries, settings.serving.workers))
             self._sleep(LOOK_S)
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:

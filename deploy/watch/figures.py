@@ -86,6 +86,7 @@ class Figures:
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
         dying: Part -> how often in a row it died, of those that `springtide up` starts again.
+        shoppers: Whether `springtide up` runs synthetic shoppers.
         clocks_off: Direction -> the clicks whose clock is off.
         spreads: What is distributed -> how, in seconds.
         spread_s: The quantiles are of so many last seconds; None: since each process's start.
@@ -125,6 +126,7 @@ class Figures:
     faults: float = 0.0
     corrupt: float = 0.0
     dying: Mapping[str, float] = field(default_factory=dict)
+    shoppers: bool = False
     clocks_off: Mapping[str, ClocksOff] = field(default_factory=dict)
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     spread_s: float | None = None
@@ -222,6 +224,7 @@ class Watch:
             # Parts may run without `springtide up`, whose own figures are then nowhere.
             away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
             dying=dying(scrapes.get(UP, AWAY)),
+            shoppers="shoppers" in scrapes.get(UP, AWAY).by("springtide_up_starts_total", "part"),
             clocks_off=clocks_off(scrapes.get("stream", AWAY), wall_s),
             spreads={
                 name: spread(spanned[process].buckets(series, **labels))

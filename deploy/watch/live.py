@@ -15,7 +15,7 @@ from typing import TextIO
 
 from deploy.watch.figures import Figures
 from deploy.watch.messages import decimal, rate, seconds, shown
-from deploy.watch.panel import troubles
+from deploy.watch.panel import old_clicks, troubles
 
 EVERY_S = 1.0
 EVERY_QUIET_S = 10.0
@@ -34,7 +34,8 @@ def live_line(figures: Figures) -> str:
         *troubles(figures),
         f"{rate(figures.events_per_s, 'events')}, lag {shown(figures.lag_events)}",
         f"version {shown(figures.version, '')}, epoch {shown(figures.epoch)}",
-        f"features {seconds(figures.features_s)}, weights {seconds(figures.weights_s)} old",
+        f"features {seconds(figures.features_s)}, weights {seconds(figures.weights_s)} old"
+        + " (old clicks)" * old_clicks(figures),
         f"log loss {decimal(figures.log_loss, 2)}",
     ]
     return " | ".join(parts)

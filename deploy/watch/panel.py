@@ -24,6 +24,7 @@ from deploy.watch.quantiles import Spread
 STALE_S = 60.0
 MANY_LAG = 10_000
 DEAD_SHARE = 0.01
+FEW_RECORDS = 100  # of the training log: some ten seconds
 
 # Where cells begin; with 80 columns the last one has room for 26 letters, or for 33.
 HAPPENINGS = (16, 12, 26)
@@ -79,10 +80,11 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield "accounts do not balance"
     if figures.held:
         yield "training is held by the guard"
-    clicks = bool(figures.events_per_s)
-    if clicks and not wanted(figures) and (figures.weights_s or 0.0) > STALE_S:
+    clicks, old = bool(figures.events_per_s), old_clicks(figures)
+    learned = old and figures.trainer_lag is not None and figures.trainer_lag <= FEW_RECORDS
+    if clicks and not wanted(figures) and not learned and (figures.weights_s or 0.0) > STALE_S:
         yield f"weights {seconds(figures.weights_s)} old"
-    if clicks and (figures.features_s or 0.0) > STALE_S:
+    if clicks and not old and (figures.features_s or 0.0) > STALE_S:
         yield f"features {seconds(figures.features_s)} old"
     if (figures.lag_events or 0.0) > MANY_LAG:
         yield f"{shown(figures.lag_events)} clicks wait"
@@ -93,6 +95,18 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield f"{rate(figures.failed_per_s)} answers fail"
     if figures.corrupt:
         yield f"corrupt versions: {shown(figures.corrupt)}"
+
+
+def old_clicks(figures: Figures) -> bool:
+    """Whether the clicks that come are themselves of long ago, as in a replay: none waits, and the newest is old.
+
+    >>> old_clicks(Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0))
+    True
+    """
+    if figures.lag_s is None or figures.serving_lag is None:
+        return False
+    waits = figures.lag_s > STALE_S or figures.serving_lag > FEW_RECORDS
+    return not waits and (figures.features_s or 0.0) > STALE_S
 
 
 def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
@@ -143,9 +157,10 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
 def distributions(figures: Figures) -> list[Sequence[str]]:
     """The cells of what is distributed: a word, now, median, 99th percentile, and what it is."""
     now = {"features": duration(figures.features_s), "weights": duration(figures.weights_s)}
+    means = MEANINGS | ({"features": "age of the newest, an old click"} if old_clicks(figures) else {})
     return [
         ("", "now", "p50", "p99", span(figures.spread_s)),
-        *((name, now.get(name, ""), *bounded(figures.spreads.get(name, Spread())), MEANINGS[name]) for name in SPREADS),
+        *((name, now.get(name, ""), *bounded(figures.spreads.get(name, Spread())), means[name]) for name in SPREADS),
     ]
 
 

@@ -17,6 +17,7 @@ from state.config.settings import Settings
 TIMEOUT_S = 1.0
 UP = "up"
 SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
+ANY_USER = "USER"  # to be replaced, where nobody knows an id
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ def load(
         # Without a cluster of the user's, every part looks for the local Kafka where kafka.port puts it.
         local = f"127.0.0.1:{parts['kafka'].port}"
         parts["kafka"] = replace(parts["kafka"], bootstrap_servers=local)
+    if "events.action_weights" not in origins:
+        # Where nobody gives weights each action weighs as much as any other.
+        parts["events"] = replace(parts["events"], action_weights=(1.0,) * len(parts["events"].actions))
     settings = Settings(**parts, origins=origins)
     check_together(settings)
     return settings

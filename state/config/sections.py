@@ -126,7 +126,9 @@ class Events:
         ("view", "favorite", "cart", "purchase"), filled=True, help="The actions; others are dead letters."
     )
     action_weights: tuple[float, ...] = setting(
-        (1.0, 1.0, 1.0, 1.0), least=0.0, help="Weight of each action in the interest loss, in the order of `actions`."
+        (1.0, 1.0, 1.0, 1.0),
+        least=0.0,
+        help="Weight of each action in the interest loss, in the order of `actions`; 1 each where it is not set.",
     )
     outcomes: tuple[str, ...] = setting(
         (), help="Fields known only after the event; refused as context or id, for they would leak the label."

@@ -103,3 +103,22 @@ def test_verify_becomes_the_trainers_own_process(operator: Operator) -> None:
     operator("verify", "3", "--from", "1", "-o", "json")
     module, flags = operator.became[-1]
     assert (module, flags[:5]) == ("trainer.verify", ["3", "--from", "1", "-o", "json"])
+
+
+@pytest.mark.parametrize("words", [["config", "--explain"], ["status", "-o", "json"], ["replay", "{csv}", "--dry-run"]])
+def test_a_reader_that_has_had_enough_is_no_failure(tmp_path: Path, words: list[str]) -> None:
+    """As `springtide status | head` has it: nothing reads what is still to be written."""
+    path = tmp_path / "clicks.csv"
+    path.write_text("user,item,category,action,time\n" + "u,i,c,view,1700000000\n" * 20)
+    line = [*(word.format(csv=path) for word in words), "--paths.state", str(tmp_path / "state")]
+    flags = ["--bootstrap-servers", "127.0.0.1:1", "--kafka.request_timeout_s", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", *line, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 0)

@@ -17,13 +17,13 @@ from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.log import Topics, Writer
-from state.metrics import PROCESSES, ApplierMetrics, names, serve
+from state.metrics import PROCESSES, ApplierMetrics, SupervisorMetrics, names, serve
 from state.registry import control
 from state.registry.registry import Registry
 
 
 def settings_of(state: Path, kafka: Kafka | None = None) -> Settings:
-    ports = ("stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "serving.port")
+    ports = ("stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "serving.port", "up.metrics_port")
     flags = [word for name in ports for word in (f"--{name}", str(free_port()))]
     servers = kafka.bootstrap_servers if kafka else f"127.0.0.1:{free_port()}"
     topics = (
@@ -101,7 +101,21 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
         "behind",
     ]
     assert lines["applier"].split()[:3] == ["applier", "runs", "up"]
-    assert f"curl -s http://127.0.0.1:{settings.serving.port}/v1/profiles/shopper-1" in lines["try"]
+    assert f"curl -s http://127.0.0.1:{settings.serving.port}/v1/profiles/USER (USER: an id" in lines["try"]
+
+
+@NOBODY_ANSWERS
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize(("part", "user"), [("shoppers", "shopper-1"), ("stream", "USER")])
+def test_a_shopper_is_suggested_where_shoppers_run(tmp_path: Path, part: str, user: str) -> None:
+    settings, registry = settings_of(tmp_path), CollectorRegistry()
+    SupervisorMetrics(registry).starts.labels(part).inc()
+    stop = serve(registry, settings.up.metrics_port)
+    try:
+        figures, state = status.status(settings, now_ms=0, between_s=0.0)
+    finally:
+        stop()
+    assert f"/v1/profiles/{user}" in status.as_text(figures, state, settings)
 
 
 def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_settings: Callable[..., Kafka]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from deploy import up
 from deploy.kafka.configuration import free_port
-from deploy.startup.hints import repeated_flags
+from deploy.startup.hints import commands, repeated_flags
 from deploy.startup.process_plan import STOP_ORDER, ports, process_plans
 from deploy.startup.steps import has_spec
 from state.config.loading import load
@@ -175,3 +175,9 @@ def test_signals_ask_once_to_stop_and_twice_to_hurry() -> None:
     assert not signals.hurry()
     signal.raise_signal(signal.SIGTERM)
     assert signals.hurry()
+
+
+def test_a_shopper_is_suggested_only_where_shoppers_click() -> None:
+    assert commands(Settings(), shoppers=True)[0].endswith("/v1/profiles/shopper-1")
+    assert commands(Settings(), shoppers=False)[0].endswith("/v1/profiles/USER (USER: an id of your clicks)")
+    assert "shopper" not in "".join(commands(Settings(), shoppers=False))

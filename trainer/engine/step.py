@@ -111,7 +111,7 @@ class Trainer:
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
         self.popular = Popular(settings.model.popular)
-        self.evaluation = Evaluation()
+        self.evaluation, self._new_users = Evaluation(), np.empty(0, np.uint64)
         self._columns = Columns(settings.attributes)
         self.slices = Slices(settings.attributes, self._columns)
         self.guard = GuardState()
@@ -212,6 +212,9 @@ class Trainer:
             counters.expired_hour = counters.log_ms // HOUR_MS
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
+        # A user who was away longer than the longest window has no category left, and is not new for that.
+        users = np.ascontiguousarray(batch.user)
+        self._new_users = users[self.tables["user"].find(users) == MISSING]
         for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
         context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
@@ -250,7 +253,7 @@ class Trainer:
             self.engine.apply(measured)
             for name, rows in measured.rows.items():
                 self.tables[name].touch(rows)
-            known = batch.recent_categories[:, 0] != MISSING
+            known = (batch.recent_categories[:, 0] != MISSING) | ~np.isin(batch.user, self._new_users)
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             if self.slices:
                 seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)

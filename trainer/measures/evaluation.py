@@ -48,7 +48,7 @@ class Evaluation:
             log_loss: `[n]` interest log loss of each row with a category.
             top1: `[n]` whether the best candidate was the next category.
             top5: `[n]` whether it was among the best five.
-            known: `[n]` whether the user had a label.
+            known: `[n]` whether the user had a category in the windows, or was seen before and has a row.
             scores: `[m]` engagement logits.
             positive: `[m]` their outcomes.
             engagement_log_loss: `[m]` their log losses.

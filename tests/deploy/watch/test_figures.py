@@ -204,6 +204,12 @@ def test_no_more_looks_are_kept_than_the_quantiles_need() -> None:
     assert len(watch._looks) <= 62
 
 
+# A replay of clicks of three weeks ago that keeps their times: nothing waits anywhere.
+OLD_CLICKS = Figures(
+    events_per_s=100.0, lag_events=3.0, lag_s=0.1, serving_lag=1.0, features_s=1_933_200.0, weights_s=1_933_200.4
+)
+
+
 @pytest.mark.parametrize(
     ("figures", "words"),
     [
@@ -216,6 +222,13 @@ def test_no_more_looks_are_kept_than_the_quantiles_need() -> None:
         (Figures(events_per_s=1.0, weights_s=61.0, paused=True), ["training is paused by an operator"]),
         (Figures(events_per_s=1.0, weights_s=61.0, publishing_held=True), ["publishing is held by an operator"]),
         (Figures(events_per_s=1.0, features_s=90.0), ["features 90 s old"]),
+        (dataclasses.replace(OLD_CLICKS, trainer_lag=2.0), []),
+        (dataclasses.replace(OLD_CLICKS, trainer_lag=101.0), ["weights 537.0 h old"]),
+        (
+            dataclasses.replace(OLD_CLICKS, trainer_lag=2.0, serving_lag=101.0),
+            ["weights 537.0 h old", "features 537.0 h old"],
+        ),
+        (dataclasses.replace(OLD_CLICKS, trainer_lag=2.0, lag_s=61.0), ["weights 537.0 h old", "features 537.0 h old"]),
         (Figures(lag_events=10_001.0), ["10,001 clicks wait"]),
         (Figures(events_per_s=100.0, dead_per_s=1.0), []),
         (Figures(events_per_s=100.0, dead_per_s=1.1), ["1% dead letters"]),
@@ -225,6 +238,14 @@ def test_no_more_looks_are_kept_than_the_quantiles_need() -> None:
 )
 def test_what_is_wrong_is_said_and_what_is_quiet_is_not(figures: Figures, words: list[str]) -> None:
     assert troubles(figures) == words
+
+
+def test_old_clicks_are_called_so_beside_their_age() -> None:
+    figures = dataclasses.replace(OLD_CLICKS, trainer_lag=2.0)
+    assert "features 537.0 h, weights 537.0 h old (old clicks)" in live_line(figures)
+    assert "(old clicks)" not in live_line(Figures(features_s=0.2, weights_s=0.4, lag_s=0.1, serving_lag=1.0))
+    (line,) = (line for line in panel(figures) if line.startswith("features"))
+    assert line.endswith("age of the newest, an old click") and len(line) < 80
 
 
 @given(

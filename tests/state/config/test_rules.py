@@ -100,7 +100,7 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[events]\nactions = ['view', 'cart', 'view']\n", 2, "'view' twice"),
         ("[events]\nactions = []\n", 2, "1 to 255 actions, not 0"),
         ("[events]\nactions = ['view', '']\n", 2, "must not be empty"),
-        ("[events]\n\nactions = ['view']\n", 3, "has 4 weights for 1 actions (view)"),
+        ("[events]\naction_weights = [1, 1]\nactions = ['view']\n", 2, "has 2 weights for 1 actions (view)"),
         ("[events]\naction_weights = [1.0, 2.0]\n", 2, "has 2 weights for 4 actions (view, favorite, cart, purchase)"),
         ("[events]\nactions = ['a']\naction_weights = [1, 2]\n", 3, "events.actions from {path}:2"),
         ("[events]\naction_weights = [0, 0, 0, 0]\n", 2, "nothing would be learned"),
@@ -166,10 +166,11 @@ def test_settings_that_cannot_be_are_refused_with_their_line(tmp_path: Path, tex
 
 
 def test_a_conflict_points_at_what_was_set_and_not_at_a_default() -> None:
-    assert refusal(["--events.actions", "view,cart"], {}).startswith(
-        "flag --events.actions: events.action_weights has 4"
+    unnamed = "events.action names no field, and events.actions has 2 actions"
+    assert refusal(["--events.actions", "view,cart", "--events.action="], {}).startswith(
+        f"flag --events.action: {unnamed}"
     )
-    assert refusal([], {"SPRINGTIDE_EVENTS_ACTIONS": "view"}).startswith("variable SPRINGTIDE_EVENTS_ACTIONS: ")
+    assert refusal([], {"SPRINGTIDE_EVENTS_ACTIONS": ","}).startswith("variable SPRINGTIDE_EVENTS_ACTIONS: ")
     assert refusal(["--kafka.clicks_topic", "a", "--kafka.dead_letters_topic=a"], {}).startswith(
         "flag --kafka.dead_letters_topic: kafka.dead_letters_topic and kafka.clicks_topic are both 'a'"
     )

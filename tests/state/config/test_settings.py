@@ -51,7 +51,7 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) ->
         ("[kafka]\nport = true\n", 2, "whole number"),
         ("[trainer]\npublish_s = nan\n", 2, "finite"),
         ("[features]\nwindows_s = [3600, 60]\n", 2, "ascending"),
-        ("[events]\nactions = ['view']\n", 0, "action_weights"),
+        ("[events]\nactions = ['view']\naction_weights = [1, 2]\n", 3, "give each action one weight"),
         ("[serving]\nclock = 'moon'\n", 2, "event, wall"),
         ("stream.cut_ms = 0\n", 1, "at least 1"),
         ("kafka = 7\n", 1, "[kafka]"),
@@ -64,6 +64,14 @@ def test_a_refusal_names_file_line_and_what_to_do(tmp_path: Path, text: str, lin
     assert hint in str(caught.value)
     if line:
         assert str(caught.value).startswith(f"{path}:{line}: ")
+
+
+@pytest.mark.parametrize("actions", [["impression"], ["view", "buy"], ["a", "b", "c", "d", "e"]])
+def test_actions_that_nobody_weighs_weigh_1_each_here_and_in_child_processes(actions: list[str]) -> None:
+    field = ["--events.action="] if len(actions) == 1 else []
+    settings = load([f"--events.actions={','.join(actions)}", *field], env={}, path="/dev/null")
+    assert settings.events.action_weights == (1.0,) * len(actions)
+    assert load([], env=settings.environment(), path="/dev/null") == settings
 
 
 def test_a_file_that_is_not_toml_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -190,6 +190,22 @@ def test_ids_expire_by_log_time() -> None:
     assert len(trainer.tables["user"]) <= 2
 
 
+@pytest.mark.parametrize("rows_per_update", [0, 3])
+def test_a_user_whose_windows_are_empty_again_is_known_and_one_never_seen_is_new(rows_per_update: int) -> None:
+    trainer = fresh(rows_per_update=rows_per_update)
+    first = micro_batch(8)
+    silent = dataclasses.replace(first, recent_categories=np.zeros_like(first.recent_categories))
+    trainer.step(silent)
+    measured = trainer.evaluation.values()
+    assert (measured["total.known.rows"], measured["total.new.rows"]) == (0, 8)
+    # Eight days later, of nobody a category is left in the windows.
+    later = micro_batch(8, first=8, at_ms=1_700_000_000_000 + 8 * 86_400_000)
+    user = np.where(np.arange(8) < 6, silent.user, spread(np.arange(10_000, 10_008)))
+    trainer.step(dataclasses.replace(later, user=user, recent_categories=silent.recent_categories))
+    measured = trainer.evaluation.values()
+    assert (measured["total.known.rows"], measured["total.new.rows"]) == (6, 10)
+
+
 def test_known_labels_are_learned_instead_of_drawn_negatives() -> None:
     batch = dataclasses.replace(micro_batch(8), label=np.array([0, 1] * 4, np.float32))
     report = fresh().step(batch)
