@@ -16,13 +16,13 @@ from typing import Any
 from deploy.watch.clocks_off import ClocksOff, clocks_off
 from deploy.watch.quantiles import Buckets, Spread, between, spread
 from deploy.watch.scrape import UP, Scrape
+from deploy.watch.supervised import dying, runs_shoppers
 
 AWAY = Scrape()
 RATE_S = 5.0
 SPREAD_S = 60.0
 SLACK_S = 0.5
 # One death is nothing: the part is back a quarter of a second later.
-OFTEN = 2
 
 Labels = Mapping[str, Collection[str]]
 ANSWERS: Labels = {"route": ("profile", "batch")}
@@ -224,7 +224,7 @@ class Watch:
             # Parts may run without `springtide up`, whose own figures are then nowhere.
             away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
             dying=dying(scrapes.get(UP, AWAY)),
-            shoppers="shoppers" in scrapes.get(UP, AWAY).by("springtide_up_starts_total", "part"),
+            shoppers=runs_shoppers(scrapes.get(UP, AWAY)),
             clocks_off=clocks_off(scrapes.get("stream", AWAY), wall_s),
             spreads={
                 name: spread(spanned[process].buckets(series, **labels))
@@ -243,19 +243,6 @@ class Watch:
             return Seen(now)
         at_s, earlier = next((look for look in same if look[0] >= now_s - within_s - SLACK_S), same[-1])
         return Seen(now, earlier, now_s - at_s)
-
-
-def dying(up: Scrape) -> dict[str, float]:
-    r"""The parts that die again and again, and how often they did, the worst first.
-
-    >>> from deploy.watch.scrape import parsed
-    >>> series = "springtide_up_deaths_in_a_row"
-    >>> dying(Scrape(parsed(f'{series}{{part="trainer"}} 3\n{series}{{part="stream"}} 0\n{series}{{part="applier"}} 1')))
-    {'trainer': 3.0}
-    """
-    found = up.by("springtide_up_deaths_in_a_row", "part")
-    often = {part: count for part, count in found.items() if count >= OFTEN}
-    return dict(sorted(often.items(), key=lambda one: -one[1]))
 
 
 def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
