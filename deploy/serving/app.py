@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import orjson
 from prometheus_client import CollectorRegistry, generate_latest
 
-from deploy.serving.answer import Query
+from deploy.serving.answer import Answer, Query
 from deploy.serving.batching import Batcher
 from deploy.serving.host import Host
 from deploy.serving.requests import MOST_BODY_BYTES, question, questions
@@ -63,7 +64,7 @@ class App:
         self._metrics = WorkerMetrics(registry)
         self._clock_s = clock_s
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
-        self._batcher = Batcher(self._answers)
+        self._batcher = Batcher(self._answers, self._held)
 
     def close(self) -> None:
         """Closes the stores; the next request opens them again."""
@@ -106,7 +107,15 @@ class App:
         raise UnknownPath(f"there is no {path[:200]}", f"ask {offered}")
 
     def _answers(self, queries: Sequence[Query]) -> list[bytes]:
-        answers = self._host.predictor().profiles(queries)
+        return self._bodies(self._host.predictor().profiles(queries))
+
+    @contextmanager
+    def _held(self) -> Iterator[Callable[[Sequence[Query]], list[bytes]]]:
+        predictor = self._host.predictor()
+        with predictor.reading() as reader:
+            yield lambda queries: self._bodies(predictor.profiles(queries, reader))
+
+    def _bodies(self, answers: Sequence[Answer]) -> list[bytes]:
         if cold := sum(answer.cold_start for answer in answers):
             self._metrics.cold_starts.inc(cold)
         return [encode(answer) for answer in answers]

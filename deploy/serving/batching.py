@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from deploy.serving.answer import Query
 from deploy.serving.predictor import MOST_AT_ONCE
+
+Answer = Callable[[Sequence[Query]], list[bytes]]
+"""Gives the bodies of at most `MOST_AT_ONCE` questions, in their order."""
 
 
 class Batcher:
     """Gathers questions until the event loop is free, and answers them in one batch. Used by one event loop.
 
     Args:
-        answer: Gives the bodies of at most `MOST_AT_ONCE` questions, in their order.
+        answer: Answers from the version of now.
+        held: Answers from one version as long as it is open, whatever comes meanwhile.
     """
 
-    def __init__(self, answer: Callable[[Sequence[Query]], list[bytes]]) -> None:
-        self._answer = answer
+    def __init__(self, answer: Answer, held: Callable[[], AbstractContextManager[Answer]]) -> None:
+        self._answer, self._held = answer, held
         self._waiting: deque[tuple[Query, asyncio.Future[bytes]]] = deque()
 
     def one(self, query: Query) -> asyncio.Future[bytes]:
@@ -31,12 +36,13 @@ class Batcher:
         return answer
 
     async def many(self, queries: Sequence[Query]) -> list[bytes]:
-        """The answers to the questions of one request, in their order."""
+        """The answers to the questions of one request, in their order, all from one version."""
         answers: list[bytes] = []
-        for first in range(0, len(queries), MOST_AT_ONCE):
-            answers += self._answer(queries[first : first + MOST_AT_ONCE])
-            # Others must not wait for a whole request.
-            await asyncio.sleep(0)
+        with self._held() as answer:
+            for first in range(0, len(queries), MOST_AT_ONCE):
+                answers += answer(queries[first : first + MOST_AT_ONCE])
+                # Others must not wait for a whole request.
+                await asyncio.sleep(0)
         return answers
 
     def _answer_waiting(self) -> None:

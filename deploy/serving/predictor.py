@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +101,16 @@ class Predictor:
         """Answers one question; see `profiles`."""
         return self.profiles([Query(user, item, category, context or {}, at_ms)])[0]
 
-    def profiles(self, queries: Sequence[Query]) -> list[Answer]:
+    def reading(self) -> AbstractContextManager[RowReader]:
+        """One moment of versions and mask, for several calls of `profiles`."""
+        return self._rows.reader()
+
+    def profiles(self, queries: Sequence[Query], held: RowReader | None = None) -> list[Answer]:
         """Answers questions in their order, all from the same version.
 
         Args:
             queries: At most `MOST_AT_ONCE`.
+            held: The moment of versions and mask; None for now.
 
         Raises:
             NotReady: There is no version yet.
@@ -114,7 +120,7 @@ class Predictor:
             CorruptVersion: The program's file is missing or damaged.
         """
         now_ms = self._now_ms()
-        with self._rows.reader() as reader:
+        with self._rows.reader() if held is None else nullcontext(held) as reader:
             # 1. Version and mask.
             version, mask = self._versions.take_up(reader), self._mask(reader)
             rows = version.rows(reader)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answer import Answer
+from deploy.serving.answer import Answer, Query
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.predictor import Predictor
 from deploy.serving.program import LoadedProgram
@@ -175,6 +175,21 @@ def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) ->
     stores.rows.serve(1)
     again = served.profile("ann")
     assert (again.version, again.interests) == (first.version, first.interests)
+
+
+def test_a_held_moment_answers_from_its_version_whatever_comes_meanwhile(stores: Stores) -> None:
+    """The profiles of one batch are answered in groups, and others between them."""
+    served = predictor(stores)
+    newer = tensors(stores.lowered, 2, {"user": ["ann"], "category": ["hats"]}, ["books"])
+    stores.rows.apply(manifest(2, digest_of(stores.lowered), parent=1), newer, NOW_MS)
+    with served.reading() as held:
+        (before,) = served.profiles([Query("ann")], held)
+        stores.rows.steer({MASK_NOTE: Mask(2, times=((0, NOW_MS),)).to_bytes(), CONTROL_NOTE: b"{}"}, 2)
+        between = served.profile("ann")
+        (after,) = served.profiles([Query("ann")], held)
+    assert (between.version["number"], between.version["mask_generation"]) == (2, 2)
+    assert (after.version, after.interests) == (before.version, before.interests)
+    assert (after.vector == before.vector).all()
 
 
 def test_context_is_the_mean_over_all_fields(stores: Stores) -> None:

@@ -6,8 +6,10 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.e2e.load import Asking
 from tests.e2e.running import Loop, until
 
 
@@ -110,6 +112,35 @@ def test_an_exact_rollback_takes_stream_and_histories_back_while_clicks_go_on(lo
     account = until(balanced, "the account cannot be compared")
     assert account["faults"] == []
     assert account["stream"]["masked"] >= masked + 20
+
+
+def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_the_worker(loop: Loop) -> None:
+    serving = loop.settings.serving
+    with Asking(serving.host, serving.port, 300.0, [f"shopper-{number}" for number in range(200)]) as load:
+        good, epoch = served(loop)
+        until(lambda: served(loop)[0] > good + 3, "no newer version")
+        said = loop.springtide("rollback", "--to", str(good), "--reason", "under load", "--follow-when-caught-up")
+        told_s = time.monotonic()
+        until(lambda: served(loop) == (good, epoch) or served(loop)[1] > epoch, "answers did not turn")
+        # The trainer learns again what it had, and then lets answers follow.
+        until(lambda: served(loop)[1] > epoch, "answers do not follow by themselves")
+    assert (load.failed, load.mixed) == ({}, 0)
+    assert load.asked > 300
+    # When the command has returned, answers are of the version, or already follow the new epoch.
+    assert said["answered_s"] is not None
+    abandoned = {one["version"] for one in loop.springtide("versions", "--all") if one["epoch"] == epoch} - {good}
+    assert [of for at, of in load.seen if at > told_s + 1.0 and of in abandoned] == []
+    outcome = loop.springtide("history")[-2]["outcome"]
+    assert outcome["learned"]["again"]["rows"] == outcome["planned"]["rows"], "what happened is what the plan said"
+    assert loop.springtide("history")[-1]["reason"] == "caught up, as the rollback asked"
+
+    pinned = served(loop)[0]
+    loop.springtide("pin", str(pinned), "--reason", "over a restart")
+    pid = loop.pid("worker")
+    assert pid is not None
+    psutil.Process(pid).kill()
+    until(lambda: loop.pid("worker") not in (None, pid), "the worker is not started again")
+    assert served(loop)[0] == pinned
 
 
 def test_history_names_who_did_what_and_why(loop: Loop) -> None:
