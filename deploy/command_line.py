@@ -24,6 +24,10 @@ PROCESSES = {
     "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
     "verify": ("trainer.verify", "Recompute a version from its base and the training log, and compare every bit."),
+    "compact": (
+        "trainer.compactor",
+        "Make a base of the newest version and remove the versions that [registry] need not keep, once, beside the trainer.",
+    ),
     "rebuild-history": (
         "streaming.rebuild",
         "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",

@@ -1,4 +1,4 @@
-"""Makes a base of the newest version, and removes what no one needs any more: `python -m trainer.compactor`.
+"""Makes a base of the newest version, and removes what no one needs any more: `springtide compact`.
 
 1. The newest base and the deltas after it are merged: bit-equal to the state
    of the trainer that published them. No TensorFlow, no pause of the trainer.

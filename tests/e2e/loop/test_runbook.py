@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -19,7 +21,7 @@ from deploy import cli, status
 from deploy.command_line import PROCESSES
 from state.registry.registry import Registry
 from tests import runbook
-from tests.e2e.running import Loop, until
+from tests.e2e.running import ROOT, Loop, until
 from tests.runbook import SECTIONS, Section
 
 STARTING = ("springtide up", "springtide rebuild-history", "springtide verify")
@@ -39,6 +41,7 @@ class Terminal:
     def __init__(self, loop: Loop, directory: Path) -> None:
         self.loop, self.directory = loop, directory
         self.typed: set[str] = set()
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         (directory / ".springtide").symlink_to(loop.settings.state_dir)
 
     def type(self, command: str, **values: str) -> str:
@@ -49,9 +52,14 @@ class Terminal:
         words = shlex.split(line)
         if command.startswith(STARTING):
             return self._take(words[1:])
-        if words[0] == "springtide":
+        if words[:2] == ["springtide", "compact"]:
+            # It makes its process a nice one.
+            line = shlex.join([sys.executable, "-m", "deploy.cli", *words[1:], *self.loop.flags])
+        elif words[0] == "springtide":
             return self._do(words[1:])
-        done = subprocess.run(["bash", "-c", line], cwd=self.directory, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return done.stdout
 
@@ -125,7 +133,10 @@ def turn_back(terminal: Terminal, section: Section, user: str) -> str:
     assert labels(answer)[0] == HONEST
     assert POISON not in labels(answer)
     assert answer["features"]["purchase.count_1h"] == 5
+    happened = terminal.type("springtide history").splitlines()[-1]
+    assert re.search(r"answers after .* caught up after .* rows read again", happened)
     print(f"{section.title}: {said}\nthe command took {answered_s:.2f} s, answers followed after {followed_s:.1f} s")
+    print(happened)
     return span
 
 
@@ -233,7 +244,8 @@ def test_what_the_runbook_says_is_typed_and_does_it(loop: Loop, terminal: Termin
         # Looks, which are typed once, and starts.
         for command in section.commands:
             if command not in terminal.typed:
-                assert terminal.type(command)
+                said = terminal.type(command)
+                assert said or "compact" in command
     assert set(section.commands) <= terminal.typed
 
 
