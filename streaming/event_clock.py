@@ -109,9 +109,10 @@ class EventClock:
             now_ms: Wall clock.
         """
         keys = np.array([self._key(part.source) for part in ranges], np.int64)
-        source = clicks.source.astype(np.int64)
-        clock_ms = hear(self._known, keys[source] if len(source) else source, clicks.user, clicks.at_ms, now_ms)
-        clocks, off = believe(self._known, keys, source, clicks.at_ms, now_ms)
+        # Copies: of arrays that cannot be written, or lie apart, the kernels would be compiled once more.
+        source, at_ms, user = clicks.source.astype(np.int64), clicks.at_ms.copy(), clicks.user.copy()
+        clock_ms = hear(self._known, keys[source] if len(source) else source, user, at_ms, now_ms)
+        clocks, off = believe(self._known, keys, source, at_ms, now_ms)
         names = {PREFIX + str(part.source): key for part, key in zip(ranges, keys.tolist(), strict=True)}
         if not len(source):
             names = {}

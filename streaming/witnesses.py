@@ -190,11 +190,8 @@ def _is_late(known: Witnesses, key: int, user: int, at_ms: int) -> bool:
 
 
 @compiled
-def _hear_one(known: Witnesses, key: int, user: int, at_ms: int, read_ms: int, times: I64) -> int:
-    """The clock of a key after a click."""
-    if _is_late(known, key, user, at_ms):
-        return int(known.marks[key, _CLOCK])
-    _take(known, key, user, at_ms, read_ms)
+def _settle(known: Witnesses, key: int, times: I64) -> int:
+    """The clock by what the witnesses say."""
     # 1.
     count = _sorted(known, key, 0, times)
     latest = times[(count - 1) // 2] + TOLERANCE_MS
@@ -216,9 +213,19 @@ def _hear_one(known: Witnesses, key: int, user: int, at_ms: int, read_ms: int, t
 @compiled
 def _hear(known: Witnesses, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
     times = np.empty(TURNS, np.int64)
+    heard = False
     for n in range(key.shape[0]):
-        _hear_one(known, ALL, user[n], at_ms[n], read_ms, times)
-        clock_ms[n] = _hear_one(known, key[n], user[n], at_ms[n], read_ms, times)
+        own = key[n]
+        clock_ms[n] = known.marks[own, _CLOCK]
+        if not _is_late(known, own, user[n], at_ms[n]):
+            _take(known, own, user[n], at_ms[n], read_ms)
+            clock_ms[n] = _settle(known, own, times)
+        if not _is_late(known, ALL, user[n], at_ms[n]):
+            _take(known, ALL, user[n], at_ms[n], read_ms)
+            heard = True
+    # Only readers are told of all partitions, once a batch.
+    if heard:
+        _settle(known, ALL, times)
 
 
 @compiled
