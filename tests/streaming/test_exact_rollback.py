@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, LogLine, counts, turned
+from streaming.rebuild import rebuild
+from streaming.rebuild_report import progress_on
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import BEGIN_MS, FOREVER, click, headers_of, running, send, settings_for, until
 
@@ -193,6 +196,10 @@ def test_the_log_histories_and_accounts_are_those_of_a_stream_that_never_saw_the
     assert sum(found.get(name, 0) for name in outcomes) == ALL
     if not kills:
         assert contents(records(ours.settings, line)) == contents(records(theirs.settings, WHOLE))
+    # 4. A store that is lost now comes back along the same line.
+    before = content(ours)
+    rebuild(ours.settings, None, progress_on(io.StringIO()), lambda _: None)
+    assert content(ours) == before
     letters = [headers_of(one.settings.kafka, one.settings.kafka.dead_letters_topic) for one in (ours, theirs)]
     assert [one["offset"] for one in letters[0]] == [one["offset"] for one in letters[1]] == ["7", str(GOOD + 7)]
 
