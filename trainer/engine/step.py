@@ -253,7 +253,8 @@ class Trainer:
             self.engine.apply(measured)
             for name, rows in measured.rows.items():
                 self.tables[name].touch(rows)
-            known = (batch.recent_categories[:, 0] != MISSING) | ~np.isin(batch.user, self._new_users)
+            known = batch.recent_categories[:, 0] != MISSING
+            known[~known] = ~np.isin(batch.user[~known], self._new_users)
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             if self.slices:
                 seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
