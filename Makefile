@@ -19,6 +19,7 @@ BENCHES ?= $(filter-out __init__ report,$(basename $(notdir $(wildcard tests/ben
 SEED ?= 7
 KILLS ?= 200
 ROUNDS ?= 2
+ROLLBACKS ?= 5
 
 help: ## Lists the targets.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile
@@ -37,8 +38,8 @@ check: .venv/ready ## Format, lint and types, without the tests.
 bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done
 
-chaos: .venv/ready ## Kills every part at random and at each kill point, then compares; SEED=7 KILLS=200 ROUNDS=2 ARGS=--labels.
-	@$(BIN)/python -m tests.e2e.chaos --seed $(SEED) --kills $(KILLS) --rounds $(ROUNDS) $(ARGS)
+chaos: .venv/ready ## Kills every part and rolls back in both modes, then compares; SEED=7 KILLS=200 ROUNDS=2 ROLLBACKS=5 ARGS=--labels.
+	@$(BIN)/python -m tests.e2e.chaos --seed $(SEED) --kills $(KILLS) --rounds $(ROUNDS) --rollbacks $(ROLLBACKS) $(ARGS)
 
 clean: ## Removes what was built here, .venv included; the state directory stays.
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

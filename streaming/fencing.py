@@ -18,7 +18,7 @@ from pathlib import Path
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.layout import HISTORIES, WRITER
-from state.log import Topics, Writer
+from state.log import KafkaLog, Log, LogWriter
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,12 @@ def id_of_first_release(shard: int) -> str:
     return f"springtide-stream-{shard}"
 
 
-def open_writer(settings: Settings) -> Writer:
+def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
     """A writer of the shard; it ends what a predecessor left open, and fences it.
+
+    Args:
+        settings: The effective settings.
+        log: Where it writes; the cluster of the settings where none is given.
 
     Raises:
         UnknownTopic: The topic of clicks or of micro-batches is missing.
@@ -57,8 +61,8 @@ def open_writer(settings: Settings) -> Writer:
         LogError: The cluster refused.
         OSError: The id cannot be kept.
     """
-    kafka, shard = settings.kafka, settings.stream.shard
-    with Topics(kafka) as topics:
+    kafka, shard, log = settings.kafka, settings.stream.shard, log or KafkaLog(settings.kafka)
+    with log.topics() as topics:
         clicks, microbatches = (
             topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic)
         )
@@ -66,8 +70,8 @@ def open_writer(settings: Settings) -> Writer:
     before = last_id(settings.stream_dir, shard)
     if before not in (None, mine):
         logger.info("fencing a stream with the transactional id %s, which this one had before", before)
-        Writer(kafka, transactional_id=before).close()
-    writer = Writer(kafka, transactional_id=mine)
+        log.writer(before).close()
+    writer = log.writer(mine)
     if before != mine:
         keep_id(settings.stream_dir, mine)
     return writer

@@ -2,8 +2,10 @@
 
 It comes after the writer of the shard was opened, which fenced any other: the
 log has all that this shard wrote on its old line. A crash before the histories
-are back leaves the same to be done; dead letters are in their topic once, so
-that those written already are noted and not written again.
+are back leaves the same to be done, with another writer that fences this one;
+after it the first record that is written is of the new epoch. Dead letters are
+in their topic once, so that those written already are noted and not written
+again.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from state.features.spec import FeatureSpec
 from state.history.before import Before
 from state.history.rewinding import go_back
 from state.history.store import HistoryStore
-from state.log import Reader
+from state.log import Log, LogReader
 from state.microbatch.batch import MicroBatch
 from state.microbatch.cutting import trim
 from state.positions import Source
+from state.process import killpoints
 from streaming.desired import Desired
 from streaming.event_clock import EventClock
 from streaming.rebuild_log import part_of
@@ -46,7 +49,9 @@ def clocks_after(latest: Sequence[MicroBatch], ours: Collection[Source]) -> dict
     return state
 
 
-def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired) -> dict[Source, int]:
+def take_back(
+    log: Log, settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired
+) -> dict[Source, int]:
     """Takes `store` to the line that is desired; returns `letters_told`.
 
     Raises:
@@ -54,6 +59,7 @@ def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desire
         LogError: The log cannot be read.
         StoreFull: Nothing was changed.
     """
+    killpoints.reach("stream.fenced")
     told = letters_told(store)
     told |= {source: max(after, told.get(source, 0)) for source, after in store.positions().items()}
     letters = {LETTERS: json.dumps({str(source): after for source, after in told.items()}).encode()}
@@ -62,8 +68,8 @@ def take_back(settings: Settings, spec: FeatureSpec, store: HistoryStore, desire
     def extra(_: int, before: Before) -> dict[str, bytes]:
         return {**letters, **clocks_after(before.latest, ours)}
 
-    def open_at(offset: int) -> Reader:
-        return Reader(settings.kafka, settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
+    def open_at(offset: int) -> LogReader:
+        return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
 
     reach_ms = 1000 * round(spec.windows_s[-1] + settings.events.max_age_s)
     found = go_back(store, desired.line, open_at, PARTITION, reach_ms, extra=extra)

@@ -34,10 +34,11 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
-from state.log import LogReader, Reader, TopicInfo, Topics, Writer, topic_plan
+from state.log import KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Gap
+from state.process import killpoints
 from streaming import accounts
 from streaming.attributes import Join
 from streaming.context import Handle, JobContext, StreamContext, opened
@@ -45,6 +46,7 @@ from streaming.cut import Cut
 from streaming.cut_back import fill, open_behind
 from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
+from streaming.fencing import open_writer
 from streaming.going_back import take_back
 from streaming.histories import open_histories
 from streaming.labels import open_labels
@@ -60,7 +62,7 @@ NO_CONSENT = Consent()
 
 @contextmanager
 def open_shard(
-    settings: Settings, consent: Consent = NO_CONSENT, stopping: threading.Event | None = None
+    settings: Settings, consent: Consent = NO_CONSENT, stopping: threading.Event | None = None, log: Log | None = None
 ) -> Iterator[Handle[StreamContext]]:
     """A stream process's context, opened in the order of this module and closed the other way round.
 
@@ -68,11 +70,11 @@ def open_shard(
         settings: The effective settings.
         consent: The losses that the operator accepts.
         stopping: Set by a signal; made here where none is given.
+        log: Where clicks and micro-batches are; the cluster of the settings where none is given.
 
     Raises:
         LockHeld: Another process has the directory.
-        SaltMismatch: The store's pseudonyms were made with another salt.
-        SpecMismatch: The store belongs to other feature settings.
+        SaltMismatch, SpecMismatch: The store was made with another salt, or belongs to other feature settings.
         SettingsError: The salt cannot be read.
         PortTaken: The metrics' port is in use.
         GapError: Positions are gone, and nobody accepted it.
@@ -80,30 +82,31 @@ def open_shard(
         LogError: Kafka is not reachable, or a topic is missing.
         StoreError: The store cannot be opened.
     """
-    kafka, spec, stopping = settings.kafka, FeatureSpec.from_settings(settings), stopping or threading.Event()
+    spec, stopping = FeatureSpec.from_settings(settings), stopping or threading.Event()
+    log = log or KafkaLog(settings.kafka)
     with ExitStack() as stack:
         # 1.
         store, salt = stack.enter_context(open_histories(settings, spec))
         # 2.
         counted = serve_metrics(settings.stream.metrics_port, stack)
         # 3.
-        clicks = ensure_topics(settings, topics := stack.enter_context(Topics(kafka)))
+        clicks = ensure_topics(settings, topics := stack.enter_context(log.topics()))
         # 4.
         desired = (watch := ControlWatch(settings.registry_dir, line_of(store))).desired
         # 5.
-        writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, desired=desired)
+        writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, partial(open_writer, log=log), desired)
         stack.callback(writer.close)
         join = open_join(settings, salt, counted, stack) if tables_of(settings.attributes) else None
         # 6.
-        writer.told(take_back(settings, spec, store, desired))
+        writer.told(take_back(log, settings, spec, store, desired))
         # 7.
         job = open_job(settings, spec, store, salt, clicks.topic_id, desired.mask)
         gaps = accounts.missing(clicks.topic_id, store.positions(), ends_of_shard(settings, topics, clicks))
         write = partial(write_gaps, writer, job.parser, job.profiler)
-        accounts.pass_gaps(store, gaps, consent, kafka.clicks_topic, time.time_ns() // 1_000_000, write)
+        accounts.pass_gaps(store, gaps, consent, settings.kafka.clicks_topic, time.time_ns() // 1_000_000, write)
         # 8.
-        reader = open_reader(settings, store, clicks, leaders := Leaders(settings.stream_dir), topics, consent)
-        stack.callback(reader.close)
+        leaders = Leaders(settings.stream_dir)
+        reader = stack.enter_context(open_reader(log, settings, store, clicks, leaders, topics, consent))
         context = StreamContext(
             **{one.name: getattr(job, one.name) for one in fields(job)},
             topic_id=clicks.topic_id,
@@ -116,7 +119,6 @@ def open_shard(
             stopping=stopping,
             watch=watch,
         )
-        accounts.show(store, counted)
         say_where(context, clicks)
         yield stack.enter_context(opened(context))
 
@@ -150,7 +152,7 @@ def serve_metrics(port: int, stack: ExitStack) -> StreamMetrics:
     return counted
 
 
-def ensure_topics(settings: Settings, topics: Topics) -> TopicInfo:
+def ensure_topics(settings: Settings, topics: LogTopics) -> TopicInfo:
     """Creates what the stream writes to, and says what it reads from.
 
     Raises:
@@ -171,7 +173,7 @@ def partitions_of(shard: int, shards: int, partitions: int) -> list[int] | None:
     return None if shards == 1 else [one for one in range(partitions) if one % shards == shard]
 
 
-def ends_of_shard(settings: Settings, topics: Topics, clicks: TopicInfo) -> dict[int, tuple[int, int]]:
+def ends_of_shard(settings: Settings, topics: LogTopics, clicks: TopicInfo) -> dict[int, tuple[int, int]]:
     """Of each partition that this shard reads, the first offset kept and the offset after the last one."""
     partitions = partitions_of(settings.stream.shard, settings.stream.shards, clicks.partitions)
     ends = topics.ends(settings.kafka.clicks_topic)
@@ -207,7 +209,13 @@ def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: Exi
 
 
 def open_reader(
-    settings: Settings, store: HistoryStore, clicks: TopicInfo, leaders: Leaders, topics: Topics, consent: Consent
+    log: Log,
+    settings: Settings,
+    store: HistoryStore,
+    clicks: TopicInfo,
+    leaders: Leaders,
+    topics: LogTopics,
+    consent: Consent,
 ) -> LogReader:
     """The clicks of this shard's partitions, from where the store has read them to.
 
@@ -221,17 +229,19 @@ def open_reader(
         logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
     wanted = partitions_of(stream.shard, stream.shards, clicks.partitions)
 
-    def opens(told: Mapping[int, int]) -> Reader:
-        return Reader(kafka, kafka.clicks_topic, wanted, positions, leaders=told)
+    def opens(told: Mapping[int, int]) -> LogReader:
+        return log.reader(kafka.clicks_topic, wanted, positions, leaders=told)
 
-    fills = partial(fill, kafka, topics, partial(Writer, kafka))
-    return open_behind(
-        opens, leaders.at(clicks.topic_id, positions), store, consent, fills, time.time_ns() // 1_000_000
-    )
+    fills = partial(fill, kafka, topics, log.writer)
+    now_ms = time.time_ns() // 1_000_000
+    reader = open_behind(opens, leaders.at(clicks.topic_id, positions), store, consent, fills, now_ms)
+    killpoints.reach("stream.opened")
+    return reader
 
 
 def say_where(context: StreamContext, clicks: TopicInfo) -> None:
-    """Logs where reading begins, and counts the gaps that were ever passed."""
+    """Shows the account, logs where reading begins, and counts the gaps that were ever passed."""
+    accounts.show(context.store, context.metrics)
     context.metrics.gaps_accepted.inc(len(accounts.accepted(context.store)))
     positions = accounts.positions_in(context.store, clicks.topic_id)
     logger.info(

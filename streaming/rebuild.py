@@ -32,6 +32,7 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
+from state.log import KafkaLog
 from state.process.progress_line import ProgressLine
 from streaming import takeover
 from streaming.desired import ControlWatch
@@ -55,7 +56,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         SpringtideError: See `Rebuild.run`.
     """
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
-    map_bytes = settings.stream.map_gb << 30
+    map_bytes, log = settings.stream.map_gb << 30, KafkaLog(settings.kafka)
     # 1.
     with DirectoryLock(folder):
         salt = load_salt(settings.salt_path, create=False)
@@ -72,7 +73,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         try:
             check_identity(store, spec.digest, salt.fingerprint)
             desired = ControlWatch(settings.registry_dir, line_of(store)).desired
-            take_back(settings, spec, store, desired)
+            take_back(log, settings, spec, store, desired)
             # 2. and 3.
             found = Rebuild(settings, store, spec.digest, salt, progress, desired).run()
         finally:

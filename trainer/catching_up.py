@@ -13,6 +13,7 @@ from typing import Any
 
 from state.errors import ControlConflict, CorruptVersion, UnknownVersion
 from state.positions import Source
+from state.process import killpoints
 from state.registry.control import Control, follow
 from state.registry.registry import Registry
 from trainer.place import TrainingPlace
@@ -39,8 +40,7 @@ class CatchingUp:
     def enter(self, control: Control, place: TrainingPlace) -> None:
         """At the trainer's entry into an epoch; what is written down already is not followed again."""
         self._caught_up, self._again = False, None
-        known = control.base is None or self._registry.outcome(control.epoch, "learned") is not None
-        self._watched = not known or control.serving.then_follow
+        self._watched = not self._knows(control.epoch) or control.serving.then_follow
         self._began = self._registry.beginning_of(control.epoch) if self._watched else None
         self._goal = self._before(control.epoch) if self._watched else {}
         if self._watched and self._is_again(place, place.next):
@@ -66,11 +66,13 @@ class CatchingUp:
         if not self._watched:
             return
         self.pass_by(place.next, place)
+        # 1.
         if not self._caught_up:
             if not self._at_goal(place):
                 return
             self._caught_up, self._end = True, place.next
             self._write(place)
+            killpoints.reach("caught.written")
         # 2.
         if not control.serving.then_follow:
             self._watched = False
@@ -79,15 +81,24 @@ class CatchingUp:
             self._let_follow(control)
 
     def _before(self, epoch: int) -> dict[Source, int]:
-        """How far the clicks were learned when the epoch began."""
+        """How far the clicks were learned when the epoch began; also before a rollback that it interrupted."""
+        goal: dict[Source, int] = {}
         for number in reversed(self._registry.versions()):
             try:
                 found = self._registry.manifest(number)
             except (UnknownVersion, CorruptVersion):
                 continue
             if found.epoch < epoch:
-                return found.marks
-        return {}
+                epoch = found.epoch
+                goal |= {source: max(mark, goal.get(source, 0)) for source, mark in found.marks.items()}
+                if self._knows(epoch):
+                    break
+        return goal
+
+    def _knows(self, epoch: int) -> bool:
+        """Whether nothing more is to be seen of an epoch: it was caught up, or is the first."""
+        began = self._registry.beginning_of(epoch)
+        return began is None or began.base is None or self._registry.outcome(epoch, "learned") is not None
 
     def _at_goal(self, place: TrainingPlace) -> bool:
         return all(place.marks.get(source, 0) >= mark for source, mark in self._goal.items())
@@ -131,6 +142,7 @@ class CatchingUp:
 
         try:
             self._registry.change(caught_up)
+            killpoints.reach("caught.followed")
         except ControlConflict as refused:
             # Somebody changes control all the time: it is tried again after the next record.
             logger.info("%s", refused)

@@ -7,6 +7,7 @@ from typing import Protocol
 from state.errors import GapError, TruncatedLog, UnknownTopic
 from state.log import LogReader
 from state.positions import Source
+from state.process import killpoints
 from state.registry.log_line import LogLine, onward
 from state.registry.manifest import Manifest
 from trainer.accounts import Passages
@@ -28,11 +29,18 @@ class OpenLog(Protocol):
 def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passages) -> tuple[LogReader, int]:
     """The log at the offset where `restored` goes on along `line`, and that offset.
 
+    1. The version was loaded.
+    2. The log is open at its place.
+
+    Nothing was written so far: a crash leaves the same to be done.
+
     Raises:
         UnknownTopic: The log was made anew since that version.
         GapError: It does not reach back to that version any more, and nobody accepted it.
         TruncatedLog: It was cut back behind that version.
     """
+    # 1.
+    killpoints.reach("enter.restored")
     source = Source(restored.log.topic_id, restored.log.partition)
     at = passages.past(source, onward(line, restored.log.next))
     try:
@@ -49,4 +57,6 @@ def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passa
             f"{log.topic_id}: it was deleted and made again",
             "start a new state directory, or restore the topic",
         )
+    # 2.
+    killpoints.reach("enter.opened")
     return log, at

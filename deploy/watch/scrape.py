@@ -141,8 +141,8 @@ def profile_url(settings: Settings, user: str = SAMPLE_USER) -> str:
     return f"{serving_url(settings)}/v1/profiles/{user}"
 
 
-def fetch(url: str, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
-    """Status and body of a GET; status 0 and the reason where nobody answers."""
+def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
+    """Status and body of a GET, or of another request; status 0 and the reason where nobody answers."""
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as answer:
             return int(answer.status), answer.read().decode()

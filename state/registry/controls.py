@@ -72,7 +72,13 @@ class Controls(Directory):
     def propose(self, control: Control) -> Control:
         """Makes `control` the newest generation, durably.
 
-        Proposing the newest generation again, as after a crash, changes nothing.
+        1. The users of its masks, each in a file of their own.
+        2. The generation, in a temporary file.
+        3. A hard link by its number, which only one can make: from here on it counts.
+        4. The directory is synced.
+
+        A crash before 3 leaves control as it was. Proposing the newest generation again, as after a crash, changes
+        nothing.
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
@@ -91,6 +97,7 @@ class Controls(Directory):
                 f"control generation {control.generation} does not follow {newest.generation if newest else 'nothing'}",
                 "look at `springtide history`, then repeat the command",
             )
+        # 1.
         for entry in (*control.masks, *control.lifted):
             self._keep_users(entry.users)
         data = manifest.seal(control_codec.encode(control))
@@ -99,9 +106,11 @@ class Controls(Directory):
                 f"control with {len(control.masks)} masks takes {len(data):,} bytes, {MOST_BYTES:,} are allowed",
                 "name users or a span of time in place of so many ranges, or lift some: `springtide unmask`",
             )
+        # 2.
         temporary = self.temporary(f"control-{control.generation}-{os.urandom(4).hex()}")
         durable.write(temporary, data)
         killpoints.reach("control.written")
+        # 3.
         final = self._control_path(control.generation)
         try:
             os.link(temporary, final)
@@ -115,6 +124,7 @@ class Controls(Directory):
         finally:
             temporary.unlink()
         killpoints.reach("control.linked")
+        # 4.
         durable.sync_directory(final.parent)
         return control
 

@@ -8,10 +8,12 @@
    or never, and attributes of users and items change all the time.
 2. Kill -9 after kill -9, in any order, also of parts that have yet to come up
    and while the broker is away. Each part that is started again may have a
-   kill point armed, until every kill point has struck.
+   kill point armed, until every kill point has struck. All the while an
+   operator rolls back in both modes, whose commands are killed too.
 3. The clicks end, and what is under way is finished.
-4. An undisturbed stream reads the same clicks, and an undisturbed trainer the
-   log that the disturbed stream left. Everything must be equal, bit for bit.
+4. An undisturbed stream reads the same clicks, with all that was masked left
+   out from the beginning, and an undisturbed trainer the log that the disturbed
+   stream left. Everything must be equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from state.events.identity import load_salt
 from state.layout import ATTRIBUTES
 from state.log import Topics
 from state.positions import UNPLACED
+from state.registry.control import Control
 from state.registry.registry import Registry
 from tests.e2e.client import Client
 from tests.e2e.crowd import Crowd
@@ -59,6 +62,7 @@ from tests.e2e.evidence import (
     stream_histories,
 )
 from tests.e2e.findings import Findings
+from tests.e2e.operator import COMMAND, Operator
 from tests.e2e.parts import End, Parts, quiet_ports
 from tests.e2e.running import PORTS, ROOT, until
 from tests.e2e.undisturbed import begin_stream, begin_trainer, finish_stream, finish_trainer
@@ -114,12 +118,21 @@ class Chaos:
         thorough: Goes on until all of them have struck.
         say: Takes progress.
         labels: Whether labels come later, and attributes change.
+        rollbacks: How many of each mode at least.
     """
 
     def __init__(
-        self, directory: Path, seed: int, kills: int, rounds: int, thorough: bool, say: Say, labels: bool = False
+        self,
+        directory: Path,
+        seed: int,
+        kills: int,
+        rounds: int,
+        thorough: bool,
+        say: Say,
+        labels: bool = False,
+        rollbacks: int = 1,
     ) -> None:
-        self._kills, self._thorough, self._say = kills, thorough, say
+        self._kills, self._rollbacks, self._thorough, self._say = kills, rollbacks, thorough, say
         ports = dict(zip(PORTS, quiet_ports(len(PORTS), random.Random()), strict=True))
         own = {**ports, "paths.state": directory / "state", **OWN, **(LABELS if labels else {})}
         self.settings: Settings = load([word for name, value in own.items() for word in (f"--{name}", str(value))], {})
@@ -131,6 +144,10 @@ class Chaos:
         self._registry = Registry(self.settings.registry_dir)
         self._crowd = Crowd(self.settings, seed, time.time_ns() // 1_000_000)
         self._client = Client(scrape.serving_url(self.settings), [f"shopper-{number}" for number in range(50)])
+        self._operator = Operator(
+            self.settings, seed, self._client, lambda: self._violence.arm(COMMAND), self._command_died
+        )
+        self.findings.rollbacks = self._operator.found
         self._died_s: dict[str, float] = {}
         self._broker_s = 0.0
         self._spot_checked = 0
@@ -152,6 +169,7 @@ class Chaos:
             # 4.
             self._compare()
         finally:
+            self._operator.close()
             self._crowd.finish()
             self.parts.close()
         self.findings.seconds = time.monotonic() - begun_s
@@ -186,8 +204,9 @@ class Chaos:
     def _rage(self) -> None:
         findings, violence = self.findings, self._violence
         due_s = time.monotonic()
-        while findings.killed < self._kills or (self._thorough and violence.left):
+        while not self._enough():
             self._look()
+            self._operator.tick()
             if time.monotonic() < due_s:
                 time.sleep(TICK_S)
                 continue
@@ -206,6 +225,16 @@ class Chaos:
                 self._say(
                     f"{findings.killed} kills, version {self._client.answers.version}, left: {', '.join(violence.left) or 'none'}"
                 )
+
+    def _enough(self) -> bool:
+        """Whether all was killed, and rolled back, that was to be."""
+        done = self.findings.killed >= self._kills and min(self._operator.found.modes.values()) >= self._rollbacks
+        return done and not (self._thorough and self._violence.left)
+
+    def _command_died(self, point: str) -> None:
+        self.findings.kills[COMMAND, point or ANYWHERE] += 1
+        if point:
+            self._violence.struck(COMMAND, point)
 
     def _candidates(self) -> list[str]:
         """Whom the next kill may hit."""
@@ -312,6 +341,8 @@ class Chaos:
         for name, part in list(self.parts.running.items()):
             if part.kill_at:
                 self._kill(name)
+        self._operator.finish()
+        self._until(self._rolled_back, "the operator is not done")
         self.findings.clicks = self._crowd.finish()
         kafka = self.settings.kafka
         with Topics(kafka) as topics:
@@ -325,7 +356,7 @@ class Chaos:
 
         def learned() -> bool:
             self._look()
-            newest = self._registry.newest(1)
+            newest = self._newest()
             return newest is not None and covers(self._registry.manifest(newest).marks, self._ends, self._topic_id)
 
         def working() -> bool:
@@ -343,9 +374,23 @@ class Chaos:
 
         def served() -> bool:
             self._look()
-            return self._client.back and self._client.answers.version == self._registry.newest(1)
+            return self._client.back and self._client.answers.version == self._newest()
 
         self._until(served, "serving has not come to the newest version")
+
+    def _newest(self) -> int | None:
+        """The newest version of control's epoch."""
+        return self._registry.newest(self._control().epoch)
+
+    def _control(self) -> Control:
+        control = self._registry.control()
+        assert control is not None
+        return control
+
+    def _rolled_back(self) -> bool:
+        self._look()
+        self._operator.tick()
+        return self._operator.idle
 
     def _attribute_stores(self) -> list[Path]:
         return [self.settings.stream_dir / ATTRIBUTES, self.settings.serving_dir / ATTRIBUTES]
@@ -354,9 +399,10 @@ class Chaos:
         """Runs the undisturbed stream and trainer and compares all there is."""
         self._say("an undisturbed stream and trainer do the same work")
         findings, settings, kafka = self.findings, self.settings, self.settings.kafka
-        log = read_log(kafka, kafka.microbatches_topic)
-        trainer_run = begin_trainer(settings, self._directory / "undisturbed-trainer")
-        stream_run = begin_stream(settings, self._directory / "undisturbed-stream")
+        control = self._control()
+        log = read_log(kafka, kafka.microbatches_topic, control.log)
+        trainer_run = begin_trainer(settings, self._directory / "undisturbed-trainer", control)
+        stream_run = begin_stream(settings, self._directory / "undisturbed-stream", control)
         calm_log, calm_histories = finish_stream(*stream_run, self._topic_id, self._ends)
         calm = finish_trainer(*trainer_run, log)
         findings.answers = self._client.finish()
@@ -367,10 +413,10 @@ class Chaos:
 
         # The log.
         findings.rows, findings.records, findings.again = len(log.rows), log.records, log.again
-        findings.differing, findings.gaps = log.differing, log.gaps
+        findings.differing, findings.gaps, findings.abandoned = log.differing, log.gaps, log.abandoned
         findings.log = compare_logs(log, calm_log)
         # The trainer.
-        ours = newest_state(self._registry)
+        ours = newest_state(self._registry, control.epoch)
         account = accounts(ours.manifest)
         findings.doubled = doubled(account["trained"] + account["skipped"] + account["masked"], log)
         findings.versions = ours.manifest.version
@@ -381,11 +427,12 @@ class Chaos:
             marks=(ours.manifest.marks, calm.manifest.marks),
             log_marks=(ours.manifest.marks, log.marks),
             steps=(ours.manifest.steps, calm.manifest.steps),
-            rows=(account["trained"], accounts(calm.manifest)["trained"]),
+            account=(account, accounts(calm.manifest)),
             everything_read=(ours.manifest.log.next >= log.seen, True),
         )
         # The histories.
         stream, serving = stream_histories(settings), serving_histories(settings)
+        findings.masked = stream.totals.get("masked", 0)
         differs["stream's histories"] = _unequal(
             digest=(stream.digest, calm_histories.digest),
             positions=(stream.positions, calm_histories.positions),
@@ -444,6 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.e2e.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="kills at least (200)")
     parser.add_argument("--rounds", type=int, default=2, help="how often each kill point must strike (2)")
+    parser.add_argument("--rollbacks", type=int, default=5, help="rollbacks of each mode at least (5)")
     parser.add_argument("--quick", action="store_true", help="stop after the kills, whatever points have not struck")
     parser.add_argument("--seed", type=int, default=7, help="of clicks and kills (7)")
     parser.add_argument("--labels", action="store_true", help="labels come later, and attributes change")
@@ -456,7 +504,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     BUILD.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{chosen.seed}-", dir=BUILD))
-    findings = Chaos(directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels).run()
+    findings = Chaos(
+        directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels, chosen.rollbacks
+    ).run()
     print("\n".join(findings.lines()))
     (BUILD / f"chaos-{chosen.seed}.json").write_text(json.dumps(findings.document(), indent=2))
     if findings.problems():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import threading
 import time
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from deploy.watch import scrape
 
 EVERY_S = 0.05
 PATIENCE_S = 5.0
+TOGETHER = 8
 
 
 @dataclass
@@ -23,7 +26,9 @@ class Answers:
         excused: Questions without an answer while the worker was dead or not back.
         failed: Questions without an answer for which there is no excuse, by reason.
         longest_s: The slowest answer.
-        went_back: Answers by an older version than the answer before.
+        went_back: Answers by an older version than the answer before, where nobody rolled back to it.
+        strayed: Answers by another version than the one that a rollback keeps them at.
+        mixed: Answers about several users of which not all are of one version.
         version: The newest answer's version.
         away_s: From the kill of the worker to its first answer, each time.
     """
@@ -33,6 +38,8 @@ class Answers:
     failed: Counter[str] = field(default_factory=Counter)
     longest_s: float = 0.0
     went_back: int = 0
+    strayed: int = 0
+    mixed: int = 0
     version: int = 0
     away_s: list[float] = field(default_factory=list)
 
@@ -52,6 +59,8 @@ class Client:
         self._lock = threading.Lock()
         self._away_since_s: float | None = None
         self._dead_since_s: float | None = None
+        self._targets: set[int] = set()
+        self._stays_at: int | None = None
         self.answers = Answers()
 
     def start(self) -> None:
@@ -76,6 +85,16 @@ class Client:
         with self._lock:
             self._dead_since_s = time.monotonic()
 
+    def may_turn_to(self, version: int) -> None:
+        """Call before a rollback to `version`: an answer by it is none that went back."""
+        with self._lock:
+            self._targets.add(version)
+
+    def stay_at(self, version: int | None) -> None:
+        """Call once answers are to be of `version` alone, None before they may follow: from the first one on no other may come."""
+        with self._lock:
+            self._stays_at = version
+
     @property
     def back(self) -> bool:
         """Whether the worker has answered since it was last killed."""
@@ -86,11 +105,14 @@ class Client:
         while not self._finished.wait(EVERY_S):
             user = self._users[asked % len(self._users)]
             asked += 1
+            url, body = f"{self._base}/v1/profiles/{user}", None
+            if asked % TOGETHER == 0:
+                url, body = f"{self._base}/v1/profiles:batch", {"users": self._users[:TOGETHER]}
             begun_s = time.monotonic()
             with self._lock:
                 excused = self._away_since_s is not None
-            status, body = scrape.fetch(f"{self._base}/v1/profiles/{user}", PATIENCE_S)
-            self._note(status, body, begun_s, time.monotonic(), excused)
+            status, said = ask(url, body)
+            self._note(status, said, begun_s, time.monotonic(), excused)
 
     def _note(self, status: int, body: str, begun_s: float, ended_s: float, excused: bool) -> None:
         answers = self.answers
@@ -104,9 +126,21 @@ class Client:
                 return
             answers.given += 1
             answers.longest_s = max(answers.longest_s, ended_s - begun_s)
-            version = int(json.loads(body)["version"]["number"])
-            answers.went_back += version < answers.version
+            document = json.loads(body)
+            versions = [int(one["version"]["number"]) for one in document.get("profiles", [document])]
+            version = versions[0]
+            answers.mixed += len({*versions}) > 1
+            answers.went_back += version < answers.version and version not in self._targets
+            answers.strayed += answers.version == self._stays_at != version
             answers.version = version
             if self._away_since_s is not None and self._dead_since_s is not None and begun_s > self._dead_since_s:
                 answers.away_s.append(ended_s - self._away_since_s)
                 self._away_since_s = self._dead_since_s = None
+
+
+def ask(url: str, document: dict[str, Any] | None = None) -> tuple[int, str]:
+    """Status and body of a GET, or of a POST of `document`."""
+    if document is None:
+        return scrape.fetch(url, PATIENCE_S)
+    request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    return scrape.fetch(request, PATIENCE_S)

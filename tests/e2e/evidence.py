@@ -25,6 +25,7 @@ from state.microbatch.columns import ATTRIBUTES, NAMES
 from state.microbatch.cutting import trim
 from state.microbatch.row_kinds import trained
 from state.positions import Source
+from state.registry.log_line import WHOLE, LogLine, counts
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.rows.store import RowStore
@@ -64,6 +65,7 @@ class LogContent:
         records: How many micro-batches there are.
         again: Rows written again after a crash.
         differing: Of them, rows whose bytes are not those of the first time.
+        abandoned: Records that an exact rollback left behind; they are in no other figure.
         marks: The next offset of each source.
         gaps: Positions that no micro-batch covers.
         seen: Where in the log a reader has all rows: after the last record with a new one.
@@ -76,6 +78,7 @@ class LogContent:
     records: int = 0
     again: int = 0
     differing: int = 0
+    abandoned: int = 0
     marks: dict[Source, int] = field(default_factory=dict)
     gaps: int = 0
     seen: int = 0
@@ -130,8 +133,8 @@ def row_bytes(batch: MicroBatch) -> list[bytes]:
     return [row.tobytes() for row in np.concatenate(flat, axis=1)]
 
 
-def read_log(kafka: Kafka, topic: str) -> LogContent:
-    """Reads a micro-batch log from its beginning to its end."""
+def read_log(kafka: Kafka, topic: str, line: LogLine = WHOLE) -> LogContent:
+    """Reads a micro-batch log from its beginning to its end, along a line."""
     found = LogContent()
     with Topics(kafka) as topics:
         end = topics.ends(topic)[0][1]
@@ -140,7 +143,11 @@ def read_log(kafka: Kafka, topic: str) -> LogContent:
         while reader.position(0) < end:
             for batch in reader.poll(0.2):
                 for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                    found.add(offset, decode(value or b""))
+                    made = decode(value or b"")
+                    if counts(line, made.header.log_epoch, offset):
+                        found.add(offset, made)
+                    else:
+                        found.abandoned += 1
     return found
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import statistics
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tests.e2e.client import Answers
 from tests.e2e.evidence import LogDifference
+from tests.e2e.operator import Rollbacks
 
 # A part may end by itself while the broker is away; its supervisor starts it again.
 EXCUSED_ENDS = frozenset({"UnreachableBroker", "LogError"})
@@ -32,6 +33,9 @@ class Findings:
         again: Rows written again after a crash.
         differing: Of them, those with other bytes than the first time.
         gaps: Positions that no micro-batch covers.
+        abandoned: Micro-batches that exact rollbacks left behind.
+        masked: Clicks left out at the end.
+        rollbacks: What became of the operator's.
         labels: Impressions by what became of them, where labels come later.
         changes: Changes of attributes, where there are any.
         log: In what the log differs from an undisturbed stream's.
@@ -53,6 +57,9 @@ class Findings:
     again: int = 0
     differing: int = 0
     gaps: int = 0
+    abandoned: int = 0
+    masked: int = 0
+    rollbacks: Rollbacks = field(default_factory=Rollbacks)
     labels: dict[str, int] = field(default_factory=dict)
     changes: int = 0
     log: LogDifference = field(default_factory=lambda: LogDifference(0, 0, 0))
@@ -79,6 +86,8 @@ class Findings:
             ("positions that no micro-batch covers", self.gaps),
             ("rows learned twice (negative: never)", self.doubled),
             ("answers by an older version than the one before", self.answers.went_back),
+            ("answers by another version than the one they were to stay at", self.answers.strayed),
+            ("answers that mixed versions", self.answers.mixed),
         ):
             if count:
                 found.append(f"{count} {name}")
@@ -94,6 +103,7 @@ class Findings:
         """What took how long, each time that it happened."""
         found = {f"back after a kill: {part}": times for part, times in self.back_s.items()}
         found["back after a kill: worker"] = self.answers.away_s
+        found["rollback: until an answer is of its version"] = self.rollbacks.answered_s
         if self.imports:
             usual_s = statistics.median(wall_s for wall_s, _, _ in self.imports)
             found |= {
@@ -128,6 +138,10 @@ class Findings:
                 else []
             ),
             *([f"attributes        {self.changes:,} changes"] if self.changes else []),
+            f"rollbacks         {self.rollbacks.modes['exact']} exact, {self.rollbacks.modes['fast']} fast, {self.rollbacks.interrupting} "
+            f"of them during another; {self.masked:,} clicks left out, {self.abandoned:,} micro-batches abandoned",
+            f"commands          {self.rollbacks.retyped} typed again, {self.rollbacks.conflicts} told of another's, "
+            f"{self.rollbacks.unchanged} typed twice",
             f"written again     {self.again:,} rows, {self.differing} with other bytes",
             f"lost              {self.log.lost}",
             f"doubled           {self.doubled}",
@@ -169,6 +183,7 @@ class Findings:
             "again": self.again,
             "labels": self.labels,
             "changes": self.changes,
+            "rollbacks": asdict(self.rollbacks) | {"masked": self.masked, "abandoned": self.abandoned},
             "lost": self.log.lost,
             "doubled": self.doubled,
             "changed": self.log.changed,

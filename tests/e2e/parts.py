@@ -30,6 +30,7 @@ MODULES: Mapping[str, str] = {
     "compactor": "trainer.compactor",
     "applier": "deploy.serving.applier",
     "worker": "deploy.serving.rest",
+    "command": "deploy.cli",
 }
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -76,9 +77,10 @@ class Part:
         settings: Of the loop.
         log: Where its output goes.
         kill_at: The kill point that is armed; empty for none.
+        words: Its command line.
     """
 
-    def __init__(self, name: str, settings: Settings, log: Path, kill_at: str = "") -> None:
+    def __init__(self, name: str, settings: Settings, log: Path, kill_at: str = "", words: Sequence[str] = ()) -> None:
         self.name, self.kill_at, self.log = name, kill_at, log
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SPRINGTIDE_")}
         environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
@@ -90,7 +92,7 @@ class Part:
         self.started_s = time.monotonic()
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", MODULES[name]],
+                [sys.executable, "-m", MODULES[name], *words],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -12,6 +12,9 @@ from tests.e2e.running import ROOT
 from tests.e2e.violence import POINTS, WEIGHTS, Violence
 
 KILLS = 14
+SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.")
+# Only where a version that is pinned to has to be rebuilt, or follows by itself, or users are masked: tests of their own.
+RARE = {"apply.served", "caught.followed", "control.users"}
 
 
 def test_a_dozen_kills_harm_nothing(tmp_path: Path) -> None:
@@ -24,6 +27,8 @@ def test_a_dozen_kills_harm_nothing(tmp_path: Path) -> None:
     assert findings.rows > 500
     assert findings.versions >= 3
     assert findings.answers.given > 100
+    assert min(findings.rollbacks.modes.values()) >= 1
+    assert min(findings.masked, findings.abandoned) > 0
     assert len(findings.differs) >= 7
 
 
@@ -33,10 +38,8 @@ def test_each_kill_point_of_stream_trainer_and_applier_is_in_the_plan() -> None:
     found = {
         name for path in sources for name in re.findall(r'killpoints\.reach\("([a-z.]+)"\)', path.read_text("utf-8"))
     }
-    # What an operator's command passes is the business of its own tests.
-    sequences = {name for name in found if name.startswith(("stream.", "loop.", "publish.", "apply.", "follow."))}
-    commands = {"apply.steered", "apply.served"}
-    assert sequences - commands == {point for points in POINTS.values() for point in points}
+    sequences = {name for name in found if name.startswith(SEQUENCES)}
+    assert sequences - RARE == {point for points in POINTS.values() for point in points}
 
 
 def test_the_same_seed_kills_the_same() -> None:

@@ -1,4 +1,7 @@
-"""The runs that a disturbed one is compared with: the same stream and the same trainer, left alone."""
+"""The runs that a disturbed one is compared with: the same stream and the same trainer, left alone.
+
+Both have from their beginning what the disturbed ones left out at the end.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 
 from state.config.settings import Settings
 from state.history.store import HistoryStore
+from state.registry.control import Control, start
+from state.registry.log_line import WHOLE, LogLine
 from state.registry.registry import Registry
 from tests.e2e.evidence import (
     Histories,
@@ -51,17 +56,26 @@ def trainer_settings(settings: Settings, folder: Path) -> Settings:
     )
 
 
-def begin_stream(settings: Settings, folder: Path) -> tuple[Settings, Part]:
+def _decided(control: Control, line: LogLine) -> Control:
+    """The first generation of a run that leaves out from its beginning what `control` does."""
+    first = start(actor="test", reason="undisturbed", now_ms=0)
+    masks = {name: getattr(control, name) for name in ("masks", "mask_generation", "last_mask")}
+    return replace(first, log=line, **masks)
+
+
+def begin_stream(settings: Settings, folder: Path, control: Control) -> tuple[Settings, Part]:
     """Starts the second stream; the first one must have ended, for Kafka fences it."""
     own = stream_settings(settings, folder)
+    Registry(own.registry_dir).propose(_decided(control, WHOLE))
     return own, Part("stream", own, folder / "stream.log")
 
 
-def begin_trainer(settings: Settings, folder: Path) -> tuple[Settings, Part]:
-    """Starts the second trainer with the same bootstrap; its base is what it begins with."""
+def begin_trainer(settings: Settings, folder: Path, control: Control) -> tuple[Settings, Part]:
+    """Starts the second trainer with the same bootstrap, along control's line; its base is what it begins with."""
     own = trainer_settings(settings, folder)
     registry = Registry(own.registry_dir)
     shutil.copytree(settings.registry_dir / "specs", registry.path / "specs", dirs_exist_ok=True)
+    registry.propose(_decided(control, control.log))
     return own, Part("trainer", own, folder / "trainer.log")
 
 

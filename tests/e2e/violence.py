@@ -6,8 +6,21 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 
 POINTS: Mapping[str, Sequence[str]] = {
-    "stream": ("stream.taken", "stream.sent", "stream.acknowledged", "stream.committed", "stream.grouped"),
+    "stream": (
+        "stream.fenced",
+        "back.found",
+        "back.committed",
+        "stream.opened",
+        "stream.taken",
+        "stream.sent",
+        "stream.acknowledged",
+        "stream.committed",
+        "stream.grouped",
+    ),
     "trainer": (
+        "enter.restored",
+        "enter.opened",
+        "caught.written",
         "loop.stepped",
         "publish.file",
         "publish.written",
@@ -15,8 +28,19 @@ POINTS: Mapping[str, Sequence[str]] = {
         "publish.renamed",
         "publish.synced",
     ),
-    "applier": ("apply.read", "apply.applied", "follow.taken", "follow.committed"),
+    "applier": (
+        "apply.steered",
+        "apply.read",
+        "apply.applied",
+        "back.found",
+        "back.committed",
+        "follow.taken",
+        "follow.committed",
+    ),
+    "command": ("control.written", "control.linked"),
 }
+# Reached once by a part that is started, or with the next rollback.
+ONCE = ("back.", "enter.", "caught.", "control.", "apply.steered", "stream.fenced", "stream.opened")
 # Where attributes are followed, stream and applier have a sequence of their own for them.
 ATTRIBUTE_POINTS: Mapping[str, Sequence[str]] = {
     part: (*points, *(("attributes.reported", "attributes.committed") if part in ("stream", "applier") else ()))
@@ -87,7 +111,7 @@ class Violence:
             return ""
         # Left in the deck until it has struck: the process may die of something else first.
         self._chance.shuffle(deck)
-        return f"{deck[0]}:{self._chance.randint(1, MOST_TIMES)}"
+        return f"{deck[0]}:{1 if deck[0].startswith(ONCE) else self._chance.randint(1, MOST_TIMES)}"
 
     def struck(self, part: str, at: str) -> None:
         """Notes that a kill point (as `arm` gave it) has struck."""

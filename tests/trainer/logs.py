@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,13 @@ def shared(lane: int, *flags: str) -> Trainer:
 
 
 def learner(
-    registry: Registry, log: Log, *flags: str, trainer: Trainer | None = None, consent: Consent = NO_CONSENT
+    registry: Registry,
+    log: Log,
+    *flags: str,
+    trainer: Trainer | None = None,
+    consent: Consent = NO_CONSENT,
+    about: Mapping[str, Any] = ABOUT,
+    program: str = "program",
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look unless flags say otherwise."""
     settings = small_settings("--trainer.publish_s", "0.01", *flags)
@@ -80,9 +86,9 @@ def learner(
         registry,
         trainer or shared(0),
         opener(log, settings.kafka.microbatches_topic),
-        "program",
+        program,
         SPEC.digest,
-        ABOUT,
+        about,
         TrainerMetrics(CollectorRegistry()),
         clock=lambda: 0.0,
         elapsed=lambda: float(next(ticks)),

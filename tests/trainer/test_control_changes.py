@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from state.features.mask import Mask
 from state.microbatch.codec import decode, encode
 from state.registry.control import Control, pin, publish, roll_back, train, unmask
 from state.registry.registry import Registry
@@ -175,3 +176,26 @@ def test_an_exact_rollback_is_done_when_the_clicks_are_where_they_were(tmp_path:
     append(log, [of_epoch(without(value, POISON), 2) for value in RECORDS[8:]])
     run_to_end(running)
     assert registry.outcome(2, "learned") is not None
+
+
+def test_a_rollback_that_interrupts_another_is_done_when_all_is_learned_that_was_learned_before_both(
+    tmp_path: Path,
+) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:8])
+    running = learner(registry, log)
+    to = published(running)
+    append(log, RECORDS[8:])
+    published(running)
+    # The first one has learned two records again when the second one comes.
+    registry.change(turned(registry, log, to, POISON))
+    append(log, [of_epoch(without(value, POISON), 2) for value in RECORDS[8:10]])
+    published(running)
+    assert registry.outcome(2, "learned") is None
+    registry.change(turned(registry, log, to, Mask(times=((1, 2),))))
+    append(log, [of_epoch(without(value, POISON), 3) for value in RECORDS[8:12]])
+    published(running)
+    assert registry.outcome(3, "learned") is None, "only as far as the first one had come"
+    append(log, [of_epoch(without(value, POISON), 3) for value in RECORDS[12:]])
+    run_to_end(running)
+    assert registry.outcome(3, "learned") is not None
+    assert registry.outcome(2, "learned") is None

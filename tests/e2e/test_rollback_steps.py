@@ -1,0 +1,295 @@
+"""A rollback converges whatever happens on its way: killed at each step, interrupted by another, with parts or the log away.
+
+What it converges to is a loop that never saw the masked clicks (exact), or one
+that was left alone (fast); weights, histories, accounts, log and rows are equal
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from state.errors import ControlConflict
+from state.events.identity import Salt, load_salt, user_id
+from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
+from state.positions import Source
+from state.process import killpoints
+from state.registry.control import Control, follow, roll_back
+from state.registry.manifest import Manifest
+from state.registry.registry import Registry
+from tests.e2e import small_loop
+from tests.e2e.small_loop import BATCH, TOPIC_IDS, Dead, SmallLoop, kill_at, with_masks
+from tests.streaming.streams import BEGIN_MS, click
+
+Mode = Literal["fast", "exact"]
+GOOD, BAD, LATER = 6 * BATCH, 4 * BATCH, 2 * BATCH
+STREAM = (
+    "stream.fenced", "back.found", "back.committed", "stream.opened",
+    "stream.taken", "stream.sent", "stream.acknowledged", "stream.committed",
+)  # fmt: skip
+TRAINER = (
+    "enter.restored", "enter.opened", "loop.stepped", "publish.file", "publish.written", "publish.checked",
+    "publish.renamed", "publish.synced", "caught.written", "caught.followed",
+)  # fmt: skip
+APPLIER = (
+    "apply.steered", "back.found", "back.committed", "apply.read", "apply.applied", "follow.taken", "follow.committed",
+)  # fmt: skip
+COMMAND = ("control.users", "control.written", "control.linked")
+
+
+@pytest.fixture(scope="module")
+def salt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("salt") / "salt"
+    load_salt(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_plan() -> Iterator[None]:
+    """A test's kill points end with it."""
+    yield
+    small_loop.plan.clear()
+    killpoints.armed = None
+
+
+def clicks(first: int, count: int) -> tuple[list[bytes], list[int]]:
+    """Clicks by number; among those after the good ones a bot floods a category."""
+    numbers = range(first, first + count)
+    values = [
+        click(number, user=f"bot-{number % 3}", category="flooded") if number >= GOOD and number % 2 else click(number)
+        for number in numbers
+    ]
+    return values, [BEGIN_MS + number * 1000 for number in numbers]
+
+
+def bots(salt: Path, *numbers: int) -> Mask:
+    secret: Salt = load_salt(salt, create=False)
+    return Mask(users=MaskedUsers.of(user_id(secret, f"bot-{number}") for number in numbers))
+
+
+def offsets(first: int, after: int) -> Mask:
+    return Mask(offsets=((Source(TOPIC_IDS[0], 0).topic, 0, first, after),))
+
+
+def poisoned(folder: Path, salt: Path) -> tuple[SmallLoop, Manifest]:
+    """A loop that has learned good clicks and then poison, and the version between them."""
+    loop = SmallLoop(folder, salt)
+    loop.click(*clicks(0, GOOD))
+    loop.settle()
+    to = loop.newest
+    loop.click(*clicks(GOOD, BAD))
+    loop.settle()
+    return loop, to
+
+
+def go_back(loop: SmallLoop, to: Manifest, mask: Mask, mode: Mode, then_follow: bool = True) -> Control:
+    """Types the command, again where it is killed."""
+    line = loop.line(to) if mode == "exact" else None
+    while True:
+        try:
+            with small_loop.armed_for("command"):
+                return Registry(loop.settings.registry_dir).change(
+                    lambda now: roll_back(
+                        now, to.version, mask, actor="ann", reason="bots", now_ms=5, log=line, then_follow=then_follow
+                    )
+                )
+        except Dead as death:
+            loop.deaths.append(str(death))
+
+
+def finished(loop: SmallLoop) -> dict[str, Any]:
+    """More clicks come, answers follow, and everything rests."""
+    loop.down.clear()
+    loop.settle()
+    loop.click(*clicks(GOOD + BAD, LATER))
+    loop.registry.change(lambda now: follow(now, actor="ann", reason="good", now_ms=6))
+    loop.settle()
+    found = {"records": loop.records(), **loop.content()}
+    loop.close()
+    return found
+
+
+def never_saw(folder: Path, salt: Path, control: Control) -> dict[str, Any]:
+    """What a loop comes to that has the masks from its beginning; the same clicks in the same batches."""
+    loop = SmallLoop(folder, salt, 1, with_masks(control))
+    for first, count in ((0, GOOD), (GOOD, BAD)):
+        loop.click(*clicks(first, count))
+        loop.settle()
+    return finished(loop)
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory, salt: Path) -> dict[Mode, dict[str, Any]]:
+    """By mode what a loop comes to whose rollback nothing disturbs."""
+    found: dict[Mode, dict[str, Any]] = {}
+    for mode in ("fast", "exact"):
+        loop, to = poisoned(tmp_path_factory.mktemp(mode) / "loop", salt)
+        go_back(loop, to, bots(salt, 0, 1, 2), mode)
+        found[mode] = finished(loop)
+        if mode == "exact":
+            assert found[mode] == never_saw(tmp_path_factory.mktemp("calm") / "loop", salt, loop.control)
+    assert found["fast"]["account"]["masked"] > 0
+    assert found["exact"]["stream"] != found["fast"]["stream"]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize(
+    ("part", "points"), [("command", COMMAND), ("stream", STREAM), ("trainer", TRAINER), ("applier", APPLIER)]
+)
+def test_killed_at_each_step_and_started_again_it_comes_to_what_it_comes_to_left_alone(
+    tmp_path: Path,
+    salt: Path,
+    left_alone: dict[Mode, dict[str, Any]],
+    mode: Mode,
+    part: str,
+    points: Sequence[str],
+) -> None:
+    points = [one for one in points if mode == "exact" or not one.startswith("back.")]
+    loop, to = poisoned(tmp_path / "loop", salt)
+    kill_at(part, *points)
+    go_back(loop, to, bots(salt, 0, 1, 2), mode)
+    assert finished(loop) == left_alone[mode]
+    assert loop.deaths == points
+    assert [one.action for one in loop.registry.controls()].count("rollback") == 1
+
+
+def test_the_same_command_twice_changes_nothing_the_second_time(tmp_path: Path, salt: Path) -> None:
+    loop, to = poisoned(tmp_path / "loop", salt)
+    for mode in ("fast", "exact"):
+        first = go_back(loop, to, bots(salt, 0), mode)
+        assert go_back(loop, to, bots(salt, 0), mode) == first
+        loop.settle()
+        assert go_back(loop, to, bots(salt, 0), mode, then_follow=False).epoch == first.epoch, (
+            "nothing is learned again"
+        )
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [("fast", "exact"), ("exact", "fast"), ("exact", "exact"), ("fast", "exact", "exact"), ("exact", "fast", "exact")],
+    ids=" then ".join,
+)
+@pytest.mark.parametrize("between", [0, 4, None], ids=["at once", "half way", "when done"])
+def test_rollbacks_in_a_row_with_growing_masks_come_to_the_last_one(
+    tmp_path: Path, salt: Path, modes: Sequence[Mode], between: int | None
+) -> None:
+    loop, to = poisoned(tmp_path / "loop", salt)
+    masks = (bots(salt, 0), bots(salt, 1, 2), offsets(GOOD + 8, GOOD + 31))
+    for mode, mask in zip(modes, masks, strict=False):
+        go_back(loop, to, mask, mode)
+        if between is None:
+            loop.settle()
+        for _ in range(between or 0):
+            for name in loop.NAMES:
+                loop.tick(name)
+    control = loop.control
+    found = finished(loop)
+    assert len(control.masks) == len(modes)
+    if modes[-1] == "exact":
+        assert found == never_saw(tmp_path / "calm", salt, control)
+    else:
+        assert found["weights"] == learned_along(loop, tmp_path / "again", salt, control)
+
+
+def learned_along(loop: SmallLoop, folder: Path, salt: Path, control: Control) -> str:
+    """The weights of a trainer that reads the loop's log along control's line from its beginning, with its masks."""
+    again = SmallLoop(folder, salt, 1, lambda first: replace(with_masks(control)(first), log=control.log))
+    again.log, again.down = loop.log, {"stream", "applier"}
+    again.settle()
+    training = again.parts["trainer"]
+    assert isinstance(training, small_loop.Training)
+    found = str(training.content()["weights"])
+    again.close()
+    return found
+
+
+def test_a_second_rollback_may_go_further_back_or_less_far(tmp_path: Path, salt: Path) -> None:
+    loop = SmallLoop(tmp_path / "loop", salt)
+    versions = []
+    for first, count in ((0, GOOD // 2), (GOOD // 2, GOOD // 2), (GOOD, BAD)):
+        loop.click(*clicks(first, count))
+        loop.settle()
+        versions.append(loop.newest)
+    early, to, _ = versions
+    go_back(loop, to, bots(salt, 0), "exact")
+    loop.settle()
+    go_back(loop, early, bots(salt, 1), "exact")
+    loop.settle()
+    later = loop.newest
+    loop.click(*clicks(GOOD + BAD, LATER))
+    loop.settle()
+    go_back(loop, later, offsets(GOOD + BAD + 3, GOOD + BAD + 9), "exact")
+    loop.settle()
+    calm = SmallLoop(tmp_path / "calm", salt, 1, with_masks(loop.control))
+    for first, count in ((0, GOOD // 2), (GOOD // 2, GOOD // 2), (GOOD, BAD), (GOOD + BAD, LATER)):
+        calm.click(*clicks(first, count))
+        calm.settle()
+    assert loop.records() == calm.records()
+    for one in (loop, calm):
+        one.registry.change(lambda now: follow(now, actor="ann", reason="good", now_ms=6))
+        one.settle()
+    assert loop.content() == calm.content()
+    for one in (loop, calm):
+        one.close()
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("down", ["stream", "trainer", "applier", "log"])
+def test_what_is_down_during_the_command_and_started_afterwards_converges_too(
+    tmp_path: Path, salt: Path, left_alone: dict[Mode, dict[str, Any]], mode: Mode, down: str
+) -> None:
+    loop, to = poisoned(tmp_path / "loop", salt)
+    line_known = loop.line(to)
+    if down == "log":
+        # The command asks for the line before; what it writes is a file.
+        loop.log.go_away()
+        loop.line = lambda _: line_known  # type: ignore[method-assign]
+    else:
+        loop.down.add(down)
+        loop.end(down)
+    go_back(loop, to, bots(salt, 0, 1, 2), mode)
+    for _ in range(20):
+        for name in loop.NAMES:
+            if name not in loop.down:
+                loop.tick(name)
+    loop.log.come_back()
+    assert finished(loop) == left_alone[mode]
+
+
+def test_of_two_operators_at_once_one_wins_and_the_other_is_told_what_to_do(tmp_path: Path, salt: Path) -> None:
+    loop, to = poisoned(tmp_path / "loop", salt)
+    loop.close()
+    control, line, together = loop.control, loop.line(to), threading.Barrier(2)
+    found: dict[str, Control | ControlConflict] = {}
+
+    def propose(who: str, mask: Mask) -> None:
+        registry = Registry(loop.settings.registry_dir)
+        made = roll_back(control, to.version, mask, actor=who, reason="bots", now_ms=5, log=line)
+        together.wait()
+        try:
+            found[who] = registry.propose(made)
+        except ControlConflict as refused:
+            found[who] = refused
+
+    operators = [threading.Thread(target=propose, args=(f"bot-{number}", bots(salt, number))) for number in (0, 1)]
+    for one in operators:
+        one.start()
+    for one in operators:
+        one.join()
+    (refused,) = (one for one in found.values() if isinstance(one, ControlConflict))
+    assert "look at `springtide history`, then repeat the command" in str(refused)
+    assert len(loop.registry.controls()) == 2
+    loser = next(who for who, one in found.items() if one is refused)
+    go_back(loop, to, bots(salt, int(loser[-1])), "exact")
+    control = loop.control
+    assert sorted(len(one.users) for one in control.masks) == [1, 1]
+    assert finished(loop) == never_saw(tmp_path / "calm", salt, control)
