@@ -234,7 +234,7 @@ class ProgramError(SpringtideError):
 
 
 class TrainingHeld(SpringtideError):
-    """The guard held training after many bad steps. Look at the input, then `springtide rollback --to V`, or `springtide resume` where it is good."""
+    """The guard held training after many bad steps. Look at the input, then `springtide rollback --to V --reason TEXT`, or `springtide resume` where it is good."""
 
 
 class NotReady(SpringtideError):

@@ -81,12 +81,12 @@ def coming_back(control: transitions.Control) -> str:
 
     >>> first = transitions.start(actor="trainer", reason="first start", now_ms=0)
     >>> coming_back(first)
-    'new clicks count again; what was left out comes back at the next exact rollback: `springtide rollback --to V --mode exact`'
+    'new clicks count again; what was left out comes back at the next exact rollback: `springtide rollback --to V --mode exact --reason TEXT`'
     """
     base = "V" if control.base is None else control.base
     return (
         "new clicks count again; what was left out comes back at the next exact rollback: "
-        f"`springtide rollback --to {base} --mode exact`"
+        f"`springtide rollback --to {base} --mode exact --reason TEXT`"
     )
 
 

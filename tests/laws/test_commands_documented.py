@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 import shlex
@@ -113,6 +114,34 @@ def test_every_command_named_in_a_sentence_is_there() -> None:
     ]
     assert named
     assert [(document, command) for document, command in named if command not in known] == []
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The strings of a file; what is put into one is a version."""
+    inside: set[int] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            inside |= {id(part) for part in node.values}
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "V" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield node.value
+
+
+def test_every_command_that_a_message_says_to_type_is_taken() -> None:
+    """Those with options; one alone may be named in a sentence."""
+    said = {
+        (path.relative_to(ROOT).as_posix(), line)
+        for package in ("state", "streaming", "trainer", "deploy")
+        for path in (ROOT / package).rglob("*.py")
+        for text in texts(path)
+        for line in re.findall(r"`springtide ([a-z-]+ [^`]*--(?!help)[^`]*)`", text)
+    }
+    assert len(said) > 3
+    for place, line in sorted(said):
+        try:
+            check(shlex.split(runbook.filled(line)))
+        except SettingsError as error:
+            pytest.fail(f"{place}: springtide {line}: {error}")
 
 
 def test_every_module_named_as_a_process_is_there() -> None:

@@ -151,16 +151,15 @@ def turn_back_exactly(terminal: Terminal, section: Section) -> None:
 def a_mask_was_wrong(terminal: Terminal, section: Section) -> None:
     """What the drill before it left out comes back."""
     loop, user = terminal.loop, "victim-of-the-second-drill"
-    masks, unmask, back, follow = section.commands
+    masks, unmask, back, wait = section.commands
     number = re.findall(r"^(\d+) ", terminal.type(masks), re.MULTILINE)[-1]
     registry = Registry(loop.settings.registry_dir)
     control = registry.control()
     assert control is not None and control.mode == "exact"
-    assert "exact rollback" in terminal.type(unmask, N=number)
-    terminal.type(back, V=str(control.base))
-    until(lambda: served(loop)[0] == control.base, "answers do not turn")
-    terminal.type(follow)
-    until(lambda: served(loop)[1] == control.epoch + 1, "answers do not follow into the new epoch")
+    (version,) = re.findall(r"rollback --to (\d+) --mode exact", terminal.type(unmask, N=number))
+    assert terminal.type(back, V=version)
+    terminal.type(wait)
+    assert served(loop)[1] == control.epoch + 1
     answer = loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "view")]))
     assert POISON in labels(answer)
     assert answer["features"]["purchase.count_1h"] == 25
