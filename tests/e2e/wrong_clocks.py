@@ -27,6 +27,7 @@ from state.history.waiting import place_of
 from state.log import MemoryLog, PartitionBatch
 from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
+from state.microbatch.log_time import log_times
 from streaming.cut import Cut, encode_cut
 from streaming.event_clock import EventClock, OffClock
 from streaming.labels import Labels
@@ -107,6 +108,7 @@ class Seen:
         clocks: Serving's event clock after each micro-batch.
         trained: After each step log time, and by table its ids and when they were seen.
         off: Clocks that were off.
+        moved: Rows whose log time is not their own.
     """
 
     refused: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Seen:
     clocks: list[int] = field(default_factory=list)
     trained: list[Any] = field(default_factory=list)
     off: list[OffClock] = field(default_factory=list, compare=False)
+    moved: int = field(default=0, compare=False)
 
 
 class Loop:
@@ -216,6 +219,7 @@ class Loop:
 
     def _learn(self, value: bytes) -> None:
         whole = decode(value)
+        self.seen.moved += int((log_times(whole) != whole.at_ms).sum())
         for row in range(len(whole)):
             if int(whole.user[row]) not in self._apart:
                 place = whole.header.ranges[whole.source[row]].source.partition, int(whole.offset[row])
