@@ -10,7 +10,8 @@ import numpy as np
 
 from state.config.sections import Kafka
 from state.errors import LogError
-from state.log import BulkWriter, Reader, Topics, encode_batch, partition_of
+from state.log import BulkWriter, Reader, Topics, partition_of
+from state.log.batch_encoder import encode_batch
 from state.recordings.rows import I64
 
 LARGEST_VALUE = 900_000  # bytes; Kafka's own limit for a batch is 1 MiB unless the cluster says otherwise

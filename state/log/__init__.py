@@ -14,7 +14,6 @@ Only the files of this package import the Kafka client.
 
 from __future__ import annotations
 
-from state.log.batch_encoder import encode_batch
 from state.log.bulk import BulkWriter, append_encoded
 from state.log.client import client_options
 from state.log.cluster import KafkaLog
@@ -41,6 +40,5 @@ __all__ = [
     "Writer",
     "append_encoded",
     "client_options",
-    "encode_batch",
     "partition_of",
 ]

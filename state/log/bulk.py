@@ -15,7 +15,6 @@ from kafka.protocol.producer import ProduceRequest
 
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
-from state.log.batch_encoder import encode_batch
 from state.log.client import connect, translated
 from state.log.records import I64
 from state.log.topics import RETRY_S, Topics
@@ -49,7 +48,7 @@ class BulkWriter:
         """Appends one encoded batch per partition and waits for all acknowledgements.
 
         Args:
-            batches: Per partition a batch of `state.log.encode_batch`.
+            batches: Per partition a batch of `encode_batch`.
 
         Returns:
             Per partition the offset of its batch's first record.
@@ -147,6 +146,9 @@ def append_encoded(
     rows: dict[int, list[int]] = {}
     for row, partition in enumerate(partitions):
         rows.setdefault(int(partition), []).append(row)
+    # Not at the top: it loads the compiler.
+    from state.log.batch_encoder import encode_batch
+
     writer.append(
         {
             partition: encode_batch([keys[row] for row in mine], [values[row] for row in mine], timestamps_ms[mine])

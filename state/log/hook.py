@@ -6,12 +6,12 @@ test compares both ways. Part of `state.log`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from kafka.structs import TopicPartition
 
-from state.log.batch_decoder import decode_batches
 from state.log.chunks import Chunk
 
 
@@ -51,6 +51,9 @@ class BatchRecords:
             return []
         data = bytes(self._records._buffer)
         self.bytes_read = len(data)
+        # Not at the top: it loads the compiler, and commands that ask for a topic's ends only are typed in a hurry.
+        from state.log.batch_decoder import decode_batches
+
         chunks = decode_batches(data, self.fetch_offset, self._aborted, self._committed_only)
         if chunks:
             self.next_fetch_offset = chunks[-1].next
@@ -71,6 +74,8 @@ def install(consumer: Any, on_error: Callable[[], None]) -> bool:
     parse = getattr(fetcher, "_parse_fetched_data", None)
     if parse is None or not hasattr(fetcher, "PartitionRecords"):
         return False
+    # Now, and not at the first records.
+    importlib.import_module("state.log.batch_decoder")
 
     def watched(completed: Any) -> Any:
         if completed.partition_data.error_code:

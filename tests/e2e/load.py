@@ -11,8 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 THREADS = 4
-BATCH = 64
-BATCH_EVERY = 10  # each so manieth request of a thread is a batch
+BATCH = 20  # more than are answered together
+BATCH_EVERY = 20  # each so manieth request of a thread is a batch
 PATIENCE_S = 10.0
 
 

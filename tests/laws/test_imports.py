@@ -174,6 +174,8 @@ def test_a_pin_loads_no_compiler() -> None:
     """It is typed in a hurry: neither kernels nor graphs are needed to move a pointer."""
     tops = tops_after("deploy.cli", "deploy.operate.control", "deploy.operate.versions")
     assert "lmdb" in tops and not tops & (HEAVY | {"numba", "llvmlite"})
+    # So is a rollback; where it reads the log, the reader loads one kernel.
+    assert not tops_after("deploy.cli", "deploy.operate.rollback") & {"tensorflow", "numba", "llvmlite"}
 
 
 def test_the_applier_runs_no_program() -> None:
