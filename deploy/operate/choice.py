@@ -120,7 +120,7 @@ def _newest_clean(
         )
     hit = _hit(registry, control, line, sure, new, view)
     if hit is None:
-        if any(one.offsets is None for one in new):
+        if any(one.offsets is None for one in new) and not _under_way(registry, control):
             raise SettingsError(
                 "no row of the training log is named by --skip-time, --minutes or --skip-users: nothing would be left out",
                 f"the log was looked through from {iso(sure.event_time_ms)} on; check times and ids, and with "
@@ -129,6 +129,11 @@ def _newest_clean(
         return line.newest
     found = line.last(lambda version: (version.epoch, version.log.next) <= (hit.epoch, hit.offset))
     return sure if found is None or found.version < sure.version else found
+
+
+def _under_way(registry: Registry, control: Control) -> bool:
+    """Whether the stream may still write rows that it had written before: what names them then is no mistake."""
+    return control.mode == "exact" and registry.outcome(control.epoch, "learned") is None
 
 
 def _hit(

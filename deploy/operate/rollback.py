@@ -6,7 +6,8 @@
 4. The rest of the plan is counted in the training log, told, and kept beside
    control, where the trainer adds what happened.
 
-A dry run does 1 and 4. Asked twice, the second time changes nothing.
+A dry run does 1 and 4. Asked twice, the second time changes nothing; where the
+first one was killed between 2 and 4, the second does 4.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.mask import Mask, always
+from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control, roll_back
 from state.registry.manifest import Manifest
@@ -79,11 +81,13 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         _tell(asked, say, {"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
         return
     if made is control:
+        _count_again(settings, registry, control, to, view, turning, exactly, asked, now_ms)
         done = f"generation {control.generation}: it is so already; nothing was changed"
         _tell(asked, say, {"changed": False, "control": control_document(control)}, [done])
         return
     # 2.
     registry.propose(made)
+    killpoints.reach("rollback.proposed")
     # 3.
     said = f"generation {made.generation}: epoch {made.epoch} starts from version {to.version}"
     took_s = _answered(settings, registry, made, to, asked, began_s)
@@ -91,6 +95,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         say(said if took_s is None else f"{said}; answers of this host come from it after {took_s:.2f} s")
     if later:
         digests.require_sound(registry, to)
+    killpoints.reach("rollback.answered")
     # 4.
     plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
     registry.add_outcome(made.epoch, "planned", plan.document())
@@ -165,6 +170,30 @@ def _plan(
         rows_per_s=_rows_per_s(settings),
         exact=exactly,
     )
+
+
+def _count_again(
+    settings: Settings,
+    registry: Registry,
+    control: Control,
+    to: Manifest,
+    view: LogView | None,
+    turning: answers.Turning,
+    exactly: ExactPlan | None,
+    asked: argparse.Namespace,
+    now_ms: int,
+) -> None:
+    """Keeps the plan of a rollback whose command was killed between 2 and 4, as far as it can still be counted."""
+    began = registry.beginning_of(control.epoch)
+    if began is None or began.action != "rollback" or registry.outcome(control.epoch, "planned") is not None:
+        return
+    before = next(one for one in registry.controls() if one.generation == began.generation - 1)
+    new = [one for one in began.masks if one.generation == began.generation]
+    if view is not None and began.plan is not None:
+        view = replace(view, end=int(began.plan["end"]))
+    exactly = None if exactly is None else exact_plan(before, to, view)
+    plan = _plan(settings, before, to, new, view, turning, exactly, asked, now_ms)
+    registry.add_outcome(control.epoch, "planned", plan.document())
 
 
 def _count(settings: Settings, control: Control, to: Manifest, new: list[MaskEntry], view: LogView) -> Counted:

@@ -276,6 +276,10 @@ class Operator:
             one.done = json.loads(said)
         elif "springtide history" in said:
             self.found.conflicts += 1
+        elif "no row of the training log is named" in said:
+            # The crowd was held up at that time.
+            at = one.words.index("--skip-time")
+            del one.words[at : at + 2]
         else:
             # Kafka is away: the command said so, and changed nothing.
             assert "afka" in said and one.tries < 50, f"{one.words}: {said}"

@@ -12,7 +12,7 @@ from tests.e2e.running import ROOT
 from tests.e2e.violence import POINTS, WEIGHTS, Violence
 
 KILLS = 14
-SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.")
+SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.", "rollback.")
 # Only where a version that is pinned to has to be rebuilt, or follows by itself, or users are masked: tests of their own.
 RARE = {"apply.served", "caught.followed", "control.users"}
 

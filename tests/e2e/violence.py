@@ -37,10 +37,10 @@ POINTS: Mapping[str, Sequence[str]] = {
         "follow.taken",
         "follow.committed",
     ),
-    "command": ("control.written", "control.linked"),
+    "command": ("control.written", "control.linked", "rollback.proposed", "rollback.answered"),
 }
 # Reached once by a part that is started, or with the next rollback.
-ONCE = ("back.", "enter.", "caught.", "control.", "apply.steered", "stream.fenced", "stream.opened")
+ONCE = ("back.", "enter.", "caught.", "control.", "rollback.", "apply.steered", "stream.fenced", "stream.opened")
 # Where attributes are followed, stream and applier have a sequence of their own for them.
 ATTRIBUTE_POINTS: Mapping[str, Sequence[str]] = {
     part: (*points, *(("attributes.reported", "attributes.committed") if part in ("stream", "applier") else ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from state.errors import (
 )
 from state.events.identity import load_salt, user_id
 from state.log import MemoryLog
+from state.process import killpoints
 from state.registry.control import Control
 from state.rows.store import RowStore
 from tests.deploy.operating import BOT, NOW_MS, TOPIC, Operator, draft, files, record, users_of
@@ -43,6 +45,40 @@ def refused(operator: Operator, error: type[SpringtideError], match: str, *words
     with pytest.raises(error, match=match):
         operator("rollback", *words, "--reason", "poison")
     assert len(operator.registry.controls()) == before
+
+
+# Again, and while another one is under way
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("at", ["control.written", "control.linked", "rollback.proposed", "rollback.answered"])
+def test_killed_at_each_step_and_typed_again_control_and_plan_are_those_of_one_that_was_not(
+    operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, at: str
+) -> None:
+    words = ("rollback", "--to", "3", "--skip", "1:360-399", "--mode", mode, "--reason", "x", "-o", "json")
+    shutil.copytree(tmp_path, tmp_path / "other")
+    whole = json.loads(Operator(tmp_path / "other")(*words))
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(killpoints, "armed", killpoints.parse(at, strike))
+    with pytest.raises(KeyboardInterrupt):
+        operator(*words)
+    for changed in (at == "control.written", False):
+        document = json.loads(operator(*words))
+        assert (document["changed"], document["control"]) == (changed, whole["control"])
+        assert operator.registry.outcome(2, "planned") == whole["plan"]
+
+
+def test_a_second_rollback_may_name_clicks_that_the_stream_has_yet_to_write_again(operator: Operator) -> None:
+    first = ("--to", "3", "--mode", "exact", "--skip", "1:360-399")
+    second = ("--to", "3", "--mode", "exact", "--skip-time", "5m..4m")
+    operator("rollback", *first, "--reason", "bots")
+    operator("rollback", *second, "--reason", "more bots")
+    assert (newest(operator).epoch, len(newest(operator).masks)) == (3, 2)
+    operator.registry.add_outcome(3, "learned", {})
+    refused(operator, SettingsError, "no row of the training log is named", "--to", "3", "--skip-time", "4m..3m")
 
 
 # What it goes back to
