@@ -55,7 +55,9 @@ class Leaders:
             known = self._known.get(part.source, ())
             epoch = reader.leader_epoch(part.source.partition, part.next)
             if epoch >= 0 and epoch_before(known, part.next) != epoch:
-                self._known[part.source] = noted(known, part.next - 1, epoch)
+                # From the first record on: a rollback may go back into the range, and an epoch that had ended before its
+                # place would look like a log that was cut back.
+                self._known[part.source] = noted(known, part.first, epoch)
                 changed = True
         if changed:
             self._write()

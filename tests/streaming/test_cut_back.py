@@ -127,6 +127,30 @@ def test_epochs_are_kept_once_for_each_leader(tmp_path: Path) -> None:
     assert again.at(Source("ef" * 16, 0).topic_id, {0: 3}) == {}
 
 
+def test_a_rollback_into_a_commit_with_two_leaders_takes_it_for_no_cut(tmp_path: Path) -> None:
+    log, leaders = MemoryLog(ids=lambda: ZERO.topic_id), Leaders(tmp_path)
+    log.topics().ensure(TOPIC, 1)
+    reader = log.reader(TOPIC)
+
+    def write(records: int) -> None:
+        with log.writer() as writer:
+            for _ in range(records):
+                writer.send(TOPIC, 0, None, b"x")
+
+    write(2)
+    leaders.note([Range(ZERO, 0, reader.poll(0.0)[0].next, rows=2)], reader)
+    write(1)
+    log.cut_back(TOPIC, {0: 3})
+    write(5)
+    while reader.position(0) < 8:
+        reader.poll(0.0)
+    leaders.note([Range(ZERO, 2, 8, rows=6)], reader)
+    for position in range(9):
+        told = Leaders(tmp_path).at(ZERO.topic_id, {0: position})
+        with log.reader(TOPIC, None, {0: position}, leaders=told) as again:
+            assert again.poll(0.0) or position == 8
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Broker]:
     broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256).start()
