@@ -256,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     parser.add_argument("-w", "--watch", action="store_true", help="rewrite the figures each second until Ctrl-C")
     parser.add_argument(
-        "--wait-for", choices=CONDITIONS, metavar="CONDITION", help=f"wait for {' or '.join(CONDITIONS)}"
+        "--wait-for",
+        metavar="CONDITION",
+        help=f"wait for {', '.join(CONDITIONS)}, or version, epoch or answers with = or >= and a number, as in answers=176",
     )
     parser.add_argument(
         "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"how long to wait (default {TIMEOUT_S:.0f})"

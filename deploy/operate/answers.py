@@ -16,7 +16,7 @@ from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
 
-APPLIED_BYTES_PER_S = 60e6
+APPLIED_BYTES_PER_S = 40e6
 """How fast an applier puts rows of the registry into its store; `tests/bench/rollback.py` measures it."""
 POLL_S = 0.02
 
@@ -40,7 +40,7 @@ class Turning:
         """About how long it takes.
 
         >>> Turning(True, True).seconds, Turning(True, False, 120_000_000).seconds
-        (0.0, 2.0)
+        (0.0, 3.0)
         """
         return 0.0 if self.here else self.bytes / APPLIED_BYTES_PER_S
 
@@ -48,7 +48,7 @@ class Turning:
         """It in words.
 
         >>> Turning(True, False, 120_000_000).line()
-        'on this host after about 2.0 s: 120 MB are read from the registry, and until then the version of now answers'
+        'on this host after about 3.0 s: 120 MB are read from the registry, and until then the version of now answers'
         """
         if not self.serves:
             return "nothing serves on this host; a host that has the version in its row store turns at once"

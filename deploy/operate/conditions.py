@@ -5,6 +5,7 @@ Looks cost some milliseconds; a part that does not answer is what is missing.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from deploy.watch import scrape
 from deploy.watch.figures import Watch
 from deploy.watch.panel import wrong
 from state.config.settings import Settings
-from state.errors import RegistryError, SpringtideError
+from state.errors import RegistryError, SettingsError, SpringtideError
 from state.registry.control import Control
 from state.registry.registry import Registry
 
@@ -44,13 +45,14 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> float:
-    """Waits for a condition of `CONDITIONS`; returns the seconds that it took.
+    """Waits for a condition, see `condition_of`; returns the seconds that it took.
 
     Raises:
         SpringtideError: It did not come in time; with what was missing.
     """
     began_s = clock()
-    while missing := _looked(CONDITIONS[name], settings):
+    condition = condition_of(name)
+    while missing := _looked(condition, settings):
         if clock() - began_s >= timeout_s:
             raise SpringtideError(
                 f"{name}: not within {timeout_s:g} s: {missing}", "look at `springtide status`, or wait longer"
@@ -126,6 +128,42 @@ CONDITIONS: Mapping[str, Condition] = {
     "caught-up": Condition("the trainer has read its log to the end, and learned a rollback's clicks again", caught_up),
     "following": Condition("answers follow the newest version of control's epoch", following),
 }
+
+
+NUMBERS: Mapping[str, tuple[str, str]] = {
+    "version": ("trainer", "springtide_trainer_version"),
+    "epoch": ("trainer", "springtide_trainer_epoch"),
+    "answers": ("applier", "springtide_serving_version"),
+}
+"""What may be compared with a number -> process and series."""
+
+
+def condition_of(text: str) -> Condition:
+    """The condition that an operator wrote: one of `CONDITIONS`, or one of `NUMBERS` with = or >= and a number.
+
+    >>> condition_of("answers=176").meaning
+    'answers is 176'
+
+    Raises:
+        SettingsError: It is none.
+    """
+    if text in CONDITIONS:
+        return CONDITIONS[text]
+    match = re.fullmatch(rf"({'|'.join(NUMBERS)})(>=|=)(\d+)", text)
+    if match is None:
+        known = ", ".join((*CONDITIONS, *(f"{name}>=N" for name in NUMBERS)))
+        raise SettingsError(f"--wait-for {text}: no such condition", f"take one of {known}, or = in place of >=")
+    name, sign, number = match[1], match[2], int(match[3])
+    process, series = NUMBERS[name]
+
+    def missing(settings: Settings) -> str:
+        found = scrape.scrape({process: scrape.urls(settings)[process]})[process]
+        value = found.value(series)
+        if found.problem or value is None:
+            return found.problem or f"{name} is not known yet"
+        return "" if value == number or (sign == ">=" and value > number) else f"{name} is {value:.0f}"
+
+    return Condition(f"{name} is {number}{' or more' * (sign == '>=')}", missing)
 
 
 def _control(settings: Settings) -> tuple[Registry, Control]:

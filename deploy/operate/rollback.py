@@ -32,7 +32,7 @@ from deploy.operate.times import parse_time
 from deploy.operate.versions import open_registry
 from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import LogError, SettingsError
 from state.features.mask import Mask, always
 from state.process import killpoints
 from state.process.actor import actor
@@ -49,8 +49,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     """Does one rollback; see the module.
 
     Raises:
-        UnknownVersion: The version is not kept, or cannot be put together any more.
-        UnfitVersion: It is abandoned, damaged, has learned a masked click, or nobody could read on from it.
+        UnknownVersion, UnfitVersion: The version is not there, or cannot be gone back to.
         LogError: Kafka is needed and does not answer.
         SettingsError: What to skip is not written as it should be, or is not there.
         ControlConflict: Somebody else changed control meanwhile.
@@ -97,10 +96,15 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         digests.require_sound(registry, to)
     killpoints.reach("rollback.answered")
     # 4.
-    plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
+    found = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(made)}
+    try:
+        plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
+    except LogError as error:
+        # Control is changed, and stands: only the figures are missing.
+        _tell(asked, say, found | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
+        return
     registry.add_outcome(made.epoch, "planned", plan.document())
-    found = {"plan": plan.document(), "answered_s": took_s, "changed": True, "control": control_document(made)}
-    _tell(asked, say, found, plan.lines())
+    _tell(asked, say, found | {"plan": plan.document()}, plan.lines())
 
 
 def _chosen(

@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry
 
 from deploy import status
 from deploy.kafka.configuration import free_port
-from deploy.operate.conditions import CONDITIONS, wait
+from deploy.operate.conditions import CONDITIONS, condition_of, wait
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import SpringtideError
+from state.errors import SettingsError, SpringtideError
 from state.features.mask import Mask
 from state.metrics import ApplierMetrics, TrainerMetrics, serve
 from state.registry import control
@@ -103,3 +103,21 @@ def test_the_command_says_when_it_holds_and_fails_when_it_does_not(
     assert capsys.readouterr().out == "following after 0.0 s\n"
     assert status.main(["--wait-for", "caught-up", "--timeout", "0.3", *flags]) == 1
     assert "caught-up: not within 0.3 s" in capsys.readouterr().err
+
+
+def test_numbers_of_trainer_and_answers_are_waited_for(
+    settings: Settings, trainer: TrainerMetrics, applier: ApplierMetrics
+) -> None:
+    trainer.version.set(8)
+    trainer.epoch.set(2)
+    applier.version.set(7)
+    for holds in ("version>=7", "version=8", "epoch=2", "answers=7", "answers>=7"):
+        assert condition_of(holds).missing(settings) == ""
+    assert condition_of("version=7").missing(settings) == "version is 8"
+    assert condition_of("answers>=8").missing(settings) == "answers is 7"
+
+
+@pytest.mark.parametrize("text", ["", "healthy", "version", "version>7", "epoch=x", "caught-up=1"])
+def test_what_is_no_condition_is_refused_with_those_there_are(settings: Settings, text: str) -> None:
+    with pytest.raises(SettingsError, match=r"caught-up.*answers>=N"):
+        wait(settings, text, 0.0)
