@@ -69,7 +69,8 @@ class MemoryReader(LogReader):
             return found
 
     def seek(self, partition: int, offset: int) -> None:
-        """The next poll of this partition begins at `offset`."""
+        """The next poll of this partition begins at `offset`; who wrote what is passed over is not known then."""
+        self._leaders[partition] = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
         self._positions[partition] = offset
 
     def position(self, partition: int) -> int:

@@ -118,11 +118,12 @@ class Reader(LogReader):
         return batches
 
     def seek(self, partition: int, offset: int) -> None:
-        """The next poll of this partition begins at `offset`."""
+        """The next poll of this partition begins at `offset`; who wrote what is passed over is not known then."""
         self._buffer.pop(partition, None)
-        self._positions[partition] = offset
-        each = TopicPartition(self.topic, partition)
-        truncation.seek(self._consumer, each, offset, self.leader_epoch(partition, offset))
+        known = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
+        self._leaders[partition], self._positions[partition] = known, offset
+        where, epoch = TopicPartition(self.topic, partition), self.leader_epoch(partition, offset)
+        truncation.seek(self._consumer, where, offset, epoch)
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""
