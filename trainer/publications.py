@@ -81,7 +81,9 @@ class Publications:
         """Hands what changed to the publisher; the copy is made here. Returns the place afterwards."""
         began = time.perf_counter()
         tensors = checkpoint.changes(self._trainer)
-        place = replace(place, next=onward(control.log, place.next))
+        if (at := onward(control.log, place.next)) != place.next:
+            # Who wrote what is passed over on the way there is not known.
+            place = replace(place, next=at, leader_epoch=-1)
         draft = self.draft("delta", place, control, account, topic_id)
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, tensors)

@@ -44,7 +44,8 @@ def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passa
     source = Source(restored.log.topic_id, restored.log.partition)
     at = passages.past(source, onward(line, restored.log.next))
     try:
-        log = open_log(at, restored.log.leader_epoch)
+        # Who wrote what is passed over on the way there is not known.
+        log = open_log(at, restored.log.leader_epoch if at == restored.log.next else -1)
     except TruncatedLog:
         raise
     except GapError as error:

@@ -122,8 +122,7 @@ class Reader(LogReader):
         self._buffer.pop(partition, None)
         known = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
         self._leaders[partition], self._positions[partition] = known, offset
-        where, epoch = TopicPartition(self.topic, partition), self.leader_epoch(partition, offset)
-        truncation.seek(self._consumer, where, offset, epoch)
+        truncation.seek(self._consumer, TopicPartition(self.topic, partition), offset, epoch_before(known, offset))
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""

@@ -265,6 +265,32 @@ def test_what_is_down_during_the_command_and_started_afterwards_converges_too(
     assert finished(loop) == left_alone[mode]
 
 
+def test_another_leader_of_clicks_and_log_between_version_and_rollback_is_no_log_that_was_cut_back(
+    tmp_path: Path, salt: Path, left_alone: dict[Mode, dict[str, Any]]
+) -> None:
+    loop = SmallLoop(tmp_path / "loop", salt)
+    topics = (loop.settings.kafka.clicks_topic, loop.settings.kafka.microbatches_topic)
+
+    def elect() -> None:
+        for topic in topics:
+            loop.log.cut_back(topic, {0: loop.log.topics().ends(topic)[0][1]})
+
+    loop.click(*clicks(0, GOOD))
+    loop.settle()
+    to = loop.newest
+    elect()
+    for first in range(GOOD, GOOD + BAD, BATCH):
+        loop.click(*clicks(first, BATCH))
+        loop.settle()
+        elect()
+    go_back(loop, to, bots(salt, 0, 1, 2), "exact")
+    loop.settle()
+    elect()
+    for name in loop.NAMES:
+        loop.end(name)
+    assert finished(loop) == left_alone["exact"]
+
+
 def test_of_two_operators_at_once_one_wins_and_the_other_is_told_what_to_do(tmp_path: Path, salt: Path) -> None:
     loop, to = poisoned(tmp_path / "loop", salt)
     loop.close()
