@@ -226,7 +226,9 @@ class Applier:
         topic = kafka.microbatches_topic
         with Topics(kafka) as topics:
             info, ends = topics.describe(topic), topics.ends(topic)
-        self.clicks.connect(info.topic_id, ends, lambda positions: Reader(kafka, topic, None, positions))
+        self.clicks.connect(
+            info.topic_id, ends, lambda positions, leaders: Reader(kafka, topic, None, positions, leaders=leaders)
+        )
         _log.info("following %s (%d partitions)", topic, info.partitions)
 
 

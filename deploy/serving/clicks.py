@@ -20,7 +20,7 @@ import numpy as np
 
 from deploy.serving.going_back import POSITION_EXTRA, clock_of, take_back
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, item_extra, name_extra
-from state.errors import MicroBatchError, SaltMismatch
+from state.errors import MicroBatchError, SaltMismatch, TruncatedLog
 from state.features.mask import Mask
 from state.features.spec import Events, FeatureSpec
 from state.history.appends import Appends, events_of
@@ -48,7 +48,8 @@ DAY_MS = 86_400_000
 _log = logging.getLogger(__name__)
 
 
-Open = Callable[[Mapping[int, int]], LogReader]
+Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
+"""Makes a reader at positions, told the leaders' epochs of the records before them."""
 
 
 class HistoryFollower:
@@ -93,7 +94,7 @@ class HistoryFollower:
         Args:
             topic_id: Of the micro-batch topic now; positions in another one do not count.
             ends: First and next position of each partition of the topic.
-            open_at: Makes a reader at positions.
+            open_at: Makes a reader.
         """
         stored = json.loads(self._store.extra(POSITION_EXTRA) or b"{}")
         if stored and stored["topic_id"] != topic_id:
@@ -110,8 +111,20 @@ class HistoryFollower:
                 )  # fmt: skip
                 ours = begin
             positions[partition] = ours
-        self._reader = open_at(positions)
+        leaders = {int(partition): int(epoch) for partition, epoch in stored.get("leaders", {}).items()}
+        self._reader = self._opened(positions, leaders, open_at)
         self._positions = positions
+
+    def _opened(self, positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:
+        """A reader at `positions`; where the log was cut back behind one of them it goes back to what is left."""
+        while True:
+            try:
+                return open_at(positions, leaders)
+            except TruncatedLog as lost:
+                (gap,) = lost.gaps
+                _log.error("%s; reading goes on at %d, and what the histories have is left out", lost.what, gap.first)
+                positions[gap.source.partition] = gap.first
+                leaders.pop(gap.source.partition, None)
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
         """Takes the histories to the line of the log that control names; whether they went back.
@@ -244,7 +257,13 @@ class HistoryFollower:
     ) -> None:
         following = onward(self._line, batch.next)
         positions = self._positions | {batch.partition: following}
-        document = {"topic_id": batch.topic_id, "next": {str(partition): at for partition, at in positions.items()}}
+        assert self._reader is not None
+        leaders = {str(partition): self._reader.leader_epoch(partition, at) for partition, at in positions.items()}
+        document = {
+            "topic_id": batch.topic_id,
+            "next": {str(partition): at for partition, at in positions.items()},
+            "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
+        }
         extra[POSITION_EXTRA] = json.dumps(document).encode()
         appends = Appends.none()
         if events and sum(map(len, events)):

@@ -154,7 +154,7 @@ class Loop:
         )
         topics = self._log.topics()
         self._follower.connect(
-            topics.describe(LOG).topic_id, topics.ends(LOG), lambda at: self._log.reader(LOG, positions=at)
+            topics.describe(LOG).topic_id, topics.ends(LOG), lambda at, _: self._log.reader(LOG, positions=at)
         )
         self._next, self._marks = [0] * PARTITIONS, dict[Any, int]()
         self._owners: dict[tuple[Any, int], int] = {}

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
-from state.errors import GapError, SaltMismatch
+from state.errors import GapError, SaltMismatch, TruncatedLog
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
@@ -105,7 +105,7 @@ class Following:
     def connect(self) -> None:
         topics = self.log.topics()
         topic_id, ends = topics.describe(LOG).topic_id, topics.ends(LOG)
-        self.follower.connect(topic_id, ends, lambda positions: self.log.reader(LOG, positions=positions))
+        self.follower.connect(topic_id, ends, lambda at, leaders: self.log.reader(LOG, positions=at, leaders=leaders))
 
     def drain(self) -> None:
         while self.follower.step(0.0):
@@ -170,7 +170,11 @@ def test_a_commit_carries_names_items_clock_and_position(tmp_path: Path) -> None
     assert extra(f"name:{50:016x}") == b"shoes"
     assert extra(f"item:{100:016x}") == (51).to_bytes(8, "big")
     assert json.loads(extra(CLOCK_EXTRA) or b"") == {"event_ms": 8000, "accepted_ms": 77_000}
-    assert json.loads(extra("microbatches") or b"") == {"topic_id": TOPIC, "next": {"0": 1}}
+    assert json.loads(extra("microbatches") or b"") == {
+        "topic_id": TOPIC,
+        "next": {"0": 1},
+        "leaders": {"0": 0},
+    }
     assert extra(CAUGHT_UP_EXTRA) == b"1"
     following.store.close()
 
@@ -216,6 +220,26 @@ def test_records_deleted_unread_are_counted_and_passed(tmp_path: Path) -> None:
     following.connect()
     following.drain()
     assert following.offsets() == [0, 1, 2, 3, 6, 7]
+    following.store.close()
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "started again"])
+def test_a_log_cut_back_and_grown_again_is_read_from_where_it_was_cut(tmp_path: Path, running: bool) -> None:
+    following = Following(tmp_path, written(record(0, 2), record(2, 4), record(4, 6)))
+    following.drain()
+    # The stream writes what was lost again, in other records, and goes on.
+    following.log.cut_back(LOG, {0: 1})
+    append(following.log, record(2, 3), record(3, 7), record(7, 9))
+    if running:
+        with pytest.raises(TruncatedLog):
+            following.drain()
+    else:
+        following.store.close()
+        following = Following(tmp_path, following.log)
+    following.connect()
+    following.drain()
+    assert following.offsets() == list(range(9))
+    assert following.metrics.gap_positions._value.get() == 0
     following.store.close()
 
 
