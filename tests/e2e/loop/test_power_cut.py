@@ -1,0 +1,106 @@
+"""A power cut: `up` heals by itself what had not reached the disk, says what it did, and nothing is learned twice or from what is gone.
+
+What the test throws away, of a loop that is killed as a whole:
+
+- of the local Kafka, the newest records of the clicks and of the training log, down into the middle of a transaction (its
+  record is left, its marker is not), and the marks of a clean stop. Other topics (groups, transactions, attributes) and the
+  cluster's own metadata, which Kafka syncs, stay whole;
+- of the stream's and serving's stores, a part of their pages (they become zeros), and the start of the machine that their
+  marks name;
+- of the registry nothing: each of its files was synced before it appeared. The disk keeps its word about what it synced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+
+from state.log import Topics
+from state.registry.registry import Registry
+from tests.e2e.running import Loop, until
+from tests.segments import cut_back, forget_clean_stop
+
+PAGE = 4096
+CLICKS_LOST, POSITIONS_LOST = 5, 31
+
+
+def pull_the_plug(loop: Loop) -> None:
+    """Kills all of it at one moment, Kafka among them, which is otherwise asked to stop."""
+    running = loop.processes()
+    assert loop.process is not None
+    # Stopped first: it would start again what dies before it.
+    loop.process.send_signal(signal.SIGSTOP)
+    for process in running:
+        if process.pid != loop.process.pid:
+            process.kill()
+    loop.process.kill()
+    loop.process.wait()
+    assert psutil.wait_procs(running, timeout=10)[1] == []
+
+
+def lose_pages(store: Path) -> None:
+    """Makes the last third of a store's pages zeros, and its mark one of before."""
+    with (store / "data.mdb").open("r+b") as data:
+        pages = data.seek(0, os.SEEK_END) // PAGE
+        data.seek(pages * 2 // 3 * PAGE)
+        data.write(bytes((pages - pages * 2 // 3) * PAGE))
+    (store / "mark.json").write_text(json.dumps({"clean": False, "boot_id": "before the power cut"}))
+
+
+def test_the_loop_heals_itself_after_a_power_cut(loop: Loop) -> None:
+    settings = loop.settings
+    before = loop.answer_trained_on(
+        "one-before-the-cut", loop.click([("one-before-the-cut", "tent", "outdoors", "view")])
+    )
+    said, registry = len(loop.said()), Registry(settings.registry_dir)
+    with Topics(settings.kafka) as topics:
+        clicks, log = topics.ends(settings.kafka.clicks_topic), topics.ends(settings.kafka.microbatches_topic)[0][1]
+    # More arrives, is learned and published.
+    until(lambda: registry.manifest(registry.versions()[-1]).log.next > log + POSITIONS_LOST, "it does not learn on")
+    pull_the_plug(loop)
+
+    # 1. What had not reached the disk.
+    data = settings.kafka_dir / "data"
+    newest = registry.manifest(registry.versions()[-1])
+    # An odd position: the record before it is there, its marker is not.
+    kept = cut_back(data, settings.kafka.microbatches_topic, 0, (newest.log.next - POSITIONS_LOST) // 2 * 2 + 1)
+    assert kept < newest.log.next
+    lost = [
+        cut_back(data, settings.kafka.clicks_topic, partition, max(end, after - CLICKS_LOST))
+        for (partition, (_, end)), after in zip(clicks.items(), clicks_read(newest, clicks), strict=True)
+    ]
+    assert any(lost)
+    forget_clean_stop(data)
+    for store in (settings.stream_dir / "histories", settings.serving_dir / "histories", settings.serving_dir / "rows"):
+        lose_pages(store)
+
+    # 2. One command, as always.
+    loop.start()
+    told = loop.said()[said:]
+    assert "CorruptStore" in told and "rebuild-history: " in told
+    recovered = until(
+        lambda: [one for one in loop.springtide("history") if one["action"] == "recover"], "the trainer did not go back"
+    )[-1]
+    assert recovered["actor"].startswith("trainer:") and "was cut back to offset" in recovered["reason"]
+    assert registry.manifest(recovered["base"]).log.next <= kept
+
+    # 3. It lives: new clicks are learned and answered, what was known before is known.
+    ends = loop.click([("one-after-the-cut", "tent", "outdoors", "purchase")] * 5)
+    after = loop.answer_trained_on("one-after-the-cut", ends)
+    assert after["version"]["epoch"] == recovered["epoch"] > before["version"]["epoch"]
+    known = until(lambda: loop.profile("one-before-the-cut"), "no answer")
+    assert known["features"]["view.count_7d"] == 1
+    # 4. Accounts balance, and the new line is recomputed bit for bit from before the cut.
+    until(lambda: loop.springtide("status")["accounting"]["balanced"], "the accounts do not balance")
+    verified = loop.springtide("verify", str(after["version"]["number"]), "--from", str(recovered["base"]))
+    assert verified["outcome"] == "equal", verified
+
+
+def clicks_read(version: object, ends: dict[int, tuple[int, int]]) -> list[int]:
+    """By partition the offset up to which a version has learned."""
+    marks = {source.partition: after for source, after in version.sources}  # type: ignore[attr-defined]
+    return [marks.get(partition, end) for partition, (_, end) in ends.items()]
