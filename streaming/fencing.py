@@ -67,7 +67,7 @@ def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
             topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic)
         )
     mine = transactional_id(clicks, microbatches, kafka.group, shard)
-    before = last_id(settings.stream_dir, shard)
+    before = last_id(settings.stream_dir)
     if before not in (None, mine):
         logger.info("fencing a stream with the transactional id %s, which this one had before", before)
         log.writer(before).close()
@@ -77,12 +77,20 @@ def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
     return writer
 
 
-def last_id(folder: Path, shard: int) -> str | None:
+def note_first_release(folder: Path, shard: int) -> None:
+    """Notes the id of 0.1.0 where that release left histories; called before anybody makes any.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if (folder / HISTORIES).exists() and not (folder / WRITER).exists():
+        keep_id(folder, id_of_first_release(shard))
+
+
+def last_id(folder: Path) -> str | None:
     """The id that the stream of `folder` had last; None for one that never ran."""
     place = folder / WRITER
-    if place.exists():
-        return place.read_text().strip()
-    return id_of_first_release(shard) if (folder / HISTORIES).exists() else None
+    return place.read_text().strip() if place.exists() else None
 
 
 def keep_id(folder: Path, mine: str) -> None:

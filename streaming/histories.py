@@ -15,6 +15,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from streaming import takeover
+from streaming.fencing import note_first_release
 
 SPEC, SALT = "spec", "salt"  # names of the store's extras
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         # 3.
         if (aside := takeover.finish(folder)) is not None:
             logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
+        note_first_release(folder, settings.stream.shard)
         # 4.
         store = HistoryStore(folder / HISTORIES, spec.history, settings.stream.map_gb << 30)
         try:

@@ -36,7 +36,7 @@ from state.log import KafkaLog
 from state.process.progress_line import ProgressLine
 from streaming import takeover
 from streaming.desired import ControlWatch
-from streaming.fencing import open_writer
+from streaming.fencing import note_first_release, open_writer
 from streaming.going_back import take_back
 from streaming.histories import check_identity
 from streaming.rebuild_log import Rebuild
@@ -62,6 +62,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         salt = load_salt(settings.salt_path, create=False)
         if (aside := takeover.finish(folder)) is not None:
             say(f"an earlier rebuild was complete and is in use now; the store before it is {aside}")
+        note_first_release(folder, settings.stream.shard)
         try:
             open_writer(settings).close()
         except UnknownTopic as error:

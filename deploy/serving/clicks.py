@@ -20,7 +20,8 @@ import numpy as np
 
 from deploy.serving.going_back import POSITION_EXTRA, clock_of, take_back
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, item_extra, name_extra
-from state.errors import MicroBatchError, SaltMismatch, TruncatedLog
+from deploy.serving.open_log import Open, open_kept
+from state.errors import MicroBatchError, SaltMismatch
 from state.features.mask import Mask
 from state.features.spec import Events, FeatureSpec
 from state.history.appends import Appends, events_of
@@ -46,10 +47,6 @@ SWEEP_USERS = 1000
 EVERY_MS = 1000
 DAY_MS = 86_400_000
 _log = logging.getLogger(__name__)
-
-
-Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
-"""Makes a reader at positions, told the leaders' epochs of the records before them."""
 
 
 class HistoryFollower:
@@ -112,19 +109,8 @@ class HistoryFollower:
                 ours = begin
             positions[partition] = ours
         leaders = {int(partition): int(epoch) for partition, epoch in stored.get("leaders", {}).items()}
-        self._reader = self._opened(positions, leaders, open_at)
+        self._reader = open_kept(positions, leaders, open_at)
         self._positions = positions
-
-    def _opened(self, positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:
-        """A reader at `positions`; where the log was cut back behind one of them it goes back to what is left."""
-        while True:
-            try:
-                return open_at(positions, leaders)
-            except TruncatedLog as lost:
-                (gap,) = lost.gaps
-                _log.error("%s; reading goes on at %d, and what the histories have is left out", lost.what, gap.first)
-                positions[gap.source.partition] = gap.first
-                leaders.pop(gap.source.partition, None)
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
         """Takes the histories to the line of the log that control names; whether they went back.

@@ -11,9 +11,11 @@ from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.errors import FencedWriter
+from state.features.spec import FeatureSpec
 from state.layout import HISTORIES, WRITER
 from state.log import Topics, Writer
-from streaming.fencing import id_of_first_release, last_id, open_writer
+from streaming.fencing import id_of_first_release, last_id, note_first_release, open_writer
+from streaming.histories import open_histories
 from tests.conftest import KafkaFactory
 
 SHARD = 97  # no other test's: 0.1.0's id is the same for all topics of a broker
@@ -69,15 +71,17 @@ def test_after_an_upgrade_the_zombie_of_0_1_0_is_fenced_once_and_for_all(
     (settings.stream_dir / HISTORIES).mkdir(parents=True)
     zombie = Writer(settings.kafka, transactional_id=id_of_first_release(SHARD))
     write(zombie, settings)
+    note_first_release(settings.stream_dir, SHARD)
     with open_writer(settings) as writer:
         with pytest.raises(FencedWriter):
             write(zombie, settings)
         write(writer, settings)
         kept = (settings.stream_dir / WRITER).read_text()
-        assert kept == last_id(settings.stream_dir, SHARD) != id_of_first_release(SHARD)
+        assert kept == last_id(settings.stream_dir) != id_of_first_release(SHARD)
     zombie.close()
     # Another deployment that still runs 0.1.0 has to start again once; then nobody takes its id any more.
     with Writer(settings.kafka, transactional_id=id_of_first_release(SHARD)) as another:
+        note_first_release(settings.stream_dir, SHARD)
         open_writer(settings).close()
         write(another, settings)
 
@@ -85,5 +89,6 @@ def test_after_an_upgrade_the_zombie_of_0_1_0_is_fenced_once_and_for_all(
 def test_a_stream_that_never_ran_fences_nobody(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     settings = deployment(kafka_settings(), tmp_path)
     with Writer(settings.kafka, transactional_id=id_of_first_release(SHARD)) as another:
-        open_writer(settings).close()
+        with open_histories(settings, FeatureSpec.from_settings(settings)):
+            open_writer(settings).close()
         write(another, settings)

@@ -1,0 +1,52 @@
+"""The local Kafka is started again when it died, also where that fails at first, and ends nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from deploy.kafka.configuration import free_port, listens
+from deploy.startup.local_kafka import LocalKafka
+from state.config.loading import load
+from state.metrics import SupervisorMetrics
+
+
+def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_path: Path) -> None:
+    now, lines, collected, port = [0.0], list[str](), CollectorRegistry(), free_port()
+    settings = load(["--paths.state", str(tmp_path), "--kafka.port", str(port)], {})
+    kafka = LocalKafka(settings, lines.append, SupervisorMetrics(collected), lambda: now[0])
+    kafka.start()
+    try:
+        pid = kafka._broker.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while not lines:
+            kafka.look()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert "ended with status -9" in lines[0] and lines[0].endswith("starting it again in 0.25 s")
+        with socket.socket() as holder:
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", port))
+            holder.listen()
+            now[0] += 0.2
+            kafka.look()
+            assert len(lines) == 1, "it is not time yet"
+            now[0] += 0.1
+            kafka.look()
+        assert f"port {port}" in lines[1] and lines[1].endswith("starting it again in 0.5 s, after 2 deaths in a row")
+        assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "kafka"}) == 2
+        now[0] += 1.0
+        kafka.look()
+        assert listens(port) and len(lines) == 2
+        now[0] += 60.0
+        kafka.look()
+        assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "kafka"}) == 0
+    finally:
+        kafka.stop(20.0)
