@@ -7,9 +7,10 @@ from pathlib import Path
 
 # Where the length of a record batch and the number of its last record stand in it.
 _LENGTH_AT, _LAST_DELTA_AT, _BEFORE = 8, 23, 12
+_MARKER_AT, _MARKER = 22, 0x20
 
 
-def cut_back(data: Path, topic: str, partition: int, end: int) -> int:
+def cut_back(data: Path, topic: str, partition: int, end: int, in_a_transaction: bool = False) -> int:
     """Takes away the record batches of a partition from offset `end` on; the broker must be down.
 
     Args:
@@ -17,11 +18,12 @@ def cut_back(data: Path, topic: str, partition: int, end: int) -> int:
         topic: The topic's name.
         partition: Its partition.
         end: The partition ends there, or before, at the begin of a batch.
+        in_a_transaction: Take away one batch more where the last one is a transaction's marker.
 
     Returns:
         Where it ends now.
     """
-    reached = 0
+    reached, ends = 0, list[tuple[Path, int, int, bool]]()
     for segment in sorted((data / f"{topic}-{partition}").glob("*.log")):
         raw, at = segment.read_bytes(), 0
         reached = max(reached, min(int(segment.stem), end))
@@ -33,7 +35,11 @@ def cut_back(data: Path, topic: str, partition: int, end: int) -> int:
             # A segment is allocated ahead: zeros stand behind its last batch.
             if length == 0 or last >= end:
                 break
+            ends.append((segment, at, int.from_bytes(raw[at : at + 8], "big"), bool(raw[at + _MARKER_AT] & _MARKER)))
             at, reached = at + _BEFORE + length, last + 1
+        os.truncate(segment, at)
+    if in_a_transaction and ends[-1][3]:
+        segment, at, reached, _ = ends[-1]
         os.truncate(segment, at)
     forget_clean_stop(data)
     return reached

@@ -180,8 +180,11 @@ class LogTopics(Protocol):
         """All topics that we may see, sorted."""
         ...
 
-    def ends(self, name: str) -> dict[int, tuple[int, int]]:
+    def ends(self, name: str, committed_only: bool = False) -> dict[int, tuple[int, int]]:
         """Per partition the first position kept and the position of the next record.
+
+        With `committed_only` the position before which every transaction has ended: a reader of committed records
+        gets no further.
 
         Raises:
             UnknownTopic: there is no such topic.

@@ -39,11 +39,12 @@ class MemoryTopics(LogTopics):
             self._state.require("list topics")
             return sorted(self._state.topics)
 
-    def ends(self, name: str) -> dict[int, tuple[int, int]]:
+    def ends(self, name: str, committed_only: bool = False) -> dict[int, tuple[int, int]]:
         """Per partition the first position kept and the position of the next record."""
         with self._state.changed:
             found = self._state.topic(name, f"read ends of {name}").partitions
-            return {number: (each.begin, each.end) for number, each in enumerate(found)}
+            ends = [each.stable_end if committed_only else each.end for each in found]
+            return {number: (each.begin, end) for number, (each, end) in enumerate(zip(found, ends, strict=True))}
 
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
         """Per partition the first position whose record's timestamp is `time_ms` or later, else the end."""

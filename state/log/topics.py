@@ -15,6 +15,7 @@ from uuid import UUID
 import kafka.errors as kafka_errors
 from kafka import KafkaAdminClient
 from kafka.admin import OffsetSpec
+from kafka.protocol.consumer import IsolationLevel
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.config.sections import Kafka
@@ -74,15 +75,15 @@ class Topics(LogTopics):
         """All topics that we may see, sorted."""
         return sorted(self._call("list topics", self._admin.list_topics))
 
-    def ends(self, name: str) -> dict[int, tuple[int, int]]:
-        """Per partition the first position kept and the position of the next record.
+    def ends(self, name: str, committed_only: bool = False) -> dict[int, tuple[int, int]]:
+        """Per partition the first position kept and the position of the next record, or of the first open transaction.
 
         Raises:
             UnknownTopic: there is no such topic.
         """
         partitions = self._partitions(name)
         begin = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.EARLIEST))
-        end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST))
+        end = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.LATEST), committed_only)
         return {each.partition: (begin[each], end[each]) for each in partitions}
 
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
@@ -167,8 +168,11 @@ class Topics(LogTopics):
     def _partitions(self, name: str) -> list[TopicPartition]:
         return [TopicPartition(name, number) for number in range(self.describe(name).partitions)]
 
-    def _offsets(self, name: str, specs: Mapping[TopicPartition, object]) -> dict[TopicPartition, int]:
-        answer = self._call(f"read ends of {name}", lambda: self._admin.list_partition_offsets(dict(specs)))
+    def _offsets(
+        self, name: str, specs: Mapping[TopicPartition, object], committed_only: bool = False
+    ) -> dict[TopicPartition, int]:
+        level = IsolationLevel.READ_COMMITTED if committed_only else IsolationLevel.READ_UNCOMMITTED
+        answer = self._call(f"read ends of {name}", lambda: self._admin.list_partition_offsets(dict(specs), level))
         return {each: int(found.offset) for each, found in answer.items()}
 
     def _call(self, doing: str, ask: Callable[[], Answer]) -> Answer:

@@ -275,6 +275,8 @@ def test_an_open_transaction_holds_back_what_follows_it(log: Log, clicks: str) -
                 two.send(clicks, 0, None, b"second")
             assert values(read_until(everything, {0: 3})) == [b"first", b"second"]
             assert reader.poll(0.3) == []
+            with log.topics() as topics:
+                assert (topics.ends(clicks)[0], topics.ends(clicks, committed_only=True)[0]) == ((0, 3), (0, 0))
         assert values(read_until(reader, {0: 4})) == [b"first", b"second"]
 
 

@@ -67,8 +67,9 @@ def test_the_loop_heals_itself_after_a_power_cut(loop: Loop) -> None:
     # 1. What had not reached the disk.
     data = settings.kafka_dir / "data"
     newest = registry.manifest(registry.versions()[-1])
-    # An odd position: the record before it is there, its marker is not.
-    kept = cut_back(data, settings.kafka.microbatches_topic, 0, (newest.log.next - POSITIONS_LOST) // 2 * 2 + 1)
+    # The last record is there, its transaction's marker is not.
+    end = newest.log.next - POSITIONS_LOST
+    kept = cut_back(data, settings.kafka.microbatches_topic, 0, end, in_a_transaction=True)
     # Of the clicks more is lost than of the log: it holds some whose offsets others will take.
     left = next(one for one in map(registry.manifest, reversed(registry.versions())) if one.log.next <= kept)
     for source, mark in left.sources:
@@ -81,6 +82,7 @@ def test_the_loop_heals_itself_after_a_power_cut(loop: Loop) -> None:
     loop.start()
     told = loop.said()[said:]
     assert "CorruptStore" in told and "rebuild-history: " in told
+    assert "belong to a transaction that nobody ends" in (settings.logs_dir / "rebuild-history.log").read_text()
     accepted = "(the local Kafka lost what was not on disk): topic springtide.clicks.v1"
     until(lambda: accepted in (settings.logs_dir / "stream.log").read_text(), "the stream did not notice the cut")
     recovered = until(
