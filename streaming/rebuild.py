@@ -38,6 +38,7 @@ from streaming import takeover
 from streaming.desired import ControlWatch
 from streaming.fencing import note_first_release, open_writer
 from streaming.going_back import take_back
+from streaming.hanging import end_hanging
 from streaming.histories import check_identity
 from streaming.rebuild_log import Rebuild
 from streaming.rebuild_report import Rebuilt, progress_on, told
@@ -64,7 +65,8 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
             say(f"an earlier rebuild was complete and is in use now; the store before it is {aside}")
         note_first_release(folder, settings.stream.shard)
         try:
-            open_writer(settings).close()
+            with open_writer(settings) as writer:
+                end_hanging(settings, writer)
         except UnknownTopic as error:
             logger.warning("no writer is fenced: %s", error)
         place = takeover.begin(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.layout import GAPS
-from state.log import LogTopics, PartitionBatch, Reader, Topics, accepted_gaps
+from state.log import PartitionBatch, Reader, Topics, accepted_gaps
 from state.log.accepted_gaps import Journal
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
@@ -33,7 +32,6 @@ from streaming.rebuild_report import Rebuilt, progress_line
 from streaming.rebuild_waiting import Waits
 
 RECORDS_AT_ONCE = 64
-ENDED_S = 3.0
 logger = logging.getLogger(__name__)
 
 
@@ -86,7 +84,7 @@ class Rebuild:
         with Topics(kafka) as topics:
             clicks = ClicksLeft(self._settings, self._store, self._clock, self._salt, topics, found, self._desired.mask)
             try:
-                begin, end = ended(topics, kafka.microbatches_topic)
+                begin, end = topics.ends(kafka.microbatches_topic)[0]
             except UnknownTopic as error:
                 logger.warning("%s; there is only the group's word for what the stream had read", error)
                 begin = end = 0
@@ -188,26 +186,6 @@ class Rebuild:
                 "put [features] and events.actions back",
             )
         return part_of(whole, [self._is_ours(part.source) for part in header.ranges])
-
-
-def ended(topics: LogTopics, topic: str) -> tuple[int, int]:
-    """The first position of the log, and the one before which every transaction has ended, or will not end any more.
-
-    Raises:
-        UnknownTopic: There is no such topic.
-        LogError: Kafka is not reachable.
-    """
-    begin, end = topics.ends(topic)[0]
-    deadline_s = time.monotonic() + ENDED_S
-    while (stable := topics.ends(topic, committed_only=True)[0][1]) < end and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    if stable < end:
-        logger.warning(
-            "positions %d to %d of %s belong to a transaction that nobody ends, as after a power cut; they are left out here: "
-            "the stream writes their clicks again, and readers drop what comes twice",
-            *(stable, end - 1, topic),
-        )
-    return begin, stable
 
 
 def part_of(whole: MicroBatch, ours: list[bool]) -> MicroBatch | None:
