@@ -68,7 +68,8 @@ def choose(
         registry.chain(target.to)
     else:
         asked = _before(line, target.before_ms)
-    clean = _newest_clean(registry, control, line, new, view, wait_ms) if new else line.newest
+    enough = line.newest.version if target.to is None else target.to
+    clean = _newest_clean(registry, control, line, new, view, wait_ms, enough) if new else line.newest
     if target.to is not None:
         if asked.version > clean.version:
             raise UnfitVersion(
@@ -101,7 +102,9 @@ def _newest_clean(
     new: Sequence[MaskEntry],
     view: LogView | None,
     wait_ms: int,
+    enough: int,
 ) -> Manifest:
+    """The newest clean version, or one from `enough` on that is surely clean."""
     sure = line.surely_clean(new, wait_ms)
     if sure is None:
         oldest = line.oldest()
@@ -110,7 +113,8 @@ def _newest_clean(
             + ("" if oldest is None else f"; the oldest is {told(oldest)}"),
             "name later clicks or fewer users; registry.base_keep_d says for how long versions are kept",
         )
-    if view is None:
+    # Ranges that exist need name no row: then the log is not read, and answers turn the sooner.
+    if view is None or (enough <= sure.version and all(one.offsets is not None for one in new)):
         return sure
     if sure.log.next < view.begin and sure.version != line.newest.version:
         raise UnfitVersion(
