@@ -118,7 +118,7 @@ class Chaos:
         thorough: Goes on until all of them have struck.
         say: Takes progress.
         labels: Whether labels come later, and attributes change.
-        rollbacks: How many of each mode at least.
+        rollbacks: How many of each mode at least; 0 for none at all.
     """
 
     def __init__(
@@ -147,6 +147,8 @@ class Chaos:
         self._operator = Operator(
             self.settings, seed, self._client, lambda: self._violence.arm(COMMAND), self._command_died
         )
+        if not rollbacks:
+            self._operator.finish()
         self.findings.rollbacks = self._operator.found
         self._died_s: dict[str, float] = {}
         self._broker_s = 0.0
@@ -491,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.e2e.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="kills at least (200)")
     parser.add_argument("--rounds", type=int, default=2, help="how often each kill point must strike (2)")
-    parser.add_argument("--rollbacks", type=int, default=5, help="rollbacks of each mode at least (5)")
+    parser.add_argument("--rollbacks", type=int, default=5, help="rollbacks of each mode at least (5); 0 for none")
     parser.add_argument("--quick", action="store_true", help="stop after the kills, whatever points have not struck")
     parser.add_argument("--seed", type=int, default=7, help="of clicks and kills (7)")
     parser.add_argument("--labels", action="store_true", help="labels come later, and attributes change")

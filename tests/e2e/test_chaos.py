@@ -18,7 +18,8 @@ RARE = {"apply.served", "caught.followed", "control.users"}
 
 
 def test_a_dozen_kills_harm_nothing(tmp_path: Path) -> None:
-    findings = Chaos(tmp_path, seed=11, kills=KILLS, rounds=1, thorough=False, say=print).run()
+    # Rollbacks under kills have short tests of their own: `test_rollback_steps.py`.
+    findings = Chaos(tmp_path, seed=11, kills=KILLS, rounds=1, thorough=False, say=print, rollbacks=0).run()
     print("\n".join(findings.lines()))
     assert findings.problems() == []
     # It was no picnic, and the proofs had something to prove.
@@ -27,8 +28,6 @@ def test_a_dozen_kills_harm_nothing(tmp_path: Path) -> None:
     assert findings.rows > 500
     assert findings.versions >= 3
     assert findings.answers.given > 100
-    assert min(findings.rollbacks.modes.values()) >= 1
-    assert min(findings.masked, findings.abandoned) > 0
     assert len(findings.differs) >= 7
 
 

@@ -23,7 +23,8 @@ COUNTED = re.compile(r"\.(count|decayed|distinct)_|^events\.visible$")
 def test_the_first_answer_comes_while_up_says_each_step(loop: Loop) -> None:
     said = loop.said()
     steps = [line.split()[2] for line in said.splitlines() if line[:1] == " " and "/9" in line]
-    assert steps == [f"{number}/9" for number in range(1, 10)]
+    # Other tests may have started it again.
+    assert steps[:9] == [f"{number}/9" for number in range(1, 10)]
     assert "curl -s http://127.0.0.1:" in said
     assert loop.get("/readyz")[0] == 200
     assert loop.get("/healthz")[0] == 200

@@ -25,8 +25,7 @@ def leading(loop: Loop, user: str, label: str) -> dict[str, Any] | None:
 @pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker"])
 def test_the_loop_recovers_from_the_kill_of(loop: Loop, part: str) -> None:
     loop.springtide("follow", "--reason", "a test begins")
-    pid = loop.pid(part)
-    assert pid is not None
+    pid = until(lambda: loop.pid(part), f"{part} does not run")
     loop.click([("sender-before-the-kill", "lamp", "light", "view")] * 10)
     os.kill(pid, signal.SIGKILL)
     user = f"sender-after-the-kill-of-{part}"
