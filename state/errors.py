@@ -2,6 +2,7 @@
 
     SpringtideError                 exit 1
     ├── SettingsError               exit 2
+    │   └── ModelMismatch
     ├── MissingSalt, SaltMismatch, SpecMismatch
     ├── LogError
     │   ├── UnreachableBroker, UnknownTopic, FencedWriter

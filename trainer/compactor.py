@@ -26,7 +26,7 @@ from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import SpringtideError, UnusableRegistry, of_disk
+from state.errors import LockHeld, SpringtideError, UnusableRegistry, of_disk
 from state.registry.control import Control
 from state.registry.manifest import Kind, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
@@ -35,6 +35,7 @@ from trainer.versions import content
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 NICENESS = 10
+PATIENCE_S, WAIT_S = 300.0, 0.5
 logger = logging.getLogger(__name__)
 
 
@@ -180,12 +181,30 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
             logger.info("removed %d deltas and %d bases beyond their retention", len(gone["delta"]), len(gone["base"]))
 
 
+def run_after_others(settings: Settings) -> None:
+    """As `run`, once another compactor is done: the trainer starts one now and then.
+
+    Raises:
+        LockHeld: It is not done within `PATIENCE_S`.
+        SpringtideError: The registry cannot be read.
+    """
+    until_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return run(settings)
+        except LockHeld as held:
+            if time.monotonic() > until_s:
+                raise
+            logger.info("%s: waiting for it", held.what)
+            time.sleep(WAIT_S)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compacts once; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s compactor %(levelname)s %(message)s", stream=sys.stderr)
     os.nice(NICENESS)
     try:
-        run(load(sys.argv[1:] if argv is None else argv, os.environ))
+        run_after_others(load(sys.argv[1:] if argv is None else argv, os.environ))
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)

@@ -118,14 +118,14 @@ class Startup:
         # 1. Checks; the lock and the disk were the first of them.
         require_ports(ports(settings, self._kafka is not None))
         free = require_disk(settings.state_dir)
-        # A lost one is said at once.
-        fresh, salt = not settings.salt_path.exists(), own_salt(settings)
         if settings.up.metrics_port:
             serve(self._collected, settings.up.metrics_port)
         # A model of the user's own that cannot be served is refused before anything starts.
         if own_model.is_own(settings):
             self._screen.say(f"checking {' and '.join(own_model.own(settings))}, some ten seconds")
             own_model.check(settings, self._screen.say)
+        # A lost salt too.
+        fresh, salt = not settings.salt_path.exists(), own_salt(settings)
         self._step(
             1,
             "checks",

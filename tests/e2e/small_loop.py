@@ -170,7 +170,7 @@ class Applying:
         if not self._clicks.connected:
             topics = self._log.topics()
             topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
-            self._clicks.connect(topic_id, ends, lambda positions: self._log.reader(topic, positions=positions))
+            self._clicks.connect(topic_id, ends, lambda at, _: self._log.reader(topic, positions=at))
         return bool(self._clicks.step(0.0)) or turned or more
 
     def close(self) -> None:

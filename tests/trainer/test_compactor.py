@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state import layout
+from state.disk.lock import DirectoryLock
 from state.features.mask import Mask
 from state.registry.control import pin, roll_back, start
 from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend
@@ -152,3 +155,17 @@ def test_the_process_compacts_a_registry_and_says_what_it_did(tmp_path: Path, ca
         compactor.run(small_settings("--paths.state", str(tmp_path)))
     assert f"base of version {second}" in caplog.text
     assert registry.bases()[-1] == second
+
+
+def test_an_operators_compactor_waits_until_the_trainers_own_is_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(tmp_path / "registry")
+    registry.propose(start(**WHO))
+    at_work = DirectoryLock(registry.path, layout.COMPACTOR_LOCK).acquire()
+    done = threading.Timer(0.2, at_work.release)
+    done.start()
+    with caplog.at_level(logging.INFO):
+        compactor.run_after_others(small_settings("--paths.state", str(tmp_path)))
+    done.join()
+    assert "waiting for it" in caplog.text
