@@ -41,7 +41,7 @@ from state.registry.manifest import Manifest
 from state.registry.mask_entries import MaskEntry, added, joined
 from state.registry.registry import Registry
 
-CHECKED_FIRST_BYTES = 512_000_000
+CHECKED_FIRST_BYTES = 64_000_000
 """Files of more bytes are compared with their digests only once answers have turned, where they can turn at once."""
 
 
