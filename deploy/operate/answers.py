@@ -7,14 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.operate.versions import served_version
+from deploy.operate.versions import rows_here, served_version
 from deploy.watch.scrape import scrape, urls
 from state import layout
 from state.config.settings import Settings
-from state.errors import StoreError
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
-from state.rows.store import RowStore
 
 APPLIED_BYTES_PER_S = 40e6
 """How fast an applier puts rows of the registry into its store; `tests/bench/rollback.py` measures it."""
@@ -89,18 +87,8 @@ def turning(settings: Settings, registry: Registry, to: Manifest) -> Turning:
 
 def versions_here(settings: Settings) -> set[int] | None:
     """The versions in this host's row store; None where there is none."""
-    path = settings.serving_dir / layout.ROWS
-    if not path.is_dir():
-        return None
-    try:
-        store = RowStore(path, readonly=True)
-    except (StoreError, OSError):
-        return None
-    try:
-        with store.reader() as reader:
-            return {one.version for one in reader.versions()}
-    finally:
-        store.close()
+    with rows_here(settings.serving_dir) as reader:
+        return None if reader is None else {one.version for one in reader.versions()}
 
 
 def serves(settings: Settings) -> bool:

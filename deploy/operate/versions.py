@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersi
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.rows.reader import RowReader
 from state.rows.store import RowStore
 
 if TYPE_CHECKING:
@@ -89,21 +90,29 @@ def readable(registry: Registry) -> Iterator[Manifest]:
             yield registry.manifest(number)
 
 
-def served_version(serving_dir: Path) -> int | None:
-    """The version that answers on this host use; None where nothing serves here."""
+@contextmanager
+def rows_here(serving_dir: Path) -> Iterator[RowReader | None]:
+    """The rows that this host answers from; None where there is no row store, or none that can be read."""
     path = serving_dir / layout.ROWS
-    if not path.is_dir():
-        return None
-    try:
-        store = RowStore(path, readonly=True)
-    except (StoreError, OSError):
-        return None
+    store = None
+    if path.is_dir():
+        with suppress(StoreError, OSError):
+            store = RowStore(path, readonly=True)
+    if store is None:
+        yield None
+        return
     try:
         with store.reader() as reader:
-            served = reader.served()
-        return None if served is None else served.version
+            yield reader
     finally:
         store.close()
+
+
+def served_version(serving_dir: Path) -> int | None:
+    """The version that answers on this host use; None where nothing serves here."""
+    with rows_here(serving_dir) as reader:
+        served = None if reader is None else reader.served()
+        return None if served is None else served.version
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,8 @@ is of format 3 where its rows carry sequences, and else of format 2.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -94,26 +95,34 @@ def decode(value: bytes) -> MicroBatch:
     Raises:
         MicroBatchError: `value` is no micro-batch of a format that this release reads, or contradicts itself.
     """
-    try:
-        with pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
-            document = document_of(reader.schema)
-            batch = reader.read_next_batch()
+    with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
+        document = document_of(reader.schema)
+        batch = reader.read_next_batch()
         # Damage can make lists longer than their buffers.
         batch.validate()
         header = header_of(document)
         columns = {name: _column(batch, name, document) for name in NAMES}
         if document["format"] == WITH_SEQUENCES:
             columns |= {name: _column(batch, name, document) for name in SEQUENCES}
-    except MicroBatchError:
-        raise
+    _check(header, columns)
+    return MicroBatch(header, **columns)
+
+
+@contextmanager
+def damage_told(value: bytes) -> Iterator[None]:
+    """Whatever a damaged `value` makes Arrow raise in the block becomes a `MicroBatchError`.
+
+    Raises:
+        MicroBatchError: `value` is no micro-batch.
+    """
+    try:
+        yield
     # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
     except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError, TypeError) as error:
         raise MicroBatchError(
             f"a value of {len(value)} bytes is no micro-batch: {error or type(error).__name__}",
             "check that the topic holds only what the stream wrote",
         ) from error
-    _check(header, columns)
-    return MicroBatch(header, **columns)
 
 
 def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> NDArray[Any]:

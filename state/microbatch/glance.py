@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from state.errors import MicroBatchError
 from state.microbatch.batch import MicroBatch
-from state.microbatch.codec import document_of, header_of
+from state.microbatch.codec import damage_told, document_of, header_of
 from state.microbatch.columns import KINDS, NAMES, SCALARS, absent_column
 
 LOOKED_AT = ("user", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
@@ -24,22 +24,14 @@ def glance(value: bytes) -> MicroBatch:
     Raises:
         MicroBatchError: `value` is no micro-batch of a format that this release reads.
     """
-    try:
-        with pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
-            document = document_of(reader.schema)
-            batch = reader.read_next_batch()
+    with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
+        document = document_of(reader.schema)
+        batch = reader.read_next_batch()
         batch.validate()
         found = {
             name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names if name in LOOKED_AT
         }
         header = header_of(document)
-    except MicroBatchError:
-        raise
-    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError, TypeError) as error:
-        raise MicroBatchError(
-            f"a value of {len(value)} bytes is no micro-batch: {error or type(error).__name__}",
-            "check that the topic holds only what the stream wrote",
-        ) from error
     rows = len(found["user"])
     wrong = [name for name, column in found.items() if column.dtype != KINDS[name] or len(column) != rows]
     if wrong or (rows and int(found["source"].max()) >= len(header.ranges)):
