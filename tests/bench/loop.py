@@ -1,6 +1,6 @@
-"""The whole loop on one machine: sustained events/s, weight freshness, memory of each process.
+"""The whole loop on one machine: sustained events/s, weight freshness, memory and bytes written of each process.
 
-    python -m tests.bench.loop [--sustained-s 180] [--bursts 200] [--memory-s 600]
+    python -m tests.bench.loop [--sustained-s 180] [--bursts 200] [--memory-s 600] [--written-s 120]
 
 Everything runs at once on the cores there are: Kafka, shoppers, stream, trainer,
 applier, worker, and the client that measures. Freshness is what a client sees:
@@ -25,13 +25,18 @@ import psutil
 from state.log import Topics, Writer, partition_of
 from state.registry import control
 from state.registry.registry import Registry
-from tests.bench.report import Figure, report
+from tests.bench.report import Figure, Stages, report
 from tests.e2e.running import MODULES, Loop, until
+from tests.written import Written
 
 CLICKS = 3  # of one burst
 POLL_S = 0.005
 PATIENCE_S = 30.0
+WARM_S = 60.0  # before bytes are counted: a start writes more
+MOST_WRITTEN_GB = {200: 2, 5000: 6}  # an hour, by clicks/s
 MEBI = 1024 * 1024
+
+progress = Stages("loop")
 
 
 @contextmanager
@@ -39,6 +44,7 @@ def loop_at(directory: Path, rate: float) -> Iterator[Loop]:
     """A running loop whose shoppers click `rate` times a second."""
     loop = Loop(directory, {"shoppers.rate": rate, "shoppers.users": 20_000, "bootstrap.min_rows": 2000})
     try:
+        progress.say(f"start at {rate:,.0f} clicks/s")
         loop.start()
         yield loop
     finally:
@@ -69,6 +75,7 @@ def settle(loop: Loop) -> float:
         ) > 5
 
     while behind():
+        progress.say("catching up with the start")
         if time.monotonic() - begin > 120:
             raise RuntimeError(f"the loop does not catch up with its start\n{loop.logs()}")
         time.sleep(0.5)
@@ -83,6 +90,7 @@ def freshness(loop: Loop, bursts: int) -> list[float]:
     with Topics(kafka) as topics, Writer(kafka) as writer:
         about = topics.describe(kafka.clicks_topic)
         for number in range(bursts):
+            progress.say("weight freshness", f"burst {number} of {bursts}")
             user = f"bench-shopper-{number % 50}"
             click = {"user": user, "item": f"item-{number}", "category": f"category-{number % 64}", "action": "view"}
             for _ in range(CLICKS):
@@ -133,6 +141,7 @@ def sustained(loop: Loop, seconds: float) -> dict[str, Figure]:
     times, lags, records, events, trained = [], [], [], [], []
     begin = time.monotonic()
     while time.monotonic() - begin < seconds:
+        progress.say("sustained", f"{time.monotonic() - begin:.0f} of {seconds:.0f} s")
         stream, trainer = loop.metrics("stream"), loop.metrics("trainer")
         times.append(time.monotonic() - begin)
         lags.append(stream.value("springtide_stream_lag_events") or 0.0)
@@ -154,6 +163,26 @@ def sustained(loop: Loop, seconds: float) -> dict[str, Figure]:
     }
 
 
+def wait(stage: str, seconds: float) -> None:
+    """Lets the loop run on."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        progress.say(stage, f"{left:.0f} s to go")
+        time.sleep(min(1.0, left))
+
+
+def written(loop: Loop, rate: int, seconds: float) -> dict[str, Figure]:
+    """GB an hour that each process writes, all of them, and the disk, whoever else writes to it."""
+    running, directory = parts(loop), loop.settings.state_dir
+    before = Written.now(running, directory)
+    wait(f"bytes written at {rate:,} clicks/s,", seconds)
+    found = Written.now(running, directory).gb_per_hour(before)
+    most = {"all of them": f"<= {MOST_WRITTEN_GB[rate]}"}
+    return {
+        f"written at {rate:,}/s, {name}": Figure(value, "GB/h", most.get(name, "")) for name, value in found.items()
+    }
+
+
 def shares(loop: Loop, seconds: float = 20.0) -> dict[str, float]:
     """CPU seconds per second of each process: where two cores go."""
     running = parts(loop)
@@ -168,10 +197,16 @@ def main() -> None:
     parser.add_argument("--sustained-s", type=float, default=180.0)
     parser.add_argument("--bursts", type=int, default=200)
     parser.add_argument("--memory-s", type=float, default=600.0)
+    parser.add_argument("--written-s", type=float, default=120.0)
     options = parser.parse_args()
     figures: dict[str, Figure] = {}
     notes: dict[str, object] = {}
     with tempfile.TemporaryDirectory(prefix="springtide-loop-") as directory:
+        quiet = Path(directory, "quiet")
+        quiet.mkdir()
+        with loop_at(quiet, 200) as loop:
+            wait("warm-up,", WARM_S)
+            figures |= written(loop, 200, options.written_s)
         with loop_at(Path(directory), 5000) as loop:
             begin = time.monotonic()
             figures["first start: first answer"] = Figure(loop.first_answer_s, "s")
@@ -179,7 +214,8 @@ def main() -> None:
             figures["first start: caught up after"] = Figure(settle(loop), "s")
             measured = freshness(loop, options.bursts)
             notes["cpu at 5k events/s"] = shares(loop)
-            time.sleep(max(0.0, options.memory_s - (time.monotonic() - begin)))
+            figures |= written(loop, 5000, options.written_s)
+            wait("memory,", options.memory_s - (time.monotonic() - begin))
             last = memory(loop)
             notes["memory taken after s"] = time.monotonic() - begin
             figures["rollback: answered with the version after"] = Figure(rollback(loop), "s", "<= 1")

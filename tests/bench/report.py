@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 FOLDER = Path("build/bench")
 
@@ -42,6 +44,44 @@ class Figure:
             return None
         sign, bound = self.goal.split()
         return self.value >= float(bound) if sign == ">=" else self.value <= float(bound)
+
+
+class Stages:
+    """Says how far a bench is: each new stage, and within one at most every `every_s`.
+
+    Args:
+        name: Of the bench.
+        every_s: Least time between two lines of one stage.
+        output: Where to; by default the standard error.
+        clock_s: A monotonic clock.
+
+    >>> times = iter([0.0, 61.0, 62.0, 72.0])
+    >>> progress = Stages("loop", 10.0, sys.stdout, lambda: next(times))
+    >>> for place in (1, 2, 3):
+    ...     progress.say("freshness", f"{place} of 3")
+    loop: 61 s, freshness 1 of 3
+    loop: 72 s, freshness 3 of 3
+    """
+
+    def __init__(
+        self,
+        name: str,
+        every_s: float = 10.0,
+        output: TextIO | None = None,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._every_s, self._output, self._clock_s = name, every_s, output or sys.stderr, clock_s
+        self._begin_s = clock_s()
+        self._stage, self._said_s = "", 0.0
+
+    def say(self, stage: str, more: str = "") -> None:
+        """Says where the bench is, where it is time."""
+        now_s = self._clock_s()
+        if stage != self._stage or now_s >= self._said_s + self._every_s:
+            self._stage, self._said_s = stage, now_s
+            print(
+                f"{self._name}: {now_s - self._begin_s:.0f} s, {stage} {more}".rstrip(), file=self._output, flush=True
+            )
 
 
 def machine() -> dict[str, object]:
