@@ -246,7 +246,11 @@ class Stream:
     shard: int = setting(0, least=0, help="Number of this stream among `shards`.")
     shards: int = setting(1, least=1, most=65535, help="Streams that share the clicks topic's partitions.")
     map_gb: int = setting(
-        16, "GiB", least=1, most=65536, help="Upper bound of the histories' size; address space, not memory."
+        16,
+        "GiB",
+        least=1,
+        most=65536,
+        help="Upper bound of the histories' size, beside their share of `storage.budget_gb`; address space, not memory.",
     )
     metrics_port: int = setting(9101, least=0, most=65535, help="Port of the stream's /metrics.")
 
@@ -362,10 +366,28 @@ class ServingSettings:
     poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Time between looks at the registry.")
     keep_s: float = setting(900.0, "s", least=0.0, help="How long rows of older versions stay readable.")
     map_gb: int = setting(
-        16, "GiB", least=1, most=65536, help="Upper bound of each serving store's size; address space, not memory."
+        16,
+        "GiB",
+        least=1,
+        most=65536,
+        help="Upper bound of each serving store's size, beside its share of `storage.budget_gb`; address space, not memory.",
     )
     sync_s: float = setting(5.0, "s", least=0.1, most=3600.0, help="Time between syncs of the stores to disk.")
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """The disk space that all parts together may take."""
+
+    budget_gb: float = setting(
+        10.0,
+        "GB",
+        least=0.5,
+        most=1_000_000.0,
+        help="Disk space for all together: local Kafka 40 %, registry 25 %, stream's stores 15 %, serving's stores 15 %, "
+        "logs 5 %. Each part keeps to its share; the oldest goes first.",
+    )
 
 
 @dataclass(frozen=True)
@@ -412,6 +434,7 @@ SECTIONS: dict[str, type[Any]] = {
     "trainer": TrainerSettings,
     "registry": RegistrySettings,
     "serving": ServingSettings,
+    "storage": StorageSettings,
     "bootstrap": Bootstrap,
     "shoppers": Shoppers,
     "up": Supervision,

@@ -21,6 +21,7 @@ from state.config.sections import (
     RegistrySettings,
     ServingSettings,
     Shoppers,
+    StorageSettings,
     Stream,
     Supervision,
     TrainerSettings,
@@ -50,6 +51,7 @@ class Settings:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
+    storage: StorageSettings = field(default_factory=StorageSettings)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     shoppers: Shoppers = field(default_factory=Shoppers)
     up: Supervision = field(default_factory=Supervision)

@@ -1,0 +1,108 @@
+"""How `storage.budget_gb` is divided among the parts, and how much of it each store and topic may take. Pure.
+
+| part | share | what lies there | what keeps it there |
+|---|---|---|---|
+| `kafka` | 40 % | the local Kafka: clicks, training log, dead letters, attributes | each topic's `retention.bytes` |
+| `registry` | 25 % | versions, bases, control | the compactor thins, and drops the oldest first |
+| `stream` | 15 % | the stream's histories and attributes | the stores' maps |
+| `serving` | 15 % | serving's histories and attributes, and its rows where memory has no room for them | the stores' maps |
+| `logs` | 5 % | one log a process, and older ones | rotation by size |
+
+A part is kept at `KEPT` of its share, so that one beyond 90 % tells that what
+should keep it there does not. A cluster of one's own is not touched; nobody
+else takes its share then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from state import layout
+
+if TYPE_CHECKING:
+    from state.config.settings import Settings
+
+KAFKA, REGISTRY, STREAM, SERVING, LOGS = "kafka", "registry", "stream", "serving", "logs"
+SHARES: Mapping[str, float] = {KAFKA: 0.40, REGISTRY: 0.25, STREAM: 0.15, SERVING: 0.15, LOGS: 0.05}
+KEPT = 0.8
+
+# Of a part's share; what is left over is for small files.
+_STORES: Mapping[str, Mapping[str, float]] = {
+    STREAM: {layout.HISTORIES: 0.85, layout.ATTRIBUTES: 0.15},
+    SERVING: {layout.HISTORIES: 0.65, layout.ATTRIBUTES: 0.1, layout.ROWS: 0.2},
+}
+_PAGE = 4096
+# A store that was larger than its share before there was one goes on, and has this much room to become smaller.
+_SLACK, _SLACK_BYTES = 1.05, 64 << 20
+
+
+def budget_bytes(settings: Settings) -> int:
+    """The whole.
+
+    >>> from state.config.settings import Settings
+    >>> budget_bytes(Settings())
+    10000000000
+    """
+    return int(settings.storage.budget_gb * 1e9)
+
+
+def limit_bytes(settings: Settings, part: str) -> int:
+    """A part's share.
+
+    >>> from state.config.settings import Settings
+    >>> limit_bytes(Settings(), "registry")
+    2500000000
+    """
+    return int(budget_bytes(settings) * SHARES[part])
+
+
+def kept_bytes(settings: Settings, part: str) -> int:
+    """How much a part should take at most: what removes the oldest aims at this.
+
+    >>> from state.config.settings import Settings
+    >>> kept_bytes(Settings(), "registry")
+    2000000000
+    """
+    return int(limit_bytes(settings, part) * KEPT)
+
+
+def store_bytes(settings: Settings, part: str, store: str) -> int:
+    """The most that a store of a part may grow to, in whole pages; the shards of a stream divide theirs.
+
+    >>> from state.config.settings import Settings
+    >>> store_bytes(Settings(), "stream", "histories")
+    1274998784
+    """
+    shards = settings.stream.shards if part == STREAM else 1
+    return int(limit_bytes(settings, part) * _STORES[part][store] / shards) // _PAGE * _PAGE
+
+
+def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
+    """The map that the writer of the store in `folder` opens it with: its share, or a little more than it has already.
+
+    Args:
+        settings: The effective settings.
+        part: `stream` or `serving`.
+        store: Its name in `state/layout.py`.
+        folder: Where it lies or will lie.
+    """
+    most = {STREAM: settings.stream.map_gb, SERVING: settings.serving.map_gb}[part] << 30
+    data = folder / layout.DATA
+    there = data.stat().st_size if data.exists() else 0
+    wanted = max(store_bytes(settings, part, store), int(there * _SLACK) + _SLACK_BYTES if there else 0)
+    return min(most, -(-wanted // _PAGE) * _PAGE)
+
+
+def folders(settings: Settings, part: str) -> list[Path]:
+    """The directories of a part; the stream's are those of all shards under this state directory."""
+    if part == STREAM:
+        return [one.parent for one in layout.streams(settings.state_dir)]
+    named = {
+        KAFKA: settings.kafka_dir,
+        REGISTRY: settings.registry_dir,
+        SERVING: settings.serving_dir,
+        LOGS: settings.logs_dir,
+    }
+    return [named[part]]

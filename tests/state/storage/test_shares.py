@@ -1,0 +1,67 @@
+"""The budget is divided among the parts, once, and said alike wherever a person reads it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from state.attributes.store import AttributeStore
+from state.config.loading import load
+from state.config.sections import known_settings
+from state.config.settings import Settings
+from state.storage import shares
+
+ROOT = Path(__file__).parents[3]
+
+
+def with_budget(gigabytes: float) -> Settings:
+    return load(["--storage.budget_gb", str(gigabytes)], env={})
+
+
+def test_the_shares_are_the_whole_budget_and_no_more() -> None:
+    settings = with_budget(3)
+    assert sum(shares.SHARES.values()) == pytest.approx(1.0)
+    assert 2_999_999_990 <= sum(shares.limit_bytes(settings, part) for part in shares.SHARES) <= 3_000_000_000
+
+
+@pytest.mark.parametrize("part", shares._STORES)
+def test_the_stores_of_a_part_fit_into_its_share_with_room_for_small_files(part: str) -> None:
+    settings = with_budget(1)
+    stores = sum(shares.store_bytes(settings, part, store) for store in shares._STORES[part])
+    assert stores <= shares.limit_bytes(settings, part)
+
+
+def test_the_help_and_the_tables_say_the_same_shares() -> None:
+    """In the help of the setting, in the README and where the shares are."""
+    wanted = {part: f"{share:.0%}".replace("%", " %") for part, share in shares.SHARES.items()}
+    for text in (shares.__doc__ or "", (ROOT / "README.md").read_text()):
+        assert dict(re.findall(r"^\| `(\w+)` \| (\d+ %) \|", text, re.MULTILINE)) == wanted
+    (budget,) = (one for one in known_settings() if one.name == "storage.budget_gb")
+    assert sorted(re.findall(r"\d+ %", budget.help)) == sorted(wanted.values())
+
+
+def test_a_store_larger_than_its_share_is_opened_with_room_to_become_smaller(tmp_path: Path) -> None:
+    small, folder = with_budget(0.5), tmp_path / "attributes"
+    share = shares.store_bytes(small, shares.SERVING, "attributes")
+    assert shares.map_bytes(small, shares.SERVING, "attributes", folder) == share
+    folder.mkdir()
+    with (folder / "data.mdb").open("wb") as data:
+        data.truncate(share * 3)
+    opened = shares.map_bytes(small, shares.SERVING, "attributes", folder)
+    assert share * 3 + (60 << 20) < opened < share * 4 + (64 << 20)
+
+
+def test_a_store_opens_with_its_map(tmp_path: Path) -> None:
+    settings = with_budget(1)
+    wanted = shares.map_bytes(settings, shares.STREAM, "attributes", tmp_path)
+    store = AttributeStore(tmp_path, wanted)
+    assert store.bytes_limit() == wanted == shares.store_bytes(settings, shares.STREAM, "attributes")
+    store.close()
+
+
+def test_shards_divide_the_share_of_the_stream() -> None:
+    one, four = with_budget(10), load(["--storage.budget_gb", "10", "--stream.shards", "4"], env={})
+    whole, part = (shares.store_bytes(settings, shares.STREAM, "histories") for settings in (one, four))
+    assert whole - 4 * 4096 <= 4 * part <= whole
