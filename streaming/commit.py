@@ -5,7 +5,10 @@ For all the cuts that are queued at that moment:
     1. One Kafka transaction with their micro-batches and dead letters.
     2. One commit of the store: histories, rows that wait, clocks, next offsets, counters.
     3. Once a second the gauges of the account, and the offsets of the consumer group for lag tools; nothing is read
-       from there. Every `stream.sync_s` the store is synced.
+       from there.
+
+The store is synced at a clean stop only: one that was open in a power cut is
+made anew, whatever of it had reached the disk.
 
 Where clicks stop coming, 3 is done once more, so that what is shown at rest is
 what is committed.
@@ -48,9 +51,8 @@ class Committer:
 
     def __init__(self, context: StreamContext) -> None:
         self._context = context
-        self._sync_due_s = time.monotonic() + context.settings.stream.sync_s
         self._show_due_s = 0.0
-        self._unshown = self._unsynced = False
+        self._unshown = False
         self._showing = threading.Lock()
         self._group_fails = False
         self._faults: tuple[str, ...] = ()
@@ -87,30 +89,20 @@ class Committer:
             context.profiler.committed(piece)
         context.metrics.commit_seconds.observe(time.perf_counter() - begun_s)
         self._count(pieces, records)
-        self._unshown = self._unsynced = True
+        self._unshown = True
         # 3.
         self.catch_up()
 
     @property
     def due_s(self) -> float | None:
         """From which monotonic time on `catch_up` has something to do; None where nothing was committed since."""
-        waiting = [self._show_due_s] * self._unshown + [self._sync_due_s] * self._unsynced
-        return min(waiting, default=None)
+        return self._show_due_s if self._unshown else None
 
     def catch_up(self) -> None:
-        """Shows what was committed and syncs it, each where it is due.
-
-        Raises:
-            StoreFull: The disk is full.
-        """
-        now_s = time.monotonic()
-        if self._unshown and now_s >= self._show_due_s:
+        """Shows what was committed, where that is due."""
+        if self._unshown and time.monotonic() >= self._show_due_s:
             self.show()
             killpoints.reach("stream.grouped")
-        if self._unsynced and now_s >= self._sync_due_s:
-            self._context.store.sync()
-            self._unsynced = False
-            self._sync_due_s = time.monotonic() + self._context.settings.stream.sync_s
 
     def show(self) -> None:
         """Sets the gauges of the account and tells Kafka the group's offsets, of what is committed now.

@@ -151,7 +151,7 @@ class Applier:
             raise self._failure
 
     def _follow_versions(self) -> None:
-        sample, house, sync = Every(SAMPLE_S), Every(HOUSE_S), Every(self._settings.serving.sync_s)
+        sample, house = Every(SAMPLE_S), Every(HOUSE_S)
         say = SaidOnce(_log.error)
         while not self._stop.is_set():
             more, pause_s = False, self._settings.serving.poll_ms / 1000
@@ -169,8 +169,6 @@ class Applier:
                 self._histories.clear_stale_readers()
                 if self._attributes is not None:
                     self._attributes.store.clear_stale_readers()
-            if sync(now_s):
-                self._rows.sync()
             if not more:
                 self._stop.wait(pause_s)
 
@@ -196,7 +194,6 @@ class Applier:
             self._stop.set()
 
     def _follow_clicks(self) -> None:
-        sync = Every(self._settings.serving.sync_s)
         say = SaidOnce(_log.warning)
         kafka, partition = self._settings.kafka, self._settings.trainer.partition
 
@@ -217,8 +214,6 @@ class Applier:
                 self.metrics.log_failures.inc()
                 say(f"{error}; serving goes on with the clicks it has, and tries again")
                 self._stop.wait(RETRY_S)
-            if sync(time.monotonic()):
-                self._histories.sync()
         self.clicks.disconnect()
 
     def _connect(self) -> None:

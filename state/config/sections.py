@@ -242,7 +242,6 @@ class Stream:
     cache_users: int = setting(
         20_000, "users", least=1, most=100_000_000, help="Users whose histories are held in memory."
     )
-    sync_s: float = setting(5.0, "s", least=0.1, most=3600.0, help="Time between syncs of the histories to disk.")
     shard: int = setting(0, least=0, help="Number of this stream among `shards`.")
     shards: int = setting(1, least=1, most=65535, help="Streams that share the clicks topic's partitions.")
     map_gb: int = setting(
@@ -372,7 +371,6 @@ class ServingSettings:
         most=65536,
         help="Upper bound of each serving store's size, beside its share of `storage.budget_gb`; address space, not memory.",
     )
-    sync_s: float = setting(5.0, "s", least=0.1, most=3600.0, help="Time between syncs of the stores to disk.")
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
 
 

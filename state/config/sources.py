@@ -28,6 +28,10 @@ SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.s
 RENAMED = {"features.labels": "features.recent_categories"}
 """Settings of an earlier release, and what they are called."""
 
+_NO_SYNC = "leave it out: a store that was open in a power cut is made anew, synced or not"
+GONE = {"stream.sync_s": _NO_SYNC, "serving.sync_s": _NO_SYNC}
+"""Settings of an earlier release that decide nothing any more, and what to do."""
+
 
 def variable(name: str) -> str:
     """The environment variable of a dotted name.
@@ -107,6 +111,7 @@ def from_environment(env: Mapping[str, str], known: Mapping[str, KnownSetting]) 
         if not key.startswith(PREFIX) or key in NO_SETTINGS:
             continue
         if key not in by_variable:
+            _refuse_gone({variable(name): name for name in GONE}.get(key, ""), f"variable {key}")
             near = variable(nearest_setting(key.removeprefix(PREFIX).replace("_", ".", 1).lower(), known))
             raise SettingsError(f"variable {key}: unknown setting", f"the nearest is {near}")
         yield by_variable[key], env[key], f"variable {key}"
@@ -160,10 +165,17 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefix: str = "") -> str:
     """Returns `name`, or raises with the nearest known one."""
     if name not in known:
+        _refuse_gone(name, origin)
         raise SettingsError(
             f"{origin}: unknown setting {name}", f"the nearest is {prefix}{nearest_setting(name, known)}"
         )
     return name
+
+
+def _refuse_gone(name: str, origin: str) -> None:
+    """Refuses a setting that an earlier release had."""
+    if name in GONE:
+        raise SettingsError(f"{origin}: there is no setting {name} any more", GONE[name])
 
 
 def nearest_setting(name: str, known: Mapping[str, object]) -> str:

@@ -244,7 +244,9 @@ class HistoryStore(LmdbStore):
                 known -= len(old) == len(theirs)
             for key in gone:
                 transaction.delete(key, db=self._chunks)
-            transaction.put(b"users", str(known).encode(), db=self._meta)
+            # Without a change nothing is written to the disk: this is called each second.
+            if gone:
+                transaction.put(b"users", str(known).encode(), db=self._meta)
         return deleted, resume
 
     def digest(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count, groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from state.config.sections import Kafka, Stream
+from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.features.spec import EVENT
 from state.history.appends import Appends
@@ -29,11 +28,11 @@ from tests.streaming.pieces import ZERO, context_of
 
 
 @contextmanager
-def sink(path: Path, refused: int = 0, sync_s: float = 5.0) -> Iterator[Any]:
+def sink(path: Path, refused: int = 0) -> Iterator[Any]:
     """The commit thread with a real store and a log in memory, which comes back after `refused` attempts to connect."""
     store, stopping, told = HistoryStore(path / "histories", map_bytes=1 << 26), threading.Event(), list[Rows]()
     log, attempts = MemoryLog(ids=lambda: ZERO.topic_id), count()
-    settings = Settings(stream=replace(Stream(), sync_s=sync_s))
+    settings = Settings()
     for planned in (topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)):
         log.topics().ensure(*planned)
 

@@ -73,14 +73,14 @@ def test_at_rest_the_group_and_the_account_say_what_is_committed_and_then_nothin
     def group() -> dict[int, int]:
         return dict(shard.log.topics().committed(Kafka().group, Kafka().clicks_topic))
 
-    with sink(tmp_path, sync_s=0.1) as shard:
+    with sink(tmp_path) as shard:
         shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
         until(lambda: group() == {0: 1}, "the first cut is shown")
         # Within the second in which nothing more is shown; no third cut comes.
         shard.commits.put(Cut((piece((ZERO, 1, 2)),), 0))
         until(lambda: group() == {0: 3}, "the second cut is shown", DEADLINE_S)
         assert shard.metrics.accounting_positions.labels("positions")._value.get() == 3
-        until(lambda: shard.committer.due_s is None, "the store is synced too", DEADLINE_S)
+        until(lambda: shard.committer.due_s is None, "nothing is due", DEADLINE_S)
 
 
 def test_a_group_that_could_not_be_told_is_told_at_rest(tmp_path: Path) -> None:

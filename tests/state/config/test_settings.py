@@ -100,6 +100,19 @@ def test_an_unknown_flag_is_refused_with_the_nearest() -> None:
         load(["--stream.cut_row", "1"], env={}, path="/dev/null")
 
 
+@pytest.mark.parametrize("name", ["stream.sync_s", "serving.sync_s"])
+def test_a_setting_that_decides_nothing_any_more_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    section, _, key = name.partition(".")
+    written: list[tuple[list[str], dict[str, str], str]] = [
+        ([f"--{name}", "5"], {}, "/dev/null"),
+        ([], {f"SPRINGTIDE_{name.replace('.', '_').upper()}": "5"}, "/dev/null"),
+        ([], {}, str(write(tmp_path, f"[{section}]\n{key} = 5\n"))),
+    ]
+    for argv, env, path in written:
+        with pytest.raises(SettingsError, match=rf"there is no setting {name} any more; leave it out: "):
+            load(argv, env=env, path=path)
+
+
 @pytest.mark.parametrize("argv", [["--kafka.port"], ["kafka.port", "1"], ["7"]])
 def test_a_line_that_is_no_flag_and_value_is_refused(argv: list[str]) -> None:
     with pytest.raises(SettingsError):

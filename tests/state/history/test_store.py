@@ -140,7 +140,10 @@ def test_sweeping_removes_only_leading_old_events_and_whole_users(tmp_path: Path
     late["at_ms"][3] = 10_000
     store.commit(appends((1, np.concatenate([events(16), late, events(8, 32)])), (2, events(5)), (3, events(40, 9000))))
     assert store.sweep(horizon_ms=100, limit=2) == (16 + 5, 3)
+    before = store._env.info()["last_txnid"]
     assert store.sweep(horizon_ms=100, start=3) == (0, None)
+    # Nothing was old, and so nothing is written.
+    assert store._env.info()["last_txnid"] == before
     assert store.read(1)["offset"].tolist() == list(range(16, 40))
     assert (len(store.read(2)), len(store.read(3)), store.users()) == (0, 40, 2)
     # The last N are still counted from the first event ever appended.
