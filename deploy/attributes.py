@@ -105,7 +105,7 @@ def run(
     """
     for files in files_of(options, settings):
         with Topics(settings.kafka) as topics:
-            topics.ensure(*topic_plan.attributes_of(files.topic))
+            topics.ensure(*topic_plan.attributes_of(settings, files.topic))
         progress = Progress(progress_to, time.monotonic, f"record of {article(files.side)}", REFUSED)
         with Outbox(settings.kafka, files.topic) as outbox:
             outcome = send(files, outbox.send, progress, stopped, lambda: time.time_ns() // 1_000_000)

@@ -21,6 +21,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
+from state.process.private_files import keep_private
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
@@ -125,6 +126,7 @@ def become(module: str, flags: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `springtide`; returns the exit status."""
+    keep_private()
     return while_read(lambda: _status(sys.argv[1:] if argv is None else argv))
 
 

@@ -18,6 +18,7 @@ from deploy.children.last_words import how
 from deploy.children.parent_death import die_with
 from state.config.loading import load
 from state.errors import ProcessFailed, SpringtideError
+from state.process.private_files import keep_private
 
 STOP_S = 10.0
 LOOK_S = 0.1
@@ -74,6 +75,7 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs serving with the settings of `argv` until a signal; returns the exit status."""
+    keep_private()
     flags = list(sys.argv[1:] if argv is None else argv)
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

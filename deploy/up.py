@@ -109,8 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.startup.steps import Startup
         from deploy.watch.live import Screen
         from state.config.loading import load
+        from state.process.private_files import keep_private
         from state.registry.model_fit import require_same_model
 
+        keep_private()
         accepted, words = take_accepted(words)
         shoppers = "--no-shoppers" not in words
         settings = load([word for word in words if word != "--no-shoppers"])

@@ -39,6 +39,7 @@ from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import own_salt
 from state.features.spec import FeatureSpec
+from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.options import add_file_arguments, as_settings, chosen
 from state.registry.registry import Registry
@@ -158,6 +159,7 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Bootstraps once; returns the exit code."""
+    keep_private()
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s bootstrap %(levelname)s %(message)s", stream=own_stderr()
     )

@@ -27,6 +27,7 @@ from state.errors import GapError, SpringtideError, of_disk
 from state.log.gap_options import take_options
 from state.log.gaps import how_to_go_on
 from state.process.actor import actor
+from state.process.private_files import keep_private
 from streaming.context import Handle, StreamContext
 from streaming.open_shard import open_shard
 from streaming.sink import WriteMicroBatches
@@ -64,6 +65,7 @@ def run(shard: Handle[StreamContext]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stream of `stream.shard`; returns the exit code."""
+    keep_private()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s stream %(levelname)s %(message)s", stream=sys.stderr)
     for noisy in ("apache_beam", "kafka"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

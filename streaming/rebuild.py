@@ -33,6 +33,7 @@ from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import KafkaLog
+from state.process.private_files import keep_private
 from state.process.progress_line import ProgressLine
 from streaming import takeover
 from streaming.desired import ControlWatch
@@ -106,6 +107,7 @@ def asked(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuilds once; returns the exit code."""
+    keep_private()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s rebuild %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:

@@ -27,6 +27,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, UnusableRegistry, of_disk
+from state.process.private_files import keep_private
 from state.registry.control import Control
 from state.registry.manifest import Kind, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
@@ -201,6 +202,7 @@ def run_after_others(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compacts once; returns the exit code."""
+    keep_private()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s compactor %(levelname)s %(message)s", stream=sys.stderr)
     os.nice(NICENESS)
     try:

@@ -46,6 +46,7 @@ from state.log.gap_options import take_options
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
+from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model
@@ -209,6 +210,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code."""
+    keep_private()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", stream=own_stderr())
     for noisy in ("kafka", "absl", "tensorflow"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

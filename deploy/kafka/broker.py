@@ -44,7 +44,7 @@ class Broker:
         """Prepares a broker; nothing runs before `start`.
 
         Args:
-            directory: holds the data, the log and the list of jars.
+            directory: holds the data and the log.
             port: the port on loopback (setting kafka.port).
             heap_mb: Java heap, MB.
             retention_h: how long records and positions of groups are kept, hours.
@@ -79,7 +79,7 @@ class Broker:
         require_free(self.port)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._require_disk()
-        class_path = os.pathsep.join(str(jar) for jar in jars.resolve(self.directory))
+        class_path = os.pathsep.join(str(jar) for jar in jars.resolve())
         lock = self._lock()
         try:
             log_start = self._launch(class_path, lock)
@@ -129,7 +129,7 @@ class Broker:
         Kafka locks its data too late: by then a second broker has opened the
         first one's metadata.
         """
-        lock = os.open(self.directory / "broker.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(self.directory / "broker.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:

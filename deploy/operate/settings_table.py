@@ -81,7 +81,7 @@ def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
                 f"    default   {as_toml(known.default)}",
                 *(f"    allowed   {bounds}" for bounds in [allowed(known)] if bounds),
                 f"    write     [{known.name.partition('.')[0]}] {known.name.partition('.')[2]} = ..., "
-                f"{variable(known.name)}=..., or --{known.name} ...",
+                f"{variable(known.name)}=...{'' if known.secret else f', or --{known.name} ...'}",
             ]
         )
         for known in listed
@@ -113,7 +113,7 @@ def as_markdown() -> str:
         "# Settings",
         "",
         "Made by `springtide config --markdown`. Each is written in `springtide.toml` under its section, "
-        f"as a variable (`{variable('kafka.port')}`), or as a flag (`--kafka.port`); the later wins. "
+        f"as a variable (`{variable('kafka.port')}`), or as a flag (`--kafka.port`), secrets excepted; the later wins. "
         "A list is written with commas in a variable or a flag. What is not allowed, or not together, is refused before "
         "anything starts, with its file and line, variable or flag.",
     ]

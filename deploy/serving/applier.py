@@ -42,6 +42,7 @@ from state.layout import ATTRIBUTES, GAPS, HISTORIES, PROGRAMS, ROWS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
+from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
 from state.registry.registry import Registry
@@ -229,6 +230,7 @@ class Applier:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.applier [flags]`; returns the exit code."""
+    keep_private()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s applier: %(message)s", stream=sys.stderr)
     logging.getLogger("kafka").setLevel(logging.ERROR)
     stop = threading.Event()

@@ -26,6 +26,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import PortTaken, SpringtideError, of_disk
 from state.events.identity import load_salt
+from state.process.private_files import keep_private
 
 
 def listen(host: str, port: int, shared: bool) -> socket.socket:
@@ -126,6 +127,7 @@ def serve_all(settings: Settings, argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.rest [flags]`; returns the exit code."""
+    keep_private()
     arguments = sys.argv[1:] if argv is None else argv
     try:
         settings = load(arguments)

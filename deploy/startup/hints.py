@@ -8,7 +8,6 @@ from pathlib import Path
 
 from deploy.watch import scrape
 from state.config.loading import FILE
-from state.config.sections import known_settings
 from state.config.settings import Settings
 from state.config.sources import as_text
 
@@ -72,12 +71,9 @@ def repeated_flags(settings: Settings) -> str:
     >>> repeated_flags(Settings(origins={"kafka.port": "flag --kafka.port", "stream.cut_ms": "my shop.toml:3"}))
     " --config 'my shop.toml' --kafka.port 9092"
     """
-    secret = {known.name for known in known_settings() if known.secret}
     files = {one.rpartition(":")[0] for one in settings.origins.values() if not one.startswith(("flag ", "variable "))}
     flags = [("config", file) for file in sorted(files - {FILE})]
     flags += [
-        (name, as_text(settings.value(name)))
-        for name, origin in settings.origins.items()
-        if origin.startswith("flag ") and name not in secret
+        (name, as_text(settings.value(name))) for name, origin in settings.origins.items() if origin.startswith("flag ")
     ]
     return "".join(f" --{name} {shlex.quote(value)}" for name, value in flags)

@@ -140,7 +140,7 @@ class Startup:
         else:
             where = f"yours at {settings.kafka.bootstrap_servers}"
         # 3. Topics; with a cluster of the user's this is also the check that it answers.
-        topics = ensure_topics(settings)
+        topics = ensure_topics(settings, self._screen.say)
         if self._kafka is None:
             self._supervise().start(self._plans[KERNELS])
         self._step(2, "Kafka", where)

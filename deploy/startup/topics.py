@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from state.config.settings import Settings
 from state.log import Topics, topic_plan
 
 
-def ensure_topics(settings: Settings) -> str:
-    """Makes what is missing; returns the topics in words.
+def ensure_topics(settings: Settings, say: Callable[[str], None]) -> str:
+    """Makes what is missing, and says which topics the loss of one broker would harm; returns the topics in words.
 
     Raises:
         LogError: Kafka does not answer, or refused.
@@ -17,5 +19,7 @@ def ensure_topics(settings: Settings) -> str:
     with Topics(kafka) as topics:
         for one in [*wanted, *topic_plan.attributes(settings)]:
             topics.ensure(*one)
+            if weakness := topics.copies(one.name).weakness():
+                say(f"topic {one.name}: {weakness}")
         partitions = topics.describe(kafka.clicks_topic).partitions
     return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"

@@ -235,8 +235,14 @@ def brokers(settings: Settings) -> Iterator[Conflict]:
             for name in ("kafka.sasl_username", "kafka.sasl_password"):
                 if not settings.value(name):
                     yield Conflict((sasl[0],), f"kafka.sasl_mechanism {kafka.sasl_mechanism} needs {name}")
+        if (kafka.sasl_mechanism == "OAUTHBEARER") != bool(kafka.sasl_token_provider):
+            yield Conflict(
+                ("kafka.sasl_token_provider", "kafka.sasl_mechanism"),
+                "kafka.sasl_mechanism OAUTHBEARER and kafka.sasl_token_provider need each other",
+                "set both, or neither",
+            )
     else:
-        yield from _unused(settings, sasl, "SASL_SSL")
+        yield from _unused(settings, (*sasl, "kafka.sasl_token_provider"), "SASL_SSL")
     files = ("kafka.ssl_cafile", "kafka.ssl_certfile", "kafka.ssl_keyfile")
     if not protocol.endswith("SSL"):
         yield from _unused(settings, files, "SSL")
@@ -245,6 +251,17 @@ def brokers(settings: Settings) -> Iterator[Conflict]:
             yield Conflict((name,), f"{name} {settings.value(name)!r}: no such file", "correct the path")
     if kafka.ssl_keyfile and not kafka.ssl_certfile:
         yield Conflict(files[2:], "kafka.ssl_keyfile needs kafka.ssl_certfile, the certificate of the key")
+
+
+def replicas(settings: Settings) -> Iterator[Conflict]:
+    """No more replicas must be in step than there are."""
+    kafka = settings.kafka
+    if kafka.replication and kafka.min_insync_replicas > kafka.replication:
+        yield Conflict(
+            ("kafka.min_insync_replicas", "kafka.replication"),
+            f"kafka.min_insync_replicas {kafka.min_insync_replicas} is more than kafka.replication {kafka.replication}",
+            "no record would ever be acknowledged: lower it",
+        )
 
 
 def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[Conflict]:
@@ -267,4 +284,4 @@ def repeated(values: Sequence[str]) -> str | None:
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 
-RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers)
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas)

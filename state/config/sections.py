@@ -90,6 +90,10 @@ class Kafka:
         help="SASL mechanism; empty: none.",
     )
     sasl_username: str = setting("", help="SASL user name.")
+    sasl_token_provider: str = setting(
+        "",
+        help="Function that returns an OAuth access token (OAUTHBEARER), as `module:name`; asked at each connection.",
+    )
     sasl_password: str = setting("", secret=True, help="SASL password; better given by its variable than in the file.")
     ssl_cafile: str = setting("", help="Certificates to trust, PEM; empty: those of the system.")
     ssl_certfile: str = setting("", help="Client certificate, PEM.")
@@ -97,6 +101,15 @@ class Kafka:
     ssl_key_password: str = setting("", secret=True, help="Password of the client key.")
     request_timeout_s: float = setting(
         30.0, "s", least=0.1, most=3600.0, help="How long a request to a broker may take."
+    )
+    replication: int = setting(
+        0, least=0, most=32767, help="Replicas of the topics created here; 0: as many as the cluster's default says."
+    )
+    min_insync_replicas: int = setting(
+        0,
+        least=0,
+        most=32767,
+        help="Replicas that must have a record before it is acknowledged, for topics created here; 0: the cluster's.",
     )
     retention_h: int = setting(168, "h", least=1, most=876_000, help="How long the topics created here keep records.")
 

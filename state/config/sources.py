@@ -134,6 +134,11 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
             )
         if name != "config":
             _known_name(name, known, f"flag {flag}", "--")
+            if known[name].secret:
+                raise SettingsError(
+                    f"flag {flag}: on a command line every user of this machine can read it",
+                    f"give it in the variable {variable(name)}, or in the settings file",
+                )
         if not equals:
             following = next(words, None)
             if following is None or following.startswith("--"):

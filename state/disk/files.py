@@ -16,7 +16,7 @@ HOST = socket.gethostname()
 
 def write(path: Path, data: bytes) -> None:
     """Writes a new file and syncs it; the caller renames it or its directory, and syncs that."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         view = memoryview(data)
         while view:

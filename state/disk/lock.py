@@ -19,6 +19,7 @@ import psutil
 
 from state import layout
 from state.errors import LockHeld, UnusableDisk, reason_of
+from state.process.private_files import close_to_others
 
 
 class DirectoryLock:
@@ -45,7 +46,8 @@ class DirectoryLock:
             return self
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            close_to_others(self._path)
+            handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise UnusableDisk(
                 f"{self._path} cannot be locked ({reason_of(error)})",

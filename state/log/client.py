@@ -12,10 +12,12 @@ from typing import Any
 
 import kafka.errors as kafka_errors
 from kafka.net.compat import KafkaNetClient
+from kafka.net.sasl.oauth import AbstractTokenProvider
 
 from state.config.sections import Kafka
 from state.errors import LogError, SpringtideError
 from state.log.failures import fenced, first_line, unknown_topic, unreachable
+from state.process.user_code import load_named, told
 
 # The client logs each lost connection as a warning or an error; what an
 # operator can act on reaches them as one of our errors. A program that wants
@@ -67,12 +69,46 @@ def client_options(settings: Kafka) -> dict[str, Any]:
         "sasl_mechanism": settings.sasl_mechanism,
         "sasl_plain_username": settings.sasl_username,
         "sasl_plain_password": settings.sasl_password,
+        "sasl_oauth_token_provider": settings.sasl_token_provider and _TokenProvider(settings.sasl_token_provider),
         "ssl_cafile": settings.ssl_cafile,
         "ssl_certfile": settings.ssl_certfile,
         "ssl_keyfile": settings.ssl_keyfile,
         "ssl_password": settings.ssl_key_password,
     }
     return options | {name: value for name, value in optional.items() if value}
+
+
+class _TokenProvider(AbstractTokenProvider):
+    """Asks the user's function for a token, each time that a connection needs one.
+
+    Args:
+        path: The function, as `module:name`.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path, self._ask = path, load_named(path, "kafka.sasl_token_provider")
+        self.failure: LogError | None = None
+
+    def token(self) -> str:
+        """An access token.
+
+        Raises:
+            LogError: The function failed or returned none; also kept, for the client tries again and forgets why.
+        """
+        try:
+            token = self._ask()
+        # A function of the user's own may fail in any way.
+        except Exception as error:
+            failed = f"kafka.sasl_token_provider {self._path} failed: {told(error)}"
+            self.failure = LogError(failed, "mend what it asks, or the function")
+            raise self.failure from error
+        if not isinstance(token, str) or not token:
+            self.failure = LogError(
+                f"kafka.sasl_token_provider {self._path} returned no token", "let it return a text that is not empty"
+            )
+            raise self.failure
+        return token
 
 
 def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
@@ -93,13 +129,17 @@ def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: ob
         begun.append(KafkaNetClient(**given))
         return begun[-1]
 
+    ours = client_options(settings)
+    provider = ours.get("sasl_oauth_token_provider")
     with translated(settings, doing):
         try:
-            return make(**client_options(settings), **options, kafka_client=network)
+            return make(**ours, **options, kafka_client=network)
         except BaseException:
             # A constructor that raises leaves its thread and its sockets.
             for client in begun:
                 client.close()
+            if provider is not None and provider.failure is not None:
+                raise provider.failure from None
             raise
 
 

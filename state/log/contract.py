@@ -164,7 +164,9 @@ class LogTopics(Protocol):
         LogError: the log refused; so does every method.
     """
 
-    def ensure(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> TopicInfo:
+    def ensure(
+        self, name: str, partitions: int, config: Mapping[str, str] | None = None, replication: int = 0
+    ) -> TopicInfo:
         """Makes the topic if there is none; an existing one stays as it is."""
         ...
 

@@ -18,7 +18,9 @@ class MemoryTopics(LogTopics):
         self._state = state
         state.require("connect to Kafka")
 
-    def ensure(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> TopicInfo:
+    def ensure(
+        self, name: str, partitions: int, config: Mapping[str, str] | None = None, replication: int = 0
+    ) -> TopicInfo:
         """Makes the topic if there is none; an existing one stays as it is."""
         with self._state.changed:
             self._state.require(f"create topic {name}")

@@ -63,3 +63,44 @@ class TopicInfo:
 
     topic_id: str
     partitions: int
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How many copies of a topic's records there are.
+
+    Attributes:
+        replicas: Of the partition that has the fewest.
+        min_insync: How many of them must have a record before it is acknowledged.
+        brokers: How many the cluster has.
+
+    >>> Copies(3, 2, 3).weakness(), Copies(1, 1, 1).weakness()
+    ('', '')
+    >>> Copies(3, 3, 3).weakness()
+    'all 3 replicas must have a record: with one broker away nothing can be written; set min.insync.replicas to 2'
+    """
+
+    replicas: int
+    min_insync: int
+    brokers: int
+
+    def weakness(self) -> str:
+        """What the loss of one broker would cost, in words; empty where it costs nothing, or there is but one."""
+        if self.brokers < 2:
+            return ""
+        if self.replicas < 2:
+            return (
+                "there is one copy of each record: with its broker away nothing can be read or written, and a lost "
+                "disk loses it; make the topic anew with kafka.replication 3, or reassign its partitions"
+            )
+        if self.min_insync >= self.replicas:
+            return (
+                f"all {self.replicas} replicas must have a record: with one broker away nothing can be written; "
+                f"set min.insync.replicas to {self.replicas - 1}"
+            )
+        if self.min_insync < 2:
+            return (
+                "one copy is enough to acknowledge a record: a broker that is lost just then takes it along; "
+                "set min.insync.replicas to 2"
+            )
+        return ""

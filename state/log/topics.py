@@ -14,7 +14,7 @@ from uuid import UUID
 
 import kafka.errors as kafka_errors
 from kafka import KafkaAdminClient
-from kafka.admin import OffsetSpec
+from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 from kafka.protocol.consumer import IsolationLevel
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
@@ -23,7 +23,7 @@ from state.errors import LogError, UnknownTopic
 from state.log.client import connect, translated
 from state.log.contract import LogTopics
 from state.log.failures import unreachable
-from state.log.records import TopicInfo
+from state.log.records import Copies, TopicInfo
 
 RETRY_S = 0.05
 
@@ -43,12 +43,16 @@ class Topics(LogTopics):
         self._lock = threading.Lock()
         self._admin: Any = connect(settings, "connect to Kafka", KafkaAdminClient)
 
-    def ensure(self, name: str, partitions: int, config: Mapping[str, str] | None = None) -> TopicInfo:
+    def ensure(
+        self, name: str, partitions: int, config: Mapping[str, str] | None = None, replication: int = 0
+    ) -> TopicInfo:
         """Makes the topic if there is none; an existing one stays as it is.
 
         Returns when every partition has a leader.
         """
-        wanted = {name: {"num_partitions": partitions, "replication_factor": -1, "configs": dict(config or {})}}
+        wanted = {
+            name: {"num_partitions": partitions, "replication_factor": replication or -1, "configs": dict(config or {})}
+        }
 
         def create() -> None:
             with contextlib.suppress(kafka_errors.TopicAlreadyExistsError):
@@ -70,6 +74,27 @@ class Topics(LogTopics):
             with translated(self._settings, f"use topic {name}"):
                 raise problem(name)
         return TopicInfo(UUID(str(topic["topic_id"])).hex, len(topic["partitions"]))
+
+    def copies(self, name: str) -> Copies:
+        """How many copies the cluster keeps of the topic's records, and how many it could.
+
+        Raises:
+            UnknownTopic: there is no such topic.
+        """
+        (topic,) = self._call(f"describe topic {name}", lambda: self._admin.describe_topics([name]))
+        if topic["error_code"]:
+            with translated(self._settings, f"use topic {name}"):
+                raise kafka_errors.for_code(topic["error_code"])(name)
+        wanted = ConfigResource(ConfigResourceType.TOPIC, name, {"min.insync.replicas": None})
+        answer = self._call(
+            f"describe topic {name}", lambda: self._admin.describe_configs([wanted], config_filter="all")
+        )
+        brokers = self._call("describe the cluster", self._admin.describe_cluster)["brokers"]
+        return Copies(
+            min((len(partition["replica_nodes"]) for partition in topic["partitions"]), default=0),
+            int(answer["topic"][name]["min.insync.replicas"]["value"]),
+            len(brokers),
+        )
 
     def names(self) -> list[str]:
         """All topics that we may see, sorted."""

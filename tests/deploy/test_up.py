@@ -163,7 +163,9 @@ def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_other_commands_are_shown_with_the_flags_of_this_run_and_no_password() -> None:
-    settings = load(["--kafka.port", "9192", "--kafka.sasl_password", "hush"], env={"SPRINGTIDE_STREAM_CUT_MS": "50"})
+    settings = load(
+        ["--kafka.port", "9192"], {"SPRINGTIDE_KAFKA_SASL_PASSWORD": "hush", "SPRINGTIDE_STREAM_CUT_MS": "50"}
+    )
     assert repeated_flags(settings) == " --kafka.port 9192"
 
 

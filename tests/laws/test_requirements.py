@@ -14,6 +14,7 @@ PACKAGES = ("state", "streaming", "trainer", "deploy")
 MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", "prometheus-client"]
 # Used through another library or as a program, never imported here.
 UNSEEN = {"crc32c", "lz4", "python-snappy", "zstandard", "httptools", "uvloop", "mypy", "ruff"}
+LOCKED = (ROOT / "constraints.txt").read_text()
 LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 
 
@@ -62,3 +63,16 @@ def test_every_library_that_is_imported_is_pinned() -> None:
 
 def test_every_pinned_library_is_used() -> None:
     assert {name(line) for line in LINES} - set(imported(*PACKAGES, "tests")) - UNSEEN == set()
+
+
+def test_every_package_that_is_installed_is_locked_with_the_digests_of_its_files() -> None:
+    entries = re.findall(
+        r"^([\w.-]+(?:\[[\w,]+\])?==\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", LOCKED, re.M
+    )
+    locked = {name(entry): entry.partition("==")[2] for entry, _ in entries}
+    assert len(locked) == len(re.findall(r"^\w", LOCKED, re.M))
+    for line in LINES:
+        assert locked.get(name(line)) == line.partition("==")[2].split()[0], f"make constraints.txt anew for {line}"
+    ours = {"springtide", "pip", "setuptools", "wheel"}
+    installed = {canonical(one.metadata["Name"]): one.version for one in importlib.metadata.distributions()}
+    assert {one: version for one, version in installed.items() if one not in ours and locked.get(one) != version} == {}

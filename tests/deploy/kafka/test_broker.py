@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka import broker as broker_module
-from deploy.kafka import jars
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from state.errors import KafkaFailed, PortTaken
@@ -76,36 +75,6 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
     with pytest.raises(KafkaFailed, match=r"5 MB free.*paths.state"):
         Broker(tmp_path, free_port()).start()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_jars_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = jars.resolve(tmp_path)
-    monkeypatch.setattr(jars, "_from_jgo", lambda: pytest.fail("resolved again"))
-    assert jars.resolve(tmp_path) == first
-    names = [path.name for path in first]
-    assert f"kafka-clients-{jars.KAFKA_VERSION}.jar" in names
-    assert any(name.startswith("log4j-slf4j-impl-") for name in names)
-
-
-def test_a_jar_that_vanished_or_changed_is_resolved_again(tmp_path: Path) -> None:
-    assert jars.resolve(tmp_path)
-    lock = tmp_path / jars.LOCK_NAME
-    text = lock.read_text()
-    path = str(jars.resolve(tmp_path)[0])
-    lock.write_text(text.replace(path, path + ".gone"))
-    assert jars.locked(lock) is None
-    lock.write_text(text[:100])
-    assert jars.locked(lock) is None
-
-
-def test_packages_that_cannot_be_had_give_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline() -> list[Path]:
-        raise OSError("no route to host\nmore about it")
-
-    monkeypatch.setattr(jars, "_from_jgo", offline)
-    with pytest.raises(KafkaFailed, match=r"Maven Central.*no route to host.*bootstrap_servers") as e:
-        jars.resolve(tmp_path)
-    assert "\n" not in str(e.value)
 
 
 CHILD = """

@@ -12,12 +12,17 @@ from state.config.loading import load
 from state.errors import SettingsError
 from tests.deploy.operating import Operator
 
+PASSWORD = "SPRINGTIDE_KAFKA_SASL_PASSWORD"
 
-def test_config_shows_values_with_their_origin_and_masks_secrets(operator: Operator) -> None:
-    text = operator("config", "--kafka.sasl_password", "hunter2", "--kafka.port", "1234")
+
+def test_config_shows_values_with_their_origin_and_masks_secrets(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PASSWORD, "hunter2")
+    text = operator("config", "--kafka.port", "1234")
     assert "hunter2" not in text and 'sasl_password = "********"' in text
     assert re.search(r"port = 1234 +# flag --kafka.port", text)
-    entries = json.loads(operator("config", "-o", "json", "--kafka.sasl_password", "hunter2"))
+    entries = json.loads(operator("config", "-o", "json"))
     assert next(one for one in entries if one["name"] == "kafka.sasl_password")["value"] == "********"
 
 
@@ -40,9 +45,12 @@ def test_config_of_an_unknown_name_says_the_nearest(operator: Operator, name: st
         operator("config", name)
 
 
-def test_a_printed_file_neither_names_a_cluster_nor_a_masked_password(operator: Operator, tmp_path: Path) -> None:
+def test_a_printed_file_neither_names_a_cluster_nor_a_masked_password(
+    operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "springtide.toml"
-    path.write_text(operator("config", "--kafka.port", "1234", "--kafka.sasl_password", "hunter2"))
+    monkeypatch.setenv(PASSWORD, "hunter2")
+    path.write_text(operator("config", "--kafka.port", "1234"))
     again = load([], env={}, path=path)
     assert "kafka.bootstrap_servers" not in again.origins
     assert again.kafka.bootstrap_servers == "127.0.0.1:1234"

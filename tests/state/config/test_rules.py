@@ -185,9 +185,10 @@ def test_credentials_that_are_used_and_complete_are_taken(tmp_path: Path) -> Non
     trusted = tmp_path / "ca.pem"
     trusted.write_text("")
     flags = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "sasl_username": "ada"}
-    flags |= {"sasl_password": "secret", "ssl_cafile": str(trusted)}
+    flags |= {"ssl_cafile": str(trusted)}
     words = [f"--kafka.{name}={value}" for name, value in flags.items()]
-    assert load(words, env={}, path="/dev/null").kafka.ssl_cafile == str(trusted)
+    secret = {"SPRINGTIDE_KAFKA_SASL_PASSWORD": "secret"}
+    assert load(words, secret, path="/dev/null").kafka.ssl_cafile == str(trusted)
 
 
 def test_elements_with_commas_reach_a_child_process_whole(tmp_path: Path) -> None:

@@ -188,3 +188,10 @@ def test_settings_cannot_be_changed() -> None:
 def test_dotted_keys_and_quotes_keep_their_line() -> None:
     text = '# one\nkafka.port = 1\n["stream"]\n"cut_ms" = 2\nactions = [\n  "a",\n]\n'
     assert line_numbers(text) == {"kafka.port": 2, "kafka": 2, "stream": 3, "stream.cut_ms": 4, "stream.actions": 5}
+
+
+@pytest.mark.parametrize("words", [["--kafka.sasl_password", "hush"], ["--kafka.ssl_key_password=hush"]])
+def test_a_secret_is_not_taken_from_a_command_line(words: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"every user of this machine.*SPRINGTIDE_KAFKA_S\w+_PASSWORD") as raised:
+        load(words, env={})
+    assert "hush" not in str(raised.value)

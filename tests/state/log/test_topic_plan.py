@@ -9,7 +9,9 @@ import pytest
 
 from state.config.loading import load
 from state.config.settings import Settings
+from state.errors import SettingsError
 from state.log import Reader, Topics, Writer, topic_plan
+from state.log.records import Copies
 from tests.conftest import KafkaFactory
 
 ROOT = Path(__file__).parents[3]
@@ -43,7 +45,7 @@ def test_the_training_log_outlives_the_oldest_version_one_can_go_back_to(
 def test_attributes_are_kept_by_key_and_only_configured_ones_are_planned() -> None:
     assert topic_plan.attributes(Settings()) == []
     settings = settings_of("--attributes.item_topic", "items", "--attributes.item_fields", "brand")
-    assert topic_plan.attributes(settings) == [("items", 1, {"cleanup.policy": "compact"})]
+    assert topic_plan.attributes(settings) == [("items", 1, {"cleanup.policy": "compact"}, 0)]
 
 
 def test_the_largest_micro_batch_fits_its_topic(kafka_settings: KafkaFactory) -> None:
@@ -66,3 +68,21 @@ def _sizes(reader: Reader) -> list[int]:
         if found:
             return found
     return []
+
+
+def test_replicas_are_planned_and_what_a_lost_broker_would_cost_is_said(kafka_settings: KafkaFactory) -> None:
+    planned = topic_plan.microbatches(settings_of("--kafka.replication", "3", "--kafka.min_insync_replicas", "2"))
+    assert (planned.replication, planned.config["min.insync.replicas"]) == (3, "2")
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2, {"min.insync.replicas": "2"}, replication=1)
+        found = topics.copies(kafka.clicks_topic)
+    assert found == Copies(replicas=1, min_insync=2, brokers=1) and not found.weakness()
+    assert "one copy of each record" in Copies(1, 1, 3).weakness()
+    assert "one copy is enough" in Copies(3, 1, 3).weakness()
+    assert Copies(3, 2, 3).weakness() == ""
+
+
+def test_more_replicas_in_step_than_there_are_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"min_insync_replicas 3 is more than kafka\.replication 2"):
+        settings_of("--kafka.replication", "2", "--kafka.min_insync_replicas", "3")
