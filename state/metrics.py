@@ -257,7 +257,24 @@ class SupervisorMetrics(Metrics):
     )
 
 
-PROCESSES = (StreamMetrics, TrainerMetrics, ApplierMetrics, WorkerMetrics, SupervisorMetrics)
+class StorageMetrics(Metrics):
+    """What each process that keeps something says of the disk: of the parts of `storage.budget_gb` that it owns."""
+
+    used_bytes = gauge(
+        "springtide_storage_used_bytes",
+        "Bytes on disk, by part: kafka (a local one), registry, stream, serving, logs; measured at most every 5 s.",
+        "part",
+    )
+    limit_bytes = gauge("springtide_storage_limit_bytes", "The part's share of storage.budget_gb.", "part")
+    waiting = gauge(
+        "springtide_storage_waiting",
+        "What of the part waits for room, its disk or share being full; 0 where nothing does.",
+        "part",
+    )
+    waits = counter("springtide_storage_waits", "Times that the part began to wait for room.", "part")
+
+
+PROCESSES = (StreamMetrics, TrainerMetrics, ApplierMetrics, WorkerMetrics, SupervisorMetrics, StorageMetrics)
 
 
 def names() -> frozenset[str]:

@@ -15,7 +15,8 @@ what is committed.
 
 A crash before 1 is acknowledged leaves nothing. Between 1 and 2 the rows are
 written again after the restart, with the same positions, and every reader of
-the micro-batch log trims them. After 2 nothing is written again.
+the micro-batch log trims them. After 2 nothing is written again. Where 2 has no
+room it waits for it, and holds back the reading of clicks.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from streaming.rows import Rows
 logger = logging.getLogger(__name__)
 
 SHOW_S = 1.0
+WHAT = "the stream"
 
 
 class Committer:
@@ -64,7 +66,7 @@ class Committer:
         Raises:
             CorruptStore: The store lacks an impression that waits.
             PositionConflict: Somebody else moved the store's positions.
-            StoreFull: The store or its disk is full.
+            StoreFull: The store or its disk is full, and the stream was asked to stop.
             LogError: The cluster refused; or the broker is away and the stream was asked to stop.
         """
         context = self._context
@@ -76,14 +78,15 @@ class Committer:
             cuts, waiting, extra = context.labels.look_up(cuts)
         pieces = [piece for cut in cuts for piece in cut.pieces]
         ranges = merge_all(part for piece in pieces for part in piece.batch.ranges)
-        context.leaders.note(ranges, context.reader)
+        context.room.wait_for(lambda: context.leaders.note(ranges, context.reader), WHAT)
         # 1.
         records = context.writer.write(cuts)
         killpoints.reach("stream.acknowledged")
         # 2.
         for piece in pieces:
             extra |= {} if piece.told is None else piece.told.state
-        context.store.commit(merge_appends([piece.appends for piece in pieces]), ranges, extra, waiting)
+        appends = merge_appends([piece.appends for piece in pieces])
+        context.room.wait_for(lambda: context.store.commit(appends, ranges, extra, waiting), WHAT)
         killpoints.reach("stream.committed")
         for piece in pieces:
             context.profiler.committed(piece)

@@ -24,6 +24,7 @@ from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import LogReader
 from state.metrics import StreamMetrics
+from state.storage.waiting import Room
 from streaming.attributes import Join
 from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
@@ -68,6 +69,7 @@ class StreamContext(JobContext):
         leaders: Who wrote the newest click before each position; used by the commit thread only.
         writer: Micro-batches and dead letters; used by the commit thread only.
         metrics: What the process counts.
+        room: Where a commit waits for room on the disk; used by the commit thread only.
         join: Attributes of users and items; None where none are configured.
         closing: What runs, last in first out, before the above is closed.
         stopping: Set by a signal: no further poll begins.
@@ -79,6 +81,7 @@ class StreamContext(JobContext):
     leaders: Leaders
     writer: ShardWriter
     metrics: StreamMetrics
+    room: Room
     join: Join | None
     closing: ExitStack
     stopping: threading.Event

@@ -14,6 +14,7 @@ from state.features.spec import FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
+from state.storage.shares import STREAM, map_bytes
 from streaming import takeover
 from streaming.fencing import note_first_release
 
@@ -53,7 +54,8 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
             logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
         note_first_release(folder, settings.stream.shard)
         # 4.
-        store = HistoryStore(folder / HISTORIES, spec.history, settings.stream.map_gb << 30)
+        place = folder / HISTORIES
+        store = HistoryStore(place, spec.history, map_bytes(settings, STREAM, HISTORIES, place))
         try:
             check_identity(store, spec.digest, salt.fingerprint)
             yield store, salt

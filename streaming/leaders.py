@@ -36,6 +36,8 @@ class Leaders:
             for source, known in kept.items()
         }
 
+        self._unwritten = False
+
     def at(self, topic_id: str, positions: Mapping[int, int]) -> dict[int, int]:
         """By partition the epoch of the record before its position, of those where it is known."""
         found = {
@@ -50,7 +52,6 @@ class Leaders:
         Raises:
             OSError: The file cannot be written.
         """
-        changed = False
         for part in ranges:
             known = self._known.get(part.source, ())
             epoch = reader.leader_epoch(part.source.partition, part.next)
@@ -58,9 +59,10 @@ class Leaders:
                 # From the first record on: a rollback may go back into the range, and an epoch that had ended before its
                 # place would look like a log that was cut back.
                 self._known[part.source] = noted(known, part.first, epoch)
-                changed = True
-        if changed:
+                self._unwritten = True
+        if self._unwritten:
             self._write()
+            self._unwritten = False
 
     def _write(self) -> None:
         data = json.dumps({str(source): known for source, known in self._known.items()}, sort_keys=True)

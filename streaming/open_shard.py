@@ -36,9 +36,12 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
 from state.log import KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
 from state.log.gaps import Consent
-from state.metrics import StreamMetrics
+from state.metrics import StorageMetrics, StreamMetrics
 from state.positions import Gap
 from state.process import killpoints
+from state.storage.measuring import offer
+from state.storage.shares import STREAM, map_bytes
+from state.storage.waiting import Room
 from streaming import accounts
 from streaming.attributes import Join
 from streaming.context import Handle, JobContext, StreamContext, opened
@@ -78,9 +81,8 @@ def open_shard(
         SettingsError: The salt cannot be read.
         PortTaken: The metrics' port is in use.
         GapError: Positions are gone, and nobody accepted it.
-        RegistryError: Control cannot be read.
+        RegistryError, StoreError: Control cannot be read, or the store cannot be opened.
         LogError: Kafka is not reachable, or a topic is missing.
-        StoreError: The store cannot be opened.
     """
     spec, stopping = FeatureSpec.from_settings(settings), stopping or threading.Event()
     log = log or KafkaLog(settings.kafka)
@@ -88,7 +90,7 @@ def open_shard(
         # 1.
         store, salt = stack.enter_context(open_histories(settings, spec))
         # 2.
-        counted = serve_metrics(settings.stream.metrics_port, stack)
+        counted, room = serve_metrics(settings, stack, stopping)
         # 3.
         clicks = ensure_topics(settings, topics := stack.enter_context(log.topics()))
         # 4.
@@ -114,6 +116,7 @@ def open_shard(
             leaders=leaders,
             writer=writer,
             metrics=counted,
+            room=room,
             join=join,
             closing=stack,
             stopping=stopping,
@@ -139,17 +142,18 @@ def open_job(
     )
 
 
-def serve_metrics(port: int, stack: ExitStack) -> StreamMetrics:
-    """The metrics of this process, served on `port` (0: not) until `stack` ends.
+def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Event) -> tuple[StreamMetrics, Room]:
+    """The metrics of this process, served on `stream.metrics_port` (0: not) until `stack` ends, and its waits for room.
 
     Raises:
         PortTaken: The port is in use.
     """
     registry = CollectorRegistry()
-    counted = StreamMetrics(registry)
-    if port:
+    counted, storage = StreamMetrics(registry), StorageMetrics(registry)
+    offer(storage, settings, [STREAM])
+    if port := settings.stream.metrics_port:
         stack.callback(metrics.serve(registry, port))
-    return counted
+    return counted, Room(STREAM, storage, stopping.wait)
 
 
 def ensure_topics(settings: Settings, topics: LogTopics) -> TopicInfo:
@@ -194,7 +198,8 @@ def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: Exi
         StoreError: The store cannot be opened.
     """
     tables, wanted = tables_of(settings.attributes), settings.attributes
-    store = AttributeStore.open_anew(settings.stream_dir / ATTRIBUTES, settings.stream.map_gb << 30)
+    folder = settings.stream_dir / ATTRIBUTES
+    store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
     report = report_to(settings.kafka, counted, writes=settings.stream.shard == 0)
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [

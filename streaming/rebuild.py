@@ -35,6 +35,7 @@ from state.layout import HISTORIES
 from state.log import KafkaLog
 from state.process.private_files import keep_private
 from state.process.progress_line import ProgressLine
+from state.storage.shares import STREAM, map_bytes
 from streaming import takeover
 from streaming.desired import ControlWatch
 from streaming.fencing import note_first_release, open_writer
@@ -58,7 +59,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         SpringtideError: See `Rebuild.run`.
     """
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
-    map_bytes, log = settings.stream.map_gb << 30, KafkaLog(settings.kafka)
+    log = KafkaLog(settings.kafka)
     # 1.
     with DirectoryLock(folder):
         salt = load_salt(settings.salt_path, create=False)
@@ -71,9 +72,10 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         except UnknownTopic as error:
             logger.warning("no writer is fenced: %s", error)
         place = takeover.begin(folder)
+        most = map_bytes(settings, STREAM, HISTORIES, copy or place)
         if copy is not None:
-            HistoryStore.copied(copy, place, spec.history, map_bytes)
-        store = HistoryStore(place, spec.history, map_bytes)
+            HistoryStore.copied(copy, place, spec.history, most)
+        store = HistoryStore(place, spec.history, most)
         try:
             check_identity(store, spec.digest, salt.fingerprint)
             desired = ControlWatch(settings.registry_dir, line_of(store)).desired

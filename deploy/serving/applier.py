@@ -41,12 +41,14 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, GAPS, HISTORIES, PROGRAMS, ROWS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
-from state.metrics import ApplierMetrics, serve
+from state.metrics import ApplierMetrics, StorageMetrics, serve
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
 from state.registry.registry import Registry
 from state.rows.store import RowStore
+from state.storage.measuring import offer
+from state.storage.shares import SERVING, map_bytes
 
 SAMPLE_S = 0.1
 HOUSE_S = 1.0
@@ -102,10 +104,13 @@ class Applier:
         self._now_ms = now_ms
         self._failure: BaseException | None = None
         self.metrics = ApplierMetrics(registry)
-        folder, map_bytes = settings.serving_dir, settings.serving.map_gb << 30
-        self._rows = RowStore.open_anew(folder / ROWS, map_bytes)
+        offer(StorageMetrics(registry), settings, [SERVING])
+        folder = settings.serving_dir
+        self._rows = RowStore.open_anew(folder / ROWS, settings.serving.map_gb << 30)
         # Kafka still has the micro-batches, and the registry the versions.
-        self._histories = HistoryStore.open_anew(folder / HISTORIES, settings.features.history, map_bytes)
+        place = folder / HISTORIES
+        most = map_bytes(settings, SERVING, HISTORIES, place)
+        self._histories = HistoryStore.open_anew(place, settings.features.history, most)
         wanted = tables_of(settings.attributes)
         self._attributes = AttributesFollower(settings, folder / ATTRIBUTES, self.metrics) if wanted else None
         self.versions = VersionFollower(

@@ -17,7 +17,9 @@ from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, AttributeTable, tables_of
 from state.config.settings import Settings
 from state.events.identity import load_salt
+from state.layout import ATTRIBUTES
 from state.metrics import ApplierMetrics
+from state.storage.shares import SERVING, map_bytes
 
 
 class AttributeValues(NamedTuple):
@@ -82,7 +84,7 @@ class AttributesFollower:
     def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics) -> None:
         wanted, self._metrics = settings.attributes, metrics
         salt = load_salt(settings.salt_path, create=False)
-        self.store = AttributeStore.open_anew(path, settings.serving.map_gb << 30)
+        self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
         # The stream makes dead letters of refused records; here they only change nothing.
         self._followers = [

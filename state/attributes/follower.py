@@ -21,7 +21,7 @@ from dataclasses import replace
 from state.attributes.store import OUTCOMES, AttributeStore, TopicPosition, pack
 from state.attributes.values import TEXT_CHARACTERS, AttributeTable, id_of
 from state.config.sections import Kafka
-from state.errors import DecodeError, GapError, LogError
+from state.errors import DecodeError, GapError, LogError, StoreFull
 from state.events.dead_letters import DeadLetter, Reason
 from state.events.identity import Salt, public_id, user_id
 from state.log import PartitionBatch, Reader, Topics
@@ -203,7 +203,7 @@ def keep_following(
     take: Callable[[str, list[int]], None],
     meanwhile: str,
 ) -> None:
-    """Follows until `stop`; a broker that is away, or a topic that is gone, costs only time.
+    """Follows until `stop`; a broker that is away, a topic that is gone or a disk that is full costs only time.
 
     Args:
         followers: Of both sides.
@@ -212,7 +212,7 @@ def keep_following(
         meanwhile: What goes on while a topic cannot be read, for the log.
 
     Raises:
-        StoreError: The store cannot be written.
+        StoreError: The store cannot be written, though there is room.
     """
     say = SaidOnce(logger.warning)
     while not stop.is_set():
@@ -220,7 +220,8 @@ def keep_following(
             for side, ids in follow(followers, POLL_S).items():
                 take(side, ids)
             say.clear()
-        except LogError as error:
+        except (LogError, StoreFull) as error:
+            # The store has how far it was read: that is where it is read on.
             say(f"{error}; {meanwhile}, and it is tried again")
             for one in followers:
                 one.disconnect()

@@ -192,7 +192,7 @@ class LmdbStore:
         except lmdb.MapFullError as error:
             raise StoreFull(
                 f"{self.path} has reached its map of {self.bytes_limit()} bytes; nothing was changed",
-                f"raise {self.map_setting} and start again",
+                f"raise storage.budget_gb (or {self.map_setting}) and start again",
             ) from error
         except _DAMAGED as error:
             raise CorruptStore(f"{self.path} is damaged ({error})", self.remedy) from error
@@ -268,7 +268,7 @@ class LmdbStore:
     def _refused(self, error: Exception, done: str, where: Path | None = None) -> StoreError:
         what = f"{self.path} could not be {done} ({error}); nothing was changed"
         if _is_full(error, where or self.path):
-            return StoreFull(what, "free space on its disk and start again")
+            return StoreFull(what, "free space on its disk")
         return UnusableDisk(what, "look after its disk and its access rights, and start again")
 
 

@@ -19,7 +19,8 @@ from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.log import LogWriter, MemoryLog, topic_plan
-from state.metrics import StreamMetrics
+from state.metrics import StorageMetrics, StreamMetrics
+from state.storage.waiting import Room
 from streaming.commit import Committer
 from streaming.rows import Rows
 from streaming.sink import CommitThread
@@ -31,6 +32,7 @@ from tests.streaming.pieces import ZERO, context_of
 def sink(path: Path, refused: int = 0) -> Iterator[Any]:
     """The commit thread with a real store and a log in memory, which comes back after `refused` attempts to connect."""
     store, stopping, told = HistoryStore(path / "histories", map_bytes=1 << 26), threading.Event(), list[Rows]()
+    storage = StorageMetrics(CollectorRegistry())
     log, attempts = MemoryLog(ids=lambda: ZERO.topic_id), count()
     settings = Settings()
     for planned in (topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)):
@@ -49,11 +51,14 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
         "reader": log.reader(settings.kafka.clicks_topic),
         "profiler": SimpleNamespace(committed=told.append),
         "metrics": StreamMetrics(CollectorRegistry()),
+        "room": Room("stream", storage, stopping.wait),
     }
     writer = ShardWriter(settings, "spec", "salt", stopping, opens)
     committer = Committer(context_of(**owned, writer=writer, stopping=stopping))
     commits = CommitThread(committer)
-    yield SimpleNamespace(**owned, commits=commits, committer=committer, log=log, stopping=stopping, told=told)
+    yield SimpleNamespace(
+        **owned, commits=commits, committer=committer, log=log, stopping=stopping, told=told, storage=storage
+    )
     commits.close()
     store.close()
 

@@ -25,6 +25,7 @@ def context_of(**owned: Any) -> StreamContext:
         "mask": Mask.NONE,
         "watch": SimpleNamespace(changed=lambda: False),
         "leaders": SimpleNamespace(note=lambda *_: None),
+        "room": SimpleNamespace(wait_for=lambda act, what: act()),
     }
     return StreamContext(**dict.fromkeys(one.name for one in fields(StreamContext)) | calm | owned)
 

@@ -1,0 +1,83 @@
+"""Measures what a part takes on its disk, and offers that on /metrics: looked at when asked, and not again for some seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from state.config.settings import Settings
+from state.metrics import StorageMetrics
+from state.storage import shares
+
+FRESH_S = 5.0
+_BLOCK = 512  # of st_blocks, whatever the file system's own are
+
+
+def used_bytes(folders: Iterable[Path]) -> int:
+    """What the files under `folders` take on their disks; a file with holes counts without them.
+
+    >>> used_bytes([Path("no/such/folder")])
+    0
+    """
+    total, left = 0, [os.fspath(one) for one in folders]
+    while left:
+        # What is removed while we look takes nothing.
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * _BLOCK
+    return total
+
+
+def free_bytes(folder: Path) -> int:
+    """The bytes free where `folder` is or will be, for whoever asks.
+
+    Raises:
+        OSError: The disk cannot be asked.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+class PartUse:
+    """What one part takes, measured at most every `FRESH_S`. Any thread may call it.
+
+    Args:
+        folders: Its directories.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.monotonic) -> None:
+        self._folders, self._clock = folders, clock
+        self._used, self._due_s = 0, float("-inf")
+
+    def __call__(self) -> float:
+        """Its bytes."""
+        now_s = self._clock()
+        if now_s >= self._due_s:
+            self._used = used_bytes(self._folders)
+            self._due_s = now_s + FRESH_S
+        return float(self._used)
+
+
+def offer(metrics: StorageMetrics, settings: Settings, parts: Iterable[str]) -> None:
+    """Offers used bytes and limit of the parts that this process owns; a shard of the stream those of its own.
+
+    Args:
+        metrics: Of this process.
+        settings: The effective settings.
+        parts: Names of `state.storage.shares`.
+    """
+    for part in parts:
+        shards = settings.stream.shards if part == shares.STREAM else 1
+        folders = [settings.stream_dir] if part == shares.STREAM else shares.folders(settings, part)
+        metrics.used_bytes.labels(part).set_function(PartUse(folders))
+        metrics.limit_bytes.labels(part).set(shares.limit_bytes(settings, part) / shards)
+        metrics.waiting.labels(part).set(0)

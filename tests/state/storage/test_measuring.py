@@ -1,0 +1,65 @@
+"""What a part takes is what `du` says, is not measured at each scrape, and is offered with its limit."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from state.config.loading import load
+from state.metrics import StorageMetrics
+from state.storage import measuring, shares
+
+
+def du(path: Path) -> int:
+    files = [one for one in path.rglob("*") if one.is_file()]
+    said = subprocess.run(["du", "-c", "--block-size=1", *map(str, files)], capture_output=True, text=True, check=True)
+    return int(said.stdout.splitlines()[-1].split()[0])
+
+
+def test_files_of_all_depths_count_with_their_blocks_and_a_hole_does_not(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "deep").write_bytes(bytes(10_000))
+    (tmp_path / "a" / "one").write_bytes(b"1")
+    with (tmp_path / "sparse").open("wb") as sparse:
+        sparse.truncate(1 << 30)
+    (tmp_path / "elsewhere").symlink_to("/usr")
+    (tmp_path / "gone").symlink_to("never")
+    assert measuring.used_bytes([tmp_path]) == du(tmp_path / "a") == 4 * 4096
+    assert measuring.used_bytes([tmp_path / "a" / "b", tmp_path / "never"]) == 3 * 4096
+
+
+def test_a_part_is_measured_again_only_after_some_seconds(tmp_path: Path) -> None:
+    now_s = 0.0
+    use = measuring.PartUse([tmp_path], clock=lambda: now_s)
+    assert use() == 0
+    (tmp_path / "file").write_bytes(bytes(4096))
+    now_s = measuring.FRESH_S - 0.1
+    assert use() == 0
+    now_s = measuring.FRESH_S
+    assert use() == du(tmp_path) > 0
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: Path, shards: int) -> None:
+    flags = ["--paths.state", str(tmp_path), "--storage.budget_gb", "1", "--stream.shards", str(shards)]
+    settings = load(flags, env={})
+    for number in range(shards):
+        folder = tmp_path / f"stream-{number}" / "histories"
+        folder.mkdir(parents=True)
+        (folder / "data.mdb").write_bytes(bytes(8192 * (number + 1)))
+    collected = CollectorRegistry()
+    measuring.offer(StorageMetrics(collected), settings, [shares.STREAM, shares.LOGS])
+
+    def sample(name: str, part: str) -> float | None:
+        return collected.get_sample_value(f"springtide_storage_{name}", {"part": part})
+
+    # Each shard its own: of all of them together the sum is right.
+    assert sample("used_bytes", "stream") == du(tmp_path / "stream-0")
+    assert sample("limit_bytes", "stream") == 150_000_000 / shards
+    assert sample("used_bytes", "logs") == 0
+    assert sample("limit_bytes", "logs") == 50_000_000
+    assert sample("waiting", "logs") == 0
+    assert sample("used_bytes", "registry") is None
