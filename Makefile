@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench chaos clean
+.PHONY: help run test check bench chaos soak clean
 
 BIN := .venv/bin
 # Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
@@ -40,6 +40,9 @@ bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JS
 
 chaos: .venv/ready ## Kills every part and rolls back in both modes, then compares; SEED=7 KILLS=200 ROUNDS=2 ROLLBACKS=5 ARGS=--labels.
 	@$(BIN)/python -m tests.e2e.chaos --seed $(SEED) --kills $(KILLS) --rounds $(ROUNDS) --rollbacks $(ROLLBACKS) $(ARGS)
+
+soak: .venv/ready ## Half an hour at 10,000 clicks a second: nothing may grow; ARGS="--minutes 10 --rate 5000".
+	@$(BIN)/python -m tests.e2e.soak $(ARGS)
 
 clean: ## Removes what was built here, .venv included; the state directory stays.
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

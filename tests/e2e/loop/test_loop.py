@@ -124,3 +124,15 @@ def test_status_shows_every_part_running(loop: Loop) -> None:
     assert all(part["answers"] for part in state["processes"].values())
     assert state["kafka"]["answers"]
     assert state["registry"]["control"]["serving"] == "follow"
+
+
+def test_what_the_loop_writes_is_its_owners_alone(loop: Loop) -> None:
+    state = loop.settings.state_dir
+    open_to_others = []
+    for path in (state, *state.rglob("*")):
+        try:
+            if path.stat().st_mode & 0o077:
+                open_to_others.append(path.relative_to(state))
+        except FileNotFoundError:  # a version that was published or swept meanwhile
+            continue
+    assert open_to_others == []

@@ -1,0 +1,148 @@
+"""The loop under load for half an hour: no process grows, nothing lags, no descriptor and no thread is left behind.
+
+    python -m tests.e2e.soak [--minutes 30] [--rate 10000] [--warm-minutes 5]
+
+Memory is what a process has for itself (RssAnon of /proc): pages of a store or
+of a log belong to the kernel, which takes them back. The last quarter of the
+time is compared with the first quarter after the warm-up, by medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from state.process.progress_line import ProgressLine
+from tests.bench.loop import parts
+from tests.e2e.running import Loop
+
+EVERY_S = 5.0
+LINE_EVERY_S = 15.0
+MOST_GROWTH = 0.02
+# A batch that is under way when one looks is no lag.
+MOST_LAG_S = 1.0
+ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.M)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a process had at one moment.
+
+    Attributes:
+        memory_kb: Of its own, kB.
+        descriptors: Open ones.
+        threads: Running ones.
+    """
+
+    memory_kb: int
+    descriptors: int
+    threads: int
+
+    @classmethod
+    def at(cls, process: psutil.Process) -> Look:
+        """What `process` has now."""
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        found = ANONYMOUS.search(status)
+        assert found is not None, "Linux says RssAnon since 4.5"
+        return cls(int(found[1]), process.num_fds(), process.num_threads())
+
+
+def faults(name: str, looks: Sequence[Look]) -> list[str]:
+    """What grew in one process, in words.
+
+    Args:
+        name: Of the process.
+        looks: After the warm-up, in order.
+
+    >>> steady = [Look(100_000, 20, 8)] * 8
+    >>> faults("stream", steady)
+    []
+    >>> faults("stream", [*steady[:4], *[Look(103_000, 21, 8)] * 4])
+    ['stream: memory 97.7 -> 100.6 MiB (+3.0 %)', 'stream: descriptors 20 -> 21']
+    """
+    quarter = max(1, len(looks) // 4)
+    first, last = looks[:quarter], looks[-quarter:]
+    found = []
+    before, after = (statistics.median(one.memory_kb for one in part) for part in (first, last))
+    if after > before * (1 + MOST_GROWTH):
+        grown = 100 * (after / before - 1)
+        found.append(f"{name}: memory {before / 1024:.1f} -> {after / 1024:.1f} MiB (+{grown:.1f} %)")
+    for what in ("descriptors", "threads"):
+        before, after = (statistics.median(getattr(one, what) for one in part) for part in (first, last))
+        if after > before:
+            found.append(f"{name}: {what} {before:g} -> {after:g}")
+    return found
+
+
+def lag(loop: Loop) -> tuple[float, float]:
+    """Clicks that the stream has not read, and records that the trainer has not learned."""
+    stream, trainer = loop.metrics("stream"), loop.metrics("trainer")
+    return (
+        stream.value("springtide_stream_lag_events") or 0.0,
+        trainer.value("springtide_trainer_lag_records") or 0.0,
+    )
+
+
+def soak(loop: Loop, minutes: float, warm_minutes: float) -> tuple[dict[str, list[Look]], list[tuple[float, float]]]:
+    """Looks at all processes every few seconds; returns the looks and lags after the warm-up."""
+    running = parts(loop)
+    looks: dict[str, list[Look]] = {name: [] for name in running}
+    lags: list[tuple[float, float]] = []
+    progress, begin = ProgressLine(sys.stderr, LINE_EVERY_S), time.monotonic()
+    while (elapsed_s := time.monotonic() - begin) < 60 * minutes:
+        events, records = lag(loop)
+        now = {name: Look.at(process) for name, process in running.items()}
+        memory = ", ".join(f"{name} {one.memory_kb // 1024}" for name, one in now.items())
+        line = f"{elapsed_s / 60:4.1f} of {minutes:g} min, lag {events:.0f} clicks, MiB: {memory}"
+        progress.show(partial(str, line))
+        if elapsed_s >= 60 * warm_minutes:
+            lags.append((events, records))
+            for name, one in now.items():
+                looks[name].append(one)
+        time.sleep(EVERY_S)
+    return looks, lags
+
+
+def main() -> int:
+    """Soaks the loop; returns 1 where something grew."""
+    parser = argparse.ArgumentParser(description="The loop under load for a long time.")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--warm-minutes", type=float, default=5.0)
+    parser.add_argument("--rate", type=float, default=10_000.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="springtide-soak-") as directory:
+        own = {"shoppers.rate": options.rate, "shoppers.users": 20_000, "bootstrap.min_rows": 2000}
+        loop = Loop(Path(directory), own)
+        try:
+            loop.start()
+            looks, lags = soak(loop, options.minutes, options.warm_minutes)
+        finally:
+            if loop.process is not None:
+                loop.stop()
+    found = [fault for name, theirs in looks.items() for fault in faults(name, theirs)]
+    behind, unlearned = (statistics.median(one[part] for one in lags) for part in (0, 1))
+    if behind > MOST_LAG_S * options.rate:
+        found.append(f"the stream lags by {behind:.0f} clicks")
+    print(f"{options.minutes:g} min at {options.rate:g} clicks/s: lag {behind:.0f} clicks, {unlearned:.0f} records")
+    for name, theirs in looks.items():
+        first, last = theirs[0], theirs[-1]
+        print(
+            f"  {name:<9} {first.memory_kb / 1024:7.1f} -> {last.memory_kb / 1024:7.1f} MiB, "
+            f"{first.descriptors} -> {last.descriptors} descriptors, {first.threads} -> {last.threads} threads"
+        )
+    print("\n".join(found) if found else "nothing grew")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
