@@ -4,7 +4,8 @@
     ├── lock                     of `springtide up`
     ├── salt                     the secret key of pseudonyms, or where `paths.salt_file` says
     ├── registry/                or where `paths.registry` says
-    │   ├── versions/ bases/     one directory a version          state/registry/versions.py
+    │   ├── versions/ merged/ bases/   one directory a version    state/registry/versions.py
+    │   ├── recent/ recent.boot  versions that are not durable    state/registry/recent.py
     │   ├── control/             one file a generation            state/registry/controls.py
     │   ├── masks/               users that masks name, by digest
     │   ├── outcomes/            what became of rollbacks         state/registry/outcomes.py
@@ -36,7 +37,8 @@ LOCK = "lock"
 SALT = "salt"
 
 REGISTRY = "registry"
-VERSIONS, BASES, CONTROL = "versions", "bases", "control"
+VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"
+RECENT, RECENT_BOOT = "recent", "recent.boot"
 MASKS, OUTCOMES = "masks", "outcomes"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted

@@ -1,9 +1,12 @@
 """Brings the version that control wants into the row store, and moves the pointer to it.
 
-    control says       pin V: exactly V;  follow: the newest version of control's epoch
+    control says       pin V: exactly V;  follow: the newest version of control's epoch, durable or recent
     none of it yet     the epoch's base where it has one; else the pointer stays
-    V is not here      deltas from the nearest ancestor that is; else base and deltas
-                       in a lane of their own, while the old version goes on answering
+    V is not here      recent versions from an ancestor that is; else deltas from one that
+                       is, and recent versions from there on; else base and deltas in a
+                       lane of their own, while the old version goes on answering
+    V is older         a recent version answers on that its epoch has no more: the trainer
+                       was killed, and makes it again from the log
     V is corrupt       the last good version goes on answering; another base is tried
 
 Each version is one transaction; while following, the pointer moves in it.
@@ -74,6 +77,7 @@ class VersionFollower:
         self._refusals = Refusals(metrics, now_ms)
         self._newest = NewestVersion(registry, self._refusals, self._refuse)
         self._route: Route | None = None
+        self._looked_again: Manifest | None = None
         self._say = SaidOnce(_log.info)
         self._swept_ms = 0
 
@@ -147,15 +151,22 @@ class VersionFollower:
     def _wanted(self, control: Control) -> int | None:
         if control.serving.mode == "pin":
             return control.serving.version
-        newest = self._newest.of(control.epoch)
+        newest, served = self._newest.of(control.epoch), self.served
+        if served is not None and served.epoch == control.epoch and served.version > (newest or 0):
+            return served.version
         return control.base if newest is None else newest
 
     def _approach(self, wanted: int, control: Control) -> bool:
         # A rebuild is not begun again because the epoch has moved on by a version.
         if self._route is None or (self._route.target != wanted and not self._route.rebuild):
-            self._route = route_to(wanted, self._registry, self._rows, self._here, self._refusals, self._refuse)
+            recents = self._newest.recents()
+            self._route = route_to(
+                wanted, self._registry, self._rows, self._here, recents, self._refusals, self._refuse
+            )
             if self._route is None:
                 return False
+            if not self._route.steps:
+                return self._settle_for(self._route.target, control)
         route = self._route
         if route.rebuild and self.served is not None:
             self._say(
@@ -168,9 +179,8 @@ class VersionFollower:
             try:
                 self._apply(manifest, route.rebuild, self._may_follow(manifest, control))
             except (CorruptVersion, UnknownVersion) as error:
-                self._refuse(manifest.kind, manifest.version, error)
                 self._route = None
-                return False
+                return self._give_up(manifest, error)
             route.steps.pop(0)
             if not until_ms - ROUND_MS <= self._now_ms() < until_ms:
                 break
@@ -181,7 +191,28 @@ class VersionFollower:
             self._serve(wanted)
         return True
 
-    def _may_follow(self, manifest: Manifest, control: Control) -> bool:
+    def _give_up(self, step: Manifest, error: Exception) -> bool:
+        """A step cannot be had; says whether to look at once for another way."""
+        if step.kind == "recent":
+            self._newest.lose(step.version)
+            return True
+        # The compactor may have merged what was being read: look again first.
+        if isinstance(error, UnknownVersion) and self._looked_again != step:
+            self._looked_again = step
+            return True
+        self._refuse(step.kind, step.version, error)
+        return False
+
+    def _settle_for(self, version: int, control: Control) -> bool:
+        """Nothing leads on from `version`, which is here; answers use it where it is newer than what they use."""
+        self._route = None
+        with self._rows.reader() as reader:
+            here = reader.version(version)
+        if here is not None and self._may_follow(here, control):
+            self._serve(version)
+        return False
+
+    def _may_follow(self, manifest: Manifest | Served, control: Control) -> bool:
         """Whether answers may use this version on the way to the one that is wanted."""
         if control.serving.mode == "pin":
             return manifest.version == control.serving.version

@@ -21,7 +21,9 @@ FORMAT = 1
 TOLD_MS = "told_ms"
 """Among the metrics: the newest time that a row learned from told itself, of its event or its label."""
 
-Kind = Literal["base", "delta"]
+Kind = Literal["base", "delta", "merged", "recent"]
+"""How a version is kept: `base`, its full state; `delta`, what changed since the durable version before it; `merged`, since
+an older one, several deltas in one; `recent`, since the version before it of either lifetime, for a few seconds."""
 Visible = tuple[tuple[int, int], ...]
 
 
@@ -67,7 +69,8 @@ class Draft:
     """Everything of a manifest that its author knows; the registry adds number, descent and files.
 
     Attributes:
-        kind: `base` holds the full state, `delta` what changed since the parent.
+        kind: `base` holds the full state, `delta` what changed since the durable version `parent`, `recent` what answers
+            need of what changed since `parent`, whichever that is, and is not durable.
         epoch: The control's epoch it was trained in.
         parent: The version it continues; None for the very first.
         log: The part of the training log since the parent.
@@ -132,6 +135,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def durable(self) -> bool:
+        """Whether one can go back to it; else it is there for a few seconds, and the log makes it again."""
+        return self.kind != "recent"
+
+    @property
     def marks(self) -> dict[Source, int]:
         """The next offset of each source, as `trim` takes them."""
         return dict(self.sources)
@@ -166,6 +174,11 @@ def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str,
         environment=dict(draft.environment),
         files=entries(files),
     )
+
+
+def complete_twin(draft: Draft, recent: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """The manifest of a version, as `draft` keeps it, that is in `recent/` already: of its number and descent."""
+    return replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=entries(files))
 
 
 def complete_base(of: Manifest, files: Mapping[str, bytes]) -> Manifest:

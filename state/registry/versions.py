@@ -1,8 +1,10 @@
-"""The versions in a registry directory: which there are, what makes one up, and how one comes and goes.
+"""The durable versions in a registry directory: what makes one up, and how one comes and goes.
 
 A version is complete or absent: it is written under `tmp/`, synced, and
 appears by one rename; it goes by one rename likewise. Every read checks the
-digest, and what fails is never returned.
+digest, and what fails is never returned. Several deltas may be merged into one
+while somebody reads them: the merged one appears before the others go, and a
+reader that lost a file finds it when it looks again.
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ from typing import NamedTuple
 
 import msgspec
 
-from state import layout
 from state.disk import files as durable
-from state.errors import CorruptVersion, UnknownVersion
+from state.errors import UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
-from state.registry.directory import Directory, file_bytes, usable
+from state.registry.directory import file_bytes, usable
+from state.registry.folders import BadPart, Folders
 from state.registry.manifest import Kind, Manifest, Visible, sees
-from state.registry.numbers import Numbers
 
 MANIFEST = "manifest.json"
-_FOLDERS: dict[Kind, str] = {"delta": layout.VERSIONS, "base": layout.BASES}
-_REMEMBERED = 50_000
+_REMEMBERED = 1024
+"""Manifests kept in memory, some 7 kB each."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -38,38 +40,12 @@ class Chain(NamedTuple):
     deltas: list[Manifest]
 
 
-class _Corrupt(CorruptVersion):
-    """A corrupt version, and which directory it is."""
-
-    def __init__(self, kind: Kind, version: int, message: str) -> None:
-        super().__init__(f"version {version}: {message}", "roll back to another version")
-        self.kind = kind
-        self.version = version
-
-
-class Versions(Directory):
+class Versions(Folders):
     """The versions of one registry directory. One object per thread, except that `read` may run in any."""
 
     def __init__(self, path: Path, *folders: str) -> None:
-        super().__init__(path, *folders, *_FOLDERS.values())
-        self._numbers = {kind: Numbers(path / name) for kind, name in _FOLDERS.items()}
+        super().__init__(path, *folders)
         self._manifests: dict[Path, Manifest] = {}
-
-    def versions(self) -> list[int]:
-        """The numbers of all complete versions, ascending; not all need be of control's epoch."""
-        return sorted({*self.deltas(), *self.bases()})
-
-    def deltas(self) -> tuple[int, ...]:
-        """The versions of which the change since their parent is kept, ascending."""
-        return self._numbers["delta"].good()
-
-    def bases(self) -> tuple[int, ...]:
-        """The versions of which the full state is kept, ascending."""
-        return self._numbers["base"].good()
-
-    def folder(self, kind: Kind, version: int) -> Path:
-        """Where the files of a delta or base lie."""
-        return self.path / _FOLDERS[kind] / f"{version:012d}"
 
     def manifest(self, version: int, kind: Kind | None = None) -> Manifest:
         """The manifest of a version's delta, or of its base where it has no delta; or of the `kind` asked for.
@@ -78,24 +54,27 @@ class Versions(Directory):
             UnknownVersion: It is not kept.
             CorruptVersion: Its manifest fails its digest.
         """
-        kinds: tuple[Kind, ...] = (kind,) if kind else ("delta", "base")
-        for wanted in kinds:
-            folder = self.folder(wanted, version)
-            if found := self._manifests.get(folder):
+        for folder in self._places(version, kind):
+            if found := self._manifests.pop(folder, None):
+                # The ones used last stay.
+                self._manifests[folder] = found
                 return found
             try:
                 found = manifest.decode(file_bytes(folder / MANIFEST))
             except FileNotFoundError:
                 if folder.is_dir():
-                    raise _Corrupt(wanted, version, f"{folder / MANIFEST} is missing") from None
+                    raise BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
                 continue
             except (ValueError, msgspec.MsgspecError) as error:
-                raise _Corrupt(wanted, version, f"{folder / MANIFEST} is damaged: {error}") from error
-            if len(self._manifests) >= _REMEMBERED:
-                self._manifests.clear()
-            self._manifests[folder] = found
+                raise BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
+            self._remember(folder, found)
             return found
-        raise UnknownVersion(f"version {version} is not kept in {self.path}", self._nearest(version))
+        raise UnknownVersion(*self._not_kept(version))
+
+    def _remember(self, folder: Path, found: Manifest) -> None:
+        while len(self._manifests) >= _REMEMBERED:
+            self._manifests.pop(next(iter(self._manifests), folder), None)
+        self._manifests[folder] = found
 
     def read(self, version: Manifest | int, name: str) -> bytes:
         """The bytes of a version's file, checked against its manifest.
@@ -105,21 +84,19 @@ class Versions(Directory):
             CorruptVersion: The file is missing or fails its digest; the message names it.
         """
         found = self.manifest(version) if isinstance(version, int) else version
-        path = self.folder(found.kind, found.version) / name
+        path = self.folder_of(found) / name
         entry = found.files.get(name)
         if entry is None:
-            raise _Corrupt(found.kind, found.version, f"it never had a file {path}")
+            raise BadPart(path.parent, found.version, f"it never had a file {path}")
         try:
             data = file_bytes(path)
         except FileNotFoundError:
             if not path.parent.is_dir():
                 self._manifests.pop(path.parent, None)
-                raise UnknownVersion(
-                    f"version {found.version} is not kept any more", self._nearest(found.version)
-                ) from None
-            raise _Corrupt(found.kind, found.version, f"{path} is missing") from None
+                raise UnknownVersion(*self._not_kept(found.version)) from None
+            raise BadPart(path.parent, found.version, f"{path} is missing") from None
         if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise _Corrupt(found.kind, found.version, f"{path} fails its digest")
+            raise BadPart(path.parent, found.version, f"{path} fails its digest")
         return data
 
     def verify(self, version: Manifest) -> None:
@@ -133,7 +110,7 @@ class Versions(Directory):
             self.read(version, name)
 
     def newest(self, epoch: int) -> int | None:
-        """The newest complete version of `epoch`; None while it has none.
+        """The newest durable version of `epoch`; None while it has none.
 
         Raises:
             CorruptVersion: The manifest of it, or of a newer one, fails its digest.
@@ -143,19 +120,12 @@ class Versions(Directory):
                 return version
         return None
 
-    def next_after(self, version: int) -> int | None:
-        """The next complete version with a higher number, of whatever epoch; cheap enough to poll."""
-        with usable("be read"):
-            if (self.folder("delta", version + 1) / MANIFEST).exists():
-                return version + 1
-        return next((found for found in self.versions() if found > version), None)
-
     def visible(self, version: int) -> Visible:
         """The versions that `version` descends from, itself included, as closed intervals, newest first."""
         return self.manifest(version).visible
 
     def chain(self, version: int) -> Chain:
-        """The newest base that `version` descends from (or is), and the deltas since.
+        """The newest base that the durable `version` descends from (or is), and the deltas since.
 
         Raises:
             UnknownVersion: One of them is not kept.
@@ -170,7 +140,9 @@ class Versions(Directory):
         while at != base:
             delta = self.manifest(at, "delta")
             if delta.parent is None or not base <= delta.parent < at:
-                raise _Corrupt("delta", at, f"its parent {delta.parent} does not lie between base {base} and itself")
+                raise BadPart(
+                    self.folder_of(delta), at, f"its parent {delta.parent} does not lie between base {base} and itself"
+                )
             deltas.append(delta)
             at = delta.parent
         return Chain(self.manifest(base, "base"), deltas[::-1])
@@ -193,8 +165,8 @@ class Versions(Directory):
                 for part in (base, *deltas):
                     self.verify(part)
                 return version
-            except _Corrupt as error:
-                self.set_aside(error.kind, error.version, str(error))
+            except BadPart as error:
+                self.set_aside(error.part, error.version, str(error))
             except UnknownVersion as error:
                 if version is None:
                     raise
@@ -202,11 +174,10 @@ class Versions(Directory):
                 if doubted != version:
                     doubted = version
                     continue
-                self.set_aside(self.manifest(version).kind, version, f"a version it needs is gone: {error}")
+                self.set_aside(self.folder_of(self.manifest(version)), version, f"a version it needs is gone: {error}")
 
-    def set_aside(self, kind: Kind, version: int, reason: str) -> Path:
-        """Renames a delta or base to `<number>.bad`, where nothing loads it; its number is not used again."""
-        folder = self.folder(kind, version)
+    def set_aside(self, folder: Path, version: int, reason: str) -> Path:
+        """Renames the directory of a version to `<name>.bad`, where nothing loads it; its number is not used again."""
         aside = next(
             path
             for count in range(1_000_000)
@@ -216,13 +187,13 @@ class Versions(Directory):
             folder.rename(aside)
             durable.sync_directory(folder.parent)
         self._manifests.pop(folder, None)
-        _log.error("set aside %s of version %d as %s: %s", kind, version, aside, reason)
+        _log.error("set aside %s of version %d as %s: %s", folder.parent.name, version, aside, reason)
         return aside
 
-    def remove(self, kind: Kind, version: int) -> None:
-        """Takes a delta or base away for good; it vanishes by one rename."""
-        folder = self.folder(kind, version)
-        grave = self.temporary(f"removed-{kind}-{version}")
+    def remove(self, kind: Kind, version: int, parent: int | None = None) -> None:
+        """Takes a version away for good, as it is kept as `kind` (a merged one with `parent`); it vanishes by one rename."""
+        folder = self.folder(kind, version, parent)
+        grave = self.temporary(f"removed-{kind}-{folder.name}")
         with usable(f"give up version {version}"):
             folder.rename(grave)
             self._manifests.pop(folder, None)
@@ -242,8 +213,8 @@ class Versions(Directory):
             return self._add(made, files, last_check)
 
     def _add(self, made: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None]) -> bool:
-        final = self.folder(made.kind, made.version)
-        temporary = self.temporary(f"{made.kind}-{made.version}")
+        final = self.folder_of(made)
+        temporary = self.temporary(f"{made.kind}-{final.name}")
         temporary.mkdir()
         try:
             # 1.
@@ -270,9 +241,13 @@ class Versions(Directory):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def next_number(self) -> int:
-        """The number that the next version takes: numbers only grow, over all epochs."""
-        return 1 + max(numbers.last() for numbers in self._numbers.values())
+    def _not_kept(self, version: int) -> tuple[str, str]:
+        """What is said of a version that cannot be gone back to, and what to take in its place."""
+        if version in self._numbers["recent"]:
+            said = f"version {version} can be followed and not gone back to: it is not durable, the log makes it again"
+        else:
+            said = f"version {version} is not kept in {self.path}"
+        return said, self._nearest(version)
 
     def _nearest(self, version: int) -> str:
         kept = self.versions()

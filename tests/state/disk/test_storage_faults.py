@@ -217,7 +217,7 @@ print(registry.newest_good(1))
 for use in (
     lambda: registry.change(lambda control: pin(control, 1, actor="bob", reason="test", now_ms=6)),
     lambda: registry.add_program(b"program"),
-    lambda: registry.set_aside("delta", 2, "test"),
+    lambda: registry.set_aside(registry.folder("delta", 2), 2, "test"),
     lambda: registry.remove("delta", 2),
     DirectoryLock(path, "trainer.lock").acquire,
 ):

@@ -1,0 +1,76 @@
+"""Where the files of each version lie, by how it is kept, and which versions there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from state import layout
+from state.errors import CorruptVersion
+from state.registry.directory import Directory
+from state.registry.manifest import Kind, Manifest
+from state.registry.numbers import Numbers
+
+_FOLDERS: dict[Kind, str] = {
+    "delta": layout.VERSIONS,
+    "merged": layout.MERGED,
+    "base": layout.BASES,
+    "recent": layout.RECENT,
+}
+
+
+class BadPart(CorruptVersion):
+    """A corrupt version, and which of its directories it is."""
+
+    def __init__(self, part: Path, version: int, message: str) -> None:
+        super().__init__(f"version {version}: {message}", "roll back to another version")
+        self.part = part
+        self.version = version
+
+
+class Folders(Directory):
+    """The directories of the versions of one registry."""
+
+    def __init__(self, path: Path, *folders: str) -> None:
+        super().__init__(path, *folders, *_FOLDERS.values())
+        self._numbers = {kind: Numbers(path / name) for kind, name in _FOLDERS.items()}
+
+    def versions(self) -> list[int]:
+        """The numbers of all durable versions, ascending; not all need be of control's epoch."""
+        return sorted({*self.deltas(), *self.bases()})
+
+    def deltas(self) -> tuple[int, ...]:
+        """The durable versions of which the change since an older one is kept, ascending."""
+        merged = self._numbers["merged"].good()
+        return tuple(sorted({*self._numbers["delta"].good(), *merged})) if merged else self._numbers["delta"].good()
+
+    def bases(self) -> tuple[int, ...]:
+        """The versions of which the full state is kept, ascending."""
+        return self._numbers["base"].good()
+
+    def recents(self) -> tuple[int, ...]:
+        """The versions that can be followed and not gone back to, those that are durable too among them, ascending."""
+        return self._numbers["recent"].good()
+
+    def folder(self, kind: Kind, version: int, parent: int | None = None) -> Path:
+        """Where the files of a version lie that is kept as `kind`; of a merged one its `parent` is part of the name."""
+        name = f"{version:012d}-{parent or 0:012d}" if kind == "merged" else f"{version:012d}"
+        return self.path / _FOLDERS[kind] / name
+
+    def folder_of(self, part: Manifest) -> Path:
+        """Where the files lie that a manifest names."""
+        return self.folder(part.kind, part.version, part.parent)
+
+    def next_number(self) -> int:
+        """The number that the next version takes: numbers only grow, over all epochs and both lifetimes."""
+        return 1 + max(numbers.last() for numbers in self._numbers.values())
+
+    def _places(self, version: int, kind: Kind | None) -> list[Path]:
+        """Where a version lies, the best place first: a delta that was merged is read in one piece."""
+        places = []
+        parent = self._numbers["merged"].oldest_parent(version)
+        if kind in (None, "delta", "merged") and parent is not None:
+            places.append(self.folder("merged", version, parent))
+        kinds: tuple[Kind, ...] = ("delta", "base") if kind is None else (kind,)
+        return places + [
+            self.folder(one, version) for one in kinds if one != "merged" and version in self._numbers[one]
+        ]
