@@ -161,6 +161,9 @@ class TrainerMetrics(Metrics):
     lag_records = gauge("springtide_trainer_lag_records", "Positions of the training log not yet read.")
     caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
     table_rows = gauge("springtide_trainer_table_rows", "Rows in use, by table.", "table")
+    table_rows_limit = gauge(
+        "springtide_trainer_table_rows_limit", "Rows of a table at most: the least used go first.", "table"
+    )
     guard = counter("springtide_trainer_guard", "The guard's verdicts: accept, skip, hold.", "verdict")
     held = gauge("springtide_trainer_held", "1 while the guard holds training.")
     paused = gauge("springtide_trainer_paused", "1 while an operator pauses training.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 
 from state.metrics import TrainerMetrics
 from state.registry.control import Control
@@ -11,6 +11,7 @@ from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.intake import Intake
 from trainer.measures.slices import Slices
+from trainer.tables.id_table import IdTable
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,11 @@ def show_control(control: Control, version: int, held: bool, metrics: TrainerMet
     metrics.publishing_held.set(not control.publishing)
 
 
-def show_version(measured: Mapping[str, float], tables: Mapping[str, Sized], metrics: TrainerMetrics) -> None:
+def show_version(measured: Mapping[str, float], tables: Mapping[str, IdTable], metrics: TrainerMetrics) -> None:
     """Sets the gauges of what a version was measured at, and of the tables' rows."""
     for name, table in tables.items():
         metrics.table_rows.labels(name).set(len(table))
+        metrics.table_rows_limit.labels(name).set(table.max_rows)
     for gauge, name in ((metrics.log_loss, "log_loss"), (metrics.auc, "auc"), (metrics.top1_ratio, "top1")):
         gauge.set(measured.get(name, float("nan")))
 

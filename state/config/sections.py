@@ -341,7 +341,14 @@ class TrainerSettings:
     publish_s: float = setting(0.2, "s", least=0.01, most=3600.0, help="Time between versions.")
     base_every_s: float = setting(600.0, "s", least=1.0, help="Time between bases made by the compactor.")
     admit_after: int = setting(1, "sightings", least=1, help="Sightings before an id has a row of its own.")
+    admit_crosses_after: int = setting(
+        0, "sightings", least=0, help="The same for a cross; 0 takes trainer.admit_after."
+    )
     expire_s: float = setting(2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row goes.")
+    max_rows: int = setting(
+        2_000_000, "rows", least=16, most=2_000_000_000, help="Rows of a table at most; the least used go first."
+    )
+    max_crosses: int = setting(8_000_000, "rows", least=64, most=2_000_000_000, help="The same for crosses.")
     capacity: int = setting(65536, "rows", least=16, most=2_000_000_000, help="Rows of a table at the start; it grows.")
     partition: int = setting(0, least=0, help="Partition of the micro-batch topic to learn from.")
     guard_factor: float = setting(

@@ -44,7 +44,10 @@ def main(rows: int) -> None:
     base = Settings()
     spec = FeatureSpec()
     trainer = Trainer(
-        dataclasses.replace(base, trainer=dataclasses.replace(base.trainer, device="cpu", capacity=rows + 2)), spec
+        dataclasses.replace(
+            base, trainer=dataclasses.replace(base.trainer, device="cpu", capacity=rows + 2, max_rows=2 * rows)
+        ),
+        spec,
     )
     table = trainer.tables["user"]
     every = np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -34,7 +34,11 @@ def measure_step(users: int) -> dict[str, float]:
 
     base = Settings()
     trainer = Trainer(
-        dataclasses.replace(base, trainer=dataclasses.replace(base.trainer, device="cpu", capacity=users + 2)), SPEC
+        dataclasses.replace(
+            base,
+            trainer=dataclasses.replace(base.trainer, device="cpu", capacity=users + 2, max_rows=2 * users),
+        ),
+        SPEC,
     )
     for first in range(1, users + 1, 1_000_000):
         numbers = np.arange(first, min(first + 1_000_000, users + 1))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import trainer.tables
 from trainer.tables.count_table import CountTable
-from trainer.tables.id_table import IdTable
+from trainer.tables.id_table import NO_CAP, IdTable
+from trainer.tables.least_used import DOUBLING_MS
 from trainer.tables.table import Table
 
 Rows = np.ndarray[Any, Any]
@@ -29,11 +30,18 @@ def learn_counts(table: CountTable, rows: Rows, number: int) -> None:
     table.count(rows, np.full(len(rows), 1 + number % 70, np.uint64))
 
 
-MADE: dict[type[IdTable], tuple[Callable[[int, int], Any], Callable[[Any, Rows, int], None]]] = {
-    Table: (lambda capacity, admit_after: Table("user", 4, capacity, admit_after=admit_after), learn_weights),
-    CountTable: (lambda capacity, admit_after: CountTable("transition", capacity, admit_after), learn_counts),
+MADE: dict[type[IdTable], tuple[Callable[[int, int, int], Any], Callable[[Any, Rows, int], None]]] = {
+    Table: (
+        lambda capacity, admit_after, most: Table("user", 4, capacity, admit_after=admit_after, max_rows=most),
+        learn_weights,
+    ),
+    CountTable: (
+        lambda capacity, admit_after, most: CountTable("transition", capacity, admit_after, most),
+        learn_counts,
+    ),
 }
-"""How each kind is made, of a capacity and with how many sightings an id needs; and how its rows learn from a number."""
+"""How each kind is made, of a capacity, how many sightings an id needs and how many rows there may be; and how its rows
+learn from a number, the more the larger."""
 
 
 def kinds() -> list[type[IdTable]]:
@@ -49,8 +57,8 @@ def kind(request: pytest.FixtureRequest) -> type[IdTable]:
     return found
 
 
-def made(kind: type[IdTable], capacity: int = 50, admit_after: int = 1) -> Any:
-    return MADE[kind][0](capacity, admit_after)
+def made(kind: type[IdTable], capacity: int = 50, admit_after: int = 1, max_rows: int = NO_CAP) -> Any:
+    return MADE[kind][0](capacity, admit_after, max_rows)
 
 
 def learn(table: IdTable, rows: Rows, number: int) -> None:
@@ -129,23 +137,32 @@ def test_distinct_order_is_that_of_first_occurrence(kind: type[IdTable]) -> None
         st.tuples(st.integers(1, 12), st.integers(0, 9), st.integers(1, 300), st.booleans()), min_size=1, max_size=40
     ),
     st.integers(1, 3),
+    st.sampled_from([4, 8, NO_CAP]),
     st.sampled_from(kinds()),
 )
 def test_base_and_deltas_rebuild_the_table_in_another_layout(
-    events: list[tuple[int, int, int, bool]], admit_after: int, kind: type[IdTable]
+    events: list[tuple[int, int, int, bool]], admit_after: int, most: int, kind: type[IdTable]
 ) -> None:
-    table, copy = made(kind, 2, admit_after), made(kind, 50, admit_after)
+    table, copy = made(kind, 2, admit_after, most), made(kind, 50, admit_after, most)
+    restored = False
     for number, (key, at, learned, cut) in enumerate(events):
-        row = table.observe(ids(key), times(100 * number + at))
-        if row[0]:
-            learn(table, row, learned)
-        if number % 7 == 6:
-            table.expire(100 * number - 500)
-        if cut:
+        # After a restart in the middle the copy goes on beside the table it was loaded from.
+        for one in (table, copy) if restored else (table,):
+            one.observe(ids(key), times(100 * number + at))
+            one.evict()
+            row = one.find(ids(key))
+            if row[0]:
+                learn(one, row, learned)
+            if number % 7 == 6:
+                one.expire(100 * number - 500)
+            assert len(one) <= most and one.pending <= most
+        if cut and not restored:
             copy.load(table.take_changes())
-    copy.load(table.take_changes())
+            restored = number > 20
+    if not restored:
+        copy.load(table.take_changes())
     assert copy.digest() == table.digest()
-    fresh = made(kind, 7, admit_after)
+    fresh = made(kind, 7, admit_after, most)
     fresh.load(table.state())
     assert fresh.digest() == table.digest()
     assert fresh.take_changes().ids.size == 0
@@ -156,8 +173,104 @@ def test_growth_keeps_every_row(kind: type[IdTable]) -> None:
     for start in range(0, 1000, 125):
         for one in (table, roomy):
             learn(one, one.observe(keys[start : start + 125], np.ones(125, np.int64)), start)
-    assert (table.capacity, roomy.capacity) == (1024, 2000)
+    assert 1000 < table.capacity <= 2000 and roomy.capacity == 2000
     assert table.digest() == roomy.digest() and len(table) == 1000
+
+
+def test_a_full_table_lets_the_least_used_leave_and_says_so(kind: type[IdTable]) -> None:
+    table, keys, hour = made(kind, max_rows=64), np.arange(1, 65, dtype=np.uint64), 3_600_000
+    table.observe(keys, np.arange(64, dtype=np.int64) * hour)
+    # The oldest four learned much, the next four a little, all others nothing.
+    learn(table, table.find(keys[:4]), 2)
+    for _ in range(300):
+        learn(table, table.find(keys[:4]), 3000)
+    learn(table, table.find(keys[4:8]), 2)
+    assert table.evict() == 0
+    table.take_changes()
+    table.observe(ids(99), times(64 * hour))
+    assert table.evict() == 65 - 56 and len(table) == 56
+    changes = table.take_changes()
+    # Seen longest ago and used least: those of little use too, where that is no day's worth.
+    assert set(changes.removed.tolist()).isdisjoint({1, 2, 3, 4, 99}) and changes.ids.tolist() == [99]
+    assert changes.removed[-1] < 9 + 9 and len(changes.removed) == 9
+    assert table.find(changes.removed).tolist() == [0] * 9
+
+
+def test_who_leaves_is_the_same_in_another_layout(kind: type[IdTable]) -> None:
+    table, copy = made(kind, 2, max_rows=64), made(kind, 500, max_rows=64)
+    for number in range(40):
+        keys = np.arange(5 * number + 1, 5 * number + 8, dtype=np.uint64)[:: -1 if number % 2 else 1]
+        for one in (table, copy):
+            one.observe(keys, np.full(7, number // 4))
+            one.evict()
+            learn(one, one.find(keys), 2 + number % 3)
+        if number == 20:
+            copy = made(kind, 90, max_rows=64)
+            copy.load(table.state())
+        assert 0 < len(table) <= 64
+    assert copy.digest() == table.digest()
+
+
+def test_a_flood_of_new_ids_pushes_out_itself(kind: type[IdTable]) -> None:
+    table, regulars = made(kind, max_rows=256), np.arange(1, 101, dtype=np.uint64)
+    for _ in range(100):
+        table.observe(regulars, np.zeros(100, np.int64))
+        learn(table, table.find(regulars), 1000)
+    for number in range(50):
+        flood = np.arange(1000 + 100 * number, 1100 + 100 * number, dtype=np.uint64)
+        table.observe(flood, np.full(100, DOUBLING_MS + number))
+        table.evict()
+        learn(table, np.unique(table.find(flood)), 1)
+    assert table.find(regulars).all()
+
+
+def test_ids_that_wait_are_bounded_and_the_least_seen_wait_no_more(kind: type[IdTable]) -> None:
+    table = made(kind, admit_after=9, max_rows=64)
+    for number in range(100):
+        table.observe(ids(1, 1000 + number), times(number, number))
+        table.evict()
+        if number == 6:
+            table.take_changes()
+        assert table.pending <= 64
+    assert 1000 not in table.state().pending_ids and 1099 in table.state().pending_ids
+    gone = table.take_changes()
+    assert gone.pending_counts[gone.pending_ids == 1000].tolist() == [0]
+    assert table.find(ids(1))[0] != 0
+
+
+def test_memory_is_given_back_when_few_ids_are_left(kind: type[IdTable]) -> None:
+    table, keys = made(kind, 64), np.arange(1, 20_001, dtype=np.uint64)
+    table.observe(keys, np.arange(20_000, dtype=np.int64))
+    learn(table, table.find(keys[-50:]), 7)
+    kept = made(kind, 64)
+    kept.load(table.take_changes())
+    assert table.capacity > 20_000
+    assert table.expire(before_ms=19_900) == 19_900
+    assert len(table) == 100 and table.capacity < 400
+    kept.load(table.take_changes())
+    assert kept.digest() == table.digest()
+    # The rows that are listed as changed are still those, and new ids get places as before.
+    learn(table, table.find(keys[-3:]), 8)
+    table.touch(table.find(keys[-3:]))
+    table.observe(keys[:500], np.full(500, 30_000))
+    changes = table.take_changes()
+    assert changes.ids.tolist() == [*range(1, 501), *range(19_998, 20_001)]
+    kept.load(changes)
+    assert kept.digest() == table.digest()
+
+
+def test_rows_that_changed_stay_listed_where_rows_move(kind: type[IdTable]) -> None:
+    table, keys = made(kind, 64), np.arange(1, 2001, dtype=np.uint64)
+    table.observe(keys, np.arange(2000, dtype=np.int64))
+    copy = made(kind, 64)
+    copy.load(table.take_changes())
+    learn(table, table.find(keys[-5:]), 9)
+    table.touch(table.find(keys[-5:]))
+    table.expire(before_ms=1900)
+    changes = table.take_changes()
+    assert changes.ids.tolist() == keys[-5:].tolist() and changes.removed.size == 1900
+    copy.load(changes)
+    assert copy.digest() == table.digest()
 
 
 def test_clear_forgets_everything(kind: type[IdTable]) -> None:

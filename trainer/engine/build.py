@@ -32,6 +32,9 @@ TRANSITION = "transition"
 TRANSITION_CAPACITY = 1024
 """Lists at the start: there are as many as categories, and each takes 800 bytes."""
 
+ROWS_OF_A_LIST = 8
+"""A list takes more room than a row: `trainer.max_rows` allows one for so many rows."""
+
 WANTED = "wanted is build(settings, spec, preprocessing) -> trainer.model.ranker.Ranker"
 
 
@@ -88,17 +91,25 @@ def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Tabl
             trainer.admit_after if name != "context" else 1,
             device,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
+            trainer.max_rows,
         )
         for name in EMBEDDINGS
     }
     # A cross begins at nothing: a weight and a marginal logit of 0, of which nothing was learned.
-    tables[CROSS] = Table(CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, device, initial_range=0.0)
+    admit_after = trainer.admit_crosses_after or trainer.admit_after
+    tables[CROSS] = Table(CROSS, WIDTH, trainer.capacity, 0.0, admit_after, device, 0.0, trainer.max_crosses)
     return tables | own_tables(ranker, settings, device)
 
 
 def transitions_of(settings: Settings) -> CountTable:
     """What came next after each category."""
-    return CountTable(TRANSITION, TRANSITION_CAPACITY, settings.trainer.admit_after)
+    trainer = settings.trainer
+    return CountTable(
+        TRANSITION,
+        TRANSITION_CAPACITY,
+        trainer.admit_after,
+        max(trainer.max_rows // ROWS_OF_A_LIST, TRANSITION_CAPACITY),
+    )
 
 
 def engine_name(wanted: str, ranker: Ranker, device: str) -> str:

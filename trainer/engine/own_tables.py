@@ -58,6 +58,7 @@ def own_tables(ranker: Ranker, settings: Settings, device: str) -> dict[str, Tab
             1 if FEW.issuperset(ids) else trainer.admit_after,
             device,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
+            trainer.max_rows,
         )
         for name, ids in grown_by(ranker).items()
     }

@@ -3,7 +3,8 @@
 A step takes one micro-batch, already trimmed and unmasked:
 
 1. Sightings: ids are counted, those due get a row, old ones expire by log time,
-   which no single click's clock decides (`state/microbatch/log_time.py`).
+   which no single click's clock decides (`state/microbatch/log_time.py`), and
+   of a table that is full the least used leave.
 2. Candidates, negatives and rows are found on the host; no id enters the graph.
 3. One graph scores the rows without dropout and computes the gradients with it.
 4. The guard judges loss and gradient.
@@ -110,7 +111,7 @@ class Trainer:
         learned, self.transitions = tables_of(self.model, settings, self.device), transitions_of(settings)
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
-        self.popular = Popular(settings.model.popular)
+        self.popular = Popular(settings.model.popular, settings.trainer.max_rows)
         self.evaluation, self._new_users = Evaluation(), np.empty(0, np.uint64)
         self._columns = Columns(settings.attributes)
         self.slices = Slices(settings.attributes, self._columns)
@@ -131,7 +132,7 @@ class Trainer:
             table.clear()
         self.model.set_weights(self._first_weights)
         self.optimizer.set_slots(self._first_slots)
-        self.popular = Popular(self.settings.model.popular)
+        self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
         self.evaluation = Evaluation()
         self.slices = Slices(self.settings.attributes, self._columns)
         self.guard = GuardState()
@@ -227,6 +228,8 @@ class Trainer:
             self.tables[CROSS].observe(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
             shares = self._crosses.shares
             self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
+        for table in self.tables.values():
+            table.evict()
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Report:
         """Measures, judges and applies."""

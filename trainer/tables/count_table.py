@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from state.ranking import transition_rows, transitions
 from state.ranking.transitions import Lists, Succession
-from trainer.tables.id_table import IdTable, grown
+from trainer.tables.id_table import I64, NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
+from trainer.tables.least_used import octaves
+from trainer.tables.places import grown
 
 
 class CountTable(IdTable):
@@ -20,12 +22,13 @@ class CountTable(IdTable):
 
     Args:
         name: Of the table in versions.
-        capacity: Lists there is room for at first; it doubles when full.
+        capacity: Lists there is room for at first; it doubles when full, and is given back when few are left.
         admit_after: Sightings a category needs before it gets a list.
+        max_rows: Categories that have a list at most.
     """
 
-    def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1) -> None:
-        super().__init__(name, transition_rows.WIDTH, capacity, admit_after)
+    def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:
+        super().__init__(name, transition_rows.WIDTH, capacity, admit_after, max_rows)
         self._lists = Lists.empty(self.capacity)
         self._signs: npt.NDArray[np.uint8] = np.zeros((self.capacity, transition_rows.SIGN_BYTES), np.uint8)
 
@@ -71,6 +74,10 @@ class CountTable(IdTable):
         first = hashed_uniform(ids, self.dim, self.name) * np.float32(0.0)
         self.put(rows, first, np.zeros((len(rows), 0), np.float32))
 
-    def _resize(self, capacity: int) -> None:
-        self._lists = Lists(*(grown(part, capacity) for part in self._lists))
-        self._signs = grown(self._signs, capacity)
+    def _doublings(self, rows: I32) -> I64:
+        return octaves(self._lists.counts[rows].sum(1))
+
+    def _resize(self, capacity: int, former: I32 | None = None) -> None:
+        kept = (*self._lists, self._signs) if former is None else (part[former] for part in (*self._lists, self._signs))
+        counts, ids, self._signs = (grown(part, capacity) for part in kept)
+        self._lists = Lists(counts, ids)

@@ -1,9 +1,9 @@
-"""Which ids have a row: admitted, dated, expired, and listed when changed; what a row holds is a subclass's own.
+"""Which ids have a row: admitted, dated, expired, evicted, and listed when changed; what a row holds is a subclass's own.
 
 The id -> row index, admission and expiry live on the host in compiled loops.
 Where a row lies is nobody's business: every value that leaves a table is
 ordered by id. So two tables with other capacities, or one that was restored, go
-on with the same bits.
+on with the same bits. Who leaves, too, follows from what a version holds.
 
 One thread, the trainer's step thread, calls everything here.
 """
@@ -11,13 +11,16 @@ One thread, the trainer's step thread, calls everything here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer.tables.changes import Changes
-from trainer.tables.index import F32, I32, U64, IdIndex
+from trainer.tables.index import F32, I32, U64
+from trainer.tables.least_used import least_used
+from trainer.tables.listed import ListedIds
+from trainer.tables.pending import Pending, Sightings, sightings
+from trainer.tables.places import Places, grown
 from trainer.tables.rows_used import distinct_rows, first_occurrences, mark_rows, see
 
 I64 = npt.NDArray[np.int64]
@@ -26,13 +29,8 @@ MISSING = 0
 """The row of every id that has none: always zero, never trained."""
 
 
-def grown(held: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
-    """`[capacity, ...]`: what is held and zeros behind it.
-
-    >>> grown(np.array([7, 8]), 4).tolist()
-    [7, 8, 0, 0]
-    """
-    return np.concatenate([held, np.zeros((capacity - len(held), *held.shape[1:]), held.dtype)])
+NO_CAP = 2**31 - 1
+"""Of a table: as many rows as there are numbers for."""
 
 
 class IdTable(ABC):
@@ -41,42 +39,46 @@ class IdTable(ABC):
     Args:
         name: Of the table in versions; part of the hash that a new row starts from.
         dim: Width of a row in versions.
-        capacity: Rows there is room for at first; it doubles when full.
+        capacity: Rows there is room for at first; it doubles when full, and is given back when few are left.
         admit_after: Sightings an id needs before it gets a row.
+        max_rows: Ids that have a row, and those that wait for one, at most.
     """
 
-    def __init__(self, name: str, dim: int, capacity: int, admit_after: int) -> None:
+    def __init__(self, name: str, dim: int, capacity: int, admit_after: int, max_rows: int = NO_CAP) -> None:
         self.name = name
         self.dim = dim
-        self._admit_after = admit_after
-        self._forget(max(capacity, 2))
+        self.max_rows = max_rows
+        self._admit_after, self._first_capacity = admit_after, capacity
+        self._forget()
 
     def clear(self) -> None:
-        """Forgets every id; the capacity stays."""
-        self._forget(self.capacity)
+        """Forgets every id, and gives back what they took."""
+        former = self.capacity
+        self._forget()
+        if self.capacity != former:
+            self._resize(self.capacity, np.zeros(1, np.int32))
 
-    def _forget(self, capacity: int) -> None:
-        self._index = IdIndex()
-        self._ids: U64 = np.zeros(capacity, np.uint64)
+    def _forget(self) -> None:
+        self._places = Places(self._first_capacity, self.max_rows)
+        capacity = self.capacity
         self._last_seen_ms: I64 = np.zeros(capacity, np.int64)
         self._dirty: npt.NDArray[np.uint8] = np.zeros(capacity, np.uint8)
         self._dirty_rows: I32 = np.zeros(capacity, np.int32)
         self._scratch: I32 = np.zeros(capacity, np.int32)
         self._dirty_count = 0
-        self._next_row = 1
-        self._free: list[int] = []
-        self._removed: set[int] = set()
-        self._pending: dict[int, tuple[int, int]] = {}
-        self._pending_dirty: set[int] = set()
+        # Ids that went since the last take; those that came back among them have a row.
+        self._removed = ListedIds()
+        self._pending = Pending(self._admit_after, self.max_rows)
+        self._pending_dirty = ListedIds()
 
     def __len__(self) -> int:
         """Ids that have a row."""
-        return len(self._index)
+        return len(self._places)
 
     @property
     def capacity(self) -> int:
         """Rows there is room for, the missing one included."""
-        return self._ids.size
+        return self._places.capacity
 
     @property
     def pending(self) -> int:
@@ -85,7 +87,7 @@ class IdTable(ABC):
 
     def find(self, ids: U64) -> I32:
         """The row of each id, `[n]` int32, MISSING where it has none. Admits nothing."""
-        return self._index.find(ids)
+        return self._places.find(ids)
 
     def observe(self, ids: U64, at_ms: I64) -> I32:
         """Counts one sighting of each id at log time, admits those seen often enough.
@@ -97,16 +99,17 @@ class IdTable(ABC):
         Returns:
             `[n]` int32: the row of each id after the admissions.
         """
-        rows = self._index.find(ids)
+        rows = self.find(ids)
         unknown = np.flatnonzero((rows == MISSING) & (ids != 0))
         if unknown.size:
             if self._admit_after > 1:
-                admitted = self._count_sightings(ids[unknown], at_ms[unknown])
+                counted, admitted = self._pending.count(sightings(ids[unknown], at_ms[unknown]))
+                self._pending_dirty.add(counted)
             else:
                 admitted = first_occurrences(ids[unknown])
             if admitted.size:
-                self._admit(admitted)
-                rows = self._index.find(ids)
+                self._begin(admitted, self._place(admitted))
+                rows = self.find(ids)
         see(rows, np.ascontiguousarray(at_ms), self._last_seen_ms)
         self._last_seen_ms[MISSING] = 0
         self.touch(rows)
@@ -136,49 +139,51 @@ class IdTable(ABC):
 
     def expire(self, before_ms: int) -> int:
         """Removes ids last seen before `before_ms` of log time; returns how many had a row."""
-        used = slice(0, self._next_row)
-        old = np.flatnonzero((self._ids[used] != 0) & (self._last_seen_ms[used] < before_ms))
-        self._drop(self._ids[old])
-        stale = [key for key, (_, seen_ms) in self._pending.items() if seen_ms < before_ms]
-        for key in stale:
-            del self._pending[key]
-        self._pending_dirty.update(stale)
+        held = self._places.held()
+        old = held[self._last_seen_ms[held] < before_ms]
+        self._leave(old)
+        self._pending_dirty.add(self._pending.expire(before_ms))
         return int(old.size)
+
+    def evict(self) -> int:
+        """Removes the least used, where more than `max_rows` have a row or wait for one; returns how many had one.
+
+        Call it once all ids of a step were observed, before their rows are looked up.
+        """
+        self._pending_dirty.add(self._pending.evict())
+        if len(self) <= self.max_rows:
+            return 0
+        held = self._places.held()
+        leaving = least_used(self._places.ids[held], self._last_seen_ms[held], self._doublings(held), self.max_rows)
+        self._leave(held[leaving])
+        return len(leaving)
 
     def take_changes(self) -> Changes:
         """What changed since the last take, and starts the next list."""
         rows = self._dirty_rows[: self._dirty_count]
         self._dirty[rows] = 0
-        changes = self._collect(rows[self._ids[rows] != 0], self._removed, self._pending_dirty)
+        removed = self._removed.distinct()
+        removed = removed[self.find(removed) == MISSING]
+        changes = self._collect(rows[self._places.ids[rows] != 0], removed, self._pending_dirty.distinct())
         self._dirty_count = 0
-        self._removed = set()
-        self._pending_dirty = set()
+        self._removed, self._pending_dirty = ListedIds(), ListedIds()
         return changes
 
     def state(self) -> Changes:
         """Every row, for a base; the list of changes goes on."""
-        rows = np.flatnonzero(self._ids[: self._next_row]).astype(np.int32)
-        return self._collect(rows, set(), set(self._pending))
+        return self._collect(self._places.held(), np.empty(0, np.uint64), self._pending.ids())
 
     def load(self, changes: Changes) -> None:
         """Sets what `changes` says on top of what is here, and lists none of it as changed.
 
         Call `clear` first for a base; deltas follow in their order.
         """
-        self._drop(changes.removed)
-        self._removed.difference_update(changes.removed.tolist())
-        fresh = changes.ids[self._index.find(changes.ids) == MISSING]
-        self._place(fresh)
-        rows = self._index.find(changes.ids)
+        self._places.drop(changes.removed)
+        self._place(changes.ids[self.find(changes.ids) == MISSING])
+        rows = self.find(changes.ids)
         self._last_seen_ms[rows] = changes.last_seen_ms
         self.put(rows, changes.rows, changes.accum)
-        for key, count, seen_ms in zip(
-            changes.pending_ids.tolist(), changes.pending_counts.tolist(), changes.pending_seen_ms.tolist(), strict=True
-        ):
-            if count:
-                self._pending[key] = (count, seen_ms)
-            else:
-                self._pending.pop(key, None)
+        self._pending.load(Sightings(changes.pending_ids, changes.pending_counts, changes.pending_seen_ms))
 
     def digest(self) -> str:
         """SHA-256 (hex) over all rows ordered by id: equal in every layout."""
@@ -203,78 +208,56 @@ class IdTable(ABC):
         """Gives the rows of ids that were just admitted their first values."""
 
     @abstractmethod
-    def _resize(self, capacity: int) -> None:
-        """Makes room for so many rows; those held stay."""
+    def _doublings(self, rows: I32) -> I64:
+        """How often the use of rows was doubled, `[n]`, out of what versions hold of them; see `octaves`."""
 
-    def _count_sightings(self, ids: U64, at_ms: I64) -> U64:
-        """Counts sightings of ids without a row; returns those that are due one, in order."""
-        due: list[int] = []
-        reached: set[int] = set()
-        for key, seen_ms in zip(ids.tolist(), at_ms.tolist(), strict=True):
-            if key in reached:
-                continue
-            count, last_ms = self._pending.get(key, (0, seen_ms))
-            self._pending_dirty.add(key)
-            if count + 1 >= self._admit_after:
-                self._pending.pop(key, None)
-                reached.add(key)
-                due.append(key)
-            else:
-                self._pending[key] = (count + 1, max(last_ms, seen_ms))
-        return np.array(due, np.uint64)
+    @abstractmethod
+    def _resize(self, capacity: int, former: I32 | None = None) -> None:
+        """Makes room for so many rows.
 
-    def _admit(self, ids: U64) -> None:
-        self._begin(ids, self._place(ids))
-        if self._removed:
-            self._removed.difference_update(ids.tolist())
+        Args:
+            capacity: Rows.
+            former: Which rows those at 0, 1, 2 .. were before; None where all stay at their places.
+        """
 
     def _place(self, ids: U64) -> I32:
-        """Hands out rows in order (fresh pages are dear when touched at random)."""
-        recycled = min(len(self._free), ids.size)
-        fresh = ids.size - recycled
-        if self._next_row + fresh > self.capacity:
-            self._grow(self._next_row + fresh)
-        rows = np.empty(ids.size, np.int32)
-        if recycled:
-            rows[:recycled] = self._free[-recycled:]
-            del self._free[-recycled:]
-        rows[recycled:] = np.arange(self._next_row, self._next_row + fresh, dtype=np.int32)
-        self._next_row += fresh
-        self._ids[rows] = ids
+        before = self.capacity
+        rows = self._places.take(ids)
+        if self.capacity > before:
+            self._resize(self.capacity)
+            for field in ("_last_seen_ms", "_dirty", "_dirty_rows", "_scratch"):
+                setattr(self, field, grown(getattr(self, field), self.capacity))
         self._last_seen_ms[rows] = 0
-        self._index.insert(ids, rows)
         return rows
 
-    def _drop(self, ids: U64) -> None:
-        rows = self._index.find(ids)
-        known = rows != MISSING
-        self._index.remove(ids[known])
-        self._ids[rows[known]] = 0
-        self._free.extend(rows[known].tolist())
-        self._removed.update(ids[known].tolist())
+    def _leave(self, rows: I32) -> None:
+        """Removes rows, and gives room back where most of it is unused."""
+        ids = self._places.ids[rows]
+        self._places.drop(ids)
+        self._removed.add(ids)
+        former = self._places.pack()
+        if former is None:
+            return
+        self._resize(self.capacity, former)
+        for field in ("_last_seen_ms", "_dirty"):
+            setattr(self, field, grown(getattr(self, field)[former], self.capacity))
+        self._scratch = np.zeros(self.capacity, np.int32)
+        dirty = np.flatnonzero(self._dirty).astype(np.int32)
+        self._dirty_rows, self._dirty_count = grown(dirty, self.capacity), dirty.size
 
-    def _grow(self, needed: int) -> None:
-        capacity = self.capacity
-        while capacity < needed:
-            capacity *= 2
-        self._resize(capacity)
-        for field in ("_ids", "_last_seen_ms", "_dirty", "_dirty_rows", "_scratch"):
-            setattr(self, field, grown(getattr(self, field), capacity))
-
-    def _collect(self, rows: I32, removed: set[int], pending: set[int]) -> Changes:
-        ids = self._ids[rows]
+    def _collect(self, rows: I32, removed: U64, pending: U64) -> Changes:
+        ids = self._places.ids[rows]
         order = np.argsort(ids)
         rows = rows[order]
         values, accum = self._held(rows)
-        waiting = sorted(pending)
-        counts = [self._pending.get(key, (0, 0)) for key in waiting]
+        waiting = self._pending.of(pending)
         return Changes(
             ids=ids[order],
             rows=values,
             accum=accum,
             last_seen_ms=self._last_seen_ms[rows],
-            removed=np.array(sorted(removed), np.uint64),
-            pending_ids=np.array(waiting, np.uint64),
-            pending_counts=np.array([count for count, _ in counts], np.int32),
-            pending_seen_ms=np.array([seen_ms for _, seen_ms in counts], np.int64),
+            removed=removed,
+            pending_ids=waiting.ids,
+            pending_counts=waiting.counts,
+            pending_seen_ms=waiting.seen_ms,
         )

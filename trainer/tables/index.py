@@ -94,6 +94,11 @@ class IdIndex:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def slots(self) -> int:
+        """Ids there would be room for, were it full."""
+        return self._keys.size
+
     def find(self, ids: U64) -> I32:
         """The row of each id, `[n]` int32; MISSING (0) for an unknown one."""
         found = np.empty(ids.size, np.int32)
@@ -103,16 +108,21 @@ class IdIndex:
     def insert(self, ids: U64, rows: I32) -> None:
         """Sets the rows of `ids` (no id is 0), growing first where it would get too full."""
         if self._size + ids.size > self._keys.size * _FILL:
-            keys, held = self._keys, self._rows
-            self._keys = np.zeros(_slots_for(self._size + ids.size), np.uint64)
-            self._rows = np.zeros(self._keys.size, np.int32)
-            used = keys != 0
-            _insert(self._keys, self._rows, keys[used], held[used])
+            self._rebuild(_slots_for(self._size + ids.size))
         self._size += _insert(self._keys, self._rows, np.ascontiguousarray(ids), rows)
 
     def remove(self, ids: U64) -> None:
-        """Forgets `ids`; unknown ones are ignored."""
+        """Forgets `ids`, and gives room back where most of it is unused; unknown ids are ignored."""
         self._size -= _remove(self._keys, self._rows, np.ascontiguousarray(ids))
+        if (slots := _slots_for(2 * self._size)) * 4 <= self._keys.size:
+            self._rebuild(slots)
+
+    def _rebuild(self, slots: int) -> None:
+        keys, held = self._keys, self._rows
+        self._keys = np.zeros(slots, np.uint64)
+        self._rows = np.zeros(slots, np.int32)
+        used = keys != 0
+        _insert(self._keys, self._rows, keys[used], held[used])
 
 
 def _slots_for(ids: int) -> int:

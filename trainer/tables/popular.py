@@ -1,4 +1,4 @@
-"""The popular categories: categories by decayed count at log time, in integers.
+"""The popular categories: categories by decayed count at log time, in integers, at most so many of them.
 
 A count is in 1/65536 clicks and is multiplied by a fixed ratio each hour of
 log time, so that the same log gives the same list on every machine. The list
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trainer.tables.id_table import NO_CAP
 from trainer.tables.index import IdIndex
+from trainer.tables.least_used import ROOM, least_used
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -52,10 +54,11 @@ class Popular:
 
     Args:
         size: P, the most categories listed.
+        most: Categories counted at most; those with the smallest counts go first.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, most: int = NO_CAP) -> None:
+        self._size, self._most = size, max(most, size * ROOM)
         # Entry 0 is no category: the index finds 0 for what it does not hold.
         self._hour = -1
         self._used = 1
@@ -87,6 +90,11 @@ class Popular:
         self._counts[self._index.find(touched)] += clicks * ONE
         candidates = self._ids[1 : self._used] if ticked else np.union1d(self._top, touched)
         self._top = ranked(candidates, self._counts[self._index.find(candidates)], self._size)
+        if self._used - 1 > self._most:
+            ids, counts = self._ids[1 : self._used], self._counts[1 : self._used]
+            kept = np.ones(ids.size, np.bool_)
+            kept[least_used(ids, counts, np.zeros_like(counts), self._most)] = False
+            self.load({"ids": ids[kept], "counts": counts[kept], "hour": self._hour})
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """`ids` ascending, their `counts`, and the `hour` of the last decay."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.tables.id_table import IdTable
+from trainer.tables.id_table import I64, NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
+from trainer.tables.least_used import octaves
 from trainer.tables.rows_used import gathered
 
 INITIAL_RANGE = 0.05
@@ -26,11 +27,12 @@ class Table(IdTable):
     Args:
         name: Part of the hash a new row starts from.
         dim: Width of a row.
-        capacity: Rows the variables hold at first; they double when full.
+        capacity: Rows the variables hold at first; they double when full, and shrink when few are left.
         initial_accumulator: Where each Adagrad accumulator starts.
         admit_after: Sightings an id needs before it gets a row.
         device: TensorFlow device of the variables.
         initial_range: A new row is uniform in plus and minus this.
+        max_rows: Ids that have a row at most.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class Table(IdTable):
         admit_after: int = 1,
         device: str = "/CPU:0",
         initial_range: float = INITIAL_RANGE,
+        max_rows: int = NO_CAP,
     ) -> None:
-        super().__init__(name, dim, capacity, admit_after)
+        super().__init__(name, dim, capacity, admit_after, max_rows)
         self.device = device
         self._initial_accumulator = initial_accumulator
         self._initial_range = np.float32(initial_range)
@@ -72,8 +75,14 @@ class Table(IdTable):
         first = hashed_uniform(ids, self.dim, self.name) * self._initial_range
         self.put(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))
 
-    def _resize(self, capacity: int) -> None:
-        extra = [capacity - self.capacity, self.dim]
+    def _doublings(self, rows: I32) -> I64:
+        # The mean square that its gradients add up to: what learned nothing loses nothing.
+        with tf.device(self.device):
+            learned = tf.reduce_mean(self.accum, 1).numpy()
+        return octaves(learned[rows])
+
+    def _resize(self, capacity: int, former: I32 | None = None) -> None:
         with tf.device(self.device):
             for variable in (self.rows, self.accum):
-                variable.assign(tf.concat([variable, tf.zeros(extra)], 0))
+                kept = variable.read_value() if former is None else tf.gather(variable, former)
+                variable.assign(tf.concat([kept, tf.zeros([capacity - len(kept), self.dim])], 0))

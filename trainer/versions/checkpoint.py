@@ -32,7 +32,10 @@ from trainer.tables.popular import HOUR_MS, ONE
 from trainer.versions import content
 
 # Settings of [trainer] beside all of [model].
-_DECIDING = ("admit_after", "expire_s", "guard_factor", "guard_patience", "rows_per_update")
+_DECIDING = (
+    "admit_after", "admit_crosses_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
+    "rows_per_update",
+)  # fmt: skip
 # What decides the order of floating-point sums on a processor.
 _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 

@@ -1,0 +1,112 @@
+"""Which id lies at which place: places are handed out in order, used again, and made dense when few are left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.tables.index import I32, U64, IdIndex
+
+SPARSE = 4
+"""Room for so many times what is held is given back."""
+
+
+def grown(held: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
+    """`[capacity, ...]`: what is held and zeros behind it.
+
+    >>> grown(np.array([7, 8]), 4).tolist()
+    [7, 8, 0, 0]
+    """
+    return np.concatenate([held, np.zeros((capacity - len(held), *held.shape[1:]), held.dtype)])
+
+
+class Places:
+    """The places of ids, from 1 on; 0 is that of every id that has none.
+
+    Args:
+        capacity: Places there is room for at first, place 0 included; it doubles when full.
+        most: Ids that are usually held at most: beyond these it grows no further than it must.
+
+    Attributes:
+        ids: `[capacity]` uint64, the id at each place; 0 where there is none.
+
+    >>> places = Places(4)
+    >>> places.take(np.array([7, 8, 9], np.uint64)).tolist(), places.drop(np.array([8], np.uint64)).tolist()
+    ([1, 2, 3], [2])
+    >>> places.find(np.array([7, 8, 9, 0], np.uint64)).tolist(), places.held().tolist()
+    ([1, 0, 3, 0], [1, 3])
+    """
+
+    def __init__(self, capacity: int, most: int = 2**31) -> None:
+        self._least = self._room(max(capacity, 2), most)
+        self._most = most
+        self.ids: U64 = np.zeros(self._least, np.uint64)
+        self._index = IdIndex()
+        self._next = 1
+        self._free: I32 = np.empty(0, np.int32)
+
+    def __len__(self) -> int:
+        """Ids that have a place."""
+        return len(self._index)
+
+    @property
+    def capacity(self) -> int:
+        """Places there is room for, place 0 included."""
+        return self.ids.size
+
+    def find(self, ids: U64) -> I32:
+        """The place of each id, `[n]` int32; 0 where it has none."""
+        return self._index.find(ids)
+
+    def held(self) -> I32:
+        """The places in use, ascending."""
+        return np.flatnonzero(self.ids[: self._next]).astype(np.int32)
+
+    def take(self, ids: U64) -> I32:
+        """Gives places to distinct ids that have none; `capacity` may be another one afterwards.
+
+        Fresh places are handed out in order: pages touched at random are dear.
+        """
+        recycled = min(self._free.size, ids.size)
+        kept = self._free.size - recycled
+        fresh = self._next + ids.size - recycled
+        if fresh > self.capacity:
+            doubled = self._room(2 * self.capacity, self._most)
+            self.ids = grown(self.ids, max(doubled, fresh))
+        places = np.concatenate([self._free[kept:], np.arange(self._next, fresh, dtype=np.int32)])
+        self._free, self._next = self._free[:kept], fresh
+        self.ids[places] = ids
+        self._index.insert(ids, places)
+        return places
+
+    def drop(self, ids: U64) -> I32:
+        """Takes distinct ids out; returns the places that those among them had which had one."""
+        places = self._index.find(ids)
+        places = places[places != 0]
+        if places.size:
+            self._index.remove(self.ids[places])
+            self.ids[places] = 0
+            self._free = np.concatenate([self._free, places])
+        return places
+
+    def pack(self) -> I32 | None:
+        """Makes places dense and gives room back, where most of it is unused.
+
+        Returns:
+            Which places those now at 0, 1, 2 .. were at before; None where nothing moved.
+        """
+        if self.capacity <= self._least or len(self) * SPARSE >= self.capacity:
+            return None
+        former: I32 = np.append(np.zeros(1, np.int32), self.held())
+        self.ids = grown(self.ids[former], max(self._least, 2 * former.size))
+        self._next, self._free = former.size, np.empty(0, np.int32)
+        self._index = IdIndex(former.size)
+        self._index.insert(self.ids[1 : former.size], np.arange(1, former.size, dtype=np.int32))
+        return former
+
+    @staticmethod
+    def _room(capacity: int, most: int) -> int:
+        """A step adds to what is held before the least used go, so that there is some room beyond `most`."""
+        return min(capacity, most + most // 8 + 2)
