@@ -1,1 +1,1 @@
-"""From ids to rows, grown, admitted and expired: embeddings, and counts of what came next."""
+"""From ids to rows, grown, admitted, expired and evicted: embeddings, and counts of what came next."""

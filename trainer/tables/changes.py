@@ -22,7 +22,7 @@ class Changes:
         rows: `[k, dim]` float32, the embedding rows.
         accum: `[k, dim]` float32, their Adagrad accumulators.
         last_seen_ms: `[k]` int64, log time of their last sighting.
-        removed: `[r]` uint64, ascending: ids that expired and were not admitted again.
+        removed: `[r]` uint64, ascending: ids that expired or were evicted, and were not admitted again.
         pending_ids: `[p]` uint64, ascending: ids seen too seldom to have a row yet.
         pending_counts: `[p]` int32, their sightings; 0 means no longer pending.
         pending_seen_ms: `[p]` int64, log time of their last sighting.

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from state.ranking import transition_rows, transitions
 from state.ranking.transitions import Lists, Succession
-from trainer.tables.id_table import I64, NO_CAP, IdTable
+from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
-from trainer.tables.least_used import octaves
 from trainer.tables.places import grown
 
 
@@ -74,8 +73,9 @@ class CountTable(IdTable):
         first = hashed_uniform(ids, self.dim, self.name) * np.float32(0.0)
         self.put(rows, first, np.zeros((len(rows), 0), np.float32))
 
-    def _doublings(self, rows: I32) -> I64:
-        return octaves(self._lists.counts[rows].sum(1))
+    def _use(self) -> F32:
+        counted: F32 = self._lists.counts.sum(1).astype(np.float32)
+        return counted
 
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
         kept = (*self._lists, self._signs) if former is None else (part[former] for part in (*self._lists, self._signs))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from trainer.tables.changes import Changes
 from trainer.tables.index import F32, I32, U64
-from trainer.tables.least_used import least_used
+from trainer.tables.least_used import excess, least_used
 from trainer.tables.listed import ListedIds
 from trainer.tables.pending import Pending, Sightings, sightings
 from trainer.tables.places import Places, grown
@@ -151,12 +151,10 @@ class IdTable(ABC):
         Call it once all ids of a step were observed, before their rows are looked up.
         """
         self._pending_dirty.add(self._pending.evict())
-        if len(self) <= self.max_rows:
-            return 0
-        held = self._places.held()
-        leaving = least_used(self._places.ids[held], self._last_seen_ms[held], self._doublings(held), self.max_rows)
-        self._leave(held[leaving])
-        return len(leaving)
+        leaving = excess(len(self), self.max_rows)
+        if leaving:
+            self._leave(least_used(self._places.ids, self._last_seen_ms, self._use(), leaving))
+        return leaving
 
     def take_changes(self) -> Changes:
         """What changed since the last take, and starts the next list."""
@@ -208,8 +206,8 @@ class IdTable(ABC):
         """Gives the rows of ids that were just admitted their first values."""
 
     @abstractmethod
-    def _doublings(self, rows: I32) -> I64:
-        """How often the use of rows was doubled, `[n]`, out of what versions hold of them; see `octaves`."""
+    def _use(self) -> F32:
+        """How much each row was used, `[capacity]` float32, out of what versions hold of it; only doublings count."""
 
     @abstractmethod
     def _resize(self, capacity: int, former: I32 | None = None) -> None:

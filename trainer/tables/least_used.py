@@ -3,7 +3,7 @@
 An id ranks by the log time of its last sighting, and by a day more for each
 doubling of its use. So an id that was used a thousand times is kept ten days
 longer than one that was seen once, and a flood of new ids pushes out itself.
-What ranks equal leaves by the smaller id.
+Of what ranks equal the smaller ids leave.
 """
 
 from __future__ import annotations
@@ -11,46 +11,100 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from trainer.tables.index import U64
+from state.compiled import compiled
+from trainer.tables.index import F32, I32, U64
 
 I64 = npt.NDArray[np.int64]
 
 DOUBLING_MS = 86_400_000
 """By how much longer an id is kept for each doubling of its use."""
 
-LEAST = 2.0**-20
-"""Less use than this counts as none."""
+LEAST = -20
+"""Use below 2 to this counts as none."""
 
-ROOM = 8
-"""One of so many ids of a full table leaves at once, so that it is not full again in the next step."""
+ROOM, MOST_AT_ONCE = 8, 131_072
+"""One of so many ids of a full table leaves at once, so that it is not full again in the next step; no more than these."""
 
-
-def octaves(use: npt.NDArray[np.generic]) -> I64:
-    """How often `[n]` amounts of use were doubled, rounded down: exact, so that no rounding decides who leaves.
-
-    >>> octaves(np.array([0.0, 0.5, 1.0, 3.9, 4.0])).tolist()
-    [-20, -1, 0, 1, 2]
-    """
-    return np.frexp(np.maximum(use.astype(np.float64), LEAST))[1].astype(np.int64) - 1
+_BUCKETS = 1 << 16
 
 
-def least_used(ids: U64, last_seen_ms: I64, doublings: I64, most: int) -> npt.NDArray[np.int64]:
-    """Who leaves a table of more than `most` ids, so that there is some room again.
+@compiled
+def _rank(last_seen_ms: int, bits: int) -> int:
+    """`bits` are those of a float32, whose exponent says how often it was doubled: no rounding decides who leaves."""
+    return last_seen_ms + DOUBLING_MS * max(((bits >> 23) & 255) - 127, LEAST)
+
+
+@compiled
+def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, counts: I64) -> None:
+    """How many ids rank in each bucket of `width` from `lowest` on."""
+    for place in range(ids.shape[0]):
+        if ids[place] != 0:
+            counts[(_rank(last_seen_ms[place], bits[place]) - lowest) // width] += 1
+
+
+@compiled
+def _bounds(ids: U64, last_seen_ms: I64, bits: I32, found: I64) -> None:
+    """The lowest and the highest rank."""
+    for place in range(ids.shape[0]):
+        if ids[place] != 0:
+            rank = _rank(last_seen_ms[place], bits[place])
+            found[0] = min(found[0], rank)
+            found[1] = max(found[1], rank)
+
+
+@compiled
+def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, found: I32, ranks: I64) -> int:
+    """Places that rank below `bound` from the front on, and, with their ranks, those in the bucket behind it from the end."""
+    below, behind = 0, found.shape[0]
+    for place in range(ids.shape[0]):
+        if ids[place] != 0:
+            rank = _rank(last_seen_ms[place], bits[place])
+            if rank < bound:
+                found[below] = place
+                below += 1
+            elif rank < bound + width:
+                behind -= 1
+                found[behind] = place
+                ranks[behind] = rank
+    return below
+
+
+def least_used(ids: U64, last_seen_ms: I64, use: F32, leaving: int) -> I32:
+    """Who leaves.
 
     Args:
-        ids: `[n]` uint64, distinct.
+        ids: `[n]` uint64, distinct, the id at each place; 0 where there is none.
         last_seen_ms: `[n]` int64.
-        doublings: `[n]` int64, see `octaves`.
-        most: The cap.
+        use: `[n]` float32, the amount of use.
+        leaving: How many, at least one, and no more than there are.
 
     Returns:
-        Which of them, in no order that counts.
+        `[leaving]` int32, their places, in no order that counts.
 
-    >>> least_used(np.array([5, 6, 7], np.uint64), np.array([3, 1, 2]), np.array([0, 1, 0]), 2).tolist()
-    [2]
+    >>> ids, seen = np.array([0, 5, 6, 7], np.uint64), np.array([0, 3, 1, 2])
+    >>> least_used(ids, seen, np.array([0, 1, 4, 1], np.float32), 2).tolist()
+    [3, 1]
     """
-    leaving = len(ids) - (most - most // ROOM)
-    ranks = last_seen_ms + DOUBLING_MS * doublings
-    bound = np.partition(ranks, leaving - 1)[leaving - 1]
-    surely, equal = np.flatnonzero(ranks < bound), np.flatnonzero(ranks == bound)
-    return np.concatenate([surely, equal[np.argsort(ids[equal])[: leaving - surely.size]]])
+    bits = use.view(np.int32)
+    ends = np.array([np.iinfo(np.int64).max, np.iinfo(np.int64).min])
+    _bounds(ids, last_seen_ms, bits, ends)
+    lowest, width = int(ends[0]), int(ends[1] - ends[0]) // _BUCKETS + 1
+    counts = np.zeros(_BUCKETS, np.int64)
+    _counted(ids, last_seen_ms, bits, lowest, width, counts)
+    sums = np.cumsum(counts)
+    bucket = int(np.searchsorted(sums, leaving))
+    among = int(counts[bucket])
+    found, ranks = np.empty(int(sums[bucket]), np.int32), np.empty(int(sums[bucket]), np.int64)
+    below = _below(ids, last_seen_ms, bits, lowest + bucket * width, width, found, ranks)
+    last = found[below : below + among]
+    order = np.lexsort((ids[last], ranks[below : below + among]))
+    return np.concatenate([found[:below], last[order[: leaving - below]]])
+
+
+def excess(count: int, most: int) -> int:
+    """How many of `count` ids leave a table of at most `most`; none where it is not full.
+
+    >>> excess(80, 80), excess(81, 80)
+    (0, 11)
+    """
+    return count - most + min(most // ROOM, MOST_AT_ONCE) if count > most else 0

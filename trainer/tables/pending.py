@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.tables.index import I32, U64
-from trainer.tables.least_used import least_used, octaves
+from trainer.tables.least_used import excess, least_used
 from trainer.tables.places import Places, grown
 
 I64 = npt.NDArray[np.int64]
@@ -97,11 +97,10 @@ class Pending:
 
     def evict(self) -> U64:
         """Forgets the least used, where too many wait; returns them."""
-        if len(self) <= self._most:
+        leaving = excess(len(self), self._most)
+        if leaving == 0:
             return np.empty(0, np.uint64)
-        held = self._places.held()
-        ids = self._places.ids[held]
-        return self._forget(held[least_used(ids, self._seen_ms[held], octaves(self._counts[held]), self._most)])
+        return self._forget(least_used(self._places.ids, self._seen_ms, self._counts.astype(np.float32), leaving))
 
     def _forget(self, places: I32) -> U64:
         ids = self._places.ids[places]

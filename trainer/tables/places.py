@@ -62,7 +62,8 @@ class Places:
 
     def held(self) -> I32:
         """The places in use, ascending."""
-        return np.flatnonzero(self.ids[: self._next]).astype(np.int32)
+        places: I32 = np.flatnonzero(self.ids[: self._next]).astype(np.int32)
+        return places
 
     def take(self, ids: U64) -> I32:
         """Gives places to distinct ids that have none; `capacity` may be another one afterwards.
@@ -84,12 +85,12 @@ class Places:
     def drop(self, ids: U64) -> I32:
         """Takes distinct ids out; returns the places that those among them had which had one."""
         places = self._index.find(ids)
-        places = places[places != 0]
-        if places.size:
-            self._index.remove(self.ids[places])
-            self.ids[places] = 0
-            self._free = np.concatenate([self._free, places])
-        return places
+        left: I32 = places[places != 0]
+        if left.size:
+            self._index.remove(self.ids[left])
+            self.ids[left] = 0
+            self._free = np.concatenate([self._free, left])
+        return left
 
     def pack(self) -> I32 | None:
         """Makes places dense and gives room back, where most of it is unused.
@@ -99,7 +100,7 @@ class Places:
         """
         if self.capacity <= self._least or len(self) * SPARSE >= self.capacity:
             return None
-        former: I32 = np.append(np.zeros(1, np.int32), self.held())
+        former: I32 = np.concatenate([np.zeros(1, np.int32), self.held()])
         self.ids = grown(self.ids[former], max(self._least, 2 * former.size))
         self._next, self._free = former.size, np.empty(0, np.int32)
         self._index = IdIndex(former.size)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from trainer.tables.id_table import NO_CAP
 from trainer.tables.index import IdIndex
-from trainer.tables.least_used import ROOM, least_used
+from trainer.tables.least_used import ROOM, excess, least_used
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -90,10 +90,10 @@ class Popular:
         self._counts[self._index.find(touched)] += clicks * ONE
         candidates = self._ids[1 : self._used] if ticked else np.union1d(self._top, touched)
         self._top = ranked(candidates, self._counts[self._index.find(candidates)], self._size)
-        if self._used - 1 > self._most:
+        if leaving := excess(self._used - 1, self._most):
             ids, counts = self._ids[1 : self._used], self._counts[1 : self._used]
             kept = np.ones(ids.size, np.bool_)
-            kept[least_used(ids, counts, np.zeros_like(counts), self._most)] = False
+            kept[least_used(ids, counts, np.zeros(ids.size, np.float32), leaving)] = False
             self.load({"ids": ids[kept], "counts": counts[kept], "hour": self._hour})
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

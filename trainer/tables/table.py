@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.tables.id_table import I64, NO_CAP, IdTable
+from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
-from trainer.tables.least_used import octaves
 from trainer.tables.rows_used import gathered
 
 INITIAL_RANGE = 0.05
@@ -75,11 +74,11 @@ class Table(IdTable):
         first = hashed_uniform(ids, self.dim, self.name) * self._initial_range
         self.put(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))
 
-    def _doublings(self, rows: I32) -> I64:
-        # The mean square that its gradients add up to: what learned nothing loses nothing.
+    def _use(self) -> F32:
+        # What its squared gradients add up to: what learned nothing loses nothing.
         with tf.device(self.device):
-            learned = tf.reduce_mean(self.accum, 1).numpy()
-        return octaves(learned[rows])
+            learned: F32 = tf.reduce_mean(self.accum, 1).numpy()
+        return learned
 
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
         with tf.device(self.device):
