@@ -2,9 +2,8 @@
 
 A step takes one micro-batch, already trimmed and unmasked:
 
-1. Sightings: ids are counted, those due get a row, old ones expire by log time,
-   which no single click's clock decides (`state/microbatch/log_time.py`), and
-   of a table that is full the least used leave.
+1. Sightings: ids are counted, those due get a row, old ones expire by log time
+   (`state/microbatch/log_time.py`), and the least used leave a full table.
 2. Candidates, negatives and rows are found on the host; no id enters the graph.
 3. One graph scores the rows without dropout and computes the gradients with it.
 4. The guard judges loss and gradient.
@@ -214,8 +213,7 @@ class Trainer:
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
         # A user who was away longer than the longest window has no category left, and is not new for that.
-        users = np.ascontiguousarray(batch.user)
-        self._new_users = users[self.tables["user"].find(users) == MISSING]
+        self._new_users = batch.user[self.tables["user"].find(batch.user) == MISSING]
         for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
         context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
