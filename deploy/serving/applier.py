@@ -41,7 +41,7 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, GAPS, HISTORIES, PROGRAMS, ROWS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
-from state.metrics import ApplierMetrics, StorageMetrics, serve
+from state.metrics import ApplierMetrics, serve
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
@@ -104,7 +104,7 @@ class Applier:
         self._now_ms = now_ms
         self._failure: BaseException | None = None
         self.metrics = ApplierMetrics(registry)
-        offer(StorageMetrics(registry), settings, [SERVING])
+        offer(registry, settings, [SERVING])
         folder = settings.serving_dir
         self._rows = RowStore.open_anew(folder / ROWS, settings.serving.map_gb << 30)
         # Kafka still has the micro-batches, and the registry the versions.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from state.errors import PortTaken, StoreFull, UnsupportedPython
 
 PYTHON = (3, 11)
-LEAST_FREE_BYTES = 2 * 2**30
+LEAST_FREE_BYTES = 256 * 2**20
 
 
 class Port(NamedTuple):
@@ -53,7 +53,7 @@ def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
     free = shutil.disk_usage(existing).free
     if free < least_bytes:
         raise StoreFull(
-            f"{directory}: {free / 2**30:.1f} GiB free and {least_bytes / 2**30:.1f} GiB needed",
+            f"{directory}: {free / 2**30:.2f} GiB free and {least_bytes / 2**30:.2f} GiB needed",
             "free some space, or set paths.state to a larger disk",
         )
     return free

@@ -9,19 +9,26 @@ from deploy.children.last_words import shortened
 from deploy.kafka.broker import Broker
 from state.config.settings import Settings
 from state.errors import KafkaFailed, PortTaken
-from state.metrics import SupervisorMetrics
+from state.metrics import StorageMetrics, SupervisorMetrics
+from state.storage.shares import KAFKA
+from state.storage.waiting import Room, is_full
 
-NAME = "kafka"
+NAME, WHAT = "kafka", "Kafka"
+ROOM_S = 1.0
 
 
 class LocalKafka:
     """A broker that is kept alive.
+
+    One whose disk is full ends. It is not tried again before there is room:
+    that waits, and is no death.
 
     Args:
         settings: The loop's settings.
         say: Takes one line for the operator.
         metrics: Where deaths and starts are counted.
         clock: Monotonic seconds.
+        storage: Where its waits for room are shown.
     """
 
     def __init__(
@@ -30,11 +37,14 @@ class LocalKafka:
         say: Callable[[str], None],
         metrics: SupervisorMetrics,
         clock: Callable[[], float],
+        storage: StorageMetrics,
     ) -> None:
         self._broker = Broker(settings.kafka_dir, settings.kafka.port, retention_h=settings.kafka.retention_h)
         self._say = say
         self._metrics = metrics
         self._clock = clock
+        # Nobody waits in `wait_for`: `look` comes again by itself.
+        self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
         self._started_at: float | None = None
         self._start_at: float | None = None
         self._backoff = Backoff()
@@ -66,9 +76,15 @@ class LocalKafka:
                 self._metrics.deaths_in_a_row.labels(NAME).set(0)
         elif self._clock() >= self._start_at:
             try:
+                self._broker.require_disk()
+                self._room.found(WHAT)
                 self.start()
             except (KafkaFailed, PortTaken) as failure:
-                self._bury(failure)
+                if is_full(failure):
+                    self._room.refused(failure, WHAT)
+                    self._start_at = self._clock() + ROOM_S
+                else:
+                    self._bury(failure)
 
     def _bury(self, failure: KafkaFailed | PortTaken) -> None:
         self._backoff = self._backoff.after(self._lived_s())

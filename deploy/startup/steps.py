@@ -37,6 +37,8 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.events.identity import own_salt
 from state.metrics import SupervisorMetrics, serve
+from state.storage.measuring import offer
+from state.storage.shares import KAFKA, LOGS
 
 STEPS = 9
 LOOK_S = 0.1
@@ -83,7 +85,8 @@ class Startup:
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
         self._metrics = SupervisorMetrics(self._collected)
-        self._kafka = LocalKafka(settings, screen.say, self._metrics, clock) if local else None
+        storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
+        self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
         fresh, (stream, trainer) = not has_spec(settings.registry_dir), accepted
         self._plans = process_plans(
@@ -124,8 +127,7 @@ class Startup:
         if own_model.is_own(settings):
             self._screen.say(f"checking {' and '.join(own_model.own(settings))}, some ten seconds")
             own_model.check(settings, self._screen.say)
-        # A lost salt too.
-        fresh, salt = not settings.salt_path.exists(), own_salt(settings)
+        fresh, salt = not settings.salt_path.exists(), own_salt(settings)  # A lost salt too.
         self._step(
             1,
             "checks",
@@ -140,7 +142,7 @@ class Startup:
         else:
             where = f"yours at {settings.kafka.bootstrap_servers}"
         # 3. Topics; with a cluster of the user's this is also the check that it answers.
-        topics = ensure_topics(settings, self._screen.say)
+        topics = ensure_topics(settings, self._screen.say, local=self._kafka is not None)
         if self._kafka is None:
             self._supervise().start(self._plans[KERNELS])
         self._step(2, "Kafka", where)

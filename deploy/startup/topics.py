@@ -8,8 +8,13 @@ from state.config.settings import Settings
 from state.log import Topics, topic_plan
 
 
-def ensure_topics(settings: Settings, say: Callable[[str], None]) -> str:
+def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
     """Makes what is missing, and says which topics the loss of one broker would harm; returns the topics in words.
+
+    Args:
+        settings: The loop's settings.
+        say: Takes one line for the operator.
+        local: Whether the Kafka is the loop's own: its topics keep to their share of `storage.budget_gb` then.
 
     Raises:
         LogError: Kafka does not answer, or refused.
@@ -21,5 +26,7 @@ def ensure_topics(settings: Settings, say: Callable[[str], None]) -> str:
             topics.ensure(*one)
             if weakness := topics.copies(one.name).weakness():
                 say(f"topic {one.name}: {weakness}")
+        for name, config in topic_plan.bounds(settings).items() if local else ():
+            topics.bound(name, config)
         partitions = topics.describe(kafka.clicks_topic).partitions
     return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"

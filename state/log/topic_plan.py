@@ -8,6 +8,9 @@
 | attributes | 1 | the newest record of each key | the cluster's |
 
 Each has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record. A topic that is there already stays as it is: its owner knows better. Pure.
+
+The local Kafka has a share of `storage.budget_gb`, and its topics are also kept by bytes: the training log has 55 % of it,
+clicks 30 %, dead letters 5 %; the rest is for attributes and what Kafka writes for itself. `up` sets that at each start.
 """
 
 from __future__ import annotations
@@ -16,10 +19,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from state.config.settings import Settings
+from state.storage import shares
 
 HOUR_MS = 3_600_000
 # What a record batch weighs beside the micro-batch in it: headers of batch and record, with room to spare.
 BATCH_BYTES = 100_000
+# Of what the local Kafka is kept at.
+MICROBATCHES_SHARE, CLICKS_SHARE, LETTERS_SHARE = 0.55, 0.30, 0.05
+# Kafka removes whole segments, and one must have room for the largest record: the cluster's, of 16 MiB, where a topic says
+# nothing else.
+SEGMENTS, LARGEST_SEGMENT, LARGEST_RECORD = 8, 1 << 30, 17 << 20
 
 
 class TopicPlan(NamedTuple):
@@ -59,6 +68,29 @@ def microbatches(settings: Settings) -> TopicPlan:
     hours = max(settings.kafka.retention_h, settings.registry.base_keep_d * 24)
     largest = {"max.message.bytes": str(settings.stream.max_record_bytes + BATCH_BYTES)}
     return _planned(settings, settings.kafka.microbatches_topic, _kept_for(hours) | largest)
+
+
+def bounds(settings: Settings) -> dict[str, dict[str, str]]:
+    """By topic of the local Kafka what keeps it within its bytes: those of one partition, and of one of its segments.
+
+    >>> bounds(Settings())["springtide.clicks.v1"]
+    {'retention.bytes': '210000000', 'segment.bytes': '30000000'}
+    """
+    largest = 2 * (settings.stream.max_record_bytes + BATCH_BYTES)
+    return {
+        plan.name: _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * share / plan.partitions), least)
+        for plan, share, least in (
+            (microbatches(settings), MICROBATCHES_SHARE, largest),
+            (clicks(settings), CLICKS_SHARE, LARGEST_RECORD),
+            (dead_letters(settings), LETTERS_SHARE, LARGEST_RECORD),
+        )
+    }
+
+
+def _kept_below(most: int, least_segment: int) -> dict[str, str]:
+    # There are up to so many bytes and one segment more.
+    segment = min(max(most // SEGMENTS, least_segment), LARGEST_SEGMENT)
+    return {"retention.bytes": str(max(most - segment, segment)), "segment.bytes": str(segment)}
 
 
 def attributes(settings: Settings) -> list[TopicPlan]:

@@ -62,6 +62,18 @@ class Topics(LogTopics):
         self._call(f"create topic {name}", create)
         return self.describe(name)
 
+    def bound(self, name: str, config: Mapping[str, str]) -> None:
+        """Sets these of a topic's settings; its others stay as they are.
+
+        Raises:
+            UnknownTopic: there is no such topic.
+        """
+        self.describe(name)
+        wanted, doing = ConfigResource(ConfigResourceType.TOPIC, name, dict(config)), f"set what bounds topic {name}"
+        answer = self._call(doing, lambda: self._admin.alter_configs([wanted], raise_on_unknown=False))
+        if (said := answer["topic"][name]) != "OK":
+            raise LogError(f"Kafka does not {doing} ({said})", "let this client alter configurations")
+
     def describe(self, name: str) -> TopicInfo:
         """The topic's id and number of partitions.
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from state.config.settings import Settings
 from state.metrics import StorageMetrics
 from state.storage import shares
@@ -67,17 +69,19 @@ class PartUse:
         return float(self._used)
 
 
-def offer(metrics: StorageMetrics, settings: Settings, parts: Iterable[str]) -> None:
+def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]) -> StorageMetrics:
     """Offers used bytes and limit of the parts that this process owns; a shard of the stream those of its own.
 
     Args:
-        metrics: Of this process.
+        collected: The metrics of this process.
         settings: The effective settings.
         parts: Names of `state.storage.shares`.
     """
+    metrics = StorageMetrics(collected)
     for part in parts:
         shards = settings.stream.shards if part == shares.STREAM else 1
         folders = [settings.stream_dir] if part == shares.STREAM else shares.folders(settings, part)
         metrics.used_bytes.labels(part).set_function(PartUse(folders))
         metrics.limit_bytes.labels(part).set(shares.limit_bytes(settings, part) / shards)
         metrics.waiting.labels(part).set(0)
+    return metrics

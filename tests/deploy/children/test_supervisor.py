@@ -18,6 +18,7 @@ from deploy.children.last_words import last_line
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from state.errors import ProcessFailed
 from state.metrics import SupervisorMetrics
+from tests.disks import small_disk
 
 DEADLINE_S = 20.0
 FOREVER = "import signal, threading; threading.Event().wait()"
@@ -235,3 +236,21 @@ def test_a_log_starts_anew_when_it_is_large(supervisor: Supervisor, monkeypatch:
     until(lambda: (supervisor.look(), supervisor.done("bootstrap"))[1])
     assert log.read_text() == "new\n"
     assert "earlier" in (supervisor.logs / "bootstrap.log.1").read_text()
+
+
+def test_a_process_whose_log_cannot_be_made_is_started_once_there_is_room(tmp_path: Path, lines: list[str]) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        now = [0.0]
+        metrics = SupervisorMetrics(CollectorRegistry())
+        supervisor = Supervisor(disk.path / "logs", os.environ, lines.append, metrics, lambda: now[0])
+        disk.remount("nr_inodes=2")
+        supervisor.start(python("stream", FOREVER))
+        assert supervisor.pid("stream") is None
+        assert lines == [
+            f"stream was not started: {supervisor.log_path('stream')}: No space left on device; starting it again in 0.25 s"
+        ]
+        disk.remount("nr_inodes=1000")
+        now[0] += 0.3
+        supervisor.look()
+        assert supervisor.pid("stream") is not None
+        supervisor.stop_all(hurry=lambda: True)

@@ -13,13 +13,18 @@ from prometheus_client import CollectorRegistry
 from deploy.kafka.configuration import free_port, listens
 from deploy.startup.local_kafka import LocalKafka
 from state.config.loading import load
-from state.metrics import SupervisorMetrics
+from state.errors import KafkaFailed
+from state.metrics import StorageMetrics, SupervisorMetrics
+from state.storage.measuring import offer
+from state.storage.shares import KAFKA
+from tests.disks import small_disk
 
 
 def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_path: Path) -> None:
     now, lines, collected, port = [0.0], list[str](), CollectorRegistry(), free_port()
     settings = load(["--paths.state", str(tmp_path), "--kafka.port", str(port)], {})
-    kafka = LocalKafka(settings, lines.append, SupervisorMetrics(collected), lambda: now[0])
+    storage = offer(collected, settings, [KAFKA])
+    kafka = LocalKafka(settings, lines.append, SupervisorMetrics(collected), lambda: now[0], storage)
     kafka.start()
     try:
         pid = kafka._broker.pid
@@ -45,8 +50,41 @@ def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_pa
         now[0] += 1.0
         kafka.look()
         assert listens(port) and len(lines) == 2
+        assert (collected.get_sample_value("springtide_storage_used_bytes", {"part": "kafka"}) or 0.0) > 10_000
         now[0] += 60.0
         kafka.look()
         assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "kafka"}) == 0
     finally:
         kafka.stop(20.0)
+
+
+def test_a_broker_whose_disk_is_full_waits_for_room_and_is_not_tried_before(tmp_path: Path) -> None:
+    now, lines, collected = [0.0], list[str](), CollectorRegistry()
+
+    def starts() -> float:
+        return collected.get_sample_value("springtide_up_starts_total", {"part": "kafka"}) or 0.0
+
+    def waiting() -> float | None:
+        return collected.get_sample_value("springtide_storage_waiting", {"part": "kafka"})
+
+    with small_disk(tmp_path / "disk", "256m") as disk:
+        settings = load(["--paths.state", str(disk.path), "--kafka.port", str(free_port())], {})
+        metrics, storage = SupervisorMetrics(collected), StorageMetrics(collected)
+        kafka = LocalKafka(settings, lines.append, metrics, lambda: now[0], storage)
+        settings.kafka_dir.mkdir()
+        try:
+            full = disk.fill()
+            kafka._bury(KafkaFailed("Kafka ended with status 1", "the disk is full"))
+            for _ in range(5):
+                now[0] += 2.0
+                kafka.look()
+            assert (starts(), waiting(), len(lines)) == (0, 1, 2)
+            assert lines[1].startswith("Kafka waits for room: Kafka was not started: ") and "0 MB free" in lines[1]
+            full.unlink()
+            now[0] += 2.0
+            kafka.look()
+            assert (starts(), waiting(), len(lines)) == (1, 0, 3)
+            assert lines[2] == "Kafka goes on: there is room again"
+            assert listens(settings.kafka.port)
+        finally:
+            kafka.stop(20.0)

@@ -6,16 +6,20 @@ import re
 from pathlib import Path
 
 import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType
 
 from state.config.loading import load
+from state.config.sections import Kafka
 from state.config.settings import Settings
-from state.errors import SettingsError
-from state.log import Reader, Topics, Writer, topic_plan
+from state.errors import LogError, SettingsError, UnknownTopic
+from state.log import Reader, Topics, Writer, client_options, topic_plan
 from state.log.records import Copies
+from state.storage import shares
 from tests.conftest import KafkaFactory
 
 ROOT = Path(__file__).parents[3]
-TOPIC_SETTING = re.compile(r'"(?:retention\.ms|cleanup\.policy|max\.message\.bytes)": ')
+TOPIC_SETTING = re.compile(r'"(?:retention\.ms|retention\.bytes|segment\.bytes|cleanup\.policy|max\.message\.bytes)": ')
 HOUR_MS = 3_600_000
 
 
@@ -40,6 +44,50 @@ def test_the_training_log_outlives_the_oldest_version_one_can_go_back_to(
         == topic_plan.dead_letters(settings).config
         == {"retention.ms": str(retention_h * HOUR_MS)}
     )
+
+
+@pytest.mark.parametrize("gigabytes", ["2", "10", "2000"])
+def test_the_topics_of_the_local_kafka_stay_within_its_share(gigabytes: str) -> None:
+    settings = settings_of("--storage.budget_gb", gigabytes)
+    bounds, kept = topic_plan.bounds(settings), shares.kept_bytes(settings, shares.KAFKA)
+    plans = (topic_plan.clicks(settings), topic_plan.microbatches(settings), topic_plan.dead_letters(settings))
+    assert set(bounds) == {plan.name for plan in plans}
+    most = {
+        plan.name: plan.partitions * sum(int(bounds[plan.name][f"{one}.bytes"]) for one in ("retention", "segment"))
+        for plan in plans
+    }
+    assert sum(most.values()) <= kept
+    # The training log, from which is learned again after a rollback, has the most.
+    assert max(most.values()) == most[topic_plan.microbatches(settings).name] > 0.5 * kept or gigabytes == "2000"
+
+
+def test_a_record_of_the_largest_size_fits_a_segment_however_small_the_budget() -> None:
+    bounds = topic_plan.bounds(settings_of("--storage.budget_gb", "0.5", "--stream.max_record_bytes", "15000000"))
+    assert {name: int(one["segment.bytes"]) >= 16 << 20 for name, one in bounds.items()} == dict.fromkeys(bounds, True)
+    assert all(int(one["retention.bytes"]) >= int(one["segment.bytes"]) for one in bounds.values())
+
+
+def test_a_topic_is_bounded_again_at_each_start_and_keeps_what_its_owner_set(kafka_settings: KafkaFactory) -> None:
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 1, {"retention.ms": "12345000"})
+        for megabytes in (100, 50):
+            topics.bound(kafka.clicks_topic, {"retention.bytes": str(megabytes << 20), "segment.bytes": "20000000"})
+        with pytest.raises(UnknownTopic):
+            topics.bound("never-made", {"retention.bytes": "1"})
+        with pytest.raises(LogError, match="does not set what bounds topic"):
+            topics.bound(kafka.clicks_topic, {"retention.bytes": "many"})
+    found = configured(kafka, kafka.clicks_topic)
+    assert (found["retention.bytes"], found["segment.bytes"]) == (str(50 << 20), "20000000")
+    assert found["retention.ms"] == "12345000"
+
+
+def configured(kafka: Kafka, name: str) -> dict[str, str]:
+    """What a topic is set to in the cluster."""
+    admin = KafkaAdminClient(**client_options(kafka))
+    found = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name)], config_filter="all")
+    admin.close()
+    return {key: str(one["value"]) for key, one in found["topic"][name].items()}
 
 
 def test_attributes_are_kept_by_key_and_only_configured_ones_are_planned() -> None:

@@ -9,7 +9,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.config.loading import load
-from state.metrics import StorageMetrics
 from state.storage import measuring, shares
 
 
@@ -51,7 +50,7 @@ def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: 
         folder.mkdir(parents=True)
         (folder / "data.mdb").write_bytes(bytes(8192 * (number + 1)))
     collected = CollectorRegistry()
-    measuring.offer(StorageMetrics(collected), settings, [shares.STREAM, shares.LOGS])
+    measuring.offer(collected, settings, [shares.STREAM, shares.LOGS])
 
     def sample(name: str, part: str) -> float | None:
         return collected.get_sample_value(f"springtide_storage_{name}", {"part": part})
