@@ -1,4 +1,4 @@
-"""Which clicks an operator has taken back: by place in the log, by time, by user.
+"""Which clicks an operator has taken back: by place in the log, by time, by user; and those of erased users.
 
 A masked event is left out of every window as if it never was there; nothing
 is deleted. The bound on a history counts events before the mask is applied,
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.positions import Range
 
@@ -43,6 +44,7 @@ class Mask:
         offsets: (topic word, partition, first, next); offsets in [first, next).
         times: (from, to) of event time in milliseconds, [from, to).
         users: pseudonyms.
+        erased: users who are forgotten, each up to a place; no rollback and no `unmask` takes it back.
 
     >>> mask = Mask(3, times=((1000, 2000),), users=MaskedUsers.of([7]))
     >>> Mask.from_json(mask.to_json()) == mask == Mask.from_bytes(mask.to_bytes())
@@ -53,10 +55,11 @@ class Mask:
     offsets: tuple[tuple[int, int, int, int], ...] = ()
     times: tuple[tuple[int, int], ...] = ()
     users: MaskedUsers = MaskedUsers.NOBODY
+    erased: Erased = Erased.NOBODY
     NONE: ClassVar[Mask]
 
     def __bool__(self) -> bool:
-        return bool(self.offsets or self.times or self.users)
+        return bool(self.offsets or self.times or self.users or self.erased)
 
     @cached_property
     def hidden(self) -> Hidden:
@@ -93,13 +96,16 @@ class Mask:
         out = self._events(topic, partition, offset, at_ms)
         if self.users:
             out |= self.users.has(user)
+        if self.erased:
+            out |= self.erased.rows(user, source, offset, ranges)
         return out
 
     def events(self, history: NDArray[Any], user: int = 0) -> NDArray[np.bool_]:
         """Says which events of one user's history (`[m]` EVENT) are masked out."""
         if user in self.users:
             return np.ones(len(history), np.bool_)
-        return self._events(history["topic"], history["partition"], history["offset"], history["at_ms"])
+        out = self._events(history["topic"], history["partition"], history["offset"], history["at_ms"])
+        return out | self.erased.events(history, user) if self.erased else out
 
     def _events(
         self, topic: NDArray[Any], partition: NDArray[Any], offset: NDArray[Any], at_ms: NDArray[Any]
@@ -112,7 +118,7 @@ class Mask:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the mask as JSON values, users in order."""
+        """Gives the mask as JSON values, users in order; erased ones are left out."""
         return {**self._without_users(), "users": [f"{user:016x}" for user in self.users]}
 
     @classmethod
@@ -122,8 +128,9 @@ class Mask:
         return cls._of(document, MaskedUsers.of(int(user, 16) for user in document.get("users", ())))
 
     def to_bytes(self) -> bytes:
-        """The mask in few bytes: a line of JSON without the users, then the users as `MaskedUsers` writes them."""
-        return json.dumps(self._without_users()).encode() + b"\n" + self.users.to_bytes()
+        """The mask in few bytes: a line of JSON without the users, then the users as `MaskedUsers` and `Erased` write them."""
+        head = {**self._without_users(), "masked_users": len(self.users)}
+        return json.dumps(head).encode() + b"\n" + self.users.to_bytes() + self.erased.to_bytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Mask:
@@ -134,7 +141,11 @@ class Mask:
         """
         line, _, users = data.partition(b"\n")
         document = json.loads(line)
-        return cls.from_json(document) if "users" in document else cls._of(document, MaskedUsers.from_bytes(users))
+        if "users" in document:
+            return cls.from_json(document)
+        size = 8 * int(document["masked_users"]) if "masked_users" in document else len(users)
+        masked, erased = MaskedUsers.from_bytes(users[:size]), Erased.from_bytes(users[size:])
+        return replace(cls._of(document, masked), erased=erased)
 
     def _without_users(self) -> dict[str, Any]:
         return {

@@ -271,6 +271,8 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     events = history if before is None else history[:before]
     if user in mask.users:
         events = events[:0]
+    elif mask.erased:
+        events = events[~mask.erased.events(events, user)]
     rows = spec.empty(1)
     one_row(words(events[-spec.history :]), at_ms, spec.tables, mask.hidden, rows)
     return Vector(*[column[0] for column in rows])

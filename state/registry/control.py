@@ -14,11 +14,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from state.errors import UnfitMask
+from state.features.erased import Erased
 from state.features.mask import Mask
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.mask_entries import MaskEntry, added, joined
 
-Action = Literal["start", "pin", "follow", "rollback", "unmask", "hold", "release", "pause", "resume", "recover"]
+Action = Literal[
+    "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover"
+]
 Mode = Literal["fast", "exact"]
 
 
@@ -52,12 +55,13 @@ class Control:
         serving: Which version answers should use.
         masks: What training and windows leave out, by number.
         lifted: Masks that were lifted since the epoch began, each with the generation that did.
-        mask_generation: That of the last change of `masks`.
+        mask_generation: That of the last change of `masks` or `erased`.
         last_mask: The last number given to a mask.
         mode: Of the rollback that the epoch began with: `exact` where the stream went back too.
         log: The records of the training log that count.
         publishing: Whether the trainer publishes versions.
         training: Whether the trainer takes records.
+        erased: Users who are forgotten; no generation takes one back.
         plan: Of a rollback what its command knew: `end`, the end of the training log; None for what is no rollback.
     """
 
@@ -77,12 +81,13 @@ class Control:
     log: LogLine = WHOLE
     publishing: bool = True
     training: bool = True
+    erased: Erased = Erased.NOBODY
     plan: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @cached_property
     def mask(self) -> Mask:
         """The events that windows, the stream and answers leave out; its generation is the one that decided it."""
-        return joined(self.masks, self.mask_generation)
+        return replace(joined(self.masks, self.mask_generation), erased=self.erased)
 
     def mask_at(self, generation: int) -> Mask:
         """The rows that training leaves out of a record that the stream wrote under the mask of `generation`.
@@ -95,7 +100,7 @@ class Control:
         if not kept:
             return self.mask
         if kept not in self._masks_at:
-            self._masks_at[kept] = joined((*self.masks, *kept), self.mask_generation)
+            self._masks_at[kept] = replace(joined((*self.masks, *kept), self.mask_generation), erased=self.erased)
         return self._masks_at[kept]
 
     @cached_property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.registry import log_line, mask_entries
@@ -39,6 +40,9 @@ def encode(control: Control) -> bytes:
             "mask_generation": control.mask_generation,
             "last_mask": control.last_mask,
         }
+    if control.erased:
+        more |= {"erased": {"last": control.erased.last, "sha256": control.erased.digest}}
+        more["mask_generation"] = control.mask_generation
     more |= {name: False for name in ("publishing", "training") if not getattr(control, name)}
     if control.serving.then_follow:
         more["then_follow"] = True
@@ -60,12 +64,26 @@ def no_files(digest: str) -> MaskedUsers:
     raise ValueError(f"no file of users {digest}")
 
 
-def decode(document: Mapping[str, Any], users_of: UsersOf = no_files) -> Control:
+ErasedOf = Callable[[str], Erased]
+"""Reads the erasures that the file of this SHA-256 ends."""
+
+
+def no_erasures(digest: str) -> Erased:
+    """Has no erasures' file.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"no file of erasures {digest}")
+
+
+def decode(document: Mapping[str, Any], users_of: UsersOf = no_files, erased_of: ErasedOf = no_erasures) -> Control:
     """The control that `encode` wrote, after JSON parsing; fields of later releases are left out.
 
     Args:
         document: What was written.
         users_of: Reads the users of a mask.
+        erased_of: Reads the erasures.
 
     >>> from state.registry.control import start
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -93,6 +111,7 @@ def decode(document: Mapping[str, Any], users_of: UsersOf = no_files) -> Control
             log=log_line.from_json(document["log"]) if "log" in document else WHOLE,
             publishing=bool(document.get("publishing", True)),
             training=bool(document.get("training", True)),
+            erased=erased_of(str(document["erased"]["sha256"])) if "erased" in document else Erased.NOBODY,
             plan=document.get("plan"),
         )
     except (KeyError, TypeError) as error:

@@ -13,6 +13,7 @@ import msgspec
 from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion, UnfitMask
+from state.features.erased import Erased, Erasure
 from state.features.masked_users import MaskedUsers
 from state.process import killpoints
 from state.registry import control_codec, manifest
@@ -31,6 +32,7 @@ class Controls(Directory):
         super().__init__(path, *folders, layout.CONTROL, layout.MASKS)
         self._control: Control | None = None
         self._users: dict[str, MaskedUsers] = {}
+        self._erased: dict[str, Erased] = {"": Erased.NOBODY}
 
     def control(self) -> Control | None:
         """The newest control generation; None before the first. Costs one look at a file name: poll it.
@@ -72,7 +74,7 @@ class Controls(Directory):
     def propose(self, control: Control) -> Control:
         """Makes `control` the newest generation, durably.
 
-        1. The users of its masks, each in a file of their own.
+        1. The users of its masks and its erasures, each in a file of their own.
         2. The generation, in a temporary file.
         3. A hard link by its number, which only one can make: from here on it counts.
         4. The directory is synced.
@@ -100,6 +102,9 @@ class Controls(Directory):
         # 1.
         for entry in (*control.masks, *control.lifted):
             self._keep_users(entry.users)
+        for digest, data in control.erased.files:
+            if digest not in self._erased:
+                self._keep(self._erasure_path(digest), data)
         data = manifest.seal(control_codec.encode(control))
         if len(data) > MOST_BYTES:
             raise UnfitMask(
@@ -166,20 +171,23 @@ class Controls(Directory):
     def _read_control(self, generation: int) -> Control:
         path = self._control_path(generation)
         try:
-            return control_codec.decode(json.loads(manifest.unseal(file_bytes(path))), self._masked_users)
+            return control_codec.decode(
+                json.loads(manifest.unseal(file_bytes(path))), self._masked_users, self._erasures
+            )
         except (ValueError, msgspec.MsgspecError) as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "restore it from a copy: it says what should be served"
             ) from error
 
     def _keep_users(self, users: MaskedUsers) -> None:
-        """Writes the users of a mask to the file that their digest names, durably; a damaged one is replaced."""
-        if not users or users.digest in self._users:
-            return
-        final, data = self._users_path(users.digest), users.to_bytes()
+        if users and users.digest not in self._users:
+            self._keep(self._users_path(users.digest), users.to_bytes())
+
+    def _keep(self, final: Path, data: bytes) -> None:
+        """Writes users to the file that their digest names, durably; a damaged one is replaced."""
         if final.exists() and final.read_bytes() == data:
             return
-        temporary = self.temporary(f"users-{users.digest}-{os.urandom(4).hex()}")
+        temporary = self.temporary(f"users-{final.stem}-{os.urandom(4).hex()}")
         durable.write(temporary, data)
         temporary.replace(final)
         durable.sync_directory(final.parent)
@@ -192,15 +200,38 @@ class Controls(Directory):
             ValueError: Their file is missing or damaged.
         """
         if digest not in self._users:
-            path = self._users_path(digest)
-            try:
-                data = file_bytes(path)
-            except FileNotFoundError:
-                raise ValueError(f"{path}, the users of a mask, is missing") from None
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise ValueError(f"{path}, the users of a mask, fails its digest")
-            self._users[digest] = MaskedUsers.from_bytes(data)
+            self._users[digest] = MaskedUsers.from_bytes(self._kept(self._users_path(digest), "the users of a mask"))
         return self._users[digest]
+
+    def _erasures(self, digest: str) -> Erased:
+        """The erasures that the file of this SHA-256 ends, each read once; control generations share them.
+
+        Raises:
+            ValueError: A file is missing or damaged.
+        """
+        unread: list[tuple[str, Erasure]] = []
+        at = digest
+        while at not in self._erased:
+            found, before = Erasure.from_bytes(self._kept(self._erasure_path(at), "an erasure"))
+            unread.append((at, found))
+            at = before
+        erased = self._erased[at]
+        for name, one in reversed(unread):
+            erased = self._erased[name] = Erased((*erased.entries, one))
+        return erased
+
+    @staticmethod
+    def _kept(path: Path, noun: str) -> bytes:
+        try:
+            data = file_bytes(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path}, {noun}, is missing") from None
+        if hashlib.sha256(data).hexdigest() != path.stem:
+            raise ValueError(f"{path}, {noun}, fails its digest")
+        return data
 
     def _users_path(self, digest: str) -> Path:
         return self.path / layout.MASKS / f"{digest}.users"
+
+    def _erasure_path(self, digest: str) -> Path:
+        return self.path / layout.MASKS / f"{digest}.erased"
