@@ -73,18 +73,26 @@ def choose(serving_dir: Path, rows_dir: str, memory: Path = MEMORY, least_bytes:
             raise UnusableDisk(
                 f"serving.rows_dir: {reason_of(error)}", "correct its access rights, or name another directory"
             ) from error
+    why = lack(serving_dir, memory, least_bytes)
+    if not why:
+        try:
+            return Place(_own(_folder(memory, serving_dir)) / layout.ROWS, True)
+        except OSError as error:
+            why = reason_of(error)
+    return on_disk(serving_dir, why)
+
+
+def lack(serving_dir: Path, memory: Path = MEMORY, least_bytes: int = LEAST_BYTES) -> str:
+    """Why the rows of this serving directory cannot lie in `memory`; empty where they can."""
     try:
         if disk_kind(memory) not in IN_MEMORY:
-            return on_disk(serving_dir, f"{memory} is not in memory")
-        folder = _folder(memory, serving_dir)
-        there = size(folder / layout.ROWS)
+            return f"{memory} is not in memory"
+        there = size(_folder(memory, serving_dir) / layout.ROWS)
         wanted = max(least_bytes, int(GROWTH * max(there, size(serving_dir / layout.ROWS))))
         room = min(shutil.disk_usage(memory).free, psutil.virtual_memory().available) + there
-        if room < wanted:
-            return on_disk(serving_dir, f"{memory} has room for {_mb(room)}, and {_mb(wanted)} are wanted")
-        return Place(_own(folder) / layout.ROWS, True)
     except OSError as error:
-        return on_disk(serving_dir, f"{reason_of(error)}")
+        return reason_of(error)
+    return "" if room >= wanted else f"{memory} has room for {_mb(room)}, and {_mb(wanted)} are wanted"
 
 
 def on_disk(serving_dir: Path, why: str) -> Place:
