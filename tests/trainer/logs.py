@@ -21,6 +21,7 @@ from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.control import start
 from state.registry.registry import Registry
+from state.storage.waiting import Room
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner
@@ -77,6 +78,7 @@ def learner(
     consent: Consent = NO_CONSENT,
     about: Mapping[str, Any] = ABOUT,
     program: str = "program",
+    room: Room | None = None,
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look unless flags say otherwise."""
     settings = small_settings("--trainer.publish_s", "0.01", *flags)
@@ -93,6 +95,7 @@ def learner(
         clock=lambda: 0.0,
         elapsed=lambda: float(next(ticks)),
         consent=consent,
+        room=room,
     )
     control = registry.control()
     assert control is not None
