@@ -109,7 +109,9 @@ def _accepted(asked: argparse.Namespace) -> list[str]:
 
     options = gap_options.as_options(asked)
     gap_options.take_options(options, actor="", records=True)
-    return options
+    if not getattr(asked, "upgrade", False):
+        return options
+    return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", asked.reason])]
 
 
 def _check_tower(settings: Settings) -> None:

@@ -32,6 +32,10 @@ PROCESSES = {
         "streaming.rebuild",
         "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",
     ),
+    "upgrade": (
+        "trainer.upgrade",
+        "Go on from what was learned with another model, preprocessing or feature spec: --dry-run says what is carried over.",
+    ),
     "bootstrap": (
         "streaming.bootstrap",
         "Analyse past clicks once, for the constants of the preprocessing: files, or the topic's beginning. --examples DIR "
@@ -54,6 +58,7 @@ OWN_HELP = (
     "attributes",
     "bootstrap",
     "rebuild-history",
+    "upgrade",
 )  # their modules have options of their own and explain them
 READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
 SETTINGS_HELP = (
@@ -115,6 +120,10 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
             from state.log import gap_options
 
             gap_options.add_options(process, records=name != "stream")
+        if name == "up":
+            process.add_argument(
+                "--upgrade", action="store_true", help="go on with these settings; needs --reason TEXT"
+            )
     printing = [_versions(add), *_verbs(add), operating.rollback(add), *operating.masks(add)]
     add(
         "check-model",

@@ -11,6 +11,7 @@ restarts what dies, keeps a live line, and stops all of it in order.
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ synthetic shoppers. A second run goes on where the last one stopped.
   --skip-record OFFSET --reason TEXT
                                   leave out this record of the training log, or those of A-B, where it
                                   cannot be learned from; repeatable
+  --upgrade --reason TEXT         go on, in a new epoch, from what was learned with another model or other
+                                  features; without it such settings are refused, with what would be kept
   --section.name VALUE            any setting; `springtide config` lists them
 """
 
@@ -107,17 +110,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_python(sys.version_info)
         # Only now: the rest needs Python 3.11.
         from deploy.startup.steps import Startup
+        from deploy.startup.upgrading import take_upgrade, upgrade_or_refuse
         from deploy.watch.live import Screen
         from state.config.loading import load
         from state.process.private_files import keep_private
-        from state.registry.model_fit import require_same_model
 
         keep_private()
+        upgrade, words = take_upgrade(words)
         accepted, words = take_accepted(words)
         shoppers = "--no-shoppers" not in words
         settings = load([word for word in words if word != "--no-shoppers"])
         # Before anything starts: some settings alone tell that the newest version cannot be loaded.
-        require_same_model(settings)
+        upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))
         signals = Signals()
         return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted).run()
     except SpringtideError as error:

@@ -77,6 +77,7 @@ class TrainerAccount:
         in_flight: Rows not yet taken, counted on their own (log end less the trainer's offset).
         masked: Rows left out by a mask.
         gap: Source offsets that no record of the log held, a loss that an operator accepted.
+        other_features: Rows of a former feature spec, which an upgrade passed over.
     """
 
     rows: int
@@ -86,6 +87,7 @@ class TrainerAccount:
     in_flight: int = 0
     masked: int = 0
     gap: int = 0
+    other_features: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,12 @@ def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
 def _unbalanced_trainer(trainer: TrainerAccount) -> Iterator[str]:
     """Fault 2."""
     total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
+    total += trainer.other_features
     if total != trainer.rows:
+        other = f"{trainer.other_features} of other features + " if trainer.other_features else ""
         yield (
             f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
-            f"{trainer.duplicate} duplicate + {trainer.masked} masked + {trainer.in_flight} in flight = {total}"
+            f"{trainer.duplicate} duplicate + {trainer.masked} masked + {other}{trainer.in_flight} in flight = {total}"
         )
 
 

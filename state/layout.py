@@ -19,8 +19,7 @@
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
     │   └── attributes/                                           state/attributes/store.py
     ├── serving/                 lock of the applier
-    │   ├── rows                 a link to the rows, in memory    state/rows/place.py, store.py
-    │   ├── rows.disk/           or, where memory has no room, here
+    │   ├── rows/                                                 state/rows/store.py
     │   ├── histories/ attributes/
     │   └── programs/            those of applied versions
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
@@ -48,7 +47,6 @@ TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 SERVING, KAFKA, LOGS, REPLAY = "serving", "kafka", "logs", "replay"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
-ROWS_DISK = "rows.disk"
 DATA, MARK = "data.mdb", "mark.json"
 
 _STREAM = "stream-"

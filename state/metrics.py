@@ -126,7 +126,7 @@ class TrainerMetrics(Metrics):
 
     rows = counter(
         "springtide_trainer_rows",
-        "Rows of the training log, by outcome: trained, skipped, duplicate, masked.",
+        "Rows of the training log, by outcome: trained, skipped, duplicate, masked, other_features (of a former feature spec).",
         "outcome",
     )
     steps = counter("springtide_trainer_steps", "Training steps done.")
@@ -172,7 +172,7 @@ class TrainerMetrics(Metrics):
     )
     accounting_rows = gauge(
         "springtide_accounting_rows",
-        "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked; gap counts positions that no record held.",
+        "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked, other_features (of a former feature spec); gap counts positions that no record held.",
         "outcome",
     )
     accounting_faults = gauge(
@@ -196,11 +196,6 @@ class ApplierMetrics(Metrics):
     pinned = gauge("springtide_serving_pinned", "1 while an operator pins the version.")
     applied_versions = counter("springtide_serving_applied_versions", "Versions whose rows were applied.")
     apply_seconds = histogram("springtide_serving_apply_seconds", "Time to apply one version's rows.", SHORT_SECONDS)
-    rows_bytes = gauge(
-        "springtide_serving_rows_bytes",
-        "What the rows that answers read take, by place: memory, disk (where memory has no room for them).",
-        "place",
-    )
     feature_freshness_seconds = gauge(
         "springtide_serving_feature_freshness_seconds", "Age of the newest click in the histories that answers use."
     )

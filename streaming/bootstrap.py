@@ -12,7 +12,8 @@ One bounded Beam job with the stream's own code for clicks and windows:
 2. The job reads files, or the beginning of the clicks topic (it waits for
    `bootstrap.min_rows` clicks there), at most `bootstrap.sample_rows` of them.
 3. `specs/<digest>/` of the registry appears at once with graph and labels,
-   once for each feature spec.
+   once for each feature spec, and once more, with a number behind the digest,
+   for another preprocessing of it.
 
 The trainer and serving need neither Beam nor TensorFlow Transform: the result
 is a plain TensorFlow graph.
@@ -48,7 +49,7 @@ from streaming.bootstrap_job import TOPIC, Wanted, run_job
 from streaming.preprocessing import read_categories
 from streaming.preprocessing_check import check_preprocessing, is_own
 from streaming.sample import Say, open_sample
-from streaming.spec_document import document, require_same
+from streaming.spec_document import document, require_same_salt
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +60,20 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     Raises:
         MissingSalt: The salt of what is stored here is gone.
         SaltMismatch: It was done with another salt.
-        SpecMismatch: It was done with another preprocessing.
         ProgramError: The preprocessing does not lower, or is no function of its input.
         SpringtideError: There are too few clicks, or Kafka does not answer.
     """
     spec, salt = FeatureSpec.from_settings(settings), own_salt(settings)
     registry = Registry(settings.registry_dir)
-    known = spec.digest in registry.specs()
-    if known:
-        require_same(registry.spec(spec.digest), settings, salt)
-    if known and wanted.examples is None:
+    for name in registry.specs():
+        require_same_salt(registry.spec(name), settings, salt)
+    known = registry.bootstrapped(spec.digest, settings.model)
+    if known is not None and wanted.examples is None:
         return False
     if wanted.examples is not None:
         examples.require_empty(wanted.examples)
     # 1.
-    if is_own(settings.model.preprocessing) and not known and not wanted.checked:
+    if is_own(settings.model.preprocessing) and known is None and not wanted.checked:
         with quiet_stderr():
             checked = check_preprocessing(settings.model.preprocessing, spec, settings=settings.model)
         say(checked)
@@ -86,7 +86,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         open_sample(settings, spec, salt, clock, say) as handle,
     ):
         # 2.
-        output = None if known else Path(folder)
+        output = None if known is not None else Path(folder)
         with quiet_stderr():
             run_job(handle, wanted, output)
         sample = handle.context
@@ -94,9 +94,10 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         # 3.
         if output is not None:
             about = document(sample, salt, read_categories(output / "categories"), now_ms)
-            registry.add_spec(spec.digest, about, lambda place: _copy(output / "transform", place / "transform"))
+            known = registry.free_name(spec.digest)
+            registry.add_spec(known, about, lambda place: _copy(output / "transform", place / "transform"))
         if wanted.examples is not None:
-            _copy(registry.transform(spec.digest), wanted.examples / "transform")
+            _copy(registry.transform(known or spec.digest), wanted.examples / "transform")
             about = {
                 "digest": spec.digest,
                 "salt": salt.fingerprint,

@@ -8,7 +8,6 @@ from typing import Any
 from state.config.settings import Settings
 from state.errors import SaltMismatch
 from state.events.identity import Salt
-from state.registry.specs import require_preprocessing
 from streaming.sample import Sample
 
 
@@ -40,13 +39,11 @@ def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: 
     }
 
 
-def require_same(about: Mapping[str, Any], settings: Settings, salt: Salt) -> None:
-    """Refuses a feature spec that was bootstrapped with another salt, preprocessing, or options of it.
+def require_same_salt(about: Mapping[str, Any], settings: Settings, salt: Salt) -> None:
+    """Refuses a registry that was bootstrapped with another salt.
 
     Raises:
-        SaltMismatch: With another salt.
-        SpecMismatch: With another preprocessing, or options that it asked for.
+        SaltMismatch: It was.
     """
     if about["salt"] != salt.fingerprint:
         raise SaltMismatch.between(f"the registry {settings.registry_dir}", about["salt"], salt.fingerprint)
-    require_preprocessing(about, settings.model)

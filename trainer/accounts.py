@@ -21,7 +21,7 @@ from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 
 COMMAND = "springtide train"
-NAMES = ("rows", "trained", "skipped", "duplicate", "masked", "gap")
+NAMES = ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
 logger = logging.getLogger(__name__)
 
 
@@ -141,9 +141,10 @@ def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, 
         metrics: Where they go.
         known: What the last call returned.
     """
-    for name in NAMES:
-        metrics.accounting_rows.labels(name).set(account[name])
-    found = check_accounts(trainer=TrainerAccount(**{name: account[name] for name in NAMES}))
+    counted = {name: account.get(name, 0) for name in NAMES}
+    for name, rows in counted.items():
+        metrics.accounting_rows.labels(name).set(rows)
+    found = check_accounts(trainer=TrainerAccount(**counted))
     if found and found != known:
         logger.error("the account of the rows does not balance: %s", "; ".join(found))
     metrics.accounting_faults.set(len(found))

@@ -14,10 +14,8 @@ from typing import Any
 from state.errors import ControlConflict, CorruptVersion, UnknownVersion
 from state.positions import Source
 from state.process import killpoints
-from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
 from state.registry.registry import Registry
-from state.storage.waiting import unless_full
 from trainer.place import TrainingPlace
 
 logger = logging.getLogger(__name__)
@@ -38,10 +36,9 @@ class CatchingUp:
         self._again: dict[str, int] | None = None
         self._watched = self._caught_up = False
         self._end = 0
-        self._say = SaidOnce(logger.warning)
 
     def enter(self, control: Control, place: TrainingPlace) -> None:
-        """At the trainer's entry into an epoch; what is written down already is not followed again."""
+        """At the trainer's entry into an epoch; what is written down already is not followed again, nor is an upgrade."""
         self._caught_up, self._again = False, None
         self._watched = not self._knows(control.epoch) or control.serving.then_follow
         self._began = self._registry.beginning_of(control.epoch) if self._watched else None
@@ -56,7 +53,7 @@ class CatchingUp:
             self._again = self._since_base(place)
 
     def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
-        """Between two records, once the log's end was seen; what a full disk refuses is tried again at the next look.
+        """Between two records, once the log's end was seen.
 
         1. The clicks are as far as they were before the rollback: the outcome is written.
         2. All of that is published: answers follow, where they are to.
@@ -73,18 +70,15 @@ class CatchingUp:
         if not self._caught_up:
             if not self._at_goal(place):
                 return
-            with unless_full(self._say):
-                self._write(place)
-                self._caught_up, self._end = True, place.next
-            if not self._caught_up:
-                return
+            self._caught_up, self._end = True, place.next
+            self._write(place)
             killpoints.reach("caught.written")
         # 2.
         if not control.serving.then_follow:
             self._watched = False
         elif not busy and (place.first >= self._end or not place.changed):
-            with unless_full(self._say):
-                self._watched = not self._let_follow(control)
+            self._watched = False
+            self._let_follow(control)
 
     def _before(self, epoch: int) -> dict[Source, int]:
         """How far the clicks were learned when the epoch began; also before a rollback that it interrupted."""
@@ -102,16 +96,18 @@ class CatchingUp:
         return goal
 
     def _knows(self, epoch: int) -> bool:
-        """Whether nothing more is to be seen of an epoch: it was caught up, or is the first."""
+        """Whether nothing more is to be seen of an epoch: it was caught up, or is the first, or reads on after an upgrade."""
         began = self._registry.beginning_of(epoch)
-        return began is None or began.base is None or self._registry.outcome(epoch, "learned") is not None
+        if began is None or began.base is None or began.action == "upgrade":
+            return True
+        return self._registry.outcome(epoch, "learned") is not None
 
     def _at_goal(self, place: TrainingPlace) -> bool:
         return all(place.marks.get(source, 0) >= mark for source, mark in self._goal.items())
 
     def _is_again(self, place: TrainingPlace, offset: int) -> bool:
         """Whether all before `offset` is what the plan counted; an exact rollback's records are other ones than then."""
-        if self._began is None or self._began.plan is None:
+        if self._began is None or self._began.plan is None or self._began.action != "rollback":
             return False
         return self._at_goal(place) if self._began.mode == "exact" else offset >= int(self._began.plan["end"])
 
@@ -139,20 +135,19 @@ class CatchingUp:
                 *(place.epoch, document["seconds"], document["rows"], document["masked"]),
             )
 
-    def _let_follow(self, control: Control) -> bool:
-        """Whether answers follow, or need not any more."""
+    def _let_follow(self, control: Control) -> None:
+        what = "rollback" if self._began is None else self._began.action
 
         def caught_up(newest: Control) -> Control:
             if newest.epoch != control.epoch or not newest.serving.then_follow:
                 return newest
             who, now_ms = f"trainer:{getpass.getuser()}", int(self._clock() * 1000)
-            return follow(newest, actor=who, reason="caught up, as the rollback asked", now_ms=now_ms)
+            return follow(newest, actor=who, reason=f"caught up, as the {what} asked", now_ms=now_ms)
 
         try:
             self._registry.change(caught_up)
             killpoints.reach("caught.followed")
-            return True
         except ControlConflict as refused:
             # Somebody changes control all the time: it is tried again after the next record.
             logger.info("%s", refused)
-            return False
+            self._watched = True

@@ -20,6 +20,7 @@ def show_intake(found: Intake, metrics: TrainerMetrics) -> None:
     """Counts the rows of a record that are not learned from."""
     metrics.rows.labels("duplicate").inc(found.duplicate)
     metrics.rows.labels("masked").inc(found.masked)
+    metrics.rows.labels("other_features").inc(found.other_features)
 
 
 def show_step(report: Report, bad: int, offset: int, metrics: TrainerMetrics) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import MaskAt
@@ -17,6 +18,8 @@ from state.microbatch.masked import masked
 from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
+
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Intake:
         masked: New rows that the mask leaves out.
         gaps: Positions that no record covered: (source, expected, found).
         told_ms: The newest time that a row to learn from told itself, of its event or its label; 0 without rows.
+        other_features: New rows of a record of another feature spec, which are passed over.
     """
 
     batch: MicroBatch
@@ -40,6 +44,25 @@ class Intake:
     masked: int
     gaps: list[tuple[Source, int, int]]
     told_ms: int = 0
+    other_features: int = 0
+
+
+def never(spec: str) -> bool:
+    """Passes over no record of another feature spec."""
+    return False
+
+
+def former(specs: Collection[str], steps: Callable[[], int]) -> Callable[[str], bool]:
+    """Which records of other feature specs a trainer passes over.
+
+    Args:
+        specs: Digests of those that upgrades left.
+        steps: How many the trainer took: before the first one it looks for the first record of its own.
+
+    >>> [former({"ab"}, lambda: steps)(spec) for steps in (0, 9) for spec in ("ab", "cd")]
+    [True, True, True, False]
+    """
+    return lambda spec: spec in specs or not steps()
 
 
 def take_in(
@@ -51,8 +74,11 @@ def take_in(
     where: str,
     line: LogLine = WHOLE,
     offset: int = 0,
+    is_former: Callable[[str], bool] = never,
 ) -> Intake:
-    """Decodes a record, drops what is known by `marks`, leaves out what is masked; nothing is left of one off the line.
+    """Decodes a record, drops what is known by `marks`, leaves out what is masked.
+
+    Nothing is left of one off the line, nor of one of a former feature spec.
 
     Args:
         value: The record's value.
@@ -63,29 +89,29 @@ def take_in(
         where: The record's place, for messages.
         line: The records that count.
         offset: The record's.
+        is_former: Whether records of another feature spec, by its digest, are passed over.
 
     Raises:
         MicroBatchError: The value is no micro-batch.
-        SpecMismatch: It has other features.
+        SpecMismatch: It has other features, and they are no former ones.
         SaltMismatch: Its users have other pseudonyms.
     """
-    try:
-        whole = decode(value or b"")
-    except MicroBatchError as error:
-        raise MicroBatchError(f"{where}: {error.what}", error.do) from error
+    whole = _decoded(value, where)
     if not counts(line, whole.header.log_epoch, offset):
         nothing = whole.take(np.zeros(len(whole), np.bool_))
         return Intake(replace(nothing, header=replace(whole.header, ranges=())), dict(marks), 0, 0, 0, [])
-    if whole.header.spec != spec:
+    if (other := whole.header.spec != spec) and not is_former(whole.header.spec):
         raise SpecMismatch(
             f"{where} has feature spec {whole.header.spec[:12]}, this trainer has {spec[:12]}",
-            "give stream and trainer the same release, [features] and events.actions, or start a new state directory",
+            "give both the same release, [features] and events.actions: see `springtide upgrade --dry-run` with the stream's",
         )
     if whole.header.salt != salt:
         raise SaltMismatch.between(where, whole.header.salt, salt)
     unseen, after = trim(whole, marks)
     ours = trained(whole.kind)
     fresh = ours & unseen
+    if other:
+        return _passed_over(whole, ours, unseen, after, gaps(whole.header, marks))
     mask = mask_at(whole.header.mask_generation)
     allowed = unseen & ~masked(whole, mask) if mask else unseen
     keep = ours & allowed
@@ -99,3 +125,19 @@ def take_in(
         gaps=gaps(whole.header, marks),
         told_ms=int((whole.at_ms + np.maximum(whole.delay_ms, 0))[keep].max()) if keep.any() else 0,
     )
+
+
+def _decoded(value: bytes | None, where: str) -> MicroBatch:
+    try:
+        return decode(value or b"")
+    except MicroBatchError as error:
+        raise MicroBatchError(f"{where}: {error.what}", error.do) from error
+
+
+def _passed_over(
+    whole: MicroBatch, ours: Bools, unseen: Bools, marks: dict[Source, int], found: list[tuple[Source, int, int]]
+) -> Intake:
+    """Nothing of a record; its clicks count as seen, and its new rows are counted."""
+    nothing = whole.take(np.zeros(len(whole), np.bool_))
+    new, rows = int((ours & unseen).sum()), int(ours.sum())
+    return Intake(nothing, marks, rows, rows - new, 0, found, other_features=new)

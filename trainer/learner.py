@@ -25,18 +25,18 @@ from state.process import killpoints
 from state.registry.control import Control
 from state.registry.log_line import onward
 from state.registry.registry import Registry
-from state.storage.waiting import Room
+from state.registry.upgrades import former_specs
 from trainer import accounts, gauges
 from trainer.accounts import Passages
 from trainer.catching_up import CatchingUp
 from trainer.engine.step import Trainer
-from trainer.intake import take_in
+from trainer.intake import former, take_in
 from trainer.place import TrainingPlace
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import OpenLog, resume
-from trainer.versions import checkpoint, content
 from trainer.versions.draft import Drafter
+from trainer.versions.first_version import nothing_learned, restore_or_carry
 from trainer.versions.publisher import Publisher
 
 CONTROL_S = 0.05
@@ -60,9 +60,9 @@ class Learner:
         spec: Digest of the feature spec.
         about: What the bootstrap wrote about it.
         metrics: What is counted.
-        clock, elapsed: Wall clock in seconds, for times in manifests; monotonic seconds, for the pace of publishing.
+        clock: Wall clock in seconds, for times in manifests.
+        elapsed: Monotonic seconds, for the pace of publishing.
         consent: The losses that the operator accepts.
-        room: Where a version waits for room on the disk; None: one that has none ends the trainer.
     """
 
     def __init__(
@@ -78,7 +78,6 @@ class Learner:
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = time.monotonic,
         consent: Consent = NO_CONSENT,
-        room: Room | None = None,
     ) -> None:
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._open_log, self._spec, self._about = open_log, spec, about
@@ -86,7 +85,7 @@ class Learner:
         drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
-        self._publisher = Publisher(registry.path, metrics, room)
+        self._publisher = Publisher(registry.path, metrics)
         self._publications = Publications(
             self._publisher, drafter, trainer, metrics, settings.trainer.publish_s, clock, elapsed
         )
@@ -97,6 +96,8 @@ class Learner:
         self.place: TrainingPlace
         self.caught_up = False
 
+    # Entering an epoch
+
     def enter(self, control: Control) -> None:
         """Becomes the trainer that `control` wants: the newest version of its epoch, else its base, else nothing.
 
@@ -106,18 +107,25 @@ class Learner:
             UnknownTopic: The training log was made anew since that version.
             GapError: The log does not lead on from it: deleted, and nobody accepted it, or cut back (TruncatedLog).
         """
-        self.control = control
+        self.control, specs = control, former_specs(self._registry.controls())
+        self._is_former = former(specs, lambda: self._trainer.counters.steps)
         found = self._registry.newest_good(control.epoch)
         version = control.base if found is None else found
         if self._log is not None:
             self._log.close()
+        first: Mapping[str, Any] | None
         if version is None:
             self._log = self._open_log(None)
-            self._begin(control)
+            begin = self._reader.position(self._settings.trainer.partition)
+            self.place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin)
+            first = nothing_learned(self._trainer, self._about)
         else:
-            restored = checkpoint.restore(self._registry, version, self._trainer, self._spec)
+            restored, first = restore_or_carry(self._registry, control, version, self._trainer, self._spec)
             self._log, at = resume(restored, control.log, self._open_log, self._passages)
             self.place = TrainingPlace.restored(restored, control.epoch, at)
+        if first is not None:
+            topic = self._reader.topic_id
+            self.place = self._publications.publish_first(self.place, control, self._account(), topic, first)
         self.caught_up = False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
@@ -126,16 +134,6 @@ class Learner:
             "epoch %d: at version %d, reading the training log from offset %d",
             *(control.epoch, self.place.parent, self.place.next),
         )
-
-    def _begin(self, control: Control) -> None:
-        """Starts from nothing and publishes that as the first base: serving has something to answer with."""
-        checkpoint.begin(self._trainer, self._about)
-        begin = self._reader.position(self._settings.trainer.partition)
-        self.place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin)
-        tensors = checkpoint.full(self._trainer)
-        draft = self._publications.draft("base", self.place, control, self._account(), self._reader.topic_id)
-        made = self._registry.publish(draft, content.encode(tensors))
-        self.place = replace(self.place, parent=made.version)
 
     # Learning
 
@@ -202,7 +200,9 @@ class Learner:
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
         found = take_or_leave(
             record, where, source, marks, self._passages,
-            lambda value: take_in(value, marks, control.mask_at, self._spec, salt, where, control.log, offset),
+            lambda value: take_in(
+                value, marks, control.mask_at, self._spec, salt, where, control.log, offset, self._is_former
+            ),
         )  # fmt: skip
         if found is None:
             self.place = self.place.past(record.next)

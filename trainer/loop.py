@@ -3,7 +3,8 @@
 1. Takes the registry's trainer lock; a second trainer ends here.
 2. Checks a tower of the user's own, then waits until the bootstrap has
    analysed the feature spec of the settings.
-3. Builds the trainer and lowers its program, checked against the model.
+3. Builds the trainer and lowers its program, checked against the model. Where the newest version fits this release's
+   model no longer, an epoch begins that goes on from what fits; where the settings are others, that is refused.
 4. Creates control generation 1 where there is no control.
 5. Enters control's epoch: its newest version, else its base, else nothing. Where the training log was cut back behind
    that, it goes back to the newest version that the log still leads to (`trainer/recovery.py`).
@@ -37,9 +38,10 @@ from prometheus_client import CollectorRegistry
 
 from state import layout
 from state.config.loading import load
+from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import SpringtideError, TruncatedLog, UnusableRegistry, of_disk
+from state.errors import ModelMismatch, SpringtideError, TruncatedLog, of_disk
 from state.features.spec import FeatureSpec
 from state.log import Reader
 from state.log.gap_options import take_options
@@ -49,17 +51,16 @@ from state.process.actor import actor
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control, start
-from state.registry.model_fit import require_same_model
+from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.specs import require_preprocessing
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
-from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.compaction import Compaction, doubt
 from trainer.recovery import recover
 
 if TYPE_CHECKING:
+    from trainer.engine.step import Trainer
     from trainer.learner import Learner
 
 WAIT_S = 0.02
@@ -69,10 +70,10 @@ NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
 
-def await_spec(registry: Registry, digest: str, stopping: threading.Event) -> bool:
+def await_spec(registry: Registry, digest: str, model: Model, stopping: threading.Event) -> bool:
     """Waits for the bootstrap of feature spec `digest`, saying so; False where the process is to stop instead."""
     said = float("-inf")
-    while digest not in registry.specs():
+    while registry.bootstrapped(digest, model) is None:
         if time.monotonic() - said >= PROGRESS_S:
             said = time.monotonic()
             logger.info("waiting for the bootstrap of feature spec %s: `springtide bootstrap`", digest[:12])
@@ -107,13 +108,7 @@ def _check_own(settings: Settings) -> None:
     logger.info("%s", said)
 
 
-def prepare(
-    settings: Settings,
-    registry: Registry,
-    metrics: TrainerMetrics,
-    consent: Consent = NO_CONSENT,
-    room: Room | None = None,
-) -> Learner:
+def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, consent: Consent = NO_CONSENT) -> Learner:
     """Builds the trainer and its program, and enters control's epoch.
 
     Raises:
@@ -126,16 +121,15 @@ def prepare(
         from trainer import device
         from trainer.engine.step import Trainer
         from trainer.learner import Learner
-        from trainer.versions.fit import require_ranker_fits
         from trainer.versions.program import build, preprocessing_of
 
         # Threads are fixed before the first operation, which loading the graph is.
         device.prepare(settings.trainer.device, settings.trainer.threads)
         spec = FeatureSpec.from_settings(settings)
-        require_preprocessing(registry.spec(spec.digest), settings.model)
+        name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
         # 3.
-        trainer = Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
-        require_ranker_fits(registry, settings, trainer.model)
+        trainer = Trainer(settings, spec, preprocessing_of(registry.transform(name)))
+        go_on_in_this_release(registry, settings, spec, trainer)
         program = registry.add_program(build(trainer.model))
     logger.info("program %s ready on %s", program[:12], trainer.device)
     # 4.
@@ -151,13 +145,34 @@ def prepare(
         topic = settings.kafka.microbatches_topic
         return Reader(settings.kafka, topic, [partition], positions, leaders={partition: leader} if positions else {})
 
-    about = registry.spec(spec.digest)
-    learner = Learner(
-        settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent, room=room
-    )
+    about = registry.spec(name)
+    learner = Learner(settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent)
     # 5.
     enter(learner, registry, control)
     return learner
+
+
+def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureSpec, trainer: Trainer) -> None:
+    """Begins an epoch by itself where only this release's own code keeps the newest version from being loaded.
+
+    Raises:
+        ModelMismatch: It is the settings, or code of the user's own, and nobody asked for an upgrade.
+        SpringtideError: The registry cannot be used.
+    """
+    from trainer.upgrade import planned_for, propose
+    from trainer.versions.fit import is_of_release, require_ranker_fits
+
+    try:
+        require_ranker_fits(registry, settings, spec, trainer.model)
+    except ModelMismatch as other:
+        version = version_to_go_on_from(registry)
+        if version is None or not is_of_release(registry, settings, spec):
+            raise
+        planned = planned_for(registry, version, trainer)
+        who, now_ms = f"trainer:{getpass.getuser()}", time.time_ns() // 1_000_000
+        reason = f"this release has another model than version {version.version}"
+        propose(registry, settings, spec, version, planned.document(), who, reason, now_ms)
+        logger.warning("%s; this release goes on from it: %s", other.what, "; ".join(planned.lines()))
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
@@ -186,7 +201,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     """
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
-    room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
+    offer(collected, settings, [REGISTRY])
     # 1.
     with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK):
         registry = Registry(settings.registry_dir)
@@ -202,10 +217,10 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             # Before the wait for clicks: what cannot be lowered is refused at once.
             imports.join()
             _check_own(settings)
-        if not await_spec(registry, FeatureSpec.from_settings(settings).digest, stopping):
+        if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
         imports.join()
-        learner = prepare(settings, registry, metrics, consent, room)
+        learner = prepare(settings, registry, metrics, consent)
         compaction = Compaction(
             arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.parent)
         )
@@ -213,16 +228,10 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         try:
             while not stopping.is_set():
                 learner.tick(WAIT_S, stopping.is_set)
-                compaction.tick(hurry=room.waits)
-            learner.close()
-        except UnusableRegistry as error:
-            if not (stopping.is_set() and is_full(error)):
-                raise
-            logger.warning(
-                "what was learned after version %d is learned again from the log: %s", learner.place.parent, error
-            )
+                compaction.tick()
         finally:
             compaction.close()
+        learner.close()
         logger.info("stopped at version %d, offset %d", learner.place.parent, learner.place.next)
 
 

@@ -11,7 +11,7 @@ from state.registry.manifest import TOLD_MS, Manifest
 from trainer.intake import Intake
 
 COUNTS = ("rows", "duplicate", "masked", "gap", "before")
-RARE = ("left_out",)  # counted only where there are any
+RARE = ("left_out", "other_features")  # counted only where there are any
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class TrainingPlace:
         gap: Source positions that no record held, a loss that was accepted.
         before: Source positions before the first one of this line, summed over sources.
         left_out: Records of the log that could not be learned from, a loss that was accepted.
+        other_features: Rows of a former feature spec, which were passed over.
         leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, set where a version is made.
         changed: Whether there was a step since `parent`.
         told_ms: The newest time that a row learned from told itself: with it a rollback knows what a version cannot have.
@@ -46,6 +47,7 @@ class TrainingPlace:
     gap: int = 0
     before: int = 0
     left_out: int = 0
+    other_features: int = 0
     leader_epoch: int = -1
     changed: bool = False
     told_ms: int = 0
@@ -70,6 +72,7 @@ class TrainingPlace:
             gap=self.gap + gap,
             before=self.before + sum(new),
             told_ms=max(self.told_ms, found.told_ms),
+            other_features=self.other_features + found.other_features,
         )
 
     def past(self, next: int) -> TrainingPlace:

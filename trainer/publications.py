@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from state.metrics import TrainerMetrics
 from state.registry.control import Control
@@ -91,6 +92,28 @@ class Publications:
         gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
         gauges.show_slices(self._trainer.slices, self._metrics)
         return place.handed_over()
+
+    def publish_first(
+        self,
+        place: TrainingPlace,
+        control: Control,
+        account: Mapping[str, int],
+        topic_id: str,
+        tensors: Mapping[str, Any],
+    ) -> TrainingPlace:
+        """Publishes the first version of an epoch that does not just go on; returns the place once it is durable.
+
+        Serving has something to answer with. It is a base where there is nothing before it.
+
+        Raises:
+            WrongEpoch: Control is at another epoch by now.
+            OSError: The disk refused.
+        """
+        kind: Kind = "delta" if place.parent else "base"
+        self._publisher.offer(self.draft(kind, place, control, account, topic_id), tensors)
+        made = self.settle(wait=True)
+        assert made is not None, "it was offered"
+        return replace(place, parent=made.version, first=place.next)
 
     def draft(
         self, kind: Kind, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from state.log.accepted_gaps import Accepted
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
-from trainer.intake import take_in
+from trainer.intake import former, take_in
 from trainer.records import records_of
 
 if TYPE_CHECKING:
@@ -37,10 +37,20 @@ class Replay:
         spec: Digest of the feature spec.
         salt: Fingerprint of the salt.
         where: Names an offset, for messages.
+        specs: Digests of the feature specs that upgrades left.
     """
 
-    def __init__(self, trainer: Trainer, base: Manifest | None, spec: str, salt: str, where: str) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        base: Manifest | None,
+        spec: str,
+        salt: str,
+        where: str,
+        specs: Collection[str] = frozenset(),
+    ) -> None:
         self._trainer, self._spec, self._salt, self._where = trainer, spec, salt, where
+        self._is_former = former(specs, lambda: trainer.counters.steps)
         self.marks = {} if base is None else base.marks
         counted = {} if base is None else base.metrics
         self.account = {name: int(counted.get(f"account.{name}", 0)) for name in ACCOUNT}
@@ -53,7 +63,9 @@ class Replay:
             MicroBatchError: The record cannot be read.
         """
         where = f"{self._where} offset {offset}"
-        found = take_in(value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset)
+        found = take_in(
+            value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset, self._is_former
+        )
         self.marks = found.marks
         self.rows += found.rows
         for name in ACCOUNT:

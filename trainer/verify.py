@@ -1,7 +1,7 @@
 """Recomputes a version from a base and the training log: `springtide verify VERSION`.
 
 1. The line of the version is followed back to a base (or to `--from`), epoch
-   by epoch; each epoch's part of the log has its own mask.
+   by epoch, not beyond an upgrade; each epoch's part of the log has its own mask.
 2. An environment that differs from the version's makes the two not comparable.
 3. The base is restored and the log replayed, record by record.
 4. Rows ordered by id, accumulators, dense weights, slots, counters, marks and
@@ -28,15 +28,17 @@ from typing import TYPE_CHECKING
 from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import GapError, LogError, RegistryError, SpringtideError, of_disk
+from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.process.closed_output import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
+from state.registry.upgrades import first_after, former_specs
 from trainer.comparison import Comparison, compare
 from trainer.replay import Replay, ReplayProgress, SegmentReader, replay
 
@@ -79,8 +81,9 @@ def verify(
     began_s = elapsed()
     # 1.
     target = registry.manifest(version)
-    base = base_of(registry, target, wanted_base)
-    segments = segments_of(registry, registry.controls(), base, target)
+    controls = registry.controls()
+    base = origin_of(registry, controls, target, wanted_base)
+    segments = segments_of(registry, controls, base, target)
     found = Comparison(version, 0 if base is None else base.version, segments[0].first, target.log.next)
     total = sum(segment.next - segment.first for segment in segments)
     say(f"verify: {total} positions of the training log, from {found.origin} to version {version}")
@@ -95,20 +98,38 @@ def verify(
         return replace(found, outcome="not comparable", environment=tuple(differs), seconds=elapsed() - began_s)
     # 3.
     if base is None:
-        checkpoint.begin(trainer, registry.spec(target.spec))
+        checkpoint.begin(trainer, registry.spec(registry.bootstrapped(target.spec, settings.model) or target.spec))
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
-    done = Replay(trainer, base, target.spec, target.salt, f"{target.log.topic}:{target.log.partition}")
+    where = f"{target.log.topic}:{target.log.partition}"
+    done = Replay(trainer, base, target.spec, target.salt, where, former_specs(controls))
     if total:
-        opens, accepted = (
-            partial(open_at, open_log, target, found.origin),
-            Journal(registry.path / layout.GAPS).accepted(),
-        )
+        accepted = Journal(registry.path / layout.GAPS).accepted()
+        opens = partial(open_at, open_log, target, found.origin)
         reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s, elapsed)
         replay(reader, segments, done.take, ReplayProgress(total, done, say, elapsed).reach)
     # 4.
     difference, digest = compare(registry, target, trainer, done)
     return found.with_result(done, difference, digest, elapsed() - began_s)
+
+
+def origin_of(
+    registry: Registry, controls: Sequence[Control], target: Manifest, wanted_base: int | None
+) -> Manifest | None:
+    """The version to begin from, not before an upgrade: another model learned what is there. None to begin from nothing.
+
+    Raises:
+        UnknownVersion: There is none, it is not kept, or does not lead to `target`.
+    """
+    base = base_of(registry, target, wanted_base)
+    if (upgraded := first_after(registry, controls, base, target)) is None:
+        return base
+    if wanted_base is not None:
+        raise UnknownVersion(
+            f"an upgrade lies between versions {wanted_base} and {target.version}: another model learned what is before it",
+            f"take --from {upgraded.version}, or leave it out",
+        )
+    return upgraded
 
 
 def open_at(open_log: OpenLog, target: Manifest, origin: str, offset: int) -> LogReader:
@@ -155,7 +176,8 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
             from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
-            return Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
+            name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
+            return Trainer(settings, spec, preprocessing_of(registry.transform(name)))
 
     def open_log(topic: str, offset: int) -> Reader:
         partition = registry.manifest(version).log.partition

@@ -20,7 +20,6 @@ from state.events.identity import load_salt
 from state.layout import ATTRIBUTES
 from state.metrics import ApplierMetrics
 from state.storage.shares import SERVING, map_bytes
-from state.storage.waiting import Room
 
 
 class AttributeValues(NamedTuple):
@@ -77,14 +76,13 @@ class AttributesFollower:
         settings: Of the whole system; at least one topic of attributes is configured.
         path: Directory of the store.
         metrics: Of the applier.
-        room: The room that the store needs.
 
     Raises:
         MissingSalt: The salt's file is missing.
     """
 
-    def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics, room: Room) -> None:
-        wanted, self._metrics, self._room = settings.attributes, metrics, room
+    def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics) -> None:
+        wanted, self._metrics = settings.attributes, metrics
         salt = load_salt(settings.salt_path, create=False)
         self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
@@ -104,9 +102,7 @@ class AttributesFollower:
         """
         for one in self._followers:
             self._count(one.side)
-        keep_following(
-            self._followers, stop, lambda side, _: self._count(side), "answers use the attributes they have", self._room
-        )
+        keep_following(self._followers, stop, lambda side, _: self._count(side), "answers use the attributes they have")
 
     def close(self) -> None:
         """Closes the topics and the store."""

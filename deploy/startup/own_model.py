@@ -16,8 +16,6 @@ from pathlib import Path
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
-from state.registry.registry import Registry
-from state.registry.specs import require_preprocessing
 
 WRONG_USE = 2
 FUNCTIONS = ("ranker", "tower", "preprocessing")
@@ -45,14 +43,9 @@ def check(settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         SettingsError: A function cannot be loaded.
         ProgramError: A function is not what it has to be, or does not lower to LiteRT.
-        SpecMismatch: The registry was bootstrapped with another preprocessing, or options of it.
     """
     if not is_own(settings):
         return
-    if settings.registry_dir.exists():
-        registry = Registry(settings.registry_dir)
-        for digest in registry.specs():
-            require_preprocessing(registry.spec(digest), settings.model)
     with tempfile.TemporaryDirectory(prefix="springtide-model-") as folder:
         graph = []
         if settings.model.preprocessing != Model().preprocessing:
@@ -91,5 +84,5 @@ def run(module: str, settings: Settings, *words: str) -> str:
     if done.returncode == 0:
         return done.stdout.strip()
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    message = lines[-1] if lines else f"{module} ended with {done.returncode} and said nothing"
+    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {done.returncode} in silence"
     raise (SettingsError if done.returncode == WRONG_USE else ProgramError)(message)

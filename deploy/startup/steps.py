@@ -12,7 +12,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from deploy.children.supervisor import Supervisor
-from deploy.startup import hints, own_model
+from deploy.startup import hints, own_model, upgrading
 from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
 from deploy.startup.local_kafka import LocalKafka
 from deploy.startup.process_plan import (
@@ -169,7 +169,7 @@ class Startup:
     def _start_processes(self) -> None:
         settings, supervisor = self._settings, self._running()
         unwanted = {KERNELS, REBUILD}
-        if has_spec(settings.registry_dir):
+        if upgrading.is_bootstrapped(settings):
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:
             unwanted.add(SHOPPERS)

@@ -129,10 +129,14 @@ def as_text(found: Mapping[str, Any]) -> str:
             fates = " + ".join(f"{shown(stream[name])} {name}" for name in ("joined", "expired", "dropped", "waiting"))
             parts.append(f"{shown(stream['opened'])} opened = {fates}")
     if trainer := found.get("trainer"):
-        outcomes = " + ".join(
-            f"{shown(trainer[name])} {name.replace('_', ' ')}"
-            for name in ("trained", "skipped", "duplicate", "masked", "in_flight")
-        )
+        named = [
+            "trained",
+            "skipped",
+            "duplicate",
+            "masked",
+            *(["other_features"] if trainer.get("other_features") else []),
+        ]
+        outcomes = " + ".join(f"{shown(trainer[name])} {name.replace('_', ' ')}" for name in (*named, "in_flight"))
         parts.append(f"{shown(trainer['rows'])} rows = {outcomes}")
         if trainer.get("records_left_out"):
             parts.append(f"{shown(trainer['records_left_out'])} records of the training log left out, as accepted")

@@ -66,7 +66,7 @@ def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
     """The version's account, with what is in flight behind it."""
     counted = {
         name: int(version.metrics.get(f"account.{name}", 0))
-        for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap")
+        for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
     }
     return TrainerAccount(
         rows=counted["rows"] + flying.rows + flying.duplicate,
@@ -76,6 +76,7 @@ def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
         in_flight=flying.rows,
         masked=counted["masked"],
         gap=counted["gap"],
+        other_features=counted["other_features"],
     )
 
 

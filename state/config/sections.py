@@ -220,7 +220,7 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Features:
-    """The windowed features; a change needs a new state directory."""
+    """The windowed features; a change is a `springtide upgrade`."""
 
     windows_s: tuple[int, ...] = setting(
         (3600, 86400, 604800), "s", least=1, most=315_360_000, help="Windows of the counts, shortest first."
@@ -384,10 +384,6 @@ class ServingSettings:
     )
     poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Time between looks at the registry.")
     keep_s: float = setting(900.0, "s", least=0.0, help="How long rows of older versions stay readable.")
-    rows_dir: str = setting(
-        "",
-        help="Directory for the rows that answers read, best in memory; empty: /dev/shm where it has room, else the disk.",
-    )
     map_gb: int = setting(
         16,
         "GiB",

@@ -20,7 +20,7 @@ from state.registry.log_line import WHOLE, LogLine
 from state.registry.mask_entries import MaskEntry, added, joined
 
 Action = Literal[
-    "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover"
+    "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover", "upgrade"
 ]
 Mode = Literal["fast", "exact"]
 
@@ -59,10 +59,12 @@ class Control:
         last_mask: The last number given to a mask.
         mode: Of the rollback that the epoch began with: `exact` where the stream went back too.
         log: The records of the training log that count.
+        upgraded: Whether the epoch began with an upgrade, so that its versions are of another model than its base.
         publishing: Whether the trainer publishes versions.
         training: Whether the trainer takes records.
         erased: Users who are forgotten; no generation takes one back.
-        plan: Of a rollback what its command knew: `end`, the end of the training log; None for what is no rollback.
+        plan: Of a rollback what its command knew: `end`, the end of the training log. Of an upgrade what it goes on to,
+            see `state/registry/upgrades.py`. None for everything else.
     """
 
     generation: int
@@ -79,6 +81,7 @@ class Control:
     last_mask: int = 0
     mode: Mode = "fast"
     log: LogLine = WHOLE
+    upgraded: bool = False
     publishing: bool = True
     training: bool = True
     erased: Erased = Erased.NOBODY
@@ -178,7 +181,8 @@ def roll_back(
     generation = control.generation + 1
     new = added(control.masks, mask, control.last_mask, generation)
     serving = ServingChoice("pin", to, then_follow)
-    done = control.action != "start" and control.base == to and not new and not control.lifted
+    same = control.action != "start" and not control.upgraded
+    done = same and control.base == to and not new and not control.lifted
     if done and (log is None or control.mode == "exact"):
         return _next(control, "rollback", actor, reason, now_ms, serving=serving)
     return _next(
@@ -196,6 +200,7 @@ def roll_back(
         last_mask=control.last_mask + len(new),
         mode="fast" if log is None else "exact",
         log=control.log if log is None else log,
+        upgraded=False,
     )
 
 
@@ -207,7 +212,8 @@ def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) 
     >>> back.epoch, back.base, back.serving.mode
     (2, 40, 'follow')
     """
-    return _next(control, "recover", actor, reason, now_ms, epoch=control.epoch + 1, base=to, lifted=(), mode="fast")
+    changes: dict[str, Any] = {"epoch": control.epoch + 1, "base": to, "lifted": (), "mode": "fast", "upgraded": False}
+    return _next(control, "recover", actor, reason, now_ms, **changes)
 
 
 def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: str, now_ms: int) -> Control:

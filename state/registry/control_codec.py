@@ -44,6 +44,8 @@ def encode(control: Control) -> bytes:
         more |= {"erased": {"last": control.erased.last, "sha256": control.erased.digest}}
         more["mask_generation"] = control.mask_generation
     more |= {name: False for name in ("publishing", "training") if not getattr(control, name)}
+    if control.upgraded:
+        more["upgraded"] = True
     if control.serving.then_follow:
         more["then_follow"] = True
     if control.plan is not None:
@@ -109,6 +111,7 @@ def decode(document: Mapping[str, Any], users_of: UsersOf = no_files, erased_of:
             **_masks(document, users_of),
             mode=document.get("mode", "fast"),
             log=log_line.from_json(document["log"]) if "log" in document else WHOLE,
+            upgraded=bool(document.get("upgraded")),
             publishing=bool(document.get("publishing", True)),
             training=bool(document.get("training", True)),
             erased=erased_of(str(document["erased"]["sha256"])) if "erased" in document else Erased.NOBODY,

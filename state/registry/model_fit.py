@@ -1,10 +1,11 @@
-"""Whether the version that training goes on from fits the model of the settings: said early, and what to type where it does not.
+"""Whether the version that training goes on from fits the settings: said early, and what to type where it does not.
 
 Its manifest names the settings that it was trained with, and the heads of its
 files the shapes of its weights; neither needs TensorFlow. What the settings
 alone decide is refused by `require_same_model` before anything starts; what
 only a built model knows, such as the weights of a tower of the user's own, by
-`require_fit` before its program is lowered.
+`require_fit` before its program is lowered. An upgrade that an operator asked
+for goes on from it all the same.
 """
 
 from __future__ import annotations
@@ -13,21 +14,31 @@ import ast
 import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from state import layout
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import ModelMismatch, RegistryError
+from state.errors import ModelMismatch, RegistryError, SpecMismatch
+from state.features.spec import FeatureSpec
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
+from state.registry.upgrades import SETTINGS, is_accepted
 
 HEAD_BYTES = 8  # of a safetensors file: the length of its JSON head, little endian
 SHOWN = 3
-NAMED = ("ranker", "tower", "dim", "hidden", "options")
-"""Settings of `[model]` that may change the weights of a version."""
-
 FORMER_TOWERS = ("trainer.network:build", "trainer.model.network:build")
 """What earlier releases called the default tower; settings and versions may still name it so."""
+
+FEATURES = {
+    "actions": "events.actions",
+    "windows_s": "features.windows_s",
+    "half_lives_s": "features.half_lives_s",
+    "history": "features.history",
+    "labels": "features.recent_categories",
+    "sequence": "features.sequence",
+}
+"""Names in a feature spec's document -> the settings that make it."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -49,44 +60,95 @@ def version_to_go_on_from(registry: Registry) -> Manifest | None:
 
 
 def require_same_model(settings: Settings) -> None:
-    """Refuses settings with which the version at hand cannot be loaded, as far as they alone tell.
+    """Refuses settings that mean something else than those of the version at hand, as far as they alone tell.
 
     Where nothing was trained yet, or the registry cannot be read, others will say so.
 
     Raises:
-        ModelMismatch: The rows' or the layers' widths differ.
+        ModelMismatch: The features, the preprocessing, or the rows' or the layers' widths differ.
     """
+    _require(settings, features_only=False)
+
+
+def require_same_features(settings: Settings) -> None:
+    """As `require_same_model`, of the features alone: for the stream, which knows no model.
+
+    Raises:
+        ModelMismatch: The features differ.
+    """
+    _require(settings, features_only=True)
+
+
+def _require(settings: Settings, features_only: bool) -> None:
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         return
-    version = version_to_go_on_from(Registry(settings.registry_dir))
-    if version is None:
+    registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
+    version = version_to_go_on_from(registry)
+    if version is None or accepted(registry, settings, spec):
         return
-    differing, own, default = _differing(version, settings.model), settings.model, Model()
-    if own.ranker != default.ranker or "ranker" in differing:
-        return
+    differing = differences(registry, version, settings, spec)
+    wrong = [name for name in differing if not name.startswith("model.")]
+    if not features_only:
+        decisive = _decisive(settings.model, differing)
+        decisive += ["model.options"] if _asked_otherwise(registry, version, settings.model) else []
+        wrong += [name for name in decisive if name in differing]
+    if wrong:
+        raise mismatch(version, settings, differing, [f"{name} {differing[name]}" for name in wrong])
+
+
+def _decisive(own: Model, differing: Collection[str]) -> list[str]:
+    """The settings of `[model]` that cannot fit, whatever is built of them."""
+    default = Model()
+    if own.ranker != default.ranker or "model.ranker" in differing:
+        return ["model.preprocessing"]
     # A tower of the user's own need not ask for the layers.
-    decisive = ["dim"] if own.tower != default.tower or "tower" in differing else ["dim", "hidden"]
-    if wrong := [name for name in decisive if name in differing]:
-        raise mismatch(version, settings, [f"model.{name} {differing[name]}" for name in wrong])
+    own_tower = own.tower != default.tower or "model.tower" in differing
+    return ["model.preprocessing", "model.dim", *([] if own_tower else ["model.hidden"])]
+
+
+def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> bool:
+    """Whether an option differs that the version's preprocessing asked for: its graph holds the options."""
+    before = dict(one.split("=", 1) for one in ast.literal_eval(version.environment.get("model.options", "()")))
+    for name in registry.specs():
+        about = registry.spec(name) if name.partition(".")[0] == version.spec else {}
+        if about.get("preprocessing") == model.preprocessing:
+            asked = about.get("asked", {}).items()
+            return any(before.get(one, default) != model.written.get(one, default) for one, (_, default) in asked)
+    return False
+
+
+def accepted(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
+    """Whether an operator said that these settings go on from the version at hand; False where the registry cannot be read."""
+    try:
+        control = registry.control()
+        return control is not None and is_accepted(registry, control, settings, spec.digest)
+    except RegistryError:
+        return False
 
 
 def require_fit(
-    registry: Registry, settings: Settings, dense: Shapes, widths: Mapping[str, int], optional: Collection[str]
+    registry: Registry,
+    settings: Settings,
+    spec: FeatureSpec,
+    dense: Shapes,
+    widths: Mapping[str, int],
+    optional: Collection[str],
 ) -> None:
     """Refuses a built model whose weights the version at hand does not have.
 
     Args:
         registry: With the trainer's lock held.
         settings: All settings.
+        spec: Their feature spec.
         dense: The shape of each dense weight.
         widths: Table -> width of its rows.
         optional: Tables that a version may lack, or have in another form.
 
     Raises:
-        ModelMismatch: A weight or a table is missing on one side, or has another shape.
+        ModelMismatch: A weight or a table is missing on one side, or has another shape; or the features differ.
     """
     version = version_to_go_on_from(registry)
-    if version is None or (shapes := shapes_of(registry, version)) is None:
+    if version is None or accepted(registry, settings, spec) or (shapes := shapes_of(registry, version)) is None:
         return
     wanted = {f"dense.{name}": shape for name, shape in dense.items()}
     wanted |= {f"{table}.rows": (width,) for table, width in widths.items()}
@@ -95,12 +157,15 @@ def require_fit(
         for name, shape in wanted.items()
         if (found := _last(shapes.get(name), len(shape))) != shape
     ]
-    theirs = {name.removesuffix(".rows") for name in shapes if name.endswith(".rows")}
+    # A table that an upgrade left is there with rows of no width.
+    theirs = {name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]}
     wrong += [f"{table}.rows none, but in the version" for table in sorted(theirs - {*widths, *optional})]
-    if wrong and _undamaged(registry, version):
+    if (wrong or version.spec != spec.digest) and _undamaged(registry, version):
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        differing = [f"model.{name} {text}" for name, text in _differing(version, settings.model).items()]
-        raise mismatch(version, settings, [*differing, f"weights: {'; '.join(wrong[:SHOWN])}{more}"])
+        differing = differences(registry, version, settings, spec)
+        said = [f"{name} {text}" for name, text in differing.items()]
+        weights = [f"weights: {'; '.join(wrong[:SHOWN])}{more}"] if wrong else []
+        raise mismatch(version, settings, differing, [*said, *weights] or ["its windows were computed otherwise"])
 
 
 def _undamaged(registry: Registry, version: Manifest) -> bool:
@@ -125,31 +190,52 @@ def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
         return None
 
 
-def mismatch(version: Manifest, settings: Settings, differences: Sequence[str]) -> ModelMismatch:
+def mismatch(version: Manifest, settings: Settings, differing: Mapping[str, str], told: Sequence[str]) -> ModelMismatch:
     """The refusal, with what to type."""
+    before = {f"model.{name}": version.environment.get(f"model.{name}") for name in SETTINGS}
     back = [
-        f"--model.{name} {shlex.quote(_as_flag(version.environment[f'model.{name}']))}"
-        for name in _differing(version, settings.model)
+        f"--{name} {shlex.quote(_as_flag(written))}" for name in differing if (written := before.get(name)) is not None
     ]
-    registry, rows = settings.registry_dir, settings.serving_dir / layout.ROWS
+    back += [f"--{name} {text.split()[1]}" for name, text in differing.items() if name in FEATURES.values()]
     put_back = f"put the settings back ({' '.join(back)})" if back else "put the model's code back"
     return ModelMismatch(
-        f"version {version.version} in {registry} was trained with another model: {', '.join(differences)}",
-        f"{put_back}; or learn anew from the training log: stop everything, type `mv {registry} {registry}.before; "
-        f"rm -r {rows}`, start again",
+        f"version {version.version} in {settings.registry_dir} was trained with another model: {', '.join(told)}",
+        "`springtide upgrade --dry-run` says what of it goes on, `springtide upgrade --reason TEXT` (or `springtide up "
+        f"--upgrade --reason TEXT`) goes on from it; or {put_back}",
     )
 
 
-def _differing(version: Manifest, model: Model) -> dict[str, str]:
-    """Name -> how the setting differs from what the version was trained with."""
-    then = {name: version.environment.get(f"model.{name}") for name in NAMED}
+def differences(registry: Registry, version: Manifest, settings: Settings, spec: FeatureSpec) -> dict[str, str]:
+    """Name -> how a setting of the features or of the model differs from what the version was trained with."""
+    model, found = settings.model, _features(registry, version, spec)
+    then = {name: version.environment.get(f"model.{name}") for name in SETTINGS}
     if then["tower"] in FORMER_TOWERS:
         then["tower"] = Model().tower
-    return {
-        name: f"was {_as_flag(before) or 'empty'} and is {_as_flag(str(getattr(model, name))) or 'empty'}"
+    return found | {
+        f"model.{name}": f"was {_as_flag(before) or 'empty'} and is {_as_flag(str(getattr(model, name))) or 'empty'}"
         for name, before in then.items()
         if before is not None and before != str(getattr(model, name))
     }
+
+
+def _features(registry: Registry, version: Manifest, spec: FeatureSpec) -> dict[str, str]:
+    """Of the features; nothing where only what this release computes differs."""
+    if version.spec == spec.digest:
+        return {}
+    try:
+        then: Mapping[str, Any] = registry.spec(version.spec)["spec"]
+    except (SpecMismatch, RegistryError, KeyError):
+        return {"the feature spec": f"was {version.spec[:12]} and is {spec.digest[:12]}"}
+    now = spec.to_json()
+    return {
+        setting: f"was {_listed(then.get(name, 0))} and is {_listed(now.get(name, 0))}"
+        for name, setting in FEATURES.items()
+        if then.get(name, 0) != now.get(name, 0)
+    }
+
+
+def _listed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _as_flag(written: str) -> str:

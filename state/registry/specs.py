@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -63,15 +64,37 @@ class Specs(Directory):
         return program
 
     def specs(self) -> list[str]:
-        """The digests of the feature specs that were bootstrapped."""
+        """The names of the bootstraps that were done: digests of feature specs, see `bootstrapped`."""
         with usable("be listed"):
             return sorted(path.name for path in (self.path / layout.SPECS).iterdir() if (path / SPEC).exists())
+
+    def bootstrapped(self, spec: str, model: Model) -> str | None:
+        """The name under which a feature spec was bootstrapped with the preprocessing of `model`; None where it was not.
+
+        The first one has the spec's digest for its name, as every release calls it; those with another preprocessing
+        a number behind it.
+
+        Raises:
+            CorruptVersion: A file fails its digest.
+        """
+        found = [name for name in self.specs() if name.partition(".")[0] == spec]
+        return next((name for name in found if fits(self.spec(name), model)), None)
+
+    def free_name(self, spec: str) -> str:
+        """The name for the next bootstrap of a feature spec.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
+        taken = {*self.specs()}
+        names = itertools.chain([spec], (f"{spec}.{number}" for number in itertools.count(2)))
+        return next(name for name in names if name not in taken)
 
     def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
         """Keeps what the bootstrap found out; False where another was faster, whose result stays.
 
         Args:
-            digest: Of the feature spec.
+            digest: Of the feature spec, or `free_name`.
             document: Anything JSON.
             fill: Writes the directory `transform/` into the folder it is given.
 
@@ -143,30 +166,15 @@ class Specs(Directory):
         return folder / "transform"
 
 
-def require_preprocessing(about: Mapping[str, Any], model: Model) -> None:
-    """Refuses a preprocessing that is not the one which a feature spec was bootstrapped with.
+def fits(about: Mapping[str, Any], model: Model) -> bool:
+    """Whether a bootstrap was done with this preprocessing and the options that it asked for.
 
-    Its graph holds the options that it asked for. Others, of a ranker or a tower, may change: versions name them.
+    Its graph holds these. Others, of a ranker or a tower, may change: versions name them.
 
     Args:
-        about: What the bootstrap wrote about the spec.
+        about: What the bootstrap wrote.
         model: The section `[model]`.
-
-    Raises:
-        SpecMismatch: It is another one, or an option that it asked for is.
     """
-    remedy = "put it back, or start a new state directory"
     if about.get("preprocessing", model.preprocessing) != model.preprocessing:
-        raise SpecMismatch(
-            f"the registry was bootstrapped with preprocessing {about['preprocessing']}, model.preprocessing is "
-            f"{model.preprocessing}",
-            remedy,
-        )
-    for name, (then, default) in about.get("asked", {}).items():
-        now = model.written.get(name, default)
-        if now != then:
-            raise SpecMismatch(
-                f"the registry was bootstrapped with the option {name}={then} of {model.preprocessing}, model.options "
-                f"makes it {now}",
-                remedy,
-            )
+        return False
+    return all(model.written.get(name, default) == then for name, (then, default) in about.get("asked", {}).items())

@@ -93,6 +93,8 @@ def test_a_gap_is_accepted_at_the_start_of_a_reader_with_a_reason(operator: Oper
     assert operator.became[-1][1][:1] != ["--accept-gap"]
     operator("up", "--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--no-shoppers")
     assert operator.became[-1][1][:5] == ["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--no-shoppers"]
+    operator("up", "--upgrade", "--reason", "wider rows", "--no-shoppers")
+    assert operator.became[-1][1][:4] == ["--upgrade", "--reason", "wider rows", "--no-shoppers"]
     with pytest.raises(SettingsError, match="needs --reason"):
         operator("train", "--accept-gap", "0:5-9")
     with pytest.raises(SettingsError, match="PARTITION:A-B"):

@@ -150,15 +150,3 @@ def test_what_does_not_lower_is_one_line_with_the_operation_and_nothing_was_star
     assert not (tmp_path / "state" / "kafka").exists()
     assert not (tmp_path / "state" / "logs").exists()
     assert not list((tmp_path / "state").glob("registry/specs/*"))
-
-
-def test_another_preprocessing_than_the_bootstrapped_one_is_refused_before_the_start(tmp_path: Path) -> None:
-    settings = load(["--paths.state", str(tmp_path)], env={})
-    Registry(settings.registry_dir).add_spec(
-        "ab", {"preprocessing": Model().preprocessing}, lambda folder: (folder / "transform").mkdir()
-    )
-    line = ["--paths.state", str(tmp_path), "--model.preprocessing", OWN.preprocessing]
-    status, _, failed = check_model(*line)
-    assert status == 1
-    assert f"was bootstrapped with preprocessing {Model().preprocessing}" in failed
-    assert "put it back, or start a new state directory" in failed

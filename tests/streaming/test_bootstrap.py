@@ -19,12 +19,12 @@ import pytest
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import SaltMismatch, SettingsError, SpecMismatch, SpringtideError
+from state.errors import SaltMismatch, SettingsError, SpringtideError
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
 from state.registry.registry import Registry
-from state.registry.specs import require_preprocessing
+from state.registry.specs import fits
 from streaming.bootstrap import run
 from streaming.bootstrap_job import Wanted
 from streaming.context import Handle
@@ -116,9 +116,6 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
     np.testing.assert_allclose(scaled, expected, atol=1e-3)
 
     assert not run(settings, silent), "a second run has nothing to do"
-    other = replace(settings, model=replace(settings.model, preprocessing="shop.features:preprocessing_fn"))
-    with pytest.raises(SpecMismatch, match=r"preprocessing is shop\.features:preprocessing_fn; put it back"):
-        run(other, silent)
     settings.salt_path.write_bytes(b"another salt, of thirty-two bytes")
     with pytest.raises(SaltMismatch, match="restore the salt file"):
         run(settings, silent)
@@ -165,7 +162,7 @@ def scaled(inputs: dict[str, Any], settings: Model) -> dict[str, Any]:
     return {"features": tf.math.log1p(inputs["features"]) * settings.option("scale", 1.0)}
 
 
-def test_an_option_that_the_preprocessing_asked_for_stays_and_others_may_change(settings: Settings) -> None:
+def test_an_option_that_the_preprocessing_asked_for_makes_another_graph_and_others_do_not(settings: Settings) -> None:
     def wanted(*options: str) -> Settings:
         model = replace(settings.model, preprocessing=f"{__name__}:scaled", options=options)
         return replace(settings, model=model)
@@ -174,13 +171,15 @@ def test_an_option_that_the_preprocessing_asked_for_stays_and_others_may_change(
     about = Registry(settings.registry_dir).spec(FeatureSpec.from_settings(settings).digest)
     assert (about["options"], about["asked"]) == (["scale=0.5", "heads=4"], {"scale": ["0.5", "1.0"]})
     assert not run(wanted("scale=0.5", "heads=8"), silent), "the graph does not depend on heads"
-    for options, now in ((("heads=4",), "1.0"), (("scale=2",), "2")):
-        with pytest.raises(
-            SpecMismatch, match=rf"option scale=0\.5 of .*:scaled, model\.options makes it {now}; put it back"
-        ):
-            run(wanted(*options), silent)
+    # Another graph lies beside the first one, whose versions still go by it.
+    registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings).digest
+    assert registry.bootstrapped(spec, wanted("scale=2").model) is None
+    assert run(wanted("scale=2"), silent, Wanted(checked=True))
+    found = [registry.bootstrapped(spec, wanted(*options).model) for options in (("scale=0.5",), ("scale=2",), ())]
+    assert found == [spec, f"{spec}.2", None]
+    assert registry.transform(f"{spec}.2").is_dir()
     # What an earlier release wrote names no options.
-    require_preprocessing({"preprocessing": f"{__name__}:scaled"}, wanted("scale=2").model)
+    assert fits({"preprocessing": f"{__name__}:scaled"}, wanted("scale=2").model)
 
 
 def test_an_unknown_preprocessing_is_a_wrong_setting() -> None:

@@ -22,13 +22,13 @@ def small_settings(*flags: str) -> Settings:
     return load([*SMALL, *flags], {})
 
 
-def microbatch(number: int, rows: int = 40, users: int = 30, step_ms: int = 150_000) -> bytes:
+def microbatch(number: int, rows: int = 40, users: int = 30, step_ms: int = 150_000, spec: FeatureSpec = SPEC) -> bytes:
     """Batch `number` of a log: both partitions in turn, offsets following on, some ids new each time."""
     drawn = np.random.default_rng(number)
     half = rows // 2
     ranges = tuple(Range(Source(TOPIC, part), number * half, (number + 1) * half, rows=half) for part in (0, 1))
     category = drawn.integers(1, 12 + number // 4, rows).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    labels = np.zeros((rows, SPEC.recent_categories), np.uint64)
+    labels = np.zeros((rows, spec.recent_categories), np.uint64)
     labels[:, :3] = np.stack([np.roll(category, shift) for shift in (1, 2, 5)], 1)
     columns = {
         "user": (drawn.integers(1, users, rows) + number).astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9),
@@ -41,15 +41,15 @@ def microbatch(number: int, rows: int = 40, users: int = 30, step_ms: int = 150_
         "source": np.repeat(np.array([0, 1], np.uint16), half),
         "offset": np.tile(np.arange(number * half, (number + 1) * half, dtype=np.int64), 2),
         "context": np.zeros((rows, 0), np.uint64),
-        "features": drawn.integers(0, 200, (rows, len(SPEC.names))).astype(np.uint16),
+        "features": drawn.integers(0, 200, (rows, len(spec.names))).astype(np.uint16),
         "recent_categories": labels,
-        "category_windows": drawn.integers(0, 50, (rows, SPEC.recent_categories, len(SPEC.window_names))).astype(
+        "category_windows": drawn.integers(0, 50, (rows, spec.recent_categories, len(spec.window_names))).astype(
             np.uint16
         ),
         "user_attributes": np.empty((rows, 0), np.uint64),
         "item_attributes": np.empty((rows, 0), np.uint64),
     }
-    return encode(Header(SPEC.digest, SALT, ranges, created_ms=START_MS + number), columns)
+    return encode(Header(spec.digest, SALT, ranges, created_ms=START_MS + number), columns)
 
 
 def batches(first: int, last: int) -> list[MicroBatch]:

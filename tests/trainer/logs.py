@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from state.config.sections import Kafka
 from state.features.mask import Mask
+from state.features.spec import FeatureSpec
 from state.log import Log, LogReader, MemoryLog
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
@@ -21,7 +22,6 @@ from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.control import start
 from state.registry.registry import Registry
-from state.storage.waiting import Room
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner
@@ -78,7 +78,7 @@ def learner(
     consent: Consent = NO_CONSENT,
     about: Mapping[str, Any] = ABOUT,
     program: str = "program",
-    room: Room | None = None,
+    spec: FeatureSpec = SPEC,
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look unless flags say otherwise."""
     settings = small_settings("--trainer.publish_s", "0.01", *flags)
@@ -89,13 +89,12 @@ def learner(
         trainer or shared(0),
         opener(log, settings.kafka.microbatches_topic),
         program,
-        SPEC.digest,
+        spec.digest,
         about,
         TrainerMetrics(CollectorRegistry()),
         clock=lambda: 0.0,
         elapsed=lambda: float(next(ticks)),
         consent=consent,
-        room=room,
     )
     control = registry.control()
     assert control is not None

@@ -47,7 +47,7 @@ def made_by_stream(records: Sequence[bytes]) -> StreamAccount:
 
 def account_of(running: Learner) -> TrainerAccount:
     counted = running._account()
-    return TrainerAccount(**{name: counted[name] for name in accounts.NAMES})
+    return TrainerAccount(**{name: counted.get(name, 0) for name in accounts.NAMES})
 
 
 def test_a_restart_keeps_the_account_and_it_balances_with_the_streams(tmp_path: Path) -> None:

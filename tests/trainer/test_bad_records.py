@@ -47,7 +47,7 @@ def digest_of(path: Path, records: Sequence[bytes]) -> str:
 
 def left_out(running: Learner) -> tuple[float, float]:
     counted = running._account()
-    assert check_accounts(trainer=TrainerAccount(**{name: counted[name] for name in accounts.NAMES})) == ()
+    assert check_accounts(trainer=TrainerAccount(**{name: counted.get(name, 0) for name in accounts.NAMES})) == ()
     return counted.get("left_out", 0), running._metrics.records_left_out._value.get()
 
 

@@ -130,6 +130,6 @@ class Ranker(tf.Module):
                 found = f"shape {weights[name].shape}" if name in weights else "none"
                 raise SettingsError(
                     f"dense weight {name}: expected shape {tuple(variable.shape)}, the version has {found}",
-                    "put the [model] settings back, or start a new state directory",
+                    "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
                 )
             variable.assign(weights[name])

@@ -78,7 +78,7 @@ def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Ma
     if newest.spec != spec:
         raise SpecMismatch(
             f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}",
-            "put [features] and events.actions back, or start a new state directory",
+            "put [features] and events.actions back, or go on from it: `springtide upgrade --reason TEXT`",
         )
     load(trainer, content.merge(tensors_of(versions, part) for part in (base, *deltas)))
     return newest
@@ -97,12 +97,14 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     """
     trainer.clear()
     widths = {name: tensors[f"{name}.rows"].shape[1] for name in tables_in(tensors) if f"{name}.ids" in tensors}
+    # Rows of no width are what an upgrade leaves of a table that is read no longer.
+    widths = {name: width for name, width in widths.items() if width}
     ours = {name: table.dim for name, table in trainer.tables.items()}
     for name in sorted((widths.keys() | ours.keys()) - {CROSS, TRANSITION}):
         if widths.get(name) != ours.get(name):
             raise SettingsError(
                 f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
-                "put the [model] settings back, or start a new state directory",
+                "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
             )
     for name, table in trainer.tables.items():
         if name in (CROSS, TRANSITION) and widths.get(name) != table.dim:

@@ -24,6 +24,7 @@ from trainer.versions.fit import require_ranker_fits, require_settings_fit
 
 HIDDEN, DIM = ("--model.hidden", "24,8"), ("--model.dim", "16")
 OWN_TOWER = ("--model.tower", "deploy.examples.own_model.tower:build")
+OWN_PREPROCESSING = ("--model.preprocessing", "deploy.examples.own_model.preprocessing:preprocessing_fn")
 OTHER_RANKER = ("--model.ranker", "deploy.examples.two_tower.ranker:build")
 
 
@@ -66,10 +67,9 @@ def test_settings_alone_tell_what_differs_and_what_to_type(
     with pytest.raises(ModelMismatch) as refused:
         require_same_model(changed(registry, flags))
     assert refused.value.what == f"version 2 in {registry.path} was trained with another model: {differs}"
-    rows = registry.path.parent / "serving" / "rows"
     assert refused.value.do == (
-        f"put the settings back ({back}); or learn anew from the training log: stop everything, type "
-        f"`mv {registry.path} {registry.path}.before; rm -r {rows}`, start again"
+        "`springtide upgrade --dry-run` says what of it goes on, `springtide upgrade --reason TEXT` (or `springtide up "
+        f"--upgrade --reason TEXT`) goes on from it; or put the settings back ({back})"
     )
 
 
@@ -99,20 +99,32 @@ def test_a_version_is_refused_early_where_it_could_not_be_loaded_and_only_there(
     trainer = Trainer(settings, SPEC)
     if loads:
         require_same_model(settings)
-        require_ranker_fits(registry, settings, trainer.model)
+        require_ranker_fits(registry, settings, SPEC, trainer.model)
         checkpoint.restore(registry, 2, trainer, SPEC.digest)
         return
     with pytest.raises(ModelMismatch, match=r"version 2 .* was trained with another model: .*--model\."):
-        require_ranker_fits(registry, settings, trainer.model)
+        require_ranker_fits(registry, settings, SPEC, trainer.model)
     with pytest.raises(SettingsError):
         checkpoint.restore(registry, 2, trainer, SPEC.digest)
+
+
+def test_another_preprocessing_and_an_option_that_it_asked_for_are_refused(registry: Registry) -> None:
+    back = "--model.preprocessing streaming.preprocessing:preprocessing_fn"
+    with pytest.raises(ModelMismatch, match=r"model\.preprocessing was .* and is .*own_model") as refused:
+        require_same_model(changed(registry, OWN_PREPROCESSING))
+    assert back in refused.value.do
+    about = {"preprocessing": "streaming.preprocessing:preprocessing_fn", "asked": {"scale": ["1.0", "1.0"]}}
+    registry.add_spec(SPEC.digest, about, write_transform)
+    require_same_model(changed(registry, ("--model.options", "heads=4")))
+    with pytest.raises(ModelMismatch, match=r"model\.options was empty and is scale=2"):
+        require_same_model(changed(registry, ("--model.options", "scale=2")))
 
 
 def test_a_tower_of_ones_own_is_refused_by_its_weights(registry: Registry) -> None:
     settings = changed(registry, OWN_TOWER)
     require_same_model(settings)
     with pytest.raises(ModelMismatch) as refused:
-        require_ranker_fits(registry, settings, Trainer(settings, SPEC).model)
+        require_ranker_fits(registry, settings, SPEC, Trainer(settings, SPEC).model)
     assert f"model.tower was trainer.model.tower:build and is {OWN_TOWER[1]}" in refused.value.what
     assert "none in the version" in refused.value.what
     assert "--model.tower trainer.model.tower:build" in refused.value.do
@@ -127,7 +139,7 @@ def test_a_damaged_version_is_left_to_those_who_set_it_aside(registry: Registry,
     path.write_bytes(damaged)
     fresh = Registry(registry.path)
     require_same_model(settings)
-    require_ranker_fits(fresh, settings, Trainer(settings, SPEC).model)
+    require_ranker_fits(fresh, settings, SPEC, Trainer(settings, SPEC).model)
     assert fresh.newest_good(1) == 1
 
 
@@ -151,4 +163,9 @@ def test_trainer_and_up_say_so_before_tensorflow_is_loaded_or_anything_is_starte
     assert up.main(flags) == 2
     said = capsys.readouterr()
     assert "springtide: version 2 in " in said.err
-    assert said.out == ""
+    assert "from version 2, epoch 1:\n  model.hidden was 16,8 and is 24,8\ncarried over:" in said.out
+    assert said.out.endswith("dry run: nothing was changed\n")
+    # Nothing but the upgrade itself is done before the ports are looked at.
+    taken = ["--serving.port", "1", "--stream.metrics_port", "1"]
+    assert up.main([*flags, "--upgrade", "--reason", "wider", *taken]) == 1
+    assert "generation 2: epoch 2 begins from version 2" in capsys.readouterr().out

@@ -117,5 +117,6 @@ class Adam:
             self.fast = FastSlots(np.zeros_like(moving[0]), *moving)
         except (KeyError, ValueError) as error:
             raise SettingsError(
-                f"optimizer slot {error} does not fit this model", "put the [model] settings back"
+                f"optimizer slot {error} does not fit this model",
+                "put the [model] settings back, or `springtide upgrade`",
             ) from error

@@ -1,0 +1,78 @@
+"""`springtide up` where what was learned was learned with other settings: it says what would go on, and goes on only when asked.
+
+Another release goes on by itself: the trainer sees to that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from deploy.startup.own_model import run
+from state import layout
+from state.config.settings import Settings
+from state.errors import ModelMismatch, SettingsError, SpringtideError
+from state.features.spec import FeatureSpec
+from state.registry.model_fit import require_same_model, version_to_go_on_from
+from state.registry.registry import Registry
+
+MODULE = "trainer.upgrade"
+
+
+def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Takes `--upgrade` out of a command line; returns its reason, None where it is not there, and the rest.
+
+    The rest keeps `--reason TEXT`, which may be that of an accepted loss too.
+
+    >>> take_upgrade(["--upgrade", "--reason", "wider rows", "--model.dim", "64"])
+    ('wider rows', ['--reason', 'wider rows', '--model.dim', '64'])
+    >>> take_upgrade(["--model.dim", "64"])
+    (None, ['--model.dim', '64'])
+
+    Raises:
+        SettingsError: There is no reason.
+    """
+    if "--upgrade" not in words:
+        return None, list(words)
+    rest = [word for word in words if word != "--upgrade"]
+    reasons = [after for word, after in itertools.pairwise(rest) if word == "--reason"]
+    reasons += [word.removeprefix("--reason=") for word in rest if word.startswith("--reason=")]
+    if not reasons or not reasons[0].strip():
+        raise SettingsError("--upgrade needs --reason TEXT: an upgrade is decided by somebody, for a reason")
+    return reasons[0], rest
+
+
+def upgrade_or_refuse(settings: Settings, reason: str | None, say: Callable[[str], None]) -> None:
+    """Goes on with these settings from what others learned, where `reason` says why; else refuses, with the plan.
+
+    Raises:
+        ModelMismatch: The settings are others, and nobody asked for an upgrade.
+        SpringtideError: The plan cannot be made; what is there stays as it is.
+    """
+    if reason is not None:
+        if not (settings.registry_dir / layout.VERSIONS).is_dir():
+            return
+        if version_to_go_on_from(Registry(settings.registry_dir)) is not None:
+            say(run(MODULE, settings, "--reason", reason))
+        return
+    try:
+        require_same_model(settings)
+    except ModelMismatch:
+        try:
+            say(run(MODULE, settings, "--dry-run"))
+        except SpringtideError as unknown:
+            # The refusal is what matters.
+            say(f"what an upgrade would carry over is not known: {unknown}")
+        raise
+
+
+def is_bootstrapped(settings: Settings) -> bool:
+    """Whether the clicks were analysed for the features and the preprocessing of these settings.
+
+    Raises:
+        CorruptVersion: What the analysis wrote is damaged.
+    """
+    if not (settings.registry_dir / layout.SPECS).is_dir():
+        return False
+    spec = FeatureSpec.from_settings(settings).digest
+    return Registry(settings.registry_dir).bootstrapped(spec, settings.model) is not None

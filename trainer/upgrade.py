@@ -1,0 +1,233 @@
+"""Goes on from what was learned with another model, preprocessing or feature spec: `springtide upgrade`.
+
+1. The newest version is read, and the model of the settings is built.
+2. What goes on of it and what begins anew is said; `--dry-run` ends here.
+3. The next control generation begins an epoch that goes on from it: one
+   exclusive create. Nothing else is changed.
+
+The trainer, started with these settings, makes the epoch's first version;
+until then answers come from the old one, with its own features. With
+`--learn-anew` the epoch begins from nothing, learns all of the training log
+that is kept, and answers stay where they are until it has caught up.
+
+It needs the trainer's lock, for what the trainer would still learn with the old
+settings would be lost: stop the trainer first. Answers go on meanwhile. Exit
+codes: 0 done, 1 failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from state import layout
+from state.config.loading import load
+from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
+from state.errors import RegistryError, SettingsError, SpringtideError, of_disk
+from state.features.spec import FeatureSpec
+from state.process.actor import actor
+from state.process.closed_output import while_read
+from state.process.private_files import keep_private
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.registry.control import Control
+from state.registry.manifest import Manifest
+from state.registry.model_fit import accepted, differences, version_to_go_on_from
+from state.registry.registry import Registry
+from state.registry.upgrades import going_on_to, upgrade
+
+if TYPE_CHECKING:
+    from trainer.engine.step import Trainer
+    from trainer.versions.carrying import Carrying
+
+Say = Callable[[str], None]
+
+HELP = {
+    "dry_run": "say what would be carried over and what would begin anew, and change nothing",
+    "reason": "why; kept with your name in the history",
+    "learn_anew": "begin from nothing and learn what is kept of the training log; histories and salt stay",
+}
+
+
+def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: Say, now_ms: int) -> Control | None:
+    """Does one upgrade; returns the new control, None where nothing was changed.
+
+    Raises:
+        LockHeld: A trainer is running.
+        RegistryError: There is no registry, or nothing was learned in it.
+        ProgramError: The model cannot be built.
+        ControlConflict: Somebody else changed control meanwhile.
+    """
+    if not (settings.registry_dir / layout.VERSIONS).is_dir():
+        raise RegistryError(
+            f"there is no registry at {settings.registry_dir}", "nothing was learned: `springtide up` begins"
+        )
+    with nullcontext() if dry_run else DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK):
+        registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
+        control, version = registry.control(), version_to_go_on_from(registry)
+        if control is None or version is None:
+            raise RegistryError(f"nothing was learned in {registry.path}", "`springtide up` begins")
+        # 1. 2.
+        if learn_anew:
+            said = [f"version {version.version}, epoch {version.epoch}: nothing of it is carried over", *_anew(version)]
+            plan = {"carried": {}, "anew": ["everything"]}
+        else:
+            planned, lines = planning(registry, version, settings, spec)
+            said, plan = lines, planned.document()
+            if not differences(registry, version, settings, spec) and not planned.wanting(("cross", "transition")):
+                say(f"version {version.version} fits these settings: there is nothing to upgrade")
+                return None
+            if accepted(registry, settings, spec):
+                say(f"generation {control.generation}: the upgrade from version {version.version} is decided already")
+                return None
+        for line in said:
+            say(line)
+        if dry_run:
+            say("dry run: nothing was changed")
+            return None
+        # 3.
+        made = propose(registry, settings, spec, None if learn_anew else version, plan, actor(), reason, now_ms)
+        say(
+            f"generation {made.generation}: epoch {made.epoch} begins from "
+            f"{'nothing' if made.base is None else f'version {made.base}'}; start the trainer and the stream with these settings"
+        )
+        return made
+
+
+def planning(
+    registry: Registry, version: Manifest, settings: Settings, spec: FeatureSpec
+) -> tuple[Carrying, list[str]]:
+    """What becomes of a version in the model of the settings, and the same in words.
+
+    Raises:
+        UnknownVersion, CorruptVersion: The version cannot be read.
+        ProgramError, SettingsError: The model cannot be built.
+    """
+    with quiet_stderr():
+        from trainer import device
+        from trainer.engine.step import Trainer
+        from trainer.versions.program import preprocessing_of
+
+        device.prepare(settings.trainer.device, settings.trainer.threads)
+        name = registry.bootstrapped(spec.digest, settings.model)
+        # Without an analysis the default preprocessing has the same width as logarithms.
+        preprocessing = None if name is None else preprocessing_of(registry.transform(name))
+        trainer = Trainer(settings, spec, preprocessing)
+    planned = planned_for(registry, version, trainer)
+    said = [f"from version {version.version}, epoch {version.epoch}:"]
+    said += [f"  {one} {text}" for one, text in differences(registry, version, settings, spec).items()]
+    said += planned.lines()
+    if version.spec != spec.digest:
+        said.append("  every window, computed again out of the histories, which stay; records of the log with the old")
+        said.append("  windows that were not learned yet are passed over and counted")
+    if name is None:
+        said.append("  the preprocessing's constants: the bootstrap analyses the clicks that Kafka keeps")
+        if settings.model.preprocessing != type(settings.model)().preprocessing:
+            said.append("  what reads its columns may begin anew too: their number is known only then")
+    return planned, said
+
+
+def planned_for(registry: Registry, version: Manifest, trainer: Trainer) -> Carrying:
+    """What becomes of a version in the model of a trainer, which is cleared.
+
+    Raises:
+        UnknownVersion, CorruptVersion: The version cannot be read.
+    """
+    from trainer.versions import checkpoint, content
+    from trainer.versions.carrying import plan
+
+    base, deltas = registry.chain(version.version)
+    old = content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas))
+    trainer.clear()
+    return plan(old, checkpoint.full(trainer))
+
+
+def propose(
+    registry: Registry,
+    settings: Settings,
+    spec: FeatureSpec,
+    version: Manifest | None,
+    plan: dict[str, Any],
+    who: str,
+    reason: str,
+    now_ms: int,
+) -> Control:
+    """Control's next generation, which begins the epoch; durable when this returns.
+
+    Args:
+        registry: With the trainer's lock held.
+        settings: To go on with.
+        spec: Their feature spec.
+        version: To go on from; None learns anew.
+        plan: What is carried over.
+        who: The actor.
+        reason: Why.
+        now_ms: Wall clock.
+
+    Raises:
+        ControlConflict: Others changed control all the time.
+    """
+    newest = version_to_go_on_from(registry)
+    was = {} if newest is None else {"was": newest.spec}
+    document = {**going_on_to(settings, spec.digest), **was, **plan}
+
+    def decided(control: Control) -> Control:
+        # Nothing answers well before it has learned: what answers now goes on until then.
+        stays = control.serving.version or (None if newest is None else newest.version)
+        return upgrade(
+            *(control, None if version is None else version.version, document),
+            actor=who,
+            reason=reason,
+            now_ms=now_ms,
+            answers=stays if version is None else None,
+        )
+
+    return registry.change(decided)
+
+
+def _anew(version: Manifest) -> list[str]:
+    return [
+        "begins anew: all tables, weights, counts and measures, from what is kept of the training log",
+        f"answers stay at version {version.version} until the trainer has caught up; histories, salt and Kafka stay",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does one upgrade; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="springtide upgrade",
+        allow_abbrev=False,
+        description="Go on from what was learned with another model, preprocessing or feature spec, in a new epoch. The old "
+        "version answers until the first new one is there.",
+        epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help=HELP["dry_run"])
+    parser.add_argument("--learn-anew", action="store_true", help=HELP["learn_anew"])
+    parser.add_argument("--reason", default="", metavar="TEXT", help=HELP["reason"])
+    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    keep_private()
+    with own_stderr() as errors:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=errors)
+        for noisy in ("absl", "tensorflow"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        quiet_tensorflow(os.environ)
+        try:
+            if not asked.dry_run and not asked.reason.strip():
+                raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
+            settings, now_ms = load(flags, os.environ), time.time_ns() // 1_000_000
+            run(settings, asked.dry_run, asked.learn_anew, asked.reason, print, now_ms)
+        except (SpringtideError, OSError) as problem:
+            error = of_disk(problem)
+            print(f"springtide: {error}", file=errors, flush=True)
+            return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(while_read(main))
