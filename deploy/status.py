@@ -20,7 +20,7 @@ from typing import Any
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
-from deploy.watch import accounts, scrape
+from deploy.watch import accounts, rows_place, scrape
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.live import Screen, live_line
 from deploy.watch.messages import seconds, shown
@@ -169,6 +169,8 @@ def as_table(state: Mapping[str, Any]) -> str:
     registry = state["registry"]
     text = registry["problem"] or _registry_text(registry)
     rows += _part("registry", "there" if registry["answers"] else "away", text)
+    if stored := state.get("rows"):
+        rows += _part("rows", *rows_place.as_text(stored))
     if accounting := state.get("accounting"):
         balanced = accounting["balanced"]
         word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
@@ -214,6 +216,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
         "kafka": kafka,
         "registry": registry,
+        "rows": rows_place.look(settings),
         "accounting": account,
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),

@@ -19,7 +19,8 @@
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
     │   └── attributes/                                           state/attributes/store.py
     ├── serving/                 lock of the applier
-    │   ├── rows/                                                 state/rows/store.py
+    │   ├── rows                 a link to the rows, in memory    state/rows/place.py, store.py
+    │   ├── rows.disk/           or, where memory has no room, here
     │   ├── histories/ attributes/
     │   └── programs/            those of applied versions
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
@@ -47,6 +48,7 @@ TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 SERVING, KAFKA, LOGS, REPLAY = "serving", "kafka", "logs", "replay"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
+ROWS_DISK = "rows.disk"
 DATA, MARK = "data.mdb", "mark.json"
 
 _STREAM = "stream-"

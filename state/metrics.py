@@ -196,6 +196,11 @@ class ApplierMetrics(Metrics):
     pinned = gauge("springtide_serving_pinned", "1 while an operator pins the version.")
     applied_versions = counter("springtide_serving_applied_versions", "Versions whose rows were applied.")
     apply_seconds = histogram("springtide_serving_apply_seconds", "Time to apply one version's rows.", SHORT_SECONDS)
+    rows_bytes = gauge(
+        "springtide_serving_rows_bytes",
+        "What the rows that answers read take, by place: memory, disk (where memory has no room for them).",
+        "place",
+    )
     feature_freshness_seconds = gauge(
         "springtide_serving_feature_freshness_seconds", "Age of the newest click in the histories that answers use."
     )

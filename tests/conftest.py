@@ -12,6 +12,7 @@ from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 from state.config.sections import Kafka
+from tests.disks import forget_rows
 from tests.one_kafka import OneKafka, Running, ask
 
 KafkaFactory = Callable[..., Kafka]
@@ -50,6 +51,13 @@ def pytest_configure_node(node: WorkerController) -> None:
         config.stash[KAFKA] = OneKafka()
         config.add_cleanup(config.stash[KAFKA].stop)
     node.workerinput["kafka"] = config.stash[KAFKA].address
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leaves no rows in memory of serving directories that tests made."""
+    yield
+    forget_rows(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,10 @@ from typing import Any
 from state.errors import ControlConflict, CorruptVersion, UnknownVersion
 from state.positions import Source
 from state.process import killpoints
+from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
 from state.registry.registry import Registry
+from state.storage.waiting import unless_full
 from trainer.place import TrainingPlace
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class CatchingUp:
         self._again: dict[str, int] | None = None
         self._watched = self._caught_up = False
         self._end = 0
+        self._say = SaidOnce(logger.warning)
 
     def enter(self, control: Control, place: TrainingPlace) -> None:
         """At the trainer's entry into an epoch; what is written down already is not followed again, nor is an upgrade."""
@@ -53,7 +56,7 @@ class CatchingUp:
             self._again = self._since_base(place)
 
     def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
-        """Between two records, once the log's end was seen.
+        """Between two records, once the log's end was seen; what a full disk refuses is tried again at the next look.
 
         1. The clicks are as far as they were before the rollback: the outcome is written.
         2. All of that is published: answers follow, where they are to.
@@ -70,15 +73,18 @@ class CatchingUp:
         if not self._caught_up:
             if not self._at_goal(place):
                 return
-            self._caught_up, self._end = True, place.next
-            self._write(place)
+            with unless_full(self._say):
+                self._write(place)
+                self._caught_up, self._end = True, place.next
+            if not self._caught_up:
+                return
             killpoints.reach("caught.written")
         # 2.
         if not control.serving.then_follow:
             self._watched = False
         elif not busy and (place.first >= self._end or not place.changed):
-            self._watched = False
-            self._let_follow(control)
+            with unless_full(self._say):
+                self._watched = not self._let_follow(control)
 
     def _before(self, epoch: int) -> dict[Source, int]:
         """How far the clicks were learned when the epoch began; also before a rollback that it interrupted."""
@@ -135,7 +141,8 @@ class CatchingUp:
                 *(place.epoch, document["seconds"], document["rows"], document["masked"]),
             )
 
-    def _let_follow(self, control: Control) -> None:
+    def _let_follow(self, control: Control) -> bool:
+        """Whether answers follow, or need not any more."""
         what = "rollback" if self._began is None else self._began.action
 
         def caught_up(newest: Control) -> Control:
@@ -147,7 +154,8 @@ class CatchingUp:
         try:
             self._registry.change(caught_up)
             killpoints.reach("caught.followed")
+            return True
         except ControlConflict as refused:
             # Somebody changes control all the time: it is tried again after the next record.
             logger.info("%s", refused)
-            self._watched = True
+            return False

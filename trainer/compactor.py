@@ -31,6 +31,7 @@ from state.process.private_files import keep_private
 from state.registry.control import Control
 from state.registry.manifest import Kind, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
+from state.storage.shares import REGISTRY, kept_bytes
 from trainer.versions import content
 
 HOUR_MS = 3_600_000
@@ -62,7 +63,7 @@ class Tiers:
         kept = settings.registry
         return cls(
             delta_ms=int(kept.delta_keep_s * 1000),
-            delta_bytes=int(kept.delta_keep_gb * 1e9),
+            delta_bytes=min(int(kept.delta_keep_gb * 1e9), kept_bytes(settings, REGISTRY)),
             hourly_ms=kept.base_keep_h * HOUR_MS,
             daily_ms=kept.base_keep_d * DAY_MS,
         )

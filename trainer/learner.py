@@ -26,6 +26,7 @@ from state.registry.control import Control
 from state.registry.log_line import onward
 from state.registry.registry import Registry
 from state.registry.upgrades import former_specs
+from state.storage.waiting import Room
 from trainer import accounts, gauges
 from trainer.accounts import Passages
 from trainer.catching_up import CatchingUp
@@ -60,9 +61,9 @@ class Learner:
         spec: Digest of the feature spec.
         about: What the bootstrap wrote about it.
         metrics: What is counted.
-        clock: Wall clock in seconds, for times in manifests.
-        elapsed: Monotonic seconds, for the pace of publishing.
+        clock, elapsed: Wall clock in seconds, for times in manifests; monotonic seconds, for the pace of publishing.
         consent: The losses that the operator accepts.
+        room: Where a version waits for room on the disk; None: one that has none ends the trainer.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Learner:
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = time.monotonic,
         consent: Consent = NO_CONSENT,
+        room: Room | None = None,
     ) -> None:
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._open_log, self._spec, self._about = open_log, spec, about
@@ -85,7 +87,7 @@ class Learner:
         drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
-        self._publisher = Publisher(registry.path, metrics)
+        self._publisher = Publisher(registry.path, metrics, room)
         self._publications = Publications(
             self._publisher, drafter, trainer, metrics, settings.trainer.publish_s, clock, elapsed
         )
@@ -95,8 +97,6 @@ class Learner:
         self.control: Control
         self.place: TrainingPlace
         self.caught_up = False
-
-    # Entering an epoch
 
     def enter(self, control: Control) -> None:
         """Becomes the trainer that `control` wants: the newest version of its epoch, else its base, else nothing.

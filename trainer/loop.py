@@ -41,7 +41,7 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import ModelMismatch, SpringtideError, TruncatedLog, of_disk
+from state.errors import ModelMismatch, SpringtideError, TruncatedLog, UnusableRegistry, of_disk
 from state.features.spec import FeatureSpec
 from state.log import Reader
 from state.log.gap_options import take_options
@@ -55,6 +55,7 @@ from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
+from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.compaction import Compaction, doubt
 from trainer.recovery import recover
@@ -108,7 +109,13 @@ def _check_own(settings: Settings) -> None:
     logger.info("%s", said)
 
 
-def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, consent: Consent = NO_CONSENT) -> Learner:
+def prepare(
+    settings: Settings,
+    registry: Registry,
+    metrics: TrainerMetrics,
+    consent: Consent = NO_CONSENT,
+    room: Room | None = None,
+) -> Learner:
     """Builds the trainer and its program, and enters control's epoch.
 
     Raises:
@@ -146,7 +153,9 @@ def prepare(settings: Settings, registry: Registry, metrics: TrainerMetrics, con
         return Reader(settings.kafka, topic, [partition], positions, leaders={partition: leader} if positions else {})
 
     about = registry.spec(name)
-    learner = Learner(settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent)
+    learner = Learner(
+        settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent, room=room
+    )
     # 5.
     enter(learner, registry, control)
     return learner
@@ -201,7 +210,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     """
     collected = CollectorRegistry()
     metrics = TrainerMetrics(collected)
-    offer(collected, settings, [REGISTRY])
+    room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     # 1.
     with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK):
         registry = Registry(settings.registry_dir)
@@ -220,7 +229,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
         imports.join()
-        learner = prepare(settings, registry, metrics, consent)
+        learner = prepare(settings, registry, metrics, consent, room)
         compaction = Compaction(
             arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.parent)
         )
@@ -228,10 +237,16 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         try:
             while not stopping.is_set():
                 learner.tick(WAIT_S, stopping.is_set)
-                compaction.tick()
+                compaction.tick(hurry=room.waits)
+            learner.close()
+        except UnusableRegistry as error:
+            if not (stopping.is_set() and is_full(error)):
+                raise
+            logger.warning(
+                "what was learned after version %d is learned again from the log: %s", learner.place.parent, error
+            )
         finally:
             compaction.close()
-        learner.close()
         logger.info("stopped at version %d, offset %d", learner.place.parent, learner.place.next)
 
 

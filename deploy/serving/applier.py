@@ -1,12 +1,13 @@
 """The one process per serving host that writes: versions into rows, micro-batches into histories.
 
     thread      what it follows                        what it writes
-    main        registry and control, each poll_ms     rows, pointer, mask     following.py
+    main        registry and control, each poll_ms     rows, pointer, mask     host_rows.py, following.py
     clicks      the micro-batch topic                  histories, event clock  clicks.py
     attributes  their topics, where there are any      attributes              attributes.py
 
-Each goes on without the other: with Kafka away new versions still arrive,
-with the registry away new clicks do, and answers go on in any case.
+Each goes on without the other: with Kafka away new versions still arrive, with
+the registry away new clicks do, one whose store or disk is full waits for room
+alone, and answers go on in any case.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 from prometheus_client import CollectorRegistry
@@ -24,6 +26,7 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.attributes import AttributesFollower
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.following import VersionFollower
+from deploy.serving.host_rows import HostRows
 from state.attributes.values import tables_of
 from state.config.loading import load
 from state.config.settings import Settings
@@ -33,27 +36,28 @@ from state.errors import (
     LogError,
     RegistryError,
     SpringtideError,
+    StoreFull,
     UnknownTopic,
     of_disk,
 )
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.layout import ATTRIBUTES, GAPS, HISTORIES, PROGRAMS, ROWS
+from state.layout import ATTRIBUTES, GAPS, HISTORIES
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
-from state.registry.registry import Registry
-from state.rows.store import RowStore
 from state.storage.measuring import offer
 from state.storage.shares import SERVING, map_bytes
+from state.storage.waiting import Room, is_full
 
 SAMPLE_S = 0.1
 HOUSE_S = 1.0
 RETRY_S = 1.0
 FETCH_S = 0.5
+VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
 _log = logging.getLogger(__name__)
 
 
@@ -104,22 +108,16 @@ class Applier:
         self._now_ms = now_ms
         self._failure: BaseException | None = None
         self.metrics = ApplierMetrics(registry)
-        offer(registry, settings, [SERVING])
+        self._storage = offer(registry, settings, [SERVING])
         folder = settings.serving_dir
-        self._rows = RowStore.open_anew(folder / ROWS, settings.serving.map_gb << 30)
+        self._rows = HostRows(settings, self.metrics, now_ms)
         # Kafka still has the micro-batches, and the registry the versions.
         place = folder / HISTORIES
         most = map_bytes(settings, SERVING, HISTORIES, place)
         self._histories = HistoryStore.open_anew(place, settings.features.history, most)
         wanted = tables_of(settings.attributes)
-        self._attributes = AttributesFollower(settings, folder / ATTRIBUTES, self.metrics) if wanted else None
-        self.versions = VersionFollower(
-            Registry(settings.registry_dir),
-            self._rows,
-            folder / PROGRAMS,
-            self.metrics,
-            settings.serving.keep_s,
-            now_ms,
+        self._attributes = (
+            AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None
         )
         self._control = ControlLook(settings.registry_dir)
         self.clicks = HistoryFollower(
@@ -130,6 +128,11 @@ class Applier:
             now_ms,
             Journal(settings.registry_dir / GAPS).accepted,
         )
+
+    @property
+    def versions(self) -> VersionFollower:
+        """What brings versions to the rows that answers read."""
+        return self._rows.versions
 
     def run(self) -> None:
         """Follows until `stop`; then everything applied is durable and the stores are closed.
@@ -143,35 +146,44 @@ class Applier:
             threads.append(threading.Thread(target=self._guarded, args=(follow,), name="attributes"))
         for thread in threads:
             thread.start()
-        try:
-            self._follow_versions()
-        finally:
-            self._stop.set()
-            for thread in threads:
-                thread.join()
-            self._rows.close()
-            self._histories.close()
+        with ExitStack() as closing:
+            # Each is closed, also where another one's disk is full.
+            closing.callback(self._rows.close)
+            closing.callback(self._histories.close)
             if self._attributes is not None:
-                self._attributes.close()
+                closing.callback(self._attributes.close)
+            try:
+                self._follow_versions()
+            finally:
+                self._stop.set()
+                for thread in threads:
+                    thread.join()
         if self._failure is not None:
             raise self._failure
 
+    def _room(self) -> Room:
+        """The room that one thread needs."""
+        return Room(SERVING, self._storage, self._stop.wait, _log.warning)
+
     def _follow_versions(self) -> None:
-        sample, house = Every(SAMPLE_S), Every(HOUSE_S)
+        sample, house, room = Every(SAMPLE_S), Every(HOUSE_S), self._room()
         say = SaidOnce(_log.error)
         while not self._stop.is_set():
             more, pause_s = False, self._settings.serving.poll_ms / 1000
             try:
-                more = self.versions.step()
-                self.versions.sweep()
-            except (RegistryError, OSError) as error:
-                say(f"the registry cannot be followed: {error}; answers go on as they are")
+                more = self._rows.step()
+                room.found(VERSIONS)
+            except (StoreFull, RegistryError, OSError) as error:
+                if is_full(error):
+                    room.refused(error, VERSIONS)
+                else:
+                    say(f"the registry cannot be followed: {error}; answers go on as they are")
                 pause_s = RETRY_S
             now_s = time.monotonic()
             if sample(now_s):
                 self._sample()
             if house(now_s):
-                self._rows.clear_stale_readers()
+                self._rows.keep_house()
                 self._histories.clear_stale_readers()
                 if self._attributes is not None:
                     self._attributes.store.clear_stale_readers()
@@ -200,7 +212,7 @@ class Applier:
             self._stop.set()
 
     def _follow_clicks(self) -> None:
-        say = SaidOnce(_log.warning)
+        say, room = SaidOnce(_log.warning), self._room()
         kafka, partition = self._settings.kafka, self._settings.trainer.partition
 
         def open_at(offset: int) -> Reader:
@@ -215,6 +227,12 @@ class Applier:
                     self._connect()
                     say.clear()
                 self.clicks.step(FETCH_S)
+                room.found(CLICKS)
+            except StoreFull as error:
+                # Read again from where the histories end.
+                self.clicks.disconnect()
+                room.refused(error, CLICKS)
+                self._stop.wait(RETRY_S)
             except (GapError, UnknownTopic, LogError) as error:
                 self.clicks.disconnect()
                 self.metrics.log_failures.inc()

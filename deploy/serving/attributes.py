@@ -20,6 +20,7 @@ from state.events.identity import load_salt
 from state.layout import ATTRIBUTES
 from state.metrics import ApplierMetrics
 from state.storage.shares import SERVING, map_bytes
+from state.storage.waiting import Room
 
 
 class AttributeValues(NamedTuple):
@@ -76,13 +77,14 @@ class AttributesFollower:
         settings: Of the whole system; at least one topic of attributes is configured.
         path: Directory of the store.
         metrics: Of the applier.
+        room: The room that the store needs.
 
     Raises:
         MissingSalt: The salt's file is missing.
     """
 
-    def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics) -> None:
-        wanted, self._metrics = settings.attributes, metrics
+    def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics, room: Room) -> None:
+        wanted, self._metrics, self._room = settings.attributes, metrics, room
         salt = load_salt(settings.salt_path, create=False)
         self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
@@ -102,7 +104,9 @@ class AttributesFollower:
         """
         for one in self._followers:
             self._count(one.side)
-        keep_following(self._followers, stop, lambda side, _: self._count(side), "answers use the attributes they have")
+        keep_following(
+            self._followers, stop, lambda side, _: self._count(side), "answers use the attributes they have", self._room
+        )
 
     def close(self) -> None:
         """Closes the topics and the store."""

@@ -20,8 +20,9 @@ import numpy as np
 
 from deploy.serving.going_back import POSITION_EXTRA, clock_of, take_back
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, item_extra, name_extra
+from deploy.serving.old_events import OldEvents
 from deploy.serving.open_log import Open, open_kept
-from state.errors import MicroBatchError, SaltMismatch
+from state.errors import MicroBatchError, SaltMismatch, StoreFull
 from state.features.mask import Mask
 from state.features.spec import Events, FeatureSpec
 from state.history.appends import Appends, events_of
@@ -43,7 +44,6 @@ from state.registry.log_line import LogLine, counts, onward
 SALT_EXTRA = "salt"
 RECORDS_AT_ONCE = 64
 ITEMS_REMEMBERED = 1_000_000
-SWEEP_USERS = 1000
 EVERY_MS = 1000
 DAY_MS = 86_400_000
 _log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class HistoryFollower:
         self._metrics = metrics
         self._now_ms = now_ms
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
+        self._old = OldEvents(store, self._horizon_ms)
         self._reader: LogReader | None = None
         self._marks = store.positions()
         self._items: dict[int, int] = {}
@@ -82,7 +83,6 @@ class HistoryFollower:
         self._salt = None if salt is None else salt.decode()
         self.newest_ms = clock_of(store)
         self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
-        self._sweep_from = 0
         self._housekept_ms = 0
 
     def connect(self, topic_id: str, ends: Mapping[int, tuple[int, int]], open_at: Open) -> None:
@@ -162,7 +162,13 @@ class HistoryFollower:
         records = 0
         batches = self._reader.poll(timeout_s, RECORDS_AT_ONCE)
         for batch in batches:
-            self._take(batch)
+            try:
+                self._take(batch)
+            except StoreFull:
+                # What was not stored is not known either.
+                self._items.clear()
+                self._old.make_room(self.newest_ms)
+                raise
             records += len(batch)
         self._keep_house(idle=not batches)
         return records
@@ -289,6 +295,4 @@ class HistoryFollower:
         if not lag and not self._caught_up:
             self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
             self._caught_up = True
-        if self.newest_ms:
-            _, following = self._store.sweep(self.newest_ms - self._horizon_ms, self._sweep_from, SWEEP_USERS)
-            self._sweep_from = following or 0
+        self._old.sweep(self.newest_ms)

@@ -40,7 +40,7 @@ class Host:
         self._tables = tables_of(settings.attributes)
         self._attributes: AttributeStore | None = None
         self._predictor: Predictor | None = None
-        self._files: tuple[int, ...] = ()
+        self._files: tuple[tuple[int, int], ...] = ()
         self._check_at_ms = 0
 
     def predictor(self) -> Predictor:
@@ -110,9 +110,11 @@ class Host:
             None if self._attributes is None else KnownAttributes(self._attributes, self._tables),
         )
 
-    def _file(self, name: str) -> int:
+    def _file(self, name: str) -> tuple[int, int]:
+        """Which file a store is; two disks may give two files one number."""
         path: Path = self._settings.serving_dir / name / DATA
         try:
-            return path.stat().st_ino
+            found = path.stat()
+            return found.st_dev, found.st_ino
         except FileNotFoundError:
-            return 0
+            return 0, 0

@@ -28,6 +28,7 @@ from state.log import PartitionBatch, Reader, Topics
 from state.positions import Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
+from state.storage.waiting import Room
 
 RECORDS = 5000
 POLL_S = 0.1
@@ -202,6 +203,7 @@ def keep_following(
     stop: threading.Event,
     take: Callable[[str, list[int]], None],
     meanwhile: str,
+    room: Room | None = None,
 ) -> None:
     """Follows until `stop`; a broker that is away, a topic that is gone or a disk that is full costs only time.
 
@@ -210,6 +212,7 @@ def keep_following(
         stop: Ends it.
         take: Is told a side and the ids whose attributes changed.
         meanwhile: What goes on while a topic cannot be read, for the log.
+        room: Counts how often the store had none.
 
     Raises:
         StoreError: The store cannot be written, though there is room.
@@ -220,9 +223,14 @@ def keep_following(
             for side, ids in follow(followers, POLL_S).items():
                 take(side, ids)
             say.clear()
+            if room is not None:
+                room.found("following attributes")
         except (LogError, StoreFull) as error:
             # The store has how far it was read: that is where it is read on.
-            say(f"{error}; {meanwhile}, and it is tried again")
+            if room is not None and isinstance(error, StoreFull):
+                room.refused(error, "following attributes")
+            else:
+                say(f"{error}; {meanwhile}, and it is tried again")
             for one in followers:
                 one.disconnect()
             stop.wait(RETRY_S)

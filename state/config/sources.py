@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import logging
 import math
 import re
 import tomllib
@@ -28,9 +29,10 @@ SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.s
 RENAMED = {"features.labels": "features.recent_categories"}
 """Settings of an earlier release, and what they are called."""
 
-_NO_SYNC = "leave it out: a store that was open in a power cut is made anew, synced or not"
-GONE = {"stream.sync_s": _NO_SYNC, "serving.sync_s": _NO_SYNC}
-"""Settings of an earlier release that decide nothing any more, and what to do."""
+GONE = dict.fromkeys(("stream.sync_s", "serving.sync_s"), "a store that was open in a power cut is made anew")
+"""Settings of an earlier release that decide nothing any more, and why."""
+
+_logger = logging.getLogger(__name__)
 
 
 def variable(name: str) -> str:
@@ -101,7 +103,8 @@ def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[s
         for key, value in table.items():
             name = f"{section}.{key}"
             origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
-            yield _known_name(name, known, origin), value, origin
+            if not _is_gone(name, origin):
+                yield _known_name(name, known, origin), value, origin
 
 
 def from_environment(env: Mapping[str, str], known: Mapping[str, KnownSetting]) -> Iterator[tuple[str, str, str]]:
@@ -111,7 +114,8 @@ def from_environment(env: Mapping[str, str], known: Mapping[str, KnownSetting]) 
         if not key.startswith(PREFIX) or key in NO_SETTINGS:
             continue
         if key not in by_variable:
-            _refuse_gone({variable(name): name for name in GONE}.get(key, ""), f"variable {key}")
+            if _is_gone({variable(name): name for name in GONE}.get(key, ""), f"variable {key}"):
+                continue
             near = variable(nearest_setting(key.removeprefix(PREFIX).replace("_", ".", 1).lower(), known))
             raise SettingsError(f"variable {key}: unknown setting", f"the nearest is {near}")
         yield by_variable[key], env[key], f"variable {key}"
@@ -132,7 +136,7 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
                 f"flag {flag}: no such option",
                 f"settings are written --section.name VALUE{like}, and --help lists the options",
             )
-        if name != "config":
+        if not (gone := _is_gone(name, f"flag {flag}")) and name != "config":
             _known_name(name, known, f"flag {flag}", "--")
             if known[name].secret:
                 raise SettingsError(
@@ -144,7 +148,8 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
             if following is None or following.startswith("--"):
                 raise SettingsError(f"flag {flag}: its value is missing", f"write {flag} VALUE, or {flag}=VALUE")
             text = following
-        yield name, text, f"flag {flag}"
+        if not gone:
+            yield name, text, f"flag {flag}"
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -170,17 +175,17 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefix: str = "") -> str:
     """Returns `name`, or raises with the nearest known one."""
     if name not in known:
-        _refuse_gone(name, origin)
         raise SettingsError(
             f"{origin}: unknown setting {name}", f"the nearest is {prefix}{nearest_setting(name, known)}"
         )
     return name
 
 
-def _refuse_gone(name: str, origin: str) -> None:
-    """Refuses a setting that an earlier release had."""
+def _is_gone(name: str, origin: str) -> bool:
+    """Whether an earlier release had this setting and nothing asks for it any more, which is said."""
     if name in GONE:
-        raise SettingsError(f"{origin}: there is no setting {name} any more", GONE[name])
+        _logger.warning("%s: %s decides nothing any more: %s; leave it out", origin, name, GONE[name])
+    return name in GONE
 
 
 def nearest_setting(name: str, known: Mapping[str, object]) -> str:

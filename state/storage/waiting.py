@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from state.errors import RegistryError, StoreError, StoreFull
@@ -31,6 +32,21 @@ def is_full(error: BaseException) -> bool:
             return True
         found = found.__cause__
     return False
+
+
+@contextmanager
+def unless_full(say: Callable[[str], object]) -> Iterator[None]:
+    """Ends the block where the disk is full, and says so: the caller sees that it was not done, and comes again.
+
+    Args:
+        say: Takes what was refused, and what to do.
+    """
+    try:
+        yield
+    except (StoreError, RegistryError, OSError) as error:
+        if not is_full(error):
+            raise
+        say(str(error))
 
 
 class Room:

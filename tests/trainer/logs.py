@@ -22,6 +22,7 @@ from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.control import start
 from state.registry.registry import Registry
+from state.storage.waiting import Room
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner
@@ -78,6 +79,7 @@ def learner(
     consent: Consent = NO_CONSENT,
     about: Mapping[str, Any] = ABOUT,
     program: str = "program",
+    room: Room | None = None,
     spec: FeatureSpec = SPEC,
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look unless flags say otherwise."""
@@ -95,6 +97,7 @@ def learner(
         clock=lambda: 0.0,
         elapsed=lambda: float(next(ticks)),
         consent=consent,
+        room=room,
     )
     control = registry.control()
     assert control is not None

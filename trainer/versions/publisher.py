@@ -9,18 +9,24 @@ from pathlib import Path
 from state.metrics import TrainerMetrics
 from state.registry.manifest import Draft, Manifest
 from state.registry.registry import Registry
+from state.storage.waiting import Room
 from trainer.versions import content
 
 
 class Publisher:
     """A thread that encodes, digests and syncs. The step thread calls every method.
 
+    Where the registry's disk is full a version stays under way until there is
+    room, while the steps go on; the next one holds all that they changed.
+
     Args:
         path: The registry's directory; the thread has a registry object of its own.
         metrics: Where durations go.
+        room: Where a version waits for room; None: one that has none is an error.
     """
 
-    def __init__(self, path: Path, metrics: TrainerMetrics) -> None:
+    def __init__(self, path: Path, metrics: TrainerMetrics, room: Room | None = None) -> None:
+        self._room = room
         self._registry = Registry(path)
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -45,7 +51,7 @@ class Publisher:
 
         Raises:
             WrongEpoch: It was refused, because control is at another epoch.
-            OSError: The disk refused.
+            UnusableRegistry: The disk refused; where it is full, only once nobody is to wait any more.
         """
         running = self._running
         if running is None or not (wait or running.done()):
@@ -58,7 +64,11 @@ class Publisher:
         self._thread.shutdown(wait=True)
 
     def _publish(self, draft: Draft, tensors: content.Tensors) -> Manifest:
-        began = time.perf_counter()
-        made = self._registry.publish(draft, content.encode(tensors))
+        began, files = time.perf_counter(), content.encode(tensors)
+
+        def publish() -> Manifest:
+            return self._registry.publish(draft, files)
+
+        made = publish() if self._room is None else self._room.wait_for(publish, "publishing")
         self._metrics.publish_seconds.observe(time.perf_counter() - began)
         return made

@@ -25,7 +25,9 @@ from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.layout import ATTRIBUTES, PROGRAMS
 from state.log import Topics, Writer
-from state.metrics import ApplierMetrics
+from state.metrics import ApplierMetrics, StorageMetrics
+from state.storage.shares import SERVING
+from state.storage.waiting import Room
 from tests.conftest import KafkaFactory
 from tests.deploy.serving.stocked import (
     DIM,
@@ -42,6 +44,7 @@ from tests.deploy.serving.stocked import (
 SALT = Salt(SALT_KEY)
 WANTED = Attributes("crm", "goods", ("age", "city"), ("brand",))
 TABLES = tables_of(WANTED)
+ROOM = Room(SERVING, StorageMetrics(CollectorRegistry()), lambda seconds: False)
 PLACE = TopicPosition("identity", "ab" * 16, {0: 1})
 
 
@@ -166,7 +169,7 @@ def test_the_applier_follows_both_topics(kafka_settings: KafkaFactory, tmp_path:
     settings = replace(settings, paths=replace(settings.paths, salt_file=str(tmp_path / "salt")))
     settings.salt_path.write_bytes(SALT_KEY)
     settings.salt_path.chmod(0o600)
-    follower = AttributesFollower(settings, tmp_path / "attributes", ApplierMetrics(CollectorRegistry()))
+    follower = AttributesFollower(settings, tmp_path / "attributes", ApplierMetrics(CollectorRegistry()), ROOM)
     stop = threading.Event()
     thread = threading.Thread(target=follower.run, args=(stop,))
     # The topics come into being after the applier did.
@@ -193,4 +196,4 @@ def test_the_applier_needs_the_streams_salt(tmp_path: Path) -> None:
     settings = Settings(attributes=WANTED)
     settings = replace(settings, paths=replace(settings.paths, salt_file=str(tmp_path / "none")))
     with pytest.raises(MissingSalt, match="no salt"):
-        AttributesFollower(settings, tmp_path / "attributes", ApplierMetrics(CollectorRegistry()))
+        AttributesFollower(settings, tmp_path / "attributes", ApplierMetrics(CollectorRegistry()), ROOM)

@@ -101,16 +101,22 @@ def test_an_unknown_flag_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", ["stream.sync_s", "serving.sync_s"])
-def test_a_setting_that_decides_nothing_any_more_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+def test_a_setting_that_decides_nothing_any_more_is_passed_over_aloud(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     section, _, key = name.partition(".")
     written: list[tuple[list[str], dict[str, str], str]] = [
-        ([f"--{name}", "5"], {}, "/dev/null"),
-        ([], {f"SPRINGTIDE_{name.replace('.', '_').upper()}": "5"}, "/dev/null"),
-        ([], {}, str(write(tmp_path, f"[{section}]\n{key} = 5\n"))),
+        ([f"--{name}", "5", "--kafka.port", "7"], {}, "/dev/null"),
+        ([f"--{name}=5", "--kafka.port=7"], {}, "/dev/null"),
+        (["--kafka.port", "7"], {f"SPRINGTIDE_{name.replace('.', '_').upper()}": "5"}, "/dev/null"),
+        (["--kafka.port", "7"], {}, str(write(tmp_path, f"[{section}]\n{key} = 5\n"))),
     ]
     for argv, env, path in written:
-        with pytest.raises(SettingsError, match=rf"there is no setting {name} any more; leave it out: "):
-            load(argv, env=env, path=path)
+        caplog.clear()
+        found = load(argv, env=env, path=path)
+        assert found.kafka.port == 7 and name not in found.origins
+        (said,) = caplog.messages
+        assert f"{name} decides nothing any more" in said and said.endswith("leave it out")
 
 
 @pytest.mark.parametrize("argv", [["--kafka.port"], ["kafka.port", "1"], ["7"]])

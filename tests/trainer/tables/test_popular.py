@@ -45,6 +45,20 @@ def test_forgotten_label_leaves_the_state() -> None:
     assert popular.state()["ids"].tolist() == [2]
 
 
+def test_no_more_categories_are_counted_than_may_be_and_the_list_is_of_the_largest() -> None:
+    popular, every = Popular(4, most=64), Popular(4)
+    for number in range(200):
+        clicked = np.array([1, 1, 2, 3, 4, 1000 + number], np.uint64)
+        for one in (popular, every):
+            one.update(clicked, number * 60_000)
+        assert popular.state()["ids"].size <= 64
+        assert popular.top().tolist() == every.top().tolist()
+        copy = Popular(4, most=64)
+        copy.load(popular.state())
+        assert copy.top().tolist() == popular.top().tolist()
+    assert popular.state()["ids"].tolist()[:4] == [1, 2, 3, 4] and every.state()["ids"].size == 204
+
+
 def test_state_restores_list_and_counts() -> None:
     one, other = Popular(3), Popular(3)
     one.update(np.array([5, 5, 9, 4, 3], np.uint64), 7 * HOUR_MS)

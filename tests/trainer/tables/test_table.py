@@ -44,6 +44,19 @@ def test_index_grows_past_its_first_size() -> None:
     assert (index.find(keys) == np.arange(1, 20_001)).all()
 
 
+def test_index_gives_room_back_and_still_finds_what_is_left() -> None:
+    index = IdIndex(10)
+    keys = np.random.default_rng(0).integers(1, 2**64, 50_000, dtype=np.uint64)
+    rows = np.arange(1, 50_001, dtype=np.int32)
+    index.insert(keys, rows)
+    most = index.slots
+    index.remove(keys[100:])
+    assert most >= 65_536 and index.slots <= 1024
+    assert (index.find(keys[:100]) == rows[:100]).all() and not index.find(keys[100:]).any() and len(index) == 100
+    index.insert(keys[100:], rows[100:])
+    assert (index.find(keys) == rows).all()
+
+
 def test_new_row_depends_on_table_and_id_only() -> None:
     small, large = Table("user", 4, capacity=2), Table("user", 4, capacity=100)
     small.observe(ids(1, 2, 3), times(1, 1, 1))

@@ -1,0 +1,207 @@
+"""The cores of every part in one process, one after another, under one clock that is set: click to answerable version.
+
+clicks -> stream (parse, profile, cut, commit) -> micro-batches -> learner -> registry -> rows; micro-batches -> histories.
+Logs are in memory; stores, registry and weights are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.clicks import HistoryFollower
+from deploy.serving.following import VersionFollower
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
+from state.log import LogReader, MemoryLog, partition_of, topic_plan
+from state.metrics import ApplierMetrics, TrainerMetrics
+from state.registry.control import start
+from state.registry.registry import Registry
+from state.rows.store import RowStore
+from streaming.commit import Committer
+from streaming.context import Handle, StreamContext
+from streaming.cut import Cutter
+from streaming.open_shard import open_shard
+from streaming.source import ClickReader
+from streaming.steps import ParseEvents, UpdateProfiles
+from trainer.compactor import Tiers, compact, retain
+from trainer.engine.step import Trainer
+from trainer.learner import Learner
+
+PARTITIONS = 4
+MAP_BYTES = 1 << 32
+
+
+@dataclass
+class Clock:
+    """What time it is.
+
+    Attributes:
+        ms: Since 1970.
+    """
+
+    ms: int
+
+    def now_ms(self) -> int:
+        """For who asks in milliseconds."""
+        return self.ms
+
+    def now_s(self) -> float:
+        """For who asks in seconds."""
+        return self.ms / 1000
+
+
+class Stream:
+    """The steps of the job, called one after another.
+
+    Args:
+        shard: What the process owns.
+        clock: When rows are cut.
+    """
+
+    def __init__(self, shard: Handle[StreamContext], clock: Clock) -> None:
+        self.context, self._clock = shard.context, clock
+        self._clicks, self._parse, self._update = ClickReader(self.context), ParseEvents(shard), UpdateProfiles(shard)
+        stream = self.context.settings.stream
+        self._cutter, self._committer = Cutter(stream.cut_rows, stream.cut_ms), Committer(self.context)
+
+    def run(self) -> None:
+        """Reads all clicks there are, and commits them."""
+        while batches := self._clicks.poll():
+            for events in self._parse.process(batches):
+                for rows in self._update.process(events):
+                    for cut in self._cutter.add(rows, self._clock.now_ms()):
+                        self._committer.commit([cut])
+        for cut in self._cutter.flush(self._clock.now_ms()):
+            self._committer.commit([cut])
+
+
+class Serving:
+    """The followers of one host.
+
+    Args:
+        settings: Of the whole system.
+        log: Where micro-batches are.
+        clock: What time it is.
+    """
+
+    def __init__(self, settings: Settings, log: MemoryLog, clock: Clock) -> None:
+        self._settings, self._log = settings, log
+        folder, metrics = settings.serving_dir, ApplierMetrics(CollectorRegistry())
+        self.rows = RowStore.open_anew(folder / "rows", MAP_BYTES)
+        self.histories = HistoryStore.open_anew(folder / "histories", settings.features.history, MAP_BYTES)
+        registry = Registry(settings.registry_dir)
+        self.versions = VersionFollower(
+            registry, self.rows, folder / "programs", metrics, settings.serving.keep_s, clock.now_ms
+        )
+        spec = FeatureSpec.from_settings(settings)
+        self.clicks = HistoryFollower(self.histories, spec, settings.events.max_age_s, metrics, clock.now_ms)
+
+    def run(self) -> None:
+        """Takes up all that is new, and forgets what is due."""
+        topic = self._settings.kafka.microbatches_topic
+        if not self.clicks.connected:
+            topics = self._log.topics()
+            self.clicks.connect(
+                topics.describe(topic).topic_id,
+                topics.ends(topic),
+                lambda positions, leaders: self._log.reader(topic, None, positions, leaders=leaders),
+            )
+        while self.clicks.step(0.0):
+            pass
+        while self.versions.step():
+            pass
+        self.versions.sweep()
+
+    def close(self) -> None:
+        """Closes the stores."""
+        self.clicks.disconnect()
+        self.rows.close()
+        self.histories.close()
+
+
+class Chain:
+    """All parts, from an empty state directory on; a context manager.
+
+    Args:
+        settings: Of the whole system.
+        start_ms: What time it is at first.
+    """
+
+    def __init__(self, settings: Settings, start_ms: int) -> None:
+        self.settings, self.clock = settings, Clock(start_ms)
+        self.log = MemoryLog(settings.kafka, self.clock.now_ms)
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Self:
+        topics, settings = self.log.topics(), self.settings
+        topics.ensure(settings.kafka.clicks_topic, PARTITIONS, topic_plan.clicks(settings)[2])
+        shard = self._closing.enter_context(open_shard(settings, log=self.log))
+        self.stream = Stream(shard, self.clock)
+        self.registry = Registry(settings.registry_dir)
+        self.registry.propose(start(actor="bench", reason="a year", now_ms=self.clock.now_ms()))
+        self.trainer = Trainer(settings, shard.context.spec)
+        self.learner = self._learner(shard.context)
+        self._closing.callback(self.learner.close)
+        self.serving = Serving(settings, self.log, self.clock)
+        self._closing.callback(self.serving.close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def take(self, clicks: Iterable[tuple[int, bytes, bytes]], until_ms: int) -> None:
+        """Time, key and value of clicks go all the way; then it is `until_ms`."""
+        topic = self.settings.kafka.clicks_topic
+        with self.log.writer() as writer:
+            for at_ms, key, value in clicks:
+                writer.send(topic, partition_of(key, PARTITIONS), key, value, (), at_ms)
+        self.clock.ms = until_ms
+        self.stream.run()
+        while self.learner.tick(0.0):
+            pass
+        self.learner._settle(wait=True)
+        if self.learner.place.changed:
+            self.learner.publish()
+            self.learner._settle(wait=True)
+        self.serving.run()
+
+    def end_day(self) -> None:
+        """What is done now and then: the broker deletes what is too old, the compactor makes a base."""
+        self.log.clean()
+        compact(self.registry)
+        retain(self.registry, Tiers.of(self.settings), self.clock.now_ms())
+
+    def _learner(self, shard: StreamContext) -> Learner:
+        settings = self.settings
+        topic, partition = settings.kafka.microbatches_topic, settings.trainer.partition
+
+        def open_log(offset: int | None, leader: int = -1) -> LogReader:
+            positions = {} if offset is None else {partition: offset}
+            return self.log.reader(topic, [partition], positions)
+
+        about = {"salt": shard.writer._salt, "popular": [], "newest_ms": self.clock.now_ms()}
+        learner = Learner(
+            settings,
+            self.registry,
+            self.trainer,
+            open_log,
+            self.registry.add_program(b"of nobody who asks"),
+            shard.spec.digest,
+            about,
+            TrainerMetrics(CollectorRegistry()),
+            self.clock.now_s,
+            self.clock.now_s,
+        )
+        control = self.registry.control()
+        assert control is not None
+        learner.enter(control)
+        return learner

@@ -1,0 +1,112 @@
+"""A full disk costs the applier what lies there: versions, clicks and attributes wait each alone, and go on when there is room."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.applier import CLICKS, Applier
+from deploy.serving.notes import item_extra
+from state.config.sections import Attributes
+from state.config.settings import Settings
+from state.events.identity import Salt
+from state.log import Topics, Writer
+from state.registry.registry import Registry
+from tests.conftest import KafkaFactory
+from tests.deploy.serving.stocked import SALT_KEY
+from tests.deploy.serving.test_applier import until
+from tests.deploy.serving.test_clicks import SOURCE, record
+from tests.deploy.serving.test_following import Clock, World
+from tests.disks import small_disk
+
+ROWS = 2000
+ATTRIBUTES = Attributes(user_fields=("age",), item_fields=("brand",))
+
+
+def settings_of(kafka_settings: KafkaFactory, tmp_path: Path, state: Path) -> Settings:
+    kafka = kafka_settings()
+    settings = Settings(kafka=kafka)
+    salt = tmp_path / "salt"
+    salt.write_bytes(SALT_KEY)
+    salt.chmod(0o600)
+    return replace(
+        settings,
+        paths=replace(settings.paths, state=str(state), registry=str(tmp_path / "registry"), salt_file=str(salt)),
+        serving=replace(settings.serving, rows_dir=str(tmp_path / "rows")),
+        attributes=replace(ATTRIBUTES, user_topic=f"crm-{kafka.group}", item_topic=f"goods-{kafka.group}"),
+    )
+
+
+def sender(settings: Settings) -> Callable[..., None]:
+    """Makes the topics; what it returns sends values to one of them."""
+    attributes, log = settings.attributes, settings.kafka.microbatches_topic
+    with Topics(settings.kafka) as topics:
+        topics.ensure(log, 1)
+        for topic in (attributes.user_topic, attributes.item_topic):
+            topics.ensure(topic, 1, {"cleanup.policy": "compact"})
+
+    def send(topic: str, *records: tuple[bytes | None, bytes]) -> None:
+        with Writer(settings.kafka) as writer:
+            for key, value in records:
+                writer.send(topic, 0, key, value)
+            writer.flush()
+
+    return send
+
+
+def test_versions_go_on_while_clicks_and_attributes_wait_and_then_nothing_is_missing(
+    kafka_settings: KafkaFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with small_disk(tmp_path / "disk", "24m") as disk:
+        settings = settings_of(kafka_settings, tmp_path, disk.path / "state")
+        log, users = settings.kafka.microbatches_topic, settings.attributes.user_topic
+        send = sender(settings)
+        world = World(tmp_path / "unused", Clock(), Registry(settings.registry_dir))
+        salt = Salt(SALT_KEY).fingerprint
+        send(log, (None, record(0, 10, salt)))
+        world.publish({1: 1.0})
+        collected, stop = CollectorRegistry(), threading.Event()
+        applier = Applier(settings, collected, stop)
+        store, attributes = applier._histories, applier._attributes
+        assert attributes is not None
+
+        def metric(name: str, part: str = "serving") -> float:
+            return collected.get_sample_value(f"springtide_storage_{name}", {"part": part}) or 0.0
+
+        def answers(version: int) -> bool:
+            return collected.get_sample_value("springtide_serving_version") == version
+
+        thread = threading.Thread(target=applier.run)
+        thread.start()
+        try:
+            until(lambda: answers(1) and store.positions() == {SOURCE: 10})
+            filler = disk.fill()
+            # Enough that pages which were given back do not do.
+            send(log, (None, record(10, 10 + ROWS, salt, users=ROWS)))
+            send(users, *((b"user-%d" % one, json.dumps({"age": "x" * 60}).encode()) for one in range(3000)))
+            until(lambda: metric("waiting") == 2)
+            second = world.publish({2: 2.0}).version
+            until(lambda: answers(second))
+            assert store.positions() == {SOURCE: 10} and attributes.store.count("user") == 0
+            # It is tried again and again, and said and counted once.
+            tries = caplog.text.count(f"following {log}")
+            until(lambda: caplog.text.count(f"following {log}") > tries)
+            assert metric("waits_total") == 2
+            assert caplog.text.count(f"{CLICKS} waits for room") == 1
+            filler.unlink()
+            until(lambda: store.positions() == {SOURCE: 10 + ROWS} and attributes.store.count("user") == 3000)
+            until(lambda: metric("waiting") == 0)
+            # What was learned of items on the way is stored as well.
+            assert all(store.extra(item_extra(item)) is not None for item in range(100, 105))
+        finally:
+            stop.set()
+            thread.join()
+            world.rows.close()

@@ -1,0 +1,98 @@
+"""Tables that are full in the middle of training: bounded at every step, a function of the log, and told by versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from state.microbatch.batch import MicroBatch
+from tests.trainer.batches import SPEC
+from tests.trainer.engine.test_crosses import impressions
+from tests.trainer.engine.test_step import digests, learned, settings
+from tests.trainer.model.test_attributes import WANTED
+from trainer.engine.step import Trainer
+from trainer.versions import checkpoint, content
+from trainer.versions.difference import first_difference
+
+ROWS, CROSSES, STEPS, HOUR_MS = 96, 1000, 8, 3_600_000
+
+
+@functools.cache
+def traced(capacity: int, max_rows: int = ROWS, max_crosses: int = CROSSES, admit_after: int = 1) -> Trainer:
+    base = settings(capacity)
+    events = dataclasses.replace(base.events, context=("tab",), label="clicked")
+    small = dataclasses.replace(
+        base.trainer, max_rows=max_rows, max_crosses=max_crosses, admit_after=admit_after, expire_s=4 * 3600
+    )
+    return Trainer(dataclasses.replace(base, attributes=WANTED, events=events, trainer=small), SPEC)
+
+
+def fresh(*arguments: int) -> Trainer:
+    trainer = traced(*arguments)
+    trainer.clear()
+    return trainer
+
+
+def log() -> list[MicroBatch]:
+    """An hour a step, so that rows expire in its middle."""
+    found = []
+    for number in range(STEPS):
+        batch = impressions(first=number * 64, labelled=0.7)
+        found.append(dataclasses.replace(batch, at_ms=batch.at_ms + number * HOUR_MS))
+    return found
+
+
+@pytest.mark.parametrize("admit_after", [1, 2])
+def test_no_table_is_ever_above_its_cap_nor_what_waits(admit_after: int) -> None:
+    trainer = fresh(64, ROWS, CROSSES, admit_after)
+    left = dict.fromkeys(trainer.tables, 0)
+    for batch in log()[:4]:
+        trainer.step(batch)
+        for name, table in trainer.tables.items():
+            assert len(table) <= table.max_rows and table.pending <= table.max_rows
+            assert table.capacity <= table.max_rows * 9 // 8 + 2 + 64 * 40
+            changes = table.take_changes()
+            left[name] += changes.removed.size if admit_after == 1 else np.count_nonzero(changes.pending_counts == 0)
+    # Nothing is old enough to expire: all of these were evicted, of rows or of what waits.
+    assert left["user"] > 30 and left["item"] > 30 and left["cross"] > 400
+    assert trainer.tables["cross"].max_rows == CROSSES and trainer.tables["category"].max_rows == ROWS
+
+
+@pytest.mark.parametrize("admit_after", [1, 2])
+def test_the_bits_are_those_of_another_layout_and_of_a_restart_with_full_tables(admit_after: int) -> None:
+    batches = log()
+    whole = digests(learned(batches, fresh(64, ROWS, CROSSES, admit_after)))
+    assert digests(learned(batches, fresh(4096, ROWS, CROSSES, admit_after))) == whole
+    half = checkpoint.full(learned(batches[:5], fresh(64, ROWS, CROSSES, admit_after)))
+    again = fresh(4096, ROWS, CROSSES, admit_after)
+    checkpoint.load(again, content.decode(content.encode(half).values()))
+    assert digests(learned(batches[5:], again)) == whole
+
+
+def test_versions_on_top_of_each_other_are_the_state_with_its_tombstones() -> None:
+    trainer = fresh(64)
+    parts, removed = [checkpoint.full(trainer)], 0
+    for batch in log():
+        trainer.step(batch)
+        parts.append(checkpoint.changes(trainer))
+        removed += len(parts[-1]["user.removed"]) + len(parts[-1]["cross.removed"])
+    assert removed > ROWS
+    assert first_difference(content.merge(parts), checkpoint.full(trainer)) is None
+
+
+def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
+    batches = log()
+    wide = learned(batches, fresh(64, 100_000, 100_000))
+    whole = digests(wide)
+    most = {name: len(table) for name, table in wide.tables.items()}
+    assert max(most.values()) < 50_000
+    assert digests(learned(batches, fresh(64, 50_000, 50_000))) == whole
+    assert digests(learned(batches, fresh(64))) != whole
+
+
+def test_shares_of_crosses_are_never_the_least_used() -> None:
+    trainer = learned(log(), fresh(64))
+    assert np.all(trainer.tables["cross"].find(trainer._crosses.shares) != 0)

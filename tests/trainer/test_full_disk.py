@@ -1,0 +1,144 @@
+"""A full disk under the registry: the trainer learns on, publishing waits, and what it then publishes lacks nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from state.errors import UnusableRegistry, WrongEpoch
+from state.metrics import StorageMetrics
+from state.registry.control import roll_back
+from state.registry.registry import Registry
+from state.storage import waiting
+from state.storage.waiting import Room
+from tests.disks import small_disk
+from tests.streaming.streams import until
+from tests.trainer.clicks import microbatch
+from tests.trainer.logs import append, learner, run_to_end, started, written
+from trainer.compaction import HURRY_S, Compaction
+from trainer.versions import checkpoint
+
+RECORDS = [microbatch(number) for number in range(12)]
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def metrics() -> StorageMetrics:
+    return StorageMetrics(CollectorRegistry())
+
+
+def waits(metrics: StorageMetrics) -> float:
+    return float(metrics.waiting.labels("registry")._value.get())
+
+
+def test_the_trainer_learns_on_and_publishes_all_of_it_once_there_is_room(
+    tmp_path: Path, metrics: StorageMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = learner(started(tmp_path / "whole"), written(RECORDS))
+    run_to_end(undisturbed)
+    expected = checkpoint.digest(undisturbed._trainer)
+    stopping = threading.Event()
+    with small_disk(tmp_path / "disk", "32m") as disk, caplog.at_level(logging.WARNING):
+        registry, log = started(disk.path / "registry"), written(RECORDS[:4])
+        running = learner(registry, log, room=Room("registry", metrics, stopping.wait))
+        run_to_end(running)
+        running._settle(wait=True)
+        before = registry.versions()[-1]
+        full = disk.fill()
+        append(log, RECORDS[4:8])
+        run_to_end(running)
+        until(lambda: waits(metrics) == 1, "publishing waits", DEADLINE_S)
+        append(log, RECORDS[8:])
+        run_to_end(running)
+        assert (running.place.next, registry.versions()[-1]) == (undisturbed.place.next, before)
+        assert [one for one in caplog.messages if one.startswith("publishing waits for room: ")] == caplog.messages
+        full.unlink()
+        running.close()
+        assert (waits(metrics), metrics.waits.labels("registry")._value.get()) == (0, 1)
+        assert caplog.messages[-1] == "publishing goes on: there is room again"
+        # A new trainer has all of it from the registry alone.
+        again = learner(Registry(registry.path), log)
+        assert again.place.marks == undisturbed.place.marks
+        assert checkpoint.digest(again._trainer) == expected
+
+
+def test_a_trainer_that_is_asked_to_stop_waits_for_no_room_and_learns_the_rest_again(
+    tmp_path: Path, metrics: StorageMetrics
+) -> None:
+    stopping = threading.Event()
+    with small_disk(tmp_path / "disk", "32m") as disk:
+        registry, log = started(disk.path / "registry"), written(RECORDS[:4])
+        running = learner(registry, log, room=Room("registry", metrics, stopping.wait))
+        run_to_end(running)
+        running._settle(wait=True)
+        kept = checkpoint.digest(running._trainer), running.place.marks
+        full = disk.fill()
+        append(log, RECORDS[4:])
+        run_to_end(running)
+        until(lambda: waits(metrics) == 1, "publishing waits", DEADLINE_S)
+        learned = checkpoint.digest(running._trainer), running.place.marks
+        stopping.set()
+        with pytest.raises(UnusableRegistry, match="No space left on device"):
+            running.close()
+        full.unlink()
+        again = learner(Registry(registry.path), log)
+        assert (checkpoint.digest(again._trainer), again.place.marks) == kept
+        run_to_end(again)
+        assert (checkpoint.digest(again._trainer), again.place.marks) == learned
+
+
+def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
+    tmp_path: Path, metrics: StorageMetrics
+) -> None:
+    with small_disk(tmp_path / "disk", "32m") as disk:
+        registry, log = started(disk.path / "registry"), written(RECORDS[:4])
+        running = learner(registry, log, room=Room("registry", metrics, threading.Event().wait))
+        run_to_end(running)
+        running._settle(wait=True)
+        to = running.place.parent
+        full = disk.fill()
+        append(log, RECORDS[4:])
+        run_to_end(running)
+        until(lambda: waits(metrics) == 1, "publishing waits", DEADLINE_S)
+        # There is room for a generation and for no version.
+        with full.open("r+b") as filler:
+            filler.truncate(full.stat().st_size - (128 << 10))
+        Registry(registry.path).change(
+            lambda control: roll_back(control, to, control.mask, actor="ann", reason="test", now_ms=5)
+        )
+        until(lambda: running._publisher._running is None or running._publisher._running.done(), "it waits on", 5.0)
+        with pytest.raises(WrongEpoch):
+            running._settle(wait=True)
+        full.unlink()
+        run_to_end(running)
+        assert running.place.epoch == 2
+
+
+def test_a_compactor_is_started_sooner_where_there_is_no_room(tmp_path: Path) -> None:
+    now_s = 0.0
+    compaction = Compaction(["--paths.state", str(tmp_path)], every_s=600, elapsed=lambda: now_s)
+    for now_s, hurry, runs in ((HURRY_S - 1, True, False), (HURRY_S, False, False), (HURRY_S, True, True)):  # noqa: B007
+        compaction.tick(hurry)
+        assert (compaction._child is not None) == runs
+    compaction.close()
+
+
+def test_what_is_no_want_of_room_is_not_waited_for(metrics: StorageMetrics) -> None:
+    tried = []
+
+    def act() -> None:
+        tried.append(1)
+        raise UnusableRegistry("the registry cannot be read (Permission denied)") from PermissionError(13, "denied")
+
+    with pytest.raises(UnusableRegistry):
+        Room("registry", metrics, lambda _: False).wait_for(act, "publishing")
+    said: list[str] = []
+    with pytest.raises(PermissionError), waiting.unless_full(said.append):
+        raise PermissionError(13, "denied")
+    with waiting.unless_full(said.append):
+        raise UnusableRegistry("the registry is full") from OSError(28, "No space left on device")
+    assert (tried, said) == ([1], ["the registry is full"])
