@@ -7,7 +7,8 @@
     │   ├── versions/ merged/ bases/   one directory a version    state/registry/versions.py
     │   ├── recent/ recent.boot  versions that are not durable    state/registry/recent.py
     │   ├── control/             one file a generation            state/registry/controls.py
-    │   ├── masks/               users that masks name, by digest
+    │   ├── masks/               users that masks and erasures name, by digest
+    │   ├── erasures/            how far each process has taken erasures   state/registry/erasing.py
     │   ├── outcomes/            what became of rollbacks         state/registry/outcomes.py
     │   ├── programs/ specs/     by digest
     │   ├── gaps/                losses that the trainer accepted, records left out among them
@@ -40,7 +41,7 @@ SALT = "salt"
 REGISTRY = "registry"
 VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"
 RECENT, RECENT_BOOT = "recent", "recent.boot"
-MASKS, OUTCOMES = "masks", "outcomes"
+MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"

@@ -1,5 +1,6 @@
 """Makes a base of the newest version, and removes what no one needs any more: `springtide compact`.
 
+0. Rows of erased users are taken out of all that is kept (`trainer/rewriting.py`).
 1. The newest base and the deltas after it are merged: bit-equal to the state
    of the trainer that published them. No TensorFlow, no pause of the trainer.
 2. `bases/<version>/` appears at once.
@@ -32,6 +33,7 @@ from state.registry.control import Control
 from state.registry.manifest import Kind, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
+from trainer.rewriting import crosses_of, rewrite
 from trainer.versions import content
 
 HOUR_MS = 3_600_000
@@ -170,6 +172,7 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
         registry = Registry(settings.registry_dir)
         began = time.monotonic()
         try:
+            rewrite(registry, crosses_of(settings))
             made = compact(registry)
         except UnusableRegistry:
             # A full disk is the best reason to remove what is beyond its tier.

@@ -27,6 +27,7 @@ class Comparison:
         rows: Rows read.
         outcome: `equal`, `different` or `not comparable`.
         environment: What differs there; only where not comparable.
+        erased_rows: Rows learned of users whose rows are gone from the base; only where not comparable for that.
         difference: The first one; only where different.
         digest: Of the version's state.
         seconds: How long it took.
@@ -40,6 +41,7 @@ class Comparison:
     rows: int = 0
     outcome: str = "equal"
     environment: tuple[str, ...] = ()
+    erased_rows: int = 0
     difference: Difference | None = None
     digest: str = ""
     seconds: float = 0.0
@@ -64,6 +66,11 @@ class Comparison:
     def text(self) -> str:
         """What came out, for people, in one line."""
         what = f"recomputed from {self.origin}, training log offsets {self.first} to {self.next}: {self.steps} steps, {self.rows:,} rows"
+        if self.erased_rows:
+            return (
+                f"version {self.version}: not comparable, because it learned {self.erased_rows:,} clicks of users who were "
+                f"erased since, and version {self.base} has their rows no more; take a version made after the erasure"
+            )
         if self.outcome == "not comparable":
             return f"version {self.version}: not comparable, because the environment differs: {'; '.join(self.environment)}"
         if self.outcome == "different":
@@ -88,6 +95,7 @@ class Comparison:
             "steps": self.steps,
             "rows": self.rows,
             "environment": list(self.environment),
+            "erased_rows": self.erased_rows,
             "difference": difference,
             "digest": self.digest,
             "seconds": round(self.seconds, 3),
@@ -98,10 +106,15 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay
     """The first difference between the version and what was computed, and the version's digest."""
     from trainer.versions import checkpoint, content
     from trainer.versions.difference import Difference, first_difference, marks_difference
+    from trainer.versions.erased_rows import Known, without
 
     base, deltas = registry.chain(target.version)
     kept = content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas))
-    found = first_difference(kept, checkpoint.full(trainer)) or marks_difference(target.marks, done.marks)
+    computed, control = checkpoint.full(trainer), registry.control()
+    if control is not None and any(part.rewritten > part.erased for part in (base, *deltas)):
+        gone = control.erased.after(target.erased).users
+        kept, computed = (without(one, gone, Known(trainer.crosses).see(one)) for one in (kept, computed))
+    found = first_difference(kept, computed) or marks_difference(target.marks, done.marks)
     for name in ACCOUNT:
         counted = target.metrics.get(f"account.{name}")
         if found is None and counted is not None and int(counted) != done.account[name]:

@@ -31,6 +31,7 @@ from trainer import accounts, gauges
 from trainer.accounts import Passages
 from trainer.catching_up import CatchingUp
 from trainer.engine.step import Trainer
+from trainer.forgetting import take_up
 from trainer.intake import former, take_in
 from trainer.place import TrainingPlace
 from trainer.publications import Publications
@@ -126,14 +127,13 @@ class Learner:
         if first is not None:
             topic = self._reader.topic_id
             self.place = self._publications.publish_first(self.place, control, self._account(), topic, first)
+        self.place = take_up(self._trainer, self.place, control)
         self.caught_up = False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
         gauges.show_control(control, self.place.parent, self._trainer.guard.held, self._metrics)
-        logger.info(
-            "epoch %d: at version %d, reading the training log from offset %d",
-            *(control.epoch, self.place.parent, self.place.next),
-        )
+        where = (control.epoch, self.place.parent, self.place.next)
+        logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
 
     # Learning
 
@@ -247,7 +247,7 @@ class Learner:
                 logger.info("%s", refused)
             self.enter(control)
             return True
-        self.control = control
+        self.control, self.place = control, take_up(self._trainer, self.place, control)
         if self._trainer.guard.held and control.action in LETS_GO:
             self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
             logger.info("training goes on from offset %d", self.place.next)

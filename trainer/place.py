@@ -33,6 +33,8 @@ class TrainingPlace:
         other_features: Rows of a former feature spec, which were passed over.
         leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, set where a version is made.
         changed: Whether there was a step since `parent`.
+        erased: The last erasure of control that was taken into account.
+        erasures: (erasure, offset) of those taken into account in this epoch; the newest.
         told_ms: The newest time that a row learned from told itself: with it a rollback knows what a version cannot have.
     """
 
@@ -51,13 +53,17 @@ class TrainingPlace:
     leader_epoch: int = -1
     changed: bool = False
     told_ms: int = 0
+    erased: int = 0
+    erasures: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def restored(cls, version: Manifest, epoch: int, next: int) -> TrainingPlace:
         """At a version that was loaded, going on at `next`."""
         counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in (*COUNTS, *RARE)}
         told_ms = int(version.metrics.get(TOLD_MS, version.event_time_ms))
-        return cls(epoch, version.version, version.log.next, next, version.marks, **counts, told_ms=told_ms)
+        erasures = version.erasures if version.epoch == epoch else ()
+        at = (epoch, version.version, version.log.next, next, version.marks)
+        return cls(*at, **counts, told_ms=told_ms, erased=version.erased, erasures=erasures)
 
     def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
         """After the record at `offset`, before which `gap` source positions were passed as lost."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from state.errors import GapError, LogError
+from state.features.erased import Erased
 from state.log import LogReader, accepted_gaps
 from state.log.accepted_gaps import Accepted
 from state.positions import Source
@@ -38,6 +39,10 @@ class Replay:
         salt: Fingerprint of the salt.
         where: Names an offset, for messages.
         specs: Digests of the feature specs that upgrades left.
+        lost: Erasures whose users' rows were taken out of the base after it was made.
+
+    Attributes:
+        unlike: Rows of such users that were learned before they were erased, which makes the result another one.
     """
 
     def __init__(
@@ -48,13 +53,22 @@ class Replay:
         salt: str,
         where: str,
         specs: Collection[str] = frozenset(),
+        lost: Erased = Erased.NOBODY,
     ) -> None:
+        self._lost, self.unlike = lost, 0
         self._trainer, self._spec, self._salt, self._where = trainer, spec, salt, where
         self._is_former = former(specs, lambda: trainer.counters.steps)
         self.marks = {} if base is None else base.marks
         counted = {} if base is None else base.metrics
         self.account = {name: int(counted.get(f"account.{name}", 0)) for name in ACCOUNT}
         self.steps = self.rows = 0
+
+    def begin(self, segment: LogSegment) -> None:
+        """Before the first record of a segment: users whose erasure falls there are forgotten."""
+        if segment.forget:
+            from trainer.forgetting import forget
+
+            forget(self._trainer, segment.forget.users.ids)
 
     def take(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
         """One record is one step, as in the trainer's loop.
@@ -75,6 +89,7 @@ class Replay:
         if self._trainer.guard.held:
             # Nothing is learned while training is held: somebody let it go on from here.
             self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
+        self.unlike += int(self._lost.after(segment.erased).users.has(found.batch.user).sum())
         self._trainer.step(found.batch)
         self.steps += 1
 
@@ -187,12 +202,19 @@ class ReplayProgress:
         )
 
 
-def replay(reader: SegmentReader, segments: Sequence[LogSegment], learn: Learn, reach: Callable[[int], None]) -> None:
+def replay(
+    reader: SegmentReader,
+    segments: Sequence[LogSegment],
+    begin: Callable[[LogSegment], None],
+    learn: Learn,
+    reach: Callable[[int], None],
+) -> None:
     """Gives each record of the segments to `learn`, in order; closes the reader.
 
     Args:
         reader: Of the log.
         segments: Oldest first.
+        begin: Told of each segment before its first record.
         learn: Takes each record.
         reach: Told the number of positions done.
 
@@ -203,6 +225,7 @@ def replay(reader: SegmentReader, segments: Sequence[LogSegment], learn: Learn, 
     done = 0
     try:
         for segment in segments:
+            begin(segment)
             for offset, value in reader.records(segment):
                 learn(offset, value, segment)
                 reach(done + offset - segment.first)

@@ -5,7 +5,8 @@
 2. An environment that differs from the version's makes the two not comparable.
 3. The base is restored and the log replayed, record by record.
 4. Rows ordered by id, accumulators, dense weights, slots, counters, marks and
-   the account are compared bit by bit.
+   the account are compared bit by bit; but for rows of erased users, where those were taken out of the version's files.
+   Where they were taken out of the base, and the log has clicks of theirs that were learned, the two are not comparable.
 
 It runs beside the live system: it reads the registry and the log with its own
 reader, takes no lock and writes nothing. Exit codes: 0 equal, 1 different, not
@@ -29,6 +30,7 @@ from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
+from state.features.erased import Erased
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics
 from state.log.accepted_gaps import Journal
@@ -102,13 +104,15 @@ def verify(
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
     where = f"{target.log.topic}:{target.log.partition}"
-    done = Replay(trainer, base, target.spec, target.salt, where, former_specs(controls))
-    if total:
+    done = Replay(trainer, base, target.spec, target.salt, where, former_specs(controls), taken_out(registry, base))
+    if total or any(one.forget for one in segments):
         accepted = Journal(registry.path / layout.GAPS).accepted()
         opens = partial(open_at, open_log, target, found.origin)
         reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s, elapsed)
-        replay(reader, segments, done.take, ReplayProgress(total, done, say, elapsed).reach)
+        replay(reader, segments, done.begin, done.take, ReplayProgress(total, done, say, elapsed).reach)
     # 4.
+    if done.unlike:
+        return replace(found, outcome="not comparable", erased_rows=done.unlike, seconds=elapsed() - began_s)
     difference, digest = compare(registry, target, trainer, done)
     return found.with_result(done, difference, digest, elapsed() - began_s)
 
@@ -130,6 +134,15 @@ def origin_of(
             f"take --from {upgraded.version}, or leave it out",
         )
     return upgraded
+
+
+def taken_out(registry: Registry, base: Manifest | None) -> Erased:
+    """The erasures whose users' rows were taken out of a base after it was made."""
+    control = registry.control()
+    if base is None or control is None:
+        return Erased.NOBODY
+    chain = registry.chain(base.version)
+    return control.erased.after(base.erased).up_to(max(part.rewritten for part in (chain.base, *chain.deltas)))
 
 
 def open_at(open_log: OpenLog, target: Manifest, origin: str, offset: int) -> LogReader:

@@ -5,6 +5,7 @@ The order is always: temporary file, fsync, rename, fsync of the directory.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import psutil
 
 HOST = socket.gethostname()
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_HERE, _EXCHANGE = -100, 2
 
 
 def write(path: Path, data: bytes) -> None:
@@ -45,6 +48,21 @@ def sync_tree(path: Path) -> None:
             finally:
                 os.close(handle)
         sync_directory(Path(folder))
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Lets two directories change names at once, where the file system can; else `other` is away for a moment.
+
+    Raises:
+        OSError: They cannot.
+    """
+    renamed = _LIBC.renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
+    if renamed == 0:
+        return
+    between = one.with_name(f"{one.name}.between")
+    other.rename(between)
+    one.rename(other)
+    between.rename(one)
 
 
 def owner_mark() -> str:

@@ -223,3 +223,32 @@ class Crosses:
         found = np.empty((count, len(self)), np.uint64)
         _cross(values, self._pairs, self._salts, found)
         return found
+
+    def of_user(self, user: int, items: U64, categories: U64, contexts: U64) -> U64:
+        """All crosses of one user with what there is, `[n]` uint64: those that may have a row.
+
+        Args:
+            user: The pseudonym.
+            items: `[i]` uint64, the items that are known.
+            categories: `[c]` uint64, likewise.
+            contexts: `[k]` uint64, likewise the values of context fields and of attributes.
+
+        >>> crosses, values = Crosses(FeatureSpec(), ("tab",)), np.arange(2, 9, dtype=np.uint64)
+        >>> found = crosses.of_user(1, values[:2], values[2:3], values[3:5])
+        >>> one = Values(*(np.full(1, value, np.uint64) for value in (1, 3, 4)), np.full((1, 1), 6, np.uint64),
+        ...     *(np.zeros((1, 0), np.uint64),) * 2, np.zeros((1, len(FeatureSpec().names)), np.uint16))
+        >>> mine = [place for place, name in enumerate(crosses.names) if name.startswith("user")]
+        >>> len(found), set(crosses.ids(one)[0, mine].tolist()) <= set(found.tolist())
+        (6, True)
+        """
+        others = {"every": np.ones(1, np.uint64), "item": items, "category": categories}
+        found = [np.empty(0, np.uint64)]
+        for place, (name, kind) in enumerate(zip(self.names, self.kinds, strict=True)):
+            if name != "user" and not name.startswith("user*"):
+                continue
+            values = others.get("every" if name == "user" else kind.removeprefix("user*"), contexts)
+            pairs = np.stack([np.full(len(values), user, np.uint64), values], 1)
+            made = np.empty((len(values), 1), np.uint64)
+            _cross(pairs, np.array([[0, 1]], np.int32), self._salts[place : place + 1], made)
+            found.append(made[:, 0])
+        return np.concatenate(found)

@@ -1,12 +1,65 @@
-"""The transition of control by which users are forgotten. Pure."""
+"""The transition of control by which users are forgotten, and what each process says of how far it has done so."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+from state import layout
+from state.disk import files as durable
 from state.features.masked_users import MaskedUsers
 from state.registry.control import Control
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far one process has taken erasures into account in the copies that are its own.
+
+    Attributes:
+        part: Which process, such as `stream-0`; also the name of its file.
+        host: Where it runs.
+        path: The directory of its copies.
+        through: The last erasure whose users' records are gone there.
+        pages: Likewise, also from pages of the store's file that are free: they hold old bytes until it is written anew.
+        version: Of the compactor: the versions up to this one were looked at.
+        at_ms: When it said so, wall clock.
+    """
+
+    part: str
+    host: str
+    path: str
+    through: int
+    pages: int
+    version: int = 0
+    at_ms: int = 0
+
+
+def report(registry: Path, told: Report) -> None:
+    """Replaces the report of a process; durable when this returns.
+
+    Raises:
+        OSError: The registry cannot be written.
+    """
+    folder = registry / layout.ERASURES
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".{told.part}.{os.urandom(4).hex()}"
+    durable.write(temporary, json.dumps(asdict(told)).encode())
+    temporary.replace(folder / f"{told.part}.json")
+    durable.sync_directory(folder)
+
+
+def reports(registry: Path) -> list[Report]:
+    """What all processes said, by their names; one that cannot be read said nothing."""
+    found = []
+    for path in sorted((registry / layout.ERASURES).glob("*.json")):
+        try:
+            found.append(Report(**json.loads(path.read_bytes())))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
 
 
 def erase(

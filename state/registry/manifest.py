@@ -85,6 +85,8 @@ class Draft:
         mask_generation: Generation of the mask it was trained under.
         metrics: Progressive metrics at this point.
         environment: What the bits depend on: TensorFlow, NumPy, device, instruction set, threads.
+        erased: The last erasure of control whose users' rows it has not any more; see `state/features/erased.py`.
+        erasures: (erasure, offset of the training log) of those that its epoch has taken into account, and where; the newest.
     """
 
     kind: Kind
@@ -102,6 +104,8 @@ class Draft:
     mask_generation: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    erased: int = 0
+    erasures: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ class Manifest:
         version: Its number; one increasing integer over all epochs.
         visible: The versions it descends from, itself included, as closed intervals, newest first.
         files: Its files by name.
+        rewritten: The last erasure whose users' rows were taken out of its files after it was made; 0 for none.
     """
 
     version: int
@@ -133,6 +138,9 @@ class Manifest:
     environment: dict[str, str]
     files: dict[str, FileEntry]
     format: int = FORMAT
+    erased: int = 0
+    erasures: tuple[tuple[int, int], ...] = ()
+    rewritten: int = 0
 
     @property
     def durable(self) -> bool:
@@ -173,6 +181,8 @@ def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str,
         metrics={name: value for name, value in draft.metrics.items() if math.isfinite(value)},
         environment=dict(draft.environment),
         files=entries(files),
+        erased=draft.erased,
+        erasures=draft.erasures,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from state.errors import UnknownVersion
+from state.features.erased import Erased
 from state.features.mask import Mask, MaskAt, always
 from state.registry.control import Control
 from state.registry.log_line import WHOLE, LogLine
@@ -25,6 +27,8 @@ class LogSegment:
         mask_at: The rows left out.
         line: The records that count.
         epoch: Of control.
+        forget: Users whose rows go before its first record.
+        erased: The last erasure that counts in it.
     """
 
     first: int
@@ -32,6 +36,8 @@ class LogSegment:
     mask_at: MaskAt = NOTHING
     line: LogLine = WHOLE
     epoch: int = 1
+    forget: Erased = Erased.NOBODY
+    erased: int = 0
 
 
 def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifest | None:
@@ -88,15 +94,59 @@ def segments_of(
     # The last control of an epoch knows which of its masks were lifted, and when.
     last = {control.epoch: control for control in controls}
     found: list[LogSegment] = []
-    epoch, end = target.epoch, target.log.next
-    while base is not None and epoch != base.epoch:
-        start = last[epoch].base
+    end = target
+    while base is not None and end.epoch != base.epoch:
+        start = last[end.epoch].base
         if start is None:
-            raise UnknownVersion(f"epoch {epoch} began from nothing: version {base.version} does not lead to it")
+            raise UnknownVersion(f"epoch {end.epoch} began from nothing: version {base.version} does not lead to it")
         turned = registry.manifest(start)
-        found.append(LogSegment(turned.log.next, end, last[epoch].mask_at, last[epoch].log, epoch))
-        epoch, end = turned.epoch, turned.log.next
-    first = target.log.first if base is None else base.log.next
-    under = (last[epoch].mask_at, last[epoch].log, epoch) if epoch in last else ()
-    found.append(LogSegment(first, end, *under))
+        whole = LogSegment(turned.log.next, end.log.next, line=last[end.epoch].log, epoch=end.epoch)
+        found += parted(whole, end, last[end.epoch], turned.erased)[::-1]
+        end = turned
+    first, erased = (target.log.first, 0) if base is None else (base.log.next, base.erased)
+    whole = LogSegment(first, end.log.next)
+    if end.epoch in last:
+        whole = replace(whole, line=last[end.epoch].log, epoch=end.epoch)
+        found += parted(whole, end, last[end.epoch], erased)[::-1]
+    else:
+        found.append(whole)
     return found[::-1]
+
+
+def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> list[LogSegment]:
+    """A segment, parted where its epoch took erasures into account.
+
+    Args:
+        whole: The segment.
+        end: The version that it leads to, which names those places.
+        control: The last one of its epoch.
+        erased: The last erasure that was taken into account before it.
+
+    Raises:
+        UnknownVersion: There were more of them than a version names.
+    """
+    if end.erasures and end.erasures[0][0] > erased + 1 and end.erased - erased > len(end.erasures):
+        raise UnknownVersion(
+            f"version {end.version} cannot be recomputed from so far back: it does not say where all erasures between fell",
+            "take a younger base with --from",
+        )
+    found, forget = list[LogSegment](), Erased.NOBODY
+    for number, offset in end.erasures:
+        if number > erased:
+            at = max(offset, whole.first)
+            found.append(
+                replace(whole, next=at, mask_at=limited(control.mask_at, erased), forget=forget, erased=erased)
+            )
+            forget, erased, whole = control.erased.after(erased).up_to(number), number, replace(whole, first=at)
+    return [*found, replace(whole, mask_at=limited(control.mask_at, erased), forget=forget, erased=erased)]
+
+
+def limited(mask_at: MaskAt, erased: int) -> MaskAt:
+    """The masks of `mask_at` with the erasures up to that number."""
+
+    @cache
+    def found(generation: int) -> Mask:
+        whole = mask_at(generation)
+        return whole if erased >= whole.erased.last else replace(whole, erased=whole.erased.up_to(erased))
+
+    return found

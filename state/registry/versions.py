@@ -96,8 +96,20 @@ class Versions(Folders):
                 raise UnknownVersion(*self._not_kept(found.version)) from None
             raise BadPart(path.parent, found.version, f"{path} is missing") from None
         if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+            if (again := self._rewritten(found)) is not None:
+                return self.read(again, name)
             raise BadPart(path.parent, found.version, f"{path} fails its digest")
         return data
+
+    def _rewritten(self, found: Manifest) -> Manifest | None:
+        """The manifest of a part that `replace` gave other files meanwhile; None where it is as it was."""
+        folder = self.folder_of(found)
+        self._manifests.pop(folder, None)
+        try:
+            now = manifest.decode(file_bytes(folder / MANIFEST))
+        except (OSError, ValueError, msgspec.MsgspecError):
+            return None
+        return None if now.files == found.files else now
 
     def verify(self, version: Manifest) -> None:
         """Reads every file of a delta or base.
@@ -198,6 +210,36 @@ class Versions(Folders):
             folder.rename(grave)
             self._manifests.pop(folder, None)
             shutil.rmtree(grave)
+
+    def replace(self, made: Manifest, files: Mapping[str, bytes]) -> None:
+        """Gives a part that is kept other files; a crash leaves the old ones or the new ones.
+
+        1. Files and manifest are written under `tmp/` and synced.
+        2. Both directories change names; the directories are synced.
+        3. The old files go.
+
+        Raises:
+            UnusableRegistry: The disk refused; the old ones are there.
+        """
+        final = self.folder_of(made)
+        temporary = self.temporary(f"rewritten-{made.kind}-{final.name}")
+        with usable(f"rewrite version {made.version}"):
+            try:
+                # 1.
+                temporary.mkdir()
+                for name, data in files.items():
+                    durable.write(temporary / name, data)
+                durable.write(temporary / MANIFEST, manifest.encode(made))
+                durable.sync_directory(temporary)
+                killpoints.reach("rewrite.written")
+                # 2.
+                durable.exchange(temporary, final)
+                killpoints.reach("rewrite.exchanged")
+                durable.sync_directory(final.parent)
+                self._manifests.pop(final, None)
+            finally:
+                # 3.
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def add(self, made: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None) -> bool:
         """Adds a delta or base; complete and durable when this returns. False where the number is taken.

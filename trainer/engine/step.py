@@ -86,7 +86,7 @@ class Trainer:
         clock: Seconds, for the duration in the report only.
 
     Attributes:
-        transitions: What came next after each category.
+        transitions, crosses: What came next after each category; how crosses are named.
         tables: By name: user, item, category, context, cross, transition, and the ranker's own.
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
@@ -118,12 +118,10 @@ class Trainer:
         self.counters = Counters()
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
         users, items = self._columns.users.names, self._columns.items.names
-        self._crosses = Crosses(spec, settings.events.context, users, items)
+        self.crosses = Crosses(spec, settings.events.context, users, items)
         dropped = settings.model.hidden[0] if any(one.name == "tower_kept" for one in self.model.inputs) else 0
-        self._recorder = Recorder(settings, self._crosses, self._columns, dropped)
-        self.engine = engine_of(
-            self.model, self.optimizer, learned, self._crosses, self._columns, settings, self.device
-        )
+        self._recorder = Recorder(settings, self.crosses, self._columns, dropped)
+        self.engine = engine_of(self.model, self.optimizer, learned, self.crosses, self._columns, settings, self.device)
 
     def clear(self) -> None:
         """Back to the state of a new trainer, to start an epoch or before a base is loaded."""
@@ -224,7 +222,7 @@ class Trainer:
         self.transitions.observe(_left(batch), batch.at_ms)
         if crosses.size:
             self.tables[CROSS].observe(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
-            shares = self._crosses.shares
+            shares = self.crosses.shares
             self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
         for table in self.tables.values():
             table.evict()

@@ -89,6 +89,14 @@ class IdTable(ABC):
         """The row of each id, `[n]` int32, MISSING where it has none. Admits nothing."""
         return self._places.find(ids)
 
+    def known(self) -> U64:
+        """The ids that have a row or wait for one, in no order that counts."""
+        return np.concatenate([self._places.ids[self._places.held()], self._pending.ids()])
+
+    def has(self, ids: U64) -> bool:
+        """Whether one of `[n]` ids has a row or waits for one."""
+        return bool(self.find(ids).any() or self._pending.of(ids).counts.any())
+
     def observe(self, ids: U64, at_ms: I64) -> I32:
         """Counts one sighting of each id at log time, admits those seen often enough.
 
@@ -155,6 +163,14 @@ class IdTable(ABC):
         if leaving:
             self._leave(least_used(self._places.ids, self._last_seen_ms, self._use(), leaving))
         return leaving
+
+    def forget(self, ids: U64) -> int:
+        """Removes those of `[n]` ids that have a row or wait for one; returns how many had one."""
+        rows = self.find(ids)
+        rows = np.unique(rows[rows != MISSING])
+        self._leave(rows)
+        self._pending_dirty.add(self._pending.forget(ids))
+        return int(rows.size)
 
     def take_changes(self) -> Changes:
         """What changed since the last take, and starts the next list."""

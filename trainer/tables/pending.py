@@ -95,6 +95,11 @@ class Pending:
         held = self._places.held()
         return self._forget(held[self._seen_ms[held] < before_ms])
 
+    def forget(self, ids: U64) -> U64:
+        """Forgets those of `[n]` ids that wait; returns them."""
+        places = self._places.find(ids)
+        return self._forget(np.unique(places[places != 0]))
+
     def evict(self) -> U64:
         """Forgets the least used, where too many wait; returns them."""
         leaving = excess(len(self), self._most)

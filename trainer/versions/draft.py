@@ -86,4 +86,6 @@ class Drafter:
             | {f"account.{name}": float(value) for name, value in account.items()}
             | {TOLD_MS: float(place.told_ms)},
             environment=self.environment,
+            erased=place.erased,
+            erasures=place.erasures,
         )

@@ -1,0 +1,87 @@
+"""A version's tensors without what they hold of erased users: rows, sightings, crosses, and the ids that say a row went."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from state.features.masked_users import MaskedUsers
+from state.ranking.crosses import Crosses
+from state.rows.tables import tables_in
+from trainer.versions.content import PENDING, ROWS, Array, Tensors
+
+U64 = npt.NDArray[np.uint64]
+CROSS, CROSSED = "cross", ("item", "category", "context")
+OTHERS = frozenset({*CROSSED, "transition"})
+"""Tables without a row of a user; in a ranker's own no id but a user's is one, since 64 bits do not collide."""
+
+
+class Known:
+    """The items, categories and context values of versions: what a user may be crossed with.
+
+    Args:
+        crosses: With the columns of the settings.
+    """
+
+    def __init__(self, crosses: Crosses) -> None:
+        self._crosses = crosses
+        self._ids = {table: np.empty(0, np.uint64) for table in CROSSED}
+
+    def see(self, tensors: Tensors) -> Known:
+        """Adds those of some tensors."""
+        for table, known in self._ids.items():
+            if f"{table}.ids" in tensors:
+                parts = [tensors[f"{table}.{field}"] for field in ("ids", PENDING[0])]
+                self._ids[table] = np.union1d(known, np.concatenate(parts))
+        return self
+
+    def crosses_of(self, users: MaskedUsers, tensors: Tensors) -> U64:
+        """The crosses in tensors that are of users."""
+        held = np.concatenate([tensors[f"{CROSS}.{field}"] for field in ("ids", "removed", PENDING[0])])
+        found = [np.empty(0, np.uint64)]
+        for user in users if len(held) else ():
+            made = self._crosses.of_user(user, *(self._ids[table] for table in CROSSED))
+            found.append(made[np.isin(made, held)])
+        return np.concatenate(found)
+
+
+def without(tensors: Tensors, users: MaskedUsers, known: Known) -> dict[str, Array]:
+    """The tensors of a base, or of a delta of before their erasure, without users.
+
+    Args:
+        tensors: Of every file.
+        users: Who was erased.
+        known: Has seen these tensors.
+    """
+    found = dict(tensors)
+    for table, gone in _named(tensors, users, known):
+        keep = ~np.isin(tensors[f"{table}.ids"], gone)
+        found |= {f"{table}.{field}": tensors[f"{table}.{field}"][keep] for field in ("ids", *ROWS)}
+        removed = tensors[f"{table}.removed"]
+        found[f"{table}.removed"] = removed[~np.isin(removed, gone)]
+        waits = ~np.isin(tensors[f"{table}.{PENDING[0]}"], gone)
+        found |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
+    return found
+
+
+def without_tombstones(tensors: Tensors, users: MaskedUsers, known: Known) -> dict[str, Array]:
+    """The tensors of the delta in which users went, without the ids that say so; rows are of users who came back.
+
+    Only once no version before it has their rows; `known` has seen those versions.
+    """
+    found = dict(tensors)
+    for table, gone in _named(tensors, users, known):
+        removed = tensors[f"{table}.removed"]
+        found[f"{table}.removed"] = removed[~np.isin(removed, gone)]
+        ended = np.isin(tensors[f"{table}.{PENDING[0]}"], gone) & (tensors[f"{table}.{PENDING[1]}"] == 0)
+        found |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
+    return found
+
+
+def _named(tensors: Tensors, users: MaskedUsers, known: Known) -> list[tuple[str, U64]]:
+    """By table the ids in it that users or their crosses may have."""
+    found: list[tuple[str, U64]] = []
+    for table in tables_in(tensors) if users else ():
+        if table not in OTHERS and f"{table}.ids" in tensors:
+            found.append((table, known.crosses_of(users, tensors) if table == CROSS else users.ids))
+    return found
