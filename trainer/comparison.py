@@ -57,8 +57,9 @@ class Comparison:
             self,
             steps=done.steps,
             rows=done.rows,
-            outcome="equal" if difference is None else "different",
-            difference=difference,
+            outcome="not comparable" if done.unlike else "equal" if difference is None else "different",
+            erased_rows=done.unlike,
+            difference=None if done.unlike else difference,
             digest=digest,
             seconds=seconds,
         )
@@ -106,14 +107,14 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay
     """The first difference between the version and what was computed, and the version's digest."""
     from trainer.versions import checkpoint, content
     from trainer.versions.difference import Difference, first_difference, marks_difference
-    from trainer.versions.erased_rows import Known, without
+    from trainer.versions.erased_rows import CrossedIds, without
 
     base, deltas = registry.chain(target.version)
     kept = content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas))
     computed, control = checkpoint.full(trainer), registry.control()
     if control is not None and any(part.rewritten > part.erased for part in (base, *deltas)):
         gone = control.erased.after(target.erased).users
-        kept, computed = (without(one, gone, Known(trainer.crosses).see(one)) for one in (kept, computed))
+        kept, computed = (without(one, gone, CrossedIds(trainer.crosses).see(one)) for one in (kept, computed))
     found = first_difference(kept, computed) or marks_difference(target.marks, done.marks)
     for name in ACCOUNT:
         counted = target.metrics.get(f"account.{name}")

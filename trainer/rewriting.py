@@ -21,11 +21,11 @@ from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.ranking.crosses import Crosses
-from state.registry.erasing import Report, report, reports
+from state.registry.erasing import ErasureReport, report, reports
 from state.registry.manifest import Manifest, entries
 from state.registry.registry import SERVING, TRAINING, Registry
 from trainer.versions import content
-from trainer.versions.erased_rows import Known, without, without_tombstones
+from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
 
 PART = "compactor"
 logger = logging.getLogger(__name__)
@@ -38,10 +38,10 @@ def crosses_of(settings: Settings) -> Crosses:
     return Crosses(FeatureSpec.from_settings(settings), settings.events.context, users, items)
 
 
-def reported(registry: Registry) -> Report:
+def reported(registry: Registry) -> ErasureReport:
     """What the compactor last said."""
     said = [one for one in reports(registry.path) if one.part == PART]
-    return said[0] if said else Report(PART, HOST, str(registry.path), 0, 0)
+    return said[0] if said else ErasureReport(PART, HOST, str(registry.path), 0, 0)
 
 
 def rewrite(
@@ -63,7 +63,7 @@ def rewrite(
     looked = said.version if said.through >= erased.last else 0
     if any(_theirs(part, erased) for part in parts if part.version > looked):
         # The oldest first: what an id that went stood for is gone when it is left out.
-        known = Known(crosses)
+        known = CrossedIds(crosses)
         for part in parts:
             count += _rewritten(registry, part, erased, known)
     last = parts[-1].version if parts else 0
@@ -82,7 +82,7 @@ def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] |
     return (rows, ids) if rows or ids else None
 
 
-def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: Known) -> bool:
+def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: CrossedIds) -> bool:
     """Writes a part anew where it has something of erased users."""
     before = content.decode(registry.read(part, name) for name in (SERVING, TRAINING))
     known.see(before)

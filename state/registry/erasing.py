@@ -15,7 +15,7 @@ from state.registry.control import Control
 
 
 @dataclass(frozen=True)
-class Report:
+class ErasureReport:
     """How far one process has taken erasures into account in the copies that are its own.
 
     Attributes:
@@ -37,7 +37,7 @@ class Report:
     at_ms: int = 0
 
 
-def report(registry: Path, told: Report) -> None:
+def report(registry: Path, told: ErasureReport) -> None:
     """Replaces the report of a process; durable when this returns.
 
     Raises:
@@ -51,12 +51,12 @@ def report(registry: Path, told: Report) -> None:
     durable.sync_directory(folder)
 
 
-def reports(registry: Path) -> list[Report]:
+def reports(registry: Path) -> list[ErasureReport]:
     """What all processes said, by their names; one that cannot be read said nothing."""
     found = []
     for path in sorted((registry / layout.ERASURES).glob("*.json")):
         try:
-            found.append(Report(**json.loads(path.read_bytes())))
+            found.append(ErasureReport(**json.loads(path.read_bytes())))
         except (OSError, ValueError, TypeError):
             continue
     return found

@@ -16,7 +16,7 @@ OTHERS = frozenset({*CROSSED, "transition"})
 """Tables without a row of a user; in a ranker's own no id but a user's is one, since 64 bits do not collide."""
 
 
-class Known:
+class CrossedIds:
     """The items, categories and context values of versions: what a user may be crossed with.
 
     Args:
@@ -27,7 +27,7 @@ class Known:
         self._crosses = crosses
         self._ids = {table: np.empty(0, np.uint64) for table in CROSSED}
 
-    def see(self, tensors: Tensors) -> Known:
+    def see(self, tensors: Tensors) -> CrossedIds:
         """Adds those of some tensors."""
         for table, known in self._ids.items():
             if f"{table}.ids" in tensors:
@@ -45,7 +45,7 @@ class Known:
         return np.concatenate(found)
 
 
-def without(tensors: Tensors, users: MaskedUsers, known: Known) -> dict[str, Array]:
+def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
     """The tensors of a base, or of a delta of before their erasure, without users.
 
     Args:
@@ -64,7 +64,7 @@ def without(tensors: Tensors, users: MaskedUsers, known: Known) -> dict[str, Arr
     return found
 
 
-def without_tombstones(tensors: Tensors, users: MaskedUsers, known: Known) -> dict[str, Array]:
+def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
     """The tensors of the delta in which users went, without the ids that say so; rows are of users who came back.
 
     Only once no version before it has their rows; `known` has seen those versions.
@@ -78,7 +78,7 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: Known) -> di
     return found
 
 
-def _named(tensors: Tensors, users: MaskedUsers, known: Known) -> list[tuple[str, U64]]:
+def _named(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> list[tuple[str, U64]]:
     """By table the ids in it that users or their crosses may have."""
     found: list[tuple[str, U64]] = []
     for table in tables_in(tensors) if users else ():
