@@ -8,7 +8,6 @@ started, and with `--watch` of the last minute.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import signal
 import sys
@@ -17,11 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from deploy.operate import horizon
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
-from deploy.watch import accounts, rows_place, scrape
+from deploy.watch import accounts, rows_place, scrape, storage
 from deploy.watch.figures import Figures, Watch
+from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.live import Screen, live_line
 from deploy.watch.messages import seconds, shown
 from deploy.watch.panel import lines, panel, wrong
@@ -29,10 +30,8 @@ from deploy.watch.scrape import Scrape
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
-from state.log import Topics
 from state.process.closed_output import while_read
 
-LONGEST_WAIT_S = 3.0
 BETWEEN_S = 1.0
 TIMEOUT_S = 60.0
 PARTS = (16, 12)
@@ -104,27 +103,6 @@ def _figure(scraped: Scrape, series: str) -> float | None:
     return 0.0 if found is None and series.endswith("_total") else found
 
 
-def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
-    """End of the clicks topic, the stream's committed positions, and their difference."""
-    kafka = dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_WAIT_S, settings.kafka.request_timeout_s))
-    try:
-        with connect(kafka) as topics:
-            ends = topics.ends(kafka.clicks_topic)
-            committed = topics.committed(kafka.group, kafka.clicks_topic)
-            training = topics.ends(kafka.microbatches_topic)
-    except SpringtideError as error:
-        return {"answers": False, "problem": str(error)}
-    return {
-        "answers": True,
-        "problem": "",
-        "servers": kafka.bootstrap_servers,
-        "clicks": sum(end for _, end in ends.values()),
-        # A group that has committed nothing stands at the beginning.
-        "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
-        "training_log": sum(end for _, end in training.values()),
-    }
-
-
 def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
     """Newest version and what control wants."""
     try:
@@ -169,6 +147,10 @@ def as_table(state: Mapping[str, Any]) -> str:
     registry = state["registry"]
     text = registry["problem"] or _registry_text(registry)
     rows += _part("registry", "there" if registry["answers"] else "away", text)
+    if back := state.get("rollback"):
+        rows += _part("rollback", *horizon.as_text(back))
+    if kept := state.get("storage"):
+        rows += _part("storage", *storage.as_text(kept))
     if stored := state.get("rows"):
         rows += _part("rows", *rows_place.as_text(stored))
     if accounting := state.get("accounting"):
@@ -216,6 +198,8 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
         "kafka": kafka,
         "registry": registry,
+        "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
+        "storage": storage.look(settings),
         "rows": rows_place.look(settings),
         "accounting": account,
         "urls": {

@@ -40,6 +40,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     if served is not None and served in numbers and served not in kept:
         kept = [served, *kept]
     # Not at the top: other commands that open a registry need no log.
+    from deploy.operate import horizon
     from deploy.operate.log_view import look
 
     view = look(settings, ASK_KAFKA_S)
@@ -65,6 +66,8 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
         for one in reversed(entries)
     ]
     say(table([head, *lines]))
+    if view is not None and (back := horizon.oldest(registry, lambda one: view.reaches(registry, one))) is not None:
+        say(f"a rollback reaches {horizon.as_text(horizon.of(back, now_ms))[1]}")
     if len(kept) < len(numbers):
         say(f"{len(numbers) - len(kept):,} older ones are kept too; --all lists them")
 

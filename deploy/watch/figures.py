@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.watch.clocks_off import ClocksOff, clocks_off
 from deploy.watch.quantiles import Buckets, Spread, between, spread
 from deploy.watch.scrape import UP, Scrape
+from deploy.watch.storage import full
 from deploy.watch.supervised import dying, runs_shoppers
 
 AWAY = Scrape()
@@ -85,6 +86,7 @@ class Figures:
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
+        full: What waits for room on the disk, and who takes almost all of a share, in words.
         dying: Part -> how often in a row it died, of those that `springtide up` starts again.
         shoppers: Whether `springtide up` runs synthetic shoppers.
         clocks_off: Direction -> the clicks whose clock is off.
@@ -125,6 +127,7 @@ class Figures:
     cold_starts: float | None = None
     faults: float = 0.0
     corrupt: float = 0.0
+    full: Sequence[str] = ()
     dying: Mapping[str, float] = field(default_factory=dict)
     shoppers: bool = False
     clocks_off: Mapping[str, ClocksOff] = field(default_factory=dict)
@@ -223,6 +226,7 @@ class Watch:
             up_s={name: max(0.0, wall_s - at_s) for name, at_s in born.items() if at_s is not None},
             # Parts may run without `springtide up`, whose own figures are then nowhere.
             away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
+            full=full(scrapes.values()),
             dying=dying(scrapes.get(UP, AWAY)),
             shoppers=runs_shoppers(scrapes.get(UP, AWAY)),
             clocks_off=clocks_off(scrapes.get("stream", AWAY), wall_s),

@@ -76,6 +76,7 @@ def _wrong(figures: Figures) -> Iterator[str]:
     else:
         yield from (f"{name} away" for name in figures.away)
     yield from (f"{part} cannot run, {shown(count)} deaths in a row" for part, count in figures.dying.items())
+    yield from figures.full
     if figures.faults:
         yield "accounts do not balance"
     if figures.held:

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from deploy import status
 from deploy.kafka.configuration import free_port
 from deploy.watch.figures import BORN, SPREADS
+from deploy.watch.kafka_lag import kafka_lag
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
@@ -129,7 +130,7 @@ def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_set
         writer.flush()
         writer.close()
         topics.commit(kafka.group, kafka.clicks_topic, {0: 3})
-    found = status.kafka_lag(settings_of(tmp_path, kafka))
+    found = kafka_lag(settings_of(tmp_path, kafka))
     assert (found["clicks"], found["lag"], found["training_log"]) == (10, 2 + 5, 0)
 
 
@@ -152,7 +153,7 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
     assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
     assert set(json.loads(capsys.readouterr().out)) == {
-        *("figures", "processes", "kafka", "registry", "rows", "accounting", "urls")
+        *("figures", "processes", "kafka", "registry", "rollback", "storage", "rows", "accounting", "urls")
     }
 
 

@@ -15,6 +15,8 @@ from prometheus_client import CollectorRegistry
 from deploy.watch.clocks_off import ClocksOff
 from deploy.watch.figures import Figures
 from deploy.watch.panel import troubles
+from deploy.watch.scrape import Scrape, parsed
+from deploy.watch.storage import WAITS, full
 from state import errors
 from state.errors import CorruptStore, MicroBatchError, MissingSalt, SpringtideError, StoreFull
 from state.history.store import HistoryStore
@@ -38,6 +40,12 @@ CLASSES = {
     name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, SpringtideError)
 }
 MOST_LINES, WIDTH = 10, 120
+STORAGE = "\n".join(
+    f'springtide_storage_{name}{{part="{part}"}} {value}'
+    for part in WAITS
+    for name, value in (("waiting", 1), ("used_bytes", 95 if part == "registry" else 9), ("limit_bytes", 100))
+    if part != "logs"
+)
 
 
 def of_table(section: runbook.Section) -> dict[str, list[str]]:
@@ -104,6 +112,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         failed_per_s=3.0,
         faults=1.0,
         held=True,
+        full=full([Scrape(parsed(STORAGE))]),
         corrupt=1.0,
     )
     held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from state.config.sections import Kafka
 from state.errors import RegistryError
+from state.log import MemoryLog
 from state.rows.store import RowStore
 from tests.deploy.operating import NOW_MS, Operator
 
@@ -16,9 +18,9 @@ from tests.deploy.operating import NOW_MS, Operator
 def test_versions_lists_the_newest_first_with_age_log_and_metrics(operator: Operator) -> None:
     lines = operator("versions").splitlines()
     assert lines[0].split()[:5] == ["version", "epoch", "age", "kind", "log"]
-    assert [line.split()[0] for line in lines[1:]] == ["5", "4", "3", "2", "1"]
+    assert [line.split()[0] for line in lines[1:6]] == ["5", "4", "3", "2", "1"]
     assert "40-50" in lines[1] and "2.5000" in lines[1] and "5 min 0 s" in lines[1]
-    assert "nan" not in lines[-1]
+    assert "nan" not in lines[5]
 
 
 def test_versions_as_json_is_json_even_where_a_metric_is_not_a_number(operator: Operator) -> None:
@@ -59,3 +61,13 @@ def test_looking_does_not_make_a_registry(tmp_path: Path) -> None:
         with pytest.raises(RegistryError, match="no registry here"):
             operator(command)
     assert not operator.state.exists()
+
+
+def test_versions_says_how_far_back_a_rollback_reaches(operator: Operator, log: MemoryLog) -> None:
+    """As far as the training log leads on from what is kept: the retention of both decides."""
+    assert "a rollback reaches back 9 min 0 s, to version 1" in operator("versions")
+    topic = Kafka().microbatches_topic
+    log.topics().delete_before(topic, {0: operator.registry.manifest(3).log.next})
+    assert "a rollback reaches back 7 min 0 s, to version 3" in operator("versions", "--last", "1")
+    log.topics().delete_before(topic, {0: operator.registry.manifest(5).log.next + 1})
+    assert "rollback reaches" not in operator("versions")

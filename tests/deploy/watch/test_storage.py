@@ -1,0 +1,92 @@
+"""Who takes how much of the disk is told, by `status` and by alerts, in both directions: near the limit and below it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+
+from deploy.watch import storage
+from deploy.watch.scrape import Scrape, parsed
+from state.config.loading import load
+from state.metrics import StorageMetrics
+from state.storage import measuring, shares
+from state.storage.waiting import Room
+from tests import promql
+
+ALERTS = Path(__file__).parents[3] / "deploy" / "prometheus" / "alerts.yml"
+RULES: dict[str, dict[str, Any]] = {
+    rule["alert"]: rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]
+}
+NEAR, FULL = RULES["SpringtideStorageNearLimit"]["expr"], RULES["SpringtideStorageFull"]["expr"]
+BUDGET = 500_000_000
+
+
+def scraped(tmp_path: Path, used: dict[str, float]) -> Scrape:
+    """What the processes offer where each part takes such a share of its limit; the files have holes in place of bytes."""
+    settings = load(["--paths.state", str(tmp_path), "--storage.budget_gb", str(BUDGET / 1e9)], env={})
+    (tmp_path / "stream-0" / "histories").mkdir(parents=True)
+    collected = CollectorRegistry()
+    metrics = measuring.offer(collected, settings, used)
+    for part, share in used.items():
+        folder = shares.folders(settings, part)[0]
+        folder.mkdir(exist_ok=True)
+        (folder / "file").write_bytes(bytes(4096))
+        assert measuring.used_bytes([folder]) == 4096
+        # As if that file were so large: a test need not write half a gigabyte.
+        metrics.limit_bytes.labels(part).set(4096 / share)
+    return Scrape(parsed(generate_latest(collected).decode()))
+
+
+def parts(vector: promql.Vector) -> set[str]:
+    return {dict(labels)["part"] for labels in vector}
+
+
+@pytest.mark.parametrize(
+    ("used", "near", "said"),
+    [
+        ({"registry": 0.5, "stream": 0.8, "logs": 0.89}, set(), []),
+        ({"registry": 0.95, "stream": 0.1, "logs": 0.1}, {"registry"}, ["registry takes 95% of its share of the disk"]),
+        (
+            {"registry": 0.93, "logs": 0.99},
+            {"registry", "logs"},
+            ["logs takes 99% of its share of the disk", "registry takes 93% of its share of the disk"],
+        ),
+    ],
+)
+def test_a_part_near_its_limit_is_an_alert_and_is_said_and_one_below_is_neither(
+    tmp_path: Path, used: dict[str, float], near: set[str], said: list[str]
+) -> None:
+    found = scraped(tmp_path, used)
+    assert parts(promql.value(NEAR, found.values)) == near
+    assert storage.full([found]) == said
+
+
+def test_a_part_that_waits_is_an_alert_until_there_is_room() -> None:
+    collected = CollectorRegistry()
+    room = Room("registry", StorageMetrics(collected), lambda _: False)
+
+    def fires() -> tuple[set[str], list[str]]:
+        found = Scrape(parsed(generate_latest(collected).decode()))
+        return parts(promql.value(FULL, found.values)), storage.full([found])
+
+    assert fires() == (set(), [])
+    room.refused(OSError(28, "No space left on device"), "publishing")
+    assert fires() == ({"registry"}, ["publishing waits for room"])
+    room.found("publishing")
+    assert fires() == (set(), [])
+
+
+def test_status_measures_what_is_here_and_says_nothing_where_nothing_is(tmp_path: Path) -> None:
+    settings = load(["--paths.state", str(tmp_path / "state"), "--storage.budget_gb", "1"], env={})
+    assert storage.look(settings) is None
+    settings.logs_dir.mkdir(parents=True)
+    (settings.logs_dir / "stream.log").write_bytes(bytes(8192))
+    found = storage.look(settings)
+    assert found is not None
+    assert found["parts"] == {"logs": {"used_bytes": 8192, "limit_bytes": 50_000_000}}
+    assert (found["used_bytes"], found["budget_bytes"]) == (8192, 1_000_000_000)
+    assert found["free_bytes"] == pytest.approx(measuring.free_bytes(tmp_path), rel=0.05)
