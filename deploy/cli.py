@@ -60,6 +60,10 @@ def operator_command(name: str) -> Command:
         from deploy.operate import rollback
 
         return rollback.rollback
+    if name in ("backup", "restore"):
+        from deploy.backup import commands as backing_up
+
+        return backing_up.backup if name == "backup" else backing_up.restore
     from deploy.operate import control, history, versions
 
     commands: dict[str, Command] = {

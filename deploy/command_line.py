@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn
 
+from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import Add, positive
 from state.errors import SettingsError
@@ -124,7 +125,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
             process.add_argument(
                 "--upgrade", action="store_true", help="go on with these settings; needs --reason TEXT"
             )
-    printing = [_versions(add), *_verbs(add), operating.rollback(add), *operating.masks(add)]
+    printing = [_versions(add), *_verbs(add), operating.rollback(add), *operating.masks(add), *backing_up.commands(add)]
     add(
         "check-model",
         "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",

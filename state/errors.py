@@ -13,10 +13,9 @@
     ├── RegistryError
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
     │   ├── UnfitVersion, UnfitMask
-    ├── MicroBatchError, DecodeError
-    ├── ProgramError, TrainingHeld
-    ├── UnreadableRecording
-    ├── NotReady
+    ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, UnreadableRecording, NotReady
+    ├── BackupError
+    │   └── DamagedBackup
     ├── BadRequest                  HTTP 400
     │   └── UnknownPath, WrongMethod    HTTP 404, 405
     └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
@@ -93,15 +92,10 @@ class SaltMismatch(SpringtideError):
 
     @classmethod
     def between(cls, holder: str, stored: str, ours: str) -> SaltMismatch:
-        """The error, in the words that it has everywhere.
+        """The error, of what has users of another salt: that salt's fingerprint and ours.
 
         >>> str(SaltMismatch.between("version 7", "1f", "2e"))
         'version 7 has users of salt 1f, the salt here is 2e; restore the salt file (paths.salt_file), or start a new state directory'
-
-        Args:
-            holder: What has pseudonyms of another salt.
-            stored: Fingerprint of that salt.
-            ours: Fingerprint of the salt of whoever meets it.
         """
         return cls(
             f"{holder} has users of salt {stored}, the salt here is {ours}",
@@ -230,6 +224,14 @@ class UnreadableRecording(SpringtideError):
     """A file to replay is cut, damaged or of another format. Repair it or leave it out; what the message says was sent stays sent."""
 
 
+class BackupError(SpringtideError):
+    """A backup cannot be made or restored as asked. Do as the message says; what was there before is as it was."""
+
+
+class DamagedBackup(BackupError):
+    """Something of a backup is missing or fails its digest; nothing was restored. Take another one: `springtide backup FROM --list`."""
+
+
 class ProgramError(SpringtideError):
     """The model does not lower to a program, or the program's answers differ. Replace the operation that the message names."""
 
@@ -282,8 +284,6 @@ def of_disk(problem: SpringtideError | OSError) -> SpringtideError:
 
     >>> str(of_disk(OSError(28, "No space left on device", "state/salt")))
     'state/salt: No space left on device; free space or correct its access rights, and start again'
-    >>> of_disk(LockHeld("held"))
-    LockHeld('held')
     """
     if isinstance(problem, SpringtideError):
         return problem

@@ -177,6 +177,20 @@ class LmdbStore:
             except OSError as error:
                 raise self._refused(error, "marked as closed in order") from error
 
+    def copy_as_is(self, handle: int) -> None:
+        """Writes the store as of this moment to an open file or pipe, each page where it is: what did not change stays equal.
+
+        Commits go on meanwhile; for as long as it takes, pages they free are not used again.
+
+        Raises:
+            StoreFull: The disk is full.
+            UnusableDisk: It refused for another reason.
+        """
+        try:
+            self._env.copyfd(handle)
+        except (lmdb.Error, OSError) as error:
+            raise self._refused(error, "copied") from error
+
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction]:
         """A write transaction, committed where the block ends; an exception leaves the store as it was.

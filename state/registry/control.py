@@ -20,8 +20,9 @@ from state.registry.log_line import WHOLE, LogLine
 from state.registry.mask_entries import MaskEntry, added, joined
 
 Action = Literal[
-    "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover", "upgrade"
-]
+    "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover", "upgrade",
+    "restore",
+]  # fmt: skip
 Mode = Literal["fast", "exact"]
 
 
@@ -270,6 +271,11 @@ def let_go(control: Control, *, actor: str, reason: str, now_ms: int) -> Control
     (2, 'resume', 1)
     """
     return _made(control, "resume", actor, reason, now_ms, training=True)
+
+
+def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
+    """Somebody put all of it back from a backup: a generation that changes nothing else."""
+    return _made(control, "restore", actor, reason, now_ms)
 
 
 def _next(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:

@@ -1,0 +1,168 @@
+"""`springtide backup` and `springtide restore`: what is asked for, done and told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from deploy.backup import listing, making, restoring
+from deploy.backup.documents import Backup
+from deploy.backup.places import BackupPlace, open_place
+from deploy.operate.commands import Say
+from deploy.operate.times import age, iso
+from deploy.operate.versions import table
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.process.actor import actor
+from state.process.progress_line import ProgressLine
+
+LINE_EVERY_S = 10.0
+SALT_IN = (
+    "the salt is in this backup: whoever reads it can tell which pseudonym is whose; keep it where only you can read it"
+)
+SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it nothing can be restored"
+
+
+def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Makes a backup, lists those of a place, or reads one again.
+
+    Raises:
+        SpringtideError: See `deploy.backup.making.make`.
+    """
+    place = open_place(asked.to)
+    if asked.list:
+        show(place, asked, now_ms, say)
+        return
+    progress = Amount("read")
+    if asked.check:
+        found = listing.backup(place, asked.at)
+        listing.check(place, found, progress)
+        tell(asked, {"checked": summary(found)}, f"backup {found.id} is whole: {size(found.bytes)} read", say)
+        return
+    scope = making.Scope(with_salt=asked.with_salt, newest_only=asked.versions == "newest")
+    made = making.make(settings, place, scope, now_ms, progress)
+    lines = [
+        f"backup {made.id} at {place.told}: {described(made)}; {size(made.bytes)}, of which {size(made.sent_bytes)} were "
+        f"sent, in {progress.took_s:.1f} s",
+        SALT_IN if made.with_salt else SALT_OUT.format(path=settings.salt_path),
+        *(
+            ["no version in it can be trained on from: look at `springtide versions`"]
+            if made.versions and made.version is None
+            else []
+        ),
+        *(f"left out, it is damaged: {one}" for one in made.left_out),
+    ]
+    told: dict[str, Any] = {"made": summary(made) | {"seconds": round(progress.took_s, 3)}}
+    if asked.keep:
+        pruned = listing.prune(place, asked.keep)
+        told["pruned"] = pruned._asdict()
+        lines.append(f"removed {pruned.backups} older backups and {pruned.objects:,} objects that none needs any more")
+    tell(asked, told, "\n".join(lines), say)
+
+
+def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Restores a backup.
+
+    Raises:
+        SpringtideError: See `deploy.backup.restoring.restore`.
+    """
+    place, progress = open_place(asked.source), Amount("written")
+    found = listing.backup(place, asked.at)
+    done = restoring.restore(settings, place, found, actor(), now_ms, progress)
+    spec = FeatureSpec.from_settings(settings).digest
+    lines = [
+        f"restored backup {found.id} of {iso(found.created_at_ms)}, {age((now_ms - found.created_at_ms) / 1000)} old: "
+        f"{described(found)}, histories of {done.users:,} users; {size(found.bytes)} in {progress.took_s:.1f} s",
+        f"control generation {done.generation} says so; versions go on from {done.first_number}",
+    ]
+    if found.spec and found.spec != spec:
+        lines.append(
+            f"its histories are of feature spec {found.spec[:12]}, the settings here make {spec[:12]}: use its settings"
+        )
+    lines.append(
+        "start it with `springtide up`: what Kafka has had since then is read again. The old one must not run any more."
+    )
+    told = {
+        "restored": summary(found)
+        | {
+            "users": done.users,
+            "positions": done.positions,
+            "generation": done.generation,
+            "first_number": done.first_number,
+            "fits": not found.spec or found.spec == spec,
+        }
+    }
+    tell(asked, told, "\n".join(lines), say)
+
+
+def show(place: BackupPlace, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Lists the backups of a place, oldest first."""
+    found = [listing.backup(place, one) for one in listing.ids(place)]
+    head = ["backup", "age", "version", "versions", "size", "sent", "salt"]
+    rows = [
+        [
+            one.id,
+            age((now_ms - one.created_at_ms) / 1000),
+            "none" if one.version is None else str(one.version),
+            str(one.versions),
+            size(one.bytes),
+            size(one.sent_bytes),
+            "in it" if one.with_salt else one.salt,
+        ]
+        for one in found
+    ]
+    text = table([head, *rows]) if rows else f"{place.told} has no backup"
+    tell(asked, {"backups": [summary(one) for one in found]}, text, say)
+
+
+def tell(asked: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:
+    """Prints what was done, as it was asked for."""
+    say(json.dumps(document, indent=2) if asked.output == "json" else text)
+
+
+def summary(backup: Backup) -> dict[str, Any]:
+    """A backup as JSON values, without its files."""
+    fields = {name: value for name, value in asdict(backup).items() if name != "files"}
+    return {**fields, "bytes": backup.bytes, "with_salt": backup.with_salt}
+
+
+def described(backup: Backup) -> str:
+    """What is in a backup, in words."""
+    newest = "no version yet" if backup.version is None else f"version {backup.version}"
+    return f"{newest} of {backup.versions}, control generation {backup.generation}"
+
+
+def size(bytes: int) -> str:
+    """A number of bytes for people.
+
+    >>> size(1_234_567), size(4_200_000_000)
+    ('1.2 MB', '4.20 GB')
+    """
+    return f"{bytes / 1e9:.2f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.1f} MB"
+
+
+class Amount:
+    """Says how many bytes were done, now and then.
+
+    Args:
+        verb: What was done with them.
+    """
+
+    def __init__(self, verb: str) -> None:
+        self._verb, self._bytes, self._begun_s = verb, 0, time.monotonic()
+        self._line = ProgressLine(sys.stderr, LINE_EVERY_S)
+
+    @property
+    def took_s(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._begun_s
+
+    def __call__(self, more: int) -> None:
+        """That many more."""
+        self._bytes += more
+        self._line.show(lambda: f"{size(self._bytes)} {self._verb} after {self.took_s:.0f} s")

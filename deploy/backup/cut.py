@@ -1,0 +1,165 @@
+"""What of a registry goes into a backup: one moment of it, although trainer, compactor and operator go on.
+
+Versions are directories that never change: they appear and go by one rename,
+and what another is made from goes after it. So where all that were listed are
+still there once the list is complete, there was a moment at which all of them
+were: the cut. Control is read before and after; what is of no generation yet is not of the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from deploy.backup.places import usable
+from state import layout
+from state.errors import BackupError
+from state.registry import manifest
+from state.registry.control import Control
+from state.registry.directory import file_bytes
+from state.registry.manifest import Manifest, sees
+from state.registry.registry import Registry
+from state.registry.versions import MANIFEST
+
+TRIES = 100
+VERSIONED = (layout.VERSIONS, layout.MERGED, layout.BASES)
+_LEFT_ALONE = (*VERSIONED, layout.RECENT, layout.TEMPORARY)
+
+
+@dataclass(frozen=True)
+class RegistryCut:
+    """One moment of a registry.
+
+    Attributes:
+        control: Its newest generation.
+        parts: The directories of versions, relative to the registry, with their manifests.
+        files: Everything else that is kept: control, masks, outcomes, gaps, programs, specs.
+        damaged: Directories of versions whose manifest cannot be read, with the reason.
+    """
+
+    control: Control
+    parts: Mapping[str, Manifest]
+    files: tuple[str, ...]
+    damaged: Mapping[str, str]
+
+
+def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
+    """One moment of `registry`.
+
+    Args:
+        registry: The live one.
+        newest_only: Take of the versions only those on which the trainer goes on and that control names.
+
+    Raises:
+        BackupError: There is no control yet, or it changes all the time.
+        CorruptVersion: Control is damaged.
+    """
+    for _ in range(TRIES):
+        control = registry.control()
+        if control is None:
+            raise BackupError(f"{registry.path} has no control yet", "start the system once, then repeat it")
+        try:
+            folders = list_folders(registry.path)
+            parts, damaged = _manifests(registry.path, folders, control)
+            if newest_only:
+                wanted = _needed(parts, control)
+                parts = {name: parts[name] for name in parts if name in wanted}
+            files = list_files(registry.path, control.generation)
+        except FileNotFoundError:
+            # The compactor has put one in place of others.
+            continue
+        if set(folders) <= set(list_folders(registry.path)) and registry.control() == control:
+            return RegistryCut(control, parts, files, damaged)
+    raise BackupError(f"{registry.path} changed while it was listed, {TRIES} times", "repeat it")
+
+
+def list_folders(path: Path) -> list[str]:
+    """The directories of durable versions, those set aside left out, relative to the registry at `path`."""
+    with usable(str(path), "be listed"):
+        return sorted(
+            f"{folder}/{one.name}"
+            for folder in VERSIONED
+            if (path / folder).is_dir()
+            for one in (path / folder).iterdir()
+            if one.name.replace("-", "").isdecimal()
+        )
+
+
+def list_files(path: Path, generation: int) -> tuple[str, ...]:
+    """The files beside the versions, control's only up to `generation`, relative to the registry at `path`."""
+    with usable(str(path), "be listed"):
+        found = [
+            one
+            for folder in sorted(path.iterdir())
+            if folder.is_dir() and folder.name not in _LEFT_ALONE
+            for one in sorted(folder.rglob("*"))
+            if one.is_file()
+        ]
+    newer = {path / layout.CONTROL / one.name for one in found if one.stem.isdecimal() and int(one.stem) > generation}
+    return tuple(one.relative_to(path).as_posix() for one in found if one not in newer)
+
+
+def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
+    """Of `parts` the directories that make up a version, as a registry that has no others would read it; None where one lacks.
+
+    Args:
+        parts: Directories of versions, with their manifests.
+        version: Which one.
+    """
+    bases = {one.version: name for name, one in parts.items() if one.kind == "base"}
+    deltas: dict[int, str] = {}
+    for name, one in parts.items():
+        # A merged one counts before the delta, of several merged ones that which reaches back furthest.
+        if one.kind != "base" and (one.version not in deltas or _rank(one) < _rank(parts[deltas[one.version]])):
+            deltas[one.version] = name
+    newest = deltas.get(version) or bases.get(version)
+    if newest is None:
+        return None
+    line = parts[newest].visible
+    base = max((number for number in bases if number <= version and sees(line, number)), default=None)
+    at: int | None = version
+    chain = set()
+    while base is not None and at != base:
+        if at not in deltas or at < base:
+            return None
+        chain.add(deltas[at])
+        at = parts[deltas[at]].parent
+    return None if base is None else {*chain, bases[base]}
+
+
+def newest_whole(parts: Mapping[str, Manifest], control: Control) -> Manifest | None:
+    """The newest version of control's epoch of which all is there; that which the epoch began from where it has none."""
+    ours = {one.version: one for one in parts.values() if one.epoch == control.epoch or one.version == control.base}
+    return next((ours[number] for number in sorted(ours, reverse=True) if chain_of(parts, number)), None)
+
+
+def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[dict[str, Manifest], dict[str, str]]:
+    parts: dict[str, Manifest] = {}
+    damaged: dict[str, str] = {}
+    for folder in folders:
+        try:
+            found = manifest.decode(file_bytes(path / folder / MANIFEST))
+        except FileNotFoundError:
+            if not (path / folder).is_dir():
+                raise
+            damaged[folder] = "its manifest is missing"
+        except (ValueError, msgspec.MsgspecError) as error:
+            damaged[folder] = f"its manifest is damaged: {error}"
+        else:
+            if found.epoch <= control.epoch:
+                parts[folder] = found
+    return parts, damaged
+
+
+def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
+    """The directories of the versions on which the trainer goes on and that control names, those that are there."""
+    newest = newest_whole(parts, control)
+    named = {control.base, control.serving.version, None if newest is None else newest.version}
+    return set().union(*(chain_of(parts, one) or () for one in named if one is not None))
+
+
+def _rank(part: Manifest) -> tuple[bool, int]:
+    return part.kind != "merged", part.parent or 0

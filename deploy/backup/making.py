@@ -1,0 +1,248 @@
+"""Makes a backup beside the running system: `springtide backup TO`.
+
+1. The place is ours: nobody prunes it meanwhile.
+2. The histories of each shard as of one moment, with their positions; then what lies beside them.
+3. Control, and the versions that there are under it.
+4. The pieces that the place does not have yet.
+5. The document, which makes a backup of it; a crash before leaves none, and what was sent need not be sent again.
+
+Histories first: control that is newer than they are is what a stream meets after
+an outage, and goes back where it must. The trainer's place in its log and the
+stream's in the clicks are of different moments; both are read on from in Kafka,
+and rows that come twice are trimmed by their positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from deploy.backup import documents
+from deploy.backup.cut import RegistryCut, cut, newest_whole
+from deploy.backup.documents import Backup, KeptFile
+from deploy.backup.lease import Lease
+from deploy.backup.listing import ids, newest
+from deploy.backup.objects import Objects
+from deploy.backup.places import BACKUPS, BackupPlace, usable
+from deploy.backup.snapshot import snapshot
+from state import layout
+from state.config.settings import Settings
+from state.disk import clean_mark
+from state.errors import BackupError, CorruptStore, SaltMismatch
+from state.events.identity import load_salt
+from state.history.store import HistoryStore
+from state.process import killpoints
+from state.registry.manifest import FileEntry
+from state.registry.registry import Registry
+from state.registry.versions import MANIFEST
+
+SALT_OF, SPEC_OF = "salt", "spec"  # extras of the stream's histories
+BESIDE = (layout.WRITER, layout.LEADERS)
+TRIES = 50
+
+
+class Scope(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        with_salt: Also the secret of the pseudonyms.
+        newest_only: Of the versions only those on which the trainer goes on and that control names.
+    """
+
+    with_salt: bool = False
+    newest_only: bool = False
+
+
+class Shard(NamedTuple):
+    """The histories of one shard.
+
+    Attributes:
+        name: Of its directory.
+        files: What was kept of it.
+        positions: The next offset of each source, or further.
+        salt: Fingerprint of the salt that its users have.
+        spec: Digest of its feature spec.
+    """
+
+    name: str
+    files: list[KeptFile]
+    positions: dict[str, int]
+    salt: str
+    spec: str
+
+
+def make(settings: Settings, place: BackupPlace, scope: Scope, now_ms: int, said: Callable[[int], None]) -> Backup:
+    """Makes a backup.
+
+    Args:
+        settings: Of the system.
+        place: Where to.
+        scope: What of it.
+        now_ms: Wall clock.
+        said: Told how many bytes were taken, again and again.
+
+    Raises:
+        LockHeld: Another backup is made there.
+        BackupError: There is nothing to keep yet, or the place refused.
+        SaltMismatch: The salt's file is not that of the histories.
+        SpringtideError: The registry or a store cannot be read.
+    """
+    salt = load_salt(settings.salt_path, create=False)
+    # 1.
+    with Lease(place) as lease:
+        if (last := ids(place)[-1:]) >= [made_id := documents.id_at(now_ms)]:
+            raise BackupError(f"{place.told} has backup {last[0]}, and it is only {made_id} now", "put the clock right")
+        making = _Making(settings, place, lease, said)
+        # 2.
+        shards = [making.shard(path) for path in layout.streams(settings.state_dir)]
+        for shard in shards:
+            if shard.salt != salt.fingerprint:
+                raise SaltMismatch.between(shard.name, shard.salt, salt.fingerprint)
+        killpoints.reach("backup.histories")
+        # 3. and 4.
+        found, kept = making.registry(scope.newest_only)
+        files = [*(one for shard in shards for one in shard.files), *kept]
+        if scope.with_salt:
+            files.append(making.whole("salt", settings.salt_path))
+        newest = newest_whole(found.parts, found.control)
+        made = Backup(
+            id=made_id,
+            created_at_ms=now_ms,
+            release=release(),
+            salt=salt.fingerprint,
+            spec=shards[0].spec if shards else "",
+            generation=found.control.generation,
+            epoch=found.control.epoch,
+            version=None if newest is None else newest.version,
+            log=None if newest is None else newest.log,
+            positions={shard.name: shard.positions for shard in shards},
+            versions=len({one.version for one in found.parts.values()}),
+            files=tuple(files),
+            left_out=tuple(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
+            sent_bytes=making.sent_bytes,
+        )
+        # 5.
+        lease.require_held()
+        killpoints.reach("backup.sent")
+        place.write(f"{BACKUPS}/{made.id}.json", documents.encode(made))
+    return made
+
+
+def release() -> str:
+    """Of Springtide; empty where it runs from its source and is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("springtide")
+    return ""
+
+
+class _Making:
+    """One backup on its way."""
+
+    def __init__(self, settings: Settings, place: BackupPlace, lease: Lease, said: Callable[[int], None]) -> None:
+        self._settings, self._lease, self._said = settings, lease, said
+        self._objects = Objects(place)
+        earlier = newest(place)
+        # Whole files by digest: those of versions never change, and are read once in their lives.
+        self._known = {} if earlier is None else {one.sha256: one for one in earlier.files}
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._objects.sent_bytes
+
+    def shard(self, path: Path) -> Shard:
+        """Keeps the histories at `path`, then what lies beside them, which must not be older.
+
+        Raises:
+            CorruptStore: A power cut may have damaged them.
+            StoreError: They cannot be read.
+        """
+        mark, folder = clean_mark.read(path / layout.MARK), path.parent
+        if mark is not None and not mark.trusts(clean_mark.boot_id()):
+            raise CorruptStore(
+                f"{path} was open when the machine went down, so that pages may be missing; it is not copied",
+                "start the stream first, which makes it anew",
+            )
+        map_bytes = self._settings.stream.map_gb << 30
+        store = HistoryStore(path, self._settings.features.history, map_bytes, readonly=True)
+        try:
+            positions = {str(source): after for source, after in sorted(store.positions().items())}
+            salt, spec = (store.extra(name) or b"" for name in (SALT_OF, SPEC_OF))
+            with snapshot(store) as pages:
+                name = f"{folder.name}/{layout.HISTORIES}/{layout.DATA}"
+                files = [self._through(self._objects.keep(name, pages))]
+        finally:
+            store.close()
+        files += [self.whole(f"{folder.name}/{one}", folder / one) for one in BESIDE if (folder / one).exists()]
+        return Shard(folder.name, files, positions, salt.decode(), spec.decode())
+
+    def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
+        """Keeps one moment of the registry; what the compactor took away meanwhile is looked for again.
+
+        Raises:
+            BackupError: It never holds still.
+            RegistryError: It cannot be read.
+        """
+        registry = Registry(self._settings.registry_dir)
+        for _ in range(TRIES):
+            found = cut(registry, newest_only)
+            try:
+                damaged, kept = dict(found.damaged), []
+                for folder, part in found.parts.items():
+                    try:
+                        kept += self._part(registry.path, folder, part.files)
+                    except _Differs as error:
+                        damaged[folder] = str(error)
+                kept += [self.whole(f"{layout.REGISTRY}/{name}", registry.path / name) for name in found.files]
+            except FileNotFoundError:
+                continue
+            good = {folder: part for folder, part in found.parts.items() if folder not in damaged}
+            return replace(found, parts=good, damaged=damaged), kept
+        raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
+
+    def _part(self, path: Path, folder: str, entries: dict[str, FileEntry]) -> list[KeptFile]:
+        """The files of one version; those that the place has are not read."""
+        kept = []
+        for name, entry in entries.items():
+            known = self._known.get(entry.sha256)
+            named = f"{layout.REGISTRY}/{folder}/{name}"
+            if known is not None and self._objects.has(known):
+                kept.append(replace(known, path=named))
+                self._told(entry.bytes)
+                continue
+            made = self.whole(named, path / folder / name)
+            if (made.sha256, made.bytes) != (entry.sha256, entry.bytes):
+                raise _Differs(f"{name} fails its digest")
+            kept.append(made)
+        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", path / folder / MANIFEST)]
+
+    def whole(self, name: str, path: Path) -> KeptFile:
+        """Keeps a file.
+
+        Raises:
+            FileNotFoundError: It is gone.
+            BackupError: It cannot be read.
+        """
+        with usable(str(path), "be read"), path.open("rb", buffering=0) as source:
+            made = self._through(self._objects.keep(name, source))
+        self._known[made.sha256] = made
+        return made
+
+    def _through(self, keeping: Generator[int, None, KeptFile]) -> KeptFile:
+        while True:
+            try:
+                self._told(next(keeping))
+            except StopIteration as end:
+                made: KeptFile = end.value
+                return made
+
+    def _told(self, taken: int) -> None:
+        self._lease.refresh()
+        self._said(taken)
+
+
+class _Differs(Exception):
+    """A file of a version is not what its manifest says."""

@@ -1,0 +1,249 @@
+"""A backup and its restore: equal bits, only what is new is sent, and nothing is taken that is damaged, foreign or in the way."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from deploy.backup.documents import id_at
+from deploy.backup.objects import PIECE_BYTES
+from state.errors import BackupError, DamagedBackup, LockHeld, MissingSalt, SaltMismatch
+from state.events.identity import load_salt
+from state.process import killpoints
+from state.registry.registry import Registry
+from tests.deploy.backup.systems import NOW_MS, System, content, settings_of, springtide
+from tests.state.registry.test_registry import publish
+
+MINUTE_MS = 60_000
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> System:
+    return System(tmp_path / "here")
+
+
+@pytest.fixture
+def to(tmp_path: Path) -> Path:
+    return tmp_path / "backups"
+
+
+def sent(said: str) -> int:
+    made = json.loads(said)["made"]
+    return int(made["sent_bytes"])
+
+
+def test_what_is_restored_is_equal_bit_for_bit_and_says_who_restored_it(
+    system: System, to: Path, tmp_path: Path
+) -> None:
+    said = springtide(system.settings, "backup", str(to), "--with-salt")
+    assert "version 4 of 4, control generation 2" in said and "the salt is in this backup" in said
+    before = content(system.settings)
+    there = settings_of(tmp_path / "there")
+    said = springtide(there, "restore", str(to), now_ms=NOW_MS + MINUTE_MS)
+    assert f"restored backup {id_at(NOW_MS)}" in said and "histories of 500 users" in said
+    after = content(there)
+    assert after.pop("control/00000003.json")
+    assert after == before
+    assert load_salt(there.salt_path, create=False) == load_salt(system.settings.salt_path, create=False)
+    assert sorted(one.name for one in there.state_dir.iterdir()) == ["lock", "registry", "salt", "stream-0"]
+    control = Registry(there.registry_dir).control()
+    assert control is not None
+    assert (control.action, control.reason, control.epoch) == ("restore", f"restored backup {id_at(NOW_MS)}", 2)
+
+
+def test_a_number_that_the_lost_system_may_have_used_is_not_used_again(
+    system: System, to: Path, tmp_path: Path
+) -> None:
+    springtide(system.settings, "backup", str(to), "--with-salt")
+    for parent in range(4, 30):
+        publish(system.registry, parent, epoch=2)
+    there = settings_of(tmp_path / "there")
+    springtide(there, "restore", str(to), now_ms=NOW_MS + MINUTE_MS)
+    restored = Registry(there.registry_dir)
+    restored.sweep_recent()
+    first = publish(restored, 4, epoch=2)
+    assert first.version > 30 + 60 * 100
+    assert first.visible == ((first.version, first.version), (4, 4), (1, 2))
+
+
+def test_what_did_not_change_is_not_sent_again_and_a_file_of_a_version_not_even_read(
+    system: System, to: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sent(springtide(system.settings, "backup", str(to), "-o", "json"))
+    read: list[str] = []
+    opened = Path.open
+
+    def watched(path: Path, *arguments: object, **named: object) -> object:
+        read.append(path.as_posix())
+        return opened(path, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "open", watched)
+    assert sent(springtide(system.settings, "backup", str(to), "-o", "json", now_ms=NOW_MS + 1)) == 0 < first
+    assert [one for one in read if one.endswith(".safetensors")] == []
+    publish(system.registry, 4, epoch=2)
+    assert 0 < sent(springtide(system.settings, "backup", str(to), "-o", "json", now_ms=NOW_MS + 2)) < first / 4
+
+
+def test_histories_of_several_pieces_send_only_those_that_changed(system: System, to: Path, tmp_path: Path) -> None:
+    system.click(range(1000, 100_000))
+    data = system.settings.stream_dir / "histories/data.mdb"
+    assert data.stat().st_size > 3 * PIECE_BYTES
+    first = sent(springtide(system.settings, "backup", str(to), "--with-salt", "-o", "json"))
+    system.click(range(79_000, 79_010))
+    assert (
+        sent(springtide(system.settings, "backup", str(to), "--with-salt", "-o", "json", now_ms=NOW_MS + 1))
+        < 0.7 * first
+    )
+    there = settings_of(tmp_path / "there")
+    springtide(there, "restore", str(to))
+    after = content(there)
+    after.pop("control/00000003.json")
+    assert after == content(system.settings)
+
+
+def test_a_backup_that_broke_off_is_none_and_what_it_sent_is_used(
+    system: System, to: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(BaseException):
+        pass
+
+    def strike() -> None:
+        raise Broken
+
+    monkeypatch.setattr(killpoints, "armed", killpoints.parse("backup.sent", strike))
+    with pytest.raises(Broken):
+        springtide(system.settings, "backup", str(to))
+    assert "has no backup" in springtide(system.settings, "backup", str(to), "--list")
+    with pytest.raises(BackupError, match="has no backup"):
+        springtide(system.settings, "restore", str(to))
+    assert sent(springtide(system.settings, "backup", str(to), "-o", "json")) == 0
+
+
+def test_the_newest_are_kept_with_all_that_they_need(system: System, to: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        publish(system.registry, 4 + number, epoch=2)
+        system.click(range(1, 400))
+        springtide(system.settings, "backup", str(to), "--with-salt", now_ms=NOW_MS + number)
+    objects = len(list((to / "objects").rglob("*/*")))
+    said = json.loads(
+        springtide(system.settings, "backup", str(to), "--with-salt", "--keep", "2", "-o", "json", now_ms=NOW_MS + 9)
+    )
+    assert said["pruned"]["backups"] == 3 and said["pruned"]["objects"] > 0
+    assert len(list((to / "objects").rglob("*/*"))) < objects
+    listed = json.loads(springtide(system.settings, "backup", str(to), "--list", "-o", "json"))["backups"]
+    assert [one["id"] for one in listed] == [id_at(NOW_MS + 3), id_at(NOW_MS + 9)]
+    for one in listed:
+        there = settings_of(tmp_path / one["id"])
+        springtide(system.settings, "backup", str(to), "--check", "--at", one["id"])
+        springtide(there, "restore", str(to), "--at", one["id"])
+        assert Registry(there.registry_dir).newest(2) == one["version"]
+
+
+def test_a_damaged_object_is_named_and_nothing_is_left(system: System, to: Path, tmp_path: Path) -> None:
+    springtide(system.settings, "backup", str(to), "--with-salt")
+    there = settings_of(tmp_path / "there")
+    objects = sorted((to / "objects").rglob("*/*"))
+    for harm in (lambda data: data[:-3], lambda data: data[:9] + bytes([data[9] ^ 4]) + data[10:], None):
+        path = objects[len(objects) // 2]
+        good = path.read_bytes()
+        if harm is None:
+            path.unlink()
+        else:
+            path.write_bytes(harm(good))
+        for words in (("restore", str(to)), ("backup", str(to), "--check")):
+            with pytest.raises(DamagedBackup, match=path.name):
+                springtide(there, *words)
+        assert not [one for one in there.registry_dir.rglob("*") if one.is_file() and one.name != "trainer.lock"]
+        assert not list(there.state_dir.glob("stream-*"))
+        path.write_bytes(good)
+    springtide(there, "restore", str(to))
+
+
+def test_a_damaged_document_is_refused_and_an_older_backup_still_there(
+    system: System, to: Path, tmp_path: Path
+) -> None:
+    for number in (0, 1):
+        springtide(system.settings, "backup", str(to), "--with-salt", now_ms=NOW_MS + number)
+    newest = to / "backups" / f"{id_at(NOW_MS + 1)}.json"
+    newest.write_bytes(newest.read_bytes().replace(b'"epoch":2', b'"epoch":3'))
+    there = settings_of(tmp_path / "there")
+    with pytest.raises(DamagedBackup, match="digest"):
+        springtide(there, "restore", str(to))
+    springtide(there, "restore", str(to), "--at", id_at(NOW_MS))
+
+
+def test_a_damaged_version_is_left_out_and_named(system: System, to: Path, tmp_path: Path) -> None:
+    publish(system.registry, 4, epoch=2)
+    (system.settings.registry_dir / "versions/000000000005/serving.safetensors").write_bytes(b"rows of 3")
+    said = springtide(system.settings, "backup", str(to), "--with-salt")
+    assert "left out, it is damaged: registry/versions/000000000005: serving.safetensors fails its digest" in said
+    there = settings_of(tmp_path / "there")
+    assert "version 4 of 4" in springtide(there, "restore", str(to))
+
+
+@pytest.mark.parametrize("newest", [False, True])
+def test_the_needed_versions_alone_are_enough_to_go_on(system: System, to: Path, tmp_path: Path, newest: bool) -> None:
+    springtide(system.settings, "backup", str(to), "--with-salt", *(("--versions", "newest") if newest else ()))
+    there = settings_of(tmp_path / "there")
+    springtide(there, "restore", str(to))
+    restored = Registry(there.registry_dir)
+    assert restored.versions() == ([1, 2, 4] if newest else [1, 2, 3, 4])
+    assert restored.newest_good(2) == 4
+
+
+def test_without_the_salt_in_it_the_right_one_must_be_there(system: System, to: Path, tmp_path: Path) -> None:
+    assert "keep a copy" in springtide(system.settings, "backup", str(to))
+    there = settings_of(tmp_path / "there")
+    with pytest.raises(MissingSalt, match=r"paths\.salt_file"):
+        springtide(there, "restore", str(to))
+    other = load_salt(there.salt_path)
+    with pytest.raises(SaltMismatch, match=other.fingerprint):
+        springtide(there, "restore", str(to))
+    there.salt_path.write_bytes(system.settings.salt_path.read_bytes())
+    springtide(there, "restore", str(to))
+    assert content(there)["stream-0"] == content(system.settings)["stream-0"]
+
+
+def test_nothing_that_is_there_is_overwritten(system: System, to: Path, tmp_path: Path) -> None:
+    springtide(system.settings, "backup", str(to), "--with-salt")
+    before = content(system.settings)
+    with pytest.raises(BackupError, match="stream-0 is there"):
+        springtide(system.settings, "restore", str(to))
+    assert content(system.settings) == before
+    there = settings_of(tmp_path / "there")
+    (there.serving_dir / "rows").mkdir(parents=True)
+    (there.serving_dir / "rows" / "data.mdb").write_bytes(b"of another line")
+    (there.kafka_dir / "data").mkdir(parents=True)
+    (there.kafka_dir / "data" / "log").write_bytes(b"clicks")
+    with pytest.raises(BackupError, match="serving is there"):
+        springtide(there, "restore", str(to))
+    (there.serving_dir / "rows" / "data.mdb").unlink()
+    springtide(there, "restore", str(to))
+    assert (there.kafka_dir / "data" / "log").read_bytes() == b"clicks"
+
+
+def test_only_its_owner_reads_what_a_backup_holds(system: System, to: Path, tmp_path: Path) -> None:
+    springtide(system.settings, "backup", str(to), "--with-salt")
+    there = settings_of(tmp_path / "there")
+    springtide(there, "restore", str(to))
+    files = [one for folder in (to, there.state_dir) for one in folder.rglob("*") if one.is_file()]
+    open_ones = [one for one in files if stat.S_IMODE(one.stat().st_mode) & 0o077]
+    assert len(files) > 40 and open_ones == []
+
+
+def test_a_clock_that_went_back_makes_no_backup_that_seems_older(system: System, to: Path) -> None:
+    springtide(system.settings, "backup", str(to))
+    with pytest.raises(BackupError, match="put the clock right"):
+        springtide(system.settings, "backup", str(to), now_ms=NOW_MS - 1)
+
+
+def test_two_at_one_place_are_refused(system: System, to: Path) -> None:
+    from deploy.backup.lease import Lease
+    from deploy.backup.places import open_place
+
+    with Lease(open_place(str(to))), pytest.raises(LockHeld, match="is of process"):
+        springtide(system.settings, "backup", str(to))
+    springtide(system.settings, "backup", str(to))
