@@ -1,0 +1,165 @@
+"""A drill: backed up while clicks flow, lost, restored elsewhere, and gone on from the log, bit for bit as one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deploy.backup import listing
+from deploy.backup.making import Scope, make
+from deploy.backup.places import open_place
+from deploy.backup.restoring import restore
+from state.errors import BackupError
+from state.events.identity import load_salt
+from state.history.store import HistoryStore
+from state.layout import HISTORIES
+from state.process import killpoints
+from state.registry.registry import Registry
+from tests.e2e import small_loop
+from tests.e2e.running import ROOT
+from tests.e2e.small_loop import BATCH, SmallLoop
+from tests.e2e.test_rollback_steps import BAD, GOOD, clicks, finished, go_back, never_saw, offsets, poisoned
+from tests.e2e.test_rollback_steps import LATER as MORE
+
+NOW_MS = 1_795_719_672_345
+FLOWING, AFTER = 6 * BATCH, 2 * BATCH
+
+
+@pytest.fixture(scope="module")
+def salt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("salt") / "salt"
+    load_salt(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_plan() -> Iterator[None]:
+    """A test's kill points end with it."""
+    yield
+    small_loop.plan.clear()
+    killpoints.armed = None
+
+
+def move(loop: SmallLoop, to: Path) -> None:
+    """The loop's machine is lost with all that was on it; it begins again at another place, on the same log."""
+    loop.close()
+    shutil.rmtree(loop.settings.state_dir)
+    loop.settings = replace(loop.settings, paths=replace(loop.settings.paths, state=str(to)))
+
+
+def bring_back(loop: SmallLoop, backups: Path) -> Any:
+    place = open_place(str(backups))
+    done = restore(loop.settings, place, listing.backup(place), "ann", NOW_MS + 60_000, lambda more: None)
+    loop.registry = Registry(loop.settings.registry_dir)
+    return done
+
+
+def test_what_is_restored_goes_on_as_if_nothing_had_happened(tmp_path: Path, salt: Path) -> None:
+    loop, backups, sent = SmallLoop(tmp_path / "here", salt), tmp_path / "backups", 2 * BATCH
+    loop.click(*clicks(0, sent))
+    loop.settle()
+    # 1. A process beside the running loop, whose clicks go on; it is held where it has the histories, and no version yet.
+    backup = subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", "backup", str(backups), "--with-salt"],
+        cwd=ROOT,
+        env={**os.environ, **loop.settings.environment(), killpoints.VARIABLE: "backup.histories:1:stop"},
+    )
+    begun = psutil.Process(backup.pid)
+    while begun.status() != psutil.STATUS_STOPPED:
+        assert backup.poll() is None
+        if sent < FLOWING and loop.tick("stream") is False:
+            loop.click(*clicks(sent, BATCH))
+            sent += BATCH
+        for name in loop.NAMES:
+            loop.tick(name)
+    loop.click(*clicks(sent, AFTER))
+    sent += AFTER
+    loop.settle()
+    begun.resume()
+    assert backup.wait(60) == 0
+    # 2. The system lives on for a while; nobody keeps that.
+    loop.click(*clicks(sent, AFTER))
+    sent += AFTER
+    loop.settle()
+    lost = {
+        one.relative_to(loop.settings.registry_dir): one.read_bytes()
+        for one in (loop.settings.registry_dir / "versions").rglob("*.*")
+    }
+    move(loop, tmp_path / "there")
+    # 3. Versions are equal, and the cut lies before what the log has by now.
+    done = bring_back(loop, backups)
+    restored = list((loop.settings.registry_dir / "versions").rglob("*.*"))
+    assert len(restored) > 4
+    assert all(one.read_bytes() == lost[one.relative_to(loop.settings.registry_dir)] for one in restored)
+    (positions,) = done.positions.values()
+    (histories,), (version,) = positions.values(), loop.newest.marks.values()
+    assert 2 * BATCH <= histories < version == sent - AFTER
+    # 4. It goes on from there, and is what a loop is that was left alone.
+    loop.settle()
+    loop.click(*clicks(sent, MORE))
+    loop.settle()
+    found = {"records": loop.records(), **loop.content()}
+    loop.close()
+    alone = SmallLoop(tmp_path / "alone", salt, lane=1)
+    alone.click(*clicks(0, sent + MORE))
+    alone.settle()
+    assert found == {"records": alone.records(), **alone.content()}
+    alone.close()
+
+
+def test_control_that_is_newer_than_the_histories_takes_them_back(tmp_path: Path, salt: Path) -> None:
+    loop, to = poisoned(tmp_path / "here", salt)
+    mask, backups = offsets(GOOD, GOOD + BAD), tmp_path / "backups"
+    loop.end("stream")
+
+    def roll_back() -> None:
+        killpoints.armed = None
+        go_back(loop, to, mask, "exact")
+        loop.settle()
+        loop.end("stream")
+
+    killpoints.armed = killpoints.parse("backup.histories", roll_back)
+    made = make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    assert (made.epoch, next(iter(made.positions["stream-0"].values()))) == (2, GOOD + BAD)
+    move(loop, tmp_path / "there")
+    bring_back(loop, backups)
+    found = finished(loop)
+    assert found == never_saw(tmp_path / "alone", salt, loop.control)
+
+
+@pytest.mark.parametrize("point", ["restore.written", "restore.taken"])
+def test_a_restore_that_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
+    tmp_path: Path, salt: Path, point: str
+) -> None:
+    loop, backups = SmallLoop(tmp_path / "here", salt), tmp_path / "backups"
+    loop.click(*clicks(0, AFTER))
+    loop.settle()
+    loop.close()
+    make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
+    digest = store.digest()
+    store.close()
+    move(loop, tmp_path / "there")
+    words = ["restore", str(backups), "--paths.state", str(tmp_path / "there")]
+    line = [sys.executable, "-m", "deploy.cli", *words]
+    environment = {**os.environ, **loop.settings.environment()}
+    killed = subprocess.run(line, cwd=ROOT, env={**environment, killpoints.VARIABLE: point}, check=False)
+    assert killed.returncode == -9
+    assert Registry(loop.settings.registry_dir).control() is None
+    if point == "restore.taken":
+        with pytest.raises(BackupError, match="stream-0 is there"):
+            bring_back(loop, backups)
+        shutil.rmtree(tmp_path / "there")
+    assert subprocess.run(line, cwd=ROOT, env=environment, check=False).returncode == 0
+    store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
+    assert store.digest() == digest
+    store.close()
