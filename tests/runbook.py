@@ -17,6 +17,8 @@ EXAMPLES: Mapping[str, str] = {
     "A..B": "20m..10m",
     "OFFSET": "7",
     "TEXT": "'the reason'",
+    "TO": "/mnt/backups",
+    "ID": "20261126T190112.345Z",
     "V": "176",
     "N": "20",
 }

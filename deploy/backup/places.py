@@ -103,10 +103,10 @@ class UrlPlace:
     """
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
         self.told = without_password(url)
         try:
+            import fsspec
+
             with reached(self.told, "be opened"):
                 self._files, self._root = fsspec.url_to_fs(url)
         except ImportError as error:

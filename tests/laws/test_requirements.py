@@ -41,7 +41,8 @@ def imported(*folders: str) -> dict[str, set[str]]:
                 *PACKAGES,
                 "tests",
             }:
-                for owner in owners.get(top, []):
+                # One that is not installed yet, in an environment of before, is taken for what its module is called.
+                for owner in owners.get(top, [top]):
                     found.setdefault(canonical(owner), set()).add(path.relative_to(ROOT).as_posix())
     return found
 
