@@ -38,6 +38,7 @@ from state.rows.store import RowStore
 
 ROUND_MS = 200
 SWEEP_MS = 10_000
+RECENT_MS = 10_000
 _log = logging.getLogger(__name__)
 
 
@@ -70,8 +71,8 @@ class VersionFollower:
         self._now_ms = now_ms
         self.served: Served | None = None
         self._read_served()
+        self._here = self._applied()
         with rows.reader() as reader:
-            self._here = {record.version for record in reader.versions()}
             note = reader.note(CONTROL_NOTE)
         self._generation = 0 if note is None else int(json.loads(note)["generation"])
         self._refusals = Refusals(metrics, now_ms)
@@ -113,20 +114,36 @@ class VersionFollower:
         return False
 
     def sweep(self) -> None:
-        """Forgets versions that are older than `keep_s` and that nobody needs; every few seconds at most."""
+        """Forgets versions that are too old and that nobody needs, every few seconds; deletes what they leave a little at a time.
+
+        Those that are not durable are forgotten after `RECENT_MS`, the others after `keep_s`.
+
+        Raises:
+            StoreFull: There is no room for that; nothing was changed.
+            RegistryError: It cannot be said which are durable.
+        """
+        self._rows.tidy()
         now_ms = self._now_ms()
         if 0 <= now_ms - self._swept_ms < SWEEP_MS or self._route is not None:
             return
-        self._swept_ms = now_ms
-        keep = [max(self._here, default=0)]
-        control = self._registry.control()
+        control, durable = self._registry.control(), {*self._registry.versions()}
+        needed = {max(self._here, default=0)}
         if control is not None:
-            keep += [version for version in (control.base, control.serving.version) if version is not None]
-        swept = self._rows.sweep(now_ms - self._keep_ms, keep)
-        self._metrics.swept_versions.inc(swept)
-        if swept:
-            with self._rows.reader() as reader:
-                self._here = {record.version for record in reader.versions()}
+            needed |= {version for version in (control.base, control.serving.version) if version is not None}
+        recent_ms = min(RECENT_MS, self._keep_ms)
+        old = [
+            version
+            for version, applied_ms in self._here.items()
+            if now_ms - applied_ms > (self._keep_ms if version in durable else recent_ms) and version not in needed
+        ]
+        self._metrics.swept_versions.inc(self._rows.forget(old))
+        self._swept_ms = now_ms
+        self._here = self._applied()
+
+    def _applied(self) -> dict[int, int]:
+        """When each version in the store was applied, by its number."""
+        with self._rows.reader() as reader:
+            return {record.version: record.applied_at_ms for record in reader.versions()}
 
     def _take_up(self, control: Control) -> None:
         """Stores control and mask where answers look, with the pointer where the pinned version is here."""
@@ -225,10 +242,11 @@ class VersionFollower:
         self._programs.bring(manifest.program)
         data = self._registry.read(manifest, SERVING)
         killpoints.reach("apply.read")
+        now_ms = self._now_ms()
         with self._metrics.apply_seconds.time():
-            self._rows.apply(manifest, load_tensors(data), self._now_ms(), follow=follow, replace=rebuild)
+            self._rows.apply(manifest, load_tensors(data), now_ms, follow=follow, replace=rebuild)
         killpoints.reach("apply.applied")
-        self._here.add(manifest.version)
+        self._here[manifest.version] = now_ms
         self._metrics.applied_versions.inc()
         if follow or (self.served is not None and self.served.version == manifest.version):
             self._read_served()

@@ -10,6 +10,7 @@ from state.metrics import ApplierMetrics
 from state.registry.manifest import Manifest
 
 RETRY_MS = 1000
+REMEMBERED = 1000
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +41,9 @@ class Refusals:
                 self._metrics.corrupt_versions.inc()
             _log.warning("%s; %s goes on answering", error, answering)
         self._again_ms[kind, version] = self._now_ms() + RETRY_MS
+        if len(self._again_ms) > REMEMBERED:
+            # The one that was refused first.
+            del self._again_ms[next(iter(self._again_ms))]
 
     def blocks(self, steps: Iterable[Manifest]) -> bool:
         """Whether one of these versions was refused a moment ago."""

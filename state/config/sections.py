@@ -383,7 +383,9 @@ class ServingSettings:
         help="What `at` means when a request does not say: event clock or wall clock.",
     )
     poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Time between looks at the registry.")
-    keep_s: float = setting(900.0, "s", least=0.0, help="How long rows of older versions stay readable.")
+    keep_s: float = setting(
+        900.0, "s", least=0.0, help="How long rows of older durable versions stay readable, others 10 s."
+    )
     rows_dir: str = setting(
         "",
         help="Directory for the rows that answers read, best in memory; empty: /dev/shm where it has room, else the disk.",

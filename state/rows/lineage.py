@@ -1,4 +1,4 @@
-"""Which entries of an embedding row a sweep must keep, so that each retained version reads as before.
+"""Which entries of an embedding row must stay, so that each retained version reads as before.
 
 Version numbers only grow; a rollback to version 30 makes the next epoch begin
 at, say, 51 with parent 30. What version 52 may see is then written as closed
@@ -8,24 +8,38 @@ their rows may still be stored, and no reader of 52 sees them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from state.registry.manifest import Visible, sees
 
 
-class RetainedRun(NamedTuple):
-    """Retained versions that follow each other on one line of descent.
+class Branch(NamedTuple):
+    """Retained versions of one line of descent.
 
     Attributes:
-        first: The oldest retained version of the run.
-        last: The newest.
-        visible: What `first` may see.
+        start: The first version of the line since it left another one.
+        before: What they see of the time before, newest interval first.
+        versions: The retained ones, ascending.
     """
 
-    first: int
-    last: int
-    visible: Visible
+    start: int
+    before: Visible
+    versions: list[int]
+
+
+def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
+    """The lines of descent that `retained` versions are on.
+
+    >>> branches_of({52: ((51, 52), (1, 30)), 29: ((1, 29),), 30: ((1, 30),)})
+    [Branch(start=1, before=(), versions=[29, 30]), Branch(start=51, before=((1, 30),), versions=[52])]
+    """
+    found: dict[tuple[int, Visible], list[int]] = {}
+    for version in sorted(retained):
+        (start, _), *before = retained[version]
+        found.setdefault((start, tuple(before)), []).append(version)
+    return [Branch(*line, versions) for line, versions in found.items()]
 
 
 def newest_visible(versions: Iterable[int], visible: Visible) -> int | None:
@@ -40,32 +54,27 @@ def newest_visible(versions: Iterable[int], visible: Visible) -> int | None:
     return None
 
 
-def segments(retained: Mapping[int, Visible]) -> tuple[RetainedRun, ...]:
-    """Groups `retained` versions into runs without a gap on one line of descent.
+def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
+    """Which entries of one row (their versions, newest first) some retained version reads.
 
-    >>> segments({7: ((1, 7),), 8: ((1, 8),), 3: ((1, 3),)})
-    (RetainedRun(first=3, last=3, visible=((1, 3),)), RetainedRun(first=7, last=8, visible=((1, 7),)))
-    """
-    runs: list[RetainedRun] = []
-    for version in sorted(retained):
-        visible = retained[version]
-        if runs and runs[-1].last == version - 1 and runs[-1].visible[0][0] == visible[0][0]:
-            runs[-1] = runs[-1]._replace(last=version)
-        else:
-            runs.append(RetainedRun(version, version, visible))
-    return tuple(runs)
-
-
-def needed(versions: Sequence[int], runs: Sequence[RetainedRun]) -> set[int]:
-    """Which entries of one id (their versions, newest first) some retained version reads.
-
-    >>> needed([9, 7, 5, 2], [RetainedRun(6, 8, ((1, 6),))]) == {7, 5}
+    >>> needed([9, 7, 5, 2], [Branch(1, (), [6, 7, 8])]) == {7, 5}
+    True
+    >>> needed([52, 44, 12, 3], [Branch(51, ((1, 30),), [51, 53])]) == {52, 12}
     True
     """
     kept: set[int] = set()
-    for run in runs:
-        kept.update(version for version in versions if run.first < version <= run.last)
-        oldest = newest_visible((version for version in versions if version <= run.first), run.visible)
-        if oldest is not None:
-            kept.add(oldest)
+    for start, before, readers in branches:
+        newer: int | None = None
+        for version in versions:
+            if version < start:
+                break
+            # The oldest reader that may see it reads it unless a newer one hides it.
+            place = bisect_left(readers, version)
+            if place < len(readers) and (newer is None or readers[place] < newer):
+                kept.add(version)
+            newer = version
+        if before and (newer is None or newer > readers[0]):
+            oldest = newest_visible(versions, before)
+            if oldest is not None:
+                kept.add(oldest)
     return kept

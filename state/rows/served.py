@@ -60,7 +60,7 @@ class Served:
             parent=manifest.parent,
             serial=serial,
             lane=lane,
-            visible=((version, version),) if parent is None else extend(parent.visible, parent.version, version),
+            visible=((version, version),) if parent is None else joined(parent, manifest),
             dims=dims,
             created_at_ms=manifest.created_at_ms,
             event_time_ms=manifest.event_time_ms,
@@ -71,3 +71,16 @@ class Served:
             mask_generation=manifest.mask_generation,
             sources={str(source): int(following) for source, following in manifest.sources},
         )
+
+
+def joined(parent: Served, manifest: Manifest) -> Visible:
+    """What a delta sees that is applied onto `parent`.
+
+    The versions between two durable ones are of one line with both: what is
+    there of them is of the newer one's past, and one interval holds it all.
+    A reader seeks once an interval.
+    """
+    (low, high), *older = parent.visible
+    if high == parent.version and any(first <= high and manifest.version <= last for first, last in manifest.visible):
+        return ((low, manifest.version), *older)
+    return extend(parent.visible, parent.version, manifest.version)

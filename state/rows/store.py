@@ -4,7 +4,7 @@
     versions  version u64                  -> `Served`, JSON
     dense     version u64                  -> dense tensors, safetensors
     popular   version u64                  -> u64[P] categories
-    changes   version u64                  -> u64[2, k] (table, id) written by it
+    changes   version u64                  -> u64[2, k] (table, id) written since the version before it that is here
     meta      "served", "serial", "floor", "format"; note:<name> -> bytes of the owner
 
 A base goes into a lane of its own (there are 32), and deltas follow their
@@ -17,7 +17,7 @@ The store is a copy of the registry. After a power cut it is begun anew.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from safetensors.numpy import save as save_tensors
 
 from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
-from state.registry.manifest import Manifest, Visible
+from state.registry.manifest import Manifest
+from state.rows.forgetting import ROWS_AT_ONCE, Forgetting
 from state.rows.keys import LANES, lane_of, lane_start, row_keys, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
-from state.rows.sweep import delete_dead_lanes, sweep_rows
 from state.rows.tables import CODES, tables_in
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -69,6 +69,7 @@ class RowStore(LmdbStore):
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
         self._dense, self._popular = opened["dense"], opened["popular"]
         self._last = LastServed()
+        self._forgetting = Forgetting(opened)
 
     @contextmanager
     def reader(self) -> Iterator[RowReader]:
@@ -215,42 +216,58 @@ class RowStore(LmdbStore):
         cursor = transaction.cursor(self._rows)
         return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
 
-    def sweep(self, horizon_ms: int, keep: Sequence[int] = (), at_most: int = 200) -> int:
-        """Forgets versions applied before `horizon_ms`, and the rows that only they could see.
+    def sweep(self, horizon_ms: int, keep: Sequence[int] = ()) -> int:
+        """Forgets versions applied before `horizon_ms`, and deletes the rows that only they could see.
 
         The served version and those of `keep` stay.
 
         Args:
             horizon_ms: Versions applied at or after this time stay.
             keep: Versions that stay whatever their age.
-            at_most: How many versions one call forgets, so that it stays short.
 
         Returns:
             How many versions were forgotten.
         """
+        with self.reader() as reader:
+            old = [one.version for one in reader.versions() if one.applied_at_ms < horizon_ms]
+        forgotten = self.forget(set(old) - {*keep})
+        while self.tidy():
+            pass
+        return forgotten
+
+    def forget(self, versions: Collection[int]) -> int:
+        """Forgets these versions but for the served one, with their dense weights; `tidy` deletes what they leave.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            StoreFull: Nothing was changed.
+        """
         with self._write() as transaction:
-            records = [Served.parse(record) for _, record in transaction.cursor(self._versions)]
-            pointer = stored(transaction, b"served", self._meta)
-            kept = {*keep, 0 if pointer is None else int.from_bytes(pointer[:8], "big")}
-            retired = [r for r in records if r.applied_at_ms < horizon_ms and r.version not in kept][:at_most]
-            gone = {record.version for record in retired}
-            lanes: dict[int, dict[int, Visible]] = {}
-            for record in records:
-                if record.version not in gone:
-                    lanes.setdefault(record.lane, {})[record.version] = record.visible
+            served = stored(transaction, b"served", self._meta) or bytes(8)
+            found = self._forgetting.forget(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
+        self._forgetting.took(found)
+        return found.versions
+
+    def tidy(self, at_most: int = ROWS_AT_ONCE) -> bool:
+        """Looks at some rows of forgotten versions and deletes what nobody reads; whether there are more to look at.
+
+        Args:
+            at_most: How many rows, so that no version waits long.
+
+        Raises:
+            StoreFull: Nothing was changed.
+        """
+        if not self._forgetting.left:
+            return False
+        with self._write() as transaction:
             floors = self._floors(transaction)
-            for record in retired:
-                if record.lane in lanes:
-                    written = required(transaction, record.version, self._changes)
-                    changes = zip(*np.frombuffer(written, np.uint64).reshape(2, -1).tolist(), strict=True)
-                    floor = sweep_rows(transaction, self._rows, record.lane, changes, lanes[record.lane])
-                    floors[str(record.lane)] = max(floors.get(str(record.lane), 0), floor)
-                for db in (self._versions, self._dense, self._popular, self._changes):
-                    transaction.delete(u64(record.version), db=db)
-            for lane in delete_dead_lanes(transaction, self._rows, set(lanes)):
-                floors.pop(str(lane), None)
-            transaction.put(b"floor", json.dumps(floors).encode(), db=self._meta)
-        return len(retired)
+            done = self._forgetting.tidy(transaction, floors, at_most)
+            if done.floors != floors:
+                transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
+        self._forgetting.took(done)
+        return self._forgetting.left
 
     def entries(self) -> int:
         """How many row entries are stored, over all versions."""

@@ -236,6 +236,38 @@ def test_a_recent_version_answers_on_until_a_killed_trainer_has_a_newer_one(worl
     assert world.registry.either(again).visible == ((again, again), (1, durable))
 
 
+def test_recent_versions_go_after_a_moment_and_durable_ones_once_they_are_old(world: World) -> None:
+    """Base, pinned and served ones stay; what the follower remembers of versions is what is stored."""
+    world.follower._keep_ms = 60_000
+    base = world.publish({1: 1.0}).version
+    pinned = world.publish({2: 2.0}).version
+    world.settle()
+    for number in range(100):
+        world.clock.now_ms += 1000
+        world.publish_recent({number % 10: float(number)}, durable=number % 10 == 9)
+        world.settle()
+        world.follower.sweep()
+        if number == 5:
+            world.registry.change(lambda control: pin(control, pinned, **BY))
+            world.settle()
+            world.registry.change(lambda control: follow(control, **BY))
+            world.settle()
+            world.registry.change(lambda control: replace(control, base=base, generation=control.generation + 1))
+        world.lose_recent(max(0, len(world.registry.recents()) - 15))
+    with world.rows.reader() as reader:
+        ages = {one.version: world.clock.now_ms - one.applied_at_ms for one in reader.versions()}
+    durable = {*world.registry.versions()}
+    assert base in ages and pinned not in ages
+    ages.pop(base)
+    assert max(age for version, age in ages.items() if version in durable) in range(50_000, 71_000)
+    assert max(age for version, age in ages.items() if version not in durable) <= 20_000
+    assert {*world.follower._here} == {base, *ages}
+    newest = max(ages)
+    check(world, newest)
+    world.follower.sweep()
+    assert world.rows.entries() == len({row for version in (base, *ages) for row in world.state[version].items()})
+
+
 def test_an_applier_that_was_away_catches_up(world: World) -> None:
     """Versions published meanwhile are applied one after another; none is applied twice."""
     world.publish({1: 1.0})

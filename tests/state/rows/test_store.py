@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("roll back"), st.integers(0, 30), st.none()),
         st.tuples(st.just("serve"), st.integers(0, 30), st.none()),
         st.tuples(st.just("sweep"), st.integers(1, 6), st.lists(st.integers(0, 30), max_size=2)),
+        st.tuples(st.just("forget"), st.sets(st.integers(0, 30), max_size=4), st.integers(0, 3)),
         st.tuples(st.just("rebuild"), st.integers(0, 40), st.integers(0, 5)),
         st.tuples(st.just("reapply"), st.none(), st.none()),
         st.tuples(st.just("base"), st.none(), st.none()),
@@ -117,6 +120,10 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
                     store.serve(here[first % len(here)])
                 case "sweep":
                     store.sweep(clock - first, keep=[*second, head])
+                case "forget":
+                    # Some at any place, and what they leave not to its end.
+                    store.forget({here[one % len(here)] for one in first} - {head})
+                    store.tidy(second)
                 case "base":
                     store.apply(
                         manifest(head, 0, "base"), tensors(truth[head]), now_ms=clock, follow=True, replace=True
@@ -162,6 +169,80 @@ def test_nothing_superseded_survives_a_full_sweep(
         store.sweep(last)
         assert read(store, last) == truth
         assert store.entries() == len(truth)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sets(KEYS, max_size=4), st.sets(KEYS, max_size=2)), min_size=6, max_size=40),
+    st.integers(2, 7),
+)
+def test_versions_of_two_lifetimes_leave_one_entry_a_row_between_those_that_stay(
+    steps: list[tuple[set[tuple[str, int]], set[tuple[str, int]]]], every: int
+) -> None:
+    """Most versions go after a moment, each so many-th later: what is stored is what those that stay read, whatever went before."""
+    with store_in_temporary_folder() as store:
+        truth: dict[int, Rows] = {1: {}}
+        store.apply(manifest(1, None, "base"), tensors({}), now_ms=1, follow=True)
+        for version, (put, removed) in enumerate(steps, start=2):
+            fresh = {key: float(version) for key in put}
+            truth[version] = {k: v for k, v in truth[version - 1].items() if k not in removed - put} | fresh
+            changed = tensors(fresh, frozenset(removed - put))
+            store.apply(manifest(version, version - 1), changed, now_ms=version, follow=True)
+            if version % every == 0:
+                here = [one for one in truth if one < version]
+                store.forget([one for one in here if one % every or one < version - 3 * every])
+                while store.tidy(1):
+                    pass
+                with store.reader() as reader:
+                    stay = [record.version for record in reader.versions()]
+                for one in stay:
+                    assert read(store, one) == truth[one]
+                # Of a row that somebody removed, the tombstone over an older entry is one more.
+                values = {(key, value) for one in stay for key, value in truth[one].items()}
+                most = len(values) + sum(
+                    key in truth[older] and key not in truth[newer]
+                    for older, newer in itertools.pairwise(stay)
+                    for key in truth[older]
+                )
+                assert len(values) <= store.entries() <= most
+
+
+def test_what_a_process_did_not_live_to_delete_goes_with_the_next_entry_of_its_row(tmp_path: Path) -> None:
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
+    for version in (2, 3, 4):
+        store.apply(manifest(version, version - 1), tensors({("user", 1): float(version)}), now_ms=1, follow=True)
+    assert store.forget([1, 2]) == 2
+    store.close()
+    again = RowStore(tmp_path, 1 << 26)
+    assert (again.entries(), read(again, 4)) == (4, {("user", 1): 4.0})
+    again.forget([3])
+    while again.tidy():
+        pass
+    assert (again.entries(), read(again, 4)) == (1, {("user", 1): 4.0})
+
+
+def test_where_nothing_is_to_be_deleted_nothing_is_written(tmp_path: Path) -> None:
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1, follow=True)
+    store.tidy()
+    before = store._env.info()["last_txnid"]
+    assert store.forget([1, 7]) == 0 and not store.tidy() and store.sweep(99) == 0
+    assert store._env.info()["last_txnid"] == before
+
+
+def test_a_durable_version_over_the_one_before_it_reads_as_one_line(tmp_path: Path) -> None:
+    """A delta of a durable version is over another one of long before; who reads it looks in one interval."""
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0, ("user", 2): 1.0}), now_ms=1)
+    for version, parent in ((51, 1), (101, 51)):
+        of_line = replace(manifest(version, parent), visible=((1, version),))
+        store.apply(of_line, tensors({("user", 1): float(version)}), now_ms=1, follow=True)
+    with store.reader() as reader:
+        served = reader.served()
+        assert served is not None and served.visible == ((1, 101),)
+    assert read(store, 101) == {("user", 1): 101.0, ("user", 2): 1.0}
+    assert read(store, 51) == {("user", 1): 51.0, ("user", 2): 1.0}
 
 
 def test_abandoned_versions_are_never_visible(tmp_path: Path) -> None:
