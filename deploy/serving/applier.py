@@ -127,6 +127,7 @@ class Applier:
             self.metrics,
             now_ms,
             Journal(settings.registry_dir / GAPS).accepted,
+            settings.serving,
         )
 
     @property
