@@ -88,23 +88,23 @@ class MissingSalt(SpringtideError):
 
 
 class SaltMismatch(SpringtideError):
-    """The salt is not the one the stored pseudonyms were made with. Restore the salt file, or start a new state directory."""
+    """The salt is not the one the stored pseudonyms were made with. Restore the salt file (`paths.salt_file`); without it start a new state directory."""
 
     @classmethod
     def between(cls, holder: str, stored: str, ours: str) -> SaltMismatch:
         """The error, of what has users of another salt: that salt's fingerprint and ours.
 
         >>> str(SaltMismatch.between("version 7", "1f", "2e"))
-        'version 7 has users of salt 1f, the salt here is 2e; restore the salt file (paths.salt_file), or start a new state directory'
+        'version 7 has users of salt 1f, the salt here is 2e; restore the salt file (paths.salt_file); without it start a new state directory (paths.state)'
         """
         return cls(
             f"{holder} has users of salt {stored}, the salt here is {ours}",
-            "restore the salt file (paths.salt_file), or start a new state directory",
+            "restore the salt file (paths.salt_file); without it start a new state directory (paths.state)",
         )
 
 
 class SpecMismatch(SpringtideError):
-    """The feature settings are not those of the stored state. Put `[features]` and `events.actions` back, or start a new state directory."""
+    """The feature settings are not those of the stored state. Put `[features]` and `events.actions` back, or go on from what was learned as the message says."""
 
 
 class ModelMismatch(SettingsError):

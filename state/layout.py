@@ -25,7 +25,7 @@
     │   ├── histories/ attributes/
     │   └── programs/            those of applied versions
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
-    ├── kafka/                   broker.lock, data                deploy/kafka/broker.py
+    ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
     └── logs/                    one file a process               deploy/children/supervisor.py
 
 A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.

@@ -1,4 +1,4 @@
-"""The stream's store of histories: opened where its directory has it, and bound to its salt and feature spec."""
+"""The stream's store of histories: opened where its directory has it, bound to its salt, and to features that may change."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from state.disk.lock import DirectoryLock
 from state.errors import SaltMismatch, SpecMismatch
 from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
+from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
+from state.registry.model_fit import require_same_features
+from state.registry.spec_actions import SpecActions
 from state.storage.shares import STREAM, map_bytes
 from streaming import takeover
 from streaming.fencing import note_first_release
@@ -29,7 +32,8 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
     1. The directory's lock, so that nobody else has the store.
     2. The salt, which is made at the first start.
     3. A complete rebuild takes its place, if one was cut short.
-    4. The store, which must be of this salt and this feature spec.
+    4. The store, which must be of this salt. Its events know no feature spec: windows of another one are computed out of
+       them, once what was learned goes on with it.
 
     Args:
         settings: The effective settings.
@@ -37,13 +41,16 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
 
     Raises:
         LockHeld: Another process has the directory.
-        SpecMismatch: The store was filled under another spec.
+        ModelMismatch: The features are others than what was learned, and nobody asked for an upgrade.
         SaltMismatch: The store was filled with another salt.
+        SpecMismatch: The store's actions are not known.
         MissingSalt: The salt of what is stored here is gone.
         SettingsError: The salt cannot be read.
         StoreError: The store cannot be opened.
     """
     folder = settings.stream_dir
+    # Windows that nobody learns from yet are not written into the training log.
+    require_same_features(settings)
     # 1.
     folder.mkdir(parents=True, exist_ok=True)
     with DirectoryLock(folder):
@@ -57,27 +64,40 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         place = folder / HISTORIES
         store = HistoryStore(place, spec.history, map_bytes(settings, STREAM, HISTORIES, place))
         try:
-            check_identity(store, spec.digest, salt.fingerprint)
+            check_identity(store, spec, salt.fingerprint, SpecActions(settings.registry_dir, spec))
             yield store, salt
         finally:
             store.close()
 
 
-def check_identity(store: HistoryStore, spec: str, salt: str) -> None:
-    """Binds a new store to the spec's digest and the salt's fingerprint, and holds an old one to them.
+def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: SpecActions) -> None:
+    """Binds a store to the features of the settings, and to the salt of its users for good.
+
+    Args:
+        store: Whatever features it was filled under.
+        spec: Of the settings.
+        salt: The salt's fingerprint.
+        known: Names actions under former features.
 
     Raises:
-        SpecMismatch: The store was filled under another spec.
         SaltMismatch: The store was filled with another salt.
+        SpecMismatch: The names of its actions are not known.
     """
     stored_spec, stored_salt = store.extra(SPEC), store.extra(SALT)
-    if stored_spec is None and stored_salt is None:
-        store.commit(Appends.none(), (), {SPEC: spec.encode(), SALT: salt.encode()})
-        return
-    if stored_salt != salt.encode():
-        raise SaltMismatch.between(str(store.path), (stored_salt or b"").decode(), salt)
-    if stored_spec != spec.encode():
-        raise SpecMismatch(
-            f"the histories belong to feature spec {(stored_spec or b'').decode()[:12]}, the settings make {spec[:12]}",
-            "put [features] and events.actions back, or choose another paths.state",
-        )
+    if stored_salt is not None and stored_salt != salt.encode():
+        raise SaltMismatch.between(str(store.path), stored_salt.decode(), salt)
+    before = None
+    if stored_spec not in (None, spec.digest.encode()) and store.extra(ACTIONS) is None:
+        before = known.of((stored_spec or b"").decode())
+        if before is None:
+            raise SpecMismatch(
+                f"{store.path} was filled by 0.1.0 under feature spec {(stored_spec or b'').decode()[:12]}, which the "
+                "registry does not know",
+                "start the stream once with the events.actions of then, and then with the new ones",
+            )
+    store.numbering, extra = numbered(store.extra(ACTIONS), spec.actions, before)
+    extra |= {SPEC: spec.digest.encode(), SALT: salt.encode()}
+    if changed := {name: value for name, value in extra.items() if store.extra(name) != value}:
+        if stored_spec is not None and SPEC in changed:
+            logger.info("histories of feature spec %s go on with %s", stored_spec.decode()[:12], spec.digest[:12])
+        store.commit(Appends.none(), (), changed)

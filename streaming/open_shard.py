@@ -1,6 +1,6 @@
 """Opens what a stream process owns, in the order in which a mistake does the least harm.
 
-1. The directory with the store, which must be of this salt and this feature spec.
+1. The directory with the store, which must be of this salt; the features must be those that are learned.
 2. The metrics' port.
 3. The topics; a missing topic of clicks is an error, the two others are created.
 4. Control: the mask, and the line of the training log.
@@ -77,7 +77,7 @@ def open_shard(
 
     Raises:
         LockHeld: Another process has the directory.
-        SaltMismatch, SpecMismatch: The store was made with another salt, or belongs to other feature settings.
+        ModelMismatch, SaltMismatch, SpecMismatch: See `streaming.histories.open_histories`.
         SettingsError: The salt cannot be read.
         PortTaken: The metrics' port is in use.
         GapError: Positions are gone, and nobody accepted it.

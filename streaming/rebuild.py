@@ -35,6 +35,7 @@ from state.layout import HISTORIES
 from state.log import KafkaLog
 from state.process.private_files import keep_private
 from state.process.progress_line import ProgressLine
+from state.registry.spec_actions import SpecActions
 from state.storage.shares import STREAM, map_bytes
 from streaming import takeover
 from streaming.desired import ControlWatch
@@ -77,11 +78,11 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
             HistoryStore.copied(copy, place, spec.history, most)
         store = HistoryStore(place, spec.history, most)
         try:
-            check_identity(store, spec.digest, salt.fingerprint)
+            check_identity(store, spec, salt.fingerprint, actions := SpecActions(settings.registry_dir, spec))
             desired = ControlWatch(settings.registry_dir, line_of(store)).desired
             take_back(log, settings, spec, store, desired)
             # 2. and 3.
-            found = Rebuild(settings, store, spec.digest, salt, progress, desired).run()
+            found = Rebuild(settings, store, actions, salt, progress, desired).run()
         finally:
             store.close()
         # 4.

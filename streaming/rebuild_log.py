@@ -10,6 +10,7 @@ import numpy as np
 from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
 from state.events.identity import Salt
+from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
@@ -24,6 +25,7 @@ from state.positions import Range, Source
 from state.process import killpoints
 from state.process.progress_line import ProgressLine
 from state.registry.log_line import counts
+from state.registry.spec_actions import SpecActions
 from streaming.cut import merge_all, merge_appends
 from streaming.desired import NOTHING_DESIRED, Desired
 from streaming.event_clock import EventClock
@@ -45,7 +47,7 @@ class Rebuild:
     Args:
         settings: Of the stream.
         store: Built aside; positions it has are gone on from.
-        spec: Digest of the feature spec.
+        actions: Names the actions of each record by its feature spec.
         salt: Of the users' pseudonyms.
         progress: Where it is shown how far the log is read.
         desired: The records that count, and the clicks that are left out.
@@ -55,12 +57,12 @@ class Rebuild:
         self,
         settings: Settings,
         store: HistoryStore,
-        spec: str,
+        actions: SpecActions,
         salt: Salt,
         progress: ProgressLine,
         desired: Desired = NOTHING_DESIRED,
     ) -> None:
-        self._settings, self._store, self._spec, self._salt = settings, store, spec, salt
+        self._settings, self._store, self._actions, self._salt = settings, store, actions, salt
         self._progress, self._desired = progress, desired
         self._accepted = Journal(settings.registry_dir / GAPS).accepted()
         self._marks = store.positions()
@@ -75,7 +77,7 @@ class Rebuild:
 
         Raises:
             SaltMismatch: The log's pseudonyms are of another salt.
-            SpecMismatch: The log is of other feature settings.
+            SpecMismatch: A record is of feature settings that the registry does not know.
             CorruptStore: The store lacks an impression that waits.
             StoreFull: The store or its disk is full.
             LogError: Kafka is not reachable, or stops answering.
@@ -180,11 +182,14 @@ class Rebuild:
             return None
         if header.salt != self._salt.fingerprint:
             raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
-        if header.spec != self._spec:
+        # What was computed of an event is nothing to histories: only its action's number depends on the features.
+        named = self._actions.of(header.spec)
+        if named is None:
             raise SpecMismatch(
-                f"{where} has feature spec {header.spec[:12]}, the settings make {self._spec[:12]}",
-                "put [features] and events.actions back",
+                f"{where} has feature spec {header.spec[:12]}, which the registry does not know",
+                "put [features] and events.actions back, or restore specs/ of the registry",
             )
+        whole = renumbered(whole, named, self._settings.events.actions)
         return part_of(whole, [self._is_ours(part.source) for part in header.ranges])
 
 

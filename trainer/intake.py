@@ -89,29 +89,25 @@ def take_in(
         where: The record's place, for messages.
         line: The records that count.
         offset: The record's.
-        is_former: Whether records of another feature spec, by its digest, are passed over.
+        is_former: Whether records of another feature spec or salt, by digest or fingerprint, are passed over.
 
     Raises:
         MicroBatchError: The value is no micro-batch.
         SpecMismatch: It has other features, and they are no former ones.
-        SaltMismatch: Its users have other pseudonyms.
+        SaltMismatch: Its users have other pseudonyms, likewise.
     """
     whole = _decoded(value, where)
     if not counts(line, whole.header.log_epoch, offset):
         nothing = whole.take(np.zeros(len(whole), np.bool_))
         return Intake(replace(nothing, header=replace(whole.header, ranges=())), dict(marks), 0, 0, 0, [])
-    if (other := whole.header.spec != spec) and not is_former(whole.header.spec):
-        raise SpecMismatch(
-            f"{where} has feature spec {whole.header.spec[:12]}, this trainer has {spec[:12]}",
-            "give both the same release, [features] and events.actions: see `springtide upgrade --dry-run` with the stream's",
-        )
-    if whole.header.salt != salt:
-        raise SaltMismatch.between(where, whole.header.salt, salt)
+    is_ours = _is_ours(whole, spec, salt, where, is_former)
     unseen, after = trim(whole, marks)
     ours = trained(whole.kind)
     fresh = ours & unseen
-    if other:
-        return _passed_over(whole, ours, unseen, after, gaps(whole.header, marks))
+    if not is_ours:
+        # A source of which nothing was learned is still to come, perhaps read again from its beginning.
+        known = {source: after[source] for source in marks}
+        return _passed_over(whole, ours, unseen, known, gaps(whole.header, marks))
     mask = mask_at(whole.header.mask_generation)
     allowed = unseen & ~masked(whole, mask) if mask else unseen
     keep = ours & allowed
@@ -132,6 +128,19 @@ def _decoded(value: bytes | None, where: str) -> MicroBatch:
         return decode(value or b"")
     except MicroBatchError as error:
         raise MicroBatchError(f"{where}: {error.what}", error.do) from error
+
+
+def _is_ours(whole: MicroBatch, spec: str, salt: str, where: str, is_former: Callable[[str], bool]) -> bool:
+    """Whether a record has our features and pseudonyms; refuses one that has not, and no former ones."""
+    found = whole.header
+    if found.spec != spec and not is_former(found.spec):
+        raise SpecMismatch(
+            f"{where} has feature spec {found.spec[:12]}, this trainer has {spec[:12]}",
+            "give both the same release, [features] and events.actions: see `springtide upgrade --dry-run` with the stream's",
+        )
+    if found.salt != salt and not is_former(found.salt):
+        raise SaltMismatch.between(where, found.salt, salt)
+    return (found.spec, found.salt) == (spec, salt)
 
 
 def _passed_over(

@@ -56,7 +56,7 @@ def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passa
         raise UnknownTopic(
             f"version {restored.version} was trained on topic id {restored.log.topic_id}, {restored.log.topic} is now "
             f"{log.topic_id}: it was deleted and made again",
-            "start a new state directory, or restore the topic",
+            "restore the topic, or learn what the new one holds: `springtide upgrade --learn-anew --reason TEXT`",
         )
     # 2.
     killpoints.reach("enter.opened")

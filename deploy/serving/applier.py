@@ -40,7 +40,10 @@ from state.errors import (
     UnknownTopic,
     of_disk,
 )
+from state.events.identity import fingerprint_at
 from state.features.spec import FeatureSpec
+from state.history.actions import ACTIONS, numbered
+from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, GAPS, HISTORIES
 from state.log import Reader, Topics
@@ -49,6 +52,7 @@ from state.metrics import ApplierMetrics, serve
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
+from state.registry.spec_actions import SpecActions
 from state.storage.measuring import offer
 from state.storage.shares import SERVING, map_bytes
 from state.storage.waiting import Room, is_full
@@ -120,20 +124,32 @@ class Applier:
             AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None
         )
         self._control = ControlLook(settings.registry_dir)
+        spec = FeatureSpec.from_settings(settings)
+        actions = SpecActions(settings.registry_dir, spec)
+        self._number_actions(spec, actions)
         self.clicks = HistoryFollower(
             self._histories,
-            FeatureSpec.from_settings(settings),
+            spec,
             settings.events.max_age_s,
             self.metrics,
             now_ms,
             Journal(settings.registry_dir / GAPS).accepted,
-            settings.serving,
+            actions.of,
+            fingerprint_at(settings.salt_path),
         )
 
     @property
     def versions(self) -> VersionFollower:
         """What brings versions to the rows that answers read."""
         return self._rows.versions
+
+    def _number_actions(self, spec: FeatureSpec, known: SpecActions) -> None:
+        """Histories that 0.1.0 kept have the actions of the version that answered last."""
+        store, served = self._histories, self.versions.served
+        before = None if served is None else known.of(served.spec)
+        store.numbering, extra = numbered(store.extra(ACTIONS), spec.actions, before)
+        if extra:
+            store.commit(Appends.none(), (), extra)
 
     def run(self) -> None:
         """Follows until `stop`; then everything applied is durable and the stores are closed.

@@ -26,6 +26,7 @@ from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.program_files import ProgramFiles
 from deploy.serving.refusals import Refusals
 from deploy.serving.route import Route, route_to
+from deploy.serving.version_features import SpecFiles
 from state.errors import CorruptVersion, UnknownVersion
 from state.metrics import ApplierMetrics
 from state.process import killpoints
@@ -48,7 +49,7 @@ class VersionFollower:
     Args:
         registry: Where versions and control are.
         rows: The host's row store.
-        programs: Directory for copies of programs.
+        programs: Directory for copies of programs and feature specs.
         metrics: Of the applier.
         keep_s: How long versions stay after they were applied.
         now_ms: The wall clock.
@@ -65,7 +66,7 @@ class VersionFollower:
     ) -> None:
         self._registry = registry
         self._rows = rows
-        self._programs = ProgramFiles(programs, registry)
+        self._programs, self._specs = ProgramFiles(programs, registry), SpecFiles(programs, registry)
         self._metrics = metrics
         self._keep_ms = round(keep_s * 1000)
         self._now_ms = now_ms
@@ -240,6 +241,7 @@ class VersionFollower:
 
     def _apply(self, manifest: Manifest, rebuild: bool, follow: bool) -> None:
         self._programs.bring(manifest.program)
+        self._specs.bring(manifest.spec)
         data = self._registry.read(manifest, SERVING)
         killpoints.reach("apply.read")
         now_ms = self._now_ms()
@@ -261,6 +263,8 @@ class VersionFollower:
         with self._rows.reader() as reader:
             self.served = reader.served()
         if self.served is not None:
+            # Workers answer with the version's own features, whatever release applied it.
+            self._specs.bring(self.served.spec)
             self._metrics.version.set(self.served.version)
             self._metrics.epoch.set(self.served.epoch)
 

@@ -14,6 +14,7 @@ from state.config.settings import Settings
 from state.errors import NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
+from state.history.actions import ACTIONS, numbered
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, DATA, HISTORIES, PROGRAMS, ROWS
 from state.rows.store import RowStore
@@ -94,6 +95,7 @@ class Host:
         try:
             self._rows = RowStore(folder / ROWS, map_bytes, readonly=True)
             self._histories = HistoryStore(folder / HISTORIES, settings.features.history, map_bytes, readonly=True)
+            self._histories.numbering, _ = numbered(self._histories.extra(ACTIONS), self._spec.actions)
             if self._tables:
                 self._attributes = AttributeStore(folder / ATTRIBUTES, map_bytes, readonly=True)
         except StoreError as error:

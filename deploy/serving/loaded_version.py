@@ -14,10 +14,9 @@ from deploy.serving.catalogue import Catalogue, CategoryName
 from deploy.serving.own_rows import OwnInput, own_inputs
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
-from state.errors import NotReady, SaltMismatch, SpecMismatch
+from deploy.serving.version_features import FeaturesOf, VersionFeatures
+from state.errors import NotReady, SaltMismatch
 from state.events.identity import Salt
-from state.features.spec import FeatureSpec
-from state.ranking.crosses import Crosses
 from state.ranking.transition_rows import from_stored
 from state.ranking.transitions import Lists
 from state.rows.reader import RowReader
@@ -118,6 +117,7 @@ class LoadedVersion:
 
     Attributes:
         served: The version.
+        features: What its numbers mean.
         program: With the version's weights.
         widths: Of the rows of each table; 0 of one that the program does not read.
         popular: `[P]` uint64, padded with 0.
@@ -131,6 +131,7 @@ class LoadedVersion:
     """
 
     served: Served
+    features: VersionFeatures
     program: LoadedProgram
     widths: Mapping[str, int]
     popular: NDArray[np.uint64]
@@ -152,17 +153,15 @@ class VersionLoader:
 
     Args:
         programs: The directory with the applier's copies of programs.
-        spec: The feature spec of the settings.
+        features: Of each version.
         salt: The salt of the pseudonyms.
-        crosses: With the columns of the settings.
         catalogue: Names the popular categories.
     """
 
-    def __init__(self, programs: Path, spec: FeatureSpec, salt: Salt, crosses: Crosses, catalogue: Catalogue) -> None:
+    def __init__(self, programs: Path, features: FeaturesOf, salt: Salt, catalogue: Catalogue) -> None:
         self._programs = programs
-        self._spec = spec
+        self._features = features
         self._salt = salt
-        self._crosses = crosses
         self._catalogue = catalogue
         self._loaded: LoadedVersion | None = None
         self._program: tuple[str, LoadedProgram] | None = None
@@ -173,7 +172,7 @@ class VersionLoader:
         Raises:
             NotReady: There is no version yet.
             SaltMismatch: The version's pseudonyms are of another salt.
-            SpecMismatch: The version's features are not those of the settings.
+            SpecMismatch: The version's features cannot be computed here.
             ProgramError: The version's program cannot be run.
             CorruptVersion: The program's file is missing or damaged.
         """
@@ -183,26 +182,24 @@ class VersionLoader:
         loaded = self._loaded
         if loaded is not None and loaded.served.serial == served.serial:
             return loaded
-        self._require_fit(served)
+        features = self._features_of(served)
         if self._program is None or self._program[0] != served.program:
             self._program = (served.program, LoadedProgram(read_program(path_of(self._programs, served.program))))
         program = self._program[1]
         # A failed load may leave half of the weights: the next answer must load again.
         self._loaded = None
         program.load(reader.dense(served.version))
-        self._loaded = self._with_popular(reader, served, program)
+        self._loaded = self._with_popular(reader, served, program, features)
         return self._loaded
 
-    def _require_fit(self, served: Served) -> None:
+    def _features_of(self, served: Served) -> VersionFeatures:
         if served.salt != self._salt.fingerprint:
             raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
-        if served.spec != self._spec.digest:
-            raise SpecMismatch(
-                f"version {served.version} has the feature spec {served.spec[:12]}, the settings give {self._spec.digest[:12]}",
-                "use the settings of the stream",
-            )
+        return self._features.of(served.version, served.spec)
 
-    def _with_popular(self, reader: RowReader, served: Served, program: LoadedProgram) -> LoadedVersion:
+    def _with_popular(
+        self, reader: RowReader, served: Served, program: LoadedProgram, features: VersionFeatures
+    ) -> LoadedVersion:
         widths = widths_of(program.shapes)
         slots = program.shapes["popular_mask"][1]
         stored = reader.popular(served.version)
@@ -211,6 +208,7 @@ class VersionLoader:
         known[: len(popular)] = 1.0
         loaded = LoadedVersion(
             served=served,
+            features=features,
             program=program,
             widths=widths,
             popular=np.pad(popular, (0, slots - len(popular))),
@@ -219,7 +217,7 @@ class VersionLoader:
             popular_known=known,
             own=own_inputs(program.shapes),
             own_popular={},
-            cross_shares=crosses.shares_of(reader, served, self._crosses),
+            cross_shares=crosses.shares_of(reader, served, features.crosses),
         )
         of_version = loaded.rows(reader)
         rows[: len(popular)] = of_version.categories(popular.tolist())

@@ -34,8 +34,10 @@ from deploy.serving.inputs import Asked, add_own_rows, program_inputs
 from deploy.serving.loaded_version import VersionLoader
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, event_now
 from deploy.serving.program import BATCHES
+from deploy.serving.version_features import FeaturesOf, VersionFeatures
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
+from state.history.actions import exchanged
 from state.history.store import HistoryStore
 from state.ranking.crosses import Crosses
 from state.rows.reader import RowReader
@@ -79,15 +81,16 @@ class Predictor:
         self._attributes = attributes or NOTHING
         self._rows = rows
         self._histories = histories
-        self._spec = spec
         self._salt = salt
         self._context_fields = tuple(context_fields)
         names = self._attributes.names
-        self._crosses = Crosses(spec, self._context_fields, names["user"], names["item"])
         self._clock = clock
         self._now_ms = now_ms
         self._catalogue = Catalogue(histories)
-        self._versions = VersionLoader(programs, spec, salt, self._crosses, self._catalogue)
+        features = FeaturesOf(
+            programs, spec, lambda one: Crosses(one, self._context_fields, names["user"], names["item"])
+        )
+        self._versions = VersionLoader(programs, features, salt, self._catalogue)
         self._control: tuple[bytes | None, Mask] = (None, Mask.NONE)
 
     def profile(
@@ -115,7 +118,7 @@ class Predictor:
         Raises:
             NotReady: There is no version yet.
             SaltMismatch: The version's pseudonyms are of another salt.
-            SpecMismatch: The version's features are not those of the settings.
+            SpecMismatch: The version's features cannot be computed here.
             ProgramError: The version's program cannot be run.
             CorruptVersion: The program's file is missing or damaged.
         """
@@ -126,9 +129,9 @@ class Predictor:
             rows = version.rows(reader)
             # 2. 3. Histories, windows, attributes.
             default_ms, clock = self._now(now_ms)
-            asked = self._asked(queries, mask, default_ms)
+            asked = self._asked(queries, mask, default_ms, version.features)
             # 4. Rows and crosses.
-            inputs, has_row = program_inputs(version, rows, asked, self._crosses)
+            inputs, has_row = program_inputs(version, rows, asked, version.features.crosses)
             # 5. Candidates.
             newest = np.stack([one.vector.recent_categories for one in asked])
             found = came_next(rows, newest, version.popular)
@@ -144,7 +147,7 @@ class Predictor:
         ranked = interests(named, version.popular_names, inputs, outputs)
         shown = version_of(version.served, now_ms, mask)
         return [
-            self._answer(one, has_row[place], clock, shown, ranked[place], outputs, place)
+            self._answer(one, has_row[place], clock, shown, ranked[place], outputs, place, version.features.spec.names)
             for place, one in enumerate(asked)
         ]
 
@@ -171,16 +174,17 @@ class Predictor:
                 return by_events, "event"
         return now_ms, "wall"
 
-    def _asked(self, queries: Sequence[Query], mask: Mask, default_ms: int) -> list[Asked]:
+    def _asked(self, queries: Sequence[Query], mask: Mask, default_ms: int, features: VersionFeatures) -> list[Asked]:
         """What the host knows of each question: history, windows, attributes, the item's category."""
         users = [user_id(self._salt, query.user) for query in queries]
         items = [0 if query.item is None else public_id(query.item) for query in queries]
-        histories = self._histories.read_many(users)
+        self._histories.history = features.spec.history
+        histories = [exchanged(each, features.actions) for each in self._histories.read_many(users)]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
         asked = []
         for place, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
             at_ms = default_ms if query.at_ms is None else query.at_ms
-            vector = vectorise(histories[place], at_ms, None, mask, self._spec, user)
+            vector = vectorise(histories[place], at_ms, None, mask, features.spec, user)
             given, fields = query.context, self._context_fields
             asked.append(
                 Asked(
@@ -207,6 +211,7 @@ class Predictor:
         ranked: list[Interest],
         outputs: Mapping[str, F32],
         place: int,
+        names: Sequence[str],
     ) -> Answer:
         known = has_row or bool(one.recent_categories)
         engagement: Engagement | None = None
@@ -227,7 +232,7 @@ class Predictor:
             interests=ranked,
             engagement=engagement,
             vector=outputs["vector"][place],
-            features=dict(zip(self._spec.names, one.vector.features.tolist(), strict=True)),
+            features=dict(zip(names, one.vector.features.tolist(), strict=True)),
             attributes=one.user_attributes.texts,
         )
 

@@ -85,7 +85,7 @@ class Settings:
     @property
     def kafka_dir(self) -> Path:
         """Directory of the local Kafka's data."""
-        return self.state_dir / layout.KAFKA
+        return Path(self.paths.kafka) if self.paths.kafka else self.state_dir / layout.KAFKA
 
     @property
     def logs_dir(self) -> Path:

@@ -15,7 +15,7 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,7 +25,7 @@ import lmdb
 from state import layout
 from state.disk import clean_mark
 from state.disk.clean_mark import CleanMark
-from state.errors import CorruptStore, SpecMismatch, StoreError, StoreFull, UnusableDisk
+from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk
 
 MAX_READERS = 512
 FORMAT = b"format"
@@ -56,7 +56,6 @@ class LmdbStore:
 
     Raises:
         CorruptStore: It is damaged, of another format, or a power cut may have damaged it.
-        SpecMismatch: It was made with other settings.
         StoreError: It cannot be opened.
     """
 
@@ -107,7 +106,7 @@ class LmdbStore:
         except (lmdb.Error, OSError) as error:
             self._env.close()
             raise self._unopened(error) from error
-        except (StoreError, SpecMismatch):
+        except StoreError:
             self._env.close()
             raise
 
@@ -124,7 +123,7 @@ class LmdbStore:
         """
         try:
             return cls(path, *arguments)
-        except (CorruptStore, SpecMismatch) as error:
+        except CorruptStore as error:
             _logger.warning("the %s at %s are begun anew from %s: %s", cls.noun, path, cls.origin, error.what)
             shutil.rmtree(path)
             return cls(path, *arguments)
@@ -217,9 +216,6 @@ class LmdbStore:
         """What the store is made with, kept beside the number of its format."""
         return {}
 
-    def _check_made_with(self, made: Mapping[str, int]) -> None:
-        """Raises SpecMismatch where a store made with `made` is not what the settings ask for."""
-
     def _older_mark(self) -> CleanMark | None:
         """The mark as a release kept it that had no `mark.json` for this store."""
         return None
@@ -244,7 +240,6 @@ class LmdbStore:
                 f"{self.path} has format {made['format']}, this release reads {self.number}; it is not used",
                 self.remedy,
             )
-        self._check_made_with(made)
         if not self.readonly and not self._mark_path.exists():
             self._require_trust(self._older_mark())
 

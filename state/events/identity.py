@@ -95,6 +95,14 @@ def own_salt(settings: Settings) -> Salt:
     return load_salt(settings.salt_path, create=not layout.has_users(settings.state_dir, settings.registry_dir))
 
 
+def fingerprint_at(path: Path) -> str | None:
+    """The fingerprint of the salt in a file; None where there is none that can be read."""
+    try:
+        return load_salt(path, create=False).fingerprint
+    except (MissingSalt, SettingsError):
+        return None
+
+
 def load_salt(path: Path, create: bool = True) -> Salt:
     """Reads the salt, or makes it; several processes may do so at once.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
@@ -17,11 +18,10 @@ import numpy as np
 
 from state.disk.clean_mark import CleanMark
 from state.disk.lmdb_store import LmdbStore
-from state.disk.lmdb_values import keys_with, pages_bytes, put_all
-from state.errors import CorruptStore, SpecMismatch
+from state.errors import CorruptStore
 from state.features.spec import EVENT, Events
-from state.history import ageing, chunks
-from state.history.ageing import Ends, IsOld, Removed, remove
+from state.history import chunks
+from state.history.actions import Numbering
 from state.history.appends import Appends
 from state.history.chunks import EVENT_BYTES, by_user, prefix_of
 from state.history.counts import Counts, move, summed
@@ -35,14 +35,13 @@ class HistoryStore(LmdbStore):
 
     Args:
         path: The store's directory.
-        history: N, events kept of a user.
+        history: N, events kept of a user; what is stored under another N stays as far as it goes.
         map_bytes: The most the store may grow to.
         readonly: For readers; the writer must have made it.
         boot_id: Which start of the machine this is; by default the kernel's.
 
     Raises:
         CorruptStore: It is damaged, or a power cut may have damaged it.
-        SpecMismatch: It keeps another number of events.
         StoreError: It cannot be opened.
     """
 
@@ -63,6 +62,7 @@ class HistoryStore(LmdbStore):
         boot_id: str | None = None,
     ) -> None:
         self.history = history
+        self.numbering = Numbering()
         super().__init__(path, map_bytes, readonly, boot_id)
         self._chunks = self._databases["chunks"]
         self._waiting = self._databases.get("waiting")
@@ -73,13 +73,6 @@ class HistoryStore(LmdbStore):
 
     def _made_with(self) -> dict[str, int]:
         return {"history": self.history}
-
-    def _check_made_with(self, made: Mapping[str, int]) -> None:
-        if made["history"] != self.history:
-            raise SpecMismatch(
-                f"{self.path} keeps {made['history']} events of a user and features.history is {self.history}",
-                "put the setting back, or start a new state directory",
-            )
 
     def _older_mark(self) -> CleanMark | None:
         # Release 0.1.0 kept the mark of histories among their own values, from where `__init__` takes it away.
@@ -105,7 +98,7 @@ class HistoryStore(LmdbStore):
                 f"{self.path} holds a history of {len(joined)} bytes, which is no whole number of events; it is not used",
                 self.remedy,
             )
-        return np.frombuffer(joined, EVENT)[-self.history :], total
+        return self.numbering.outwards(np.frombuffer(joined, EVENT)[-self.history :]), total
 
     def total(self, user: int) -> int:
         """How many events `user` ever had since it last was unknown."""
@@ -149,12 +142,6 @@ class HistoryStore(LmdbStore):
             value = transaction.get(b"x:" + name.encode())
             return None if value is None else bytes(value)
 
-    def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
-        """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
-        with self._env.begin(db=self._meta) as transaction:
-            found = keys_with(transaction.cursor(), f"x:{prefix}".encode(), f"x:{start or prefix}".encode(), limit)
-        return [(key[2:].decode(), value) for key, value in found]
-
     def waiting_rows(self) -> int:
         """How many rows wait for their label."""
         return self.cut()[1]
@@ -176,7 +163,7 @@ class HistoryStore(LmdbStore):
         self,
         appends: Appends,
         ranges: Sequence[Range] = (),
-        extra: Mapping[str, bytes | None] | None = None,
+        extra: Mapping[str, bytes] | None = None,
         waiting: Mapping[bytes, bytes | None] | None = None,
     ) -> None:
         """Appends events, moves positions and counts outcomes, all or nothing.
@@ -186,7 +173,7 @@ class HistoryStore(LmdbStore):
         Args:
             appends: Events by user.
             ranges: What they came from; ranges of one source in order.
-            extra: Other values of the owner's, replaced; None takes one away.
+            extra: Other values of the owner's, replaced.
             waiting: Rows that begin to wait, by key; None for one that ends.
 
         Raises:
@@ -194,6 +181,7 @@ class HistoryStore(LmdbStore):
             StoreFull: The map or the disk is full; nothing was changed.
             UnusableDisk: The disk refused; nothing was changed.
         """
+        appends = replace(appends, events=self.numbering.inwards(appends.events))
         with self._write() as transaction:
             # 1. Positions first: a conflict must not cost the appends.
             for part in ranges:
@@ -204,10 +192,14 @@ class HistoryStore(LmdbStore):
                 known = int(transaction.get(b"users", db=self._meta) or 0)
                 transaction.put(b"users", str(known + new).encode(), db=self._meta)
             # 3. The owner's values.
-            named = {b"x:" + name.encode(): value for name, value in (extra or {}).items()}
-            put_all(transaction, self._meta, named)
+            for name, value in (extra or {}).items():
+                transaction.put(b"x:" + name.encode(), value, db=self._meta)
             # 4. Rows that wait.
-            put_all(transaction, self._waiting, waiting or {})
+            for key, row in (waiting or {}).items():
+                if row is None:
+                    transaction.delete(key, db=self._waiting)
+                else:
+                    transaction.put(key, row, db=self._waiting)
 
     def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
         """By user how many events must be found again to go back to `marks`, see `state.history.rewind`."""
@@ -216,31 +208,44 @@ class HistoryStore(LmdbStore):
 
     def go_back(self, back: Rewind) -> None:
         """Takes events and positions back, all or nothing; as visible, durable and refused as a `commit`."""
+        rebuilt = {user: self.numbering.inwards(events) for user, events in back.rebuilt.items()}
+        back = replace(back, rebuilt=rebuilt)
         with self._write() as transaction:
             write_back(transaction, self._databases, back, self.history)
 
-    def ends(self, start: int, limit: int) -> Ends:
-        """The newest and the oldest event of up to `limit` users, from user `start` on, as of one moment."""
-        with self._env.begin(db=self._chunks) as transaction:
-            return ageing.ends(transaction.cursor(), start, limit)
+    def sweep(self, horizon_ms: int, start: int = 0, limit: int = 1000) -> tuple[int, int | None]:
+        """Deletes the leading chunks whose events all lie at or before `horizon_ms`.
 
-    def chunk_bytes(self) -> tuple[int, int]:
-        """The size of the pages that hold events, and of those that hold all else; pages that are free again left out."""
-        with self._env.begin() as transaction:
-            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in self._databases.items()}
-        return sizes["chunks"], sum(sizes.values()) - sizes["chunks"]
+        No answer changes as long as no row is asked for whose longest window reaches back over the horizon: the caller
+        takes log time, less the longest window, less `events.max_age_s`.
 
-    def sweep(self, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int] = ()) -> Removed:
-        """Takes old events of `aged` users out, and all of `evicted` ones; writes nothing where nothing goes.
+        Args:
+            horizon_ms: Event time.
+            start: The first user to look at.
+            limit: The most users to look at.
 
-        `state/history/sweeping.py` decides what may go. Raises as `commit` does.
+        Returns:
+            How many events were deleted, and the user to go on with; None at the end.
         """
+        deleted = 0
+        resume: int | None = None
         with self._write() as transaction:
-            removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
-            if gone := removed.aged + removed.evicted:
-                known = int(transaction.get(b"users", db=self._meta) or 0)
-                transaction.put(b"users", str(known - gone).encode(), db=self._meta)
-        return removed
+            known = int(transaction.get(b"users", db=self._meta) or 0)
+            gone: list[bytes] = []
+            for looked, (prefix, theirs) in enumerate(by_user(transaction.cursor(db=self._chunks), prefix_of(start))):
+                if looked == limit:
+                    resume = int.from_bytes(prefix, "big")
+                    break
+                old, events = chunks.leading_old(theirs, horizon_ms)
+                gone += old
+                deleted += events
+                known -= len(old) == len(theirs)
+            for key in gone:
+                transaction.delete(key, db=self._chunks)
+            # Without a change nothing is written to the disk: this is called each second.
+            if gone:
+                transaction.put(b"users", str(known).encode(), db=self._meta)
+        return deleted, resume
 
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""

@@ -41,7 +41,7 @@ def made_again(topic: str, before: str, now: str) -> UnknownTopic:
         f"topic {topic} was deleted and made again (id {before} is now {now})",
         "our "
         "positions belong to the old one: a stream started again reads new clicks from their beginning, a "
-        "trainer needs a new state directory",
+        "trainer learns the new one after `springtide upgrade --learn-anew --reason TEXT`",
     )
 
 

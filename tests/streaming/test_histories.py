@@ -1,4 +1,4 @@
-"""The store of a stream keeps to its salt and its feature spec."""
+"""The store of a stream keeps to its salt, and goes on with other features."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from state.errors import SaltMismatch, SpecMismatch
+from state.features.spec import FeatureSpec
+from state.history.appends import Appends
 from state.history.store import HistoryStore
+from state.registry.registry import Registry
+from state.registry.spec_actions import SpecActions
 from streaming.histories import check_identity
+
+SPEC = FeatureSpec()
+KNOWN = SpecActions(Path("nowhere"), SPEC)
 
 
 @pytest.fixture
@@ -21,16 +28,31 @@ def store(tmp_path: Path) -> Iterator[HistoryStore]:
 
 def test_a_store_accepts_what_it_was_filled_with(store: HistoryStore) -> None:
     for _ in range(2):
-        check_identity(store, "spec", "salt")
+        check_identity(store, SPEC, "salt", KNOWN)
 
 
 def test_another_salt_is_refused(store: HistoryStore) -> None:
-    check_identity(store, "spec", "salt")
+    check_identity(store, SPEC, "salt", KNOWN)
     with pytest.raises(SaltMismatch, match="restore the salt file"):
-        check_identity(store, "spec", "pepper")
+        check_identity(store, SPEC, "pepper", KNOWN)
 
 
-def test_another_spec_is_refused(store: HistoryStore) -> None:
-    check_identity(store, "spec", "salt")
-    with pytest.raises(SpecMismatch, match=r"put .* back"):
-        check_identity(store, "other", "salt")
+def test_other_features_take_the_store_over_with_the_names_of_its_actions(store: HistoryStore) -> None:
+    check_identity(store, SPEC, "salt", KNOWN)
+    other = FeatureSpec(actions=("cart", "view"), windows_s=(60,))
+    check_identity(store, other, "salt", SpecActions(Path("nowhere"), other))
+    assert store.extra("spec") == other.digest.encode()
+    assert store.extra("actions") == b'["view", "favorite", "cart", "purchase"]'
+
+
+def test_actions_of_a_store_of_0_1_0_are_those_of_the_spec_that_the_registry_knows(
+    store: HistoryStore, tmp_path: Path
+) -> None:
+    store.commit(Appends.none(), (), {"spec": SPEC.digest.encode(), "salt": b"salt"})
+    other = FeatureSpec(actions=("cart", "view"))
+    with pytest.raises(SpecMismatch, match=r"start the stream once with the events\.actions of then"):
+        check_identity(store, other, "salt", SpecActions(tmp_path / "nowhere", other))
+    registry = Registry(tmp_path / "registry")
+    registry.add_spec(SPEC.digest, {"spec": SPEC.to_json()}, lambda folder: None)
+    check_identity(store, other, "salt", SpecActions(registry.path, other))
+    assert store.extra("actions") == b'["view", "favorite", "cart", "purchase"]'

@@ -22,7 +22,9 @@ def small_settings(*flags: str) -> Settings:
     return load([*SMALL, *flags], {})
 
 
-def microbatch(number: int, rows: int = 40, users: int = 30, step_ms: int = 150_000, spec: FeatureSpec = SPEC) -> bytes:
+def microbatch(
+    number: int, rows: int = 40, users: int = 30, step_ms: int = 150_000, spec: FeatureSpec = SPEC, salt: str = SALT
+) -> bytes:
     """Batch `number` of a log: both partitions in turn, offsets following on, some ids new each time."""
     drawn = np.random.default_rng(number)
     half = rows // 2
@@ -49,7 +51,7 @@ def microbatch(number: int, rows: int = 40, users: int = 30, step_ms: int = 150_
         "user_attributes": np.empty((rows, 0), np.uint64),
         "item_attributes": np.empty((rows, 0), np.uint64),
     }
-    return encode(Header(spec.digest, SALT, ranges, created_ms=START_MS + number), columns)
+    return encode(Header(spec.digest, salt, ranges, created_ms=START_MS + number), columns)
 
 
 def batches(first: int, last: int) -> list[MicroBatch]:

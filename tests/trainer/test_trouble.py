@@ -62,7 +62,9 @@ def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory
         with pytest.raises(GapError, match=r"we read ends at 4: .*made again"):
             learner(registry, log, *flags)
         make(log, topic, RECORDS[:6])
-        with pytest.raises(UnknownTopic, match=r"deleted and made again; start a new state directory"):
+        with pytest.raises(
+            UnknownTopic, match=r"deleted and made again; restore the topic, or .*springtide upgrade --learn-anew"
+        ):
             learner(registry, log, *flags)
     assert registry.versions() == versions
 

@@ -9,7 +9,7 @@ import pytest
 
 from state.accounts import TrainerAccount, check_accounts
 from state.config.settings import Settings
-from state.errors import LockHeld, ModelMismatch, RegistryError, SpecMismatch, UnknownVersion
+from state.errors import LockHeld, ModelMismatch, RegistryError, SaltMismatch, SpecMismatch, UnknownVersion
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.log import MemoryLog
@@ -94,7 +94,8 @@ def test_an_upgrade_goes_on_where_the_old_model_was_and_back_again(
     ours = learner(registry, log, trainer=trainers["hidden"])
     first = registry.manifest(ours.place.parent)
     assert (first.parent, first.epoch, first.kind) == (version, 2, "delta")
-    assert (first.log.first, first.log.next) == (before.place.next, before.place.next)
+    end = registry.manifest(version).log.next
+    assert (first.log.first, first.log.next) == (end, end)
     users = len(trainers["hidden"].tables["user"])
     assert users == len(trainers["old"].tables["user"])
     run_to_end(ours)
@@ -219,6 +220,21 @@ def test_a_new_registry_on_an_old_log_looks_for_the_first_record_of_its_windows(
         run_to_end(fresh)
     fresh.close()
     assert (trainers["windows"].counters.steps, fresh.place.other_features) == (3, 120)
+
+
+def test_a_new_state_directory_on_an_old_log_learns_what_its_own_stream_reads_again(
+    registry: Registry, trainers: dict[str, Trainer]
+) -> None:
+    """The salt was lost, and with it the histories: clicks come again from their beginning, under other pseudonyms."""
+    ours = [microbatch(number, salt="fedcba9876543210") for number in range(3)]
+    log = written([*RECORDS[:4], *ours])
+    fresh = learned(registry, log, trainers["old"], about={**ABOUT, "salt": "fedcba9876543210"})
+    assert (trainers["old"].counters.steps, fresh.place.other_features) == (3, 160)
+    append(log, [RECORDS[4]])
+    again = learner(registry, log, trainer=trainers["old"], about={**ABOUT, "salt": "fedcba9876543210"})
+    with pytest.raises(SaltMismatch):
+        run_to_end(again)
+    again.close()
 
 
 def test_a_release_with_another_model_goes_on_by_itself_and_other_settings_do_not(

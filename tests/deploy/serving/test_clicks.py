@@ -95,11 +95,13 @@ class Following:
     path: Path
     log: MemoryLog
     clock: Clock = field(default_factory=Clock)
+    own_salt: str | None = None
 
     def __post_init__(self) -> None:
         self.store = HistoryStore(self.path, map_bytes=MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
-        self.follower = HistoryFollower(self.store, FeatureSpec(), 3600.0, self.metrics, self.clock)
+        own = {"own_salt": self.own_salt}
+        self.follower = HistoryFollower(self.store, FeatureSpec(), 3600.0, self.metrics, self.clock, **own)
         self.connect()
 
     def connect(self) -> None:
@@ -269,6 +271,18 @@ def test_another_salt_stops(tmp_path: Path) -> None:
     with pytest.raises(SaltMismatch, match="record 1"):
         following.drain()
     assert following.offsets() == []
+    following.store.close()
+
+
+def test_records_of_a_lost_salt_before_the_first_of_ours_are_left_out(tmp_path: Path) -> None:
+    """A new state directory on an old log: its users are nobody's here."""
+    log = written(record(0, 3, salt="lost"), record(0, 2))
+    following = Following(tmp_path, log, own_salt="salt")
+    following.drain()
+    assert following.offsets() == [0, 1]
+    append(log, record(2, 4, salt="lost"))
+    with pytest.raises(SaltMismatch, match="record 2"):
+        following.drain()
     following.store.close()
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,15 @@ from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.predictor import Predictor
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import read_program
+from deploy.serving.version_features import SpecFiles
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, public_id, user_id
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec, Mask, vectorise
+from state.history.actions import numbered
+from state.history.appends import Appends
 from state.layout import PROGRAMS
+from state.registry.registry import Registry
 from tests.deploy.serving.stocked import (
     DIM,
     NOW_MS,
@@ -236,6 +241,26 @@ def test_what_does_not_fit_is_refused(stores: Stores) -> None:
         read_program(file)
     with pytest.raises(ProgramError, match="cannot be run"):
         LoadedProgram(b"no program")
+
+
+def test_a_version_answers_with_its_own_features_whatever_the_settings_say_by_now(
+    stores: Stores, tmp_path: Path
+) -> None:
+    """While an upgrade waits for its first version: same windows, names, actions and bits as before."""
+    before = predictor(stores).profile("ann", item="i1")
+    other = replace(FeatureSpec(), windows_s=(60, 604800), history=64, actions=("wish", *FeatureSpec().actions[::-1]))
+    with pytest.raises(SpecMismatch, match="wait for the first version of an upgrade"):
+        predictor(stores, spec=other).profile("ann", item="i1")
+    registry = Registry(tmp_path / "registry")
+    registry.add_spec(FeatureSpec().digest, {"spec": FeatureSpec().to_json()}, lambda folder: None)
+    SpecFiles(stores.settings.serving_dir / PROGRAMS, registry).bring(FeatureSpec().digest)
+    stores.histories.numbering, extra = numbered(None, other.actions, FeatureSpec().actions)
+    stores.histories.commit(Appends.none(), (), extra)
+    after = predictor(stores, spec=other).profile("ann", item="i1")
+    assert np.array_equal(after.vector, before.vector)
+    assert (after.features, after.interests) == (before.features, before.interests)
+    assert after.engagement == before.engagement
+    assert len(after.features) == len(FeatureSpec().names)
 
 
 def test_without_a_version_there_is_no_answer(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> None:

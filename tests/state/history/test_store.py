@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.errors import CorruptStore, PositionConflict, SpecMismatch
+from state.errors import CorruptStore, PositionConflict
 from state.features.spec import EVENT, Events
+from state.history.actions import ACTIONS, numbered
+from state.history.actions import OTHER as UNKNOWN
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.positions import Range, Source
@@ -129,10 +130,44 @@ def test_equal_histories_have_equal_digests_whatever_the_commits(tmp_path: Path)
     assert len(digests) == 1
 
 
-def test_another_length_of_history_is_refused(tmp_path: Path) -> None:
-    store_at(tmp_path / "store", history=32).close()
-    with pytest.raises(SpecMismatch, match=r"keeps 32 events .* features.history is 64"):
-        store_at(tmp_path / "store", history=64)
+def test_another_length_of_history_takes_what_is_there(tmp_path: Path) -> None:
+    """A longer one goes on from it; a shorter one reads its last events, and gains as if it had always been short."""
+    store = store_at(tmp_path / "store", history=32)
+    store.commit(appends((1, events(100)), (2, events(5))))
+    store.close()
+    store = store_at(tmp_path / "store", history=64)
+    # As far as whole chunks go, somewhat more than the former N.
+    assert store.read(1)["offset"].tolist() == list(range(64, 100))
+    store.commit(appends((1, events(20, 100))))
+    assert store.read(1)["offset"].tolist() == list(range(64, 120))
+    store.close()
+    store = store_at(tmp_path / "store", history=16)
+    assert (store.read(1)["offset"].tolist(), len(store.read(2))) == (list(range(104, 120)), 5)
+    store.commit(appends((1, events(9, 120)), (2, events(15, 5))))
+    assert store.read(1)["offset"].tolist() == list(range(113, 129))
+    assert store.read(2)["offset"].tolist() == list(range(4, 20))
+    store.close()
+
+
+def test_actions_keep_their_names_whatever_the_settings_call_them(tmp_path: Path) -> None:
+    def read(actions: tuple[str, ...], gains: list[int], before: tuple[str, ...] | None = None) -> list[int]:
+        store = store_at(tmp_path / "store", history=32)
+        store.numbering, extra = numbered(store.extra(ACTIONS), actions, before)
+        store.commit(Appends.none(), (), extra)
+        gained = events(len(gains))
+        gained["action"] = gains
+        store.commit(appends((1, gained)))
+        found: list[int] = store.read(1)["action"].tolist()
+        store.close()
+        return found
+
+    assert read(("view", "cart"), [0, 1, 1]) == [0, 1, 1]
+    # Another order, and one more.
+    assert read(("cart", "wish", "view"), [1, 2]) == [2, 0, 0, 1, 2]
+    # One less: it counts among all actions.
+    assert read(("view", "wish"), [1]) == [0, UNKNOWN, UNKNOWN, 1, 0, 1]
+    # Back again nothing was lost.
+    assert read(("view", "cart"), []) == [0, 1, 1, UNKNOWN, 0, UNKNOWN]
 
 
 def test_sweeping_removes_only_leading_old_events_and_whole_users(tmp_path: Path) -> None:
@@ -140,16 +175,9 @@ def test_sweeping_removes_only_leading_old_events_and_whole_users(tmp_path: Path
     late = events(16, 16)
     late["at_ms"][3] = 10_000
     store.commit(appends((1, np.concatenate([events(16), late, events(8, 32)])), (2, events(5)), (3, events(40, 9000))))
-    found = store.ends(0, 2)
-    assert (found.users, found.following, found.newest["offset"].tolist()) == ([1, 2], 3, [39, 4])
-    assert store.ends(3, 2)[0] == [3]
-
-    def old(events: Events) -> Any:
-        return events["at_ms"] <= 100
-
-    assert store.sweep([1, 2], old) == (16 + 5, 1, 0)
+    assert store.sweep(horizon_ms=100, limit=2) == (16 + 5, 3)
     before = store._env.info()["last_txnid"]
-    assert store.sweep([1, 3], old) == (0, 0, 0)
+    assert store.sweep(horizon_ms=100, start=3) == (0, None)
     # Nothing was old, and so nothing is written.
     assert store._env.info()["last_txnid"] == before
     assert store.read(1)["offset"].tolist() == list(range(16, 40))

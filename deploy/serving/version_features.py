@@ -1,0 +1,112 @@
+"""The features of the version that answers, whatever the settings say by now: an old version goes on with its own.
+
+The applier brings the feature specs of versions from the registry, as it brings
+their programs; a worker reads them on its host.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from state.disk import files as durable
+from state.errors import RegistryError, SpecMismatch
+from state.features.spec import FeatureSpec
+from state.history.actions import Numbers, exchange
+from state.ranking.crosses import Crosses
+from state.registry.registry import Registry
+
+
+@dataclass(frozen=True)
+class VersionFeatures:
+    """What the numbers mean that a version's program is given.
+
+    Attributes:
+        spec: Its feature spec.
+        crosses: With its columns.
+        actions: By number of the settings' actions that of the version's; None where they are the same.
+    """
+
+    spec: FeatureSpec
+    crosses: Crosses
+    actions: Numbers | None = None
+
+
+class SpecFiles:
+    """Copies feature specs from the registry, so that workers read only this host's disk.
+
+    Args:
+        folder: Where to.
+        registry: Where from.
+    """
+
+    def __init__(self, folder: Path, registry: Registry) -> None:
+        self._folder = folder
+        self._registry = registry
+        self._brought: set[str] = set()
+
+    def bring(self, digest: str) -> None:
+        """Copies a spec where it is not here yet, durably; nothing where the registry has none: who needs it says so."""
+        if digest in self._brought:
+            return
+        try:
+            document: Mapping[str, Any] = self._registry.spec(digest)["spec"]
+        except (SpecMismatch, RegistryError, KeyError):
+            return
+        final = path_of(self._folder, digest)
+        if not final.exists():
+            temporary = final.with_suffix(".tmp")
+            temporary.unlink(missing_ok=True)
+            durable.write(temporary, json.dumps(document, sort_keys=True).encode())
+            temporary.replace(final)
+            durable.sync_directory(final.parent)
+        self._brought.add(digest)
+
+
+def path_of(folder: Path, digest: str) -> Path:
+    """A spec's file.
+
+    >>> path_of(Path("programs"), "ab").as_posix()
+    'programs/ab.spec.json'
+    """
+    return folder / f"{digest}.spec.json"
+
+
+class FeaturesOf:
+    """The features of each version that a worker answers with. One thread.
+
+    Args:
+        folder: With the applier's copies.
+        spec: The feature spec of the settings.
+        crosses: Of a feature spec, with the other columns of the settings.
+    """
+
+    def __init__(self, folder: Path, spec: FeatureSpec, crosses: Callable[[FeatureSpec], Crosses]) -> None:
+        self._folder, self._spec, self._crosses = folder, spec, crosses
+        self._known = {spec.digest: VersionFeatures(spec, crosses(spec))}
+
+    def of(self, version: int, digest: str) -> VersionFeatures:
+        """Those of a version.
+
+        Raises:
+            SpecMismatch: Its spec is not here, or another release computes other windows.
+        """
+        if digest not in self._known:
+            self._known[digest] = self._read(version, digest)
+        return self._known[digest]
+
+    def _read(self, version: int, digest: str) -> VersionFeatures:
+        try:
+            spec = FeatureSpec.from_json(path_of(self._folder, digest).read_text())
+            if spec.digest != digest:
+                raise ValueError("it is of another one")
+        except (OSError, ValueError, KeyError) as error:
+            raise SpecMismatch(
+                f"version {version} has the feature spec {digest[:12]}, the settings give {self._spec.digest[:12]}, and "
+                f"its windows cannot be computed here ({error})",
+                "use the settings of the stream, or wait for the first version of an upgrade",
+            ) from error
+        return VersionFeatures(spec, self._crosses(spec), exchange(self._spec.actions, spec.actions))
