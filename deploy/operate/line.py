@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from deploy.operate.times import iso
 from state.errors import CorruptVersion, UnfitVersion, UnknownVersion
@@ -16,6 +16,7 @@ from state.registry.control import Control
 from state.registry.manifest import TOLD_MS, Manifest, sees
 from state.registry.mask_entries import MaskEntry
 from state.registry.registry import SERVING, TRAINING, Registry
+from state.registry.tensor_files import tensor_in
 
 FAR_AHEAD_MS = 3_900_000
 """An hour and five minutes: how far a broker lets a timestamp lie ahead, and an event after its timestamp, by default."""
@@ -138,10 +139,8 @@ class ServingLine:
 
     def _ids(self, base: Manifest, name: str, tensor: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         # Not the whole file, which a read with its digest would take: it is read in full before anything is loaded.
-        with safe_open(self._registry.folder("base", base.version) / name, "np") as file:
-            if tensor not in file.keys():  # noqa: SIM118 - it is no mapping
-                return np.empty(0, np.uint64)
-            return np.asarray(file.get_tensor(tensor)).view(np.uint64)
+        found = tensor_in(self._registry.folder("base", base.version) / name, tensor)
+        return np.empty(0, np.uint64) if found is None else np.asarray(found).view(np.uint64)
 
     def _newest(self) -> Manifest:
         base = self._control.base

@@ -19,8 +19,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.numpy import load as load_tensors
-
 from deploy.serving.newest_version import NewestVersion
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.program_files import ProgramFiles
@@ -34,6 +32,7 @@ from state.process.said_once import SaidOnce
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
+from state.registry.tensor_files import unpack
 from state.rows.served import Served
 from state.rows.store import RowStore
 
@@ -246,7 +245,7 @@ class VersionFollower:
         killpoints.reach("apply.read")
         now_ms = self._now_ms()
         with self._metrics.apply_seconds.time():
-            self._rows.apply(manifest, load_tensors(data), now_ms, follow=follow, replace=rebuild)
+            self._rows.apply(manifest, unpack(data), now_ms, follow=follow, replace=rebuild)
         killpoints.reach("apply.applied")
         self._here[manifest.version] = now_ms
         self._metrics.applied_versions.inc()

@@ -11,7 +11,6 @@ for goes on from it all the same.
 from __future__ import annotations
 
 import ast
-import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -21,11 +20,11 @@ from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import ModelMismatch, RegistryError, SpecMismatch
 from state.features.spec import FeatureSpec
+from state.registry import tensor_files
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
 from state.registry.upgrades import SETTINGS, is_accepted
 
-HEAD_BYTES = 8  # of a safetensors file: the length of its JSON head, little endian
 SHOWN = 3
 FORMER_TOWERS = ("trainer.network:build", "trainer.model.network:build")
 """What earlier releases called the default tower; settings and versions may still name it so."""
@@ -179,14 +178,11 @@ def _undamaged(registry: Registry, version: Manifest) -> bool:
 
 def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
     """The shapes of what serving is given of a version, out of the head of its file; None where it cannot be read."""
-    path = registry.folder(version.kind, version.version) / SERVING
+    path = registry.folder_of(version) / SERVING
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(HEAD_BYTES), "little")
-            head = json.loads(file.read(min(length, path.stat().st_size)))
-        return {name: tuple(one["shape"]) for name, one in head.items() if name != "__metadata__"}
+        return tensor_files.shapes_in(path)
     # Whoever loads the version says what is wrong with it.
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

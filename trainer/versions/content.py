@@ -5,7 +5,9 @@
                            slots.<name> of the dense optimizer; state.<name>: counters, guard, measures
 
 A delta lists the rows that changed and the ids that went; everything else is
-whole in each version. NumPy only: the compactor runs without TensorFlow.
+whole in each version. What is kept is packed (`state/registry/tensor_files.py`);
+a recent version has the first file only, and plain. NumPy only: the compactor
+runs without TensorFlow.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from state.registry import tensor_files
 from state.registry.registry import SERVING, TRAINING
 from state.rows.tables import TABLES as TABLES
 from state.rows.tables import tables_in
@@ -33,18 +36,23 @@ _FOLD_ROWS = 1_000_000
 
 
 def encode(tensors: Tensors) -> dict[str, bytes]:
-    """The files of a version; equal tensors give equal bytes."""
+    """The files of a durable version; equal tensors give equal bytes."""
     files: dict[str, dict[str, Array]] = {SERVING: {}, TRAINING: {}}
     served = {f"{table}.{name}" for table in tables_in(tensors) for name in SERVED} | {"popular"}
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors.items():
         to = SERVING if name in served or name.startswith("dense.") else TRAINING
-        files[to][name] = np.asarray(tensor, order="C")
-    return {name: save(held) for name, held in files.items()}
+        files[to][name] = tensor
+    return {name: tensor_files.pack(held) for name, held in files.items()}
+
+
+def encode_served(tensors: Tensors) -> dict[str, bytes]:
+    """The file of a recent version, of tensors that answers need."""
+    return {SERVING: save({name: np.asarray(tensor, order="C") for name, tensor in sorted(tensors.items())})}
 
 
 def decode(files: Iterable[bytes]) -> dict[str, Array]:
     """The tensors in the files of a version."""
-    return {name: tensor for data in files for name, tensor in load(data).items()}
+    return {name: tensor for data in files for name, tensor in tensor_files.unpack(data).items()}
 
 
 def digest(tensors: Tensors) -> str:
