@@ -154,7 +154,13 @@ class TrainerMetrics(Metrics):
     )
     version = gauge("springtide_trainer_version", "Newest version published.")
     epoch = gauge("springtide_trainer_epoch", "Epoch the trainer works in.")
-    publish_seconds = histogram("springtide_trainer_publish_seconds", "Time until a version is durable.", SHORT_SECONDS)
+    durable_version = gauge("springtide_trainer_durable_version", "Newest version that is durable.")
+    publish_seconds = histogram(
+        "springtide_trainer_publish_seconds", "Time until a version is there for those who follow.", SHORT_SECONDS
+    )
+    save_seconds = histogram(
+        "springtide_trainer_save_seconds", "Time from there until a durable version is durable.", SHORT_SECONDS
+    )
     publish_stall_seconds = histogram(
         "springtide_trainer_publish_stall_seconds", "Time a publication kept the steps waiting.", SHORT_SECONDS
     )

@@ -89,9 +89,9 @@ class CatchingUp:
     def _before(self, epoch: int) -> dict[Source, int]:
         """How far the clicks were learned when the epoch began; also before a rollback that it interrupted."""
         goal: dict[Source, int] = {}
-        for number in reversed(self._registry.versions()):
+        for number in sorted({*self._registry.versions(), *self._registry.recents()}, reverse=True):
             try:
-                found = self._registry.manifest(number)
+                found = self._registry.either(number)
             except (UnknownVersion, CorruptVersion):
                 continue
             if found.epoch < epoch:

@@ -88,10 +88,9 @@ class Learner:
         drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
-        self._publisher = Publisher(registry.path, metrics, room)
-        self._publications = Publications(
-            self._publisher, drafter, trainer, metrics, settings.trainer.publish_s, clock, elapsed
-        )
+        paces = settings.trainer.publish_s, settings.registry.durable_s
+        self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room)
+        self._publications = Publications(self._publisher, drafter, trainer, metrics, *paces, clock, elapsed)
         self._catching_up = CatchingUp(registry, clock)
         self._log: LogReader | None = None
         self._looked = float("-inf")
@@ -118,7 +117,7 @@ class Learner:
         if version is None:
             self._log = self._open_log(None)
             begin = self._reader.position(self._settings.trainer.partition)
-            self.place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin)
+            self.place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
             first = nothing_learned(self._trainer, self._about)
         else:
             restored, first = restore_or_carry(self._registry, control, version, self._trainer, self._spec)
@@ -213,7 +212,7 @@ class Learner:
         if len(found.batch) == 0:
             return
         report = self._trainer.step(found.batch)
-        self.place = replace(self.place, changed=True)
+        self.place = self.place.stepped()
         killpoints.reach("loop.stepped")
         gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
 
@@ -265,27 +264,27 @@ class Learner:
             logger.info("%s", refused)
             self._looked = float("-inf")
 
-    def publish(self) -> None:
-        """Hands what changed to the publisher; the copy is made here, in the step thread."""
+    def publish(self, last: bool = False) -> None:
+        """Hands what changed to the publisher; the copy is made here, in the step thread. The `last` one is durable."""
         leader = self._reader.leader_epoch(self._settings.trainer.partition, self.place.next)
-        place = replace(self.place, leader_epoch=leader)
-        self.place = self._publications.publish(place, self.control, self._account(), self._reader.topic_id)
+        place, topic_id = replace(self.place, leader_epoch=leader), self._reader.topic_id
+        self.place = self._publications.publish(place, self.control, self._account(), topic_id, last)
 
     def _settle(self, wait: bool = False) -> None:
         made = self._publications.settle(wait)
         if made is not None:
-            self.place = replace(self.place, parent=made.version)
+            self.place = self.place.at_version(made)
 
     def close(self) -> None:
-        """Publishes what is left and ends; the next start goes on from here, or from before what is held.
+        """Publishes what is left, durably, and ends; the next start goes on from here, or from before what is held.
 
         Raises:
             OSError: The disk refused.
         """
         try:
             self._settle(wait=True)
-            if self.place.changed and self.control.publishing:
-                self.publish()
+            if self.place.unsaved and self.control.publishing:
+                self.publish(last=True)
                 self._settle(wait=True)
         except WrongEpoch as refused:
             logger.info("%s", refused)

@@ -218,6 +218,8 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         require_same_model(settings)
         for name in registry.sweep():
             logger.info("swept %s, left by a writer that died", name)
+        if swept := registry.sweep_recent():
+            logger.info("swept %d versions that were not kept: what they learned is learned again from the log", swept)
         serve(collected, settings.trainer.metrics_port)
         # 2. TensorFlow's import takes seconds: it overlaps with the bootstrap.
         imports = threading.Thread(target=_import_model, name="imports", daemon=True)
@@ -231,7 +233,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         imports.join()
         learner = prepare(settings, registry, metrics, consent, room)
         compaction = Compaction(
-            arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.parent)
+            arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.durable)
         )
         # 6.
         try:

@@ -20,7 +20,7 @@ class TrainingPlace:
 
     Attributes:
         epoch: Control's epoch.
-        parent: The newest version of this line; 0 for none.
+        parent: The newest version of this line, of either lifetime; 0 for none.
         first: Where the log goes on after `parent`.
         next: Where the log goes on now.
         marks: The next offset of each source.
@@ -33,6 +33,9 @@ class TrainingPlace:
         other_features: Rows of a former feature spec, which were passed over.
         leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, set where a version is made.
         changed: Whether there was a step since `parent`.
+        durable: The newest durable version of this line; 0 for none.
+        durable_first: Where the log goes on after `durable`.
+        unsaved: Whether there was a step since `durable`.
         erased: The last erasure of control that was taken into account.
         erasures: (erasure, offset) of those taken into account in this epoch; the newest.
         told_ms: The newest time that a row learned from told itself: with it a rollback knows what a version cannot have.
@@ -52,6 +55,9 @@ class TrainingPlace:
     other_features: int = 0
     leader_epoch: int = -1
     changed: bool = False
+    durable: int = 0
+    durable_first: int = 0
+    unsaved: bool = False
     told_ms: int = 0
     erased: int = 0
     erasures: tuple[tuple[int, int], ...] = ()
@@ -63,7 +69,8 @@ class TrainingPlace:
         told_ms = int(version.metrics.get(TOLD_MS, version.event_time_ms))
         erasures = version.erasures if version.epoch == epoch else ()
         at = (epoch, version.version, version.log.next, next, version.marks)
-        return cls(*at, **counts, told_ms=told_ms, erased=version.erased, erasures=erasures)
+        begin = cls(*at, **counts, told_ms=told_ms, erased=version.erased, erasures=erasures)
+        return begin.at_version(version).handed_over(True, version.log.next)
 
     def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
         """After the record at `offset`, before which `gap` source positions were passed as lost."""
@@ -85,9 +92,20 @@ class TrainingPlace:
         """Behind a record that is left out."""
         return replace(self, next=next, left_out=self.left_out + 1)
 
-    def handed_over(self) -> TrainingPlace:
-        """Once all that changed is on its way to a version."""
-        return replace(self, first=self.next, changed=False)
+    def stepped(self) -> TrainingPlace:
+        """After a step."""
+        return replace(self, changed=True, unsaved=True)
+
+    def handed_over(self, durable: bool, at: int | None = None) -> TrainingPlace:
+        """Once all that changed is on its way to a version; the log goes on `at`, or where the trainer is."""
+        at = self.next if at is None else at
+        found = replace(self, first=at, changed=False)
+        return replace(found, durable_first=at, unsaved=False) if durable else found
+
+    def at_version(self, made: Manifest) -> TrainingPlace:
+        """Once the version is there that all was handed over to."""
+        found = replace(self, parent=made.version)
+        return replace(found, durable=made.version) if made.durable else found
 
     def counts(self) -> dict[str, int]:
         """What is counted of the rows of this line.

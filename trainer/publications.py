@@ -1,4 +1,4 @@
-"""When the learner's work becomes a version, and what is copied for it in the step thread."""
+"""When the learner's work becomes a version, recent or durable, and what is copied for it in the step thread."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from state.metrics import TrainerMetrics
 from state.registry.control import Control
 from state.registry.log_line import onward
 from state.registry.manifest import Draft, Kind, Manifest
+from state.registry.recent import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.draft import Drafter
-from trainer.versions.publisher import Publisher
+from trainer.versions.publisher import Publisher, Saving
 
 
 class Publications:
@@ -28,6 +29,7 @@ class Publications:
         trainer: The weights.
         metrics: What is counted.
         pace_s: Least seconds between two.
+        durable_s: Least seconds between two durable ones.
         clock: Wall clock in seconds.
         elapsed: Monotonic seconds.
     """
@@ -39,12 +41,14 @@ class Publications:
         trainer: Trainer,
         metrics: TrainerMetrics,
         pace_s: float,
+        durable_s: float,
         clock: Callable[[], float],
         elapsed: Callable[[], float],
     ) -> None:
         self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
         self._metrics, self._pace_s, self._clock, self._elapsed = metrics, pace_s, clock, elapsed
-        self._last_s = float("-inf")
+        self._durable_s = durable_s
+        self._last_s = self._saved_s = float("-inf")
 
     @property
     def busy(self) -> bool:
@@ -52,20 +56,18 @@ class Publications:
         return self._publisher.busy
 
     def begin(self) -> None:
-        """At the beginning of an epoch: the first version is due a pace later."""
-        self._last_s = self._elapsed()
+        """At the beginning of an epoch, or after a start: the first version is due a pace later, and durable."""
+        self._last_s, self._saved_s = self._elapsed(), float("-inf")
 
     def due(self, place: TrainingPlace, control: Control) -> bool:
-        """Whether what was learned since the last version is to become one now."""
-        return (
-            place.changed
-            and control.publishing
-            and not self._publisher.busy
-            and self._elapsed() - self._last_s >= self._pace_s
-        )
+        """Whether what was learned since the last version, or the last durable one, is to become one now."""
+        if not (place.changed or place.unsaved) or not control.publishing or self._publisher.busy:
+            return False
+        now_s = self._elapsed()
+        return now_s - self._last_s >= self._pace_s and (place.changed or now_s - self._saved_s >= self._durable_s)
 
     def settle(self, wait: bool = False) -> Manifest | None:
-        """The version that has become durable since the last call; see `Publisher.settle`.
+        """The version that has been published since the last call; see `Publisher.settle`.
 
         Raises:
             WrongEpoch: It was refused, because control is at another epoch.
@@ -77,21 +79,41 @@ class Publications:
         return made
 
     def publish(
-        self, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str
+        self, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
     ) -> TrainingPlace:
-        """Hands what changed to the publisher; the copy is made here. Returns the place afterwards."""
+        """Hands what changed to the publisher; the copy is made here. Returns the place afterwards.
+
+        Args:
+            place: Where the trainer is.
+            control: That it learned under.
+            account: What became of the rows.
+            topic_id: Of the training log.
+            last: It is to be durable, whenever the last one was.
+        """
         began = time.perf_counter()
-        tensors = checkpoint.changes(self._trainer)
+        durable = (
+            last
+            or self._elapsed() - self._saved_s >= self._durable_s
+            or place.parent - place.durable >= MOST_BETWEEN - 1
+        )
+        served = checkpoint.served(self._trainer)
         if (at := onward(control.log, place.next)) != place.next:
             # Who wrote what is passed over on the way there is not known.
             place = replace(place, next=at, leader_epoch=-1)
-        draft = self.draft("delta", place, control, account, topic_id)
+        draft = self.draft("recent", place, control, account, topic_id)
+        saving = None
+        if durable:
+            log = replace(draft.log, first=place.durable_first)
+            since = replace(draft, kind="delta", parent=place.durable or None, log=log)
+            saving = Saving(since, checkpoint.changes(self._trainer))
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
-        self._publisher.offer(draft, tensors)
+        self._publisher.offer(draft, served, saving)
         self._last_s = self._elapsed()
+        if durable:
+            self._saved_s = self._last_s
         gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
         gauges.show_slices(self._trainer.slices, self._metrics)
-        return place.handed_over()
+        return place.handed_over(durable)
 
     def publish_first(
         self,
@@ -110,10 +132,10 @@ class Publications:
             OSError: The disk refused.
         """
         kind: Kind = "delta" if place.parent else "base"
-        self._publisher.offer(self.draft(kind, place, control, account, topic_id), tensors)
+        self._publisher.save(Saving(self.draft(kind, place, control, account, topic_id), tensors))
         made = self.settle(wait=True)
         assert made is not None, "it was offered"
-        return replace(place, parent=made.version, first=place.next)
+        return place.at_version(made).handed_over(True)
 
     def draft(
         self, kind: Kind, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str

@@ -339,7 +339,9 @@ class TrainerSettings:
     rows_per_update: int = setting(
         0, "rows", least=0, most=65536, help="Rows after which all weights and rows move; 0 takes a whole micro-batch."
     )
-    publish_s: float = setting(0.2, "s", least=0.01, most=3600.0, help="Time between versions.")
+    publish_s: float = setting(
+        0.2, "s", least=0.01, most=3600.0, help="Time between versions; of each registry.durable_s one is durable."
+    )
     base_every_s: float = setting(600.0, "s", least=1.0, help="Time between bases made by the compactor.")
     admit_after: int = setting(1, "sightings", least=1, help="Sightings before an id has a row of its own.")
     admit_crosses_after: int = setting(
@@ -363,6 +365,16 @@ class TrainerSettings:
 class RegistrySettings:
     """How long versions are kept."""
 
+    durable_s: float = setting(
+        10.0,
+        "s",
+        least=0.01,
+        most=3600.0,
+        help="Time between versions that one can go back to; what lies between is made again from the training log.",
+    )
+    recent_s: float = setting(
+        15.0, "s", least=1.0, most=3600.0, help="How long the others can be followed; more than 25 s reach the disk."
+    )
     delta_keep_s: float = setting(3600.0, "s", least=1.0, help="How long each delta is kept.")
     delta_keep_gb: float = setting(
         4.0, "GB", least=0.01, help="How much the deltas may take together; the oldest go first."

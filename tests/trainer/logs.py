@@ -82,8 +82,8 @@ def learner(
     room: Room | None = None,
     spec: FeatureSpec = SPEC,
 ) -> Learner:
-    """A learner in control's epoch; it publishes at every look unless flags say otherwise."""
-    settings = small_settings("--trainer.publish_s", "0.01", *flags)
+    """A learner in control's epoch; it publishes at every look, a durable version, unless flags say otherwise."""
+    settings = small_settings("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01", *flags)
     ticks = iter(range(10**9))
     made = Learner(
         settings,

@@ -1,4 +1,4 @@
-"""What changed in a table since somebody last took it: rows by id, and ids that went or wait."""
+"""What changed in a table since a point: listed while steps go on, and taken as rows by id, and ids that went or wait."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.tables.index import F32, I32, U64
+from trainer.tables.listed import ListedIds
+from trainer.tables.places import grown
+from trainer.tables.rows_used import mark_rows
 
 I64 = npt.NDArray[np.int64]
 
@@ -45,3 +48,55 @@ class Changes:
         for field in self.FIELDS:
             sha.update(np.ascontiguousarray(getattr(self, field)).tobytes())
         return sha.hexdigest()
+
+
+class ChangeList:
+    """What changed in a table since a point, each row once; steps list rows, and nothing is copied.
+
+    Args:
+        capacity: Places of the table.
+
+    Attributes:
+        removed: Ids that went; those that came back among them have a row.
+        pending: Ids without a row that were seen, or are not waiting any more.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._flags: npt.NDArray[np.uint8] = np.zeros(capacity, np.uint8)
+        self._listed: I32 = np.zeros(capacity, np.int32)
+        self._count = 0
+        self.removed, self.pending = ListedIds(), ListedIds()
+
+    def touch(self, rows: I32) -> None:
+        """Lists rows, `[n]` int32."""
+        self._count = mark_rows(np.ascontiguousarray(rows), self._flags, self._listed, self._count)
+
+    def rows(self) -> I32:
+        """The rows listed, `[n]` int32; some may have no id any more."""
+        return self._listed[: self._count]
+
+    def clear(self) -> None:
+        """The point is now."""
+        self._flags[self.rows()] = 0
+        self._count, self.removed, self.pending = 0, ListedIds(), ListedIds()
+
+    def move_to(self, older: ChangeList) -> None:
+        """Adds all of it to a list since an earlier point; here the point is now."""
+        older.touch(self.rows())
+        older.removed.add(self.removed.distinct())
+        older.pending.add(self.pending.distinct())
+        self.clear()
+
+    def resize(self, capacity: int, former: I32 | None = None) -> None:
+        """The table has other places.
+
+        Args:
+            capacity: Places.
+            former: Which places those at 0, 1, 2 .. were before; None where all stay.
+        """
+        if former is None:
+            self._flags, self._listed = grown(self._flags, capacity), grown(self._listed, capacity)
+            return
+        self._flags = grown(self._flags[former], capacity)
+        listed = np.flatnonzero(self._flags).astype(np.int32)
+        self._listed, self._count = grown(listed, capacity), listed.size

@@ -65,8 +65,10 @@ class CountTable(IdTable):
         self._signs[rows] = transition_rows.signs_of(values)
 
     def _held(self, rows: I32) -> tuple[F32, F32]:
-        packed = transition_rows.pack(self.lists(rows), self._signs[rows])
-        return packed, np.zeros((len(rows), 0), np.float32)
+        return self._served(rows), np.zeros((len(rows), 0), np.float32)
+
+    def _served(self, rows: I32) -> F32:
+        return transition_rows.pack(self.lists(rows), self._signs[rows])
 
     def _begin(self, ids: U64, rows: I32) -> None:
         # Empty lists, whose zeros have the signs of these.

@@ -4,6 +4,8 @@ The id -> row index, admission and expiry live on the host in compiled loops.
 Where a row lies is nobody's business: every value that leaves a table is
 ordered by id. So two tables with other capacities, or one that was restored, go
 on with the same bits. Who leaves, too, follows from what a version holds.
+Changes are listed since the last version and, once that was taken, since the
+last durable one: a step lists a row once.
 
 One thread, the trainer's step thread, calls everything here.
 """
@@ -11,17 +13,17 @@ One thread, the trainer's step thread, calls everything here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.tables.changes import Changes
+from trainer.tables.changes import ChangeList, Changes
 from trainer.tables.index import F32, I32, U64
 from trainer.tables.least_used import excess, least_used
-from trainer.tables.listed import ListedIds
 from trainer.tables.pending import Pending, Sightings, sightings
 from trainer.tables.places import Places, grown
-from trainer.tables.rows_used import distinct_rows, first_occurrences, mark_rows, see
+from trainer.tables.rows_used import distinct_rows, first_occurrences, see
 
 I64 = npt.NDArray[np.int64]
 
@@ -62,14 +64,9 @@ class IdTable(ABC):
         self._places = Places(self._first_capacity, self.max_rows)
         capacity = self.capacity
         self._last_seen_ms: I64 = np.zeros(capacity, np.int64)
-        self._dirty: npt.NDArray[np.uint8] = np.zeros(capacity, np.uint8)
-        self._dirty_rows: I32 = np.zeros(capacity, np.int32)
         self._scratch: I32 = np.zeros(capacity, np.int32)
-        self._dirty_count = 0
-        # Ids that went since the last take; those that came back among them have a row.
-        self._removed = ListedIds()
+        self._since_version, self._since_durable = ChangeList(capacity), ChangeList(capacity)
         self._pending = Pending(self._admit_after, self.max_rows)
-        self._pending_dirty = ListedIds()
 
     def __len__(self) -> int:
         """Ids that have a row."""
@@ -112,7 +109,7 @@ class IdTable(ABC):
         if unknown.size:
             if self._admit_after > 1:
                 counted, admitted = self._pending.count(sightings(ids[unknown], at_ms[unknown]))
-                self._pending_dirty.add(counted)
+                self._since_version.pending.add(counted)
             else:
                 admitted = first_occurrences(ids[unknown])
             if admitted.size:
@@ -125,7 +122,7 @@ class IdTable(ABC):
 
     def touch(self, rows: I32) -> None:
         """Lists rows (`[n]` int32) as changed."""
-        self._dirty_count = mark_rows(np.ascontiguousarray(rows), self._dirty, self._dirty_rows, self._dirty_count)
+        self._since_version.touch(rows)
 
     def distinct(self, rows: I32) -> tuple[I32, I32]:
         """Each row once, in order of first occurrence, and where each argument went.
@@ -150,7 +147,7 @@ class IdTable(ABC):
         held = self._places.held()
         old = held[self._last_seen_ms[held] < before_ms]
         self._leave(old)
-        self._pending_dirty.add(self._pending.expire(before_ms))
+        self._since_version.pending.add(self._pending.expire(before_ms))
         return int(old.size)
 
     def evict(self) -> int:
@@ -158,7 +155,7 @@ class IdTable(ABC):
 
         Call it once all ids of a step were observed, before their rows are looked up.
         """
-        self._pending_dirty.add(self._pending.evict())
+        self._since_version.pending.add(self._pending.evict())
         leaving = excess(len(self), self.max_rows)
         if leaving:
             self._leave(least_used(self._places.ids, self._last_seen_ms, self._use(), leaving))
@@ -169,23 +166,28 @@ class IdTable(ABC):
         rows = self.find(ids)
         rows = np.unique(rows[rows != MISSING])
         self._leave(rows)
-        self._pending_dirty.add(self._pending.forget(ids))
+        self._since_version.pending.add(self._pending.forget(ids))
         return int(rows.size)
 
+    def take_served(self) -> dict[str, npt.NDArray[Any]]:
+        """What answers need of what changed since the last take of either kind: `ids`, `rows`, `removed`, as in `Changes`."""
+        rows = self._ordered(self._since_version.rows())
+        removed = self._gone(self._since_version)
+        self._since_version.move_to(self._since_durable)
+        return {"ids": self._places.ids[rows], "rows": self._served(rows), "removed": removed}
+
     def take_changes(self) -> Changes:
-        """What changed since the last take, and starts the next list."""
-        rows = self._dirty_rows[: self._dirty_count]
-        self._dirty[rows] = 0
-        removed = self._removed.distinct()
-        removed = removed[self.find(removed) == MISSING]
-        changes = self._collect(rows[self._places.ids[rows] != 0], removed, self._pending_dirty.distinct())
-        self._dirty_count = 0
-        self._removed, self._pending_dirty = ListedIds(), ListedIds()
+        """What changed since the last take of this kind; both lists begin anew."""
+        since = self._since_durable
+        self._since_version.move_to(since)
+        changes = self._collect(self._ordered(since.rows()), self._gone(since), since.pending.distinct())
+        since.clear()
         return changes
 
     def state(self) -> Changes:
         """Every row, for a base; the list of changes goes on."""
-        return self._collect(self._places.held(), np.empty(0, np.uint64), self._pending.ids())
+        held = self._ordered(self._places.held())
+        return self._collect(held, np.empty(0, np.uint64), self._pending.ids())
 
     def load(self, changes: Changes) -> None:
         """Sets what `changes` says on top of what is here, and lists none of it as changed.
@@ -218,6 +220,10 @@ class IdTable(ABC):
         """Copies of rows and their accumulators, as versions hold them and `put` takes them."""
 
     @abstractmethod
+    def _served(self, rows: I32) -> F32:
+        """Copies of rows alone, as versions hold them."""
+
+    @abstractmethod
     def _begin(self, ids: U64, rows: I32) -> None:
         """Gives the rows of ids that were just admitted their first values."""
 
@@ -239,8 +245,10 @@ class IdTable(ABC):
         rows = self._places.take(ids)
         if self.capacity > before:
             self._resize(self.capacity)
-            for field in ("_last_seen_ms", "_dirty", "_dirty_rows", "_scratch"):
+            for field in ("_last_seen_ms", "_scratch"):
                 setattr(self, field, grown(getattr(self, field), self.capacity))
+            for since in (self._since_version, self._since_durable):
+                since.resize(self.capacity)
         self._last_seen_ms[rows] = 0
         return rows
 
@@ -248,25 +256,32 @@ class IdTable(ABC):
         """Removes rows, and gives room back where most of it is unused."""
         ids = self._places.ids[rows]
         self._places.drop(ids)
-        self._removed.add(ids)
+        self._since_version.removed.add(ids)
         former = self._places.pack()
         if former is None:
             return
         self._resize(self.capacity, former)
-        for field in ("_last_seen_ms", "_dirty"):
-            setattr(self, field, grown(getattr(self, field)[former], self.capacity))
+        self._last_seen_ms = grown(self._last_seen_ms[former], self.capacity)
         self._scratch = np.zeros(self.capacity, np.int32)
-        dirty = np.flatnonzero(self._dirty).astype(np.int32)
-        self._dirty_rows, self._dirty_count = grown(dirty, self.capacity), dirty.size
+        for since in (self._since_version, self._since_durable):
+            since.resize(self.capacity, former)
+
+    def _ordered(self, rows: I32) -> I32:
+        """Those of `[n]` rows that have an id, in the order of the ids."""
+        ids = self._places.ids[rows]
+        held = np.flatnonzero(ids)
+        return rows[held[np.argsort(ids[held])]]
+
+    def _gone(self, since: ChangeList) -> U64:
+        removed = since.removed.distinct()
+        gone: U64 = removed[self.find(removed) == MISSING]
+        return gone
 
     def _collect(self, rows: I32, removed: U64, pending: U64) -> Changes:
-        ids = self._places.ids[rows]
-        order = np.argsort(ids)
-        rows = rows[order]
         values, accum = self._held(rows)
         waiting = self._pending.of(pending)
         return Changes(
-            ids=ids[order],
+            ids=self._places.ids[rows],
             rows=values,
             accum=accum,
             last_seen_ms=self._last_seen_ms[rows],

@@ -70,6 +70,9 @@ class Table(IdTable):
     def _held(self, rows: I32) -> tuple[F32, F32]:
         return gathered(self.rows, rows), gathered(self.accum, rows)
 
+    def _served(self, rows: I32) -> F32:
+        return gathered(self.rows, rows)
+
     def _begin(self, ids: U64, rows: I32) -> None:
         first = hashed_uniform(ids, self.dim, self.name) * self._initial_range
         self.put(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))

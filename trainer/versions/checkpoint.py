@@ -40,8 +40,16 @@ _DECIDING = (
 _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 
 
+def served(trainer: Trainer) -> dict[str, content.Array]:
+    """Copies what a recent version holds, and starts the next list since the last version; only the step thread may call it."""
+    held = {
+        f"{name}.{field}": held for name, table in trainer.tables.items() for field, held in table.take_served().items()
+    }
+    return held | _dense(trainer) | {"popular": trainer.popular.top()}
+
+
 def changes(trainer: Trainer) -> dict[str, content.Array]:
-    """Copies what a delta holds, and starts the next list of changes; only the step thread may call it."""
+    """Copies what a durable version holds, and starts both lists of changes anew; only the step thread may call it."""
     return _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
 
 
@@ -182,10 +190,14 @@ def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, conte
     held: dict[str, content.Array] = {
         f"{name}.{field}": getattr(rows, field) for name, rows in tables.items() for field in Changes.FIELDS
     }
-    held |= {f"dense.{name}": weight for name, weight in trainer.model.weights().items()}
+    held |= _dense(trainer)
     held |= {f"slots.{name}": slot for name, slot in trainer.optimizer.slots().items()}
     held |= {f"state.{name}": value for name, value in trainer.state().items()}
     return held | {"popular": trainer.popular.top()}
+
+
+def _dense(trainer: Trainer) -> dict[str, content.Array]:
+    return {f"dense.{name}": weight for name, weight in trainer.model.weights().items()}
 
 
 def _under(prefix: str, tensors: content.Tensors) -> dict[str, Any]:

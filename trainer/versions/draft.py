@@ -54,7 +54,7 @@ class Drafter:
         """The draft of a version with the weights that `trainer` has now.
 
         Args:
-            kind: Base or delta.
+            kind: `base`, `delta` or `recent`: the parent is the last durable version, or the last one.
             place: Where the trainer is.
             trainer: Its counters and measures.
             account: What became of the rows.
@@ -63,12 +63,13 @@ class Drafter:
             now_ms: Wall clock.
         """
         counters = trainer.counters
+        parent, first = (place.parent, place.first) if kind == "recent" else (place.durable, place.durable_first)
         return Draft(
             kind=kind,
             epoch=place.epoch,
-            parent=place.parent or None,
+            parent=parent or None,
             log=LogRange(
-                *(self.topic, topic_id, self.partition, place.first, place.next),
+                *(self.topic, topic_id, self.partition, first, place.next),
                 epoch_at(control.log, place.next),
                 place.leader_epoch,
             ),

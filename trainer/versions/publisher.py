@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.registry.manifest import Draft, Manifest
 from state.registry.registry import Registry
 from state.storage.waiting import Room
 from trainer.versions import content
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What makes a version durable.
+
+    Attributes:
+        draft: What it says of itself, as what changed since the durable version before it.
+        tensors: What changed since then.
+    """
+
+    draft: Draft
+    tensors: content.Tensors
 
 
 class Publisher:
@@ -22,13 +40,24 @@ class Publisher:
     Args:
         path: The registry's directory; the thread has a registry object of its own.
         metrics: Where durations go.
+        recent_s: How long a version stays in `recent/`; the newest one stays until there is another.
         room: Where a version waits for room; None: one that has none is an error.
+        elapsed: Monotonic seconds.
     """
 
-    def __init__(self, path: Path, metrics: TrainerMetrics, room: Room | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        metrics: TrainerMetrics,
+        recent_s: float = 15.0,
+        room: Room | None = None,
+        elapsed: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._room = room
         self._registry = Registry(path)
         self._metrics = metrics
+        self._recent_s, self._elapsed = recent_s, elapsed
+        self._recent: deque[tuple[float, int]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._running: Future[Manifest] | None = None
 
@@ -37,14 +66,26 @@ class Publisher:
         """Whether a version is under way, or was not settled yet."""
         return self._running is not None
 
-    def offer(self, draft: Draft, tensors: content.Tensors) -> None:
-        """Starts to publish; `tensors` must not change any more. Not while busy."""
+    def offer(self, draft: Draft, served: content.Tensors, saving: Saving | None = None) -> None:
+        """Starts to publish; the tensors must not change any more. Not while busy.
+
+        Args:
+            draft: What a recent version says of itself.
+            served: What answers need of what changed since the version before.
+            saving: Makes it durable too.
+        """
         if self.busy:
             raise RuntimeError("a version is still being published")
-        self._running = self._thread.submit(self._publish, draft, tensors)
+        self._running = self._thread.submit(self._publish, draft, served, saving)
+
+    def save(self, first: Saving) -> None:
+        """Starts to publish the first version of an epoch, which nobody follows yet. Not while busy."""
+        if self.busy:
+            raise RuntimeError("a version is still being published")
+        self._running = self._thread.submit(self._save, first, None)
 
     def settle(self, wait: bool = False) -> Manifest | None:
-        """The version that has become durable since the last call; None where none has.
+        """The version that has been published since the last call, durable where it was to be; None where none has.
 
         Args:
             wait: Wait for one that is under way.
@@ -63,12 +104,33 @@ class Publisher:
         """Ends the thread after what is under way."""
         self._thread.shutdown(wait=True)
 
-    def _publish(self, draft: Draft, tensors: content.Tensors) -> Manifest:
-        began, files = time.perf_counter(), content.encode(tensors)
-
-        def publish() -> Manifest:
-            return self._registry.publish(draft, files)
-
-        made = publish() if self._room is None else self._room.wait_for(publish, "publishing")
+    def _publish(self, draft: Draft, served: content.Tensors, saving: Saving | None) -> Manifest:
+        """Answers need not wait for the disk: they follow the recent version while it becomes durable."""
+        began, files = time.perf_counter(), content.encode_served(served)
+        made = self._where_room_is(lambda: self._registry.publish(draft, files))
         self._metrics.publish_seconds.observe(time.perf_counter() - began)
+        self._recent.append((self._elapsed(), made.version))
+        if saving is not None:
+            made = self._save(saving, made)
+        self._drop_recent()
         return made
+
+    def _save(self, saving: Saving, recent: Manifest | None) -> Manifest:
+        began, files = time.perf_counter(), content.encode(saving.tensors)
+        made = self._where_room_is(lambda: self._registry.publish(saving.draft, files, recent))
+        self._metrics.save_seconds.observe(time.perf_counter() - began)
+        self._metrics.durable_version.set(made.version)
+        return made
+
+    def _where_room_is(self, publish: Callable[[], Manifest]) -> Manifest:
+        def drop_and_publish() -> Manifest:
+            # What is not needed any more may be the room that is missing.
+            self._drop_recent()
+            return publish()
+
+        return publish() if self._room is None else self._room.wait_for(drop_and_publish, "publishing")
+
+    def _drop_recent(self) -> None:
+        while len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > self._recent_s:
+            with suppress(UnusableRegistry):
+                self._registry.remove("recent", self._recent.popleft()[1])
