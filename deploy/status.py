@@ -109,7 +109,7 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
         registry = open_registry(settings)
         control = registry.control()
         numbers = registry.versions()
-        newest = registry.manifest(numbers[-1]) if numbers else None
+        newest = registry.latest(None)
     except (SpringtideError, OSError) as error:
         return {"answers": False, "problem": str(error)}
     return {

@@ -88,9 +88,8 @@ def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None,
             raise SpringtideError(f"no registry at {settings.registry_dir}")
         registry = Registry(settings.registry_dir)
         control = registry.control()
-        number = None if control is None else registry.newest(control.epoch)
         line = WHOLE if control is None else control.log
-        return None if number is None else registry.manifest(number), line
+        return None if control is None else registry.latest(control.epoch), line
     except (SpringtideError, OSError) as error:
         found["notes"].append(str(error))
         return None, WHOLE

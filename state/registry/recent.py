@@ -43,8 +43,8 @@ class Recents(Versions):
         except (UnknownVersion, CorruptVersion):
             return self.manifest(version)
 
-    def latest(self, epoch: int) -> Manifest | None:
-        """The newest version of `epoch` of either lifetime; None while it has none.
+    def latest(self, epoch: int | None) -> Manifest | None:
+        """The newest version of `epoch` of either lifetime, or of all epochs; None while there is none.
 
         Recent ones that go meanwhile, or that a power cut has damaged, are passed over.
 
@@ -59,7 +59,7 @@ class Recents(Versions):
                 found = self.manifest(version, "recent")
             except (UnknownVersion, CorruptVersion):
                 continue
-            if found.epoch == epoch:
+            if epoch in (None, found.epoch):
                 return found
         return None if newest is None else self.manifest(newest)
 

@@ -121,14 +121,14 @@ class Versions(Folders):
         for name in version.files:
             self.read(version, name)
 
-    def newest(self, epoch: int) -> int | None:
-        """The newest durable version of `epoch`; None while it has none.
+    def newest(self, epoch: int | None) -> int | None:
+        """The newest durable version of `epoch`, or of all epochs; None while there is none.
 
         Raises:
             CorruptVersion: The manifest of it, or of a newer one, fails its digest.
         """
         for version in reversed(self.versions()):
-            if self.manifest(version).epoch == epoch:
+            if epoch in (None, self.manifest(version).epoch):
                 return version
         return None
 

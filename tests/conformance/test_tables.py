@@ -168,6 +168,50 @@ def test_base_and_deltas_rebuild_the_table_in_another_layout(
     assert fresh.take_changes().ids.size == 0
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 12), st.integers(1, 300), st.sampled_from(("", "", "served", "changes"))),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(1, 3),
+    st.sampled_from(kinds()),
+)
+def test_takes_for_answers_and_durable_ones_each_lose_nothing(
+    events: list[tuple[int, int, str]], admit_after: int, kind: type[IdTable]
+) -> None:
+    """Ids that went and came back between two takes of one kind, rows handed out again, growth in between."""
+    table, copy = made(kind, 2, admit_after), made(kind, 50, admit_after)
+    answers: dict[int, bytes] = {}
+
+    def take_served() -> None:
+        taken = table.take_served()
+        assert not set(taken["ids"].tolist()) & set(taken["removed"].tolist())
+        for key in taken["removed"].tolist():
+            answers.pop(key, None)
+        answers.update(zip(taken["ids"].tolist(), (row.tobytes() for row in taken["rows"]), strict=True))
+
+    for number, (key, learned, take) in enumerate(events):
+        row = table.observe(ids(key), times(100 * number))
+        if row[0]:
+            learn(table, row, learned)
+        if number % 4 == 3:
+            table.expire(100 * number - 400)
+        if take:
+            take_served()
+        if take == "changes":
+            changes = table.take_changes()
+            assert not set(changes.ids.tolist()) & set(changes.removed.tolist())
+            copy.load(changes)
+            assert copy.digest() == table.digest()
+    take_served()
+    copy.load(table.take_changes())
+    assert copy.digest() == table.digest()
+    held = table.state()
+    assert answers == dict(zip(held.ids.tolist(), (row.tobytes() for row in held.rows), strict=True))
+
+
 def test_growth_keeps_every_row(kind: type[IdTable]) -> None:
     table, roomy, keys = made(kind, 2), made(kind, 2000), np.arange(1, 1001, dtype=np.uint64)
     for start in range(0, 1000, 125):
