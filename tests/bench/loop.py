@@ -124,7 +124,7 @@ def rollback(loop: Loop) -> float:
         answer = loop.profile("anyone")
         return int(answer["version"]["number"]) if answer else 0
 
-    registry, version = Registry(loop.settings.registry_dir), served()
+    registry, (version, _) = Registry(loop.settings.registry_dir), loop.kept()
     until(lambda: served() > version + 3, "no newer version", PATIENCE_S)
     begin = time.monotonic()
     registry.change(

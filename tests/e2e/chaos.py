@@ -81,6 +81,7 @@ OWN: Mapping[str, object] = {
     "shoppers.rate": 100,
     "bootstrap.min_rows": 300,
     "trainer.base_every_s": 15,
+    "registry.durable_s": 1,
     "registry.delta_keep_s": 40,
 }
 LABELS: Mapping[str, object] = {

@@ -24,6 +24,7 @@ from deploy.watch import scrape
 from state.config.loading import load
 from state.config.settings import Settings
 from state.log import Topics, Writer
+from state.registry.registry import Registry
 
 ROOT = Path(__file__).parents[2]
 PORTS = (
@@ -39,6 +40,7 @@ SHORT: Mapping[str, object] = {
     "shoppers.users": 200,
     "bootstrap.min_rows": 300,
     "trainer.base_every_s": 20,
+    "registry.durable_s": 1,
 }
 FIRST_ANSWER_S = 240.0
 DEADLINE_S = 120.0
@@ -148,6 +150,19 @@ class Loop:
         """A profile; None where it cannot be had now."""
         status, body = self.get(f"/v1/profiles/{user}" + (f"?{urllib.parse.urlencode(query)}" if query else ""))
         return body if status == 200 else None
+
+    def kept(self) -> tuple[int, int]:
+        """Version and epoch of an answer that one can go back to; not older than the answers of now."""
+        registry = Registry(self.settings.registry_dir)
+        version = until(lambda: self.profile("anyone"), "no answer")["version"]
+
+        def look() -> tuple[int, int] | None:
+            number, answer = registry.newest(version["epoch"]), self.profile("anyone")
+            if number is None or number < version["number"] or answer is None or answer["version"]["number"] < number:
+                return None
+            return number, version["epoch"]
+
+        return until(look, f"no durable version from {version['number']} on is answered from")
 
     def metrics(self, name: str) -> scrape.Scrape:
         """The metrics of one process."""

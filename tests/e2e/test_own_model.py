@@ -63,7 +63,7 @@ def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
         registry = Registry(loop.settings.registry_dir)
         spec = FeatureSpec.from_settings(loop.settings)
         assert registry.spec(spec.digest)["preprocessing"] == OWN.preprocessing
-        before = registry.manifest(answer["version"]["number"])
+        before = registry.either(answer["version"]["number"])
         assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
         assert loop.stop() == 0
         # A restart restores these weights, or it would refuse them.

@@ -180,7 +180,7 @@ def an_operator_holds_something(terminal: Terminal, section: Section) -> None:
     loop = terminal.loop
     history, *undone = section.commands
     held = re.findall(r"`(springtide (?:pin|pause|hold)[^`]*)`", "\n".join(section.lines))
-    version = str(served(loop)[0])
+    version = str(loop.kept()[0])
     for command in held:
         terminal.type(command, V=version)
     until(lambda: loop.metrics("trainer").value("springtide_trainer_paused") == 1.0, "the pause is not seen")
