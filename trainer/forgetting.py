@@ -36,7 +36,7 @@ def take_up(trainer: Trainer, place: TrainingPlace, control: Control) -> Trainin
         "erasure %d: %d users are forgotten, %d rows of theirs at offset %d", new.last, len(new.users), rows, place.next
     )
     erasures = (*place.erasures, (new.last, place.next))[-REMEMBERED:]
-    return replace(place, erased=new.last, erasures=erasures, changed=True)
+    return replace(place, erased=new.last, erasures=erasures).stepped()
 
 
 def forget(trainer: Trainer, users: U64) -> int:

@@ -93,7 +93,7 @@ class TrainingPlace:
         return replace(self, next=next, left_out=self.left_out + 1)
 
     def stepped(self) -> TrainingPlace:
-        """After a step."""
+        """After a step, or anything else that is to become a version."""
         return replace(self, changed=True, unsaved=True)
 
     def handed_over(self, durable: bool, at: int | None = None) -> TrainingPlace:

@@ -60,6 +60,7 @@ class Publisher:
         self._recent: deque[tuple[float, int]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._running: Future[Manifest] | None = None
+        self._dropping: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
@@ -95,6 +96,9 @@ class Publisher:
             UnusableRegistry: The disk refused; where it is full, only once nobody is to wait any more.
         """
         running = self._running
+        if running is None and self._is_old() and (self._dropping is None or self._dropping.done()):
+            # Nothing is published any more: what is left goes all the same.
+            self._dropping = self._thread.submit(self._drop_recent)
         if running is None or not (wait or running.done()):
             return None
         self._running = None
@@ -130,7 +134,10 @@ class Publisher:
 
         return publish() if self._room is None else self._room.wait_for(drop_and_publish, "publishing")
 
+    def _is_old(self) -> bool:
+        return len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > self._recent_s
+
     def _drop_recent(self) -> None:
-        while len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > self._recent_s:
+        while self._is_old():
             with suppress(UnusableRegistry):
                 self._registry.remove("recent", self._recent.popleft()[1])
