@@ -144,8 +144,7 @@ class IdTable(ABC):
 
     def expire(self, before_ms: int) -> int:
         """Removes ids last seen before `before_ms` of log time; returns how many had a row."""
-        held = self._places.held()
-        old = held[self._last_seen_ms[held] < before_ms]
+        old = self._places.older(self._last_seen_ms, before_ms)
         self._leave(old)
         self._since_version.pending.add(self._pending.expire(before_ms))
         return int(old.size)

@@ -92,8 +92,7 @@ class Pending:
 
     def expire(self, before_ms: int) -> U64:
         """Forgets who was last seen before `before_ms` of log time; returns them."""
-        held = self._places.held()
-        return self._forget(held[self._seen_ms[held] < before_ms])
+        return self._forget(self._places.older(self._seen_ms, before_ms))
 
     def forget(self, ids: U64) -> U64:
         """Forgets those of `[n]` ids that wait; returns them."""

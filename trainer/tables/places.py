@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import compiled
 from trainer.tables.index import I32, U64, IdIndex
 
+I64 = npt.NDArray[np.int64]
 SPARSE = 4
 """Room for so many times what is held is given back."""
 
@@ -20,6 +22,16 @@ def grown(held: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
     [7, 8, 0, 0]
     """
     return np.concatenate([held, np.zeros((capacity - len(held), *held.shape[1:]), held.dtype)])
+
+
+@compiled
+def _older(ids: U64, seen_ms: I64, before_ms: int, found: I32) -> int:
+    count = 0
+    for place in range(ids.shape[0]):
+        if ids[place] != 0 and seen_ms[place] < before_ms:
+            found[count] = place
+            count += 1
+    return count
 
 
 class Places:
@@ -64,6 +76,11 @@ class Places:
         """The places in use, ascending."""
         places: I32 = np.flatnonzero(self.ids[: self._next]).astype(np.int32)
         return places
+
+    def older(self, seen_ms: I64, before_ms: int) -> I32:
+        """The places in use whose `[capacity]` times lie before `before_ms`, ascending."""
+        found = np.empty(len(self), np.int32)
+        return found[: _older(self.ids[: self._next], seen_ms, before_ms, found)].copy()
 
     def take(self, ids: U64) -> I32:
         """Gives places to distinct ids that have none; `capacity` may be another one afterwards.
