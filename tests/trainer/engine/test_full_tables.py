@@ -10,7 +10,7 @@ import pytest
 
 from state.microbatch.batch import MicroBatch
 from tests.trainer.batches import SPEC
-from tests.trainer.engine.test_crosses import impressions
+from tests.trainer.engine.test_crosses import NAMES, impressions
 from tests.trainer.engine.test_step import digests, learned, settings
 from tests.trainer.model.test_attributes import WANTED
 from trainer.engine.step import Trainer
@@ -95,4 +95,4 @@ def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
 
 def test_shares_of_crosses_are_never_the_least_used() -> None:
     trainer = learned(log(), fresh(64))
-    assert np.all(trainer.tables["cross"].find(trainer._crosses.shares) != 0)
+    assert np.all(trainer.tables["cross"].find(NAMES.shares) != 0)
