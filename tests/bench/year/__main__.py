@@ -22,7 +22,7 @@ from tests.bench.year.town import Plan
 PLAN = Plan(
     days=365,
     season_days=91,
-    clicks=2400,
+    clicks=2000,
     users=800,
     items=1200,
     categories=60,
@@ -36,7 +36,7 @@ HORIZONS = Horizons(
     window_d=7,
     late_d=1,
     topics_d=7,
-    round_h=3,
+    round_h=6,
     max_rows=2500,
     max_crosses=25_000,
     looked_at_d=28,

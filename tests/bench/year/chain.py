@@ -36,6 +36,8 @@ from trainer.learner import Learner
 
 PARTITIONS = 4
 MAP_BYTES = 1 << 32
+LOOKS = 30
+"""After each round of clicks, a second apart: enough to look at all that is kept, and less than a host has time for."""
 
 
 @dataclass
@@ -80,6 +82,11 @@ class Stream:
                         self._committer.commit([cut])
         for cut in self._cutter.flush(self._clock.now_ms()):
             self._committer.commit([cut])
+        # What the commit thread does by and by, in seconds that pass here at once.
+        sweep = self._committer._sweep
+        while sweep.due_s is not None and sweep._sweeper is not None:
+            sweep._sweeper.due_s = 0.0
+            sweep.look()
 
 
 class Serving:
@@ -92,7 +99,7 @@ class Serving:
     """
 
     def __init__(self, settings: Settings, log: MemoryLog, clock: Clock) -> None:
-        self._settings, self._log = settings, log
+        self._settings, self._log, self._clock = settings, log, clock
         folder, metrics = settings.serving_dir, ApplierMetrics(CollectorRegistry())
         self.rows = RowStore.open_anew(folder / "rows", MAP_BYTES)
         self.histories = HistoryStore.open_anew(folder / "histories", settings.features.history, MAP_BYTES)
@@ -101,7 +108,9 @@ class Serving:
             registry, self.rows, folder / "programs", metrics, settings.serving.keep_s, clock.now_ms
         )
         spec = FeatureSpec.from_settings(settings)
-        self.clicks = HistoryFollower(self.histories, spec, settings.events.max_age_s, metrics, clock.now_ms)
+        self.clicks = HistoryFollower(
+            self.histories, spec, settings.events.max_age_s, metrics, clock.now_ms, kept=settings.serving
+        )
 
     def run(self) -> None:
         """Takes up all that is new, and forgets what is due."""
@@ -117,7 +126,10 @@ class Serving:
             pass
         while self.versions.step():
             pass
-        self.versions.sweep()
+        for _ in range(LOOKS):
+            self._clock.ms += 1000
+            self.clicks.step(0.0)
+            self.versions.sweep()
 
     def close(self) -> None:
         """Closes the stores."""
