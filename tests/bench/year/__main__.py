@@ -21,7 +21,7 @@ from tests.bench.year.town import Plan
 
 PLAN = Plan(
     days=365,
-    season_days=91,
+    season_days=92,
     clicks=2000,
     users=800,
     items=1200,

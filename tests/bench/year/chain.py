@@ -36,7 +36,7 @@ from trainer.learner import Learner
 
 PARTITIONS = 4
 MAP_BYTES = 1 << 32
-LOOKS = 30
+LOOKS = 12
 """After each round of clicks, a second apart: enough to look at all that is kept, and less than a host has time for."""
 
 

@@ -49,8 +49,8 @@ class Horizons:
 
     @property
     def longest_d(self) -> int:
-        """After how many days the last of what is old must have gone; it goes a day late at most."""
-        return max(self.rows_d, self.window_d + self.late_d, self.topics_d, self.popular_d) + 1
+        """After how many days the last of what is old must have gone; it goes two days late at most."""
+        return max(self.rows_d, self.window_d + self.late_d, self.topics_d, self.popular_d) + 2
 
 
 @dataclass
