@@ -93,6 +93,13 @@ class StreamMetrics(Metrics):
         "springtide_stream_truncated_histories", "Rows whose longest window began before the oldest remembered event."
     )
     cached_users = gauge("springtide_stream_cached_users", "Users whose histories are in memory.")
+    history_users = gauge("springtide_stream_history_users", "Users who have a stored history.")
+    swept_events = counter("springtide_stream_swept_events", "Stored events taken out that no window reaches any more.")
+    swept_users = counter(
+        "springtide_stream_swept_users",
+        "Stored users taken out, by reason: old (no window reaches their events), too_many (read longest ago).",
+        "reason",
+    )
     attribute_records = gauge(
         "springtide_stream_attribute_records",
         "Positions of the topics of attributes read since the store began, by side (user, item) and outcome: value, removed, dead, absent.",
@@ -220,6 +227,24 @@ class ApplierMetrics(Metrics):
         "side",
     )
     history_rows = counter("springtide_serving_history_rows", "Rows taken into serving's histories.")
+    history_users = gauge("springtide_serving_history_users", "Users who have a history on this host.")
+    swept_events = counter(
+        "springtide_serving_swept_events", "Events of the histories taken out that no window reaches any more."
+    )
+    swept_users = counter(
+        "springtide_serving_swept_users",
+        "Users taken out of the histories, by reason: old (no window reaches their events), too_many (read longest ago).",
+        "reason",
+    )
+    remembered = gauge(
+        "springtide_serving_remembered",
+        "What is remembered beside the histories, as counted last, by kind: item (its category), name (of a category or attribute value).",
+        "kind",
+    )
+    swept_items = counter(
+        "springtide_serving_swept_items",
+        "Items and names taken out: nobody named them for long, or there were too many.",
+    )
     microbatch_lag_records = gauge(
         "springtide_serving_microbatch_lag_records",
         "Positions of the micro-batch topic not yet taken into the histories.",

@@ -5,7 +5,7 @@ For all the cuts that are queued at that moment:
     1. One Kafka transaction with their micro-batches and dead letters.
     2. One commit of the store: histories, rows that wait, clocks, next offsets, counters.
     3. Once a second the gauges of the account, and the offsets of the consumer group for lag tools; nothing is read
-       from there.
+       from there. Now and then some users' histories are swept.
 
 The store is synced at a clean stop only: one that was open in a power cut is
 made anew, whatever of it had reached the disk.
@@ -37,6 +37,7 @@ from streaming.context import StreamContext
 from streaming.cut import Cut, merge_all, merge_appends
 from streaming.letters import count_letters
 from streaming.rows import Rows
+from streaming.sweeping import StreamSweep
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Committer:
     def __init__(self, context: StreamContext) -> None:
         self._context = context
         self._show_due_s = 0.0
+        self._sweep = StreamSweep(context)
         self._unshown = False
         self._showing = threading.Lock()
         self._group_fails = False
@@ -86,26 +88,36 @@ class Committer:
         for piece in pieces:
             extra |= {} if piece.told is None else piece.told.state
         appends = merge_appends([piece.appends for piece in pieces])
-        context.room.wait_for(lambda: context.store.commit(appends, ranges, extra, waiting), WHAT)
+
+        def store() -> None:
+            with self._sweep.making_room():
+                context.store.commit(appends, ranges, extra, waiting)
+
+        context.room.wait_for(store, WHAT)
         killpoints.reach("stream.committed")
         for piece in pieces:
             context.profiler.committed(piece)
         context.metrics.commit_seconds.observe(time.perf_counter() - begun_s)
         self._count(pieces, records)
         self._unshown = True
+        self._sweep.note(pieces)
         # 3.
         self.catch_up()
 
     @property
     def due_s(self) -> float | None:
         """From which monotonic time on `catch_up` has something to do; None where nothing was committed since."""
-        return self._show_due_s if self._unshown else None
+        due = [self._show_due_s] * self._unshown + ([] if self._sweep.due_s is None else [self._sweep.due_s])
+        return min(due, default=None)
 
     def catch_up(self) -> None:
-        """Shows what was committed, where that is due."""
-        if self._unshown and time.monotonic() >= self._show_due_s:
+        """Shows what was committed and sweeps some histories, each where that is due."""
+        now_s = time.monotonic()
+        if self._unshown and now_s >= self._show_due_s:
             self.show()
             killpoints.reach("stream.grouped")
+        if (sweep_s := self._sweep.due_s) is not None and now_s >= sweep_s:
+            self._sweep.look()
 
     def show(self) -> None:
         """Sets the gauges of the account and tells Kafka the group's offsets, of what is committed now.

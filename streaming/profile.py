@@ -8,6 +8,7 @@ that user's events, so that leaving changes nothing but the time it takes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ I64 = NDArray[np.int64]
 class Profiler:
     """Computes each event's row from the events before it, and appends it to its user's history.
 
-    `update` is called by one thread; `committed` by any. Which batches events
+    `update` is called by one thread; `committed` and `forget` by any. Which batches events
     come in, and which users are in memory, changes no bit of a row.
 
     Args:
@@ -48,6 +49,8 @@ class Profiler:
         self._ends = self._counts = self._users = self._pending = self._used = np.empty(0, np.int64)
         self._clock = 0
         self._committed: deque[I64] = deque()
+        self._evicted: deque[Sequence[int]] = deque()
+        self._stale: set[int] = set()
         self._grow(cache_users)
         # The kernel is compiled, or its machine code loaded, before the first event.
         self._compute(np.empty(0, np.int64), np.empty(0, EVENT))
@@ -85,6 +88,13 @@ class Profiler:
         """Tells that the store has the appends of `rows`, each `Rows` once; any thread may call it."""
         self._committed.append(rows.appends.users.view(np.int64))
 
+    def forget(self, users: Sequence[int]) -> None:
+        """Tells that the store has lost users whose events rows could still see; any thread may call it.
+
+        They are read again from there, those with uncommitted events once these are committed.
+        """
+        self._evicted.append(users)
+
     def _compute(self, slots: I64, events: Events) -> Vector:
         rows = self._spec.empty(len(events))
         update_rows(self._rings, self._ends, self._counts, slots, words(events), self._spec.tables, self._hidden, rows)
@@ -95,6 +105,14 @@ class Profiler:
         while self._committed:
             for user in self._committed.popleft().view(np.uint64).tolist():
                 self._pending[self._slots[user]] -= 1
+        while self._evicted:
+            self._stale.update(self._evicted.popleft())
+        for user in [*self._stale]:
+            slot = self._slots.get(user)
+            if slot is None or self._pending[slot] == 0:
+                self._stale.remove(user)
+                if slot is not None:
+                    self._release(user, slot)
 
     def _places(self, users: NDArray[np.uint64]) -> I64:
         """Gives the ring of each of `users` (unique), read from the store where it is not in memory."""
@@ -128,13 +146,16 @@ class Profiler:
         leaving = min(len(may_go), max(needed, capacity // 16))
         if leaving:
             oldest = may_go[np.argpartition(self._used[may_go], leaving - 1)[:leaving]]
-            self._used[oldest] = 0
             for slot, user in zip(oldest.tolist(), self._users[oldest].view(np.uint64).tolist(), strict=True):
-                del self._slots[user]
-                self._free.append(slot)
+                self._release(user, slot)
         # 2. The rest have events that the store does not know yet.
         if len(self._free) < needed:
             self._grow(max(needed - len(self._free), capacity // 2))
+
+    def _release(self, user: int, slot: int) -> None:
+        self._used[slot] = 0
+        del self._slots[user]
+        self._free.append(slot)
 
     def _grow(self, more: int) -> None:
         """Adds `more` rings; `_used` is 0 for those without a user."""

@@ -94,6 +94,18 @@ class Witnesses(NamedTuple):
             self.marks[key], self.said[key] = found[:6], found[6:].reshape(TURNS, 4)
 
 
+def believed_in(packed: bytes | None) -> int | None:
+    """The newest time that readers were told to believe, ms, by what `Witnesses.pack` gave; None where there is none.
+
+    >>> known = Witnesses.of(1)
+    >>> known.marks[0, _BELIEVED] = 70
+    >>> believed_in(known.pack(0)), believed_in(None)
+    (70, None)
+    """
+    told = np.frombuffer(packed or b"", "<i8")
+    return int(told[_BELIEVED]) if len(told) > _BELIEVED and told[_BELIEVED] > NEVER_MS else None
+
+
 def hear(known: Witnesses, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
     """Takes clicks in order of arrival; returns `[n]` int64, the clock of each one's partition after it.
 

@@ -136,6 +136,7 @@ class Applier:
             Journal(settings.registry_dir / GAPS).accepted,
             actions.of,
             fingerprint_at(settings.salt_path),
+            settings.serving,
         )
 
     @property

@@ -19,12 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from deploy.serving.going_back import POSITION_EXTRA, clock_of, take_back
-from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, item_extra, name_extra
-from deploy.serving.old_events import OldEvents
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS
 from deploy.serving.open_log import Open, open_kept
+from deploy.serving.upkeep import Upkeep
+from state.config.sections import ServingSettings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull
 from state.features.mask import Mask
-from state.features.spec import Events, FeatureSpec
+from state.features.spec import EVENT, Events, FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
@@ -44,9 +45,8 @@ from state.registry.log_line import LogLine, counts, onward
 
 SALT_EXTRA = "salt"
 RECORDS_AT_ONCE = 64
-ITEMS_REMEMBERED = 1_000_000
 EVERY_MS = 1000
-DAY_MS = 86_400_000
+DEFAULTS = ServingSettings()
 _log = logging.getLogger(__name__)
 
 
@@ -62,6 +62,7 @@ class HistoryFollower:
         accepted: The losses that operators accepted, records that the trainer leaves out among them.
         actions: Names the actions of a record by its feature spec; None of one that is not known.
         own_salt: Fingerprint of the salt here; records of others before the first of ours are left out.
+        kept: How many users and items are kept, and how long.
     """
 
     def __init__(
@@ -74,16 +75,16 @@ class HistoryFollower:
         accepted: Callable[[], Sequence[Accepted]] = tuple,
         actions: Callable[[str], Sequence[str] | None] = lambda spec: None,
         own_salt: str | None = None,
+        kept: ServingSettings = DEFAULTS,
     ) -> None:
         self._store, self._line = store, line_of(store)
         self._accepted, self._named, self._actions = accepted, actions, spec.actions
         self._metrics = metrics
         self._now_ms = now_ms
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
-        self._old = OldEvents(store, self._horizon_ms)
+        self._upkeep = Upkeep(store, self._horizon_ms, kept, metrics, now_ms)
         self._reader: LogReader | None = None
         self._marks = store.positions()
-        self._items: dict[int, int] = {}
         salt = store.extra(SALT_EXTRA)
         self._salt, self._begun = own_salt if salt is None else salt.decode(), bool(self._marks)
         self.newest_ms = clock_of(store)
@@ -139,7 +140,7 @@ class HistoryFollower:
         _log.info("epoch %d of the training log: %s", line[-1].epoch, went)
         self.disconnect()
         self._line, self._marks = line, self._store.positions()
-        self._items.clear()
+        self._upkeep.begin()
         self.newest_ms = clock_of(self._store)
         return True
 
@@ -170,12 +171,11 @@ class HistoryFollower:
             try:
                 self._take(batch)
             except StoreFull:
-                # What was not stored is not known either.
-                self._items.clear()
-                self._old.make_room(self.newest_ms)
+                self._upkeep.make_room(self.newest_ms)
                 raise
             records += len(batch)
         self._keep_house(idle=not batches)
+        self._upkeep.look(self.newest_ms)
         return records
 
     def _take(self, batch: PartitionBatch) -> None:
@@ -193,7 +193,7 @@ class HistoryFollower:
         events: list[Events] = []
         users: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
         ranges: list[Range] = []
-        extra: dict[str, bytes] = {}
+        names: dict[int, str] = {}
         newest_ms = 0
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
             found = self._decode(value, Source(batch.topic_id, batch.partition), offset)
@@ -215,11 +215,14 @@ class HistoryFollower:
             if found.header.clocks and self.newest_ms > found.header.created_ms + DAY_MS:
                 # Under 0.1.0 one click could set it years ahead.
                 self.newest_ms = 0
-            extra |= {name_extra(category): name.encode() for category, name in found.header.names.items()}
+            names |= found.header.names
             marks = after
+        joined = np.concatenate([np.empty(0, EVENT), *events]).astype(EVENT)
+        extra = self._upkeep.news(joined, names, max(newest_ms, self.newest_ms))
         if newest_ms > self.newest_ms:
             extra[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
-        self._commit(batch, users, events, ranges, extra)
+        appends = Appends.of(np.concatenate(users), joined) if len(joined) else Appends.none()
+        self._commit(batch, appends, ranges, extra)
         self.newest_ms = max(self.newest_ms, newest_ms)
         self._marks = marks
 
@@ -242,12 +245,7 @@ class HistoryFollower:
         return renumbered(found, self._named(found.header.spec) or self._actions, self._actions)
 
     def _commit(
-        self,
-        batch: PartitionBatch,
-        users: Sequence[np.ndarray[tuple[int], np.dtype[np.uint64]]],
-        events: Sequence[Events],
-        ranges: Sequence[Range],
-        extra: dict[str, bytes],
+        self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes]
     ) -> None:
         following = onward(self._line, batch.next)
         positions = self._positions | {batch.partition: following}
@@ -259,11 +257,6 @@ class HistoryFollower:
             "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
         }
         extra[POSITION_EXTRA] = json.dumps(document).encode()
-        appends = Appends.none()
-        if events and sum(map(len, events)):
-            joined = np.concatenate(events)
-            appends = Appends.of(np.concatenate(users), joined)
-            extra |= self._new_items(joined)
         if self._salt is not None:
             extra[SALT_EXTRA] = self._salt.encode()
         killpoints.reach("follow.taken")
@@ -274,19 +267,8 @@ class HistoryFollower:
             self._reader.seek(batch.partition, following)
         self._metrics.history_rows.inc(len(appends.events))
 
-    def _new_items(self, events: Events) -> dict[str, bytes]:
-        """Categories of items that are new or have changed; an answer about an item looks its category up."""
-        found = {}
-        if len(self._items) > ITEMS_REMEMBERED:
-            self._items.clear()
-        for item, category in dict(zip(events["item"].tolist(), events["category"].tolist(), strict=True)).items():
-            if item and category and self._items.get(item) != category:
-                self._items[item] = category
-                found[item_extra(item)] = category.to_bytes(8, "big")
-        return found
-
     def _keep_house(self, idle: bool) -> None:
-        """Each second: the lag, and some users' events that no window reaches any more."""
+        """Each second: the lag, and how much is kept."""
         now_ms = self._now_ms()
         if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
             return
@@ -297,4 +279,4 @@ class HistoryFollower:
         if not lag and not self._caught_up:
             self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
             self._caught_up = True
-        self._old.sweep(self.newest_ms)
+        self._upkeep.show()

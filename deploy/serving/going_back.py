@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from deploy.serving.notes import CLOCK_EXTRA, item_extra
+from deploy.serving.notes import CLOCK_EXTRA, SEEN, item_extra
 from state.features.mask import Mask
 from state.history.before import Before
 from state.history.rewinding import OpenAt, WentBack, go_back
@@ -47,7 +47,8 @@ def take_back(
     at = stored.get("next", {}).get(str(partition), 0)
 
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:
-        found: dict[str, bytes | None] = {item_extra(item): None for item in before.items}
+        gone = [item_extra(item) for item in before.items if item not in before.categories]
+        found: dict[str, bytes | None] = {name: None for one in gone for name in (one, SEEN + one)}
         found |= {item_extra(item): one.to_bytes(8, "big") for item, one in before.categories.items()}
         if at > offset:
             moved = {**stored["next"], str(partition): onward(line, offset)}

@@ -12,6 +12,11 @@ CLOCK_EXTRA = "clock"
 CAUGHT_UP_EXTRA = "caught_up"
 """Extras of the histories: the event clock, and whether the micro-batch topic was once read to its end."""
 
+SEEN = "seen:"
+"""Begins the extra with the day of log time, 4 bytes big endian, on which an item or a name was last met."""
+
+DAY_MS = 86_400_000
+
 
 def name_extra(category: int) -> str:
     """The extra with a category's name.

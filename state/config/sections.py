@@ -265,6 +265,13 @@ class Stream:
         most=65536,
         help="Upper bound of the histories' size, beside their share of `storage.budget_gb`; address space, not memory.",
     )
+    max_users: int = setting(
+        2_000_000,
+        "users",
+        least=1,
+        most=1_000_000_000,
+        help="Most users with a history; those read longest ago leave first, also where the map is nearly full.",
+    )
     metrics_port: int = setting(9101, least=0, most=65535, help="Port of the stream's /metrics.")
 
 
@@ -409,6 +416,23 @@ class ServingSettings:
         least=1,
         most=65536,
         help="Upper bound of each serving store's size, beside its share of `storage.budget_gb`; address space, not memory.",
+    )
+    max_users: int = setting(
+        2_000_000,
+        "users",
+        least=1,
+        most=1_000_000_000,
+        help="Most users with a history; those read longest ago leave first, also where the map is nearly full.",
+    )
+    max_items: int = setting(
+        1_000_000,
+        "items",
+        least=1,
+        most=1_000_000_000,
+        help="Most items whose category is remembered, and most names of categories; those named longest ago leave first.",
+    )
+    items_keep_d: int = setting(
+        90, "d", least=1, most=36_500, help="Log time after which an item or a name that no click named is forgotten."
     )
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
 

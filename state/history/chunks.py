@@ -126,18 +126,6 @@ def by_user(cursor: lmdb.Cursor, start: bytes = b"") -> Iterator[tuple[bytes, Ch
         yield prefix, chunks
 
 
-def leading_old(chunks: Chunks, horizon_ms: int) -> tuple[list[bytes], int]:
-    """The keys of a user's leading chunks whose events all lie at or before `horizon_ms`, and how many events they hold."""
-    keys: list[bytes] = []
-    events = 0
-    for key, value in reversed(chunks):
-        if int(events_in(value)["at_ms"].max()) > horizon_ms:
-            break
-        keys.append(key)
-        events += len(value) // EVENT_BYTES
-    return keys, events
-
-
 def total_of(chunks: Chunks) -> int:
     """How many events a user ever had, by its chunks, newest first.
 

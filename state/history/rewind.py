@@ -23,6 +23,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
+from state.disk.lmdb_values import put_all
 from state.features.spec import Events
 from state.history import chunks
 from state.history.chunks import prefix_of
@@ -75,7 +76,8 @@ def lacking(
     sources, found = since.sources, dict[int, int]()
     for user, gained in since.gained.items():
         joined, total = chunks.read(cursor, prefix_of(user), history)
-        must = min(history, total - gained)
+        # Who has gained more than there ever was, was taken out of the store meanwhile: nothing is known of before.
+        must = history if gained > total else min(history, total - gained)
         if must > int(kept(chunks.events_in(joined), marks, sources).sum()):
             found[user] = must
     return found
@@ -104,13 +106,5 @@ def write_back(transaction: lmdb.Transaction, databases: Mapping[str, Any], back
         else:
             transaction.put(key_of(source), json.dumps(counted).encode(), db=meta)
     # 3. The owner's values, and rows that wait.
-    for name, value in back.extra.items():
-        if value is None:
-            transaction.delete(b"x:" + name.encode(), db=meta)
-        else:
-            transaction.put(b"x:" + name.encode(), value, db=meta)
-    for key, row in back.waiting.items():
-        if row is None:
-            transaction.delete(key, db=databases["waiting"])
-        else:
-            transaction.put(key, row, db=databases["waiting"])
+    put_all(transaction, meta, {b"x:" + name.encode(): value for name, value in back.extra.items()})
+    put_all(transaction, databases["waiting"], back.waiting)

@@ -53,7 +53,8 @@ class WentBack:
         positions: Positions of the clicks.
         users: Users who had gained events.
         rebuilt: Of them, users whose history had lost events that it has again.
-        short: Of those, users whose oldest events are gone from the log too.
+        short: Of those, users whose oldest events are gone from the log too, or may be: once taken out of the store, how
+            many they were is not known.
         waiting: Impressions that wait again.
     """
 

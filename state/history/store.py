@@ -18,10 +18,12 @@ import numpy as np
 
 from state.disk.clean_mark import CleanMark
 from state.disk.lmdb_store import LmdbStore
+from state.disk.lmdb_values import keys_with, pages_bytes, put_all
 from state.errors import CorruptStore
 from state.features.spec import EVENT, Events
-from state.history import chunks
+from state.history import ageing, chunks
 from state.history.actions import Numbering
+from state.history.ageing import Ends, IsOld, Removed, remove
 from state.history.appends import Appends
 from state.history.chunks import EVENT_BYTES, by_user, prefix_of
 from state.history.counts import Counts, move, summed
@@ -142,6 +144,12 @@ class HistoryStore(LmdbStore):
             value = transaction.get(b"x:" + name.encode())
             return None if value is None else bytes(value)
 
+    def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
+        """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
+        with self._env.begin(db=self._meta) as transaction:
+            found = keys_with(transaction.cursor(), f"x:{prefix}".encode(), f"x:{start or prefix}".encode(), limit)
+        return [(key[2:].decode(), value) for key, value in found]
+
     def waiting_rows(self) -> int:
         """How many rows wait for their label."""
         return self.cut()[1]
@@ -163,7 +171,7 @@ class HistoryStore(LmdbStore):
         self,
         appends: Appends,
         ranges: Sequence[Range] = (),
-        extra: Mapping[str, bytes] | None = None,
+        extra: Mapping[str, bytes | None] | None = None,
         waiting: Mapping[bytes, bytes | None] | None = None,
     ) -> None:
         """Appends events, moves positions and counts outcomes, all or nothing.
@@ -173,7 +181,7 @@ class HistoryStore(LmdbStore):
         Args:
             appends: Events by user.
             ranges: What they came from; ranges of one source in order.
-            extra: Other values of the owner's, replaced.
+            extra: Other values of the owner's, replaced; None takes one away.
             waiting: Rows that begin to wait, by key; None for one that ends.
 
         Raises:
@@ -192,14 +200,10 @@ class HistoryStore(LmdbStore):
                 known = int(transaction.get(b"users", db=self._meta) or 0)
                 transaction.put(b"users", str(known + new).encode(), db=self._meta)
             # 3. The owner's values.
-            for name, value in (extra or {}).items():
-                transaction.put(b"x:" + name.encode(), value, db=self._meta)
+            named = {b"x:" + name.encode(): value for name, value in (extra or {}).items()}
+            put_all(transaction, self._meta, named)
             # 4. Rows that wait.
-            for key, row in (waiting or {}).items():
-                if row is None:
-                    transaction.delete(key, db=self._waiting)
-                else:
-                    transaction.put(key, row, db=self._waiting)
+            put_all(transaction, self._waiting, waiting or {})
 
     def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
         """By user how many events must be found again to go back to `marks`, see `state.history.rewind`."""
@@ -213,39 +217,28 @@ class HistoryStore(LmdbStore):
         with self._write() as transaction:
             write_back(transaction, self._databases, back, self.history)
 
-    def sweep(self, horizon_ms: int, start: int = 0, limit: int = 1000) -> tuple[int, int | None]:
-        """Deletes the leading chunks whose events all lie at or before `horizon_ms`.
+    def ends(self, start: int, limit: int) -> Ends:
+        """The newest and the oldest event of up to `limit` users, from user `start` on, as of one moment."""
+        with self._env.begin(db=self._chunks) as transaction:
+            return ageing.ends(transaction.cursor(), start, limit)
 
-        No answer changes as long as no row is asked for whose longest window reaches back over the horizon: the caller
-        takes log time, less the longest window, less `events.max_age_s`.
+    def chunk_bytes(self) -> tuple[int, int]:
+        """The size of the pages that hold events, and of those that hold all else; pages that are free again left out."""
+        with self._env.begin() as transaction:
+            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in self._databases.items()}
+        return sizes["chunks"], sum(sizes.values()) - sizes["chunks"]
 
-        Args:
-            horizon_ms: Event time.
-            start: The first user to look at.
-            limit: The most users to look at.
+    def sweep(self, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int] = ()) -> Removed:
+        """Takes old events of `aged` users out, and all of `evicted` ones; writes nothing where nothing goes.
 
-        Returns:
-            How many events were deleted, and the user to go on with; None at the end.
+        `state/history/sweeping.py` decides what may go. Raises as `commit` does.
         """
-        deleted = 0
-        resume: int | None = None
         with self._write() as transaction:
-            known = int(transaction.get(b"users", db=self._meta) or 0)
-            gone: list[bytes] = []
-            for looked, (prefix, theirs) in enumerate(by_user(transaction.cursor(db=self._chunks), prefix_of(start))):
-                if looked == limit:
-                    resume = int.from_bytes(prefix, "big")
-                    break
-                old, events = chunks.leading_old(theirs, horizon_ms)
-                gone += old
-                deleted += events
-                known -= len(old) == len(theirs)
-            for key in gone:
-                transaction.delete(key, db=self._chunks)
-            # Without a change nothing is written to the disk: this is called each second.
-            if gone:
-                transaction.put(b"users", str(known).encode(), db=self._meta)
-        return deleted, resume
+            removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
+            if gone := removed.aged + removed.evicted:
+                known = int(transaction.get(b"users", db=self._meta) or 0)
+                transaction.put(b"users", str(known - gone).encode(), db=self._meta)
+        return removed
 
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""

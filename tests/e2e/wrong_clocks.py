@@ -104,11 +104,12 @@ class Seen:
         refused: Partition and offset of each dead letter, and its reason.
         rows: By partition, place and own offset of a row, its bytes.
         waiting: After each batch, the rows that wait.
-        histories: By user the stream's history, and serving's.
+        histories: By user the stream's history, and what answers can see of serving's.
         clocks: Serving's event clock after each micro-batch.
         trained: After each step log time, and by table its ids and when they were seen.
         off: Clocks that were off.
         moved: Rows whose log time is not their own.
+        swept: Events that serving's histories have swept.
     """
 
     refused: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -119,6 +120,7 @@ class Seen:
     trained: list[Any] = field(default_factory=list)
     off: list[OffClock] = field(default_factory=list, compare=False)
     moved: int = field(default=0, compare=False)
+    swept: int = field(default=0, compare=False)
 
 
 class Loop:
@@ -176,7 +178,11 @@ class Loop:
         for user in {click.user for tick in ticks for click in tick}:
             number = user_id(SALT, user)
             if number not in self._apart:
-                self.seen.histories[user] = tuple(store.read(number).tobytes() for store in (self._store, self._served))  # type: ignore[assignment]
+                told, served = (store.read(number) for store in (self._store, self._served))
+                self.seen.swept += len(told) - len(served)
+                # Which of the events that nobody can see any more are swept depends on when the sweep comes by.
+                seen = served["at_ms"] > self._follower.newest_ms - 1000 * SPEC.windows_s[-1]
+                self.seen.histories[user] = (told.tobytes(), served[seen].tobytes())
         self._store.close()
         self._served.close()
         return self.seen

@@ -49,7 +49,7 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
         "store": store,
         "topic_id": ZERO.topic_id,
         "reader": log.reader(settings.kafka.clicks_topic),
-        "profiler": SimpleNamespace(committed=told.append),
+        "profiler": SimpleNamespace(committed=told.append, forget=lambda _: None),
         "metrics": StreamMetrics(CollectorRegistry()),
         "room": Room("stream", storage, stopping.wait),
     }

@@ -222,6 +222,30 @@ def test_what_the_log_no_longer_has_is_counted_as_short(tmp_path: Path) -> None:
     }
 
 
+def test_users_who_were_taken_out_since_are_rebuilt_from_the_log(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "store", 1)
+
+    def play(times: int) -> None:
+        for _ in range(times):
+            value, behind = writer.batch(60)
+            writer.write(value)
+            writer.commit(value, behind)
+
+    play(4)
+    place, marks = writer.end(), writer.store.positions()
+    then = {user: writer.store.read(user).tolist() for user in range(20)}
+    play(2)
+    users = [user for user in range(20) if len(writer.store.read(user))]
+    writer.store.sweep([], lambda events: events["at_ms"] < 0, users)
+    assert writer.store.users() == 0
+    # They click on before anybody goes back.
+    play(1)
+    found = writer.back(turned(WHOLE, 1, place, writer.end(), tuple(marks.items())))
+    assert found is not None
+    assert found.rebuilt > 10
+    assert {user: writer.store.read(user).tolist() for user in range(20)} == then
+
+
 @pytest.mark.parametrize("at", ["back.found", "back.committed"])
 def test_a_crash_in_between_leaves_the_old_or_the_new_and_a_restart_the_new(
     tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch

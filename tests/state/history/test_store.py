@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,9 +176,16 @@ def test_sweeping_removes_only_leading_old_events_and_whole_users(tmp_path: Path
     late = events(16, 16)
     late["at_ms"][3] = 10_000
     store.commit(appends((1, np.concatenate([events(16), late, events(8, 32)])), (2, events(5)), (3, events(40, 9000))))
-    assert store.sweep(horizon_ms=100, limit=2) == (16 + 5, 3)
+    found = store.ends(0, 2)
+    assert (found.users, found.following, found.newest["offset"].tolist()) == ([1, 2], 3, [39, 4])
+    assert store.ends(3, 2)[0] == [3]
+
+    def old(events: Events) -> Any:
+        return events["at_ms"] <= 100
+
+    assert store.sweep([1, 2], old) == (16 + 5, 1, 0)
     before = store._env.info()["last_txnid"]
-    assert store.sweep(horizon_ms=100, start=3) == (0, None)
+    assert store.sweep([1, 3], old) == (0, 0, 0)
     # Nothing was old, and so nothing is written.
     assert store._env.info()["last_txnid"] == before
     assert store.read(1)["offset"].tolist() == list(range(16, 40))

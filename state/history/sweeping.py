@@ -1,0 +1,218 @@
+"""Keeps histories bounded: old events go, and where there are too many users, those who were read longest ago.
+
+One look takes some hundred users, in the order of their pseudonyms; a pass
+looks at all. Each time log time has gone on by a 64th of the reach, that is
+marked and a pass begins; another one when there are too many users.
+
+1. An event is old when both what its time says and when it was read lie behind
+   the reach. The reach is the longest window, and how late a click may come:
+   no row that still comes can see an old event, so that no bit of any changes.
+2. A pass counts when users were last read. Where there are more than there may
+   be, the next pass takes out as many of those who were read longest ago; of
+   users read at about the same time those with the lowest pseudonyms. What a
+   clock says has no part in this: nobody stays longer for a wrong one.
+
+There are too many users beyond the number allowed, and where the pages in use
+fill the store's map nearly. Those of users taken out become free only as their
+neighbours go or grow, so that more go only when the pages grow once more. A
+user taken out is unknown, as before the first click.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.features.spec import Events
+from state.history.ageing import Removed
+from state.history.appends import Appends
+from state.history.read_times import ReadTimes
+from state.history.store import HistoryStore
+
+READ_TIMES = "read_times"  # name of the store's extra
+USERS_AT_ONCE = 500
+MOST_REMOVED = 100  # of them; each costs as much as looking at 20
+HURRIED_LOOKS, MOST_HURRIED = 40, 4
+LOOK_S, HASTY_LOOK_S, REST_S = 0.1, 0.02, 1.0
+STEPS, BINS = 64, 1024
+FULL, EMPTIED, GROWN, BRIM = 0.9, 0.85, 0.02, 0.97  # of the map
+LEAST_SHARE = 0.25
+FOREVER_MS = 1 << 62
+SPARE = 50  # one user in so many goes beyond what has to
+
+
+@dataclass
+class _Pass:
+    """A walk over all users: where it is, and when the users met were last read."""
+
+    from_ms: int
+    bin_ms: int
+    at: int = 0
+    met: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS + 2, np.int64))
+
+
+@dataclass
+class _Eviction:
+    """Who goes in this pass: users read before `before_ms`, and `more` of those read before `until_ms`."""
+
+    before_ms: int
+    until_ms: int
+    more: int
+
+    def of(self, read_ms: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Who of these users goes, `[k]` bool."""
+        surely = read_ms < self.before_ms
+        near = np.flatnonzero(~surely & (read_ms < self.until_ms))[: self.more]
+        surely[near] = True
+        self.more -= len(near)
+        return surely
+
+
+class Sweeper:
+    """Sweeps a store. The thread that commits to it calls.
+
+    Args:
+        store: The histories.
+        reach_ms: The longest window, and how late a click may come.
+        max_users: The most users; a few more for as long as a pass takes.
+        forget: Takes users who were taken out although rows could still see their events.
+        elapsed: Seconds.
+    """
+
+    def __init__(
+        self,
+        store: HistoryStore,
+        reach_ms: int,
+        max_users: int,
+        forget: Callable[[Sequence[int]], None] = lambda _: None,
+        elapsed: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._reach_ms, self._max_users = store, reach_ms, max_users
+        self._forget, self._elapsed = forget, elapsed
+        self._read = ReadTimes.from_json(store.extra(READ_TIMES))
+        self._marked_ms = self._read.newest_ms
+        self._anew = True
+        self._pass: _Pass | None = None
+        self._eviction: _Eviction | None = None
+        self._full, self._hurried = FULL, False
+        self.due_s = 0.0
+
+    def look(self, clock_ms: int) -> Removed:
+        """Looks at some users where that is due, and takes out what may go. Costs a few milliseconds at most.
+
+        Args:
+            clock_ms: Log time.
+
+        Raises:
+            StoreFull, UnusableDisk: Nothing was changed.
+        """
+        now_s = self._elapsed()
+        # A clock that was set back is not waited for.
+        if 0 < self.due_s - now_s <= REST_S:
+            return Removed()
+        if self._marked_ms is None or abs(clock_ms - self._marked_ms) >= self._reach_ms // STEPS:
+            self._mark(clock_ms)
+        if self._pass is None:
+            if self.resting and not self._too_many():
+                self.due_s = now_s + REST_S
+                return Removed()
+            self._anew = False
+            self._pass = _Pass(clock_ms - self._reach_ms, max(1, self._reach_ms // BINS))
+        self.due_s = now_s + (LOOK_S if self._eviction is None else HASTY_LOOK_S)
+        return self._take(self._pass, clock_ms)
+
+    def hurry(self, clock_ms: int) -> None:
+        """Looks at many users at once: the store has refused a commit, and so there are too many.
+
+        Raises:
+            StoreFull, UnusableDisk: As `look`.
+        """
+        self._hurried = True
+        try:
+            for _ in range(HURRIED_LOOKS):
+                self.due_s = self._elapsed()
+                self.look(clock_ms)
+        finally:
+            self._hurried = False
+
+    @property
+    def resting(self) -> bool:
+        """Whether nothing is to be done before log time goes on, or more users come."""
+        return self._pass is None and self._eviction is None and not self._anew
+
+    def _mark(self, clock_ms: int) -> None:
+        """Notes what was read by now; what is old by now goes in the next pass."""
+        self._marked_ms, self._anew = clock_ms, True
+        if self._read.mark(self._store.positions(), clock_ms, self._reach_ms):
+            self._store.commit(Appends.none(), (), {READ_TIMES: self._read.to_json()})
+
+    def _take(self, walk: _Pass, clock_ms: int) -> Removed:
+        """Looks at the next users of a pass, up to the last one of whom so many have to go."""
+        found = self._store.ends(walk.at, USERS_AT_ONCE)
+        read_ms = self._read.about(found.newest, clock_ms)
+        aged = self._is_old(found.oldest, clock_ms)
+        near = aged if self._eviction is None else aged | (read_ms < self._eviction.until_ms)
+        # A transaction that deletes needs free pages too: where there are few, a small one may find them.
+        most = MOST_HURRIED if self._hurried else MOST_REMOVED
+        count = min(len(near), int(np.searchsorted(np.cumsum(near), most)) + 1)
+        users, read_ms, aged = np.array(found.users[:count], np.uint64), read_ms[:count], aged[:count]
+        going = np.zeros(count, np.bool_) if self._eviction is None else self._eviction.of(read_ms)
+        aged &= ~going
+        removed = Removed()
+        if going.any() or aged.any():
+            evicted = users[going].tolist()
+            removed = self._store.sweep(users[aged].tolist(), lambda events: self._is_old(events, clock_ms), evicted)
+            if evicted:
+                self._forget(evicted)
+        bins = np.clip((read_ms[~going] - walk.from_ms) // walk.bin_ms + 1, 0, BINS + 1)
+        walk.met += np.bincount(bins, minlength=BINS + 2)
+        if count == len(found.users) and found.following is None:
+            self._end(walk)
+        else:
+            walk.at = found.users[count - 1] + 1
+        return removed
+
+    def _is_old(self, events: Events, clock_ms: int) -> NDArray[np.bool_]:
+        # As of the newest mark: what goes does not depend on when a pass comes by.
+        assert self._marked_ms is not None
+        horizon_ms = min(clock_ms, self._marked_ms) - self._reach_ms
+        old = events["at_ms"] <= horizon_ms
+        return old & (self._read.at_latest(events, clock_ms) <= horizon_ms) if old.any() else old
+
+    def _end(self, walk: _Pass) -> None:
+        """Decides who goes in the next pass, if anybody."""
+        if self._eviction is not None:
+            self._full = min(BRIM, max(FULL, sum(self._pages()) + GROWN))
+        self._pass, self._eviction = None, None
+        if not (too_many := self._too_many()):
+            return
+        until = np.cumsum(walk.met)
+        last = min(int(np.searchsorted(until, too_many)), BINS + 1)
+        before = int(until[last - 1]) if last else 0
+        # Bin 0 is all that is older than the reach; the last one is all that was read just now.
+        begin_ms, end_ms = (walk.from_ms + (one - 1) * walk.bin_ms for one in (last, last + 1))
+        self._eviction = _Eviction(
+            begin_ms if last else -FOREVER_MS, end_ms if last <= BINS else FOREVER_MS, too_many - before
+        )
+
+    def _too_many(self) -> int:
+        """How many users should go."""
+        users, most = self._store.users(), self._max_users
+        events, other = self._pages()
+        if events + other > self._full:
+            space = max(LEAST_SHARE, EMPTIED - other)
+            most = min(most, int(users * min(1.0, space / events)))
+        if self._hurried:
+            most = min(most, users - users // SPARE)
+        self._full = max(FULL, min(self._full, events + other + GROWN))
+        return users - most + most // SPARE if users > most else 0
+
+    def _pages(self) -> tuple[float, float]:
+        """The shares of the map in use by events, and by all else."""
+        limit = self._store.bytes_limit()
+        events, other = self._store.chunk_bytes()
+        return events / limit, other / limit

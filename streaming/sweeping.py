@@ -1,0 +1,106 @@
+"""Sweeps the stream's histories, in the thread that commits: what time it is by the clicks committed, and what went, counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+from state.errors import StoreFull, UnusableDisk
+from state.history.sweeping import Sweeper
+from state.positions import Source
+from streaming.context import StreamContext
+from streaming.event_clock import PREFIX
+from streaming.rows import Rows
+from streaming.witnesses import believed_in
+
+logger = logging.getLogger(__name__)
+
+
+def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
+    """The log time that all sources have reached, ms, without those that stand still for longer than the reach.
+
+    After an outage one partition may be read to its end before another one is begun.
+
+    >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
+    >>> clock_of_all({zero: 900, one: 700}, 300), clock_of_all({zero: 900, one: 500}, 300)
+    (700, 900)
+    """
+    newest_ms = max(clocks.values())
+    return min(clock for clock in clocks.values() if clock > newest_ms - reach_ms)
+
+
+class StreamSweep:
+    """The sweep of one shard. Used by the commit thread.
+
+    Args:
+        context: What the process owns.
+    """
+
+    def __init__(self, context: StreamContext) -> None:
+        self._context = context
+        self._clocks: dict[Source, int] = {}
+        self._sweeper: Sweeper | None = None
+        self._reach_ms = 0
+        self._noted = False
+
+    def note(self, pieces: Sequence[Rows]) -> None:
+        """Takes what time it was in batches that are committed."""
+        for piece in pieces:
+            if piece.told is None or not piece.batch.ranges:
+                continue
+            if self._sweeper is None:
+                self._sweeper = self._open()
+            for part, (_, end_ms) in zip(piece.batch.ranges, piece.told.clocks, strict=True):
+                self._clocks[part.source] = end_ms
+            self._noted = True
+
+    @property
+    def due_s(self) -> float | None:
+        """From which monotonic time on `look` has something to do; None where log time has to go on first."""
+        sweeper = self._sweeper
+        return None if sweeper is None or (sweeper.resting and not self._noted) else sweeper.due_s
+
+    @property
+    def log_time_ms(self) -> int:
+        """What time it is by all that was committed; only once a batch was noted."""
+        return clock_of_all(self._clocks, self._reach_ms)
+
+    def look(self) -> None:
+        """Looks at some users, and takes out what may go; a store that is full is no reason to end."""
+        metrics, sweeper = self._context.metrics, self._sweeper
+        assert sweeper is not None
+        try:
+            removed = sweeper.look(self.log_time_ms)
+        except (StoreFull, UnusableDisk) as error:
+            logger.warning("histories are not swept: %s", error)
+            return
+        if sweeper.resting:
+            self._noted = False
+        metrics.swept_events.inc(removed.events)
+        for reason, users in (("old", removed.aged), ("too_many", removed.evicted)):
+            metrics.swept_users.labels(reason).inc(users)
+        metrics.history_users.set(self._context.store.users())
+
+    @contextmanager
+    def making_room(self) -> Iterator[None]:
+        """Around a commit: where the store refuses it for want of room, many users are looked at before it is tried again."""
+        try:
+            yield
+        except StoreFull:
+            self._sweeper = self._sweeper or self._open()
+            if self._clocks:
+                # What cannot be done now is left.
+                with suppress(StoreFull, UnusableDisk):
+                    self._sweeper.hurry(self.log_time_ms)
+            raise
+
+    def _open(self) -> Sweeper:
+        settings, store = self._context.settings, self._context.store
+        events = settings.events
+        self._reach_ms = 1000 * round(self._context.spec.windows_s[-1] + events.max_age_s + events.max_future_s)
+        for source in store.positions():
+            believed_ms = believed_in(store.extra(PREFIX + str(source)))
+            if believed_ms is not None:
+                self._clocks[source] = believed_ms
+        return Sweeper(store, self._reach_ms, settings.stream.max_users, self._context.profiler.forget)
