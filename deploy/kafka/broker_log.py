@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.kafka.java import QUOTED_LINES
 from state.errors import KafkaFailed
+
+FULL_BYTES = 1 << 20
 
 
 def text_from(path: Path, start: int) -> str:
@@ -33,8 +36,8 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
     """
     lines = [line for path in logs for line in text_from(path, -20_000).splitlines()]
     text = "\n".join(lines)
-    if "No space left on device" in text:
-        advice = f"the disk of {directory} is full, free some space and start again"
+    if "No space left on device" in text or shutil.disk_usage(directory).free < FULL_BYTES:
+        advice = f"the disk of {directory} is full, free some space"
     elif "Address already in use" in text:
         advice = f"port {port} was taken meanwhile, set kafka.port to a free one"
     else:

@@ -273,7 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.applier [flags]`; returns the exit code."""
     keep_private()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s applier: %(message)s", stream=sys.stderr)
-    logging.getLogger("kafka").setLevel(logging.ERROR)
+    # What the client says of each try would fill the log while a broker is away; the followers say it once.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -1,0 +1,155 @@
+"""A whole loop on a disk of 1 GB that is filled to the last byte: answers go on, the rest waits and says so, and then nothing is missing.
+
+The disk is an image of a file system, mounted as a loop device: real blocks that
+run out, also for Kafka's segments and its mapped indexes. What is removed while
+it is full is taken again at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy import cli
+from deploy.watch import scrape
+from tests.e2e.loop.test_bad_record import balanced
+from tests.e2e.running import SHORT, Loop, until
+
+DISK_BYTES = 1 << 30
+FULL_S = 5.0
+USER = "one-of-the-full-disk"
+LASTING = ("stream", "trainer", "applier", "worker")
+
+
+@contextlib.contextmanager
+def disk_of_blocks(path: Path) -> Iterator[Path]:
+    """A disk of 1 GB, made of a file; skips the test where none can be mounted."""
+    image, place = path / "image", path / "disk"
+    place.mkdir()
+    with image.open("wb") as made:
+        made.truncate(DISK_BYTES)
+    for command in (["mkfs.ext4", "-q", "-m", "0", image], ["mount", "-o", "loop", image, place]):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"no disk can be made and mounted here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+class Filler:
+    """Takes all room of a disk, and what others give back meanwhile, until it is told to end."""
+
+    def __init__(self, disk: Path) -> None:
+        self._disk, self._stopping = disk, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="filler", daemon=True)
+
+    def __enter__(self) -> Filler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        (self._disk / "filler").unlink()
+
+    def _run(self) -> None:
+        with (self._disk / "filler").open("wb") as filler:
+            size = 0
+            while not self._stopping.wait(0.01):
+                for piece in (1 << 26, 1 << 20, 1 << 16, 1 << 12):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            os.posix_fallocate(filler.fileno(), size, piece)
+                            size += piece
+
+
+def waiting(loop: Loop) -> set[str]:
+    """The parts that wait for room."""
+    scrapes = scrape.scrape(scrape.urls(loop.settings) | scrape.supervisor_urls(loop.settings))
+    return {
+        part
+        for one in scrapes.values()
+        for part, count in one.by("springtide_storage_waiting", "part").items()
+        if count
+    }
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Loop]:
+    with disk_of_blocks(tmp_path) as disk:
+        made = Loop(tmp_path, {**SHORT, "paths.state": disk / "state", "storage.budget_gb": 1})
+        made.start()
+        yield made
+        # All of it is thrown away: nobody needs an end in order.
+        for process in made.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if made.process is not None:
+            made.process.wait()
+
+
+def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
+    loop: Loop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop.answer_trained_on(USER, loop.click([(USER, "tent", "outdoors", "purchase")] * 3))
+    before = {part: loop.pid(part) for part in LASTING}
+    said = len(loop.said())
+    with Filler(loop.settings.state_dir.parent):
+        # Some of these are in Kafka only when the disk is full.
+        with contextlib.suppress(Exception):
+            loop.click([(USER, "tent", "outdoors", "view")])
+        until(lambda: "registry" in waiting(loop), "publishing does not wait", 20.0)
+        until(lambda: "kafka" in waiting(loop) or loop.pid("kafka") is None, "Kafka does not wait", 20.0)
+        # 1. Answers go on, all of them.
+        answers, end_s = 0, time.monotonic() + FULL_S
+        while time.monotonic() < end_s:
+            assert loop.get(f"/v1/profiles/{USER}")[0] == 200
+            answers += 1
+        assert answers > 10
+        # 2. Nobody ends for it but the broker, which `up` looks after.
+        assert {part: loop.pid(part) for part in LASTING} == before
+        assert loop.running
+        # 3. It is said: by `status`, and by a command that needs room.
+        status = loop.springtide("status")
+        assert "publishing waits for room" in status["figures"]["full"]
+        assert status["storage"]["free_bytes"] < 1 << 20
+        assert cli.main(["pin", str(status["registry"]["newest"]), "--reason", "test", *loop.flags]) == 1
+        assert "No space left on device" in (refused := capsys.readouterr().err) and "free space" in refused
+    # 4. Room: all goes on by itself.
+    until(lambda: not waiting(loop) and loop.pid("kafka") is not None, "something waits on")
+    newest = loop.springtide("status")["registry"]["newest"]
+    ends = until(lambda: clicked(loop), "no click is taken", 60.0)
+    answer = loop.answer_trained_on(USER, ends)
+    assert answer["version"]["number"] > newest
+    # 5. Nothing is lost or doubled.
+    known = until(lambda: counted(loop), "the histories of serving lack a click")
+    assert known["purchase.count_7d"] == 5
+    until(lambda: balanced(loop), "the accounts do not balance")
+    assert {part: loop.pid(part) for part in LASTING} == before
+    lines = loop.said()[said:].splitlines()
+    for beginning in ("Kafka waits for room: ", "Kafka goes on: "):
+        assert sum(line.startswith(beginning) for line in lines) == 1, lines
+
+
+def clicked(loop: Loop) -> dict[str, int] | None:
+    """The ends after two more clicks; None while Kafka does not take them."""
+    with contextlib.suppress(Exception):
+        return loop.click([(USER, "tent", "outdoors", "purchase")] * 2)
+    return None
+
+
+def counted(loop: Loop) -> dict[str, float] | None:
+    """What serving counts of the user, once it has the last clicks."""
+    answer = loop.profile(USER)
+    features: dict[str, float] = answer["features"] if answer else {}
+    return features if features.get("purchase.count_7d", 0) >= 5 else None
