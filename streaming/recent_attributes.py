@@ -45,7 +45,8 @@ class Recent:
         while self._changed:
             self._slots.pop(self._changed.popleft(), None)
         wanted = ids.tolist()
-        if self._used + len(wanted) > self._remembered + 2:
+        # Those without a record share one place among the values, and have their own among the slots.
+        if max(self._used, len(self._slots)) + len(wanted) > self._remembered + 2:
             self._clear()
         slots = self._slots
         missing = [one for one in dict.fromkeys(wanted) if one not in slots]

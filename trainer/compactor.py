@@ -5,6 +5,7 @@
    of the trainer that published them. No TensorFlow, no pause of the trainer.
 2. `bases/<version>/` appears at once.
 3. Deltas and bases that are older than their tier are removed, oldest first.
+4. Garbage goes by age (`state/registry/garbage.py`).
 
 A delta is some 1.5 MB with the default network (weights and two slots of each),
 at five versions a second 7 MB/s. So deltas are kept for `registry.delta_keep_s`
@@ -28,8 +29,10 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, UnusableRegistry, of_disk
+from state.features.spec import FeatureSpec
 from state.process.private_files import keep_private
 from state.registry.control import Control
+from state.registry.garbage import collect
 from state.registry.manifest import Kind, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
@@ -184,6 +187,9 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
         gone = retain(registry, Tiers.of(settings), int(clock() * 1000))
         if any(gone.values()):
             logger.info("removed %d deltas and %d bases beyond their retention", len(gone["delta"]), len(gone["base"]))
+        keep_ms, spec = settings.registry.garbage_keep_d * DAY_MS, FeatureSpec.from_settings(settings).digest
+        for name in collect(registry, keep_ms, int(clock() * 1000), [spec]):
+            logger.info("removed %s, which nothing needs any more", name)
 
 
 def run_after_others(settings: Settings) -> None:

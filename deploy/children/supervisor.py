@@ -21,12 +21,14 @@ from pathlib import Path
 
 from deploy.children.backoff import HEALTHY_S, Backoff
 from deploy.children.last_words import how, last_line
+from deploy.children.log_files import LogPump, log_sizes
 from deploy.children.parent_death import die_with
+from state.config.settings import Settings
 from state.errors import ProcessFailed, reason_of
 from state.metrics import SupervisorMetrics
 
 WRONG_USE = 2
-LARGEST_LOG_BYTES = 20 * 2**20
+LOG_BYTES, OLDER_LOGS = 10 * 2**20, 1
 PROGRESS_S = 5.0
 
 
@@ -72,6 +74,8 @@ class Supervisor:
         say: Takes one line for the operator.
         metrics: Where deaths and starts are counted.
         clock: Monotonic seconds.
+        log_bytes: How large one log becomes.
+        older_logs: How many full ones of a process are kept beside it.
 
     Attributes:
         settled: Whether the loop once ran as a whole: from then on no process's end is this one's.
@@ -84,6 +88,8 @@ class Supervisor:
         say: Callable[[str], None],
         metrics: SupervisorMetrics,
         clock: Callable[[], float] = time.monotonic,
+        log_bytes: int = LOG_BYTES,
+        older_logs: int = OLDER_LOGS,
     ) -> None:
         self.logs = logs
         self.settled = False
@@ -92,7 +98,21 @@ class Supervisor:
         self._metrics = metrics
         self._clock = clock
         self._children: dict[str, _Child] = {}
+        self._pump = LogPump(log_bytes, older_logs)
         logs.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        say: Callable[[str], None],
+        metrics: SupervisorMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Supervisor:
+        """The processes of a loop with these settings, which they find in their environment."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
+        environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
+        return cls(settings.logs_dir, environment, say, metrics, clock, *log_sizes(settings))
 
     def start(self, plan: ProcessPlan) -> None:
         """Starts a process; from now on `look` keeps it alive."""
@@ -171,10 +191,8 @@ class Supervisor:
         self._metrics.deaths_in_a_row.labels(child.plan.name).set(child.backoff.deaths)
 
     def _process(self, plan: ProcessPlan) -> subprocess.Popen[bytes]:
-        path = self.log_path(plan.name)
-        if path.exists() and path.stat().st_size > LARGEST_LOG_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-        with path.open("ab") as log:
+        log = self._pump.open(self.log_path(plan.name))
+        try:
             return subprocess.Popen(
                 plan.command,
                 stdin=subprocess.DEVNULL,
@@ -185,6 +203,13 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=die_with(os.getpid()),
             )
+        finally:
+            os.close(log)
+
+    def _last_line(self, name: str) -> str:
+        """The last line that a process said."""
+        self._pump.catch_up()
+        return last_line(self.log_path(name))
 
     def _watch(self, child: _Child) -> None:
         """Notes that a process is healthy again, and says how far a remedy is."""
@@ -194,7 +219,7 @@ class Supervisor:
             child.backoff = Backoff()
             self._metrics.deaths_in_a_row.labels(name).set(0)
         if any(other.remedy is child.plan for other in self._children.values()) and now >= child.tell_at:
-            child.tell_at, line = now + PROGRESS_S, last_line(self.log_path(name))
+            child.tell_at, line = now + PROGRESS_S, self._last_line(name)
             if line != child.told and child.told:
                 self._say(f"{name}: {line}")
             child.told = line
@@ -212,7 +237,7 @@ class Supervisor:
             return False
         if not cure.done:
             return False
-        self._say(f"{child.remedy.name}: {last_line(self.log_path(child.remedy.name))}")
+        self._say(f"{child.remedy.name}: {self._last_line(child.remedy.name)}")
         del self._children[child.remedy.name]
         child.remedy = None
         return True
@@ -224,7 +249,7 @@ class Supervisor:
             child.done = True
             self._metrics.deaths_in_a_row.labels(plan.name).set(0)
             return
-        last = last_line(self.log_path(plan.name))
+        last = self._last_line(plan.name)
         if status == WRONG_USE and child.starts == 1 and not self.settled:
             raise ProcessFailed(
                 f"{plan.name} died ({how(status)}): {last}", f"the whole log is {self.log_path(plan.name)}"

@@ -98,8 +98,8 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     """
     registry = open_registry(settings)
     control = current(registry)
-    controls = {one.generation: one for one in registry.controls()}
-    entries = [_entry(registry, one, controls.get(one.generation)) for one in (*control.masks, *control.lifted)]
+    held = (*control.masks, *control.lifted)
+    entries = [_entry(registry, one, registry.generation(one.generation) if one.generation else None) for one in held]
     if asked.output == "json":
         say(json.dumps(entries, indent=2))
         return

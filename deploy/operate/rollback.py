@@ -191,7 +191,7 @@ def _count_again(
     began = registry.beginning_of(control.epoch)
     if began is None or began.action != "rollback" or registry.outcome(control.epoch, "planned") is not None:
         return
-    before = next(one for one in registry.controls() if one.generation == began.generation - 1)
+    before = registry.generation(began.generation - 1)
     new = [one for one in began.masks if one.generation == began.generation]
     if view is not None and began.plan is not None:
         view = replace(view, end=int(began.plan["end"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -160,10 +159,7 @@ class Startup:
         self._say_what_to_try()
 
     def _supervise(self) -> Supervisor:
-        settings = self._settings
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
-        environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
-        self._supervisor = Supervisor(settings.logs_dir, environment, self._screen.say, self._metrics, self._clock)
+        self._supervisor = Supervisor.of(self._settings, self._screen.say, self._metrics, self._clock)
         return self._supervisor
 
     def _start_processes(self) -> None:

@@ -388,6 +388,9 @@ class RegistrySettings:
     )
     base_keep_h: int = setting(24, "h", least=1, help="How long one base an hour is kept.")
     base_keep_d: int = setting(7, "d", least=1, help="How long one base a day is kept.")
+    garbage_keep_d: int = setting(
+        30, "d", least=1, most=36_500, help="How long damaged versions, and what no kept version names, are kept."
+    )
 
 
 @dataclass(frozen=True)
@@ -481,6 +484,14 @@ class Supervision:
     """`springtide up`, which keeps the parts of a loop alive."""
 
     metrics_port: int = setting(9104, least=0, most=65535, help="Port of the /metrics of `springtide up`; 0: none.")
+    log_mb: int = setting(
+        10,
+        "MB",
+        least=1,
+        most=100_000,
+        help="How large the log of a part becomes before a new one is begun; less where `storage.budget_gb` asks for it.",
+    )
+    older_logs: int = setting(1, least=0, most=100, help="Older logs of a part that are kept beside the one it writes.")
 
 
 SECTIONS: dict[str, type[Any]] = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -21,6 +23,7 @@ from state.registry.control import Control
 from state.registry.directory import Directory, file_bytes, usable
 
 _TRIES = 8
+NEWEST = "newest"  # the file beside the generations that notes the newest one
 MOST_BYTES = 100_000
 """Of a generation's file: every part reads it when it changes, and all of them are kept."""
 
@@ -41,9 +44,9 @@ class Controls(Directory):
             CorruptVersion: The file fails its digest.
         """
         if self._control is None:
-            numbers = self._generations()
-            if numbers:
-                self._control = self._read_control(numbers[-1])
+            number = self._noted() or max(self._generations(), default=0)
+            if number:
+                self._control = self._read_control(number)
         while self._control is not None and self._is_there(self._control.generation + 1):
             self._control = self._read_control(self._control.generation + 1)
         return self._control
@@ -62,14 +65,27 @@ class Controls(Directory):
         Raises:
             CorruptVersion: A file fails its digest.
         """
-        found = None
-        for number in reversed(self._generations()):
-            control = self._read_control(number)
-            if control.epoch < epoch:
-                break
-            if control.epoch == epoch:
-                found = control
-        return found
+        number = self._first_from(epoch)
+        found = None if number is None else self.generation(number)
+        return found if found is not None and found.epoch == epoch else None
+
+    def last_of_epochs(self, first: int, last: int) -> list[Control]:
+        """The last generation of each epoch from `first` to `last`, ascending; of a few thousand it reads a few dozen.
+
+        Raises:
+            CorruptVersion: A file is missing or fails its digest.
+        """
+        newest = self.control()
+        ends = [self._first_from(epoch + 1) for epoch in range(first, last + 1)] if newest else []
+        numbers = sorted({(end or newest.generation + 1) - 1 for end in ends if newest} - {0})
+        return [self.generation(number) for number in numbers]
+
+    def _first_from(self, epoch: int) -> int | None:
+        """The first generation of `epoch` or a later one: epochs only grow from one generation to the next."""
+        newest = self.control()
+        if newest is None or newest.epoch < epoch:
+            return None
+        return 1 + bisect_left(range(1, newest.generation + 1), epoch, key=lambda one: self.generation(one).epoch)
 
     def propose(self, control: Control) -> Control:
         """Makes `control` the newest generation, durably.
@@ -131,7 +147,36 @@ class Controls(Directory):
         killpoints.reach("control.linked")
         # 4.
         durable.sync_directory(final.parent)
+        self._note(control.generation)
         return control
+
+    def generation(self, number: int) -> Control:
+        """One generation.
+
+        Raises:
+            CorruptVersion: Its file is missing or fails its digest.
+        """
+        try:
+            return self._read_control(number)
+        except FileNotFoundError as error:
+            raise CorruptVersion(
+                f"{self._control_path(number)} is missing", "restore it from a copy: it is a part of the audit log"
+            ) from error
+
+    def _note(self, generation: int) -> None:
+        """Notes which generation is the newest, so that nobody has to list all; a note that is lost or late harms nothing."""
+        temporary = self.temporary(f"newest-{os.urandom(4).hex()}")
+        with suppress(OSError):
+            temporary.write_text(str(generation))
+            temporary.replace(self.path / layout.CONTROL / NEWEST)
+
+    def _noted(self) -> int:
+        """The generation noted, where it is there; 0 where none is. Newer ones may follow it."""
+        try:
+            number = int((self.path / layout.CONTROL / NEWEST).read_text())
+        except (OSError, ValueError):
+            return 0
+        return number if self._is_there(number) else 0
 
     def change(self, transition: Callable[[Control], Control]) -> Control:
         """Takes control on by a pure transition, again from the newest generation when somebody was faster.

@@ -79,7 +79,8 @@ def segments_to_end(
     Raises:
         UnknownVersion: A version that an epoch began from is not kept any more.
     """
-    found = segments_of(registry, registry.controls(), base, newest) if base.version != newest.version else []
+    lasts = registry.last_of_epochs(base.epoch, newest.epoch)
+    found = segments_of(registry, lasts, base, newest) if base.version != newest.version else []
     return [*found, LogSegment(newest.log.next, max(end, newest.log.next), control.mask_at, control.log, control.epoch)]
 
 

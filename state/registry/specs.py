@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +39,10 @@ class Specs(Directory):
         digest = hashlib.sha256(program).hexdigest()
         final = self.path / layout.PROGRAMS / f"{digest}.tflite"
         with usable(f"keep program {digest[:12]}"):
-            if not final.exists() or final.read_bytes() != program:
+            if final.exists() and final.read_bytes() == program:
+                # It is in use again: its age is asked for where garbage goes.
+                os.utime(final)
+            else:
                 temporary = self.temporary(f"program-{digest}")
                 temporary.unlink(missing_ok=True)
                 durable.write(temporary, program)

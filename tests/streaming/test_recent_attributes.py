@@ -70,3 +70,10 @@ def test_values_of_a_slice_are_announced_once_in_ten_minutes(store: AttributeSto
     assert recent.news(values, ANNOUNCE_MS) == {}
     assert recent.news(values, 1_000 + ANNOUNCE_MS) == {age("25-34"): "25-34"}
     assert Recent(store, CRM).news(values, 1_000) == {}
+
+
+def test_ids_without_a_record_take_no_memory_for_ever(store: AttributeStore) -> None:
+    recent = Recent(store, CRM, remembered=100)
+    for start in range(1, 10_000, 50):
+        assert set(ages(recent, *range(start, start + 50))) == {CRM.unknown_id("age")}
+    assert len(recent._slots) <= 103

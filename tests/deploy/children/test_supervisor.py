@@ -228,8 +228,9 @@ time.sleep(600)
     until(gone)
 
 
-def test_a_log_starts_anew_when_it_is_large(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.children.supervisor.LARGEST_LOG_BYTES", 10)
+def test_a_log_starts_anew_when_it_is_large(tmp_path: Path) -> None:
+    metrics = SupervisorMetrics(CollectorRegistry())
+    supervisor = Supervisor(tmp_path / "logs", os.environ, print, metrics, log_bytes=10)
     log = supervisor.log_path("bootstrap")
     log.write_text("many lines of an earlier run\n")
     supervisor.start(python("bootstrap", "print('new')", lasting=False))

@@ -1,0 +1,92 @@
+"""Takes away what a registry keeps without need, by age: the compactor calls it under its lock.
+
+| what | goes when it is old and |
+|---|---|
+| `versions/`, `merged/`, `bases/`: `*.bad` | a version with a higher number is kept, so that the number is not used again |
+| `programs/`, `specs/` | no kept version names it, and it is not the newest one, which the trainer may be about to use |
+| `outcomes/` | no kept version is of its epoch, nor is control |
+| `tmp/` | its writer is dead, or on another machine |
+
+Control is the audit log and stays, with all the users that it names (`masks/`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from state import layout
+from state.disk import files as durable
+from state.registry.directory import usable
+from state.registry.registry import Registry
+
+DAY_MS = 86_400_000
+TEMPORARY_MS = DAY_MS
+
+
+def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[str] = ()) -> list[str]:
+    """Removes garbage older than `keep_ms`; returns the paths, relative to the registry.
+
+    Args:
+        registry: Of which the caller holds the compactor's lock.
+        keep_ms: How long what nobody names is kept; what is in `tmp/`, a day.
+        now_ms: Wall clock.
+        in_use: Digests of specs that stay.
+
+    Raises:
+        CorruptVersion: A manifest or control is damaged: nothing was removed.
+        UnusableRegistry: The disk refused.
+    """
+    with usable("be cleared of what nobody needs"):
+        gone = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
+        for path in gone:
+            # By one rename, as versions go: a crash leaves nothing that is half there.
+            grave = registry.temporary(f"garbage-{path.name.partition('~')[0]}")
+            path.rename(grave)
+            shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
+    return [path.relative_to(registry.path).as_posix() for path in gone]
+
+
+def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[str]) -> list[Path]:
+    kept = [registry.manifest(number) for number in registry.versions()]
+    control = registry.control()
+    newest_version = max((one.version for one in kept), default=0)
+    epochs = {one.epoch for one in kept} | ({control.epoch} if control else set())
+    found: list[Path] = []
+    for folder in (layout.VERSIONS, layout.MERGED, layout.BASES):
+        if not (registry.path / folder).is_dir():
+            continue
+        aside = [path for path in _older(registry.path / folder, keep_ms, now_ms) if ".bad" in path.name]
+        found += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
+    for folder, named in ((layout.PROGRAMS, {one.program for one in kept}), (layout.SPECS, {one.spec for one in kept})):
+        every = list((registry.path / folder).iterdir())
+        newest = max(every, key=_age_of, default=None)
+        old = [one for one in _older(registry.path / folder, keep_ms, now_ms) if one != newest]
+        found += [one for one in old if one.name.removesuffix(".tflite") not in named | in_use]
+    found += [
+        path
+        for path in _older(registry.path / layout.OUTCOMES, keep_ms, now_ms)
+        if path.name.split("-")[0].isdecimal() and int(path.name.split("-")[0]) not in epochs
+    ]
+    return found
+
+
+def _left_by_writers(registry: Registry, now_ms: int) -> list[Path]:
+    """What lies in `tmp/` of writers that are gone: the dead of this machine, others once a day has passed."""
+    found = []
+    for path in (registry.path / layout.TEMPORARY).iterdir():
+        owner = path.name.rpartition("~")[2]
+        foreign = owner.count("@") != 2 or not owner.startswith(f"{durable.HOST}@")
+        if (foreign and _age_of(path) < now_ms - TEMPORARY_MS) or (not foreign and durable.is_dead(owner)):
+            found.append(path)
+    return found
+
+
+def _older(folder: Path, keep_ms: int, now_ms: int) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _age_of(path) < now_ms - keep_ms)
+
+
+def _age_of(path: Path) -> float:
+    """When it was written, ms."""
+    return path.stat().st_mtime * 1000
