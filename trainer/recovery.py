@@ -49,8 +49,8 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
     if found is None:
         raise _hopeless(
             lost,
-            "no version is kept that learned only what is left: restore the training log, or start the trainer with an empty "
-            "paths.registry, which learns the log from its beginning",
+            "no version is kept that learned only what is left: restore the training log, or learn what it holds from its "
+            "beginning: `springtide upgrade --learn-anew --reason TEXT`",
         )
     reason = f"the training log {in_words(lost)}; version {found.version} learned nothing beyond"
     logger.warning("%s: going back to version %d, epoch %d", lost.what, found.version, control.epoch + 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from state.log import MemoryLog
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import decode, encode
-from state.registry.control import roll_back
+from state.registry.control import follow, pin, roll_back
+from state.registry.manifest import unseal
 from state.registry.registry import Registry
 from state.registry.spec_actions import SpecActions
 from streaming.histories import check_identity
@@ -35,7 +36,8 @@ from trainer.learner import Learner
 from trainer.versions import checkpoint
 
 FOLDER = HERE / "0.1.0"
-RUN: Mapping[str, Any] = json.loads((FOLDER / EXPECTED).read_text())["runs"]["joined"]
+RUNS: Mapping[str, Any] = json.loads((FOLDER / EXPECTED).read_text())["runs"]
+RUN = RUNS["joined"]
 NEWEST = RUN["registry"]["newest"]
 
 
@@ -56,10 +58,10 @@ def log_of(topic: Topic) -> MemoryLog:
 
 
 def changed(settings: Settings) -> Settings:
-    features = dataclasses.replace(settings.features, windows_s=(3600, 172800), history=64)
-    events = dataclasses.replace(settings.events, actions=("wish", *reversed(settings.events.actions)))
-    model = dataclasses.replace(settings.model, hidden=(24, 8))
-    return dataclasses.replace(settings, features=features, model=model, events=events)
+    features = replace(settings.features, windows_s=(3600, 172800), history=64)
+    events = replace(settings.events, actions=("wish", *reversed(settings.events.actions)))
+    model = replace(settings.model, hidden=(24, 8))
+    return replace(settings, features=features, model=model, events=events)
 
 
 def learner(settings: Settings, registry: Registry, trainer: Trainer, log: MemoryLog) -> Learner:
@@ -130,11 +132,11 @@ def test_tables_log_and_histories_go_on_with_other_features_and_back(tmp_path: P
     last = decode(topic.records[-1]["value"])
     nexts = {part.source: part.next for part in last.header.ranges}
     moved = tuple(
-        dataclasses.replace(part, first=nexts[part.source], next=nexts[part.source] + part.next - part.first)
+        replace(part, first=nexts[part.source], next=nexts[part.source] + part.next - part.first)
         for part in last.header.ranges
     )
     shift = np.array([part.next - part.first for part in last.header.ranges], np.int64)[last.source]
-    again = dataclasses.replace(last, header=dataclasses.replace(last.header, ranges=moved), offset=last.offset + shift)
+    again = replace(last, header=replace(last.header, ranges=moved), offset=last.offset + shift)
     append(log, [recomputed(again, spec, store)], topic.name)
     run_to_end(ours)
     ours.close()
@@ -159,3 +161,32 @@ def test_tables_log_and_histories_go_on_with_other_features_and_back(tmp_path: P
     check_identity(again_store, spec, salt, SpecActions(registry.path, spec))
     assert again_store.digest() == RUN["stream"]["digest"]
     again_store.close()
+
+
+def test_0_1_0_finds_its_own_version_again_once_the_system_went_back_to_it(tmp_path: Path) -> None:
+    """It reads control of format 1 only, and refuses what it would do wrong: an epoch that goes on in another model."""
+    run = RUNS["clicks"]
+    state = unpack(FOLDER / run["archive"], tmp_path)
+    settings, version = settings_of(run, state), run["registry"]["newest"]
+    registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
+    written = {path: path.read_bytes() for path in registry.path.rglob("*") if path.is_file()}
+
+    def newest() -> dict[str, Any]:
+        path = max((registry.path / "control").glob("*.json"))
+        document: dict[str, Any] = json.loads(unseal(path.read_bytes()))
+        return document
+
+    said = {"actor": "ann", "reason": "test", "now_ms": 7}
+    upgrade.propose(registry, changed(settings), spec, registry.manifest(version), {}, "ann", "test", 7)
+    assert newest()["format"] == 2
+    registry.change(lambda now: pin(now, version, **said))
+    registry.change(lambda now: follow(now, **said))
+    assert newest()["format"] == 2
+    went = registry.change(lambda now: replace(roll_back(now, version, Mask.NONE, **said), plan={"end": 14}))
+    assert (went.epoch, went.base, newest()["format"]) == (3, version, 2)
+    registry.change(lambda now: follow(now, **said))
+    # What 0.1.0 itself wrote, field by field, and with nothing masked.
+    known = json.loads(unseal(written[registry.path / "control" / "00000001.json"]))
+    assert newest().keys() == known.keys()
+    assert (newest()["format"], newest()["base"], newest()["mask"]) == (1, version, known["mask"])
+    assert {path: path.read_bytes() for path in written} == written
