@@ -21,6 +21,7 @@ from deploy import cli, status
 from deploy.command_line import PROCESSES
 from state.registry.registry import Registry
 from tests import runbook
+from tests.e2e.loop import lost_disk
 from tests.e2e.running import ROOT, Loop, until
 from tests.runbook import SECTIONS, Section
 
@@ -216,6 +217,19 @@ def an_account_is_wrong(terminal: Terminal, section: Section) -> None:
     assert "trainer.verify" in terminal.type(verify, V=str(versions[0]["version"]))
 
 
+def the_disk_is_lost(terminal: Terminal, section: Section) -> None:
+    loop, to = terminal.loop, str(terminal.directory / "backups")
+    listed, restore, start = section.commands
+    version = lost_disk.back_up(loop, Path(to))
+    lost = lost_disk.lose(loop)
+    assert terminal.type(listed, TO=to).count("in it") == 2
+    assert "restored backup" in terminal.type(restore, TO=to)
+    lost_disk.same_versions(loop, lost, version)
+    terminal.type(start)
+    loop.start()
+    lost_disk.goes_on(loop, version)
+
+
 DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "Turn back, fast": turn_back_fast,
     "Turn back, exactly": turn_back_exactly,
@@ -225,6 +239,7 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "An account is wrong": an_account_is_wrong,
     "A version is damaged": a_version_is_damaged,
     "A clock is wrong": a_clock_is_wrong,
+    "The disk is lost": the_disk_is_lost,
 }
 
 
