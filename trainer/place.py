@@ -68,9 +68,10 @@ class TrainingPlace:
         counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in (*COUNTS, *RARE)}
         told_ms = int(version.metrics.get(TOLD_MS, version.event_time_ms))
         erasures = version.erasures if version.epoch == epoch else ()
-        at = (epoch, version.version, version.log.next, next, version.marks)
+        first = version.log.next if version.log.topic_id else next
+        at = (epoch, version.version, first, next, version.marks)
         begin = cls(*at, **counts, told_ms=told_ms, erased=version.erased, erasures=erasures)
-        return begin.at_version(version).handed_over(True, version.log.next)
+        return begin.at_version(version).handed_over(True, first)
 
     def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
         """After the record at `offset`, before which `gap` source positions were passed as lost."""

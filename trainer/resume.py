@@ -41,6 +41,10 @@ def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passa
     """
     # 1.
     killpoints.reach("enter.restored")
+    if not restored.log.topic_id:
+        # Its log is lost with Kafka: another one is read from its beginning.
+        log = open_log(None)
+        return log, log.position(restored.log.partition)
     source = Source(restored.log.topic_id, restored.log.partition)
     at = passages.past(source, onward(line, restored.log.next))
     try:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from deploy.backup import listing, making, restoring
+from deploy.backup import erasures, listing, making, restoring
 from deploy.backup.documents import Backup
+from deploy.backup.objects import Objects
 from deploy.backup.places import BackupPlace, open_place
 from deploy.operate.commands import Say
 from deploy.operate.times import age, iso
 from deploy.operate.versions import table
 from state.config.settings import Settings
+from state.errors import DamagedBackup
+from state.features.erased import Erased
 from state.features.spec import FeatureSpec
 from state.process.actor import actor
 from state.process.progress_line import ProgressLine
@@ -73,17 +78,23 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     """
     place, progress = open_place(asked.source), Amount("written")
     found = listing.backup(place, asked.at)
-    done = restoring.restore(settings, place, found, actor(), now_ms, progress)
     spec = FeatureSpec.from_settings(settings).digest
+    by = restoring.By(actor(), now_ms)
+    known, unknown = later_erasures(place, found, asked.erasures_from)
+    done = restoring.restore(settings, place, found, by, progress, known, asked.kafka_lost)
     lines = [
         f"restored backup {found.id} of {iso(found.created_at_ms)}, {age((now_ms - found.created_at_ms) / 1000)} old: "
         f"{described(found)}, histories of {done.users:,} users; {size(found.bytes)} in {progress.took_s:.1f} s",
         f"control generation {done.generation} says so; versions go on from {done.first_number}",
+        *([f"{done.erasures} erasures of after it count again"] if done.erasures else []),
+        *unknown,
     ]
     if found.spec and found.spec != spec:
         lines.append(
             f"its histories are of feature spec {found.spec[:12]}, the settings here make {spec[:12]}: use its settings"
         )
+    if asked.kafka_lost:
+        lines.append(f"the trainer goes on from version {done.version} in another training log, from its beginning")
     lines.append(
         "start it with `springtide up`: what Kafka has had since then is read again. The old one must not run any more."
     )
@@ -94,10 +105,34 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
             "positions": done.positions,
             "generation": done.generation,
             "first_number": done.first_number,
+            "erasures_again": done.erasures,
+            "goes_on_from": done.version,
             "fits": not found.spec or found.spec == spec,
         }
     }
     tell(asked, told, "\n".join(lines), say)
+
+
+def later_erasures(place: BackupPlace, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
+    """What is known of erasures after a backup: by the newest one there, and by a registry that was not lost.
+
+    Returns:
+        The longer of the two, and what is to be said where the newest backup cannot be read.
+
+    Raises:
+        BackupError: `registry` is none.
+    """
+    known, said = [Erased.NOBODY], []
+    if registry is not None:
+        known.append(erasures.in_registry(registry))
+    try:
+        newest = listing.backup(place)
+        if newest.id != found.id:
+            with tempfile.TemporaryDirectory() as folder:
+                known.append(erasures.known_to(newest, Objects(place, listed=False), Path(folder)))
+    except DamagedBackup as error:
+        said.append(f"erasures that later backups know may be missing, give them again: {error.what}")
+    return max(known, key=lambda one: one.last), said
 
 
 def show(place: BackupPlace, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

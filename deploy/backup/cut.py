@@ -26,7 +26,8 @@ from state.registry.versions import MANIFEST
 
 TRIES = 100
 VERSIONED = (layout.VERSIONS, layout.MERGED, layout.BASES)
-_LEFT_ALONE = (*VERSIONED, layout.RECENT, layout.TEMPORARY)
+_LEFT_ALONE = (*VERSIONED, layout.RECENT, layout.TEMPORARY, layout.ERASURES)
+"""Of these, what processes say of their own copies is no part of the state."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from deploy.operate.options import Add, positive
 
@@ -42,5 +43,17 @@ def commands(add: Add) -> list[argparse.ArgumentParser]:
     bringing.add_argument("source", metavar="FROM", help="where `springtide backup` wrote to")
     bringing.add_argument(
         "--at", default="", metavar="ID", help="a backup, of `springtide backup FROM --list`; default the newest"
+    )
+    bringing.add_argument(
+        "--erasures-from",
+        type=Path,
+        metavar="REGISTRY",
+        help="a registry that was not lost: erasures that it knows and the backup does not count again, as do those that "
+        "newer backups there know",
+    )
+    bringing.add_argument(
+        "--kafka-lost",
+        action="store_true",
+        help="the topics are gone too: the trainer goes on from the version in a new log, in a new epoch",
     )
     return [keeping, bringing]

@@ -4,7 +4,8 @@
 2. Every file is built aside, under `restoring/`, and each piece compared with its digest.
 3. Its histories open and are as far as the backup says; its newest version has all that makes it up.
 4. Numbers of versions that the lost system may have used stay taken, so that a serving host that
-   still has some never mixes them with new ones. Control says in a generation of its own who restored what.
+   still has some never mixes them with new ones. Erasures of after the backup count again, as far as they are known.
+   Control says in a generation of its own who restored what.
 5. The files take their places: histories first, control last. A crash before leaves nothing but `restoring/`; one in
    between a directory that the next restore refuses, and that is to be emptied.
 
@@ -16,33 +17,49 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from deploy.backup import erasures
 from deploy.backup.documents import Backup, KeptFile
 from deploy.backup.objects import Objects
 from deploy.backup.places import BackupPlace, usable
+from deploy.backup.restorable import RESTORING, require_empty, require_salt
 from state import layout
 from state.config.settings import Settings
 from state.disk import clean_mark
 from state.disk import files as durable
 from state.disk.clean_mark import CleanMark
 from state.disk.lock import DirectoryLock
-from state.errors import BackupError, MissingSalt, SaltMismatch
-from state.events.identity import load_salt
+from state.errors import BackupError
+from state.features.erased import Erased
+from state.history.appends import Appends
+from state.history.rewinding import line_extra
 from state.history.store import HistoryStore
+from state.positions import Source
 from state.process import killpoints
-from state.registry import control as transitions
+from state.registry import restoring as transitions
+from state.registry.log_line import WHOLE
+from state.registry.manifest import sees
 from state.registry.registry import Registry
 
-RESTORING = "restoring"
 SALT = "salt"
 MOST_VERSIONS_PER_S, MOST_BETWEEN = 100, 10_000
-_MAY_BE_THERE = {layout.LOCK, layout.SALT, layout.KAFKA, layout.LOGS, layout.REPLAY, layout.REGISTRY, RESTORING}
-_MAY_BE_IN_REGISTRY = {layout.TRAINER_LOCK, layout.COMPACTOR_LOCK, RESTORING}
+
+
+class By(NamedTuple):
+    """Who restores, and when.
+
+    Attributes:
+        actor: Named in the history.
+        now_ms: Wall clock.
+    """
+
+    actor: str
+    now_ms: int
 
 
 class Restored(NamedTuple):
@@ -54,6 +71,8 @@ class Restored(NamedTuple):
         positions: By shard the next offset of each source.
         generation: The control generation that says so.
         first_number: The least number that the next version may have.
+        erasures: How many erasures of after the backup count again.
+        version: The version that the trainer goes on from; None where there is none.
     """
 
     backup: Backup
@@ -61,10 +80,18 @@ class Restored(NamedTuple):
     positions: dict[str, dict[str, int]]
     generation: int
     first_number: int
+    erasures: int
+    version: int | None
 
 
 def restore(
-    settings: Settings, place: BackupPlace, backup: Backup, actor: str, now_ms: int, said: Callable[[int], None]
+    settings: Settings,
+    place: BackupPlace,
+    backup: Backup,
+    by: By,
+    said: Callable[[int], None],
+    erased: Erased = Erased.NOBODY,
+    kafka_lost: bool = False,
 ) -> Restored:
     """Puts a backup in place; durable when this returns.
 
@@ -72,12 +99,13 @@ def restore(
         settings: Where to.
         place: Where it lies.
         backup: Which one.
-        actor: Who is named in the history.
-        now_ms: Wall clock.
+        by: Who does it, and when.
         said: Told how many bytes were written, again and again.
+        erased: Erasures that somebody still knows of; those that the backup does not know count again.
+        kafka_lost: Whether the topics are gone too, so that the trainer goes on in another log.
 
     Raises:
-        BackupError: Something is there already, or the disk refused.
+        BackupError: Something is there already, the disk refused, or the erasures are of another system.
         DamagedBackup: An object is missing or fails its digest; the message names it.
         MissingSalt, SaltMismatch: The salt of its users is not there, or is another.
         LockHeld: The system runs.
@@ -92,53 +120,19 @@ def restore(
             _write_all(settings, place, backup, said)
             killpoints.reach("restore.written")
             # 3.
-            users, positions = _finish_stores(settings, backup)
+            users, positions = _finish_stores(settings, backup, kafka_lost)
+            registry = Registry(registry_dir / RESTORING)
+            if backup.version is not None:
+                registry.chain(backup.version)
             # 4.
-            generation, first = _finish_registry(registry_dir / RESTORING, backup, actor, now_ms)
+            first = _keep_numbers(registry, backup, by.now_ms)
+            again = erasures.missing(erasures.of(registry), erased)
+            erasures.give_again(registry, again, backup.id, by.actor, by.now_ms)
+            version, generation = _say_so(registry, backup, positions, by, kafka_lost)
+            shutil.rmtree(registry.path / layout.TEMPORARY)
             # 5.
             _take(aside)
-    return Restored(backup, users, positions, generation, first)
-
-
-def require_empty(settings: Settings) -> None:
-    """Refuses where state is there that would be lost, or mixed with another.
-
-    Raises:
-        BackupError: It names what is there.
-    """
-    state, registry = settings.state_dir, settings.registry_dir
-    there = [
-        one for one in _entries(state) if one.name not in _MAY_BE_THERE and one not in (registry, settings.salt_path)
-    ]
-    there += [one for one in _entries(registry) if one.name not in _MAY_BE_IN_REGISTRY]
-    if settings.registry_dir != state / layout.REGISTRY:
-        there += _entries(state / layout.REGISTRY)
-    there = [one for one in there if _has_files(one)]
-    if there:
-        raise BackupError(
-            f"{there[0]} is there: a backup is restored on an empty machine",
-            "move it away, or choose another paths.state; the salt and Kafka's data may stay",
-        )
-
-
-def require_salt(settings: Settings, backup: Backup) -> None:
-    """Refuses another salt than that of the backup's users, and none where the backup has none.
-
-    Raises:
-        MissingSalt: There is none.
-        SaltMismatch: It is another.
-        SettingsError: It cannot be read.
-    """
-    path = settings.salt_path
-    if path.exists():
-        mine = load_salt(path, create=False)
-        if mine.fingerprint != backup.salt:
-            raise SaltMismatch.between(f"backup {backup.id}", backup.salt, mine.fingerprint)
-    elif not backup.with_salt:
-        raise MissingSalt(
-            f"backup {backup.id} was made without the salt {backup.salt}, and there is none at {path}",
-            "put its copy there, mode 0600, or name it with --paths.salt_file FILE",
-        )
+    return Restored(backup, users, positions, generation, first, len(again), version)
 
 
 @contextmanager
@@ -185,12 +179,18 @@ def _write(path: Path, pieces: Iterator[bytes], said: Callable[[int], None]) -> 
             said(len(piece))
 
 
-def _finish_stores(settings: Settings, backup: Backup) -> tuple[int, dict[str, dict[str, int]]]:
+def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tuple[int, dict[str, dict[str, int]]]:
     """Marks the stores as closed in order, and looks whether they are as far as the backup says."""
     users, positions = 0, dict[str, dict[str, int]]()
     for path in layout.streams(settings.state_dir / RESTORING):
         clean_mark.write(path / layout.MARK, CleanMark(True, clean_mark.boot_id()))
-        store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+        opened = (path, settings.features.history, settings.stream.map_gb << 30)
+        if kafka_lost:
+            # The line of a log that is gone leads nowhere.
+            writing = HistoryStore(*opened)
+            writing.commit(Appends.none(), (), line_extra(WHOLE))
+            writing.close()
+        store = HistoryStore(*opened, readonly=True)
         try:
             users += store.users()
             found = {str(source): after for source, after in store.positions().items()}
@@ -204,18 +204,42 @@ def _finish_stores(settings: Settings, backup: Backup) -> tuple[int, dict[str, d
     return users, positions
 
 
-def _finish_registry(aside: Path, backup: Backup, actor: str, now_ms: int) -> tuple[int, int]:
-    """Looks whether the newest version is whole, keeps numbers taken, and writes the generation that says who restored."""
-    registry = Registry(aside)
-    if backup.version is not None:
-        registry.chain(backup.version)
+def _keep_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
+    """Keeps the numbers taken that the lost system may have used; returns the first that is free."""
     elapsed_s = max(now_ms - backup.created_at_ms, 0) // 1000
     last = registry.next_number() - 1 + MOST_BETWEEN + MOST_VERSIONS_PER_S * elapsed_s
-    durable.write(aside / layout.RECENT / f"{last:012d}.last", b"")
-    reason = f"restored backup {backup.id}"
-    made = registry.change(lambda now: transitions.restored(now, actor=actor, reason=reason, now_ms=now_ms))
-    shutil.rmtree(aside / layout.TEMPORARY)
-    return made.generation, last + 1
+    durable.write(registry.path / layout.RECENT / f"{last:012d}.last", b"")
+    return last + 1
+
+
+def _say_so(
+    registry: Registry, backup: Backup, positions: Mapping[str, Mapping[str, int]], by: By, kafka_lost: bool
+) -> tuple[int | None, int]:
+    """Writes the generation of control that says who restored what; returns the version to go on from, and its number."""
+    who: Any = {"actor": by.actor, "reason": f"restored backup {backup.id}", "now_ms": by.now_ms}
+    if not kafka_lost:
+        return backup.version, registry.change(lambda now: transitions.restored(now, **who)).generation
+    found = {Source.parse(source): after for shard in positions.values() for source, after in shard.items()}
+    version = _not_ahead(registry, backup, found)
+    marks = {} if version is None else registry.manifest(version).marks
+    lost = sum(max(0, after - marks.get(source, after)) for source, after in found.items())
+    who["reason"] += "; Kafka's data is lost, the trainer goes on in another log"
+    made = registry.change(lambda now: transitions.restored_without_log(now, version, lost, **who))
+    return version, made.generation
+
+
+def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, int]) -> int | None:
+    """The newest version on the line that learned no click that the histories lack, for nobody can read it again."""
+    if backup.version is None:
+        return None
+    line = registry.visible(backup.version)
+    for number in reversed(registry.versions()):
+        if number <= backup.version and sees(line, number):
+            marks = registry.manifest(number).marks
+            if all(after <= positions.get(source, after) for source, after in marks.items()):
+                registry.chain(number)
+                return number
+    return backup.version
 
 
 def _take(aside: list[Path]) -> None:
@@ -232,11 +256,3 @@ def _take(aside: list[Path]) -> None:
             one.rename(final)
             killpoints.reach("restore.taken")
         durable.sync_directory(folder.parent)
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _has_files(path: Path) -> bool:
-    return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))

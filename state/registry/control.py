@@ -273,11 +273,6 @@ def let_go(control: Control, *, actor: str, reason: str, now_ms: int) -> Control
     return _made(control, "resume", actor, reason, now_ms, training=True)
 
 
-def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
-    """Somebody put all of it back from a backup: a generation that changes nothing else."""
-    return _made(control, "restore", actor, reason, now_ms)
-
-
 def _next(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
     """The next generation with these changes; `control` itself where they change nothing."""
     if all(getattr(control, name) == value for name, value in changes.items()):

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,16 +16,18 @@ import pytest
 from deploy.backup import listing
 from deploy.backup.making import Scope, make
 from deploy.backup.places import open_place
-from deploy.backup.restoring import restore
+from deploy.backup.restoring import By, Restored, restore
 from state.errors import BackupError
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
+from state.log import MemoryLog
 from state.process import killpoints
 from state.registry.registry import Registry
 from tests.e2e import small_loop
+from tests.e2e.evidence import state_at
 from tests.e2e.running import ROOT
-from tests.e2e.small_loop import BATCH, SmallLoop
+from tests.e2e.small_loop import BATCH, Applying, SmallLoop, Training
 from tests.e2e.test_rollback_steps import BAD, GOOD, clicks, finished, go_back, never_saw, offsets, poisoned
 from tests.e2e.test_rollback_steps import LATER as MORE
 
@@ -56,9 +57,16 @@ def move(loop: SmallLoop, to: Path) -> None:
     loop.settings = replace(loop.settings, paths=replace(loop.settings.paths, state=str(to)))
 
 
-def bring_back(loop: SmallLoop, backups: Path) -> Any:
+def bring_back(loop: SmallLoop, backups: Path, kafka_lost: bool = False) -> Restored:
     place = open_place(str(backups))
-    done = restore(loop.settings, place, listing.backup(place), "ann", NOW_MS + 60_000, lambda more: None)
+    done = restore(
+        loop.settings,
+        place,
+        listing.backup(place),
+        By("ann", NOW_MS + 60_000),
+        lambda more: None,
+        kafka_lost=kafka_lost,
+    )
     loop.registry = Registry(loop.settings.registry_dir)
     return done
 
@@ -163,3 +171,57 @@ def test_a_restore_that_was_killed_is_repeated_or_refused_and_never_taken_for_wh
     store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
     assert store.digest() == digest
     store.close()
+
+
+def test_where_kafka_is_lost_too_what_was_learned_goes_on_in_another_log(tmp_path: Path, salt: Path) -> None:
+    loop, to = poisoned(tmp_path / "here", salt)
+    go_back(loop, to, offsets(GOOD, GOOD + BAD), "exact")
+    loop.click(*clicks(GOOD + BAD, MORE))
+    loop.settle()
+    # The histories have a batch more than the newest version has learned.
+    newest, sent = loop.newest, GOOD + BAD + MORE
+    loop.click(*clicks(sent, BATCH))
+    loop.tick("stream")
+    loop.end("stream")
+    backups = tmp_path / "backups"
+    made = make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    assert made.version == newest.version
+    lost = sum(made.positions["stream-0"].values()) - sum(newest.marks.values())
+    assert lost == BATCH
+    move(loop, tmp_path / "there")
+    # 1. Another cluster: the topics are others, and empty.
+    ids = iter(("11" * 16, "22" * 16, "33" * 16))
+    loop.log = MemoryLog(ids=lambda: next(ids))
+    kafka = loop.settings.kafka
+    for topic in (kafka.clicks_topic, kafka.microbatches_topic, kafka.dead_letters_topic):
+        loop.log.topics().ensure(topic, 1)
+    done = bring_back(loop, backups, kafka_lost=True)
+    assert (done.version, loop.control.epoch, loop.control.base) == (newest.version, made.epoch + 1, newest.version)
+    # 2. Answers come from what was learned, before anything is learned anew.
+    loop.tick("applier")
+    loop.settle()
+    applier = loop.parts["applier"]
+    assert isinstance(applier, Applying) and applier.served == newest.version
+    trainer = loop.parts["trainer"]
+    assert isinstance(trainer, Training)
+    weights = trainer.content()["weights"]
+    assert weights == state_at(loop.registry, newest.version).digest
+    # 3. New clicks are learned on top of it, and the accounts own to what is lost.
+    loop.click(*clicks(sent + BATCH, MORE))
+    loop.settle()
+    assert loop.newest.version > done.first_number - 1
+    assert (loop.newest.log.topic_id, loop.newest.log.first < loop.newest.log.next) == ("22" * 16, True)
+    training = trainer.content()
+    assert training["weights"] != weights
+    loop.end("stream")
+    store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
+    stream = store.totals
+    store.close()
+    assert stream["rows"] - training["account"]["rows"] == lost == training["account"]["gap"]
+    # 4. A restart goes on from there.
+    loop.end("trainer")
+    loop.click(*clicks(sent + BATCH + MORE, MORE))
+    before = loop.newest.version
+    loop.settle()
+    assert loop.newest.version > before
+    loop.close()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.registry.restoring import without_lost_log
 from state.registry.upgrades import pending
 from state.registry.versions import Versions
 from trainer.engine.step import Trainer
@@ -72,7 +73,7 @@ def restore_or_carry(
         SpecMismatch, SettingsError: It is of other features or another model, and nobody asked for an upgrade.
     """
     if pending(registry, control) is None:
-        return checkpoint.restore(registry, version, trainer, spec), None
+        return without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
     found = carry_over(registry, version, trainer)
     logger.info("epoch %d goes on from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))
     return found.manifest, found.changes

@@ -1,0 +1,79 @@
+"""The transitions of control by which a backup came back, with the training log that it was learned from or without it. Pure but for reading.
+
+Where Kafka's data is lost too, the version goes on in an epoch of its own, on
+another log from its beginning. The generation that begins it has as its plan
+`log`, `anew`, and `lost`: how many positions of clicks the histories had that
+the version had not learned, and that nobody can learn any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from state.registry.control import Control
+from state.registry.controls import Controls
+from state.registry.log_line import WHOLE
+from state.registry.manifest import LogRange, Manifest
+
+ACTION = "restore"
+
+
+def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
+    """Somebody brought all of it back: a generation that changes nothing else.
+
+    >>> from state.registry.control import start
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> back = restored(first, actor="ann", reason="the disk was lost", now_ms=5)
+    >>> back.generation, back.action, back.epoch
+    (2, 'restore', 1)
+    """
+    return replace(
+        control,
+        generation=control.generation + 1,
+        created_at_ms=now_ms,
+        actor=actor,
+        reason=reason,
+        action="restore",
+        plan=None,
+    )
+
+
+def restored_without_log(
+    control: Control, version: int | None, lost: int, *, actor: str, reason: str, now_ms: int
+) -> Control:
+    """Somebody brought it back, and the log is another one: a new epoch goes on from `version`, on the new log from its beginning.
+
+    Args:
+        control: The control to start from.
+        version: To go on from; None where there was none yet.
+        lost: Positions of clicks between the version and the histories.
+        actor: Who decided.
+        reason: Why.
+        now_ms: Wall clock.
+
+    >>> from state.registry.control import start
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> back = restored_without_log(first, 40, 7, actor="ann", reason="all was lost", now_ms=5)
+    >>> back.epoch, back.base, back.plan
+    (2, 40, {'log': 'anew', 'lost': 7})
+    """
+    made = restored(control, actor=actor, reason=reason, now_ms=now_ms)
+    plan = {"log": "anew", "lost": lost}
+    return replace(made, epoch=made.epoch + 1, base=version, lifted=(), mode="fast", log=WHOLE, plan=plan)
+
+
+def without_lost_log(controls: Controls, control: Control, version: Manifest) -> Manifest:
+    """A version as control's epoch goes on from it: where its log was lost it is at no place of any log, and owns to what is lost.
+
+    Raises:
+        CorruptVersion: Control is damaged.
+    """
+    began = controls.beginning_of(control.epoch)
+    if began is None or began.action != ACTION or began.plan is None or version.epoch == control.epoch:
+        return version
+    gap = version.metrics.get("account.gap", 0.0) + int(began.plan["lost"])
+    return replace(
+        version,
+        log=LogRange(version.log.topic, partition=version.log.partition),
+        metrics={**version.metrics, "account.gap": gap},
+    )
