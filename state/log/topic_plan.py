@@ -73,11 +73,13 @@ def microbatches(settings: Settings) -> TopicPlan:
 def bounds(settings: Settings) -> dict[str, dict[str, str]]:
     """By topic of the local Kafka what keeps it within its bytes: those of one partition, and of one of its segments.
 
+    The broker compresses the clicks, whose text repeats itself; micro-batches are compressed already.
+
     >>> bounds(Settings())["springtide.clicks.v1"]
-    {'retention.bytes': '210000000', 'segment.bytes': '30000000'}
+    {'retention.bytes': '210000000', 'segment.bytes': '30000000', 'compression.type': 'zstd'}
     """
     largest = 2 * (settings.stream.max_record_bytes + BATCH_BYTES)
-    return {
+    kept = {
         plan.name: _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * share / plan.partitions), least)
         for plan, share, least in (
             (microbatches(settings), MICROBATCHES_SHARE, largest),
@@ -85,6 +87,8 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
             (dead_letters(settings), LETTERS_SHARE, LARGEST_RECORD),
         )
     }
+    kept[settings.kafka.clicks_topic] |= {"compression.type": "zstd"}
+    return kept
 
 
 def _kept_below(most: int, least_segment: int) -> dict[str, str]:
