@@ -382,12 +382,22 @@ class RegistrySettings:
     recent_s: float = setting(
         15.0, "s", least=1.0, most=3600.0, help="How long the others can be followed; more than 25 s reach the disk."
     )
-    delta_keep_s: float = setting(3600.0, "s", least=1.0, help="How long each delta is kept.")
-    delta_keep_gb: float = setting(
-        4.0, "GB", least=0.01, help="How much the deltas may take together; the oldest go first."
+    delta_keep_s: float = setting(
+        3600.0, "s", least=1.0, help="How long each of these is kept; one each `thin_s` later."
     )
-    base_keep_h: int = setting(24, "h", least=1, help="How long one base an hour is kept.")
-    base_keep_d: int = setting(7, "d", least=1, help="How long one base a day is kept.")
+    thin_s: float = setting(600.0, "s", least=1.0, help="Time between versions older than `delta_keep_s`.")
+    base_keep_h: int = setting(24, "h", least=1, help="How long one each `thin_s` is kept; one each `sparse_s` later.")
+    sparse_s: float = setting(3600.0, "s", least=1.0, help="Time between versions older than `base_keep_h`.")
+    base_keep_d: int = setting(7, "d", least=1, help="How long one each `sparse_s` is kept.")
+    delta_keep_gb: float = setting(
+        4.0, "GB", least=0.01, help="How much all versions may take together; the oldest go first."
+    )
+    load_mb: float = setting(
+        64.0,
+        "MB",
+        least=0.001,
+        help="How much may be read beyond a base to load a version, or as much as the base has.",
+    )
     garbage_keep_d: int = setting(
         30, "d", least=1, most=36_500, help="How long damaged versions, and what no kept version names, are kept."
     )

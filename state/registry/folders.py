@@ -74,3 +74,9 @@ class Folders(Directory):
         return places + [
             self.folder(one, version) for one in kinds if one != "merged" and version in self._numbers[one]
         ]
+
+    def _delta_folders(self, version: int) -> list[Path]:
+        """All places of a version's delta, that which counts first."""
+        first = self._places(version, "delta")
+        merged = (self.path / layout.MERGED).glob(f"{version:012d}-*")
+        return first + sorted(folder for folder in merged if folder not in first and "." not in folder.name)

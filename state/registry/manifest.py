@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -194,6 +194,13 @@ def complete_twin(draft: Draft, recent: Manifest, files: Mapping[str, bytes]) ->
 def complete_base(of: Manifest, files: Mapping[str, bytes]) -> Manifest:
     """The manifest of the full state at the version `of`."""
     return replace(of, kind="base", files=entries(files))
+
+
+def complete_merged(parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
+    """The manifest of deltas of which each continues the one before, in one."""
+    first, last = parts[0], parts[-1]
+    log = replace(last.log, first=first.log.first)
+    return replace(last, kind="merged", parent=first.parent, log=log, files=entries(files))
 
 
 def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:

@@ -17,7 +17,7 @@ to publish versions; whoever may write the directory may propose control.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from state.errors import WrongEpoch
@@ -67,6 +67,12 @@ class Registry(Recents, Controls, Outcomes, Specs):
     def add_base(self, of: Manifest, files: Mapping[str, bytes]) -> Manifest:
         """Keeps the full state at the version `of`; nothing is added where there is one."""
         made = manifest.complete_base(of, files)
+        self.add(made, files)
+        return made
+
+    def add_merged(self, parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
+        """Keeps what changed in `parts`, deltas of which each continues the one before, as one delta of the last."""
+        made = manifest.complete_merged(parts, files)
         self.add(made, files)
         return made
 

@@ -60,7 +60,7 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
         return None
     raise UnknownVersion(
         f"version {target.version} cannot be recomputed: no base before it is kept",
-        "versions made after the oldest kept base can, see `springtide versions --all` and registry.base_keep_h",
+        "versions made after the oldest kept base can, see `springtide versions --all` and registry.base_keep_d",
     )
 
 

@@ -152,6 +152,9 @@ class Versions(Folders):
         while at != base:
             delta = self.manifest(at, "delta")
             if delta.parent is None or not base <= delta.parent < at:
+                if base not in self.bases():
+                    # The compactor has just merged deltas beyond it.
+                    return self.chain(version)
                 raise BadPart(
                     self.folder_of(delta), at, f"its parent {delta.parent} does not lie between base {base} and itself"
                 )
@@ -166,9 +169,9 @@ class Versions(Folders):
         it alone led to: nobody loads them, nobody falls back unseen. Only for
         the process that holds the trainer's lock.
         """
-        doubted = None
+        doubted: object = None
         while True:
-            version = None
+            version, here = None, (self.deltas(), self.bases())
             try:
                 version = self.newest(epoch)
                 if version is None:
@@ -182,9 +185,9 @@ class Versions(Folders):
             except UnknownVersion as error:
                 if version is None:
                     raise
-                # A compactor may have put a base in place of what was being read: look again first.
-                if doubted != version:
-                    doubted = version
+                # A compactor may have put something else in place of what was being read: look again first.
+                if doubted != (version, here):
+                    doubted = (version, here)
                     continue
                 self.set_aside(self.folder_of(self.manifest(version)), version, f"a version it needs is gone: {error}")
 
@@ -204,8 +207,20 @@ class Versions(Folders):
 
     def remove(self, kind: Kind, version: int, parent: int | None = None) -> None:
         """Takes a version away for good, as it is kept as `kind` (a merged one with `parent`); it vanishes by one rename."""
-        folder = self.folder(kind, version, parent)
-        grave = self.temporary(f"removed-{kind}-{folder.name}")
+        self._remove(self.folder(kind, version, parent), version)
+
+    def remove_delta(self, version: int) -> None:
+        """Takes a version's delta away for good, merged or not."""
+        for folder in self._delta_folders(version):
+            self._remove(folder, version)
+
+    def remove_superseded(self, version: int) -> None:
+        """Takes away what lies beside the merged delta of a version that holds it too."""
+        for folder in self._delta_folders(version)[1:]:
+            self._remove(folder, version)
+
+    def _remove(self, folder: Path, version: int) -> None:
+        grave = self.temporary(f"removed-{folder.parent.name}-{folder.name}")
         with usable(f"give up version {version}"):
             folder.rename(grave)
             self._manifests.pop(folder, None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 from state import layout
 from state.disk.lock import DirectoryLock
 from state.features.mask import Mask
-from state.registry.control import pin, roll_back, start
-from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend
+from state.process import killpoints
+from state.registry.control import roll_back, start
+from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend, sees
 from state.registry.registry import Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
 from trainer import compactor
-from trainer.compactor import DAY_MS, HOUR_MS, Tiers, compact, old_bases, old_deltas, retain
+from trainer.compactor import compact, thin
 from trainer.engine.step import Trainer
+from trainer.thinning import DAY_MS, HOUR_MS, Tiers, plan
 from trainer.versions import checkpoint, content
 
 WHO = {"actor": "test", "reason": "test", "now_ms": 0}
-TIERS = Tiers(delta_ms=HOUR_MS, delta_bytes=10**12, hourly_ms=24 * HOUR_MS, daily_ms=7 * DAY_MS)
+TIERS = Tiers(each_ms=HOUR_MS, thin_ms=DAY_MS, sparse_ms=7 * DAY_MS)
 
 
 def draft(parent: int | None, created_at_ms: int = 0, epoch: int = 1) -> Draft:
@@ -53,7 +55,9 @@ def test_a_base_is_the_trainers_state_bit_for_bit(tmp_path: Path) -> None:
     assert compact(registry) is None, "there is nothing new"
 
 
-def manifest(version: int, parent: int | None, created_at_ms: int, visible: tuple[tuple[int, int], ...]) -> Manifest:
+def manifest(
+    version: int, parent: int | None, created_at_ms: int, visible: tuple[tuple[int, int], ...], size: int = 100
+) -> Manifest:
     made = draft(parent, created_at_ms)
     return Manifest(
         version=version,
@@ -73,75 +77,193 @@ def manifest(version: int, parent: int | None, created_at_ms: int, visible: tupl
         mask_generation=0,
         metrics={},
         environment={},
-        files={"a": FileEntry("", 100)},
+        files={"a": FileEntry("", size)},
     )
 
 
-def test_of_the_bases_one_an_hour_stays_for_a_day_and_one_a_day_for_a_week() -> None:
-    now = 10 * DAY_MS
-    bases = [manifest(number, None, number * HOUR_MS // 4, ((1, 1),)) for number in range(1, 4 * 24 * 10)]
-    gone = set(old_bases(bases, keep={5}, tiers=TIERS, now_ms=now))
-    ages_h = [(now - base.created_at_ms) / HOUR_MS for base in bases if base.version not in gone]
-    assert sum(age <= 1 for age in ages_h) == 4
-    assert sum(1 < age <= 24 for age in ages_h) in (23, 24)
-    assert sum(24 < age <= 7 * 24 for age in ages_h) in (6, 7)
-    assert [age for age in ages_h if age > 8 * 24] == [(now - 5 * HOUR_MS // 4) / HOUR_MS], "control names it"
+class Line:
+    """Versions on which a plan is carried out, as the compactor does."""
+
+    def __init__(self) -> None:
+        self.deltas: dict[int, Manifest] = {}
+        self.bases = {1: manifest(1, None, 0, ((1, 1),))}
+
+    def add(self, version: int, parent: int, created_at_ms: int, visible: tuple[tuple[int, int], ...]) -> None:
+        self.deltas[version] = manifest(version, parent, created_at_ms, visible)
+
+    def thin(self, tiers: Tiers, now_ms: int, keep: frozenset[int] = frozenset()) -> None:
+        found = plan(
+            [one for _, one in sorted(self.deltas.items())],
+            [one for _, one in sorted(self.bases.items())],
+            keep,
+            tiers,
+            now_ms,
+        )
+        for version in found.bases:
+            del self.bases[version]
+        for merge in found.merges:
+            parts = [self.deltas[one] for one in merge.path]
+            assert [part.parent for part in parts] == [merge.parent, *merge.path[:-1]]
+            self.deltas[merge.path[-1]] = replace(parts[-1], parent=merge.parent)
+        for version in found.deltas:
+            del self.deltas[version]
+
+    def made_from(self, version: int) -> list[int] | None:
+        """The base and the deltas of a version as `Versions.chain` finds them; None where one lacks."""
+        line = (self.deltas.get(version) or self.bases[version]).visible
+        start = max((one for one in self.bases if one <= version and sees(line, one)), default=None)
+        found, at = [], version
+        while at != start:
+            if start is None or at not in self.deltas or at < start:
+                return None
+            found.append(at)
+            at = self.deltas[at].parent or 0
+        return [start, *reversed(found)]
 
 
-@settings(deadline=None, max_examples=200)
+def test_for_an_hour_each_stays_for_a_day_ten_minutes_and_for_a_week_an_hour() -> None:
+    """Ten days of a version each minute, thinned each ten minutes as the trainer has it done."""
+    line, version, last = Line(), 1, ((1, 1),)
+    tiers = replace(TIERS, load_bytes=5_000)
+    end = 10 * DAY_MS
+    for now in range(0, end + 1, 600_000):
+        for at in range(now - 600_000 + 60_000, now + 1, 60_000):
+            if at >= 0:
+                version += 1
+                last = extend(last, version - 1, version)
+                line.add(version, version - 1, at, last)
+        chain = line.made_from(version) or []
+        if 100 * (len(chain) - 1) > tiers.load_bytes:
+            line.bases[version] = manifest(version, version - 1, now, last)
+        line.thin(tiers, now)
+    ages = sorted(end - one.created_at_ms for one in {**line.bases, **line.deltas}.values())
+    for longest, spacing in ((HOUR_MS, 60_000), (DAY_MS, 660_000), (7 * DAY_MS, HOUR_MS + 60_000)):
+        within = [age for age in ages if age <= longest]
+        assert max(after - before for before, after in pairwise(within)) <= spacing
+    assert len([age for age in ages if HOUR_MS < age <= DAY_MS]) < 24 * 7
+    assert len([age for age in ages if DAY_MS < age <= 7 * DAY_MS]) < 24 * 8
+    assert ages[-1] < 9.5 * DAY_MS, "with the base that the oldest start from"
+    chains = [line.made_from(one) for one in {**line.bases, **line.deltas}]
+    assert all(chain is not None and len(chain) < 53 for chain in chains)
+    assert len(line.bases) < 14
+
+
+@settings(deadline=None, max_examples=300)
 @given(
     st.lists(st.one_of(st.just(0), st.integers(1, 40)), min_size=2, max_size=40),
-    st.sets(st.integers(2, 40), max_size=5),
+    st.sets(st.integers(2, 40), max_size=6),
     st.sets(st.integers(1, 40), max_size=2),
-    st.integers(0, 40),
+    st.integers(1, 60),
     st.integers(100, 4000),
+    st.integers(100, 1000),
 )
-def test_what_stays_can_be_restored(plan: list[int], based: set[int], keep: set[int], now: int, limit: int) -> None:
-    """A line of deltas with rollbacks (numbers of `plan`), one a millisecond, and bases at `based`."""
+def test_what_stays_can_be_restored(
+    steps: list[int], based: set[int], keep: set[int], now: int, most: int, load: int
+) -> None:
+    """A line of deltas with rollbacks (numbers of `steps`), one a millisecond, and bases at `based`; thinned three times."""
+    line, head = Line(), 1
     visible: dict[int, tuple[tuple[int, int], ...]] = {1: ((1, 1),)}
-    parents: dict[int, int] = {}
-    head = 1
-    for number in plan:
+    for number in steps:
         if number:
             head = sorted(visible)[number % len(visible)]
             continue
         version = max(visible) + 1
         visible[version] = extend(visible[head], head, version)
-        parents[version] = head
+        line.add(version, head, version, visible[version])
         head = version
-    deltas = [manifest(version, parents[version], version, visible[version]) for version in sorted(parents)]
-    bases = {1, *(based & set(parents))}
-    keep &= set(visible)
-    tiers = replace(TIERS, delta_ms=10, delta_bytes=limit)
-    gone, starts = old_deltas(deltas, bases, keep, tiers, now_ms=max(visible) + now - 20)
-    staying = set(parents) - set(gone)
-    for version in {*staying, *keep, *([deltas[-1].version] if deltas else [])}:
-        at = version
-        while at not in bases:
-            assert at in staying, f"version {version} cannot be restored without {at}"
-            at = parents[at]
-        assert at in starts, f"version {version} starts from base {at}"
+    for version in based & line.deltas.keys():
+        line.bases[version] = line.deltas[version]
+    must = frozenset({*(keep & visible.keys()), max(visible)})
+    tiers = Tiers(5, 15, 30, 3, 6, most_bytes=most, load_bytes=load)
+    for later in (0, 4, 11):
+        line.thin(tiers, max(visible) + now - 20 + later, must)
+        there = {*line.deltas, *line.bases}
+        assert must <= there
+        for version in there:
+            assert line.made_from(version) is not None, version
+        if most >= 4000:
+            young = {one for one in visible if max(visible) + now - 20 + later - one <= 5 and one > 1}
+            assert young <= there
 
 
-def test_retention_keeps_what_control_names_and_takes_the_rest(tmp_path: Path) -> None:
+def test_every_version_that_is_kept_is_restored_as_it_was(tmp_path: Path) -> None:
+    """Thinned again and again while it learns, rolls back, expires rows and admits them anew; a reader looks all the time."""
+    registry, now_ms = Registry(tmp_path), 10**12
+    registry.propose(start(**WHO))
+    trainer = Trainer(small_settings("--trainer.admit_after", "2", "--trainer.expire_s", "3600"), SPEC)
+    reader, digests, merges = Registry(tmp_path), {}, 0
+    version = registry.publish(draft(None, now_ms), content.encode(checkpoint.full(trainer))).version
+    digests[version] = checkpoint.digest(trainer)
+    tiers = replace(TIERS, load_bytes=60_000)
+    epoch, went_back = 1, 0
+    for number, batch in enumerate(batches(0, 90)):
+        trainer.step(batch)
+        now_ms += 150_000 if number < 60 else 30_000
+        version = registry.publish(draft(version, now_ms, epoch), content.encode(checkpoint.changes(trainer))).version
+        digests[version] = checkpoint.digest(trainer)
+        if number == 40:
+            went_back = version - 7
+            registry.change(lambda control, to=went_back: roll_back(control, to, Mask.NONE, **WHO))
+            checkpoint.restore(registry, went_back, trainer, SPEC.digest)
+            version, epoch = went_back, 2
+        if number % 6 == 5:
+            compact(registry, tiers.load_bytes)
+            done = thin(registry, tiers, now_ms)
+            merges += len(done.merges)
+            assert checkpoint.restore(reader, version, trainer, SPEC.digest).version == version
+            assert checkpoint.digest(trainer) == digests[version]
+    kept = registry.versions()
+    assert went_back in kept and len(kept) < 75 and len(registry.bases()) >= 3
+    assert merges > 5
+    before = len(registry.bases())
+    done = thin(registry, replace(tiers, load_bytes=10**9), now_ms)
+    assert len(done.bases) == before - len(registry.bases()) > 0, "where more may be read, fewer bases are needed"
+    kept = registry.versions()
+    assert went_back in kept
+    assert any(registry.manifest(one, "delta").kind == "merged" for one in registry.deltas())
+    for one in kept:
+        found = checkpoint.restore(reader, one, trainer, SPEC.digest)
+        assert checkpoint.digest(trainer) == digests[one], one
+        assert found.version == one and found.created_at_ms <= now_ms
+    assert Registry(tmp_path).newest_good(2) == version
+
+
+@pytest.mark.parametrize("point", ["publish.renamed:1", "compact.merged:1", "compact.removed:2", "compact.removed:9"])
+def test_a_compactor_killed_while_it_merges_leaves_every_version_loadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
     registry = Registry(tmp_path)
     registry.propose(start(**WHO))
-    files = content.encode(
-        {f"{table}.{name}": np.zeros(0, np.uint64) for table in content.TABLES for name in ("ids", "removed")}
-    )
-    version = registry.publish(draft(None), files).version
-    for number in range(1, 13):
-        version = registry.publish(draft(version, number), files).version
-        if number % 4 == 0:
-            registry.add_base(registry.manifest(version), files)
-    registry.change(lambda c: roll_back(c, 7, Mask.NONE, **WHO))
-    registry.change(lambda c: pin(c, 3, **WHO))
-    gone = retain(registry, TIERS, now_ms=9 * DAY_MS)
-    assert gone == {"delta": [4, 5, 8, 9, 10, 11, 12, 13], "base": [9]}
-    assert registry.versions() == [1, 2, 3, 5, 6, 7, 13]
-    for kept in (3, 7, 13):
-        registry.chain(kept)
-    assert Registry(tmp_path).newest_good(1) == 13
+    trainer = Trainer(small_settings(), SPEC)
+    version = registry.publish(draft(None), content.encode(checkpoint.full(trainer))).version
+    digests = {}
+    for number, batch in enumerate(batches(0, 24)):
+        trainer.step(batch)
+        version = registry.publish(
+            draft(version, number * 150_000), content.encode(checkpoint.changes(trainer))
+        ).version
+        digests[version] = checkpoint.digest(trainer)
+
+    class Killed(BaseException):
+        pass
+
+    def strike() -> None:
+        raise Killed
+
+    monkeypatch.setattr(killpoints, "armed", killpoints.parse(point, strike))
+    with pytest.raises(Killed):
+        thin(registry, TIERS, now_ms=HOUR_MS + 24 * 150_000)
+    monkeypatch.setattr(killpoints, "armed", killpoints.parse("", strike))
+    for again in (False, True):
+        if again:
+            thin(Registry(tmp_path), TIERS, now_ms=HOUR_MS + 24 * 150_000)
+        reader = Registry(tmp_path)
+        for one in reader.versions()[1:]:
+            checkpoint.restore(reader, one, trainer, SPEC.digest)
+            assert checkpoint.digest(trainer) == digests[one]
+    # Of 24 in an hour one in ten minutes is left, and the newest.
+    assert len(Registry(tmp_path).deltas()) <= 8
+    assert len(list((tmp_path / "versions").iterdir())) + len(list((tmp_path / "merged").iterdir())) <= 8
 
 
 def test_the_process_compacts_a_registry_and_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,7 +274,7 @@ def test_the_process_compacts_a_registry_and_says_what_it_did(tmp_path: Path, ca
     trainer.step(batches(0, 1)[0])
     second = registry.publish(draft(first, 10**15), content.encode(checkpoint.changes(trainer))).version
     with caplog.at_level(logging.INFO):
-        compactor.run(small_settings("--paths.state", str(tmp_path)))
+        compactor.run(small_settings("--paths.state", str(tmp_path), "--registry.load_mb", "0.001"))
     assert f"base of version {second}" in caplog.text
     assert registry.bases()[-1] == second
 
