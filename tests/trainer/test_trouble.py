@@ -104,7 +104,7 @@ def test_a_compactor_on_a_full_disk_removes_what_is_old_before_it_fails(
         raise UnusableRegistry("full")
 
     monkeypatch.setattr(compactor, "compact", refuse)
-    monkeypatch.setattr(compactor, "retain", lambda *_: done.append("retained"))
+    monkeypatch.setattr(compactor, "thin", lambda *_: done.append("retained"))
     with pytest.raises(UnusableRegistry):
         compactor.run(settings)
     assert done == ["retained"]

@@ -30,7 +30,7 @@ from streaming.cut import Cutter
 from streaming.open_shard import open_shard
 from streaming.source import ClickReader
 from streaming.steps import ParseEvents, UpdateProfiles
-from trainer.compactor import Tiers, compact, retain
+from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
 
@@ -190,7 +190,7 @@ class Chain:
         """What is done now and then: the broker deletes what is too old, the compactor makes a base."""
         self.log.clean()
         compact(self.registry)
-        retain(self.registry, Tiers.of(self.settings), self.clock.now_ms())
+        thin(self.registry, tiers_of(self.settings), self.clock.now_ms())
 
     def _learner(self, shard: StreamContext) -> Learner:
         settings = self.settings
