@@ -94,9 +94,11 @@ def thin(registry: Registry, tiers: Tiers, now_ms: int) -> Thinning:
     deltas = [registry.manifest(version, "delta") for version in registry.deltas()]
     bases = [registry.manifest(version, "base") for version in registry.bases()]
     found = plan(deltas, bases, needed(registry.control()), tiers, now_ms)
-    # A merged delta reaches back beyond these; what is loaded from them can be loaded without them.
     passed = {version for merge in found.merges for version in merge.path}
-    for version in passed.intersection(found.bases):
+    # What is beyond its time goes first, the newest first: merging wants room, and nothing is left that lacks its parent.
+    _remove(registry, [one for one in found.deltas if one not in passed])
+    # A merged delta reaches back beyond these bases; what is loaded from them can be loaded without them.
+    for version in sorted(found.bases, key=lambda one: (one in passed, -one)):
         registry.remove("base", version)
     for merge in found.merges:
         parts = [registry.manifest(version, "delta") for version in merge.path]
@@ -104,14 +106,14 @@ def thin(registry: Registry, tiers: Tiers, now_ms: int) -> Thinning:
         registry.add_merged(parts, files)
         killpoints.reach("compact.merged")
         registry.remove_superseded(merge.path[-1])
-    # The newest first: nothing is left that lacks what it is made from.
-    for version in reversed(found.deltas):
+    _remove(registry, [one for one in found.deltas if one in passed])
+    return found
+
+
+def _remove(registry: Registry, versions: Sequence[int]) -> None:
+    for version in reversed(versions):
         registry.remove_delta(version)
         killpoints.reach("compact.removed")
-    for version in reversed(found.bases):
-        if version not in passed:
-            registry.remove("base", version)
-    return found
 
 
 def _merged(registry: Registry, parts: Sequence[Manifest], full: bool) -> dict[str, content.Array]:

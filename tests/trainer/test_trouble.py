@@ -100,7 +100,7 @@ def test_a_compactor_on_a_full_disk_removes_what_is_old_before_it_fails(
     settings = small_settings("--paths.state", str(tmp_path))
     done: list[str] = []
 
-    def refuse(registry: Registry) -> None:
+    def refuse(*_: object) -> None:
         raise UnusableRegistry("full")
 
     monkeypatch.setattr(compactor, "compact", refuse)

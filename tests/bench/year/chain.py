@@ -181,8 +181,8 @@ class Chain:
         while self.learner.tick(0.0):
             pass
         self.learner._settle(wait=True)
-        if self.learner.place.changed:
-            self.learner.publish()
+        if self.learner.place.unsaved:
+            self.learner.publish(last=True)
             self.learner._settle(wait=True)
         self.serving.run()
 
