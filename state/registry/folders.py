@@ -80,3 +80,19 @@ class Folders(Directory):
         first = self._places(version, "delta")
         merged = (self.path / layout.MERGED).glob(f"{version:012d}-*")
         return first + sorted(folder for folder in merged if folder not in first and "." not in folder.name)
+
+    def _not_kept(self, version: int) -> tuple[str, str]:
+        """What is said of a version that cannot be gone back to, and what to take in its place."""
+        if version in self._numbers["recent"]:
+            said = f"version {version} can be followed and not gone back to: it is not durable, the log makes it again"
+        else:
+            said = f"version {version} is not kept in {self.path}"
+        return said, self._nearest(version)
+
+    def _nearest(self, version: int) -> str:
+        kept = self.versions()
+        nearest = [
+            *[number for number in kept if number < version][-1:],
+            *[number for number in kept if number > version][:1],
+        ]
+        return f"take {' or '.join(map(str, nearest))}" if nearest else "there is none yet"
