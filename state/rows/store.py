@@ -103,7 +103,7 @@ class RowStore(LmdbStore):
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
             tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]`
-                uint64, `dense.<name>`, `popular` `[P]` uint64. Dense tensors left out are the parent's.
+                uint64, `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's.
             now_ms: The time of application.
             follow: Moves the pointer in the same transaction.
             replace: Applies it again where it is applied already (a rebuilt lane).
@@ -173,7 +173,8 @@ class RowStore(LmdbStore):
         dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
         popular = tensors.get("popular")
         if parent is not None:
-            dense = load_tensors(required(transaction, parent.version, self._dense)) | dense
+            # Those of a model that an upgrade left do not stay among the ones that are given.
+            dense = dense or load_tensors(required(transaction, parent.version, self._dense))
             if popular is None:
                 popular = np.frombuffer(required(transaction, parent.version, self._popular), "<u8")
         transaction.put(u64(version), save_tensors(dense), db=self._dense)

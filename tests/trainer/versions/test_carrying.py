@@ -139,6 +139,16 @@ def test_the_first_version_laid_on_the_old_one_is_the_trainer_that_goes_on(regis
     grown = publish(registry, checkpoint.changes(theirs), now, epoch=2)
     checkpoint.restore(registry, grown, again, SPEC.digest)
     assert checkpoint.digest(again) == checkpoint.digest(theirs)
+    # Versions that are thinned out across the upgrade.
+    base, *deltas = [
+        checkpoint.tensors_of(registry, registry.manifest(number)) for number in (first, version, now, grown)
+    ]
+    for cut in (1, 2):
+        thinned = [content.merge(deltas[:cut], full=False), content.merge(deltas[cut:], full=False)]
+        checkpoint.load(again, content.merge([base, *thinned]))
+        assert checkpoint.digest(again) == checkpoint.digest(theirs)
+    checkpoint.load(again, content.merge([base, content.merge(deltas, full=False)]))
+    assert checkpoint.digest(again) == checkpoint.digest(theirs)
 
 
 def test_a_table_that_is_read_no_longer_leaves_nothing_and_begins_anew_when_it_comes_back(registry: Registry) -> None:
