@@ -145,13 +145,22 @@ def test_control_that_is_newer_than_the_histories_takes_them_back(tmp_path: Path
 
 
 @pytest.mark.parametrize("point", ["restore.written", "restore.taken"])
-def test_a_restore_that_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
+def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
     tmp_path: Path, salt: Path, point: str
 ) -> None:
     loop, backups = SmallLoop(tmp_path / "here", salt), tmp_path / "backups"
     loop.click(*clicks(0, AFTER))
     loop.settle()
     loop.close()
+    # A backup that was killed is none, and does not keep the next one from its place.
+    died = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "backup", str(backups)],
+        cwd=ROOT,
+        env={**os.environ, **loop.settings.environment(), killpoints.VARIABLE: "backup.object:3"},
+        check=False,
+    )
+    assert died.returncode == -9
+    assert (listing.ids(open_place(str(backups))), len(open_place(str(backups)).names("locks"))) == ([], 1)
     make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
     store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
     digest = store.digest()

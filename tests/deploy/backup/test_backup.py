@@ -142,6 +142,30 @@ def test_the_newest_are_kept_with_all_that_they_need(system: System, to: Path, t
         assert Registry(there.registry_dir).newest(2) == one["version"]
 
 
+def test_pruning_that_broke_off_leaves_what_stays_whole_and_is_ended_by_the_next(
+    system: System, to: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    for number in range(3):
+        system.click(range(1, 400))
+        springtide(system.settings, "backup", str(to), "--with-salt", now_ms=NOW_MS + number)
+    monkeypatch.setattr(killpoints, "armed", killpoints.parse("prune.documents", strike))
+    with pytest.raises(KeyboardInterrupt):
+        springtide(system.settings, "backup", str(to), "--with-salt", "--keep", "1", now_ms=NOW_MS + 3)
+    springtide(system.settings, "backup", str(to), "--check")
+    said = springtide(system.settings, "backup", str(to), "--with-salt", "--keep", "1", "-o", "json", now_ms=NOW_MS + 4)
+    assert json.loads(said)["pruned"] == {"backups": 1, "objects": 2}
+    named = {
+        piece
+        for one in json.loads((to / f"backups/{id_at(NOW_MS + 4)}.json").read_text())["body"]["files"]
+        for piece in one["pieces"]
+    }
+    assert {one.name for one in (to / "objects").rglob("*/*")} == named
+    springtide(settings_of(tmp_path / "there"), "restore", str(to))
+
+
 def test_a_damaged_object_is_named_and_nothing_is_left(system: System, to: Path, tmp_path: Path) -> None:
     springtide(system.settings, "backup", str(to), "--with-salt")
     there = settings_of(tmp_path / "there")
