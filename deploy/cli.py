@@ -64,6 +64,11 @@ def operator_command(name: str) -> Command:
         from deploy.backup import commands as backing_up
 
         return backing_up.backup if name == "backup" else backing_up.restore
+    if name == "erase":
+        # Likewise: it asks Kafka where clicks end.
+        from deploy.operate import erase
+
+        return erase.erase
     from deploy.operate import control, history, versions
 
     commands: dict[str, Command] = {

@@ -125,7 +125,14 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
             process.add_argument(
                 "--upgrade", action="store_true", help="go on with these settings; needs --reason TEXT"
             )
-    printing = [_versions(add), *_verbs(add), operating.rollback(add), *operating.masks(add), *backing_up.commands(add)]
+    printing = [
+        _versions(add),
+        *_verbs(add),
+        operating.rollback(add),
+        operating.erase(add),
+        *operating.masks(add),
+        *backing_up.commands(add),
+    ]
     add(
         "check-model",
         "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",

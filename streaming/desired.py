@@ -64,7 +64,7 @@ class ControlWatch:
     def __init__(self, registry: Path, own: LogLine, clock: Callable[[], float] = time.monotonic) -> None:
         self._own, self._clock = own, clock
         self._control = ControlLook(registry)
-        self._looked_s = float("-inf")
+        self._looked_s, self._again_s = float("-inf"), float("inf")
         self.desired = self._wanted(self._control.read())
         if self.desired.log_epoch < own[-1].epoch:
             raise StoreError(
@@ -73,9 +73,15 @@ class ControlWatch:
                 "restore the registry, or run `springtide rebuild-history`, which makes the histories of its epoch",
             )
 
+    def open_again_in(self, seconds: float | None) -> None:
+        """From when on the shard is to be opened again, whatever control asks for; None for never."""
+        self._again_s = float("inf") if seconds is None else self._clock() + seconds
+
     def changed(self) -> bool:
-        """Whether control asks for something else than it did; looks at most each `LOOK_S`."""
+        """Whether control asks for something else than it did, or the shard is to be opened again; looks at most each `LOOK_S`."""
         now_s = self._clock()
+        if now_s >= self._again_s:
+            return True
         if now_s - self._looked_s < LOOK_S:
             return False
         self._looked_s = now_s

@@ -5,7 +5,7 @@
 3. The topics; a missing topic of clicks is an error, the two others are created.
 4. Control: the mask, and the line of the training log.
 5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
-6. Histories go back where the line turned off.
+6. Histories go back where the line turned off, and forget erased users.
 7. The gaps that the operator accepts are passed, with a record of it; any other one ends the process.
 8. The reader, at the store's positions.
 """
@@ -42,7 +42,7 @@ from state.process import killpoints
 from state.storage.measuring import offer
 from state.storage.shares import STREAM, map_bytes
 from state.storage.waiting import Room
-from streaming import accounts
+from streaming import accounts, erasing
 from streaming.attributes import Join
 from streaming.context import Handle, JobContext, StreamContext, opened
 from streaming.cut import Cut
@@ -78,11 +78,9 @@ def open_shard(
     Raises:
         LockHeld: Another process has the directory.
         ModelMismatch, SaltMismatch, SpecMismatch: See `streaming.histories.open_histories`.
-        SettingsError: The salt cannot be read.
-        PortTaken: The metrics' port is in use.
+        SettingsError, PortTaken: The salt cannot be read, or the metrics' port is in use.
         GapError: Positions are gone, and nobody accepted it.
-        RegistryError, StoreError: Control cannot be read, or the store cannot be opened.
-        LogError: Kafka is not reachable, or a topic is missing.
+        RegistryError, StoreError, LogError: Control, the store or Kafka cannot be read, or a topic is missing.
     """
     spec, stopping = FeatureSpec.from_settings(settings), stopping or threading.Event()
     log = log or KafkaLog(settings.kafka)
@@ -98,14 +96,16 @@ def open_shard(
         # 5.
         writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, partial(open_writer, log=log), desired)
         stack.callback(writer.close)
-        join = open_join(settings, salt, counted, stack) if tables_of(settings.attributes) else None
+        now_ms = time.time_ns() // 1_000_000
+        join = open_join(settings, salt, counted, stack, erasing.is_due(store, desired.mask.erased, now_ms))
         # 6.
         writer.told(take_back(log, settings, spec, store, desired))
+        watch.open_again_in(erasing.take_up(store, settings.registry_dir, desired.mask.erased, now_ms))
         # 7.
         job = open_job(settings, spec, store, salt, clicks.topic_id, desired.mask)
         gaps = accounts.missing(clicks.topic_id, store.positions(), ends_of_shard(settings, topics, clicks))
         write = partial(write_gaps, writer, job.parser, job.profiler)
-        accounts.pass_gaps(store, gaps, consent, settings.kafka.clicks_topic, time.time_ns() // 1_000_000, write)
+        accounts.pass_gaps(store, gaps, consent, settings.kafka.clicks_topic, now_ms, write)
         # 8.
         leaders = Leaders(settings.stream_dir)
         reader = stack.enter_context(open_reader(log, settings, store, clicks, leaders, topics, consent))
@@ -189,14 +189,20 @@ def write_gaps(writer: ShardWriter, parser: Parser, profiler: Profiler, found: S
     writer.write_once(Cut((profiler.update(nothing),), now_ms))
 
 
-def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: ExitStack) -> Join:
-    """The attributes as the topics have them now, and their follower, which ends with `stack`.
+def open_join(
+    settings: Settings, salt: Salt, counted: StreamMetrics, stack: ExitStack, anew: bool = False
+) -> Join | None:
+    """The attributes as the topics have them now, and their follower, which ends with `stack`; None where none are configured.
+
+    With `anew` their store is written anew, without free pages.
 
     Raises:
         LogError: A topic is missing or cannot be read.
         StoreError: The store cannot be opened.
     """
     tables, wanted = tables_of(settings.attributes), settings.attributes
+    if not tables:
+        return None
     folder = settings.stream_dir / ATTRIBUTES
     store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
     report = report_to(settings.kafka, counted, writes=settings.stream.shard == 0)
@@ -208,6 +214,8 @@ def open_join(settings: Settings, salt: Salt, counted: StreamMetrics, stack: Exi
     join = Join(store, followers, tables, wanted.slices, counted)
     stack.callback(join.close)
     join.catch_up()
+    if anew:
+        store.compact()
     join.start()
     return join
 

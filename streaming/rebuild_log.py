@@ -20,6 +20,7 @@ from state.log.accepted_gaps import Journal
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
+from state.microbatch.masked import erased_rows
 from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
@@ -138,6 +139,7 @@ class Rebuild:
                 self._fill_before(part, clicks)
             # 1.
             keep, after_marks = trim(mine, self._marks)
+            keep &= ~erased_rows(mine, self._desired.mask.erased)
             parts, missing = new_ranges(mine, self._marks)
             self.found.lost += missing
             parts = self._waits.follow(mine.take(keep), parts)

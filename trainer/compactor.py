@@ -27,12 +27,13 @@ from state.errors import LockHeld, SpringtideError, UnusableRegistry, of_disk
 from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.process.private_files import keep_private
+from state.ranking.configured import crosses_of
 from state.registry.control import Control
 from state.registry.garbage import collect
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
-from trainer.rewriting import crosses_of, rewrite
+from trainer.rewriting import rewrite
 from trainer.thinning import DAY_MS, HOUR_MS, Thinning, Tiers, plan
 from trainer.versions import content
 

@@ -14,12 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from state.attributes.values import tables_of
-from state.config.settings import Settings
 from state.disk.files import HOST
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
-from state.features.spec import FeatureSpec
 from state.ranking.crosses import Crosses
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.manifest import Manifest, entries
@@ -29,13 +26,6 @@ from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
 
 PART = "compactor"
 logger = logging.getLogger(__name__)
-
-
-def crosses_of(settings: Settings) -> Crosses:
-    """The crosses of a trainer with these settings."""
-    tables = tables_of(settings.attributes)
-    users, items = (tables[side].names if side in tables else () for side in ("user", "item"))
-    return Crosses(FeatureSpec.from_settings(settings), settings.events.context, users, items)
 
 
 def reported(registry: Registry) -> ErasureReport:

@@ -1,4 +1,4 @@
-"""What may be written behind `springtide rollback`, `masks` and `unmask`."""
+"""What may be written behind `springtide rollback`, `erase`, `masks` and `unmask`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,26 @@ def _skips(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--minutes", type=positive, metavar="N", help="leave out the last N minutes: --skip-time Nm..now"
     )
+
+
+def erase(add: Add) -> argparse.ArgumentParser:
+    """The command that forgets users."""
+    command = add(
+        "erase",
+        "Forget users: their clicks so far, and all that is kept of them; or show what still holds something.",
+        "Answers know nobody of them within 2 s. What they click later makes new users. No rollback, restart or rebuild brings "
+        "them back, and no `unmask`. The ids are written nowhere; a shell keeps what is typed, so prefer --users.",
+    )
+    who = command.add_mutually_exclusive_group()
+    who.add_argument("--user", metavar="ID", help="the user, as clicks name it")
+    who.add_argument(
+        "--users", type=Path, metavar="FILE", help="the users of FILE, one id a line; - reads them from a pipe"
+    )
+    who.add_argument(
+        "--status", action="store_true", help="show what still holds something of erased users, and until when"
+    )
+    command.add_argument("--reason", default="", metavar="TEXT", help="why; kept with your name in the history")
+    return command
 
 
 def masks(add: Add) -> list[argparse.ArgumentParser]:

@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.attributes import AttributesFollower
 from deploy.serving.clicks import HistoryFollower
+from deploy.serving.erasing import HostErasures
 from deploy.serving.following import VersionFollower
 from deploy.serving.host_rows import HostRows
 from state.attributes.values import tables_of
@@ -107,9 +108,7 @@ class Applier:
         stop: threading.Event,
         now_ms: Callable[[], int] = wall_ms,
     ) -> None:
-        self._settings = settings
-        self._stop = stop
-        self._now_ms = now_ms
+        self._settings, self._stop, self._now_ms = settings, stop, now_ms
         self._failure: BaseException | None = None
         self.metrics = ApplierMetrics(registry)
         self._storage = offer(registry, settings, [SERVING])
@@ -123,8 +122,7 @@ class Applier:
         self._attributes = (
             AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None
         )
-        self._control = ControlLook(settings.registry_dir)
-        spec = FeatureSpec.from_settings(settings)
+        self._control, spec = ControlLook(settings.registry_dir), FeatureSpec.from_settings(settings)
         actions = SpecActions(settings.registry_dir, spec)
         self._number_actions(spec, actions)
         self.clicks = HistoryFollower(
@@ -138,6 +136,8 @@ class Applier:
             fingerprint_at(settings.salt_path),
             settings.serving,
         )
+        where = (folder, settings.registry_dir, self._histories)
+        self.erasures = HostErasures(*where, lambda: self.versions.erased, now_ms)
 
     @property
     def versions(self) -> VersionFollower:
@@ -241,6 +241,7 @@ class Applier:
                 control = self._control.look()
                 if control is not None:
                     self.clicks.turn(control.log, control.mask, partition, open_at)
+                    self.erasures.take_up(control.erased)
                 if not self.clicks.connected:
                     self._connect()
                     say.clear()

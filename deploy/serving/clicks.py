@@ -24,6 +24,7 @@ from deploy.serving.open_log import Open, open_kept
 from deploy.serving.upkeep import Upkeep
 from state.config.sections import ServingSettings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull
+from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
 from state.history.actions import renumbered
@@ -38,6 +39,7 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
 from state.microbatch.log_time import log_times
+from state.microbatch.masked import erased_rows
 from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
@@ -77,7 +79,7 @@ class HistoryFollower:
         own_salt: str | None = None,
         kept: ServingSettings = DEFAULTS,
     ) -> None:
-        self._store, self._line = store, line_of(store)
+        self._store, self._line, self._erased = store, line_of(store), Erased.NOBODY
         self._accepted, self._named, self._actions = accepted, actions, spec.actions
         self._metrics = metrics
         self._now_ms = now_ms
@@ -134,6 +136,7 @@ class HistoryFollower:
             LogError: The broker refused.
             StoreFull: Nothing was changed.
         """
+        self._erased = mask.erased
         if line == self._line:
             return False
         went = take_back(self._store, line, mask, partition, open_at, self._horizon_ms, self._now_ms())
@@ -184,10 +187,7 @@ class HistoryFollower:
             self._metrics.unreadable_microbatches.inc()
             _log.error(
                 "micro-batch topic, partition %d: positions [%d, %d) are corrupt: %s",
-                batch.partition,
-                first,
-                following,
-                reason,
+                *(batch.partition, first, following, reason),
             )
         marks = dict(self._marks)
         events: list[Events] = []
@@ -207,7 +207,7 @@ class HistoryFollower:
                 _log.error("record %d of partition %d: %d positions before it are in no micro-batch", *where)
             events_here = happened(found.kind)
             self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
-            kept = found.take(events_here & keep)
+            kept = found.take(events_here & keep & ~erased_rows(found, self._erased))
             ranges.extend(parts)
             events.append(events_of(kept, kept.header.ranges))
             users.append(kept.user)

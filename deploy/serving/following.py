@@ -26,9 +26,11 @@ from deploy.serving.refusals import Refusals
 from deploy.serving.route import Route, route_to
 from deploy.serving.version_features import SpecFiles
 from state.errors import CorruptVersion, UnknownVersion
+from state.features.erased import Erased
 from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.process.said_once import SaidOnce
+from state.ranking.crosses import Crosses
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
@@ -52,6 +54,10 @@ class VersionFollower:
         metrics: Of the applier.
         keep_s: How long versions stay after they were applied.
         now_ms: The wall clock.
+        crosses: With the columns of the settings, so that those of erased users can be found; None where none are.
+
+    Attributes:
+        erased: The last erasure of whose users the store has nothing any more.
     """
 
     def __init__(
@@ -62,7 +68,9 @@ class VersionFollower:
         metrics: ApplierMetrics,
         keep_s: float,
         now_ms: Callable[[], int],
+        crosses: Crosses | None = None,
     ) -> None:
+        self._crosses, self._erased, self.erased = crosses, Erased.NOBODY, rows.erased()
         self._registry = registry
         self._rows = rows
         self._programs, self._specs = ProgramFiles(programs, registry), SpecFiles(programs, registry)
@@ -97,6 +105,11 @@ class VersionFollower:
         # 1.
         if control.generation != self._generation:
             self._take_up(control)
+        self._erased = control.erased
+        if self.erased < control.erased.last and self._crosses is not None:
+            # Answers leave them out already, by the mask.
+            self._rows.erase(control.erased.after(self.erased), self._crosses)
+            self.erased = control.erased.last
         self._metrics.control_generation.set(control.generation)
         self._metrics.pinned.set(control.serving.mode == "pin")
         # 2.
@@ -247,6 +260,8 @@ class VersionFollower:
         with self._metrics.apply_seconds.time():
             self._rows.apply(manifest, unpack(data), now_ms, follow=follow, replace=rebuild)
         killpoints.reach("apply.applied")
+        if manifest.erased < self._erased.last and self._crosses is not None:
+            self._rows.erase(self._erased.after(manifest.erased), self._crosses, manifest.version)
         self._here[manifest.version] = now_ms
         self._metrics.applied_versions.inc()
         if follow or (self.served is not None and self.served.version == manifest.version):

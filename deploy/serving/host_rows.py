@@ -13,6 +13,7 @@ from state.config.settings import Settings
 from state.errors import StoreError, StoreFull
 from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
+from state.ranking.configured import crosses_of
 from state.registry.registry import Registry
 from state.rows import place
 from state.rows.place import Place
@@ -143,5 +144,6 @@ class HostRows:
                 self._metrics,
                 settings.serving.keep_s,
                 self._now_ms,
+                crosses_of(settings),
             ),
         )

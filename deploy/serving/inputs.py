@@ -25,7 +25,7 @@ class Asked(NamedTuple):
 
     Attributes:
         query: The question.
-        user: The pseudonym.
+        user: The pseudonym; 0 where the version must know nobody.
         at_ms: The time the answer speaks of.
         vector: The user's windows as of that time.
         recent_categories: The user's categories, newest first, without the padding.

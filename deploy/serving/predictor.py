@@ -31,10 +31,10 @@ from deploy.serving.attributes import NOTHING, KnownAttributes
 from deploy.serving.candidates import add_succession, came_next, interests
 from deploy.serving.catalogue import Catalogue
 from deploy.serving.inputs import Asked, add_own_rows, program_inputs
-from deploy.serving.loaded_version import VersionLoader
+from deploy.serving.loaded_version import LoadedVersion, VersionLoader
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, event_now
 from deploy.serving.program import BATCHES
-from deploy.serving.version_features import FeaturesOf, VersionFeatures
+from deploy.serving.version_features import FeaturesOf
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.history.actions import exchanged
@@ -129,7 +129,7 @@ class Predictor:
             rows = version.rows(reader)
             # 2. 3. Histories, windows, attributes.
             default_ms, clock = self._now(now_ms)
-            asked = self._asked(queries, mask, default_ms, version.features)
+            asked = self._asked(queries, mask, default_ms, version)
             # 4. Rows and crosses.
             inputs, has_row = program_inputs(version, rows, asked, version.features.crosses)
             # 5. Candidates.
@@ -174,8 +174,12 @@ class Predictor:
                 return by_events, "event"
         return now_ms, "wall"
 
-    def _asked(self, queries: Sequence[Query], mask: Mask, default_ms: int, features: VersionFeatures) -> list[Asked]:
-        """What the host knows of each question: history, windows, attributes, the item's category."""
+    def _asked(self, queries: Sequence[Query], mask: Mask, default_ms: int, version: LoadedVersion) -> list[Asked]:
+        """What the host knows of each question: history, windows, attributes, the item's category.
+
+        Who was erased later than the version knows is nobody in it.
+        """
+        features, erased = version.features, version.served.erased
         users = [user_id(self._salt, query.user) for query in queries]
         items = [0 if query.item is None else public_id(query.item) for query in queries]
         self._histories.history = features.spec.history
@@ -189,7 +193,7 @@ class Predictor:
             asked.append(
                 Asked(
                     query=query,
-                    user=user,
+                    user=0 if mask.erased.hides(user, erased) else user,
                     at_ms=at_ms,
                     vector=vector,
                     recent_categories=[category for category in vector.recent_categories.tolist() if category],

@@ -69,11 +69,13 @@ class LmdbStore:
     origin: ClassVar[str]
 
     def __init__(self, path: Path, map_bytes: int, readonly: bool = False, boot_id: str | None = None) -> None:
-        self.path = Path(path)
-        self.readonly = readonly
+        self.path, self.readonly = Path(path), readonly
         self._boot_id = boot_id or clean_mark.boot_id()
+        self._open(map_bytes)
+
+    def _open(self, map_bytes: int) -> None:
         try:
-            if not readonly:
+            if not (readonly := self.readonly):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._require_trust(clean_mark.read(self._mark_path))
             self._env = lmdb.open(
@@ -109,6 +111,10 @@ class LmdbStore:
         except StoreError:
             self._env.close()
             raise
+        self._bind()
+
+    def _bind(self) -> None:
+        """Where a subclass takes its databases, each time the store is opened."""
 
     @classmethod
     def open_anew(cls, path: Path, *arguments: Any) -> Self:

@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_store import LmdbStore
+from state.disk.compact_store import CompactStore
 from state.disk.lmdb_values import keys_with, pages_bytes, put_all
 from state.errors import CorruptStore
 from state.features.spec import EVENT, Events
@@ -27,12 +27,13 @@ from state.history.ageing import Ends, IsOld, Removed, remove
 from state.history.appends import Appends
 from state.history.chunks import EVENT_BYTES, by_user, prefix_of
 from state.history.counts import Counts, move, summed
+from state.history.gone import Gone, take_away
 from state.history.rewind import Rewind, lacking, write_back
 from state.history.since import Since
 from state.positions import Range, Source
 
 
-class HistoryStore(LmdbStore):
+class HistoryStore(CompactStore):
     """The histories of one process. One thread commits; any thread of any process may read.
 
     Args:
@@ -66,12 +67,13 @@ class HistoryStore(LmdbStore):
         self.history = history
         self.numbering = Numbering()
         super().__init__(path, map_bytes, readonly, boot_id)
-        self._chunks = self._databases["chunks"]
-        self._waiting = self._databases.get("waiting")
         if not readonly and self._stored(b"boot") is not None:
             with self._write() as transaction:
                 for name in (b"boot", b"clean"):
                     transaction.delete(name, db=self._meta)
+
+    def _bind(self) -> None:
+        self._chunks, self._waiting = self._databases["chunks"], self._databases.get("waiting")
 
     def _made_with(self) -> dict[str, int]:
         return {"history": self.history}
@@ -141,8 +143,7 @@ class HistoryStore(LmdbStore):
     def extra(self, name: str) -> bytes | None:
         """What the last commit with extra `name` stored."""
         with self._env.begin(db=self._meta) as transaction:
-            value = transaction.get(b"x:" + name.encode())
-            return None if value is None else bytes(value)
+            return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
 
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
@@ -164,8 +165,7 @@ class HistoryStore(LmdbStore):
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The rows that wait under `keys`; None for one that does not."""
         with self._env.begin(db=self._waiting) as transaction:
-            found = [transaction.get(key) for key in keys]
-            return [None if value is None else bytes(value) for value in found]
+            return [None if (value := transaction.get(key)) is None else bytes(value) for key in keys]
 
     def commit(
         self,
@@ -217,6 +217,11 @@ class HistoryStore(LmdbStore):
         with self._write() as transaction:
             write_back(transaction, self._databases, back, self.history)
 
+    def forget(self, gone: Gone) -> None:
+        """Takes away what is kept of erased users, all or nothing; as visible, durable and refused as a `commit`."""
+        with self._write() as transaction:
+            take_away(transaction, self._databases, gone, self.history)
+
     def ends(self, start: int, limit: int) -> Ends:
         """The newest and the oldest event of up to `limit` users, from user `start` on, as of one moment."""
         with self._env.begin(db=self._chunks) as transaction:
@@ -244,8 +249,7 @@ class HistoryStore(LmdbStore):
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""
         with self._env.begin(db=self._chunks) as transaction:
             reader = transaction.cursor()
-            histories = ((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
-            return chunks.digest(histories)
+            return chunks.digest((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
 
     def users_below(self, events: int) -> int:
         """How many users had fewer than `events` events in all, since they were unknown."""
@@ -258,8 +262,7 @@ class HistoryStore(LmdbStore):
         Commits go on meanwhile; for as long as it takes, pages they free are not used again.
 
         Raises:
-            StoreFull: The disk is full; what is at `path` is worthless.
-            UnusableDisk: It refused for another reason; likewise.
+            StoreFull, UnusableDisk: The disk is full, or refused for another reason; what is at `path` is worthless.
         """
         try:
             path.mkdir(parents=True)

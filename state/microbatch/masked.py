@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from state.features.erased import Erased
 from state.features.mask import Mask
 from state.microbatch.batch import MicroBatch
 from state.microbatch.row_kinds import Kind
@@ -19,3 +20,8 @@ def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
         known_ms = (batch.at_ms + batch.delay_ms)[joined]
         out[joined] |= mask.rows(batch.user[joined], known_ms, batch.source[joined], batch.offset[joined], ranges)
     return out
+
+
+def erased_rows(batch: MicroBatch, erased: Erased) -> NDArray[np.bool_]:
+    """Which rows (`[n]` bool) are of erased users: events, and impressions that waited, by where they happened."""
+    return erased.rows(batch.user, batch.source, batch.opened, batch.header.ranges)

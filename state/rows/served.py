@@ -19,6 +19,7 @@ class Served:
         visible: Which entries of the lane it sees, newest interval first.
         dims: Width of each table's rows.
         sources: Next offset of each source that it was trained on, by the source's text form.
+        erased: The last erasure that it has taken into account.
     """
 
     version: int
@@ -36,6 +37,7 @@ class Served:
     salt: str
     mask_generation: int
     sources: Mapping[str, int]
+    erased: int = 0
 
     @classmethod
     def parse(cls, record: bytes | memoryview) -> Served:
@@ -70,6 +72,7 @@ class Served:
             salt=manifest.salt,
             mask_generation=manifest.mask_generation,
             sources={str(source): int(following) for source, following in manifest.sources},
+            erased=manifest.erased,
         )
 
 

@@ -5,7 +5,7 @@
     dense     version u64                  -> dense tensors, safetensors
     popular   version u64                  -> u64[P] categories
     changes   version u64                  -> u64[2, k] (table, id) written since the version before it that is here
-    meta      "served", "serial", "floor", "format"; note:<name> -> bytes of the owner
+    meta      "served", "serial", "floor", "erased", "format"; note:<name> -> bytes of the owner
 
 A base goes into a lane of its own (there are 32), and deltas follow their
 parent's lane; what another lane holds is never seen, and a lane without
@@ -20,7 +20,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lmdb
 import numpy as np
@@ -28,19 +28,24 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from state.disk.lmdb_store import LmdbStore
+from state.disk.compact_store import CompactStore
 from state.errors import StoreError, UnknownVersion
+from state.features.erased import Erased
 from state.registry.manifest import Manifest
+from state.rows.erasing import erase
 from state.rows.forgetting import ROWS_AT_ONCE, Forgetting
 from state.rows.keys import LANES, lane_of, lane_start, row_keys, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
 from state.rows.tables import CODES, tables_in
 
+if TYPE_CHECKING:
+    from state.ranking.crosses import Crosses
+
 Tensors = Mapping[str, NDArray[Any]]
 
 
-class RowStore(LmdbStore):
+class RowStore(CompactStore):
     """The store; one process writes (one thread of it), any number of processes read.
 
     Args:
@@ -65,6 +70,8 @@ class RowStore(LmdbStore):
         self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False, boot_id: str | None = None
     ) -> None:
         super().__init__(path, map_bytes, readonly, boot_id)
+
+    def _bind(self) -> None:
         opened = self._databases
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
         self._dense, self._popular = opened["dense"], opened["popular"]
@@ -269,6 +276,16 @@ class RowStore(LmdbStore):
                 transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
         self._forgetting.took(done)
         return self._forgetting.left
+
+    def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
+        """Deletes what is here of erased users, or what one version wrote; see `state/rows/erasing.py`. Returns how many entries."""
+        with self._write() as transaction:
+            return erase(transaction, self._databases, erased, crosses, version)
+
+    def erased(self) -> int:
+        """The last erasure of whose users all that was here is deleted."""
+        with self._env.begin() as transaction:
+            return int.from_bytes(stored(transaction, b"erased", self._meta) or b"", "big")
 
     def entries(self) -> int:
         """How many row entries are stored, over all versions."""

@@ -143,7 +143,8 @@ def kinds() -> list[type[LmdbStore]]:
     while left:
         found.append(left.pop())
         left += found[-1].__subclasses__()
-    return sorted((one for one in found if one.__module__.startswith("state.")), key=lambda one: one.__name__)
+    ours = (one for one in found if one.__module__.startswith("state.") and hasattr(one, "noun"))
+    return sorted(ours, key=lambda one: one.__name__)
 
 
 KEPT: dict[type[LmdbStore], Kept[Any]] = {one.kind: one for one in (Histories(), Rows(), Attributes())}

@@ -17,6 +17,7 @@ import pytest
 
 from state.disk.lmdb_store import LmdbStore
 from state.errors import CorruptStore, SpringtideError, StoreError, StoreFull
+from state.process import killpoints
 from tests.conformance.kept import KEPT, Kept, kinds
 from tests.disks import small_disk
 
@@ -297,4 +298,56 @@ def test_the_slots_of_killed_readers_are_freed(kept: Kept[Any], tmp_path: Path) 
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert store.clear_stale_readers() == 1
+    store.close()
+
+
+# Written anew
+
+
+def pages_with(path: Path, sought: bytes) -> bool:
+    return sought in (path / "data.mdb").read_bytes()
+
+
+def test_a_store_that_is_written_anew_has_all_that_is_alive_and_no_byte_of_what_was_deleted(
+    kept: Kept[Any], tmp_path: Path
+) -> None:
+    path, sought = tmp_path / "store", b"\x11\x22\x33\x44erased bytes"
+    store = kept.open(path)
+    kept.commit(store, 1)
+    for value in (sought * 20, None):
+        with store._write() as transaction:
+            if value is None:
+                transaction.delete(b"secret", db=store._meta)
+            else:
+                transaction.put(b"secret", value, db=store._meta)
+    assert pages_with(path, sought), "a deleted value stays on a page that is free"
+    store.compact()
+    assert not pages_with(path, sought) and kept.seen(store) == 1
+    kept.commit(store, 2)
+    assert (kept.seen(store), [one.name for one in tmp_path.iterdir()]) == (2, ["store"])
+    store.close()
+    store = kept.open(path)
+    assert kept.seen(store) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("at", ["compact.copied", "compact.exchanged"])
+def test_a_kill_while_a_store_is_written_anew_leaves_the_old_one_or_the_new_one_and_nothing_beside_it(
+    kept: Kept[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    path = tmp_path / "store"
+    store = kept.open(path)
+    kept.commit(store, 1)
+
+    def killed(name: str) -> None:
+        if name == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(killpoints, "reach", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.compact()
+    monkeypatch.undo()
+    crash(store)
+    store = kept.open(path)
+    assert (kept.seen(store), [one.name for one in tmp_path.iterdir()]) == (1, ["store"])
     store.close()

@@ -20,6 +20,7 @@ from deploy.serving.program_files import read_program
 from deploy.serving.version_features import SpecFiles
 from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, public_id, user_id
+from state.features.erased import EVERYTHING, Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.history.actions import numbered
@@ -162,6 +163,25 @@ def test_a_masked_user_is_a_cold_start(stores: Stores) -> None:
     mask = Mask(2, users=MaskedUsers.of([user_id(SALT, "bob")]))
     stores.rows.steer({CONTROL_NOTE: b"2", MASK_NOTE: json.dumps(mask.to_json()).encode()})
     assert predictor(stores).profile("bob").cold_start
+
+
+def test_answers_are_those_of_a_cold_start_until_a_version_has_forgotten_the_user(stores: Stores) -> None:
+    served = predictor(stores)
+    stranger, known = served.profile("nobody", item="i1"), served.profile("bob")
+    until = [(SOURCE.topic, SOURCE.partition, EVERYTHING)]
+    gone = Erased.NOBODY.and_also(MaskedUsers.of([user_id(SALT, "ann")]), until, 2, 1)
+    stores.rows.steer({CONTROL_NOTE: b"2", MASK_NOTE: Mask(2, erased=gone).to_bytes()})
+    found = served.profile("ann", item="i1")
+    assert found.cold_start and not found.known
+    assert (found.engagement, found.interests) == (stranger.engagement, stranger.interests)
+    assert np.array_equal(found.vector, stranger.vector) and found.features == stranger.features
+    assert served.profile("bob").interests == known.interests
+    # Who comes back is known again, by a version that has forgotten the one of before.
+    names = {"user": ["ann"]}
+    for version, erased, shown in ((2, 0, False), (3, 1, True)):
+        made = replace(manifest(version, digest_of(stores.lowered), version - 1), erased=erased)
+        stores.rows.apply(made, tensors(stores.lowered, version, names, ["tea"]), NOW_MS, follow=True)
+        assert served.profile("ann").known is shown
 
 
 def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) -> None:

@@ -1,0 +1,90 @@
+"""What a host forgets of erased users in its histories, and how far it tells the registry that it is.
+
+Answers leave erased users out as soon as the applier knows control, by the
+mask. Here what lies in the stores goes; the row store is `following.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from state.disk.files import HOST
+from state.errors import StoreFull
+from state.features.erased import Erased
+from state.history.forgetting import ForgottenUsers, forget, forgotten, write_anew
+from state.history.store import HistoryStore
+from state.process import killpoints
+from state.process.said_once import SaidOnce
+from state.registry.erasing import ErasureReport, report
+
+_log = logging.getLogger(__name__)
+
+
+def name_of(folder: Path) -> str:
+    """The name under which a host reports: two may have directories of one name, and one host several.
+
+    >>> name_of(Path("/srv/state/serving")).startswith(f"serving-{HOST}-")
+    True
+    """
+    return f"serving-{HOST}-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]}"
+
+
+class HostErasures:
+    """The erasures of one host, but for its rows. Used by the thread that writes the histories.
+
+    Args:
+        folder: The serving directory.
+        registry: Where it is told.
+        histories: The host's.
+        rows: How far the rows have forgotten.
+        now_ms: The wall clock.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        registry: Path,
+        histories: HistoryStore,
+        rows: Callable[[], int],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._folder, self._registry, self._histories = folder, registry, histories
+        self._rows, self._now_ms = rows, now_ms
+        self._done, self._told = forgotten(histories), ErasureReport("", "", "", -1, -1)
+        self._say = SaidOnce(_log.warning)
+
+    def take_up(self, erased: Erased) -> None:
+        """Forgets who was erased since, and says how far that is where it is further than before; cheap where it is not.
+
+        Raises:
+            StoreFull: Nothing was changed.
+        """
+        if self._done.through < erased.last:
+            self._done = forget(self._histories, erased)
+            killpoints.reach("follow.forgotten")
+            _log.info("erasure %d: users are forgotten in the histories", erased.last)
+        due_ms = self._done.due_ms()
+        if due_ms is not None and self._now_ms() >= due_ms:
+            try:
+                self._done = write_anew(self._histories, self._now_ms())
+                self._say.clear()
+            except StoreFull as full:
+                self._say(f"free pages keep bytes of erased users: {full}")
+        self._tell(self._done)
+
+    def _tell(self, done: ForgottenUsers) -> None:
+        through = min(done.through, self._rows())
+        if (through, done.pages) == (self._told.through, self._told.pages):
+            return
+        told = ErasureReport(
+            name_of(self._folder), HOST, str(self._folder), through, min(done.pages, through), 0, self._now_ms()
+        )
+        try:
+            report(self._registry, told)
+        except OSError as error:
+            self._say(f"how far erasures are taken into account cannot be told in {self._registry}: {error}")
+            return
+        self._told = told

@@ -1,0 +1,146 @@
+"""An erased user is a cold start on a serving host: at once by the mask, then in its stores, over restarts and versions of before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from safetensors.numpy import save
+
+from deploy.serving.erasing import HostErasures
+from deploy.serving.following import VersionFollower
+from state.features.erased import Erased
+from state.features.masked_users import MaskedUsers
+from state.features.spec import FeatureSpec
+from state.layout import PROGRAMS
+from state.metrics import ApplierMetrics
+from state.process import killpoints
+from state.ranking.crosses import Crosses
+from state.registry.control import pin
+from state.registry.erasing import erase, reports
+from state.registry.manifest import Draft, LogRange
+from state.registry.registry import SERVING, Registry
+from tests.deploy.serving.stocked import NOW_MS
+from tests.deploy.serving.test_clicks import SOURCE as CLICKS
+from tests.deploy.serving.test_clicks import Following, append, record, written
+from tests.deploy.serving.test_following import BY, Clock, World
+from tests.deploy.serving.test_following import tensors as rows_of
+
+CROSSES = Crosses(FeatureSpec())
+
+
+def erases(world: World, user: int) -> None:
+    world.registry.change(lambda control: erase(control, MaskedUsers.of([user]), [], **BY))
+
+
+def entries(world: World, user: int) -> int:
+    """How many entries of the user's row are stored, over all versions and lanes."""
+    with world.rows._env.begin(db=world.rows._rows) as transaction:
+        return sum(bytes(key)[1:9] == user.to_bytes(8, "big") for key, _ in transaction.cursor())
+
+
+def forgetting(world: World) -> None:
+    """The applier begins again, with the crosses of the settings."""
+    metrics = ApplierMetrics(CollectorRegistry())
+    world.follower = VersionFollower(
+        Registry(world.registry.path), world.rows, world.path / PROGRAMS, metrics, 10.0, world.clock, CROSSES
+    )
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path / "serving", Clock(), Registry(tmp_path / "registry"))
+    forgetting(made)
+    yield made
+    made.rows.close()
+
+
+def publish(world: World, changes: dict[int, float], erased: int) -> int:
+    control = world.registry.control()
+    assert control is not None
+    parent = world.registry.newest(control.epoch)
+    draft = Draft(
+        "delta", control.epoch, parent, LogRange(), (), 1, 1, 5, 4, FeatureSpec().digest, world.program, "salt",
+        erased=erased,
+    )  # fmt: skip
+    return world.registry.publish(draft, {SERVING: save(rows_of(changes))}).version
+
+
+def test_no_entry_of_the_user_is_left_in_the_rows_whatever_version_wrote_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = world.publish({7: 1.0, 8: 1.0}).version
+    world.publish({7: 2.0})
+    world.settle()
+    world.registry.change(lambda control: pin(control, first, **BY))
+    world.settle()
+    assert entries(world, 7) == 2
+    erases(world, 7)
+
+    def killed(name: str) -> None:
+        if name == "apply.steered":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(killpoints, "reach", killed)
+    with pytest.raises(KeyboardInterrupt):
+        world.settle()
+    monkeypatch.undo()
+    forgetting(world)
+    world.settle()
+    assert (entries(world, 7), world.follower.erased) == (0, 1), "also the version that answers stay at"
+    assert world.served() == (first, {8: 1.0})
+    # A version that the trainer was writing then, and one of after, in which the user came back.
+    publish(world, {7: 3.0, 8: 3.0}, erased=0)
+    newest = publish(world, {7: 4.0}, erased=1)
+    world.registry.change(lambda control: pin(control, newest, **BY))
+    world.settle()
+    assert (entries(world, 7), world.served()) == (1, (newest, {7: 4.0, 8: 3.0}))
+    forgetting(world)
+    world.settle()
+    assert world.served() == (newest, {7: 4.0, 8: 3.0}), "a restart takes nothing away that came after"
+
+
+def test_crosses_of_the_user_go_too(world: World) -> None:
+    items = np.array([100, 101], np.uint64)
+    theirs = {user: CROSSES.of_user(user, items, items[:0], items[:0]) for user in (7, 8)}
+    ids = np.concatenate(list(theirs.values()))
+    made = rows_of({7: 1.0, 8: 1.0}) | {
+        "item.ids": items, "item.rows": np.ones((2, 2), np.float32), "item.removed": items[:0],
+        "cross.ids": ids, "cross.rows": np.ones((len(ids), 2), np.float32), "cross.removed": items[:0],
+    }  # fmt: skip
+    draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, FeatureSpec().digest, world.program, "salt")
+    world.registry.publish(draft, {SERVING: save(made)})
+    world.settle()
+    erases(world, 7)
+    world.settle()
+    with world.rows.reader() as reader:
+        served = reader.served()
+        assert served is not None
+        assert [reader.get("cross", theirs[user].tolist(), served)[1].all() for user in (7, 8)] == [False, True]
+        assert not reader.get("cross", theirs[7].tolist(), served)[1].any()
+
+
+def test_histories_forget_and_never_take_the_clicks_again(tmp_path: Path) -> None:
+    host = Following(tmp_path / "histories", written(record(0, 30)))
+    host.drain()
+    erased = Erased.NOBODY.and_also(MaskedUsers.of([1]), [(CLICKS.topic, CLICKS.partition, 60)], 2, 3)
+    before = host.store.read(2).tobytes()
+
+    def told() -> HostErasures:
+        return HostErasures(tmp_path, tmp_path / "registry", host.store, lambda: 1, lambda: NOW_MS)
+
+    (tmp_path / "registry").mkdir()
+    for _ in range(2):
+        host.follower._erased = erased
+        told().take_up(erased)
+        assert (len(host.store.read(1)), host.store.read(2).tobytes()) == (0, before)
+    (said,) = reports(tmp_path / "registry")
+    assert (said.through, said.pages, said.path) == (1, 1, str(tmp_path))
+    # What was written before the erasure and comes after it, and what the user clicks then.
+    append(host.log, record(30, 60), record(60, 72))
+    host.drain()
+    assert host.store.read(1)["offset"].tolist() == [60, 63, 66, 69]
+    assert len(host.store.read(2)) == 24
