@@ -20,7 +20,7 @@ TRAINER = "trainer"
 APPLIER = "applier"
 WORKER = "worker"
 
-# What the local Kafka acknowledged in its last tenth of a second may be gone after a power cut; nobody has it then.
+# What the local Kafka acknowledged in its last second may be gone after a power cut; nobody has it then.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.

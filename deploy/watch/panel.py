@@ -37,7 +37,7 @@ MEANINGS = {
     "weights": "age of the newest click learned",
     "commit": "to commit a micro-batch",
     "step": "to train on a micro-batch",
-    "publication": "until a version is durable",
+    "publication": "until a version can be followed",
     "answer": "to answer a request",
 }
 
