@@ -91,7 +91,7 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     ]
     if found.spec and found.spec != spec:
         lines.append(
-            f"its histories are of feature spec {found.spec[:12]}, the settings here make {spec[:12]}: use its settings"
+            f"its version is of feature spec {found.spec[:12]}, the settings here make {spec[:12]}: use its settings, or upgrade"
         )
     if asked.kafka_lost:
         lines.append(f"the trainer goes on from version {done.version} in another training log, from its beginning")

@@ -99,8 +99,10 @@ def list_files(path: Path, generation: int) -> tuple[str, ...]:
             for one in sorted(folder.rglob("*"))
             if one.is_file()
         ]
-    newer = {path / layout.CONTROL / one.name for one in found if one.stem.isdecimal() and int(one.stem) > generation}
-    return tuple(one.relative_to(path).as_posix() for one in found if one not in newer)
+    # A note in control of which generation is the newest is of no generation, and may be of a later one.
+    kept = {f"{number:08d}.json" for number in range(generation + 1)}
+    left = {one for one in found if one.parent.name == layout.CONTROL and one.name not in kept}
+    return tuple(one.relative_to(path).as_posix() for one in found if one not in left)
 
 
 def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:

@@ -42,7 +42,7 @@ class Backup:
         created_at_ms: Likewise, wall clock.
         release: Of Springtide.
         salt: Fingerprint of the users' salt.
-        spec: Digest of the feature spec of the histories.
+        spec: Digest of the feature spec of `version`; empty where there is none.
         generation: The newest control generation in it.
         epoch: The trainer's epoch of that.
         version: The newest version of that epoch, on which the trainer goes on; None where there was none yet.

@@ -40,7 +40,7 @@ from state.registry.manifest import FileEntry
 from state.registry.registry import Registry
 from state.registry.versions import MANIFEST
 
-SALT_OF, SPEC_OF = "salt", "spec"  # extras of the stream's histories
+SALT_OF = "salt"  # an extra of the stream's histories
 BESIDE = (layout.WRITER, layout.LEADERS)
 TRIES = 50
 
@@ -65,14 +65,12 @@ class Shard(NamedTuple):
         files: What was kept of it.
         positions: The next offset of each source, or further.
         salt: Fingerprint of the salt that its users have.
-        spec: Digest of its feature spec.
     """
 
     name: str
     files: list[KeptFile]
     positions: dict[str, int]
     salt: str
-    spec: str
 
 
 def make(settings: Settings, place: BackupPlace, scope: Scope, now_ms: int, said: Callable[[int], None]) -> Backup:
@@ -114,7 +112,7 @@ def make(settings: Settings, place: BackupPlace, scope: Scope, now_ms: int, said
             created_at_ms=now_ms,
             release=release(),
             salt=salt.fingerprint,
-            spec=shards[0].spec if shards else "",
+            spec="" if newest is None else newest.spec,
             generation=found.control.generation,
             epoch=found.control.epoch,
             version=None if newest is None else newest.version,
@@ -170,14 +168,14 @@ class _Making:
         store = HistoryStore(path, self._settings.features.history, map_bytes, readonly=True)
         try:
             positions = {str(source): after for source, after in sorted(store.positions().items())}
-            salt, spec = (store.extra(name) or b"" for name in (SALT_OF, SPEC_OF))
+            salt = store.extra(SALT_OF) or b""
             with snapshot(store) as pages:
                 name = f"{folder.name}/{layout.HISTORIES}/{layout.DATA}"
                 files = [self._through(self._objects.keep(name, pages))]
         finally:
             store.close()
         files += [self.whole(f"{folder.name}/{one}", folder / one) for one in BESIDE if (folder / one).exists()]
-        return Shard(folder.name, files, positions, salt.decode(), spec.decode())
+        return Shard(folder.name, files, positions, salt.decode())
 
     def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
         """Keeps one moment of the registry; what the compactor took away meanwhile is looked for again.

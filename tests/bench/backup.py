@@ -116,7 +116,7 @@ def measure(folder: Path, users: int) -> dict[str, Figure]:
     ids = drawn.integers(1, 1 << 63, users, dtype=np.uint64)
     path, to = settings.stream_dir / HISTORIES, str(folder / "backups")
     store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30)
-    store.commit(Appends.none(), (), {"salt": salt.fingerprint.encode(), "spec": b""})
+    store.commit(Appends.none(), (), {"salt": salt.fingerprint.encode()})
     stages.say("making users")
     position = click(store, ids, EVENTS, 0, drawn)
     version = publish(registry, None, ids, drawn)
