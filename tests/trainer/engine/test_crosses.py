@@ -50,10 +50,10 @@ def log(count: int = 4, labelled: float = 1.0) -> list[MicroBatch]:
 
 
 def crosses_of(batch: MicroBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
-    return NAMES.ids(_values(batch))
+    return NAMES.ids(values_of(batch))
 
 
-def _values(batch: MicroBatch) -> Values:
+def values_of(batch: MicroBatch) -> Values:
     return Values(
         batch.user, batch.item, batch.category, batch.context, batch.user_attributes, batch.item_attributes,
         batch.features,
