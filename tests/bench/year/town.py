@@ -66,6 +66,10 @@ class Town:
         self._chance = np.random.default_rng(plan.seed)
         rate, drift_s = plan.clicks / 86_400, 10 * 86_400.0
         self._crowd = ShopperCrowd(plan.users, plan.categories, plan.items, drift_s, rate, plan.seed, start_ms, ACTIONS)
+        # Tastes are as they become by and by, so that the town is as hard to know at first as at last.
+        tastes = self._crowd._favourites
+        tastes[:] = self._chance.integers(0, plan.categories, tastes.shape)
+        self._crowd._session[:] = tastes[:, 0]
         self._each = plan.items // plan.categories
         slots = {"shopper": plan.users, "item": plan.categories * self._each, "category": plan.categories}
         self._who = {kind: np.zeros(count, np.int64) for kind, count in slots.items()}
