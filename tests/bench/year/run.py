@@ -35,6 +35,7 @@ class Horizons:
         looked_at_d: Days whose mean is compared.
         popular_d: After how many days a category is no longer counted among the popular ones, whose counts are halved
             each day; 0: not looked at.
+        load_mb: Deltas that may be read to load a version, for which bases stay longer than they are offered.
     """
 
     rows_d: int
@@ -46,6 +47,7 @@ class Horizons:
     max_crosses: int
     looked_at_d: int
     popular_d: int = 0
+    load_mb: float = 64.0
 
     @property
     def longest_d(self) -> int:
@@ -86,7 +88,9 @@ def settings_of(state: Path, horizons: Horizons) -> Settings:
         "features.recent_categories": 8,
         "events.label": "liked", "events.max_age_s": h.late_d * day_s,
         "kafka.retention_h": h.topics_d * 24, "registry.delta_keep_s": day_s, "registry.base_keep_d": h.topics_d,
-        "serving.keep_s": day_s, "serving.items_keep_d": h.rows_d, "stream.metrics_port": 0, "stream.cache_users": 1000,
+        "registry.load_mb": h.load_mb, "serving.keep_s": day_s, "serving.items_keep_d": h.rows_d, "stream.metrics_port": 0,
+        # By seconds that pass while the year does; all else goes by its own clock.
+        "registry.recent_s": 1, "stream.cache_users": 1000,
     }  # fmt: skip
     return load([word for name, value in flags.items() for word in (f"--{name}", str(value))], {}, "/dev/null")
 
