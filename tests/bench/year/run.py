@@ -89,8 +89,7 @@ def settings_of(state: Path, horizons: Horizons) -> Settings:
         "events.label": "liked", "events.max_age_s": h.late_d * day_s,
         "kafka.retention_h": h.topics_d * 24, "registry.delta_keep_s": day_s, "registry.base_keep_d": h.topics_d,
         "registry.load_mb": h.load_mb, "serving.keep_s": day_s, "serving.items_keep_d": h.rows_d, "stream.metrics_port": 0,
-        # By seconds that pass while the year does; all else goes by its own clock.
-        "registry.recent_s": 1, "stream.cache_users": 1000,
+        "stream.cache_users": 1000,
     }  # fmt: skip
     return load([word for name, value in flags.items() for word in (f"--{name}", str(value))], {}, "/dev/null")
 
