@@ -200,7 +200,8 @@ def complete_merged(parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Ma
     """The manifest of deltas of which each continues the one before, in one."""
     first, last = parts[0], parts[-1]
     log = replace(last.log, first=first.log.first)
-    return replace(last, kind="merged", parent=first.parent, log=log, files=entries(files))
+    rewritten = max(part.rewritten for part in parts)
+    return replace(last, kind="merged", parent=first.parent, log=log, files=entries(files), rewritten=rewritten)
 
 
 def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
