@@ -58,4 +58,7 @@ def take_up(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) ->
     except OSError as error:
         logger.warning("how far erasures are taken into account cannot be told in %s: %s", registry, error)
     due_ms = told.due_ms()
-    return None if due_ms is None else max(due_ms - now_ms, PAGES_MS if told.paged_ms == before.paged_ms else 0) / 1000
+    if due_ms is None:
+        return None
+    # Where there was no room it is tried again later.
+    return (due_ms - now_ms if due_ms > now_ms else PAGES_MS) / 1000

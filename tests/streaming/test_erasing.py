@@ -1,0 +1,76 @@
+"""A shard forgets erased users when it is opened, says so, and is opened again when its store is to be written anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from state.disk.compact_store import CompactStore
+from state.errors import StoreFull
+from state.features.erased import Erased
+from state.features.masked_users import MaskedUsers
+from state.history.forgetting import PAGES_MS
+from state.history.rewinding import line_of
+from state.layout import CONTROL, HISTORIES
+from state.registry.erasing import reports
+from streaming.desired import ControlWatch
+from streaming.erasing import is_due, take_up
+from tests.state.history.test_forgetting import OTHER, SOURCE, USER, filled
+
+
+def erased(*users: int) -> Erased:
+    found = Erased.NOBODY
+    for number, user in enumerate(users):
+        found = found.and_also(MaskedUsers.of([user]), [(SOURCE.topic, 1, 100)], 2 + number, 3)
+    return found
+
+
+def test_a_shard_forgets_and_tells_and_writes_its_store_anew_at_most_each_ten_minutes(tmp_path: Path) -> None:
+    store = filled(tmp_path / "stream-0" / HISTORIES)
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    assert take_up(store, registry, Erased.NOBODY, PAGES_MS) is None and reports(registry) == []
+    assert is_due(store, erased(USER), PAGES_MS)
+    assert take_up(store, registry, erased(USER), PAGES_MS) is None
+    (told,) = reports(registry)
+    assert (told.part, told.path, told.through, told.pages) == ("stream-0", str(tmp_path / "stream-0"), 1, 1)
+    assert (len(store.read(USER)), store.waiting_rows()) == (0, 1)
+    # Another one a second later: gone at once, from free pages when the ten minutes are over.
+    both, later_ms = erased(USER, OTHER), PAGES_MS + 1000
+    assert not is_due(store, both, later_ms)
+    assert take_up(store, registry, both, later_ms) == (PAGES_MS - 1000) / 1000
+    (told,) = reports(registry)
+    assert (told.through, told.pages, store.users()) == (2, 1, 0)
+    assert take_up(store, registry, both, 2 * PAGES_MS) is None
+    assert reports(registry)[0].pages == 2
+    store.close()
+
+
+def test_a_store_that_has_no_room_for_its_copy_is_tried_again_and_a_registry_that_is_gone_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(tmp_path / "stream-0" / HISTORIES)
+
+    def full(store: CompactStore) -> None:
+        raise StoreFull("the disk is full", "free space")
+
+    monkeypatch.setattr(CompactStore, "compact", full)
+    assert take_up(store, tmp_path / "nowhere", erased(USER), PAGES_MS) == PAGES_MS / 1000
+    assert len(store.read(USER)) == 0
+    store.close()
+
+
+def test_the_job_ends_in_order_when_the_shard_is_to_be_opened_again(tmp_path: Path) -> None:
+    store, now_s = filled(tmp_path / HISTORIES), [100.0]
+    (tmp_path / "registry" / CONTROL).mkdir(parents=True)
+    watch = ControlWatch(tmp_path / "registry", line_of(store), lambda: now_s[0])
+    watch.open_again_in(None)
+    now_s[0] += 1e6
+    assert not watch.changed()
+    watch.open_again_in(9.0)
+    now_s[0] += 8.5
+    assert not watch.changed()
+    now_s[0] += 0.5
+    assert watch.changed()
+    store.close()
