@@ -71,7 +71,9 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
         say(table([["still holds", "erasure", "what", "until"], *lines]))
     else:
         say("nothing holds anything of them any more")
-    say(f"{registry.path / layout.MASKS} keeps their pseudonyms: with them old records are told from new ones")
+    say(
+        f"{registry.path / layout.MASKS} and the mask of each host keep their pseudonyms: with them old records are told from new ones"
+    )
     say(NOT_OURS)
 
 

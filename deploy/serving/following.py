@@ -27,6 +27,7 @@ from deploy.serving.route import Route, route_to
 from deploy.serving.version_features import SpecFiles
 from state.errors import CorruptVersion, UnknownVersion
 from state.features.erased import Erased
+from state.history.forgetting import PAGES_MS
 from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.process.said_once import SaidOnce
@@ -71,8 +72,8 @@ class VersionFollower:
         crosses: Crosses | None = None,
     ) -> None:
         self._crosses, self._erased, self.erased = crosses, Erased.NOBODY, rows.erased()
-        self._registry = registry
-        self._rows = rows
+        self._anew_ms: int | None = None
+        self._registry, self._rows = registry, rows
         self._programs, self._specs = ProgramFiles(programs, registry), SpecFiles(programs, registry)
         self._metrics = metrics
         self._keep_ms = round(keep_s * 1000)
@@ -110,6 +111,8 @@ class VersionFollower:
             # Answers leave them out already, by the mask.
             self._rows.erase(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
+            # What says that rows went leaves with its version: only then is nothing of them in the file.
+            self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
         self._metrics.control_generation.set(control.generation)
         self._metrics.pinned.set(control.serving.mode == "pin")
         # 2.
@@ -137,6 +140,10 @@ class VersionFollower:
         """
         self._rows.tidy()
         now_ms = self._now_ms()
+        if self._anew_ms is not None and now_ms >= self._anew_ms and self._route is None:
+            self._anew_ms = now_ms + PAGES_MS
+            self._rows.compact()
+            self._anew_ms = None
         if 0 <= now_ms - self._swept_ms < SWEEP_MS or self._route is not None:
             return
         control, durable = self._registry.control(), {*self._registry.versions()}

@@ -49,9 +49,21 @@ def erase(
         pairs = [crosses.of_user(user, *known) for user in one.users]
         gone["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
         deleted += delete_entries(transaction, rows, gone, *wrote)
+        before = [one_of.version for one_of in records if one_of.erased < one.id]
+        changes = databases["changes"]
+        _leave_out(transaction, changes, before if version is None else [version], np.concatenate([*gone.values()]))
     if version is None:
         transaction.put(b"erased", u64(erased.last), db=databases["meta"])
     return deleted
+
+
+def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions: Iterable[int], ids: U64) -> None:
+    """Takes ids out of the lists of what versions changed: there is no entry to look at any more."""
+    for version in versions:
+        written = np.frombuffer(transaction.get(u64(version), b"", db=changes), np.uint64).reshape(2, -1)
+        theirs = np.isin(written[1], ids)
+        if theirs.any():
+            transaction.put(u64(version), written[:, ~theirs].tobytes(), db=changes)
 
 
 def user_tables(records: Iterable[Served]) -> set[str]:

@@ -15,11 +15,11 @@ from deploy.serving.following import VersionFollower
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
-from state.layout import PROGRAMS
+from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.ranking.crosses import Crosses
-from state.registry.control import pin
+from state.registry.control import follow, pin
 from state.registry.erasing import erase, reports
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
@@ -101,6 +101,43 @@ def test_no_entry_of_the_user_is_left_in_the_rows_whatever_version_wrote_it(
     forgetting(world)
     world.settle()
     assert world.served() == (newest, {7: 4.0, 8: 3.0}), "a restart takes nothing away that came after"
+
+
+def test_the_rows_file_has_no_key_of_the_pseudonym_once_what_told_of_it_has_left(world: World) -> None:
+    user = 0x1122334455667788
+    first = world.publish({user: 1.0, 8: 1.0}).version
+    world.settle()
+    world.registry.change(lambda control: pin(control, first, **BY))
+    erases(world, user)
+    world.settle()
+
+    def has() -> bool:
+        # As in keys; the mask has it too, in the other order, for it tells old records from new ones.
+        return user.to_bytes(8, "big") in (world.path / ROWS / "data.mdb").read_bytes()
+
+    assert has(), "free pages have what was deleted"
+    told = rows_of({8: 2.0}, (user,))
+    draft = Draft("delta", 1, first, LogRange(), (), 1, 1, 5, 4, FeatureSpec().digest, world.program, "salt", erased=1)
+    world.registry.publish(draft, {SERVING: save(told)})
+    world.registry.change(lambda control: follow(control, **BY))
+    for _ in range(5):
+        newest = publish(world, {8: 3.0}, erased=1)
+        world.settle()
+        world.clock.now_ms += 200_000
+        world.follower.sweep()
+        world.follower.sweep()
+    assert not has()
+    with world.rows._env.begin(db=world.rows._changes) as transaction:
+        assert not any(user.to_bytes(8, "little") in bytes(value) for _, value in transaction.cursor())
+    with world.rows.reader() as reader:
+        served = reader.served()
+        assert served is not None and served.version == newest
+        assert reader.get("user", [8], served)[0].tolist() == [[3.0, 3.0]]
+    publish(world, {8: 4.0}, erased=1)
+    world.settle()
+    with world.rows.reader() as reader:
+        served = reader.served()
+        assert served is not None and reader.get("user", [8], served)[0].tolist() == [[4.0, 4.0]]
 
 
 def test_crosses_of_the_user_go_too(world: World) -> None:
