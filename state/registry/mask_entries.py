@@ -86,7 +86,7 @@ def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
     """All of `held` as one mask.
 
     >>> joined(entries(Mask(2, times=((0, 9),))), 5)
-    Mask(generation=5, offsets=(), times=((0, 9),), users=MaskedUsers(0))
+    Mask(generation=5, offsets=(), times=((0, 9),), users=MaskedUsers(0), erased=Erased(0))
     """
     held = tuple(held)
     if not held:

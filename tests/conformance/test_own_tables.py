@@ -133,9 +133,9 @@ def test_its_rows_are_published_applied_and_read_at_each_version_as_they_were(
     checkpoint.load(other, merged)
     assert checkpoint.digest(other) == checkpoint.digest(trainer)
     # Swept versions leave the rows of the one that stays, and nothing else.
-    store.sweep(horizon_ms=10**9, keep=[version], at_most=1000)
+    store.sweep(horizon_ms=10**9, keep=[version])
     store.serve(version)
-    store.sweep(horizon_ms=10**9, at_most=1000)
+    store.sweep(horizon_ms=10**9)
     for table, rows in truth[version].items():
         assert served(store, version, table, sorted({*rows, *gone[table]})) == rows
     counted = sum(len(merged[f"{table}.ids"]) for table in (*TABLES, *own))
