@@ -107,7 +107,7 @@ class Learner:
             UnknownTopic: The training log was made anew since that version.
             GapError: The log does not lead on from it: deleted, and nobody accepted it, or cut back (TruncatedLog).
         """
-        self.control, specs = control, former_specs(self._registry.controls())
+        self.control, specs = control, former_specs(self._registry.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
         found = self._registry.newest_good(control.epoch)
         version = control.base if found is None else found

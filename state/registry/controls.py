@@ -69,6 +69,16 @@ class Controls(Directory):
         found = None if number is None else self.generation(number)
         return found if found is not None and found.epoch == epoch else None
 
+    def beginnings(self) -> list[Control]:
+        """The generation that began each epoch, ascending; of a few thousand generations it reads a few dozen.
+
+        Raises:
+            CorruptVersion: A file is missing or fails its digest.
+        """
+        newest = self.control()
+        began = map(self.beginning_of, range(1, newest.epoch + 1)) if newest else ()
+        return [one for one in began if one is not None]
+
     def last_of_epochs(self, first: int, last: int) -> list[Control]:
         """The last generation of each epoch from `first` to `last`, ascending; of a few thousand it reads a few dozen.
 

@@ -109,7 +109,11 @@ def is_accepted(registry: Registry, control: Control, settings: Settings, spec: 
 
 
 def former_specs(controls: Iterable[Control]) -> frozenset[str]:
-    """The digests of all feature specs that upgrades went from and to."""
+    """The digests of all feature specs that upgrades went from and to.
+
+    Args:
+        controls: Those that began epochs, at least: an upgrade begins one.
+    """
     plans = [one.plan for one in controls if one.action == "upgrade" and one.plan is not None]
     return frozenset(str(spec) for plan in plans for spec in (plan.get("spec"), plan.get("was")) if spec)
 
