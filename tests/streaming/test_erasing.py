@@ -13,6 +13,7 @@ from state.features.masked_users import MaskedUsers
 from state.history.forgetting import PAGES_MS
 from state.history.rewinding import line_of
 from state.layout import CONTROL, HISTORIES
+from state.process import killpoints
 from state.registry.erasing import reports
 from streaming.desired import ControlWatch
 from streaming.erasing import is_due, take_up
@@ -44,6 +45,28 @@ def test_a_shard_forgets_and_tells_and_writes_its_store_anew_at_most_each_ten_mi
     assert (told.through, told.pages, store.users()) == (2, 1, 0)
     assert take_up(store, registry, both, 2 * PAGES_MS) is None
     assert reports(registry)[0].pages == 2
+    store.close()
+
+
+def test_a_shard_that_dies_having_forgotten_tells_it_at_its_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(tmp_path / "stream-0" / HISTORIES)
+    registry = tmp_path / "registry"
+    registry.mkdir()
+
+    def killed(name: str) -> None:
+        if name == "stream.forgotten":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(killpoints, "reach", killed)
+    with pytest.raises(KeyboardInterrupt):
+        take_up(store, registry, erased(USER), PAGES_MS)
+    monkeypatch.undo()
+    assert (len(store.read(USER)), reports(registry)) == (0, [])
+    assert take_up(store, registry, erased(USER), PAGES_MS) is None
+    (told,) = reports(registry)
+    assert (told.through, told.pages, len(store.read(USER))) == (1, 1, 0)
     store.close()
 
 

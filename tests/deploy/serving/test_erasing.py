@@ -160,7 +160,10 @@ def test_crosses_of_the_user_go_too(world: World) -> None:
         assert not reader.get("cross", theirs[7].tolist(), served)[1].any()
 
 
-def test_histories_forget_and_never_take_the_clicks_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies", [False, True], ids=["in one go", "killed having forgotten"])
+def test_histories_forget_and_never_take_the_clicks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
     host = Following(tmp_path / "histories", written(record(0, 30)))
     host.drain()
     erased = Erased.NOBODY.and_also(MaskedUsers.of([1]), [(CLICKS.topic, CLICKS.partition, 60)], 2, 3)
@@ -170,6 +173,17 @@ def test_histories_forget_and_never_take_the_clicks_again(tmp_path: Path) -> Non
         return HostErasures(tmp_path, tmp_path / "registry", host.store, lambda: 1, lambda: NOW_MS)
 
     (tmp_path / "registry").mkdir()
+    if dies:
+
+        def killed(name: str) -> None:
+            if name == "follow.forgotten":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(killpoints, "reach", killed)
+        with pytest.raises(KeyboardInterrupt):
+            told().take_up(erased)
+        monkeypatch.undo()
+        assert reports(tmp_path / "registry") == []
     for _ in range(2):
         host.follower._erased = erased
         told().take_up(erased)
