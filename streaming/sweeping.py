@@ -59,7 +59,9 @@ class StreamSweep:
     def due_s(self) -> float | None:
         """From which monotonic time on `look` has something to do; None where log time has to go on first."""
         sweeper = self._sweeper
-        return None if sweeper is None or (sweeper.resting and not self._noted) else sweeper.due_s
+        if sweeper is None or not self._clocks or (sweeper.resting and not self._noted):
+            return None
+        return sweeper.due_s
 
     @property
     def log_time_ms(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from state.config.settings import Settings
 from state.errors import LockHeld
 from state.layout import TRAINER_LOCK
 from state.log import Topics, Writer
@@ -43,7 +44,7 @@ def test_the_wait_for_the_bootstrap_says_so_and_can_be_stopped(
     stopping = threading.Event()
     stopping.set()
     with caplog.at_level(logging.INFO):
-        assert not await_spec(Registry(tmp_path), SPEC.digest, stopping)
+        assert not await_spec(Registry(tmp_path), SPEC.digest, Settings().model, stopping)
     assert "springtide bootstrap" in caplog.text
 
 

@@ -188,6 +188,13 @@ for use in (registry.control, registry.versions, lambda: registry.newest_good(1)
 """
 
 
+def open_to_all(registry: Registry) -> Registry:
+    """As an operator may open a registry to readers of other users."""
+    for path in (registry.path, *registry.path.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return registry
+
+
 @pytest.mark.parametrize(
     ("closed", "says"),
     [
@@ -200,7 +207,7 @@ for use in (registry.control, registry.versions, lambda: registry.newest_good(1)
 )
 def test_what_may_not_be_read_is_neither_empty_nor_corrupt(closed: str, says: list[str]) -> None:
     with open_folder() as folder:
-        registry = started(folder / "registry", 2)
+        registry = open_to_all(started(folder / "registry", 2))
         (registry.path / closed).chmod(0)
         done = as_nobody(IMPORTS, LOOK, registry.path)
         (registry.path / closed).chmod(0o755)
@@ -231,7 +238,7 @@ for use in (
 
 def test_a_registry_that_may_only_be_read_is_read_and_every_change_refused() -> None:
     with open_folder() as folder:
-        registry = started(folder / "registry", 2)
+        registry = open_to_all(started(folder / "registry", 2))
         done = as_nobody(IMPORTS, TRY, registry.path)
         lines = done.stdout.splitlines()
         assert [line.split()[0] for line in lines] == ["2", *["UnusableRegistry"] * 4, "UnusableDisk"], done.stderr
