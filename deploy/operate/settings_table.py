@@ -18,7 +18,7 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
     """The settings of these names and sections, in the order of their declaration; all where none is named.
 
     >>> [one.name for one in chosen(["registry", "kafka.port"])][:2]
-    ['kafka.port', 'registry.delta_keep_s']
+    ['kafka.port', 'registry.durable_s']
 
     Raises:
         SettingsError: There is no such section or setting.

@@ -148,8 +148,8 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
     trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
     filtered = [*RECORDS[:sent], *(without(value, POISON) for value in RECORDS[sent:])]
     theirs = learner(started(tmp_path / "theirs"), written(filtered), trainer=trainer)
-    theirs._about = {"salt": SALT, "popular": [], "newest_ms": 0}
-    theirs._begin(theirs.control)
+    # The bootstrap of the processes knew no popular categories.
+    checkpoint.begin(trainer, {"salt": SALT, "popular": [], "newest_ms": 0})
     run_to_end(theirs)
     expected = checkpoint.digest(trainer)
     made = checkpoint.restore(registry, newest(2)[0], trainer, SPEC.digest)

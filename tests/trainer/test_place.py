@@ -31,9 +31,11 @@ def test_each_row_of_a_record_is_counted_once_as_what_became_of_it() -> None:
 
 def test_what_is_handed_over_begins_the_next_version() -> None:
     place = replace(taken(TrainingPlace(epoch=1, parent=7, first=0, next=0), RECORDS[0], 8), changed=True)
-    after = place.handed_over()
-    assert (after.first, after.next, after.changed) == (9, 9, False)
+    after = place.handed_over(durable=False)
+    assert (after.first, after.next, after.changed, after.durable_first) == (9, 9, False, 0)
     assert replace(after, first=place.first, changed=True) == place
+    saved = replace(place, unsaved=True).handed_over(durable=True)
+    assert (saved.first, saved.durable_first, saved.changed, saved.unsaved) == (9, 9, False, False)
 
 
 def test_a_version_restores_the_place_that_it_was_made_at() -> None:
@@ -43,4 +45,4 @@ def test_a_version_restores_the_place_that_it_was_made_at() -> None:
     log, sources = LogRange("log", "cd" * 16, 0, place.first, place.next), tuple(place.marks.items())
     draft = Draft("delta", 2, 5, log, sources, 1, 1, 5, 4, SPEC.digest, "program", SALT, metrics=metrics)
     restored = TrainingPlace.restored(complete(draft, 6, ((1, 5),), {}), epoch=2, next=place.next)
-    assert restored == replace(place, parent=6, first=place.next)
+    assert restored == replace(place, parent=6, first=place.next, durable=6, durable_first=place.next)

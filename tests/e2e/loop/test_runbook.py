@@ -196,7 +196,8 @@ def an_operator_holds_something(terminal: Terminal, section: Section) -> None:
 
 def a_version_is_damaged(terminal: Terminal, section: Section) -> None:
     listed, pin = section.commands
-    version = re.findall(r"^(\d+) ", terminal.type(listed), re.MULTILINE)[-1]
+    # The newest: the compactor may merge an older one in this moment.
+    version = re.findall(r"^(\d+) ", terminal.type(listed), re.MULTILINE)[0]
     terminal.type(pin, V=version)
     until(lambda: served(terminal.loop)[0] == int(version), "the pin is not seen")
     terminal.loop.springtide("follow", "--reason", "the drill goes on")
