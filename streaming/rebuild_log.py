@@ -94,6 +94,8 @@ class Rebuild:
         # 1. and 2.
         if end > begin:
             self._read(begin, end, clicks)
+            self._ranges = self._waits.dropped(self._marks)
+            self._commit()
         # 3.
         for source, after in clicks.committed().items():
             if self._is_ours(source) and source not in self._marks:
@@ -139,11 +141,11 @@ class Rebuild:
                 self._fill_before(part, clicks)
             # 1.
             keep, after_marks = trim(mine, self._marks)
-            keep &= ~erased_rows(mine, self._desired.mask.erased)
+            erased = erased_rows(mine, self._desired.mask.erased)
             parts, missing = new_ranges(mine, self._marks)
             self.found.lost += missing
-            parts = self._waits.follow(mine.take(keep), parts)
-            kept = mine.take(keep & happened(mine.kind))
+            parts = self._waits.follow(mine.take(keep), erased[keep], parts)
+            kept = mine.take(keep & ~erased & happened(mine.kind))
             self._clocks |= self._clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
             self._appends.append(Appends.of(kept.user, events_of(kept, kept.header.ranges)))
             self._ranges += parts

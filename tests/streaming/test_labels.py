@@ -16,14 +16,18 @@ from state.config.sections import Events, LabelSettings
 from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.events.event_batch import EventBatch
+from state.features.erased import Erased
+from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
+from state.history.forgetting import forget
 from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
+from state.microbatch.masked import erased_rows
 from state.microbatch.row_kinds import Kind, happened, trained
 from state.positions import Range, Source
 from streaming import labels as streaming_labels
@@ -248,7 +252,7 @@ def witnesses(store: HistoryStore, name: str) -> bytes:
     return value[:16] + value[24:]
 
 
-def rebuilt(path: Path, values: list[bytes]) -> HistoryStore:
+def rebuilt(path: Path, values: list[bytes], erased: Erased = Erased.NOBODY) -> HistoryStore:
     """A store made from micro-batches, one commit each."""
     store = HistoryStore(path, SPEC.history, 16 << 20)
     waits, clock = Waits(store), EventClock(store.extra)
@@ -257,12 +261,14 @@ def rebuilt(path: Path, values: list[bytes]) -> HistoryStore:
         batch = decode(value)
         keep, after = trim(batch, marks)
         parts, _ = new_ranges(batch, marks)
-        parts = waits.follow(batch.take(keep), parts)
-        kept = batch.take(keep & happened(batch.kind))
+        gone = erased_rows(batch, erased)
+        parts = waits.follow(batch.take(keep), gone[keep], parts)
+        kept = batch.take(keep & ~gone & happened(batch.kind))
         changes, extra = waits.to_commit()
         extra |= clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
         store.commit(Appends.of(kept.user, events_of(kept, kept.header.ranges)), merge_all(parts), extra, changes)
         marks = after
+    store.commit(Appends.none(), waits.dropped(marks))
     return store
 
 
@@ -278,6 +284,27 @@ def test_a_closing_whose_opening_the_log_no_longer_holds_leaves_the_account_bala
         run.commit()
     held = rebuilt(tmp_path / "rebuilt", run.values[1:])
     assert (held.totals["feedback"], held.totals.get("joined", 0), faults(held)) == (1, 0, ())
+    held.close()
+    run.store.close()
+
+
+def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.open()
+    following = [0, 0]
+    another = SHOWN._replace(pair=4)
+    for event in (SHOWN, another, CLICKED, SHOWN._replace(source=1)):
+        run.update(batch_of([event], following))
+        run.commit()
+    assert run.store.waiting_rows() == 2
+    erased = Erased.NOBODY.and_also(MaskedUsers.of([7]), [(SOURCES[0].topic, 0, 3)], 2, 3)
+    held = rebuilt(tmp_path / "rebuilt", run.values, erased)
+    assert (held.totals["opened"], held.totals["joined"], held.totals["dropped"]) == (3, 1, 1)
+    assert (held.waiting_rows(), faults(held)) == (1, ())
+    assert (len(held.read(7)), len(held.read(8))) == (0, 1)
+    forget(run.store, erased)
+    assert list(held.waiting()) == list(run.store.waiting())
+    assert held.counts() == run.store.counts()
     held.close()
     run.store.close()
 
