@@ -24,7 +24,8 @@ def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = 
     with Topics(kafka) as topics:
         for one in [*wanted, *topic_plan.attributes(settings)]:
             topics.ensure(*one)
-            if weakness := topics.copies(one.name).weakness():
+            # The loop's own Kafka is one broker: there is nothing to ask.
+            if not local and (weakness := topics.copies(one.name).weakness()):
                 say(f"topic {one.name}: {weakness}")
         for name, config in topic_plan.bounds(settings).items() if local else ():
             topics.bound(name, config)

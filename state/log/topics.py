@@ -80,11 +80,7 @@ class Topics(LogTopics):
         Raises:
             UnknownTopic: there is no such topic; nothing is created.
         """
-        (topic,) = self._call(f"describe topic {name}", lambda: self._admin.describe_topics([name]))
-        if topic["error_code"]:
-            problem = kafka_errors.for_code(topic["error_code"])
-            with translated(self._settings, f"use topic {name}"):
-                raise problem(name)
+        topic = self._described(name)
         return TopicInfo(UUID(str(topic["topic_id"])).hex, len(topic["partitions"]))
 
     def copies(self, name: str) -> Copies:
@@ -93,10 +89,7 @@ class Topics(LogTopics):
         Raises:
             UnknownTopic: there is no such topic.
         """
-        (topic,) = self._call(f"describe topic {name}", lambda: self._admin.describe_topics([name]))
-        if topic["error_code"]:
-            with translated(self._settings, f"use topic {name}"):
-                raise kafka_errors.for_code(topic["error_code"])(name)
+        topic = self._described(name)
         wanted = ConfigResource(ConfigResourceType.TOPIC, name, {"min.insync.replicas": None})
         answer = self._call(
             f"describe topic {name}", lambda: self._admin.describe_configs([wanted], config_filter="all")
@@ -201,6 +194,14 @@ class Topics(LogTopics):
     @property
     def _timeout_ms(self) -> int:
         return int(self._settings.request_timeout_s * 1000)
+
+    def _described(self, name: str) -> Any:
+        (topic,) = self._call(f"describe topic {name}", lambda: self._admin.describe_topics([name]))
+        if topic["error_code"]:
+            problem = kafka_errors.for_code(topic["error_code"])
+            with translated(self._settings, f"use topic {name}"):
+                raise problem(name)
+        return topic
 
     def _partitions(self, name: str) -> list[TopicPartition]:
         return [TopicPartition(name, number) for number in range(self.describe(name).partitions)]

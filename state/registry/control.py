@@ -270,24 +270,23 @@ def let_go(control: Control, *, actor: str, reason: str, now_ms: int) -> Control
     >>> going_on.generation, going_on.action, going_on.epoch
     (2, 'resume', 1)
     """
-    return _made(control, "resume", actor, reason, now_ms, training=True)
+    return following(control, "resume", actor, reason, now_ms, training=True)
 
 
 def _next(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
     """The next generation with these changes; `control` itself where they change nothing."""
     if all(getattr(control, name) == value for name, value in changes.items()):
         return control
-    return _made(control, action, actor, reason, now_ms, **changes)
+    return following(control, action, actor, reason, now_ms, **changes)
 
 
-def _made(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
-    return replace(
-        control,
-        generation=control.generation + 1,
-        created_at_ms=now_ms,
-        actor=actor,
-        reason=reason,
-        action=action,
-        plan=None,
-        **changes,
-    )
+def following(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
+    """The next generation with these changes; its plan is its own, None where `changes` name none."""
+    decided: dict[str, Any] = {
+        "created_at_ms": now_ms,
+        "actor": actor,
+        "reason": reason,
+        "action": action,
+        "plan": None,
+    }
+    return replace(control, generation=control.generation + 1, **decided | changes)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from state import layout
 from state.disk import files as durable
 from state.features.masked_users import MaskedUsers
-from state.registry.control import Control
+from state.registry.control import Control, following
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,4 @@ def erase(
     """
     generation = control.generation + 1
     erased = control.erased.and_also(users, until, generation, now_ms)
-    return replace(
-        control,
-        generation=generation,
-        created_at_ms=now_ms,
-        actor=actor,
-        reason=reason,
-        action="erase",
-        plan=None,
-        mask_generation=generation,
-        erased=erased,
-    )
+    return following(control, "erase", actor, reason, now_ms, mask_generation=generation, erased=erased)

@@ -18,6 +18,17 @@ _FOLDERS: dict[Kind, str] = {
 }
 
 
+def appears(temporary: Path, final: Path) -> bool:
+    """Whether a version that was written under `tmp/` gets its place, by one rename; False where the number is taken."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if final.is_dir():
+            return False
+        raise
+    return True
+
+
 class BadPart(CorruptVersion):
     """A corrupt version, and which of its directories it is."""
 

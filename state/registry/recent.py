@@ -21,6 +21,7 @@ from state.errors import CorruptVersion, UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
 from state.registry.directory import usable
+from state.registry.folders import appears
 from state.registry.manifest import Manifest
 from state.registry.versions import MANIFEST, Versions
 
@@ -87,12 +88,8 @@ class Recents(Versions):
                 (temporary / MANIFEST).write_bytes(manifest.encode(made))
                 killpoints.reach("recent.written")
                 last_check()
-                try:
-                    temporary.rename(final)
-                except OSError:
-                    if final.is_dir():
-                        return False
-                    raise
+                if not appears(temporary, final):
+                    return False
                 killpoints.reach("recent.renamed")
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

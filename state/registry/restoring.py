@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from state.registry.control import Control
+from state.registry.control import Control, following
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE
 from state.registry.manifest import LogRange, Manifest
@@ -27,15 +27,7 @@ def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Contr
     >>> back.generation, back.action, back.epoch
     (2, 'restore', 1)
     """
-    return replace(
-        control,
-        generation=control.generation + 1,
-        created_at_ms=now_ms,
-        actor=actor,
-        reason=reason,
-        action="restore",
-        plan=None,
-    )
+    return following(control, "restore", actor, reason, now_ms)
 
 
 def restored_without_log(

@@ -14,11 +14,10 @@ Until the epoch has a version of its own, what trains in it may carry its base o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from state.config.settings import Settings
-from state.registry.control import Control, ServingChoice
+from state.registry.control import Control, ServingChoice, following
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
 
@@ -67,13 +66,12 @@ def upgrade(
     (2, 40, 'follow')
     """
     serving = control.serving if answers is None else ServingChoice("pin", answers, then_follow=True)
-    return replace(
+    return following(
         control,
-        generation=control.generation + 1,
-        created_at_ms=now_ms,
-        actor=actor,
-        reason=reason,
-        action="upgrade",
+        "upgrade",
+        actor,
+        reason,
+        now_ms,
         epoch=control.epoch + 1,
         base=base,
         serving=serving,

@@ -23,7 +23,7 @@ from state.errors import UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
 from state.registry.directory import file_bytes, usable
-from state.registry.folders import BadPart, Folders
+from state.registry.folders import BadPart, Folders, appears
 from state.registry.manifest import Kind, Manifest, Visible, sees
 
 MANIFEST = "manifest.json"
@@ -285,12 +285,8 @@ class Versions(Folders):
             last_check()
             killpoints.reach("publish.checked")
             # 3.
-            try:
-                temporary.rename(final)
-            except OSError:
-                if final.is_dir():
-                    return False
-                raise
+            if not appears(temporary, final):
+                return False
             killpoints.reach("publish.renamed")
             durable.sync_directory(final.parent)
             killpoints.reach("publish.synced")
