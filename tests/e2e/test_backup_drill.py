@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +17,11 @@ from deploy.backup.making import Scope, make
 from deploy.backup.places import open_place
 from deploy.backup.restoring import By, Restored, restore
 from state.errors import BackupError
-from state.events.identity import load_salt
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import MemoryLog
 from state.process import killpoints
 from state.registry.registry import Registry
-from tests.e2e import small_loop
 from tests.e2e.evidence import state_at
 from tests.e2e.running import ROOT
 from tests.e2e.small_loop import BATCH, Applying, SmallLoop, Training
@@ -35,19 +32,7 @@ NOW_MS = 1_795_719_672_345
 FLOWING, AFTER = 6 * BATCH, 2 * BATCH
 
 
-@pytest.fixture(scope="module")
-def salt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("salt") / "salt"
-    load_salt(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_plan() -> Iterator[None]:
-    """A test's kill points end with it."""
-    yield
-    small_loop.plan.clear()
-    killpoints.armed = None
+pytestmark = pytest.mark.usefixtures("no_plan")
 
 
 def move(loop: SmallLoop, to: Path) -> None:

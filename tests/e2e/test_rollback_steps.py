@@ -8,7 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,6 @@ from state.events.identity import Salt, load_salt, user_id
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.positions import Source
-from state.process import killpoints
 from state.registry.control import Control, follow, roll_back
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
@@ -44,19 +43,7 @@ APPLIER = (
 COMMAND = ("control.users", "control.written", "control.linked")
 
 
-@pytest.fixture(scope="module")
-def salt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("salt") / "salt"
-    load_salt(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_plan() -> Iterator[None]:
-    """A test's kill points end with it."""
-    yield
-    small_loop.plan.clear()
-    killpoints.armed = None
+pytestmark = pytest.mark.usefixtures("no_plan")
 
 
 def clicks(first: int, count: int) -> tuple[list[bytes], list[int]]:
