@@ -1,4 +1,4 @@
-"""A serving worker's process: `python -m deploy.serving.rest [flags]`, uvicorn around `deploy.serving.app`.
+"""A serving worker's process: `python -m deploy.serving.rest [flags]`, uvicorn around `deploy.serving.http_api.app`.
 
 One process, one thread answers; with `serving.workers` above 1 several
 processes share the port, and their parent ends with any of them.
@@ -20,8 +20,8 @@ from typing import Any, cast
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.app import App
 from deploy.serving.host import Host
+from deploy.serving.http_api.app import App
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import PortTaken, SpringtideError, of_disk

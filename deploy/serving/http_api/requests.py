@@ -12,7 +12,6 @@ from deploy.serving.answer import Query
 from state.errors import BadRequest
 
 MOST_PROFILES = 256
-MOST_BODY_BYTES = 1 << 20
 LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 FORM = 'send {"profiles": [{"user_id": "ann", "item": "i1"}]} or {"users": ["ann"]}'
 CONTEXT = "context."

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from deploy.serving import app, requests
 from deploy.serving.answer import Answer
+from deploy.serving.http_api import endpoints, requests
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, free_port, until, worker
 
-DOCUMENT = Path(__file__).parents[3] / "deploy" / "serving" / "API.md"
+DOCUMENT = Path(__file__).parents[4] / "deploy" / "serving" / "http_api" / "API.md"
 MORE = "..."
 """A name that stands for more of the same."""
 
@@ -120,8 +120,15 @@ def test_another_form_is_a_difference(given: Any, odd: int) -> None:
 def test_the_document_names_every_route_field_and_limit() -> None:
     """What the code offers is what is written."""
     text = DOCUMENT.read_text()
-    for route in (app.PROFILES, app.BATCH, app.MODEL, "/readyz", "/healthz", "/metrics"):
+    for route in (
+        "/v1/profiles/{user_id}",
+        "/v1/profiles:batch",
+        "/v1/models/profile",
+        "/readyz",
+        "/healthz",
+        "/metrics",
+    ):
         assert f"`{route}" in text, route
     for field in dataclasses.fields(Answer):
         assert re.search(rf"^\|.*`{field.name}[.`\[]", text, re.MULTILINE), field.name
-    assert f"{requests.MOST_PROFILES} profiles" in text and requests.MOST_BODY_BYTES == 1 << 20
+    assert f"{requests.MOST_PROFILES} profiles" in text and endpoints.MOST_BODY_BYTES == 1 << 20

@@ -15,9 +15,9 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.app import App
 from deploy.serving.host import Host
-from deploy.serving.requests import MOST_PROFILES
+from deploy.serving.http_api.app import App
+from deploy.serving.http_api.requests import MOST_PROFILES
 from state.events.identity import Salt, public_id
 from state.layout import PROGRAMS
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of

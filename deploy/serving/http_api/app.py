@@ -1,0 +1,85 @@
+"""A worker's answers over HTTP, as an ASGI application: finds the endpoint, answers, says errors, counts.
+
+Errors are JSON: `error` says what happened, `do` what to do. `API.md` beside
+this file is the whole of it for callers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.host import Host
+from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
+from deploy.serving.http_api.health import Health
+from deploy.serving.http_api.profiles import Profiles
+from state.errors import SpringtideError
+from state.metrics import WorkerMetrics
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+UNKNOWN = "unknown"
+"""What metrics name a request that no endpoint is for."""
+
+_log = logging.getLogger(__name__)
+
+
+class App:
+    """The ASGI application.
+
+    Args:
+        host: What answers.
+        registry: Where the metrics are.
+        clock_s: A monotonic clock.
+    """
+
+    def __init__(
+        self, host: Host, registry: CollectorRegistry, clock_s: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._host = host
+        self._metrics = WorkerMetrics(registry)
+        self._clock_s = clock_s
+        self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self.endpoints: list[Endpoint] = [
+            *Profiles(host, self._metrics).endpoints(),
+            *Health(host, registry).endpoints(),
+        ]
+        self._routes = Routes(self.endpoints)
+
+    def close(self) -> None:
+        """Closes the stores; the next request opens them again."""
+        self._host.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        began_s, name = self._clock_s(), UNKNOWN
+        try:
+            endpoint, placeholders = self._routes.find(scope)
+            name = endpoint.name
+            response = await endpoint.answer(Request(scope, receive, placeholders))
+        except SpringtideError as error:
+            response = failure(error.http_status, error.what, error.do)
+        except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
+            _log.exception("a request for %s failed", name)
+            response = failure(500, "the worker failed; its log says why", "report it with the worker's log")
+        await answer(send, response)
+        self._count(name, response.status, self._clock_s() - began_s)
+
+    def _count(self, name: str, status: int, took_s: float) -> None:
+        series = self._counters.get((name, status))
+        if series is None:
+            series = (self._metrics.requests.labels(name, str(status)), self._metrics.request_seconds.labels(name))
+            self._counters[name, status] = series
+        series[0].inc()
+        series[1].observe(took_s)
+
+
+async def answer(send: Send, response: Response) -> None:
+    """Sends a whole response."""
+    headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})

@@ -1,0 +1,60 @@
+"""Whether a worker runs and can answer, which version it has, and its metrics.
+
+GET  /v1/models/profile      as TensorFlow Serving's model status
+GET  /healthz /readyz /metrics
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from deploy.serving.host import Host
+from deploy.serving.http_api.endpoints import Endpoint, Headers, Request, Response, encode
+
+_TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+
+
+class Health:
+    """The endpoints that speak of the worker.
+
+    Args:
+        host: What answers.
+        registry: Where the metrics are.
+    """
+
+    def __init__(self, host: Host, registry: CollectorRegistry) -> None:
+        self._host, self._registry = host, registry
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        return [
+            Endpoint("model", (), "/v1/models/profile", self._model),
+            Endpoint("healthz", (), "/healthz", self._alive),
+            Endpoint("readyz", (), "/readyz", self._ready),
+            Endpoint("metrics", (), "/metrics", self._metrics),
+        ]
+
+    async def _model(self, _: Request) -> Response:
+        served = self._host.predictor().ready()
+        status = {"error_code": "OK", "error_message": ""}
+        one = {"version": str(served.version), "state": "AVAILABLE", "status": status}
+        return Response(200, encode({"model_version_status": [one]}))
+
+    async def _alive(self, _: Request) -> Response:
+        return Response(200, b'{"status":"ok"}')
+
+    async def _ready(self, _: Request) -> Response:
+        missing = self._host.missing()
+        parts = {part: part not in missing for part in ("version", "program", "histories")}
+        if not missing:
+            return Response(200, encode({"ready": True, **parts}))
+        reasons = "; ".join(f"{part}: {reason}" for part, reason in missing.items())
+        return Response(
+            503,
+            encode(
+                {"ready": False, **parts, "error": f"not ready: {reasons}", "do": "wait, or look at the applier's log"}
+            ),
+        )
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(200, generate_latest(self._registry), _TEXT)
