@@ -1,11 +1,12 @@
-"""A serving worker's process: `python -m deploy.serving.rest [flags]`, uvicorn around `deploy.serving.http_api.app`.
+"""A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP by uvicorn and gRPC on one event loop.
 
 One process, one thread answers; with `serving.workers` above 1 several
-processes share the port, and their parent ends with any of them.
+processes share the ports, and their parent ends with any of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import multiprocessing
 import multiprocessing.connection
@@ -15,11 +16,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
 from state.config.loading import load
@@ -28,9 +31,12 @@ from state.errors import PortTaken, SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.process.private_files import keep_private
 
+GRACE_S = 10.0
+"""How long requests under way may take once the worker is to end."""
 
-def listen(host: str, port: int, shared: bool) -> socket.socket:
-    """A bound socket; `shared` lets other workers bind the same port.
+
+def listen(host: str, port: int, shared: bool, setting: str = "serving.port") -> socket.socket:
+    """A bound socket; `shared` lets other workers bind the same port, which `setting` chose.
 
     Raises:
         PortTaken: Somebody listens there.
@@ -45,7 +51,7 @@ def listen(host: str, port: int, shared: bool) -> socket.socket:
         bound.close()
         if error.errno != errno.EADDRINUSE:
             raise
-        raise PortTaken(f"port {port} of {host} is in use", "stop its owner or set serving.port") from None
+        raise PortTaken(f"port {port} of {host} is in use", f"stop its owner or set {setting}") from None
     return bound
 
 
@@ -53,22 +59,67 @@ def serve(settings: Settings, shared: bool = False) -> None:
     """One worker, until SIGTERM or SIGINT; requests under way are answered before it returns.
 
     Raises:
-        PortTaken: The port is in use.
+        PortTaken: A port is in use.
     """
     salt = load_salt(settings.salt_path, create=False)
     bound = listen(settings.serving.host, settings.serving.port, shared)
+    require_grpc_port(settings, shared)
     host = Host(settings, salt, now_ms=lambda: time.time_ns() // 1_000_000)
     app = App(host, CollectorRegistry())
     config = uvicorn.Config(
         cast(Any, app), loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False,
-        log_level="warning", server_header=False, timeout_graceful_shutdown=10, backlog=2048,
+        log_level="warning", server_header=False, timeout_graceful_shutdown=round(GRACE_S), backlog=2048,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = WorkerServer(config, (lambda: grpc_server(settings, app, shared)) if settings.serving.grpc_port else None)
     end_on_signals(server)
     try:
         server.run(sockets=[bound])
     finally:
         app.close()
+
+
+def require_grpc_port(settings: Settings, shared: bool) -> None:
+    """Looks whether the port of gRPC can be had, where there is to be one.
+
+    Raises:
+        PortTaken: Somebody listens there.
+    """
+    if settings.serving.grpc_port:
+        listen(settings.serving.host, settings.serving.grpc_port, shared, "serving.grpc_port").close()
+
+
+def grpc_server(settings: Settings, app: App, shared: bool) -> GrpcServer:
+    """The gRPC server of a worker; made in its event loop."""
+    host = f"[{settings.serving.host}]" if ":" in settings.serving.host else settings.serving.host
+    return GrpcServer(app.host, app.metrics, f"{host}:{settings.serving.grpc_port}", shared)
+
+
+class WorkerServer(uvicorn.Server):
+    """HTTP, and gRPC beside it where there is to be some: both begin and end together.
+
+    Args:
+        config: Of uvicorn.
+        grpc: Makes the gRPC server in the event loop; None for HTTP alone.
+    """
+
+    def __init__(self, config: uvicorn.Config, grpc: Callable[[], GrpcServer] | None = None) -> None:
+        super().__init__(config)
+        self._make_grpc = grpc
+        self._grpc: GrpcServer | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes requests from now on."""
+        if self._make_grpc is not None:
+            self._grpc = self._make_grpc()
+            await self._grpc.start()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more requests, and returns when those under way are answered."""
+        if self._grpc is None:
+            await super().shutdown(sockets)
+        else:
+            await asyncio.gather(super().shutdown(sockets), self._grpc.stop(GRACE_S))
 
 
 def end_on_signals(server: uvicorn.Server) -> None:
@@ -100,8 +151,9 @@ def _shared_worker(argv: list[str]) -> None:
 
 
 def serve_all(settings: Settings, argv: list[str]) -> int:
-    """Several workers on one port; when one dies, all end. Returns the exit code."""
+    """Several workers on one port each for HTTP and gRPC; when one dies, all end. Returns the exit code."""
     listen(settings.serving.host, settings.serving.port, shared=False).close()
+    require_grpc_port(settings, shared=False)
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_shared_worker, args=(argv,)) for _ in range(settings.serving.workers)]
     for worker in workers:

@@ -79,6 +79,11 @@ def ports(settings: Settings, local_kafka: bool) -> list[Port]:
     return [
         *kafka,
         Port("serving.port", settings.serving.host, settings.serving.port),
+        *(
+            [Port("serving.grpc_port", settings.serving.host, settings.serving.grpc_port)]
+            if settings.serving.grpc_port
+            else []
+        ),
         Port("stream.metrics_port", local, settings.stream.metrics_port),
         Port("trainer.metrics_port", local, settings.trainer.metrics_port),
         Port("serving.metrics_port", local, settings.serving.metrics_port),

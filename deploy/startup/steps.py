@@ -212,7 +212,9 @@ class Startup:
         url = scrape.serving_url(self._settings)
         self._wait(lambda: scrape.fetch(f"{url}/readyz")[0] == 200, "waiting for serving to be ready")
         self._wait(lambda: scrape.fetch(scrape.profile_url(self._settings))[0] == 200, "waiting for the first answer")
-        self._step(8, "serving", f"answers on {url}, {self._clock() - self._begin:.1f} s after the start")
+        port = self._settings.serving.grpc_port
+        grpc = f", gRPC on port {port}" if port else ""
+        self._step(8, "serving", f"answers on {url}{grpc}, {self._clock() - self._begin:.1f} s after the start")
 
     def _say_what_to_try(self) -> None:
         self._step(9, "running", "try, in another terminal:")

@@ -409,7 +409,8 @@ class ServingSettings:
 
     host: str = setting("127.0.0.1", filled=True, help="Address to listen on.")
     port: int = setting(8501, least=0, most=65535, help="Port of the REST answers.")
-    workers: int = setting(1, least=1, most=256, help="Worker processes; they share the port.")
+    grpc_port: int = setting(8500, least=0, most=65535, help="Port of the gRPC answers; 0: none are given.")
+    workers: int = setting(1, least=1, most=256, help="Worker processes; they share the ports.")
     clock: str = setting(
         "event",
         choices=("event", "wall"),

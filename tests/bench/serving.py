@@ -190,7 +190,11 @@ def fill(settings: Settings, users: int, events: int) -> None:
 
 @contextmanager
 def worker(state: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    environment = os.environ | {"SPRINGTIDE_PATHS_STATE": state, "SPRINGTIDE_SERVING_PORT": str(port)}
+    environment = os.environ | {
+        "SPRINGTIDE_PATHS_STATE": state,
+        "SPRINGTIDE_SERVING_PORT": str(port),
+        "SPRINGTIDE_SERVING_GRPC_PORT": "0",
+    }
     process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment)
     deadline = time.monotonic() + 60
     while True:

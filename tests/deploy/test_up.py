@@ -22,6 +22,7 @@ from state.disk.lock import DirectoryLock
 
 PORTS = (
     "serving.port",
+    "serving.grpc_port",
     "stream.metrics_port",
     "trainer.metrics_port",
     "serving.metrics_port",

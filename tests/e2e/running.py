@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 PORTS = (
     "kafka.port",
     "serving.port",
+    "serving.grpc_port",
     "stream.metrics_port",
     "trainer.metrics_port",
     "serving.metrics_port",

@@ -14,6 +14,7 @@ PACKAGES = ("state", "streaming", "trainer", "deploy")
 MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", "prometheus-client"]
 # Used through another library or as a program, never imported here.
 UNSEEN = {"crc32c", "lz4", "python-snappy", "zstandard", "httptools", "uvloop", "mypy", "ruff"}
+PARTS = {"google.protobuf": "protobuf"}
 LOCKED = (ROOT / "constraints.txt").read_text()
 LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 
@@ -36,13 +37,15 @@ def imported(*folders: str) -> dict[str, set[str]]:
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 modules = [node.module]
-            for top in {module.partition(".")[0] for module in modules} - {
+            # Many distributions have something in `google`.
+            modules = ["google.protobuf" if one.startswith("google.protobuf") else one for one in modules]
+            for top in {one if one in PARTS else one.partition(".")[0] for one in modules} - {
                 *sys.stdlib_module_names,
                 *PACKAGES,
                 "tests",
             }:
                 # One that is not installed yet, in an environment of before, is taken for what its module is called.
-                for owner in owners.get(top, [top]):
+                for owner in [PARTS[top]] if top in PARTS else owners.get(top, [top]):
                     found.setdefault(canonical(owner), set()).add(path.relative_to(ROOT).as_posix())
     return found
 

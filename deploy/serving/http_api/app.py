@@ -35,24 +35,28 @@ class App:
         host: What answers.
         registry: Where the metrics are.
         clock_s: A monotonic clock.
+
+    Attributes:
+        host: What answers.
+        metrics: Of the worker.
     """
 
     def __init__(
         self, host: Host, registry: CollectorRegistry, clock_s: Callable[[], float] = time.perf_counter
     ) -> None:
-        self._host = host
-        self._metrics = WorkerMetrics(registry)
+        self.host = host
+        self.metrics = WorkerMetrics(registry)
         self._clock_s = clock_s
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.endpoints: list[Endpoint] = [
-            *Profiles(host, self._metrics).endpoints(),
+            *Profiles(host, self.metrics).endpoints(),
             *Health(host, registry).endpoints(),
         ]
         self._routes = Routes(self.endpoints)
 
     def close(self) -> None:
         """Closes the stores; the next request opens them again."""
-        self._host.close()
+        self.host.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -72,7 +76,7 @@ class App:
     def _count(self, name: str, status: int, took_s: float) -> None:
         series = self._counters.get((name, status))
         if series is None:
-            series = (self._metrics.requests.labels(name, str(status)), self._metrics.request_seconds.labels(name))
+            series = (self.metrics.requests.labels(name, str(status)), self.metrics.request_seconds.labels(name))
             self._counters[name, status] = series
         series[0].inc()
         series[1].observe(took_s)

@@ -26,10 +26,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def worker(stores: Stores, port: int, workers: int = 1) -> Iterator[subprocess.Popen[str]]:
+def worker(stores: Stores, port: int, workers: int = 1, grpc_port: int = 0) -> Iterator[subprocess.Popen[str]]:
     environment = os.environ | {
         "SPRINGTIDE_PATHS_STATE": stores.settings.paths.state, "SPRINGTIDE_SERVING_PORT": str(port),
-        "SPRINGTIDE_SERVING_WORKERS": str(workers), "SPRINGTIDE_SERVING_MAP_GB": "1",
+        "SPRINGTIDE_SERVING_WORKERS": str(workers), "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_SERVING_GRPC_PORT": str(grpc_port),
     }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True
@@ -41,7 +41,7 @@ def worker(stores: Stores, port: int, workers: int = 1) -> Iterator[subprocess.P
         process.communicate()
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -1,0 +1,73 @@
+"""A worker's gRPC server: the services, health and reflection, on the worker's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from deploy.serving.grpc_api.health import GrpcHealth
+from deploy.serving.grpc_api.messages import POOL
+from deploy.serving.grpc_api.services import Handlers, Service
+from deploy.serving.host import Host
+from state.metrics import WorkerMetrics
+
+MOST_MESSAGE_BYTES = 4 << 20
+
+
+def offered(host: Host) -> list[Service]:
+    """The services of a worker; another one is added here."""
+    return []
+
+
+class GrpcServer:
+    """Answers until `stop`; made and used in one event loop.
+
+    Args:
+        host: What answers.
+        metrics: Of the worker.
+        address: `host:port` to listen on; port 0 takes a free one.
+        shared: Whether other workers listen there too.
+
+    Attributes:
+        port: That it listens on.
+
+    Raises:
+        RuntimeError: The address cannot be had.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics, address: str, shared: bool) -> None:
+        options = [
+            # By default grpc shares its port with whoever comes.
+            ("grpc.so_reuseport", int(shared)),
+            ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", -1),
+        ]
+        services, handlers = offered(host), Handlers(metrics)
+        names = [one.name for one in services]
+        self._server = grpc.aio.server(options=options)
+        self._server.add_generic_rpc_handlers([handlers.of(one) for one in services])
+        self._health = GrpcHealth(lambda: not host.missing(), names)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        listed: Sequence[str] = (*names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(listed, self._server, POOL)
+        self.port = self._server.add_insecure_port(address)
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes requests from now on."""
+        await self._server.start()
+        self._following = asyncio.create_task(self._health.follow())
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more requests, tells so those who watch, and returns when those under way are answered or `grace_s` is over."""
+        if self._following is not None:
+            self._following.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._following
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)

@@ -1,0 +1,109 @@
+"""A service of the gRPC interface: its methods and what answers; how an error is told, and what is counted."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from deploy.serving.grpc_api.messages import message
+from state.errors import SpringtideError
+from state.metrics import WorkerMetrics
+
+CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    405: grpc.StatusCode.UNIMPLEMENTED,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""By the HTTP status of an error."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is offered under one name.
+
+    Attributes:
+        name: As the `.proto` file has it.
+        request: The full name of the request's message; empty where requests need not be read.
+        answer: Answers a request, or raises what it cannot be answered for.
+    """
+
+    name: str
+    request: str
+    answer: Callable[[Any], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """Methods under the full name of their service, which is in the pool of `messages`."""
+
+    name: str
+    methods: Sequence[Method]
+
+
+class Handlers:
+    """Makes what grpc calls of services.
+
+    Args:
+        metrics: Of the worker.
+        clock_s: A monotonic clock.
+    """
+
+    def __init__(self, metrics: WorkerMetrics, clock_s: Callable[[], float] = time.perf_counter) -> None:
+        self._metrics, self._clock_s = metrics, clock_s
+
+    def of(self, service: Service) -> grpc.GenericRpcHandler:
+        """The handlers of all methods of a service."""
+        return grpc.method_handlers_generic_handler(
+            service.name,
+            {
+                one.name: grpc.unary_unary_rpc_method_handler(
+                    self._answering(f"/{service.name}/{one.name}", one.answer),
+                    request_deserializer=message(one.request).FromString if one.request else None,
+                    response_serializer=_serialized,
+                )
+                for one in service.methods
+            },
+        )
+
+    def _answering(self, route: str, answer: Callable[[Any], Awaitable[Any]]) -> Any:
+        async def answering(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            began_s, code = self._clock_s(), grpc.StatusCode.OK
+            try:
+                return await answer(request)
+            except SpringtideError as error:
+                code = CODES.get(error.http_status, grpc.StatusCode.INTERNAL)
+                await _refuse(context, code, str(error))
+            except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
+                code = grpc.StatusCode.INTERNAL
+                _log.exception("a request for %s failed", route)
+                await _refuse(context, code, "the worker failed; its log says why")
+            finally:
+                self._metrics.requests.labels(route, code.name).inc()
+                self._metrics.request_seconds.labels(route).observe(self._clock_s() - began_s)
+
+        return answering
+
+
+async def _refuse(context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str) -> NoReturn:
+    await context.abort(code, details)
+    raise AssertionError("abort raises")
+
+
+def _serialized(answer: Any) -> bytes:
+    data: bytes = answer.SerializeToString()
+    return data

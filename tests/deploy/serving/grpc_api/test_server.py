@@ -1,0 +1,98 @@
+"""The worker's gRPC server: health and reflection by the clients of their own packages, and its end in order."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from grpc_tools import protoc
+
+from deploy.serving.grpc_api.messages import PROTOS
+from tests.deploy.serving.stocked import Stores
+from tests.deploy.serving.test_rest import answers, free_port, until, worker
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@contextmanager
+def channel_to(port: int) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_health_follows_readiness_and_a_worker_ends_in_order(stores: Stores, workers: int) -> None:
+    """Each worker of one port answers; those who watch are told before the end."""
+    port, grpc_port = free_port(), free_port()
+    with worker(stores, port, workers, grpc_port) as process, channel_to(grpc_port) as channel:
+        until(lambda: answers(port, "/readyz"))
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=30).status == SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Check(health_pb2.HealthCheckRequest(service="no.such.Service"), timeout=30)
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+        watched = stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(watched).status == SERVING
+        process.send_signal(signal.SIGTERM)
+        assert next(watched).status == NOT_SERVING
+        _, log = process.communicate(timeout=30)
+        assert process.returncode == 0, log
+
+
+def test_a_worker_without_a_version_is_not_serving(stores: Stores) -> None:
+    port, grpc_port = free_port(), free_port()
+    (stores.settings.serving_dir / "programs").rename(stores.settings.serving_dir / "gone")
+    with worker(stores, port, 1, grpc_port), channel_to(grpc_port) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        asked = health_pb2.HealthCheckRequest()
+        assert stub.Check(asked, wait_for_ready=True, timeout=60).status == NOT_SERVING
+        (stores.settings.serving_dir / "gone").rename(stores.settings.serving_dir / "programs")
+        until(lambda: answers(port, "/readyz"))
+        assert stub.Check(asked, timeout=30).status == SERVING
+
+
+def test_a_taken_port_is_one_line_with_its_setting(stores: Stores) -> None:
+    port, grpc_port = free_port(), free_port()
+    with worker(stores, port, 1, grpc_port):
+        until(lambda: answers(port, "/healthz"))
+        with worker(stores, free_port(), 1, grpc_port) as second:
+            _, log = second.communicate(timeout=60)
+    assert second.returncode == 1 and len(log.splitlines()) == 1
+    assert f"port {grpc_port}" in log and "serving.grpc_port" in log
+
+
+def test_reflection_tells_of_every_service_with_its_messages(stores: Stores) -> None:
+    """A client that knows nothing finds the services, and the file of each."""
+    port, grpc_port = free_port(), free_port()
+    with worker(stores, port, 1, grpc_port), channel_to(grpc_port) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        Asked = reflection_pb2.ServerReflectionRequest
+
+        def ask(request: reflection_pb2.ServerReflectionRequest) -> reflection_pb2.ServerReflectionResponse:
+            return next(stub.ServerReflectionInfo(iter([request]), wait_for_ready=True, timeout=60))
+
+        listed = [one.name for one in ask(Asked(list_services="*")).list_services_response.service]
+        assert {health.SERVICE_NAME, reflection.SERVICE_NAME} <= set(listed)
+        for name in listed:
+            files = ask(Asked(file_containing_symbol=name)).file_descriptor_response.file_descriptor_proto
+            found = [FileDescriptorProto.FromString(one) for one in files]
+            assert any(f"{one.package}.{service.name}" == name for one in found for service in one.service), name
+
+
+def test_the_descriptors_are_those_of_the_proto_files(tmp_path: Path) -> None:
+    made = tmp_path / "descriptors.pb"
+    files = sorted(path.name for path in PROTOS.glob("*.proto"))
+    # protoc reads what it brings itself, such as wrappers.proto, from beside it.
+    brought = Path(protoc.__file__).parent / "_proto"
+    assert not protoc.main(
+        ["protoc", f"-I{PROTOS}", f"-I{brought}", "--include_imports", f"--descriptor_set_out={made}", *files]
+    )
+    kept = FileDescriptorSet.FromString((PROTOS / "descriptors.pb").read_bytes())
+    assert FileDescriptorSet.FromString(made.read_bytes()) == kept, "make descriptors.pb anew: see messages.py"
