@@ -1,11 +1,14 @@
 """Runs the whole loop on one machine: `python -m deploy.up`, `springtide up`, `make run`.
 
-1. Checks Python, the state directory's lock, disk and ports. 2. Starts a local
-Kafka, or reaches the one that was named. 3. Makes the topics. 4. Makes the salt.
+1. Checks Python, the state directory's lock, disk and ports. 2. Makes the salt.
+3. Starts a local Kafka, or reaches the one that was named. 4. Makes the topics.
 5. Starts shoppers, stream and the slow starters behind them, all at once.
 6. Waits for the bootstrap on the first clicks. 7. Waits for the trainer's first
 version. 8. Waits for the first answer. 9. Says what to try, then watches:
 restarts what dies, keeps a live line, and stops all of it in order.
+
+Where an earlier run left a version, serving starts before Kafka: answers come
+from what is on this machine, and 8 is said as soon as it is true.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from state.errors import KafkaFailed, reason_of
 
 LEAST_FREE_BYTES = 64 * 1024 * 1024
 STARTED = "Kafka Server started"
+START_S = 120.0
+LOOK_S = 0.05
 
 
 class Broker:
@@ -57,6 +59,8 @@ class Broker:
         self.bootstrap_servers = f"{HOST}:{port}"
         self.log_path = self.directory / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        self._deadline_s = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -64,41 +68,71 @@ class Broker:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
-    def start(self, timeout_s: float = 120.0) -> Broker:
-        """Starts the broker and returns when it listens.
+    def start(self) -> Broker:
+        """Starts the broker and returns when it takes requests; raises as `begin` and `is_up` do."""
+        self.begin()
+        self.wait_until_up()
+        return self
+
+    def begin(self) -> None:
+        """Starts the broker and returns while it starts.
 
         1. Finds the jars. 2. Locks the directory. 3. Formats the storage if it
-        is new. 4. Runs Java. 5. Waits until it takes requests.
+        is new. 4. Runs Java.
 
         Raises:
             PortTaken: another process listens on the port.
-            KafkaFailed: no packages, no disk, or Java ended or did not listen
-                in time; the message quotes the broker's last words.
+            KafkaFailed: no packages, no disk, or Java cannot be run.
         """
         if self.pid is not None:
-            return self
+            return
         require_free(self.port)
         try:
-            return self._start(timeout_s)
+            self._begin()
         except OSError as problem:
             raise KafkaFailed(
                 f"Kafka was not started ({reason_of(problem)})",
                 f"free some space, or correct the access rights of {self.directory}",
             ) from problem
 
-    def _start(self, timeout_s: float) -> Broker:
+    def _begin(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.require_disk()
         class_path = os.pathsep.join(str(jar) for jar in jars.resolve())
         lock = self._lock()
         try:
-            log_start = self._launch(class_path, lock)
+            self._log_start = self._launch(class_path, lock)
         finally:
             # Java holds the lock from here on, as long as it lives.
             os.close(lock)
         atexit.register(self.stop)
-        self._await_listening(log_start, timeout_s)
-        return self
+        self._deadline_s = time.monotonic() + START_S
+
+    def is_up(self) -> bool:
+        """Whether the broker that was begun takes requests.
+
+        Raises:
+            KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes the
+                broker's last words.
+        """
+        if self._process is None:
+            raise KafkaFailed("Kafka was stopped while it started")
+        failure = self.failure()
+        # The port opens before the broker takes requests; the log says from which moment it does.
+        if failure is None and STARTED in text_from(self.log_path, self._log_start) and listens(self.port):
+            return True
+        if failure is None and time.monotonic() >= self._deadline_s:
+            self.stop()
+            failure = self._last_words(f"did not listen on port {self.port} within {START_S:.0f} s")
+        if failure is not None:
+            self.stop()
+            raise failure
+        return False
+
+    def wait_until_up(self) -> None:
+        """Returns when the broker that was begun takes requests; raises as `is_up` does."""
+        while not self.is_up():
+            time.sleep(LOOK_S)
 
     def stop(self, timeout_s: float = 20.0) -> None:
         """Ends the broker: SIGTERM, and SIGKILL if it does not end in time."""
@@ -180,25 +214,6 @@ class Broker:
                 f"broker needs {LEAST_FREE_BYTES // 2**20} MB",
                 "free some space or set paths.state to a larger disk",
             ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
-
-    def _await_listening(self, log_start: int, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        process = self._process
-        assert process is not None
-        while time.monotonic() < deadline:
-            try:
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                # The port opens before the broker takes requests; the log says
-                # from which moment it does.
-                if STARTED in text_from(self.log_path, log_start) and listens(self.port):
-                    return
-            else:
-                failure = self.failure()
-                self.stop()
-                raise failure or KafkaFailed("Kafka was stopped while it started")
-        self.stop()
-        raise self._last_words(f"did not listen on port {self.port} within {timeout_s:.0f} s")
 
     def _last_words(self, what: str) -> KafkaFailed:
         return last_words(what, self.directory, self.port, (self.directory / "console.log", self.log_path))

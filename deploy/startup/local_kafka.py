@@ -47,6 +47,7 @@ class LocalKafka:
         self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
         self._started_at: float | None = None
         self._start_at: float | None = None
+        self._came_up = False
         self._backoff = Backoff()
 
     @property
@@ -54,21 +55,31 @@ class LocalKafka:
         """Whether a start was tried."""
         return self._started_at is not None
 
-    def start(self) -> None:
-        """Returns when it takes requests.
+    def begin(self) -> None:
+        """Starts it, and does not wait until it takes requests.
 
         Raises:
             PortTaken: Another process listens on its port.
-            KafkaFailed: It cannot run; the message quotes its last words.
+            KafkaFailed: It cannot run.
         """
         self._started_at, self._start_at = self._clock(), None
         self._metrics.starts.labels(NAME).inc()
-        self._broker.start()
+        self._broker.begin()
+
+    def is_up(self) -> bool:
+        """Whether it takes requests.
+
+        Raises:
+            KafkaFailed: It ended, or takes too long; the message quotes its last words.
+        """
+        self._came_up = self._broker.is_up()
+        return self._came_up
 
     def look(self) -> None:
         """Takes notice of its death, and starts it again once that is due; what it cannot do is said."""
         if self._start_at is None:
-            failure = self._broker.failure()
+            # One that never came up has an end in `is_up`.
+            failure = self._broker.failure() if self._came_up else None
             if failure is not None:
                 self._bury(failure)
             elif self._backoff.deaths and self._lived_s() >= HEALTHY_S:
@@ -78,7 +89,8 @@ class LocalKafka:
             try:
                 self._broker.require_disk()
                 self._room.found(WHAT)
-                self.start()
+                self.begin()
+                self._broker.wait_until_up()
             except (KafkaFailed, PortTaken) as failure:
                 if is_full(failure):
                     self._room.refused(failure, WHAT)

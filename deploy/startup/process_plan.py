@@ -29,6 +29,9 @@ STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, APPLIER, W
 # These would otherwise compile the same kernels for ten seconds each.
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
 
+# These answer from what an earlier run left on this machine, with Kafka or without.
+ANSWERING = (APPLIER, WORKER)
+
 
 def process_plans(
     head_start: int = 0,

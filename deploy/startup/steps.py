@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from deploy.children.supervisor import Supervisor
-from deploy.startup import hints, own_model, upgrading
+from deploy.startup import hints, own_model, signs, upgrading
 from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
 from deploy.startup.local_kafka import LocalKafka
 from deploy.startup.process_plan import (
+    ANSWERING,
     BOOTSTRAP,
     KERNEL_USERS,
     KERNELS,
@@ -23,6 +24,7 @@ from deploy.startup.process_plan import (
     SHOPPERS,
     STOP_ORDER,
     TRAINER,
+    WORKER,
     ports,
     process_plans,
 )
@@ -31,7 +33,6 @@ from deploy.watch import scrape
 from deploy.watch.figures import Watch
 from deploy.watch.live import Screen, live_line
 from deploy.watch.panel import panel
-from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.events.identity import own_salt
@@ -42,6 +43,8 @@ from state.storage.shares import KAFKA, LOGS
 STEPS = 9
 LOOK_S = 0.1
 REMIND_S = 30.0
+
+Found = TypeVar("Found")
 
 
 class Stopped(Exception):
@@ -87,13 +90,15 @@ class Startup:
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
-        fresh, (stream, trainer) = not has_spec(settings.registry_dir), accepted
+        fresh, (stream, trainer) = not upgrading.has_spec(settings.registry_dir), accepted
         self._plans = process_plans(
             settings.bootstrap.min_rows if fresh else 0,
             accepted=[*(OF_LOCAL_KAFKA if local else ()), *stream],
             accepted_by_trainer=trainer,
         )
         self._supervisor: Supervisor | None = None
+        self._steps_done = 0
+        self._answered = 0
 
     def run(self) -> int:
         """Goes up, watches, and stops when asked to; returns the exit code.
@@ -117,7 +122,36 @@ class Startup:
 
     def _go_up(self) -> None:
         settings = self._settings
-        # 1. Checks; the lock and the disk were the first of them.
+        # 1. and 2. Nothing runs before what can be refused is refused.
+        self._check()
+        # 3. and 4. A Kafka of the user's is only reached. The local one takes seconds to start, and what needs none
+        # of it goes on beside: answers from what an earlier run left on this machine, or the compiling of kernels.
+        topics = ensure_topics(settings, self._screen.say) if self._kafka is None else ""
+        where = f"yours at {settings.kafka.bootstrap_servers}"
+        goes_on = upgrading.is_bootstrapped(settings)
+        self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics, self._clock)
+        self._start(ANSWERING if goes_on else (KERNELS,))
+        if self._kafka is not None:
+            self._kafka.begin()
+            self._wait(self._kafka.is_up, "starting Kafka")
+            topics = ensure_topics(settings, self._screen.say, local=True)
+            where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
+        self._step("Kafka", where)
+        self._step("topics", topics)
+        # 5. All others at once: each waits for what it needs, and imports and compilers take the longest.
+        self._start_others(goes_on)
+        # 6. to 8. come true one after another; where answers go on from an earlier run, 8. came before Kafka.
+        self._await_bootstrap()
+        version = self._wait(lambda: signs.trained_version(settings), "waiting for the trainer's first version")
+        self._step("trainer", f"version {version}")
+        self._wait(lambda: self._answered, "waiting for the first answer")
+        # 9. What to try.
+        self._running().settled = True
+        self._say_what_to_try()
+
+    def _check(self) -> None:
+        """Refuses what cannot run, and finds or makes the salt."""
+        settings = self._settings
         require_ports(ports(settings, self._kafka is not None))
         free = require_disk(settings.state_dir)
         if settings.up.metrics_port:
@@ -128,96 +162,60 @@ class Startup:
             own_model.check(settings, self._screen.say)
         fresh, salt = not settings.salt_path.exists(), own_salt(settings)  # A lost salt too.
         self._step(
-            1,
             "checks",
             f"Python {sys.version.split()[0]}, {free / 2**30:.0f} GiB free, ports free, state in {settings.state_dir}",
         )
-        # 2. Kafka.
-        if self._kafka is not None:
-            # Both take seconds and neither needs the other.
-            self._supervise().start(self._plans[KERNELS])
-            self._kafka.start()
-            where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
-        else:
-            where = f"yours at {settings.kafka.bootstrap_servers}"
-        # 3. Topics; with a cluster of the user's this is also the check that it answers.
-        topics = ensure_topics(settings, self._screen.say, local=self._kafka is not None)
-        if self._kafka is None:
-            self._supervise().start(self._plans[KERNELS])
-        self._step(2, "Kafka", where)
-        self._step(3, "topics", topics)
-        # 4. Salt.
-        self._step(4, "salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
-        # 5. All processes at once: each waits for what it needs, and imports and compilers take the longest.
-        self._start_processes()
-        # 6. to 8. come true one after another.
-        self._await_bootstrap()
-        self._await_version()
-        self._await_answer()
-        # 9. What to try.
-        self._running().settled = True
-        self._say_what_to_try()
+        self._step("salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
 
-    def _supervise(self) -> Supervisor:
-        self._supervisor = Supervisor.of(self._settings, self._screen.say, self._metrics, self._clock)
-        return self._supervisor
+    def _start(self, names: Iterable[str]) -> None:
+        """Starts those that do not run yet."""
+        supervisor = self._running()
+        for name in names:
+            if name not in supervisor.names():
+                supervisor.start(self._plans[name])
 
-    def _start_processes(self) -> None:
-        settings, supervisor = self._settings, self._running()
-        unwanted = {KERNELS, REBUILD}
-        if upgrading.is_bootstrapped(settings):
+    def _start_others(self, goes_on: bool) -> None:
+        settings, unwanted = self._settings, {KERNELS, REBUILD}
+        if goes_on:
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:
             unwanted.add(SHOPPERS)
         wanted = [name for name in self._plans if name not in unwanted]
-        for name in wanted:
-            if name not in KERNEL_USERS:
-                supervisor.start(self._plans[name])
-        self._wait(lambda: supervisor.done(KERNELS), "compiling kernels")
-        for name in wanted:
-            if name in KERNEL_USERS:
-                supervisor.start(self._plans[name])
+        if not goes_on:
+            self._start(name for name in wanted if name not in KERNEL_USERS)
+            self._wait(lambda: self._running().done(KERNELS), "compiling kernels")
+        self._start(wanted)
         clicks = (
             f"{settings.shoppers.rate:g} clicks a second of {settings.shoppers.users} shoppers"
             if self._shoppers
             else "no shoppers"
         )
-        self._step(5, "processes", f"{', '.join(wanted)} started; {clicks}; logs in {settings.logs_dir}")
+        self._step("processes", f"{', '.join(wanted)} started; {clicks}; logs in {settings.logs_dir}")
 
     def _await_bootstrap(self) -> None:
         supervisor = self._running()
         if BOOTSTRAP not in supervisor.names():
-            self._step(6, "bootstrap", "done by an earlier run")
+            self._step("bootstrap", "done by an earlier run")
             return
         rows = self._settings.bootstrap.min_rows
         self._wait(
             lambda: supervisor.done(BOOTSTRAP),
             f"waiting for {rows} clicks in {self._settings.kafka.clicks_topic} and their analysis",
         )
-        self._step(6, "bootstrap", "preprocessing constants found on the first clicks")
+        self._step("bootstrap", "preprocessing constants found on the first clicks")
 
-    def _await_version(self) -> None:
-        addresses = {TRAINER: scrape.urls(self._settings)[TRAINER]}
-        versions: list[float] = []
-
-        def published() -> bool:
-            version = scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version")
-            versions.append(version or 0.0)
-            return bool(version)
-
-        self._wait(published, "waiting for the trainer's first version")
-        self._step(7, "trainer", f"version {versions[-1]:.0f}")
-
-    def _await_answer(self) -> None:
-        url = scrape.serving_url(self._settings)
-        self._wait(lambda: scrape.fetch(f"{url}/readyz")[0] == 200, "waiting for serving to be ready")
-        self._wait(lambda: scrape.fetch(scrape.profile_url(self._settings))[0] == 200, "waiting for the first answer")
-        port = self._settings.serving.grpc_port
-        grpc = f", gRPC on port {port}" if port else ""
-        self._step(8, "serving", f"answers on {url}{grpc}, {self._clock() - self._begin:.1f} s after the start")
+    def _notice_answer(self) -> None:
+        """Says once that serving answers, and with which version."""
+        if self._answered or self._running().pid(WORKER) is None:
+            return
+        self._answered = signs.answered_version(self._settings)
+        if self._answered:
+            url, port = scrape.serving_url(self._settings), self._settings.serving.grpc_port
+            where = f"{url} with version {self._answered}{f', gRPC on port {port}' if port else ''}"
+            self._step("serving", f"answers on {where}, {self._clock() - self._begin:.1f} s after the start")
 
     def _say_what_to_try(self) -> None:
-        self._step(9, "running", "try, in another terminal:")
+        self._step("running", "try, in another terminal:")
         for line in hints.commands(self._settings, self._shoppers):
             self._screen.say(f"      {line}")
         self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
@@ -237,15 +235,17 @@ class Startup:
                     self._screen.live(live_line(figures), panel(figures, tries, settings.serving.workers))
             self._sleep(LOOK_S)
 
-    def _wait(self, done: Callable[[], bool], what: str) -> None:
-        """Watches the processes until `done`; says what it waits for when that takes long."""
+    def _wait(self, look: Callable[[], Found], what: str) -> Found:
+        """Watches the processes until `look` finds something, and returns it; says what it waits for when that takes long."""
         remind = self._clock() + REMIND_S
-        while not done():
+        while not (found := look()):
             self._look()
+            self._notice_answer()
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S
                 self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {what}; see {self._settings.logs_dir}")
             self._sleep(LOOK_S)
+        return found
 
     def _look(self) -> None:
         """Takes notice of stops and deaths.
@@ -286,13 +286,9 @@ class Startup:
             )
 
     def _running(self) -> Supervisor:
-        assert self._supervisor is not None, "processes were started in step 5"
+        assert self._supervisor is not None, "processes are started after the checks"
         return self._supervisor
 
-    def _step(self, number: int, name: str, text: str) -> None:
-        self._screen.say(f"{self._clock() - self._begin:7.1f} s  {number}/{STEPS}  {name:<10} {text}")
-
-
-def has_spec(registry_dir: Path) -> bool:
-    """Whether a bootstrap has left a feature spec in the registry."""
-    return any((registry_dir / layout.SPECS).glob("*/spec.json"))
+    def _step(self, name: str, text: str) -> None:
+        self._steps_done += 1
+        self._screen.say(f"{self._clock() - self._begin:7.1f} s  {self._steps_done}/{STEPS}  {name:<10} {text}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from deploy.startup.own_model import run
 from state import layout
@@ -76,3 +77,8 @@ def is_bootstrapped(settings: Settings) -> bool:
         return False
     spec = FeatureSpec.from_settings(settings).digest
     return Registry(settings.registry_dir).bootstrapped(spec, settings.model) is not None
+
+
+def has_spec(registry_dir: Path) -> bool:
+    """Whether a bootstrap has left a feature spec in the registry."""
+    return any((registry_dir / layout.SPECS).glob("*/spec.json"))

@@ -50,12 +50,12 @@ class Screen:
     """
 
     def __init__(
-        self, out: TextIO = sys.stdout, size: Callable[[], os.terminal_size] = shutil.get_terminal_size
+        self, out: TextIO | None = None, size: Callable[[], os.terminal_size] = shutil.get_terminal_size
     ) -> None:
-        self._out = out
+        self._out = sys.stdout if out is None else out
         self._size = size
         self._open = 0
-        self.terminal = out.isatty()
+        self.terminal = self._out.isatty()
 
     @property
     def every_s(self) -> float:

@@ -18,6 +18,7 @@ from state.metrics import StorageMetrics, SupervisorMetrics
 from state.storage.measuring import offer
 from state.storage.shares import KAFKA
 from tests.disks import small_disk
+from tests.e2e.running import until
 
 
 def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_path: Path) -> None:
@@ -25,8 +26,9 @@ def test_a_broker_that_cannot_start_waits_longer_and_is_there_once_it_can(tmp_pa
     settings = load(["--paths.state", str(tmp_path), "--kafka.port", str(port)], {})
     storage = offer(collected, settings, [KAFKA])
     kafka = LocalKafka(settings, lines.append, SupervisorMetrics(collected), lambda: now[0], storage)
-    kafka.start()
+    kafka.begin()
     try:
+        until(kafka.is_up, "Kafka is not up")
         pid = kafka._broker.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)

@@ -96,6 +96,31 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None
     assert again["features"]["purchase.count_7d"] == 8
 
 
+def test_a_second_start_answers_from_what_is_there_before_its_kafka_is_up(loop: Loop) -> None:
+    user = "one-who-comes-back-early"
+    before = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
+    until(lambda: leading(loop, user, "outdoors"), "serving's histories do not have the clicks")
+    loop.stop()
+    loop.begin()
+    kafka = until(lambda: loop.pid("kafka"), "Java is not started")
+    os.kill(kafka, signal.SIGSTOP)
+    try:
+        answer = until(lambda: loop.profile(user), "no answer without Kafka")
+        until(lambda: "  serving  " in loop.said_since_start(), "`up` does not say that serving answers")
+        assert answer["version"]["number"] >= before["version"]["number"]
+        assert answer["version"]["age_s"] > 0 and answer["at_ms"] >= before["at_ms"]
+        assert answer["features"]["purchase.count_7d"] == 7
+        assert loop.get("/readyz")[0] == 200
+        assert "  Kafka  " not in loop.said_since_start()
+        assert [loop.pid(part) for part in ("shoppers", "stream", "trainer")] == [None, None, None]
+    finally:
+        os.kill(kafka, signal.SIGCONT)
+    loop.wait_until_up()
+    assert leading(loop, user, "outdoors")
+    ends = loop.click([(user, "tent", "outdoors", "purchase")])
+    assert loop.answer_trained_on(user, ends)["version"]["number"] > answer["version"]["number"]
+
+
 def test_a_second_up_on_the_same_state_is_refused_and_hurts_nobody(loop: Loop) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "deploy.up", *loop.flags], cwd=ROOT, capture_output=True, text=True, timeout=60
