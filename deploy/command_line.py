@@ -138,19 +138,26 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
         "In seconds, and nothing is started or changed; up, bootstrap and train do the same before they start.",
     )
-    printing += [add("history", "List every change of control: who, when, what and why."), _config(add)]
+    printing += [_history(add), _config(add)]
     for one in printing:
         one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     return whole
 
 
 def _versions(add: Add) -> argparse.ArgumentParser:
-    versions = add("versions", "List the versions: age, log range, log loss, AUC, and which one serves.")
-    versions.add_argument(
+    return _lists(add("versions", "List the versions: age, log range, log loss, AUC, and which one serves."))
+
+
+def _history(add: Add) -> argparse.ArgumentParser:
+    return _lists(add("history", "List changes of control: who, when, what and why."))
+
+
+def _lists(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument(
         "--last", type=positive, default=20, metavar="N", help="how many of the newest to list (default 20)"
     )
-    versions.add_argument("--all", action="store_true", help="list all of them")
-    return versions
+    command.add_argument("--all", action="store_true", help="list all of them")
+    return command
 
 
 def _verbs(add: Add) -> list[argparse.ArgumentParser]:

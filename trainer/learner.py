@@ -62,7 +62,7 @@ class Learner:
         spec: Digest of the feature spec.
         about: What the bootstrap wrote about it.
         metrics: What is counted.
-        clock, elapsed: Wall clock in seconds, for times in manifests; monotonic seconds, for the pace of publishing.
+        clock, elapsed: Wall clock in seconds, for times in manifests; monotonic seconds, for the pace of publishing and how long recent versions stay.
         consent: The losses that the operator accepts.
         room: Where a version waits for room on the disk; None: one that has none ends the trainer.
     """
@@ -89,7 +89,7 @@ class Learner:
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
         paces = settings.trainer.publish_s, settings.registry.durable_s
-        self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room)
+        self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room, elapsed)
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *paces, clock, elapsed)
         self._catching_up = CatchingUp(registry, clock)
         self._log: LogReader | None = None

@@ -83,9 +83,10 @@ def verify(
     began_s = elapsed()
     # 1.
     target = registry.manifest(version)
-    controls = registry.controls()
-    base = origin_of(registry, controls, target, wanted_base)
-    segments = segments_of(registry, controls, base, target)
+    beginnings = registry.beginnings()
+    base = origin_of(registry, beginnings, target, wanted_base)
+    lasts = registry.last_of_epochs(target.epoch if base is None else base.epoch, target.epoch)
+    segments = segments_of(registry, lasts, base, target)
     found = Comparison(version, 0 if base is None else base.version, segments[0].first, target.log.next)
     total = sum(segment.next - segment.first for segment in segments)
     say(f"verify: {total} positions of the training log, from {found.origin} to version {version}")
@@ -104,7 +105,7 @@ def verify(
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
     where = f"{target.log.topic}:{target.log.partition}"
-    done = Replay(trainer, base, target.spec, target.salt, where, former_specs(controls), taken_out(registry, base))
+    done = Replay(trainer, base, target.spec, target.salt, where, former_specs(beginnings), taken_out(registry, base))
     if total or any(one.forget for one in segments):
         accepted = Journal(registry.path / layout.GAPS).accepted()
         opens = partial(open_at, open_log, target, found.origin)
@@ -116,7 +117,7 @@ def verify(
 
 
 def origin_of(
-    registry: Registry, controls: Sequence[Control], target: Manifest, wanted_base: int | None
+    registry: Registry, beginnings: Sequence[Control], target: Manifest, wanted_base: int | None
 ) -> Manifest | None:
     """The version to begin from, not before an upgrade: another model learned what is there. None to begin from nothing.
 
@@ -124,7 +125,7 @@ def origin_of(
         UnknownVersion: There is none, it is not kept, or does not lead to `target`.
     """
     base = base_of(registry, target, wanted_base)
-    if (upgraded := first_after(registry, controls, base, target)) is None:
+    if (upgraded := first_after(registry, beginnings, base, target)) is None:
         return base
     if wanted_base is not None:
         raise UnknownVersion(

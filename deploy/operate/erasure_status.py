@@ -50,19 +50,19 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     """Prints the erasures and what still holds something.
 
     Raises:
-        RegistryError: There is no control.
+        RegistryError: There is no control, or a generation of it is damaged.
     """
     control = current(registry)
     held = holdings(settings, registry, control, now_ms)
-    by = {one.erased.last: one for one in reversed(registry.controls()) if one.action == "erase"}
+    by = {one.id: registry.generation(one.generation) for one in control.erased}
     if output == "json":
-        told = [erasure_document(one, by.get(one.id)) for one in control.erased]
+        told = [erasure_document(one, by[one.id]) for one in control.erased]
         say(json.dumps({"erasures": told, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
         return
     if not control.erased:
         say("nobody was erased")
         return
-    listed = [erasure_document(one, by.get(one.id)) for one in control.erased]
+    listed = [erasure_document(one, by[one.id]) for one in control.erased]
     head = ["erasure", "at", "users", "by", "reason"]
     say(table([head, *([str(one["id"]), one["at"], str(one["users"]), one["actor"], one["reason"]] for one in listed)]))
     say("")
@@ -77,15 +77,15 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     say(NOT_OURS)
 
 
-def erasure_document(erasure: Erasure, by: Control | None) -> dict[str, Any]:
+def erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
     """An erasure as JSON values; users are counted, not listed."""
     return {
         "id": erasure.id,
         "generation": erasure.generation,
         "at": iso(erasure.at_ms),
         "users": len(erasure.users),
-        "actor": "?" if by is None else by.actor,
-        "reason": "?" if by is None else by.reason,
+        "actor": by.actor,
+        "reason": by.reason,
     }
 
 

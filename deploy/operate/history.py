@@ -20,17 +20,17 @@ PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
 
 
 def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists every control generation: who decided what, when and why, and what became of a rollback.
+    """Lists control generations: who decided what, when and why, and what became of a rollback.
 
     Raises:
         RegistryError: There is no registry.
     """
     registry = open_registry(settings)
-    controls = list(registry.controls())
-    outcomes = {
-        one.generation: outcome(registry, one, before)
-        for before, one in zip([None, *controls[:-1]], controls, strict=True)
-    }
+    # One more: what came of a generation is told from the one before it.
+    read = registry.controls(None if asked.all else asked.last + 1)
+    controls = read if asked.all else read[-asked.last :]
+    befores = [None, *read][-1 - len(controls) : -1]
+    outcomes = {one.generation: outcome(registry, one, before) for before, one in zip(befores, controls, strict=True)}
     if asked.output == "json":
         say(json.dumps([control_document(one) | outcomes[one.generation] for one in controls], indent=2))
         return
@@ -53,6 +53,8 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     for one in controls:
         if found := outcomes[one.generation]:
             say(f"generation {one.generation}: {compared(found['outcome'])}")
+    if controls and (older := controls[0].generation - 1):
+        say(f"{older:,} older {'one is' if older == 1 else 'ones are'} kept too; --all lists them")
 
 
 def outcome(registry: Registry, control: Control, before: Control | None) -> dict[str, Any]:

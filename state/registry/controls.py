@@ -51,13 +51,17 @@ class Controls(Directory):
             self._control = self._read_control(self._control.generation + 1)
         return self._control
 
-    def controls(self) -> list[Control]:
-        """All generations in order: the audit log.
+    def controls(self, last: int | None = None) -> list[Control]:
+        """The generations in order: the audit log.
+
+        Args:
+            last: How many of the newest; None for all, of which a system that is years old has many.
 
         Raises:
             CorruptVersion: A file fails its digest.
         """
-        return [self._read_control(number) for number in self._generations()]
+        numbers = self._generations()
+        return [self._read_control(number) for number in (numbers if last is None else numbers[-last:])]
 
     def beginning_of(self, epoch: int) -> Control | None:
         """The generation that began `epoch`; None where there is no such epoch.
@@ -213,8 +217,9 @@ class Controls(Directory):
     def _generations(self) -> list[int]:
         # Not by glob, which takes a directory that it may not read for an empty one.
         with usable("be listed"):
-            paths = list((self.path / layout.CONTROL).iterdir())
-        return sorted(int(path.stem) for path in paths if path.suffix == ".json" and path.stem.isdecimal())
+            names = [path.name for path in (self.path / layout.CONTROL).iterdir()]
+        stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
 
     def _is_there(self, generation: int) -> bool:
         with usable("be read"):

@@ -106,25 +106,25 @@ def is_accepted(registry: Registry, control: Control, settings: Settings, spec: 
     return all(began.plan.get(name) == value for name, value in going_on_to(settings, spec).items())
 
 
-def former_specs(controls: Iterable[Control]) -> frozenset[str]:
+def former_specs(beginnings: Iterable[Control]) -> frozenset[str]:
     """The digests of all feature specs that upgrades went from and to.
 
     Args:
-        controls: Those that began epochs, at least: an upgrade begins one.
+        beginnings: The generations that began epochs, at least: an upgrade begins one.
     """
-    plans = [one.plan for one in controls if one.action == "upgrade" and one.plan is not None]
+    plans = [one.plan for one in beginnings if one.action == "upgrade" and one.plan is not None]
     return frozenset(str(spec) for plan in plans for spec in (plan.get("spec"), plan.get("was")) if spec)
 
 
 def first_after(
-    registry: Registry, controls: Sequence[Control], base: Manifest | None, target: Manifest
+    registry: Registry, beginnings: Sequence[Control], base: Manifest | None, target: Manifest
 ) -> Manifest | None:
     """The oldest version kept on the line of `target` behind the last upgrade after `base`; None where there is no upgrade.
 
     Raises:
         UnknownVersion: A version that an epoch began from is not kept any more.
     """
-    began = {one.epoch: one for one in reversed(controls)}
+    began = {one.epoch: one for one in beginnings}
     epoch = target.epoch
     while (base is None or epoch > base.epoch) and epoch in began:
         one = began[epoch]

@@ -82,8 +82,12 @@ def learner(
     room: Room | None = None,
     spec: FeatureSpec = SPEC,
 ) -> Learner:
-    """A learner in control's epoch; it publishes at every look, a durable version, unless flags say otherwise."""
-    settings = small_settings("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01", *flags)
+    """A learner in control's epoch; it publishes at every look, a durable version, unless flags say otherwise.
+
+    Each look at its clock is a second later than the one before.
+    """
+    pace = ("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01", "--registry.recent_s", "3600")
+    settings = small_settings(*pace, *flags)
     ticks = iter(range(10**9))
     made = Learner(
         settings,

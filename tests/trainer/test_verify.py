@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from trainer import compactor, verify
 from trainer.comparison import Comparison
 from trainer.versions import checkpoint, content
 
+PINS: dict[str, Any] = {"actor": "ann", "reason": "to and fro", "now_ms": 6}
 RECORDS = [microbatch(number) for number in range(20)]
 
 
@@ -82,6 +84,10 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
     run_to_end(running)
     running.close()
     newest = registry.newest(2) or 0
+    # Of control only where epochs begin and end is read: years of pins cost nothing.
+    for at in range(6):
+        registry.change(lambda one, at=at: pin(one, to, **PINS) if at % 2 == 0 else follow(one, **PINS))
+    registry._control_path(6).write_text("nobody reads it")
     before = names(registry)
 
     for version, base, first in ((1, 0, 0), (to, 1, 0), (late, to, None), (newest, to, None)):

@@ -48,12 +48,8 @@ class CarriedTable:
         >>> str(CarriedTable("user", 1200, 32, 32)), str(CarriedTable("user", 1200, 32, 16))
         ('user: 1,200 rows of width 32', 'user: 1,200 rows of width 32, the width is now 16')
         """
-        if self.was is None:
-            return f"{self.name}: the version has none"
-        said = f"{self.name}: {self.rows:,} rows of width {self.was}"
-        if self.goes_on:
-            return said
-        return f"{said}, the width is now {self.now}" if self.now is not None else f"{said}, no longer read"
+        rows = None if self.was is None else f"{self.rows:,} rows of width {self.was}"
+        return fate(self.name, rows, "width", None if self.now is None else str(self.now), self.goes_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +77,8 @@ class CarriedWeight:
         >>> str(CarriedWeight("query.bias", None, (8,))), str(CarriedWeight("query.bias", (8,), (4,)))
         ('query.bias: the version has none', 'query.bias: 8, the shape is now 4')
         """
-        if self.was is None:
-            return f"{self.name}: the version has none"
-        said = f"{self.name}: {shown(self.was)}"
-        if self.goes_on:
-            return said
-        return f"{said}, the shape is now {shown(self.now)}" if self.now is not None else f"{said}, no longer there"
+        was, now = (None if shape is None else shown(shape) for shape in (self.was, self.now))
+        return fate(self.name, was, "shape", now, self.goes_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +139,25 @@ class Carrying:
             "weights": sum(one.goes_on for one in self.weights),
             "anew": [str(one) for one in self.anew],
         }
+
+
+def fate(name: str, was: str | None, measure: str, now: str | None, goes_on: bool) -> str:
+    """What becomes of a table or a weight.
+
+    Args:
+        name: Its name.
+        was: What the version has of it; None for nothing.
+        measure: What must stay as it is for it to go on.
+        now: That of the model; None where the model has none.
+        goes_on: Whether it goes on.
+
+    >>> fate("item", "7 rows of width 32", "width", None, goes_on=False)
+    'item: 7 rows of width 32, no longer read'
+    """
+    if was is None:
+        return f"{name}: the version has none"
+    change = "no longer read" if now is None else f"the {measure} is now {now}"
+    return f"{name}: {was}" if goes_on else f"{name}: {was}, {change}"
 
 
 def shown(shape: tuple[int, ...]) -> str:

@@ -213,8 +213,6 @@ class Chain:
             self.clock.now_s,
             self.clock.now_s,
         )
-        # Its publisher has a clock of its own, by which a year is over in no time: of the recent versions the newest stays.
-        learner._publisher._recent_s = 0.0
         control = self.registry.control()
         assert control is not None
         learner.enter(control)

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port
-from state.errors import UnfitMask, UnknownVersion
+from state.errors import CorruptVersion, UnfitMask, UnknownVersion
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from tests.deploy.operating import Operator
@@ -46,6 +46,21 @@ def test_history_tells_who_did_what_and_why(operator: Operator) -> None:
     assert "not caught up yet" in text
     document = json.loads(operator("history", "-o", "json"))
     assert [one["action"] for one in document] == ["start", "rollback"]
+
+
+def test_history_reads_no_older_generations_than_it_lists(operator: Operator) -> None:
+    operator("rollback", "--skip-time", "8m..now", "--reason", "poisoned feed")
+    operator("pin", "1", "--reason", "later")
+    (first, *_) = sorted((operator.registry.path / "control").glob("*.json"))
+    kept = first.read_bytes()
+    first.write_text("damaged")
+    text = operator("history", "--last", "1")
+    assert "later" in text and "poisoned feed" not in text
+    assert "2 older ones are kept too" in text
+    with pytest.raises(CorruptVersion, match=first.name):
+        operator("history", "--all")
+    first.write_bytes(kept)
+    assert "outcome" in json.loads(operator("history", "--last", "2", "-o", "json"))[0]
 
 
 @pytest.mark.parametrize(("verb", "back"), [("hold", "release"), ("pause", "resume")])

@@ -135,7 +135,7 @@ def turn_back(terminal: Terminal, section: Section, user: str) -> str:
     assert labels(answer)[0] == HONEST
     assert POISON not in labels(answer)
     assert answer["features"]["purchase.count_1h"] == 5
-    happened = terminal.type("springtide history").splitlines()[-1]
+    happened = re.findall(r"^generation \d+: .*$", terminal.type("springtide history"), re.MULTILINE)[-1]
     assert re.search(r"answers after .* caught up after .* rows read again", happened)
     print(f"{section.title}: {said}\nthe command took {answered_s:.2f} s, answers followed after {followed_s:.1f} s")
     print(happened)

@@ -203,6 +203,7 @@ def test_proposals_are_exclusive(registry: Registry) -> None:
         registry.propose(other)
     assert registry.propose(mine) == mine, "again, as after a crash"
     assert registry.controls() == [control, mine]
+    assert registry.controls(last=1) == [mine]
 
 
 def test_a_change_is_repeated_on_the_newest_generation(registry: Registry) -> None:

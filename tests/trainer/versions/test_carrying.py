@@ -192,7 +192,7 @@ def test_plan_is_told_in_words() -> None:
         "begins anew:",
         "  table user: 3 rows of width 4, the width is now 8",
         "  weight new: the version has none",
-        "  weight gone: 5, no longer there",
+        "  weight gone: 5, no longer read",
         "  the guard's running loss, with the weights",
     ]
     assert found.wanting(("user",)) == found.anew[1:]
