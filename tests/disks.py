@@ -68,6 +68,14 @@ def forget_rows(under: Path) -> None:
 
 
 @contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """A directory whose syncs cost nothing, where there is one: for tests that make hundreds of stores, and pull no plug."""
+    memory = place.MEMORY if place.MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="tests-of-springtide-", dir=memory) as folder:
+        yield Path(folder)
+
+
+@contextmanager
 def open_folder() -> Iterator[Path]:
     """A directory that other users may enter, which pytest's are not."""
     path = Path(tempfile.mkdtemp(prefix="springtide-"))

@@ -8,21 +8,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploy.operate import log_view
+from deploy.operate.attributes_left import first_left
 from deploy.operate.commands import Say, current
 from deploy.operate.times import iso
 from deploy.operate.versions import table
 from state import layout
 from state.config.settings import Settings
-from state.errors import LogError
+from state.errors import LogError, MissingSalt
+from state.events.identity import load_salt
 from state.features.erased import Erasure
 from state.history.forgetting import PAGES_MS
-from state.log import topic_plan
+from state.log import Log, topic_plan
 from state.registry.control import Control
 from state.registry.erasing import ErasureReport, reports
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 
 COMPACTOR = "compactor"
+TAKEN_UP_MS = 5_000
+"""So long after an erasure a stream that was busy may still write rows of before it."""
 NOT_OURS = (
     "copies that backups and you made are yours to remove, `bootstrap --examples` among them; what shared weights and counts "
     "learned of erased users stays in them"
@@ -173,9 +177,12 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
             clicks = {partition: begin for partition, (begin, _) in topics.ends(kafka.clicks_topic).items()}
             begin = topics.ends(kafka.microbatches_topic)[settings.trainer.partition][0]
             after = {
-                one.id: topics.offset_before(kafka.microbatches_topic, one.at_ms)[settings.trainer.partition]
+                one.id: topics.offset_before(kafka.microbatches_topic, one.at_ms + TAKEN_UP_MS)[
+                    settings.trainer.partition
+                ]
                 for one in control.erased
             }
+        attributes = _first_attributes(settings, log, control)
     except (LogError, KeyError) as error:
         return [Holding("Kafka", 1, "clicks, training log, attributes", f"it answers: {error}")]
     left = [one for one in control.erased if _has_clicks(one, word, clicks)]
@@ -187,13 +194,27 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
     if left:
         until = _gone_by(left[-1], topic_plan.microbatches(settings).config)
         found.append(Holding(f"topic {kafka.microbatches_topic}", left[0].id, "rows, which nobody learns again", until))
-    if settings.attributes.user_topic:
-        holds, until = (
-            "the plain ids, with tombstones",
-            "Kafka compacts the topic, by its segment.ms and delete.retention.ms",
-        )
-        found.append(Holding(f"topic {settings.attributes.user_topic}", 1, holds, until))
+    if attributes is not None:
+        until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
+        holds = "the plain ids, with tombstones"
+        found.append(Holding(f"topic {settings.attributes.user_topic}", attributes, holds, until))
     return found
+
+
+def _first_attributes(settings: Settings, log: Log, control: Control) -> int | None:
+    """The first erasure whose users the topic of attributes names; None where it names none, or there is no such topic.
+
+    Raises:
+        LogError: It cannot be read.
+    """
+    topic = settings.attributes.user_topic
+    if not topic:
+        return None
+    try:
+        return first_left(log, topic, load_salt(settings.salt_path, create=False), control.erased)
+    except MissingSalt:
+        # Nobody can tell whose they are.
+        return 1
 
 
 def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:

@@ -91,6 +91,26 @@ def test_attributes_are_taken_out_first_in_every_partition_and_again_after_a_kil
         found = {batch.partition: list(zip(batch.keys, batch.values, strict=True)) for batch in reader.poll(0.0)}
     assert found == {partition: [(PLAIN.encode(), None)] * 2 for partition in (0, 1)}
     assert "plain ids" in erasing("erase", "--status", *ATTRIBUTES)
+    # Others' attributes, and what the user has sent since then, are nothing of the erased one.
+    with log.writer() as writer:
+        writer.send("users", 0, b"bob", b"{}")
+        writer.send("users", 1, PLAIN.encode(), b"{}", (), control_at(erasing) + 1)
+        writer.flush()
+    log.topics().delete_before("users", {0: 2})
+    assert "plain ids" in erasing("erase", "--status", *ATTRIBUTES)
+    log.topics().delete_before("users", {1: 2})
+    assert "plain ids" not in erasing("erase", "--status", *ATTRIBUTES)
+    assert "nothing holds anything of them any more" not in erasing("erase", "--status", *ATTRIBUTES), "versions do"
+    with log.writer() as writer:
+        writer.send("users", 1, PLAIN.encode(), b"{}", (), control_at(erasing) - 1)
+        writer.flush()
+    assert "plain ids" in erasing("erase", "--status", *ATTRIBUTES), "of before the erasure"
+
+
+def control_at(operator: Operator) -> int:
+    control = operator.registry.control()
+    assert control is not None
+    return control.erased.entries[-1].at_ms
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from state.process import killpoints
 from state.registry.control import Control, follow, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest, sees
 from state.registry.registry import SERVING, Registry
+from tests.disks import folder_in_memory
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 SOURCE = Source("ab" * 16, 1)
@@ -168,8 +168,8 @@ def test_a_base_stays_readable_as_its_version_when_the_delta_is_removed(registry
 @given(st.lists(st.one_of(st.just(0), st.integers(1, 30)), min_size=1, max_size=30))
 def test_visible_intervals_are_the_ancestors_after_any_rollbacks(plan: list[int]) -> None:
     """0 publishes the next version; another number rolls back to one of those there are."""
-    with tempfile.TemporaryDirectory() as folder:
-        registry = Registry(Path(folder))
+    with folder_in_memory() as folder:
+        registry = Registry(folder)
         control = registry.propose(start(**WHO))
         parents: dict[int, int | None] = {}
         head: int | None = None

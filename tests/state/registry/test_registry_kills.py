@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from state.process import killpoints
 from state.registry.control import Control, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
+from tests.disks import folder_in_memory
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 PUBLISH = ("publish.file", "publish.written", "publish.checked", "publish.renamed", "publish.synced")
@@ -87,8 +87,7 @@ def files(number: int) -> dict[str, bytes]:
 @settings(max_examples=25, deadline=None)
 @given(plan=st.lists(steps, min_size=1, max_size=12))
 def test_a_version_is_whole_or_absent_and_never_changes(plan: list[tuple[str, str, int]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
+    with folder_in_memory() as path:
         registry = Registry(path)
         registry.propose(start(**WHO))
         seen: dict[tuple[str, int], Manifest] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from state.positions import Source
 from state.registry.manifest import Kind, LogRange, Manifest
 from state.rows.served import Served
 from state.rows.store import RowStore
+from tests.disks import folder_in_memory
 
 DIM = 4
 IDS = 6
@@ -49,8 +49,8 @@ def tensors(put: Mapping[tuple[str, int], float], removed: frozenset[tuple[str, 
 
 @contextmanager
 def store_in_temporary_folder() -> Iterator[RowStore]:
-    with tempfile.TemporaryDirectory() as folder:
-        store = RowStore(Path(folder) / "rows", 1 << 26)
+    with folder_in_memory() as folder:
+        store = RowStore(folder / "rows", 1 << 26)
         yield store
         store.close()
 
