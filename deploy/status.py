@@ -20,7 +20,7 @@ from deploy.operate import horizon
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
-from deploy.watch import accounts, rows_place, scrape, storage
+from deploy.watch import accounts, scrape, storage, stores_place
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.live import Screen, live_line
@@ -152,7 +152,9 @@ def as_table(state: Mapping[str, Any]) -> str:
     if kept := state.get("storage"):
         rows += _part("storage", *storage.as_text(kept))
     if stored := state.get("rows"):
-        rows += _part("rows", *rows_place.as_text(stored))
+        rows += _part("rows", *stores_place.as_text(stored))
+    for stored in state.get("histories") or []:
+        rows += _part("histories", *stores_place.as_text(stored))
     if accounting := state.get("accounting"):
         balanced = accounting["balanced"]
         word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
@@ -200,7 +202,8 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         "registry": registry,
         "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
         "storage": storage.look(settings),
-        "rows": rows_place.look(settings),
+        "rows": stores_place.look(settings),
+        "histories": stores_place.look_at_histories(settings),
         "accounting": account,
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),

@@ -16,13 +16,15 @@
     │   └── trainer.lock, compactor.lock
     ├── stream-<shard>/          lock, writer (the transactional id)   streaming/fencing.py
     │   ├── leaders.json                                          streaming/leaders.py
-    │   ├── histories/           the stream's store               state/history/store.py
+    │   ├── histories            the stream's store, or while it runs a link to it, in memory
+    │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
+    │   ├── histories.link, .saving   on their way into and out of memory
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
     │   └── attributes/                                           state/attributes/store.py
     ├── serving/                 lock of the applier
-    │   ├── rows                 a link to the rows, in memory    state/rows/place.py, store.py
+    │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
     │   ├── rows.disk/           or, where memory has no room, here
-    │   ├── histories/ attributes/
+    │   ├── histories attributes/   as the stream's
     │   └── programs/            those of applied versions
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
@@ -33,6 +35,7 @@ A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 LOCK = "lock"
@@ -66,7 +69,8 @@ def stream(state: Path, shard: int) -> Path:
 
 def streams(state: Path) -> list[Path]:
     """The histories of every shard that ever ran under `state`, by name."""
-    return sorted(state.glob(f"{_STREAM}*/{HISTORIES}"))
+    # One that a power cut took out of memory is a link that leads nowhere.
+    return sorted(one / HISTORIES for one in state.glob(f"{_STREAM}*") if os.path.lexists(one / HISTORIES))
 
 
 def has_users(state: Path, registry: Path) -> bool:

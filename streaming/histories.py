@@ -11,13 +11,13 @@ from state.disk.lock import DirectoryLock
 from state.errors import SaltMismatch, SpecMismatch
 from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
+from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.layout import HISTORIES
 from state.registry.model_fit import require_same_features
 from state.registry.spec_actions import SpecActions
-from state.storage.shares import STREAM, map_bytes
+from state.storage.shares import STREAM
 from streaming import takeover
 from streaming.fencing import note_first_release
 
@@ -32,7 +32,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
     1. The directory's lock, so that nobody else has the store.
     2. The salt, which is made at the first start.
     3. A complete rebuild takes its place, if one was cut short.
-    4. The store, which must be of this salt. Its events know no feature spec: windows of another one are computed out of
+    4. The store, in memory where there is room, which must be of this salt. Its events know no feature spec: windows of another one are computed out of
        them, once what was learned goes on with it.
 
     Args:
@@ -61,8 +61,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
             logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
         note_first_release(folder, settings.stream.shard)
         # 4.
-        place = folder / HISTORIES
-        store = HistoryStore(place, spec.history, map_bytes(settings, STREAM, HISTORIES, place))
+        store = opening.open_histories(settings, STREAM, folder)
         try:
             check_identity(store, spec, salt.fingerprint, SpecActions(settings.registry_dir, spec))
             yield store, salt

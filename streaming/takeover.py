@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from state.disk import files as durable
+from state.disk.memory_store import bring_back
 from state.layout import HISTORIES
 from state.process import killpoints
 
@@ -44,7 +45,7 @@ def promise(folder: Path) -> None:
 def finish(folder: Path) -> Path | None:
     """Takes a complete store into use, if there is one.
 
-    1. The old store is set aside under a name that nothing opens.
+    1. The old store, out of memory if it lies there, is set aside under a name that nothing opens.
     2. The new one gets its place.
 
     Returns:
@@ -55,6 +56,7 @@ def finish(folder: Path) -> Path | None:
         return None
     aside = None
     # 1.
+    bring_back(place)
     if place.exists():
         aside = next(path for number in itertools.count(1) if not (path := folder / f"{BAD}{number}").exists())
         place.rename(aside)

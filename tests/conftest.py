@@ -12,7 +12,7 @@ from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 from state.config.sections import Kafka
-from tests.disks import forget_rows
+from tests.disks import forget_memory
 from tests.one_kafka import OneKafka, Running, ask
 
 KafkaFactory = Callable[..., Kafka]
@@ -57,7 +57,7 @@ def pytest_configure_node(node: WorkerController) -> None:
 def rows_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Leaves no rows in memory of serving directories that tests made."""
     yield
-    forget_rows(tmp_path_factory.getbasetemp())
+    forget_memory(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from state.rows import place
+from state.disk import memory_place as place
 
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534
@@ -59,9 +59,9 @@ def small_disk(path: Path, size: str) -> Iterator[Disk]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def forget_rows(under: Path) -> None:
-    """Removes the rows in memory of all serving directories below `under`; nobody uses them."""
-    for folder in place.MEMORY.glob(f"{place.NAME}*"):
+def forget_memory(under: Path) -> None:
+    """Removes the stores in memory of all links below `under`; nobody uses them."""
+    for folder in Path(place.MEMORY).glob(f"{place.NAME}*"):
         with suppress(OSError):
             if Path((folder / place.LINK).read_text()).is_relative_to(under):
                 shutil.rmtree(folder)

@@ -43,10 +43,10 @@ from state.errors import (
 )
 from state.events.identity import fingerprint_at
 from state.features.spec import FeatureSpec
+from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
-from state.history.store import HistoryStore
-from state.layout import ATTRIBUTES, GAPS, HISTORIES
+from state.layout import ATTRIBUTES, GAPS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
@@ -55,7 +55,7 @@ from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
 from state.registry.spec_actions import SpecActions
 from state.storage.measuring import offer
-from state.storage.shares import SERVING, map_bytes
+from state.storage.shares import SERVING
 from state.storage.waiting import Room, is_full
 
 SAMPLE_S = 0.1
@@ -115,9 +115,7 @@ class Applier:
         folder = settings.serving_dir
         self._rows = HostRows(settings, self.metrics, now_ms)
         # Kafka still has the micro-batches, and the registry the versions.
-        place = folder / HISTORIES
-        most = map_bytes(settings, SERVING, HISTORIES, place)
-        self._histories = HistoryStore.open_anew(place, settings.features.history, most)
+        self._histories = opening.open_anew(settings, SERVING, folder)
         wanted = tables_of(settings.attributes)
         self._attributes = (
             AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None

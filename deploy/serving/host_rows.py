@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from deploy.serving.following import VersionFollower
 from state.config.settings import Settings
+from state.disk import memory_place as place
+from state.disk.memory_place import Place
 from state.errors import StoreError, StoreFull
 from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.ranking.configured import crosses_of
 from state.registry.registry import Registry
-from state.rows import place
-from state.rows.place import Place
 from state.rows.store import RowStore
 from state.storage.shares import SERVING, map_bytes
 
@@ -55,10 +55,11 @@ class HostRows:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._metrics, self._now_ms, self._clock_s = settings, metrics, now_ms, clock_s
-        for gone in place.remove_forgotten():
-            _log.info("%s is removed: its state directory is gone, or has its rows elsewhere", gone)
-        found = place.choose(settings.serving_dir, settings.serving.rows_dir)
-        place.settle(settings.serving_dir, found)
+        self._link, memory = settings.serving_dir / ROWS, settings.storage.memory_dir
+        for gone in place.remove_forgotten(memory):
+            _log.info("%s is removed: its state directory is gone, or has its store elsewhere", gone)
+        found = place.choose(self._link, settings.serving.rows_dir, memory)
+        place.settle(self._link, found)
         if found.why:
             _log.warning("the rows lie on the disk, %s: %s. Each version is written there", found.path, found.why)
         self._rows = self._open(found)
@@ -88,7 +89,7 @@ class HostRows:
                 self._rows.versions.sweep()
             if not self._stays_full():
                 raise
-            found = place.on_disk(self._settings.serving_dir, f"memory is full: {error.what}")
+            found = place.on_disk(self._link, f"memory is full: {error.what}")
             _log.warning("the rows move to the disk, %s: %s. Answers go on meanwhile", found.path, found.why)
             self._moving = self._open(found)
             return True
@@ -122,7 +123,7 @@ class HostRows:
         more = to.versions.step()
         if more or to.versions.served is None:
             return more
-        place.settle(self._settings.serving_dir, to.place, anew=False)
+        place.settle(self._link, to.place, anew=False)
         before, self._rows, self._moving, self._full_since_s = self._rows, to, None, None
         # Its directory is gone.
         with suppress(StoreError):

@@ -422,7 +422,7 @@ class ServingSettings:
     )
     rows_dir: str = setting(
         "",
-        help="Directory for the rows that answers read, best in memory; empty: /dev/shm where it has room, else the disk.",
+        help="Directory for the rows that answers read, whatever room it has, best in memory; empty: as `storage.memory_dir` says.",
     )
     map_gb: int = setting(
         16,
@@ -462,6 +462,11 @@ class StorageSettings:
         most=1_000_000.0,
         help="Disk space for all together: local Kafka 40 %, registry 25 %, stream's stores 15 %, serving's stores 15 %, "
         "logs 5 %. Each part keeps to its share; the oldest goes first.",
+    )
+    memory_dir: str = setting(
+        "/dev/shm",
+        help="Directory in memory for what changes all over all the time: histories, saved on the disk at a clean stop, and "
+        "serving's rows. Where it has too little room they lie on the disk; empty: always.",
     )
 
 

@@ -17,8 +17,8 @@ import lmdb
 import numpy as np
 
 from state.disk.clean_mark import CleanMark
-from state.disk.compact_store import CompactStore
 from state.disk.lmdb_values import keys_with, pages_bytes, put_all
+from state.disk.memory_store import MemoryStore
 from state.errors import CorruptStore
 from state.features.spec import EVENT, Events
 from state.history import ageing, chunks
@@ -33,7 +33,7 @@ from state.history.since import Since
 from state.positions import Range, Source
 
 
-class HistoryStore(CompactStore):
+class HistoryStore(MemoryStore):
     """The histories of one process. One thread commits; any thread of any process may read.
 
     Args:
@@ -85,12 +85,12 @@ class HistoryStore(CompactStore):
 
     def read(self, user: int) -> Events:
         """Gives `[m <= N]` EVENT of `user` in append order: one consistent moment; empty where unknown."""
-        with self._env.begin(db=self._chunks) as transaction:
+        with self._opened.begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[0]
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """Gives the histories of several users as of one moment."""
-        with self._env.begin(db=self._chunks) as transaction:
+        with self._opened.begin("chunks") as transaction:
             cursor = transaction.cursor()
             return [self._read(cursor, prefix_of(user))[0] for user in users]
 
@@ -106,12 +106,12 @@ class HistoryStore(CompactStore):
 
     def total(self, user: int) -> int:
         """How many events `user` ever had since it last was unknown."""
-        with self._env.begin(db=self._chunks) as transaction:
+        with self._opened.begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[1]
 
     def users(self) -> int:
         """How many users have a history."""
-        with self._env.begin(db=self._meta) as transaction:
+        with self._opened.begin("meta") as transaction:
             return int(transaction.get(b"users") or 0)
 
     def counts(self) -> dict[Source, Counts]:
@@ -121,15 +121,17 @@ class HistoryStore(CompactStore):
     def cut(self) -> tuple[dict[Source, Counts], int]:
         """The counts, and how many rows wait, as of one moment."""
         found = {}
-        with self._env.begin(db=self._meta) as transaction:
-            waiting = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
+        opened = self._opened
+        with opened.begin("meta") as transaction:
+            waiting = opened.databases.get("waiting")
+            waits = 0 if waiting is None else int(transaction.stat(waiting)["entries"])
             cursor = transaction.cursor()
             if cursor.set_range(b"p:"):
                 for key, value in cursor:
                     if not key.startswith(b"p:"):
                         break
                     found[Source.parse(bytes(key[2:]).decode())] = json.loads(bytes(value))
-        return found, waiting
+        return found, waits
 
     def positions(self) -> dict[Source, int]:
         """The next offset of each source."""
@@ -142,12 +144,12 @@ class HistoryStore(CompactStore):
 
     def extra(self, name: str) -> bytes | None:
         """What the last commit with extra `name` stored."""
-        with self._env.begin(db=self._meta) as transaction:
+        with self._opened.begin("meta") as transaction:
             return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
 
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
-        with self._env.begin(db=self._meta) as transaction:
+        with self._opened.begin("meta") as transaction:
             found = keys_with(transaction.cursor(), f"x:{prefix}".encode(), f"x:{start or prefix}".encode(), limit)
         return [(key[2:].decode(), value) for key, value in found]
 
@@ -158,13 +160,13 @@ class HistoryStore(CompactStore):
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
         """The rows that wait, in the order of their keys, as of one moment."""
         if self._waiting is not None:
-            with self._env.begin(db=self._waiting) as transaction:
+            with self._opened.begin("waiting") as transaction:
                 for key, value in transaction.cursor():
                     yield bytes(key), bytes(value)
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The rows that wait under `keys`; None for one that does not."""
-        with self._env.begin(db=self._waiting) as transaction:
+        with self._opened.begin("waiting") as transaction:
             return [None if (value := transaction.get(key)) is None else bytes(value) for key in keys]
 
     def commit(
@@ -224,13 +226,14 @@ class HistoryStore(CompactStore):
 
     def ends(self, start: int, limit: int) -> Ends:
         """The newest and the oldest event of up to `limit` users, from user `start` on, as of one moment."""
-        with self._env.begin(db=self._chunks) as transaction:
+        with self._opened.begin("chunks") as transaction:
             return ageing.ends(transaction.cursor(), start, limit)
 
     def chunk_bytes(self) -> tuple[int, int]:
         """The size of the pages that hold events, and of those that hold all else; pages that are free again left out."""
-        with self._env.begin() as transaction:
-            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in self._databases.items()}
+        opened = self._opened
+        with opened.env.begin() as transaction:
+            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in opened.databases.items()}
         return sizes["chunks"], sum(sizes.values()) - sizes["chunks"]
 
     def sweep(self, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int] = ()) -> Removed:
@@ -247,13 +250,13 @@ class HistoryStore(CompactStore):
 
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""
-        with self._env.begin(db=self._chunks) as transaction:
+        with self._opened.begin("chunks") as transaction:
             reader = transaction.cursor()
             return chunks.digest((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
 
     def users_below(self, events: int) -> int:
         """How many users had fewer than `events` events in all, since they were unknown."""
-        with self._env.begin(db=self._chunks) as transaction:
+        with self._opened.begin("chunks") as transaction:
             return sum(chunks.total_of(theirs) < events for _, theirs in by_user(transaction.cursor()))
 
     def copy_to(self, path: Path) -> None:

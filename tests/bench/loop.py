@@ -26,7 +26,7 @@ from state.log import Topics, Writer, partition_of
 from state.registry import control
 from state.registry.registry import Registry
 from tests.bench.report import Figure, Stages, report
-from tests.disks import forget_rows
+from tests.disks import forget_memory
 from tests.e2e.running import MODULES, Loop, until
 from tests.written import Written
 
@@ -51,7 +51,7 @@ def loop_at(directory: Path, rate: float) -> Iterator[Loop]:
     finally:
         if loop.process is not None:
             loop.stop()
-        forget_rows(directory)
+        forget_memory(directory)
 
 
 def parts(loop: Loop) -> dict[str, psutil.Process]:

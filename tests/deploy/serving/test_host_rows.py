@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.host_rows import FULL_S, HostRows
-from deploy.watch import rows_place
+from deploy.watch import stores_place
 from state.config.settings import Settings
+from state.disk import memory_place as place
 from state.errors import StoreFull
 from state.layout import ROWS, ROWS_DISK
 from state.metrics import ApplierMetrics
 from state.registry.registry import Registry
-from state.rows import place
 from state.rows.store import RowStore
 from tests.deploy.serving.test_following import Clock, World
 from tests.disks import Disk, small_disk
@@ -41,7 +40,7 @@ class Seconds:
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     """Memory with room for some versions."""
     with small_disk(tmp_path / "memory", "8m") as disk:
-        monkeypatch.setattr(place, "choose", partial(place.choose, memory=disk.path, least_bytes=MIB))
+        monkeypatch.setattr(place, "LEAST_BYTES", MIB)
         yield disk
 
 
@@ -60,6 +59,7 @@ def opened(
         settings,
         paths=replace(settings.paths, state=str(tmp_path / "state")),
         serving=replace(settings.serving, rows_dir=rows_dir),
+        storage=replace(settings.storage, memory_dir=str(tmp_path / "memory")),
     )
     collected = CollectorRegistry()
     return HostRows(settings, ApplierMetrics(collected), Clock(), clock), settings, collected
@@ -98,7 +98,7 @@ def test_rows_wait_while_there_is_no_room_where_the_setting_wants_them(
     followed(rows)
     assert rows.versions.served.version == second
     rows.close()
-    assert place.current(settings.serving_dir) is not None
+    assert place.current(settings.serving_dir / ROWS) is not None
 
 
 def test_rows_that_memory_has_no_room_for_move_to_the_disk_while_answers_go_on(
@@ -108,7 +108,7 @@ def test_rows_that_memory_has_no_room_for_move_to_the_disk_while_answers_go_on(
     rows, settings, collected = opened(tmp_path, clock := Seconds())
     first = world.publish({1: 1.0}).version
     followed(rows)
-    in_memory = place.current(settings.serving_dir)
+    in_memory = place.current(settings.serving_dir / ROWS)
     assert in_memory is not None and in_memory.path.is_relative_to(memory.path)
     memory.fill()
     second = world.publish(MANY).version
@@ -118,7 +118,7 @@ def test_rows_that_memory_has_no_room_for_move_to_the_disk_while_answers_go_on(
     clock.now_s = FULL_S
     assert rows.step()
     # Until the new store is filled, whoever opens the rows finds the old one.
-    assert place.current(settings.serving_dir) == in_memory
+    assert place.current(settings.serving_dir / ROWS) == in_memory
     assert rows.versions.served is not None and rows.versions.served.version == first
     followed(rows)
     assert rows.versions.served.version == second
@@ -134,17 +134,14 @@ def test_rows_that_memory_has_no_room_for_move_to_the_disk_while_answers_go_on(
 
 
 def test_where_memory_is_too_small_at_the_start_log_and_status_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # As Docker gives it.
     with small_disk(tmp_path / "memory", "64m") as disk:
-        monkeypatch.setattr(place, "choose", partial(place.choose, memory=disk.path))
-        lack = place.lack
-        monkeypatch.setattr(place, "lack", lambda serving_dir, *_: lack(serving_dir, disk.path))
         rows, settings, _ = opened(tmp_path, Seconds())
         why = f"{disk.path} has room for 67 MB, and 268 MB are wanted"
         assert caplog.text.count(why) == 1
-        shown = rows_place.look(settings)
+        shown = stores_place.look(settings)
         assert shown is not None and shown["why"] == why
         assert shown["path"] == str(settings.serving_dir / ROWS_DISK)
         rows.close()

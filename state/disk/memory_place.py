@@ -1,0 +1,295 @@
+"""Where a store lies that changes all over all the time: in memory where there is room, else on the disk; a link says where.
+
+    /dev/shm/springtide-<digest>/   0700, its name made of the link's
+    ├── link                        the path of the link that leads here
+    └── <name of the link>/         the store
+    STATE/serving/rows              a link that leads there, or to
+    STATE/serving/rows.disk/        where memory has no room for it
+    STATE/serving/histories         a link that leads there while its writer runs, else the store itself
+    STATE/stream-<shard>/histories  likewise
+
+On a disk each of these pages would be written again within 30 s of its last
+change, and a power cut takes what is not synced all the same. Rows are a copy
+of the registry: where their link is missing or leads nowhere, they are begun
+anew. Histories are saved on the disk where their writer closes them
+(`state/disk/memory_store.py`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from state import layout
+from state.errors import UnusableDisk, reason_of
+
+MEMORY = "/dev/shm"
+"""The directory in memory that `storage.memory_dir` names by default."""
+LEAST_BYTES = 256 << 20
+GROWTH = 1.25
+NAME = "springtide-"
+LINK = "link"
+FORGOTTEN_S = 60.0
+IN_MEMORY = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory for one store.
+
+    Attributes:
+        path: The store's own directory.
+        in_memory: Whether it lies in memory.
+        why: Why it does not, where nobody asked for that; else empty.
+    """
+
+    path: Path
+    in_memory: bool
+    why: str = ""
+
+
+def choose(link: Path, asked: str, memory: str, least_bytes: int | None = None) -> Place:
+    """Where the store that a link leads to should lie. It makes the directory that holds the store, in memory.
+
+    Args:
+        link: In a directory whose lock is held.
+        asked: `serving.rows_dir`: a directory to take whatever it is, or empty.
+        memory: `storage.memory_dir`, which is taken where there is room; empty where nothing should lie in memory.
+        least_bytes: Room that there must be at least, `LEAST_BYTES` by default; and a quarter more than a store takes
+            that is there already.
+
+    Raises:
+        UnusableDisk: The directory that `asked` names cannot be used.
+    """
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if asked:
+        parent = Path(asked).absolute()
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            return Place(own(home(parent, link)), disk_kind(parent) in IN_MEMORY)
+        except OSError as error:
+            raise UnusableDisk(
+                f"serving.rows_dir: {reason_of(error)}", "correct its access rights, or name another directory"
+            ) from error
+    if not memory:
+        return on_disk(link, "")
+    why = lack(link, memory, least_bytes)
+    if not why:
+        try:
+            return Place(own(home(Path(memory), link)), True)
+        except OSError as error:
+            why = reason_of(error)
+    return on_disk(link, why)
+
+
+def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
+    """Why the store that a link leads to cannot lie in `memory`; empty where it can."""
+    parent = Path(memory)
+    try:
+        if disk_kind(parent) not in IN_MEMORY:
+            return f"{memory} is not in memory"
+        there = size(home(parent, link))
+        least_bytes = LEAST_BYTES if least_bytes is None else least_bytes
+        wanted = max(least_bytes, int(GROWTH * max(there, size(link))))
+        room = min(shutil.disk_usage(parent).free, psutil.virtual_memory().available) + there
+    except OSError as error:
+        return reason_of(error)
+    return "" if room >= wanted else f"{memory} has room for {_mb(room)}, and {_mb(wanted)} are wanted"
+
+
+def home(parent: Path, link: Path) -> Path:
+    """Where in `parent` the store lies that a link leads to, in a directory that no other link has.
+
+    A link at the same path in another container has another one.
+
+    Raises:
+        OSError: The link's directory is missing.
+    """
+    whole = link.parent.resolve()
+    status = whole.stat()
+    about = f"{whole / link.name} {status.st_dev} {status.st_ino}"
+    return parent.absolute() / f"{NAME}{hashlib.sha256(about.encode()).hexdigest()[:16]}" / link.name
+
+
+def own(store: Path) -> Path:
+    """The place of a store whose directory is there now, and only its owner may enter.
+
+    Raises:
+        OSError: It cannot be made, or is somebody else's.
+    """
+    folder = store.parent
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise OSError(0, "is somebody else's", str(folder)) from None
+        folder.chmod(0o700)
+    return store
+
+
+def on_disk(link: Path, why: str) -> Place:
+    """The place beside the link; `why` it is not in memory."""
+    older = link.is_dir() and not link.is_symlink()  # as earlier releases had it
+    return Place(link if older else _beside(link), False, why)
+
+
+def current(link: Path) -> Place | None:
+    """Where a link leads; None where it leads nowhere."""
+    if not link.is_dir():
+        return None
+    path = link.resolve()
+    return Place(path, disk_kind(path) in IN_MEMORY)
+
+
+def settle(link: Path, place: Place, anew: bool = True) -> None:
+    """Lets the link lead to `place`, and removes every other store of this link.
+
+    1. With `anew`, what lies at `place` and the link does not know is removed.
+    2. The link is replaced at once: a reader finds the old store or the new one.
+    3. The others go; who has them open reads on.
+
+    Args:
+        link: In a directory whose lock is held.
+        place: Where from now on.
+        anew: Whether `place` was not filled just now.
+
+    Raises:
+        OSError: The disk refused.
+    """
+    before = target_of(link)
+    inside = place.path.is_relative_to(link.parent)
+    if not inside:
+        note(place.path, link)
+    if place.path != link and before != place.path:
+        # 1.
+        if anew and place.path.exists():
+            shutil.rmtree(place.path)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        # 2.
+        temporary = link.with_name(f"{link.name}.link")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(place.path.relative_to(link.parent) if inside else place.path)
+        temporary.replace(link)
+    # 3.
+    for other in {before, home(Path(MEMORY), link), _beside(link)}:
+        if other is not None and other not in (place.path, link):
+            remove(other, link)
+
+
+def note(store: Path, link: Path) -> None:
+    """Writes beside a store in memory which link leads to it: without that link it may be removed.
+
+    Raises:
+        OSError: There is no room.
+    """
+    (store.parent / LINK).write_text(str(link.absolute()))
+
+
+def target_of(link: Path) -> Path | None:
+    """Where a link leads, whether or not something is there; None of what is no link."""
+    return link.parent / link.readlink() if link.is_symlink() else None
+
+
+def remove(store: Path, link: Path) -> None:
+    """Removes a store of this link, and in memory the directory that holds it; not one of another link."""
+    if store.is_relative_to(link.parent):
+        shutil.rmtree(store, ignore_errors=True)
+    elif store == home(store.parent.parent, link):
+        shutil.rmtree(store.parent, ignore_errors=True)
+
+
+def forget(link: Path) -> None:
+    """Removes the store that a link leads to, wherever it lies, and the link; nobody uses it."""
+    target = target_of(link)
+    if target is None:
+        shutil.rmtree(link, ignore_errors=True)
+    else:
+        link.unlink()
+        remove(target, link)
+
+
+def is_open(store: Path) -> bool:
+    """Whether another process has a store open, also one that sees other directories than we do: LMDB locks a byte then."""
+    try:
+        with (store / "lock.mdb").open("r+b") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def remove_forgotten(memory: str, now_s: float | None = None) -> list[Path]:
+    """Removes what lies in memory of links that are gone or lead elsewhere; returns what went.
+
+    Args:
+        memory: Where to look, `storage.memory_dir`.
+        now_s: Wall clock; what is younger than a minute stays.
+    """
+    now_s = time.time() if now_s is None else now_s
+    return [one for one in _folders_in(memory) if _is_forgotten(one, now_s) and _gone(one)]
+
+
+def size(store: Path) -> int:
+    """The bytes that a store takes; 0 where there is none."""
+    try:
+        return (store / layout.DATA).stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+def disk_kind(path: Path) -> str:
+    """The kind of file system that `path` lies on, such as ext4 or tmpfs; empty where nothing tells.
+
+    Raises:
+        OSError: There is no such path.
+    """
+    path = path.resolve(strict=True)
+    mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    return next((mounts[one] for one in (path, *path.parents) if one in mounts), "")
+
+
+def _beside(link: Path) -> Path:
+    """Where on the disk the store lies that a link leads to."""
+    return link.with_name(f"{link.name}.disk")
+
+
+def _folders_in(memory: str) -> Iterator[Path]:
+    """Directories of stores in `memory` that are ours to remove."""
+    for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+            yield folder
+
+
+def _is_forgotten(folder: Path, now_s: float) -> bool:
+    try:
+        if now_s - folder.stat().st_mtime < FORGOTTEN_S:
+            return False
+        link = Path((folder / LINK).read_text())
+        if target_of(link) == folder / link.name:
+            return False
+    except OSError:
+        pass
+    return not any(is_open(store) for store in folder.glob("*/"))
+
+
+def _gone(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"

@@ -1,0 +1,290 @@
+"""A store whose path may be a link into memory: saved on the disk where its writer closes it, and moved there where memory is full.
+
+    histories           the store on the disk, while nobody writes it; else a link to the store in memory
+    histories.link      what takes its place at a start; after that the copy on the disk, which goes at once
+    histories.saving    what takes its place at a clean stop or where memory is full; after that the link, which goes
+
+So after kill -9 the store in memory counts. After a power cut the link leads
+nowhere, and the store is refused like any that was open then: there is no older
+copy that could be taken for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import lmdb
+
+from state import layout
+from state.disk import clean_mark, memory_place
+from state.disk import files as durable
+from state.disk.clean_mark import CleanMark
+from state.disk.compact_store import CompactStore
+from state.disk.memory_place import Place
+from state.errors import CorruptStore, StoreError, StoreFull, reason_of
+from state.process import killpoints
+
+_ARRIVING, _SAVING = "link", "saving"
+_logger = logging.getLogger(__name__)
+
+
+class MemoryStore(CompactStore):
+    """As `LmdbStore`, which says what the arguments are; `enter` is called before its writer opens it.
+
+    Only its writer's thread moves it. Another thread reads the store before or the one after, which are equal.
+    """
+
+    _was_full = False
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it lies in memory, and is saved where it is closed."""
+        return self.path.is_symlink()
+
+    def _open(self, map_bytes: int) -> None:
+        if not self.readonly and self.in_memory and not self.path.exists():
+            raise CorruptStore(
+                f"{self.path} lay in memory, {self.path.readlink()}, which is gone: the machine or its container went down",
+                self.remedy,
+            )
+        super()._open(map_bytes)
+
+    def close(self) -> None:
+        """As of any store; one that lies in memory is on the disk, durable and marked, when this returns.
+
+        Raises:
+            StoreFull: The disk is full; the store stays in memory, as after a kill.
+            UnusableDisk: It refused for another reason; likewise.
+        """
+        if self.readonly or not self.in_memory:
+            super().close()
+            return
+        try:
+            copy = self._copied(True)
+        finally:
+            with self._swapping:
+                self._env.close()
+        try:
+            land(self.path, copy)
+        except OSError as error:
+            raise self._refused(error, "saved") from error
+
+    @contextmanager
+    def _write(self) -> Iterator[lmdb.Transaction]:
+        if self._was_full and self.in_memory:
+            self._move()
+        try:
+            with super()._write() as transaction:
+                yield transaction
+        except StoreFull as error:
+            # The map is as full on the disk. Else whoever wrote comes again, and finds the store there.
+            self._was_full = not isinstance(error.__cause__, lmdb.MapFullError)
+            raise
+
+    def _move(self) -> None:
+        """Moves to the disk and goes on there.
+
+        Raises:
+            StoreFull: That is full too; nothing was changed.
+            UnusableDisk: It refused for another reason; likewise.
+        """
+        with self._swapping:
+            # 1. No page is newer than the copy: only this thread writes.
+            most = int(self._env.info()["map_size"])
+            copy = self._copied(False)
+            # 2. Whoever opens the store from now on opens that. Who reads it here ends on the old pages, which go with
+            #    the last reference to their environment.
+            try:
+                land(self.path, copy)
+            except OSError as error:
+                raise self._refused(error, "moved to the disk") from error
+            self._open(most)
+            self._was_full = False
+        _logger.warning(
+            "memory is full: the %s lie on the disk now, %s, which writes each page that a click changes",
+            self.noun,
+            self.path,
+        )
+
+    def _copied(self, whole: bool) -> Path:
+        """A copy beside the link, its pages as they are, so that the next backup finds most of them again.
+
+        Args:
+            whole: Whether it is durable and marked as closed in order.
+
+        Raises:
+            StoreFull, UnusableDisk: As `LmdbStore.close` does; there is no copy.
+        """
+        copy = _beside(self.path, _SAVING)
+        try:
+            _clear(copy)
+            copy.mkdir()
+            if shutil.disk_usage(copy).free < memory_place.size(self.path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._env.copy(str(copy))
+            if whole:
+                durable.sync_tree(copy)
+            clean_mark.write(copy / layout.MARK, CleanMark(whole, self._boot_id))
+        except (lmdb.Error, OSError) as error:
+            refused = self._refused(error, "saved on the disk", copy)
+            _clear(copy)
+            raise refused from error
+        killpoints.reach("memory.saved")
+        return copy
+
+
+def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
+    """Brings the store of a link into memory where there is room, for its writer to open; else it stays on the disk.
+
+    1. What a crash left beside the link goes.
+    2. A store that is in memory already stays there, where it has room to grow. One that a power cut took, or may have
+       damaged, stays as it is: opening it says so.
+    3. One on the disk is copied; one in memory without room comes back, if the disk has room.
+    4. The link takes its place, durable before the first commit, and what was copied goes.
+
+    Args:
+        link: In a directory whose lock is held.
+        memory: `storage.memory_dir`.
+        boot_id: Which start of the machine this is; by default the kernel's.
+
+    Raises:
+        StoreError: The store belongs to another state directory that is in use.
+        OSError: The disk refused.
+    """
+    link.parent.mkdir(parents=True, exist_ok=True)
+    # 1.
+    _recover(link)
+    # 2.
+    before = memory_place.target_of(link)
+    if before is not None and not before.exists():
+        return Place(before, True)
+    ours = memory_place.home(Path(memory), link) if memory else None
+    if before is not None and before == ours and not memory_place.lack(link, memory):
+        return Place(before, True)
+    mark = clean_mark.read(link / layout.MARK)
+    if mark is not None and not mark.trusts(boot_id or clean_mark.boot_id()):
+        return Place(link, False)
+    if before is not None and memory_place.is_open(before):
+        raise StoreError(
+            f"{link} leads to {before}, which another process writes: its state directory was copied while it ran",
+            "make a copy with `springtide backup` and `springtide restore`, or stop the other one first",
+        )
+    # 3.
+    place = memory_place.choose(link, "", memory)
+    why = _load(link, place) if place.in_memory else place.why
+    if not place.in_memory or why:
+        try:
+            bring_back(link)
+        except OSError as error:
+            if before is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return Place(before, True)
+        if ours is not None:
+            memory_place.remove(ours, link)
+        return Place(link, False, why)
+    killpoints.reach("memory.loaded")
+    # 4.
+    arriving = _beside(link, _ARRIVING)
+    arriving.symlink_to(place.path)
+    _exchange(arriving, link)
+    killpoints.reach("memory.linked")
+    _clear(arriving)
+    if before is not None:
+        memory_place.remove(before, link)
+    return place
+
+
+def _load(link: Path, place: Place) -> str:
+    """Copies what a link leads to, if anything, into memory; says why where that has no room after all."""
+    shutil.rmtree(place.path, ignore_errors=True)
+    try:
+        place.path.mkdir(mode=0o700)
+        memory_place.note(place.path, link)
+        if link.exists():
+            _copy(link, place.path)
+    except OSError as error:
+        shutil.rmtree(place.path.parent, ignore_errors=True)
+        return reason_of(error)
+    return ""
+
+
+def land(link: Path, copy: Path) -> None:
+    """Puts a directory beside a link in its place, and removes what lies in memory; who has that open reads on.
+
+    Raises:
+        OSError: The disk refused.
+    """
+    before = memory_place.target_of(link)
+    _exchange(copy, link)
+    killpoints.reach("memory.landed")
+    _clear(copy)
+    if before is not None:
+        memory_place.remove(before, link)
+
+
+def bring_back(link: Path) -> None:
+    """Lets the store of a link that nobody writes lie on the disk, as it is; a link that leads nowhere goes.
+
+    Raises:
+        OSError: There is no room.
+    """
+    before = memory_place.target_of(link)
+    if before is None:
+        return
+    if not before.exists():
+        link.unlink()
+        return
+    copy = _beside(link, _SAVING)
+    _clear(copy)
+    try:
+        copy.mkdir()
+        _copy(before, copy)
+        durable.sync_tree(copy)
+    except OSError:
+        _clear(copy)
+        raise
+    land(link, copy)
+
+
+def _copy(store: Path, to: Path) -> None:
+    for name in (layout.DATA, layout.MARK):
+        # A store that release 0.1.0 left has no mark.
+        with suppress(FileNotFoundError):
+            shutil.copyfile(store / name, to / name)
+
+
+def _beside(link: Path, suffix: str) -> Path:
+    return link.with_name(f"{link.name}.{suffix}")
+
+
+def _exchange(one: Path, link: Path) -> None:
+    """Puts `one` in the place of the link, and what was there, if anything, in the place of `one`; durable."""
+    if os.path.lexists(link):
+        durable.exchange(one, link)
+    else:
+        one.rename(link)
+    durable.sync_directory(link.parent)
+
+
+def _clear(path: Path) -> None:
+    """Removes a directory or a link; what the link leads to stays."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _recover(link: Path) -> None:
+    """Ends or takes back what a crash cut short: of an exchange in several steps the first one leaves no link."""
+    for one in (_beside(link, _ARRIVING), _beside(link, _SAVING)):
+        between = _beside(one, "between")
+        if os.path.lexists(between) and not os.path.lexists(link):
+            between.rename(link)
+        _clear(between)
+        _clear(one)
