@@ -32,6 +32,9 @@ KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
 # These answer from what an earlier run left on this machine, with Kafka or without.
 ANSWERING = (APPLIER, WORKER)
 
+# Histories in memory, a gigabyte or so, are saved on a slow disk.
+SAVING_S = 60.0
+
 
 def process_plans(
     head_start: int = 0,
@@ -59,12 +62,14 @@ def process_plans(
     listed = (
         plan(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
         plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
-        replace(plan(STREAM, "streaming.pipeline", *accepted), remedies={CorruptStore.__name__: rebuild}),
+        replace(
+            plan(STREAM, "streaming.pipeline", *accepted, stop_s=SAVING_S), remedies={CorruptStore.__name__: rebuild}
+        ),
         rebuild,
         # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
         plan(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
         plan(TRAINER, "trainer.loop", *accepted_by_trainer),
-        plan(APPLIER, "deploy.serving.applier", stop_s=5.0),
+        plan(APPLIER, "deploy.serving.applier", stop_s=SAVING_S),
         # With serving.workers above 1 it is the parent of them all.
         plan(WORKER, "deploy.serving.rest", stop_s=5.0),
     )

@@ -4,9 +4,12 @@
 |---|---|---|---|
 | `kafka` | 40 % | the local Kafka: clicks, training log, dead letters, attributes | each topic's `retention.bytes` |
 | `registry` | 25 % | versions, bases, control | the compactor thins, and drops the oldest first |
-| `stream` | 15 % | the stream's histories and attributes | the stores' maps |
-| `serving` | 15 % | serving's histories and attributes, and its rows where memory has no room for them | the stores' maps |
+| `stream` | 15 % | the stream's attributes; its histories while it is stopped, or where memory has no room | the stores' maps |
+| `serving` | 15 % | serving's attributes; its histories likewise, and its rows where memory has no room | the stores' maps |
 | `logs` | 5 % | one log a process, and older ones | rotation by size |
+
+What lies in memory takes nothing of the disk; the share limits histories there
+too, for at a clean stop they come back.
 
 A part is kept at `KEPT` of its share, so that one beyond 90 % tells that what
 should keep it there does not. A cluster of one's own is not touched; nobody

@@ -1,4 +1,4 @@
-"""A shopper of the running loop is erased: nobody to answers at once and after a restart, and nowhere on disk."""
+"""A shopper of the running loop is erased: nobody to answers at once and after a restart, and nowhere on disk or in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def having(loop: Loop) -> list[str]:
     forms += [b"%016x" % pseudonym, b"%d" % pseudonym]
     state, found = loop.settings.state_dir, []
     by_retention = {state / layout.KAFKA, loop.settings.registry_dir / layout.RECENT, state / "serving" / layout.ROWS}
-    for folder, folders, names in os.walk(state):
+    # Histories lie in memory, where a link leads.
+    for folder, folders, names in os.walk(state, followlinks=True):
         folders[:] = [name for name in folders if Path(folder, name) not in by_retention]
         for path in (Path(folder, name) for name in names if not name.endswith(".erased")):
             try:

@@ -5,8 +5,8 @@ What the test throws away, of a loop that is killed as a whole:
 - of the local Kafka, the newest records of the clicks and of the training log, down into the middle of a transaction (its
   record is left, its marker is not), and the marks of a clean stop. Other topics (groups, transactions, attributes) and the
   cluster's own metadata, which Kafka syncs, stay whole;
-- of the stream's and serving's stores, a part of their pages (they become zeros), and the start of the machine that their
-  marks name;
+- of the stream's and serving's stores all that lies in memory; of one on the disk, a part of its pages (they become
+  zeros), and the start of the machine that its mark names;
 - of the registry the versions that are not durable, names and all. Each other file was synced before it appeared: the disk
   keeps its word about what it synced.
 """
@@ -47,7 +47,10 @@ def pull_the_plug(loop: Loop) -> None:
 
 
 def lose_pages(store: Path) -> None:
-    """Makes the last third of a store's pages zeros, and its mark one of before."""
+    """Removes a store in memory; of another one it makes the last third of the pages zeros, and its mark one of before."""
+    if store.is_symlink():
+        shutil.rmtree(store.resolve().parent)
+        return
     with (store / "data.mdb").open("r+b") as data:
         pages = data.seek(0, os.SEEK_END) // PAGE
         data.seek(pages * 2 // 3 * PAGE)
