@@ -1,4 +1,4 @@
-"""The newest attributes of users and items on a serving host: followed by the applier, read by workers.
+"""Follows the topics of attributes into the serving host's store; the applier's part.
 
 Serving follows the topics of attributes itself: somebody whose record came a
 moment ago is answered by it, clicked or not. Whoever has no record is unknown,
@@ -10,13 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from state.attributes.follower import AttributeFollower, keep_following
-from state.attributes.store import AttributeStore, ids_in, texts_in
-from state.attributes.values import SIDES, AttributeTable, tables_of
+from state.attributes.store import AttributeStore
+from state.attributes.values import tables_of
 from state.config.settings import Settings
 from state.errors import StoreFull
 from state.events.identity import load_salt
@@ -27,53 +25,6 @@ from state.storage.shares import SERVING, map_bytes
 from state.storage.waiting import Room
 
 _log = logging.getLogger(__name__)
-
-
-class AttributeValues(NamedTuple):
-    """What is known of one user or item.
-
-    Attributes:
-        ids: Of its attributes, A of them; none where there is nothing to know.
-        texts: By name; None where the record has no such value. Empty without a record.
-    """
-
-    ids: Sequence[int]
-    texts: Mapping[str, str | None]
-
-
-class KnownAttributes:
-    """Attributes by id; use it in one thread.
-
-    Args:
-        store: The host's attributes, read only; None without any.
-        tables: By side.
-
-    Attributes:
-        names: Of the attributes by side; none of a side that has no table.
-    """
-
-    def __init__(self, store: AttributeStore | None, tables: Mapping[str, AttributeTable]) -> None:
-        self._store, self._tables = store, tables
-        self.names = {side: tables[side].names if store is not None and side in tables else () for side in SIDES}
-        self._unknown = {side: AttributeValues(table.unknown.tolist(), {}) for side, table in tables.items()}
-
-    def of(self, side: str, ids: Sequence[int]) -> list[AttributeValues]:
-        """What is known now, in the order of `ids`."""
-        table = self._tables.get(side)
-        if table is None or self._store is None:
-            return [AttributeValues((), {})] * len(ids)
-        width, found = len(table.names), []
-        for value in self._store.read_many(side, ids):
-            if value is None:
-                found.append(self._unknown[side])
-            else:
-                texts = dict(zip(table.names, texts_in(value, width), strict=True))
-                found.append(AttributeValues(ids_in(value, width).tolist(), texts))
-        return found
-
-
-NOTHING = KnownAttributes(None, {})
-"""Where no attributes are configured."""
 
 
 class AttributesFollower:

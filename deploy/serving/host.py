@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.serving.attributes import KnownAttributes
+from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from deploy.serving.predictor import Predictor
 from state.attributes.store import AttributeStore

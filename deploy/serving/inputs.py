@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deploy.serving import crosses
 from deploy.serving.answer import Query
-from deploy.serving.attributes import AttributeValues
+from deploy.serving.known_attributes import AttributeValues
 from deploy.serving.loaded_version import LoadedVersion, VersionRows
 from deploy.serving.program import batch_of
 from state.features.arrays import Vector

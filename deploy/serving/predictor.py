@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answer import Answer, Engagement, Interest, Query, Version, iso
-from deploy.serving.attributes import NOTHING, KnownAttributes
 from deploy.serving.candidates import add_succession, came_next, interests
 from deploy.serving.catalogue import Catalogue
 from deploy.serving.inputs import Asked, add_own_rows, program_inputs
+from deploy.serving.known_attributes import NOTHING, KnownAttributes
 from deploy.serving.loaded_version import LoadedVersion, VersionLoader
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, event_now
 from deploy.serving.program import BATCHES

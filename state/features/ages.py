@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import decimal
 
-from state.compiled import compiled
-
 NEVER = 255  # the recency of what never happened
 EXACT = 128  # ages below this many units have a step each, then 64 an octave
 DAY_MS = 86_400_000
@@ -25,9 +23,6 @@ def quantise(age: int) -> int:
     while (age >> shift) >= EXACT:
         shift += 1
     return 64 * shift + (age >> shift)
-
-
-step_of = compiled(quantise)
 
 
 def recency_step(age: int) -> int:

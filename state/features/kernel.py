@@ -13,9 +13,10 @@ sees integers only. For each row:
 from __future__ import annotations
 
 from state.compiled import compiled
-from state.features.arrays import I64, WORDS, Scratch, Tables, Vector, scratch_of
+from state.features.arrays import I64, WORDS, Tables, Vector
 from state.features.mask import Hidden
 from state.features.order import follow, put_in_order
+from state.features.scratch import Scratch, scratch_of
 from state.features.sequence import write_sequence
 from state.features.sums import sum_in_order, sum_up
 from state.features.writing import write_categories, write_features

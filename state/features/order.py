@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from state.compiled import compiled
-from state.features.ages import DAY_MS, NEVER, step_of
-from state.features.arrays import GAPS, I64, SOURCE_BITS, U64, Scratch, Tables
+from state.features.ages import DAY_MS, NEVER, quantise
+from state.features.arrays import GAPS, I64, SOURCE_BITS, SWITCHES, U64, Tables
 from state.features.mask import Hidden
+from state.features.scratch import Scratch
 
-SWITCHES = 16  # events among which changes of category are counted
 SESSION_GAP_MS = 30 * 60_000
+
+step_of = compiled(quantise)
 
 
 class Course(NamedTuple):

@@ -10,8 +10,9 @@ beyond the visible events are 0 in all four; the action tells them apart.
 from __future__ import annotations
 
 from state.compiled import compiled
-from state.features.ages import step_of
-from state.features.arrays import I64, Scratch, Tables, Vector
+from state.features.arrays import I64, Tables, Vector
+from state.features.order import step_of
+from state.features.scratch import Scratch
 
 
 @compiled

@@ -33,11 +33,8 @@ from state.config.sections import Events as EventSettings
 from state.config.sections import Features
 from state.errors import SettingsError
 from state.features.ages import ages_of_steps, decay_column, recency_step
-from state.features.arrays import GAPS, OF_ORDER, SLOTS, Tables, Vector, words
-from state.features.kernel import one_row
+from state.features.arrays import FEW, GAPS, MANY, OF_ORDER, SLOTS, SWITCHES, Tables, Vector, words
 from state.features.mask import Mask as Mask
-from state.features.order import SWITCHES
-from state.features.sums import FEW, MANY
 
 if TYPE_CHECKING:
     from state.config.settings import Settings
@@ -268,6 +265,9 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     >>> int(row.features[0]), int(row.recent_categories[0]), int(row.recent_categories[1])
     (1, 7, 0)
     """
+    # Only here: a spec alone, its digest or names, needs no compiler, which takes a second to load.
+    from state.features.kernel import one_row
+
     events = history if before is None else history[:before]
     if user in mask.users:
         events = events[:0]

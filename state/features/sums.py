@@ -8,10 +8,8 @@ import numpy as np
 
 from state.compiled import compiled
 from state.features.ages import EXACT, NEVER
-from state.features.arrays import I64, U16, U64, Scratch, Tables
-
-FEW = 5  # latest events among which each category is counted
-MANY = 20
+from state.features.arrays import FEW, I64, MANY, U16, U64, Tables
+from state.features.scratch import Scratch
 
 
 class Totals(NamedTuple):

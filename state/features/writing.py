@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from state.compiled import compiled
-from state.features.ages import DAY_MS, HOUR_MS, NEVER, step_of
-from state.features.arrays import GAPS, OF_ORDER, SLOTS, U16, Scratch, Tables
-from state.features.order import Course
+from state.features.ages import DAY_MS, HOUR_MS, NEVER
+from state.features.arrays import GAPS, OF_ORDER, SLOTS, U16, Tables
+from state.features.order import Course, step_of
+from state.features.scratch import Scratch
 from state.features.sums import Totals
 
 

@@ -178,6 +178,17 @@ def test_a_pin_loads_no_compiler() -> None:
     assert not tops_after("deploy.cli", "deploy.operate.rollback") & {"tensorflow", "numba", "llvmlite"}
 
 
+def test_a_worker_loads_no_kafka() -> None:
+    """It answers from what is on its host, the first thing at a start."""
+    tops = tops_after("deploy.serving.rest")
+    assert "lmdb" in tops and "kafka" not in tops
+
+
+def test_up_loads_no_compiler() -> None:
+    """Everything waits for its checks."""
+    assert not tops_after("deploy.startup.upgrading", "deploy.startup.steps") & (HEAVY | {"numba", "llvmlite"})
+
+
 def test_the_applier_runs_no_program() -> None:
     """It writes what workers read; LiteRT is the workers'."""
     tops = tops_after("deploy.serving.applier")

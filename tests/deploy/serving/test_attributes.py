@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.attributes import AttributesFollower, KnownAttributes
+from deploy.serving.attributes import AttributesFollower
 from deploy.serving.host import Host
+from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.predictor import Predictor
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import AttributeTable, tables_of

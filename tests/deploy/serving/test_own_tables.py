@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.attributes import KnownAttributes
+from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.predictor import Predictor
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import tables_of
