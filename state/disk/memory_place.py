@@ -1,6 +1,6 @@
 """Where a store lies that changes all over all the time: in memory where there is room, else on the disk; a link says where.
 
-    /dev/shm/springtide-<digest>/   0700, its name made of the link's
+    /dev/shm/springtide_<digest>/   0700, its name made of the link's
     ├── link                        the path of the link that leads here
     └── <name of the link>/         the store
     STATE/serving/rows              a link that leads there, or to
@@ -36,7 +36,7 @@ MEMORY = "/dev/shm"
 """The directory in memory that `storage.memory_dir` names by default."""
 LEAST_BYTES = 256 << 20
 GROWTH = 1.25
-NAME = "springtide-"
+NAME = "springtide_"
 LINK = "link"
 FORGOTTEN_S = 60.0
 IN_MEMORY = ("tmpfs", "ramfs")

@@ -178,7 +178,7 @@ def test_what_a_removed_state_directory_left_in_memory_is_removed_and_nothing_el
     later_s = time.time() + 2 * place.FORGOTTEN_S
     settle(link, found := choose(link, "", str(memory.path), MIB))
     stored(found)
-    (memory.path / "springtide-of-somebody").write_text("")
+    (memory.path / "springtide_of-somebody").write_text("")
     assert remove_forgotten(str(memory.path), later_s) == []
     shutil.rmtree(link.parent)
     # One that was made a moment ago may not have its link yet.
