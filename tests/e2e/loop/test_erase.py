@@ -1,4 +1,4 @@
-"""A shopper of the running loop is erased: nobody to answers at once and after a restart, and nowhere on disk or in memory."""
+"""A shopper of the running loop is erased: nobody to answers at once and after a restart, and nowhere on disk, in memory or in a topic."""
 
 from __future__ import annotations
 
@@ -10,18 +10,31 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType
+
+from deploy.operate.erasure_status import TAKEN_UP_MS
 from state import layout
 from state.events.identity import load_salt, user_id
+from state.log import Topics, Writer, client_options
+from state.microbatch.codec import decode
+from state.registry.manifest import Manifest
+from state.registry.registry import Registry
 from tests.e2e.running import ROOT, Loop, until
 
 USER = "erased-shopper@example.org"
 WITHIN_S = 2.0
 
 
+def told(loop: Loop) -> list[dict[str, Any]]:
+    """What still holds something, as the command tells it."""
+    found: list[dict[str, Any]] = loop.springtide("erase", "--status")["holding"]
+    return found
+
+
 def holding(loop: Loop) -> list[dict[str, Any]]:
     """What still holds something, but for topics, which go by their retention."""
-    told: list[dict[str, Any]] = loop.springtide("erase", "--status")["holding"]
-    return [one for one in told if not one["where"].startswith("topic ")]
+    return [one for one in told(loop) if not one["where"].startswith("topic ")]
 
 
 def compacted(loop: Loop) -> bool:
@@ -30,11 +43,16 @@ def compacted(loop: Loop) -> bool:
     return not holding(loop)
 
 
+def forms_of(loop: Loop) -> list[bytes]:
+    """The id, and its pseudonym however it may be written."""
+    pseudonym = user_id(load_salt(loop.settings.salt_path, create=False), USER)
+    found = [USER.encode(), pseudonym.to_bytes(8, "big"), pseudonym.to_bytes(8, "little")]
+    return [*found, b"%016x" % pseudonym, b"%d" % pseudonym]
+
+
 def having(loop: Loop) -> list[str]:
     """The files in which the id or its pseudonym stands, but for those that go by retention and the erasure's own."""
-    pseudonym = user_id(load_salt(loop.settings.salt_path, create=False), USER)
-    forms = [USER.encode(), pseudonym.to_bytes(8, "big"), pseudonym.to_bytes(8, "little")]
-    forms += [b"%016x" % pseudonym, b"%d" % pseudonym]
+    forms = forms_of(loop)
     state, found = loop.settings.state_dir, []
     by_retention = {state / layout.KAFKA, loop.settings.registry_dir / layout.RECENT, state / "serving" / layout.ROWS}
     # Histories lie in memory, where a link leads.
@@ -49,6 +67,83 @@ def having(loop: Loop) -> list[str]:
     return found
 
 
+def topics_having(loop: Loop) -> list[str]:
+    """The topics in whose records, keys, headers or unpacked columns the id or its pseudonym stands."""
+    forms, kafka, found = forms_of(loop), loop.settings.kafka, []
+    for topic in (kafka.clicks_topic, kafka.microbatches_topic, kafka.dead_letters_topic, "users", "items"):
+        records = everything(loop, topic)
+        if topic == kafka.microbatches_topic:
+            values = [one.value for one in records if is_microbatch(one.value)]
+            data = [column.tobytes() for value in values for column in decode(value).columns.values()]
+        else:
+            assert records or topic in ("users", "items"), f"{topic} is empty"
+            data = []
+        data += [part for one in records for part in (one.key, one.value, *(value for _, value in one.headers)) if part]
+        if any(form in part for form in forms for part in data):
+            found.append(topic)
+    return found
+
+
+def is_microbatch(value: bytes | None) -> bool:
+    # Another test writes one that is none.
+    return value is not None and value != b"hello"
+
+
+def everything(loop: Loop, topic: str) -> list[Any]:
+    """Each record that a client can still read, those of transactions that were given up among them."""
+    consumer = KafkaConsumer(**client_options(loop.settings.kafka), isolation_level="read_uncommitted")
+    try:
+        places = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+        consumer.assign(places)
+        consumer.seek_to_beginning()
+        ends = consumer.end_offsets(places)
+        found: list[Any] = []
+
+        def at_the_end() -> bool:
+            found.extend(one for some in consumer.poll(timeout_ms=100).values() for one in some)
+            return all(consumer.position(one) >= ends[one] for one in places)
+
+        until(at_the_end, f"{topic} is not read to its end")
+        return found
+    finally:
+        consumer.close(autocommit=False)
+
+
+def refused(loop: Loop) -> None:
+    """The shopper sends a click that is none; returns when it is a dead letter."""
+    kafka = loop.settings.kafka
+    with Topics(kafka) as topics:
+        before = topics.ends(kafka.dead_letters_topic)
+        with Writer(kafka) as writer:
+            writer.send(kafka.clicks_topic, 0, USER.encode(), b'{"user": "%b", "item"' % USER.encode())
+            writer.flush()
+        until(lambda: topics.ends(kafka.dead_letters_topic) != before, "no dead letter")
+
+
+def forget_before(loop: Loop) -> None:
+    """Does at once what retention does in days: what was there at the erasure is deleted, once all of it is read."""
+    kafka = loop.settings.kafka
+    registry = Registry(loop.settings.registry_dir)
+    erased = registry.control().erased.entries[-1]
+    settled_ms = erased.at_ms + TAKEN_UP_MS
+    with Topics(kafka) as topics:
+        until(lambda: newest(registry).created_at_ms > settled_ms, "no version is past the erasure")
+        learned = topics.offset_before(kafka.microbatches_topic, settled_ms)[0]
+        until(lambda: newest(registry).log.next >= learned, "the log is not learned")
+        topics.delete_before(kafka.clicks_topic, {partition: after for _, partition, after in erased.until})
+        topics.delete_before(kafka.microbatches_topic, {0: learned})
+        # What is compacted only is not deleted by offset.
+        admin = KafkaAdminClient(**client_options(kafka))
+        policy = {"cleanup.policy": "compact,delete"}
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, "users", configs=policy)])
+        admin.close()
+        topics.delete_before("users", {partition: end for partition, (_, end) in topics.ends("users").items()})
+
+
+def newest(registry: Registry) -> Manifest:
+    return registry.manifest(registry.versions()[-1])
+
+
 def cold(loop: Loop) -> dict[str, Any] | None:
     answer = loop.profile(USER, item="book")
     return answer if answer and answer["cold_start"] and not answer["attributes"].get("age_band") else None
@@ -59,9 +154,12 @@ def test_an_erased_shopper_is_nobody_within_two_seconds_and_for_good(loop: Loop,
     loop.know("user", USER, {"age_band": "25-34", "memberLevel": "gold"})
     until(lambda: (loop.profile(USER) or {}).get("attributes", {}).get("age_band"), "the attributes are not known")
     ends = loop.click([(USER, "book", "reading", "purchase")] * 9 + [(USER, "lamp", "light", "favorite")])
+    refused(loop)
     known = loop.answer_trained_on(USER, ends)
     assert known["known"] and known["features"]["purchase.count_7d"] == 9
     until(lambda: having(loop), "the shopper is nowhere on disk before")
+    kafka = loop.settings.kafka
+    assert topics_having(loop) == [kafka.clicks_topic, kafka.microbatches_topic, "users"], "the dead letter has it"
 
     # 1. Erased, by a file that is no part of the loop.
     (tmp_path / "asked.txt").write_text(f"{USER}\n")
@@ -76,7 +174,15 @@ def test_an_erased_shopper_is_nobody_within_two_seconds_and_for_good(loop: Loop,
     left = until(lambda: having(loop) or ["nothing"], "")
     until(lambda: not having(loop), f"it stands in {left}", 60.0)
 
-    # 3. A restart brings nothing back; who comes back is a new shopper.
+    # 3. Topics let go by their retention, and then nothing holds anything.
+    assert {one["where"] for one in told(loop)} == {
+        f"topic {name}" for name in (kafka.clicks_topic, kafka.microbatches_topic, "users")
+    }
+    forget_before(loop)
+    assert told(loop) == []
+    assert topics_having(loop) == []
+
+    # 4. A restart brings nothing back; who comes back is a new shopper.
     assert loop.stop(signal.SIGINT) == 0
     assert having(loop) == []
     loop.start()
