@@ -16,6 +16,7 @@ from state.config.loading import load
 from state.errors import SpringtideError
 from state.features.arrays import WORDS, words
 from state.features.kernel import update_rows
+from state.features.many import vectorise_many
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from state.ranking.transition_rows import from_stored
@@ -25,7 +26,9 @@ from state.ranking.transitions import succession
 def compile_shared(spec: FeatureSpec) -> None:
     """Calls each shared kernel once, with the types that its users call it with."""
     # 1. As serving does; what a store reads cannot be written to, which is a type of its own.
-    vectorise(np.frombuffer(bytes(EVENT.itemsize), EVENT), 1, None, Mask.NONE, spec)
+    event = np.frombuffer(bytes(EVENT.itemsize), EVENT)
+    vectorise(event, 1, None, Mask.NONE, spec)
+    vectorise_many([event], [1], Mask.NONE, spec, [0])
     none = np.zeros((1, spec.recent_categories), np.uint64)
     at, lists = from_stored([None])
     succession(at, lists, none, np.zeros(1, np.uint64))

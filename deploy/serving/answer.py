@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+FIELDS = frozenset(("features", "vector", "attributes", "sources"))
+"""What an answer has on request only."""
 
 
 class Query(NamedTuple):
@@ -21,6 +24,8 @@ class Query(NamedTuple):
         category: The item's category; by default the one it was last seen in.
         context: Values of context fields.
         at_ms: The time to answer for; by default now by the configured clock.
+        fields: Of `FIELDS`, those that the answer has.
+        top: The most interests that it has; None for all.
     """
 
     user: str
@@ -28,6 +33,8 @@ class Query(NamedTuple):
     category: str | None = None
     context: Mapping[str, str] = MappingProxyType({})
     at_ms: int | None = None
+    fields: frozenset[str] = FIELDS
+    top: int | None = None
 
 
 class Version(TypedDict):
@@ -37,7 +44,7 @@ class Version(TypedDict):
     epoch: int
     age_s: float
     mask_generation: int
-    sources: Mapping[str, int]
+    sources: NotRequired[Mapping[str, int]]
 
 
 class Interest(TypedDict):
@@ -68,11 +75,11 @@ class Answer:
         at: The time the windows speak of, ISO 8601.
         at_ms: The same in milliseconds.
         clock: Where it comes from: `event`, `wall` or `request`.
-        interests: Candidates, best first; the probabilities sum to 1.
+        interests: Candidates, best first; the probabilities of all sum to 1.
         engagement: For the item asked for; else None.
-        vector: `[width]` float32.
-        features: The windows by name.
-        attributes: Of the user, by name; None where the record has no such value. Empty without a record.
+        vector: `[width]` float32; None where it is not asked for.
+        features: The windows by name, likewise.
+        attributes: Of the user, by name, likewise; None where the record has no such value. Empty without a record.
     """
 
     user_id: str
@@ -84,9 +91,24 @@ class Answer:
     clock: str
     interests: list[Interest]
     engagement: Engagement | None
-    vector: NDArray[np.float32]
-    features: dict[str, int]
-    attributes: Mapping[str, str | None]
+    vector: NDArray[np.float32] | None
+    features: dict[str, int] | None
+    attributes: Mapping[str, str | None] | None
+
+    def document(self) -> dict[str, Any]:
+        """The fields that there are, by name."""
+        document: dict[str, Any] = {
+            "user_id": self.user_id,
+            "known": self.known,
+            "cold_start": self.cold_start,
+            "version": self.version,
+            "at": self.at,
+            "at_ms": self.at_ms,
+            "clock": self.clock,
+            "interests": self.interests,
+        }
+        asked = {name: getattr(self, name) for name in ("engagement", "vector", "features", "attributes")}
+        return document | {name: value for name, value in asked.items() if value is not None}
 
 
 def iso(at_ms: int) -> str:

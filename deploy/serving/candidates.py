@@ -6,7 +6,7 @@ newest first, then the popular ones, then the successors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,16 +67,20 @@ def softmax(logits: F32) -> F32:
 
 
 def interests(
-    users: Sequence[tuple[list[CategoryName], list[CategoryName]]],
+    users: Sequence[tuple[list[int], list[int]]],
     popular: Sequence[CategoryName],
+    name_of: Callable[[int], CategoryName],
+    most: Sequence[int | None],
     inputs: Mapping[str, F32],
     outputs: Mapping[str, F32],
 ) -> list[list[Interest]]:
     """Each user's candidates, best first.
 
     Args:
-        users: The names of each user's categories, and of the successors.
+        users: Each user's categories, and the successors.
         popular: The names of the popular categories.
+        name_of: Names a category.
+        most: How many of them each answer has at most; None for all.
         inputs: The program's, for the masks.
         outputs: The program's, for the logits.
     """
@@ -86,19 +90,20 @@ def interests(
     slots, ranks = parts[0].shape[1], parts[1].shape[1]
     # What is no candidate has a logit far below any other, and comes last.
     orders = np.argsort(-logits, axis=1, kind="stable")
-    shares = np.take_along_axis(softmax(logits), orders, 1).tolist()
+    shares = np.take_along_axis(softmax(logits), orders, 1)
     counts = sum(inputs[f"{kind}_mask"].sum(1) for kind in kinds).astype(int).tolist()
     found: list[list[Interest]] = []
     for place, (own, successors) in enumerate(users):
         best: list[Interest] = []
-        count = counts[place]
-        for slot, share in zip(orders[place, :count].tolist(), shares[place][:count], strict=True):
+        count, top = counts[place], most[place]
+        count = count if top is None else min(count, top)
+        for slot, share in zip(orders[place, :count].tolist(), shares[place, :count].tolist(), strict=True):
             if slot < slots:
-                name, identity = own[slot]
+                name, identity = name_of(own[slot])
             elif slot < slots + ranks:
                 name, identity = popular[slot - slots]
             else:
-                name, identity = successors[slot - slots - ranks]
+                name, identity = name_of(successors[slot - slots - ranks])
             best.append({"label": name, "id": identity, "probability": share})
         found.append(best)
     return found

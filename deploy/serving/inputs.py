@@ -27,7 +27,6 @@ class Asked(NamedTuple):
         query: The question.
         user: The pseudonym; 0 where the version must know nobody.
         at_ms: The time the answer speaks of.
-        vector: The user's windows as of that time.
         recent_categories: The user's categories, newest first, without the padding.
         user_attributes: Of the user.
         item: The item's id; 0 where none is asked for.
@@ -39,7 +38,6 @@ class Asked(NamedTuple):
     query: Query
     user: int
     at_ms: int
-    vector: Vector
     recent_categories: list[int]
     user_attributes: AttributeValues
     item: int
@@ -49,7 +47,7 @@ class Asked(NamedTuple):
 
 
 def program_inputs(
-    version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], columns: Crosses
+    version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector, columns: Crosses
 ) -> tuple[Inputs, list[bool]]:
     """The inputs of all questions, without what says which category came next, and whether each user has a row.
 
@@ -57,6 +55,7 @@ def program_inputs(
         version: What answers.
         rows: Its rows.
         asked: n questions.
+        vectors: The windows of their users, n rows.
         columns: Of the crosses.
 
     Returns:
@@ -66,42 +65,65 @@ def program_inputs(
     inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
     if "popular_rows" in shapes:
         inputs["popular_rows"] = version.popular_rows
-    inputs["popular_mask"][: len(asked)] = version.popular_known
-    has_row, popular = [], version.popular.tolist()
+    for name, values in (("features", vectors.features), ("category_windows", vectors.category_windows)):
+        if name in inputs:
+            inputs[name][: len(asked)] = values
+    _add_categories(inputs, version, rows, asked, vectors)
+    has_row = []
     for place, one in enumerate(asked):
-        for name, values in (("features", one.vector.features), ("category_windows", one.vector.category_windows)):
-            if name in inputs:
-                inputs[name][place] = values
         row = rows.user(one.user)
         has_row.append(row is not None)
         if row is not None and "user_row" in inputs:
             inputs["user_row"][place] = row
-        _add_categories(inputs, place, one.recent_categories, popular, rows)
-        _add_sequence(inputs, place, one.vector, rows)
+        _add_sequence(inputs, place, vectors, rows)
         if "context_row" in inputs:
             _add_context(inputs, place, one, rows)
-        if one.query.item is not None and "item_row" in inputs:
-            _add_item(inputs, place, one, rows)
-        if one.category and "category_row" in inputs:
-            inputs["category_row"][place] = rows.categories([one.category])[0]
-    _add_crosses(inputs, version, rows, asked, columns)
+    add_items(inputs, version, rows, asked, vectors, columns)
     return inputs, has_row
 
 
-def _add_categories(inputs: Inputs, place: int, recent: list[int], popular: list[int], rows: VersionRows) -> None:
-    """The user's own categories, which are then no popular ones."""
-    if recent:
+def add_items(
+    inputs: Inputs,
+    version: LoadedVersion,
+    rows: VersionRows,
+    asked: Sequence[Asked],
+    vectors: Vector,
+    columns: Crosses,
+) -> None:
+    """What is said of the item of each question that has one; arguments as of `program_inputs`."""
+    about = [place for place, one in enumerate(asked) if one.query.item is not None]
+    if about and "item_row" in inputs:
+        inputs["item_row"][about] = rows.items([asked[place].item for place in about])
+        for place in about:
+            ids = asked[place].item_attributes.ids
+            if ids:
+                inputs["item_row"][place] += rows.context_sum(ids) / np.float32(len(ids))
+    named = [place for place, one in enumerate(asked) if one.category]
+    if named and "category_row" in inputs:
+        inputs["category_row"][named] = rows.categories([asked[place].category for place in named])
+    _add_crosses(inputs, version, rows, asked, vectors, columns)
+
+
+def _add_categories(
+    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector
+) -> None:
+    """The users' own categories, which are then no popular ones."""
+    count, recent = len(asked), vectors.recent_categories
+    given = recent != 0
+    if "recent_rows" in inputs:
         # Categories come first and without gaps.
-        if "recent_rows" in inputs:
-            inputs["recent_rows"][place, : len(recent)] = rows.categories(recent)
-        inputs["recent_mask"][place, : len(recent)] = 1.0
-        own = set(recent)
-        taken = [rank for rank, category in enumerate(popular) if category in own]
-        inputs["popular_mask"][place, taken] = 0.0
+        flat = [category for one in asked for category in one.recent_categories]
+        inputs["recent_rows"][:count][given] = rows.categories(flat)
+    inputs["recent_mask"][:count] = given
+    own = (recent[:, :, None] == version.popular).any(1)
+    inputs["popular_mask"][:count] = np.where(own, np.float32(0.0), version.popular_known)
 
 
-def _add_sequence(inputs: Inputs, place: int, vector: Vector, rows: VersionRows) -> None:
+def _add_sequence(inputs: Inputs, place: int, vectors: Vector, rows: VersionRows) -> None:
     """The user's latest events, for a program that reads them."""
+    if not vectors.sequence_actions.shape[1]:
+        return
+    vector = Vector(*[column[place] for column in vectors])
     known = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:
         for k, item in enumerate(vector.sequence_items[:known].tolist()):
@@ -124,16 +146,13 @@ def _add_context(inputs: Inputs, place: int, one: Asked, rows: VersionRows) -> N
         inputs["context_row"][place] = rows.context_sum([*given, *one.user_attributes.ids]) / np.float32(count)
 
 
-def _add_item(inputs: Inputs, place: int, one: Asked, rows: VersionRows) -> None:
-    """The item's row and the mean of its attributes."""
-    inputs["item_row"][place] = rows.item(one.item)
-    ids = one.item_attributes.ids
-    if ids:
-        inputs["item_row"][place] += rows.context_sum(ids) / np.float32(len(ids))
-
-
 def add_own_rows(
-    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], successors: NDArray[np.uint64]
+    inputs: Inputs,
+    version: LoadedVersion,
+    rows: VersionRows,
+    asked: Sequence[Asked],
+    vectors: Vector,
+    successors: NDArray[np.uint64],
 ) -> None:
     """Rows of tables of the ranker's own, for a program that names some.
 
@@ -142,12 +161,13 @@ def add_own_rows(
         version: What answers.
         rows: Its rows.
         asked: n questions.
+        vectors: The windows of their users, n rows.
         successors: `[n, S]` uint64, padded with 0.
     """
     inputs |= version.own_popular
     own = [one for one in version.own if one.ids != "popular"]
     for place, question in enumerate(asked if own else ()):
-        ids = _ids_of(question, successors[place])
+        ids = _ids_of(question, Vector(*[column[place] for column in vectors]), successors[place])
         for one in own:
             if wanted := ids[one.ids]:
                 found = rows.own(one.table, wanted, one.width)
@@ -159,9 +179,9 @@ def add_own_rows(
                     inputs[one.name][place, : len(wanted)] = found
 
 
-def _ids_of(one: Asked, successors: NDArray[np.uint64]) -> dict[str, list[int]]:
+def _ids_of(one: Asked, vector: Vector, successors: NDArray[np.uint64]) -> dict[str, list[int]]:
     """The ids of a question by name; those of an item where one is asked for."""
-    vector, about_item = one.vector, one.query.item is not None
+    about_item = one.query.item is not None
     return {
         "user": [one.user],
         "item": [one.item] if about_item else [],
@@ -177,7 +197,12 @@ def _ids_of(one: Asked, successors: NDArray[np.uint64]) -> dict[str, list[int]]:
 
 
 def _add_crosses(
-    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], columns: Crosses
+    inputs: Inputs,
+    version: LoadedVersion,
+    rows: VersionRows,
+    asked: Sequence[Asked],
+    vectors: Vector,
+    columns: Crosses,
 ) -> None:
     """What the crosses of each asked pair of user and item say; one without a row says nothing."""
     pairs = [(place, one) for place, one in enumerate(asked) if one.query.item is not None]
@@ -190,7 +215,7 @@ def _add_crosses(
         context=_table([one.context for _, one in pairs]),
         user_attributes=_table([one.user_attributes.ids for _, one in pairs]),
         item_attributes=_table([one.item_attributes.ids for _, one in pairs]),
-        features=np.stack([one.vector.features for _, one in pairs]),
+        features=vectors.features[[place for place, _ in pairs]],
     )
     found = crosses.logits(rows.reader, version.served, columns, version.cross_shares, values)
     inputs["cross"][[place for place, _ in pairs]] = found

@@ -55,15 +55,21 @@ class VersionRows:
         served: The version.
         widths: Of the rows of each table.
         category_rows: Rows of categories read so far; they recur in most answers.
+        lists: Likewise what came next after categories, as it is stored.
     """
 
     def __init__(
-        self, reader: RowReader, served: Served, widths: Mapping[str, int], category_rows: dict[int, bytes]
+        self,
+        reader: RowReader,
+        served: Served,
+        widths: Mapping[str, int],
+        category_rows: dict[int, bytes],
+        lists: dict[int, bytes | None],
     ) -> None:
         self.reader, self.served = reader, served
         self._widths = widths
         self._missing = {table: bytes(4 * width) for table, width in widths.items()}
-        self._category_rows = category_rows
+        self._category_rows, self._lists = category_rows, lists
 
     def user(self, identity: int) -> F32 | None:
         """`[dim]` float32; None for a user without a row."""
@@ -73,6 +79,12 @@ class VersionRows:
     def item(self, identity: int) -> F32:
         """`[dim]` float32; zeros for an item without a row."""
         return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing["item"], np.float32)
+
+    def items(self, ids: Sequence[int]) -> F32:
+        """Rows of n items, `[n, dim]` float32; zeros for those without one."""
+        reader, served, missing = self.reader, self.served, self._missing["item"]
+        found = b"".join([reader.row("item", one, served) or missing for one in ids])
+        return np.frombuffer(found, np.float32).reshape(len(ids), self._widths["item"])
 
     def categories(self, ids: Sequence[int]) -> F32:
         """Rows of n categories, `[n, dim]` float32; zeros for those without one."""
@@ -94,8 +106,13 @@ class VersionRows:
         Returns:
             `[n]` int32, which list is each category's, 0 where the version has none; and the lists.
         """
-        reader, served = self.reader, self.served
-        return from_stored([reader.row("transition", one, served) if one else None for one in categories])
+        known = self._lists
+        if len(known) > ROWS_REMEMBERED:
+            known.clear()
+        for one in categories:
+            if one not in known:
+                known[one] = self.reader.row("transition", one, self.served) if one else None
+        return from_stored([known[one] for one in categories])
 
     def context_sum(self, ids: Sequence[int]) -> F32:
         """The sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
@@ -128,6 +145,7 @@ class LoadedVersion:
         own_popular: Those of them that are rows of the popular categories, by name.
         cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
         category_rows: Rows of categories read so far.
+        lists: What came next after categories, read so far.
     """
 
     served: Served
@@ -142,10 +160,11 @@ class LoadedVersion:
     own_popular: dict[str, F32]
     cross_shares: F32
     category_rows: dict[int, bytes] = field(default_factory=dict)
+    lists: dict[int, bytes | None] = field(default_factory=dict)
 
     def rows(self, reader: RowReader) -> VersionRows:
         """The version's rows in a transaction."""
-        return VersionRows(reader, self.served, self.widths, self.category_rows)
+        return VersionRows(reader, self.served, self.widths, self.category_rows, self.lists)
 
 
 class VersionLoader:

@@ -15,6 +15,9 @@ CAUGHT_UP_EXTRA = "caught_up"
 SEEN = "seen:"
 """Begins the extra with the day of log time, 4 bytes big endian, on which an item or a name was last met."""
 
+ITEM = "item:"
+"""Begins the extra with an item's category."""
+
 DAY_MS = 86_400_000
 
 
@@ -33,7 +36,7 @@ def item_extra(item: int) -> str:
     >>> item_extra(7)
     'item:0000000000000007'
     """
-    return f"item:{item:016x}"
+    return f"{ITEM}{item:016x}"
 
 
 def event_now(clock: bytes | None, now_ms: int) -> int | None:

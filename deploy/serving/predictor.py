@@ -18,25 +18,28 @@ for one row and 150 us for sixteen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.answer import Answer, Engagement, Interest, Query, Version, iso
+from deploy.serving.answer import Answer, Query
+from deploy.serving.answering import answers
 from deploy.serving.candidates import add_succession, came_next, interests
-from deploy.serving.catalogue import Catalogue
-from deploy.serving.inputs import Asked, add_own_rows, program_inputs
+from deploy.serving.catalogue import Catalogue, CategoryName
+from deploy.serving.inputs import Asked, Inputs, add_own_rows, program_inputs
 from deploy.serving.known_attributes import NOTHING, KnownAttributes
-from deploy.serving.loaded_version import LoadedVersion, VersionLoader
+from deploy.serving.loaded_version import LoadedVersion, VersionLoader, VersionRows
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, event_now
 from deploy.serving.program import BATCHES
 from deploy.serving.version_features import FeaturesOf
 from state.events.identity import Salt, context_id, public_id, user_id
-from state.features.spec import FeatureSpec, Mask, vectorise
+from state.features.arrays import Vector
+from state.features.many import vectorise_many
+from state.features.spec import EVENT, FeatureSpec, Mask
 from state.history.actions import exchanged
 from state.history.store import HistoryStore
 from state.ranking.crosses import Crosses
@@ -45,10 +48,34 @@ from state.rows.served import Served
 from state.rows.store import RowStore
 
 MOST_AT_ONCE = BATCHES[-1]
-STEEPEST_LOGIT = 60.0
-"""Beyond it a probability is 0 or 1 in float64, and its exponential may overflow."""
 
 F32 = NDArray[np.float32]
+
+
+class Prepared(NamedTuple):
+    """n questions, what is known of them, and what the program is asked; good as long as the reader is.
+
+    Attributes:
+        version: What answers.
+        rows: Its rows.
+        asked: The questions.
+        vectors: The windows of their users, n rows.
+        has_row: Whether each user has a row in the version.
+        successors: `[n, S]` uint64, candidates for what came next; 0 pads.
+        inputs: The program's.
+        clock: What gave the time of those that name none.
+        seen: The wall clock in milliseconds, and the mask.
+    """
+
+    version: LoadedVersion
+    rows: VersionRows
+    asked: list[Asked]
+    vectors: Vector
+    has_row: list[bool]
+    successors: NDArray[np.uint64]
+    inputs: Inputs
+    clock: str
+    seen: tuple[int, Mask]
 
 
 class Predictor:
@@ -64,6 +91,9 @@ class Predictor:
         clock: `event` or `wall`.
         now_ms: The wall clock.
         attributes: What is known of users and items; None where nothing is configured.
+
+    Attributes:
+        histories: The history store.
     """
 
     def __init__(
@@ -80,7 +110,7 @@ class Predictor:
     ) -> None:
         self._attributes = attributes or NOTHING
         self._rows = rows
-        self._histories = histories
+        self.histories = self._histories = histories
         self._salt = salt
         self._context_fields = tuple(context_fields)
         names = self._attributes.names
@@ -122,34 +152,82 @@ class Predictor:
             ProgramError: The version's program cannot be run.
             CorruptVersion: The program's file is missing or damaged.
         """
-        now_ms = self._now_ms()
         with self._rows.reader() if held is None else nullcontext(held) as reader:
-            # 1. Version and mask.
-            version, mask = self._versions.take_up(reader), self._mask(reader)
-            rows = version.rows(reader)
-            # 2. 3. Histories, windows, attributes.
-            default_ms, clock = self._now(now_ms)
-            asked = self._asked(queries, mask, default_ms, version)
-            # 4. Rows and crosses.
-            inputs, has_row = program_inputs(version, rows, asked, version.features.crosses)
-            # 5. Candidates.
-            newest = np.stack([one.vector.recent_categories for one in asked])
-            found = came_next(rows, newest, version.popular)
-            add_succession(inputs, found, rows.categories(found.ids.reshape(-1).tolist()))
-            add_own_rows(inputs, version, rows, asked, found.ids)
+            prepared = self.prepare(queries, reader)
         # 6. Logits, probabilities, names.
-        outputs = version.program.predict(inputs)
-        name_of = self._catalogue.name_of
-        named = [
-            ([name_of(category) for category in one.recent_categories], [name_of(other) for other in others if other])
-            for one, others in zip(asked, found.ids.tolist(), strict=True)
+        return self.answered(prepared, prepared.version.program.predict(prepared.inputs))
+
+    def prepare(self, queries: Sequence[Query], reader: RowReader) -> Prepared:
+        """All that is known of questions and that the program is asked; raises as `profiles`.
+
+        The program has the version's weights until another one is prepared.
+
+        Args:
+            queries: At most `MOST_AT_ONCE`.
+            reader: The moment of versions and mask.
+        """
+        now_ms = self._now_ms()
+        # 1. Version and mask.
+        version, mask = self._versions.take_up(reader), self._mask(reader)
+        rows = version.rows(reader)
+        # 2. 3. Histories, windows, attributes.
+        default_ms, clock = self._now(now_ms)
+        asked, vectors = self._asked(queries, mask, default_ms, version)
+        # 4. Rows and crosses.
+        inputs, has_row = program_inputs(version, rows, asked, vectors, version.features.crosses)
+        # 5. Candidates.
+        found = came_next(rows, vectors.recent_categories, version.popular)
+        add_succession(inputs, found, rows.categories(found.ids.reshape(-1).tolist()))
+        add_own_rows(inputs, version, rows, asked, vectors, found.ids)
+        return Prepared(version, rows, asked, vectors, has_row, found.ids, inputs, clock, (now_ms, mask))
+
+    def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
+        """The answers to questions, out of what the program says of them."""
+        asked, version = prepared.asked, prepared.version
+        users = [
+            (one.recent_categories, others) for one, others in zip(asked, prepared.successors.tolist(), strict=True)
         ]
-        ranked = interests(named, version.popular_names, inputs, outputs)
-        shown = version_of(version.served, now_ms, mask)
+        most = [one.query.top for one in asked]
+        ranked = interests(users, version.popular_names, self._catalogue.name_of, most, prepared.inputs, outputs)
+        return answers(
+            asked, prepared.has_row, prepared.clock, version, prepared.seen, ranked, outputs, prepared.vectors
+        )
+
+    def take_up(self, reader: RowReader) -> LoadedVersion:
+        """Gives the program the weights of the version that `reader` sees, where it has others; raises as `profiles`."""
+        return self._versions.take_up(reader)
+
+    def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
+        """The question of one user about each of n items.
+
+        Args:
+            asked: The question about none.
+            items: The id of each item and of its category; 0 where the one that it was last seen in counts.
+        """
+        query = asked.query._replace(item="")
+        attributes = self._attributes.of("item", [item for item, _ in items])
         return [
-            self._answer(one, has_row[place], clock, shown, ranked[place], outputs, place, version.features.spec.names)
-            for place, one in enumerate(asked)
+            asked._replace(
+                query=query, item=item, category=category or self._catalogue.category_of(item), item_attributes=known
+            )
+            for (item, category), known in zip(items, attributes, strict=True)
         ]
+
+    def seen_by(self, asked: Asked, mask: Mask) -> list[int]:
+        """The items that a user clicked before the time that is asked for, without what the mask takes out; the newest first.
+
+        Args:
+            asked: The question.
+            mask: What answers know of.
+        """
+        events = self._histories.read(asked.user) if asked.user else np.empty(0, EVENT)
+        visible = events[~mask.events(events, asked.user) & (events["at_ms"] <= asked.at_ms)]
+        newest = np.argsort(-visible["at_ms"], kind="stable")
+        return [item for item in dict.fromkeys(visible["item"][newest].tolist()) if item]
+
+    def name_of(self, category: int) -> CategoryName:
+        """A category's name."""
+        return self._catalogue.name_of(category)
 
     def ready(self) -> Served:
         """The version that answers would use now.
@@ -174,29 +252,31 @@ class Predictor:
                 return by_events, "event"
         return now_ms, "wall"
 
-    def _asked(self, queries: Sequence[Query], mask: Mask, default_ms: int, version: LoadedVersion) -> list[Asked]:
-        """What the host knows of each question: history, windows, attributes, the item's category.
+    def _asked(
+        self, queries: Sequence[Query], mask: Mask, default_ms: int, version: LoadedVersion
+    ) -> tuple[list[Asked], Vector]:
+        """What the host knows of each question: the item's category and attributes, and the windows.
 
         Who was erased later than the version knows is nobody in it.
         """
         features, erased = version.features, version.served.erased
         users = [user_id(self._salt, query.user) for query in queries]
         items = [0 if query.item is None else public_id(query.item) for query in queries]
+        times = [default_ms if query.at_ms is None else query.at_ms for query in queries]
         self._histories.history = features.spec.history
         histories = [exchanged(each, features.actions) for each in self._histories.read_many(users)]
+        vectors = vectorise_many(histories, times, mask, features.spec, users)
+        recent = [[one for one in row if one] for row in vectors.recent_categories.tolist()]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
         asked = []
         for place, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
-            at_ms = default_ms if query.at_ms is None else query.at_ms
-            vector = vectorise(histories[place], at_ms, None, mask, features.spec, user)
             given, fields = query.context, self._context_fields
             asked.append(
                 Asked(
                     query=query,
                     user=0 if mask.erased.hides(user, erased) else user,
-                    at_ms=at_ms,
-                    vector=vector,
-                    recent_categories=[category for category in vector.recent_categories.tolist() if category],
+                    at_ms=times[place],
+                    recent_categories=recent[place],
                     user_attributes=of_users[place],
                     item=item,
                     category=self._catalogue.category_of(item) if query.category is None else public_id(query.category),
@@ -204,58 +284,4 @@ class Predictor:
                     context=[context_id(name, given[name]) if name in given else 0 for name in fields],
                 )
             )
-        return asked
-
-    def _answer(
-        self,
-        one: Asked,
-        has_row: bool,
-        clock: str,
-        version: Version,
-        ranked: list[Interest],
-        outputs: Mapping[str, F32],
-        place: int,
-        names: Sequence[str],
-    ) -> Answer:
-        known = has_row or bool(one.recent_categories)
-        engagement: Engagement | None = None
-        if one.query.item is not None:
-            engagement = {
-                "item": one.query.item,
-                "probability": probability(float(outputs["engagement_logit"][place])),
-                "attributes": one.item_attributes.texts,
-            }
-        return Answer(
-            user_id=one.query.user,
-            known=known,
-            cold_start=not known,
-            version=version,
-            at=iso(one.at_ms),
-            at_ms=one.at_ms,
-            clock=clock if one.query.at_ms is None else "request",
-            interests=ranked,
-            engagement=engagement,
-            vector=outputs["vector"][place],
-            features=dict(zip(names, one.vector.features.tolist(), strict=True)),
-            attributes=one.user_attributes.texts,
-        )
-
-
-def version_of(served: Served, now_ms: int, mask: Mask) -> Version:
-    """The version as answers name it."""
-    return {
-        "number": served.version,
-        "epoch": served.epoch,
-        "age_s": (now_ms - served.created_at_ms) / 1000,
-        "mask_generation": mask.generation,
-        "sources": served.sources,
-    }
-
-
-def probability(logit: float) -> float:
-    """The logistic function.
-
-    >>> probability(0.0), probability(-1e9) < 1e-25
-    (0.5, True)
-    """
-    return 1.0 / (1.0 + math.exp(-min(max(logit, -STEEPEST_LOGIT), STEEPEST_LOGIT)))
+        return asked, vectors

@@ -17,6 +17,8 @@ from state.errors import ProgramError
 from state.lowering import argument
 
 BATCHES = (1, 4, 16)
+PAIRS = 256
+"""One more size of a batch, for many items of one user; its interpreter is made at its first use."""
 
 RENAMED = {
     "label_rows": "recent_rows",
@@ -44,6 +46,7 @@ class LoadedProgram:
     """
 
     def __init__(self, data: bytes) -> None:
+        self._data, self._given = data, dict[str, NDArray[Any]]()
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
@@ -80,24 +83,35 @@ class LoadedProgram:
         try:
             for load in self._loads:
                 load(**{name: given[name] for name in self._weights})
+            self._given = given
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
         outputs: dict[str, NDArray[np.float32]]
-        run = self._predicts[len(inputs[self._by_row])]
+        rows = len(inputs[self._by_row])
+        if rows == PAIRS and rows not in self._predicts:
+            self._add_pairs()
+        run = self._predicts[rows]
         if not self._renames:
             outputs = run(**inputs)
             return outputs
         outputs = run(**{self._names[name]: value for name, value in inputs.items()})
         return {self._outputs[name]: value for name, value in outputs.items()}
 
+    def _add_pairs(self) -> None:
+        made = self._interpreters[PAIRS] = Interpreter(model_content=self._data, num_threads=1)
+        load = made.get_signature_runner("load")
+        load(**{name: self._given[name] for name in self._weights})
+        self._loads.append(load)
+        self._predicts[PAIRS] = made.get_signature_runner("predict")
+
 
 def batch_of(rows: int) -> int:
-    """The smallest batch that holds so many rows, at most `BATCHES[-1]`.
+    """The smallest batch that holds so many rows, at most `PAIRS`.
 
-    >>> [batch_of(rows) for rows in (1, 2, 4, 5)]
-    [1, 4, 4, 16]
+    >>> [batch_of(rows) for rows in (1, 2, 4, 5, 17)]
+    [1, 4, 4, 16, 256]
     """
-    return next(size for size in BATCHES if size >= rows)
+    return next((size for size in BATCHES if size >= rows), PAIRS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+from deploy.serving.item_feed import ItemFeed
 from deploy.serving.remembered import Remembered
 from state.config.sections import ServingSettings
 from state.errors import StoreFull
@@ -40,13 +41,15 @@ class Upkeep:
     def begin(self) -> None:
         """Begins anew with what the store has: it went back, or refused a commit."""
         self._remembered = Remembered(self._store, self._kept.items_keep_d, self._kept.max_items)
+        self._feed = ItemFeed(self._store)
         self._sweeper = Sweeper(
             self._store, self._reach_ms, self._kept.max_users, elapsed=lambda: self._now_ms() / 1000
         )
 
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes]:
-        """The extras to commit with some clicks, see `Remembered.news`."""
-        return self._remembered.news(events, names, clock_ms)
+        """The extras to commit with some clicks, see `Remembered.news` and `ItemFeed.news`."""
+        found = self._remembered.news(events, names, clock_ms)
+        return found | self._feed.news(events, found, clock_ms)
 
     def look(self, newest_ms: int) -> None:
         """Looks at some users and items where that is due, and takes out what has to go.
@@ -68,6 +71,7 @@ class Upkeep:
         """Looks at many, where the store is full; what cannot be done now is left."""
         # What was not stored is not known either.
         self._remembered.forget()
+        self._feed = ItemFeed(self._store)
         if newest_ms:
             with suppress(StoreFull):
                 self._sweeper.hurry(newest_ms)

@@ -68,6 +68,24 @@ def one_row(events: I64, at_ms: int, tables: Tables, hidden: Hidden, rows: Vecto
 
 
 @compiled
+def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidden, rows: Vector) -> None:
+    """Writes the rows of n histories.
+
+    Args:
+        events: `[m, 5]` int64, the histories one after another, each at most N events in append order.
+        starts: `[n + 1]` int64, where each of them begins, and the end of the last.
+        at_ms: `[n]` int64, the time each row speaks of.
+        tables: the spec's constants.
+        hidden: the mask.
+        rows: of n rows, written.
+    """
+    work = scratch_of(tables)
+    for n in range(at_ms.shape[0]):
+        count = starts[n + 1] - starts[n]
+        _write_row(events[starts[n] : starts[n + 1]], count, count, at_ms[n], tables, hidden, work, rows, n)
+
+
+@compiled
 def update_rows(
     rings: I64,
     ends: I64,

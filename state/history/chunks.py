@@ -48,19 +48,21 @@ def number_of(key: bytes) -> int:
 
 def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
     """The chunks that hold a user's last `history` events, joined, and how many events the user ever had."""
-    values: list[bytes] = []
-    total = 0
-    found = cursor.set_range(prefix)
-    while found:
-        key, value = bytes(cursor.key()), bytes(cursor.value())
-        if key[:8] != prefix:
-            break
-        if not values:
-            total = number_of(key) * CHUNK + len(value) // EVENT_BYTES
-        elif (number_of(key) + 1) * CHUNK <= total - history:
+    if not cursor.set_range(prefix):
+        return b"", 0
+    key, value = cast(tuple[bytes, bytes], cursor.item())
+    if key[:8] != prefix:
+        return b"", 0
+    total = number_of(key) * CHUNK + len(value) // EVENT_BYTES
+    # Keys of older chunks are higher; those of other users lie beyond the user's oldest one.
+    oldest = key_of(prefix, max(0, total - history) // CHUNK)
+    values = [value]
+    step, item = cursor.next, cursor.item
+    while step():
+        key, value = cast(tuple[bytes, bytes], item())
+        if key > oldest:
             break
         values.append(value)
-        found = cursor.next()
     values.reverse()
     return b"".join(values), total
 

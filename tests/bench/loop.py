@@ -105,7 +105,7 @@ def freshness(loop: Loop, bursts: int) -> list[float]:
             end = topics.ends(kafka.clicks_topic)[partition][1]
             source = f"{about.topic_id}:{partition}"
             while True:
-                worker.request("GET", f"/v1/profiles/{user}")
+                worker.request("GET", f"/v1/profiles/{user}?fields=sources")
                 answer = json.loads(worker.getresponse().read())
                 if answer["version"]["sources"].get(source, 0) >= end:
                     break

@@ -164,8 +164,9 @@ class Loop:
         return status, json.loads(body) if status and body.startswith("{") else body
 
     def profile(self, user: str, **query: str) -> dict[str, Any] | None:
-        """A profile; None where it cannot be had now."""
-        status, body = self.get(f"/v1/profiles/{user}" + (f"?{urllib.parse.urlencode(query)}" if query else ""))
+        """A profile with all that it can have; None where it cannot be had now."""
+        asked = {"fields": "features,vector,attributes,sources", "top": "1000"} | query
+        status, body = self.get(f"/v1/profiles/{user}?{urllib.parse.urlencode(asked)}")
         return body if status == 200 else None
 
     def kept(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
 from deploy.serving.http_api.health import Health
+from deploy.serving.http_api.items import Items
 from deploy.serving.http_api.profiles import Profiles
 from state.errors import SpringtideError
 from state.metrics import WorkerMetrics
@@ -50,6 +51,7 @@ class App:
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.endpoints: list[Endpoint] = [
             *Profiles(host, self.metrics).endpoints(),
+            *Items(host, self.metrics).endpoints(),
             *Health(host, registry).endpoints(),
         ]
         self._routes = Routes(self.endpoints)

@@ -1,7 +1,7 @@
 """Profiles over HTTP.
 
-GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=
-POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}
+GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
+POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
 """
 
 from __future__ import annotations
@@ -55,4 +55,4 @@ class Profiles:
     def _bodies(self, answers: Sequence[Answer]) -> list[bytes]:
         if cold := sum(answer.cold_start for answer in answers):
             self._metrics.cold_starts.inc(cold)
-        return [encode(answer) for answer in answers]
+        return [encode(answer.document()) for answer in answers]

@@ -8,13 +8,17 @@ from urllib.parse import parse_qsl
 
 import orjson
 
-from deploy.serving.answer import Query
+from deploy.serving.answer import FIELDS, Query
 from state.errors import BadRequest
 
-MOST_PROFILES = 256
+MOST_PROFILES = 1000
 LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 FORM = 'send {"profiles": [{"user_id": "ann", "item": "i1"}]} or {"users": ["ann"]}'
 CONTEXT = "context."
+TOP = 10
+"""Interests of an answer where nobody says how many."""
+MOST_TOP = 10_000
+LEAN: frozenset[str] = frozenset()
 _FIELDS = {"user_id", "item", "category", "at", "context"}
 
 
@@ -47,13 +51,13 @@ def question(user: str, query_string: bytes) -> Query:
     """What a GET asks.
 
     >>> question("ann", b"item=i1&context.device=tv")
-    Query(user='ann', item='i1', category=None, context={'device': 'tv'}, at_ms=None)
+    Query(user='ann', item='i1', category=None, context={'device': 'tv'}, at_ms=None, fields=frozenset(), top=10)
 
     Raises:
-        BadRequest: `at` is no time.
+        BadRequest: `at` is no time, `fields` names one that there is not, or `top` is no number of interests.
     """
     if not query_string:
-        return Query(user)
+        return Query(user, fields=LEAN, top=TOP)
     given = dict(parse_qsl(query_string.decode("latin-1")))
     at = given.get("at")
     return Query(
@@ -62,14 +66,49 @@ def question(user: str, query_string: bytes) -> Query:
         given.get("category"),
         {name.removeprefix(CONTEXT): value for name, value in given.items() if name.startswith(CONTEXT)},
         None if at is None else time_ms(at),
+        fields_of(given["fields"].split(",")) if "fields" in given else LEAN,
+        whole("top", given.get("top", TOP), 1, MOST_TOP),
     )
+
+
+def fields_of(names: list[Any]) -> frozenset[str]:
+    """The fields that are asked for beside those of every answer.
+
+    >>> fields_of(["vector"])
+    frozenset({'vector'})
+
+    Raises:
+        BadRequest: There is none of that name.
+    """
+    for name in names:
+        if name not in FIELDS:
+            raise BadRequest(f"there is no field {str(name)[:100]!r}", f"ask for some of {', '.join(sorted(FIELDS))}")
+    return frozenset(names)
+
+
+def whole(name: str, given: Any, least: int, most: int) -> int:
+    """A whole number out of a request.
+
+    >>> whole("top", "5", 1, 10)
+    5
+
+    Raises:
+        BadRequest: It is none, or out of bounds.
+    """
+    try:
+        number = int(given) if isinstance(given, str | int) and not isinstance(given, bool) else least - 1
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise BadRequest(f"{name}={str(given)[:100]!r} is out of bounds", f"give a whole number from {least} to {most}")
+    return number
 
 
 def questions(body: bytes) -> list[Query]:
     """What a batch asks.
 
     >>> questions(b'{"profiles": [{"user_id": "ann", "item": 7}]}')
-    [Query(user='ann', item='7', category=None, context={}, at_ms=None)]
+    [Query(user='ann', item='7', category=None, context={}, at_ms=None, fields=frozenset(), top=10)]
 
     Raises:
         BadRequest: The body is not of the documented form.
@@ -87,10 +126,14 @@ def questions(body: bytes) -> list[Query]:
         raise BadRequest("the body asks for no profile", FORM)
     if len(wanted) > MOST_PROFILES:
         raise BadRequest(f"the body asks for {len(wanted)} profiles", f"ask for at most {MOST_PROFILES} at once")
-    return [_one(place, one) for place, one in enumerate(wanted)]
+    names = document.get("fields", [])
+    if not isinstance(names, list):
+        raise BadRequest("the body has fields that are no array", 'send "fields": ["vector"]')
+    fields, top = fields_of(names), whole("top", document.get("top", TOP), 1, MOST_TOP)
+    return [_one(place, one, fields, top) for place, one in enumerate(wanted)]
 
 
-def _one(place: int, one: Any) -> Query:
+def _one(place: int, one: Any, fields: frozenset[str], top: int) -> Query:
     """The question of one profile of a body."""
     if not isinstance(one, dict) or not isinstance(one.get("user_id"), str | int) or not set(one) <= _FIELDS:
         raise BadRequest(f"profile {place} of the body is not of the documented form", FORM)
@@ -104,4 +147,6 @@ def _one(place: int, one: Any) -> Query:
         None if category is None else str(category),
         {str(name): str(value) for name, value in context.items()},
         None if at is None else time_ms(at),
+        fields,
+        top,
     )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from state.config.loading import load
 from state.errors import SettingsError
 from state.features.ages import quantise, recency_step
+from state.features.many import vectorise_many
 from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.positions import Range, Source
@@ -200,6 +201,10 @@ def assert_equal(history: Events, at_ms: int, mask: Mask, spec: FeatureSpec) -> 
         return bool(mask.events(np.array([event], EVENT))[0])
 
     row = vectorise(history, at_ms, None, mask, spec)
+    # Among those of others, a row has the same bits.
+    several = vectorise_many([history[:1], history, history[::-1]], [at_ms, at_ms, at_ms + 1], mask, spec, [1, 0, 2])
+    for alone, among in zip(row, several, strict=True):
+        np.testing.assert_array_equal(alone, among[1])
     want, labels = expected(history, at_ms, spec, hidden)
     latest = visible(history, at_ms, spec, hidden)[: spec.sequence]
     padding = [0] * (spec.sequence - len(latest))

@@ -123,6 +123,8 @@ def test_the_document_names_every_route_field_and_limit() -> None:
     for route in (
         "/v1/profiles/{user_id}",
         "/v1/profiles:batch",
+        "/v1/rank",
+        "/v1/recommendations/{user_id}",
         "/v1/models/profile",
         "/readyz",
         "/healthz",
@@ -131,4 +133,4 @@ def test_the_document_names_every_route_field_and_limit() -> None:
         assert f"`{route}" in text, route
     for field in dataclasses.fields(Answer):
         assert re.search(rf"^\|.*`{field.name}[.`\[]", text, re.MULTILINE), field.name
-    assert f"{requests.MOST_PROFILES} profiles" in text and endpoints.MOST_BODY_BYTES == 1 << 20
+    assert f"{requests.MOST_PROFILES:,} profiles" in text and endpoints.MOST_BODY_BYTES == 1 << 20

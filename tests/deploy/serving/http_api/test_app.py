@@ -50,8 +50,11 @@ def app(stores: Stores) -> Iterator[App]:
 
 
 def test_a_profile_is_answered_in_the_documented_form(app: App) -> None:
-    """Every field, in its type and order."""
-    response = ask(app, "GET", "/v1/profiles/ann?item=i1")
+    """Every field, in its type and order; without `fields` only what most callers need."""
+    lean = ask(app, "GET", "/v1/profiles/ann").json()
+    assert list(lean) == ["user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "interests"]
+    assert list(lean["version"]) == ["number", "epoch", "age_s", "mask_generation"]
+    response = ask(app, "GET", "/v1/profiles/ann?item=i1&fields=features,vector,attributes,sources")
     assert response.status_code == 200 and response.headers["content-type"] == "application/json"
     answer = response.json()
     assert list(answer) == [
@@ -83,9 +86,10 @@ def test_ids_may_hold_any_character(app: App) -> None:
 
 def test_a_batch_is_answered_in_order(app: App) -> None:
     """Both forms of the body; each profile is what it would be alone, but for the last bit of a sum in a batch."""
-    both = ask(app, "POST", "/v1/profiles:batch", json={"users": ["bob", "ann"]}).json()["profiles"]
+    asked = {"users": ["bob", "ann"], "fields": ["vector", "features"]}
+    both = ask(app, "POST", "/v1/profiles:batch", json=asked).json()["profiles"]
     assert [one["user_id"] for one in both] == ["bob", "ann"]
-    alone = ask(app, "GET", "/v1/profiles/ann").json()
+    alone = ask(app, "GET", "/v1/profiles/ann?fields=vector,features").json()
     together, single = both[1].pop("interests"), alone.pop("interests")
     assert [one["label"] for one in together] == [one["label"] for one in single]
     assert [one["probability"] for one in together] == pytest.approx([one["probability"] for one in single], rel=1e-5)
@@ -96,6 +100,13 @@ def test_a_batch_is_answered_in_order(app: App) -> None:
     assert (one["user_id"], one["at_ms"], one["cold_start"]) == ("7", 1500, True)
 
 
+def test_the_best_interests_are_those_of_the_whole_answer(app: App) -> None:
+    """`top` leaves out the rest, and changes no probability."""
+    every = ask(app, "GET", "/v1/profiles/ann?top=10000").json()["interests"]
+    best = ask(app, "GET", "/v1/profiles/ann?top=2").json()["interests"]
+    assert len(every) == 3 and best == every[:2]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "more", "status", "what"),
     [
@@ -103,6 +114,12 @@ def test_a_batch_is_answered_in_order(app: App) -> None:
         ("GET", "/v1/profiles/", {}, 404, "/v1/profiles/"),
         ("GET", "/v1/profiles/ann?at=soon", {}, 400, "soon"),
         ("GET", "/v1/profiles/ann?at=-5", {}, 400, "-5"),
+        ("GET", "/v1/profiles/ann?fields=vector,vektor", {}, 400, "vektor"),
+        ("GET", "/v1/profiles/ann?top=0", {}, 400, "top='0'"),
+        ("GET", "/v1/profiles/ann?top=many", {}, 400, "many"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"], "fields": ["vektor"]}}, 400, "vektor"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"], "fields": "vector"}}, 400, "no array"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"], "top": True}}, 400, "top="),
         ("GET", "/v1/profiles/ann?at=99999999999999999", {}, 400, "no time"),
         ("DELETE", "/v1/profiles/ann", {}, 405, "DELETE"),
         ("GET", "/v1/profiles:batch", {}, 405, "GET"),
@@ -113,7 +130,7 @@ def test_a_batch_is_answered_in_order(app: App) -> None:
         ("POST", "/v1/profiles:batch", {"json": {"users": [None]}}, 400, "profile 0"),
         ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "itm": "b"}]}}, 400, "profile 0"),
         ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "context": []}, {}]}}, 400, "profile 1"),
-        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"] * (MOST_PROFILES + 1)}}, 400, "257 profiles"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"] * (MOST_PROFILES + 1)}}, 400, "1001 profiles"),
         ("POST", "/v1/profiles:batch", {"content": b" " * (1 << 20) + b"{}"}, 400, "1048576 bytes"),
     ],
 )

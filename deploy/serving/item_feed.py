@@ -1,0 +1,114 @@
+"""Which items were clicked lately, and which for the first time: noted by the applier with the clicks, read by workers.
+
+    feed            seq u64, new u64: how many notes there are of either kind
+    clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` of them
+    new:<slot>      seq u64, item u64, category u64, log time i64; the last `NEW_SLOTS` items that were clicked for the first time
+
+All are extras of the histories. No user is in them. Who reads too late misses
+clicks in its counts, and nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from deploy.serving.notes import ITEM
+from state.features.spec import Events
+from state.history.store import HistoryStore
+
+FEED = "feed"
+SLOTS = 256
+NEW_SLOTS = 4096
+MOST_ITEMS = 4096
+"""Items of one commit in its note: those with the most clicks."""
+
+CLICKED = np.dtype([("item", "<u8"), ("category", "<u8"), ("clicks", "<u4")])
+_HEAD = struct.Struct(">QQ")
+_NOTE = struct.Struct(">Qq")
+_NEW = struct.Struct(">Q")
+_NEW_ITEM = struct.Struct("<QQq")
+
+
+class Feed(NamedTuple):
+    """How many notes there are of either kind."""
+
+    seq: int = 0
+    new: int = 0
+
+    @classmethod
+    def of(cls, store: HistoryStore) -> Feed:
+        """What the store says."""
+        head = store.extra(FEED)
+        return cls() if head is None else cls(*_HEAD.unpack(head))
+
+
+class Clicked(NamedTuple):
+    """One commit: log time, and `[k]` CLICKED."""
+
+    at_ms: int
+    items: np.ndarray[tuple[int], np.dtype[np.void]]
+
+
+class ItemFeed:
+    """Writes the notes; used by the thread that commits to the histories.
+
+    Args:
+        store: The histories.
+    """
+
+    def __init__(self, store: HistoryStore) -> None:
+        self._store, self._feed = store, Feed.of(store)
+
+    def news(self, events: Events, categories: Mapping[str, bytes], clock_ms: int) -> dict[str, bytes]:
+        """The extras to commit with some clicks.
+
+        Args:
+            events: `[m]` EVENT.
+            categories: The extras with items' categories that are committed with them: those of all new items are among them.
+            clock_ms: Log time.
+        """
+        clicked = _clicked(events)
+        if not len(clicked):
+            return {}
+        seq, number = self._feed
+        found = {f"clicked:{seq % SLOTS}": _NOTE.pack(seq, clock_ms) + clicked.tobytes()}
+        for name, category in categories.items():
+            if not name.startswith(ITEM) or self._store.extra(name) is not None:
+                continue
+            item = int(name.removeprefix(ITEM), 16)
+            found[f"new:{number % NEW_SLOTS}"] = _NEW.pack(number) + _NEW_ITEM.pack(
+                item, int.from_bytes(category, "big"), clock_ms
+            )
+            number += 1
+        self._feed = Feed(seq + 1, number)
+        return found | {FEED: _HEAD.pack(*self._feed)}
+
+
+def _clicked(events: Events) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """`[k]` CLICKED: the clicks of each item that has a category, the last one it was clicked in."""
+    some = events[(events["item"] != 0) & (events["category"] != 0)][::-1]
+    items, first, clicks = np.unique(some["item"], return_index=True, return_counts=True)
+    found = np.zeros(len(items), CLICKED)
+    found["item"], found["category"], found["clicks"] = items, some["category"][first], clicks
+    return found if len(found) <= MOST_ITEMS else found[np.argsort(-clicks, kind="stable")[:MOST_ITEMS]]
+
+
+def clicked_at(store: HistoryStore, seq: int) -> Clicked | None:
+    """One note of clicks; None where it is overwritten or was never committed."""
+    note = store.extra(f"clicked:{seq % SLOTS}")
+    if note is None or _NOTE.unpack_from(note)[0] != seq:
+        return None
+    return Clicked(_NOTE.unpack_from(note)[1], np.frombuffer(note, CLICKED, offset=_NOTE.size))
+
+
+def new_at(store: HistoryStore, number: int) -> tuple[int, int, int] | None:
+    """One note of an item that was new: item, category, log time; None where it is overwritten or was never committed."""
+    note = store.extra(f"new:{number % NEW_SLOTS}")
+    if note is None or _NEW.unpack_from(note)[0] != number:
+        return None
+    item, category, at_ms = _NEW_ITEM.unpack_from(note, _NEW.size)
+    return item, category, at_ms

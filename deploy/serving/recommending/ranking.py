@@ -1,0 +1,102 @@
+"""Ranks the items that a caller names, for one user, all by one version."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+
+from deploy.serving.answer import Answer, Query, Version
+from deploy.serving.answering import probability
+from deploy.serving.predictor import Predictor
+from deploy.serving.recommending.pairs import UserPairs, in_batches
+from state.events.identity import public_id
+
+MOST_ITEMS = 1000
+
+
+class NamedItem(NamedTuple):
+    """An item as a caller names it.
+
+    Attributes:
+        item: The raw id.
+        category: The raw id of its category; by default the one it was last seen in.
+    """
+
+    item: str
+    category: str | None = None
+
+
+class RankedItem(TypedDict):
+    """An item with the name of the category that it counts as of, None where none is known, and the probability."""
+
+    item: str
+    category: str | None
+    probability: float
+
+
+@dataclass(slots=True)
+class RankedItems:
+    """The items of one user, best first.
+
+    Attributes:
+        user_id: As it was asked for.
+        known: Whether the user has a visible click or a row.
+        cold_start: Whether nothing is known of the user.
+        version: Which version all of it is from.
+        at: The time the windows speak of, ISO 8601.
+        at_ms: The same in milliseconds.
+        clock: Where it comes from: `event`, `wall` or `request`.
+        items: The most probable first; of equal ones the one that was named first.
+    """
+
+    user_id: str
+    known: bool
+    cold_start: bool
+    version: Version
+    at: str
+    at_ms: int
+    clock: str
+    items: list[RankedItem]
+
+
+def rank(predictor: Predictor, query: Query, items: Sequence[NamedItem]) -> Generator[None, None, RankedItems]:
+    """Ranks items; stops after each batch, so that others are answered meanwhile, and returns the answer.
+
+    Args:
+        predictor: What answers.
+        query: About the user, without an item.
+        items: At least one, at most `MOST_ITEMS`.
+
+    Raises:
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
+    """
+    ids = [(public_id(one.item), 0 if one.category is None else public_id(one.category)) for one in items]
+    with predictor.reading() as reader:
+        prepared = predictor.prepare([query], reader)
+        (about,) = predictor.answered(prepared, prepared.version.program.predict(prepared.inputs))
+        pairs, found = UserPairs(predictor, prepared), []
+        for piece in in_batches(ids):
+            # Others may have been answered by a version that came meanwhile.
+            predictor.take_up(reader)
+            found.append(pairs.logits(piece))
+            yield
+        logits = np.concatenate(found)
+    ranked = [
+        RankedItem(
+            item=items[place].item,
+            category=predictor.name_of(category).name if (category := pairs.categories[place]) else None,
+            probability=probability(float(logits[place])),
+        )
+        for place in np.argsort(-logits, kind="stable").tolist()
+    ]
+    return about_user(about, ranked)
+
+
+def about_user(about: Answer, items: list[RankedItem]) -> RankedItems:
+    """The answer about a user's items."""
+    return RankedItems(
+        about.user_id, about.known, about.cold_start, about.version, about.at, about.at_ms, about.clock, items
+    )

@@ -1,0 +1,208 @@
+"""Recommends items to one user: proposes some hundreds, ranks them by engagement, and gives new ones a share of their own.
+
+1. The user's categories, popular ones and what came next over all users, as the version ranks them; and what was clicked.
+2. Candidates: of each category its most clicked items, the more the more probable it is; new items; what the user clicked.
+3. The engagement of each, by the same version.
+4. The best, of which a share is new.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving.answer import Answer, Query, Version
+from deploy.serving.answering import probability
+from deploy.serving.predictor import Predictor, Prepared
+from deploy.serving.program import PAIRS
+from deploy.serving.recommending.pairs import UserPairs, in_batches
+from deploy.serving.recommending.shelves import NewItem, Shelves
+from state.events.identity import public_id
+from state.features.mask import Mask
+
+MOST_CANDIDATES = 2 * PAIRS
+FRESH_MS = 86_400_000
+"""An item is new for so long after its first click."""
+FRESH_SHARE = 0.1
+"""Of the items of an answer, so many are new where there are so many new ones."""
+FRESH_CANDIDATES = 64
+FEW = 4
+MOST_OF_CATEGORY = 128
+SEEN_CANDIDATES = 64
+
+Reason = Literal["again", "category", "next", "popular", "fresh"]
+
+
+class Wanted(NamedTuple):
+    """What is to be recommended.
+
+    Attributes:
+        most: So many items at most.
+        category: Only items of the category with this raw id.
+        exclude_seen: Leaves out what the user clicked.
+    """
+
+    most: int
+    category: str | None = None
+    exclude_seen: bool = False
+
+
+class Recommended(TypedDict):
+    """An item (its name, or id where it has none), its id, its category's name, the probability, and why it is here."""
+
+    item: str
+    id: str
+    category: str
+    probability: float
+    reason: Reason
+
+
+@dataclass(slots=True)
+class Recommendations:
+    """The items of one user, best first; all else as in `RankedItems`."""
+
+    user_id: str
+    known: bool
+    cold_start: bool
+    version: Version
+    at: str
+    at_ms: int
+    clock: str
+    items: list[Recommended]
+
+
+class Proposed(NamedTuple):
+    """Why an item is a candidate, and of which category; 0 for the one that it was last seen in."""
+
+    reason: Reason
+    category: int
+
+
+def recommend(
+    predictor: Predictor, shelves: Shelves, query: Query, wanted: Wanted
+) -> Generator[None, None, Recommendations]:
+    """Recommends items; stops after each batch, so that others are answered meanwhile, and returns the answer.
+
+    Args:
+        predictor: What answers.
+        shelves: What is known of items.
+        query: About the user, without an item, and with all interests.
+        wanted: What is to be recommended.
+
+    Raises:
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
+    """
+    with predictor.reading() as reader:
+        # 1.
+        prepared = predictor.prepare([query], reader)
+        (about,) = predictor.answered(prepared, prepared.version.program.predict(prepared.inputs))
+        one, mask = prepared.asked[0], prepared.seen[1]
+        seen = predictor.seen_by(one, mask)
+        # 2.
+        shares = _shares(about, None if wanted.category is None else public_id(wanted.category))
+        found = candidates(shelves, shares, _kinds(prepared), _new(shelves, shares, one.at_ms, mask), wanted, seen)
+        ids = [(item, proposed.category) for item, proposed in found.items()]
+        # 3.
+        pairs, parts = UserPairs(predictor, prepared), [np.empty(0, np.float32)]
+        for piece in in_batches(ids):
+            # Others may have been answered by a version that came meanwhile.
+            predictor.take_up(reader)
+            parts.append(pairs.logits(piece))
+            yield
+        logits = np.concatenate(parts)
+    # 4.
+    fresh = np.array([proposed.reason == "fresh" for proposed in found.values()], np.bool_)
+    items = []
+    for place in best(logits, fresh, wanted.most).tolist():
+        name = predictor.name_of(ids[place][0])
+        items.append(
+            Recommended(
+                item=name.name,
+                id=name.hex,
+                category=predictor.name_of(pairs.categories[place]).name,
+                probability=probability(float(logits[place])),
+                reason=found[ids[place][0]].reason,
+            )
+        )
+    return Recommendations(
+        about.user_id, about.known, about.cold_start, about.version, about.at, about.at_ms, about.clock, items
+    )
+
+
+def _shares(about: Answer, only: int | None) -> dict[int, float]:
+    """The categories to look in, each with its probability; the one that is asked for where one is."""
+    if only is not None:
+        return {only: 1.0}
+    return {int(one["id"], 16): one["probability"] for one in about.interests}
+
+
+def _kinds(prepared: Prepared) -> dict[int, Reason]:
+    """Why each category is a candidate."""
+    kinds: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
+    return kinds | dict.fromkeys(prepared.asked[0].recent_categories, "category")
+
+
+def _new(shelves: Shelves, shares: Mapping[int, float], at_ms: int, mask: Mask) -> list[NewItem]:
+    """New items, those of the likeliest categories first, then others, without those first clicked while masked."""
+    likely = sorted(shares, key=lambda category: -shares[category])[:8]
+    found = {one.item: one for category in likely for one in shelves.newest(FEW, category)}
+    if len(shares) > 1:
+        found = {one.item: one for one in shelves.newest(FRESH_CANDIDATES)} | found
+    return [
+        one
+        for one in found.values()
+        if one.at_ms > at_ms - FRESH_MS and not any(begin <= one.at_ms < end for begin, end in mask.times)
+    ]
+
+
+def candidates(
+    shelves: Shelves,
+    shares: Mapping[int, float],
+    kinds: Mapping[int, Reason],
+    new: Sequence[NewItem],
+    wanted: Wanted,
+    seen: Sequence[int],
+) -> dict[int, Proposed]:
+    """At most `MOST_CANDIDATES` items, each with why it is one.
+
+    Args:
+        shelves: What is known of items.
+        shares: The probability of each category to look in.
+        kinds: Why each of them is one; popular where that is not said.
+        new: Items that are new.
+        wanted: What is to be recommended.
+        seen: What the user clicked, the newest first.
+    """
+    found = {one.item: Proposed("fresh", one.category) for one in new}
+    if wanted.category is None and not wanted.exclude_seen:
+        found = {item: Proposed("again", 0) for item in seen[:SEEN_CANDIDATES]} | found
+    for category, share in sorted(shares.items(), key=lambda one: -one[1]):
+        most = min(MOST_OF_CATEGORY, FEW + round(share * MOST_CANDIDATES)) if len(shares) > 1 else MOST_CANDIDATES
+        proposed = Proposed(kinds.get(category, "popular"), category)
+        for item in shelves.best(category, most):
+            found.setdefault(item, proposed)
+    if wanted.exclude_seen:
+        found = {item: proposed for item, proposed in found.items() if item not in set(seen)}
+    return dict(list(found.items())[:MOST_CANDIDATES])
+
+
+def best(logits: NDArray[np.float32], fresh: NDArray[np.bool_], count: int) -> NDArray[np.intp]:
+    """The places of the best, best first; a share of them are fresh where there are so many fresh ones.
+
+    >>> best(np.array([3.0, 2.0, 1.0, 0.0]), np.array([False, False, False, True]), 2).tolist()
+    [0, 3]
+    """
+    order = np.argsort(-logits, kind="stable")
+    chosen = order[:count]
+    lacking = math.ceil(FRESH_SHARE * len(chosen)) - int(fresh[chosen].sum())
+    if lacking > 0:
+        more = order[count:][fresh[order[count:]]][:lacking]
+        stale = chosen[~fresh[chosen]]
+        kept = np.concatenate((chosen[fresh[chosen]], stale[: len(stale) - len(more)], more))
+        chosen = kept[np.argsort(-logits[kept], kind="stable")]
+    return chosen

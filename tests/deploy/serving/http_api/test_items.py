@@ -1,0 +1,68 @@
+"""Items over HTTP: what is asked in the documented form is answered, all else is refused with its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deploy.serving.http_api.app import App
+from deploy.serving.recommending.ranking import MOST_ITEMS
+from state.events.identity import public_id
+from tests.deploy.serving.http_api.test_app import app as app
+from tests.deploy.serving.http_api.test_app import ask
+
+
+def test_items_are_ranked_for_a_user(app: App) -> None:
+    """In the form of the document, as of the time that is asked for."""
+    body = {"user_id": 7, "items": [3, {"item": "i1"}, {"item": "i2", "category": "hats"}], "at": 1500}
+    answer = ask(app, "POST", "/v1/rank", json=body).json()
+    assert list(answer) == ["user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "items"]
+    assert (answer["user_id"], answer["cold_start"], answer["at_ms"], answer["clock"]) == ("7", True, 1500, "request")
+    assert sorted((one["item"], one["category"]) for one in answer["items"] if one["category"]) == [
+        ("i1", "hats"),
+        ("i2", "hats"),
+    ]
+    assert all(0 < one["probability"] < 1 for one in answer["items"])
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ([], "user_id"),
+        ({"items": ["a"]}, "user_id"),
+        ({"user_id": "ann"}, "no items"),
+        ({"user_id": "ann", "items": []}, "no items"),
+        ({"user_id": "ann", "items": "a"}, "no items"),
+        ({"user_id": "ann", "items": ["a"] * (MOST_ITEMS + 1)}, "1001 items"),
+        ({"user_id": "ann", "items": ["a", None]}, "item 1"),
+        ({"user_id": "ann", "items": [True]}, "item 0"),
+        ({"user_id": "ann", "items": [{"item": "a", "colour": "red"}]}, "item 0"),
+        ({"user_id": "ann", "items": ["a"], "context": ["x"]}, "context"),
+        ({"user_id": "ann", "items": ["a"], "at": "soon"}, "soon"),
+        ({"user_id": "ann", "items": ["a"], "users": []}, "'users'"),
+    ],
+)
+def test_what_is_not_of_the_documented_form_is_refused(app: App, body: Any, what: str) -> None:
+    """With what is wrong, and what to send."""
+    response = ask(app, "POST", "/v1/rank", json=body)
+    assert response.status_code == 400 and what in response.json()["error"] and response.json()["do"]
+
+
+def test_items_are_recommended_to_a_user(app: App) -> None:
+    """In the form of the document; what the user clicked is left out where that is asked for."""
+    answer = ask(app, "GET", "/v1/recommendations/ann").json()
+    assert list(answer) == ["user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "items"]
+    assert all(list(one) == ["item", "id", "category", "probability", "reason"] for one in answer["items"])
+    again = {one["id"] for one in answer["items"] if one["reason"] == "again"}
+    assert again == {f"{public_id(item):016x}" for item in ("i1", "i2")}
+    others = ask(app, "GET", "/v1/recommendations/ann?exclude_seen=true").json()["items"]
+    assert not again & {one["id"] for one in others}
+    assert len(ask(app, "GET", "/v1/recommendations/ann?n=1").json()["items"]) == 1
+
+
+@pytest.mark.parametrize("query", ["n=0", "n=101", "n=x", "exclude_seen=perhaps", "at=soon"])
+def test_what_cannot_be_recommended_is_refused(app: App, query: str) -> None:
+    """With what is wrong, and what to give."""
+    response = ask(app, "GET", f"/v1/recommendations/ann?{query}")
+    assert response.status_code == 400 and query.split("=")[1] in response.json()["error"] and response.json()["do"]

@@ -1,0 +1,121 @@
+"""Items by category, as the applier notes them and a worker follows: counted, new ones first, within bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.serving import item_feed
+from deploy.serving.item_feed import ItemFeed
+from deploy.serving.recommending import shelves as module
+from deploy.serving.recommending.shelves import NewItem, Shelves
+from deploy.serving.remembered import Remembered
+from state.features.spec import EVENT, Events
+from state.history.appends import Appends
+from state.history.store import HistoryStore
+from tests.deploy.serving.stocked import MAP, NOW_MS
+
+DAY_MS = 86_400_000
+
+
+def clicks(*pairs: tuple[int, int]) -> Events:
+    """Events of (item, category)."""
+    events = np.zeros(len(pairs), EVENT)
+    for place, (item, category) in enumerate(pairs):
+        events[place]["at_ms"], events[place]["item"], events[place]["category"] = NOW_MS, item, category
+    return events
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[HistoryStore]:
+    made = HistoryStore(tmp_path, map_bytes=MAP)
+    yield made
+    made.close()
+
+
+def news(kept: Remembered, store: HistoryStore, events: Events, at_ms: int) -> dict[str, bytes]:
+    """As `Upkeep` makes them."""
+    found = kept.news(events, {}, at_ms)
+    return found | ItemFeed(store).news(events, found, at_ms)
+
+
+def take(kept: Remembered, store: HistoryStore, at_ms: int, *pairs: tuple[int, int]) -> None:
+    """As the applier does: the notes are committed with the clicks."""
+    events = clicks(*pairs)
+    store.commit(
+        Appends.of(np.arange(1, 1 + len(events), dtype=np.uint64), events), (), news(kept, store, events, at_ms)
+    )
+
+
+def settled(shelves: Shelves) -> Shelves:
+    while shelves.turn():
+        pass
+    return shelves
+
+
+def test_items_are_ordered_by_their_clicks_and_later_ones_count_more(store: HistoryStore) -> None:
+    """Those of a day ago count half."""
+    kept, shelves = Remembered(store, 90, 100), settled(Shelves(store))
+    take(kept, store, NOW_MS, (1, 7), (1, 7), (1, 7), (2, 7), (3, 8), (4, 0))
+    settled(shelves)
+    assert shelves.best(7, 10) == [1, 2] and shelves.best(8, 10) == [3] and shelves.best(9, 10) == []
+    take(kept, store, NOW_MS + 2 * DAY_MS, (2, 7))
+    assert settled(shelves).best(7, 1) == [2]
+
+
+def test_a_new_item_is_known_at_its_first_click_and_new_once(store: HistoryStore) -> None:
+    """Also where the applier starts anew, or forgets what it has in memory."""
+    shelves = Shelves(store)
+    take(Remembered(store, 90, 100), store, NOW_MS, (1, 7), (2, 8))
+    settled(shelves)
+    assert shelves.newest(10) == [NewItem(2, 8, NOW_MS), NewItem(1, 7, NOW_MS)]
+    take(Remembered(store, 90, 100), store, NOW_MS + 1, (1, 7), (3, 7), (2, 9))
+    settled(shelves)
+    assert shelves.newest(1) == [NewItem(3, 7, NOW_MS + 1)]
+    assert shelves.newest(10, 7) == [NewItem(3, 7, NOW_MS + 1), NewItem(1, 7, NOW_MS)] and not shelves.newest(10, 9)
+
+
+def test_a_worker_that_starts_later_knows_what_users_clicked_last(
+    store: HistoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notes are overwritten; the newest click of each user is still there."""
+    monkeypatch.setattr(item_feed, "SLOTS", 2)
+    monkeypatch.setattr(module, "SLOTS", 2)
+    kept = Remembered(store, 90, 100)
+    for item in range(1, 6):
+        events = clicks((item, 7))
+        store.commit(Appends.of(np.array([item], np.uint64), events), (), news(kept, store, events, NOW_MS))
+    assert sorted(settled(Shelves(store)).best(7, 10)) == [1, 2, 3, 4, 5]
+
+
+def test_what_is_remembered_is_bounded(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least clicked items go, of each category in its turn; so do the oldest new ones."""
+    for name, value in (("MOST_ON_A_SHELF", 8), ("MOST_ITEMS", 20), ("NEW_SLOTS", 4)):
+        monkeypatch.setattr(module, name, value)
+    kept, shelves = Remembered(store, 90, 1000), settled(Shelves(store))
+    for round_ in range(6):
+        take(
+            kept,
+            store,
+            NOW_MS + round_,
+            *((100 * category + item, category) for category in range(1, 7) for item in range(round_ + 1)),
+        )
+        settled(shelves)
+    held = [shelves.best(category, 100) for category in range(1, 7)]
+    assert 0 < sum(map(len, held)) <= 20
+    assert all(each[0] == 100 * category for category, each in enumerate(held, 1) if each)
+    assert len(shelves.newest(100)) == 4
+
+
+def test_a_store_begun_anew_is_followed_from_its_beginning(store: HistoryStore, tmp_path: Path) -> None:
+    """Whatever was read before."""
+    kept, shelves = Remembered(store, 90, 100), Shelves(store)
+    for _ in range(3):
+        take(kept, store, NOW_MS, (1, 7))
+    settled(shelves)
+    store.commit(Appends.none(), (), {item_feed.FEED: None, "new:0": None})
+    take(Remembered(store, 90, 100), store, NOW_MS, (5, 7))
+    assert 5 in settled(shelves).best(7, 10)
