@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import re
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -17,74 +11,14 @@ from typing import Any
 
 import pytest
 
-from deploy import cli, status
-from deploy.command_line import PROCESSES
 from state.registry.registry import Registry
 from tests import runbook
 from tests.e2e.loop import lost_disk
-from tests.e2e.running import ROOT, Loop, until
+from tests.e2e.loop.terminal import Terminal
+from tests.e2e.running import Loop, until
 from tests.runbook import SECTIONS, Section
 
-STARTING = ("springtide up", "springtide rebuild-history", "springtide verify")
-"""What cannot be done while the loop runs, or takes long: it is taken, and what it would become is looked at."""
-
 HONEST, POISON = "reading", "poison-of-the-drill"
-
-
-class Terminal:
-    """An operator's terminal, in a directory where the state is .springtide.
-
-    Args:
-        loop: The running loop.
-        directory: Where to type.
-    """
-
-    def __init__(self, loop: Loop, directory: Path) -> None:
-        self.loop, self.directory = loop, directory
-        self.typed: set[str] = set()
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        (directory / ".springtide").symlink_to(loop.settings.state_dir)
-
-    def type(self, command: str, **values: str) -> str:
-        """Types one command of the page with its capitals filled in; returns what it says."""
-        self.typed.add(command)
-        line = runbook.filled(command, {**runbook.EXAMPLES, **values})
-        line = line.replace("localhost:8501", f"localhost:{self.loop.settings.serving.port}")
-        words = shlex.split(line)
-        if command.startswith(STARTING):
-            return self._take(words[1:])
-        if words[:2] == ["springtide", "compact"]:
-            # It makes its process a nice one.
-            line = shlex.join([sys.executable, "-m", "deploy.cli", *words[1:], *self.loop.flags])
-        elif words[0] == "springtide":
-            return self._do(words[1:])
-        done = subprocess.run(
-            ["bash", "-c", line], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=60
-        )
-        # Files come and go while `du` looks at them.
-        assert done.returncode == 0 or (words[0] == "du" and done.stdout), f"{line}: {done.stderr}"
-        return done.stdout
-
-    def _do(self, words: list[str]) -> str:
-        """What an operator's command says; here, for a process of its own would take a second each."""
-        said, failed = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
-            if words[0] == "status":
-                code = status.main([*words[1:], *self.loop.flags])
-            else:
-                code = cli.main([*words, *self.loop.flags])
-        # Without a condition, status says by its code whether something is wrong.
-        looking = words[0] == "status" and "--wait-for" not in words
-        assert code in ((0, 1) if looking else (0,)), f"{shlex.join(words)}: {failed.getvalue()}"
-        return said.getvalue()
-
-    def _take(self, words: list[str]) -> str:
-        """The process that a command would become."""
-        became: list[list[str]] = []
-        cli.run([*words, *self.loop.flags], lambda module, flags: became.append([module, *flags]), 0, print)
-        (line,) = became
-        assert line[0] == PROCESSES[words[0]][0]
-        return shlex.join(line)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +165,20 @@ def the_disk_is_lost(terminal: Terminal, section: Section) -> None:
     lost_disk.goes_on(loop, version)
 
 
+def a_user_asks_to_be_forgotten(terminal: Terminal, section: Section) -> None:
+    loop, user, asked = terminal.loop, "one-who-asks", terminal.directory / "asked.txt"
+    erase, look, compact = section.commands
+    known = loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "purchase")] * 3))
+    assert known["known"]
+    asked.write_text(f"{user}\n")
+    assert "of 1 user;" in terminal.type(erase, **{"asked.txt": str(asked)})
+    until(lambda: (loop.profile(user) or {}).get("cold_start"), "the user is still known")
+    terminal.type(compact)
+    told = terminal.type(look)
+    for name in (loop.settings.kafka.clicks_topic, loop.settings.kafka.microbatches_topic):
+        assert re.search(rf"^topic {re.escape(name)} .*its retention, 20", told, re.MULTILINE), told
+
+
 DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "Turn back, fast": turn_back_fast,
     "Turn back, exactly": turn_back_exactly,
@@ -241,6 +189,7 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "A version is damaged": a_version_is_damaged,
     "A clock is wrong": a_clock_is_wrong,
     "The disk is lost": the_disk_is_lost,
+    "A user asks to be forgotten": a_user_asks_to_be_forgotten,
 }
 
 
