@@ -203,3 +203,17 @@ def test_what_nobody_leads_to_any_more_is_removed_from_memory(
     assert memory_place.remove_forgotten(str(memory.path), 1e12) == []
     link.unlink()
     assert memory_place.remove_forgotten(str(memory.path), 1e12) != [] and held(memory) == []
+
+
+def test_what_another_program_removes_from_memory_while_it_is_written_is_saved_all_the_same(
+    link: Path, memory: Disk
+) -> None:
+    store = opened(link, memory)
+    commit(store, 5)
+    power_cut(memory)
+    commit(store)
+    before = told(store)
+    store.close()
+    store = opened(link, memory)
+    assert told(store) == before and store.positions()[SOURCE] == 6 * USERS
+    store.close()
