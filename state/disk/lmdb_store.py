@@ -15,38 +15,23 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import lmdb
 
 from state import layout
 from state.disk import clean_mark
 from state.disk.clean_mark import CleanMark
+from state.disk.lmdb_values import OpenDatabases
 from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk
 
 MAX_READERS = 512
 FORMAT = b"format"
 _DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 _logger = logging.getLogger(__name__)
-
-
-class Opened(NamedTuple):
-    """A file and its databases, which go together: a reader takes both at once, for a store may move.
-
-    Attributes:
-        env: The file.
-        databases: By name.
-    """
-
-    env: Any
-    databases: Mapping[str, Any]
-
-    def begin(self, name: str) -> Any:
-        """An `lmdb.Transaction` that reads one database, or others by their handles here."""
-        return self.env.begin(db=self.databases[name])
 
 
 class LmdbStore:
@@ -119,7 +104,7 @@ class LmdbStore:
                 if not readonly or name not in self.later or self._has(name)
             }
             self._meta = self._databases["meta"]
-            self._opened = Opened(self._env, self._databases)
+            self._opened = OpenDatabases(self._env, self._databases)
             if not readonly:
                 self._write_made()
         except (lmdb.Error, OSError) as error:

@@ -1,11 +1,27 @@
-"""Values of a database in LMDB, read and changed several at once; and the space that a database takes."""
+"""Databases of a file in LMDB, open together; values of one, read and changed several at once; and the space that it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
+
+
+class OpenDatabases(NamedTuple):
+    """A file and its databases, which go together: a reader takes both at once, for a store may move.
+
+    Attributes:
+        env: The file.
+        databases: By name.
+    """
+
+    env: Any
+    databases: Mapping[str, Any]
+
+    def begin(self, name: str) -> Any:
+        """An `lmdb.Transaction` that reads one database, or others by their handles here."""
+        return self.env.begin(db=self.databases[name])
 
 
 def put_all(transaction: lmdb.Transaction, database: Any, values: Mapping[bytes, bytes | None]) -> None:
