@@ -6,15 +6,17 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
 
 from deploy.serving.answer import Query
 from deploy.serving.predictor import MOST_AT_ONCE
 
-Answer = Callable[[Sequence[Query]], list[bytes]]
+Body = TypeVar("Body")
+Answer = Callable[[Sequence[Query]], list[Body]]
 """Gives the bodies of at most `MOST_AT_ONCE` questions, in their order."""
 
 
-class Batcher:
+class Batcher(Generic[Body]):
     """Gathers questions until the event loop is free, and answers them in one batch. Used by one event loop.
 
     Args:
@@ -22,22 +24,22 @@ class Batcher:
         held: Answers from one version as long as it is open, whatever comes meanwhile.
     """
 
-    def __init__(self, answer: Answer, held: Callable[[], AbstractContextManager[Answer]]) -> None:
+    def __init__(self, answer: Answer[Body], held: Callable[[], AbstractContextManager[Answer[Body]]]) -> None:
         self._answer, self._held = answer, held
-        self._waiting: deque[tuple[Query, asyncio.Future[bytes]]] = deque()
+        self._waiting: deque[tuple[Query, asyncio.Future[Body]]] = deque()
 
-    def one(self, query: Query) -> asyncio.Future[bytes]:
+    def one(self, query: Query) -> asyncio.Future[Body]:
         """The answer to come; questions of the same round of the event loop are answered together."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[bytes] = loop.create_future()
+        answer: asyncio.Future[Body] = loop.create_future()
         if not self._waiting:
             loop.call_soon(self._answer_waiting)
         self._waiting.append((query, answer))
         return answer
 
-    async def many(self, queries: Sequence[Query]) -> list[bytes]:
+    async def many(self, queries: Sequence[Query]) -> list[Body]:
         """The answers to the questions of one request, in their order, all from one version."""
-        answers: list[bytes] = []
+        answers: list[Body] = []
         with self._held() as answer:
             for first in range(0, len(queries), MOST_AT_ONCE):
                 answers += answer(queries[first : first + MOST_AT_ONCE])

@@ -8,6 +8,7 @@ from pathlib import Path
 from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from deploy.serving.predictor import Predictor
+from deploy.serving.recommending.shelves import Shelves
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.config.settings import Settings
@@ -41,6 +42,7 @@ class Host:
         self._tables = tables_of(settings.attributes)
         self._attributes: AttributeStore | None = None
         self._predictor: Predictor | None = None
+        self._shelves: Shelves | None = None
         self._files: tuple[tuple[int, int], ...] = ()
         self._check_at_ms = 0
 
@@ -59,6 +61,17 @@ class Host:
                 self._predictor = self._open()
                 self._files = files
         return self._predictor
+
+    def shelves(self) -> Shelves:
+        """Items by category, as far as its user has let it read; begun anew where the histories are opened again.
+
+        Raises:
+            NotReady: A store is not there yet.
+        """
+        histories = self.predictor().histories
+        if self._shelves is None:
+            self._shelves = Shelves(histories)
+        return self._shelves
 
     def missing(self) -> dict[str, str]:
         """What keeps this worker from answering, by part (histories, version, program); empty when it is ready."""
@@ -87,7 +100,7 @@ class Host:
         for store in (self._rows, self._histories, self._attributes):
             if store is not None:
                 store.close()
-        self._rows = self._histories = self._attributes = self._predictor = None
+        self._rows = self._histories = self._attributes = self._predictor = self._shelves = None
 
     def _open(self) -> Predictor:
         settings, folder = self._settings, self._settings.serving_dir

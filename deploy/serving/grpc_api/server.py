@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from deploy.serving.grpc_api.health import GrpcHealth
 from deploy.serving.grpc_api.messages import POOL
+from deploy.serving.grpc_api.profiles import GrpcProfiles
 from deploy.serving.grpc_api.services import Handlers, Service
 from deploy.serving.host import Host
 from state.metrics import WorkerMetrics
@@ -19,9 +20,9 @@ from state.metrics import WorkerMetrics
 MOST_MESSAGE_BYTES = 4 << 20
 
 
-def offered(host: Host) -> list[Service]:
+def offered(host: Host, metrics: WorkerMetrics) -> list[Service]:
     """The services of a worker; another one is added here."""
-    return []
+    return [GrpcProfiles(host, metrics).service()]
 
 
 class GrpcServer:
@@ -47,7 +48,7 @@ class GrpcServer:
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
         ]
-        services, handlers = offered(host), Handlers(metrics)
+        services, handlers = offered(host, metrics), Handlers(metrics)
         names = [one.name for one in services]
         self._server = grpc.aio.server(options=options)
         self._server.add_generic_rpc_handlers([handlers.of(one) for one in services])

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from state.events.identity import public_id
 from state.log import Writer
 from tests.e2e.running import Loop, until
 
@@ -61,6 +62,23 @@ def test_an_answer_says_all_that_it_rests_on(loop: Loop) -> None:
     assert all(isinstance(value, int) for value in answer["features"].values())
     assert answer["features"]["view.count_1h"] == 3
     assert answer["features"]["purchase.count_1h"] == 0
+
+
+def test_a_new_item_is_recommended_soon_after_its_first_click(loop: Loop) -> None:
+    """To somebody else; some tenths of a second where the machine is idle, see `make bench`."""
+    item = f"item-born-at-{time.time_ns()}"
+    loop.get("/v1/recommendations/shopper-2")
+    loop.click([("mary-of-the-new-item", item, "category-of-the-new-item", "view")])
+    clicked_s = time.monotonic()
+
+    def reason() -> str | None:
+        status, answer = loop.get("/v1/recommendations/shopper-2?n=50")
+        if status != 200:
+            return None
+        return next((one["reason"] for one in answer["items"] if one["id"] == f"{public_id(item):016x}"), None)
+
+    assert until(reason, "the new item is not recommended") == "fresh"
+    assert time.monotonic() - clicked_s < 20.0
 
 
 def test_an_unknown_user_is_a_cold_start_and_marked_as_such(loop: Loop) -> None:

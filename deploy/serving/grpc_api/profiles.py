@@ -1,0 +1,139 @@
+"""The service `springtide.v1.Profiles`: what HTTP answers of profiles and items, over gRPC, by the same core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from deploy.serving.answer import Answer, Query
+from deploy.serving.batching import Batcher
+from deploy.serving.grpc_api.messages import message
+from deploy.serving.grpc_api.services import Method, Service
+from deploy.serving.host import Host
+from deploy.serving.http_api.item_requests import MOST_RECOMMENDED, RECOMMENDED
+from deploy.serving.http_api.requests import LATEST_MS, LEAN, MOST_PROFILES, MOST_TOP, TOP, fields_of, whole
+from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem, RankedItems, rank
+from deploy.serving.recommending.recommending import Recommendations, Wanted, recommend
+from deploy.serving.recommending.turns import ShelfTurns, in_turns
+from state.errors import BadRequest
+from state.metrics import WorkerMetrics
+
+PACKAGE = "springtide.v1"
+
+
+class GrpcProfiles:
+    """Answers the methods of the service.
+
+    Args:
+        host: What answers.
+        metrics: Of the worker.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
+        self._host, self._metrics, self._turns = host, metrics, ShelfTurns(host)
+        self._batcher: Batcher[Any] = Batcher(self._answers, self._held)
+
+    def service(self) -> Service:
+        """What is offered."""
+        methods = {
+            "GetProfile": self._one,
+            "BatchGetProfiles": self._many,
+            "Rank": self._rank,
+            "Recommend": self._recommend,
+        }
+        return Service(
+            f"{PACKAGE}.Profiles",
+            [Method(name, f"{PACKAGE}.{name}Request", answer) for name, answer in methods.items()],
+        )
+
+    async def _one(self, request: Any) -> Any:
+        return await self._batcher.one(_query(request.question, _asked(request)))
+
+    async def _many(self, request: Any) -> Any:
+        asked = _asked(request)
+        if not 1 <= len(request.questions) <= MOST_PROFILES:
+            raise BadRequest(f"{len(request.questions)} questions", f"ask 1 to {MOST_PROFILES} at once")
+        answers = await self._batcher.many([_query(one, asked) for one in request.questions])
+        return _message("BatchGetProfilesResponse")(profiles=answers)
+
+    async def _rank(self, request: Any) -> Any:
+        if not 1 <= len(request.items) <= MOST_ITEMS:
+            raise BadRequest(f"{len(request.items)} items", f"name 1 to {MOST_ITEMS} at once")
+        items = [NamedItem(one.item, _given(one, "category")) for one in request.items]
+        answer = await in_turns(rank(self._host.predictor(), _query(request, (LEAN, 0)), items))
+        return self._of_items("RankResponse", answer)
+
+    async def _recommend(self, request: Any) -> Any:
+        wanted = Wanted(
+            whole("n", request.n if request.HasField("n") else RECOMMENDED, 1, MOST_RECOMMENDED),
+            _given(request, "category"),
+            request.exclude_seen,
+        )
+        shelves = self._turns.shelves()
+        answer = await in_turns(recommend(self._host.predictor(), shelves, _query(request, (LEAN, None)), wanted))
+        return self._of_items("RecommendResponse", answer)
+
+    def _answers(self, queries: Sequence[Query]) -> list[Any]:
+        return self._profiles(self._host.predictor().profiles(queries))
+
+    @contextmanager
+    def _held(self) -> Iterator[Callable[[Sequence[Query]], list[Any]]]:
+        predictor = self._host.predictor()
+        with predictor.reading() as reader:
+            yield lambda queries: self._profiles(predictor.profiles(queries, reader))
+
+    def _profiles(self, answers: Sequence[Answer]) -> list[Any]:
+        self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
+        return [_message("Profile")(**_without_nothing(answer.document())) for answer in answers]
+
+    def _of_items(self, name: str, answer: RankedItems | Recommendations) -> Any:
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return _message(name)(
+            user_id=answer.user_id,
+            known=answer.known,
+            cold_start=answer.cold_start,
+            version=dict(answer.version),
+            at=answer.at,
+            at_ms=answer.at_ms,
+            clock=answer.clock,
+            items=[dict(one) for one in answer.items],
+        )
+
+
+def _message(name: str) -> Any:
+    return message(f"{PACKAGE}.{name}")
+
+
+def _asked(request: Any) -> tuple[frozenset[str], int | None]:
+    """The fields and the number of interests that are asked for."""
+    return fields_of(list(request.fields)), whole("top", request.top if request.HasField("top") else TOP, 1, MOST_TOP)
+
+
+def _query(one: Any, asked: tuple[frozenset[str], int | None]) -> Query:
+    """The question of a message that has `user_id`, `at_ms` and `context`.
+
+    Raises:
+        BadRequest: It names no user, or no time of the years 1970 to 9999.
+    """
+    if not one.user_id:
+        raise BadRequest("a question names no user_id", "name a user")
+    at_ms = whole("at_ms", one.at_ms, 0, LATEST_MS) if one.HasField("at_ms") else None
+    about = ("item", "category") if one.DESCRIPTOR.name == "Question" else ()
+    item, category = (_given(one, name) for name in about) if about else (None, None)
+    return Query(one.user_id, item, category, dict(one.context), at_ms, *asked)
+
+
+def _given(one: Any, name: str) -> Any:
+    return getattr(one, name) if one.HasField(name) else None
+
+
+def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
+    """What a message of the same names takes: a map without what has no value, lists in place of arrays."""
+    found = dict(document)
+    if "vector" in found:
+        found["vector"] = found["vector"].tolist()
+    for owner in (found, found.get("engagement")):
+        if owner is not None and "attributes" in owner:
+            owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
+    return found

@@ -1,0 +1,64 @@
+"""How the event loop of a worker takes turns: long answers in steps, and items followed between requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from contextlib import suppress
+from typing import TypeVar
+
+from deploy.serving.host import Host
+from deploy.serving.recommending.shelves import Shelves
+from state.errors import SpringtideError
+
+TURN_S = 0.1
+"""Items are followed so often, once somebody asked for some."""
+MORE_S = 0.005
+"""The same while there is more to read."""
+
+Found = TypeVar("Found")
+
+
+class ShelfTurns:
+    """Follows the items of a host from the first request for some on; used by one event loop.
+
+    Args:
+        host: Whose items.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._timer: asyncio.TimerHandle | None = None
+
+    def shelves(self) -> Shelves:
+        """The items, followed up to now or nearly so.
+
+        Raises:
+            NotReady: A store is not there yet.
+        """
+        shelves = self._host.shelves()
+        shelves.turn()
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._timer.when() < loop.time() - TURN_S:
+            self._timer = loop.call_later(TURN_S, self._turn)
+        return shelves
+
+    def _turn(self) -> None:
+        more = False
+        with suppress(SpringtideError):
+            more = self._host.shelves().turn()
+        self._timer = asyncio.get_running_loop().call_later(MORE_S if more else TURN_S, self._turn)
+
+
+async def in_turns(steps: Generator[None, None, Found]) -> Found:
+    """What a generator returns in the end; others are answered between its steps."""
+    try:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                found: Found = end.value
+                return found
+            await asyncio.sleep(0)
+    finally:
+        steps.close()
