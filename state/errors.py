@@ -17,7 +17,7 @@
     ├── BackupError
     │   └── DamagedBackup
     ├── BadRequest                  HTTP 400
-    │   └── UnknownPath, WrongMethod    HTTP 404, 405
+    │   └── UnknownPath, UnknownModel, WrongMethod, NotOffered    HTTP 404, 404, 405, 501
     └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
 
 An error says what happened, to which input, and what to do, in one line and
@@ -255,6 +255,18 @@ class UnknownPath(BadRequest):
     """Nothing answers at this path. Ask one of the paths that the answer names."""
 
     http_status = 404
+
+
+class UnknownModel(BadRequest):
+    """No such model, version, label or signature answers here. Ask one of those that the answer names."""
+
+    http_status = 404
+
+
+class NotOffered(BadRequest):
+    """A method of another server's interface that is not offered. Use the one that the answer names."""
+
+    http_status = 501
 
 
 class WrongMethod(BadRequest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from deploy.serving.own_rows import OwnInput, own_inputs
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
 from deploy.serving.version_features import FeaturesOf, VersionFeatures
-from state.errors import NotReady, SaltMismatch
+from state.errors import NotReady, SaltMismatch, UnknownModel
 from state.events.identity import Salt
 from state.ranking.transition_rows import from_stored
 from state.ranking.transitions import Lists
@@ -23,6 +24,8 @@ from state.rows.reader import RowReader
 from state.rows.served import Served
 
 ROWS_REMEMBERED = 10_000
+OTHERS_LOADED = 3
+"""Versions that are kept loaded beside the one that answers, with a program each."""
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -167,8 +170,14 @@ class LoadedVersion:
         return VersionRows(reader, self.served, self.widths, self.category_rows, self.lists)
 
 
+def named(reader: RowReader, most: int = 20) -> str:
+    """The versions that are here in words, newest first."""
+    numbers = [str(one.version) for one in reversed(reader.versions())]
+    return ", ".join(numbers[:most]) + f" and {len(numbers) - most} older ones" * (len(numbers) > most)
+
+
 class VersionLoader:
-    """Keeps the version that answers loaded; use it in one thread.
+    """Keeps the version that answers loaded, and those others that were asked for last; use it in one thread.
 
     Args:
         programs: The directory with the applier's copies of programs.
@@ -184,12 +193,18 @@ class VersionLoader:
         self._catalogue = catalogue
         self._loaded: LoadedVersion | None = None
         self._program: tuple[str, LoadedProgram] | None = None
+        self._others: OrderedDict[int, LoadedVersion] = OrderedDict()
 
-    def take_up(self, reader: RowReader) -> LoadedVersion:
-        """The version that answers now, loaded where it changed.
+    def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
+        """The version that answers now, loaded where it changed; or another one that is here.
+
+        Args:
+            reader: Of the transaction.
+            version: Which; None for the one that answers.
 
         Raises:
             NotReady: There is no version yet.
+            UnknownModel: The version is not here.
             SaltMismatch: The version's pseudonyms are of another salt.
             SpecMismatch: The version's features cannot be computed here.
             ProgramError: The version's program cannot be run.
@@ -198,6 +213,8 @@ class VersionLoader:
         served = reader.served()
         if served is None:
             raise NotReady("no version is here yet", "wait for the trainer's first version and for the applier")
+        if version is not None and version != served.version:
+            return self._other(reader, version)
         loaded = self._loaded
         if loaded is not None and loaded.served.serial == served.serial:
             return loaded
@@ -210,6 +227,22 @@ class VersionLoader:
         program.load(reader.dense(served.version))
         self._loaded = self._with_popular(reader, served, program, features)
         return self._loaded
+
+    def _other(self, reader: RowReader, version: int) -> LoadedVersion:
+        """A version that does not answer otherwise, with a program and weights of its own."""
+        served = reader.version(version)
+        if served is None:
+            raise UnknownModel(f"version {version} is not here", f"ask for one of {named(reader)}")
+        loaded = self._others.pop(served.serial, None)
+        if loaded is None:
+            features = self._features_of(served)
+            program = LoadedProgram(read_program(path_of(self._programs, served.program)))
+            program.load(reader.dense(version))
+            loaded = self._with_popular(reader, served, program, features)
+        self._others[served.serial] = loaded
+        while len(self._others) > OTHERS_LOADED:
+            self._others.popitem(last=False)
+        return loaded
 
     def _features_of(self, served: Served) -> VersionFeatures:
         if served.salt != self._salt.fingerprint:

@@ -93,6 +93,7 @@ class Predictor:
         attributes: What is known of users and items; None where nothing is configured.
 
     Attributes:
+        context_fields: As given.
         histories: The history store.
     """
 
@@ -112,13 +113,13 @@ class Predictor:
         self._rows = rows
         self.histories = self._histories = histories
         self._salt = salt
-        self._context_fields = tuple(context_fields)
+        self.context_fields = tuple(context_fields)
         names = self._attributes.names
         self._clock = clock
         self._now_ms = now_ms
         self._catalogue = Catalogue(histories)
         features = FeaturesOf(
-            programs, spec, lambda one: Crosses(one, self._context_fields, names["user"], names["item"])
+            programs, spec, lambda one: Crosses(one, self.context_fields, names["user"], names["item"])
         )
         self._versions = VersionLoader(programs, features, salt, self._catalogue)
         self._control: tuple[bytes | None, Mask] = (None, Mask.NONE)
@@ -138,26 +139,30 @@ class Predictor:
         """One moment of versions and mask, for several calls of `profiles`."""
         return self._rows.reader()
 
-    def profiles(self, queries: Sequence[Query], held: RowReader | None = None) -> list[Answer]:
+    def profiles(
+        self, queries: Sequence[Query], held: RowReader | None = None, number: int | None = None
+    ) -> list[Answer]:
         """Answers questions in their order, all from the same version.
 
         Args:
             queries: At most `MOST_AT_ONCE`.
             held: The moment of versions and mask; None for now.
+            number: The version; None for the one that answers.
 
         Raises:
             NotReady: There is no version yet.
+            UnknownModel: The version is not here.
             SaltMismatch: The version's pseudonyms are of another salt.
             SpecMismatch: The version's features cannot be computed here.
             ProgramError: The version's program cannot be run.
             CorruptVersion: The program's file is missing or damaged.
         """
         with self._rows.reader() if held is None else nullcontext(held) as reader:
-            prepared = self.prepare(queries, reader)
+            prepared = self.prepare(queries, reader, number)
         # 6. Logits, probabilities, names.
         return self.answered(prepared, prepared.version.program.predict(prepared.inputs))
 
-    def prepare(self, queries: Sequence[Query], reader: RowReader) -> Prepared:
+    def prepare(self, queries: Sequence[Query], reader: RowReader, number: int | None = None) -> Prepared:
         """All that is known of questions and that the program is asked; raises as `profiles`.
 
         The program has the version's weights until another one is prepared.
@@ -165,10 +170,11 @@ class Predictor:
         Args:
             queries: At most `MOST_AT_ONCE`.
             reader: The moment of versions and mask.
+            number: The version; None for the one that answers.
         """
         now_ms = self._now_ms()
         # 1. Version and mask.
-        version, mask = self._versions.take_up(reader), self._mask(reader)
+        version, mask = self._versions.take_up(reader, number), self._mask(reader)
         rows = version.rows(reader)
         # 2. 3. Histories, windows, attributes.
         default_ms, clock = self._now(now_ms)
@@ -193,9 +199,9 @@ class Predictor:
             asked, prepared.has_row, prepared.clock, version, prepared.seen, ranked, outputs, prepared.vectors
         )
 
-    def take_up(self, reader: RowReader) -> LoadedVersion:
-        """Gives the program the weights of the version that `reader` sees, where it has others; raises as `profiles`."""
-        return self._versions.take_up(reader)
+    def take_up(self, reader: RowReader, number: int | None = None) -> LoadedVersion:
+        """Gives the program the weights of the version that `reader` sees, or of another one that is here; raises as `profiles`."""
+        return self._versions.take_up(reader, number)
 
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
         """The question of one user about each of n items.
@@ -270,7 +276,7 @@ class Predictor:
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
         asked = []
         for place, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
-            given, fields = query.context, self._context_fields
+            given, fields = query.context, self.context_fields
             asked.append(
                 Asked(
                     query=query,

@@ -65,6 +65,10 @@ class LoadedProgram:
         self.shapes = {
             name: tuple(int(size) for size in inputs[theirs]["shape_signature"]) for name, theirs in self._names.items()
         }
+        self.outputs = {
+            name: tuple(int(size) for size in outputs[theirs]["shape_signature"])
+            for theirs, name in self._outputs.items()
+        }
         # Any input with a row for each question tells how many there are.
         self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 

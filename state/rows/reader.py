@@ -80,6 +80,11 @@ class RowReader:
             self._last.pointer = pointer
         return self._last.record
 
+    def before(self) -> int | None:
+        """The version that answers used before the one of now; None before the second."""
+        version = stored(self._transaction, b"before", self._databases["meta"])
+        return None if version is None else int.from_bytes(version, "big")
+
     def note(self, name: str) -> bytes | None:
         """What `steer` last stored under `name`."""
         return stored(self._transaction, b"note:" + name.encode(), self._databases["meta"])

@@ -5,7 +5,7 @@
     dense     version u64                  -> dense tensors, safetensors
     popular   version u64                  -> u64[P] categories
     changes   version u64                  -> u64[2, k] (table, id) written since the version before it that is here
-    meta      "served", "serial", "floor", "erased", "format"; note:<name> -> bytes of the owner
+    meta      "served", "before", "serial", "floor", "erased", "format"; note:<name> -> bytes of the owner
 
 A base goes into a lane of its own (there are 32), and deltas follow their
 parent's lane; what another lane holds is never seen, and a lane without
@@ -189,6 +189,9 @@ class RowStore(CompactStore):
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
         record = Served.parse(required(transaction, version, self._versions))
+        before = (stored(transaction, b"served", self._meta) or b"")[:8]
+        if before and before != u64(version):
+            transaction.put(b"before", before, db=self._meta)
         transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:

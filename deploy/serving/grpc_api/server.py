@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from deploy.serving.grpc_api.health import GrpcHealth
 from deploy.serving.grpc_api.messages import POOL
+from deploy.serving.grpc_api.model_services import model_services
 from deploy.serving.grpc_api.profiles import GrpcProfiles
 from deploy.serving.grpc_api.services import Handlers, Service
 from deploy.serving.host import Host
@@ -22,7 +23,7 @@ MOST_MESSAGE_BYTES = 4 << 20
 
 def offered(host: Host, metrics: WorkerMetrics) -> list[Service]:
     """The services of a worker; another one is added here."""
-    return [GrpcProfiles(host, metrics).service()]
+    return [GrpcProfiles(host, metrics).service(), *model_services(host)]
 
 
 class GrpcServer:

@@ -17,6 +17,7 @@ from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
 from deploy.serving.http_api.health import Health
 from deploy.serving.http_api.items import Items
+from deploy.serving.http_api.models import Models
 from deploy.serving.http_api.profiles import Profiles
 from state.errors import SpringtideError
 from state.metrics import WorkerMetrics
@@ -53,6 +54,7 @@ class App:
             *Profiles(host, self.metrics).endpoints(),
             *Items(host, self.metrics).endpoints(),
             *Health(host, registry).endpoints(),
+            *Models(host).endpoints(),
         ]
         self._routes = Routes(self.endpoints)
 

@@ -1,6 +1,5 @@
-"""Whether a worker runs and can answer, which version it has, and its metrics.
+"""Whether a worker runs and can answer, and its metrics.
 
-GET  /v1/models/profile      as TensorFlow Serving's model status
 GET  /healthz /readyz /metrics
 """
 
@@ -28,17 +27,10 @@ class Health:
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
         return [
-            Endpoint("model", (), "/v1/models/profile", self._model),
             Endpoint("healthz", (), "/healthz", self._alive),
             Endpoint("readyz", (), "/readyz", self._ready),
             Endpoint("metrics", (), "/metrics", self._metrics),
         ]
-
-    async def _model(self, _: Request) -> Response:
-        served = self._host.predictor().ready()
-        status = {"error_code": "OK", "error_message": ""}
-        one = {"version": str(served.version), "state": "AVAILABLE", "status": status}
-        return Response(200, encode({"model_version_status": [one]}))
 
     async def _alive(self, _: Request) -> Response:
         return Response(200, b'{"status":"ok"}')

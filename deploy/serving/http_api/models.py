@@ -1,0 +1,109 @@
+"""TensorFlow Serving's REST interface: status, metadata and predictions of the model, in its forms and with its codes.
+
+GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
+POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
+
+Errors are `{"error": TEXT}`, as clients of TensorFlow Serving read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from google.protobuf import json_format
+
+from deploy.serving.grpc_api.model_services import signature_map
+from deploy.serving.host import Host
+from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
+from deploy.serving.http_api.json_tensors import columns, document_of, rows, signature_of, tensors
+from deploy.serving.tensor_model import ModelChoice, TensorModel
+from state.errors import BadRequest, NotOffered, SpringtideError
+
+CHOICES = ("", "/versions/{version}", "/labels/{label}")
+LARGEST = 2**63 - 1
+
+
+class Models:
+    """The endpoints of the model.
+
+    Args:
+        host: What answers.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._model = TensorModel(host)
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered; what stands behind a colon is looked for first."""
+        model = "/v1/models/{model}"
+        verbs = {"predict": self._predict, "classify": self._not_offered, "regress": self._not_offered}
+        return [
+            *(
+                Endpoint(verb, (), f"{model}{one}:{verb}", _told(answer, "POST"))
+                for verb, answer in verbs.items()
+                for one in CHOICES
+            ),
+            *(Endpoint("metadata", (), f"{model}{one}/metadata", _told(self._metadata, "GET")) for one in CHOICES),
+            *(Endpoint("model", (), f"{model}{one}", _told(self._status, "GET")) for one in CHOICES),
+        ]
+
+    async def _predict(self, request: Request) -> Response:
+        document = document_of(await request.body())
+        answer = await self._model.predict(
+            chosen(request), signature_of(document), lambda signature: tensors(document, signature)
+        )
+        shown = (
+            {"predictions": rows(answer.outputs)} if "instances" in document else {"outputs": columns(answer.outputs)}
+        )
+        return Response(200, encode(shown))
+
+    async def _metadata(self, request: Request) -> Response:
+        version, found = self._model.signatures(chosen(request))
+        shown = json_format.MessageToDict(
+            signature_map(found), preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        spec = {"name": request.path["model"], "signature_name": "", "version": str(version)}
+        return Response(200, encode({"model_spec": spec, "metadata": {"signature_def": shown}}))
+
+    async def _status(self, request: Request) -> Response:
+        status = {"error_code": "OK", "error_message": ""}
+        shown = [
+            {"version": str(one.version), "state": "AVAILABLE", "status": status}
+            for one in self._model.versions(chosen(request))
+        ]
+        return Response(200, encode({"model_version_status": shown}))
+
+    async def _not_offered(self, request: Request) -> Response:
+        raise NotOffered(f"{request.scope['path'][:200]} is not offered", "use :predict")
+
+
+def chosen(request: Request) -> ModelChoice:
+    """The choice that a path makes.
+
+    Raises:
+        BadRequest: The version is no number.
+    """
+    path = request.path
+    version = path.get("version")
+    # Digits of other scripts are numbers too.
+    if version is not None and not (
+        version.isascii() and version.isdecimal() and len(version) < 20 and int(version) <= LARGEST
+    ):
+        raise BadRequest(f"Malformed request: the version {version[:100]!r} is no number", "give one of them")
+    return ModelChoice(path["model"], None if version is None else int(version), path.get("label"))
+
+
+def _told(answer: Callable[[Request], Awaitable[Response]], method: str) -> Callable[[Request], Awaitable[Response]]:
+    """Answers in TensorFlow Serving's way where it cannot be answered, other methods among that."""
+
+    async def told(request: Request) -> Response:
+        try:
+            if request.scope["method"] != method:
+                raise BadRequest(
+                    f"Malformed request: {request.scope['method']} {request.scope['path'][:200]}", f"use {method}"
+                )
+            return await answer(request)
+        except SpringtideError as error:
+            return Response(error.http_status, encode({"error": str(error)}))
+
+    return told

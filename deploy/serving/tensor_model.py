@@ -1,0 +1,232 @@
+"""Asks the model with named tensors and answers with named tensors; knows neither HTTP nor gRPC.
+
+The version is the one that answers, or any that this host's rows still hold,
+by number or by label. All rows of one request are answered from one version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from deploy.serving.answer import Answer, Query
+from deploy.serving.host import Host
+from deploy.serving.labels import labels_of
+from deploy.serving.loaded_version import LoadedVersion, named
+from deploy.serving.predictor import MOST_AT_ONCE
+from deploy.serving.program import batch_of
+from deploy.serving.signatures import BY_ID, CONTEXT, NOW, RAW, Signature, Tensor, Tensors, require, signatures_of
+from state.errors import BadRequest, NotReady, UnknownModel
+from state.rows.reader import RowReader
+from state.rows.served import Served
+
+MODEL = "profile"
+MOST_ROWS = 1000
+VECTOR = frozenset(("vector",))
+LATEST_MS = 253_402_300_799_000  # the end of the year 9999
+
+
+class ModelChoice(NamedTuple):
+    """Which model is asked: the version that answers where neither number nor label is given."""
+
+    name: str
+    version: int | None = None
+    label: str | None = None
+
+
+class Prediction(NamedTuple):
+    """What a version answered under a signature."""
+
+    version: int
+    signature: str
+    outputs: dict[str, Tensor]
+
+
+class TensorModel:
+    """The model of one host; use it in one event loop.
+
+    Args:
+        host: What answers.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def versions(self, choice: ModelChoice) -> list[Served]:
+        """The version that is asked for; all that can be, the one that answers first, where none is named.
+
+        Raises:
+            UnknownModel: There is no such model, version or label here.
+            NotReady: There is no version yet.
+        """
+        with self._host.predictor().reading() as reader:
+            number = resolve(reader, choice)
+            served = reader.served()
+            if served is None:
+                raise NotReady("no version is here yet", "wait for the trainer's first version and for the applier")
+            if number is None:
+                return [served, *[one for one in reversed(reader.versions()) if one.version != served.version]]
+            found = reader.version(number)
+            if found is None:
+                raise _unknown(reader, number)
+            return [found]
+
+    def signatures(self, choice: ModelChoice) -> tuple[int, dict[str, Signature]]:
+        """The version that is asked for, and its signatures.
+
+        Raises:
+            UnknownModel, NotReady: As `versions`.
+            SpringtideError: The version cannot be run.
+        """
+        predictor = self._host.predictor()
+        with predictor.reading() as reader:
+            version = predictor.take_up(reader, resolve(reader, choice))
+            return version.served.version, signatures_of(version, predictor.context_fields)
+
+    async def predict(
+        self,
+        choice: ModelChoice,
+        signature: str,
+        inputs: Callable[[Signature], Tensors],
+        wanted: Collection[str] = (),
+    ) -> Prediction:
+        """Answers all rows from one version.
+
+        Args:
+            choice: Which model.
+            signature: Its name; empty for `serving_default`.
+            inputs: Reads the inputs, once it is known what they should be.
+            wanted: Names of outputs; none for all.
+
+        Raises:
+            UnknownModel, NotReady: As `versions`.
+            BadRequest: The signature is not there, or the inputs are not of its form.
+            SpringtideError: The version cannot be run.
+        """
+        predictor = self._host.predictor()
+        with predictor.reading() as reader:
+            version = predictor.take_up(reader, resolve(reader, choice))
+            offered = signatures_of(version, predictor.context_fields)
+            name = signature or BY_ID
+            if name not in offered:
+                raise BadRequest(f"there is no signature {name!r}", f"ask one of {', '.join(offered)}")
+            given = inputs(offered[name])
+            rows = require(offered[name], given)
+            if rows > MOST_ROWS:
+                raise BadRequest(f"the request asks for {rows} rows", f"ask for at most {MOST_ROWS} at once")
+            if unknown := set(wanted) - offered[name].outputs.keys():
+                raise BadRequest(f"there is no output {min(unknown)!r}", f"take {', '.join(offered[name].outputs)}")
+            number, parts = version.served.version, []
+            queries = [] if name == RAW else _queries(given, rows)
+            async for at in _pieces(rows):
+                # Meanwhile others may have loaded the weights of another version.
+                if name == RAW:
+                    parts.append(_run(predictor.take_up(reader, number), offered[name], given, at, rows))
+                else:
+                    answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
+                    parts.append(_tensors(answers, offered[name]))
+        outputs = {one: np.concatenate([part[one] for part in parts]) for one in wanted or offered[name].outputs}
+        return Prediction(number, name, outputs)
+
+
+def resolve(reader: RowReader, choice: ModelChoice) -> int | None:
+    """The version of a choice; None for the one that answers.
+
+    Raises:
+        UnknownModel: There is no such model or label.
+    """
+    if choice.name != MODEL:
+        raise UnknownModel(f"there is no model {choice.name[:200]!r}", f"ask for {MODEL}")
+    if choice.label is None:
+        if choice.version is not None and choice.version < 0:
+            raise _unknown(reader, choice.version)
+        return choice.version
+    labels = labels_of(reader)
+    if choice.label not in labels:
+        raise UnknownModel(f"there is no label {choice.label[:200]!r}", f"ask for one of {', '.join(sorted(labels))}")
+    return labels[choice.label]
+
+
+def _unknown(reader: RowReader, number: int) -> UnknownModel:
+    return UnknownModel(f"version {number} is not here", f"ask for one of {named(reader)}")
+
+
+async def _pieces(rows: int) -> AsyncIterator[int]:
+    """Where each piece of a request begins; others are answered in between."""
+    for at in range(0, rows, MOST_AT_ONCE):
+        if at:
+            await asyncio.sleep(0)
+        yield at
+
+
+def _queries(inputs: Tensors, rows: int) -> list[Query]:
+    """The questions that rows by id ask.
+
+    Raises:
+        BadRequest: A string is no UTF-8, or a time is none.
+    """
+    texts = {name: _texts(name, values) for name, values in inputs.items() if name != "at"}
+    times = inputs["at"].tolist() if "at" in inputs else [NOW] * rows
+    for place, at in enumerate(times):
+        if at != NOW and not 0 <= at <= LATEST_MS:
+            raise BadRequest(
+                f"row {place} of the input 'at' is {at}", f"give milliseconds since 1970, or {NOW} for now"
+            )
+    empty = [""] * rows
+    contexts = {name.removeprefix(CONTEXT): values for name, values in texts.items() if name.startswith(CONTEXT)}
+    return [
+        Query(
+            texts["user_id"][place],
+            texts.get("item", empty)[place] or None,
+            texts.get("category", empty)[place] or None,
+            {name: values[place] for name, values in contexts.items() if values[place]},
+            None if times[place] == NOW else times[place],
+            VECTOR,
+        )
+        for place in range(rows)
+    ]
+
+
+def _texts(name: str, values: Tensor) -> list[str]:
+    try:
+        return [value.decode() for value in values.tolist()]
+    except UnicodeDecodeError:
+        raise BadRequest(f"the input {name!r} has a string that is no UTF-8", "encode it so") from None
+
+
+def _tensors(answers: Sequence[Answer], signature: Signature) -> dict[str, Tensor]:
+    """The outputs by id; interests are padded with empty labels of probability 0."""
+    rows, slots = len(answers), signature.outputs["interest_labels"].shape[1]
+    labels, ids = (np.full((rows, slots), b"", np.object_) for _ in range(2))
+    probabilities = np.zeros((rows, slots), np.float32)
+    for place, answer in enumerate(answers):
+        for slot, interest in enumerate(answer.interests):
+            labels[place, slot] = interest["label"].encode()
+            ids[place, slot] = interest["id"].encode()
+            probabilities[place, slot] = interest["probability"]
+    engagement = [np.nan if one.engagement is None else one.engagement["probability"] for one in answers]
+    return {
+        "interest_labels": labels,
+        "interest_ids": ids,
+        "interest_probabilities": probabilities,
+        "engagement": np.array(engagement, np.float32),
+        "vector": np.stack([one.vector for one in answers if one.vector is not None]),
+        "known": np.array([one.known for one in answers]),
+        "at": np.array([one.at_ms for one in answers], np.int64),
+    }
+
+
+def _run(version: LoadedVersion, signature: Signature, given: Tensors, at: int, rows: int) -> dict[str, Tensor]:
+    """What the program says of one piece of raw rows."""
+    here = min(MOST_AT_ONCE, rows - at)
+    fed: dict[str, Tensor] = {}
+    for name, spec in signature.inputs.items():
+        if spec.shape[0] >= 0:
+            fed[name] = given[name] if name in given else signature.kept[name]
+            continue
+        fed[name] = np.zeros((batch_of(here), *spec.shape[1:]), np.float32)
+        fed[name][:here] = given[name][at : at + here]
+    return {name: value[:here] for name, value in version.program.predict(fed).items()}
