@@ -75,6 +75,7 @@ def operator_command(name: str) -> Command:
         "versions": versions.versions,
         "pin": control.pin,
         "follow": control.follow,
+        "label": control.label,
         "unmask": control.unmask,
         **dict.fromkeys(control.SWITCHES, control.switch),
         "history": history.history,

@@ -163,8 +163,13 @@ def _lists(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _verbs(add: Add) -> list[argparse.ArgumentParser]:
     pin = add("pin", "Let answers stay at one version; training goes on.", "`springtide follow` undoes it.")
     pin.add_argument("version", type=positive, metavar="V", help="the version, of `springtide versions`")
+    label = add("label", "Give a name to a version, which is then kept and can be asked for by that name.")
+    label.add_argument("name", metavar="NAME", help="the label: stable, previous, canary or one of your own")
+    label.add_argument("version", nargs="?", type=positive, metavar="V", help="the version, of `springtide versions`")
+    label.add_argument("--remove", action="store_true", help="take the label away")
     verbs = [
         pin,
+        label,
         add("follow", "Let answers follow the newest version again, after a pin or a rollback."),
         add("hold", "Let the trainer learn on without publishing versions.", "`springtide release` undoes it."),
         add("release", "Let the trainer publish versions again, after a hold."),

@@ -30,6 +30,7 @@ from state.process.private_files import keep_private
 from state.ranking.configured import crosses_of
 from state.registry.control import Control
 from state.registry.garbage import collect
+from state.registry.labels import named
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
@@ -58,9 +59,7 @@ def tiers_of(settings: Settings) -> Tiers:
 
 def needed(control: Control | None) -> frozenset[int]:
     """The versions that control names: they stay whatever their age."""
-    if control is None:
-        return frozenset()
-    return frozenset(version for version in (control.base, control.serving.version) if version is not None)
+    return frozenset() if control is None else named(control)
 
 
 def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:

@@ -20,6 +20,7 @@ from state.errors import BackupError
 from state.registry import manifest
 from state.registry.control import Control
 from state.registry.directory import file_bytes
+from state.registry.labels import named
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
 from state.registry.versions import MANIFEST
@@ -160,8 +161,8 @@ def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[
 def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
     """The directories of the versions on which the trainer goes on and that control names, those that are there."""
     newest = newest_whole(parts, control)
-    named = {control.base, control.serving.version, None if newest is None else newest.version}
-    return set().union(*(chain_of(parts, one) or () for one in named if one is not None))
+    wanted = named(control) if newest is None else named(control) | {newest.version}
+    return set().union(*(chain_of(parts, one) or () for one in wanted))
 
 
 def _rank(part: Manifest) -> tuple[bool, int]:

@@ -1,4 +1,4 @@
-"""The operator's verbs on control: pin and follow, hold and release, pause and resume, unmask.
+"""The operator's verbs on control: pin and follow, label, hold and release, pause and resume, unmask.
 
 A command only writes the next control generation; serving, trainer and stream
 find it and converge. Asked twice, it changes nothing the second time.
@@ -12,8 +12,10 @@ from deploy.operate.commands import Say, current, put
 from deploy.operate.versions import open_registry
 from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
+from state.errors import SettingsError
 from state.process.actor import actor
 from state.registry import control as transitions
+from state.registry import labels
 
 
 def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -28,6 +30,26 @@ def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) ->
     control = current(registry)
     new = transitions.pin(control, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
     put(registry, control, new, f"answers stay at version {asked.version}", asked, say)
+
+
+def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Gives a label to a version, or takes it away.
+
+    Raises:
+        SettingsError: There is neither a version nor `--remove`, or both.
+        UnknownVersion: The version is not kept, or cannot be put together any more.
+        UnfitVersion: The label is of another form, or there are too many.
+        ControlConflict: Somebody else changed control meanwhile.
+    """
+    if (asked.version is None) != asked.remove:
+        raise SettingsError("a label needs either a version or --remove", "see `springtide label --help`")
+    registry = open_registry(settings)
+    if asked.version is not None:
+        registry.chain(asked.version)
+    control = current(registry)
+    new = labels.label(control, asked.name, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
+    done = f"{asked.name} is no label of ours any more" if asked.remove else f"{asked.name} is version {asked.version}"
+    put(registry, control, new, done, asked, say)
 
 
 def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

@@ -139,6 +139,7 @@ def _entry(
         marks.append("pinned")
     if control is not None and control.base == number:
         marks.append(f"start of epoch {control.epoch}")
+    marks += [] if control is None else [name for name, version in control.labels if version == number]
     try:
         found = registry.manifest(number)
     except UnknownVersion:

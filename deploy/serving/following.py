@@ -7,6 +7,7 @@
                        lane of their own, while the old version goes on answering
     V is older         a recent version answers on that its epoch has no more: the trainer
                        was killed, and makes it again from the log
+    V has a label      it is brought too, while answers are where control wants them
     V is corrupt       the last good version goes on answering; another base is tried
 
 Each version is one transaction; while following, the pointer moves in it.
@@ -17,8 +18,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from deploy.serving.labelled import Labelled
 from deploy.serving.newest_version import NewestVersion
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.program_files import ProgramFiles
@@ -33,6 +36,7 @@ from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.ranking.crosses import Crosses
 from state.registry.control import Control
+from state.registry.labels import named
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack
@@ -86,6 +90,8 @@ class VersionFollower:
         self._generation = 0 if note is None else int(json.loads(note)["generation"])
         self._refusals = Refusals(metrics, now_ms)
         self._newest = NewestVersion(registry, self._refusals, self._refuse)
+        apply = partial(self._apply, follow=False)
+        self._labelled = Labelled(registry, rows, self._refusals, self._refuse, apply)
         self._route: Route | None = None
         self._looked_again: Manifest | None = None
         self._say = SaidOnce(_log.info)
@@ -121,7 +127,7 @@ class VersionFollower:
             return False
         if self.served is not None and self.served.version == wanted:
             self._route = None
-            return False
+            return self._labelled.step(control.labels, self._here)
         # 3.
         if wanted not in self._here or self._route is not None:
             return self._approach(wanted, control)
@@ -147,9 +153,10 @@ class VersionFollower:
         if 0 <= now_ms - self._swept_ms < SWEEP_MS or self._route is not None:
             return
         control, durable = self._registry.control(), {*self._registry.versions()}
-        needed = {max(self._here, default=0)}
+        with self._rows.reader() as reader:
+            needed = {max(self._here, default=0), reader.before() or 0}
         if control is not None:
-            needed |= {version for version in (control.base, control.serving.version) if version is not None}
+            needed |= named(control)
         recent_ms = min(RECENT_MS, self._keep_ms)
         old = [
             version
@@ -169,10 +176,8 @@ class VersionFollower:
         """Stores control and mask where answers look, with the pointer where the pinned version is here."""
         pin = control.serving.version if control.serving.mode == "pin" else None
         at_once = pin if pin in self._here else None
-        notes = {
-            CONTROL_NOTE: json.dumps({"generation": control.generation, "epoch": control.epoch, "pin": pin}).encode(),
-            MASK_NOTE: control.mask.to_bytes(),
-        }
+        told = {"generation": control.generation, "epoch": control.epoch, "pin": pin, "labels": dict(control.labels)}
+        notes = {CONTROL_NOTE: json.dumps(told).encode(), MASK_NOTE: control.mask.to_bytes()}
         self._rows.steer(notes, at_once)
         killpoints.reach("apply.steered")
         self._generation = control.generation

@@ -21,7 +21,7 @@ from state.registry.mask_entries import MaskEntry, added, joined
 
 Action = Literal[
     "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover", "upgrade",
-    "restore",
+    "restore", "label",
 ]  # fmt: skip
 Mode = Literal["fast", "exact"]
 
@@ -63,6 +63,7 @@ class Control:
         upgraded: Whether the epoch began with an upgrade, so that its versions are of another model than its base.
         publishing: Whether the trainer publishes versions.
         training: Whether the trainer takes records.
+        labels: Names of versions, each with its version, in order.
         erased: Users who are forgotten; no generation takes one back.
         plan: Of a rollback what its command knew: `end`, the end of the training log. Of an upgrade what it goes on to,
             see `state/registry/upgrades.py`. None for everything else.
@@ -85,6 +86,7 @@ class Control:
     upgraded: bool = False
     publishing: bool = True
     training: bool = True
+    labels: tuple[tuple[str, int], ...] = ()
     erased: Erased = Erased.NOBODY
     plan: Mapping[str, Any] | None = field(default=None, hash=False)
 

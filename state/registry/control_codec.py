@@ -44,6 +44,8 @@ def encode(control: Control) -> bytes:
         more |= {"erased": {"last": control.erased.last, "sha256": control.erased.digest}}
         more["mask_generation"] = control.mask_generation
     more |= {name: False for name in ("publishing", "training") if not getattr(control, name)}
+    if control.labels:
+        more["labels"] = dict(control.labels)
     if control.upgraded:
         more["upgraded"] = True
     if control.serving.then_follow:
@@ -114,6 +116,7 @@ def decode(document: Mapping[str, Any], users_of: UsersOf = no_files, erased_of:
             upgraded=bool(document.get("upgraded")),
             publishing=bool(document.get("publishing", True)),
             training=bool(document.get("training", True)),
+            labels=tuple((str(name), int(version)) for name, version in sorted(document.get("labels", {}).items())),
             erased=erased_of(str(document["erased"]["sha256"])) if "erased" in document else Erased.NOBODY,
             plan=document.get("plan"),
         )

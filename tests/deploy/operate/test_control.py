@@ -8,10 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port
-from state.errors import CorruptVersion, UnfitMask, UnknownVersion
+from state.errors import CorruptVersion, SettingsError, UnfitMask, UnfitVersion, UnknownVersion
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from tests.deploy.operating import Operator
+from trainer.compactor import needed
 
 
 def test_a_pin_and_a_follow_are_generations_with_actor_and_reason(operator: Operator) -> None:
@@ -111,3 +112,31 @@ def test_masks_are_listed_with_rows_and_users_and_lifted_by_number(operator: Ope
     control = operator.registry.control()
     assert control is not None
     assert ([one.id for one in control.masks], control.reason, control.action) == ([1], "it was a campaign", "unmask")
+
+
+def test_a_label_is_a_generation_that_lists_and_keeps_the_version(operator: Operator) -> None:
+    assert "canary is version 3" in operator("label", "canary", "3", "--reason", "try it")
+    assert "canary" in next(line for line in operator("versions").splitlines() if line.startswith("3"))
+    assert "nothing was changed" in operator("label", "canary", "3")
+    labelled = operator.registry.controls()[-1]
+    assert (labelled.action, labelled.labels, labelled.reason) == ("label", (("canary", 3),), "try it")
+    assert 3 in needed(labelled)
+    operator("pin", "2")
+    assert operator.registry.controls()[-1].labels == (("canary", 3),)
+    operator("label", "canary", "--remove")
+    assert operator.registry.controls()[-1].labels == () and 3 not in needed(operator.registry.controls()[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("canary",), SettingsError), (("canary", "3", "--remove"), SettingsError), (("canary", "9"), UnknownVersion),
+        (("Canary!", "3"), UnfitVersion),
+    ],
+)  # fmt: skip
+def test_a_label_that_cannot_be_given_changes_nothing(
+    operator: Operator, words: tuple[str, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        operator("label", *words)
+    assert len(operator.registry.controls()) == 1
