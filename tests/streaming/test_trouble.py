@@ -256,6 +256,7 @@ def test_on_a_full_disk_the_stream_waits_says_so_in_one_line_and_goes_on_where_t
         following(kafka, kafka.microbatches_topic) as log,
     ):
         settings = settings_for(kafka, disk.path / "state", tmp_path / "salt", cut_rows=1000, batch_events=500)
+        settings = replace(settings, storage=replace(settings.storage, memory_dir=""))
         topics.ensure(kafka.clicks_topic, 1, FOREVER)
         users = 20_000
         with BulkWriter(kafka, kafka.clicks_topic) as bulk:
