@@ -187,7 +187,8 @@ def candidates(
         for item in shelves.best(category, most):
             found.setdefault(item, proposed)
     if wanted.exclude_seen:
-        found = {item: proposed for item, proposed in found.items() if item not in set(seen)}
+        left_out = {*seen}
+        found = {item: proposed for item, proposed in found.items() if item not in left_out}
     return dict(list(found.items())[:MOST_CANDIDATES])
 
 

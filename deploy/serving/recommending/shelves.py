@@ -19,9 +19,10 @@ HALF_MS = 86_400_000
 MOST_ON_A_SHELF = 512
 MOST_ITEMS = 300_000
 """On all shelves; some 40 MB."""
-MOST_USERS = 200_000
+MOST_USERS = 100_000
 """Users whose newest click is counted at the beginning."""
-USERS_AT_ONCE = 200
+USERS_AT_ONCE = 50
+NEW_AT_ONCE = 200
 NOTES_AT_ONCE = 8
 
 
@@ -100,7 +101,7 @@ class Shelves:
 
     def _turn_new(self, head: Feed) -> bool:
         first = max(self._read.new, head.new - NEW_SLOTS)
-        last = min(head.new, first + USERS_AT_ONCE)
+        last = min(head.new, first + NEW_AT_ONCE)
         for number in range(first, last):
             if (found := new_at(self._histories, number)) is not None:
                 self._add_new(NewItem(*found))
