@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,6 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
-from grpc_tools import protoc
 
 from deploy.serving.grpc_api.messages import PROTOS
 from tests.deploy.serving.stocked import Stores
@@ -89,10 +90,15 @@ def test_reflection_tells_of_every_service_with_its_messages(stores: Stores) -> 
 def test_the_descriptors_are_those_of_the_proto_files(tmp_path: Path) -> None:
     made = tmp_path / "descriptors.pb"
     files = sorted(path.name for path in PROTOS.glob("*.proto"))
-    # protoc reads what it brings itself, such as wrappers.proto, from beside it.
-    brought = Path(protoc.__file__).parent / "_proto"
-    assert not protoc.main(
-        ["protoc", f"-I{PROTOS}", f"-I{brought}", "--include_imports", f"--descriptor_set_out={made}", *files]
-    )
+    # In a process of its own: its protobuf and TensorFlow's do not get on in one.
+    command = [
+        sys.executable,
+        "-m",
+        "grpc_tools.protoc",
+        f"-I{PROTOS}",
+        "--include_imports",
+        f"--descriptor_set_out={made}",
+    ]
+    subprocess.run([*command, *files], check=True, timeout=300)
     kept = FileDescriptorSet.FromString((PROTOS / "descriptors.pb").read_bytes())
     assert FileDescriptorSet.FromString(made.read_bytes()) == kept, "make descriptors.pb anew: see messages.py"
