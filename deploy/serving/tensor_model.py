@@ -20,6 +20,7 @@ from deploy.serving.predictor import MOST_AT_ONCE
 from deploy.serving.program import batch_of
 from deploy.serving.signatures import BY_ID, CONTEXT, NOW, RAW, Signature, Tensor, Tensors, require, signatures_of
 from state.errors import BadRequest, NotReady, UnknownModel
+from state.metrics import WorkerMetrics
 from state.rows.reader import RowReader
 from state.rows.served import Served
 
@@ -50,10 +51,11 @@ class TensorModel:
 
     Args:
         host: What answers.
+        metrics: Of the worker.
     """
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
+        self._host, self._metrics = host, metrics
 
     def versions(self, choice: ModelChoice) -> list[Served]:
         """The version that is asked for; all that can be, the one that answers first, where none is named.
@@ -127,6 +129,7 @@ class TensorModel:
                     parts.append(_run(predictor.take_up(reader, number), offered[name], given, at, rows))
                 else:
                     answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
+                    self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
                     parts.append(_tensors(answers, offered[name]))
         outputs = {one: np.concatenate([part[one] for part in parts]) for one in wanted or offered[name].outputs}
         return Prediction(number, name, outputs)

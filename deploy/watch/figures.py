@@ -26,8 +26,14 @@ SLACK_S = 0.5
 # One death is nothing: the part is back a quarter of a second later.
 
 Labels = Mapping[str, Collection[str]]
-ANSWERS: Labels = {"route": ("profile", "batch")}
-FAILED = ("500", "503")
+ANSWERS: Labels = {
+    "route": (
+        *("profile", "batch", "rank", "recommendations", "predict"),
+        *(f"/springtide.v1.Profiles/{name}" for name in ("GetProfile", "BatchGetProfiles", "Rank", "Recommend")),
+        "/tensorflow.serving.PredictionService/Predict",
+    )
+}
+FAILED = ("500", "503", "INTERNAL", "UNAVAILABLE")
 
 # What each process has from its first moment on; the time of its creation tells processes apart.
 BORN = {

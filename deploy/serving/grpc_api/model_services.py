@@ -12,6 +12,7 @@ from deploy.serving.host import Host
 from deploy.serving.signatures import Signature
 from deploy.serving.tensor_model import ModelChoice, TensorModel
 from state.errors import BadRequest, NotOffered
+from state.metrics import WorkerMetrics
 
 PACKAGE = "tensorflow.serving"
 SIGNATURE_DEF = "signature_def"
@@ -33,9 +34,9 @@ VersionStatus = message(f"{PACKAGE}.ModelVersionStatus")
 SignatureDefMap = message(f"{PACKAGE}.SignatureDefMap")
 
 
-def model_services(host: Host) -> list[Service]:
+def model_services(host: Host, metrics: WorkerMetrics) -> list[Service]:
     """Both services."""
-    one = ModelServices(TensorModel(host))
+    one = ModelServices(TensorModel(host, metrics))
     return [
         Service(
             f"{PACKAGE}.PredictionService",

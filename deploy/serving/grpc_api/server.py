@@ -23,7 +23,7 @@ MOST_MESSAGE_BYTES = 4 << 20
 
 def offered(host: Host, metrics: WorkerMetrics) -> list[Service]:
     """The services of a worker; another one is added here."""
-    return [GrpcProfiles(host, metrics).service(), *model_services(host)]
+    return [GrpcProfiles(host, metrics).service(), *model_services(host, metrics)]
 
 
 class GrpcServer:

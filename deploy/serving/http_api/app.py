@@ -54,7 +54,7 @@ class App:
             *Profiles(host, self.metrics).endpoints(),
             *Items(host, self.metrics).endpoints(),
             *Health(host, registry).endpoints(),
-            *Models(host).endpoints(),
+            *Models(host, self.metrics).endpoints(),
         ]
         self._routes = Routes(self.endpoints)
 

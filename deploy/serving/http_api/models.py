@@ -18,6 +18,7 @@ from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encod
 from deploy.serving.http_api.json_tensors import columns, document_of, rows, signature_of, tensors
 from deploy.serving.tensor_model import ModelChoice, TensorModel
 from state.errors import BadRequest, NotOffered, SpringtideError
+from state.metrics import WorkerMetrics
 
 CHOICES = ("", "/versions/{version}", "/labels/{label}")
 LARGEST = 2**63 - 1
@@ -28,10 +29,11 @@ class Models:
 
     Args:
         host: What answers.
+        metrics: Of the worker.
     """
 
-    def __init__(self, host: Host) -> None:
-        self._model = TensorModel(host)
+    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
+        self._model = TensorModel(host, metrics)
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered; what stands behind a colon is looked for first."""

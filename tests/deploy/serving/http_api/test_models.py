@@ -88,6 +88,11 @@ def test_many_rows_are_answered_in_their_order(app: App) -> None:
             assert one["interest_probabilities"] == pytest.approx(alone["interest_probabilities"], abs=1e-6)
 
 
+def test_rows_of_users_whom_nobody_knows_are_counted_as_cold_starts(app: App) -> None:
+    predict(app, {"instances": ["ann", "nobody", "nobody either"]})
+    assert app.metrics.cold_starts._value.get() == 2
+
+
 def test_raw_inputs_are_the_programs_own(stores: Stores, app: App) -> None:
     """Named and shaped as the metadata says, they give what the program alone gives with the version's weights."""
     document = ask(app, "GET", f"{MODEL}/metadata").json()
