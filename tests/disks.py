@@ -70,7 +70,7 @@ def forget_memory(under: Path) -> None:
 @contextmanager
 def folder_in_memory() -> Iterator[Path]:
     """A directory whose syncs cost nothing, where there is one: for tests that make hundreds of stores, and pull no plug."""
-    memory = place.MEMORY if place.MEMORY.is_dir() else None
+    memory = place.MEMORY if Path(place.MEMORY).is_dir() else None
     with tempfile.TemporaryDirectory(prefix="tests-of-springtide-", dir=memory) as folder:
         yield Path(folder)
 
