@@ -216,7 +216,14 @@ def main() -> None:
         try:
             flags = [
                 *("--paths.state", str(Path(folder) / "state"), "--kafka.bootstrap_servers", broker.bootstrap_servers),
-                *("--serving.port", str(free_port()), "--serving.metrics_port", str(free_port())),
+                *(
+                    "--serving.port",
+                    str(free_port()),
+                    "--serving.metrics_port",
+                    str(free_port()),
+                    "--serving.grpc_port",
+                    "0",
+                ),
                 *("--trainer.metrics_port", str(free_port()), "--serving.workers", str(WORKERS)),
             ]
             Path(folder, "state").mkdir()
