@@ -30,7 +30,7 @@ from deploy.serving.predictor import Predictor
 from deploy.serving.program_files import path_of
 from deploy.serving.recommending.pairs import UserPairs, in_batches
 from deploy.serving.recommending.ranking import NamedItem, rank
-from deploy.serving.recommending.recommending import MOST_CANDIDATES, Recommendations, Wanted, recommend
+from deploy.serving.recommending.recommending import MOST_CANDIDATES, Recommendations, WantedItems, recommend
 from deploy.serving.recommending.shelves import Shelves
 from deploy.serving.remembered import Remembered
 from state.config.settings import Settings
@@ -102,7 +102,7 @@ class ServingHost:
 
     def recommended(self, user: str, at_ms: int | None, most: int) -> Recommendations:
         """An answer of HTTP, without HTTP."""
-        return finished(recommend(self.predictor, self.shelves, Query(user, at_ms=at_ms), Wanted(most)))
+        return finished(recommend(self.predictor, self.shelves, Query(user, at_ms=at_ms), WantedItems(most)))
 
     def best_of(self, user: str, at_ms: int, items: list[int]) -> float:
         """The probability of the 20th best of all items."""

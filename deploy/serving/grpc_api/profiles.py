@@ -14,7 +14,7 @@ from deploy.serving.host import Host
 from deploy.serving.http_api.item_requests import MOST_RECOMMENDED, RECOMMENDED
 from deploy.serving.http_api.requests import LATEST_MS, LEAN, MOST_PROFILES, MOST_TOP, TOP, fields_of, whole
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem, RankedItems, rank
-from deploy.serving.recommending.recommending import Recommendations, Wanted, recommend
+from deploy.serving.recommending.recommending import Recommendations, WantedItems, recommend
 from deploy.serving.recommending.turns import ShelfTurns, in_turns
 from state.errors import BadRequest
 from state.metrics import WorkerMetrics
@@ -65,7 +65,7 @@ class GrpcProfiles:
         return self._of_items("RankResponse", answer)
 
     async def _recommend(self, request: Any) -> Any:
-        wanted = Wanted(
+        wanted = WantedItems(
             whole("n", request.n if request.HasField("n") else RECOMMENDED, 1, MOST_RECOMMENDED),
             _given(request, "category"),
             request.exclude_seen,

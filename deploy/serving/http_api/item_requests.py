@@ -10,7 +10,7 @@ import orjson
 from deploy.serving.answer import Query
 from deploy.serving.http_api.requests import CONTEXT, LEAN, time_ms, whole
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem
-from deploy.serving.recommending.recommending import Wanted
+from deploy.serving.recommending.recommending import WantedItems
 from state.errors import BadRequest
 
 RANK_FORM = 'send {"user_id": "ann", "items": ["i1", {"item": "i2", "category": "hats"}]}'
@@ -64,11 +64,11 @@ def _item(place: int, one: Any) -> NamedItem:
     return NamedItem(str(one["item"]), None if category is None else str(category))
 
 
-def recommendation(user: str, query_string: bytes) -> tuple[Query, Wanted]:
+def recommendation(user: str, query_string: bytes) -> tuple[Query, WantedItems]:
     """What `GET /v1/recommendations/{user_id}` asks.
 
     >>> recommendation("ann", b"n=3&exclude_seen=true")[1]
-    Wanted(most=3, category=None, exclude_seen=True)
+    WantedItems(most=3, category=None, exclude_seen=True)
 
     Raises:
         BadRequest: `at` is no time, `n` no number of items, or `exclude_seen` neither true nor false.
@@ -84,4 +84,4 @@ def recommendation(user: str, query_string: bytes) -> tuple[Query, Wanted]:
         fields=LEAN,
     )
     count = whole("n", given.get("n", RECOMMENDED), 1, MOST_RECOMMENDED)
-    return query, Wanted(count, given.get("category"), _FLAGS[excluded])
+    return query, WantedItems(count, given.get("category"), _FLAGS[excluded])

@@ -38,7 +38,7 @@ SEEN_CANDIDATES = 64
 Reason = Literal["again", "category", "next", "popular", "fresh"]
 
 
-class Wanted(NamedTuple):
+class WantedItems(NamedTuple):
     """What is to be recommended.
 
     Attributes:
@@ -84,7 +84,7 @@ class Proposed(NamedTuple):
 
 
 def recommend(
-    predictor: Predictor, shelves: Shelves, query: Query, wanted: Wanted
+    predictor: Predictor, shelves: Shelves, query: Query, wanted: WantedItems
 ) -> Generator[None, None, Recommendations]:
     """Recommends items; stops after each batch, so that others are answered meanwhile, and returns the answer.
 
@@ -165,7 +165,7 @@ def candidates(
     shares: Mapping[int, float],
     kinds: Mapping[int, Reason],
     new: Sequence[NewItem],
-    wanted: Wanted,
+    wanted: WantedItems,
     seen: Sequence[int],
 ) -> dict[int, Proposed]:
     """At most `MOST_CANDIDATES` items, each with why it is one.

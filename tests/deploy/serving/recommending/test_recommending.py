@@ -9,7 +9,7 @@ import pytest
 
 from deploy.serving.answer import Query
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.recommending.recommending import Wanted, best, recommend
+from deploy.serving.recommending.recommending import WantedItems, best, recommend
 from deploy.serving.recommending.shelves import Shelves
 from deploy.serving.remembered import Remembered
 from state.events.identity import public_id
@@ -34,7 +34,7 @@ def click(stores: Stores, *rows: tuple[str, str, int], log_ms: int = NOW_MS) -> 
     stores.histories.commit(Appends.of(np.arange(1, 1 + len(events), dtype=np.uint64), events), (), extra)
 
 
-def recommended(stores: Stores, user: str, wanted: Wanted, shelves: Shelves | None = None) -> Any:
+def recommended(stores: Stores, user: str, wanted: WantedItems, shelves: Shelves | None = None) -> Any:
     shelves = shelves or Shelves(stores.histories)
     while shelves.turn():
         pass
@@ -49,7 +49,7 @@ def test_items_come_from_categories_clicks_and_what_is_new_by_the_models_scores(
         log_ms=NOW_MS - 30 * 24 * HOUR_MS,
     )
     click(stores, ("salt", "new-1", 1_000))
-    found = recommended(stores, "ann", Wanted(100))
+    found = recommended(stores, "ann", WantedItems(100))
     reasons = {one["id"]: one["reason"] for one in found.items}
     assert reasons[name("i1")] == reasons[name("i2")] == "again"
     assert reasons[name("shoes-3")] == "category" and reasons[name("tea-0")] == "popular"
@@ -65,36 +65,39 @@ def test_items_come_from_categories_clicks_and_what_is_new_by_the_models_scores(
 def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_there_is(stores: Stores) -> None:
     """Both together, too."""
     click(stores, ("hats", "hat-1", 10_000), ("hats", "i1", 10_000), ("shoes", "shoe-1", 10_000))
-    found = recommended(stores, "ann", Wanted(100, exclude_seen=True))
+    found = recommended(stores, "ann", WantedItems(100, exclude_seen=True))
     assert {one["id"] for one in found.items} == {name("hat-1"), name("shoe-1")}
-    assert {one["id"] for one in recommended(stores, "ann", Wanted(9, "hats")).items} == {name("hat-1"), name("i1")}
-    assert [one["id"] for one in recommended(stores, "ann", Wanted(9, "hats", True)).items] == [name("hat-1")]
-    assert not recommended(stores, "ann", Wanted(9, "no such category")).items
+    assert {one["id"] for one in recommended(stores, "ann", WantedItems(9, "hats")).items} == {
+        name("hat-1"),
+        name("i1"),
+    }
+    assert [one["id"] for one in recommended(stores, "ann", WantedItems(9, "hats", True)).items] == [name("hat-1")]
+    assert not recommended(stores, "ann", WantedItems(9, "no such category")).items
 
 
 def test_a_new_item_has_a_place_whatever_its_score(stores: Stores) -> None:
     """At its first click, and for a day."""
     click(stores, *(("shoes", f"shoes-{n}", 10_000) for n in range(40)), log_ms=NOW_MS - 30 * 24 * HOUR_MS)
     shelves = Shelves(stores.histories)
-    assert not any(one["reason"] == "fresh" for one in recommended(stores, "ann", Wanted(10), shelves).items)
+    assert not any(one["reason"] == "fresh" for one in recommended(stores, "ann", WantedItems(10), shelves).items)
     click(stores, ("salt", "new-1", 100))
-    found = recommended(stores, "ann", Wanted(10), shelves)
+    found = recommended(stores, "ann", WantedItems(10), shelves)
     assert [one["id"] for one in found.items if one["reason"] == "fresh"] == [name("new-1")] and len(found.items) == 10
 
 
 def test_what_was_first_clicked_in_a_masked_time_is_not_new(stores: Stores) -> None:
     """Bots' items get no place of their own once their clicks are taken back."""
     click(stores, ("salt", "bots", 1_000), log_ms=NOW_MS - 1_000)
-    assert name("bots") in {one["id"] for one in recommended(stores, "ann", Wanted(10)).items}
+    assert name("bots") in {one["id"] for one in recommended(stores, "ann", WantedItems(10)).items}
     mask = Mask(generation=2, times=((NOW_MS - 2_000, NOW_MS),))
     stores.rows.steer({CONTROL_NOTE: b"2", MASK_NOTE: mask.to_bytes()})
-    assert name("bots") not in {one["id"] for one in recommended(stores, "ann", Wanted(10)).items}
+    assert name("bots") not in {one["id"] for one in recommended(stores, "ann", WantedItems(10)).items}
 
 
 def test_somebody_unknown_gets_what_is_popular(stores: Stores) -> None:
     """And is marked."""
     click(stores, ("tea", "tea-1", 10_000), log_ms=NOW_MS - 30 * 24 * HOUR_MS)
-    found = recommended(stores, "nobody", Wanted(10))
+    found = recommended(stores, "nobody", WantedItems(10))
     assert found.cold_start and {(one["id"], one["reason"]) for one in found.items} >= {(name("tea-1"), "popular")}
 
 
