@@ -41,7 +41,7 @@ class Broker:
         self,
         directory: Path | str,
         port: int,
-        heap_mb: int = 512,
+        heap_mb: int = 384,
         retention_h: float = 168.0,
     ) -> None:
         """Prepares a broker; nothing runs before `start`.
@@ -49,7 +49,7 @@ class Broker:
         Args:
             directory: holds the data and the log.
             port: the port on loopback (setting kafka.port).
-            heap_mb: Java heap, MB.
+            heap_mb: Java heap, MB, taken at the start.
             retention_h: how long records and positions of groups are kept, hours.
         """
         self.directory = Path(directory).absolute()
@@ -193,7 +193,9 @@ class Broker:
         if not (self.directory / "data" / "meta.properties").exists():
             java.format_storage(class_path, self.log_path, configuration)
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        options = (f"-Xmx{self.heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError")
+        # The whole heap from the start: memory that grows for hours looks like a leak.
+        heap = (f"-Xms{self.heap_mb}m", f"-Xmx{self.heap_mb}m", "-XX:+AlwaysPreTouch")
+        options = (*heap, "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError")
         self._process = java.run_for_life(
             java.command(class_path, self.log_path, *options, "kafka.Kafka", str(configuration)),
             self.directory / "console.log",

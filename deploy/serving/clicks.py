@@ -245,7 +245,7 @@ class HistoryFollower:
         return renumbered(found, self._named(found.header.spec) or self._actions, self._actions)
 
     def _commit(
-        self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes]
+        self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes | None]
     ) -> None:
         following = onward(self._line, batch.next)
         positions = self._positions | {batch.partition: following}

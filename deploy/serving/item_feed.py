@@ -4,8 +4,8 @@
     clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` of them
     new:<slot>      seq u64, item u64, category u64, log time i64; the last `NEW_SLOTS` items that were clicked for the first time
 
-All are extras of the histories. No user is in them. Who reads too late misses
-clicks in its counts, and nothing else.
+All are extras of the histories, and go after a day of log time. No user is in
+them. Who reads too late misses clicks in its counts, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ SLOTS = 256
 NEW_SLOTS = 4096
 MOST_ITEMS = 4096
 """Items of one commit in its note: those with the most clicks."""
+NEW_MS = 86_400_000
+"""How long an item counts as new, and a note is kept."""
+GONE_AT_ONCE = 64
+"""Notes of either kind that one commit takes away at most."""
 
 CLICKED = np.dtype([("item", "<u8"), ("category", "<u8"), ("clicks", "<u4")])
 _HEAD = struct.Struct(">QQ")
@@ -62,8 +66,9 @@ class ItemFeed:
 
     def __init__(self, store: HistoryStore) -> None:
         self._store, self._feed = store, Feed.of(store)
+        self._oldest = Feed(max(0, self._feed.seq - SLOTS), max(0, self._feed.new - NEW_SLOTS))
 
-    def news(self, events: Events, categories: Mapping[str, bytes], clock_ms: int) -> dict[str, bytes]:
+    def news(self, events: Events, categories: Mapping[str, bytes], clock_ms: int) -> dict[str, bytes | None]:
         """The extras to commit with some clicks.
 
         Args:
@@ -74,8 +79,9 @@ class ItemFeed:
         clicked = _clicked(events)
         if not len(clicked):
             return {}
+        found: dict[str, bytes | None] = self._gone(clock_ms)
         seq, number = self._feed
-        found = {f"clicked:{seq % SLOTS}": _NOTE.pack(seq, clock_ms) + clicked.tobytes()}
+        found[f"clicked:{seq % SLOTS}"] = _NOTE.pack(seq, clock_ms) + clicked.tobytes()
         for name, category in categories.items():
             if not name.startswith(ITEM) or self._store.extra(name) is not None:
                 continue
@@ -86,6 +92,27 @@ class ItemFeed:
             number += 1
         self._feed = Feed(seq + 1, number)
         return found | {FEED: _HEAD.pack(*self._feed)}
+
+    def _gone(self, clock_ms: int) -> dict[str, bytes | None]:
+        """The notes that are too old, each to be taken away."""
+        found: dict[str, bytes | None] = {}
+        (seq, number), horizon_ms = self._oldest, clock_ms - NEW_MS
+        while seq < self._feed.seq and len(found) < GONE_AT_ONCE:
+            clicked = clicked_at(self._store, seq)
+            if clicked is not None and clicked.at_ms > horizon_ms:
+                break
+            if clicked is not None:
+                found[f"clicked:{seq % SLOTS}"] = None
+            seq += 1
+        while number < self._feed.new and len(found) < 2 * GONE_AT_ONCE:
+            new = new_at(self._store, number)
+            if new is not None and new[2] > horizon_ms:
+                break
+            if new is not None:
+                found[f"new:{number % NEW_SLOTS}"] = None
+            number += 1
+        self._oldest = Feed(seq, number)
+        return found
 
 
 def _clicked(events: Events) -> np.ndarray[tuple[int], np.dtype[np.void]]:

@@ -46,7 +46,7 @@ class Upkeep:
             self._store, self._reach_ms, self._kept.max_users, elapsed=lambda: self._now_ms() / 1000
         )
 
-    def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes]:
+    def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes | None]:
         """The extras to commit with some clicks, see `Remembered.news` and `ItemFeed.news`."""
         found = self._remembered.news(events, names, clock_ms)
         return found | self._feed.news(events, found, clock_ms)

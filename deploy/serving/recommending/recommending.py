@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from deploy.serving.answer import Answer, Query, Version
 from deploy.serving.answering import probability
+from deploy.serving.item_feed import NEW_MS
 from deploy.serving.predictor import Predictor, Prepared
 from deploy.serving.program import PAIRS
 from deploy.serving.recommending.pairs import UserPairs, in_batches
@@ -26,8 +27,6 @@ from state.events.identity import public_id
 from state.features.mask import Mask
 
 MOST_CANDIDATES = 2 * PAIRS
-FRESH_MS = 86_400_000
-"""An item is new for so long after its first click."""
 FRESH_SHARE = 0.1
 """Of the items of an answer, so many are new where there are so many new ones."""
 FRESH_CANDIDATES = 64
@@ -156,7 +155,7 @@ def _new(shelves: Shelves, shares: Mapping[int, float], at_ms: int, mask: Mask) 
     return [
         one
         for one in found.values()
-        if one.at_ms > at_ms - FRESH_MS and not any(begin <= one.at_ms < end for begin, end in mask.times)
+        if one.at_ms > at_ms - NEW_MS and not any(begin <= one.at_ms < end for begin, end in mask.times)
     ]
 
 
