@@ -64,8 +64,8 @@ class Engagement(TypedDict):
 
 
 @dataclass(slots=True)
-class Answer:
-    """What is known of one user at one moment.
+class About:
+    """Whom and which moment an answer is about.
 
     Attributes:
         user_id: As it was asked for.
@@ -75,11 +75,6 @@ class Answer:
         at: The time the windows speak of, ISO 8601.
         at_ms: The same in milliseconds.
         clock: Where it comes from: `event`, `wall` or `request`.
-        interests: Candidates, best first; the probabilities of all sum to 1.
-        engagement: For the item asked for; else None.
-        vector: `[width]` float32; None where it is not asked for.
-        features: The windows by name, likewise.
-        attributes: Of the user, by name, likewise; None where the record has no such value. Empty without a record.
     """
 
     user_id: str
@@ -89,6 +84,20 @@ class Answer:
     at: str
     at_ms: int
     clock: str
+
+
+@dataclass(slots=True)
+class Answer(About):
+    """What is known of one user at one moment.
+
+    Attributes:
+        interests: Candidates, best first; the probabilities of all sum to 1.
+        engagement: For the item asked for; else None.
+        vector: `[width]` float32; None where it is not asked for.
+        features: The windows by name, likewise.
+        attributes: Of the user, by name, likewise; None where the record has no such value. Empty without a record.
+    """
+
     interests: list[Interest]
     engagement: Engagement | None
     vector: NDArray[np.float32] | None

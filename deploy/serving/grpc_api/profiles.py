@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from deploy.serving.answer import Answer, Query
-from deploy.serving.batching import Batcher
 from deploy.serving.grpc_api.messages import message
 from deploy.serving.grpc_api.services import Method, Service
 from deploy.serving.host import Host
 from deploy.serving.http_api.item_requests import MOST_RECOMMENDED, RECOMMENDED
 from deploy.serving.http_api.requests import LATEST_MS, LEAN, MOST_PROFILES, MOST_TOP, TOP, fields_of, whole
+from deploy.serving.profile_batches import profile_batches
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem, RankedItems, rank
 from deploy.serving.recommending.recommending import Recommendations, WantedItems, recommend
 from deploy.serving.recommending.turns import ShelfTurns, in_turns
@@ -32,7 +30,7 @@ class GrpcProfiles:
 
     def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
         self._host, self._metrics, self._turns = host, metrics, ShelfTurns(host)
-        self._batcher: Batcher[Any] = Batcher(self._answers, self._held)
+        self._batcher = profile_batches(host, metrics, _profile)
 
     def service(self) -> Service:
         """What is offered."""
@@ -74,19 +72,6 @@ class GrpcProfiles:
         answer = await in_turns(recommend(self._host.predictor(), shelves, _query(request, (LEAN, None)), wanted))
         return self._of_items("RecommendResponse", answer)
 
-    def _answers(self, queries: Sequence[Query]) -> list[Any]:
-        return self._profiles(self._host.predictor().profiles(queries))
-
-    @contextmanager
-    def _held(self) -> Iterator[Callable[[Sequence[Query]], list[Any]]]:
-        predictor = self._host.predictor()
-        with predictor.reading() as reader:
-            yield lambda queries: self._profiles(predictor.profiles(queries, reader))
-
-    def _profiles(self, answers: Sequence[Answer]) -> list[Any]:
-        self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
-        return [_message("Profile")(**_without_nothing(answer.document())) for answer in answers]
-
     def _of_items(self, name: str, answer: RankedItems | Recommendations) -> Any:
         self._metrics.cold_starts.inc(answer.cold_start)
         return _message(name)(
@@ -103,6 +88,10 @@ class GrpcProfiles:
 
 def _message(name: str) -> Any:
     return message(f"{PACKAGE}.{name}")
+
+
+def _profile(answer: Answer) -> Any:
+    return _message("Profile")(**_without_nothing(answer.document()))
 
 
 def _asked(request: Any) -> tuple[frozenset[str], int | None]:

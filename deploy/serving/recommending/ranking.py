@@ -8,7 +8,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from deploy.serving.answer import Answer, Query, Version
+from deploy.serving.answer import About, Answer, Query
 from deploy.serving.answering import probability
 from deploy.serving.predictor import Predictor
 from deploy.serving.recommending.pairs import UserPairs, in_batches
@@ -38,27 +38,13 @@ class RankedItem(TypedDict):
 
 
 @dataclass(slots=True)
-class RankedItems:
+class RankedItems(About):
     """The items of one user, best first.
 
     Attributes:
-        user_id: As it was asked for.
-        known: Whether the user has a visible click or a row.
-        cold_start: Whether nothing is known of the user.
-        version: Which version all of it is from.
-        at: The time the windows speak of, ISO 8601.
-        at_ms: The same in milliseconds.
-        clock: Where it comes from: `event`, `wall` or `request`.
         items: The most probable first; of equal ones the one that was named first.
     """
 
-    user_id: str
-    known: bool
-    cold_start: bool
-    version: Version
-    at: str
-    at_ms: int
-    clock: str
     items: list[RankedItem]
 
 

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.answer import Answer, Query, Version
+from deploy.serving.answer import About, Answer, Query
 from deploy.serving.answering import probability
 from deploy.serving.item_feed import NEW_MS
 from deploy.serving.predictor import Predictor, Prepared
@@ -62,16 +62,9 @@ class Recommended(TypedDict):
 
 
 @dataclass(slots=True)
-class Recommendations:
-    """The items of one user, best first; all else as in `RankedItems`."""
+class Recommendations(About):
+    """The items of one user, best first."""
 
-    user_id: str
-    known: bool
-    cold_start: bool
-    version: Version
-    at: str
-    at_ms: int
-    clock: str
     items: list[Recommended]
 
 
