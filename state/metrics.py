@@ -249,6 +249,9 @@ class ApplierMetrics(Metrics):
         "springtide_serving_microbatch_lag_records",
         "Positions of the micro-batch topic not yet taken into the histories.",
     )
+    history_epoch = gauge(
+        "springtide_serving_history_epoch", "Epoch of the training log whose records serving's histories take."
+    )
     control_generation = gauge("springtide_serving_control_generation", "Control generation that serving has seen.")
     corrupt_versions = counter(
         "springtide_serving_corrupt_versions", "Versions refused because a file fails its digest."

@@ -20,6 +20,7 @@ from state.registry.control import Control
 from state.registry.registry import Registry
 
 LOOK_S = 0.2
+NEAR_RECORDS = 64  # what the applier takes at once
 BETWEEN_S = 1.0  # rates come from two looks
 
 Missing = Callable[[Settings], str]
@@ -114,11 +115,17 @@ def answering(settings: Settings) -> str:
 
 
 def following(settings: Settings) -> str:
-    """Answers follow the newest version, and come from control's epoch already."""
+    """Answers follow the newest version, and come from control's epoch already, with the histories that belong to it."""
     _, control = _control(settings)
-    if control.serving.mode == "follow":
-        return answering(settings)
-    return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
+    if control.serving.mode != "follow":
+        return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
+    if missing := answering(settings):
+        return missing
+    applier = scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
+    epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
+    if epoch != control.log[-1].epoch:
+        return f"the histories are of epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
+    return "" if (lag or 0) <= NEAR_RECORDS else f"the histories are {lag:,.0f} records behind"
 
 
 CONDITIONS: Mapping[str, Condition] = {
@@ -126,7 +133,7 @@ CONDITIONS: Mapping[str, Condition] = {
     "well": Condition("nothing is wrong", well),
     "answering": Condition("answers come from what control wants: the pinned version, or control's epoch", answering),
     "caught-up": Condition("the trainer has read its log to the end, and learned a rollback's clicks again", caught_up),
-    "following": Condition("answers follow the newest version of control's epoch", following),
+    "following": Condition("answers follow the newest version of control's epoch, with its histories", following),
 }
 
 

@@ -116,6 +116,11 @@ class HistoryFollower:
                 )  # fmt: skip
                 ours = begin
             positions[partition] = ours
+        # Not at the next look only: who waits for the histories would take the lag from before for the one of now.
+        self._metrics.microbatch_lag_records.set(
+            sum(end - positions[partition] for partition, (_, end) in ends.items())
+        )
+        self._metrics.history_epoch.set(self._line[-1].epoch)
         leaders = {int(partition): int(epoch) for partition, epoch in stored.get("leaders", {}).items()}
         self._reader = open_kept(positions, leaders, open_at)
         self._positions = positions

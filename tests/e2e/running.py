@@ -57,14 +57,14 @@ MODULES = {
 Found = TypeVar("Found")
 
 
-def until(look: Callable[[], Found | None], what: str, deadline_s: float = DEADLINE_S) -> Found:
-    """Polls until `look` finds something, or fails after `deadline_s`."""
+def until(look: Callable[[], Found | None], what: str | Callable[[], str], deadline_s: float = DEADLINE_S) -> Found:
+    """Polls until `look` finds something, or fails after `deadline_s` and says `what`, looked up then where it is called."""
     end = time.monotonic() + deadline_s
     while True:
         found = look()
         if found:
             return found
-        assert time.monotonic() < end, f"after {deadline_s:.0f} s: {what}"
+        assert time.monotonic() < end, f"after {deadline_s:.0f} s: {what() if callable(what) else what}"
         time.sleep(0.02)
 
 
@@ -241,4 +241,4 @@ class Loop:
             sources = answer["version"]["sources"] if answer else {}
             return answer if answer and all(sources.get(source, 0) >= end for source, end in ends.items()) else None
 
-        return until(look, f"no version covers {ends}; the newest answer is {self.profile(user)!s:.300}")
+        return until(look, lambda: f"no version covers {ends}; the newest answer is {self.profile(user)!s:.300}")

@@ -17,6 +17,7 @@ from state.errors import SettingsError, SpringtideError
 from state.features.mask import Mask
 from state.metrics import ApplierMetrics, TrainerMetrics, serve
 from state.registry import control
+from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry
 
 WHO = {"actor": "ann", "reason": "poison", "now_ms": 5}
@@ -82,6 +83,7 @@ def test_a_rollback_is_caught_up_once_it_is_learned_again(
 def test_answers_turn_and_then_follow(settings: Settings, registry: Registry, applier: ApplierMetrics) -> None:
     applier.version.set(50)
     applier.epoch.set(1)
+    applier.history_epoch.set(1)
     assert missing("answering", settings) == missing("following", settings) == ""
     registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, **WHO))
     assert "version 50 of epoch 1, and version 40 is wanted" in missing("answering", settings)
@@ -94,11 +96,28 @@ def test_answers_turn_and_then_follow(settings: Settings, registry: Registry, ap
     assert missing("following", settings) == ""
 
 
+def test_answers_follow_only_with_the_histories_of_the_line_that_control_names(
+    settings: Settings, registry: Registry, applier: ApplierMetrics
+) -> None:
+    applier.history_epoch.set(1)
+    line = turned(WHOLE, 1, 30, 60, ())
+    registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, log=line, **WHO))
+    registry.change(lambda now: control.follow(now, **WHO))
+    applier.epoch.set(2)
+    assert missing("following", settings) == "the histories are of epoch 1 of the log, and epoch 2 is wanted"
+    applier.history_epoch.set(2)
+    applier.microbatch_lag_records.set(2000)
+    assert missing("following", settings) == "the histories are 2,000 records behind"
+    applier.microbatch_lag_records.set(3)
+    assert missing("following", settings) == ""
+
+
 def test_the_command_says_when_it_holds_and_fails_when_it_does_not(
     settings: Settings, registry: Registry, applier: ApplierMetrics, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [word for name in settings.origins for word in (f"--{name}", str(settings.value(name)))]
     applier.epoch.set(1)
+    applier.history_epoch.set(1)
     assert status.main(["--wait-for", "following", *flags]) == 0
     assert capsys.readouterr().out == "following after 0.0 s\n"
     assert status.main(["--wait-for", "caught-up", "--timeout", "0.3", *flags]) == 1

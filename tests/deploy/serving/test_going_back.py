@@ -106,6 +106,9 @@ def test_histories_go_back_and_on_from_however_far_they_had_come(
             ours.store.close()
             ours = host(tmp_path / "ours", log, monkeypatch)
     assert ours.turn(line) or at
+    following = json.loads(ours.store.extra("microbatches") or b'{"next": {"0": 0}}')["next"]["0"]
+    shown = ours.metrics.history_epoch, ours.metrics.microbatch_lag_records
+    assert [one._value.get() for one in shown] == [2, log.topics().ends(LOG)[0][1] - following]
     append(log, *clean[len(written_already) :])
     for _ in range(len(good) + 2 * len(poison) + 4):
         ours.follower.step(0.0)

@@ -109,7 +109,7 @@ def test_an_exact_rollback_takes_stream_and_histories_back_while_clicks_go_on(lo
         found: dict[str, Any] = loop.springtide("status")["accounting"]
         return found if found["compared"] else None
 
-    account = until(balanced, "the account cannot be compared")
+    account = until(balanced, lambda: f"cannot be compared: {loop.springtide('status')['accounting']}")
     assert account["faults"] == []
     assert account["stream"]["masked"] >= masked + 20
 
