@@ -2,7 +2,8 @@
 
 1. It can be built; its tables, inputs and weights are what an engine and
    serving can give and keep; built twice it begins with the same values.
-2. It gives finite scores of the right shapes, and a loss for each row.
+2. It gives finite scores of the right shapes, engagement as its item_query says
+   where it has one, and a loss for each row.
 3. It is a function of row, weights and seed alone: nothing is remembered, the
    seed counts only in training, and a row scores alone as it does in a batch.
 4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
@@ -20,7 +21,7 @@ import tensorflow as tf
 from state.config.settings import Settings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
-from state.lowering import ROWS_TOLERANCE, difference
+from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference
 from state.process.user_code import told
 from state.rows.tables import CODES, TAKEN, is_name
 from trainer.engine.build import ranker_of
@@ -59,6 +60,7 @@ def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preproces
     # 2.
     inputs = sample(ranker, ROWS, training=True)
     plain = _scores(ranker, inputs, what)
+    _check_item_query(ranker, inputs, what)
     _check_losses(ranker, inputs, what)
     # 3.
     held = ranker.weights()
@@ -180,6 +182,29 @@ def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[in
         if not np.isfinite(value).all():
             raise ProgramError(f"{what}: {name} is not finite for some rows", "guard logarithms and divisions")
     return values
+
+
+def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:
+    """Other items and crosses change engagement by what `Ranker.item_query` promises, where there is one."""
+    given = {name: tf.constant(value) for name, value in inputs.items()}
+    query = _called(
+        lambda: ranker.item_query(ranker.encode(given, False, tf.constant(SEEDS[0], tf.int32))),
+        f"{what}: item_query",
+        "wanted is [B, E] float32, or None",
+    )
+    if query is None:
+        return
+    if "item_row" not in inputs or list(query.shape) != list(inputs["item_row"].shape):
+        raise ProgramError(f"{what}: item_query is {list(query.shape)}", "wanted is the shape of item_row")
+    none = {name: np.zeros_like(inputs[name]) for name in ("item_row", "cross") if name in inputs}
+    without = _scores(ranker, {**inputs, **none}, what)["engagement_logit"]
+    wanted = without + (query.numpy() * inputs["item_row"]).sum(1) + inputs.get("cross", np.float32(0.0))
+    apart = difference(_scores(ranker, inputs, what)["engagement_logit"], wanted)
+    if apart > TOLERANCE:
+        raise ProgramError(
+            f"{what}: engagement_logit is not item_query . item_row + cross + what user and category say: off by {apart:.2g}",
+            "return None from item_query, or make it that",
+        )
 
 
 def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:

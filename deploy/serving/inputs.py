@@ -93,15 +93,24 @@ def add_items(
     """What is said of the item of each question that has one; arguments as of `program_inputs`."""
     about = [place for place, one in enumerate(asked) if one.query.item is not None]
     if about and "item_row" in inputs:
-        inputs["item_row"][about] = rows.items([asked[place].item for place in about])
-        for place in about:
-            ids = asked[place].item_attributes.ids
-            if ids:
-                inputs["item_row"][place] += rows.context_sum(ids) / np.float32(len(ids))
+        inputs["item_row"][about] = item_rows(rows, [asked[place] for place in about])
     named = [place for place, one in enumerate(asked) if one.category]
     if named and "category_row" in inputs:
         inputs["category_row"][named] = rows.categories([asked[place].category for place in named])
-    _add_crosses(inputs, version, rows, asked, vectors, columns)
+    if about and "cross" in inputs and version.cross_shares.size:
+        pairs, features = [asked[place] for place in about], vectors.features[about]
+        inputs["cross"][about] = cross_logits(version, rows, pairs, features, columns)
+
+
+def item_rows(rows: VersionRows, asked: Sequence[Asked]) -> F32:
+    """The rows of n items, each with the mean of its attributes' rows, `[n, dim]` float32; zeros where there is none."""
+    found = rows.items([one.item for one in asked])
+    if any(one.item_attributes.ids for one in asked):
+        found = found.copy()
+        for place, one in enumerate(asked):
+            if ids := one.item_attributes.ids:
+                found[place] += rows.context_sum(ids) / np.float32(len(ids))
+    return found
 
 
 def _add_categories(
@@ -196,29 +205,28 @@ def _ids_of(one: Asked, vector: Vector, successors: NDArray[np.uint64]) -> dict[
     }
 
 
-def _add_crosses(
-    inputs: Inputs,
-    version: LoadedVersion,
-    rows: VersionRows,
-    asked: Sequence[Asked],
-    vectors: Vector,
-    columns: Crosses,
-) -> None:
-    """What the crosses of each asked pair of user and item say; one without a row says nothing."""
-    pairs = [(place, one) for place, one in enumerate(asked) if one.query.item is not None]
-    if not pairs or "cross" not in inputs or not version.cross_shares.size:
-        return
+def cross_logits(
+    version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], features: NDArray[np.uint16], columns: Crosses
+) -> F32:
+    """What the crosses of n pairs of user and item say, `[n]` float32; one without a row says nothing.
+
+    Args:
+        version: What answers; one that has learned crosses.
+        rows: Its rows.
+        asked: The pairs.
+        features: `[n, D]` uint16, of their users.
+        columns: Of the crosses.
+    """
     values = Values(
-        user=np.array([one.user for _, one in pairs], np.uint64),
-        item=np.array([one.item for _, one in pairs], np.uint64),
-        category=np.array([one.category for _, one in pairs], np.uint64),
-        context=_table([one.context for _, one in pairs]),
-        user_attributes=_table([one.user_attributes.ids for _, one in pairs]),
-        item_attributes=_table([one.item_attributes.ids for _, one in pairs]),
-        features=vectors.features[[place for place, _ in pairs]],
+        user=np.array([one.user for one in asked], np.uint64),
+        item=np.array([one.item for one in asked], np.uint64),
+        category=np.array([one.category for one in asked], np.uint64),
+        context=_table([one.context for one in asked]),
+        user_attributes=_table([one.user_attributes.ids for one in asked]),
+        item_attributes=_table([one.item_attributes.ids for one in asked]),
+        features=features,
     )
-    found = crosses.logits(rows.reader, version.served, columns, version.cross_shares, values)
-    inputs["cross"][[place for place, _ in pairs]] = found
+    return crosses.logits(rows.reader, version.served, columns, version.cross_shares, values)
 
 
 def _table(ids: Sequence[Sequence[int]]) -> NDArray[np.uint64]:

@@ -108,7 +108,8 @@ class ServingHost:
         """The probability of the 20th best of all items."""
         with self.predictor.reading() as reader:
             prepared = self.predictor.prepare([Query(user, at_ms=at_ms)], reader)
-            pairs = UserPairs(self.predictor, prepared)
+            outputs = prepared.version.program.predict(prepared.inputs)
+            pairs = UserPairs(self.predictor, prepared, outputs)
             logits = np.concatenate([pairs.logits(piece) for piece in in_batches([(item, 0) for item in items])])
         return probability(float(np.sort(logits)[-SHOWN]))
 

@@ -53,6 +53,16 @@ class Narrow(TwoTower):
         return tf.reduce_sum(super().losses(encoded, inputs, targets))
 
 
+class Boasting(TwoTower):
+    def item_query(self, encoded: Any) -> Any:
+        return encoded
+
+
+class Wide(TwoTower):
+    def item_query(self, encoded: Any) -> Any:
+        return tf.concat([encoded, encoded], 1)
+
+
 class Idle(TwoTower):
     def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
         super().__init__(settings, spec, preprocessing)
@@ -128,6 +138,8 @@ def refused(name: str, *flags: str) -> str:
         ("Together", "is another alone than in a batch"),
         ("Lottery", "depend on the seed; dropout is for training only"),
         ("Narrow", "losses gave []"),
+        ("Boasting", "engagement_logit is not item_query . item_row + cross + what user and category say: off by"),
+        ("Wide", "item_query is [32, 16]; wanted is the shape of item_row"),
         ("Idle", "no loss depends on its weight idle"),
         ("Bessel", "it has no tf.BesselI0e"),
         ("Chance", "begins with other values; draw first values from a fixed seed"),

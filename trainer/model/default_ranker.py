@@ -167,6 +167,11 @@ class DefaultRanker(Ranker):
             scores["negative_logit"] = self._engagement(encoded, plain, inputs, *rows)
         return scores
 
+    def item_query(self, encoded: Encoded) -> Tensor:
+        """See `Ranker`: q' + w_i."""
+        dim = self.settings.dim
+        return tf.nn.bias_add(encoded.queries[:, dim : 2 * dim], self.dense["engagement.item"])
+
     def losses(self, encoded: Encoded, inputs: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """See `Ranker`."""
         return log_losses(self.score(encoded, inputs), targets)

@@ -103,13 +103,26 @@ class Ranker(tf.Module):
         """
         raise NotImplementedError
 
+    def item_query(self, encoded: Any) -> Tensor | None:
+        """What items are near to, `[B, E]`, where engagement_logit is item_query . item_row + cross + what user and category say.
+
+        Serving then finds items by it among all there are, and scores many of them at little cost. None of
+        a ranker whose engagement is no such sum.
+
+        Args:
+            encoded: What `encode` returned.
+        """
+        return None
+
     def losses(self, encoded: Any, inputs: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """`[B]` float32: what each row adds to the loss of its record, whose derivative is learned from."""
         raise NotImplementedError
 
     def predict(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scores without dropout: what the program computes."""
-        return self.score(self.encode(inputs, False, tf.constant([0, 0], tf.int32)), inputs)
+        """Scores without dropout, and item_query where there is one: what the program computes."""
+        encoded = self.encode(inputs, False, tf.constant([0, 0], tf.int32))
+        query = self.item_query(encoded)
+        return self.score(encoded, inputs) | ({} if query is None else {"item_query": query})
 
     def specs(self, training: bool = False) -> dict[str, Any]:
         """The `tf.TensorSpec` of each input of serving, or of learning, by name."""

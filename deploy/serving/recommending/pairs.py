@@ -1,20 +1,22 @@
 """How probable it is that one user engages with each of many items, by one version.
 
 The program answers pairs: one row, one user and one item. What it is told of
-the user is written once for all rows of a batch.
+the user is written once for all rows of a batch. Where it says what items are
+near to (`item_query`, see `trainer/model/ranker.py`), it is asked once for each
+category, without an item, and each item adds one product and its crosses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.inputs import Inputs, add_items, add_own_rows
+from deploy.serving.inputs import Asked, Inputs, add_items, add_own_rows, cross_logits, item_rows
 from deploy.serving.predictor import Predictor, Prepared
-from deploy.serving.program import PAIRS, batch_of
+from deploy.serving.program import BATCHES, PAIRS, batch_of
 from state.features.arrays import Vector
 
 F32 = NDArray[np.float32]
@@ -29,15 +31,19 @@ class UserPairs:
     Args:
         predictor: What answers.
         prepared: One question, without an item.
+        outputs: What the program says of it.
 
     Attributes:
         categories: Of all items so far, those that they count as of; 0 where none is known.
+        query: What items are near to, `[dim]` float32; None where the version's program does not say.
     """
 
-    def __init__(self, predictor: Predictor, prepared: Prepared) -> None:
+    def __init__(self, predictor: Predictor, prepared: Prepared, outputs: Mapping[str, F32]) -> None:
         self._predictor, self._prepared = predictor, prepared
         self._batches: dict[int, Inputs] = {}
+        self._of_category: dict[int, float] = {}
         self.categories: list[int] = []
+        self.query: F32 | None = outputs["item_query"][0].copy() if "item_query" in outputs else None
 
     def logits(self, items: Sequence[tuple[int, int]]) -> F32:
         """The engagement logit of each item, `[n]` float32. The program must have the version's weights.
@@ -46,19 +52,45 @@ class UserPairs:
             items: At most `PAIRS`: the id of each and of its category; 0 where the one that it was last seen in counts.
         """
         prepared, count = self._prepared, len(items)
-        version, rows = prepared.version, prepared.rows
         asked = self._predictor.items_of(prepared.asked[0], items)
         self.categories += [one.category for one in asked]
-        columns: list[Any] = [np.broadcast_to(column, (count, *column.shape[1:])) for column in prepared.vectors]
-        vectors = Vector(*columns)
-        inputs = self._batch(batch_of(count))
+        if self.query is not None and not prepared.version.own:
+            return self._near(asked, self.query)
+        return self._engagement(asked, batch_of(count))
+
+    def _near(self, asked: Sequence[Asked], query: F32) -> F32:
+        """What the category of each item says, its row times the query, and its crosses."""
+        prepared, size = self._prepared, BATCHES[-1]
+        # Of each category any item, which is then none.
+        new = list({one.category: one for one in asked if one.category not in self._of_category}.values())
+        for first in range(0, len(new), size):
+            some = [one._replace(query=prepared.asked[0].query) for one in new[first : first + size]]
+            logits = self._engagement(some, size).tolist()
+            self._of_category |= zip([one.category for one in some], logits, strict=True)
+        found = item_rows(prepared.rows, asked) @ query
+        found += np.array([self._of_category[one.category] for one in asked], np.float32)
+        version = prepared.version
+        if version.cross_shares.size:
+            features = self._vectors(len(asked)).features
+            found += cross_logits(version, prepared.rows, asked, features, version.features.crosses)
+        return np.asarray(found, np.float32)
+
+    def _engagement(self, asked: Sequence[Asked], size: int) -> F32:
+        """What the program says of each, in one batch of `size` rows."""
+        version, rows, count = self._prepared.version, self._prepared.rows, len(asked)
+        vectors, inputs = self._vectors(count), self._batch(size)
         for name in ITEM_INPUTS:
             if name in inputs:
                 inputs[name][:] = 0.0
         add_items(inputs, version, rows, asked, vectors, version.features.crosses)
         if version.own:
-            add_own_rows(inputs, version, rows, asked, vectors, np.repeat(prepared.successors, count, 0))
+            add_own_rows(inputs, version, rows, asked, vectors, np.repeat(self._prepared.successors, count, 0))
         return version.program.predict(inputs)["engagement_logit"][:count].reshape(count).copy()
+
+    def _vectors(self, count: int) -> Vector:
+        """The user's windows, as often as that."""
+        columns: list[Any] = [np.broadcast_to(one, (count, *one.shape[1:])) for one in self._prepared.vectors]
+        return Vector(*columns)
 
     def _batch(self, size: int) -> Inputs:
         """What the program is told of the user, in `size` rows."""

@@ -62,8 +62,9 @@ def rank(predictor: Predictor, query: Query, items: Sequence[NamedItem]) -> Gene
     ids = [(public_id(one.item), 0 if one.category is None else public_id(one.category)) for one in items]
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
-        (about,) = predictor.answered(prepared, prepared.version.program.predict(prepared.inputs))
-        pairs, found = UserPairs(predictor, prepared), []
+        outputs = prepared.version.program.predict(prepared.inputs)
+        (about,) = predictor.answered(prepared, outputs)
+        pairs, found = UserPairs(predictor, prepared, outputs), []
         for piece in in_batches(ids):
             # Others may have been answered by a version that came meanwhile.
             predictor.take_up(reader)

@@ -92,7 +92,8 @@ def recommend(
     with predictor.reading() as reader:
         # 1.
         prepared = predictor.prepare([query], reader)
-        (about,) = predictor.answered(prepared, prepared.version.program.predict(prepared.inputs))
+        outputs = prepared.version.program.predict(prepared.inputs)
+        (about,) = predictor.answered(prepared, outputs)
         one, mask = prepared.asked[0], prepared.seen[1]
         seen = predictor.seen_by(one, mask)
         # 2.
@@ -100,7 +101,7 @@ def recommend(
         found = candidates(shelves, shares, _kinds(prepared), _new(shelves, shares, one.at_ms, mask), wanted, seen)
         ids = [(item, proposed.category) for item, proposed in found.items()]
         # 3.
-        pairs, parts = UserPairs(predictor, prepared), [np.empty(0, np.float32)]
+        pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
         for piece in in_batches(ids):
             # Others may have been answered by a version that came meanwhile.
             predictor.take_up(reader)

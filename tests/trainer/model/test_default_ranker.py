@@ -61,6 +61,7 @@ def test_shapes_and_masks(model: DefaultRanker) -> None:
         "successor_logits": (ROWS, SUCCESSORS),
         "engagement_logit": (ROWS,),
         "vector": (ROWS, MODEL.hidden[-1]),
+        "item_query": (ROWS, MODEL.dim),
     }
     assert (found["recent_logits"].numpy()[given["recent_mask"] == 0] == MASKED).all()
     assert (found["popular_logits"].numpy()[given["popular_mask"] == 0] == MASKED).all()
@@ -74,6 +75,16 @@ def test_interest_does_not_see_item_and_category(model: DefaultRanker) -> None:
     for name in ("recent_logits", "popular_logits", "successor_logits", "vector"):
         assert (before[name].numpy() == after[name].numpy()).all()
     assert (before["engagement_logit"].numpy() != after["engagement_logit"].numpy()).all()
+
+
+def test_engagement_is_the_item_query_with_the_item_plus_what_user_category_and_cross_say(model: DefaultRanker) -> None:
+    """So that items can be scored, and found, by one product each."""
+    given = inputs()
+    nothing = given | {name: np.zeros_like(given[name]) for name in ("item_row", "cross")}
+    found, without = model.predict(given), model.predict(nothing)["engagement_logit"].numpy()
+    products = (found["item_query"].numpy() * given["item_row"]).sum(1)
+    assert np.abs(products).min() > 1e-3
+    np.testing.assert_allclose(found["engagement_logit"], without + products + given["cross"], rtol=1e-5, atol=1e-5)
 
 
 def test_first_weights_are_the_same_in_every_process_and_rank_the_latest_label_first() -> None:

@@ -42,6 +42,7 @@ def test_the_program_answers_as_the_model_does_with_each_versions_weights() -> N
             "successor_logits",
             "engagement_logit",
             "vector",
+            "item_query",
         }
         for name, values in ours.items():
             np.testing.assert_allclose(values, theirs[name], rtol=1e-4, atol=1e-5)
