@@ -147,7 +147,7 @@ def encode_cut(
         MicroBatchError: One row exceeds `max_record_bytes`.
     """
     ranges, columns = gather(cut)
-    names = {key: name for piece in cut.pieces for key, name in piece.batch.names.items()}
+    names = {key: name for piece in cut.pieces for key, name in (piece.batch.item_names | piece.batch.names).items()}
     attributes = [piece.attributes for piece in cut.pieces if piece.attributes is not None]
     for joined in attributes:
         names |= joined.names

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answer import Interest
-from deploy.serving.catalogue import CategoryName
+from deploy.serving.catalogue import ShownName
 from deploy.serving.loaded_version import VersionRows
 from state.ranking.transitions import Succession, succession
 
@@ -68,8 +68,8 @@ def softmax(logits: F32) -> F32:
 
 def interests(
     users: Sequence[tuple[list[int], list[int]]],
-    popular: Sequence[CategoryName],
-    name_of: Callable[[int], CategoryName],
+    popular: Sequence[ShownName],
+    name_of: Callable[[int], ShownName],
     most: Sequence[int | None],
     inputs: Mapping[str, F32],
     outputs: Mapping[str, F32],

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from deploy.serving.notes import item_extra, name_extra
+from deploy.serving.notes import item_extra, item_parts, name_extra
 from state.history.store import HistoryStore
 
 NAMES_REMEMBERED = 100_000
 
 
-class CategoryName(NamedTuple):
-    """A category as an answer shows it; without a name its id stands for it."""
+class ShownName(NamedTuple):
+    """A category or an item as an answer shows it; without a name its id stands for it."""
 
     name: str
     hex: str
@@ -26,9 +26,9 @@ class Catalogue:
 
     def __init__(self, histories: HistoryStore) -> None:
         self._histories = histories
-        self._names: dict[int, CategoryName] = {}
+        self._names: dict[int, ShownName] = {}
 
-    def name_of(self, category: int) -> CategoryName:
+    def name_of(self, category: int) -> ShownName:
         """A category's name."""
         known = self._names.get(category)
         if known is not None:
@@ -37,12 +37,18 @@ class Catalogue:
         stored = self._histories.extra(name_extra(category))
         if stored is None:
             # It is asked for again: the name may come with the next click.
-            return CategoryName(identity, identity)
+            return ShownName(identity, identity)
         if len(self._names) >= NAMES_REMEMBERED:
             self._names.clear()
-        return self._names.setdefault(category, CategoryName(stored.decode(), identity))
+        return self._names.setdefault(category, ShownName(stored.decode(), identity))
 
     def category_of(self, item: int) -> int:
         """The category that an item was last seen in; 0 where nobody clicked it."""
         stored = self._histories.extra(item_extra(item)) if item else None
-        return 0 if stored is None else int.from_bytes(stored, "big")
+        return 0 if stored is None else item_parts(stored)[0]
+
+    def item_name(self, item: int) -> ShownName:
+        """An item's name; it is the id that clicks give it."""
+        stored = self._histories.extra(item_extra(item))
+        name = "" if stored is None else item_parts(stored)[1]
+        return ShownName(name, f"{item:016x}") if name else self.name_of(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from deploy.serving.notes import CLOCK_EXTRA, SEEN, item_extra
+from deploy.serving.notes import CLOCK_EXTRA, SEEN, item_extra, item_value
 from state.features.mask import Mask
 from state.history.before import Before
 from state.history.rewinding import OpenAt, WentBack, go_back
@@ -49,7 +49,8 @@ def take_back(
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:
         gone = [item_extra(item) for item in before.items if item not in before.categories]
         found: dict[str, bytes | None] = {name: None for one in gone for name in (one, SEEN + one)}
-        found |= {item_extra(item): one.to_bytes(8, "big") for item, one in before.categories.items()}
+        for item, one in before.categories.items():
+            found[item_extra(item)] = item_value(one, (store.extra(item_extra(item)) or b"")[8:])
         if at > offset:
             moved = {**stored["next"], str(partition): onward(line, offset)}
             found[POSITION_EXTRA] = json.dumps({**stored, "next": moved}).encode()

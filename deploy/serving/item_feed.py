@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deploy.serving.notes import ITEM
+from deploy.serving.notes import ITEM, item_parts
 from state.features.spec import Events
 from state.history.store import HistoryStore
 
@@ -82,13 +82,12 @@ class ItemFeed:
         found: dict[str, bytes | None] = self._gone(clock_ms)
         seq, number = self._feed
         found[f"clicked:{seq % SLOTS}"] = _NOTE.pack(seq, clock_ms) + clicked.tobytes()
-        for name, category in categories.items():
+        for name, value in categories.items():
             if not name.startswith(ITEM) or self._store.extra(name) is not None:
                 continue
             item = int(name.removeprefix(ITEM), 16)
-            found[f"new:{number % NEW_SLOTS}"] = _NEW.pack(number) + _NEW_ITEM.pack(
-                item, int.from_bytes(category, "big"), clock_ms
-            )
+            note = _NEW.pack(number) + _NEW_ITEM.pack(item, item_parts(value)[0], clock_ms)
+            found[f"new:{number % NEW_SLOTS}"] = note
             number += 1
         self._feed = Feed(seq + 1, number)
         return found | {FEED: _HEAD.pack(*self._feed)}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving import crosses
-from deploy.serving.catalogue import Catalogue, CategoryName
+from deploy.serving.catalogue import Catalogue, ShownName
 from deploy.serving.own_rows import OwnInput, own_inputs
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
@@ -82,6 +82,10 @@ class VersionRows:
     def item(self, identity: int) -> F32:
         """`[dim]` float32; zeros for an item without a row."""
         return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing["item"], np.float32)
+
+    def has_item(self, identity: int) -> bool:
+        """Whether an item has a row."""
+        return self.reader.row("item", identity, self.served) is not None
 
     def items(self, ids: Sequence[int]) -> F32:
         """Rows of n items, `[n, dim]` float32; zeros for those without one."""
@@ -156,7 +160,7 @@ class LoadedVersion:
     program: LoadedProgram
     widths: Mapping[str, int]
     popular: NDArray[np.uint64]
-    popular_names: list[CategoryName]
+    popular_names: list[ShownName]
     popular_rows: F32
     popular_known: F32
     own: Sequence[OwnInput]

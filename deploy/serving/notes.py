@@ -16,7 +16,7 @@ SEEN = "seen:"
 """Begins the extra with the day of log time, 4 bytes big endian, on which an item or a name was last met."""
 
 ITEM = "item:"
-"""Begins the extra with an item's category."""
+"""Begins the extra with an item's category, 8 bytes big endian, and its name, if any."""
 
 DAY_MS = 86_400_000
 
@@ -31,12 +31,26 @@ def name_extra(category: int) -> str:
 
 
 def item_extra(item: int) -> str:
-    """The extra with the id of an item's category, big endian.
+    """The extra with the id of an item's category, and its name.
 
     >>> item_extra(7)
     'item:0000000000000007'
     """
     return f"{ITEM}{item:016x}"
+
+
+def item_value(category: int, name: bytes = b"") -> bytes:
+    """What is in an item's extra.
+
+    >>> item_parts(item_value(7, b"i1"))
+    (7, 'i1')
+    """
+    return category.to_bytes(8, "big") + name
+
+
+def item_parts(value: bytes) -> tuple[int, str]:
+    """The category of an item and its name; empty where none is known, as after a release that kept none."""
+    return int.from_bytes(value[:8], "big"), value[8:].decode()
 
 
 def event_now(clock: bytes | None, now_ms: int) -> int | None:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from deploy.serving.answer import Answer, Query
 from deploy.serving.answering import answers
 from deploy.serving.candidates import add_succession, came_next, interests
-from deploy.serving.catalogue import Catalogue, CategoryName
+from deploy.serving.catalogue import Catalogue, ShownName
 from deploy.serving.inputs import Asked, Inputs, add_own_rows, program_inputs
 from deploy.serving.known_attributes import NOTHING, KnownAttributes
 from deploy.serving.loaded_version import LoadedVersion, VersionLoader, VersionRows
@@ -231,9 +231,13 @@ class Predictor:
         newest = np.argsort(-visible["at_ms"], kind="stable")
         return [item for item in dict.fromkeys(visible["item"][newest].tolist()) if item]
 
-    def name_of(self, category: int) -> CategoryName:
+    def name_of(self, category: int) -> ShownName:
         """A category's name."""
         return self._catalogue.name_of(category)
+
+    def item_name(self, item: int) -> ShownName:
+        """An item's name."""
+        return self._catalogue.item_name(item)
 
     def ready(self) -> Served:
         """The version that answers would use now.

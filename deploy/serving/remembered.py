@@ -1,7 +1,7 @@
 """What a host remembers of items and names beside its histories: since when nobody named one, and which have to go.
 
-    item:<id>        the category that it was last seen in
-    name:<id>        the text of a category or of a measured attribute value
+    item:<id>        the category that it was last seen in, and its name
+    name:<id>        the text of a category, of a measured attribute value, or of an item without a category
     seen:item:<id>   the day of log time on which it was last named, 4 bytes; so for names
 
 All are extras of the histories, and committed with the clicks that name them. A
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deploy.serving.notes import DAY_MS, SEEN, item_extra, name_extra
+from deploy.serving.notes import DAY_MS, SEEN, item_extra, item_value, name_extra
 from state.features.spec import Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -67,7 +67,8 @@ class Remembered:
 
     def __init__(self, store: HistoryStore, keep_days: int, most: int) -> None:
         self._store, self._keep_days, self._most = store, keep_days, most
-        self._categories: dict[int, int] = {}
+        # Twice the category, and 1 more of those that have a name.
+        self._known: dict[int, int] = {}
         self._today: set[int] = set()
         self._day = 0
         self._kinds = {kind: _Kind() for kind in KINDS}
@@ -89,17 +90,23 @@ class Remembered:
         """
         self._turn(clock_ms)
         day, found = self._day.to_bytes(4, "big"), dict[str, bytes]()
-        for item, category in dict(zip(events["item"].tolist(), events["category"].tolist(), strict=True)).items():
+        categories = dict(zip(events["item"].tolist(), events["category"].tolist(), strict=True))
+        for item, category in categories.items():
             if not (item and category):
                 continue
-            if self._categories.get(item) != category:
-                self._categories[item] = category
-                found[item_extra(item)] = category.to_bytes(8, "big")
-                self._kinds["item:"].count += 1
+            known, text = self._known.get(item, 0), names.get(item)
+            if known >> 1 != category or (text is not None and not known & 1):
+                name = (self._store.extra(item_extra(item)) or b"")[8:] if text is None else text.encode()
+                self._known[item] = category << 1 | bool(name)
+                found[item_extra(item)] = item_value(category, name)
+                self._kinds["item:"].count += not known
             if item not in self._today:
                 self._today.add(item)
                 found[SEEN + item_extra(item)] = day
+        named = {*events["category"].tolist()}
         for one, text in names.items():
+            if categories.get(one) and one not in named:
+                continue
             found[name_extra(one)] = text.encode()
             self._kinds["name:"].count += one not in self._today
             self._today.add(one)
@@ -108,7 +115,7 @@ class Remembered:
 
     def forget(self) -> None:
         """Forgets what is in memory: the store went back."""
-        self._categories.clear()
+        self._known.clear()
         self._today.clear()
 
     def look(self, clock_ms: int) -> int:
@@ -141,7 +148,7 @@ class Remembered:
             if day < self._day - self._keep_days or kind.goes(day):
                 changes |= {name: None, SEEN + name: None}
                 one = int(name.removeprefix(prefix), 16)
-                self._categories.pop(one, None)
+                self._known.pop(one, None)
                 self._today.discard(one)
                 removed += 1
                 continue
@@ -157,5 +164,5 @@ class Remembered:
         if clock_ms // DAY_MS != self._day or len(self._today) > ITEMS_REMEMBERED:
             self._day = clock_ms // DAY_MS
             self._today.clear()
-        if len(self._categories) > ITEMS_REMEMBERED:
-            self._categories.clear()
+        if len(self._known) > ITEMS_REMEMBERED:
+            self._known.clear()

@@ -29,6 +29,7 @@ class EventBatch:
         ranges: What became of each position read.
         dead: The records that are no events.
         names: Names of categories not announced for ten minutes of event time.
+        item_names: Likewise of items, without those that are too long.
         request: `[n]` uint64 ids of requests, 0 for none; empty where no field is configured.
     """
 
@@ -45,6 +46,7 @@ class EventBatch:
     ranges: tuple[Range, ...]
     dead: tuple[DeadLetter, ...]
     names: dict[int, str]
+    item_names: dict[int, str] = field(default_factory=dict)
     request: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __len__(self) -> int:

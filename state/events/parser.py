@@ -42,6 +42,38 @@ def _remember(cache: dict[Any, int], key: Any, value: int) -> int:
     return value
 
 
+class _Names:
+    """Which texts of ids were not announced lately.
+
+    Args:
+        whole: Leaves out those that are too long, where others are cut.
+
+    Attributes:
+        met: Of this batch, by id.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self._whole = whole
+        self.met: dict[int, Any] = {}
+        self._announced: dict[int, int] = {}
+
+    def news(self, newest_ms: int) -> dict[int, str]:
+        """Those of this batch; announces them.
+
+        A time that goes back is another time too: one wrong clock must not silence the names for years.
+        """
+        met, self.met = self.met, {}
+        announced = self._announced
+        due = [key for key in met if abs(newest_ms - announced.get(key, -ANNOUNCE_MS)) >= ANNOUNCE_MS]
+        if len(announced) >= CACHED_IDS:
+            announced.clear()
+        announced.update(dict.fromkeys(due, newest_ms))
+        texts = {key: str(met[key]) for key in due}
+        if self._whole:
+            return {key: text for key, text in texts.items() if len(text) <= NAME_CHARACTERS}
+        return {key: text[:NAME_CHARACTERS] for key, text in texts.items()}
+
+
 class Parser:
     """Turns records into events. Used by one thread; remembers only caches and announced names.
 
@@ -66,8 +98,8 @@ class Parser:
         self._users: dict[Any, int] = {}
         self._public: dict[Any, int] = {}
         self._contexts: dict[tuple[str, str], int] = {}
-        self._announced: dict[int, int] = {}
-        self._categories: dict[int, Any] = {}
+        # What names a category to people may be cut; what names an item to its owner may not.
+        self._categories, self._items = _Names(), _Names(whole=True)
 
     def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
         """Turns what one poll found into events, dead letters and the account of every position.
@@ -146,7 +178,8 @@ class Parser:
             offset=np.concatenate(offsets) if offsets else np.empty(0, np.int64),
             ranges=ranges,
             dead=dead,
-            names=self._news(int(times.max())) if rows else {},
+            names=self._categories.news(int(times.max())) if rows else {},
+            item_names=self._items.news(int(times.max())) if rows else {},
             request=np.array(requests, np.uint64),
         )
 
@@ -168,12 +201,13 @@ class Parser:
             item = self._no_id(value, settings.item)
         else:
             item = self._public.get(value) or self._new_public(value)
+            self._items.met[item] = value
         value = event.category
         if type(value) is not str and type(value) is not int:
             category = self._no_id(value, settings.category)
         else:
             category = self._public.get(value) or self._new_public(value)
-            self._categories[category] = value
+            self._categories.met[category] = value
         action = self._actions.get(event.action) if type(event.action) is str else self._other_action(event.action)
         if action is None:
             raise DecodeError(Reason.UNKNOWN_ACTION)
@@ -239,16 +273,3 @@ class Parser:
             key = name, context_text(value)
             found.append(self._contexts.get(key) or _remember(self._contexts, key, context_id(*key)))
         return found
-
-    def _news(self, newest_ms: int) -> dict[int, str]:
-        """The names of this batch's categories that were not announced lately; announces them.
-
-        A time that goes back is another time too: one wrong clock must not silence the names for years.
-        """
-        seen, self._categories = self._categories, {}
-        announced = self._announced
-        due = [key for key in seen if abs(newest_ms - announced.get(key, -ANNOUNCE_MS)) >= ANNOUNCE_MS]
-        if len(announced) >= CACHED_IDS:
-            announced.clear()
-        announced.update(dict.fromkeys(due, newest_ms))
-        return {key: str(seen[key])[:NAME_CHARACTERS] for key in due}

@@ -91,7 +91,14 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         before, after = split_range(whole, at, below.pop("rows"), below)
         ranges[0].append(before)
         ranges[1].append(after)
-    for parts, rows, names in ((ranges[0], slice(None, middle), header.names), (ranges[1], slice(middle, None), {})):
+    # A name goes with its first row, whatever names no row with the first half.
+    both = [
+        {*columns["item"][rows].tolist(), *columns["category"][rows].tolist()}
+        for rows in (slice(None, middle), slice(middle, None))
+    ]
+    later = {one: text for one, text in header.names.items() if one in both[1] - both[0]}
+    earlier = {one: text for one, text in header.names.items() if one not in later}
+    for parts, rows, names in ((ranges[0], slice(None, middle), earlier), (ranges[1], slice(middle, None), later)):
         kept = [index for index, part in enumerate(parts) if part.next > part.first]
         index_of = np.zeros(max(len(parts), 1), np.uint16)
         index_of[kept] = np.arange(len(kept), dtype=np.uint16)

@@ -112,7 +112,7 @@ def recommend(
     fresh = np.array([proposed.reason == "fresh" for proposed in found.values()], np.bool_)
     items = []
     for place in best(logits, fresh, wanted.most).tolist():
-        name = predictor.name_of(ids[place][0])
+        name = predictor.item_name(ids[place][0])
         items.append(
             Recommended(
                 item=name.name,

@@ -65,7 +65,7 @@ def stores(tmp_path: Path, lowered: Lowered) -> Iterator[Stores]:
     extra = {f"name:{public_id(name):016x}": name.encode() for name in ("shoes", "hats", "books")}
     extra["clock"] = b'{"event_ms": %d, "accepted_ms": %d}' % (NOW_MS - 5_000, NOW_MS - 400)
     extra["caught_up"] = b"1"
-    extra[f"item:{public_id('i1'):016x}"] = public_id("hats").to_bytes(8, "big")
+    extra[f"item:{public_id('i1'):016x}"] = public_id("hats").to_bytes(8, "big") + b"i1"
     histories.commit(Appends.of(users, events), (), extra)
     made = Stores(settings, rows, histories, lowered)
     yield made

@@ -66,6 +66,31 @@ def test_an_item_that_nobody_names_goes_with_its_day_and_one_that_is_named_stays
     assert catalogue.category_of(1) == 1001
 
 
+def test_an_item_keeps_its_name_beside_its_category(store: HistoryStore) -> None:
+    """It comes with a click now and then; a process that begins anew does not lose it."""
+    kept, catalogue = Remembered(store, keep_days=30, most=1000), Catalogue(store)
+    name(kept, store, 100, 1, 2)
+    assert catalogue.item_name(1) == (f"{1:016x}", f"{1:016x}")
+    assert name(kept, store, 100, 1, 2, names={1: "i1"}) == 1
+    assert name(kept, store, 100, 1, names={1: "i1"}) == 0
+    assert catalogue.item_name(1) == ("i1", f"{1:016x}") and catalogue.category_of(1) == 1001
+    moved = clicks(1)
+    moved["category"] = 5
+    store.commit(Appends.none(), (), Remembered(store, 30, 1000).news(moved, {}, 101 * DAY_MS))
+    assert catalogue.item_name(1).name == "i1" and catalogue.category_of(1) == 5
+    assert store.extra(name_extra(1)) is None
+
+
+def test_an_id_that_is_both_an_item_and_a_category_is_named_as_both(store: HistoryStore) -> None:
+    """Equal texts have equal ids; so is an item that has no category."""
+    kept, catalogue = Remembered(store, keep_days=30, most=1000), Catalogue(store)
+    both = clicks(1, 2)
+    both["category"] = (1, 0)
+    store.commit(Appends.none(), (), kept.news(both, {1: "one", 2: "two"}, DAY_MS))
+    assert catalogue.item_name(1).name == catalogue.name_of(1).name == "one"
+    assert catalogue.item_name(2).name == "two"
+
+
 def test_too_many_are_those_named_longest_ago(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "AT_ONCE", 7)
     kept = Remembered(store, keep_days=10_000, most=50)

@@ -124,6 +124,19 @@ def test_a_name_is_announced_once_in_ten_minutes_of_event_time() -> None:
     assert news(5, "a", "b") == []
 
 
+def test_items_are_announced_likewise_whole_or_not_at_all() -> None:
+    """A name that was cut would be another item's to its owner."""
+    parser = Parser(Events(max_age_s=1e9, max_future_s=1e9), SALT)
+
+    def news(minute: int, *items: str | int) -> list[str]:
+        values = [json.dumps({**GOOD, "item": one, "time": NOW_MS + 60_000 * minute}).encode() for one in items]
+        return sorted(parser.parse([records(list(values))]).item_names.values())
+
+    assert news(0, "i1", 7, "i1", "x" * 200, "x" * 201) == ["7", "i1", "x" * 200]
+    assert news(9, "i1", "i2") == ["i2"]
+    assert news(10, "i1") == ["i1"]
+
+
 def test_no_raw_user_id_leaves_the_parser() -> None:
     batch = parse({**GOOD, "user": "secret-user"}, {**GOOD, "user": "secret-user", "action": "stare"})
     assert "secret-user" not in repr(batch)

@@ -235,6 +235,8 @@ def test_take_keeps_the_named_rows_and_the_header() -> None:
 @pytest.mark.parametrize("limit", [6_000, 20_000])
 def test_a_split_batch_has_the_same_rows_and_adjacent_ranges(limit: int) -> None:
     header, columns = made(1000, random_features=True)
+    names = {1: "of no row"} | {one: f"name of {one}" for one in np.unique(columns["item"]).tolist()}
+    header = replace(header, names=names)
     values = split(header, columns, limit)
     parts = [decode(value) for value in values]
     assert len(parts) > 1
@@ -250,7 +252,11 @@ def test_a_split_batch_has_the_same_rows_and_adjacent_ranges(limit: int) -> None
         assert merged == whole
     sources = [part.header.ranges[index].source for part in parts for index in part.source]
     assert sources == [header.ranges[index].source for index in columns["source"]]
-    assert [part.header.names for part in parts] == [header.names] + [{}] * (len(parts) - 1)
+    given = [one for part in parts for one in part.header.names]
+    assert sorted(given) == sorted(names) and parts[0].header.names[1] == "of no row"
+    for part in parts:
+        here = {*part.item.tolist(), *part.category.tolist()}
+        assert {one for one in part.header.names if one != 1} <= here
 
 
 def test_a_row_that_exceeds_the_record_is_refused() -> None:
