@@ -78,6 +78,10 @@ def _middle(columns: Columns) -> int:
     return int(begins[np.argmin(np.abs(begins - len(offsets) // 2))]) if len(begins) else 0
 
 
+def _cut(middle: int) -> tuple[slice, slice]:
+    return slice(None, middle), slice(middle, None)
+
+
 def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
     """Both halves of a batch cut before row `middle`; empty ranges are left out of a half."""
     sources, offsets = columns["source"], columns["offset"]
@@ -91,14 +95,11 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         before, after = split_range(whole, at, below.pop("rows"), below)
         ranges[0].append(before)
         ranges[1].append(after)
-    # A name goes with its first row, whatever names no row with the first half.
-    both = [
-        {*columns["item"][rows].tolist(), *columns["category"][rows].tolist()}
-        for rows in (slice(None, middle), slice(middle, None))
-    ]
-    later = {one: text for one, text in header.names.items() if one in both[1] - both[0]}
-    earlier = {one: text for one, text in header.names.items() if one not in later}
-    for parts, rows, names in ((ranges[0], slice(None, middle), earlier), (ranges[1], slice(middle, None), later)):
+    # A name goes with its first row, what names no row with the first half.
+    first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in _cut(middle))
+    late = {one: text for one, text in header.names.items() if one in second - first}
+    early = {one: text for one, text in header.names.items() if one not in late}
+    for parts, rows, names in zip(ranges, _cut(middle), (early, late), strict=True):
         kept = [index for index, part in enumerate(parts) if part.next > part.first]
         index_of = np.zeros(max(len(parts), 1), np.uint16)
         index_of[kept] = np.arange(len(kept), dtype=np.uint16)
