@@ -80,18 +80,18 @@ class Loop:
         self.first_answer_s = 0.0
         self._begun_s, self._already = 0.0, 0
 
-    def start(self) -> None:
-        """Starts `up` and returns once it says that everything runs; notes when a client got its first answer."""
-        self.begin()
+    def start(self, *words: str) -> None:
+        """Starts `up`, with more words, and returns once it says that everything runs; notes when a client got its first answer."""
+        self.begin(*words)
         self.wait_until_up()
 
-    def begin(self) -> None:
-        """Starts `up`."""
+    def begin(self, *words: str) -> None:
+        """Starts `up`, with more words."""
         self._begun_s, self.first_answer_s = time.monotonic(), 0.0
         self._already = len(self.said())
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.up", *self.flags],
+                [sys.executable, "-m", "deploy.up", *self.flags, *words],
                 cwd=ROOT,
                 env={name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")},
                 stdout=output,

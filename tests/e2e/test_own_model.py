@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 
 from deploy import cli
 from deploy.kafka.configuration import free_port
+from deploy.startup.upgrading import is_bootstrapped
 from state.config.loading import load
 from state.config.sections import Model
 from state.features.spec import FeatureSpec
+from state.registry.model_fit import require_same_model
 from state.registry.registry import Registry
-from tests.e2e.running import PORTS, ROOT, SHORT, Loop
+from tests.e2e.running import PORTS, ROOT, SHORT, Loop, until
 
 EXAMPLE = ROOT / "deploy" / "examples" / "own_model"
 TOML = EXAMPLE / "springtide.toml"
@@ -65,12 +68,18 @@ def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
         assert registry.spec(spec.digest)["preprocessing"] == OWN.preprocessing
         before = registry.either(answer["version"]["number"])
         assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
-        assert loop.stop() == 0
-        # A restart restores these weights, or it would refuse them.
-        loop.start()
-        again = loop.profile(user)
-        assert again is not None and again["version"]["number"] >= before.version
+        # A trainer that starts again restores these weights, or it would refuse them.
+        pid = loop.pid("trainer")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: loop.pid("trainer") not in (None, pid), "the trainer is not started again")
+        again = loop.answer_trained_on(user, loop.click([(user, "item-1", category, "view")]))
+        assert again["version"]["number"] > before.version
         assert np.isfinite(again["vector"]).all()
+        assert loop.stop() == 0
+        # What a second `up` asks of the registry before it starts anything, and before its bootstrap.
+        require_same_model(loop.settings)
+        assert is_bootstrapped(loop.settings)
     finally:
         if loop.running:
             loop.stop()

@@ -1,4 +1,7 @@
-"""The examples of a ranker of one's own, with the real processes: checked, bootstrapped, trained, served."""
+"""An example of a ranker of one's own, with the real processes: checked, bootstrapped, trained, served.
+
+What every ranker promises is held by `tests/conformance`; the other example is in it.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,19 @@ EXAMPLES = ROOT / "deploy" / "examples"
 
 
 @pytest.mark.parametrize("name", ["din", "two_tower"])
-def test_a_ranker_of_ones_own_trains_publishes_and_answers(name: str, tmp_path: Path) -> None:
-    toml = EXAMPLES / name / "springtide.toml"
-    assert f"deploy/examples/{name}/springtide.toml" in (EXAMPLES / name / "README.md").read_text()
+def test_the_readme_of_an_example_names_its_settings(name: str) -> None:
+    assert f"--config deploy/examples/{name}/springtide.toml" in (EXAMPLES / name / "README.md").read_text()
+
+
+def test_a_ranker_of_ones_own_trains_publishes_and_answers(tmp_path: Path) -> None:
+    toml = EXAMPLES / "din" / "springtide.toml"
     wanted = load(["--config", str(toml)], env={})
     loop = Loop(tmp_path, {**SHORT, "config": toml})
     assert loop.settings.model == wanted.model
     loop.start()
     try:
         assert f"model.ranker '{wanted.model.ranker}'" in loop.said().split("1/9")[0], "checked before the first step"
-        user, category = f"ada-of-{name}", "category-of-her-own"
+        user, category = "ada-of-din", "category-of-her-own"
         ends = loop.click([(user, f"item-{number}", category, "purchase") for number in range(20)])
         answer = loop.answer_trained_on(user, ends, item="item-3", category=category)
         assert category in [one["label"] for one in answer["interests"]]

@@ -1,35 +1,41 @@
-"""The drill of a lost disk: a running loop is backed up, killed with all that is on its disk but Kafka's data, restored, and goes on."""
+"""The drill of a lost disk: a running loop is backed up, killed with all that is on its disk, restored, and goes on.
+
+Kafka's data lay elsewhere, or was lost too.
+"""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from state.events.identity import load_salt, user_id
+from state.features.spec import FeatureSpec
+from state.log import Reader, Topics
+from state.microbatch.codec import decode
+from state.registry.manifest import sees
 from state.registry.registry import Registry
 from tests.e2e.loop.test_bad_record import balanced
 from tests.e2e.loop.test_power_cut import pull_the_plug
 from tests.e2e.running import Loop, until
 
-USER = "one-before-the-loss"
 
-
-def back_up(loop: Loop, to: Path) -> int:
+def back_up(loop: Loop, to: Path, user: str) -> int:
     """Makes a backup beside the running loop, which has learned seven clicks of a user; learns three more that it lacks.
 
     Returns:
         The version that the backup goes on from.
     """
-    loop.answer_trained_on(USER, loop.click([(USER, "tent", "outdoors", "purchase")] * 7))
+    loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
     made = loop.springtide("backup", str(to), "--with-salt")["made"]
     again = loop.springtide("backup", str(to), "--with-salt")["made"]
     assert again["sent_bytes"] > 0 and again["version"] >= made["version"] > 1
     assert again["positions"]["stream-0"] and set(again["left_out"]) == set()
-    loop.answer_trained_on(USER, loop.click([(USER, "tent", "outdoors", "purchase")] * 3))
+    loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 3))
     return int(again["version"])
 
 
-def lose(loop: Loop) -> dict[str, bytes]:
-    """Kills all of it, and removes what was on the disk; Kafka's data was elsewhere. Returns the files of its versions."""
+def lose(loop: Loop, with_kafka: bool = False) -> dict[str, bytes]:
+    """Kills all of it, and removes what was on the disk, Kafka's data too or not. Returns the files of its versions."""
     pull_the_plug(loop)
     state, registry = loop.settings.state_dir, loop.settings.registry_dir
     files = {
@@ -39,7 +45,7 @@ def lose(loop: Loop) -> dict[str, bytes]:
         if one.is_file()
     }
     for one in state.iterdir():
-        if one != loop.settings.kafka_dir:
+        if with_kafka or one != loop.settings.kafka_dir:
             shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
     return files
 
@@ -56,16 +62,47 @@ def same_versions(loop: Loop, lost: dict[str, bytes], version: int) -> None:
     assert all(registry.folder_of(newest).joinpath(name).exists() for name in newest.files)
 
 
-def goes_on(loop: Loop, version: int) -> None:
+def goes_on(loop: Loop, version: int, user: str) -> None:
     """All ten clicks are counted once, new ones are learned, accounts balance, and numbers have jumped."""
     control = Registry(loop.settings.registry_dir).control()
     assert control is not None and control.action == "restore"
-    after = loop.answer_trained_on(USER, loop.click([(USER, "tent", "outdoors", "purchase")]))
+    after = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")]))
     assert after["version"]["number"] > version + 10_000
 
     def counted() -> bool:
-        answer = loop.profile(USER)
+        answer = loop.profile(user)
         return answer is not None and answer["features"]["purchase.count_7d"] == 11
 
     until(counted, "clicks are lost or doubled")
     until(lambda: balanced(loop), "the accounts do not balance")
+
+
+def goes_on_in_a_new_log(loop: Loop, version: int, user: str) -> None:
+    """New clicks are learned on top of the version, in an epoch of its own; histories were restored, and accounts own to the loss."""
+    registry = Registry(loop.settings.registry_dir)
+    control = registry.control()
+    assert control is not None and (control.action, control.base) == ("restore", version)
+    after = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")]))
+    assert (after["version"]["epoch"], after["known"]) == (control.epoch, True)
+    assert after["version"]["number"] > version + 10_000
+    account = until(lambda: balanced(loop), "the accounts do not balance")
+    # Rows that the histories have and the version had not learned.
+    assert account["trainer"]["gap"] >= 0
+    learned, kept = registry.manifest(version), registry.manifest(registry.versions()[-1])
+    assert kept.log.topic_id != learned.log.topic_id and sees(kept.visible, version)
+    with Reader(loop.settings.kafka, loop.settings.kafka.microbatches_topic) as reader:
+        assert windows_in(reader, loop, user) == [7], "the row of the new click counts the seven of the backup"
+
+
+def windows_in(reader: Reader, loop: Loop, user: str) -> list[int]:
+    """Of each row of a user in the training log the purchases of the 7 days before."""
+    own = user_id(load_salt(loop.settings.salt_path, create=False), user)
+    column = FeatureSpec.from_settings(loop.settings).names.index("purchase.count_7d")
+    with Topics(loop.settings.kafka) as topics:
+        end = topics.ends(loop.settings.kafka.microbatches_topic)[0][1]
+    found = list[int]()
+    while reader.position(0) < end:
+        for batch in reader.poll(0.1):
+            for made in map(decode, filter(None, batch.values)):
+                found += made.features[made.user == own, column].tolist()
+    return found

@@ -39,11 +39,7 @@ def test_answers_go_on_while_the_trainer_cannot_until_the_record_is_left_out(loo
     assert dying["trainer"] >= 2
     # 2. The operator types it.
     assert loop.stop() == 0
-    flags, loop.flags = loop.flags, [*loop.flags, "--skip-record", str(offset), "--reason", "a test wrote it"]
-    try:
-        loop.start()
-    finally:
-        loop.flags = flags
+    loop.start("--skip-record", str(offset), "--reason", "a test wrote it")
     loop.answer_trained_on("once-it-can", loop.click([("once-it-can", "tent", "outdoors", "purchase")]))
     assert loop.metrics("trainer").value("springtide_trainer_records_left_out_total") == 1
     account = until(lambda: balanced(loop), "the accounts do not balance")

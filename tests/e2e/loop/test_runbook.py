@@ -13,7 +13,7 @@ import pytest
 
 from state.registry.registry import Registry
 from tests import runbook
-from tests.e2e.loop import lost_disk
+from tests.e2e.loop import lost_disk, new_release
 from tests.e2e.loop.terminal import Terminal
 from tests.e2e.running import Loop, until
 from tests.runbook import SECTIONS, Section
@@ -155,14 +155,27 @@ def an_account_is_wrong(terminal: Terminal, section: Section) -> None:
 def the_disk_is_lost(terminal: Terminal, section: Section) -> None:
     loop, to = terminal.loop, str(terminal.directory / "backups")
     listed, restore, start = section.commands
-    version = lost_disk.back_up(loop, Path(to))
+    version = lost_disk.back_up(loop, Path(to), "one-before-the-loss")
     lost = lost_disk.lose(loop)
     assert terminal.type(listed, TO=to).count("in it") == 2
     assert "restored backup" in terminal.type(restore, TO=to)
     lost_disk.same_versions(loop, lost, version)
     terminal.type(start)
     loop.start()
-    lost_disk.goes_on(loop, version)
+    lost_disk.goes_on(loop, version, "one-before-the-loss")
+
+
+def kafkas_disk_is_lost(terminal: Terminal, section: Section) -> None:
+    loop, to = terminal.loop, str(terminal.directory / "backups")
+    listed, restore, start = section.commands
+    version = lost_disk.back_up(loop, Path(to), "one-before-kafka-was-lost")
+    lost = lost_disk.lose(loop, with_kafka=True)
+    terminal.type(listed, TO=to)
+    assert "restored backup" in terminal.type(restore, TO=to)
+    lost_disk.same_versions(loop, lost, version)
+    terminal.type(start)
+    loop.start()
+    lost_disk.goes_on_in_a_new_log(loop, version, "one-before-kafka-was-lost")
 
 
 def a_user_asks_to_be_forgotten(terminal: Terminal, section: Section) -> None:
@@ -179,6 +192,20 @@ def a_user_asks_to_be_forgotten(terminal: Terminal, section: Section) -> None:
         assert re.search(rf"^topic {re.escape(name)} .*its retention, 20", told, re.MULTILINE), told
 
 
+def a_release_goes_in(terminal: Terminal, section: Section) -> None:
+    loop = terminal.loop
+    look, start, wait = section.commands
+    epoch = new_release.stopped(loop)
+    planned = terminal.type(look)
+    assert "begins anew:" in planned and "  table user: " in planned.partition("begins anew:")[0]
+    terminal.type(start)
+    with new_release.asking(loop) as seen:
+        loop.start("--upgrade", "--reason", "the drill")
+        terminal.type(wait)
+        until(lambda: (epoch + 1, True) in seen, "answers do not follow into the new epoch")
+    new_release.goes_on(loop, seen, epoch)
+
+
 DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "Turn back, fast": turn_back_fast,
     "Turn back, exactly": turn_back_exactly,
@@ -189,7 +216,9 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "A version is damaged": a_version_is_damaged,
     "A clock is wrong": a_clock_is_wrong,
     "The disk is lost": the_disk_is_lost,
+    "Kafka's disk is lost": kafkas_disk_is_lost,
     "A user asks to be forgotten": a_user_asks_to_be_forgotten,
+    "A new release": a_release_goes_in,
 }
 
 
