@@ -39,7 +39,7 @@ from deploy.serving.version_features import FeaturesOf
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.arrays import Vector
 from state.features.many import vectorise_many
-from state.features.spec import EVENT, FeatureSpec, Mask
+from state.features.spec import EVENT, Events, FeatureSpec, Mask
 from state.history.actions import exchanged
 from state.history.store import HistoryStore
 from state.ranking.crosses import Crosses
@@ -219,8 +219,8 @@ class Predictor:
             for (item, category), known in zip(items, attributes, strict=True)
         ]
 
-    def seen_by(self, asked: Asked, mask: Mask) -> list[int]:
-        """The items that a user clicked before the time that is asked for, without what the mask takes out; the newest first.
+    def events_by(self, asked: Asked, mask: Mask) -> Events:
+        """The user's events up to the time that is asked for, without what the mask takes out; the newest first.
 
         Args:
             asked: The question.
@@ -228,8 +228,8 @@ class Predictor:
         """
         events = self._histories.read(asked.user) if asked.user else np.empty(0, EVENT)
         visible = events[~mask.events(events, asked.user) & (events["at_ms"] <= asked.at_ms)]
-        newest = np.argsort(-visible["at_ms"], kind="stable")
-        return [item for item in dict.fromkeys(visible["item"][newest].tolist()) if item]
+        found: Events = visible[np.argsort(-visible["at_ms"], kind="stable")]
+        return found
 
     def name_of(self, category: int) -> ShownName:
         """A category's name."""

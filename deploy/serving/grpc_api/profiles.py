@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from deploy.serving.answer import Answer, Query
+from deploy.serving.explaining.explaining import explain
 from deploy.serving.grpc_api.messages import message
 from deploy.serving.grpc_api.services import Method, Service
 from deploy.serving.host import Host
@@ -39,6 +41,7 @@ class GrpcProfiles:
             "BatchGetProfiles": self._many,
             "Rank": self._rank,
             "Recommend": self._recommend,
+            "Explain": self._explain,
         }
         return Service(
             f"{PACKAGE}.Profiles",
@@ -71,6 +74,13 @@ class GrpcProfiles:
         shelves = self._turns.shelves()
         answer = await in_turns(recommend(self._host.predictor(), shelves, _query(request, (LEAN, None)), wanted))
         return self._of_items("RecommendResponse", answer)
+
+    async def _explain(self, request: Any) -> Any:
+        top = whole("top", request.top if request.HasField("top") else TOP, 1, MOST_TOP)
+        query, label = _query(request.question, (LEAN, top)), _given(request, "label")
+        answer = await in_turns(explain(self._host.predictor(), query, label))
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return _message("Explanation")(**dataclasses.asdict(answer))
 
     def _of_items(self, name: str, answer: RankedItems | Recommendations) -> Any:
         self._metrics.cold_starts.inc(answer.cold_start)

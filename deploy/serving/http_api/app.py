@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
+from deploy.serving.http_api.explanations import Explanations
 from deploy.serving.http_api.health import Health
 from deploy.serving.http_api.items import Items
 from deploy.serving.http_api.models import Models
@@ -52,6 +53,7 @@ class App:
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.endpoints: list[Endpoint] = [
             *Profiles(host, self.metrics).endpoints(),
+            *Explanations(host, self.metrics).endpoints(),
             *Items(host, self.metrics).endpoints(),
             *Health(host, registry).endpoints(),
             *Models(host, self.metrics).endpoints(),

@@ -95,7 +95,7 @@ def recommend(
         outputs = prepared.version.program.predict(prepared.inputs)
         (about,) = predictor.answered(prepared, outputs)
         one, mask = prepared.asked[0], prepared.seen[1]
-        seen = predictor.seen_by(one, mask)
+        seen = [item for item in dict.fromkeys(predictor.events_by(one, mask)["item"].tolist()) if item]
         # 2.
         shares = _shares(about, None if wanted.category is None else public_id(wanted.category))
         found = candidates(shelves, shares, _kinds(prepared), _new(shelves, shares, one.at_ms, mask), wanted, seen)

@@ -30,7 +30,7 @@ def call(channel: grpc.Channel, method: str, request: Any, response: str) -> Any
 
 
 def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stores: Stores) -> None:
-    """Profiles alone and together, ranked items, recommendations; and the errors of each."""
+    """Profiles alone and together, ranked items, recommendations, reasons; and the errors of each."""
     port, grpc_port = free_port(), free_port()
     with worker(stores, port, 1, grpc_port), channel_to(grpc_port) as channel:
         until(lambda: answers(port, "/readyz"), 120)
@@ -75,7 +75,16 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
         items = call(channel, "Recommend", of("RecommendRequest")(user_id="ann", n=5), "RecommendResponse").items
         assert {f"{public_id(item):016x}" for item in ("i1", "i2")} <= {each.id for each in items}
         assert {each.reason for each in items} >= {"again"}
-        # 4. What is wrong.
+        # 4. Why.
+        question = {"user_id": "ann", "item": "i1", "at_ms": 1_800_000_000_000}
+        why = call(channel, "Explain", of("ExplainRequest")(question=question, top=3), "Explanation")
+        same = httpx.get(f"{url}/v1/profiles/ann/explain?item=i1&at=1800000000000&top=3", timeout=60).json()
+        assert (why.item, why.HasField("label"), why.probability) == ("i1", False, pytest.approx(same["probability"]))
+        assert [(each.kind, each.words) for each in why.reasons] == [
+            (each["kind"], each["words"]) for each in same["reasons"]
+        ]
+        assert [len(each.events) for each in why.reasons] == [len(each["events"]) for each in same["reasons"]]
+        # 5. What is wrong.
         wrong = [
             ("GetProfile", of("GetProfileRequest")(), "user_id"),
             ("GetProfile", of("GetProfileRequest")(question={"user_id": "a"}, fields=["vektor"]), "vektor"),
@@ -83,6 +92,7 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
             ("BatchGetProfiles", of("BatchGetProfilesRequest")(), "0 questions"),
             ("Rank", of("RankRequest")(user_id="ann"), "0 items"),
             ("Recommend", of("RecommendRequest")(user_id="ann", n=101), "n="),
+            ("Explain", of("ExplainRequest")(question={"user_id": "ann"}, label="tractors"), "tractors"),
         ]
         for method, request, what in wrong:
             with pytest.raises(grpc.RpcError) as refused:

@@ -123,6 +123,7 @@ def test_the_document_names_every_route_field_and_limit() -> None:
     for route in (
         "/v1/profiles/{user_id}",
         "/v1/profiles:batch",
+        "/v1/profiles/{user_id}/explain",
         "/v1/rank",
         "/v1/recommendations/{user_id}",
         "/v1/models/{model}",

@@ -1,0 +1,38 @@
+"""Explanations over HTTP.
+
+GET /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
+"""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl
+
+from deploy.serving.explaining.explaining import explain
+from deploy.serving.host import Host
+from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
+from deploy.serving.http_api.requests import question
+from deploy.serving.recommending.turns import in_turns
+from state.metrics import WorkerMetrics
+
+
+class Explanations:
+    """The endpoint that says why an answer is what it is.
+
+    Args:
+        host: What answers.
+        metrics: Of the worker.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
+        self._host, self._metrics = host, metrics
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        return [Endpoint("explain", ("GET",), "/v1/profiles/{user_id}/explain", self._explain)]
+
+    async def _explain(self, request: Request) -> Response:
+        query = question(request.path["user_id"], request.query_string)
+        label = dict(parse_qsl(request.query_string.decode("latin-1"))).get("label")
+        answer = await in_turns(explain(self._host.predictor(), query, label))
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return Response(200, encode(answer))
