@@ -10,6 +10,7 @@ time is compared with the first quarter after the warm-up, by medians.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import statistics
 import sys
@@ -31,6 +32,9 @@ LINE_EVERY_S = 15.0
 MOST_GROWTH = 0.02
 # A batch that is under way when one looks is no lag.
 MOST_LAG_S = 1.0
+SEGMENT = (".log", ".index", ".timeindex", ".txnindex", ".snapshot", ".deleted")
+"""What files of the broker's segments are called."""
+
 ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.M)
 
 
@@ -40,7 +44,7 @@ class Look:
 
     Attributes:
         memory_kb: Of its own, kB.
-        descriptors: Open ones.
+        descriptors: Open ones, without the files of the broker's segments, which are as many as its topics keep.
         threads: Running ones.
     """
 
@@ -54,7 +58,16 @@ class Look:
         status = Path(f"/proc/{process.pid}/status").read_text()
         found = ANONYMOUS.search(status)
         assert found is not None, "Linux says RssAnon since 4.5"
-        return cls(int(found[1]), process.num_fds(), process.num_threads())
+        return cls(int(found[1]), descriptors(process.pid), process.num_threads())
+
+
+def descriptors(pid: int) -> int:
+    """Open descriptors of a process that are no segment of a topic."""
+    count = 0
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            count += Path(str(one.readlink()).removesuffix(" (deleted)")).suffix not in SEGMENT
+    return count
 
 
 def faults(name: str, looks: Sequence[Look]) -> list[str]:

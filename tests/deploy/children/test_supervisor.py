@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.children.last_words import last_line
 from deploy.children.supervisor import ProcessPlan, Supervisor
+from state.config.loading import load
 from state.errors import ProcessFailed
 from state.metrics import SupervisorMetrics
 from tests.disks import small_disk
@@ -190,6 +191,20 @@ def test_a_program_that_does_not_end_is_killed_after_its_deadline(supervisor: Su
     supervisor.stop("applier")
     assert not psutil.pid_exists(pid or 0)
     assert "applier did not end" in lines[0]
+
+
+@pytest.mark.parametrize(("own", "arenas"), [({}, "2"), ({"MALLOC_ARENA_MAX": "7"}, "7")])
+def test_processes_are_told_how_to_keep_memory_unless_the_caller_says_otherwise(
+    own: dict[str, str], arenas: str, tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    settings = load(["--paths.state", str(tmp_path)], env={})
+    made = Supervisor.of(settings, lines.append, SupervisorMetrics(CollectorRegistry()))
+    made.start(python("stream", f"import os; print(os.environ['MALLOC_ARENA_MAX'], flush=True); {FOREVER}"))
+    until(lambda: last_line(made.log_path("stream")) == arenas)
+    made.stop_all(hurry=lambda: True)
 
 
 def test_a_stopped_program_is_not_started_again(supervisor: Supervisor, lines: list[str]) -> None:
