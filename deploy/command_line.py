@@ -33,6 +33,10 @@ PROCESSES = {
         "streaming.rebuild",
         "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",
     ),
+    "export": (
+        "trainer.exporting.command",
+        "Write a version as a SavedModel for TensorFlow Serving, or with --tflite FILE as one file for a device.",
+    ),
     "upgrade": (
         "trainer.upgrade",
         "Go on from what was learned with another model, preprocessing or feature spec: --dry-run says what is carried over.",
@@ -60,6 +64,7 @@ OWN_HELP = (
     "bootstrap",
     "rebuild-history",
     "upgrade",
+    "export",
 )  # their modules have options of their own and explain them
 READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
 SETTINGS_HELP = (

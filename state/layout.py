@@ -26,6 +26,7 @@
     │   ├── rows.disk/           or, where memory has no room, here
     │   ├── histories attributes/   as the stream's
     │   └── programs/            those of applied versions
+    ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
     └── logs/                    one file a process               deploy/children/supervisor.py
@@ -49,7 +50,7 @@ PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 
-SERVING, KAFKA, LOGS, REPLAY = "serving", "kafka", "logs", "replay"
+SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
 ROWS_DISK = "rows.disk"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from state.errors import ProgramError
 
 F32 = npt.NDArray[np.float32]
+Quantize = Literal["none", "float16", "int8"]
 TOLERANCE = 1e-4
 """Largest difference between LiteRT and TensorFlow, relative to 1 + TensorFlow's value."""
 
@@ -33,7 +34,9 @@ def argument(name: str) -> str:
     return f"dense.{name}".replace(".", "_")
 
 
-def lower_saved_model(folder: Path, signatures: Sequence[str], what: str, frozen: bool = False) -> bytes:
+def lower_saved_model(
+    folder: Path, signatures: Sequence[str], what: str, frozen: bool = False, quantize: Quantize = "none"
+) -> bytes:
     """The LiteRT program of a SavedModel's signatures.
 
     Args:
@@ -41,6 +44,8 @@ def lower_saved_model(folder: Path, signatures: Sequence[str], what: str, frozen
         signatures: Names of signatures.
         what: What it is made from, for the message, such as `model.tower 'shop:build'`.
         frozen: Whether variables become constants; else they stay variables that a signature sets.
+        quantize: How constants are kept: `none` as they are, `float16` by half, `int8` as whole numbers where the
+            operation that reads them computes with these.
 
     Raises:
         ProgramError: An operation has no LiteRT counterpart; the message names it.
@@ -50,6 +55,10 @@ def lower_saved_model(folder: Path, signatures: Sequence[str], what: str, frozen
     converter = tf.lite.TFLiteConverter.from_saved_model(str(folder), signature_keys=sorted(signatures))
     converter.experimental_enable_resource_variables = not frozen
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    if quantize != "none":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if quantize == "float16":
+        converter.target_spec.supported_types = [tf.float16]
     try:
         return bytes(converter.convert())
     # The converter raises several types that are nobody's public names.

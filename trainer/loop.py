@@ -16,7 +16,7 @@ says which; with `--accept-gap P:A-B --reason TEXT` it counts them and goes on. 
 a record cannot be learned from, `--skip-record OFFSET --reason TEXT` leaves it
 out likewise, here and in every replay.
 
-A compactor runs beside it now and then, as a child. Everything else that ends
+A compactor runs beside it now and then, as a child, and so does an export where `export.every_s` asks for it. Everything else that ends
 the process is one line on the standard error and exit code 1 (2 for a wrong
 setting); started again, it goes on from the newest version.
 """
@@ -58,6 +58,7 @@ from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.compaction import Compaction, doubt
+from trainer.exporting.schedule import ScheduledExports
 from trainer.recovery import recover
 
 if TYPE_CHECKING:
@@ -235,11 +236,13 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         compaction = Compaction(
             arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.durable)
         )
+        exports = ScheduledExports(arguments, settings.export.every_s)
         # 6.
         try:
             while not stopping.is_set():
                 learner.tick(WAIT_S, stopping.is_set)
                 compaction.tick(hurry=room.waits)
+                exports.tick()
             learner.close()
         except UnusableRegistry as error:
             if not (stopping.is_set() and is_full(error)):
@@ -249,6 +252,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             )
         finally:
             compaction.close()
+            exports.close()
         logger.info("stopped at version %d, offset %d", learner.place.parent, learner.place.next)
 
 

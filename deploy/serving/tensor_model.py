@@ -130,7 +130,7 @@ class TensorModel:
                 else:
                     answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
                     self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
-                    parts.append(_tensors(answers, offered[name]))
+                    parts.append(tensors_of(answers, offered[name]))
         outputs = {one: np.concatenate([part[one] for part in parts]) for one in wanted or offered[name].outputs}
         return Prediction(number, name, outputs)
 
@@ -200,7 +200,7 @@ def _texts(name: str, values: Tensor) -> list[str]:
         raise BadRequest(f"the input {name!r} has a string that is no UTF-8", "encode it so") from None
 
 
-def _tensors(answers: Sequence[Answer], signature: Signature) -> dict[str, Tensor]:
+def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Tensor]:
     """The outputs by id; interests are padded with empty labels of probability 0."""
     rows, slots = len(answers), signature.outputs["interest_labels"].shape[1]
     labels, ids = (np.full((rows, slots), b"", np.object_) for _ in range(2))

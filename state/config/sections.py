@@ -452,6 +452,19 @@ class ServingSettings:
 
 
 @dataclass(frozen=True)
+class ExportSettings:
+    """SavedModels for TensorFlow Serving."""
+
+    every_s: float = setting(
+        0.0, "s", least=0.0, help="Time between two SavedModels that the trainer has written beside it; 0: none."
+    )
+    directory: str = setting(
+        "", help="Where they are written, a directory a version; empty: `exports` in the state directory."
+    )
+    keep: int = setting(3, "versions", least=1, most=100_000, help="How many of the newest stay.")
+
+
+@dataclass(frozen=True)
 class StorageSettings:
     """The disk space that all parts together may take."""
 
@@ -522,6 +535,7 @@ SECTIONS: dict[str, type[Any]] = {
     "trainer": TrainerSettings,
     "registry": RegistrySettings,
     "serving": ServingSettings,
+    "export": ExportSettings,
     "storage": StorageSettings,
     "bootstrap": Bootstrap,
     "shoppers": Shoppers,

@@ -13,6 +13,7 @@ from state.config.sections import (
     Attributes,
     Bootstrap,
     Events,
+    ExportSettings,
     Features,
     Kafka,
     LabelSettings,
@@ -51,6 +52,7 @@ class Settings:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     shoppers: Shoppers = field(default_factory=Shoppers)
@@ -81,6 +83,11 @@ class Settings:
     def serving_dir(self) -> Path:
         """Directory of serving's rows and histories."""
         return self.state_dir / layout.SERVING
+
+    @property
+    def exports_dir(self) -> Path:
+        """Directory of the SavedModels, one a version."""
+        return Path(self.export.directory) if self.export.directory else self.state_dir / layout.EXPORTS
 
     @property
     def kafka_dir(self) -> Path:

@@ -1,0 +1,211 @@
+"""What is exported answers as serving does, is whole or not there, and says how far a smaller file is off."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+
+from deploy.serving.program import LoadedProgram
+from state.errors import ProgramError, SettingsError, UnknownVersion
+from state.events.identity import Salt, user_id
+from state.layout import REGISTRY
+from state.registry.control import pin
+from state.registry.registry import Registry
+from tests.trainer.clicks import SMALL, SPEC, microbatch, small_settings
+from tests.trainer.logs import ABOUT, learner, opener, run_to_end, started, write_transform, written
+from trainer.engine.step import Trainer
+from trainer.exporting import command, device_file, exporting, saved_model
+from trainer.exporting.choosing import choose, read_users
+from trainer.exporting.comparison import agreement
+from trainer.versions.program import Program, build, preprocessing_of
+
+SALT = Salt(b"a salt of the tests only")
+
+
+class Stocked(NamedTuple):
+    """A registry with versions of a real model, one of them loaded to be exported."""
+
+    state: Path
+    registry: Registry
+    of: exporting.Compared
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> Stocked:
+    """Twelve records learned; takes some seconds."""
+    state = tmp_path_factory.mktemp("state")
+    registry = started(state / REGISTRY)
+    registry.add_spec(SPEC.digest, ABOUT | {"salt": SALT.fingerprint}, write_transform)
+    trainer = Trainer(small_settings(), SPEC, preprocessing_of(registry.transform(SPEC.digest)))
+    log = written([microbatch(number, salt=SALT.fingerprint) for number in range(12)])
+    about = ABOUT | {"salt": SALT.fingerprint}
+    running = learner(registry, log, trainer=trainer, program=registry.add_program(build(trainer.model)), about=about)
+    run_to_end(running)
+    running.close()
+    newest = registry.newest(1) or 0
+    of = exporting.load(registry, newest, trainer, SPEC.digest, lambda topic, offset: opener(log, topic)(offset))
+    return Stocked(state, registry, of)
+
+
+def said(call: Callable[[exporting.Say], object]) -> str:
+    """What an export tells."""
+    lines: list[str] = []
+    call(lines.append)
+    return "\n".join(lines)
+
+
+def test_the_sample_is_of_rows_that_the_version_learned(stocked: Stocked) -> None:
+    """With their own rows of each table, as serving would look them up."""
+    of = stocked.of
+    assert of.ids is not None and of.of == "256 rows of the training log"
+    assert all(len(value) == 256 for name, value in of.inputs.items() if name not in of.kept)
+    assert set(of.inputs) == set(of.trainer.model.specs()) and list(of.kept) == ["popular_rows"]
+    rows = of.trainer.tables["user"].state()
+    place = int(np.searchsorted(rows.ids, of.ids["user"][5]))
+    np.testing.assert_array_equal(of.inputs["user_row"][5], rows.rows[place])
+    assert np.abs(of.inputs["recent_rows"]).sum() > 0 and np.abs(of.inputs["item_row"]).sum() > 0
+    assert np.abs(of.inputs["cross"]).sum() > 0 and of.inputs["recent_next"].any()
+
+
+def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_path: Path) -> None:
+    """To 1e-5, with the program, the shapes and the default that a worker has."""
+    of = stocked.of
+    told = said(lambda say: exporting.export_saved_model(of, tmp_path, say))
+    path = tmp_path / str(of.version.version)
+    assert str(path) in told and "the same category first in 100.0%" in told and " us a row alone" in told
+    worker = LoadedProgram(stocked.registry.program(of.version.program))
+    worker.load(of.trainer.model.weights())
+    loaded = tf.saved_model.load(str(path))
+    raw = loaded.signatures["raw"]
+    given = raw.structured_input_signature[1]
+    assert {name: tuple(size or -1 for size in one.shape) for name, one in given.items()} == worker.shapes
+    assert {
+        name: tuple(size or -1 for size in one.shape) for name, one in raw.structured_outputs.items()
+    } == worker.outputs
+    rows = {name: value if name in of.kept else value[:16] for name, value in of.inputs.items()}
+    found = raw(**{name: tf.constant(value) for name, value in rows.items()})
+    for name, value in worker.predict(rows).items():
+        assert np.abs(found[name].numpy() - value).max() <= 1e-5 * (1 + np.abs(value).max()), name
+    read = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+    (default,) = read.meta_graphs[0].signature_def["raw"].defaults.items()
+    assert default[0] == "popular_rows"
+    np.testing.assert_array_equal(tf.make_ndarray(default[1]), of.inputs["popular_rows"])
+    # What TensorFlow Serving asks before it says that the version is there.
+    asked = list(tf.data.TFRecordDataset(str(path / saved_model.WARM_UP)).as_numpy_iterator())
+    assert len(asked) == 2
+    for one in asked:
+        request = prediction_log_pb2.PredictionLog.FromString(one).predict_log.request
+        assert (request.model_spec.name, request.model_spec.signature_name) == ("profile", "raw")
+        answered = raw(**{name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()})
+        assert np.isfinite(answered["engagement_logit"].numpy()).all()
+
+
+def test_a_saved_model_that_answers_otherwise_gets_no_place(stocked: Stocked, tmp_path: Path) -> None:
+    """Nothing is left of it, and what is there stays."""
+    (tmp_path / "1").mkdir()
+    other = Program(stocked.registry.program(stocked.of.version.program))
+    other.load({name: weight * np.float32(1.01) for name, weight in stocked.of.trainer.model.weights().items()})
+    with pytest.raises(ProgramError, match="differs from serving's answers by"):
+        exporting.export_saved_model(stocked.of._replace(program=other), tmp_path, lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_what_is_being_written_has_no_number_and_only_the_newest_stay(stocked: Stocked, tmp_path: Path) -> None:
+    """TensorFlow Serving loads whatever directory has a number for a name."""
+    of = stocked.of
+    for number in (2, 10, 9):
+        (tmp_path / str(number)).mkdir()
+    (tmp_path / ".writing-11").mkdir()
+    (tmp_path / ".writing-11" / "rest of a killed one").touch()
+    writing = saved_model.write(tmp_path, 11, of.trainer.model, of.kept)
+    assert not writing.name.isdigit() and "rest of a killed one" not in {one.name for one in writing.iterdir()}
+    assert saved_model.publish(writing, 11) == tmp_path / "11" and not writing.exists()
+    assert saved_model.keep_newest(tmp_path, 2) == [9, 2]
+    (tmp_path / ".writing-12").mkdir()
+    saved_model.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11"]
+
+
+def test_a_devices_file_has_rows_by_place_and_says_how_far_it_is_off(stocked: Stocked, tmp_path: Path) -> None:
+    """As it is to rounding; smaller by half and by more with `float16` and `int8`, and a little off."""
+    of = stocked.of
+    assert of.ids is not None
+    users = [*dict.fromkeys(of.ids["user"].tolist())]
+    sizes, apart = {}, {}
+    for quantize in ("none", "float16", "int8"):
+        path = tmp_path / f"{quantize}.tflite"
+        told = said(
+            lambda say, path=path, quantize=quantize: exporting.export_device_file(of, path, users, 1000, quantize, say)
+        )
+        assert f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the rows" in told
+        sizes[quantize], rows = path.stat().st_size, choose(of.trainer, users, 1000)
+        asked = device_file.device_inputs(of.trainer.model, rows, of.ids, of.inputs, list(of.kept))
+        found = device_file.DeviceProgram(path.read_bytes()).predict(asked)
+        apart[quantize] = agreement(found, of.program.predict(of.inputs))
+    assert sizes["int8"] < sizes["float16"] < sizes["none"]
+    assert apart["none"].outputs < 1e-4 and apart["none"].first == 1.0
+    assert apart["float16"].probability < 0.01 and apart["int8"].probability < 0.1
+    with zipfile.ZipFile(io.BytesIO((tmp_path / "none.tflite").read_bytes())) as lists:
+        assert lists.read("rows/user.txt").decode().splitlines() == ["-", *(f"{one:016x}" for one in users)]
+        about = json.loads(lists.read("version.json"))
+    assert (about["version"], about["spec"]) == (of.version.version, SPEC.digest)
+
+
+def test_only_chosen_rows_are_aboard(stocked: Stocked, tmp_path: Path) -> None:
+    """The users of a file in its order, those without a row too; of everything else those seen last."""
+    trainer, known = stocked.of.trainer, stocked.of.trainer.tables["user"].state()
+    listed = tmp_path / "users"
+    listed.write_text("ann\n\n bob \n")
+    ann, bob = user_id(SALT, "ann"), user_id(SALT, "bob")
+    assert read_users(listed, SALT) == [ann, bob]
+    rows = choose(trainer, [ann, int(known.ids[3])], 7)
+    assert rows["user"].ids.tolist() == [ann, known.ids[3]] and not rows["user"].rows[0].any()
+    np.testing.assert_array_equal(rows["user"].rows[1], known.rows[3])
+    items = trainer.tables["item"].state()
+    assert len(rows["item"].ids) == 7
+    left_out = ~np.isin(items.ids, rows["item"].ids)
+    assert items.last_seen_ms[~left_out].min() >= items.last_seen_ms[left_out].max()
+    with pytest.raises(SettingsError, match="one user id a line"):
+        read_users(tmp_path / "none", SALT)
+
+
+def test_the_command_exports_what_answers_use(
+    stocked: Stocked, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the log too, which is said; a second time there is nothing to do."""
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    away = ["--kafka.bootstrap_servers", "127.0.0.1:1", "--kafka.request_timeout_s", "0.3"]
+    flags = [*SMALL, "--paths.state", str(stocked.state), "--export.directory", str(tmp_path), *away]
+    newest = stocked.of.version.version
+    assert command.main(flags) == 0
+    told = capfd.readouterr().out
+    assert f"saved model  {tmp_path / str(newest)}, " in told and "256 made-up rows" in told
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [str(newest), "lock"]
+    assert command.main(flags) == 0 and "is there already" in capfd.readouterr().out
+    assert command.main([*flags, "--quantize", "int8"]) == 2
+    assert "--tflite" in capfd.readouterr().err
+
+
+def test_the_version_is_the_pinned_one_where_answers_are_pinned(tmp_path: Path, stocked: Stocked) -> None:
+    """Else the newest; one that is not kept is refused."""
+    registry = stocked.registry
+    newest, control = stocked.of.version.version, registry.control()
+    assert control is not None and command.chosen_version(registry, None) == newest
+    assert command.chosen_version(registry, 1) == 1
+    with pytest.raises(UnknownVersion):
+        command.chosen_version(registry, newest + 1)
+    first = started(tmp_path)
+    with pytest.raises(UnknownVersion, match="no version yet"):
+        command.chosen_version(first, None)
+    first.change(lambda one: pin(one, 1, actor="ann", reason="odd", now_ms=5))
+    assert command.chosen_version(first, None) == 1

@@ -1,0 +1,192 @@
+"""Exports a version: `springtide export [--version V]`, or with `--tflite FILE` as one file for a device.
+
+It is a process of its own, which loads TensorFlow; it runs beside the live
+system and reads the registry and the log; of two that write SavedModels the second is refused. Exit codes: 0 done, 1
+failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from state.config.loading import load
+from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
+from state.errors import (
+    ProgramError,
+    RegistryError,
+    SaltMismatch,
+    SettingsError,
+    SpringtideError,
+    UnknownVersion,
+    of_disk,
+)
+from state.events.identity import load_salt
+from state.features.spec import FeatureSpec
+from state.layout import VERSIONS
+from state.log import Reader
+from state.process.closed_output import while_read
+from state.process.private_files import keep_private
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.registry.registry import Registry
+
+NICENESS = 10
+MOST_ROWS = 10_000
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may be written behind `springtide export`."""
+    made = argparse.ArgumentParser(
+        prog="springtide export",
+        allow_abbrev=False,
+        description="Write a version as a SavedModel for TensorFlow Serving, or as one file for a device. Runs beside the loop.",
+        epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
+    )
+    made.add_argument(
+        "--version", type=int, metavar="V", help="the version, of `springtide versions` (default: what answers use)"
+    )
+    made.add_argument("--tflite", type=Path, metavar="FILE", help="write one file for a device instead")
+    made.add_argument(
+        "--quantize", choices=("none", "float16", "int8"), default="none", help="how a device's file keeps numbers"
+    )
+    made.add_argument(
+        "--users",
+        type=Path,
+        metavar="FILE",
+        help="users, one raw id a line: those whose rows a device's file has, or whom a SavedModel knows by id",
+    )
+    made.add_argument(
+        "--items",
+        type=Path,
+        metavar="FILE",
+        help="items, one raw id a line, that a SavedModel knows by id with --users",
+    )
+    made.add_argument(
+        "--rows",
+        type=int,
+        default=MOST_ROWS,
+        metavar="N",
+        help=f"rows of every other table, those seen last (default {MOST_ROWS})",
+    )
+    return made
+
+
+def chosen_version(registry: Registry, wanted: int | None) -> int:
+    """The version that is asked for; else the one that answers are pinned to, or the newest of control's epoch.
+
+    Raises:
+        UnknownVersion: It is not kept, or there is none yet.
+    """
+    if wanted is not None:
+        return registry.manifest(wanted).version
+    control = registry.control()
+    pinned = None if control is None else control.serving.version
+    newest = pinned if pinned is not None else registry.newest(None if control is None else control.epoch)
+    if newest is None:
+        raise UnknownVersion("there is no version yet", "wait for the trainer's first one")
+    return newest
+
+
+def answers_of(settings: Settings, version: int, users: Path, items: Path | None) -> bytes:
+    """What serving on this host answers about named users and items, asked in a process of its own.
+
+    Raises:
+        ProgramError, SettingsError: It cannot; the message is its own.
+    """
+    with tempfile.TemporaryDirectory(prefix="springtide-answers-") as folder:
+        to = Path(folder) / "answers.npz"
+        words = ["--version", str(version), "--users", str(users), "--to", str(to)]
+        words += [] if items is None else ["--items", str(items)]
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.serving.known_answers", *words],
+            env=os.environ | settings.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"the answers ended with {done.returncode} in silence"]
+            raise (SettingsError if done.returncode == 2 else ProgramError)(lines[-1].removeprefix("springtide: "))
+        return to.read_bytes()
+
+
+def run(settings: Settings, asked: argparse.Namespace) -> None:
+    """Exports what is asked for.
+
+    Raises:
+        SpringtideError: What went wrong.
+    """
+    if not (settings.registry_dir / VERSIONS).is_dir():
+        raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
+    if asked.tflite is None and asked.quantize != "none":
+        raise SettingsError("--quantize is for a device's file", "add --tflite FILE, or leave it out")
+    if asked.items is not None and (asked.tflite is not None or asked.users is None):
+        raise SettingsError("--items are for a SavedModel with --users", "add --users FILE, or leave --items out")
+    if asked.rows < 0:
+        raise SettingsError(f"--rows {asked.rows} is no number of rows", "give 0 or more")
+    registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
+    number, folder = chosen_version(registry, asked.version), settings.exports_dir
+    if asked.tflite is None and (folder / str(number)).exists():
+        print(f"saved model  {folder / str(number)} is there already")
+        return
+    users = None if asked.users is None else load_salt(settings.salt_path, create=False)
+    answers = None if asked.users is None or asked.tflite else answers_of(settings, number, asked.users, asked.items)
+    with quiet_stderr():
+        from trainer import device
+        from trainer.engine.step import Trainer
+        from trainer.exporting import exporting, saved_model
+        from trainer.exporting.choosing import read_users
+        from trainer.exporting.known_answers import KnownAnswers
+        from trainer.versions.program import preprocessing_of
+
+        chosen = read_users(asked.users, users) if users is not None and asked.tflite else []
+        device.prepare(settings.trainer.device, settings.trainer.threads)
+        name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
+        trainer = Trainer(settings, spec, preprocessing_of(registry.transform(name)))
+
+        def open_log(topic: str, offset: int) -> Reader:
+            partition = registry.manifest(number).log.partition
+            return Reader(settings.kafka, topic, [partition], {partition: offset})
+
+        of = exporting.load(registry, number, trainer, spec.digest, open_log)
+        if users is not None and users.fingerprint != of.version.salt:
+            raise SaltMismatch.between(f"version {number}", of.version.salt, users.fingerprint)
+        if asked.tflite is not None:
+            exporting.export_device_file(of, asked.tflite, chosen, asked.rows, asked.quantize, print)
+            return
+        known = None if answers is None else KnownAnswers(answers)
+        with DirectoryLock(folder):
+            saved_model.sweep(folder)
+            exporting.export_saved_model(of, folder, print, known)
+            for gone in saved_model.keep_newest(folder, settings.export.keep):
+                print(f"removed      version {gone}, for export.keep is {settings.export.keep}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports one version; returns the exit code."""
+    keep_private()
+    asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    with own_stderr() as errors:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=errors)
+        for noisy in ("kafka", "absl", "tensorflow"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        quiet_tensorflow(os.environ)
+        os.nice(NICENESS)
+        try:
+            run(load(flags, os.environ), asked)
+        except (SpringtideError, OSError) as problem:
+            error = of_disk(problem)
+            print(f"springtide: {error}", file=errors)
+            return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(while_read(main))

@@ -1,0 +1,161 @@
+"""One file for a device: a LiteRT program with the weights of a version, and rows of chosen ids inside it.
+
+    signature raw     the program's own inputs, as serving has them
+    signature device  places of rows in place of rows: an input `<name>_at` (int32) for each of `<name>`
+
+A place is a line of a list that lies in the same file, as a ZIP archive behind
+the program, which is where TensorFlow Lite keeps such files: `unzip` and every
+ZIP library read it, LiteRT passes over it.
+
+    rows/<table>.txt   line n is the id at place n, 16 hexadecimal digits; place 0, "-", is that of every other id
+    version.json       the version, its feature spec and context fields
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from state.lowering import Quantize, lower_saved_model
+from trainer.exporting.saved_model import RAW, raw_signature
+from trainer.model.inputs import Input
+from trainer.model.ranker import Ranker
+
+DEVICE = "device"
+AT = "_at"
+OTHERS = "-"
+F32 = npt.NDArray[np.float32]
+U64 = npt.NDArray[np.uint64]
+
+
+class ChosenRows(NamedTuple):
+    """Rows of a table that a file has.
+
+    Attributes:
+        ids: `[n]` uint64, in the order of their places, which begin with 1.
+        rows: `[n, width]` float32.
+    """
+
+    ids: U64
+    rows: F32
+
+    def places(self, ids: U64) -> npt.NDArray[np.int32]:
+        """The place of each id, of any shape; 0 where the file has none.
+
+        >>> ChosenRows(np.array([7, 5], np.uint64), np.zeros((2, 3), np.float32)).places(np.array([[5, 9]], np.uint64)).tolist()
+        [[2, 0]]
+        """
+        if not len(self.ids):
+            return np.zeros(ids.shape, np.int32)
+        order = np.argsort(self.ids, kind="stable")
+        found = np.searchsorted(self.ids[order], ids).clip(max=len(order) - 1)
+        return np.where(self.ids[order][found] == ids, order[found] + 1, 0).astype(np.int32)
+
+
+def placed(ranker: Ranker) -> list[Input]:
+    """The inputs of a ranker that become places: rows of one id each, of a row's own."""
+    return [one for one in ranker.inputs if one.table and not one.training and not one.mean and one.shape[0] == "B"]
+
+
+def device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32]) -> Any:
+    """`Ranker.predict` with places in place of rows; inputs that are no row's own are constants.
+
+    Args:
+        ranker: With the version's weights.
+        rows: By table.
+        kept: Values of inputs that are no row's own, by name.
+    """
+    specs = {name: spec for name, spec in ranker.specs().items() if name not in kept}
+    tables = {one.name: one.table for one in placed(ranker)}
+    held = {
+        name: np.concatenate([np.zeros_like(one.rows[:1], shape=(1, one.rows.shape[1])), one.rows])
+        for name, one in rows.items()
+    }
+    given = {
+        name + AT if name in tables else name: tf.TensorSpec(spec.shape[:-1], tf.int32, name + AT)
+        if name in tables
+        else spec
+        for name, spec in specs.items()
+    }
+
+    def predict(**asked: Any) -> Any:
+        constants = {table: tf.constant(held[table]) for table in set(tables.values())}
+        inputs = {
+            name: tf.gather(constants[tables[name]], asked[name + AT]) if name in tables else asked[name]
+            for name in specs
+        }
+        return ranker.predict(inputs | {name: tf.constant(value) for name, value in kept.items()})
+
+    return tf.function(predict, autograph=False).get_concrete_function(**given)
+
+
+def lower(
+    ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32], quantize: Quantize, what: str
+) -> bytes:
+    """The program of both signatures; weights and rows are constants.
+
+    Raises:
+        ProgramError: An operation has no LiteRT counterpart; the message names it.
+    """
+    module = tf.Module()
+    module.model = ranker
+    # LiteRT knows no default of an input: all are given.
+    signatures = {RAW: raw_signature(ranker, {}), DEVICE: device_signature(ranker, rows, kept)}
+    with tempfile.TemporaryDirectory(prefix="springtide-device-") as folder:
+        tf.saved_model.save(module, folder, signatures=signatures)
+        return lower_saved_model(Path(folder), sorted(signatures), what, frozen=True, quantize=quantize)
+
+
+def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[str, Any]) -> bytes:
+    """A program with the archive of its lists behind it."""
+    file = io.BytesIO(program)
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        for table, one in rows.items():
+            lines = [OTHERS, *(f"{identity:016x}" for identity in one.ids.tolist())]
+            archive.writestr(f"rows/{table}.txt", "\n".join(lines) + "\n")
+        archive.writestr("version.json", json.dumps(about, indent=1))
+    return file.getvalue()
+
+
+class DeviceProgram:
+    """A device's file, run as the device runs it.
+
+    Args:
+        content: Of the file.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        # A runner does not keep its interpreter alive.
+        self._interpreter = Interpreter(model_content=content, num_threads=1)
+        self._run = self._interpreter.get_signature_runner(DEVICE)
+
+    def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
+        """The outputs of `device`."""
+        outputs: dict[str, F32] = self._run(**inputs)
+        return outputs
+
+
+def device_inputs(
+    ranker: Ranker,
+    rows: Mapping[str, ChosenRows],
+    ids: Mapping[str, U64],
+    inputs: Mapping[str, F32],
+    kept: Sequence[str],
+) -> dict[str, npt.NDArray[Any]]:
+    """What the signature `device` is asked about rows whose ids and raw inputs are known."""
+    found: dict[str, npt.NDArray[Any]] = {name: value for name, value in inputs.items() if name not in kept}
+    for one in placed(ranker):
+        del found[one.name]
+        found[one.name + AT] = rows[one.table].places(ids[one.ids])
+    return found
