@@ -1,4 +1,4 @@
-"""Imports follow the data: streaming -> state <- trainer, deploy -> state, and nothing else."""
+"""Imports follow the data: streaming -> state <- trainer, deploy -> state, deploy -> springtide_client, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy")
+PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
 ALLOWED = {
     "state": {"state"},
     "streaming": {"streaming", "state"},
     "trainer": {"trainer", "state"},
-    "deploy": {"deploy", "state"},
+    "deploy": {"deploy", "state", "springtide_client"},
+    "springtide_client": {"springtide_client"},
 }
 EXAMPLES = "deploy/examples/"
 KAFKA_ALONE = ("state/log",)
@@ -182,6 +183,11 @@ def test_a_worker_loads_no_kafka() -> None:
     """It answers from what is on its host, the first thing at a start."""
     tops = tops_after("deploy.serving.rest")
     assert "lmdb" in tops and "kafka" not in tops
+
+
+def test_the_client_loads_what_it_needs_alone() -> None:
+    """An application may take it without anything of the server."""
+    assert not tops_after("springtide_client") & (HEAVY | {"deploy", "state", "numpy", "numba", "lmdb", "kafka"})
 
 
 def test_up_loads_no_compiler() -> None:

@@ -1,0 +1,50 @@
+"""The client of applications: asks a serving host over HTTP, with types for what is answered; imports nothing of the server."""
+
+from springtide_client.answers import (
+    Engagement,
+    Interest,
+    Profile,
+    RankedItem,
+    Ranking,
+    Readiness,
+    Recommendations,
+    RecommendedItem,
+    Version,
+)
+from springtide_client.asynchronous import AsyncClient
+from springtide_client.errors import (
+    ClientError,
+    Overloaded,
+    Refused,
+    ServerFailed,
+    TimedOut,
+    UnexpectedAnswer,
+    Unreachable,
+)
+from springtide_client.questions import Item, User
+from springtide_client.retrying import Retries
+from springtide_client.synchronous import Client
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "ClientError",
+    "Engagement",
+    "Interest",
+    "Item",
+    "Overloaded",
+    "Profile",
+    "RankedItem",
+    "Ranking",
+    "Readiness",
+    "Recommendations",
+    "RecommendedItem",
+    "Refused",
+    "Retries",
+    "ServerFailed",
+    "TimedOut",
+    "UnexpectedAnswer",
+    "Unreachable",
+    "User",
+    "Version",
+]

@@ -1,0 +1,205 @@
+"""What is answered: one type for each answer of the HTTP interface.
+
+Fields of a later release are passed over.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+PublicId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="16 hexadecimal digits.")]
+Clock = Annotated[
+    Literal["event", "wall", "request"],
+    Meta(
+        description="Where the moment comes from: the newest click's time and the wall time since, the wall clock, the request."
+    ),
+]
+Reason = Annotated[
+    Literal["again", "fresh", "category", "next", "popular"],
+    Meta(
+        description="The user clicked it; it is new; of a category of the user; of one that came next over all users; popular."
+    ),
+]
+Attributes = Annotated[
+    dict[str, str | None], Meta(description="Values by name, null where the record has none; empty without a record.")
+]
+
+
+class Version(Struct, frozen=True):
+    """The one version that all of an answer is from."""
+
+    number: Annotated[int, Meta(ge=1)]
+    epoch: Annotated[int, Meta(ge=1)]
+    age_s: Annotated[float, Meta(description="Seconds since it was published.")]
+    mask_generation: Annotated[
+        int, Meta(ge=0, description="Control generation of the mask that the windows leave out; 0 without one.")
+    ]
+    sources: (
+        Annotated[
+            dict[str, int],
+            Meta(
+                description='"topic id:partition" of the clicks, and the position up to which the version has learned.'
+            ),
+        ]
+        | None
+    ) = None
+
+
+class Interest(Struct, frozen=True):
+    """A category that the user's next click may be in."""
+
+    label: Annotated[str, Meta(description="Its name; its id where no click named it yet.")]
+    id: PublicId
+    probability: Probability
+
+
+class Engagement(Struct, frozen=True):
+    """How probable it is that the user engages with the item that was asked for."""
+
+    item: str
+    probability: Probability
+    attributes: Attributes
+
+
+class About(Struct, frozen=True, kw_only=True):
+    """Whom and which moment an answer is about."""
+
+    user_id: Annotated[str, Meta(description="As it was asked for.")]
+    known: Annotated[bool, Meta(description="The user has a visible click, or a row in this version.")]
+    cold_start: Annotated[bool, Meta(description="Not known: the answer is the one for unknown users.")]
+    version: Version
+    at: Annotated[str, Meta(description="The time that windows and features speak of, ISO 8601 in UTC.")]
+    at_ms: Annotated[int, Meta(ge=0, description="The same in milliseconds since 1970.")]
+    clock: Clock
+
+
+class Profile(About, frozen=True, kw_only=True):
+    """What is known of one user at one moment."""
+
+    interests: Annotated[
+        list[Interest], Meta(description="The most probable first; the probabilities of all of them sum to 1.")
+    ]
+    engagement: Engagement | None = None
+    vector: Annotated[list[float], Meta(description="The user's vector, float32.")] | None = None
+    features: (
+        Annotated[dict[str, int], Meta(description="Windowed counts, decayed counts and ages by name.")] | None
+    ) = None
+    attributes: Attributes | None = None
+
+
+class Profiles(Struct, frozen=True):
+    """Profiles in the order they were asked for, all of one version."""
+
+    profiles: list[Profile]
+
+
+class RankedItem(Struct, frozen=True):
+    """An item that the caller named."""
+
+    item: str
+    category: Annotated[str | None, Meta(description="The category that it counts as of; null where none is known.")]
+    probability: Probability
+
+
+class Ranking(About, frozen=True, kw_only=True):
+    """Items that the caller named, the most probable first."""
+
+    items: list[RankedItem]
+
+
+class RecommendedItem(Struct, frozen=True):
+    """An item that is recommended, and why."""
+
+    item: Annotated[str, Meta(description="Its name; its id where no name is known.")]
+    id: PublicId
+    category: Annotated[str, Meta(description="The name of its category; its id where no click named it yet.")]
+    probability: Probability
+    reason: Reason
+
+
+class Recommendations(About, frozen=True, kw_only=True):
+    """Items for one user, the most probable first but for the share of new ones."""
+
+    items: list[RecommendedItem]
+
+
+class Alive(Struct, frozen=True):
+    """The process runs."""
+
+    status: Literal["ok"]
+
+
+class Readiness(Struct, frozen=True):
+    """Whether a worker can answer, and what it lacks; `error` and `do` say why and what to do."""
+
+    ready: bool
+    version: bool = False
+    program: bool = False
+    histories: bool = False
+    error: str = ""
+    do: str = ""
+
+
+class Failure(Struct, frozen=True):
+    """Why a request was not answered, what to do, and, where it is about a place in the request, which."""
+
+    error: str
+    do: str = ""
+    where: Annotated[str, Meta(description="A parameter, or a JSON pointer into the body.")] = ""
+
+
+class ModelFailure(Struct, frozen=True):
+    """An error as clients of TensorFlow Serving read it."""
+
+    error: str
+
+
+class Status(Struct, frozen=True):
+    """As TensorFlow Serving has it."""
+
+    error_code: Literal["OK"]
+    error_message: str
+
+
+class ModelVersion(Struct, frozen=True):
+    """A version that can be asked for."""
+
+    version: Annotated[str, Meta(pattern="^[0-9]+$")]
+    state: Literal["AVAILABLE"]
+    status: Status
+
+
+class ModelStatus(Struct, frozen=True):
+    """The versions that can be asked for, the one that answers first."""
+
+    model_version_status: list[ModelVersion]
+
+
+class ModelSpec(Struct, frozen=True):
+    """Which version the metadata is of."""
+
+    name: str
+    signature_name: str
+    version: Annotated[str, Meta(pattern="^[0-9]+$")]
+
+
+class ModelMetadata(Struct, frozen=True):
+    """The signatures of a version, as TensorFlow Serving has them."""
+
+    model_spec: ModelSpec
+    metadata: dict[str, dict[str, Any]]
+
+
+class ModelPredictions(Struct, frozen=True):
+    """Predictions by row: an object each, or the value itself where there is one output."""
+
+    predictions: list[Any]
+
+
+class ModelOutputs(Struct, frozen=True):
+    """Predictions by column: lists by output, or one list where there is one."""
+
+    outputs: dict[str, Any] | list[Any]

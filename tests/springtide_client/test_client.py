@@ -1,0 +1,245 @@
+"""The client of applications, in both its forms: what it returns is what the real application answers, and it is patient as told."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+import springtide_client
+from deploy.serving.http_api.app import App
+from springtide_client import (
+    AsyncClient,
+    Client,
+    ClientError,
+    Item,
+    Overloaded,
+    Refused,
+    Retries,
+    ServerFailed,
+    TimedOut,
+    UnexpectedAnswer,
+    Unreachable,
+    User,
+)
+from tests.deploy.serving.conftest import lowered as lowered
+from tests.deploy.serving.conftest import stores as stores
+from tests.deploy.serving.http_api.test_app import app as app
+from tests.deploy.serving.http_api.test_app import ask
+from tests.deploy.serving.stocked import Stores
+from tests.deploy.serving.test_rest import answers, free_port, until, worker
+
+Fault = httpx.Response | Exception
+URL = "http://worker"
+README = Path(__file__).parents[2] / "README.md"
+
+
+class Network(httpx.AsyncBaseTransport, httpx.BaseTransport):
+    """Carries requests to the application, after some faults, for both clients.
+
+    Args:
+        app: The application.
+        faults: What happens to the first requests instead.
+    """
+
+    def __init__(self, app: App, *faults: Fault) -> None:
+        self._to_app = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        self._faults = list(faults)
+        self.carried = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.carried += 1
+        if self._faults:
+            fault = self._faults.pop(0)
+            if isinstance(fault, Exception):
+                raise fault
+            return fault
+        return await self._to_app.handle_async_request(request)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        async def carry() -> httpx.Response:
+            response = await self.handle_async_request(request)
+            return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
+
+        return asyncio.run(carry())
+
+
+class Calls:
+    """A client of either form, called without an event loop.
+
+    Args:
+        kind: `Client` or `AsyncClient`.
+        transport: What carries the requests; None for the real network.
+        url: The address.
+        more: What else the client is told.
+
+    Attributes:
+        waited: Seconds that it has waited, each time.
+    """
+
+    def __init__(self, kind: type, transport: Network | None, url: str = URL, **more: Any) -> None:
+        self.waited: list[float] = []
+
+        async def wait(seconds: float) -> None:
+            self.waited.append(seconds)
+
+        sleep = wait if kind is AsyncClient else self.waited.append
+        self._made = kind(url, transport=transport, sleep=sleep, chance=lambda: 1.0, **more)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*words: Any, **more: Any) -> Any:
+            found = getattr(self._made, name)(*words, **more)
+            return asyncio.run(found) if inspect.isawaitable(found) else found
+
+        return call
+
+
+@pytest.fixture(params=[Client, AsyncClient])
+def kind(request: pytest.FixtureRequest) -> type:
+    made: type = request.param
+    return made
+
+
+@pytest.fixture
+def calls(app: App, kind: type) -> Iterator[Calls]:
+    made = Calls(kind, Network(app))
+    yield made
+    made.close()
+
+
+def plain(answer: Any) -> Any:
+    """An answer as JSON has it, without what is not there."""
+    built = msgspec.to_builtins(answer)
+    return {name: value for name, value in built.items() if value is not None}
+
+
+def test_a_profile_is_what_the_server_answers(app: App, calls: Calls) -> None:
+    found = calls.profile(
+        "ann", item="i1", fields=["vector", "features", "attributes"], top=2, context={"device": "tv"}
+    )
+    path = "/v1/profiles/ann?item=i1&fields=vector,features,attributes&top=2&context.device=tv"
+    theirs = ask(app, "GET", path).json()
+    theirs["version"]["sources"] = None
+    assert plain(found) == theirs
+    assert found.engagement.item == "i1" and len(found.interests) == 2 and found.version.number == 1
+    assert calls.profile("ann", fields=["sources"]).version.sources and calls.profile("ann").vector is None
+    assert calls.profile("nobody", at=1500).at_ms == 1500 and calls.profile("nobody").cold_start
+
+
+def test_many_profiles_come_in_their_order(calls: Calls) -> None:
+    found = calls.profiles(["bob", User("ann", item="i1", at="1970-01-01T00:00:02Z", context={"device": "tv"})], top=1)
+    assert [one.user_id for one in found] == ["bob", "ann"] and found[1].at_ms == 2000
+    assert found[0].engagement is None and found[1].engagement.item == "i1" and len(found[0].interests) == 1
+
+
+def test_items_are_ranked_and_recommended(app: App, calls: Calls) -> None:
+    ranked = calls.rank("ann", ["i1", Item("new-1", category="shoes"), "i9"])
+    body = {"user_id": "ann", "items": ["i1", {"item": "new-1", "category": "shoes"}, "i9"]}
+    theirs = ask(app, "POST", "/v1/rank", json=body).json()
+    assert msgspec.to_builtins(ranked)["items"] == theirs["items"] and {one.item for one in ranked.items} >= {"new-1"}
+    found = calls.recommend("ann", n=3)
+    assert 0 < len(found.items) <= 3 and {one.reason for one in found.items} <= {
+        "again",
+        "fresh",
+        "category",
+        "popular",
+    }
+    assert len(calls.recommend("ann", category="shoes", exclude_seen=True).items) < len(calls.recommend("ann").items)
+
+
+def test_a_user_may_be_called_anything(calls: Calls) -> None:
+    for user in ("a/b c", "Łódź?", "..", "%2F", "#"):
+        assert calls.profile(user).user_id == user and calls.recommend(user).user_id == user
+    with pytest.raises(ClientError, match="empty"):
+        calls.profile("")
+
+
+def test_a_refusal_says_what_where_and_what_to_do(calls: Calls) -> None:
+    with pytest.raises(Refused) as found:
+        calls.profiles([User("ann", at="soon")])
+    assert found.value.status == 400 and found.value.where in ("", "/profiles/0/at")
+    assert "soon" in found.value.what and "ISO 8601" in found.value.do and calls.waited == []
+
+
+def test_what_is_not_ready_is_asked_again_and_then_said(app: App, stores: Stores, kind: type) -> None:
+    stores.settings.serving_dir.rename(stores.settings.serving_dir.with_name("away"))
+    calls = Calls(kind, network := Network(app), retries=Retries(most=2))
+    with pytest.raises(ServerFailed, match="applier") as found:
+        calls.profile("ann")
+    assert found.value.status == 503 and calls.waited == [0.1, 0.2] and network.carried == 3
+    ready = calls.ready()
+    assert not ready.ready and not ready.version and "version" in ready.error and network.carried == 4
+
+
+def test_a_worker_says_when_to_come_again(app: App, kind: type) -> None:
+    """A pause that is too long for the client's patience is said at once."""
+
+    def busy(seconds: int) -> httpx.Response:
+        return httpx.Response(429, headers={"retry-after": str(seconds)}, json={"error": "busy", "do": "come again"})
+
+    calls = Calls(kind, Network(app, busy(2), busy(1)))
+    assert calls.profile("ann").known and calls.waited == [2.0, 1.0]
+    calls = Calls(kind, Network(app, busy(60)))
+    with pytest.raises(Overloaded) as found:
+        calls.profile("ann")
+    assert found.value.retry_after_s == 60 and calls.waited == []
+
+
+def test_a_connection_that_ends_is_begun_again(app: App, kind: type) -> None:
+    calls = Calls(kind, Network(app, httpx.RemoteProtocolError("closed"), httpx.ConnectError("refused")))
+    assert calls.profile("ann").known and calls.waited == [0.1, 0.2]
+
+
+def test_nobody_there_is_unreachable(kind: type) -> None:
+    calls = Calls(kind, None, f"http://127.0.0.1:{free_port()}", retries=Retries(most=1))
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1"):
+        calls.profile("ann")
+    assert calls.waited == [0.1]
+
+
+def test_silence_ends_with_the_time_that_was_given(kind: type) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        calls = Calls(kind, None, f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.05)
+        with pytest.raises(TimedOut):
+            calls.profile("ann")
+    assert calls.waited == []
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_another_server_is_recognised(app: App, kind: type, status: int) -> None:
+    calls = Calls(kind, Network(app, httpx.Response(status, text="<html>welcome</html>")))
+    with pytest.raises(UnexpectedAnswer) as found:
+        calls.profile("ann")
+    assert "ann" not in str(found.value)
+
+
+def test_both_clients_offer_the_same() -> None:
+    """Each call with its arguments and what it says of them."""
+
+    def calls(kind: type) -> dict[str, Any]:
+        return {
+            name: (list(inspect.signature(one).parameters.values()), inspect.getdoc(one))
+            for name, one in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 6
+    assert set(springtide_client.__all__) >= {"Client", "AsyncClient", "Profile", "Retries", "ClientError"}
+
+
+def test_the_program_of_the_readme_runs(stores: Stores, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against a real worker, over the real network."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    port = free_port()
+    with worker(stores, port):
+        until(lambda: answers(port, "/readyz"))
+        exec(compile(program.replace("localhost:8501", f"127.0.0.1:{port}"), str(README), "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
