@@ -17,7 +17,8 @@
     ├── BackupError
     │   └── DamagedBackup
     ├── BadRequest                  HTTP 400
-    │   └── UnknownPath, UnknownModel, WrongMethod, NotOffered    HTTP 404, 404, 405, 501
+    │   └── UnknownPath, UnknownModel, WrongMethod, TooLarge, NotOffered    HTTP 404, 404, 405, 413, 501
+    ├── WorkerFailed                HTTP 500
     └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
 
 An error says what happened, to which input, and what to do, in one line and
@@ -46,6 +47,7 @@ class SpringtideError(Exception):
         do: What to do.
         exit_code: 1 failed, 2 wrong use.
         http_status: What an HTTP request is answered with that meets this error.
+        http_headers: What the answer's headers say beside.
 
     >>> error = StoreFull("rows/ is full", "free space")
     >>> str(error), error.what, error.do
@@ -56,6 +58,7 @@ class SpringtideError(Exception):
 
     exit_code: int = 1
     http_status: int = 503
+    http_headers: tuple[tuple[bytes, bytes], ...] = ()
 
     def __init__(self, what: str, do: str = "") -> None:
         super().__init__(f"{what}; {do}" if do else what)
@@ -245,10 +248,18 @@ class NotReady(SpringtideError):
 
 
 class BadRequest(SpringtideError):
-    """A request cannot be answered as it is. Correct it as the answer says."""
+    """A request cannot be answered as it is. Correct it as the answer says.
+
+    Attributes:
+        where: The place: a JSON pointer into the body, or a parameter's name; empty where the whole request is meant.
+    """
 
     exit_code = 2
     http_status = 400
+
+    def __init__(self, what: str, do: str = "", where: str = "") -> None:
+        super().__init__(what, do)
+        self.where = where
 
 
 class UnknownPath(BadRequest):
@@ -273,6 +284,18 @@ class WrongMethod(BadRequest):
     """The path takes another HTTP method. Use the one that the answer names."""
 
     http_status = 405
+
+
+class TooLarge(BadRequest):
+    """A request's body is too large. Send less in one request."""
+
+    http_status = 413
+
+
+class WorkerFailed(SpringtideError):
+    """A worker met what it does not know. Report it with the worker's log."""
+
+    http_status = 500
 
 
 class PortTaken(SpringtideError):

@@ -34,7 +34,7 @@ def test_wrong_use_ends_with_2_and_everything_else_with_1() -> None:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_only_a_bad_request_is_the_callers_fault(kind: type[SpringtideError]) -> None:
-    assert kind.http_status in ((400, 404, 405, 501) if issubclass(kind, BadRequest) else (503,))
+    assert kind.http_status in ((400, 404, 405, 413, 501) if issubclass(kind, BadRequest) else (500, 503))
 
 
 @pytest.mark.parametrize("kind", CLASSES)

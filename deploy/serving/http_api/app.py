@@ -1,6 +1,7 @@
 """A worker's answers over HTTP, as an ASGI application: finds the endpoint, answers, says errors, counts.
 
-Errors are JSON: `error` says what happened, `do` what to do. `API.md` beside
+Errors are JSON: `error` says what happened, `do` what to do, and `where` names
+the place in the request, if it is one's fault. `API.md` beside
 this file is the whole of it for callers.
 """
 
@@ -20,7 +21,7 @@ from deploy.serving.http_api.health import Health
 from deploy.serving.http_api.items import Items
 from deploy.serving.http_api.models import Models
 from deploy.serving.http_api.profiles import Profiles
-from state.errors import SpringtideError
+from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -70,12 +71,12 @@ class App:
         try:
             endpoint, placeholders = self._routes.find(scope)
             name = endpoint.name
-            response = await endpoint.answer(Request(scope, receive, placeholders))
+            response = await endpoint.answer(Request(scope, receive, placeholders, endpoint))
         except SpringtideError as error:
-            response = failure(error.http_status, error.what, error.do)
+            response = failure(error)
         except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
             _log.exception("a request for %s failed", name)
-            response = failure(500, "the worker failed; its log says why", "report it with the worker's log")
+            response = failure(WorkerFailed("the worker failed; its log says why", "report it with the worker's log"))
         await answer(send, response)
         self._count(name, response.status, self._clock_s() - began_s)
 

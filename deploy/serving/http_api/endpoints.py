@@ -6,11 +6,13 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
+import msgspec
 import orjson
 
-from state.errors import BadRequest, UnknownPath, WrongMethod
+from deploy.serving.http_api import reading
+from state.errors import BadRequest, SpringtideError, TooLarge, UnknownPath, WrongMethod
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -28,11 +30,13 @@ class Request(NamedTuple):
         scope: Of ASGI.
         receive: Likewise.
         path: By name what stands in the placeholders of the endpoint's path, decoded.
+        endpoint: The endpoint.
     """
 
     scope: Scope
     receive: Receive
     path: Mapping[str, str]
+    endpoint: Endpoint
 
     @property
     def query_string(self) -> bytes:
@@ -40,11 +44,28 @@ class Request(NamedTuple):
         query_string: bytes = self.scope["query_string"]
         return query_string
 
+    def parameters(self, kind: type[reading.Asked]) -> reading.Asked:
+        """The parameters, as the type that the endpoint declares.
+
+        Raises:
+            BadRequest: They are not of this type.
+        """
+        return reading.parameters(self.query_string, kind)
+
+    async def document(self) -> Any:
+        """The JSON of the body, as one of the types that the endpoint declares.
+
+        Raises:
+            BadRequest: It is of none.
+            TooLarge: As `body`.
+        """
+        return reading.document(await self.body(), self.endpoint.body, self.endpoint.example)
+
     async def body(self) -> bytes:
         """The whole body.
 
         Raises:
-            BadRequest: It is too large.
+            TooLarge: It is.
         """
         body, more = b"", True
         while more:
@@ -52,7 +73,7 @@ class Request(NamedTuple):
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > MOST_BODY_BYTES:
-                raise BadRequest(f"the body exceeds {MOST_BODY_BYTES} bytes", "send fewer profiles in one request")
+                raise TooLarge(f"the body exceeds {MOST_BODY_BYTES} bytes", "ask for less in one request")
         return body
 
 
@@ -76,16 +97,24 @@ class Endpoint:
 
     Attributes:
         name: As metrics name it.
-        methods: Of HTTP; none stands for any.
+        methods: Of HTTP; none where `answer` itself sees to methods and parameters.
         path: With placeholders, such as `/v1/profiles/{user_id}`: each holds any characters but a slash that is not
             percent-encoded.
         answer: Answers a request.
+        summary: What is answered, in a sentence.
+        parameters: The type of the query's parameters; None where there are none, and then any is refused.
+        body: The types that the body may have; none where none is read.
+        example: Of a body, for who sent another one.
     """
 
     name: str
     methods: tuple[str, ...]
     path: str
     answer: Callable[[Request], Awaitable[Response]]
+    summary: str = ""
+    parameters: type[msgspec.Struct] | None = None
+    body: tuple[type[msgspec.Struct], ...] = ()
+    example: str = ""
     pattern: re.Pattern[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,21 +139,31 @@ class Routes:
         Raises:
             UnknownPath: There is none at this path.
             WrongMethod: There is one, for other methods.
+            BadRequest: What stands in a placeholder is no UTF-8, or there are parameters and none are declared.
         """
         raw: str = scope["raw_path"].decode("latin-1")
         endpoint, placeholders = self._fixed.get(raw), dict[str, str]()
         if endpoint is None:
             for endpoint in self._endpoints:
                 if found := endpoint.pattern.fullmatch(raw):
-                    placeholders = {name: unquote(value) for name, value in found.groupdict().items()}
+                    placeholders = {
+                        name: reading.text(unquote_to_bytes(value.encode("latin-1")), name)
+                        for name, value in found.groupdict().items()
+                    }
                     break
             else:
                 offered = ", ".join(one.path for one in self._endpoints)
                 raise UnknownPath(f"there is no {scope['path'][:200]}", f"ask one of {offered}")
-        if endpoint.methods and scope["method"] not in endpoint.methods:
-            raise WrongMethod(
+        if not endpoint.methods:
+            return endpoint, placeholders
+        if scope["method"] not in endpoint.methods:
+            refusal = WrongMethod(
                 f"{scope['method']} {endpoint.path} is not offered", f"use {' or '.join(endpoint.methods)}"
             )
+            refusal.http_headers = ((b"allow", ", ".join(endpoint.methods).encode()),)
+            raise refusal
+        if endpoint.parameters is None and scope["query_string"]:
+            reading.no_parameters(scope["query_string"])
         return endpoint, placeholders
 
 
@@ -133,6 +172,9 @@ def encode(document: object) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def failure(status: int, what: str, do: str) -> Response:
-    """An error: what happened, and what to do."""
-    return Response(status, encode({"error": what, "do": do}))
+def failure(error: SpringtideError) -> Response:
+    """An error: what happened, what to do, and where in the request, if it is there."""
+    said = {"error": error.what, "do": error.do}
+    if isinstance(error, BadRequest) and error.where:
+        said["where"] = error.where
+    return Response(error.http_status, encode(said), [*JSON, *error.http_headers])

@@ -5,12 +5,10 @@ GET /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl
-
 from deploy.serving.explaining.explaining import explain
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
-from deploy.serving.http_api.requests import question
+from deploy.serving.http_api.requests import ExplanationParameters, explained
 from deploy.serving.recommending.turns import in_turns
 from state.metrics import WorkerMetrics
 
@@ -28,11 +26,19 @@ class Explanations:
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
-        return [Endpoint("explain", ("GET",), "/v1/profiles/{user_id}/explain", self._explain)]
+        return [
+            Endpoint(
+                "explain",
+                ("GET",),
+                "/v1/profiles/{user_id}/explain",
+                self._explain,
+                "Why a probability of a profile is what it is.",
+                parameters=ExplanationParameters,
+            )
+        ]
 
     async def _explain(self, request: Request) -> Response:
-        query = question(request.path["user_id"], request.query_string)
-        label = dict(parse_qsl(request.query_string.decode("latin-1"))).get("label")
-        answer = await in_turns(explain(self._host.predictor(), query, label))
+        given = request.parameters(ExplanationParameters)
+        answer = await in_turns(explain(self._host.predictor(), explained(request.path["user_id"], given), given.label))
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Headers, Request, Response, encode
 
+READ = ("GET", "HEAD")
 _TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
 
 
@@ -27,9 +28,9 @@ class Health:
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
         return [
-            Endpoint("healthz", (), "/healthz", self._alive),
-            Endpoint("readyz", (), "/readyz", self._ready),
-            Endpoint("metrics", (), "/metrics", self._metrics),
+            Endpoint("healthz", READ, "/healthz", self._alive, "That the process runs."),
+            Endpoint("readyz", READ, "/readyz", self._ready, "Whether this worker can answer, and what it lacks."),
+            Endpoint("metrics", READ, "/metrics", self._metrics, "Prometheus's text."),
         ]
 
     async def _alive(self, _: Request) -> Response:

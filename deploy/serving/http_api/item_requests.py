@@ -1,87 +1,85 @@
-"""What a request about items asks: a body or a query string, read or refused with what to do."""
+"""What a request about items asks: the types of its body and parameters, and the questions that they are."""
 
 from __future__ import annotations
 
-from typing import Any
-from urllib.parse import parse_qsl
+from typing import Annotated
 
-import orjson
+import msgspec
+from msgspec import Meta
 
 from deploy.serving.answer import Query
-from deploy.serving.http_api.requests import CONTEXT, LEAN, time_ms, whole
+from deploy.serving.http_api.requests import LEAN, At, Id, time_ms
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem
 from deploy.serving.recommending.recommending import WantedItems
-from state.errors import BadRequest
 
-RANK_FORM = 'send {"user_id": "ann", "items": ["i1", {"item": "i2", "category": "hats"}]}'
+RANK_EXAMPLE = '{"user_id": "ann", "items": ["i1", {"item": "i2", "category": "hats"}]}'
 RECOMMENDED = 20
 MOST_RECOMMENDED = 100
-_FIELDS = {"user_id", "items", "context", "at"}
-_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
-def rank_question(body: bytes) -> tuple[Query, list[NamedItem]]:
+class ItemToRank(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """An item with its category."""
+
+    item: Id
+    category: Id | None = None
+
+
+class RankQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Items to rank for a user."""
+
+    user_id: Annotated[Id, Meta(description="The raw id.", examples=["ann", 7])]
+    items: Annotated[list[str | int | ItemToRank], Meta(min_length=1, max_length=MOST_ITEMS)]
+    context: (
+        Annotated[dict[str, str | int | float], Meta(description="Values of the fields of `events.context`.")] | None
+    ) = None
+    at: At | None = None
+
+
+class RecommendationParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of recommendations."""
+
+    n: Annotated[int, Meta(ge=1, le=MOST_RECOMMENDED, description="How many items at most.")] = RECOMMENDED
+    category: Annotated[str, Meta(description="Items of this category only.")] | None = None
+    exclude_seen: Annotated[bool, Meta(description="Whether items that the user clicked are left out.")] = False
+    at: Annotated[str, Meta(description="As in a batch of profiles.")] | None = None
+    context: dict[str, str] = {}
+
+
+def rank_question(given: RankQuestion) -> tuple[Query, list[NamedItem]]:
     """The user and the items of `POST /v1/rank`.
 
-    >>> rank_question(b'{"user_id": 7, "items": ["i1", {"item": 2, "category": "hats"}]}')[1]
+    >>> rank_question(RankQuestion(7, ["i1", ItemToRank(2, "hats")]))[1]
     [NamedItem(item='i1', category=None), NamedItem(item='2', category='hats')]
 
     Raises:
-        BadRequest: The body is not of the documented form.
+        BadRequest: `at` is no time.
     """
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is no JSON: {error}", RANK_FORM) from None
-    if not isinstance(document, dict) or not isinstance(document.get("user_id"), str | int):
-        raise BadRequest("the body names no user_id", RANK_FORM)
-    if odd := sorted(document.keys() - _FIELDS):
-        raise BadRequest(f"the body has {odd[0][:100]!r}, which means nothing", RANK_FORM)
-    items, context, at = document.get("items"), document.get("context") or {}, document.get("at")
-    if not isinstance(items, list) or not items:
-        raise BadRequest("the body names no items", RANK_FORM)
-    if len(items) > MOST_ITEMS:
-        raise BadRequest(f"the body names {len(items)} items", f"name at most {MOST_ITEMS} at once")
-    if not isinstance(context, dict):
-        raise BadRequest("the body has a context that is no object", RANK_FORM)
     query = Query(
-        str(document["user_id"]),
-        context={str(name): str(value) for name, value in context.items()},
-        at_ms=None if at is None else time_ms(at),
+        str(given.user_id),
+        context={name: str(value) for name, value in (given.context or {}).items()},
+        at_ms=None if given.at is None else time_ms(given.at, "/at"),
         fields=LEAN,
         top=0,
     )
-    return query, [_item(place, one) for place, one in enumerate(items)]
+    return query, [_item(one) for one in given.items]
 
 
-def _item(place: int, one: Any) -> NamedItem:
-    """An item of a body: its id, or an object with the id and the category."""
-    if isinstance(one, str | int) and not isinstance(one, bool):
-        return NamedItem(str(one))
-    if not isinstance(one, dict) or not isinstance(one.get("item"), str | int) or not set(one) <= {"item", "category"}:
-        raise BadRequest(f"item {place} of the body is not of the documented form", RANK_FORM)
-    category = one.get("category")
-    return NamedItem(str(one["item"]), None if category is None else str(category))
+def _item(one: str | int | ItemToRank) -> NamedItem:
+    if isinstance(one, ItemToRank):
+        return NamedItem(str(one.item), None if one.category is None else str(one.category))
+    return NamedItem(str(one))
 
 
-def recommendation(user: str, query_string: bytes) -> tuple[Query, WantedItems]:
+def recommendation(user: str, given: RecommendationParameters) -> tuple[Query, WantedItems]:
     """What `GET /v1/recommendations/{user_id}` asks.
 
-    >>> recommendation("ann", b"n=3&exclude_seen=true")[1]
+    >>> recommendation("ann", RecommendationParameters(n=3, exclude_seen=True))[1]
     WantedItems(most=3, category=None, exclude_seen=True)
 
     Raises:
-        BadRequest: `at` is no time, `n` no number of items, or `exclude_seen` neither true nor false.
+        BadRequest: `at` is no time.
     """
-    given = dict(parse_qsl(query_string.decode("latin-1")))
-    at, excluded = given.get("at"), given.get("exclude_seen", "false")
-    if excluded not in _FLAGS:
-        raise BadRequest(f"exclude_seen={excluded[:100]!r} is neither true nor false", "give true or false")
-    query = Query(
-        user,
-        context={name.removeprefix(CONTEXT): value for name, value in given.items() if name.startswith(CONTEXT)},
-        at_ms=None if at is None else time_ms(at),
-        fields=LEAN,
+    at_ms = None if given.at is None else time_ms(given.at)
+    return Query(user, context=given.context, at_ms=at_ms, fields=LEAN), WantedItems(
+        given.n, given.category, given.exclude_seen
     )
-    count = whole("n", given.get("n", RECOMMENDED), 1, MOST_RECOMMENDED)
-    return query, WantedItems(count, given.get("category"), _FLAGS[excluded])

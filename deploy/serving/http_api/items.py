@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
-from deploy.serving.http_api.item_requests import rank_question, recommendation
+from deploy.serving.http_api.item_requests import (
+    RANK_EXAMPLE,
+    RankQuestion,
+    RecommendationParameters,
+    rank_question,
+    recommendation,
+)
 from deploy.serving.recommending.ranking import rank
 from deploy.serving.recommending.recommending import recommend
 from deploy.serving.recommending.turns import ShelfTurns, in_turns
@@ -29,18 +35,33 @@ class Items:
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
         return [
-            Endpoint("rank", ("POST",), "/v1/rank", self._rank),
-            Endpoint("recommendations", ("GET",), "/v1/recommendations/{user_id}", self._recommend),
+            Endpoint(
+                "rank",
+                ("POST",),
+                "/v1/rank",
+                self._rank,
+                "Items that the caller names, ranked for one user.",
+                body=(RankQuestion,),
+                example=RANK_EXAMPLE,
+            ),
+            Endpoint(
+                "recommendations",
+                ("GET",),
+                "/v1/recommendations/{user_id}",
+                self._recommend,
+                "Items for one user, each with its reason.",
+                parameters=RecommendationParameters,
+            ),
         ]
 
     async def _rank(self, request: Request) -> Response:
-        query, items = rank_question(await request.body())
+        query, items = rank_question(await request.document())
         answer = await in_turns(rank(self._host.predictor(), query, items))
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))
 
     async def _recommend(self, request: Request) -> Response:
-        query, wanted = recommendation(request.path["user_id"], request.query_string)
+        query, wanted = recommendation(request.path["user_id"], request.parameters(RecommendationParameters))
         answer = await in_turns(recommend(self._host.predictor(), self._turns.shelves(), query, wanted))
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
-from deploy.serving.http_api.requests import question, questions
+from deploy.serving.http_api.requests import BATCH, EXAMPLE, ProfileParameters, question, questions
 from deploy.serving.profile_batches import profile_batches
 from state.metrics import WorkerMetrics
 
@@ -27,13 +27,30 @@ class Profiles:
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
         return [
-            Endpoint("profile", ("GET",), "/v1/profiles/{user_id}", self._one),
-            Endpoint("batch", ("POST",), "/v1/profiles:batch", self._many),
+            Endpoint(
+                "profile",
+                ("GET",),
+                "/v1/profiles/{user_id}",
+                self._one,
+                "One user's profile.",
+                parameters=ProfileParameters,
+            ),
+            Endpoint(
+                "batch",
+                ("POST",),
+                "/v1/profiles:batch",
+                self._many,
+                "Profiles of many users, in the order they were asked for, all of one version.",
+                body=BATCH,
+                example=EXAMPLE,
+            ),
         ]
 
     async def _one(self, request: Request) -> Response:
-        return Response(200, await self._batcher.one(question(request.path["user_id"], request.query_string)))
+        return Response(
+            200, await self._batcher.one(question(request.path["user_id"], request.parameters(ProfileParameters)))
+        )
 
     async def _many(self, request: Request) -> Response:
-        answers = await self._batcher.many(questions(await request.body()))
+        answers = await self._batcher.many(questions(await request.document()))
         return Response(200, b'{"profiles":[' + b",".join(answers) + b"]}")

@@ -1,28 +1,96 @@
-"""What a request asks: a query string or a body, read into questions or refused with what to do."""
+"""What is asked of profiles: the parameters of one, the body of many, and the questions that they are."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
-from urllib.parse import parse_qsl
+from typing import Annotated, Literal
 
-import orjson
+import msgspec
+from msgspec import Meta
 
 from deploy.serving.answer import FIELDS, Query
 from state.errors import BadRequest
 
 MOST_PROFILES = 1000
 LATEST_MS = 253_402_300_799_000  # the end of the year 9999
-FORM = 'send {"profiles": [{"user_id": "ann", "item": "i1"}]} or {"users": ["ann"]}'
-CONTEXT = "context."
+EXAMPLE = '{"profiles": [{"user_id": "ann", "item": "i1"}]} or {"users": ["ann"]}'
 TOP = 10
 """Interests of an answer where nobody says how many."""
 MOST_TOP = 10_000
 LEAN: frozenset[str] = frozenset()
-_FIELDS = {"user_id", "item", "category", "at", "context"}
+_SHOWN = 100
+
+Id = str | int
+"""An id; a number stands for its decimal digits."""
+
+At = Annotated[
+    str | int,
+    Meta(
+        description="The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it says otherwise); by default now.",
+        examples=["2026-01-31T12:00:00Z", 1769860800000],
+    ),
+]
+Field = Literal["attributes", "features", "sources", "vector"]
+Fields = Annotated[tuple[Field, ...], Meta(description="What the answers have beside what every answer has.")]
+Top = Annotated[int, Meta(ge=1, le=MOST_TOP, description="The most interests of an answer.")]
+Item = Annotated[Id, Meta(description="An item; how probable it is that the user engages with it is also said.")]
+Category = Annotated[Id, Meta(description="The item's category; by default the one that it was last seen in.")]
 
 
-def time_ms(text: str | int) -> int:
+class ProfileParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of one profile."""
+
+    item: Annotated[str, Meta(description="As in a batch.")] | None = None
+    category: Annotated[str, Meta(description="As in a batch.")] | None = None
+    at: Annotated[str, Meta(description="As in a batch.")] | None = None
+    context: dict[str, str] = {}
+    fields: Annotated[str, Meta(description="As in a batch, separated by commas.")] | None = None
+    top: Top = TOP
+
+
+class ExplanationParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of an explanation."""
+
+    label: Annotated[str, Meta(description="The category to explain, as a profile shows it.")] | None = None
+    item: Annotated[str, Meta(description="The item whose engagement is to be explained.")] | None = None
+    category: Annotated[str, Meta(description="As in a batch.")] | None = None
+    at: Annotated[str, Meta(description="As in a batch.")] | None = None
+    context: dict[str, str] = {}
+    top: Annotated[int, Meta(ge=1, le=MOST_TOP, description="The most reasons.")] = TOP
+
+
+class ProfileQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What is asked of one user."""
+
+    user_id: Annotated[Id, Meta(description="The raw id.", examples=["ann", 7])]
+    item: Item | None = None
+    category: Category | None = None
+    at: At | None = None
+    context: (
+        Annotated[dict[str, str | int | float], Meta(description="Values of the fields of `events.context`.")] | None
+    ) = None
+
+
+class ProfilesQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Profiles, each with what is asked of it."""
+
+    profiles: Annotated[list[ProfileQuestion], Meta(min_length=1, max_length=MOST_PROFILES)]
+    fields: Fields = ()
+    top: Top = TOP
+
+
+class UsersQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Profiles of users, nothing else asked."""
+
+    users: Annotated[list[Id], Meta(min_length=1, max_length=MOST_PROFILES)]
+    fields: Fields = ()
+    top: Top = TOP
+
+
+BATCH = (ProfilesQuestion, UsersQuestion)
+
+
+def time_ms(given: str | int, where: str = "at") -> int:
     """A time given as milliseconds since 1970 or as ISO 8601 (UTC unless it says otherwise).
 
     >>> time_ms("1500"), time_ms("1970-01-01T00:00:01.5Z")
@@ -32,46 +100,51 @@ def time_ms(text: str | int) -> int:
         BadRequest: It is neither, or lies outside of the years 1970 to 9999.
     """
     try:
-        at_ms = int(text)
-    except ValueError:
-        try:
-            moment = datetime.fromisoformat(str(text))
+        if isinstance(given, int) or (given.isascii() and given.isdigit()):
+            at_ms = int(given)
+        else:
+            moment = datetime.fromisoformat(given)
             moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
             at_ms = round(moment.timestamp() * 1000)
-        except (ValueError, OverflowError):
-            at_ms = -1
+    except (ValueError, OverflowError):
+        at_ms = -1
     if not 0 <= at_ms <= LATEST_MS:
         raise BadRequest(
-            f"at={text!r} is no time", "give ISO 8601 such as 2026-01-31T12:00:00Z, or milliseconds since 1970"
+            f"at={str(given)[:_SHOWN]!r} is no time",
+            "give ISO 8601 such as 2026-01-31T12:00:00Z, or milliseconds since 1970",
+            where,
         )
     return at_ms
 
 
-def question(user: str, query_string: bytes) -> Query:
+def question(user: str, given: ProfileParameters) -> Query:
     """What a GET asks.
 
-    >>> question("ann", b"item=i1&context.device=tv")
+    >>> question("ann", ProfileParameters(item="i1", context={"device": "tv"}))
     Query(user='ann', item='i1', category=None, context={'device': 'tv'}, at_ms=None, fields=frozenset(), top=10)
 
     Raises:
-        BadRequest: `at` is no time, `fields` names one that there is not, or `top` is no number of interests.
+        BadRequest: `at` is no time, or `fields` names one that there is not.
     """
-    if not query_string:
-        return Query(user, fields=LEAN, top=TOP)
-    given = dict(parse_qsl(query_string.decode("latin-1")))
-    at = given.get("at")
-    return Query(
-        user,
-        given.get("item"),
-        given.get("category"),
-        {name.removeprefix(CONTEXT): value for name, value in given.items() if name.startswith(CONTEXT)},
-        None if at is None else time_ms(at),
-        fields_of(given["fields"].split(",")) if "fields" in given else LEAN,
-        whole("top", given.get("top", TOP), 1, MOST_TOP),
-    )
+    at_ms = None if given.at is None else time_ms(given.at)
+    fields = LEAN if given.fields is None else fields_of(given.fields.split(","))
+    return Query(user, given.item, given.category, given.context, at_ms, fields, given.top)
 
 
-def fields_of(names: list[Any]) -> frozenset[str]:
+def explained(user: str, given: ExplanationParameters) -> Query:
+    """What is asked of a user where an answer is to be explained.
+
+    >>> explained("ann", ExplanationParameters(item="i1", top=3))
+    Query(user='ann', item='i1', category=None, context={}, at_ms=None, fields=frozenset(), top=3)
+
+    Raises:
+        BadRequest: `at` is no time.
+    """
+    at_ms = None if given.at is None else time_ms(given.at)
+    return Query(user, given.item, given.category, given.context, at_ms, LEAN, given.top)
+
+
+def fields_of(names: list[str]) -> frozenset[str]:
     """The fields that are asked for beside those of every answer.
 
     >>> fields_of(["vector"])
@@ -82,71 +155,46 @@ def fields_of(names: list[Any]) -> frozenset[str]:
     """
     for name in names:
         if name not in FIELDS:
-            raise BadRequest(f"there is no field {str(name)[:100]!r}", f"ask for some of {', '.join(sorted(FIELDS))}")
+            listed = ", ".join(sorted(FIELDS))
+            raise BadRequest(f"there is no field {name[:_SHOWN]!r}", f"ask for some of {listed}", "fields")
     return frozenset(names)
 
 
-def whole(name: str, given: Any, least: int, most: int) -> int:
+def whole(name: str, given: int, least: int, most: int) -> int:
     """A whole number out of a request.
 
-    >>> whole("top", "5", 1, 10)
+    >>> whole("top", 5, 1, 10)
     5
 
     Raises:
-        BadRequest: It is none, or out of bounds.
+        BadRequest: It is out of bounds.
     """
-    try:
-        number = int(given) if isinstance(given, str | int) and not isinstance(given, bool) else least - 1
-    except ValueError:
-        number = least - 1
-    if not least <= number <= most:
-        raise BadRequest(f"{name}={str(given)[:100]!r} is out of bounds", f"give a whole number from {least} to {most}")
-    return number
+    if not least <= given <= most:
+        raise BadRequest(f"{name}={given} is out of bounds", f"give a whole number from {least} to {most}", name)
+    return given
 
 
-def questions(body: bytes) -> list[Query]:
+def questions(given: ProfilesQuestion | UsersQuestion) -> list[Query]:
     """What a batch asks.
 
-    >>> questions(b'{"profiles": [{"user_id": "ann", "item": 7}]}')
+    >>> questions(ProfilesQuestion([ProfileQuestion("ann", item=7)]))
     [Query(user='ann', item='7', category=None, context={}, at_ms=None, fields=frozenset(), top=10)]
 
     Raises:
-        BadRequest: The body is not of the documented form.
+        BadRequest: An `at` is no time.
     """
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is no JSON: {error}", FORM) from None
-    if not isinstance(document, dict):
-        raise BadRequest("the body is no JSON object", FORM)
-    wanted = document.get("profiles")
-    if wanted is None and isinstance(document.get("users"), list):
-        wanted = [{"user_id": user} for user in document["users"]]
-    if not isinstance(wanted, list) or not wanted:
-        raise BadRequest("the body asks for no profile", FORM)
-    if len(wanted) > MOST_PROFILES:
-        raise BadRequest(f"the body asks for {len(wanted)} profiles", f"ask for at most {MOST_PROFILES} at once")
-    names = document.get("fields", [])
-    if not isinstance(names, list):
-        raise BadRequest("the body has fields that are no array", 'send "fields": ["vector"]')
-    fields, top = fields_of(names), whole("top", document.get("top", TOP), 1, MOST_TOP)
-    return [_one(place, one, fields, top) for place, one in enumerate(wanted)]
-
-
-def _one(place: int, one: Any, fields: frozenset[str], top: int) -> Query:
-    """The question of one profile of a body."""
-    if not isinstance(one, dict) or not isinstance(one.get("user_id"), str | int) or not set(one) <= _FIELDS:
-        raise BadRequest(f"profile {place} of the body is not of the documented form", FORM)
-    context = one.get("context") or {}
-    if not isinstance(context, dict):
-        raise BadRequest(f"profile {place} of the body has a context that is no object", FORM)
-    at, item, category = one.get("at"), one.get("item"), one.get("category")
-    return Query(
-        str(one["user_id"]),
-        None if item is None else str(item),
-        None if category is None else str(category),
-        {str(name): str(value) for name, value in context.items()},
-        None if at is None else time_ms(at),
-        fields,
-        top,
-    )
+    fields = frozenset[str](given.fields)
+    if isinstance(given, UsersQuestion):
+        return [Query(str(user), fields=fields, top=given.top) for user in given.users]
+    return [
+        Query(
+            str(one.user_id),
+            None if one.item is None else str(one.item),
+            None if one.category is None else str(one.category),
+            {name: str(value) for name, value in (one.context or {}).items()},
+            None if one.at is None else time_ms(one.at, f"/profiles/{place}/at"),
+            fields,
+            given.top,
+        )
+        for place, one in enumerate(given.profiles)
+    ]

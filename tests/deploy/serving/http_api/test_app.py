@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,21 @@ def ask(app: App, method: str, path: str, **more: Any) -> httpx.Response:
             return await client.request(method, path, **more)
 
     return asyncio.run(go())
+
+
+def ask_bytes(app: App, path: bytes, query: bytes) -> tuple[int, Any]:
+    """A GET of what httpx would not send as it is."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "raw_path": path, "path": "", "query_string": query, "headers": []}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
 
 
 @pytest.fixture
@@ -115,23 +131,37 @@ def test_the_best_interests_are_those_of_the_whole_answer(app: App) -> None:
         ("GET", "/v1/profiles/ann?at=soon", {}, 400, "soon"),
         ("GET", "/v1/profiles/ann?at=-5", {}, 400, "-5"),
         ("GET", "/v1/profiles/ann?fields=vector,vektor", {}, 400, "vektor"),
-        ("GET", "/v1/profiles/ann?top=0", {}, 400, "top='0'"),
-        ("GET", "/v1/profiles/ann?top=many", {}, 400, "many"),
-        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"], "fields": ["vektor"]}}, 400, "vektor"),
-        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"], "fields": "vector"}}, 400, "no array"),
-        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"], "top": True}}, 400, "top="),
+        ("GET", "/v1/profiles/ann?top=0", {}, 400, "parameter top"),
+        ("GET", "/v1/profiles/ann?top=many", {}, 400, "parameter top"),
+        (
+            "POST",
+            "/v1/profiles:batch",
+            {"json": {"users": ["a"], "fields": ["vektor"]}},
+            400,
+            "/fields/0: invalid enum value",
+        ),
+        (
+            "POST",
+            "/v1/profiles:batch",
+            {"json": {"users": ["a"], "fields": "vector"}},
+            400,
+            "/fields: expected `array`",
+        ),
+        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"], "top": True}}, 400, "/top: expected `int`"),
         ("GET", "/v1/profiles/ann?at=99999999999999999", {}, 400, "no time"),
         ("DELETE", "/v1/profiles/ann", {}, 405, "DELETE"),
         ("GET", "/v1/profiles:batch", {}, 405, "GET"),
         ("POST", "/v1/profiles:batch", {"content": b"{"}, 400, "no JSON"),
-        ("POST", "/v1/profiles:batch", {"json": []}, 400, "no JSON object"),
-        ("POST", "/v1/profiles:batch", {"json": {}}, 400, "no profile"),
-        ("POST", "/v1/profiles:batch", {"json": {"users": 3}}, 400, "no profile"),
-        ("POST", "/v1/profiles:batch", {"json": {"users": [None]}}, 400, "profile 0"),
-        ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "itm": "b"}]}}, 400, "profile 0"),
-        ("POST", "/v1/profiles:batch", {"json": {"profiles": [{"user_id": "a", "context": []}, {}]}}, 400, "profile 1"),
-        ("POST", "/v1/profiles:batch", {"json": {"users": ["a"] * (MOST_PROFILES + 1)}}, 400, "1001 profiles"),
-        ("POST", "/v1/profiles:batch", {"content": b" " * (1 << 20) + b"{}"}, 400, "1048576 bytes"),
+        ("POST", "/v1/profiles:batch", {"content": b"\xff\xfe"}, 400, "no JSON"),
+        ("POST", "/v1/profiles:batch", {"content": b'{"users": ["\xff"]}'}, 400, "no JSON"),
+        ("POST", "/v1/profiles:batch", {"content": b'{"users": ["\\ud800"]}'}, 400, "no JSON"),
+        ("POST", "/v1/profiles:batch", {"content": b'{"users":' + b"[" * 100_000}, 400, "no JSON"),
+        ("POST", "/v1/profiles:batch", {"json": []}, 400, "expected `object`"),
+        ("POST", "/v1/profiles:batch", {"json": {}}, 400, "missing required field `profiles`"),
+        ("POST", "/v1/profiles:batch", {"json": {"users": []}}, 400, "length >= 1"),
+        ("POST", "/v1/profiles:batch", {"content": b" " * (1 << 20) + b"{}"}, 413, "1048576 bytes"),
+        ("PUT", "/healthz", {}, 405, "PUT"),
+        ("DELETE", "/healthz", {}, 405, "DELETE"),
     ],
 )
 def test_an_error_says_what_and_what_to_do(
@@ -141,7 +171,75 @@ def test_an_error_says_what_and_what_to_do(
     response = ask(app, method, path, **more)
     assert response.status_code == status
     body = response.json()
-    assert set(body) == {"error", "do"} and what in body["error"] and body["do"]
+    assert set(body) - {"where"} == {"error", "do"} and what in body["error"] and body["do"]
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({"users": 3}, "/users"),
+        ({"users": [None]}, "/users/0"),
+        ({"users": ["a"] * (MOST_PROFILES + 1)}, "/users"),
+        ({"profiles": [{"user_id": "a", "itm": "b"}]}, "/profiles/0"),
+        ({"profiles": [{"user_id": "a", "context": []}, {}]}, "/profiles/0/context"),
+        ({"profiles": [{"user_id": "a", "context": {"device": []}}]}, "/profiles/0/context/*"),
+        ({"profiles": [{"user_id": "a"}, {"user_id": "a", "at": []}]}, "/profiles/1/at"),
+        ({"profiles": [{"user_id": "a", "at": True}]}, "/profiles/0/at"),
+        ({"profiles": [{"user_id": "a", "at": "soon"}]}, "/profiles/0/at"),
+        ({"profiles": [{"user_id": "a", "at": -1}]}, "/profiles/0/at"),
+        ({"profiles": [{"user_id": "a", "item": 1.5}]}, "/profiles/0/item"),
+        ({"profiles": [{"user_id": True}]}, "/profiles/0/user_id"),
+    ],
+)
+def test_what_is_wrong_in_a_body_has_its_place(app: App, body: Any, where: str) -> None:
+    """A JSON pointer; what a caller called something is shown as a star."""
+    response = ask(app, "POST", "/v1/profiles:batch", json=body)
+    assert (response.status_code, response.json()["where"]) == (400, where)
+
+
+@pytest.mark.parametrize(
+    ("query", "where"),
+    [
+        (b"at=soon", "at"),
+        (b"itm=i1", "itm"),
+        (b"itm", "itm"),
+        (b"item=%FF", "item"),
+        (b"item=\xff", "item"),
+        (b"context=tv", "context"),
+        (b"context.=tv", "context."),
+        (b"item.x=1", "item.x"),
+    ],
+)
+def test_what_is_wrong_in_a_parameter_has_its_name(app: App, query: bytes, where: str) -> None:
+    """Unknown ones too, with those that are known."""
+    status, said = ask_bytes(app, b"/v1/profiles/ann", query)
+    assert (status, said["where"]) == (400, where)
+    if where == "itm":
+        assert "item, category, at, context, fields, top" in said["do"]
+
+
+def test_every_endpoint_refuses_a_parameter_that_it_does_not_know(app: App) -> None:
+    """None is passed over."""
+    for endpoint in app.endpoints:
+        if not endpoint.methods:  # as TensorFlow Serving does
+            continue
+        path = endpoint.path.replace("{", "").replace("}", "")
+        response = ask(app, endpoint.methods[0], f"{path}?nosuch=1", content=b"{}")
+        assert response.status_code == 400, endpoint.name
+        if endpoint.methods[0] == "GET":
+            assert response.json()["where"] == "nosuch", endpoint.name
+
+
+def test_a_query_is_utf_8_percent_encoded_or_not(app: App) -> None:
+    """As ids in a path are; what is none is refused there too."""
+    for query in (b"item=caf\xc3\xa9", b"item=caf%C3%A9"):
+        assert ask_bytes(app, b"/v1/profiles/ann", query)[1]["engagement"]["item"] == "café"
+    assert ask_bytes(app, b"/v1/profiles/%FF", b"")[1]["where"] == "user_id"
+
+
+def test_another_method_is_told_which_are_offered(app: App) -> None:
+    """In the header too, as HTTP asks for."""
+    assert ask(app, "PUT", "/healthz").headers["allow"] == "GET, HEAD"
 
 
 def test_readiness_names_what_is_missing(stores: Stores) -> None:
