@@ -38,7 +38,10 @@ def commands(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def run(
-    programs: Sequence[tuple[str, Sequence[str]]], environment: Mapping[str, str], stopping: Callable[[], bool]
+    programs: Sequence[tuple[str, Sequence[str]]],
+    environment: Mapping[str, str],
+    stopping: Callable[[], bool],
+    stop_s: float = STOP_S,
 ) -> None:
     """Keeps `programs` running until `stopping` says so, then ends them, the last one first.
 
@@ -64,7 +67,7 @@ def run(
         for _, process in reversed(running):
             if process.poll() is None:
                 process.terminate()
-        deadline = time.monotonic() + STOP_S
+        deadline = time.monotonic() + stop_s
         for _, process in reversed(running):
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -81,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: asked.append(got))
     try:
-        load(flags)  # a mistake is said once, not by each of them
-        run(commands(flags), os.environ, lambda: bool(asked))
+        drain_s = load(flags).serving.drain_s  # and a mistake is said once, not by each of them
+        run(commands(flags), os.environ, lambda: bool(asked), STOP_S + drain_s)
     except SpringtideError as error:
         print(f"springtide serve: {error}", file=sys.stderr)
         return error.exit_code

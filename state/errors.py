@@ -17,7 +17,9 @@
     ├── BackupError
     │   └── DamagedBackup
     ├── BadRequest                  HTTP 400
-    │   └── UnknownPath, UnknownModel, WrongMethod, TooLarge, NotOffered    HTTP 404, 404, 405, 413, 501
+    │   ├── UnknownPath, UnknownModel, WrongMethod, NotOffered    HTTP 404, 404, 405, 501
+    │   └── TooSlow, TooLarge, HeadTooLarge, NotHttp    HTTP 408, 413, 431, 400
+    ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
     └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
 
@@ -287,9 +289,38 @@ class WrongMethod(BadRequest):
 
 
 class TooLarge(BadRequest):
-    """A request's body is too large. Send less in one request."""
+    """A request's body is too large. Send less in one request, or raise `serving.max_body_bytes`."""
 
     http_status = 413
+
+
+class TooSlow(BadRequest):
+    """A request did not arrive in time. Send it at once, or raise `serving.timeout_s`."""
+
+    http_status = 408
+
+
+class HeadTooLarge(BadRequest):
+    """A request's headers are too long. Send shorter ones, or raise `serving.max_head_bytes`."""
+
+    http_status = 431
+
+
+class NotHttp(BadRequest):
+    """A client speaks something else. Let it send HTTP/1.1."""
+
+
+class Overloaded(SpringtideError):
+    """More is asked than can be answered in time. Ask less or later, or give serving more workers or hosts."""
+
+    http_status = 429
+    http_headers: tuple[tuple[bytes, bytes], ...] = ((b"retry-after", b"1"),)
+
+
+class TookTooLong(SpringtideError):
+    """An answer did not come in time. Ask less or later, or give serving more workers or hosts."""
+
+    http_status = 504
 
 
 class WorkerFailed(SpringtideError):

@@ -285,6 +285,11 @@ class WorkerMetrics(Metrics):
     requests = counter("springtide_requests", "Requests, by route and status code.", "route", "code")
     request_seconds = histogram("springtide_request_seconds", "Time of a request, by route.", SHORT_SECONDS, "route")
     cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
+    refused = counter(
+        "springtide_connections_refused",
+        "Connections ended before a request was one, by reason: no_http, head (too long), slow, connections (too many).",
+        "reason",
+    )
 
 
 class SupervisorMetrics(Metrics):

@@ -1,19 +1,51 @@
-"""Answers together what has arrived together; nobody waits for a batch to fill."""
+"""Answers together what has arrived together; nobody waits for a batch to fill, and nobody for longer than is bearable.
+
+What comes while a batch is computed is read from the network when it ends,
+and is one batch then. A question is refused at once where it would wait too
+long: behind it lies the number of questions before it and what a batch took
+lately. One that nobody waits for any more is not computed.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from deploy.serving.answer import Query
 from deploy.serving.predictor import MOST_AT_ONCE
+from state.errors import Overloaded, TookTooLong
 
 Body = TypeVar("Body")
 Answer = Callable[[Sequence[Query]], list[Body]]
 """Gives the bodies of at most `MOST_AT_ONCE` questions, in their order."""
+
+_WEIGHT = 0.1
+"""Of the newest batch in what a batch takes."""
+
+
+class QueueLimits(NamedTuple):
+    """How long a question may wait.
+
+    Attributes:
+        expected_s: It is refused where it would wait longer.
+        waited_s: It is given up where it has waited longer.
+    """
+
+    expected_s: float = math.inf
+    waited_s: float = math.inf
+
+
+class Waiting(NamedTuple, Generic[Body]):
+    """A question, who waits for its answer, and since when."""
+
+    query: Query
+    answer: asyncio.Future[Body]
+    since_s: float
 
 
 class Batcher(Generic[Body]):
@@ -22,43 +54,104 @@ class Batcher(Generic[Body]):
     Args:
         answer: Answers from the version of now.
         held: Answers from one version as long as it is open, whatever comes meanwhile.
+        limits: How long a question may wait.
+        clock_s: A monotonic clock.
     """
 
-    def __init__(self, answer: Answer[Body], held: Callable[[], AbstractContextManager[Answer[Body]]]) -> None:
+    def __init__(
+        self,
+        answer: Answer[Body],
+        held: Callable[[], AbstractContextManager[Answer[Body]]],
+        limits: QueueLimits = QueueLimits(),  # noqa: B008 - immutable
+        clock_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._answer, self._held = answer, held
-        self._waiting: deque[tuple[Query, asyncio.Future[Body]]] = deque()
+        self._limits, self._clock_s = limits, clock_s
+        self._waiting: deque[Waiting[Body]] = deque()
+        self._of_requests = 0
+        self._batch_s = 0.0
+        self._ended_s: float | None = None
 
     def one(self, query: Query) -> asyncio.Future[Body]:
-        """The answer to come; questions of the same round of the event loop are answered together."""
+        """The answer to come; questions of the same round of the event loop are answered together.
+
+        Raises:
+            Overloaded: It would wait too long.
+        """
+        self._admit()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Body] = loop.create_future()
         if not self._waiting:
             loop.call_soon(self._answer_waiting)
-        self._waiting.append((query, answer))
+        self._waiting.append(Waiting(query, answer, self._clock_s()))
         return answer
 
     async def many(self, queries: Sequence[Query]) -> list[Body]:
-        """The answers to the questions of one request, in their order, all from one version."""
+        """The answers to the questions of one request, in their order, all from one version.
+
+        Raises:
+            Overloaded: They would wait too long.
+            TookTooLong: They did.
+        """
+        self._admit()
         answers: list[Body] = []
-        with self._held() as answer:
-            for first in range(0, len(queries), MOST_AT_ONCE):
-                answers += answer(queries[first : first + MOST_AT_ONCE])
-                # Others must not wait for a whole request.
-                await asyncio.sleep(0)
+        since_s = self._clock_s()
+        self._of_requests += len(queries)
+        try:
+            with self._held() as answer:
+                for first in range(0, len(queries), MOST_AT_ONCE):
+                    if self._is_late(since_s):
+                        raise self._late()
+                    some = queries[first : first + MOST_AT_ONCE]
+                    answers += answer(some)
+                    # Others must not wait for a whole request.
+                    await asyncio.sleep(0)
+        finally:
+            self._of_requests -= len(queries)
         return answers
 
+    @property
+    def expected_s(self) -> float:
+        """How long one more question would wait."""
+        return (len(self._waiting) + self._of_requests) // MOST_AT_ONCE * self._batch_s
+
+    def _admit(self) -> None:
+        # Where less than a batch waits, the next one takes it, however long batches took.
+        expected_s = self.expected_s
+        if expected_s > self._limits.expected_s:
+            refusal = Overloaded("more is asked than can be answered in time", "ask again later, and less at a time")
+            refusal.http_headers = ((b"retry-after", b"%d" % math.ceil(expected_s)),)
+            raise refusal
+
     def _answer_waiting(self) -> None:
+        began_s = self._clock_s()
         some = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._answer_waiting)
+        wanted = [one for one in some if not one.answer.done()]
+        for one in wanted:
+            if self._is_late(one.since_s, began_s):
+                one.answer.set_exception(self._late())
+        wanted = [one for one in wanted if not one.answer.done()]
         try:
-            bodies = self._answer([query for query, _ in some])
+            bodies = self._answer([one.query for one in wanted]) if wanted else []
         except Exception as error:  # noqa: BLE001 - each request answers for itself
-            for _, answer in some:
-                if not answer.done():
-                    answer.set_exception(error)
-            return
-        for (_, answer), body in zip(some, bodies, strict=True):
-            # A request whose client went away may be cancelled.
-            if not answer.done():
-                answer.set_result(body)
+            for one in wanted:
+                one.answer.set_exception(error)
+            bodies = []
+        for one, body in zip(wanted, bodies, strict=False):
+            one.answer.set_result(body)
+        self._measure(began_s)
+
+    def _measure(self, began_s: float) -> None:
+        """What a batch takes, and where the next one waits already, what lies between them too."""
+        now_s = self._clock_s()
+        took_s = now_s - (began_s if self._ended_s is None else self._ended_s)
+        self._batch_s += _WEIGHT * (took_s - self._batch_s)
+        self._ended_s = now_s if self._waiting else None
+
+    def _is_late(self, since_s: float, now_s: float | None = None) -> bool:
+        return (self._clock_s() if now_s is None else now_s) - since_s > self._limits.waited_s
+
+    def _late(self) -> TookTooLong:
+        return TookTooLong(f"no answer within {self._limits.waited_s:g} s", "ask again later, and less at a time")

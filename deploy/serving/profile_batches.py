@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from deploy.serving.answer import Answer, Query
-from deploy.serving.batching import Batcher, Body
+from deploy.serving.batching import Batcher, Body, QueueLimits
 from deploy.serving.host import Host
 from state.metrics import WorkerMetrics
 
 
-def profile_batches(host: Host, metrics: WorkerMetrics, body: Callable[[Answer], Body]) -> Batcher[Body]:
+def profile_batches(
+    host: Host, metrics: WorkerMetrics, body: Callable[[Answer], Body], limits: QueueLimits
+) -> Batcher[Body]:
     """A batcher of questions about users.
 
     Args:
         host: What answers.
         metrics: Of the worker.
         body: What a protocol makes of an answer.
+        limits: How long a question may wait.
     """
 
     def bodies(answers: Sequence[Answer]) -> list[Body]:
@@ -31,4 +34,4 @@ def profile_batches(host: Host, metrics: WorkerMetrics, body: Callable[[Answer],
         with predictor.reading() as reader:
             yield lambda queries: bodies(predictor.profiles(queries, reader))
 
-    return Batcher(lambda queries: bodies(host.predictor().profiles(queries)), held)
+    return Batcher(lambda queries: bodies(host.predictor().profiles(queries)), held, limits)

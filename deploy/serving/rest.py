@@ -6,22 +6,21 @@ processes share the ports, and their parent ends with any of them.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, cast
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 
+from deploy.serving.edge.connections import ConnectionLimits
+from deploy.serving.edge.server import DrainingServer
 from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
@@ -31,8 +30,8 @@ from state.errors import PortTaken, SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.process.private_files import keep_private
 
-GRACE_S = 10.0
-"""How long requests under way may take once the worker is to end."""
+OWN_FILES = 256
+"""Open files of a worker that are no connections."""
 
 
 def listen(host: str, port: int, shared: bool, setting: str = "serving.port") -> socket.socket:
@@ -65,13 +64,11 @@ def serve(settings: Settings, shared: bool = False) -> None:
     bound = listen(settings.serving.host, settings.serving.port, shared)
     require_grpc_port(settings, shared)
     host = Host(settings, salt, now_ms=lambda: time.time_ns() // 1_000_000)
-    app = App(host, CollectorRegistry())
-    config = uvicorn.Config(
-        cast(Any, app), loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False,
-        log_level="warning", server_header=False, timeout_graceful_shutdown=round(GRACE_S), backlog=2048,
-    )  # fmt: skip
-    server = WorkerServer(config, (lambda: grpc_server(settings, app, shared)) if settings.serving.grpc_port else None)
-    end_on_signals(server)
+    app, serving = App(host, CollectorRegistry(), settings.serving), settings.serving
+    limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections)
+    grpc = (lambda: grpc_server(settings, app, shared)) if serving.grpc_port else None
+    server = DrainingServer(app, limits, serving.drain_s, grpc)
+    server.end_on_signals()
     try:
         server.run(sockets=[bound])
     finally:
@@ -91,50 +88,16 @@ def require_grpc_port(settings: Settings, shared: bool) -> None:
 def grpc_server(settings: Settings, app: App, shared: bool) -> GrpcServer:
     """The gRPC server of a worker; made in its event loop."""
     host = f"[{settings.serving.host}]" if ":" in settings.serving.host else settings.serving.host
-    return GrpcServer(app.host, app.metrics, f"{host}:{settings.serving.grpc_port}", shared)
+    address = f"{host}:{settings.serving.grpc_port}"
+    return GrpcServer(app.host, app.metrics, address, shared, app.limits, app.ready)
 
 
-class WorkerServer(uvicorn.Server):
-    """HTTP, and gRPC beside it where there is to be some: both begin and end together.
-
-    Args:
-        config: Of uvicorn.
-        grpc: Makes the gRPC server in the event loop; None for HTTP alone.
-    """
-
-    def __init__(self, config: uvicorn.Config, grpc: Callable[[], GrpcServer] | None = None) -> None:
-        super().__init__(config)
-        self._make_grpc = grpc
-        self._grpc: GrpcServer | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes requests from now on."""
-        if self._make_grpc is not None:
-            self._grpc = self._make_grpc()
-            await self._grpc.start()
-        await super().startup(sockets)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes no more requests, and returns when those under way are answered."""
-        if self._grpc is None:
-            await super().shutdown(sockets)
-        else:
-            await asyncio.gather(super().shutdown(sockets), self._grpc.stop(GRACE_S))
-
-
-def end_on_signals(server: uvicorn.Server) -> None:
-    """Makes SIGTERM and SIGINT the server's orderly end, from now on and not only once it runs.
-
-    uvicorn has handlers of its own while it runs, and raises the signal again
-    after its end; a signal between this process's start and that moment
-    would be lost, and with it the end of a worker whose parent was killed.
-    """
-
-    def end(*_: object) -> None:
-        server.should_exit = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+def allow_connections(wanted: int) -> None:
+    """Raises this process's limit of open files to what so many connections need, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted + OWN_FILES:
+        most = wanted + OWN_FILES if hard == resource.RLIM_INFINITY else min(hard, wanted + OWN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _shared_worker(argv: list[str]) -> None:
@@ -183,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         settings = load(arguments)
+        allow_connections(settings.serving.max_connections)
         if settings.serving.workers > 1:
             return serve_all(settings, arguments)
         serve(settings)

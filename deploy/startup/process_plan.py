@@ -71,7 +71,7 @@ def process_plans(
         plan(TRAINER, "trainer.loop", *accepted_by_trainer),
         plan(APPLIER, "deploy.serving.applier", stop_s=SAVING_S),
         # With serving.workers above 1 it is the parent of them all.
-        plan(WORKER, "deploy.serving.rest", stop_s=5.0),
+        plan(WORKER, "deploy.serving.rest", stop_s=15.0),
     )
     return {one.name: one for one in listed}
 

@@ -411,6 +411,32 @@ class ServingSettings:
     port: int = setting(8501, least=0, most=65535, help="Port of the REST answers.")
     grpc_port: int = setting(8500, least=0, most=65535, help="Port of the gRPC answers; 0: none are given.")
     workers: int = setting(1, least=1, most=256, help="Worker processes; they share the ports.")
+    max_body_bytes: int = setting(
+        1 << 20, "bytes", least=1024, most=1 << 30, help="Largest body of a request; larger ones are refused (413)."
+    )
+    max_head_bytes: int = setting(
+        32_768, "bytes", least=1024, most=1 << 20, help="Longest request line and headers together; 431."
+    )
+    max_queue_ms: int = setting(
+        250,
+        "ms",
+        least=1,
+        most=600_000,
+        help="Longest wait that a question is let in for; 429 where it would be longer.",
+    )
+    timeout_s: float = setting(
+        10.0, "s", least=0.1, most=3600.0, help="How long a request may take to arrive (408), and to be answered (504)."
+    )
+    max_connections: int = setting(
+        4096, "connections", least=1, most=1_000_000, help="Most connections of one worker; 429 on further ones."
+    )
+    drain_s: float = setting(
+        1.0,
+        "s",
+        least=0.0,
+        most=3600.0,
+        help="How long a worker that ends still accepts connections, after /readyz says that it ends.",
+    )
     clock: str = setting(
         "event",
         choices=("event", "wall"),

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from deploy.serving.answer import Answer, Query
+from deploy.serving.batching import QueueLimits
 from deploy.serving.explaining.explaining import explain
 from deploy.serving.grpc_api.messages import message
 from deploy.serving.grpc_api.services import Method, Service
@@ -28,11 +29,12 @@ class GrpcProfiles:
     Args:
         host: What answers.
         metrics: Of the worker.
+        limits: How long a question about a profile may wait.
     """
 
-    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
         self._host, self._metrics, self._turns = host, metrics, ShelfTurns(host)
-        self._batcher = profile_batches(host, metrics, _profile)
+        self._batcher = profile_batches(host, metrics, _profile, limits)
 
     def service(self) -> Service:
         """What is offered."""

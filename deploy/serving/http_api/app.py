@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
+from deploy.serving.batching import QueueLimits
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
 from deploy.serving.http_api.explanations import Explanations
@@ -21,6 +23,7 @@ from deploy.serving.http_api.health import Health
 from deploy.serving.http_api.items import Items
 from deploy.serving.http_api.models import Models
 from deploy.serving.http_api.profiles import Profiles
+from state.config.sections import ServingSettings
 from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
 
@@ -28,6 +31,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 UNKNOWN = "unknown"
 """What metrics name a request that no endpoint is for."""
+
+LAST = (b"connection", b"close")
+"""A header: this answer is the connection's last."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,28 +44,42 @@ class App:
     Args:
         host: What answers.
         registry: Where the metrics are.
+        serving: The limits of requests.
         clock_s: A monotonic clock.
 
     Attributes:
         host: What answers.
         metrics: Of the worker.
+        limits: How long a question may wait.
+        draining: Whether the worker is about to end: answers then end their connections.
     """
 
     def __init__(
-        self, host: Host, registry: CollectorRegistry, clock_s: Callable[[], float] = time.perf_counter
+        self,
+        host: Host,
+        registry: CollectorRegistry,
+        serving: ServingSettings = ServingSettings(),  # noqa: B008 - immutable
+        clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.host = host
+        self._most_body_bytes = serving.max_body_bytes
+        self.draining = False
+        self.limits = QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s)
         self.metrics = WorkerMetrics(registry)
         self._clock_s = clock_s
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.endpoints: list[Endpoint] = [
-            *Profiles(host, self.metrics).endpoints(),
+            *Profiles(host, self.metrics, self.limits).endpoints(),
             *Explanations(host, self.metrics).endpoints(),
             *Items(host, self.metrics).endpoints(),
-            *Health(host, registry).endpoints(),
+            *Health(host, partial(generate_latest, registry), lambda: self.draining).endpoints(),
             *Models(host, self.metrics).endpoints(),
         ]
         self._routes = Routes(self.endpoints)
+
+    def ready(self) -> bool:
+        """Whether this worker can answer and is not about to end."""
+        return not self.draining and not self.host.missing()
 
     def close(self) -> None:
         """Closes the stores; the next request opens them again."""
@@ -71,12 +91,14 @@ class App:
         try:
             endpoint, placeholders = self._routes.find(scope)
             name = endpoint.name
-            response = await endpoint.answer(Request(scope, receive, placeholders, endpoint))
+            response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, self._most_body_bytes))
         except SpringtideError as error:
             response = failure(error)
         except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
             _log.exception("a request for %s failed", name)
             response = failure(WorkerFailed("the worker failed; its log says why", "report it with the worker's log"))
+        if self.draining:
+            response = response._replace(headers=[*response.headers, LAST])
         await answer(send, response)
         self._count(name, response.status, self._clock_s() - began_s)
 

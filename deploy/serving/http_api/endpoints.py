@@ -31,12 +31,14 @@ class Request(NamedTuple):
         receive: Likewise.
         path: By name what stands in the placeholders of the endpoint's path, decoded.
         endpoint: The endpoint.
+        most_body_bytes: A larger body is refused.
     """
 
     scope: Scope
     receive: Receive
     path: Mapping[str, str]
     endpoint: Endpoint
+    most_body_bytes: int = MOST_BODY_BYTES
 
     @property
     def query_string(self) -> bytes:
@@ -70,10 +72,12 @@ class Request(NamedTuple):
         body, more = b"", True
         while more:
             message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise BadRequest("the client went away before its request was whole")
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > MOST_BODY_BYTES:
-                raise TooLarge(f"the body exceeds {MOST_BODY_BYTES} bytes", "ask for less in one request")
+            if len(body) > self.most_body_bytes:
+                raise TooLarge(f"the body exceeds {self.most_body_bytes} bytes", "ask for less in one request")
         return body
 
 

@@ -5,7 +5,7 @@ GET  /healthz /readyz /metrics
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, generate_latest
+from collections.abc import Callable
 
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Headers, Request, Response, encode
@@ -19,11 +19,12 @@ class Health:
 
     Args:
         host: What answers.
-        registry: Where the metrics are.
+        exposition: Says the metrics.
+        draining: Whether the worker is about to end.
     """
 
-    def __init__(self, host: Host, registry: CollectorRegistry) -> None:
-        self._host, self._registry = host, registry
+    def __init__(self, host: Host, exposition: Callable[[], bytes], draining: Callable[[], bool]) -> None:
+        self._host, self._exposition, self._draining = host, exposition, draining
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
@@ -37,6 +38,8 @@ class Health:
         return Response(200, b'{"status":"ok"}')
 
     async def _ready(self, _: Request) -> Response:
+        if self._draining():
+            return Response(503, encode({"ready": False, "error": "this worker is about to end", "do": "ask another"}))
         missing = self._host.missing()
         parts = {part: part not in missing for part in ("version", "program", "histories")}
         if not missing:
@@ -50,4 +53,4 @@ class Health:
         )
 
     async def _metrics(self, _: Request) -> Response:
-        return Response(200, generate_latest(self._registry), _TEXT)
+        return Response(200, self._exposition(), _TEXT)

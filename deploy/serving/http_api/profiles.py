@@ -6,6 +6,7 @@ POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, .
 
 from __future__ import annotations
 
+from deploy.serving.batching import QueueLimits
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
 from deploy.serving.http_api.requests import BATCH, EXAMPLE, ProfileParameters, question, questions
@@ -19,10 +20,11 @@ class Profiles:
     Args:
         host: What answers.
         metrics: Of the worker.
+        limits: How long a question may wait.
     """
 
-    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
-        self._batcher = profile_batches(host, metrics, lambda answer: encode(answer.document()))
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._batcher = profile_batches(host, metrics, lambda answer: encode(answer.document()), limits)
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""

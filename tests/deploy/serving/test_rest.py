@@ -13,10 +13,14 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import uvicorn
+from prometheus_client import CollectorRegistry
 
-from deploy.serving.rest import end_on_signals
-from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, tensors
+from deploy.serving.edge.connections import ConnectionLimits
+from deploy.serving.edge.server import DrainingServer
+from deploy.serving.host import Host
+from deploy.serving.http_api.app import App
+from state.events.identity import Salt
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 
 
 def free_port() -> int:
@@ -26,11 +30,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def worker(stores: Stores, port: int, workers: int = 1, grpc_port: int = 0) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {
-        "SPRINGTIDE_PATHS_STATE": stores.settings.paths.state, "SPRINGTIDE_SERVING_PORT": str(port),
-        "SPRINGTIDE_SERVING_WORKERS": str(workers), "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_SERVING_GRPC_PORT": str(grpc_port),
-    }  # fmt: skip
+def worker(
+    stores: Stores, port: int, workers: int = 1, grpc_port: int = 0, **more: str
+) -> Iterator[subprocess.Popen[str]]:
+    given = {
+        "port": str(port), "workers": str(workers), "map_gb": "1", "grpc_port": str(grpc_port), "drain_s": "0",
+    } | more  # fmt: skip
+    environment = os.environ | {f"SPRINGTIDE_SERVING_{name.upper()}": value for name, value in given.items()}
+    environment["SPRINGTIDE_PATHS_STATE"] = stores.settings.paths.state
     process = subprocess.Popen(
         [sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -77,12 +84,13 @@ def test_a_worker_answers_and_ends_in_order(stores: Stores, workers: int) -> Non
         assert process.returncode == 0, log
 
 
-def test_a_signal_before_the_server_runs_still_ends_it() -> None:
+def test_a_signal_before_the_server_runs_still_ends_it(stores: Stores) -> None:
     """A parent that is killed while its worker starts must not leave the worker behind."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    server = uvicorn.Server(uvicorn.Config(lambda *_: None, lifespan="off", log_level="warning"))
+    app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), CollectorRegistry())
+    server = DrainingServer(app, ConnectionLimits(8192, 10.0, 10), drain_s=0.0)
     try:
-        end_on_signals(server)
+        server.end_on_signals()
         signal.raise_signal(signal.SIGTERM)
         assert server.should_exit
         with socket.socket() as bound:
@@ -91,6 +99,24 @@ def test_a_signal_before_the_server_runs_still_ends_it() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_worker_says_that_it_ends_before_it_does(stores: Stores) -> None:
+    """/readyz turns 503, connections are still accepted, each answer is its connection's last; SIGINT ends that too."""
+    port = free_port()
+    with worker(stores, port, drain_s="60") as process:
+        until(lambda: answers(port, "/readyz"))
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
+            assert "connection" not in client.get("/v1/profiles/ann").headers
+            process.send_signal(signal.SIGTERM)
+            until(lambda: not answers(port, "/readyz"))
+            last = client.get("/v1/profiles/ann")
+            assert (last.status_code, last.headers["connection"]) == (200, "close")
+            ready = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=60.0)
+            assert ready.status_code == 503 and ready.json()["error"] == "this worker is about to end"
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 0, log
 
 
 def test_workers_do_not_outlive_their_parent(stores: Stores) -> None:

@@ -39,10 +39,11 @@ def test_health_follows_readiness_and_a_worker_ends_in_order(stores: Stores, wor
         with pytest.raises(grpc.RpcError) as refused:
             stub.Check(health_pb2.HealthCheckRequest(service="no.such.Service"), timeout=30)
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
-        watched = stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
-        assert next(watched).status == SERVING
+        watched, left = (stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(2))
+        assert next(watched).status == next(left).status == SERVING
+        left.cancel()
         process.send_signal(signal.SIGTERM)
-        assert next(watched).status == NOT_SERVING
+        assert [one.status for one in watched] == [NOT_SERVING]
         _, log = process.communicate(timeout=30)
         assert process.returncode == 0, log
 

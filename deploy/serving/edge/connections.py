@@ -1,0 +1,184 @@
+"""One client's connection: uvicorn's protocol, with bounds on what a client may send, hold and take.
+
+    what                                                  is answered, and the connection closed
+    no HTTP                                               400
+    the head of a request above `head_bytes`              431
+    a request that does not arrive within `timeout_s`     408
+    a connection above `connections`                      429, each request on it
+    an answer that is not taken for `timeout_s`           nothing
+    nothing asked for `timeout_s` since it was opened     nothing
+
+A client may close its half of the connection once it has asked; it is answered
+all the same. `look` is called for each connection every second, so that no
+request costs a timer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import httptools
+from prometheus_client import Counter
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from deploy.serving.http_api.app import LAST, answer
+from deploy.serving.http_api.endpoints import failure
+from state.errors import HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
+
+
+class ConnectionLimits(NamedTuple):
+    """What a connection may do.
+
+    Attributes:
+        head_bytes: Request line and headers together.
+        timeout_s: See the module.
+        connections: Of one worker at a time.
+    """
+
+    head_bytes: int
+    timeout_s: float
+    connections: int
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """A connection within limits; uvicorn makes one for each that is accepted.
+
+    Args:
+        limits: The limits.
+        refused: Counts what is refused, by reason.
+        given: What uvicorn gives its protocols.
+    """
+
+    def __init__(self, limits: ConnectionLimits, refused: Counter, **given: Any) -> None:
+        super().__init__(**given)
+        self._limits, self._refused = limits, refused
+        self._since_s = self.loop.time()
+        self._requests = self._received = self._body = self._buffered = self._arriving_bytes = 0
+        self._in_request = self._in_head = self._ended = False
+
+    def connection_made(self, transport: Any) -> None:
+        """One more; beyond the limit it is told so with each answer."""
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self._refused.labels("connections").inc()
+            self.app = cast(Any, _too_many)
+
+    def data_received(self, data: bytes) -> None:
+        """Reads what has come; see the module for what is refused."""
+        if self._ended:
+            return
+        self._unset_keepalive_if_required()
+        # Of what came with the end of another request it is not known how much is whose.
+        only = self._requests + (not self._in_request)
+        self._arriving_bytes = len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # Nothing is offered to change to; what follows would not be HTTP.
+            if self.cycle is not None:
+                self.cycle.keep_alive = False
+        except httptools.HttpParserError:
+            if not self._ended:
+                self._refuse("no_http", NotHttp("this is no HTTP/1.1 request", "send one"))
+            return
+        if self._in_request and only == self._requests and not self._ended:
+            self._received += len(data)
+            # Each byte of a body may have one of framing.
+            if self._received - 2 * self._body > self._limits.head_bytes:
+                self._refuse("head", self._too_large())
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: what it has asked for is still answered, but over TLS, which knows no half."""
+        if self.scheme == "https" or self._in_request or self.cycle is None or self.cycle.response_complete:
+            return False
+        self._ended = True
+        self.cycle.keep_alive = False
+        return True
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._requests += 1
+        self._received = self._body = 0
+        self._in_request = self._in_head = True
+        self._since_s = self.loop.time()
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; one behind the body is of no use here."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._in_head = False
+        if self._ended:
+            return
+        if self._arriving_bytes + self._received > self._limits.head_bytes:
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > self._limits.head_bytes:
+                self._refuse("head", self._too_large())
+                return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._body += len(body)
+        if not self._ended:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of the request is there."""
+        self._in_request = False
+        if not self._ended:
+            super().on_message_complete()
+
+    def look(self, now_s: float) -> None:
+        """Ends what takes too long; called every second.
+
+        Args:
+            now_s: By the loop's clock.
+        """
+        buffered = self.transport.get_write_buffer_size()
+        if buffered < self._buffered:
+            # The client takes its answer.
+            self._since_s = now_s
+        self._buffered = buffered
+        if now_s - self._since_s < self._limits.timeout_s:
+            return
+        if self._ended or self.transport.is_closing() or buffered:
+            self.transport.abort()
+        elif self._in_request:
+            seconds = f"{self._limits.timeout_s:g}"
+            self._refuse(
+                "slow", TooSlow(f"the request did not arrive within {seconds} s", "send it at once, or ask for less")
+            )
+        elif self.cycle is None:
+            self.transport.close()
+
+    def _too_large(self) -> SpringtideError:
+        return HeadTooLarge(
+            f"request line and headers exceed {self._limits.head_bytes} bytes", "send shorter headers and parameters"
+        )
+
+    def _refuse(self, reason: str, error: SpringtideError) -> None:
+        """Answers instead of the application, after what is still owed, and ends the connection."""
+        self._refused.labels(reason).inc()
+        self._ended = True
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete and not cycle.more_body:
+            # The answers that are owed come first, and the last of them ends the connection.
+            cycle.keep_alive = False
+            return
+        if not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started):
+            response = failure(error)
+            lines = [STATUS_LINE[response.status], b"connection: close\r\n"]
+            lines += [name + b": " + value + b"\r\n" for name, value in response.headers]
+            lines += [b"content-length: %d\r\n\r\n" % len(response.body), response.body]
+            self.transport.write(b"".join(lines))
+        self.transport.close()
+
+
+async def _too_many(scope: Any, receive: Any, send: Any) -> None:
+    error = Overloaded("too many connections are open", "use fewer connections, or ask another host")
+    response = failure(error)
+    await answer(send, response._replace(headers=[*response.headers, LAST]))

@@ -1,0 +1,105 @@
+"""A worker's server: uvicorn's, which looks after its connections every second and drains before it ends.
+
+An end in order, at SIGTERM or SIGINT:
+
+1. /readyz is 503, gRPC's health NOT_SERVING, and each answer over HTTP says that it is the connection's last;
+   connections are still accepted, for `drain_s`, so that those who send requests here can turn elsewhere.
+2. Nothing is accepted any more; connections without a request are closed, requests under way are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Any, cast
+
+import uvicorn
+
+from deploy.serving.edge.connections import BoundedConnection, ConnectionLimits
+from deploy.serving.grpc_api.server import GrpcServer
+from deploy.serving.http_api.app import App
+
+TICK_S = 0.1
+GRACE_S = 10
+IDLE_S = 60
+
+
+class DrainingServer(uvicorn.Server):
+    """See the module.
+
+    Args:
+        app: The application.
+        limits: Of its connections.
+        drain_s: How long connections are still accepted.
+        grpc: Makes the gRPC server in the event loop, which begins and ends with this one; None for HTTP alone.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        limits: ConnectionLimits,
+        drain_s: float,
+        grpc: Callable[[], GrpcServer] | None = None,
+    ) -> None:
+        config = uvicorn.Config(
+            cast(Any, app), loop="uvloop", http=cast(Any, partial(BoundedConnection, limits, app.metrics.refused)),
+            ws="none", lifespan="off", access_log=False, log_level="warning", server_header=False,
+            timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=IDLE_S, backlog=2048,
+        )  # fmt: skip
+        super().__init__(config)
+        self._app, self._drain_s = app, drain_s
+        self._make_grpc = grpc
+        self._grpc: GrpcServer | None = None
+
+    def end_on_signals(self) -> None:
+        """Makes SIGTERM and SIGINT the orderly end, from now on and not only once the server runs.
+
+        uvicorn has handlers of its own while it runs, and raises the signal again
+        after its end; a signal between this process's start and that moment
+        would be lost, and with it the end of a worker whose parent was killed.
+        """
+
+        def end(*_: object) -> None:
+            self.should_exit = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts connections."""
+        if self._make_grpc is not None:
+            self._grpc = self._make_grpc()
+            await self._grpc.start()
+        await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Each `TICK_S`."""
+        if counter % 10 == 0:
+            self._look()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends in order."""
+        # 1. Others may turn elsewhere.
+        self._app.draining = True
+        if self._grpc is not None:
+            self._grpc.look()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self._drain_s
+        for turn in count():
+            if loop.time() >= until_s or self.force_exit:
+                break
+            await self.on_tick(turn)
+            await asyncio.sleep(TICK_S)
+        # 2. The rest is answered.
+        ending = [super().shutdown(sockets), *([self._grpc.stop(GRACE_S)] if self._grpc is not None else [])]
+        await asyncio.gather(*ending)
+
+    def _look(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            cast(BoundedConnection, connection).look(now_s)

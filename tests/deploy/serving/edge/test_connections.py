@@ -1,0 +1,209 @@
+"""Bounds of one connection: what is no request, too long, too slow or too much is refused, and others are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import pytest
+import uvloop
+
+from deploy.serving.edge.connections import BoundedConnection
+from deploy.serving.http_api.app import answer
+from deploy.serving.http_api.endpoints import Response
+from tests.deploy.serving.edge.listening import LIMITS, Listening, listening, read
+
+GET = b"GET /%d HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the path, once the body is there."""
+    while (await receive()).get("more_body"):
+        pass
+    await answer(send, Response(200, scope["path"].encode() + b"ok"))
+
+
+def run(test: Callable[[Listening], Awaitable[None]], app: Any = echo, **limits: Any) -> None:
+    async def go() -> None:
+        async with listening(app, LIMITS._replace(**limits)) as on:
+            await test(on)
+
+    uvloop.run(go())
+
+
+def send(client: socket.socket, *parts: bytes) -> None:
+    for part in parts:
+        client.sendall(part)
+
+
+def test_what_is_no_http_is_a_400_with_what_to_do() -> None:
+    """In the form of every error."""
+
+    async def test(on: Listening) -> None:
+        client = await on.client()
+        send(client, b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
+        head, _, body = (await read(client, None)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400") and b"connection: close" in head
+        assert json.loads(body)["do"] and on.refused("no_http") == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_head_that_is_too_long_is_a_431(whole: bool) -> None:
+    """Whether it ends or not, in one piece or many, and nothing of it is kept."""
+
+    async def test(on: Listening) -> None:
+        client, loop = await on.client(), asyncio.get_running_loop()
+        await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nhost: a\r\nx: ")
+        if whole:
+            await loop.sock_sendall(client, b"y" * 3000 + b"\r\n\r\n")
+        else:
+            for _ in range(3):
+                await loop.sock_sendall(client, b"y" * 900)
+                await asyncio.sleep(0.001)
+        assert (await read(client, None)).startswith(b"HTTP/1.1 431")
+        assert on.refused("head") == 1 and not on.state.connections
+
+    run(test)
+
+
+def test_what_follows_a_body_is_bounded_too() -> None:
+    """Trailers and the framing of chunks are no body, which the application bounds."""
+
+    async def test(on: Listening) -> None:
+        client, loop = await on.client(), asyncio.get_running_loop()
+        await loop.sock_sendall(client, b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: ")
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+            await loop.sock_sendall(client, b"y" * 900)
+        assert (await read(client, None)).startswith(b"HTTP/1.1 431")
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "begun", [b"GET / HT", b"GET / HTTP/1.1\r\nhost: a\r\nx: y", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\n12"]
+)
+def test_a_request_that_does_not_arrive_is_a_408(begun: bytes) -> None:
+    """And only after the limit."""
+
+    async def test(on: Listening) -> None:
+        client = await on.client()
+        send(client, begun)
+        await asyncio.sleep(0.01)
+        (connection,) = cast(set[BoundedConnection], on.state.connections)
+        now_s = asyncio.get_running_loop().time()
+        connection.look(now_s + 9.0)
+        assert not connection.transport.is_closing()
+        connection.look(now_s + 11.0)
+        assert (await read(client, None)).startswith(b"HTTP/1.1 408") and on.refused("slow") == 1
+
+    run(test)
+
+
+def test_a_connection_that_asks_nothing_is_closed() -> None:
+    """As long after it was opened as a request may take."""
+
+    async def test(on: Listening) -> None:
+        client = await on.client()
+        (connection,) = cast(set[BoundedConnection], on.state.connections)
+        connection.look(asyncio.get_running_loop().time() + 11.0)
+        assert await read(client, None) == b""
+
+    run(test)
+
+
+def test_an_answer_that_nobody_takes_is_given_up() -> None:
+    """One that is taken slowly is not."""
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        await answer(send, Response(200, b"x" * (16 << 20)))
+
+    async def test(on: Listening) -> None:
+        client, loop = await on.client(), asyncio.get_running_loop()
+        send(client, GET % 1)
+        await loop.sock_recv(client, 100)
+        (connection,) = cast(set[BoundedConnection], on.state.connections)
+        now_s = loop.time()
+        connection.look(now_s + 1.0)
+        for _ in range(20):
+            await loop.sock_recv(client, 1 << 18)
+        connection.look(now_s + 15.0)
+        await asyncio.sleep(0.01)
+        assert on.state.connections
+        connection.look(now_s + 26.0)
+        await asyncio.sleep(0.01)
+        assert not on.state.connections
+
+    run(test, large)
+
+
+def test_a_client_that_closes_its_half_is_answered() -> None:
+    """All that it has asked for, and then the connection ends."""
+
+    async def test(on: Listening) -> None:
+        client = await on.client()
+        send(client, GET % 1 + GET % 2)
+        client.shutdown(socket.SHUT_WR)
+        found = await read(client, None)
+        assert found.count(b"HTTP/1.1 200") == 2 and b"/1ok" in found and found.endswith(b"/2ok")
+
+    run(test)
+
+
+def test_what_was_asked_before_a_broken_request_is_answered() -> None:
+    """In its order; the connection ends then."""
+
+    async def test(on: Listening) -> None:
+        client = await on.client()
+        send(client, GET % 1 + GET % 2 + b"\x00\x01 broken\r\n\r\n")
+        found = await read(client, None)
+        assert found.count(b"HTTP/1.1 200") == 2 and found.endswith(b"/2ok")
+
+    run(test)
+
+
+def test_nothing_is_offered_to_change_to() -> None:
+    """A request that asks for another protocol is answered as it is, once."""
+
+    async def test(on: Listening) -> None:
+        client = await on.client()
+        send(client, b"GET /7 HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+        assert (await read(client, None)).endswith(b"/7ok")
+
+    run(test)
+
+
+def test_connections_beyond_the_limit_are_told_so() -> None:
+    """Each with 429 and when to come again; those before it go on."""
+
+    async def test(on: Listening) -> None:
+        first, second = await on.client(), await on.client()
+        send(second, GET % 2)
+        found = await read(second, None)
+        assert found.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in found
+        send(first, GET % 1)
+        assert (await read(first)).endswith(b"/1ok") and on.refused("connections") == 1
+
+    run(test, connections=1)
+
+
+def test_requests_in_pieces_and_many_at_once_are_answered_in_order() -> None:
+    """One byte after another; twenty in one write."""
+
+    async def test(on: Listening) -> None:
+        client, loop = await on.client(), asyncio.get_running_loop()
+        for byte in GET % 5:
+            await loop.sock_sendall(client, bytes([byte]))
+            await asyncio.sleep(0)
+        assert (await read(client)).endswith(b"/5ok")
+        send(client, b"".join(GET % n for n in range(20)))
+        found = await read(client, 20)
+        places = [found.index(b"/%dok" % n) for n in range(20)]
+        assert places == sorted(places)
+
+    run(test)
