@@ -217,7 +217,7 @@ def as_text(figures: Figures, state: Mapping[str, Any], settings: Settings) -> s
     """Everything on one screen: the figures, the parts, what to try."""
     parts = as_table(state).splitlines()
     return "\n".join(
-        [*panel(figures, (), settings.serving.workers), "", *parts, "", *lines(addresses(settings, figures.shoppers))]
+        [*panel(figures, (), settings.serving.processes), "", *parts, "", *lines(addresses(settings, figures.shoppers))]
     )
 
 
@@ -234,7 +234,7 @@ def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Ca
     while not stop():
         figures = looks.look(scrape.scrape(urls), time.monotonic(), time.time())
         tries = addresses(settings, figures.shoppers)[:1]
-        screen.live(live_line(figures), panel(figures, tries, settings.serving.workers))
+        screen.live(live_line(figures), panel(figures, tries, settings.serving.processes))
         wait(screen.every_s)
 
 

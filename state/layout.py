@@ -25,6 +25,8 @@
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
     │   ├── rows.disk/           or, where memory has no room, here
     │   ├── histories attributes/   as the stream's
+    │   ├── current.version, current.histories   times only       deploy/serving/currency.py
+    │   ├── counters/            of workers that share a port     deploy/serving/workers.py
     │   └── programs/            those of applied versions
     ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
@@ -53,7 +55,7 @@ TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
-ROWS_DISK = "rows.disk"
+ROWS_DISK, WORKER_COUNTERS, CURRENT = "rows.disk", "counters", "current"
 DATA, MARK = "data.mdb", "mark.json"
 
 _STREAM = "stream-"

@@ -290,6 +290,7 @@ class WorkerMetrics(Metrics):
         "Connections ended before a request was one, by reason: no_http, head (too long), slow, connections (too many).",
         "reason",
     )
+    worker_starts = counter("springtide_worker_starts", "Starts of serving workers.")
 
 
 class SupervisorMetrics(Metrics):

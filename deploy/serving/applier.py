@@ -23,8 +23,11 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from deploy.serving import currency
 from deploy.serving.attributes import AttributesFollower
+from deploy.serving.cadence import Every
 from deploy.serving.clicks import HistoryFollower
+from deploy.serving.currency import Currency, LogCheck
 from deploy.serving.erasing import HostErasures
 from deploy.serving.following import VersionFollower
 from deploy.serving.host_rows import HostRows
@@ -46,7 +49,7 @@ from state.features.spec import FeatureSpec
 from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
-from state.layout import ATTRIBUTES, GAPS
+from state.layout import ATTRIBUTES, CURRENT, GAPS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
@@ -64,26 +67,6 @@ RETRY_S = 1.0
 FETCH_S = 0.5
 VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
 _log = logging.getLogger(__name__)
-
-
-class Every:
-    """Says at most once in `period_s` that it is time.
-
-    >>> due = Every(1.0)
-    >>> due(10.0), due(10.5), due(11.0)
-    (True, False, True)
-    """
-
-    def __init__(self, period_s: float) -> None:
-        self._period_s = period_s
-        self._next_s = 0.0
-
-    def __call__(self, now_s: float) -> bool:
-        """Whether the period has passed since the last True."""
-        if now_s < self._next_s:
-            return False
-        self._next_s = now_s + self._period_s
-        return True
 
 
 def wall_ms() -> int:
@@ -134,6 +117,7 @@ class Applier:
             fingerprint_at(settings.salt_path),
             settings.serving,
         )
+        self._currency = Currency(folder, CURRENT)
         where = (folder, settings.registry_dir, self._histories)
         self.erasures = HostErasures(*where, lambda: self.versions.erased, now_ms)
 
@@ -187,8 +171,11 @@ class Applier:
         while not self._stop.is_set():
             more, pause_s = False, self._settings.serving.poll_ms / 1000
             try:
+                looked_ms = self._now_ms()
                 more = self._rows.step()
                 room.found(VERSIONS)
+                if not more:
+                    self._currency.note(currency.VERSIONS, looked_ms)
             except (StoreFull, RegistryError, OSError) as error:
                 if is_full(error):
                     room.refused(error, VERSIONS)
@@ -230,6 +217,7 @@ class Applier:
     def _follow_clicks(self) -> None:
         say, room = SaidOnce(_log.warning), self._room()
         kafka, partition = self._settings.kafka, self._settings.trainer.partition
+        check = LogCheck(max(1000, round(250 * self._settings.serving.max_age_s)))
 
         def open_at(offset: int) -> Reader:
             return Reader(kafka, kafka.microbatches_topic, [partition], {partition: offset})
@@ -245,6 +233,8 @@ class Applier:
                     say.clear()
                 self.clicks.step(FETCH_S)
                 room.found(CLICKS)
+                if self._settings.serving.max_age_s:
+                    self._check_log(check)
             except StoreFull as error:
                 # Read again from where the histories end.
                 self.clicks.disconnect()
@@ -256,6 +246,17 @@ class Applier:
                 say(f"{error}; serving goes on with the clicks it has, and tries again")
                 self._stop.wait(RETRY_S)
         self.clicks.disconnect()
+
+    def _check_log(self, check: LogCheck) -> None:
+        """Notes up to when the histories hold what the log held."""
+        now_ms, kafka = self._now_ms(), self._settings.kafka
+        if check.due(now_ms):
+            with Topics(kafka) as topics:
+                ends = topics.ends(kafka.microbatches_topic, committed_only=True)
+            check.asked(now_ms, {partition: end for partition, (_, end) in ends.items()})
+        at_ms = check.reached(self.clicks.positions)
+        if at_ms is not None:
+            self._currency.note(currency.CLICKS, at_ms)
 
     def _connect(self) -> None:
         kafka = self._settings.kafka

@@ -86,6 +86,7 @@ class HistoryFollower:
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
         self._upkeep = Upkeep(store, self._horizon_ms, kept, metrics, now_ms)
         self._reader: LogReader | None = None
+        self._positions: dict[int, int] = {}
         self._marks = store.positions()
         salt = store.extra(SALT_EXTRA)
         self._salt, self._begun = own_salt if salt is None else salt.decode(), bool(self._marks)
@@ -151,6 +152,11 @@ class HistoryFollower:
         self._upkeep.begin()
         self.newest_ms = clock_of(self._store)
         return True
+
+    @property
+    def positions(self) -> Mapping[int, int]:
+        """By partition of the log where the histories end."""
+        return self._positions
 
     @property
     def connected(self) -> bool:

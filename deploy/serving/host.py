@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from deploy.serving.currency import Currency
 from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from deploy.serving.predictor import Predictor
@@ -17,7 +18,7 @@ from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.store import HistoryStore
-from state.layout import ATTRIBUTES, DATA, HISTORIES, PROGRAMS, ROWS
+from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, PROGRAMS, ROWS
 from state.rows.store import RowStore
 
 _CHECK_MS = 1000
@@ -45,6 +46,7 @@ class Host:
         self._shelves: Shelves | None = None
         self._files: tuple[tuple[int, int], ...] = ()
         self._check_at_ms = 0
+        self._currency = Currency(settings.serving_dir, CURRENT)
 
     def predictor(self) -> Predictor:
         """What answers; opened again where a store's file is another one than a second ago.
@@ -74,7 +76,10 @@ class Host:
         return self._shelves
 
     def missing(self) -> dict[str, str]:
-        """What keeps this worker from answering, by part (histories, version, program); empty when it is ready."""
+        """What keeps this worker from answering, by part (histories, version, program); empty when it is ready.
+
+        With `serving.max_age_s` also what is too old.
+        """
         try:
             predictor = self.predictor()
         except SpringtideError as error:
@@ -93,6 +98,8 @@ class Host:
             found["version"] = str(error)
         except SpringtideError as error:
             found["program"] = str(error)
+        if max_age_s := self._settings.serving.max_age_s:
+            found = self._currency.older_than(max_age_s, self._now_ms()) | found
         return found
 
     def close(self) -> None:

@@ -1,21 +1,19 @@
-"""A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP by uvicorn and gRPC on one event loop.
+"""A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop.
 
-One process, one thread answers; with `serving.workers` above 1 several
-processes share the ports, and their parent ends with any of them.
+One process, one thread answers; with `serving.workers` above 1 this process is
+the parent of several (`workers.py`).
 """
 
 from __future__ import annotations
 
 import errno
-import multiprocessing
-import multiprocessing.connection
-import os
 import resource
 import signal
 import socket
 import sys
-import threading
 import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
 
 from prometheus_client import CollectorRegistry
 
@@ -24,26 +22,26 @@ from deploy.serving.edge.server import DrainingServer
 from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
+from deploy.serving.workers import Workers, count_as, end_with_parent, summed_counters
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import PortTaken, SpringtideError, of_disk
 from state.events.identity import load_salt
+from state.layout import WORKER_COUNTERS
 from state.process.private_files import keep_private
 
 OWN_FILES = 256
 """Open files of a worker that are no connections."""
 
 
-def listen(host: str, port: int, shared: bool, setting: str = "serving.port") -> socket.socket:
-    """A bound socket; `shared` lets other workers bind the same port, which `setting` chose.
+def listen(host: str, port: int, setting: str = "serving.port") -> socket.socket:
+    """A bound socket on the port that `setting` chose.
 
     Raises:
         PortTaken: Somebody listens there.
     """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((host, port))
     except OSError as error:
@@ -54,20 +52,26 @@ def listen(host: str, port: int, shared: bool, setting: str = "serving.port") ->
     return bound
 
 
-def serve(settings: Settings, shared: bool = False) -> None:
+def serve(
+    settings: Settings,
+    bound: socket.socket,
+    ready: Callable[[], None] = lambda: None,
+    exposition: Callable[[], bytes] | None = None,
+) -> None:
     """One worker, until SIGTERM or SIGINT; requests under way are answered before it returns.
 
-    Raises:
-        PortTaken: A port is in use.
+    Args:
+        settings: Of the whole system.
+        bound: What it accepts connections of.
+        ready: Called once it does.
+        exposition: Says the metrics of all workers; None where this is the only one.
     """
-    salt = load_salt(settings.salt_path, create=False)
-    bound = listen(settings.serving.host, settings.serving.port, shared)
-    require_grpc_port(settings, shared)
+    salt, serving = load_salt(settings.salt_path, create=False), settings.serving
     host = Host(settings, salt, now_ms=lambda: time.time_ns() // 1_000_000)
-    app, serving = App(host, CollectorRegistry(), settings.serving), settings.serving
+    app = App(host, CollectorRegistry(), serving, exposition)
     limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections)
-    grpc = (lambda: grpc_server(settings, app, shared)) if serving.grpc_port else None
-    server = DrainingServer(app, limits, serving.drain_s, grpc)
+    grpc = (lambda: grpc_server(settings, app, exposition is not None)) if serving.grpc_port else None
+    server = DrainingServer(app, limits, serving.drain_s, ready, grpc)
     server.end_on_signals()
     try:
         server.run(sockets=[bound])
@@ -75,14 +79,14 @@ def serve(settings: Settings, shared: bool = False) -> None:
         app.close()
 
 
-def require_grpc_port(settings: Settings, shared: bool) -> None:
+def require_grpc_port(settings: Settings) -> None:
     """Looks whether the port of gRPC can be had, where there is to be one.
 
     Raises:
         PortTaken: Somebody listens there.
     """
     if settings.serving.grpc_port:
-        listen(settings.serving.host, settings.serving.grpc_port, shared, "serving.grpc_port").close()
+        listen(settings.serving.host, settings.serving.grpc_port, "serving.grpc_port").close()
 
 
 def grpc_server(settings: Settings, app: App, shared: bool) -> GrpcServer:
@@ -90,6 +94,27 @@ def grpc_server(settings: Settings, app: App, shared: bool) -> GrpcServer:
     host = f"[{settings.serving.host}]" if ":" in settings.serving.host else settings.serving.host
     address = f"{host}:{settings.serving.grpc_port}"
     return GrpcServer(app.host, app.metrics, address, shared, app.limits, app.ready)
+
+
+def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[str]) -> None:
+    """A worker beside others, whose counters it adds to its own."""
+    end_with_parent()
+    count_as(number)
+    sys.exit(_reported(lambda: serve(load(argv), bound, ready.set, summed_counters)))
+
+
+def serve_all(settings: Settings, argv: list[str], count: int) -> int:
+    """Several workers on one port each for HTTP and gRPC. Returns the exit code.
+
+    Raises:
+        PortTaken: Somebody listens on one.
+    """
+    bound = listen(settings.serving.host, settings.serving.port)
+    require_grpc_port(settings)
+    workers = Workers(bound, count, settings.serving_dir / WORKER_COUNTERS, shared_worker, argv)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, workers.stop)
+    return workers.run()
 
 
 def allow_connections(wanted: int) -> None:
@@ -100,61 +125,33 @@ def allow_connections(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _shared_worker(argv: list[str]) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    # A parent that was killed cannot end its workers, which would hold the port for ever.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    serve(load(argv), shared=True)
-
-
-def serve_all(settings: Settings, argv: list[str]) -> int:
-    """Several workers on one port each for HTTP and gRPC; when one dies, all end. Returns the exit code."""
-    listen(settings.serving.host, settings.serving.port, shared=False).close()
-    require_grpc_port(settings, shared=False)
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_shared_worker, args=(argv,)) for _ in range(settings.serving.workers)]
-    for worker in workers:
-        worker.start()
-    stopping = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopping
-        stopping = True
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    multiprocessing.connection.wait([worker.sentinel for worker in workers])
-    orderly = stopping
-    stop()
-    for worker in workers:
-        worker.join()
-    return 0 if orderly else 1
-
-
 def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.rest [flags]`; returns the exit code."""
     keep_private()
     arguments = sys.argv[1:] if argv is None else argv
+    return _reported(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    settings = load(arguments)
+    serving = settings.serving
+    allow_connections(serving.max_connections)
+    if serving.processes > 1:
+        return serve_all(settings, arguments, serving.processes)
+    bound = listen(serving.host, serving.port)
+    require_grpc_port(settings)
+    serve(settings, bound)
+    return 0
+
+
+def _reported(work: Callable[[], int | None]) -> int:
+    """The exit code of a process's work; what ended it is said in one line."""
     try:
-        settings = load(arguments)
-        allow_connections(settings.serving.max_connections)
-        if settings.serving.workers > 1:
-            return serve_all(settings, arguments)
-        serve(settings)
+        return work() or 0
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         print(f"serving worker: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

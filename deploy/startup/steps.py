@@ -232,7 +232,7 @@ class Startup:
                 figures = watch.look(scrape.scrape(addresses), self._clock(), time.time())
                 if not self._stop():
                     tries = hints.addresses(settings, self._shoppers)
-                    self._screen.live(live_line(figures), panel(figures, tries, settings.serving.workers))
+                    self._screen.live(live_line(figures), panel(figures, tries, settings.serving.processes))
             self._sleep(LOOK_S)
 
     def _wait(self, look: Callable[[], Found], what: str) -> Found:

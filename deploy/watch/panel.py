@@ -115,7 +115,7 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
 
     Args:
         figures: Of one look.
-        workers: Worker processes of this host; /metrics is answered by one of them.
+        workers: Worker processes of this host, whose figures are summed.
     """
     top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"
     return [
@@ -147,7 +147,7 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
             f"newest {shown(figures.newest_version, '')}, serving {shown(figures.serving_lag)} behind",
         ),
         (
-            f"answers, 1 of {workers}" if workers > 1 else "answers",
+            f"answers, {workers} workers" if workers > 1 else "answers",
             rate(figures.answers_per_s),
             f"{shown(figures.answers)} given, {shown(figures.failed)} failed",
             f"{shown(figures.cold_starts)} cold starts",

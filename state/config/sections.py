@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ def setting(
     above: float | None = None,
     filled: bool = False,
     choices: tuple[str, ...] = (),
+    auto: bool = False,
 ) -> T:
     """Declares one setting as a dataclass field.
 
@@ -38,6 +40,7 @@ def setting(
         above: A value that is too small by itself, likewise.
         filled: Whether an empty text is refused, likewise.
         choices: The only values allowed.
+        auto: Whether a number may be written `auto`, which is 0.
     """
     metadata = {
         "unit": unit,
@@ -48,6 +51,7 @@ def setting(
         "above": above,
         "filled": filled,
         "choices": choices,
+        "auto": auto,
     }
     declared: Any = field(default=default, repr=not secret, metadata=metadata)
     return declared  # type: ignore[no-any-return]
@@ -410,7 +414,9 @@ class ServingSettings:
     host: str = setting("127.0.0.1", filled=True, help="Address to listen on.")
     port: int = setting(8501, least=0, most=65535, help="Port of the REST answers.")
     grpc_port: int = setting(8500, least=0, most=65535, help="Port of the gRPC answers; 0: none are given.")
-    workers: int = setting(1, least=1, most=256, help="Worker processes; they share the ports.")
+    workers: int = setting(
+        1, least=0, most=256, auto=True, help="Worker processes, which share the ports; auto: one for each core."
+    )
     max_body_bytes: int = setting(
         1 << 20, "bytes", least=1024, most=1 << 30, help="Largest body of a request; larger ones are refused (413)."
     )
@@ -429,6 +435,13 @@ class ServingSettings:
     )
     max_connections: int = setting(
         4096, "connections", least=1, most=1_000_000, help="Most connections of one worker; 429 on further ones."
+    )
+    max_age_s: float = setting(
+        0.0,
+        "s",
+        least=0.0,
+        most=31_536_000.0,
+        help="How long version and histories may miss what has come before /readyz is 503; 0: for ever.",
     )
     drain_s: float = setting(
         1.0,
@@ -475,6 +488,15 @@ class ServingSettings:
         90, "d", least=1, most=36_500, help="Log time after which an item or a name that no click named is forgotten."
     )
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
+
+    @property
+    def processes(self) -> int:
+        """How many workers there are.
+
+        >>> ServingSettings(workers=3).processes
+        3
+        """
+        return self.workers or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -571,7 +593,7 @@ SECTIONS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class KnownSetting:
-    """One setting as declared: dotted name, default, unit, help, secrecy, bounds and choices; see `setting`."""
+    """One setting as declared: dotted name, default, unit, help, secrecy, bounds, choices, `auto`; see `setting`."""
 
     name: str
     default: Any
@@ -583,6 +605,7 @@ class KnownSetting:
     above: float | None
     filled: bool
     choices: tuple[str, ...]
+    auto: bool
 
 
 def known_settings() -> Iterator[KnownSetting]:

@@ -245,6 +245,7 @@ def checked(known: KnownSetting, value: Any, origin: str) -> Any:
         SettingsError: It is not of the type, or out of bounds.
     """
     where = f"{origin}: {known.name}"
+    value = 0 if known.auto and value == "auto" else value
     if isinstance(known.default, tuple):
         if isinstance(value, str):
             value = as_list(value)

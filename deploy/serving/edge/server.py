@@ -35,6 +35,7 @@ class DrainingServer(uvicorn.Server):
         app: The application.
         limits: Of its connections.
         drain_s: How long connections are still accepted.
+        ready: Called once connections are accepted.
         grpc: Makes the gRPC server in the event loop, which begins and ends with this one; None for HTTP alone.
     """
 
@@ -43,6 +44,7 @@ class DrainingServer(uvicorn.Server):
         app: App,
         limits: ConnectionLimits,
         drain_s: float,
+        ready: Callable[[], None] = lambda: None,
         grpc: Callable[[], GrpcServer] | None = None,
     ) -> None:
         config = uvicorn.Config(
@@ -51,7 +53,7 @@ class DrainingServer(uvicorn.Server):
             timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=IDLE_S, backlog=2048,
         )  # fmt: skip
         super().__init__(config)
-        self._app, self._drain_s = app, drain_s
+        self._app, self._drain_s, self._ready = app, drain_s, ready
         self._make_grpc = grpc
         self._grpc: GrpcServer | None = None
 
@@ -75,6 +77,7 @@ class DrainingServer(uvicorn.Server):
             self._grpc = self._make_grpc()
             await self._grpc.start()
         await super().startup(sockets)
+        self._ready()
 
     async def on_tick(self, counter: int) -> bool:
         """Each `TICK_S`."""

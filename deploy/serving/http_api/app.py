@@ -45,6 +45,7 @@ class App:
         host: What answers.
         registry: Where the metrics are.
         serving: The limits of requests.
+        exposition: Says the metrics of all workers; None where this is the only one.
         clock_s: A monotonic clock.
 
     Attributes:
@@ -59,6 +60,7 @@ class App:
         host: Host,
         registry: CollectorRegistry,
         serving: ServingSettings = ServingSettings(),  # noqa: B008 - immutable
+        exposition: Callable[[], bytes] | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.host = host
@@ -66,13 +68,14 @@ class App:
         self.draining = False
         self.limits = QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s)
         self.metrics = WorkerMetrics(registry)
+        self.metrics.worker_starts.inc()
         self._clock_s = clock_s
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.endpoints: list[Endpoint] = [
             *Profiles(host, self.metrics, self.limits).endpoints(),
             *Explanations(host, self.metrics).endpoints(),
             *Items(host, self.metrics).endpoints(),
-            *Health(host, partial(generate_latest, registry), lambda: self.draining).endpoints(),
+            *Health(host, exposition or partial(generate_latest, registry), lambda: self.draining).endpoints(),
             *Models(host, self.metrics).endpoints(),
         ]
         self._routes = Routes(self.endpoints)

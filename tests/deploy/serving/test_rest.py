@@ -128,9 +128,10 @@ def test_workers_do_not_outlive_their_parent(stores: Stores) -> None:
         until(lambda: not answers(port, "/healthz"))
 
 
-def test_a_worker_without_salt_says_so(stores: Stores) -> None:
-    """It does not make one: with another salt nobody would be known."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_without_salt_says_so(stores: Stores, workers: int) -> None:
+    """It does not make one: with another salt nobody would be known; and none is started for ever."""
     stores.settings.salt_path.unlink()
-    with worker(stores, free_port()) as process:
+    with worker(stores, free_port(), workers) as process:
         _, log = process.communicate(timeout=60)
     assert process.returncode == 1 and "there is no salt" in log

@@ -1,0 +1,85 @@
+"""How current a host is: what it misses makes it old, and that nothing comes does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.currency import CLICKS, NOTE_MS, VERSIONS, Currency, LogCheck
+from deploy.serving.host import Host
+from deploy.serving.http_api.app import App
+from state.events.identity import Salt
+from state.layout import CURRENT
+from tests.deploy.serving.http_api.test_app import ask
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
+from tests.deploy.serving.test_clicks import LOG, Following, append, record, written
+
+
+def test_what_was_current_longer_ago_than_bearable_is_named(tmp_path: Path) -> None:
+    """By part; so is what was never said to be."""
+    writer, reader = Currency(tmp_path, CURRENT), Currency(tmp_path, CURRENT)
+    assert set(reader.older_than(30.0, NOW_MS)) == {VERSIONS, CLICKS}
+    writer.note(VERSIONS, NOW_MS)
+    writer.note(CLICKS, NOW_MS - 20_000)
+    assert reader.older_than(30.0, NOW_MS) == {}
+    assert set(reader.older_than(30.0, NOW_MS + 11_000)) == {CLICKS}
+    assert set(reader.older_than(30.0, NOW_MS + 31_000)) == {VERSIONS, CLICKS}
+
+
+def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_path: Path) -> None:
+    """A clock that was set back is believed at once."""
+    notes, path = Currency(tmp_path, CURRENT), tmp_path / f"{CURRENT}.{VERSIONS}"
+
+    def noted_ms(at_ms: int) -> int:
+        notes.note(VERSIONS, at_ms)
+        return path.stat().st_mtime_ns // 1_000_000
+
+    assert noted_ms(NOW_MS) == NOW_MS
+    assert noted_ms(NOW_MS + NOTE_MS - 1) == NOW_MS
+    assert noted_ms(NOW_MS + NOTE_MS) == NOW_MS + NOTE_MS
+    assert noted_ms(NOW_MS - 5_000) == NOW_MS - 5_000
+
+
+def test_readiness_ends_with_currency_and_comes_again(stores: Stores) -> None:
+    """Where `serving.max_age_s` asks for it; the reason names the setting."""
+    stores.close()
+    settings = replace(stores.settings, serving=replace(stores.settings.serving, max_age_s=30.0))
+    now = [NOW_MS]
+    app = App(Host(settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    assert ask(app, "GET", "/readyz").status_code == 503
+    notes = Currency(settings.serving_dir, CURRENT)
+    for part in (VERSIONS, CLICKS):
+        notes.note(part, NOW_MS)
+    assert ask(app, "GET", "/readyz").json()["ready"]
+    now[0] += 31_000
+    notes.note(VERSIONS, now[0])
+    old = ask(app, "GET", "/readyz")
+    assert (old.status_code, old.json()["version"], old.json()["histories"]) == (503, True, False)
+    assert "serving.max_age_s" in old.json()["error"]
+    # Answers go on: who asks may prefer old ones to none.
+    assert ask(app, "GET", "/v1/profiles/ann").status_code == 200
+    app.close()
+
+
+@pytest.mark.parametrize("transactional_id", [None, "stream"])
+def test_histories_are_current_once_they_hold_what_the_log_held(tmp_path: Path, transactional_id: str | None) -> None:
+    """Also behind a transaction's marker, which is no record; and what came later is not waited for."""
+    log = written(record(0, 5))
+    following, check = Following(tmp_path / "histories", log), LogCheck(1000)
+    with log.writer(transactional_id) as writer:
+        if transactional_id is None:
+            writer.send(LOG, 0, None, record(5, 10))
+        else:
+            with writer.transaction():
+                writer.send(LOG, 0, None, record(5, 10))
+    ends = {partition: end for partition, (_, end) in log.topics().ends(LOG, committed_only=True).items()}
+    assert check.due(5_000)
+    check.asked(5_000, ends)
+    assert not check.due(90_000) and check.reached(following.follower.positions) is None
+    following.drain()
+    append(log, record(10, 15))
+    assert check.reached(following.follower.positions) == 5_000
+    assert not check.due(5_500) and check.due(6_000)

@@ -1,0 +1,105 @@
+"""Several workers on one port: one that ends is replaced, the others go on, and their metrics are one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deploy.serving.workers import COUNTER_BYTES, make_counters
+from tests.deploy.serving.stocked import Stores
+from tests.deploy.serving.test_rest import answers, free_port, until, worker
+
+PROFILES = 'springtide_requests_total{code="200",route="profile"}'
+STARTS = "springtide_worker_starts_total"
+
+
+def counted(port: int, series: str) -> float:
+    """A value of /metrics, whichever worker answers."""
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30.0).text
+    return sum(float(one.rsplit(" ", 1)[1]) for one in text.splitlines() if one.startswith(series + " "))
+
+
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The workers of a parent; beside them is Python's own tracker of resources."""
+    found = psutil.Process(process.pid).children()
+    return [one for one in found if "spawn_main" in " ".join(one.cmdline())]
+
+
+class Fire:
+    """Clients that ask without a pause, each on a connection that it keeps, until the block ends."""
+
+    def __init__(self, port: int, clients: int = 3) -> None:
+        self._url = f"http://127.0.0.1:{port}/v1/profiles/ann"
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+        self._lock = threading.Lock()
+        self.answered, self.failures = 0, list[str]()
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=60.0) as client:
+            while not self._over.is_set():
+                try:
+                    response = client.get(self._url)
+                except httpx.TransportError as error:
+                    self.failures.append(repr(error))
+                    continue
+                if response.status_code != 200:
+                    self.failures.append(response.text)
+                with self._lock:
+                    self.answered += 1
+
+    def __enter__(self) -> Fire:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(stores: Stores) -> None:
+    """Real processes on one socket: an end in order under fire costs no request, a kill costs no worker but its own."""
+    port = free_port()
+    with worker(stores, port, workers=2, drain_s="0.3") as process:
+        until(lambda: answers(port, "/readyz"))
+        until(lambda: counted(port, STARTS) == 2)
+        # 1. One drains under fire, and its successor takes up its connections and counters.
+        with Fire(port) as fire:
+            until(lambda: fire.answered > 20)
+            first, second = children(process)
+            first.terminate()
+            until(lambda: not first.is_running() and counted(port, STARTS) == 3)
+            after = fire.answered
+            until(lambda: fire.answered > after + 50)
+        assert fire.failures == []
+        # Each worker says the same, and nothing that the first one counted is lost.
+        assert {counted(port, PROFILES) for _ in range(8)} == {fire.answered}
+        # 2. One is killed.
+        second.kill()
+        until(lambda: not second.is_running())
+        assert all(answers(port, "/v1/profiles/ann") for _ in range(8))
+        until(lambda: counted(port, STARTS) == 4)
+        assert process.poll() is None and len(children(process)) == 2
+        # 3. All end.
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0 and log.count("starting it again") == 2, log
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_room_of_counters_is_there_before_a_worker_is(tmp_path: Path, count: int) -> None:
+    """A page that a full disk cannot give would end who writes to it; what an earlier run counted is gone."""
+    (tmp_path / "counters").mkdir()
+    (tmp_path / "counters" / "counter_7.db").write_bytes(b"old")
+    make_counters(tmp_path / "counters", count)
+    files = list((tmp_path / "counters").iterdir())
+    assert len(files) == 2 * count
+    assert all(one.stat().st_blocks * 512 >= COUNTER_BYTES for one in files)
