@@ -132,6 +132,13 @@ class Alive(Struct, frozen=True):
     status: Literal["ok"]
 
 
+class RefusedVersion(Struct, frozen=True):
+    """A version that is newer than the one that answers, and why it does not answer."""
+
+    version: int
+    reason: str
+
+
 class Readiness(Struct, frozen=True):
     """Whether a worker can answer, and what it lacks; `error` and `do` say why and what to do."""
 
@@ -139,6 +146,7 @@ class Readiness(Struct, frozen=True):
     version: bool = False
     program: bool = False
     histories: bool = False
+    refused: RefusedVersion | None = None
     error: str = ""
     do: str = ""
 

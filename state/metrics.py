@@ -256,6 +256,13 @@ class ApplierMetrics(Metrics):
     corrupt_versions = counter(
         "springtide_serving_corrupt_versions", "Versions refused because a file fails its digest."
     )
+    failed_probes = counter(
+        "springtide_serving_failed_probes", "Versions refused because they answer otherwise than their trainer did."
+    )
+    refused_version = gauge(
+        "springtide_serving_refused_version",
+        "The newest version that failed its probe and is newer than the one that answers; 0 for none.",
+    )
     swept_versions = counter("springtide_serving_swept_versions", "Old versions forgotten.")
     history_duplicates = counter(
         "springtide_serving_history_duplicates", "Rows of the micro-batch topic that the histories had."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from state import probe
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from trainer.replay import ACCOUNT, Replay
@@ -110,7 +111,8 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay
     from trainer.versions.erased_rows import CrossedIds, without
 
     base, deltas = registry.chain(target.version)
-    kept = content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas))
+    # What a version was asked to show that it answers rightly is no state.
+    kept = probe.without(content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas)))
     computed, control = checkpoint.full(trainer), registry.control()
     if control is not None and any(part.rewritten > part.erased for part in (base, *deltas)):
         gone = control.erased.after(target.erased).users

@@ -17,6 +17,7 @@ from trainer.engine.step import Trainer
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.draft import Drafter
+from trainer.versions.probed import ProbedRanker
 from trainer.versions.publisher import Publisher, Saving
 
 
@@ -47,7 +48,7 @@ class Publications:
     ) -> None:
         self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
         self._metrics, self._pace_s, self._clock, self._elapsed = metrics, pace_s, clock, elapsed
-        self._durable_s = durable_s
+        self._durable_s, self._probed = durable_s, ProbedRanker(trainer.model)
         self._last_s = self._saved_s = float("-inf")
 
     @property
@@ -96,7 +97,8 @@ class Publications:
             or self._elapsed() - self._saved_s >= self._durable_s
             or place.parent - place.durable >= MOST_BETWEEN - 1
         )
-        served = checkpoint.served(self._trainer)
+        probe = self._probed.answers()
+        served = checkpoint.served(self._trainer) | probe
         if (at := onward(control.log, place.next)) != place.next:
             # Who wrote what is passed over on the way there is not known.
             place = replace(place, next=at, leader_epoch=-1)
@@ -105,7 +107,7 @@ class Publications:
         if durable:
             log = replace(draft.log, first=place.durable_first)
             since = replace(draft, kind="delta", parent=place.durable or None, log=log)
-            saving = Saving(since, checkpoint.changes(self._trainer))
+            saving = Saving(since, checkpoint.changes(self._trainer) | probe)
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, served, saving)
         self._last_s = self._elapsed()
@@ -132,7 +134,8 @@ class Publications:
             OSError: The disk refused.
         """
         kind: Kind = "delta" if place.parent else "base"
-        self._publisher.save(Saving(self.draft(kind, place, control, account, topic_id), tensors))
+        draft = self.draft(kind, place, control, account, topic_id)
+        self._publisher.save(Saving(draft, {**tensors, **self._probed.answers()}))
         made = self.settle(wait=True)
         assert made is not None, "it was offered"
         return place.at_version(made).handed_over(True)

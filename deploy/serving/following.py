@@ -9,6 +9,7 @@
                        was killed, and makes it again from the log
     V has a label      it is brought too, while answers are where control wants them
     V is corrupt       the last good version goes on answering; another base is tried
+    V fails its probe  likewise; its rows are here, for the versions after it build on them
 
 Each version is one transaction; while following, the pointer moves in it.
 """
@@ -21,11 +22,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from deploy.serving.fit_versions import FitVersions
 from deploy.serving.labelled import Labelled
 from deploy.serving.newest_version import NewestVersion
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.program_files import ProgramFiles
 from deploy.serving.refusals import Refusals
+from deploy.serving.retention import applied_ms, too_old
 from deploy.serving.route import Route, route_to
 from deploy.serving.version_features import SpecFiles
 from state.errors import CorruptVersion, UnknownVersion
@@ -45,7 +48,6 @@ from state.rows.store import RowStore
 
 ROUND_MS = 200
 SWEEP_MS = 10_000
-RECENT_MS = 10_000
 _log = logging.getLogger(__name__)
 
 
@@ -79,12 +81,13 @@ class VersionFollower:
         self._anew_ms: int | None = None
         self._registry, self._rows = registry, rows
         self._programs, self._specs = ProgramFiles(programs, registry), SpecFiles(programs, registry)
+        self._fit = FitVersions(rows, programs, metrics, self._refuse)
         self._metrics = metrics
         self._keep_ms = round(keep_s * 1000)
         self._now_ms = now_ms
         self.served: Served | None = None
         self._read_served()
-        self._here = self._applied()
+        self._here = applied_ms(rows)
         with rows.reader() as reader:
             note = reader.note(CONTROL_NOTE)
         self._generation = 0 if note is None else int(json.loads(note)["generation"])
@@ -125,7 +128,9 @@ class VersionFollower:
         wanted = self._wanted(control)
         if wanted is None:
             return False
-        if self.served is not None and self.served.version == wanted:
+        if (self.served is not None and self.served.version == wanted) or (
+            wanted in self._here and wanted not in self._fit
+        ):
             self._route = None
             return self._labelled.step(control.labels, self._here)
         # 3.
@@ -138,7 +143,7 @@ class VersionFollower:
     def sweep(self) -> None:
         """Forgets versions that are too old and that nobody needs, every few seconds; deletes what they leave a little at a time.
 
-        Those that are not durable are forgotten after `RECENT_MS`, the others after `keep_s`.
+        Those that are not durable are forgotten after some seconds, the others after `keep_s`.
 
         Raises:
             StoreFull: There is no room for that; nothing was changed.
@@ -157,25 +162,16 @@ class VersionFollower:
             needed = {max(self._here, default=0), reader.before() or 0}
         if control is not None:
             needed |= named(control)
-        recent_ms = min(RECENT_MS, self._keep_ms)
-        old = [
-            version
-            for version, applied_ms in self._here.items()
-            if now_ms - applied_ms > (self._keep_ms if version in durable else recent_ms) and version not in needed
-        ]
+        old = too_old(self._here, now_ms, self._keep_ms, durable, needed)
         self._metrics.swept_versions.inc(self._rows.forget(old))
         self._swept_ms = now_ms
-        self._here = self._applied()
-
-    def _applied(self) -> dict[int, int]:
-        """When each version in the store was applied, by its number."""
-        with self._rows.reader() as reader:
-            return {record.version: record.applied_at_ms for record in reader.versions()}
+        self._here = applied_ms(self._rows)
+        self._fit.keep(self._here)
 
     def _take_up(self, control: Control) -> None:
         """Stores control and mask where answers look, with the pointer where the pinned version is here."""
         pin = control.serving.version if control.serving.mode == "pin" else None
-        at_once = pin if pin in self._here else None
+        at_once = pin if pin in self._here and pin in self._fit else None
         told = {"generation": control.generation, "epoch": control.epoch, "pin": pin, "labels": dict(control.labels)}
         notes = {CONTROL_NOTE: json.dumps(told).encode(), MASK_NOTE: control.mask.to_bytes()}
         self._rows.steer(notes, at_once)
@@ -266,11 +262,12 @@ class VersionFollower:
     def _apply(self, manifest: Manifest, rebuild: bool, follow: bool) -> None:
         self._programs.bring(manifest.program)
         self._specs.bring(manifest.spec)
-        data = self._registry.read(manifest, SERVING)
+        tensors = unpack(self._registry.read(manifest, SERVING))
         killpoints.reach("apply.read")
         now_ms = self._now_ms()
+        follow = self._fit.admit(manifest, tensors) and follow
         with self._metrics.apply_seconds.time():
-            self._rows.apply(manifest, unpack(data), now_ms, follow=follow, replace=rebuild)
+            self._rows.apply(manifest, tensors, now_ms, follow=follow, replace=rebuild)
         killpoints.reach("apply.applied")
         if manifest.erased < self._erased.last and self._crosses is not None:
             self._rows.erase(self._erased.after(manifest.erased), self._crosses, manifest.version)
@@ -278,8 +275,11 @@ class VersionFollower:
         self._metrics.applied_versions.inc()
         if follow or (self.served is not None and self.served.version == manifest.version):
             self._read_served()
+        self._fit.show(self.served)
 
     def _serve(self, version: int) -> None:
+        if version not in self._fit:
+            return
         self._rows.serve(version)
         killpoints.reach("apply.served")
         self._read_served()
@@ -293,6 +293,7 @@ class VersionFollower:
             self._specs.bring(self.served.spec)
             self._metrics.version.set(self.served.version)
             self._metrics.epoch.set(self.served.epoch)
+        self._fit.show(self.served)
 
     def _refuse(self, kind: str, version: int, error: Exception) -> None:
         answering = "no version" if self.served is None else f"version {self.served.version}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deploy.serving.currency import Currency
 from deploy.serving.known_attributes import KnownAttributes
-from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, REFUSED_NOTE, refused_versions
 from deploy.serving.predictor import Predictor
 from deploy.serving.recommending.shelves import Shelves
 from state.attributes.store import AttributeStore
@@ -101,6 +101,19 @@ class Host:
         if max_age_s := self._settings.serving.max_age_s:
             found = self._currency.older_than(max_age_s, self._now_ms()) | found
         return found
+
+    def refused(self) -> tuple[int, str] | None:
+        """The newest version that is newer than the one that answers and failed its probe, and why; None where there is none."""
+        if self._rows is None:
+            return None
+        with self._rows.reader() as reader:
+            served = reader.served()
+            newer = [
+                one
+                for one in refused_versions(reader.note(REFUSED_NOTE)).items()
+                if served is None or one[0] > served.version
+            ]
+        return max(newer, default=None)
 
     def close(self) -> None:
         """Closes the stores."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from deploy.serving import crosses
 from deploy.serving.catalogue import Catalogue, ShownName
+from deploy.serving.notes import REFUSED_NOTE, refused_versions
 from deploy.serving.own_rows import OwnInput, own_inputs
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
@@ -237,6 +238,8 @@ class VersionLoader:
         served = reader.version(version)
         if served is None:
             raise UnknownModel(f"version {version} is not here", f"ask for one of {named(reader)}")
+        if (why := refused_versions(reader.note(REFUSED_NOTE)).get(version)) is not None:
+            raise UnknownModel(f"version {version} is refused: {why}", f"ask for one of {named(reader)}")
         loaded = self._others.pop(served.serial, None)
         if loaded is None:
             features = self._features_of(served)

@@ -8,6 +8,9 @@ CONTROL_NOTE = "control"
 MASK_NOTE = "mask"
 """Notes in the rows: the control generation that answers know, and its mask."""
 
+REFUSED_NOTE = "refused"
+"""A note in the rows: why each version that is here is not answered with, JSON by number."""
+
 CLOCK_EXTRA = "clock"
 CAUGHT_UP_EXTRA = "caught_up"
 """Extras of the histories: the event clock, and whether the micro-batch topic was once read to its end."""
@@ -19,6 +22,15 @@ ITEM = "item:"
 """Begins the extra with an item's category, 8 bytes big endian, and its name, if any."""
 
 DAY_MS = 86_400_000
+
+
+def refused_versions(note: bytes | None) -> dict[int, str]:
+    """What `REFUSED_NOTE` says.
+
+    >>> refused_versions(b'{"7": "it answers otherwise"}'), refused_versions(None)
+    ({7: 'it answers otherwise'}, {})
+    """
+    return {} if note is None else {int(version): why for version, why in json.loads(note).items()}
 
 
 def name_extra(category: int) -> str:

@@ -31,7 +31,7 @@ class Refusals:
         """Remembers for a second that a version cannot be had, and says so once.
 
         Args:
-            kind: `manifest`, `delta` or `base`.
+            kind: `manifest`, `delta`, `base`, or `probe`, which is not tried again.
             version: Which.
             error: Why.
             answering: What goes on answering.

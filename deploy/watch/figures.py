@@ -1,8 +1,7 @@
 """The figures of the running loop, from what its processes offer on /metrics.
 
-Rates are of the last seconds, and the quantiles of the last minute or, for a
-single look, since each process started. Both need an earlier look at the same
-process: one that began anew since then is another.
+Rates are of the last seconds, and the quantiles of the last minute or, for a single look, since each process started.
+Both need an earlier look at the same process: one that began anew since then is another.
 """
 
 from __future__ import annotations
@@ -92,6 +91,7 @@ class Figures:
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
+        refused: The newest version that failed its probe, where it is newer than the one that answers.
         full: What waits for room on the disk, and who takes almost all of a share, in words.
         dying: Part -> how often in a row it died, of those that `springtide up` starts again.
         shoppers: Whether `springtide up` runs synthetic shoppers.
@@ -133,6 +133,7 @@ class Figures:
     cold_starts: float | None = None
     faults: float = 0.0
     corrupt: float = 0.0
+    refused: float = 0.0
     full: Sequence[str] = ()
     dying: Mapping[str, float] = field(default_factory=dict)
     shoppers: bool = False
@@ -259,10 +260,8 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
     """The figures of the four processes, without what `Watch` adds. Pure."""
     learned = bool(trainer.now.total("springtide_trainer_steps_total"))
     dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
-    faults = (
-        stream.now.value("springtide_accounting_stream_faults"),
-        trainer.now.value("springtide_accounting_trainer_faults"),
-    )
+    accounts = ((stream, "springtide_accounting_stream_faults"), (trainer, "springtide_accounting_trainer_faults"))
+    faults = [one.now.value(name) for one, name in accounts]
     return Figures(
         events=stream.count("springtide_stream_events_total"),
         events_per_s=stream.rate("springtide_stream_events_total"),
@@ -297,4 +296,5 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         cold_starts=worker.now.total("springtide_cold_starts_total"),
         faults=sum(one or 0.0 for one in faults),
         corrupt=applier.now.total("springtide_serving_corrupt_versions_total") or 0.0,
+        refused=applier.now.value("springtide_serving_refused_version") or 0.0,
     )

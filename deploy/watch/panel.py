@@ -96,6 +96,8 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield f"{rate(figures.failed_per_s)} answers fail"
     if figures.corrupt:
         yield f"corrupt versions: {shown(figures.corrupt)}"
+    if figures.refused:
+        yield f"version {figures.refused:.0f} is refused"
 
 
 def old_clicks(figures: Figures) -> bool:

@@ -42,13 +42,21 @@ class Health:
             return Response(503, encode({"ready": False, "error": "this worker is about to end", "do": "ask another"}))
         missing = self._host.missing()
         parts = {part: part not in missing for part in ("version", "program", "histories")}
+        refused = self._host.refused()
+        told = {} if refused is None else {"refused": {"version": refused[0], "reason": refused[1]}}
         if not missing:
-            return Response(200, encode({"ready": True, **parts}))
+            return Response(200, encode({"ready": True, **parts, **told}))
         reasons = "; ".join(f"{part}: {reason}" for part, reason in missing.items())
         return Response(
             503,
             encode(
-                {"ready": False, **parts, "error": f"not ready: {reasons}", "do": "wait, or look at the applier's log"}
+                {
+                    "ready": False,
+                    **parts,
+                    **told,
+                    "error": f"not ready: {reasons}",
+                    "do": "wait, or look at the applier's log",
+                }
             ),
         )
 

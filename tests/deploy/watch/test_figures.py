@@ -233,6 +233,7 @@ OLD_CLICKS = Figures(
         (Figures(events_per_s=100.0, dead_per_s=1.0), []),
         (Figures(events_per_s=100.0, dead_per_s=1.1), ["1% dead letters"]),
         (Figures(corrupt=2.0), ["corrupt versions: 2"]),
+        (Figures(refused=17.0), ["version 17 is refused"]),
         (Figures(away={"stream": "refused"}), ["nothing answers"]),
     ],
 )

@@ -1,0 +1,77 @@
+"""Which versions in a host's rows answers may be of: those that did not fail their probe.
+
+A version that failed is in the rows all the same, for the versions after it
+build on them; what is noted beside the rows keeps answers from it, also after a
+restart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from deploy.serving.notes import REFUSED_NOTE, refused_versions
+from deploy.serving.probing import Probing
+from state.errors import ProgramError
+from state.metrics import ApplierMetrics
+from state.registry.manifest import Manifest
+from state.rows.served import Served
+from state.rows.store import RowStore
+
+
+class FitVersions:
+    """All but those that failed; used by the thread that writes the rows.
+
+    Args:
+        rows: The host's row store, in which they are noted.
+        programs: Directory with the host's copies of programs.
+        metrics: Of the applier.
+        refuse: Is told `probe`, the number of a version that fails, and why.
+    """
+
+    def __init__(
+        self, rows: RowStore, programs: Path, metrics: ApplierMetrics, refuse: Callable[[str, int, Exception], None]
+    ) -> None:
+        self._rows, self._metrics, self._refuse = rows, metrics, refuse
+        self._probing = Probing(programs)
+        with rows.reader() as reader:
+            self._refused = refused_versions(reader.note(REFUSED_NOTE))
+
+    def __contains__(self, version: int | None) -> bool:
+        return version not in self._refused
+
+    def admit(self, manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether answers may be of a version that is about to be applied; if not, that is noted when this returns.
+
+        Args:
+            manifest: The version; its program is on this host.
+            tensors: All of it.
+        """
+        version = manifest.version
+        if version not in self._refused:
+            try:
+                self._probing.check(version, manifest.program, tensors)
+            except ProgramError as error:
+                self._metrics.failed_probes.inc()
+                self._note({**self._refused, version: str(error)})
+                self._refuse("probe", version, error)
+        return version in self
+
+    def keep(self, here: Container[int]) -> None:
+        """Forgets those that are not in the rows any more."""
+        kept = {version: why for version, why in self._refused.items() if version in here}
+        if kept != self._refused:
+            self._note(kept)
+
+    def show(self, served: Served | None) -> None:
+        """Says in the metrics which one would answer now, had it not failed."""
+        newer = [version for version in self._refused if served is None or version > served.version]
+        self._metrics.refused_version.set(max(newer, default=0))
+
+    def _note(self, refused: dict[int, str]) -> None:
+        self._rows.steer({REFUSED_NOTE: json.dumps(refused).encode()})
+        self._refused = refused

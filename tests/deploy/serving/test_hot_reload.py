@@ -1,0 +1,121 @@
+"""Versions swapped one after another while a worker is asked: no error, no answer of two versions, and nothing grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.registry.registry import Registry
+from tests.deploy.serving.fire import CATEGORIES, USERS, Fire, HostWriter, Line, Trainer
+from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered, Stores, small
+from tests.deploy.serving.test_rest import answers, free_port, until, worker
+
+SWAPS, NEW_PROGRAM_AT = 100, 50
+ANSWERS_EACH, RATE = 20, 500.0
+WARM = 20
+"""Swaps until what a process needs once is there."""
+MOST_GROWTH_BYTES = 16 << 20
+
+
+@pytest.fixture(scope="module")
+def lines(lowered: Lowered) -> list[Line]:
+    """The model of the other tests, and another graph of other features."""
+    from trainer.model.default_ranker import DefaultRanker
+    from trainer.versions.program import build
+
+    settings = small(Settings())
+    spec = replace(FeatureSpec(), recent_categories=FeatureSpec().recent_categories - 2)
+    other = DefaultRanker(replace(settings.model, hidden=(12, 8)), spec)
+    rng = np.random.default_rng(6)
+    other.set_weights({name: rng.normal(0, 0.1, one.shape).astype(np.float32) for name, one in other.weights().items()})
+    return [Line(lowered.model, lowered.content, FeatureSpec()), Line(other, build(other), spec)]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    made = small(Settings())
+    made = replace(made, paths=replace(made.paths, state=str(tmp_path)), serving=replace(made.serving, map_gb=1))
+    made.salt_path.write_text(SALT_KEY.decode())
+    made.salt_path.chmod(0o600)
+    return made
+
+
+@pytest.fixture
+def trainer(settings: Settings, lines: list[Line]) -> Trainer:
+    return Trainer(Registry(settings.registry_dir), lines, DIM)
+
+
+@pytest.fixture
+def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
+    made = HostWriter(settings, trainer.registry)
+    for place, category in enumerate(CATEGORIES):
+        made.click("bob", category, 1000 * (50 - place))
+    yield made
+    made.close()
+
+
+def test_a_hundred_versions_are_swapped_without_an_error_or_a_mixed_answer(
+    settings: Settings, trainer: Trainer, host: HostWriter, lowered: Lowered
+) -> None:
+    """Half of them of another program with other features; each answer is computed again from what it says of itself."""
+    assert host.settle() == 0
+    trainer.publish()
+    host.settle()
+    port, grown = free_port(), []
+    with worker(Stores(settings, host.rows, host.histories, lowered), port) as process:
+        until(lambda: answers(port, "/readyz"))
+        of_process = psutil.Process(process.pid)
+        with Fire(port, RATE) as asked:
+            for swap in range(SWAPS):
+                version = trainer.publish(int(swap >= NEW_PROGRAM_AT))
+                assert host.settle() == version
+                if swap % 5 == 0:
+                    host.click("ann", CATEGORIES[swap // 5 % len(CATEGORIES)], 60_000 - swap)
+                wanted = len(asked.waited_s) + ANSWERS_EACH
+                until(lambda wanted=wanted: len(asked.waited_s) >= wanted, 10.0)  # type: ignore[misc]
+                if swap in (NEW_PROGRAM_AT + WARM, SWAPS - 1):
+                    grown.append(of_process.memory_info().rss)
+        assert answers(port, "/readyz")
+    assert asked.failed == {}
+    found = asked.answers()
+    assert {one["user_id"] for one in found} == set(USERS)
+    seen = {one["version"]["number"] for one in found}
+    assert len(seen) > SWAPS * 0.9 and {trainer.made[one][0] for one in seen} == {0, 1}
+    assert len({one["features"]["view.count_1h"] for one in found if one["user_id"] == "ann"}) > SWAPS / 10
+    assert trainer.differences(found, host.events) == []
+    assert grown[1] - grown[0] < MOST_GROWTH_BYTES
+
+
+def test_a_mixed_answer_is_found_out(trainer: Trainer, host: HostWriter) -> None:
+    """What the test above looks for can be seen: weights, rows, positions or features of another version."""
+    from deploy.serving.answer import Query
+    from deploy.serving.predictor import Predictor
+    from state.events.identity import Salt
+    from state.layout import PROGRAMS
+    from tests.deploy.serving.stocked import NOW_MS
+
+    host.click("ann", "hats", 5000)
+    one, two = trainer.publish(), trainer.publish()
+    assert host.settle() == two
+    predictor = Predictor(
+        host.rows, host.histories, host._programs.parent / PROGRAMS, FeatureSpec(), Salt(SALT_KEY), (), "wall", lambda: NOW_MS
+    )  # fmt: skip
+    query = Query("ann", at_ms=NOW_MS, top=100)
+    with host.rows.reader() as reader:
+        (old,), (new,) = (predictor.profiles([query], reader, number) for number in (one, two))
+    documents = [one.document() | {"vector": one.vector.tolist()} for one in (old, new)]
+    assert trainer.differences(documents, host.events) == []
+    first, second = documents
+    assert trainer.differences([second | {"vector": first["vector"]}], host.events) == [
+        f"version {two}, ann after 1 clicks: another vector"
+    ]
+    assert trainer.differences([second | {"interests": first["interests"]}], host.events)
+    assert trainer.differences([second | {"version": first["version"] | {"number": two}}], host.events)
+    assert trainer.differences([second | {"features": second["features"] | {"view.count_1d": 9}}], host.events)
