@@ -56,6 +56,7 @@ def test_named_users_are_answered_as_serving_answers(stores: Stores, tmp_path: P
             np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-5, atol=1e-6)
         else:
             assert found[name].numpy().tolist() == value.tolist(), name
+    assert from_graph(path, given)["interest_labels"].tolist() == wanted["interest_labels"].tolist()
     for name, wrong, what in (
         ("item", "i9", "items"),
         ("category", "hats", "own category"),
@@ -64,6 +65,18 @@ def test_named_users_are_answered_as_serving_answers(stores: Stores, tmp_path: P
         odd = {"user_id": ["ann"], "item": [""], "category": [""], "at": [-1]} | {name: [wrong]}
         with pytest.raises(tf.errors.InvalidArgumentError, match=what):
             by_id(**{one: tf.constant(value, tf.int64 if one == "at" else tf.string) for one, value in odd.items()})
+
+
+def from_graph(path: Path, given: dict[str, list[object]]) -> dict[str, np.ndarray]:
+    """What the graph and its signature alone answer: so TensorFlow Serving loads it, which knows no Python."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        (meta,) = [tf.compat.v1.saved_model.load(session, ["serve"], str(path))]
+        signature = meta.signature_def["serving_default"]
+        fed = {signature.inputs[name].name: value for name, value in given.items()}
+        found: dict[str, np.ndarray] = session.run(
+            {name: one.name for name, one in signature.outputs.items()}, feed_dict=fed
+        )
+    return found
 
 
 def test_a_host_writes_the_answers_in_a_process_of_its_own(

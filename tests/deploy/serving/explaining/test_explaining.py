@@ -21,7 +21,9 @@ from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec
 from state.history.appends import Appends
 from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, clicks
-from tests.deploy.serving.test_predictor import predictor
+from tests.deploy.serving.test_own_tables import looking_up as looking_up
+from tests.deploy.serving.test_own_tables import predictor as predictor
+from tests.deploy.serving.test_predictor import predictor as predictor_of
 
 
 def explained(answers: Predictor, query: Query, label: str | None = None) -> Explanation:
@@ -34,7 +36,7 @@ def busy(stores: Stores) -> Predictor:
     """Answers, once `ann` has viewed hats 14 times more, three minutes ago at last."""
     seen = clicks([("hats", f"i{n}", 180_000 + n * 60_000) for n in range(14)], first_offset=100)
     stores.histories.commit(Appends.of(np.full(14, user_id(Salt(SALT_KEY), "ann"), np.uint64), seen), (), {})
-    return predictor(stores)
+    return predictor_of(stores)
 
 
 @pytest.mark.parametrize("label", ["hats", "shoes", "tea"])
@@ -110,6 +112,20 @@ def test_the_parts_are_the_integral_of_the_models_own_gradient(stores: Stores) -
     assert np.abs(ours - wanted).max() < 0.01 * np.abs(wanted).sum()
 
 
+def test_a_ranker_of_ones_own_is_explained_too(predictor: Predictor) -> None:
+    """By the latest events, and rows of its own tables; of its interests nothing but the candidates counts."""
+    best = predictor.profile("ann", at_ms=NOW_MS).interests[0]["label"]
+    cases: list[tuple[str | None, str | None, set[str]]] = [
+        (None, best, {"candidates"}),
+        ("i1", None, {"candidates", "user", "context", "sequence"}),
+    ]
+    for item, label, kinds in cases:
+        found = explained(predictor, Query("ann", item, at_ms=NOW_MS, top=100), label)
+        difference = found.probability - found.cold_start_probability
+        assert abs(difference) > 0.001 and {one["kind"] for one in found.reasons} == kinds
+        assert sum(one["share"] for one in found.reasons) == pytest.approx(difference, rel=0.01)
+
+
 def test_a_reason_says_what_happened(stores: Stores) -> None:
     """How often, in how long, when last, and the newest of the events themselves."""
     reasons = explained(busy(stores), Query("ann", at_ms=NOW_MS, top=1000), "hats").reasons
@@ -144,14 +160,14 @@ def test_events_tell_actions_and_outcomes() -> None:
 
 def test_of_nobody_there_is_nothing_to_explain(stores: Stores) -> None:
     """Nor does it fail."""
-    found = explained(predictor(stores), Query("nobody", top=10), "tea")
+    found = explained(predictor_of(stores), Query("nobody", top=10), "tea")
     assert found.cold_start and found.reasons == [] and found.rest == pytest.approx(0, abs=1e-9)
     assert found.probability == found.cold_start_probability > 0
 
 
 def test_what_is_no_candidate_is_refused_with_those_there_are(stores: Stores) -> None:
     """So is a question about both, or about neither."""
-    answers = predictor(stores)
+    answers = predictor_of(stores)
     with pytest.raises(BadRequest, match=r"none of this user's candidates; ask for one of .*hats"):
         explained(answers, Query("ann"), "tractors")
     for query, label in ((Query("ann", "i1"), "hats"), (Query("ann"), None)):
