@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from state.config.loading import load
@@ -147,6 +148,8 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         from trainer.versions.program import preprocessing_of
 
         chosen = read_users(asked.users, users) if users is not None and asked.tflite else []
+        # A GPU is the trainer's, which runs beside it.
+        settings = replace(settings, trainer=replace(settings.trainer, device="cpu"))
         device.prepare(settings.trainer.device, settings.trainer.threads)
         name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
         trainer = Trainer(settings, spec, preprocessing_of(registry.transform(name)))
