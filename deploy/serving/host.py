@@ -9,7 +9,7 @@ from deploy.serving.currency import Currency
 from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, REFUSED_NOTE, refused_versions
 from deploy.serving.predictor import Predictor
-from deploy.serving.recommending.shelves import Shelves
+from deploy.serving.recommending.sources import ItemSources
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.config.settings import Settings
@@ -43,7 +43,7 @@ class Host:
         self._tables = tables_of(settings.attributes)
         self._attributes: AttributeStore | None = None
         self._predictor: Predictor | None = None
-        self._shelves: Shelves | None = None
+        self._sources: ItemSources | None = None
         self._files: tuple[tuple[int, int], ...] = ()
         self._check_at_ms = 0
         self._currency = Currency(settings.serving_dir, CURRENT)
@@ -64,16 +64,17 @@ class Host:
                 self._files = files
         return self._predictor
 
-    def shelves(self) -> Shelves:
-        """Items by category, as far as its user has let it read; begun anew where the histories are opened again.
+    def sources(self) -> ItemSources:
+        """Where items come from, as far as its user has let it read; begun anew where the stores are opened again.
 
         Raises:
             NotReady: A store is not there yet.
         """
         histories = self.predictor().histories
-        if self._shelves is None:
-            self._shelves = Shelves(histories)
-        return self._shelves
+        if self._sources is None:
+            assert self._rows is not None
+            self._sources = ItemSources(histories, self._rows)
+        return self._sources
 
     def missing(self) -> dict[str, str]:
         """What keeps this worker from answering, by part (histories, version, program); empty when it is ready.
@@ -120,7 +121,7 @@ class Host:
         for store in (self._rows, self._histories, self._attributes):
             if store is not None:
                 store.close()
-        self._rows = self._histories = self._attributes = self._predictor = self._shelves = None
+        self._rows = self._histories = self._attributes = self._predictor = self._sources = None
 
     def _open(self) -> Predictor:
         settings, folder = self._settings, self._settings.serving_dir

@@ -27,8 +27,11 @@ SLACK_S = 0.5
 Labels = Mapping[str, Collection[str]]
 ANSWERS: Labels = {
     "route": (
-        *("profile", "batch", "rank", "recommendations", "predict"),
-        *(f"/springtide.v1.Profiles/{name}" for name in ("GetProfile", "BatchGetProfiles", "Rank", "Recommend")),
+        *("profile", "batch", "rank", "recommendations", "similar", "predict"),
+        *(
+            f"/springtide.v1.Profiles/{name}"
+            for name in ("GetProfile", "BatchGetProfiles", "Rank", "Recommend", "Similar")
+        ),
         "/tensorflow.serving.PredictionService/Predict",
     )
 }

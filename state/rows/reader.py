@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 
 from state.errors import UnknownVersion
-from state.rows.keys import TOP, VERSION_BYTES, stem, u64
+from state.registry.manifest import sees
+from state.rows.keys import TOP, VERSION_BYTES, stem, u64, version_of
 from state.rows.served import Served
 from state.rows.tables import CODES
 
@@ -129,6 +130,56 @@ class RowReader:
                 return bytes(cursor.value()) or None
             # The entry is of an abandoned version or of an older interval: seek again from the next one.
         return None
+
+    def rows_from(
+        self, table: str, start: int, most: int, at: Served
+    ) -> tuple[NDArray[np.uint64], NDArray[np.float32], int | None]:
+        """Rows of a table as version `at` has them, in the order of their ids.
+
+        Args:
+            table: Of `TABLES`.
+            start: The first id.
+            most: How many ids to look at, those that `at` has no row of included.
+            at: An applied version.
+
+        Returns:
+            `[k]` uint64 ids and `[k, dim]` float32 rows, and the id to go on from; None at the end.
+        """
+        code, dim, following = CODES[table], at.dims.get(table, 0), None
+        cursor, found = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()
+        more = bool(cursor.set_range(stem(at.lane, code, start)))
+        while more:
+            key = bytes(cursor.key())
+            if key[0] != at.lane << 3 | code:
+                break
+            identity = int.from_bytes(key[1:-VERSION_BYTES], "big")
+            if found.get(identity) is None:
+                if identity not in found and len(found) >= most:
+                    following = identity
+                    break
+                found[identity] = bytes(cursor.value()) if sees(at.visible, version_of(key)) else None
+            more = cursor.next()
+        rows = {identity: row for identity, row in found.items() if row}
+        values = np.frombuffer(b"".join(rows.values()), np.float32).reshape(len(rows), dim)
+        return np.array([*rows], np.uint64), values, following
+
+    def changed(self, table: str, since: Served, at: Served) -> NDArray[np.uint64] | None:
+        """The ids of a table's rows that may be others in version `at` than in an earlier one, `[k]` uint64, each once.
+
+        None where that is not known: `at` does not go on from `since`, or `since` is forgotten.
+        """
+        if since.serial == at.serial:
+            return np.empty(0, np.uint64)
+        lowest, highest = at.visible[0]
+        if since.lane != at.lane or not lowest <= since.version <= highest or self.version(since.version) is None:
+            return None
+        found, cursor = [np.empty(0, np.uint64)], self._transaction.cursor(self._databases["changes"])
+        more = bool(cursor.set_range(u64(since.version + 1)))
+        while more and bytes(cursor.key()) <= u64(at.version):
+            tables, ids = np.frombuffer(bytes(cursor.value()), np.uint64).reshape(2, -1)
+            found.append(ids[tables == CODES[table]])
+            more = cursor.next()
+        return np.unique(np.concatenate(found))
 
     def dense(self, version: int) -> dict[str, NDArray[Any]]:
         """The dense tensors of an applied version, by their names without `dense.`."""

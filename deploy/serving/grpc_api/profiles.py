@@ -16,7 +16,8 @@ from deploy.serving.http_api.requests import LATEST_MS, LEAN, MOST_PROFILES, MOS
 from deploy.serving.profile_batches import profile_batches
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem, RankedItems, rank
 from deploy.serving.recommending.recommending import Recommendations, WantedItems, recommend
-from deploy.serving.recommending.turns import ShelfTurns, in_turns
+from deploy.serving.recommending.similar import NearWanted, SimilarItems, similar
+from deploy.serving.recommending.turns import ItemTurns, in_turns
 from state.errors import BadRequest
 from state.metrics import WorkerMetrics
 
@@ -33,7 +34,7 @@ class GrpcProfiles:
     """
 
     def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
-        self._host, self._metrics, self._turns = host, metrics, ShelfTurns(host)
+        self._host, self._metrics, self._turns = host, metrics, ItemTurns(host)
         self._batcher = profile_batches(host, metrics, _profile, limits)
 
     def service(self) -> Service:
@@ -44,6 +45,7 @@ class GrpcProfiles:
             "Rank": self._rank,
             "Recommend": self._recommend,
             "Explain": self._explain,
+            "Similar": self._similar,
         }
         return Service(
             f"{PACKAGE}.Profiles",
@@ -68,13 +70,9 @@ class GrpcProfiles:
         return self._of_items("RankResponse", answer)
 
     async def _recommend(self, request: Any) -> Any:
-        wanted = WantedItems(
-            whole("n", request.n if request.HasField("n") else RECOMMENDED, 1, MOST_RECOMMENDED),
-            _given(request, "category"),
-            request.exclude_seen,
-        )
-        shelves = self._turns.shelves()
-        answer = await in_turns(recommend(self._host.predictor(), shelves, _query(request, (LEAN, None)), wanted))
+        wanted = WantedItems(_count(request), _given(request, "category"), request.exclude_seen)
+        sources = self._turns.sources()
+        answer = await in_turns(recommend(self._host.predictor(), sources, _query(request, (LEAN, None)), wanted))
         return self._of_items("RecommendResponse", answer)
 
     async def _explain(self, request: Any) -> Any:
@@ -84,7 +82,12 @@ class GrpcProfiles:
         self._metrics.cold_starts.inc(answer.cold_start)
         return _message("Explanation")(**dataclasses.asdict(answer))
 
-    def _of_items(self, name: str, answer: RankedItems | Recommendations) -> Any:
+    async def _similar(self, request: Any) -> Any:
+        wanted, near = NearWanted(_count(request), request.exclude_seen), self._turns.sources().near
+        answer = similar(self._host.predictor(), near, _query(request, (LEAN, 0)), wanted)
+        return self._of_items("SimilarResponse", answer)
+
+    def _of_items(self, name: str, answer: RankedItems | Recommendations | SimilarItems) -> Any:
         self._metrics.cold_starts.inc(answer.cold_start)
         return _message(name)(
             user_id=answer.user_id,
@@ -123,6 +126,11 @@ def _query(one: Any, asked: tuple[frozenset[str], int | None]) -> Query:
     about = ("item", "category") if one.DESCRIPTOR.name == "Question" else ()
     item, category = (_given(one, name) for name in about) if about else (None, None)
     return Query(one.user_id, item, category, dict(one.context), at_ms, *asked)
+
+
+def _count(request: Any) -> int:
+    """How many items are wanted."""
+    return whole("n", request.n if request.HasField("n") else RECOMMENDED, 1, MOST_RECOMMENDED)
 
 
 def _given(one: Any, name: str) -> Any:

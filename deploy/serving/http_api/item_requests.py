@@ -11,6 +11,7 @@ from deploy.serving.answer import Query
 from deploy.serving.http_api.requests import LEAN, At, Id, time_ms
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem
 from deploy.serving.recommending.recommending import WantedItems
+from deploy.serving.recommending.similar import NearWanted
 
 RANK_EXAMPLE = '{"user_id": "ann", "items": ["i1", {"item": "i2", "category": "hats"}]}'
 RECOMMENDED = 20
@@ -35,14 +36,19 @@ class RankQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     at: At | None = None
 
 
-class RecommendationParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of recommendations."""
+class NearParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of similar items."""
 
     n: Annotated[int, Meta(ge=1, le=MOST_RECOMMENDED, description="How many items at most.")] = RECOMMENDED
-    category: Annotated[str, Meta(description="Items of this category only.")] | None = None
     exclude_seen: Annotated[bool, Meta(description="Whether items that the user clicked are left out.")] = False
     at: Annotated[str, Meta(description="As in a batch of profiles.")] | None = None
     context: dict[str, str] = {}
+
+
+class RecommendationParameters(NearParameters, forbid_unknown_fields=True, frozen=True):
+    """The parameters of recommendations."""
+
+    category: Annotated[str, Meta(description="Items of this category only.")] | None = None
 
 
 def rank_question(given: RankQuestion) -> tuple[Query, list[NamedItem]]:
@@ -79,7 +85,18 @@ def recommendation(user: str, given: RecommendationParameters) -> tuple[Query, W
     Raises:
         BadRequest: `at` is no time.
     """
+    query, wanted = near_question(user, given)
+    return query._replace(top=None), WantedItems(wanted.most, given.category, wanted.exclude_seen)
+
+
+def near_question(user: str, given: NearParameters) -> tuple[Query, NearWanted]:
+    """What `GET /v1/similar/{user_id}` asks.
+
+    >>> near_question("ann", NearParameters(n=3))[1]
+    NearWanted(most=3, exclude_seen=False)
+
+    Raises:
+        BadRequest: `at` is no time.
+    """
     at_ms = None if given.at is None else time_ms(given.at)
-    return Query(user, context=given.context, at_ms=at_ms, fields=LEAN), WantedItems(
-        given.n, given.category, given.exclude_seen
-    )
+    return Query(user, context=given.context, at_ms=at_ms, fields=LEAN, top=0), NearWanted(given.n, given.exclude_seen)

@@ -2,6 +2,7 @@
 
 POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
 GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
+GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
 from deploy.serving.http_api.item_requests import (
     RANK_EXAMPLE,
+    NearParameters,
     RankQuestion,
     RecommendationParameters,
+    near_question,
     rank_question,
     recommendation,
 )
 from deploy.serving.recommending.ranking import rank
 from deploy.serving.recommending.recommending import recommend
-from deploy.serving.recommending.turns import ShelfTurns, in_turns
+from deploy.serving.recommending.similar import similar
+from deploy.serving.recommending.turns import ItemTurns, in_turns
 from state.metrics import WorkerMetrics
 
 
@@ -30,7 +34,7 @@ class Items:
     """
 
     def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
-        self._host, self._metrics, self._turns = host, metrics, ShelfTurns(host)
+        self._host, self._metrics, self._turns = host, metrics, ItemTurns(host)
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
@@ -52,6 +56,14 @@ class Items:
                 "Items for one user, each with its reason.",
                 parameters=RecommendationParameters,
             ),
+            Endpoint(
+                "similar",
+                ("GET",),
+                "/v1/similar/{user_id}",
+                self._similar,
+                "The items nearest to one user by what was learned of both.",
+                parameters=NearParameters,
+            ),
         ]
 
     async def _rank(self, request: Request) -> Response:
@@ -62,6 +74,12 @@ class Items:
 
     async def _recommend(self, request: Request) -> Response:
         query, wanted = recommendation(request.path["user_id"], request.parameters(RecommendationParameters))
-        answer = await in_turns(recommend(self._host.predictor(), self._turns.shelves(), query, wanted))
+        answer = await in_turns(recommend(self._host.predictor(), self._turns.sources(), query, wanted))
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return Response(200, encode(answer))
+
+    async def _similar(self, request: Request) -> Response:
+        query, wanted = near_question(request.path["user_id"], request.parameters(NearParameters))
+        answer = similar(self._host.predictor(), self._turns.sources().near, query, wanted)
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))

@@ -1,7 +1,8 @@
 """Recommends items to one user: proposes some hundreds, ranks them by engagement, and gives new ones a share of their own.
 
 1. The user's categories, popular ones and what came next over all users, as the version ranks them; and what was clicked.
-2. Candidates: of each category its most clicked items, the more the more probable it is; new items; what the user clicked.
+2. Candidates: of each category its most clicked items, the more the more probable it is; new items; what the user clicked;
+   items whose rows are near to what the user's engagement is multiplied with.
 3. The engagement of each, by the same version.
 4. The best, of which a share is new.
 """
@@ -23,6 +24,8 @@ from deploy.serving.predictor import Predictor, Prepared
 from deploy.serving.program import PAIRS
 from deploy.serving.recommending.pairs import UserPairs, in_batches
 from deploy.serving.recommending.shelves import NewItem, Shelves
+from deploy.serving.recommending.similar import near_to
+from deploy.serving.recommending.sources import ItemSources
 from state.events.identity import public_id
 from state.features.mask import Mask
 
@@ -33,8 +36,9 @@ FRESH_CANDIDATES = 64
 FEW = 4
 MOST_OF_CATEGORY = 128
 SEEN_CANDIDATES = 64
+SIMILAR_CANDIDATES = 96
 
-Reason = Literal["again", "category", "next", "popular", "fresh"]
+Reason = Literal["again", "category", "next", "popular", "similar", "fresh"]
 
 
 class WantedItems(NamedTuple):
@@ -76,13 +80,13 @@ class Proposed(NamedTuple):
 
 
 def recommend(
-    predictor: Predictor, shelves: Shelves, query: Query, wanted: WantedItems
+    predictor: Predictor, sources: ItemSources, query: Query, wanted: WantedItems
 ) -> Generator[None, None, Recommendations]:
     """Recommends items; stops after each batch, so that others are answered meanwhile, and returns the answer.
 
     Args:
         predictor: What answers.
-        shelves: What is known of items.
+        sources: Where items come from.
         query: About the user, without an item, and with all interests.
         wanted: What is to be recommended.
 
@@ -97,11 +101,18 @@ def recommend(
         one, mask = prepared.asked[0], prepared.seen[1]
         seen = [item for item in dict.fromkeys(predictor.events_by(one, mask)["item"].tolist()) if item]
         # 2.
-        shares = _shares(about, None if wanted.category is None else public_id(wanted.category))
-        found = candidates(shelves, shares, _kinds(prepared), _new(shelves, shares, one.at_ms, mask), wanted, seen)
+        pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
+        near: Sequence[int] = ()
+        if wanted.category is None and pairs.query is not None:
+            near = near_to(sources.near, pairs.query, prepared.rows, SIMILAR_CANDIDATES)
+        shelves, shares = (
+            sources.shelves,
+            _shares(about, None if wanted.category is None else public_id(wanted.category)),
+        )
+        new = _new(shelves, shares, one.at_ms, mask)
+        found = candidates(shelves, shares, _kinds(prepared), new, wanted, seen, near)
         ids = [(item, proposed.category) for item, proposed in found.items()]
         # 3.
-        pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
         for piece in in_batches(ids):
             # Others may have been answered by a version that came meanwhile.
             predictor.take_up(reader)
@@ -160,6 +171,7 @@ def candidates(
     new: Sequence[NewItem],
     wanted: WantedItems,
     seen: Sequence[int],
+    near: Sequence[int],
 ) -> dict[int, Proposed]:
     """At most `MOST_CANDIDATES` items, each with why it is one.
 
@@ -170,6 +182,7 @@ def candidates(
         new: Items that are new.
         wanted: What is to be recommended.
         seen: What the user clicked, the newest first.
+        near: Items near to the user.
     """
     found = {one.item: Proposed("fresh", one.category) for one in new}
     if wanted.category is None and not wanted.exclude_seen:
@@ -179,10 +192,13 @@ def candidates(
         proposed = Proposed(kinds.get(category, "popular"), category)
         for item in shelves.best(category, most):
             found.setdefault(item, proposed)
+    found = dict(list(found.items())[: MOST_CANDIDATES - len(near)])
+    for item in near:
+        found.setdefault(item, Proposed("similar", 0))
     if wanted.exclude_seen:
         left_out = {*seen}
         found = {item: proposed for item, proposed in found.items() if item not in left_out}
-    return dict(list(found.items())[:MOST_CANDIDATES])
+    return found
 
 
 def best(logits: NDArray[np.float32], fresh: NDArray[np.bool_], count: int) -> NDArray[np.intp]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from deploy.serving.host import Host
-from deploy.serving.recommending.shelves import Shelves
+from deploy.serving.recommending.sources import ItemSources
 from state.errors import SpringtideError
 
 TURN_S = 0.1
@@ -19,7 +19,7 @@ MORE_S = 0.005
 Found = TypeVar("Found")
 
 
-class ShelfTurns:
+class ItemTurns:
     """Follows the items of a host from the first request for some on; used by one event loop.
 
     Args:
@@ -30,23 +30,23 @@ class ShelfTurns:
         self._host = host
         self._timer: asyncio.TimerHandle | None = None
 
-    def shelves(self) -> Shelves:
-        """The items, followed up to now or nearly so.
+    def sources(self) -> ItemSources:
+        """Where items come from, followed up to now or nearly so.
 
         Raises:
             NotReady: A store is not there yet.
         """
-        shelves = self._host.shelves()
-        shelves.turn()
+        sources = self._host.sources()
+        sources.turn()
         loop = asyncio.get_running_loop()
         if self._timer is None or self._timer.when() < loop.time() - TURN_S:
             self._timer = loop.call_later(TURN_S, self._turn)
-        return shelves
+        return sources
 
     def _turn(self) -> None:
         more = False
         with suppress(SpringtideError):
-            more = self._host.shelves().turn()
+            more = self._host.sources().turn()
         self._timer = asyncio.get_running_loop().call_later(MORE_S if more else TURN_S, self._turn)
 
 

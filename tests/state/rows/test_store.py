@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from state.errors import UnknownVersion
 from state.positions import Source
 from state.registry.manifest import Kind, LogRange, Manifest
+from state.rows.reader import RowReader
 from state.rows.served import Served
 from state.rows.store import RowStore
 from tests.disks import folder_in_memory
@@ -69,7 +70,36 @@ def read(store: RowStore, version: int) -> Rows:
                     found[table, identity] = float(rows[identity][0])
                 else:
                     assert not rows[identity].any()
+            assert walked(reader, table, at) == {
+                identity: value for (name, identity), value in found.items() if name == table
+            }
     return found
+
+
+def walked(reader: RowReader, table: str, at: Served) -> dict[int, float]:
+    """All rows of a table, read a few at a time."""
+    found: dict[int, float] = {}
+    following: int | None = 0
+    while following is not None:
+        ids, rows, following = reader.rows_from(table, following, 2, at)
+        assert len(ids) <= 2
+        found |= zip(ids.tolist(), rows[:, :1].reshape(-1).tolist(), strict=True)
+    assert list(found) == sorted(found)
+    return found
+
+
+def check_changed(store: RowStore, truth: Mapping[int, Rows]) -> None:
+    """Whatever differs between two versions is named, where anything is."""
+    with store.reader() as reader:
+        for since, at in itertools.permutations(reader.versions(), 2):
+            named = reader.changed("user", since, at)
+            before, after = truth[since.version], truth[at.version]
+            other = {
+                one
+                for name, one in {*before, *after}
+                if name == "user" and before.get((name, one)) != after.get((name, one))
+            }
+            assert named is None or other <= {*named.tolist()}, (since, at)
 
 
 KEYS = st.tuples(st.sampled_from(["user", "category"]), st.integers(0, IDS - 1))
@@ -147,6 +177,7 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
             assert served is not None and served.version in here
             for version in here:
                 assert read(store, version) == truth[version], version
+            check_changed(store, truth)
 
 
 @settings(max_examples=100, deadline=None)
@@ -206,6 +237,26 @@ def test_versions_of_two_lifetimes_leave_one_entry_a_row_between_those_that_stay
                     between = [removals[one] for one in range(older + 1, newer + 1)]
                     most += len(frozenset().union(*between) - truth[newer].keys())
                 assert len(values) <= store.entries() <= most
+
+
+def test_what_changed_since_a_version_is_known_as_long_as_it_is_here(tmp_path: Path) -> None:
+    """Also over versions that are forgotten; not to another line, and not back."""
+    store = RowStore(tmp_path, 1 << 26)
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1)
+    for version in (2, 3, 4):
+        put = {("user", version): 1.0, ("category", 9): float(version)}
+        store.apply(manifest(version, version - 1), tensors(put), now_ms=1, follow=True)
+    store.apply(manifest(5, 2, epoch=2), tensors({("user", 3): 5.0}), now_ms=1)
+    store.forget([3])
+    with store.reader() as reader:
+        one, two, four, five = (reader.version(number) for number in (1, 2, 4, 5))
+        assert one is not None and two is not None and four is not None and five is not None
+        named = [reader.changed("user", *pair) for pair in ((one, four), (two, four), (four, four))]
+        assert [[] if ids is None else ids.tolist() for ids in named] == [[2, 3, 4], [3, 4], []]
+        assert reader.changed("user", four, five) is None and reader.changed("user", four, two) is None
+    store.forget([1])
+    with store.reader() as reader:
+        assert reader.changed("user", one, four) is None
 
 
 def test_what_a_process_did_not_live_to_delete_goes_with_the_next_entry_of_its_row(tmp_path: Path) -> None:

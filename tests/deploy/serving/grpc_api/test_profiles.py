@@ -84,7 +84,18 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
             (each["kind"], each["words"]) for each in same["reasons"]
         ]
         assert [len(each.events) for each in why.reasons] == [len(each["events"]) for each in same["reasons"]]
-        # 5. What is wrong.
+        # 5. Near.
+        near: list[Any] = []
+        until(
+            lambda: (
+                near.extend(call(channel, "Similar", of("SimilarRequest")(user_id="ann"), "SimilarResponse").items)
+                or near
+            )
+        )
+        (nearest,) = httpx.get(f"{url}/v1/similar/ann", timeout=60).json()["items"]
+        assert (near[0].id, near[0].category) == (nearest["id"], "hats")
+        assert near[0].similarity == pytest.approx(nearest["similarity"], rel=1e-5)
+        # 6. What is wrong.
         wrong = [
             ("GetProfile", of("GetProfileRequest")(), "user_id"),
             ("GetProfile", of("GetProfileRequest")(question={"user_id": "a"}, fields=["vektor"]), "vektor"),
@@ -93,6 +104,7 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
             ("Rank", of("RankRequest")(user_id="ann"), "0 items"),
             ("Recommend", of("RecommendRequest")(user_id="ann", n=101), "n="),
             ("Explain", of("ExplainRequest")(question={"user_id": "ann"}, label="tractors"), "tractors"),
+            ("Similar", of("SimilarRequest")(user_id="ann", n=0), "n="),
         ]
         for method, request, what in wrong:
             with pytest.raises(grpc.RpcError) as refused:

@@ -126,6 +126,7 @@ def test_the_document_names_every_route_field_and_limit() -> None:
         "/v1/profiles/{user_id}/explain",
         "/v1/rank",
         "/v1/recommendations/{user_id}",
+        "/v1/similar/{user_id}",
         "/v1/models/{model}",
         "/readyz",
         "/healthz",

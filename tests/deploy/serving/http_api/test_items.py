@@ -61,8 +61,22 @@ def test_items_are_recommended_to_a_user(app: App) -> None:
     assert len(ask(app, "GET", "/v1/recommendations/ann?n=1").json()["items"]) == 1
 
 
+def test_the_items_nearest_to_a_user_are_answered(app: App) -> None:
+    """In the form of the document, once the worker has read the rows."""
+    items: list[Any] = []
+    while not items:
+        answer = ask(app, "GET", "/v1/similar/ann?n=5").json()
+        items = answer["items"]
+    assert list(answer) == ["user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "items"]
+    assert [list(one) for one in items] == [["item", "id", "category", "similarity"]]
+    assert (items[0]["id"], items[0]["category"]) == (f"{public_id('i1'):016x}", "hats")
+    assert ask(app, "GET", "/v1/similar/ann?exclude_seen=true").json()["items"] == []
+    assert ask(app, "GET", "/v1/similar/nobody").json()["cold_start"]
+
+
+@pytest.mark.parametrize("path", ["recommendations", "similar"])
 @pytest.mark.parametrize("query", ["n=0", "n=101", "n=x", "exclude_seen=perhaps", "at=soon"])
-def test_what_cannot_be_recommended_is_refused(app: App, query: str) -> None:
+def test_what_cannot_be_recommended_is_refused(app: App, path: str, query: str) -> None:
     """With what is wrong, and what to give."""
-    response = ask(app, "GET", f"/v1/recommendations/ann?{query}")
+    response = ask(app, "GET", f"/v1/{path}/ann?{query}")
     assert response.status_code == 400 and query.split("=")[0] in response.json()["error"] and response.json()["do"]

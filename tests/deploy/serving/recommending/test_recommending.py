@@ -10,7 +10,7 @@ import pytest
 from deploy.serving.answer import Query
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.recommending.recommending import WantedItems, best, recommend
-from deploy.serving.recommending.shelves import Shelves
+from deploy.serving.recommending.sources import ItemSources
 from deploy.serving.remembered import Remembered
 from state.events.identity import public_id
 from state.features.spec import Mask
@@ -34,11 +34,11 @@ def click(stores: Stores, *rows: tuple[str, str, int], log_ms: int = NOW_MS) -> 
     stores.histories.commit(Appends.of(np.arange(1, 1 + len(events), dtype=np.uint64), events), (), extra)
 
 
-def recommended(stores: Stores, user: str, wanted: WantedItems, shelves: Shelves | None = None) -> Any:
-    shelves = shelves or Shelves(stores.histories)
-    while shelves.turn():
+def recommended(stores: Stores, user: str, wanted: WantedItems, sources: ItemSources | None = None) -> Any:
+    sources = sources or ItemSources(stores.histories, stores.rows)
+    while sources.turn():
         pass
-    return run(recommend(predictor(stores), shelves, Query(user), wanted))[1]
+    return run(recommend(predictor(stores), sources, Query(user), wanted))[1]
 
 
 def test_items_come_from_categories_clicks_and_what_is_new_by_the_models_scores(stores: Stores) -> None:
@@ -78,10 +78,10 @@ def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_the
 def test_a_new_item_has_a_place_whatever_its_score(stores: Stores) -> None:
     """At its first click, and for a day."""
     click(stores, *(("shoes", f"shoes-{n}", 10_000) for n in range(40)), log_ms=NOW_MS - 30 * 24 * HOUR_MS)
-    shelves = Shelves(stores.histories)
-    assert not any(one["reason"] == "fresh" for one in recommended(stores, "ann", WantedItems(10), shelves).items)
+    sources = ItemSources(stores.histories, stores.rows)
+    assert not any(one["reason"] == "fresh" for one in recommended(stores, "ann", WantedItems(10), sources).items)
     click(stores, ("salt", "new-1", 100))
-    found = recommended(stores, "ann", WantedItems(10), shelves)
+    found = recommended(stores, "ann", WantedItems(10), sources)
     assert [one["id"] for one in found.items if one["reason"] == "fresh"] == [name("new-1")] and len(found.items) == 10
 
 
