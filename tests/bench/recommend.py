@@ -49,6 +49,7 @@ from trainer.versions.program import build
 
 SHOWN = 20
 EVERY = 10
+USUAL = WantedItems(SHOWN)
 STAGES = Stages("recommend")
 
 
@@ -104,9 +105,9 @@ class ServingHost:
         )  # fmt: skip
         self.rows.apply(manifest, tensors, time.time_ns() // 1_000_000, follow=True)
 
-    def recommended(self, user: str, at_ms: int | None, most: int) -> Recommendations:
+    def recommended(self, user: str, at_ms: int | None = None, wanted: WantedItems = USUAL) -> Recommendations:
         """An answer of HTTP, without HTTP."""
-        return finished(recommend(self.predictor, self.sources, Query(user, at_ms=at_ms), WantedItems(most)))
+        return finished(recommend(self.predictor, self.sources, Query(user, at_ms=at_ms), wanted))
 
     def near(self, user: str) -> SimilarItems:
         """Likewise of similar items."""
@@ -141,7 +142,7 @@ def ask(host: ServingHost, hits: Hits, rows: Any, names: dict[int, str], clicks:
     popular = {item for item, _ in clicks.most_common(SHOWN)}
     for user, event in rows:
         item, at_ms = int(event["item"]), int(event["at_ms"])
-        found = host.recommended(names[user], at_ms, SHOWN).items
+        found = host.recommended(names[user], at_ms).items
         hits.asked += 1
         hits.popular += item in popular
         hits.latest += item in latest.get(user, [])[-SHOWN:]
@@ -246,7 +247,7 @@ def main(steps: int, asked: int, items: int) -> None:
         spec = FeatureSpec.from_settings(settings)
         host = ServingHost(settings, spec)
         hits = quality(host, settings, spec, steps, asked)
-        grow(host, items, steps, hits.rows)
+        grow(host, items - len(hits.rows), steps, hits.rows)
         STAGES.say("the index of items")
         begun_s = time.process_time()
         host.follow()
@@ -257,7 +258,7 @@ def main(steps: int, asked: int, items: int) -> None:
         queries = [host.query(user) for user in users]
         nearest = timed(lambda number: host.sources.near.nearest(queries[number % 200], SIMILAR_CANDIDATES), 300)
         similars = timed(lambda number: host.near(users[number % 200]), 300)
-        recommending = timed(lambda number: host.recommended(users[number % 200], None, SHOWN), 300)
+        recommending = timed(lambda number: host.recommended(users[number % 200]), 300)
         listed = [NamedItem(f"made-{number}") for number in range(1000)]
         ranking = timed(lambda number: finished(rank(host.predictor, Query(users[number % 200]), listed)), 50)
         fresh = timed(lambda number: first_click(host, number), 50)
@@ -287,13 +288,14 @@ def main(steps: int, asked: int, items: int) -> None:
 
 
 def first_click(host: ServingHost, number: int) -> None:
-    """A new item's first click, until it is in an answer to somebody else."""
+    """A new item's first click, until somebody else who asks for its category is answered it."""
     events = np.zeros(1, EVENT)
     item = public_id(f"new-{time.time_ns()}-{number}")
     events["item"], events["category"], events["topic"] = item, public_id(f"category-{number}"), SOURCE.topic
     events["at_ms"] = time.time_ns() // 1_000_000
     host.click(np.full(1, 1, np.uint64), events)
-    while f"{item:016x}" not in {one["id"] for one in host.recommended("user-3", None, 100).items}:
+    wanted = WantedItems(SHOWN, f"category-{number}")
+    while f"{item:016x}" not in {one["id"] for one in host.recommended("user-3", None, wanted).items}:
         pass
 
 
@@ -301,6 +303,6 @@ if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--steps", type=int, default=82, help="steps of 1,024 rows, at least 11")
     flags.add_argument("--asked", type=int, default=200, help="users asked after each tenth step")
-    flags.add_argument("--items", type=int, default=1_000_000, help="made-up items for the times")
+    flags.add_argument("--items", type=int, default=1_000_000, help="items at the times, made-up ones included")
     given = flags.parse_args()
     main(given.steps, given.asked, given.items)

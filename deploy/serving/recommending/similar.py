@@ -72,7 +72,7 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: NearWan
                 "ask /v1/recommendations, or give the ranker an item_query",
             )
         user = outputs["item_query"][0].copy()
-        left_out = {*predictor.seen_by(one, prepared.seen[1])} if wanted.exclude_seen else set[int]()
+        left_out = {*predictor.events_by(one, prepared.seen[1])["item"].tolist()} if wanted.exclude_seen else set[int]()
         found = near_to(near, user, prepared.rows, PROPOSED * wanted.most + len(left_out))
         asked = predictor.items_of(one, [(item, 0) for item in found if item not in left_out])
         products = item_rows(prepared.rows, asked) @ user

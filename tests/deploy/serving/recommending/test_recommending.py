@@ -9,16 +9,16 @@ import pytest
 
 from deploy.serving.answer import Query
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.recommending.recommending import WantedItems, best, recommend
+from deploy.serving.recommending.recommending import WantedItems, best, recommend, visits_of
 from deploy.serving.recommending.sources import ItemSources
 from deploy.serving.remembered import Remembered
-from state.events.identity import public_id
+from state.events.identity import public_id, user_id
 from state.features.spec import Mask
 from state.history.appends import Appends
 from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.recommending.test_shelves import news
 from tests.deploy.serving.stocked import NOW_MS, Stores, clicks
-from tests.deploy.serving.test_predictor import predictor
+from tests.deploy.serving.test_predictor import SALT, predictor
 
 HOUR_MS = 3_600_000
 
@@ -54,8 +54,10 @@ def test_items_come_from_categories_clicks_and_what_is_new_by_the_models_scores(
     assert reasons[name("i1")] == reasons[name("i2")] == "again"
     assert reasons[name("shoes-3")] == "category" and reasons[name("tea-0")] == "popular"
     assert reasons[name("new-1")] == "fresh" and name("salt-0") not in reasons
-    given = [one["probability"] for one in found.items]
+    given = [one["probability"] for one in found.items if one["reason"] != "again"]
     assert given == sorted(given, reverse=True)
+    # What the user clicked comes first, the later one before.
+    assert [one["id"] for one in found.items[:2]] == [name("i2"), name("i1")]
     alone = predictor(stores).profile("ann", item="tea-0", category="tea").engagement
     assert alone is not None
     (tea,) = [one for one in found.items if one["id"] == name("tea-0")]
@@ -73,6 +75,22 @@ def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_the
     }
     assert [one["id"] for one in recommended(stores, "ann", WantedItems(9, "hats", True)).items] == [name("hat-1")]
     assert not recommended(stores, "ann", WantedItems(9, "no such category")).items
+
+
+def test_what_the_user_clicks_often_and_late_comes_first(stores: Stores) -> None:
+    """Of clicks the k-th newest counts 1 / sqrt(k)."""
+    events = clicks([("hats", "i4", 4_000), ("hats", "i1", 3_000), ("hats", "i4", 2_000), ("hats", "i5", 1_000)], 2000)
+    stores.histories.commit(Appends.of(np.full(4, user_id(SALT, "ann"), np.uint64), events), (), {})
+    answers = predictor(stores)
+    with answers.reading() as reader:
+        asked = answers.prepare([Query("ann")], reader).asked[0]
+    wanted = {public_id("i4"): 2**-0.5 + 4**-0.5, public_id("i5"): 1.0, public_id("i1"): 3**-0.5 + 6**-0.5}
+    wanted[public_id("i2")] = 5**-0.5
+    visits = visits_of(answers.events_by(asked, Mask.NONE)["item"])
+    assert visits == pytest.approx(wanted) and list(visits) == list(wanted)
+    found = recommended(stores, "ann", WantedItems(10)).items
+    assert {one["id"] for one in found[:3]} == {name(item) for item in ("i4", "i5", "i1")}
+    assert found[3]["id"] == name("i2") and {one["reason"] for one in found[:4]} == {"again"}
 
 
 def test_a_new_item_has_a_place_whatever_its_score(stores: Stores) -> None:
