@@ -9,6 +9,8 @@ from springtide_client.answers import (
     Readiness,
     Recommendations,
     RecommendedItem,
+    SimilarItem,
+    SimilarItems,
     Version,
 )
 from springtide_client.asynchronous import AsyncClient
@@ -42,6 +44,8 @@ __all__ = [
     "Refused",
     "Retries",
     "ServerFailed",
+    "SimilarItem",
+    "SimilarItems",
     "TimedOut",
     "UnexpectedAnswer",
     "Unreachable",

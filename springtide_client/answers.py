@@ -18,9 +18,9 @@ Clock = Annotated[
     ),
 ]
 Reason = Annotated[
-    Literal["again", "fresh", "category", "next", "popular"],
+    Literal["again", "fresh", "category", "next", "similar", "popular"],
     Meta(
-        description="The user clicked it; it is new; of a category of the user; of one that came next over all users; popular."
+        description="The user clicked it; it is new; of a category of the user; of one that came next over all users; it is near to the user; popular."
     ),
 ]
 Attributes = Annotated[
@@ -113,7 +113,7 @@ class Ranking(About, frozen=True, kw_only=True):
 class RecommendedItem(Struct, frozen=True):
     """An item that is recommended, and why."""
 
-    item: Annotated[str, Meta(description="Its name; its id where no name is known.")]
+    item: Annotated[str, Meta(description="As clicks name it; its id where no name is known.")]
     id: PublicId
     category: Annotated[str, Meta(description="The name of its category; its id where no click named it yet.")]
     probability: Probability
@@ -121,9 +121,27 @@ class RecommendedItem(Struct, frozen=True):
 
 
 class Recommendations(About, frozen=True, kw_only=True):
-    """Items for one user, the most probable first but for the share of new ones."""
+    """Items for one user: what the user comes back to, then the most probable first but for the share of new ones."""
 
     items: list[RecommendedItem]
+
+
+class SimilarItem(Struct, frozen=True):
+    """An item that is near to a user."""
+
+    item: Annotated[str, Meta(description="As clicks name it; its id where no name is known.")]
+    id: PublicId
+    category: Annotated[
+        str | None,
+        Meta(description="The name of its category, its id where no click named it yet; null where none is known."),
+    ]
+    similarity: Annotated[float, Meta(description="What the item itself adds to the logit of the user's engagement.")]
+
+
+class SimilarItems(About, frozen=True, kw_only=True):
+    """The items that are nearest to one user, the nearest first."""
+
+    items: list[SimilarItem]
 
 
 class Alive(Struct, frozen=True):

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from springtide_client.answers import Failure, Profile, Profiles, Ranking, Readiness, Recommendations
+from springtide_client.answers import Failure, Profile, Profiles, Ranking, Readiness, Recommendations, SimilarItems
 from springtide_client.errors import (
     ClientError,
     Overloaded,
@@ -123,6 +123,14 @@ def recommend(
     given = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
     path = f"/v1/recommendations/{in_path(user_id)}"
     return Question("GET", path, Recommendations, _parameters(given, context))
+
+
+def similar(
+    user_id: str, n: int | None, exclude_seen: bool, at: str | int | None, context: Mapping[str, str] | None
+) -> Question[SimilarItems]:
+    """Items near to a user."""
+    given = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
+    return Question("GET", f"/v1/similar/{in_path(user_id)}", SimilarItems, _parameters(given, context))
 
 
 READY = Question("GET", "/readyz", Readiness, answered_by=(200, 503))

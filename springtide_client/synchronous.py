@@ -12,7 +12,7 @@ from typing import TypeVar
 import httpx
 
 from springtide_client import questions
-from springtide_client.answers import Profile, Ranking, Readiness, Recommendations
+from springtide_client.answers import Profile, Ranking, Readiness, Recommendations, SimilarItems
 from springtide_client.errors import Unreachable
 from springtide_client.questions import READY, Item, Question, User
 from springtide_client.retrying import AGAIN, Retries, retry_after_s
@@ -135,6 +135,22 @@ class Client:
             ClientError: See `springtide_client.errors`.
         """
         return self._ask(questions.recommend(user_id, n, category, exclude_seen, at, context))
+
+    def similar(
+        self,
+        user_id: str,
+        *,
+        n: int | None = None,
+        exclude_seen: bool = False,
+        at: str | int | None = None,
+        context: Mapping[str, str] | None = None,
+    ) -> SimilarItems:
+        """The items that are nearest to this user; arguments as of `recommend`.
+
+        Raises:
+            ClientError: See `springtide_client.errors`.
+        """
+        return self._ask(questions.similar(user_id, n, exclude_seen, at, context))
 
     def ready(self) -> Readiness:
         """Whether the worker can answer, and what it lacks; it is asked once.

@@ -150,9 +150,13 @@ def test_items_are_ranked_and_recommended(app: App, calls: Calls) -> None:
         "again",
         "fresh",
         "category",
+        "similar",
         "popular",
     }
     assert len(calls.recommend("ann", category="shoes", exclude_seen=True).items) < len(calls.recommend("ann").items)
+    near = calls.similar("ann", n=3)
+    assert (near.user_id, near.version.number) == ("ann", 1) and {one.item for one in near.items} <= {"i1"}
+    assert calls.similar("ann", exclude_seen=True).items == []
 
 
 def test_a_user_may_be_called_anything(calls: Calls) -> None:
@@ -231,7 +235,7 @@ def test_both_clients_offer_the_same() -> None:
             if not name.startswith("_")
         }
 
-    assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 6
+    assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 7
     assert set(springtide_client.__all__) >= {"Client", "AsyncClient", "Profile", "Retries", "ClientError"}
 
 
