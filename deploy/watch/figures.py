@@ -28,10 +28,7 @@ Labels = Mapping[str, Collection[str]]
 ANSWERS: Labels = {
     "route": (
         *("profile", "batch", "rank", "recommendations", "similar", "predict"),
-        *(
-            f"/springtide.v1.Profiles/{name}"
-            for name in ("GetProfile", "BatchGetProfiles", "Rank", "Recommend", "Similar")
-        ),
+        *map("/springtide.v1.Profiles/{}".format, ("GetProfile", "BatchGetProfiles", "Rank", "Recommend", "Similar")),
         "/tensorflow.serving.PredictionService/Predict",
     )
 }
