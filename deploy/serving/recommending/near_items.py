@@ -37,8 +37,8 @@ _IDS = 1 << 64
 
 
 @dataclass
-class _Making:
-    """An index that is being made.
+class _Walk:
+    """An index that is being made, and how far the walk over all rows is.
 
     Attributes:
         following: The id at which the walk goes on.
@@ -63,7 +63,7 @@ class NearItems:
     def __init__(self, rows: RowStore) -> None:
         self._rows = rows
         self._index: ItemIndex | None = None
-        self._making: _Making | None = None
+        self._making: _Walk | None = None
         self._at: Served | None = None
         self._due: dict[int, None] = {}
         self._planned = 0
@@ -102,11 +102,11 @@ class NearItems:
         changed = None if before is None else reader.changed("item", before, served)
         grown = self._index is not None and len(self._index) > OUTGROWN * self._planned and self._planned < MOST_ITEMS
         if changed is None or before is None or before.dims["item"] != served.dims["item"]:
-            self._making = _Making()
+            self._making = _Walk()
             self._due.clear()
             return
         if grown and self._making is None:
-            self._making = _Making()
+            self._making = _Walk()
         self._due.update(dict.fromkeys(changed.tolist()))
 
     def _put(self, index: ItemIndex, reader: RowReader, served: Served) -> None:
@@ -121,7 +121,7 @@ class NearItems:
         if (over := len(index) - MOST_ITEMS) > 0:
             index.remove(index.oldest(over))
 
-    def _make(self, making: _Making, reader: RowReader, served: Served) -> None:
+    def _make(self, making: _Walk, reader: RowReader, served: Served) -> None:
         """3. Goes on with a walk."""
         if making.index is None:
             self._sample(making, reader, served)
@@ -133,7 +133,7 @@ class NearItems:
         else:
             making.following = following
 
-    def _sample(self, making: _Making, reader: RowReader, served: Served) -> None:
+    def _sample(self, making: _Walk, reader: RowReader, served: Served) -> None:
         """Reads rows until there are enough for each list: ids are hashes, so that the first ones are as good as any."""
         ids, rows, following = reader.rows_from("item", making.following, ROWS_AT_ONCE, served)
         making.sample.append((ids, rows))
