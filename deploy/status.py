@@ -21,6 +21,7 @@ from deploy.operate.conditions import CONDITIONS, wait
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
 from deploy.watch import accounts, scrape, storage, stores_place
+from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.live import Screen, live_line
@@ -207,7 +208,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         "accounting": account,
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),
-            "ready": f"{scrape.serving_url(settings)}/readyz",
+            "ready": serving_address(settings, "/readyz"),
             "metrics": urls,
         },
     }

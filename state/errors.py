@@ -17,6 +17,7 @@
     ├── BackupError
     │   └── DamagedBackup
     ├── BadRequest                  HTTP 400
+    │   ├── Unauthorized, Forbidden     HTTP 401, 403
     │   ├── UnknownPath, UnknownModel, WrongMethod, NotOffered    HTTP 404, 404, 405, 501
     │   └── TooSlow, TooLarge, HeadTooLarge, NotHttp    HTTP 408, 413, 431, 400
     ├── Overloaded, TookTooLong     HTTP 429, 504
@@ -262,6 +263,19 @@ class BadRequest(SpringtideError):
     def __init__(self, what: str, do: str = "", where: str = "") -> None:
         super().__init__(what, do)
         self.where = where
+
+
+class Unauthorized(BadRequest):
+    """A request has no token, or none of this host's. Send one of those in `serving.tokens_dir`."""
+
+    http_status = 401
+    http_headers: tuple[tuple[bytes, bytes], ...] = ((b"www-authenticate", b"Bearer"),)
+
+
+class Forbidden(BadRequest):
+    """A token's role does not allow this. Send one of the role that the answer names."""
+
+    http_status = 403
 
 
 class UnknownPath(BadRequest):

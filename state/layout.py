@@ -3,6 +3,7 @@
     paths.state/
     ├── lock                     of `springtide up`
     ├── salt                     the secret key of pseudonyms, or where `paths.salt_file` says
+    ├── tokens/                  who may ask, or where `serving.tokens_dir` says   deploy/serving/edge/tokens.py
     ├── registry/                or where `paths.registry` says
     │   ├── versions/ merged/ bases/   one directory a version    state/registry/versions.py
     │   ├── recent/ recent.boot  versions that are not durable    state/registry/recent.py
@@ -42,7 +43,7 @@ import os
 from pathlib import Path
 
 LOCK = "lock"
-SALT = "salt"
+SALT, TOKENS = "salt", "tokens"
 
 REGISTRY = "registry"
 VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"

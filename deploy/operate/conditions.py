@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from deploy.operate.versions import open_registry
 from deploy.watch import scrape
+from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
 from deploy.watch.panel import wrong
 from state.config.settings import Settings
@@ -72,7 +73,7 @@ def _looked(condition: Condition, settings: Settings) -> str:
 
 def ready(settings: Settings) -> str:
     """Serving says that it can answer."""
-    code, said = scrape.fetch(f"{scrape.serving_url(settings)}/readyz")
+    code, said = scrape.fetch(serving_address(settings, "/readyz"))
     return "" if code == 200 else said or "nothing answers"
 
 

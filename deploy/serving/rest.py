@@ -17,8 +17,10 @@ from multiprocessing.synchronize import Event
 
 from prometheus_client import CollectorRegistry
 
+from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import ConnectionLimits
 from deploy.serving.edge.server import DrainingServer
+from deploy.serving.edge.tokens import are_wanted, make_missing
 from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
@@ -68,10 +70,11 @@ def serve(
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
     host = Host(settings, salt, now_ms=lambda: time.time_ns() // 1_000_000)
-    app = App(host, CollectorRegistry(), serving, exposition)
+    access = Access.of(settings)
+    app = App(host, CollectorRegistry(), serving, exposition, access.tokens)
     limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections)
-    grpc = (lambda: grpc_server(settings, app, exposition is not None)) if serving.grpc_port else None
-    server = DrainingServer(app, limits, serving.drain_s, ready, grpc)
+    grpc = (lambda: grpc_server(settings, app, access, exposition is not None)) if serving.grpc_port else None
+    server = DrainingServer(app, limits, serving.drain_s, ready, grpc, access)
     server.end_on_signals()
     try:
         server.run(sockets=[bound])
@@ -89,11 +92,11 @@ def require_grpc_port(settings: Settings) -> None:
         listen(settings.serving.host, settings.serving.grpc_port, "serving.grpc_port").close()
 
 
-def grpc_server(settings: Settings, app: App, shared: bool) -> GrpcServer:
+def grpc_server(settings: Settings, app: App, access: Access, shared: bool) -> GrpcServer:
     """The gRPC server of a worker; made in its event loop."""
     host = f"[{settings.serving.host}]" if ":" in settings.serving.host else settings.serving.host
     address = f"{host}:{settings.serving.grpc_port}"
-    return GrpcServer(app.host, app.metrics, address, shared, app.limits, app.ready)
+    return GrpcServer(app.host, app.metrics, address, shared, app.limits, app.ready, access)
 
 
 def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[str]) -> None:
@@ -136,6 +139,9 @@ def _run(arguments: list[str]) -> int:
     settings = load(arguments)
     serving = settings.serving
     allow_connections(serving.max_connections)
+    if are_wanted(settings):
+        for path in make_missing(settings.tokens_dir):
+            print(f"serving worker: made a token, which its clients need: {path}", file=sys.stderr)
     if serving.processes > 1:
         return serve_all(settings, arguments, serving.processes)
     bound = listen(serving.host, serving.port)

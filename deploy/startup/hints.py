@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from deploy.serving.edge.tokens import READ
 from deploy.watch import scrape
 from state.config.loading import FILE
 from state.config.settings import Settings
@@ -21,7 +22,10 @@ def question(settings: Settings, shoppers: bool) -> str:
     'curl -s http://127.0.0.1:8501/v1/profiles/USER (USER: an id of your clicks)'
     """
     url = scrape.profile_url(settings, scrape.SAMPLE_USER if shoppers else scrape.ANY_USER)
-    return f"curl -s {url}" if shoppers else f"curl -s {url} ({scrape.ANY_USER}: an id of your clicks)"
+    trusted = "" if url.certificate is None else f"--cacert {url.certificate} "
+    token = f' -H "authorization: Bearer $(head -1 {settings.tokens_dir / READ})"' if url.token_file else ""
+    command = f"curl -s {trusted}{url}{token}"
+    return command if shoppers else f"{command} ({scrape.ANY_USER}: an id of your clicks)"
 
 
 def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import json
 
 from deploy.startup.process_plan import TRAINER
 from deploy.watch import scrape
+from deploy.watch.address import serving_address
 from state.config.settings import Settings
 
 
@@ -17,7 +18,7 @@ def trained_version(settings: Settings) -> int:
 
 def answered_version(settings: Settings) -> int:
     """The version that an answer was given with just now; 0 where a worker gives none, or is not ready."""
-    if scrape.fetch(f"{scrape.serving_url(settings)}/readyz")[0] != 200:
+    if scrape.fetch(serving_address(settings, "/readyz"))[0] != 200:
         return 0
     status, answer = scrape.fetch(scrape.profile_url(settings))
     return int(json.loads(answer)["version"]["number"]) if status == 200 else 0

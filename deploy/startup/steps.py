@@ -30,6 +30,7 @@ from deploy.startup.process_plan import (
 )
 from deploy.startup.topics import ensure_topics
 from deploy.watch import scrape
+from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
 from deploy.watch.live import Screen, live_line
 from deploy.watch.panel import panel
@@ -210,7 +211,7 @@ class Startup:
             return
         self._answered = signs.answered_version(self._settings)
         if self._answered:
-            url, port = scrape.serving_url(self._settings), self._settings.serving.grpc_port
+            url, port = serving_address(self._settings), self._settings.serving.grpc_port
             where = f"{url} with version {self._answered}{f', gRPC on port {port}' if port else ''}"
             self._step("serving", f"answers on {where}, {self._clock() - self._begin:.1f} s after the start")
 

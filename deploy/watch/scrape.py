@@ -12,7 +12,9 @@ from http.client import HTTPException
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.watch.address import Address, serving_address
 from state.config.settings import Settings
+from state.errors import SettingsError
 
 TIMEOUT_S = 1.0
 UP = "up"
@@ -107,7 +109,7 @@ def urls(settings: Settings) -> dict[str, str]:
         "stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics",
         "trainer": f"http://127.0.0.1:{settings.trainer.metrics_port}/metrics",
         "applier": f"http://127.0.0.1:{settings.serving.metrics_port}/metrics",
-        "worker": f"{serving_url(settings)}/metrics",
+        "worker": serving_address(settings, "/metrics"),
     }
 
 
@@ -121,35 +123,26 @@ def supervisor_urls(settings: Settings) -> dict[str, str]:
     return {UP: f"http://127.0.0.1:{port}/metrics"} if port else {}
 
 
-def serving_url(settings: Settings) -> str:
-    """Where answers are had on this machine.
-
-    >>> serving_url(Settings())
-    'http://127.0.0.1:8501'
-    """
-    host = settings.serving.host
-    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{reached}:{settings.serving.port}"
-
-
-def profile_url(settings: Settings, user: str = SAMPLE_USER) -> str:
+def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:
     """Where a profile is had on this machine.
 
     >>> profile_url(Settings())
     'http://127.0.0.1:8501/v1/profiles/shopper-1'
     """
-    return f"{serving_url(settings)}/v1/profiles/{user}"
+    return serving_address(settings, f"/v1/profiles/{user}")
 
 
 def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
-    """Status and body of a GET, or of another request; status 0 and the reason where nobody answers."""
+    """Status and body of a GET, or of another request; status 0 and the reason where nobody answers, or nobody is let in."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+        context = url.context() if isinstance(url, Address) else None
+        asked = url.request() if isinstance(url, Address) else url
+        with urllib.request.urlopen(asked, timeout=timeout_s, context=context) as answer:
             return int(answer.status), answer.read().decode()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.read().decode("utf-8", "replace")
     # HTTPException: the process died in the middle of its answer.
-    except (OSError, ValueError, HTTPException) as problem:
+    except (OSError, ValueError, HTTPException, SettingsError) as problem:
         return 0, str(getattr(problem, "reason", problem))
 
 

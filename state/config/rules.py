@@ -264,6 +264,16 @@ def replicas(settings: Settings) -> Iterator[Conflict]:
         )
 
 
+def certificates(settings: Settings) -> Iterator[Conflict]:
+    """A certificate of the answers has its key, and both are there."""
+    for name, other in (("serving.tls_cert", "serving.tls_key"), ("serving.tls_key", "serving.tls_cert")):
+        path = settings.value(name)
+        if path and not settings.value(other):
+            yield Conflict((name,), f"{name} needs {other}: the two go together")
+        if path and not Path(path).is_file():
+            yield Conflict((name,), f"{name} {path!r}: no such file", "correct the path")
+
+
 def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[Conflict]:
     """What would silently not be used: the operator believes in a safety that is not there."""
     for name in names:
@@ -284,4 +294,4 @@ def repeated(values: Sequence[str]) -> str | None:
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 
-RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas)
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates)

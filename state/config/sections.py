@@ -450,6 +450,18 @@ class ServingSettings:
         most=3600.0,
         help="How long a worker that ends still accepts connections, after /readyz says that it ends.",
     )
+    tokens: str = setting(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="Whether requests need a token; auto: where host is not the loopback.",
+    )
+    tokens_dir: str = setting(
+        "", help="Directory with the files of tokens, read and operate; empty: `tokens` in the state directory."
+    )
+    tls_cert: str = setting(
+        "", help="Certificate of REST and gRPC answers, PEM; empty: no TLS. Read again when changed."
+    )
+    tls_key: str = setting("", help="Key of the certificate, PEM.")
     clock: str = setting(
         "event",
         choices=("event", "wall"),

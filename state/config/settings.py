@@ -75,6 +75,11 @@ class Settings:
         return Path(self.paths.salt_file) if self.paths.salt_file else self.state_dir / layout.SALT
 
     @property
+    def tokens_dir(self) -> Path:
+        """Directory of the tokens that let clients in."""
+        return Path(self.serving.tokens_dir) if self.serving.tokens_dir else self.state_dir / layout.TOKENS
+
+    @property
     def stream_dir(self) -> Path:
         """Directory of this shard's histories."""
         return layout.stream(self.state_dir, self.stream.shard)

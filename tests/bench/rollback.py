@@ -199,9 +199,10 @@ def measure(settings: Settings, flags: list[str], rows: int, rate: float) -> dic
 
 def ready(settings: Settings) -> bool:
     """Whether a worker answers."""
-    from deploy.watch.scrape import fetch, serving_url
+    from deploy.watch.address import serving_address
+    from deploy.watch.scrape import fetch
 
-    return fetch(f"{serving_url(settings)}/readyz")[0] == 200
+    return fetch(serving_address(settings, "/readyz"))[0] == 200
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from pathlib import Path
 import psutil
 
 from deploy.watch import scrape
+from deploy.watch.address import serving_address
 from state import errors
 from state.accounts import StreamAccount
 from state.attributes.values import tables_of
@@ -144,7 +145,7 @@ class Chaos:
         self._tables = tables_of(self.settings.attributes)
         self._registry = Registry(self.settings.registry_dir)
         self._crowd = Crowd(self.settings, seed, time.time_ns() // 1_000_000)
-        self._client = Client(scrape.serving_url(self.settings), [f"shopper-{number}" for number in range(50)])
+        self._client = Client(serving_address(self.settings), [f"shopper-{number}" for number in range(50)])
         self._operator = Operator(
             self.settings, seed, self._client, lambda: self._violence.arm(COMMAND), self._command_died
         )
@@ -195,7 +196,7 @@ class Chaos:
         def answered() -> bool:
             for end in self.parts.reap():
                 assert (end.part, end.code) == ("bootstrap", 0), f"{end}\n{self._logs()}"
-            return scrape.fetch(f"{scrape.serving_url(settings)}/v1/profiles/shopper-1")[0] == 200
+            return scrape.fetch(serving_address(settings, "/v1/profiles/shopper-1"))[0] == 200
 
         until(answered, "no first answer", FIRST_ANSWER_S)
         self._say("the loop answers; now it is killed")

@@ -21,6 +21,7 @@ from deploy import cli
 from deploy.command_line import PROCESSES
 from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
+from deploy.watch.address import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.log import Topics, Writer
@@ -160,7 +161,7 @@ class Loop:
 
     def get(self, path: str) -> tuple[int, Any]:
         """Status and JSON of a GET to a worker; status 0 where none answers."""
-        status, body = scrape.fetch(scrape.serving_url(self.settings) + path, timeout_s=5.0)
+        status, body = scrape.fetch(serving_address(self.settings, path), timeout_s=5.0)
         return status, json.loads(body) if status and body.startswith("{") else body
 
     def profile(self, user: str, **query: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import uvicorn
 
+from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import BoundedConnection, ConnectionLimits
 from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.http_api.app import App
@@ -37,6 +38,7 @@ class DrainingServer(uvicorn.Server):
         drain_s: How long connections are still accepted.
         ready: Called once connections are accepted.
         grpc: Makes the gRPC server in the event loop, which begins and ends with this one; None for HTTP alone.
+        access: How clients are let in.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class DrainingServer(uvicorn.Server):
         drain_s: float,
         ready: Callable[[], None] = lambda: None,
         grpc: Callable[[], GrpcServer] | None = None,
+        access: Access | None = None,
     ) -> None:
         config = uvicorn.Config(
             cast(Any, app), loop="uvloop", http=cast(Any, partial(BoundedConnection, limits, app.metrics.refused)),
@@ -54,7 +57,7 @@ class DrainingServer(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self._app, self._drain_s, self._ready = app, drain_s, ready
-        self._make_grpc = grpc
+        self._make_grpc, self._access = grpc, access or Access()
         self._grpc: GrpcServer | None = None
 
     def end_on_signals(self) -> None:
@@ -76,6 +79,8 @@ class DrainingServer(uvicorn.Server):
         if self._make_grpc is not None:
             self._grpc = self._make_grpc()
             await self._grpc.start()
+        if self._access.certificate is not None:
+            self.config.ssl = self._access.certificate.context
         await super().startup(sockets)
         self._ready()
 
@@ -83,6 +88,7 @@ class DrainingServer(uvicorn.Server):
         """Each `TICK_S`."""
         if counter % 10 == 0:
             self._look()
+            self._access.look()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

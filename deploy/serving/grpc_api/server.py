@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from deploy.serving.batching import QueueLimits
+from deploy.serving.edge.access import Access
 from deploy.serving.grpc_api.health import GrpcHealth
 from deploy.serving.grpc_api.messages import POOL
 from deploy.serving.grpc_api.model_services import model_services
@@ -37,6 +38,7 @@ class GrpcServer:
         shared: Whether other workers listen there too.
         limits: How long a question may wait.
         ready: Whether the worker can answer.
+        access: How clients are let in.
 
     Attributes:
         port: That it listens on.
@@ -53,6 +55,7 @@ class GrpcServer:
         shared: bool,
         limits: QueueLimits,
         ready: Callable[[], bool],
+        access: Access,
     ) -> None:
         options = [
             # By default grpc shares its port with whoever comes.
@@ -60,7 +63,7 @@ class GrpcServer:
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
         ]
-        services, handlers = offered(host, metrics, limits), Handlers(metrics)
+        services, handlers = offered(host, metrics, limits), Handlers(metrics, access.tokens)
         names = [one.name for one in services]
         self._server = grpc.aio.server(options=options)
         self._server.add_generic_rpc_handlers([handlers.of(one) for one in services])
@@ -68,7 +71,10 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         listed: Sequence[str] = (*names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(listed, self._server, POOL)
-        self.port = self._server.add_insecure_port(address)
+        if access.certificate is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            self.port = self._server.add_secure_port(address, access.certificate.grpc_credentials())
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

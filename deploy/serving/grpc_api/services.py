@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
+from deploy.serving.edge.tokens import READ, Tokens
 from deploy.serving.grpc_api.messages import message
-from state.errors import SpringtideError
+from state.errors import Overloaded, SpringtideError
 from state.metrics import WorkerMetrics
 
 CODES = {
@@ -60,11 +61,14 @@ class Handlers:
 
     Args:
         metrics: Of the worker.
+        tokens: That requests need; None where they need none.
         clock_s: A monotonic clock.
     """
 
-    def __init__(self, metrics: WorkerMetrics, clock_s: Callable[[], float] = time.perf_counter) -> None:
-        self._metrics, self._clock_s = metrics, clock_s
+    def __init__(
+        self, metrics: WorkerMetrics, tokens: Tokens | None = None, clock_s: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._metrics, self._tokens, self._clock_s = metrics, tokens, clock_s
 
     def of(self, service: Service) -> grpc.GenericRpcHandler:
         """The handlers of all methods of a service."""
@@ -84,9 +88,13 @@ class Handlers:
         async def answering(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began_s, code = self._clock_s(), grpc.StatusCode.OK
             try:
+                if self._tokens is not None:
+                    self._tokens.require(_authorization(context), READ)
                 return await answer(request)
             except SpringtideError as error:
                 code = CODES.get(error.http_status, grpc.StatusCode.INTERNAL)
+                if isinstance(error, Overloaded):
+                    context.set_trailing_metadata([(name.decode(), value) for name, value in error.http_headers])
                 await _refuse(context, code, str(error))
             except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
                 code = grpc.StatusCode.INTERNAL
@@ -97,6 +105,11 @@ class Handlers:
                 self._metrics.request_seconds.labels(route).observe(self._clock_s() - began_s)
 
         return answering
+
+
+def _authorization(context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
+    found = dict(context.invocation_metadata() or ()).get("authorization")
+    return found.decode("latin-1") if isinstance(found, bytes) else found
 
 
 async def _refuse(context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str) -> NoReturn:

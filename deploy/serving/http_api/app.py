@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.serving.batching import QueueLimits
+from deploy.serving.edge.tokens import Tokens
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
 from deploy.serving.http_api.explanations import Explanations
@@ -46,6 +47,7 @@ class App:
         registry: Where the metrics are.
         serving: The limits of requests.
         exposition: Says the metrics of all workers; None where this is the only one.
+        tokens: That requests need; None where they need none.
         clock_s: A monotonic clock.
 
     Attributes:
@@ -61,10 +63,12 @@ class App:
         registry: CollectorRegistry,
         serving: ServingSettings = ServingSettings(),  # noqa: B008 - immutable
         exposition: Callable[[], bytes] | None = None,
+        tokens: Tokens | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.host = host
         self._most_body_bytes = serving.max_body_bytes
+        self._tokens = tokens
         self.draining = False
         self.limits = QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s)
         self.metrics = WorkerMetrics(registry)
@@ -94,6 +98,8 @@ class App:
         try:
             endpoint, placeholders = self._routes.find(scope)
             name = endpoint.name
+            if self._tokens is not None:
+                self._tokens.require(authorization(scope), endpoint.role)
             response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, self._most_body_bytes))
         except SpringtideError as error:
             response = failure(error)
@@ -112,6 +118,11 @@ class App:
             self._counters[name, status] = series
         series[0].inc()
         series[1].observe(took_s)
+
+
+def authorization(scope: Scope) -> str | None:
+    """The header of that name."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
 
 
 async def answer(send: Send, response: Response) -> None:

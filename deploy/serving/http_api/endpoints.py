@@ -11,6 +11,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 import orjson
 
+from deploy.serving.edge.tokens import READ
 from deploy.serving.http_api import reading
 from state.errors import BadRequest, SpringtideError, TooLarge, UnknownPath, WrongMethod
 
@@ -109,6 +110,7 @@ class Endpoint:
         parameters: The type of the query's parameters; None where there are none, and then any is refused.
         body: The types that the body may have; none where none is read.
         example: Of a body, for who sent another one.
+        role: Who may ask, where requests need tokens.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Endpoint:
     parameters: type[msgspec.Struct] | None = None
     body: tuple[type[msgspec.Struct], ...] = ()
     example: str = ""
+    role: str = READ
     pattern: re.Pattern[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from deploy.serving.edge.tokens import OPEN, OPERATE
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Headers, Request, Response, encode
 
-READ = ("GET", "HEAD")
+METHODS = ("GET", "HEAD")
 _TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
 
 
@@ -29,9 +30,16 @@ class Health:
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
         return [
-            Endpoint("healthz", READ, "/healthz", self._alive, "That the process runs."),
-            Endpoint("readyz", READ, "/readyz", self._ready, "Whether this worker can answer, and what it lacks."),
-            Endpoint("metrics", READ, "/metrics", self._metrics, "Prometheus's text."),
+            Endpoint("healthz", METHODS, "/healthz", self._alive, "That the process runs.", role=OPEN),
+            Endpoint(
+                "readyz",
+                METHODS,
+                "/readyz",
+                self._ready,
+                "Whether this worker can answer, and what it lacks.",
+                role=OPEN,
+            ),
+            Endpoint("metrics", METHODS, "/metrics", self._metrics, "Prometheus's text.", role=OPERATE),
         ]
 
     async def _alive(self, _: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -19,14 +20,16 @@ def of(name: str) -> Any:
     return message(f"springtide.v1.{name}")
 
 
-def call(channel: grpc.Channel, method: str, request: Any, response: str) -> Any:
+def call(
+    channel: grpc.Channel, method: str, request: Any, response: str, metadata: Sequence[tuple[str, str]] = ()
+) -> Any:
     """One call, as a generated stub makes it."""
     ask = channel.unary_unary(
         f"/springtide.v1.Profiles/{method}",
         request_serializer=type(request).SerializeToString,
         response_deserializer=of(response).FromString,
     )
-    return ask(request, timeout=60, wait_for_ready=True)
+    return ask(request, timeout=60, wait_for_ready=True, metadata=metadata)
 
 
 def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stores: Stores) -> None:

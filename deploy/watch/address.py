@@ -1,0 +1,66 @@
+"""A URL of our own serving, with what a process of the same operator needs to be let in there."""
+
+from __future__ import annotations
+
+import ssl
+import urllib.request
+from pathlib import Path
+from typing import Self
+
+from deploy.serving.edge.tokens import OPERATE, are_wanted, tokens_in
+from state.config.settings import Settings
+
+
+class Address(str):
+    """A URL; its files are read at each request, for they may change.
+
+    Args:
+        url: The URL.
+        token_file: Has the token to send; None where none is needed.
+        certificate: That the server must have; None without TLS.
+    """
+
+    token_file: Path | None
+    certificate: Path | None
+
+    def __new__(cls, url: str, token_file: Path | None = None, certificate: Path | None = None) -> Self:
+        """Makes it, as `str` does."""
+        made = super().__new__(cls, url)
+        made.token_file, made.certificate = token_file, certificate
+        return made
+
+    def request(self) -> urllib.request.Request:
+        """A GET that is let in.
+
+        Raises:
+            SettingsError: The token cannot be read.
+        """
+        headers = {} if self.token_file is None else {"authorization": f"Bearer {tokens_in(self.token_file)[0]}"}
+        return urllib.request.Request(self, headers=headers)
+
+    def context(self) -> ssl.SSLContext | None:
+        """Trusts the server's own certificate, whoever signed it and whatever name it has; None without TLS.
+
+        Raises:
+            OSError: The certificate cannot be read.
+        """
+        if self.certificate is None:
+            return None
+        context = ssl.create_default_context(cafile=self.certificate)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return context
+
+
+def serving_address(settings: Settings, path: str = "") -> Address:
+    """Where serving is reached on this machine.
+
+    >>> serving_address(Settings(), "/readyz")
+    'http://127.0.0.1:8501/readyz'
+    """
+    serving = settings.serving
+    host = serving.host
+    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    scheme, certificate = ("https", Path(serving.tls_cert)) if serving.tls_cert else ("http", None)
+    token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else None
+    return Address(f"{scheme}://{reached}:{serving.port}{path}", token_file, certificate)
