@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from deploy.serving.edge.tokens import READ, Tokens
 from deploy.serving.grpc_api.messages import message
-from state.errors import Overloaded, SpringtideError
+from state.errors import BadRequest, Overloaded, SpringtideError
 from state.metrics import WorkerMetrics
 
 CODES = {
@@ -76,21 +77,20 @@ class Handlers:
             service.name,
             {
                 one.name: grpc.unary_unary_rpc_method_handler(
-                    self._answering(f"/{service.name}/{one.name}", one.answer),
-                    request_deserializer=message(one.request).FromString if one.request else None,
+                    self._answering(f"/{service.name}/{one.name}", one),
                     response_serializer=_serialized,
                 )
                 for one in service.methods
             },
         )
 
-    def _answering(self, route: str, answer: Callable[[Any], Awaitable[Any]]) -> Any:
-        async def answering(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    def _answering(self, route: str, method: Method) -> Any:
+        async def answering(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             began_s, code = self._clock_s(), grpc.StatusCode.OK
             try:
                 if self._tokens is not None:
                     self._tokens.require(_authorization(context), READ)
-                return await answer(request)
+                return await method.answer(_read(method.request, data))
             except SpringtideError as error:
                 code = CODES.get(error.http_status, grpc.StatusCode.INTERNAL)
                 if isinstance(error, Overloaded):
@@ -105,6 +105,20 @@ class Handlers:
                 self._metrics.request_seconds.labels(route).observe(self._clock_s() - began_s)
 
         return answering
+
+
+def _read(name: str, data: bytes) -> Any:
+    """The message of a request. By grpc's own reading one that is none would be a failure of the server.
+
+    Raises:
+        BadRequest: It is none.
+    """
+    if not name:
+        return data
+    try:
+        return message(name).FromString(data)
+    except DecodeError:
+        raise BadRequest(f"the request is no message {name}", "send one, as the .proto files have it") from None
 
 
 def _authorization(context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
