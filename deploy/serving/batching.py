@@ -9,7 +9,6 @@ lately. One that nobody waits for any more is not computed.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,27 +16,12 @@ from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, TypeVar
 
 from deploy.serving.answer import Query
+from deploy.serving.line import WEIGHT, QueueLimits, refuse_beyond, too_late
 from deploy.serving.predictor import MOST_AT_ONCE
-from state.errors import Overloaded, TookTooLong
 
 Body = TypeVar("Body")
 Answer = Callable[[Sequence[Query]], list[Body]]
 """Gives the bodies of at most `MOST_AT_ONCE` questions, in their order."""
-
-_WEIGHT = 0.1
-"""Of the newest batch in what a batch takes."""
-
-
-class QueueLimits(NamedTuple):
-    """How long a question may wait.
-
-    Attributes:
-        expected_s: It is refused where it would wait longer.
-        waited_s: It is given up where it has waited longer.
-    """
-
-    expected_s: float = math.inf
-    waited_s: float = math.inf
 
 
 class Waiting(NamedTuple, Generic[Body]):
@@ -101,7 +85,7 @@ class Batcher(Generic[Body]):
             with self._held() as answer:
                 for first in range(0, len(queries), MOST_AT_ONCE):
                     if self._is_late(since_s):
-                        raise self._late()
+                        raise too_late(self._limits)
                     some = queries[first : first + MOST_AT_ONCE]
                     answers += answer(some)
                     # Others must not wait for a whole request.
@@ -117,11 +101,7 @@ class Batcher(Generic[Body]):
 
     def _admit(self) -> None:
         # Where less than a batch waits, the next one takes it, however long batches took.
-        expected_s = self.expected_s
-        if expected_s > self._limits.expected_s:
-            refusal = Overloaded("more is asked than can be answered in time", "ask again later, and less at a time")
-            refusal.http_headers = ((b"retry-after", b"%d" % math.ceil(expected_s)),)
-            raise refusal
+        refuse_beyond(self._limits, self.expected_s)
 
     def _answer_waiting(self) -> None:
         began_s = self._clock_s()
@@ -131,7 +111,7 @@ class Batcher(Generic[Body]):
         wanted = [one for one in some if not one.answer.done()]
         for one in wanted:
             if self._is_late(one.since_s, began_s):
-                one.answer.set_exception(self._late())
+                one.answer.set_exception(too_late(self._limits))
         wanted = [one for one in wanted if not one.answer.done()]
         try:
             bodies = self._answer([one.query for one in wanted]) if wanted else []
@@ -147,11 +127,8 @@ class Batcher(Generic[Body]):
         """What a batch takes, and where the next one waits already, what lies between them too."""
         now_s = self._clock_s()
         took_s = now_s - (began_s if self._ended_s is None else self._ended_s)
-        self._batch_s += _WEIGHT * (took_s - self._batch_s)
+        self._batch_s += WEIGHT * (took_s - self._batch_s)
         self._ended_s = now_s if self._waiting else None
 
     def _is_late(self, since_s: float, now_s: float | None = None) -> bool:
         return (self._clock_s() if now_s is None else now_s) - since_s > self._limits.waited_s
-
-    def _late(self) -> TookTooLong:
-        return TookTooLong(f"no answer within {self._limits.waited_s:g} s", "ask again later, and less at a time")

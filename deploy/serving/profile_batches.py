@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from deploy.serving.answer import Answer, Query
-from deploy.serving.batching import Batcher, Body, QueueLimits
+from deploy.serving.batching import Batcher, Body
 from deploy.serving.host import Host
+from deploy.serving.line import QueueLimits
 from state.metrics import WorkerMetrics
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from deploy.serving.answer import Answer, Query
 from deploy.serving.host import Host
 from deploy.serving.labels import labels_of
+from deploy.serving.line import Line, QueueLimits
 from deploy.serving.loaded_version import LoadedVersion, named
 from deploy.serving.predictor import MOST_AT_ONCE
 from deploy.serving.program import batch_of
@@ -52,10 +53,11 @@ class TensorModel:
     Args:
         host: What answers.
         metrics: Of the worker.
+        limits: How long a request may wait.
     """
 
-    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
-        self._host, self._metrics = host, metrics
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._host, self._metrics, self._line = host, metrics, Line(limits)
 
     def versions(self, choice: ModelChoice) -> list[Served]:
         """The version that is asked for; all that can be, the one that answers first, where none is named.
@@ -106,6 +108,7 @@ class TensorModel:
         Raises:
             UnknownModel, NotReady: As `versions`.
             BadRequest: The signature is not there, or the inputs are not of its form.
+            Overloaded, TookTooLong: More is asked than can be answered in time.
             SpringtideError: The version cannot be run.
         """
         predictor = self._host.predictor()
@@ -123,14 +126,18 @@ class TensorModel:
                 raise BadRequest(f"there is no output {min(unknown)!r}", f"take {', '.join(offered[name].outputs)}")
             number, parts = version.served.version, []
             queries = [] if name == RAW else _queries(given, rows)
-            async for at in _pieces(rows):
-                # Meanwhile others may have loaded the weights of another version.
-                if name == RAW:
-                    parts.append(_run(predictor.take_up(reader, number), offered[name], given, at, rows))
-                else:
-                    answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
-                    self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
-                    parts.append(tensors_of(answers, offered[name]))
+            with self._line.admit(len(range(0, rows, MOST_AT_ONCE))) as since_s:
+                async for at in _pieces(rows):
+                    self._line.look(since_s)
+                    began_s = self._line.clock_s()
+                    # Meanwhile others may have loaded the weights of another version.
+                    if name == RAW:
+                        parts.append(_run(predictor.take_up(reader, number), offered[name], given, at, rows))
+                    else:
+                        answers = predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
+                        self._metrics.cold_starts.inc(sum(answer.cold_start for answer in answers))
+                        parts.append(tensors_of(answers, offered[name]))
+                    self._line.measure(self._line.clock_s() - began_s)
         outputs = {one: np.concatenate([part[one] for part in parts]) for one in wanted or offered[name].outputs}
         return Prediction(number, name, outputs)
 

@@ -9,6 +9,7 @@ from deploy.serving.grpc_api.messages import message
 from deploy.serving.grpc_api.services import Method, Service
 from deploy.serving.grpc_api.tensor_protos import signature_def, to_array, to_proto
 from deploy.serving.host import Host
+from deploy.serving.line import QueueLimits
 from deploy.serving.signatures import Signature
 from deploy.serving.tensor_model import ModelChoice, TensorModel
 from state.errors import BadRequest, NotOffered
@@ -34,9 +35,9 @@ VersionStatus = message(f"{PACKAGE}.ModelVersionStatus")
 SignatureDefMap = message(f"{PACKAGE}.SignatureDefMap")
 
 
-def model_services(host: Host, metrics: WorkerMetrics) -> list[Service]:
+def model_services(host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> list[Service]:
     """Both services."""
-    one = ModelServices(TensorModel(host, metrics))
+    one = ModelServices(TensorModel(host, metrics, limits))
     return [
         Service(
             f"{PACKAGE}.PredictionService",

@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 from deploy.serving.answer import Answer, Query
-from deploy.serving.batching import QueueLimits
 from deploy.serving.explaining.explaining import explain
 from deploy.serving.grpc_api.messages import message
 from deploy.serving.grpc_api.services import Method, Service
 from deploy.serving.host import Host
 from deploy.serving.http_api.item_requests import MOST_RECOMMENDED, RECOMMENDED
 from deploy.serving.http_api.requests import LATEST_MS, LEAN, MOST_PROFILES, MOST_TOP, TOP, fields_of, whole
+from deploy.serving.line import Line, QueueLimits
 from deploy.serving.profile_batches import profile_batches
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem, RankedItems, rank
 from deploy.serving.recommending.recommending import Recommendations, WantedItems, recommend
@@ -30,11 +30,11 @@ class GrpcProfiles:
     Args:
         host: What answers.
         metrics: Of the worker.
-        limits: How long a question about a profile may wait.
+        limits: How long a question may wait.
     """
 
     def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
-        self._host, self._metrics, self._turns = host, metrics, ItemTurns(host)
+        self._host, self._metrics, self._turns, self._line = host, metrics, ItemTurns(host), Line(limits)
         self._batcher = profile_batches(host, metrics, _profile, limits)
 
     def service(self) -> Service:
@@ -66,19 +66,21 @@ class GrpcProfiles:
         if not 1 <= len(request.items) <= MOST_ITEMS:
             raise BadRequest(f"{len(request.items)} items", f"name 1 to {MOST_ITEMS} at once")
         items = [NamedItem(one.item, _given(one, "category")) for one in request.items]
-        answer = await in_turns(rank(self._host.predictor(), _query(request, (LEAN, 0)), items))
+        answer = await in_turns(rank(self._host.predictor(), _query(request, (LEAN, 0)), items), self._line)
         return self._of_items("RankResponse", answer)
 
     async def _recommend(self, request: Any) -> Any:
         wanted = WantedItems(_count(request), _given(request, "category"), request.exclude_seen)
         sources = self._turns.sources()
-        answer = await in_turns(recommend(self._host.predictor(), sources, _query(request, (LEAN, None)), wanted))
+        answer = await in_turns(
+            recommend(self._host.predictor(), sources, _query(request, (LEAN, None)), wanted), self._line
+        )
         return self._of_items("RecommendResponse", answer)
 
     async def _explain(self, request: Any) -> Any:
         top = whole("top", request.top if request.HasField("top") else TOP, 1, MOST_TOP)
         query, label = _query(request.question, (LEAN, top)), _given(request, "label")
-        answer = await in_turns(explain(self._host.predictor(), query, label))
+        answer = await in_turns(explain(self._host.predictor(), query, label), self._line)
         self._metrics.cold_starts.inc(answer.cold_start)
         return _message("Explanation")(**dataclasses.asdict(answer))
 

@@ -10,7 +10,6 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from deploy.serving.batching import QueueLimits
 from deploy.serving.edge.access import Access
 from deploy.serving.grpc_api.health import GrpcHealth
 from deploy.serving.grpc_api.messages import POOL
@@ -18,6 +17,7 @@ from deploy.serving.grpc_api.model_services import model_services
 from deploy.serving.grpc_api.profiles import GrpcProfiles
 from deploy.serving.grpc_api.services import Handlers, Service
 from deploy.serving.host import Host
+from deploy.serving.line import QueueLimits
 from state.metrics import WorkerMetrics
 
 MOST_MESSAGE_BYTES = 4 << 20
@@ -25,7 +25,7 @@ MOST_MESSAGE_BYTES = 4 << 20
 
 def offered(host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> list[Service]:
     """The services of a worker; another one is added here."""
-    return [GrpcProfiles(host, metrics, limits).service(), *model_services(host, metrics)]
+    return [GrpcProfiles(host, metrics, limits).service(), *model_services(host, metrics, limits)]
 
 
 class GrpcServer:

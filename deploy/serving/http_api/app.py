@@ -15,7 +15,6 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from deploy.serving.batching import QueueLimits
 from deploy.serving.edge.tokens import Tokens
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
@@ -24,6 +23,7 @@ from deploy.serving.http_api.health import Health
 from deploy.serving.http_api.items import Items
 from deploy.serving.http_api.models import Models
 from deploy.serving.http_api.profiles import Profiles
+from deploy.serving.line import QueueLimits
 from state.config.sections import ServingSettings
 from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
@@ -77,10 +77,10 @@ class App:
         self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
         self.endpoints: list[Endpoint] = [
             *Profiles(host, self.metrics, self.limits).endpoints(),
-            *Explanations(host, self.metrics).endpoints(),
-            *Items(host, self.metrics).endpoints(),
+            *Explanations(host, self.metrics, self.limits).endpoints(),
+            *Items(host, self.metrics, self.limits).endpoints(),
             *Health(host, exposition or partial(generate_latest, registry), lambda: self.draining).endpoints(),
-            *Models(host, self.metrics).endpoints(),
+            *Models(host, self.metrics, self.limits).endpoints(),
         ]
         self._routes = Routes(self.endpoints)
 

@@ -9,6 +9,7 @@ from deploy.serving.explaining.explaining import explain
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
 from deploy.serving.http_api.requests import ExplanationParameters, explained
+from deploy.serving.line import Line, QueueLimits
 from deploy.serving.recommending.turns import in_turns
 from state.metrics import WorkerMetrics
 
@@ -19,10 +20,11 @@ class Explanations:
     Args:
         host: What answers.
         metrics: Of the worker.
+        limits: How long a question may wait.
     """
 
-    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
-        self._host, self._metrics = host, metrics
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._host, self._metrics, self._line = host, metrics, Line(limits)
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
@@ -39,6 +41,8 @@ class Explanations:
 
     async def _explain(self, request: Request) -> Response:
         given = request.parameters(ExplanationParameters)
-        answer = await in_turns(explain(self._host.predictor(), explained(request.path["user_id"], given), given.label))
+        answer = await in_turns(
+            explain(self._host.predictor(), explained(request.path["user_id"], given), given.label), self._line
+        )
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))

@@ -18,6 +18,7 @@ from deploy.serving.http_api.item_requests import (
     rank_question,
     recommendation,
 )
+from deploy.serving.line import Line, QueueLimits
 from deploy.serving.recommending.ranking import rank
 from deploy.serving.recommending.recommending import recommend
 from deploy.serving.recommending.similar import similar
@@ -31,10 +32,11 @@ class Items:
     Args:
         host: What answers.
         metrics: Of the worker.
+        limits: How long a question may wait.
     """
 
-    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
-        self._host, self._metrics, self._turns = host, metrics, ItemTurns(host)
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._host, self._metrics, self._turns, self._line = host, metrics, ItemTurns(host), Line(limits)
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
@@ -68,13 +70,13 @@ class Items:
 
     async def _rank(self, request: Request) -> Response:
         query, items = rank_question(await request.document())
-        answer = await in_turns(rank(self._host.predictor(), query, items))
+        answer = await in_turns(rank(self._host.predictor(), query, items), self._line)
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))
 
     async def _recommend(self, request: Request) -> Response:
         query, wanted = recommendation(request.path["user_id"], request.parameters(RecommendationParameters))
-        answer = await in_turns(recommend(self._host.predictor(), self._turns.sources(), query, wanted))
+        answer = await in_turns(recommend(self._host.predictor(), self._turns.sources(), query, wanted), self._line)
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))
 

@@ -14,8 +14,9 @@ from google.protobuf import json_format
 
 from deploy.serving.grpc_api.model_services import signature_map
 from deploy.serving.host import Host
-from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
+from deploy.serving.http_api.endpoints import JSON, Endpoint, Request, Response, encode
 from deploy.serving.http_api.json_tensors import columns, document_of, rows, signature_of, tensors
+from deploy.serving.line import QueueLimits
 from deploy.serving.tensor_model import ModelChoice, TensorModel
 from state.errors import BadRequest, NotOffered, SpringtideError
 from state.metrics import WorkerMetrics
@@ -30,10 +31,11 @@ class Models:
     Args:
         host: What answers.
         metrics: Of the worker.
+        limits: How long a question may wait.
     """
 
-    def __init__(self, host: Host, metrics: WorkerMetrics) -> None:
-        self._model = TensorModel(host, metrics)
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._model = TensorModel(host, metrics, limits)
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered; what stands behind a colon is looked for first."""
@@ -106,6 +108,6 @@ def _told(answer: Callable[[Request], Awaitable[Response]], method: str) -> Call
                 )
             return await answer(request)
         except SpringtideError as error:
-            return Response(error.http_status, encode({"error": str(error)}))
+            return Response(error.http_status, encode({"error": str(error)}), [*JSON, *error.http_headers])
 
     return told

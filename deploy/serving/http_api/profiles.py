@@ -6,10 +6,10 @@ POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, .
 
 from __future__ import annotations
 
-from deploy.serving.batching import QueueLimits
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
 from deploy.serving.http_api.requests import BATCH, EXAMPLE, ProfileParameters, question, questions
+from deploy.serving.line import QueueLimits
 from deploy.serving.profile_batches import profile_batches
 from state.metrics import WorkerMetrics
 

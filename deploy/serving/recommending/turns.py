@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from deploy.serving.host import Host
+from deploy.serving.line import Line
 from deploy.serving.recommending.sources import ItemSources
 from state.errors import SpringtideError
 
@@ -50,15 +51,30 @@ class ItemTurns:
         self._timer = asyncio.get_running_loop().call_later(MORE_S if more else TURN_S, self._turn)
 
 
-async def in_turns(steps: Generator[None, None, Found]) -> Found:
-    """What a generator returns in the end; others are answered between its steps."""
+async def in_turns(steps: Generator[None, None, Found], line: Line) -> Found:
+    """What a generator returns in the end; others are answered between its steps.
+
+    Args:
+        steps: The generator.
+        line: That it stands in, as one piece.
+
+    Raises:
+        Overloaded: It would wait too long.
+        TookTooLong: It did.
+    """
+    spent_s = 0.0
     try:
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                found: Found = end.value
-                return found
-            await asyncio.sleep(0)
+        with line.admit() as since_s:
+            while True:
+                began_s = line.clock_s()
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    line.measure(spent_s + line.clock_s() - began_s)
+                    found: Found = end.value
+                    return found
+                spent_s += line.clock_s() - began_s
+                await asyncio.sleep(0)
+                line.look(since_s)
     finally:
         steps.close()

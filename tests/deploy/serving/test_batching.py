@@ -11,9 +11,10 @@ import pytest
 import uvloop
 
 from deploy.serving.answer import Query
-from deploy.serving.batching import Answer, Batcher, QueueLimits
+from deploy.serving.batching import Answer, Batcher
 from deploy.serving.http_api.app import answer
 from deploy.serving.http_api.endpoints import Response
+from deploy.serving.line import QueueLimits
 from deploy.serving.predictor import MOST_AT_ONCE
 from state.errors import Overloaded, TookTooLong
 from tests.deploy.serving.edge.listening import listening, read
