@@ -5,8 +5,6 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-import grpc
-
 from deploy.serving.edge.watched_files import WatchedFiles
 from state.errors import SettingsError
 
@@ -20,6 +18,7 @@ class Certificate:
 
     Attributes:
         context: For HTTP; connections from now on use what was loaded last.
+        pem: Key and certificate, loaded last.
 
     Raises:
         SettingsError: They cannot be read, or do not belong together.
@@ -42,10 +41,6 @@ class Certificate:
         if self._files.changed():
             self._load()
 
-    def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For gRPC; handshakes from now on use what was loaded last."""
-        return grpc.dynamic_ssl_server_credentials(self._grpc, lambda: self._grpc)
-
     def _load(self) -> None:
         try:
             cert, key = self._cert.read_bytes(), self._key.read_bytes()
@@ -57,4 +52,4 @@ class Certificate:
                 "give a PEM certificate and the PEM key that it was made with",
             ) from None
         self.context.load_cert_chain(self._cert, self._key)
-        self._grpc = grpc.ssl_server_certificate_configuration([(key, cert)])
+        self.pem = key, cert

@@ -46,6 +46,7 @@ BODIES: dict[str, Any] = {
 FRAMES = (0x0, 0x1, 0x2, 0x3, 0x4, 0x5, 0x6, 0x7, 0x8, 0x9, 0xFF)
 """DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION; none."""
 
+TRAILERS = ((b"te", b"trailers"), (b"content-type", b"application/grpc"))
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 RPCS = {
     "/springtide.v1.Profiles/GetProfile": "springtide.v1.GetProfileRequest",
@@ -213,7 +214,7 @@ def http2_bytes(chance: random.Random) -> bytes:
         head = b"".join(
             literal(name, value)
             for name, value in ((b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", b"a"),
-                                (b"te", b"trailers"), (b"content-type", b"application/grpc"))
+                                *TRAILERS)
             if chance.random() < 0.95
         )  # fmt: skip
         length = len(data) if chance.random() < 0.6 else chance.choice([0, 2**32 - 1, len(data) + 7])
@@ -222,6 +223,14 @@ def http2_bytes(chance: random.Random) -> bytes:
         if chance.random() < 0.4:
             sent += frame(chance.choice(FRAMES), chance.randrange(256), stream, chance.randbytes(chance.randrange(30)))
     return mutated(chance, sent) if chance.random() < 0.4 else sent
+
+
+def grpc_request(path: bytes, data: bytes, stream: int) -> bytes:
+    """The bytes of a connection that makes one call, rightly written."""
+    names = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"a"), *TRAILERS]
+    head = b"".join(literal(name, value) for name, value in names)
+    body = b"\x00" + len(data).to_bytes(4, "big") + data
+    return PREFACE + frame(0x4, 0, 0, b"") + frame(0x1, 0x4, stream, head) + frame(0x0, 1, stream, body)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -10,13 +10,15 @@ import random
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import grpc
 import httpx
 import psutil
 import pytest
 
-from tests.deploy.serving.edge.malformed import grpc_call, http2_bytes, http_request
+from tests.deploy.serving.edge.malformed import grpc_call, grpc_request, http2_bytes, http_request
+from tests.deploy.serving.grpc_api.test_profiles import call, of
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, free_port, until, worker
 
@@ -30,15 +32,23 @@ OURS = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVA
 def answered(port: int, data: bytes, wait_s: float = 30.0) -> bytes:
     """What comes back until the worker ends the connection, whose other half ends with what is sent."""
     found = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=wait_s) as client:
-        try:
-            client.sendall(data)
-            client.shutdown(socket.SHUT_WR)
-            while more := client.recv(1 << 16):
-                found += more
-        except (ConnectionError, TimeoutError):
-            pass  # it was refused before all of it was sent
+    # It may be refused before all of it is sent.
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=wait_s) as client:
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        while more := client.recv(1 << 16):
+            found += more
     return found
+
+
+def answers_over_grpc(port: int) -> bool:
+    """Whether a user's profile is answered."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        question = of("GetProfileRequest")(question={"user_id": "ann"})
+        try:
+            return bool(call(channel, "GetProfile", question, "Profile").user_id == "ann")
+        except grpc.RpcError:
+            return False
 
 
 def failures(port: int) -> Iterator[str]:
@@ -78,10 +88,24 @@ def test_malformed_requests_end_no_worker_and_are_no_failure_of_it(stores: Store
         assert {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED} <= codes
         assert list(failures(port)) == []
         assert answers(port, "/v1/profiles/ann")
+        until(lambda: answers_over_grpc(grpc_port))
         until(lambda: len(psutil.Process(process.pid).net_connections()) < 20)
         process.terminate()
         _, log = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in log, log[-3000:]
+    assert process.returncode == 0 and "a request for" not in log and "ASGI" not in log, log[-3000:]
+
+
+def test_grpc_goes_on_after_a_path_that_its_server_ends_at(stores: Stores) -> None:
+    """That of grpc.aio does at one that is no UTF-8; the worker begins it anew on its port."""
+    port, grpc_port = free_port(), free_port()
+    with worker(stores, port, 1, grpc_port) as process:
+        until(lambda: answers(port, "/readyz"))
+        for _ in range(3):
+            answered(grpc_port, grpc_request(b"/springtide.v1.Profiles/\xa1", b"", stream=1), wait_s=1.0)
+            until(lambda: answers_over_grpc(grpc_port))
+        process.terminate()
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
 
 
 @pytest.mark.parametrize("seed", [1, 2])
