@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from deploy.serving.notes import item_extra, item_parts, name_extra
@@ -41,6 +42,11 @@ class Catalogue:
         if len(self._names) >= NAMES_REMEMBERED:
             self._names.clear()
         return self._names.setdefault(category, ShownName(stored.decode(), identity))
+
+    def categories_of(self, items: Sequence[int]) -> list[int]:
+        """The category that each of n items was last seen in; 0 where nobody clicked it."""
+        found = self._histories.extra_of_each([item_extra(item) for item in items])
+        return [0 if stored is None else item_parts(stored)[0] for stored in found]
 
     def category_of(self, item: int) -> int:
         """The category that an item was last seen in; 0 where nobody clicked it."""

@@ -212,10 +212,9 @@ class Predictor:
         """
         query = asked.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])
+        seen_in = iter(self._catalogue.categories_of([item for item, category in items if not category]))
         return [
-            asked._replace(
-                query=query, item=item, category=category or self._catalogue.category_of(item), item_attributes=known
-            )
+            asked._replace(query=query, item=item, category=category or next(seen_in), item_attributes=known)
             for (item, category), known in zip(items, attributes, strict=True)
         ]
 

@@ -147,6 +147,11 @@ class HistoryStore(MemoryStore):
         with self._opened.begin("meta") as transaction:
             return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
 
+    def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
+        """What `extra` gives for each of n names, as of one moment."""
+        with self._opened.begin("meta") as transaction:
+            return [None if (one := transaction.get(b"x:" + name.encode())) is None else bytes(one) for name in names]
+
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
         with self._opened.begin("meta") as transaction:

@@ -71,10 +71,11 @@ def rank(predictor: Predictor, query: Query, items: Sequence[NamedItem]) -> Gene
             found.append(pairs.logits(piece))
             yield
         logits = np.concatenate(found)
+    names = {one: predictor.name_of(one).name for one in {*pairs.categories} if one}
     ranked = [
         RankedItem(
             item=items[place].item,
-            category=predictor.name_of(category).name if (category := pairs.categories[place]) else None,
+            category=names.get(pairs.categories[place]),
             probability=probability(float(logits[place])),
         )
         for place in np.argsort(-logits, kind="stable").tolist()
