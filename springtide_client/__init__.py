@@ -2,6 +2,7 @@
 
 from springtide_client.answers import (
     Engagement,
+    Explanation,
     Interest,
     Profile,
     RankedItem,
@@ -32,6 +33,7 @@ __all__ = [
     "Client",
     "ClientError",
     "Engagement",
+    "Explanation",
     "Interest",
     "Item",
     "Overloaded",

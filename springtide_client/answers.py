@@ -1,4 +1,4 @@
-"""What is answered: one type for each answer of the HTTP interface.
+"""What is answered: one type for each answer of the HTTP interface, of which its OpenAPI document is made too.
 
 Fields of a later release are passed over.
 """
@@ -88,6 +88,39 @@ class Profile(About, frozen=True, kw_only=True):
         Annotated[dict[str, int], Meta(description="Windowed counts, decayed counts and ages by name.")] | None
     ) = None
     attributes: Attributes | None = None
+
+
+class BehindIt(Struct, frozen=True):
+    """An event that lies behind a reason."""
+
+    at: str
+    action: str | None = None
+    category: str | None = None
+    item: str | None = None
+
+
+class ReasonFor(Struct, frozen=True):
+    """A part of what makes a probability another one than a stranger's."""
+
+    kind: Annotated[
+        str,
+        Meta(description="What it comes from: windows of a category, counts of an action, the user's row and so on."),
+    ]
+    about: Annotated[str | None, Meta(description="The category or the action.")]
+    share: Annotated[float, Meta(description="What it adds to the probability; negative where it takes away.")]
+    words: Annotated[str, Meta(description="What lies behind it.")]
+    events: Annotated[list[BehindIt], Meta(description="The newest of the events behind it.")]
+
+
+class Explanation(About, frozen=True, kw_only=True):
+    """Why a probability is what it is: the parts of its difference from what it would be of a stranger."""
+
+    label: Annotated[str | None, Meta(description="The category, where one is explained.")]
+    item: Annotated[str | None, Meta(description="The item, where an engagement is explained.")]
+    probability: Probability
+    cold_start_probability: Probability
+    reasons: Annotated[list[ReasonFor], Meta(description="The largest first.")]
+    rest: Annotated[float, Meta(description="The sum of all smaller parts.")]
 
 
 class Profiles(Struct, frozen=True):

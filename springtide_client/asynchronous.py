@@ -12,7 +12,7 @@ from typing import TypeVar
 import httpx
 
 from springtide_client import questions
-from springtide_client.answers import Profile, Ranking, Readiness, Recommendations, SimilarItems
+from springtide_client.answers import Explanation, Profile, Ranking, Readiness, Recommendations, SimilarItems
 from springtide_client.errors import Unreachable
 from springtide_client.questions import READY, Item, Question, User
 from springtide_client.retrying import AGAIN, Retries, retry_after_s
@@ -151,6 +151,33 @@ class AsyncClient:
             ClientError: See `springtide_client.errors`.
         """
         return await self._ask(questions.similar(user_id, n, exclude_seen, at, context))
+
+    async def explain(
+        self,
+        user_id: str,
+        *,
+        label: str | None = None,
+        item: str | None = None,
+        category: str | None = None,
+        at: str | int | None = None,
+        context: Mapping[str, str] | None = None,
+        top: int | None = None,
+    ) -> Explanation:
+        """Why an interest (`label`) or an engagement (`item`) is as probable as it is.
+
+        Args:
+            user_id: The raw id.
+            label: A category, as a profile shows it; or
+            item: An item.
+            category: As of `profile`.
+            at: Likewise.
+            context: Likewise.
+            top: The most reasons; by default 10.
+
+        Raises:
+            ClientError: See `springtide_client.errors`.
+        """
+        return await self._ask(questions.explain(user_id, label, item, category, at, context, top))
 
     async def ready(self) -> Readiness:
         """Whether the worker can answer, and what it lacks; it is asked once.

@@ -9,7 +9,16 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from springtide_client.answers import Failure, Profile, Profiles, Ranking, Readiness, Recommendations, SimilarItems
+from springtide_client.answers import (
+    Explanation,
+    Failure,
+    Profile,
+    Profiles,
+    Ranking,
+    Readiness,
+    Recommendations,
+    SimilarItems,
+)
 from springtide_client.errors import (
     ClientError,
     Overloaded,
@@ -133,6 +142,21 @@ def similar(
     return Question("GET", f"/v1/similar/{in_path(user_id)}", SimilarItems, _parameters(given, context))
 
 
+def explain(
+    user_id: str,
+    label: str | None,
+    item: str | None,
+    category: str | None,
+    at: str | int | None,
+    context: Mapping[str, str] | None,
+    top: int | None,
+) -> Question[Explanation]:
+    """Why a probability is what it is."""
+    given = {"label": label, "item": item, "category": category, "at": at, "top": top}
+    path = f"/v1/profiles/{in_path(user_id)}/explain"
+    return Question("GET", path, Explanation, _parameters(given, context))
+
+
 READY = Question("GET", "/readyz", Readiness, answered_by=(200, 503))
 
 
@@ -185,9 +209,13 @@ def failed(error: httpx.TransportError, base_url: str) -> ClientError:
 
 
 def _shape(path: str) -> str:
-    """A path without the user's id."""
-    head, _, last = path.rpartition("/")
-    return f"{head}/{{user_id}}" if head.count("/") > 1 else f"{head}/{last}"
+    """A path without the user's id.
+
+    >>> _shape("/v1/profiles/ann/explain"), _shape("/v1/profiles:batch")
+    ('/v1/profiles/{user_id}/explain', '/v1/profiles:batch')
+    """
+    _, first, second, *rest = [*path.split("/"), ""]
+    return "/".join(("", first, second, *(("{user_id}", *rest[1:-1]) if len(rest) > 1 else ())))
 
 
 def _parameters(given: Mapping[str, Any], context: Mapping[str, str] | None) -> dict[str, str]:

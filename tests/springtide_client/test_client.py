@@ -159,6 +159,15 @@ def test_items_are_ranked_and_recommended(app: App, calls: Calls) -> None:
     assert calls.similar("ann", exclude_seen=True).items == []
 
 
+def test_an_answer_is_explained(app: App, calls: Calls) -> None:
+    found = calls.explain("ann", label="hats", top=1)
+    theirs = ask(app, "GET", "/v1/profiles/ann/explain?label=hats&top=1").json()
+    assert found.label == "hats" and len(found.reasons) == 1 and found.reasons[0].words == theirs["reasons"][0]["words"]
+    assert abs(found.probability - found.cold_start_probability - found.reasons[0].share - found.rest) < 1e-3
+    with pytest.raises(Refused, match="one category or of one item"):
+        calls.explain("ann")
+
+
 def test_a_user_may_be_called_anything(calls: Calls) -> None:
     for user in ("a/b c", "Łódź?", "..", "%2F", "#"):
         assert calls.profile(user).user_id == user and calls.recommend(user).user_id == user
@@ -169,7 +178,7 @@ def test_a_user_may_be_called_anything(calls: Calls) -> None:
 def test_a_refusal_says_what_where_and_what_to_do(calls: Calls) -> None:
     with pytest.raises(Refused) as found:
         calls.profiles([User("ann", at="soon")])
-    assert found.value.status == 400 and found.value.where in ("", "/profiles/0/at")
+    assert found.value.status == 400 and found.value.where == "/profiles/0/at"
     assert "soon" in found.value.what and "ISO 8601" in found.value.do and calls.waited == []
 
 
@@ -235,7 +244,7 @@ def test_both_clients_offer_the_same() -> None:
             if not name.startswith("_")
         }
 
-    assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 7
+    assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 8
     assert set(springtide_client.__all__) >= {"Client", "AsyncClient", "Profile", "Retries", "ClientError"}
 
 

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.serving.edge.tokens import Tokens
 from deploy.serving.host import Host
+from deploy.serving.http_api.documents import Documents
 from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
 from deploy.serving.http_api.explanations import Explanations
 from deploy.serving.http_api.health import Health
@@ -82,6 +83,7 @@ class App:
             *Health(host, exposition or partial(generate_latest, registry), lambda: self.draining).endpoints(),
             *Models(host, self.metrics, self.limits).endpoints(),
         ]
+        self.endpoints += Documents(self.endpoints).endpoints()
         self._routes = Routes(self.endpoints)
 
     def ready(self) -> bool:

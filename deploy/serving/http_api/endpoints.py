@@ -13,6 +13,7 @@ import orjson
 
 from deploy.serving.edge.tokens import READ
 from deploy.serving.http_api import reading
+from springtide_client.answers import Failure
 from state.errors import BadRequest, SpringtideError, TooLarge, UnknownPath, WrongMethod
 
 Scope = MutableMapping[str, Any]
@@ -20,7 +21,15 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Headers = Sequence[tuple[bytes, bytes]]
 
 MOST_BODY_BYTES = 1 << 20
+METHODS = ("GET", "HEAD")
+"""Of what is only read."""
 JSON: Headers = [(b"content-type", b"application/json")]
+FAILED: Mapping[int, type] = dict.fromkeys((400, 408, 429, 431, 500), Failure)
+"""What anything can be answered with instead, by the status of HTTP, and the form of it."""
+ASKED = {**FAILED, 503: Failure, 504: Failure}
+"""Likewise where a version answers."""
+SENT = {**ASKED, 413: Failure}
+"""Likewise where the question is a body."""
 _PLACEHOLDER = re.compile(r"\\{(\w+)\\}")
 
 
@@ -111,6 +120,11 @@ class Endpoint:
         body: The types that the body may have; none where none is read.
         example: Of a body, for who sent another one.
         role: Who may ask, where requests need tokens.
+        returns: The types that the answer's JSON may have; none where it is no JSON.
+        media_type: Of an answer that is no JSON.
+        failures: The type of the JSON of each other status.
+        placeholders: What more the document says of the values of placeholders, as JSON Schema.
+        told_methods: Those of the document where `methods` has none; none: the endpoint is not in it.
     """
 
     name: str
@@ -122,11 +136,21 @@ class Endpoint:
     body: tuple[type[msgspec.Struct], ...] = ()
     example: str = ""
     role: str = READ
+    returns: tuple[Any, ...] = ()
+    media_type: str = "application/json"
+    failures: Mapping[int, type] = field(default_factory=lambda: ASKED)
+    placeholders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    told_methods: tuple[str, ...] = ()
     pattern: re.Pattern[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         pattern = re.compile(_PLACEHOLDER.sub(r"(?P<\1>[^/]+)", re.escape(self.path)))
         object.__setattr__(self, "pattern", pattern)
+
+    @property
+    def shown_methods(self) -> tuple[str, ...]:
+        """The methods of the document."""
+        return self.methods or self.told_methods
 
 
 class Routes:

@@ -11,6 +11,7 @@ from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encod
 from deploy.serving.http_api.requests import ExplanationParameters, explained
 from deploy.serving.line import Line, QueueLimits
 from deploy.serving.recommending.turns import in_turns
+from springtide_client.answers import Explanation
 from state.metrics import WorkerMetrics
 
 
@@ -36,6 +37,7 @@ class Explanations:
                 self._explain,
                 "Why a probability of a profile is what it is.",
                 parameters=ExplanationParameters,
+                returns=(Explanation,),
             )
         ]
 

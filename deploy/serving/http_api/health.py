@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from deploy.serving.edge.tokens import OPEN, OPERATE
 from deploy.serving.host import Host
-from deploy.serving.http_api.endpoints import Endpoint, Headers, Request, Response, encode
+from deploy.serving.http_api.endpoints import FAILED, METHODS, Endpoint, Headers, Request, Response, encode
+from springtide_client.answers import Alive, Readiness
 
-METHODS = ("GET", "HEAD")
-_TEXT: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+_TEXT: Headers = [(b"content-type", _PLAIN.encode())]
 
 
 class Health:
@@ -30,16 +31,28 @@ class Health:
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
         return [
-            Endpoint("healthz", METHODS, "/healthz", self._alive, "That the process runs.", role=OPEN),
             Endpoint(
-                "readyz",
+                "healthz",
                 METHODS,
-                "/readyz",
-                self._ready,
-                "Whether this worker can answer, and what it lacks.",
+                "/healthz",
+                self._alive,
+                "That the process runs.",
                 role=OPEN,
+                returns=(Alive,),
+                failures=FAILED,
             ),
-            Endpoint("metrics", METHODS, "/metrics", self._metrics, "Prometheus's text.", role=OPERATE),
+            Endpoint(
+                *("readyz", METHODS, "/readyz", self._ready, "Whether this worker can answer, and what it lacks."),
+                role=OPEN,
+                returns=(Readiness,),
+                failures={**FAILED, 503: Readiness},
+            ),
+            Endpoint(
+                *("metrics", METHODS, "/metrics", self._metrics, "Prometheus's text."),
+                role=OPERATE,
+                media_type=_PLAIN,
+                failures=FAILED,
+            ),
         ]
 
     async def _alive(self, _: Request) -> Response:

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from deploy.serving.answer import Query
-from deploy.serving.http_api.requests import LEAN, At, Id, time_ms
+from deploy.serving.http_api.requests import LEAN, At, AtText, Context, ContextTexts, Id, time_ms
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem
 from deploy.serving.recommending.recommending import WantedItems
 from deploy.serving.recommending.similar import NearWanted
@@ -30,9 +30,7 @@ class RankQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     user_id: Annotated[Id, Meta(description="The raw id.", examples=["ann", 7])]
     items: Annotated[list[str | int | ItemToRank], Meta(min_length=1, max_length=MOST_ITEMS)]
-    context: (
-        Annotated[dict[str, str | int | float], Meta(description="Values of the fields of `events.context`.")] | None
-    ) = None
+    context: Context | None = None
     at: At | None = None
 
 
@@ -41,8 +39,8 @@ class NearParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     n: Annotated[int, Meta(ge=1, le=MOST_RECOMMENDED, description="How many items at most.")] = RECOMMENDED
     exclude_seen: Annotated[bool, Meta(description="Whether items that the user clicked are left out.")] = False
-    at: Annotated[str, Meta(description="As in a batch of profiles.")] | None = None
-    context: dict[str, str] = {}
+    at: AtText | None = None
+    context: ContextTexts = {}
 
 
 class RecommendationParameters(NearParameters, forbid_unknown_fields=True, frozen=True):

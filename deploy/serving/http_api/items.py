@@ -8,7 +8,7 @@ GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
 from __future__ import annotations
 
 from deploy.serving.host import Host
-from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
+from deploy.serving.http_api.endpoints import ASKED, SENT, Endpoint, Request, Response, encode
 from deploy.serving.http_api.item_requests import (
     RANK_EXAMPLE,
     NearParameters,
@@ -23,6 +23,7 @@ from deploy.serving.recommending.ranking import rank
 from deploy.serving.recommending.recommending import recommend
 from deploy.serving.recommending.similar import similar
 from deploy.serving.recommending.turns import ItemTurns, in_turns
+from springtide_client.answers import Failure, Ranking, Recommendations, SimilarItems
 from state.metrics import WorkerMetrics
 
 
@@ -49,6 +50,8 @@ class Items:
                 "Items that the caller names, ranked for one user.",
                 body=(RankQuestion,),
                 example=RANK_EXAMPLE,
+                returns=(Ranking,),
+                failures=SENT,
             ),
             Endpoint(
                 "recommendations",
@@ -57,6 +60,7 @@ class Items:
                 self._recommend,
                 "Items for one user, each with its reason.",
                 parameters=RecommendationParameters,
+                returns=(Recommendations,),
             ),
             Endpoint(
                 "similar",
@@ -65,6 +69,8 @@ class Items:
                 self._similar,
                 "The items nearest to one user by what was learned of both.",
                 parameters=NearParameters,
+                returns=(SimilarItems,),
+                failures={**ASKED, 501: Failure},
             ),
         ]
 

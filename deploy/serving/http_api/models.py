@@ -8,21 +8,46 @@ Errors are `{"error": TEXT}`, as clients of TensorFlow Serving read them.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Annotated, Any
 
+import msgspec
 from google.protobuf import json_format
+from msgspec import Meta
 
 from deploy.serving.grpc_api.model_services import signature_map
 from deploy.serving.host import Host
-from deploy.serving.http_api.endpoints import JSON, Endpoint, Request, Response, encode
+from deploy.serving.http_api.endpoints import FAILED, JSON, Endpoint, Request, Response, encode
 from deploy.serving.http_api.json_tensors import columns, document_of, rows, signature_of, tensors
 from deploy.serving.line import QueueLimits
-from deploy.serving.tensor_model import ModelChoice, TensorModel
+from deploy.serving.tensor_model import MODEL, ModelChoice, TensorModel
+from springtide_client.answers import ModelFailure, ModelMetadata, ModelOutputs, ModelPredictions, ModelStatus
 from state.errors import BadRequest, NotOffered, SpringtideError
 from state.metrics import WorkerMetrics
 
 CHOICES = ("", "/versions/{version}", "/labels/{label}")
 LARGEST = 2**63 - 1
+_PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": "^[0-9]{1,18}$"}}
+_FAILURES: Mapping[int, type] = {**FAILED, 400: ModelFailure, 404: ModelFailure, 503: ModelFailure}
+_FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
+PREDICT = "Predictions by user id, or from raw inputs, as TensorFlow Serving gives them."
+METADATA = "The signatures of the model, as TensorFlow Serving says them."
+STATUS = "The versions that can be asked for, as TensorFlow Serving's model status."
+
+
+class QuestionsByRow(msgspec.Struct, frozen=True):
+    """Questions by row: objects of equal form, or plain values where one input must be given."""
+
+    instances: Annotated[list[Any], Meta(min_length=1)]
+    signature_name: str = ""
+
+
+class QuestionsByColumn(msgspec.Struct, frozen=True):
+    """Questions by column: lists by input, or one list where one input must be given."""
+
+    inputs: Annotated[dict[str, Any] | list[Any], Meta(description="By name, or of the only one.")]
+    signature_name: str = ""
 
 
 class Models:
@@ -40,15 +65,38 @@ class Models:
     def endpoints(self) -> list[Endpoint]:
         """What is offered; what stands behind a colon is looked for first."""
         model = "/v1/models/{model}"
-        verbs = {"predict": self._predict, "classify": self._not_offered, "regress": self._not_offered}
+        predict, metadata, status = (
+            _told(self._predict, "POST"),
+            _told(self._metadata, "GET"),
+            _told(self._status, "GET"),
+        )
+        not_offered = _told(self._not_offered, "POST")
+        asked = partial(Endpoint, told_methods=("POST",), placeholders=_PLACEHOLDERS, failures=_FAILURES_OF_PREDICT)
+        read = partial(Endpoint, told_methods=("GET",), placeholders=_PLACEHOLDERS, failures=_FAILURES)
+        by = (ModelPredictions, ModelOutputs)
         return [
             *(
-                Endpoint(verb, (), f"{model}{one}:{verb}", _told(answer, "POST"))
-                for verb, answer in verbs.items()
+                asked(
+                    "predict",
+                    (),
+                    f"{model}{one}:predict",
+                    predict,
+                    PREDICT,
+                    body=(QuestionsByRow, QuestionsByColumn),
+                    returns=by,
+                )
                 for one in CHOICES
             ),
-            *(Endpoint("metadata", (), f"{model}{one}/metadata", _told(self._metadata, "GET")) for one in CHOICES),
-            *(Endpoint("model", (), f"{model}{one}", _told(self._status, "GET")) for one in CHOICES),
+            *(
+                Endpoint(verb, (), f"{model}{one}:{verb}", not_offered)
+                for verb in ("classify", "regress")
+                for one in CHOICES
+            ),
+            *(
+                read("metadata", (), f"{model}{one}/metadata", metadata, METADATA, returns=(ModelMetadata,))
+                for one in CHOICES
+            ),
+            *(read("model", (), f"{model}{one}", status, STATUS, returns=(ModelStatus,)) for one in CHOICES),
         ]
 
     async def _predict(self, request: Request) -> Response:

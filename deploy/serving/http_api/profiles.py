@@ -7,10 +7,12 @@ POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, .
 from __future__ import annotations
 
 from deploy.serving.host import Host
-from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
+from deploy.serving.http_api.endpoints import SENT, Endpoint, Request, Response, encode
 from deploy.serving.http_api.requests import BATCH, EXAMPLE, ProfileParameters, question, questions
 from deploy.serving.line import QueueLimits
 from deploy.serving.profile_batches import profile_batches
+from springtide_client.answers import Profile
+from springtide_client.answers import Profiles as ProfilesAnswer
 from state.metrics import WorkerMetrics
 
 
@@ -36,6 +38,7 @@ class Profiles:
                 self._one,
                 "One user's profile.",
                 parameters=ProfileParameters,
+                returns=(Profile,),
             ),
             Endpoint(
                 "batch",
@@ -45,6 +48,8 @@ class Profiles:
                 "Profiles of many users, in the order they were asked for, all of one version.",
                 body=BATCH,
                 example=EXAMPLE,
+                returns=(ProfilesAnswer,),
+                failures=SENT,
             ),
         ]
 

@@ -23,28 +23,40 @@ _SHOWN = 100
 Id = str | int
 """An id; a number stands for its decimal digits."""
 
-At = Annotated[
-    str | int,
-    Meta(
-        description="The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it says otherwise); by default now.",
-        examples=["2026-01-31T12:00:00Z", 1769860800000],
-    ),
-]
+AT = "The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it says otherwise); by default now."
+CONTEXT = "Values of the fields of `events.context`."
+ITEM = "An item; how probable it is that the user engages with it is also said."
+CATEGORY = "The item's category; by default the one that it was last seen in."
+At = Annotated[str | int, Meta(description=AT, examples=["2026-01-31T12:00:00Z", 1769860800000])]
+AtText = Annotated[str, Meta(description=AT, examples=["2026-01-31T12:00:00Z", "1769860800000"])]
+ContextTexts = Annotated[dict[str, str], Meta(description=CONTEXT)]
+Context = Annotated[dict[str, str | int | float], Meta(description=CONTEXT)]
+_ONE = f"({'|'.join(sorted(FIELDS))})"
+_LISTED = f"^({_ONE}(,{_ONE})*)?$"
 Field = Literal["attributes", "features", "sources", "vector"]
 Fields = Annotated[tuple[Field, ...], Meta(description="What the answers have beside what every answer has.")]
 Top = Annotated[int, Meta(ge=1, le=MOST_TOP, description="The most interests of an answer.")]
-Item = Annotated[Id, Meta(description="An item; how probable it is that the user engages with it is also said.")]
-Category = Annotated[Id, Meta(description="The item's category; by default the one that it was last seen in.")]
+Item = Annotated[Id, Meta(description=ITEM)]
+Category = Annotated[Id, Meta(description=CATEGORY)]
 
 
 class ProfileParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The parameters of one profile."""
 
-    item: Annotated[str, Meta(description="As in a batch.")] | None = None
-    category: Annotated[str, Meta(description="As in a batch.")] | None = None
-    at: Annotated[str, Meta(description="As in a batch.")] | None = None
-    context: dict[str, str] = {}
-    fields: Annotated[str, Meta(description="As in a batch, separated by commas.")] | None = None
+    item: Annotated[str, Meta(description=ITEM)] | None = None
+    category: Annotated[str, Meta(description=CATEGORY)] | None = None
+    at: AtText | None = None
+    context: ContextTexts = {}
+    fields: (
+        Annotated[
+            str,
+            Meta(
+                description="What the answer has beside what every answer has, separated by commas.",
+                extra_json_schema={"pattern": _LISTED},
+            ),
+        ]
+        | None
+    ) = None
     top: Top = TOP
 
 
@@ -66,9 +78,7 @@ class ProfileQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     item: Item | None = None
     category: Category | None = None
     at: At | None = None
-    context: (
-        Annotated[dict[str, str | int | float], Meta(description="Values of the fields of `events.context`.")] | None
-    ) = None
+    context: Context | None = None
 
 
 class ProfilesQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
