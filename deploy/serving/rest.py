@@ -96,7 +96,8 @@ def grpc_server(settings: Settings, app: App, access: Access, shared: bool) -> G
     """The gRPC server of a worker; made in its event loop."""
     host = f"[{settings.serving.host}]" if ":" in settings.serving.host else settings.serving.host
     address = f"{host}:{settings.serving.grpc_port}"
-    return GrpcServer(app.host, app.metrics, address, shared, app.limits, app.ready, access)
+    most_calls = settings.serving.max_connections
+    return GrpcServer(app.host, app.metrics, address, shared, app.limits, app.ready, access, most_calls)
 
 
 def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[str]) -> None:

@@ -434,7 +434,11 @@ class ServingSettings:
         10.0, "s", least=0.1, most=3600.0, help="How long a request may take to arrive (408), and to be answered (504)."
     )
     max_connections: int = setting(
-        4096, "connections", least=1, most=1_000_000, help="Most connections of one worker; 429 on further ones."
+        4096,
+        "connections",
+        least=1,
+        most=1_000_000,
+        help="Most connections of one worker, and calls at a time over gRPC; 429 on further ones.",
     )
     max_age_s: float = setting(
         0.0,

@@ -47,6 +47,7 @@ class GrpcServer:
         limits: How long a question may wait.
         ready: Whether the worker can answer.
         access: How clients are let in.
+        most_calls: At a time, those that watch among them; further ones are refused.
 
     Attributes:
         port: That it listens on.
@@ -64,8 +65,9 @@ class GrpcServer:
         limits: QueueLimits,
         ready: Callable[[], bool],
         access: Access,
+        most_calls: int,
     ) -> None:
-        self._address, self._shared, self._access = address, shared, access
+        self._address, self._shared, self._access, self._most_calls = address, shared, access, most_calls
         services, handlers = offered(host, metrics, limits), Handlers(metrics, access.tokens)
         self._handlers = [handlers.of(one) for one in services]
         names = [one.name for one in services]
@@ -100,7 +102,7 @@ class GrpcServer:
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
         ]
-        server = grpc.aio.server(options=options)
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._most_calls)
         server.add_generic_rpc_handlers(self._handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(self._listed, server, POOL)

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
 from deploy.serving.http_api.requests import MOST_PROFILES
+from state.config.sections import ServingSettings
 from state.events.identity import Salt, public_id
 from state.layout import PROGRAMS
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, SOURCE, Stores, digest_of
@@ -235,6 +236,17 @@ def test_a_query_is_utf_8_percent_encoded_or_not(app: App) -> None:
     for query in (b"item=caf\xc3\xa9", b"item=caf%C3%A9"):
         assert ask_bytes(app, b"/v1/profiles/ann", query)[1]["engagement"]["item"] == "café"
     assert ask_bytes(app, b"/v1/profiles/%FF", b"")[1]["where"] == "user_id"
+
+
+def test_the_largest_body_is_a_setting(stores: Stores) -> None:
+    """A byte more is a 413."""
+    stores.close()
+    host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
+    app = App(host, CollectorRegistry(), ServingSettings(max_body_bytes=1024))
+    body = b'{"users": ["ann"]}'
+    for size, status in ((1024, 200), (1025, 413)):
+        assert ask(app, "POST", "/v1/profiles:batch", content=body.ljust(size)).status_code == status
+    app.close()
 
 
 def test_another_method_is_told_which_are_offered(app: App) -> None:
