@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,6 +97,14 @@ def test_a_cut_of_several_batches_is_one_micro_batch_with_one_range_a_source() -
     assert [batch.header.ranges[index].source for index in batch.source] == [ZERO, ZERO, ONE, ONE, ZERO, ZERO]
     assert batch.offset.tolist() == [0, 1, 5, 7, 3, 4]
     assert batch.features.tobytes() == np.concatenate([one.vectors.features for one in cut.pieces]).tobytes()
+
+
+def test_names_of_categories_and_items_go_with_the_cut() -> None:
+    first, second = piece((ZERO, 0, 2)), piece((ZERO, 2, 2))
+    first = replace(first, batch=replace(first.batch, names={7: "hats"}, item_names={1: "i1"}))
+    second = replace(second, batch=replace(second.batch, item_names={2: "i2", 1: "i1"}))
+    (value,) = encode_cut(Cut((first, second), 0), "spec", "salt", 100, 900_000)
+    assert decode(value).header.names == {7: "hats", 1: "i1", 2: "i2"}
 
 
 def test_a_batch_larger_than_a_record_is_written_in_parts() -> None:
