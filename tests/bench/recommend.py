@@ -80,7 +80,6 @@ class ServingHost:
         self.predictor = Predictor(
             self.rows, self.histories, self._programs, spec, self._salt, (), "wall", lambda: time.time_ns() // 1_000_000
         )
-        self._program = ""
 
     def click(self, users: Any, events: Any) -> None:
         """Takes clicks, as of one micro-batch."""
