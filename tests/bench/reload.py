@@ -97,7 +97,7 @@ def measure(settings: Settings, swaps: int, each_s: float, rate: float) -> dict[
     applier.join()
     checked = fired.answers()
     wrong = trainer.differences(checked, events_of(CLICKS))
-    quiet, under = (1e3 * np.percentile(one.waited_s, [50, 99]) for one in (steady, fired))
+    quiet, under = ((1e3 * np.percentile(one.waited_s, [50, 99])).tolist() for one in (steady, fired))
     growth = [last - early for early, last in zip(memory[-2], memory[-1], strict=True)]
     return {
         "versions a second": Figure(swaps / took_s, "1/s"),
