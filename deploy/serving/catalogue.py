@@ -43,10 +43,10 @@ class Catalogue:
             self._names.clear()
         return self._names.setdefault(category, ShownName(stored.decode(), identity))
 
-    def categories_of(self, items: Sequence[int]) -> list[int]:
-        """The category that each of n items was last seen in; 0 where nobody clicked it."""
-        found = self._histories.extra_of_each([item_extra(item) for item in items])
-        return [0 if stored is None else item_parts(stored)[0] for stored in found]
+    def categories_of(self, items: Sequence[tuple[int, int]]) -> list[int]:
+        """The category of each of n items, which are an id and 0, or the category itself; 0 where nobody clicked one."""
+        found = iter(self._histories.extra_of_each([item_extra(item) for item, category in items if not category]))
+        return [category or (0 if (stored := next(found)) is None else item_parts(stored)[0]) for _, category in items]
 
     def category_of(self, item: int) -> int:
         """The category that an item was last seen in; 0 where nobody clicked it."""

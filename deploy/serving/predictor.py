@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from deploy.serving.answer import Answer, Query
 from deploy.serving.answering import answers
 from deploy.serving.candidates import add_succession, came_next, interests
-from deploy.serving.catalogue import Catalogue, ShownName
+from deploy.serving.catalogue import Catalogue
 from deploy.serving.inputs import Asked, Inputs, add_own_rows, program_inputs
 from deploy.serving.known_attributes import NOTHING, KnownAttributes
 from deploy.serving.loaded_version import LoadedVersion, VersionLoader, VersionRows
@@ -95,6 +95,8 @@ class Predictor:
     Attributes:
         context_fields: As given.
         histories: The history store.
+        catalogue: What it knows of items and categories.
+        item_attributes: Whether any are configured.
     """
 
     def __init__(
@@ -117,7 +119,8 @@ class Predictor:
         names = self._attributes.names
         self._clock = clock
         self._now_ms = now_ms
-        self._catalogue = Catalogue(histories)
+        self.catalogue = self._catalogue = Catalogue(histories)
+        self.item_attributes = bool(names["item"])
         features = FeaturesOf(
             programs, spec, lambda one: Crosses(one, self.context_fields, names["user"], names["item"])
         )
@@ -212,10 +215,9 @@ class Predictor:
         """
         query = asked.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])
-        seen_in = iter(self._catalogue.categories_of([item for item, category in items if not category]))
         return [
-            asked._replace(query=query, item=item, category=category or next(seen_in), item_attributes=known)
-            for (item, category), known in zip(items, attributes, strict=True)
+            asked._replace(query=query, item=item, category=category, item_attributes=known)
+            for (item, _), category, known in zip(items, self._catalogue.categories_of(items), attributes, strict=True)
         ]
 
     def events_by(self, asked: Asked, mask: Mask) -> Events:
@@ -229,14 +231,6 @@ class Predictor:
         visible = events[~mask.events(events, asked.user) & (events["at_ms"] <= asked.at_ms)]
         found: Events = visible[np.argsort(-visible["at_ms"], kind="stable")]
         return found
-
-    def name_of(self, category: int) -> ShownName:
-        """A category's name."""
-        return self._catalogue.name_of(category)
-
-    def item_name(self, item: int) -> ShownName:
-        """An item's name."""
-        return self._catalogue.item_name(item)
 
     def ready(self) -> Served:
         """The version that answers would use now.

@@ -151,7 +151,7 @@ def _words(predictor: Predictor, prepared: Prepared) -> Words:
         events,
         asked.at_ms,
         features.spec,
-        lambda category: predictor.name_of(category).name,
+        lambda category: predictor.catalogue.name_of(category).name,
         asked.recent_categories,
         list(asked.user_attributes.texts.items()),
     )

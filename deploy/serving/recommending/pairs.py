@@ -51,29 +51,34 @@ class UserPairs:
         Args:
             items: At most `PAIRS`: the id of each and of its category; 0 where the one that it was last seen in counts.
         """
-        prepared, count = self._prepared, len(items)
+        prepared = self._prepared
+        if self.query is not None and not prepared.version.own:
+            return self._near(items, self.query)
         asked = self._predictor.items_of(prepared.asked[0], items)
         self.categories += [one.category for one in asked]
-        if self.query is not None and not prepared.version.own:
-            return self._near(asked, self.query)
-        return self._engagement(asked, batch_of(count))
+        return self._engagement(asked, batch_of(len(items)))
 
-    def _near(self, asked: Sequence[Asked], query: F32) -> F32:
+    def _near(self, items: Sequence[tuple[int, int]], query: F32) -> F32:
         """What the category of each item says, its row times the query, and its crosses."""
-        prepared, size = self._prepared, BATCHES[-1]
-        # Of each category any item, which is then none.
-        new = list({one.category: one for one in asked if one.category not in self._of_category}.values())
+        prepared, predictor, size = self._prepared, self._predictor, BATCHES[-1]
+        version, rows = prepared.version, prepared.rows
+        categories = predictor.catalogue.categories_of(items)
+        self.categories += categories
+        new = [(0, one) for one in dict.fromkeys(categories) if one not in self._of_category]
         for first in range(0, len(new), size):
-            some = [one._replace(query=prepared.asked[0].query) for one in new[first : first + size]]
-            logits = self._engagement(some, size).tolist()
-            self._of_category |= zip([one.category for one in some], logits, strict=True)
-        found = item_rows(prepared.rows, asked) @ query
-        found += np.array([self._of_category[one.category] for one in asked], np.float32)
-        version = prepared.version
+            of_none = predictor.items_of(prepared.asked[0], new[first : first + size])
+            logits = self._engagement([one._replace(query=prepared.asked[0].query) for one in of_none], size)
+            self._of_category |= zip([one.category for one in of_none], logits.tolist(), strict=True)
+        found = np.array([self._of_category[one] for one in categories], np.float32)
+        if not predictor.item_attributes and not version.cross_shares.size:
+            return found + rows.items([item for item, _ in items]) @ query
+        asked = predictor.items_of(
+            prepared.asked[0], [(item, one) for (item, _), one in zip(items, categories, strict=True)]
+        )
+        found += item_rows(rows, asked) @ query
         if version.cross_shares.size:
-            features = self._vectors(len(asked)).features
-            found += cross_logits(version, prepared.rows, asked, features, version.features.crosses)
-        return np.asarray(found, np.float32)
+            found += cross_logits(version, rows, asked, self._vectors(len(asked)).features, version.features.crosses)
+        return found
 
     def _engagement(self, asked: Sequence[Asked], size: int) -> F32:
         """What the program says of each, in one batch of `size` rows."""

@@ -71,7 +71,7 @@ def rank(predictor: Predictor, query: Query, items: Sequence[NamedItem]) -> Gene
             found.append(pairs.logits(piece))
             yield
         logits = np.concatenate(found)
-    names = {one: predictor.name_of(one).name for one in {*pairs.categories} if one}
+    names = {one: predictor.catalogue.name_of(one).name for one in {*pairs.categories} if one}
     ranked = [
         RankedItem(
             item=items[place].item,

@@ -128,12 +128,12 @@ def recommend(
     items = []
     scores = logits + returning([visits.get(item, 0.0) for item in found])
     for place in best(scores, fresh, wanted.most).tolist():
-        name = predictor.item_name(ids[place][0])
+        name = predictor.catalogue.item_name(ids[place][0])
         items.append(
             Recommended(
                 item=name.name,
                 id=name.hex,
-                category=predictor.name_of(pairs.categories[place]).name,
+                category=predictor.catalogue.name_of(pairs.categories[place]).name,
                 probability=probability(float(logits[place])),
                 reason=found[ids[place][0]].reason,
             )

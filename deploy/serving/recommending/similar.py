@@ -79,12 +79,12 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: NearWan
     order = np.argsort(-products, kind="stable")[: wanted.most].tolist()
     items = []
     for place in order:
-        name, category = predictor.item_name(asked[place].item), asked[place].category
+        name, category = predictor.catalogue.item_name(asked[place].item), asked[place].category
         items.append(
             SimilarItem(
                 item=name.name,
                 id=name.hex,
-                category=predictor.name_of(category).name if category else None,
+                category=predictor.catalogue.name_of(category).name if category else None,
                 similarity=float(products[place]),
             )
         )
