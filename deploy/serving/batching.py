@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, TypeVar
 
 from deploy.serving.answer import Query
-from deploy.serving.line import WEIGHT, QueueLimits, refuse_beyond, too_late
+from deploy.serving.line import QueueLimits, expected_next, refuse_beyond, too_late
 from deploy.serving.predictor import MOST_AT_ONCE
 
 Body = TypeVar("Body")
@@ -127,7 +127,7 @@ class Batcher(Generic[Body]):
         """What a batch takes, and where the next one waits already, what lies between them too."""
         now_s = self._clock_s()
         took_s = now_s - (began_s if self._ended_s is None else self._ended_s)
-        self._batch_s += WEIGHT * (took_s - self._batch_s)
+        self._batch_s = expected_next(self._batch_s, took_s)
         self._ended_s = now_s if self._waiting else None
 
     def _is_late(self, since_s: float, now_s: float | None = None) -> bool:

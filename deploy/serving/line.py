@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from state.errors import Overloaded, TookTooLong
 
-WEIGHT = 0.1
-"""Of the newest piece in what a piece takes."""
+_FASTER = 0.1
+"""The weight of the newest piece where it took less than those before it."""
 
 
 class QueueLimits(NamedTuple):
@@ -59,7 +59,7 @@ class Line:
 
     def measure(self, piece_s: float) -> None:
         """A piece took so long."""
-        self._piece_s += WEIGHT * (piece_s - self._piece_s)
+        self._piece_s = expected_next(self._piece_s, piece_s)
 
     def look(self, since_s: float) -> None:
         """Before a piece of a request that came at that time.
@@ -69,6 +69,15 @@ class Line:
         """
         if self.clock_s() - since_s > self._limits.waited_s:
             raise too_late(self._limits)
+
+
+def expected_next(before_s: float, took_s: float) -> float:
+    """What the next piece takes: what comes slower is believed at once, what comes faster by and by.
+
+    >>> expected_next(1.0, 3.0), expected_next(1.0, 0.5)
+    (3.0, 0.95)
+    """
+    return took_s if took_s > before_s else before_s + _FASTER * (took_s - before_s)
 
 
 def refuse_beyond(limits: QueueLimits, expected_s: float) -> None:

@@ -13,12 +13,12 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 from typing import Any, cast
 
 import uvicorn
 
+from deploy.serving.edge.accepting import Acceptor
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import BoundedConnection, ConnectionLimits
 from deploy.serving.grpc_api.server import GrpcServer
@@ -27,6 +27,7 @@ from deploy.serving.http_api.app import App
 TICK_S = 0.1
 GRACE_S = 10
 IDLE_S = 60
+BACKLOG = 2048
 
 
 class DrainingServer(uvicorn.Server):
@@ -51,12 +52,11 @@ class DrainingServer(uvicorn.Server):
         access: Access | None = None,
     ) -> None:
         config = uvicorn.Config(
-            cast(Any, app), loop="uvloop", http=cast(Any, partial(BoundedConnection, limits, app.metrics.refused)),
-            ws="none", lifespan="off", access_log=False, log_level="warning", server_header=False,
-            timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=IDLE_S, backlog=2048,
+            cast(Any, app), loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False,
+            log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=IDLE_S,
         )  # fmt: skip
         super().__init__(config)
-        self._app, self._drain_s, self._ready = app, drain_s, ready
+        self._app, self._limits, self._drain_s, self._ready = app, limits, drain_s, ready
         self._make_grpc, self._access = grpc, access or Access()
         self._grpc: GrpcServer | None = None
 
@@ -79,9 +79,10 @@ class DrainingServer(uvicorn.Server):
         if self._make_grpc is not None:
             self._grpc = self._make_grpc()
             await self._grpc.start()
-        if self._access.certificate is not None:
-            self.config.ssl = self._access.certificate.context
-        await super().startup(sockets)
+        tls = None if self._access.certificate is None else self._access.certificate.context
+        accepting = [Acceptor(one, BACKLOG, self._connection, tls) for one in sockets or []]
+        self.servers = cast(Any, accepting)
+        self.started = True
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:
@@ -107,6 +108,11 @@ class DrainingServer(uvicorn.Server):
         # 2. The rest is answered.
         ending = [super().shutdown(sockets), *([self._grpc.stop(GRACE_S)] if self._grpc is not None else [])]
         await asyncio.gather(*ending)
+
+    def _connection(self) -> BoundedConnection:
+        return BoundedConnection(
+            self._limits, self._app.metrics.refused, config=self.config, server_state=self.server_state, app_state={}
+        )
 
     def _look(self) -> None:
         now_s = asyncio.get_running_loop().time()

@@ -120,7 +120,7 @@ def test_tokens_are_wanted_where_others_reach_the_port(host: str, tokens: str, w
     assert are_wanted(Settings(serving=ServingSettings(host=host, tokens=tokens))) is wanted
 
 
-def test_every_endpoint_but_health_asks_for_a_token(stores: Stores, tmp_path: Path) -> None:
+def test_every_endpoint_but_health_and_documents_asks_for_a_token(stores: Stores, tmp_path: Path) -> None:
     """401 without one, with the header that HTTP asks for; 403 for metrics with that of a reader."""
     stores.close()
     of_role = made_in(tmp_path / "tokens")
@@ -134,7 +134,7 @@ def test_every_endpoint_but_health_asks_for_a_token(stores: Stores, tmp_path: Pa
             open_to_all.add(endpoint.name)
         else:
             assert answer.headers["www-authenticate"] == "Bearer" and answer.json()["do"]
-    assert open_to_all == {"healthz", "readyz"}
+    assert open_to_all == {"healthz", "readyz", "openapi", "docs"}
     reader, operator = ({"authorization": f"Bearer {of_role[role]}"} for role in (READ, OPERATE))
     assert ask(app, "GET", "/v1/profiles/ann", headers=reader).status_code == 200
     assert ask(app, "GET", "/metrics", headers=reader).status_code == 403
