@@ -203,7 +203,14 @@ class Trainer:
         for place, name in enumerate(POPULAR):
             made["popular_rows"][place] = rows[public_id(name)]
         for place, (user, vector) in enumerate(zip(users, vectors, strict=True)):
-            made["features"][place], made["category_windows"][place] = vector.features, vector.category_windows
+            made["features"][place] = vector.features
+            if "category_windows" in made:
+                made["category_windows"][place] = vector.category_windows
+            for slot in np.flatnonzero(vector.sequence_actions).tolist():
+                # All clicks are on one item.
+                made["sequence_item_rows"][place, slot] = self._row("item", "i1", seed)
+                made["sequence_category_rows"][place, slot] = rows[int(vector.sequence_categories[slot])]
+                made["sequence_mask"][place, slot] = 1.0
             if user == "ann":
                 made["user_row"][place] = self._row("user", user, seed)
             own = vector.recent_categories.tolist()

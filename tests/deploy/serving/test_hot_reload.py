@@ -26,13 +26,13 @@ MOST_GROWTH_BYTES = 16 << 20
 
 @pytest.fixture(scope="module")
 def lines(lowered: Lowered) -> list[Line]:
-    """The model of the other tests, and another graph of other features."""
-    from trainer.model.default_ranker import DefaultRanker
+    """The model of the other tests, and another ranker of other features."""
+    from deploy.examples.two_tower.ranker import TwoTower
     from trainer.versions.program import build
 
     settings = small(Settings())
-    spec = replace(FeatureSpec(), recent_categories=FeatureSpec().recent_categories - 2)
-    other = DefaultRanker(replace(settings.model, hidden=(12, 8)), spec)
+    spec = replace(FeatureSpec(), recent_categories=FeatureSpec().recent_categories - 2, sequence=4)
+    other = TwoTower(replace(settings.model, hidden=(12, DIM)), spec)
     rng = np.random.default_rng(6)
     other.set_weights({name: rng.normal(0, 0.1, one.shape).astype(np.float32) for name, one in other.weights().items()})
     return [Line(lowered.model, lowered.content, FeatureSpec()), Line(other, build(other), spec)]
@@ -64,7 +64,7 @@ def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
 def test_a_hundred_versions_are_swapped_without_an_error_or_a_mixed_answer(
     settings: Settings, trainer: Trainer, host: HostWriter, lowered: Lowered
 ) -> None:
-    """Half of them of another program with other features; each answer is computed again from what it says of itself."""
+    """Half of them of another ranker with other features; each answer is computed again from what it says of itself."""
     assert host.settle() == 0
     trainer.publish()
     host.settle()
