@@ -104,10 +104,23 @@ class Batcher(Generic[Body]):
         refuse_beyond(self._limits, self.expected_s)
 
     def _answer_waiting(self) -> None:
+        """One batch; more where reading and refusing took long meanwhile, so that these take half of the time at most."""
         began_s = self._clock_s()
-        some = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
+        gap_s = 0.0 if self._ended_s is None else began_s - self._ended_s
+        batches = 0
+        while self._waiting and (not batches or self._clock_s() - began_s < gap_s):
+            self._answer_batch()
+            batches += 1
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._answer_waiting)
+        now_s = self._clock_s()
+        self._batch_s = expected_next(self._batch_s, (now_s - began_s + gap_s) / batches)
+        # Where nobody waits, what lies before the next batch is no part of it.
+        self._ended_s = now_s if self._waiting else None
+
+    def _answer_batch(self) -> None:
+        began_s = self._clock_s()
+        some = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
         wanted = [one for one in some if not one.answer.done()]
         for one in wanted:
             if self._is_late(one.since_s, began_s):
@@ -121,14 +134,6 @@ class Batcher(Generic[Body]):
             bodies = []
         for one, body in zip(wanted, bodies, strict=False):
             one.answer.set_result(body)
-        self._measure(began_s)
-
-    def _measure(self, began_s: float) -> None:
-        """What a batch takes, and where the next one waits already, what lies between them too."""
-        now_s = self._clock_s()
-        took_s = now_s - (began_s if self._ended_s is None else self._ended_s)
-        self._batch_s = expected_next(self._batch_s, took_s)
-        self._ended_s = now_s if self._waiting else None
 
     def _is_late(self, since_s: float, now_s: float | None = None) -> bool:
         return (self._clock_s() if now_s is None else now_s) - since_s > self._limits.waited_s

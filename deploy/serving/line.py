@@ -17,6 +17,8 @@ from state.errors import Overloaded, TookTooLong
 
 _FASTER = 0.1
 """The weight of the newest piece where it took less than those before it."""
+_SLOWER = 4
+_AT_LEAST_S = 0.002
 
 
 class QueueLimits(NamedTuple):
@@ -72,12 +74,16 @@ class Line:
 
 
 def expected_next(before_s: float, took_s: float) -> float:
-    """What the next piece takes: what comes slower is believed at once, what comes faster by and by.
+    """What the next piece takes: four times as much at most where one was slower, a tenth less at most where one was faster.
 
-    >>> expected_next(1.0, 3.0), expected_next(1.0, 0.5)
-    (3.0, 0.95)
+    A few slow ones are believed soon; one alone, such as the first of a process, counts for little.
+
+    >>> expected_next(1.0, 1.5), expected_next(1.0, 9.0), expected_next(1.0, 0.5), expected_next(0.0, 9.0)
+    (1.5, 4.0, 0.95, 0.002)
     """
-    return took_s if took_s > before_s else before_s + _FASTER * (took_s - before_s)
+    if took_s > before_s:
+        return min(took_s, max(_SLOWER * before_s, _AT_LEAST_S))
+    return before_s + _FASTER * (took_s - before_s)
 
 
 def refuse_beyond(limits: QueueLimits, expected_s: float) -> None:

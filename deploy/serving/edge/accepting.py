@@ -14,8 +14,8 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 
-AT_ONCE = 16
-"""In one turn; several workers that share a socket take turns too."""
+AT_ONCE = 64
+"""In one turn."""
 HANDSHAKE_S = 10.0
 PAUSE_S = 0.5
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)

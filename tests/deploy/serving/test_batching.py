@@ -154,3 +154,18 @@ def test_a_question_that_nobody_waits_for_is_not_computed() -> None:
 
     run(slow, test)
     assert slow.batches == [["u0"]]
+
+
+def test_reading_and_refusing_take_half_of_the_time_at_most() -> None:
+    """Where turns of the event loop are long, more than a batch is answered in each."""
+    slow, answered = Slow(QueueLimits()), list[int]()
+
+    async def test() -> None:
+        asked = slow.ask(7 * MOST_AT_ONCE)
+        while not all(one.done() for one in asked):
+            answered.append(len(slow.batches))
+            slow.now_s += 2.5  # what others do in each turn
+            await asyncio.sleep(0)
+
+    run(slow, test)
+    assert answered == [0, 1, 4] and len(slow.batches) == 7
