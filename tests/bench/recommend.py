@@ -217,7 +217,8 @@ def timed(act: Callable[[int], object], times: int) -> dict[str, float]:
         act(number)
         took.append(1000 * (time.perf_counter() - wall_s))
         used.append(1000 * (time.process_time() - cpu_s))
-    return {"p50": float(np.percentile(took, 50)), "p99": float(np.percentile(took, 99)), "cpu": float(np.mean(used))}
+    found = {"p50": np.percentile(took, 50), "p99": np.percentile(took, 99), "cpu": np.mean(used)}
+    return {name: float(value) for name, value in {**found, "cpu p99": np.percentile(used, 99)}.items()}
 
 
 def recall(host: ServingHost, users: list[str]) -> float:
@@ -277,6 +278,7 @@ def main(steps: int, asked: int, items: int) -> None:
             "recommendations p50": Figure(recommending["p50"], "ms"),
             "recommendations p99": Figure(recommending["p99"], "ms", "<= 15"),
             "processor time of recommendations": Figure(recommending["cpu"], "ms"),
+            "processor time of recommendations, p99": Figure(recommending["cpu p99"], "ms", "<= 15"),
             "1,000 ranked items p50": Figure(ranking["p50"], "ms"),
             "1,000 ranked items p99": Figure(ranking["p99"], "ms"),
             "processor time of 1,000 ranked items": Figure(ranking["cpu"], "ms"),
