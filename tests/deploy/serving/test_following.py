@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
@@ -467,20 +467,23 @@ OPERATIONS = st.lists(
 )
 
 
-def led(world: World, epoch: int) -> tuple[int | None, int | None]:
-    """The newest version of an epoch, and the one that recent ones lead to it from."""
+def led(world: World, epoch: int, before: int | None) -> tuple[int | None, int | None]:
+    """The newest version of an epoch, and the one that recent ones lead to it from: the one of before, where they pass it."""
     newest = world.registry.latest(epoch)
     at = newest
     while at is not None and at.kind == "recent" and at.version not in world.registry.versions():
-        assert at.parent is not None
+        assert newest is not None and at.parent is not None
+        if at.version == before:
+            return newest.version, before
         if at.parent not in world.registry.recents():
-            return newest.version if newest else None, at.parent
+            return newest.version, at.parent
         at = world.registry.either(at.parent)
     return (None, None) if newest is None or at is None else (newest.version, at.version)
 
 
 @settings(max_examples=60, deadline=None)
 @given(operations=OPERATIONS)
+@example(operations=[("recent", 0, 0), ("recent", 0, 0), ("lose recent", 0, 1), ("recent", 0, 0)])
 def test_whatever_happens_the_wanted_version_is_served_whole(
     operations: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -532,7 +535,7 @@ def test_whatever_happens_the_wanted_version_is_served_whole(
             wanted = control.serving.version
         else:
             wanted = world.registry.newest(control.epoch) or control.base
-            newest, begin = led(world, control.epoch)
+            newest, begin = led(world, control.epoch, None if before is None else before[0])
             if before is not None and newest is not None and begin == before[0] != wanted:
                 assert now[0] == newest
                 continue
