@@ -34,9 +34,10 @@ from state.features.erased import Erased
 from state.registry.manifest import Manifest
 from state.rows.erasing import erase
 from state.rows.forgetting import ROWS_AT_ONCE, Forgetting
-from state.rows.keys import LANES, lane_of, lane_start, row_keys, u64
+from state.rows.keys import LANES, row_keys, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
+from state.rows.sweep import has_rows
 from state.rows.tables import CODES, tables_in
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ class RowStore(CompactStore):
                 if follow:
                     self._point(manifest.version, transaction)
                 return False
+            # What it wrote in its lane counts as written by the next version there.
+            replaced = self._forgetting.forget(transaction, {manifest.version})
             parent = None
             if manifest.kind != "base":
                 parent = self._parent(manifest, transaction)
@@ -137,7 +140,7 @@ class RowStore(CompactStore):
                         f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
                         "apply its base",
                     )
-            lane = self._free_lane(transaction) if parent is None else parent.lane
+            lane = self._begin_lane(transaction) if parent is None else parent.lane
             dims = {} if parent is None else dict(parent.dims)
             changed = [
                 self._put(name, lane, manifest.version, tensors, dims, transaction) for name in tables_in(tensors)
@@ -151,6 +154,7 @@ class RowStore(CompactStore):
             pointer = stored(transaction, b"served", self._meta)
             if follow or (pointer is not None and pointer[:8] == key):
                 self._point(manifest.version, transaction)
+        self._forgetting.took(replaced)
         return True
 
     def _put(
@@ -214,18 +218,17 @@ class RowStore(CompactStore):
             if version is not None:
                 self._point(version, transaction)
 
-    def _free_lane(self, transaction: lmdb.Transaction) -> int:
+    def _begin_lane(self, transaction: lmdb.Transaction) -> int:
         taken = {Served.parse(record).lane for _, record in transaction.cursor(self._versions)}
         for lane in range(LANES):
-            if lane not in taken and not self._lane_has_rows(lane, transaction):
+            if lane not in taken and not has_rows(transaction, self._rows, lane):
+                # Any version may come here again.
+                floors = {one: floor for one, floor in self._floors(transaction).items() if one != str(lane)}
+                transaction.put(b"floor", json.dumps(floors).encode(), db=self._meta)
                 return lane
         raise StoreError(
             f"all {LANES} lanes of {self.path} hold versions", "lower serving.keep_s so that old ones are swept"
         )
-
-    def _lane_has_rows(self, lane: int, transaction: lmdb.Transaction) -> bool:
-        cursor = transaction.cursor(self._rows)
-        return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
 
     def sweep(self, horizon_ms: int, keep: Sequence[int] = ()) -> int:
         """Forgets versions applied before `horizon_ms`, and deletes the rows that only they could see.

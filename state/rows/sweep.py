@@ -43,6 +43,12 @@ def sweep_row(transaction: lmdb.Transaction, rows: lmdb._Database, start: bytes,
     return floor
 
 
+def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> bool:
+    """Whether a lane has any."""
+    cursor = transaction.cursor(rows)
+    return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
+
+
 def delete_dead_lanes(transaction: lmdb.Transaction, rows: lmdb._Database, alive: set[int], at_most: int) -> set[int]:
     """Deletes rows of lanes without versions, `at_most` so many; returns the lanes that have none left."""
     empty = set(range(LANES)) - alive

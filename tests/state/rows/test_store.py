@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from state.errors import UnknownVersion
@@ -118,8 +118,18 @@ OPERATIONS = st.lists(
 )
 
 
+NOTHING: set[tuple[str, int]] = set()
+PUBLISHED = ("publish", NOTHING, NOTHING)
+REMOVED = ("publish", NOTHING, {("user", 0)})
+
+
 @settings(max_examples=250, deadline=None)
 @given(OPERATIONS)
+# What a version wrote before it came into another lane is still known.
+@example([PUBLISHED, PUBLISHED, REMOVED, PUBLISHED, ("rebuild", 3, 0)])
+@example([PUBLISHED, PUBLISHED, REMOVED, PUBLISHED, ("rebuild", 3, 0), ("forget", {3}, 3)])
+# A lane that was swept empty takes old versions again.
+@example([PUBLISHED, PUBLISHED, REMOVED, ("sweep", 1, []), ("rebuild", 3, 0), ("rebuild", 1, 1)])
 def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]]) -> None:
     """Epochs, sweeps, rebuilds and newcomers' bases change what is stored, never what a version says."""
     with store_in_temporary_folder() as store:
