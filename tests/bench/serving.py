@@ -113,8 +113,9 @@ class Applying:
 
 def main(users: int, events: int, rows: int, seconds: float) -> None:
     """Measures and reports."""
-    with tempfile.TemporaryDirectory(prefix="springtide-bench-") as folder:
-        settings = Settings()
+    settings = Settings()
+    # In memory, where the applier has them.
+    with tempfile.TemporaryDirectory(prefix="springtide-bench-", dir=settings.storage.memory_dir) as folder:
         settings = replace(settings, paths=replace(settings.paths, state=folder))
         progress.say("filling the stores")
         ids, base, model = fill(settings, users, events, rows)

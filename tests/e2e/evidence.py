@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from state import probe
 from state.attributes.store import AttributeStore, ids_in
 from state.attributes.values import AttributeTable
 from state.config.sections import Kafka
@@ -208,9 +209,8 @@ class TrainerState:
 def state_at(registry: Registry, version: int) -> TrainerState:
     """The whole state at a version, put together from its base and deltas, every file checked."""
     base, deltas = registry.chain(version)
-    tensors = content.merge(
-        content.decode(registry.read(part, name) for name in (SERVING, TRAINING)) for part in (base, *deltas)
-    )
+    parts = (content.decode(registry.read(part, name) for name in (SERVING, TRAINING)) for part in (base, *deltas))
+    tensors = probe.without(content.merge(parts))
     return TrainerState((deltas or [base])[-1], tensors, content.digest(tensors))
 
 

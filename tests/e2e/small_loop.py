@@ -7,6 +7,7 @@ forgotten and made anew from what it left on disk, as after kill -9.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from tests.e2e.evidence import serving_differs
 from tests.trainer.clicks import small_settings
 from tests.trainer.logs import ABOUT, learner, shared
 from trainer.versions import checkpoint
+from trainer.versions.program import build
 
 BATCH = 20
 MAP_GB = "1"
@@ -100,6 +102,12 @@ class Stream:
         self._stack.close()
 
 
+@functools.cache
+def lowered() -> bytes:
+    """The program of the model that all trainers here have: each version's probe is asked on it."""
+    return build(shared(0).model)
+
+
 class Training:
     """The trainer: as much of the log as one look at it gives."""
 
@@ -107,8 +115,7 @@ class Training:
         about = {**ABOUT, "salt": load_salt(settings.salt_path).fingerprint}
         flags = ("--paths.state", settings.paths.state)
         registry = Registry(settings.registry_dir)
-        # Nobody runs it: answers are not asked for.
-        program = registry.add_program(b"a program")
+        program = registry.add_program(lowered())
         self._learner = learner(registry, log, *flags, trainer=shared(lane), about=about, program=program)
 
     def step(self) -> bool:

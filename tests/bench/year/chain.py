@@ -33,6 +33,7 @@ from streaming.steps import ParseEvents, UpdateProfiles
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
+from trainer.versions.program import build
 
 PARTITIONS = 4
 MAP_BYTES = 1 << 32
@@ -159,6 +160,7 @@ class Chain:
         self.registry = Registry(settings.registry_dir)
         self.registry.propose(start(actor="bench", reason="a year", now_ms=self.clock.now_ms()))
         self.trainer = Trainer(settings, shard.context.spec)
+        self._program = build(self.trainer.model)
         self.learner = self._learner(shard.context)
         self._closing.callback(self.learner.close)
         self.serving = Serving(settings, self.log, self.clock)
@@ -206,7 +208,7 @@ class Chain:
             self.registry,
             self.trainer,
             open_log,
-            self.registry.add_program(b"of nobody who asks"),
+            self.registry.add_program(self._program),
             shard.spec.digest,
             about,
             TrainerMetrics(CollectorRegistry()),

@@ -91,7 +91,7 @@ def test_an_exact_rollback_takes_stream_and_histories_back_while_clicks_go_on(lo
     began_s = time.time()
     loop.answer_trained_on(user, loop.click([(user, f"bot-{n}", poison, "purchase") for n in range(20)]))
     done_s = time.time()
-    masked = loop.springtide("status")["accounting"]["stream"]["masked"]
+    before = loop.springtide("status")["accounting"]
     span = f"{iso(began_s)}..{iso(done_s)}"
     done = loop.springtide(
         "rollback", "--to", str(good), "--mode", "exact", "--skip-time", span, "--reason", "bots clicked"
@@ -107,11 +107,12 @@ def test_an_exact_rollback_takes_stream_and_histories_back_while_clicks_go_on(lo
 
     def balanced() -> dict[str, Any] | None:
         found: dict[str, Any] = loop.springtide("status")["accounting"]
-        return found if found["compared"] else None
+        # Not where a test before deleted old records of the log, and another one made the stream's store anew from it.
+        return found if found["compared"] or not before["compared"] else None
 
     account = until(balanced, lambda: f"cannot be compared: {loop.springtide('status')['accounting']}")
     assert account["faults"] == []
-    assert account["stream"]["masked"] >= masked + 20
+    assert account["stream"]["masked"] >= before["stream"]["masked"] + 20
 
 
 def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_the_worker(loop: Loop) -> None:
