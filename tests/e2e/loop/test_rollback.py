@@ -145,7 +145,7 @@ def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_th
 
 
 def test_history_names_who_did_what_and_why(loop: Loop) -> None:
-    loop.springtide("pin", str(served(loop)[0]), "--reason", "for the audit")
+    loop.springtide("pin", str(loop.kept()[0]), "--reason", "for the audit")
     newest = loop.springtide("history")[-1]
     assert newest["action"] == "pin"
     assert newest["reason"] == "for the audit"
