@@ -35,7 +35,8 @@ from tests.bench.report import Figure, Stages, report
 TAOBAO_EVENTS = 104  # the mean of 84,475 clicks of 815 users
 PROFILE = "/v1/profiles/user-{user}"
 TOGETHER = 100
-HALF = 0.5  # of what a closed loop gets: the rate of the open one
+HALF = 0.5  # of what a closed loop gets: the rate of an open one
+A_FIFTH = 0.2  # likewise, where an applier needs its part of two cores too
 APPLIED = 10_000
 APPLY_EVERY_S = 0.2
 
@@ -86,6 +87,7 @@ class Applying:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="applying")
         self.took_s: list[float] = []
+        self.used_s: list[float] = []
 
     def __enter__(self) -> Applying:
         self._thread.start()
@@ -106,9 +108,10 @@ class Applying:
                 self._base, version=version, kind="delta", parent=version - 1, visible=((1, version),),
                 sources=((SOURCE, version),),
             )  # fmt: skip
-            began_s = time.perf_counter()
+            began_s, before_s = time.perf_counter(), time.thread_time()
             self._store.apply(manifest, {"user.ids": ids, "user.rows": rows}, time.time_ns() // 1_000_000, follow=True)
             self.took_s.append((time.perf_counter() - began_s) * APPLIED / len(ids))
+            self.used_s.append((time.thread_time() - before_s) * APPLIED / len(ids))
 
 
 def main(users: int, events: int, rows: int, seconds: float) -> None:
@@ -155,11 +158,12 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
     cold = host.ask("cold starts", "/v1/profiles/nobody-{user}", 0.5)
     batch = host.ask("batches", "/v1/profiles:batch", 0.5, connections=1, together=TOGETHER)
     after = host.ask("floor", "/healthz", 0.5)
-    rate = HALF * profiles.per_s
-    steady = host.ask("profiles, open loop", PROFILE, rate=rate)
+    loaded = host.ask("profiles, open loop", PROFILE, rate=HALF * profiles.per_s)
+    rate = A_FIFTH * profiles.per_s
+    steady = host.ask("profiles, a fifth of it", PROFILE, rate=rate)
     with Applying(settings, ids, base, settings.model.dim) as applying:
-        under = host.ask("profiles, open loop, while versions arrive", PROFILE, rate=rate)
-    again = host.ask("profiles, open loop", PROFILE, rate=rate)
+        under = host.ask("profiles, a fifth of it, while versions arrive", PROFILE, rate=rate)
+    again = host.ask("profiles, a fifth of it again", PROFILE, rate=rate)
     floor = max(before.per_s, after.per_s)
     calm_ms = (steady.p99_ms + again.p99_ms) / 2
     return {
@@ -167,9 +171,11 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
         "profile p50": Figure(profiles.p50_ms, "ms"),
         "profile p99": Figure(profiles.p99_ms, "ms", "<= 5"),
         "profile answers per worker cpu-second": Figure(profiles.per_s * host.seconds / used_s, "answers/cpu-s"),
-        "profile p99, open loop at half that rate": Figure(calm_ms, "ms", "<= 5"),
-        "p99 while versions arrive / without": Figure(under.p99_ms / calm_ms, "ratio", "<= 1.2"),
+        "profile p99, open loop at half that rate": Figure(loaded.p99_ms, "ms", "<= 5"),
+        "profile p99, open loop at a fifth": Figure(calm_ms, "ms", "<= 5"),
+        "the same while versions arrive / without": Figure(under.p99_ms / calm_ms, "ratio", "<= 1.2"),
         f"{APPLIED:,} rows applied, median": Figure(1000 * float(np.median(applying.took_s)), "ms", "<= 50"),
+        "processor time of that": Figure(1000 * float(np.median(applying.used_s)), "ms"),
         "profile answers with all fields": Figure(everything.per_s, "answers/s"),
         "profile answers with an item": Figure(with_item.per_s, "answers/s"),
         "cold-start answers": Figure(cold.per_s, "answers/s"),
