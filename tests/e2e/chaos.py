@@ -76,6 +76,8 @@ WORKING = {
     "applier": "springtide_serving_version",
 }
 OWN: Mapping[str, object] = {
+    # Parts are killed all the time: an answer may come late, and none is refused for it.
+    "serving.max_queue_ms": 60_000,
     "kafka.clicks_partitions": 3,
     "kafka.request_timeout_s": 20,
     "shoppers.users": 300,

@@ -43,6 +43,8 @@ SHORT: Mapping[str, object] = {
     "bootstrap.min_rows": 300,
     "trainer.base_every_s": 20,
     "registry.durable_s": 1,
+    # A machine that has other things to do is no reason to refuse an answer; what is has tests of its own.
+    "serving.max_queue_ms": 60_000,
 }
 FIRST_ANSWER_S = 240.0
 DEADLINE_S = 120.0
