@@ -33,7 +33,7 @@ from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.registry.manifest import Manifest
 from state.rows.erasing import erase
-from state.rows.forgetting import ROWS_AT_ONCE, Forgetting
+from state.rows.forgetting import ROWS_AT_ONCE, Forgetting, Forgotten
 from state.rows.keys import LANES, row_keys, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
@@ -126,12 +126,13 @@ class RowStore(CompactStore):
         """
         with self._write() as transaction:
             key = u64(manifest.version)
-            if not replace and transaction.get(key, db=self._versions) is not None:
+            is_here = transaction.get(key, db=self._versions) is not None
+            if is_here and not replace:
                 if follow:
                     self._point(manifest.version, transaction)
                 return False
             # What it wrote in its lane counts as written by the next version there.
-            replaced = self._forgetting.forget(transaction, {manifest.version})
+            replaced = self._forgetting.forget(transaction, {manifest.version}) if is_here else Forgotten()
             parent = None
             if manifest.kind != "base":
                 parent = self._parent(manifest, transaction)
