@@ -1,0 +1,53 @@
+"""The table of all metrics, as a page: `python -m deploy.watch.metrics_table > deploy/prometheus/METRICS.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry
+
+from state import metrics
+
+OFFERED = {
+    metrics.StreamMetrics: "The stream, on `stream.metrics_port`.",
+    metrics.TrainerMetrics: "The trainer, on `trainer.metrics_port`.",
+    metrics.ApplierMetrics: "The applier of a serving host, on `serving.metrics_port`.",
+    metrics.WorkerMetrics: "A worker of a serving host, on `serving.port`; of several workers each says the sums of all.",
+    metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
+    metrics.StorageMetrics: "Each of them that keeps something on a disk.",
+}
+"""By class who offers its metrics, and where."""
+
+
+def as_markdown() -> str:
+    """The page.
+
+    >>> as_markdown().splitlines()[0]
+    '# Metrics'
+    """
+    lines = [
+        "# Metrics",
+        "",
+        "Made by `python -m deploy.watch.metrics_table` from `state/metrics.py`. A counter's series ends in `_total`; a "
+        "histogram has `_bucket`, `_sum` and `_count`. No label carries an id, and the values of each are few.",
+    ]
+    for process in metrics.PROCESSES:
+        told = OFFERED[process]
+        lines += ["", f"## {process.__name__.removesuffix('Metrics')}", "", told, "", *_rows(process)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(process: type[metrics.Metrics]) -> Sequence[str]:
+    registry = CollectorRegistry()
+    made = process(registry)
+    labels = {one._name: one._labelnames for one in vars(made).values() if hasattr(one, "_labelnames")}
+    found = ["| name | kind | labels | what it says |", "|---|---|---|---|"]
+    for family in registry.collect():
+        named = ", ".join(f"`{label}`" for label in labels[family.name])
+        told = family.documentation.replace("|", "\\|")
+        found.append(f"| `{family.name}` | {family.type} | {named} | {told} |")
+    return found
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

@@ -1,0 +1,25 @@
+"""The page of all metrics is the one that the code makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.watch.metrics_table import OFFERED, as_markdown
+from state import metrics
+
+PAGE = Path(__file__).parents[3] / "deploy" / "prometheus" / "METRICS.md"
+
+
+def test_the_page_is_what_the_code_makes() -> None:
+    assert PAGE.read_text() == as_markdown(), "python -m deploy.watch.metrics_table > deploy/prometheus/METRICS.md"
+
+
+def test_each_process_and_each_metric_is_on_it() -> None:
+    assert set(OFFERED) == set(metrics.PROCESSES)
+    page = as_markdown()
+    suffixes = ("_total", "_created", "_bucket", "_count", "_sum")
+    families = {
+        next((name.removesuffix(one) for one in suffixes if name.endswith(one)), name) for name in metrics.names()
+    }
+    missing = {name for name in families if f"| `{name}` |" not in page}
+    assert missing == set()
