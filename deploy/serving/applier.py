@@ -53,6 +53,7 @@ from state.layout import ATTRIBUTES, CURRENT, GAPS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
+from state.process.garbage import keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
@@ -144,6 +145,7 @@ class Applier:
         if self._attributes is not None:
             follow = partial(self._attributes.run, self._stop)
             threads.append(threading.Thread(target=self._guarded, args=(follow,), name="attributes"))
+        keep_what_is_there()
         for thread in threads:
             thread.start()
         with ExitStack() as closing:
