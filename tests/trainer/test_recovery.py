@@ -51,14 +51,18 @@ def test_it_learns_what_is_left_and_what_came_instead(tmp_path: Path, again: int
     append(log, RECORDS[6 : 6 + again])
     lost = [number for number in registry.versions() if registry.manifest(number).log.next > KEPT]
     assert lost
+    # Which records become a durable version of their own is a matter of how fast the disk is.
+    end = log.topics().ends(LOG)[0][1]
+    within = [number for number in lost if registry.manifest(number).log.next <= end]
 
     running = entered(registry, log)
     control = registry.control()
     assert control is not None
-    # Where the log is shorter than before, first its end is seen, then where it was cut.
-    assert control.epoch == control.generation == (3 if again == 3 else 2)
+    # Where the log is shorter than before, first its end is seen, then where it was cut, by a version that lies within it.
+    assert control.epoch == control.generation == (3 if again == 3 and within else 2)
     assert (control.action, control.actor) == ("recover", "trainer:test")
-    said = rf"the training log was cut back to offset {KEPT}, and we were at \d+; version {control.base} learned nothing beyond"
+    seen = KEPT if again != 3 or within else end
+    said = rf"the training log was cut back to offset {seen}, and we were at \d+; version {control.base} learned nothing beyond"
     assert re.fullmatch(said, control.reason)
     assert control.base == lost[0] - 1, "the newest that learned nothing beyond"
     assert control.serving.mode == "follow"
