@@ -104,7 +104,29 @@ def caught_up(settings: Settings) -> str:
 def answering(settings: Settings) -> str:
     """Answers of this host come from a version that control wants."""
     _, control = _control(settings)
-    applier = scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
+    return _unlike(control, _applier(settings))
+
+
+def following(settings: Settings) -> str:
+    """Answers follow the newest version, and come from control's epoch already, with the histories that belong to it."""
+    _, control = _control(settings)
+    if control.serving.mode != "follow":
+        return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
+    applier = _applier(settings)
+    if missing := _unlike(control, applier):
+        return missing
+    epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
+    if epoch != control.log[-1].epoch:
+        return f"the histories are of epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
+    return "" if (lag or 0) <= NEAR_RECORDS else f"the histories are {lag:,.0f} records behind"
+
+
+def _applier(settings: Settings) -> scrape.Scrape:
+    return scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
+
+
+def _unlike(control: Control, applier: scrape.Scrape) -> str:
+    """In what answers differ from what control wants."""
     if applier.problem:
         return applier.problem
     version, epoch = (applier.value(f"springtide_serving_{name}") or 0.0 for name in ("version", "epoch"))
@@ -113,20 +135,6 @@ def answering(settings: Settings) -> str:
     else:
         is_wanted, wanted = epoch == control.epoch, f"a version of epoch {control.epoch}"
     return "" if is_wanted else f"answers come from version {version:.0f} of epoch {epoch:.0f}, and {wanted} is wanted"
-
-
-def following(settings: Settings) -> str:
-    """Answers follow the newest version, and come from control's epoch already, with the histories that belong to it."""
-    _, control = _control(settings)
-    if control.serving.mode != "follow":
-        return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
-    if missing := answering(settings):
-        return missing
-    applier = scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
-    epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
-    if epoch != control.log[-1].epoch:
-        return f"the histories are of epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
-    return "" if (lag or 0) <= NEAR_RECORDS else f"the histories are {lag:,.0f} records behind"
 
 
 CONDITIONS: Mapping[str, Condition] = {
