@@ -32,7 +32,7 @@ LOG_BYTES, OLDER_LOGS = 10 * 2**20, 1
 PROGRESS_S = 5.0
 MALLOC = {
     "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
 """What glibc's allocator is told where the caller's environment does not say otherwise: few arenas, and large pieces apart.

@@ -27,6 +27,8 @@ def back_up(loop: Loop, to: Path, user: str) -> int:
     """
     loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
     made = loop.springtide("backup", str(to), "--with-salt")["made"]
+    # Else two that are made within a tenth of a second may be the same.
+    loop.answer_trained_on("another", loop.click([("another", "tent", "outdoors", "purchase")]))
     again = loop.springtide("backup", str(to), "--with-salt")["made"]
     assert again["sent_bytes"] > 0 and again["version"] >= made["version"] > 1
     assert again["positions"]["stream-0"] and set(again["left_out"]) == set()
