@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench chaos soak clean
+.PHONY: help run test check debian bench chaos soak clean
 
 BIN := .venv/bin
 # Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
@@ -27,13 +27,17 @@ help: ## Lists the targets.
 run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.port 9192" passes flags.
 	@exec $(BIN)/springtide up $(ARGS)
 
-test: check ## Checks, then runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
+test: .venv/ready ## Checks, then runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
+	@$(MAKE) --no-print-directory -j2 check debian
 	@$(PYTEST) $(ARGS)
 
 check: .venv/ready ## Format, lint and types, without the tests.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+debian: .venv/ready ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
+	@.ci/debian $(BIN)
 
 bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done

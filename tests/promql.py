@@ -1,9 +1,9 @@
-"""Computes an alert's expression over the series of one moment, as far as ours go that need no past: a check without a Prometheus."""
+"""What an expression selects, and what an alert's gives of one moment's series where it needs no past: no Prometheus is asked."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import promql_parser as promql
@@ -54,3 +54,19 @@ def _binary(op: str, left: Vector, right: Vector | float) -> Vector:
     if op in COMPARISON:
         return {one: number for one, (number, other) in pairs.items() if COMPARISON[op](number, other)}
     return {one: ARITHMETIC[op](number, other) for one, (number, other) in pairs.items()}
+
+
+def selectors(node: Any, around: str = "") -> Iterator[tuple[Any, str]]:
+    """Yields each vector selector and the function that it is an argument of."""
+    if isinstance(node, promql.VectorSelector):
+        yield node, around
+    elif isinstance(node, promql.MatrixSelector):
+        yield from selectors(node.vector_selector, around)
+    elif isinstance(node, promql.Call):
+        for argument in node.args:
+            yield from selectors(argument, node.func.name)
+    elif isinstance(node, promql.BinaryExpr):
+        yield from selectors(node.lhs)
+        yield from selectors(node.rhs)
+    elif isinstance(node, (promql.AggregateExpr, promql.ParenExpr, promql.UnaryExpr, promql.SubqueryExpr)):
+        yield from selectors(node.expr)

@@ -20,7 +20,7 @@ from deploy.watch.figures import SPREADS, Figures
 from deploy.watch.messages import decimal, duration, rate, seconds, shown
 from deploy.watch.quantiles import Spread
 
-# The alerts of deploy/prometheus/alerts.yml wait a while at the same bounds.
+# The alerts of deploy/prometheus/rules wait a while at the same bounds.
 STALE_S = 60.0
 MANY_LAG = 10_000
 DEAD_SHARE = 0.01

@@ -6,10 +6,8 @@ import math
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry
 
 from deploy.watch.clocks_off import ClocksOff
@@ -27,14 +25,10 @@ from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 from tests import runbook
 from tests.laws.test_commands_documented import check
+from tests.rules import ALERTS
 from trainer.accounts import Passages
 
 ROOT = Path(__file__).parents[2]
-ALERTS: dict[str, dict[str, Any]] = {
-    rule["alert"]: rule
-    for group in yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"]
-    for rule in group["rules"]
-}
 ANCHORS = {one.anchor for one in runbook.SECTIONS.values()}
 CLASSES = {
     name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, SpringtideError)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.watch import storage
@@ -16,12 +14,9 @@ from state.metrics import StorageMetrics
 from state.storage import measuring, shares
 from state.storage.waiting import Room
 from tests import promql
+from tests.rules import ALERTS
 
-ALERTS = Path(__file__).parents[3] / "deploy" / "prometheus" / "alerts.yml"
-RULES: dict[str, dict[str, Any]] = {
-    rule["alert"]: rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]
-}
-NEAR, FULL = RULES["SpringtideStorageNearLimit"]["expr"], RULES["SpringtideStorageFull"]["expr"]
+NEAR, FULL = ALERTS["SpringtideStorageNearLimit"]["expr"], ALERTS["SpringtideStorageFull"]["expr"]
 BUDGET = 500_000_000
 
 

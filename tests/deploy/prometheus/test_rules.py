@@ -1,0 +1,57 @@
+"""Prometheus's own promtool reads the rules, and finds each alert firing where it must and silent where it must."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import rules
+
+
+def told(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """What promtool says."""
+    return subprocess.run(
+        [rules.program("promtool"), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def as_promtool_has_it(alert: str, name: str, case: rules.Case) -> dict[str, Any]:
+    """A case as one test of a promtool file: what it fires says the summary, and the rule's own advice."""
+    rule = rules.ALERTS[alert]
+    firing = {
+        "exp_labels": {"severity": rule["labels"]["severity"], **(case.labels or {})},
+        "exp_annotations": {**rule["annotations"], "summary": case.summary},
+    }
+    return {
+        "name": f"{alert}, {name}",
+        "interval": case.interval,
+        "input_series": [{"series": series, "values": values} for series, values in case.series.items()],
+        "alert_rule_test": [
+            {"eval_time": case.at, "alertname": alert, "exp_alerts": [firing] if case.summary else []},
+        ],
+    }
+
+
+def test_promtool_takes_the_configuration_and_each_rule() -> None:
+    said = told("check", "config", rules.PROMETHEUS / "prometheus.yml")
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("file", rules.CASES_OF)
+def test_each_alert_fires_where_it_must_and_is_silent_where_it_must(file: str, tmp_path: Path) -> None:
+    cases = [(alert, name, case) for alert, both in rules.CASES_OF[file].items() for name, case in both.items()]
+    for interval in sorted({case.interval for _, _, case in cases}):
+        tests = [as_promtool_has_it(*one) for one in cases if one[2].interval == interval]
+        document = {
+            "rule_files": [str(path) for path in rules.FILES],
+            "evaluation_interval": interval,
+            "tests": tests,
+        }
+        path = tmp_path / f"{interval}.json"  # JSON is YAML
+        path.write_text(json.dumps(document))
+        said = told("test", "rules", path)
+        assert said.returncode == 0, said.stdout + said.stderr
