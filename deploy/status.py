@@ -20,7 +20,7 @@ from deploy.operate import horizon
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
-from deploy.watch import accounts, scrape, storage, stores_place
+from deploy.watch import accounts, parity, scrape, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
@@ -160,6 +160,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         balanced = accounting["balanced"]
         word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
         rows += _part("accounting", word, accounts.as_text(accounting))
+    if compared := state.get("parity"):
+        rows += _part("parity", *parity.as_text(compared))
     return "\n".join(lines(rows, PARTS))
 
 
@@ -206,6 +208,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         "rows": stores_place.look(settings),
         "histories": stores_place.look_at_histories(settings),
         "accounting": account,
+        "parity": parity.look(scrapes["applier"]),
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),
             "ready": serving_address(settings, "/readyz"),

@@ -264,6 +264,11 @@ class ApplierMetrics(Metrics):
         "The newest version that failed its probe and is newer than the one that answers; 0 for none.",
     )
     swept_versions = counter("springtide_serving_swept_versions", "Old versions forgotten.")
+    parity_rows = counter(
+        "springtide_serving_parity_rows",
+        "Sampled rows of the training log computed again from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
+        "outcome",
+    )
     history_duplicates = counter(
         "springtide_serving_history_duplicates", "Rows of the micro-batch topic that the histories had."
     )

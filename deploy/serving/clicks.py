@@ -20,7 +20,8 @@ import numpy as np
 
 from deploy.serving.going_back import POSITION_EXTRA, clock_of, take_back
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS
-from deploy.serving.open_log import Open, open_kept
+from deploy.serving.open_log import Open, as_stored, open_kept
+from deploy.serving.parity import Parity
 from deploy.serving.upkeep import Upkeep
 from state.config.sections import ServingSettings
 from state.errors import MicroBatchError, SaltMismatch, StoreFull
@@ -64,7 +65,7 @@ class HistoryFollower:
         accepted: The losses that operators accepted, records that the trainer leaves out among them.
         actions: Names the actions of a record by its feature spec; None of one that is not known.
         own_salt: Fingerprint of the salt here; records of others before the first of ours are left out.
-        kept: How many users and items are kept, and how long.
+        kept: How many users and items are kept, and how long; how often a row is compared.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class HistoryFollower:
         self._metrics = metrics
         self._now_ms = now_ms
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
-        self._upkeep = Upkeep(store, self._horizon_ms, kept, metrics, now_ms)
+        self._parity = Parity(store, spec, self._horizon_ms, kept, metrics, now_ms)
+        self._upkeep = Upkeep(store, self._horizon_ms, kept, metrics, now_ms, self._parity.lose)
         self._reader: LogReader | None = None
         self._positions: dict[int, int] = {}
         self._marks = store.positions()
@@ -109,6 +111,8 @@ class HistoryFollower:
         positions = {int(partition): int(next_) for partition, next_ in stored.get("next", {}).items()}
         for partition, (begin, end) in ends.items():
             ours = positions.get(partition, begin)
+            if begin > positions.get(partition, 0):
+                self._parity.lose()
             if not begin <= ours <= end:
                 self._metrics.gap_positions.inc(max(0, begin - ours))
                 _log.error(
@@ -142,12 +146,14 @@ class HistoryFollower:
             LogError: The broker refused.
             StoreFull: Nothing was changed.
         """
-        self._erased = mask.erased
+        self._erased, self._parity.mask = mask.erased, mask
         if line == self._line:
             return False
         went = take_back(self._store, line, mask, partition, open_at, self._horizon_ms, self._now_ms())
         _log.info("epoch %d of the training log: %s", line[-1].epoch, went)
         self.disconnect()
+        if went is not None and went.short:
+            self._parity.lose()
         self._line, self._marks = line, self._store.positions()
         self._upkeep.begin()
         self.newest_ms = clock_of(self._store)
@@ -216,12 +222,14 @@ class HistoryFollower:
                 self._metrics.gap_positions.inc(missing)
                 where = (offset, batch.partition, missing)
                 _log.error("record %d of partition %d: %d positions before it are in no micro-batch", *where)
+            self._parity.meet(found.header.ranges, marks, missing)
             events_here = happened(found.kind)
             self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
             kept = found.take(events_here & keep & ~erased_rows(found, self._erased))
             ranges.extend(parts)
             events.append(events_of(kept, kept.header.ranges))
             users.append(kept.user)
+            self._parity.look(kept, (batch.partition, offset), users, events)
             newest_ms = max(newest_ms, int(log_times(kept).max(initial=0)))
             if found.header.clocks and self.newest_ms > found.header.created_ms + DAY_MS:
                 # Under 0.1.0 one click could set it years ahead.
@@ -229,7 +237,8 @@ class HistoryFollower:
             names |= found.header.names
             marks = after
         joined = np.concatenate([np.empty(0, EVENT), *events]).astype(EVENT)
-        extra = self._upkeep.news(joined, names, max(newest_ms, self.newest_ms))
+        clock_ms = max(newest_ms, self.newest_ms)
+        extra = self._upkeep.news(joined, names, clock_ms) | self._parity.news(clock_ms)
         if newest_ms > self.newest_ms:
             extra[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
         appends = Appends.of(np.concatenate(users), joined) if len(joined) else Appends.none()
@@ -261,13 +270,7 @@ class HistoryFollower:
         following = onward(self._line, batch.next)
         positions = self._positions | {batch.partition: following}
         assert self._reader is not None
-        leaders = {str(partition): self._reader.leader_epoch(partition, at) for partition, at in positions.items()}
-        document = {
-            "topic_id": batch.topic_id,
-            "next": {str(partition): at for partition, at in positions.items()},
-            "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
-        }
-        extra[POSITION_EXTRA] = json.dumps(document).encode()
+        extra[POSITION_EXTRA] = as_stored(batch.topic_id, positions, self._reader)
         if self._salt is not None:
             extra[SALT_EXTRA] = self._salt.encode()
         killpoints.reach("follow.taken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 
@@ -33,3 +34,20 @@ def open_kept(positions: dict[int, int], leaders: dict[int, int], open_at: Open)
             _log.error("%s; reading goes on at %d, and what the histories have is left out", lost.what, gap.first)
             positions[gap.source.partition] = gap.first
             leaders.pop(gap.source.partition, None)
+
+
+def as_stored(topic_id: str, positions: Mapping[int, int], reader: LogReader) -> bytes:
+    """Where the histories end, as they keep it: JSON of the topic's id and, by partition, `next` and the `leaders` that are known.
+
+    Args:
+        topic_id: Of the micro-batch topic.
+        positions: By partition where the histories end.
+        reader: Which read up to there.
+    """
+    leaders = {str(partition): reader.leader_epoch(partition, at) for partition, at in positions.items()}
+    document = {
+        "topic_id": topic_id,
+        "next": {str(partition): at for partition, at in positions.items()},
+        "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
+    }
+    return json.dumps(document).encode()

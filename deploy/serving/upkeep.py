@@ -24,6 +24,7 @@ class Upkeep:
         kept: How many users and items are kept, and how long.
         metrics: Of the applier.
         now_ms: The wall clock.
+        lose: Told where users whose events still count were taken out.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Upkeep:
         kept: ServingSettings,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
+        lose: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._reach_ms, self._kept = store, reach_ms, kept
-        self._metrics, self._now_ms = metrics, now_ms
+        self._metrics, self._now_ms, self._lose = metrics, now_ms, lose
         self.begin()
 
     def begin(self) -> None:
@@ -65,6 +67,8 @@ class Upkeep:
             metrics.swept_events.inc(removed.events)
             metrics.swept_users.labels("old").inc(removed.aged)
             metrics.swept_users.labels("too_many").inc(removed.evicted)
+            if removed.evicted:
+                self._lose()
             metrics.swept_items.inc(self._remembered.look(newest_ms))
 
     def make_room(self, newest_ms: int) -> None:
@@ -72,6 +76,7 @@ class Upkeep:
         # What was not stored is not known either.
         self._remembered.forget()
         self._feed = ItemFeed(self._store)
+        self._lose()
         if newest_ms:
             with suppress(StoreFull):
                 self._sweeper.hurry(newest_ms)

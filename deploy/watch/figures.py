@@ -22,8 +22,6 @@ AWAY = Scrape()
 RATE_S = 5.0
 SPREAD_S = 60.0
 SLACK_S = 0.5
-# One death is nothing: the part is back a quarter of a second later.
-
 Labels = Mapping[str, Collection[str]]
 ANSWERS: Labels = {
     "route": (
@@ -91,6 +89,7 @@ class Figures:
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
+        differing: Sampled rows that were trained with other features than answers have.
         refused: The newest version that failed its probe, where it is newer than the one that answers.
         full: What waits for room on the disk, and who takes almost all of a share, in words.
         dying: Part -> how often in a row it died, of those that `springtide up` starts again.
@@ -134,6 +133,7 @@ class Figures:
     faults: float = 0.0
     corrupt: float = 0.0
     refused: float = 0.0
+    differing: float = 0.0
     full: Sequence[str] = ()
     dying: Mapping[str, float] = field(default_factory=dict)
     shoppers: bool = False
@@ -260,8 +260,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
     """The figures of the four processes, without what `Watch` adds. Pure."""
     learned = bool(trainer.now.total("springtide_trainer_steps_total"))
     dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
-    accounts = ((stream, "springtide_accounting_stream_faults"), (trainer, "springtide_accounting_trainer_faults"))
-    faults = [one.now.value(name) for one, name in accounts]
+    accounts = {"stream": stream, "trainer": trainer}.items()
     return Figures(
         events=stream.count("springtide_stream_events_total"),
         events_per_s=stream.rate("springtide_stream_events_total"),
@@ -294,7 +293,8 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         failed=worker.count("springtide_requests_total", **ANSWERS, code=FAILED),
         failed_per_s=worker.rate("springtide_requests_total", **ANSWERS, code=FAILED),
         cold_starts=worker.now.total("springtide_cold_starts_total"),
-        faults=sum(one or 0.0 for one in faults),
+        faults=sum(one.now.value(f"springtide_accounting_{name}_faults") or 0.0 for name, one in accounts),
         corrupt=applier.now.total("springtide_serving_corrupt_versions_total") or 0.0,
+        differing=applier.now.total("springtide_serving_parity_rows_total", outcome=("differs",)) or 0.0,
         refused=applier.now.value("springtide_serving_refused_version") or 0.0,
     )

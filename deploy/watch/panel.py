@@ -79,6 +79,8 @@ def _wrong(figures: Figures) -> Iterator[str]:
     yield from figures.full
     if figures.faults:
         yield "accounts do not balance"
+    if figures.differing:
+        yield f"rows trained with other features: {shown(figures.differing)}"
     if figures.held:
         yield "training is held by the guard"
     clicks, old = bool(figures.events_per_s), old_clicks(figures)

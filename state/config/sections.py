@@ -503,6 +503,13 @@ class ServingSettings:
     items_keep_d: int = setting(
         90, "d", least=1, most=36_500, help="Log time after which an item or a name that no click named is forgotten."
     )
+    parity_every_s: float = setting(
+        1.0,
+        "s",
+        least=0.0,
+        most=86_400.0,
+        help="Time between two rows of the training log that are computed again from serving's histories and compared; 0: none.",
+    )
     metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
 
     @property

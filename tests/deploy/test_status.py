@@ -153,7 +153,8 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
     assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
     assert set(json.loads(capsys.readouterr().out)) == {
-        *("figures", "processes", "kafka", "registry", "rollback", "storage", "rows", "histories", "accounting", "urls")
+        *("figures", "processes", "kafka", "registry", "rollback", "storage", "rows", "histories", "accounting"),
+        *("parity", "urls"),
     }
 
 

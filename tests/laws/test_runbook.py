@@ -109,6 +109,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         full=full([Scrape(parsed(STORAGE))]),
         corrupt=1.0,
         refused=17.0,
+        differing=1.0,
     )
     held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)
     table = "\n".join(runbook.STATUS.lines)
