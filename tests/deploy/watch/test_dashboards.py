@@ -1,8 +1,7 @@
-"""Prometheus and Grafana files parse, and name only metrics that exist, used as their type allows."""
+"""Rules name only metrics that exist, used as their type allows, and Prometheus asks every process for them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from tests.rules import ALERTS, RECORDED
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 SCRAPE = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
-DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/overview.json").read_text())
 
 # Series that Prometheus itself makes.
 PROMETHEUS_OWN = {"up": "gauge"}
@@ -49,14 +47,9 @@ SERIES = series()
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Yields (where, expression) of every rule, panel and annotation."""
+    """Yields (name, expression) of every rule."""
     for name, rule in {**RECORDED, **ALERTS}.items():
         yield name, rule["expr"]
-    for panel in DASHBOARD["panels"]:
-        for target in panel["targets"]:
-            yield f"{panel['title']} {target['refId']}", target["expr"]
-    for annotation in DASHBOARD["annotations"]["list"]:
-        yield annotation["name"], annotation["expr"]
 
 
 @pytest.mark.parametrize(("where", "expression"), list(expressions()), ids=[where for where, _ in expressions()])
@@ -111,23 +104,3 @@ def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
     scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in SCRAPE["scrape_configs"]}
     assert scraped == {job: [f"127.0.0.1:{port}"] for job, port in ports.items()}
     assert SCRAPE["rule_files"] == ["rules/*.yml"]
-
-
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
-    panels = DASHBOARD["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    cells = [
-        (x, y)
-        for grid in (panel["gridPos"] for panel in panels)
-        for x in range(grid["x"], grid["x"] + grid["w"])
-        for y in range(grid["y"], grid["y"] + grid["h"])
-    ]
-    assert len(cells) == len(set(cells))
-    assert max(x for x, _ in cells) < 24
-
-
-def test_grafana_finds_the_datasource_that_the_panels_name() -> None:
-    (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
-    (provider,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/springtide.yml").read_text())["providers"]
-    assert provider["type"] == "file"
-    assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
