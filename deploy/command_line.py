@@ -23,6 +23,7 @@ PROCESSES = {
     "stream": ("streaming.pipeline", "Run the Beam job: clicks in, histories, windows, micro-batches out."),
     "train": ("trainer.loop", "Run the trainer: micro-batches in, versions out."),
     "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
+    "console": ("deploy.console.server", "Run the page that shows the loop and steers it, on console.port."),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
     "verify": ("trainer.verify", "Recompute a version from its base and the training log, and compare every bit."),
     "compact": (
@@ -185,6 +186,7 @@ def _verbs(add: Add) -> list[argparse.ArgumentParser]:
         one.add_argument(
             "--reason", default="none given", metavar="TEXT", help="why; kept with your name in the history"
         )
+        operating.if_generation(one)
     return verbs
 
 

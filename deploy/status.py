@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deploy.operate import horizon
+from deploy.operate import horizon, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
-from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
 from deploy.watch import accounts, parity, scrape, storage, stores_place
 from deploy.watch.address import serving_address
@@ -104,36 +103,6 @@ def _figure(scraped: Scrape, series: str) -> float | None:
     return 0.0 if found is None and series.endswith("_total") else found
 
 
-def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """Newest version and what control wants."""
-    try:
-        registry = open_registry(settings)
-        control = registry.control()
-        numbers = registry.versions()
-        newest = registry.latest(None)
-    except (SpringtideError, OSError) as error:
-        return {"answers": False, "problem": str(error)}
-    return {
-        "answers": True,
-        "problem": "",
-        "versions": len(numbers),
-        "newest": newest.version if newest else None,
-        # A version may be newer than the command that asks.
-        "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
-        "control": control
-        and {
-            "generation": control.generation,
-            "action": control.action,
-            "actor": control.actor,
-            "reason": control.reason,
-            "epoch": control.epoch,
-            "base": control.base,
-            "serving": control.serving.mode,
-            "version": control.serving.version,
-        },
-    }
-
-
 def as_table(state: Mapping[str, Any]) -> str:
     """The parts, whether they are there, and more of each."""
     rows: list[Sequence[str]] = []
@@ -146,7 +115,7 @@ def as_table(state: Mapping[str, Any]) -> str:
     )
     rows += _part("kafka", "runs" if kafka["answers"] else "away", text)
     registry = state["registry"]
-    text = registry["problem"] or _registry_text(registry)
+    text = registry["problem"] or registry_state.as_text(registry)
     rows += _part("registry", "there" if registry["answers"] else "away", text)
     if back := state.get("rollback"):
         rows += _part("rollback", *horizon.as_text(back))
@@ -171,15 +140,6 @@ def _part(name: str, word: str, text: str) -> list[Sequence[str]]:
     return [(name, word, first), *(("", "", one) for one in others)]
 
 
-def _registry_text(registry: Mapping[str, Any]) -> str:
-    control = registry["control"]
-    newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
-    if control is None:
-        return f"{newest}; no control yet"
-    wanted = "the newest version" if control["serving"] == "follow" else f"version {control['version']} (pinned)"
-    return f"{newest}; wanted: {wanted} in epoch {control['epoch']}, by {control['actor']}'s {control['action']}: {control['reason']}"
-
-
 def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tuple[Figures, dict[str, Any]]:
     """The figures, and the whole state of the loop as JSON values, whatever of it runs.
 
@@ -188,26 +148,53 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         now_ms: Wall clock.
         between_s: Least time between the two looks that the rates come from.
     """
-    looks, urls = Watch(spread_s=None), scrape.urls(settings)
-    asked = urls | scrape.supervisor_urls(settings)
+    looks, asked = Watch(spread_s=None), scrape.urls(settings) | scrape.supervisor_urls(settings)
     begin_s = time.monotonic()
     first = looks.look(scrape.scrape(asked), begin_s, time.time())
     # The other parts are asked between the two looks.
-    kafka, registry, account = kafka_lag(settings), registry_state(settings, now_ms), accounts.account(settings)
+    others = parts(settings, now_ms)
     if first.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
     scrapes = scrape.scrape(asked)
     figures = looks.look(scrapes, time.monotonic(), time.time())
-    return figures, {
-        "figures": figures.to_json(),
-        "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
+    return figures, document(settings, figures, scrapes, others)
+
+
+def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
+    """What no process tells on /metrics, as JSON values: asked of Kafka, the registry, the stores and the disks.
+
+    Args:
+        settings: The loop's settings.
+        now_ms: Wall clock.
+    """
+    kafka = kafka_lag(settings)
+    return {
         "kafka": kafka,
-        "registry": registry,
+        "registry": registry_state.look(settings, now_ms),
         "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
         "storage": storage.look(settings),
         "rows": stores_place.look(settings),
         "histories": stores_place.look_at_histories(settings),
-        "accounting": account,
+        "accounting": accounts.account(settings),
+    }
+
+
+def document(
+    settings: Settings, figures: Figures, scrapes: Mapping[str, Scrape], others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The whole state of the loop as JSON values.
+
+    Args:
+        settings: The loop's settings.
+        figures: Of now.
+        scrapes: What they were read from.
+        others: Of `parts`.
+    """
+    urls = scrape.urls(settings)
+    return {
+        "figures": figures.to_json(),
+        "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
+        **others,
         "parity": parity.look(scrapes["applier"]),
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deploy.operate.masking import mask_document
-from state.errors import RegistryError
+from state.errors import ControlConflict, RegistryError
 from state.registry import control_codec
 from state.registry.control import Control
 from state.registry.registry import Registry
@@ -16,15 +16,26 @@ from state.registry.registry import Registry
 Say = Callable[[str], None]
 
 
-def current(registry: Registry) -> Control:
+def current(registry: Registry, if_generation: int | None = None) -> Control:
     """The newest control.
+
+    Args:
+        registry: Where it is.
+        if_generation: Its generation as the caller saw it; None: whichever it is.
 
     Raises:
         RegistryError: There is none yet.
+        ControlConflict: It is of another generation: somebody changed control since the caller looked.
     """
     control = registry.control()
     if control is None:
         raise RegistryError(f"{registry.path}: no control yet", "start the trainer first, it writes generation 1")
+    if if_generation is not None and control.generation != if_generation:
+        raise ControlConflict(
+            f"control is of generation {control.generation} and not {if_generation} any more: "
+            f"{control.actor} gave {control.action}: {control.reason}",
+            "look at it, then ask again if it still applies",
+        )
     return control
 
 

@@ -27,7 +27,7 @@ def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) ->
     """
     registry = open_registry(settings)
     registry.chain(asked.version)
-    control = current(registry)
+    control = current(registry, asked.if_generation)
     new = transitions.pin(control, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
     put(registry, control, new, f"answers stay at version {asked.version}", asked, say)
 
@@ -46,7 +46,7 @@ def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     registry = open_registry(settings)
     if asked.version is not None:
         registry.chain(asked.version)
-    control = current(registry)
+    control = current(registry, asked.if_generation)
     new = labels.label(control, asked.name, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
     done = f"{asked.name} is no label of ours any more" if asked.remove else f"{asked.name} is version {asked.version}"
     put(registry, control, new, done, asked, say)
@@ -59,7 +59,7 @@ def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ControlConflict: Somebody else changed control meanwhile.
     """
     registry = open_registry(settings)
-    control = current(registry)
+    control = current(registry, asked.if_generation)
     new = transitions.follow(control, actor=actor(), reason=asked.reason, now_ms=now_ms)
     put(registry, control, new, f"answers follow the newest version of epoch {control.epoch}", asked, say)
 
@@ -71,7 +71,7 @@ def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ControlConflict: Somebody else changed control meanwhile.
     """
     registry = open_registry(settings)
-    control = current(registry)
+    control = current(registry, asked.if_generation)
     transition, on, done = SWITCHES[asked.command]
     new = transition(control, on, actor=actor(), reason=asked.reason, now_ms=now_ms)
     if asked.command == "resume" and new is control and guard_holds(settings):
@@ -93,7 +93,7 @@ def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ControlConflict: Somebody else changed control meanwhile.
     """
     registry = open_registry(settings)
-    control = current(registry)
+    control = current(registry, asked.if_generation)
     new = transitions.unmask(control, asked.masks, actor=actor(), reason=asked.reason, now_ms=now_ms)
     put(registry, control, new, f"{', '.join(map(str, asked.masks))} lifted; {coming_back(new)}", asked, say)
 

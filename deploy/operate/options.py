@@ -56,6 +56,7 @@ def rollback(add: Add) -> argparse.ArgumentParser:
     )
     command.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
     command.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+    if_generation(command)
     return command
 
 
@@ -77,6 +78,16 @@ def _skips(command: argparse.ArgumentParser) -> None:
     command.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
     command.add_argument(
         "--minutes", type=positive, metavar="N", help="leave out the last N minutes: --skip-time Nm..now"
+    )
+
+
+def if_generation(command: argparse.ArgumentParser) -> None:
+    """Adds the option by which two operators do not cross each other."""
+    command.add_argument(
+        "--if-generation",
+        type=positive,
+        metavar="N",
+        help="only where N is the newest generation of `springtide history`; refused where somebody changed control since",
     )
 
 
@@ -110,6 +121,7 @@ def masks(add: Add) -> list[argparse.ArgumentParser]:
     )
     lifting.add_argument("masks", type=positive, nargs="+", metavar="N", help="a mask, of `springtide masks`")
     lifting.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
+    if_generation(lifting)
     return [listing, lifting]
 
 

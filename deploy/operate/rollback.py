@@ -56,7 +56,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     """
     began_s = time.monotonic()
     registry = open_registry(settings)
-    control = current(registry)
+    control = current(registry, asked.if_generation)
     # 1.
     to, mask, new, view = _chosen(settings, asked, registry, control, now_ms)
     exactly = exact_plan(control, to, view) if asked.mode == "exact" else None

@@ -6,7 +6,6 @@ the parent of several (`workers.py`).
 
 from __future__ import annotations
 
-import errno
 import resource
 import signal
 import socket
@@ -19,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import ConnectionLimits
+from deploy.serving.edge.listening import listen
 from deploy.serving.edge.server import DrainingServer
 from deploy.serving.edge.tokens import are_wanted, make_missing
 from deploy.serving.grpc_api.server import GrpcServer
@@ -27,31 +27,13 @@ from deploy.serving.http_api.app import App
 from deploy.serving.workers import Workers, count_as, end_with_parent, summed_counters
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import PortTaken, SpringtideError, of_disk
+from state.errors import SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.layout import WORKER_COUNTERS
 from state.process.private_files import keep_private
 
 OWN_FILES = 256
 """Open files of a worker that are no connections."""
-
-
-def listen(host: str, port: int, setting: str = "serving.port") -> socket.socket:
-    """A bound socket on the port that `setting` chose.
-
-    Raises:
-        PortTaken: Somebody listens there.
-    """
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise PortTaken(f"port {port} of {host} is in use", f"stop its owner or set {setting}") from None
-    return bound
 
 
 def serve(

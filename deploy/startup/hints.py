@@ -6,8 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from deploy.serving.edge.tokens import READ
+from deploy.serving.edge.tokens import OPERATE, READ
 from deploy.watch import scrape
+from deploy.watch.address import address
 from state.config.loading import FILE
 from state.config.settings import Settings
 from state.config.sources import as_text
@@ -55,10 +56,23 @@ def commands(settings: Settings, shoppers: bool) -> list[str]:
         f"{command} versions",
         f"{command} pin VERSION        {command} follow",
         f"{command} rollback --to VERSION --skip-time A..B --reason TEXT",
+        *console(settings),
         "metrics: " + "  ".join(f"{name} {url}" for name, url in scrape.urls(settings).items()),
     ]
     flags = repeated_flags(settings)
     return [*lines, *([f"springtide needs the flags of this run:{flags}"] if flags else [])]
+
+
+def console(settings: Settings) -> list[str]:
+    """Where the page is, and what it takes to steer with it; nothing where there is none.
+
+    >>> console(Settings())
+    ['page: http://127.0.0.1:8502, to steer with the token in .springtide/tokens/operate']
+    """
+    if not settings.console.port:
+        return []
+    url = address(settings, settings.console.host, settings.console.port)
+    return [f"page: {url}, to steer with the token in {settings.tokens_dir / OPERATE}"]
 
 
 def springtide_command() -> str:

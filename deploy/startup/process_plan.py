@@ -19,12 +19,13 @@ REBUILD = "rebuild-history"
 TRAINER = "trainer"
 APPLIER = "applier"
 WORKER = "worker"
+CONSOLE = "console"
 
 # What the local Kafka acknowledged in its last second may be gone after a power cut; nobody has it then.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
-STOP_ORDER = (KERNELS, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, APPLIER, WORKER)
+STOP_ORDER = (CONSOLE, KERNELS, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, APPLIER, WORKER)
 
 # These would otherwise compile the same kernels for ten seconds each.
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
@@ -72,6 +73,7 @@ def process_plans(
         plan(APPLIER, "deploy.serving.applier", stop_s=SAVING_S),
         # With serving.workers above 1 it is the parent of them all.
         plan(WORKER, "deploy.serving.rest", stop_s=15.0),
+        plan(CONSOLE, "deploy.console.server", stop_s=15.0),
     )
     return {one.name: one for one in listed}
 
@@ -96,4 +98,5 @@ def ports(settings: Settings, local_kafka: bool) -> list[Port]:
         Port("trainer.metrics_port", local, settings.trainer.metrics_port),
         Port("serving.metrics_port", local, settings.serving.metrics_port),
         *([Port("up.metrics_port", local, settings.up.metrics_port)] if settings.up.metrics_port else []),
+        *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
     ]

@@ -17,6 +17,7 @@ from deploy.startup.local_kafka import LocalKafka
 from deploy.startup.process_plan import (
     ANSWERING,
     BOOTSTRAP,
+    CONSOLE,
     KERNEL_USERS,
     KERNELS,
     OF_LOCAL_KAFKA,
@@ -146,7 +147,8 @@ class Startup:
         version = self._wait(lambda: signs.trained_version(settings), "waiting for the trainer's first version")
         self._step("trainer", f"version {version}")
         self._wait(lambda: self._answered, "waiting for the first answer")
-        # 9. What to try.
+        # 9. What to try. The page comes last: it is in nobody's way.
+        self._start((CONSOLE,) if settings.console.port else ())
         self._running().settled = True
         self._say_what_to_try()
 
@@ -176,7 +178,7 @@ class Startup:
                 supervisor.start(self._plans[name])
 
     def _start_others(self, goes_on: bool) -> None:
-        settings, unwanted = self._settings, {KERNELS, REBUILD}
+        settings, unwanted = self._settings, {KERNELS, REBUILD, CONSOLE}
         if goes_on:
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:

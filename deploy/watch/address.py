@@ -52,15 +52,29 @@ class Address(str):
         return context
 
 
+def address(settings: Settings, host: str, port: int, path: str = "") -> Address:
+    """Where a port of ours is reached on this machine.
+
+    Args:
+        settings: They have tokens and certificate, of which there is one set.
+        host: The address that the port listens on.
+        port: The port.
+        path: Behind it.
+
+    >>> address(Settings(), "0.0.0.0", 8502)
+    'http://127.0.0.1:8502'
+    """
+    serving = settings.serving
+    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    scheme, certificate = ("https", Path(serving.tls_cert)) if serving.tls_cert else ("http", None)
+    token_file = settings.tokens_dir / OPERATE if are_wanted(settings, host) else None
+    return Address(f"{scheme}://{reached}:{port}{path}", token_file, certificate)
+
+
 def serving_address(settings: Settings, path: str = "") -> Address:
     """Where serving is reached on this machine.
 
     >>> serving_address(Settings(), "/readyz")
     'http://127.0.0.1:8501/readyz'
     """
-    serving = settings.serving
-    host = serving.host
-    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    scheme, certificate = ("https", Path(serving.tls_cert)) if serving.tls_cert else ("http", None)
-    token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else None
-    return Address(f"{scheme}://{reached}:{serving.port}{path}", token_file, certificate)
+    return address(settings, settings.serving.host, settings.serving.port, path)

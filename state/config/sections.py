@@ -594,6 +594,21 @@ class Supervision:
     older_logs: int = setting(1, least=0, most=100, help="Older logs of a part that are kept beside the one it writes.")
 
 
+@dataclass(frozen=True)
+class ConsoleSettings:
+    """The page that shows the loop and steers it."""
+
+    host: str = setting(
+        "127.0.0.1", filled=True, help="Address to listen on. Tokens and certificate are those of `[serving]`."
+    )
+    port: int = setting(
+        8502,
+        least=0,
+        most=65535,
+        help="Port of the page; 0: `springtide up` starts none. To change anything needs the token `operate`.",
+    )
+
+
 SECTIONS: dict[str, type[Any]] = {
     "paths": Paths,
     "kafka": Kafka,
@@ -611,6 +626,7 @@ SECTIONS: dict[str, type[Any]] = {
     "bootstrap": Bootstrap,
     "shoppers": Shoppers,
     "up": Supervision,
+    "console": ConsoleSettings,
 }
 
 

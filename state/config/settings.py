@@ -12,6 +12,7 @@ from state.config.sections import (
     SECTIONS,
     Attributes,
     Bootstrap,
+    ConsoleSettings,
     Events,
     ExportSettings,
     Features,
@@ -57,6 +58,7 @@ class Settings:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     shoppers: Shoppers = field(default_factory=Shoppers)
     up: Supervision = field(default_factory=Supervision)
+    console: ConsoleSettings = field(default_factory=ConsoleSettings)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy import status
 from deploy.kafka.configuration import free_port
+from deploy.operate import registry_state
 from deploy.watch.figures import BORN, SPREADS
 from deploy.watch.kafka_lag import kafka_lag
 from state.config.loading import load
@@ -139,7 +140,7 @@ def test_control_is_shown_with_who_decided_and_why(tmp_path: Path) -> None:
     registry = Registry(settings.registry_dir)
     registry.propose(control.start(actor="trainer", reason="first start", now_ms=0))
     registry.change(lambda now: control.pin(now, 7, actor="ann", reason="odd answers", now_ms=5))
-    found = status.registry_state(settings, now_ms=10)
+    found = registry_state.look(settings, now_ms=10)
     assert found["control"]["version"] == 7
     assert "version 7 (pinned) in epoch 1, by ann's pin: odd answers" in status.as_table(
         {"processes": {}, "kafka": {"answers": False, "problem": "away"}, "registry": found}

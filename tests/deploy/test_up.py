@@ -28,6 +28,7 @@ PORTS = (
     "serving.metrics_port",
     "up.metrics_port",
     "kafka.port",
+    "console.port",
 )
 
 
@@ -151,7 +152,7 @@ def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() ->
 
 def test_producers_stop_before_what_they_write_to() -> None:
     order = [name for name in STOP_ORDER if name not in ("bootstrap", "kernels", "rebuild-history")]
-    assert order == ["shoppers", "stream", "trainer", "applier", "worker"]
+    assert order == ["console", "shoppers", "stream", "trainer", "applier", "worker"]
     assert set(process_plans()) == set(STOP_ORDER)
 
 

@@ -36,6 +36,7 @@ PORTS = (
     "trainer.metrics_port",
     "serving.metrics_port",
     "up.metrics_port",
+    "console.port",
 )
 SHORT: Mapping[str, object] = {
     "shoppers.rate": 100,
@@ -45,6 +46,8 @@ SHORT: Mapping[str, object] = {
     "registry.durable_s": 1,
     # A machine that has other things to do is no reason to refuse an answer; what is has tests of its own.
     "serving.max_queue_ms": 60_000,
+    # Only where it is looked at: it takes a second of a core to start.
+    "console.port": 0,
 }
 FIRST_ANSWER_S = 240.0
 DEADLINE_S = 120.0
@@ -54,6 +57,7 @@ MODULES = {
     "trainer": "trainer.loop",
     "applier": "deploy.serving.applier",
     "worker": "deploy.serving.rest",
+    "console": "deploy.console.server",
     "kafka": "kafka.Kafka",
 }
 

@@ -15,14 +15,13 @@ request costs a timer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import httptools
-from prometheus_client import Counter
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from deploy.serving.http_api.app import LAST, answer
-from deploy.serving.http_api.endpoints import failure
+from deploy.serving.http_api.endpoints import LAST, answer, failure
 from state.errors import HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
 
 
@@ -49,7 +48,7 @@ class BoundedConnection(HttpToolsProtocol):
         given: What uvicorn gives its protocols.
     """
 
-    def __init__(self, limits: ConnectionLimits, refused: Counter, **given: Any) -> None:
+    def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None], **given: Any) -> None:
         super().__init__(**given)
         self._limits, self._refused = limits, refused
         self._since_s = self.loop.time()
@@ -60,7 +59,7 @@ class BoundedConnection(HttpToolsProtocol):
         """One more; beyond the limit it is told so with each answer."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.connections:
-            self._refused.labels("connections").inc()
+            self._refused("connections")
             self.app = cast(Any, _too_many)
 
     def data_received(self, data: bytes) -> None:
@@ -162,7 +161,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _refuse(self, reason: str, error: SpringtideError) -> None:
         """Answers instead of the application, after what is still owed, and ends the connection."""
-        self._refused.labels(reason).inc()
+        self._refused(reason)
         self._ended = True
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete and not cycle.more_body:

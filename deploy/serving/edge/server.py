@@ -14,20 +14,38 @@ import signal
 import socket
 from collections.abc import Callable
 from itertools import count
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import uvicorn
 
 from deploy.serving.edge.accepting import Acceptor
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import BoundedConnection, ConnectionLimits
-from deploy.serving.grpc_api.server import GrpcServer
-from deploy.serving.http_api.app import App
+
+if TYPE_CHECKING:
+    # The console has this server without gRPC, and loads none.
+    from deploy.serving.grpc_api.server import GrpcServer
 
 TICK_S = 0.1
 GRACE_S = 10
 IDLE_S = 60
 BACKLOG = 2048
+
+
+class Application(Protocol):
+    """An ASGI application that this server lets end in order.
+
+    Attributes:
+        draining: Whether the process is about to end.
+    """
+
+    draining: bool
+
+    def count_refused(self, reason: str) -> None:
+        """Counts what was refused at the door."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -44,7 +62,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(
         self,
-        app: App,
+        app: Application,
         limits: ConnectionLimits,
         drain_s: float,
         ready: Callable[[], None] = lambda: None,
@@ -111,7 +129,7 @@ class DrainingServer(uvicorn.Server):
 
     def _connection(self) -> BoundedConnection:
         return BoundedConnection(
-            self._limits, self._app.metrics.refused, config=self.config, server_state=self.server_state, app_state={}
+            self._limits, self._app.count_refused, config=self.config, server_state=self.server_state, app_state={}
         )
 
     def _look(self) -> None:

@@ -77,19 +77,24 @@ class Tokens:
         return {_digest(token): role for role in (READ, OPERATE) for token in tokens_in(self._folder / role)}
 
 
-def are_wanted(settings: Settings) -> bool:
+def are_wanted(settings: Settings, host: str | None = None) -> bool:
     """Whether requests need tokens: by `serving.tokens`, and with `auto` where others than this machine reach the port.
 
-    >>> are_wanted(Settings())
-    False
+    Args:
+        settings: Of the system.
+        host: The address that the port listens on; None: that of the answers.
+
+    >>> are_wanted(Settings()), are_wanted(Settings(), "0.0.0.0")
+    (False, True)
     """
     serving = settings.serving
     if serving.tokens != "auto":
         return serving.tokens == "on"
+    host = serving.host if host is None else host
     try:
-        return not ipaddress.ip_address(serving.host).is_loopback
+        return not ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return serving.host != "localhost"
+        return host != "localhost"
 
 
 def tokens_in(path: Path) -> list[str]:

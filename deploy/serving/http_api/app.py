@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,18 @@ from prometheus_client import CollectorRegistry, generate_latest
 from deploy.serving.edge.tokens import Tokens
 from deploy.serving.host import Host
 from deploy.serving.http_api.documents import Documents
-from deploy.serving.http_api.endpoints import Endpoint, Receive, Request, Response, Routes, Scope, failure
+from deploy.serving.http_api.endpoints import (
+    LAST,
+    Endpoint,
+    Receive,
+    Request,
+    Routes,
+    Scope,
+    Send,
+    answer,
+    authorization,
+    failure,
+)
 from deploy.serving.http_api.explanations import Explanations
 from deploy.serving.http_api.health import Health
 from deploy.serving.http_api.items import Items
@@ -29,13 +40,8 @@ from state.config.sections import ServingSettings
 from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
 
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 UNKNOWN = "unknown"
 """What metrics name a request that no endpoint is for."""
-
-LAST = (b"connection", b"close")
-"""A header: this answer is the connection's last."""
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +96,10 @@ class App:
         """Whether this worker can answer and is not about to end."""
         return not self.draining and not self.host.missing()
 
+    def count_refused(self, reason: str) -> None:
+        """Counts a connection or a request that was refused at the door."""
+        self.metrics.refused.labels(reason).inc()
+
     def close(self) -> None:
         """Closes the stores; the next request opens them again."""
         self.host.close()
@@ -120,15 +130,3 @@ class App:
             self._counters[name, status] = series
         series[0].inc()
         series[1].observe(took_s)
-
-
-def authorization(scope: Scope) -> str | None:
-    """The header of that name."""
-    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
-
-
-async def answer(send: Send, response: Response) -> None:
-    """Sends a whole response."""
-    headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    await send({"type": "http.response.body", "body": response.body})

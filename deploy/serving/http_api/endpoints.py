@@ -18,11 +18,14 @@ from state.errors import BadRequest, SpringtideError, TooLarge, UnknownPath, Wro
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
 
 MOST_BODY_BYTES = 1 << 20
 METHODS = ("GET", "HEAD")
 """Of what is only read."""
+LAST = (b"connection", b"close")
+"""A header: this answer is the connection's last."""
 JSON: Headers = [(b"content-type", b"application/json")]
 FAILED: Mapping[int, type] = dict.fromkeys((400, 408, 429, 431, 500), Failure)
 """What anything can be answered with instead, by the status of HTTP, and the form of it."""
@@ -209,3 +212,15 @@ def failure(error: SpringtideError) -> Response:
     if isinstance(error, BadRequest) and error.where:
         said["where"] = error.where
     return Response(error.http_status, encode(said), [*JSON, *error.http_headers])
+
+
+def authorization(scope: Scope) -> str | None:
+    """The header of that name."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
+
+
+async def answer(send: Send, response: Response) -> None:
+    """Sends a whole response."""
+    headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": response.body})

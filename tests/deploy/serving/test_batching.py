@@ -12,8 +12,7 @@ import uvloop
 
 from deploy.serving.answer import Query
 from deploy.serving.batching import Answer, Batcher
-from deploy.serving.http_api.app import answer
-from deploy.serving.http_api.endpoints import Response
+from deploy.serving.http_api.endpoints import Response, answer
 from deploy.serving.line import QueueLimits
 from deploy.serving.predictor import MOST_AT_ONCE
 from state.errors import Overloaded, TookTooLong

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import psutil
 import pytest
 
+from deploy.kafka.configuration import free_port
 from tests.e2e.running import SHORT, Loop
 
 # Labels that arrive later, and attributes: shoppers' favorites wait for a cart, and nothing else is changed by it.
@@ -34,7 +35,7 @@ def loop(one_loop: Loop) -> Loop:
 @pytest.fixture(scope="session")
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
-    made = Loop(tmp_path_factory.mktemp("e2e"), {**SHORT, **JOINED})
+    made = Loop(tmp_path_factory.mktemp("e2e"), {**SHORT, **JOINED, "console.port": free_port()})
     made.start()
     yield made
     end(made)

@@ -53,8 +53,12 @@ async def listening(app: Asgi, limits: ConnectionLimits = LIMITS) -> AsyncIterat
     loop, registry, state = asyncio.get_running_loop(), CollectorRegistry(), ServerState()
     config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", access_log=False)  # type: ignore[arg-type]
     metrics = WorkerMetrics(registry)
+
+    def count(reason: str) -> None:
+        metrics.refused.labels(reason).inc()
+
     server = await loop.create_server(
-        lambda: BoundedConnection(limits, metrics.refused, config=config, server_state=state, app_state={}),
+        lambda: BoundedConnection(limits, count, config=config, server_state=state, app_state={}),
         "127.0.0.1",
         0,
     )

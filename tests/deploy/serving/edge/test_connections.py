@@ -12,8 +12,7 @@ import pytest
 import uvloop
 
 from deploy.serving.edge.connections import BoundedConnection
-from deploy.serving.http_api.app import answer
-from deploy.serving.http_api.endpoints import Response
+from deploy.serving.http_api.endpoints import Response, answer
 from tests.deploy.serving.edge.listening import LIMITS, Listening, listening, read
 
 GET = b"GET /%d HTTP/1.1\r\nhost: a\r\n\r\n"

@@ -1,0 +1,134 @@
+"""Who may ask the console what, and from which page: tokens, hosts and origins; what each answer tells a browser.
+
+Nothing is a cookie, so a browser sends nothing by itself that another page
+could make use of: whoever changes something carries the token `operate` in a
+header. Beside it the request says that it is JSON, which a form cannot, and
+comes from this page, where a browser says from where. Where reading needs no
+token, the host must be an address or `localhost`: then no name of somebody
+else's can lead a browser here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+from deploy.serving.edge.tokens import OPERATE, READ, Tokens, are_wanted
+from deploy.serving.http_api.endpoints import Endpoint, Headers, Scope, authorization
+from state.config.settings import Settings
+from state.errors import BadRequest, Forbidden
+
+READING = ("GET", "HEAD")
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""What the page may load: its own files, and nothing that is written into the page itself."""
+TOLD: Headers = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+"""Headers of every answer."""
+
+
+class RequestGuard:
+    """Lets requests through, or says why not.
+
+    Args:
+        tokens: Of both roles.
+        open_to_read: Whether whoever reaches the port may read.
+    """
+
+    def __init__(self, tokens: Tokens, open_to_read: bool) -> None:
+        self._tokens, self.open_to_read = tokens, open_to_read
+
+    def require(self, scope: Scope, endpoint: Endpoint) -> None:
+        """Lets through who may ask for this.
+
+        Raises:
+            Unauthorized: It needs a token, and there is none or none of ours.
+            Forbidden: The token is of another role, or the request comes from another page or host name.
+            BadRequest: It changes something and is no JSON.
+        """
+        if self.open_to_read:
+            require_own_host(header(scope, b"host"))
+        if scope["method"] not in READING:
+            require_own_page(scope)
+        if endpoint.role != READ or not self.open_to_read:
+            self._tokens.require(authorization(scope), endpoint.role)
+
+    def role(self, scope: Scope) -> str:
+        """The role of a request's token: `operate`, `read`, or nothing."""
+        for role in (OPERATE, READ):
+            try:
+                self._tokens.require(authorization(scope), role)
+                return role
+            except BadRequest:
+                continue
+        return ""
+
+
+def open_to_read(settings: Settings) -> bool:
+    """Whether reading needs no token: neither here nor at the answers, which the console looks up.
+
+    >>> open_to_read(Settings())
+    True
+    """
+    return not are_wanted(settings) and not are_wanted(settings, settings.console.host)
+
+
+def require_own_host(host: str) -> None:
+    """Refuses a name that may be anybody's.
+
+    >>> for host in ("127.0.0.1:8502", "localhost", "[::1]:8502"):
+    ...     require_own_host(host)
+    >>> require_own_host("shop.example:8502")
+    Traceback (most recent call last):
+    state.errors.Forbidden: the host of the request is 'shop.example:8502', ...
+
+    Raises:
+        Forbidden: It is neither an address nor `localhost`.
+    """
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if name == "localhost":
+        return
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        raise Forbidden(
+            f"the host of the request is {host[:100]!r}, and without tokens only an address or localhost is answered",
+            "ask by the address, or set serving.tokens to on",
+        ) from None
+
+
+def require_own_page(scope: Scope) -> None:
+    """Refuses what a browser sends for another page.
+
+    Raises:
+        Forbidden: It does.
+        BadRequest: The body is not said to be JSON.
+    """
+    origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
+    foreign = origin and origin.partition("://")[2] != header(scope, b"host")
+    if foreign or site not in ("", "same-origin", "none"):
+        raise Forbidden("the request comes from another page", "ask from the console's own page")
+    if header(scope, b"content-type").partition(";")[0].strip().lower() != "application/json":
+        raise BadRequest("the body is not said to be JSON", "send content-type: application/json")
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """The first header of a name; empty without one."""
+    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
+    return next((value.decode("latin-1") for one, value in headers if one == name), "")

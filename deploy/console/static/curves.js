@@ -1,0 +1,124 @@
+// Curves over the last hour by uPlot, with marks where control changed.
+
+import { at, h, tell } from "./dom.js";
+import { NONE, clock, count, decimal, rate, span } from "./words.js";
+
+const HEIGHT = 150;
+const PLOTS = [
+  { title: "Traffic", told: rate, curves: { clicks: "events_per_s", learned: "rows_per_s" } },
+  { title: "Freshness", told: span, curves: { features: "features_s", weights: "weights_s" } },
+  { title: "Log loss", told: (value) => decimal(value), free: true, curves: { "log loss": "log_loss" } },
+  { title: "Ranking", told: (value) => decimal(value), free: true, curves: { AUC: "auc", "top 1": "top1" } },
+  { title: "Answers", told: rate, curves: { answers: "answers_per_s", failed: "failed_per_s" } },
+  { title: "Time of an answer", told: span, curves: { median: "answer_p50_s", p99: "answer_p99_s" } },
+  { title: "Behind", told: count, curves: { clicks: "lag_events", trainer: "trainer_lag", serving: "serving_lag" } },
+  { title: "Versions", told: count, free: true, curves: { newest: "newest_version", answering: "version" } },
+];
+const KEEP = 720;
+
+const series = { at_ms: [], curves: {} };
+let marks = [];
+let drawn = [];
+
+export const known = () => series;
+export const newest = () => series.at_ms.at(-1) ?? 0;
+
+/** Takes more points. */
+export function add(found) {
+  series.at_ms = [...series.at_ms, ...found.at_ms].slice(-KEEP);
+  for (const [name, values] of Object.entries(found.curves)) series.curves[name] = [...(series.curves[name] ?? []), ...values].slice(-KEEP);
+}
+
+/** Marks moments of control: each with its time and a word. */
+export function mark(found) {
+  marks = found;
+}
+
+const wanted = () => Number(document.querySelector("input[name=span]:checked").value);
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function values(plot) {
+  const first = series.at_ms.findIndex((ms) => ms >= newest() - 1000 * wanted());
+  const from = first < 0 ? series.at_ms.length : first;
+  return [series.at_ms.slice(from).map((ms) => ms / 1000), ...Object.values(plot.curves).map((name) => (series.curves[name] ?? []).slice(from))];
+}
+
+/** A moment of control is a dashed line with its word. */
+function drawMarks(u) {
+  const { ctx, bbox } = u;
+  ctx.save();
+  ctx.strokeStyle = ctx.fillStyle = color("--mark");
+  ctx.font = `${11 * devicePixelRatio}px system-ui`;
+  ctx.setLineDash([4, 4]);
+  for (const { at_ms, word } of marks) {
+    const x = Math.round(u.valToPos(at_ms / 1000, "x", true));
+    if (x < bbox.left || x > bbox.left + bbox.width) continue;
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+    ctx.fillText(word, x + 4, bbox.top + 11 * devicePixelRatio);
+  }
+  ctx.restore();
+}
+
+function options(plot, width) {
+  const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
+  const lines = Object.keys(plot.curves).map((label, place) => ({
+    label, stroke: color(`--curve-${place + 1}`), width: 1.75, points: { show: false }, dash: place === 1 ? [6, 3] : place === 2 ? [2, 3] : undefined,
+    value: (_, value) => plot.told(value),
+  }));
+  return {
+    width, height: HEIGHT, legend: { show: false }, padding: [8, 22, 0, 0],
+    cursor: { sync: { key: "springtide" }, y: false, points: { size: 5 } },
+    scales: { x: { time: true }, y: plot.free ? {} : { range: (_, low, high) => [0, high > 0 ? high * 1.1 : 1] } },
+    axes: [
+      { ...axis, size: 24, values: (_, ticks) => ticks.map((at_s) => clock(1000 * at_s).slice(0, ticks[1] - ticks[0] < 60 ? 8 : 5)), space: 70 },
+      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => plot.told(tick)), space: 30 },
+    ],
+    series: [{}, ...lines],
+    hooks: { draw: [drawMarks], setCursor: [(u) => legend(plot, u)] },
+  };
+}
+
+/** The values under the cursor, or the newest. */
+function legend(plot, u) {
+  const place = u.cursor.idx ?? u.data[0].length - 1;
+  Object.keys(plot.curves).forEach((_, curve) => tell(plot.said[curve], plot.told(u.data[curve + 1][place] ?? null)));
+}
+
+export function begin() {
+  at("plots").replaceChildren(
+    ...PLOTS.map((plot) => {
+      plot.said = Object.keys(plot.curves).map(() => h("span", { class: "value" }, NONE));
+      const names = Object.keys(plot.curves).map((name, place) => h("span", { class: "key" }, h("i", { class: `swatch c${place + 1}`, "aria-hidden": "true" }), `${name} `, plot.said[place]));
+      plot.box = h("div", { class: "plot", role: "img", "aria-label": plot.title });
+      return h("figure", {}, h("figcaption", {}, h("b", {}, plot.title), names), plot.box);
+    }),
+  );
+  document.querySelectorAll("input[name=span]").forEach((one) => one.addEventListener("change", draw));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", anew);
+  new ResizeObserver(() => drawn.forEach(({ u, plot }) => u.setSize({ width: plot.box.clientWidth, height: HEIGHT }))).observe(at("plots"));
+}
+
+function anew() {
+  drawn.forEach(({ u }) => u.destroy());
+  drawn = [];
+  draw();
+}
+
+export function draw() {
+  if (!drawn.length) drawn = PLOTS.map((plot) => ({ plot, u: new uPlot(options(plot, plot.box.clientWidth || 300), values(plot), plot.box) }));
+  for (const { plot, u } of drawn) {
+    const data = values(plot);
+    u.setData(data);
+    if (u.cursor.idx === null || u.cursor.left < 0) legend(plot, { cursor: {}, data });
+    const spoken = Object.keys(plot.curves).map((name, place) => `${name} ${plot.told(data[place + 1].at(-1) ?? null)}${swing(plot, data[place + 1])}`);
+    plot.box.setAttribute("aria-label", `${plot.title}, the last ${wanted() / 60} minutes: ${spoken.join("; ")}`);
+  }
+}
+
+function swing(plot, found) {
+  const there = found.filter((one) => one !== null && one !== undefined);
+  return there.length > 1 ? `, between ${plot.told(Math.min(...there))} and ${plot.told(Math.max(...there))}` : "";
+}

@@ -1,0 +1,101 @@
+// The loop as a picture that moves: six stages, what flows between them, and the state of each in words and a sign.
+
+import { at, h, s, tell } from "./dom.js";
+import { NONE, count, decimal, rate, span } from "./words.js";
+
+const SIGNS = { ok: "●", held: "❚❚", slow: "▲", away: "■" };
+const SPARK = { width: 96, height: 22, points: 60 };
+
+// Each: name, what flows out of it, its curve, and what is known of it now.
+const STAGES = [
+  {
+    name: "Clicks", curve: "events_per_s",
+    main: (f) => rate(f.events_per_s),
+    state: (f, up) => (!up.kafka ? ["away", "Kafka away"] : (f.dead_per_s ?? 0) > 0 ? ["slow", "dead letters"] : ["ok", "arriving"]),
+    facts: (f) => [["taken up", count(f.events)], ["dead letters", rate(f.dead_per_s)]],
+  },
+  {
+    name: "Stream", curve: "lag_events",
+    main: (f) => `${count(f.lag_events)} waiting`,
+    state: (f, up) => (!up.stream ? ["away", "away"] : (f.lag_events ?? 0) > 10000 ? ["slow", "behind"] : ["ok", "keeps up"]),
+    facts: (f) => [["lag", span(f.lag_s)], ["commit", span(f.spreads.commit_s?.p50)]],
+  },
+  {
+    name: "Micro-batches", curve: "microbatches_per_s",
+    main: (f) => rate(f.microbatches_per_s),
+    state: (f, up) => (!up.kafka ? ["away", "Kafka away"] : (f.trainer_lag ?? 0) > 100 ? ["slow", "piling up"] : ["ok", "in the log"]),
+    facts: (f) => [["rows each", decimal(f.microbatch_rows, 1)], ["unread", count(f.trainer_lag)]],
+  },
+  {
+    name: "Training", curve: "rows_per_s",
+    main: (f) => rate(f.rows_per_s, "rows"),
+    state: (f, up) => (!up.trainer ? ["away", "away"] : f.held ? ["slow", "held by the guard"] : f.paused ? ["held", "paused"] : ["ok", "learning"]),
+    facts: (f) => [["step", span(f.spreads.step_s?.p50)], ["log loss", decimal(f.log_loss)]],
+  },
+  {
+    name: "Versions", curve: "newest_version",
+    main: (f) => count(f.newest_version),
+    state: (f, up) => (!up.trainer ? ["away", "away"] : f.publishing_held ? ["held", "publishing held"] : f.refused ? ["slow", "one refused"] : ["ok", "published"]),
+    facts: (f) => [["epoch", count(f.epoch)], ["publication", span(f.spreads.publication_s?.p50)]],
+  },
+  {
+    name: "Answers", curve: "answers_per_s",
+    main: (f) => rate(f.answers_per_s),
+    state: (f, up) => (!up.worker || !up.applier ? ["away", "away"] : (f.failed_per_s ?? 0) > 0 ? ["slow", "some fail"] : f.pinned ? ["held", "pinned"] : ["ok", "following"]),
+    facts: (f) => [["version", count(f.version)], ["p99", span(f.spreads.answer_s?.p99)]],
+  },
+];
+
+const made = STAGES.map((stage) => {
+  const line = s("polyline", { fill: "none" });
+  const parts = { main: h("p", { class: "main" }, NONE), state: h("p", { class: "state" }), line };
+  parts.facts = stage.facts({ spreads: {} }).map(([name]) => [h("dt", {}, name), h("dd", {}, NONE)]);
+  const spark = s("svg", { class: "spark", viewBox: `0 0 ${SPARK.width} ${SPARK.height}`, preserveAspectRatio: "none", "aria-hidden": "true" }, line);
+  parts.item = h("li", { class: "stage" }, h("h3", {}, stage.name), parts.state, parts.main, spark, h("dl", { class: "facts" }, parts.facts.flat()));
+  return parts;
+});
+const freshness = ["Newest click that answers know", "Newest click that weights have learned", "Versions that answers are behind"].map((name) => [h("dt", {}, name), h("dd", {}, NONE)]);
+
+export function begin() {
+  at("stages").replaceChildren(...made.map((one) => one.item));
+  at("freshness").replaceChildren(...freshness.map((pair) => h("div", {}, pair)));
+}
+
+/** Shows the state of now. */
+export function show(state) {
+  const figures = state.figures;
+  const up = { ...Object.fromEntries(Object.entries(state.processes).map(([name, one]) => [name, one.answers])), kafka: state.kafka.answers };
+  STAGES.forEach((stage, place) => {
+    const parts = made[place];
+    const [kind, words] = stage.state(figures, up);
+    tell(parts.main, stage.main(figures));
+    parts.item.dataset.state = kind;
+    const said = `${SIGNS[kind]} ${words}`;
+    if (parts.state.textContent !== said) parts.state.replaceChildren(h("span", { "aria-hidden": "true" }, `${SIGNS[kind]} `), words);
+    stage.facts(figures).forEach(([, value], fact) => tell(parts.facts[fact][1], value));
+    flow(parts.item, kind === "away" ? 0 : flowing(figures)[place]);
+  });
+  tell(freshness[0][1], span(figures.features_s));
+  tell(freshness[1][1], span(figures.weights_s));
+  tell(freshness[2][1], figures.newest_version === null || figures.version === null ? NONE : count(Math.max(0, figures.newest_version - figures.version)));
+}
+
+const flowing = (f) => [f.events_per_s, f.microbatches_per_s, f.steps_per_s, f.steps_per_s, f.steps_per_s, f.answers_per_s];
+
+/** The more, the faster; nothing moves where nothing flows. */
+function flow(item, perSecond) {
+  const moves = (perSecond ?? 0) > 0;
+  item.classList.toggle("flows", moves);
+  if (moves) item.style.setProperty("--turn", `${Math.max(0.35, 2.4 - 0.6 * Math.log10(1 + perSecond)).toFixed(1)}s`);
+}
+
+/** Draws the last minutes of each stage. */
+export function sparks(series) {
+  STAGES.forEach((stage, place) => {
+    const values = (series.curves[stage.curve] ?? []).slice(-SPARK.points).map((one) => one ?? 0);
+    const low = Math.min(...values), high = Math.max(...values);
+    const y = (value) => (high > low ? SPARK.height - 2 - ((SPARK.height - 4) * (value - low)) / (high - low) : SPARK.height / 2);
+    const x = (step) => (values.length > 1 ? (SPARK.width * step) / (values.length - 1) : 0);
+    made[place].line.setAttribute("points", values.map((value, step) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" "));
+  });
+}

@@ -1,0 +1,91 @@
+// The page: asks for the state each second while it is looked at, and shows it.
+
+import * as asking from "./asking.js";
+import * as curves from "./curves.js";
+import { at, h, tell } from "./dom.js";
+import * as loop from "./loop.js";
+import * as profile from "./profile.js";
+import * as steer from "./steer.js";
+import * as versions from "./versions.js";
+import { clock, count } from "./words.js";
+
+const STATE_MS = 1000, LISTS_MS = 5000;
+let state = null, history = [], role = "", missed = 0, told = "", listed = "";
+
+function health() {
+  const { troubles, held } = state;
+  const words = troubles.length > 1 ? `${troubles.length} troubles` : troubles[0] ?? "nothing is wrong";
+  const now = JSON.stringify([troubles, held]);
+  if (told === now) return;
+  // Heard where it changed, and not each second.
+  if (told) tell(at("heard"), [...troubles, ...held].join("; ") || "nothing is wrong any more");
+  told = now;
+  at("health").dataset.state = troubles.length ? "slow" : "ok";
+  at("health").replaceChildren(h("span", { "aria-hidden": "true" }, troubles.length ? "▲ " : "● "), words);
+  tell(at("held"), held.length ? `❚❚ ${held.join("; ")}` : "");
+  at("troubles").hidden = !troubles.length;
+  at("troubles").replaceChildren(...troubles.map((one) => h("li", {}, one)));
+}
+
+async function lookAtState() {
+  state = await asking.read("api/state");
+  const figures = state.figures;
+  health();
+  tell(at("serving"), `version ${count(figures.version)}, epoch ${count(figures.epoch)}, ${figures.pinned ? "pinned" : "follows"}; ${clock(state.at_ms)}`);
+  loop.show(state);
+}
+
+async function lookAtLists() {
+  const [series, kept, decided, masks, session] = await Promise.all([
+    asking.read(`api/series?after_ms=${curves.newest()}`), asking.read("api/versions"), asking.read("api/history"), asking.read("api/masks"), asking.read("api/session"),
+  ]);
+  history = decided;
+  role = session.role;
+  curves.add(series);
+  curves.mark(history.map((one) => ({ at_ms: one.created_at_ms, word: one.action })));
+  curves.draw();
+  loop.sparks(curves.known());
+  steer.show(history.at(-1) ?? null, Boolean(state?.figures.held), role);
+  const now = JSON.stringify([kept.map(({ age_s, ...one }) => one), history, masks]);
+  versions.showVersions(kept, history, { pin: steer.pin, back: steer.back });
+  if (now === listed) return;
+  listed = now;
+  versions.showMasks(masks, steer.lift);
+  versions.showAudit(history);
+}
+
+/** Does it now and again, less often while nobody answers or nobody looks. */
+async function again(look, every_ms) {
+  if (!document.hidden) {
+    try {
+      await look();
+      missed = 0;
+      document.body.classList.remove("away");
+    } catch (error) {
+      missed += 1;
+      trouble(error);
+    }
+  }
+  setTimeout(() => again(look, every_ms), every_ms * Math.min(8, 1 + missed));
+}
+
+function trouble(error) {
+  document.body.classList.add("away");
+  told = "";
+  at("health").dataset.state = "away";
+  tell(at("health"), error.status === 401 ? "■ a token is needed" : `■ ${error.message}`);
+  if (error.status === 401 && !at("asking").open && missed === 1) steer.askToken("Reading needs a token here: `read` or `operate`.");
+}
+
+async function refresh() {
+  await lookAtState();
+  await lookAtLists();
+}
+
+loop.begin();
+curves.begin();
+profile.begin();
+steer.begin(refresh);
+document.addEventListener("visibilitychange", () => document.hidden || refresh().catch(trouble));
+again(lookAtState, STATE_MS);
+again(lookAtLists, LISTS_MS);

@@ -1,0 +1,203 @@
+// What changes something: each asks for a reason, and is done on what was shown or not at all.
+
+import { Refused, change, keepToken, read, token } from "./asking.js";
+import { at, h, tell } from "./dom.js";
+import { age, count, moment } from "./words.js";
+
+const NAME = "springtide-name";
+let generation = null;
+let control = null;
+let refresh = () => {};
+let role = "";
+
+export const mayOperate = () => role === "operate";
+
+/** Says something once, where a screen reader hears it. */
+export function say(text, kind = "done") {
+  at("said").dataset.kind = kind;
+  at("said").textContent = text;
+}
+
+/** A dialog with fields; `does` is called with what was filled in, and closes it where it succeeds. */
+function ask(title, told, fields, button, does) {
+  const dialog = at("asking"), problem = h("p", { role: "alert", class: "problem" });
+  const send = h("button", { type: "submit" }, button);
+  const form = h(
+    "form", { method: "dialog" }, h("h2", { id: "asking-title" }, title), told ? h("p", {}, told) : null, fields, problem,
+    h("div", { class: "row end" }, h("button", { type: "button", class: "plain", onclick: () => dialog.close() }, "Cancel"), send),
+  );
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    send.disabled = true;
+    tell(problem, "");
+    try {
+      await does(Object.fromEntries(new FormData(form)));
+      dialog.close();
+    } catch (error) {
+      tell(problem, error.message);
+    } finally {
+      send.disabled = false;
+    }
+  });
+  dialog.replaceChildren(form);
+  dialog.showModal();
+  form.querySelector("input")?.focus();
+}
+
+const why = () => [
+  h("label", {}, "Reason", h("input", { name: "reason", required: true, maxlength: 500, autocomplete: "off" })),
+  h("label", {}, "Your name", h("input", { name: "name", maxlength: 64, autocomplete: "name", value: sessionStorage.getItem(NAME) ?? "" })),
+];
+
+function who(given) {
+  sessionStorage.setItem(NAME, given.name);
+  return { reason: given.reason, name: given.name };
+}
+
+/** Asks for the token; whoever reads with one may not steer with it. */
+export function askToken(told) {
+  const field = h("label", {}, "Token", h("input", { name: "token", type: "password", autocomplete: "off", spellcheck: "false" }));
+  ask("Enter a token", told ?? "The token `operate` steers, `read` shows. It stays in this tab. Leave it empty to give it up.", [field], "Use it", async (given) => {
+    const before = token();
+    keepToken(given.token.trim());
+    const found = await read("api/session");
+    if (given.token.trim() && !found.role) {
+      keepToken(before);
+      throw new Refused(401, { error: "this token is none of this host's" });
+    }
+    await refresh();
+  });
+}
+
+function verb(name, title, told, more = {}) {
+  if (!mayOperate()) return askToken("To change something needs the token `operate`.");
+  const shown = generation;
+  return ask(title, told, why(), title, async (given) => {
+    const done = await change(`api/${name}`, { generation: shown, ...more, ...who(given) });
+    say(done.changed ? `Done: generation ${done.control.generation}, ${done.control.action}.` : "It is so already; nothing was changed.");
+    await refresh();
+  });
+}
+
+export const pin = (version) => verb("pin", `Pin answers at version ${version}`, "Training goes on; answers stay at this version until they are told to follow.", { version });
+export const lift = (mask) => verb("unmask", `Lift mask ${mask}`, "New clicks count at once; what was left out comes back at the next exact rollback.", { masks: [mask] });
+
+/** Fills in a version to go back to. */
+export function back(version) {
+  const form = at("plan");
+  form.elements.target.value = "to";
+  form.elements.to.value = version;
+  at("steer").scrollIntoView();
+  form.elements.to.focus();
+}
+
+const SWITCHES = [
+  { name: "Answers", state: (c) => (c.serving.version == null ? "follow the newest version" : `stay at version ${c.serving.version}`), on: (c) => c.serving.version == null, act: ["follow", "Follow", "Answers follow the newest version of the epoch again."] },
+  { name: "Publishing", state: (c) => (c.publishing !== false ? "versions are published" : "held by an operator"), on: (c) => c.publishing !== false, off: ["hold", "Hold publishing", "The trainer learns on and publishes no version."], act: ["release", "Release publishing", "The trainer publishes versions again."] },
+  { name: "Training", state: (c, held) => (c.training === false ? "paused by an operator" : held ? "held by the guard" : "records are taken"), on: (c, held) => c.training !== false && !held, off: ["pause", "Pause training", "The trainer takes no record; answers go on."], act: ["resume", "Resume training", "The trainer takes records again."] },
+];
+
+/** Shows what control wants, by its newest generation, in which what is as ever is left out. */
+export function show(newest, held, found) {
+  control = newest;
+  generation = newest?.generation ?? null;
+  role = found;
+  tell(at("token"), role ? `Token: ${role}` : "Enter a token");
+  if (!control) return tell(at("steer-told"), "No control yet; the trainer writes the first generation.");
+  tell(at("steer-told"), `Generation ${generation}: ${control.action} by ${control.actor}, ${moment(control.created_at_ms)}: ${control.reason}.${mayOperate() ? "" : " To change something needs the token `operate`."}`);
+  const focused = document.activeElement?.dataset?.verb;
+  const state = JSON.stringify([generation, held]);
+  if (at("holds").dataset.state === state) return undefined;
+  at("holds").dataset.state = state;
+  at("holds").replaceChildren(
+    ...SWITCHES.map((one) => {
+      const [name, title, told] = one.on(control, held) ? one.off ?? [] : one.act;
+      return h("div", { class: "hold" }, h("h3", {}, one.name), h("p", {}, one.state(control, held)),
+        name ? h("button", { type: "button", "data-verb": name, onclick: () => verb(name, title, told) }, title) : null);
+    }),
+  );
+  if (focused) document.querySelector(`[data-verb="${focused}"]`)?.focus();
+  return undefined;
+}
+
+/** The fields of the form, as the interface takes them. */
+function wanted(form) {
+  const given = Object.fromEntries(new FormData(form));
+  const found = { mode: given.mode, follow_when_caught_up: given.follow_when_caught_up === "on" };
+  if (given.target === "to" && given.to) found.to = Number(given.to);
+  if (given.target === "before" && given.before) found.before = given.before;
+  if (given.minutes) found.minutes = Number(given.minutes);
+  if (given.skip_time) found.skip_time = [given.skip_time];
+  if (given.skip) found.skip = given.skip.split(/[\s,]+/).filter(Boolean);
+  return found;
+}
+
+function facts({ plan }) {
+  const turn = plan.answers;
+  const answers = !turn.serves ? "nothing serves on this host" : turn.in_row_store ? "at once: the version is in the row store" : `after about ${turn.seconds.toFixed(1)} s`;
+  const learn = plan.end_is_exact
+    ? `${count(plan.rows)} rows in ${count(plan.records)} records${plan.replay_s === null ? "" : `, about ${age(plan.replay_s)}`}`
+    : "not counted: Kafka does not answer";
+  const left = [...plan.mask.offsets.map(([, partition, first, last]) => `partition ${partition} offsets ${first}-${last - 1}`), ...plan.mask.times.map(([first, last]) => `${moment(first)} to ${moment(last)}`)];
+  const found = [
+    ["Go back to", `version ${plan.to}, ${age(plan.age_s)} old`],
+    ["Answers", `turn ${answers}, then ${plan.then_follow ? "follow once it has caught up" : "stay there"}`],
+    ["Learn again", learn],
+    ["Leave out", left.length ? `${left.join("; ")}: ${count(plan.masked ?? null)} rows of ${count(plan.users ?? null)} users` : "nothing"],
+  ];
+  if (plan.after) found.push(["Windows", `up to ${count(plan.after)} later rows still count what is left out; exact makes them anew`]);
+  if (plan.exact) found.push(["Stream", `reads ${count(plan.exact.clicks)} positions again`]);
+  return found.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
+}
+
+async function plan(event) {
+  event.preventDefault();
+  if (!mayOperate()) return askToken("A plan reads the training log: it needs the token `operate`.");
+  const send = at("plan").querySelector("button"), go = at("go");
+  send.disabled = true;
+  go.hidden = true;
+  try {
+    const found = await change("api/plan", wanted(at("plan")));
+    showPlan(found);
+  } catch (error) {
+    say(error.message, "problem");
+  } finally {
+    send.disabled = false;
+  }
+  return undefined;
+}
+
+function showPlan(found) {
+  const go = at("go"), problem = h("p", { role: "alert", class: "problem" });
+  const heading = h("h3", { tabindex: -1 }, `The plan, for generation ${found.generation}: nothing is changed yet`);
+  const send = h("button", { type: "submit", class: "danger" }, "Roll back");
+  go.replaceChildren(heading, h("dl", { class: "plan" }, facts(found)), h("div", { class: "row" },
+    h("label", {}, `Type ${found.plan.to} to confirm`, h("input", { name: "confirm", inputmode: "numeric", required: true, size: 8, autocomplete: "off", pattern: "[0-9]+" })), ...why()), problem,
+    h("div", { class: "row" }, send, h("button", { type: "button", class: "plain", onclick: () => { go.hidden = true; at("plan").querySelector("button").focus(); } }, "Not now")));
+  go.onsubmit = async (event) => {
+    event.preventDefault();
+    send.disabled = true;
+    tell(problem, "");
+    const given = Object.fromEntries(new FormData(go));
+    try {
+      const done = await change("api/rollback", { plan: found.digest, confirm: Number(given.confirm), ...who(given) });
+      const turned = done.answered_s == null ? "" : ` Answers of this host come from it after ${done.answered_s.toFixed(2)} s.`;
+      say(done.changed ? `Generation ${done.control.generation}: epoch ${done.control.epoch} starts from version ${done.control.base}.${turned}` : "It is so already; nothing was changed.");
+      go.hidden = true;
+      at("plan").querySelector("button").focus();
+      await refresh();
+    } catch (error) {
+      tell(problem, error.message);
+    } finally {
+      send.disabled = false;
+    }
+  };
+  go.hidden = false;
+  heading.focus();
+}
+
+export function begin(again) {
+  refresh = again;
+  at("plan").addEventListener("submit", plan);
+  at("token").addEventListener("click", () => askToken());
+}

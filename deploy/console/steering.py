@@ -1,0 +1,210 @@
+"""What the console changes: each call is one of the operator's commands, with a reason, on control as it was shown.
+
+POST /api/plan       what a rollback would do: nothing is changed
+POST /api/rollback   does a plan that was shown
+POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from deploy.console.commands import give
+from deploy.console.lately_read import LatelyRead
+from deploy.console.shown_plans import ShownPlans
+from deploy.operate.control import SWITCHES
+from deploy.operate.times import UNITS_MS, parse_time, parse_times
+from deploy.operate.versions import open_registry
+from deploy.serving.edge.tokens import OPERATE
+from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
+from state.config.settings import Settings
+from state.errors import BadRequest, RegistryError
+from state.process.actor import acting, actor
+
+LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
+
+Answer = Callable[[Request], Awaitable[Response]]
+Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
+Number = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class PlanWanted(msgspec.Struct, forbid_unknown_fields=True):
+    """Where to go back to, and what to leave out, as `springtide rollback` has it."""
+
+    to: Number | None = None
+    before: str = ""
+    skip: Skips = []
+    skip_time: Skips = []
+    minutes: Number | None = None
+    mode: Literal["fast", "exact"] = "fast"
+    follow_when_caught_up: bool = False
+
+
+class Change(msgspec.Struct, forbid_unknown_fields=True):
+    """A change of control: the generation that was shown, why, and who asks."""
+
+    generation: Number
+    reason: str
+    name: str = ""
+
+
+class RollbackWanted(msgspec.Struct, forbid_unknown_fields=True):
+    """A plan's digest, its version once more, why, and who asks."""
+
+    plan: str
+    confirm: Number
+    reason: str
+    name: str = ""
+
+
+class PinWanted(Change):
+    """Likewise, of one version."""
+
+    version: Number = msgspec.field(default=0)
+
+
+class UnmaskWanted(Change):
+    """Likewise, of some masks."""
+
+    masks: Annotated[list[Number], msgspec.Meta(max_length=1000)] = []
+
+
+EXAMPLES: dict[type, str] = {
+    PlanWanted: '{"to": 7, "skip_time": ["20m..now"], "mode": "fast"}',
+    RollbackWanted: '{"plan": "DIGEST", "confirm": 7, "reason": "bots", "name": "ann"}',
+    PinWanted: '{"version": 7, "generation": 3, "reason": "odd answers", "name": "ann"}',
+    UnmaskWanted: '{"masks": [1], "generation": 3, "reason": "it was a campaign", "name": "ann"}',
+    Change: '{"generation": 3, "reason": "look first", "name": "ann"}',
+}
+
+
+class Steering:
+    """The endpoints that change something, and the plan.
+
+    Args:
+        settings: Of the system.
+        lately: Lists read lately, which a change makes old.
+        stores: Held while a store is open.
+        changed: Called after a change, in the thread that made it.
+        now_ms: Wall clock.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        lately: LatelyRead,
+        stores: threading.Lock,
+        changed: Callable[[], None],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._settings, self._lately, self._stores, self._changed = settings, lately, stores, changed
+        self._now_ms = now_ms
+        self._plans = ShownPlans()
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        bodies: dict[str, type[msgspec.Struct]] = {
+            **dict.fromkeys(("follow", *SWITCHES), Change),
+            "pin": PinWanted,
+            "unmask": UnmaskWanted,
+        }
+        own: dict[str, tuple[Answer, type[msgspec.Struct]]] = {
+            "plan": (self._plan, PlanWanted),
+            "rollback": (self._roll_back, RollbackWanted),
+        }
+        answers = own | {name: (self._change, body) for name, body in bodies.items()}
+        return [
+            Endpoint(name, ("POST",), f"/api/{name}", answer, body=(body,), example=EXAMPLES[body], role=OPERATE)
+            for name, (answer, body) in answers.items()
+        ]
+
+    async def _plan(self, request: Request) -> Response:
+        """The plan, its digest, and the generation that it is for."""
+        wanted: PlanWanted = await request.document()
+        generation, words, plan = await asyncio.to_thread(self._planned, wanted)
+        digest = self._plans.add([*words, f"--to={plan['to']}"], plan)
+        return Response(200, encode({"digest": digest, "generation": generation, "plan": plan}))
+
+    def _planned(self, wanted: PlanWanted) -> tuple[int, list[str], dict[str, Any]]:
+        now_ms = self._now_ms()
+        control = open_registry(self._settings).control()
+        if control is None:
+            raise RegistryError("no control yet", "start the trainer first, it writes generation 1")
+        words = [*words_of(wanted, now_ms), f"--if-generation={control.generation}"]
+        target = [f"--to={wanted.to}"] if wanted.to is not None else []
+        if wanted.before:
+            target.append(f"--before={parse_time(wanted.before, now_ms)}")
+        with self._stores:
+            found = give(self._settings, [*words, *target, "--dry-run", "--reason=a plan"], now_ms)
+        return control.generation, words, found["plan"]
+
+    async def _roll_back(self, request: Request) -> Response:
+        wanted: RollbackWanted = await request.document()
+        plan = self._plans.take(wanted.plan, wanted.confirm)
+        return await self._done(plan.words, wanted.reason, wanted.name)
+
+    async def _change(self, request: Request) -> Response:
+        wanted: Change = await request.document()
+        words = [request.endpoint.name, f"--if-generation={wanted.generation}"]
+        if isinstance(wanted, PinWanted):
+            words.append(str(wanted.version))
+        if isinstance(wanted, UnmaskWanted):
+            words += map(str, wanted.masks)
+        return await self._done(words, wanted.reason, wanted.name)
+
+    async def _done(self, words: Sequence[str], reason: str, name: str) -> Response:
+        line = [*words, f"--reason={told(reason, 'reason', LONGEST_REASON)}"]
+        who = told(name, "name", LONGEST_NAME) if name.strip() else actor()
+        return Response(200, encode(await asyncio.to_thread(self._give, line, f"{who} (console)")))
+
+    def _give(self, line: Sequence[str], who: str) -> Any:
+        try:
+            with self._stores, acting(who):
+                return give(self._settings, line, self._now_ms())
+        finally:
+            # Also where it failed: somebody else may have changed control.
+            self._lately.forget()
+            self._changed()
+
+
+def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
+    """A rollback's words without its target, each time written out, so that they mean the same later.
+
+    Args:
+        wanted: What is wanted.
+        now_ms: Wall clock.
+
+    >>> words_of(PlanWanted(skip=["0:5-9"], minutes=1, mode="exact"), 1_800_000_000_000)
+    ['rollback', '--mode=exact', '--skip=0:5-9', '--skip-time=1799999940000..1800000000000']
+
+    Raises:
+        SettingsError: A time is none.
+    """
+    times = [parse_times(text, now_ms) for text in wanted.skip_time]
+    if wanted.minutes is not None:
+        times.append((now_ms - wanted.minutes * UNITS_MS["m"], now_ms))
+    follow = ["--follow-when-caught-up"] if wanted.follow_when_caught_up else []
+    skips = [*(f"--skip={one}" for one in wanted.skip), *(f"--skip-time={first}..{last}" for first, last in times)]
+    return ["rollback", f"--mode={wanted.mode}", *follow, *skips]
+
+
+def told(text: str, what: str, longest: int) -> str:
+    """A text for the audit log, without blanks around it.
+
+    >>> told(" bots clicked ", "reason", 500)
+    'bots clicked'
+
+    Raises:
+        BadRequest: It is empty, too long, or has what cannot be shown.
+    """
+    text = text.strip()
+    if not text or len(text) > longest or not text.isprintable():
+        raise BadRequest(
+            f"the {what} is empty, too long, or not of one line", f"give up to {longest} letters", f"/{what}"
+        )
+    return text

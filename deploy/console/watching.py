@@ -1,0 +1,132 @@
+"""What the console knows of the loop: figures each second while somebody looks, else now and then for the curves.
+
+What no process tells on /metrics (Kafka, registry, accounts, disks) is asked
+for more seldom, and only while somebody looks. Stores are opened by one thread
+at a time: LMDB does not open one twice in a process.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deploy import status
+from deploy.console.series import EVERY_S, Curves
+from deploy.watch import scrape
+from deploy.watch.figures import Figures, Watch
+from deploy.watch.panel import wanted, wrong
+from deploy.watch.scrape import Scrape
+from state.config.settings import Settings
+from state.process.said_once import SaidOnce
+
+WATCHED_S = 20.0
+"""How long somebody looks who has asked once."""
+LOOK_S = 1.0
+PARTS_S = 15.0
+
+_log = logging.getLogger(__name__)
+
+
+class LoopWatch:
+    """Looks at the loop in a thread of its own.
+
+    Args:
+        settings: The loop's settings.
+        stores: Held while a store is open.
+        get: Reads the metrics of processes.
+        clock_s: Monotonic seconds.
+        wall_ms: Wall clock.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        stores: threading.Lock,
+        get: Callable[[Mapping[str, str]], Mapping[str, Scrape]] = scrape.scrape,
+        clock_s: Callable[[], float] = time.monotonic,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._settings, self._stores, self._get = settings, stores, get
+        self._clock_s, self._wall_ms = clock_s, wall_ms
+        self._addresses = scrape.urls(settings) | scrape.supervisor_urls(settings)
+        self._watch, self.curves = Watch(), Curves()
+        self._asked_s = self._parts_s = float("-inf")
+        self._parts: dict[str, Any] | None = None
+        self._seen: tuple[int, Figures, Mapping[str, Scrape]] | None = None
+        self._wanted, self._stopping = threading.Event(), threading.Event()
+        self._say = SaidOnce(_log.error)
+        self._looking, self._asking = threading.Lock(), threading.Lock()
+
+    def start(self) -> None:
+        """Looks from now on, until `stop`."""
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        threading.Thread(target=self._run_parts, name="parts", daemon=True).start()
+
+    def stop(self) -> None:
+        """Looks no more."""
+        self._stopping.set()
+        self._wanted.set()
+
+    def look(self) -> None:
+        """One look at what the processes tell."""
+        with self._looking:
+            scrapes = self._get(self._addresses)
+            at_ms = self._wall_ms()
+            figures = self._watch.look(scrapes, self._clock_s(), at_ms / 1000)
+            self.curves.add(at_ms, figures)
+            self._seen = at_ms, figures, scrapes
+
+    def changed(self) -> None:
+        """Lets everything else be looked at soon: somebody has changed something."""
+        self._parts_s = float("-inf")
+
+    def look_at_parts(self) -> None:
+        """One look at everything else."""
+        with self._asking:
+            with self._stores:
+                self._parts = status.parts(self._settings, self._wall_ms())
+            self._parts_s = self._clock_s()
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as `springtide status -o json` prints it, with when it was seen, what is wrong and what is held in words."""
+        self._asked_s = self._clock_s()
+        self._wanted.set()
+        if self._seen is None:
+            self.look()
+        if self._parts is None:
+            self.look_at_parts()
+        assert self._seen is not None and self._parts is not None
+        at_ms, figures, scrapes = self._seen
+        return status.document(self._settings, figures, scrapes, self._parts) | {
+            "at_ms": at_ms,
+            "parts_age_s": round(self._clock_s() - self._parts_s, 1),
+            "troubles": wrong(figures),
+            "held": wanted(figures),
+        }
+
+    def _is_watched(self) -> bool:
+        return self._clock_s() - self._asked_s < WATCHED_S
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._attempt(self.look)
+            if self._is_watched():
+                self._stopping.wait(LOOK_S)
+            else:
+                self._wanted.clear()
+                self._wanted.wait(EVERY_S)
+
+    def _run_parts(self) -> None:
+        while not self._stopping.wait(LOOK_S):
+            if self._is_watched() and self._clock_s() - self._parts_s >= PARTS_S:
+                self._attempt(self.look_at_parts)
+
+    def _attempt(self, look: Callable[[], None]) -> None:
+        """Does it; what fails is said once, and tried again."""
+        try:
+            look()
+        except Exception as error:  # noqa: BLE001 - the edge of the thread: said, and what was seen before stays
+            self._say(f"the loop could not be looked at: {type(error).__name__}: {error}")
