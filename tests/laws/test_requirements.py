@@ -14,9 +14,7 @@ PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
 MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", "prometheus-client"]
 # Used through another library or as a program, never imported here.
 UNSEEN = {"crc32c", "lz4", "python-snappy", "zstandard", "grpcio-tools", "httptools", "uvloop", "mypy", "ruff"} | {
-    "axe-playwright-python",
     "grafana-foundation-sdk",
-    "playwright",
 }
 PARTS = {"google.protobuf": "protobuf"}
 LOCKED = (ROOT / "constraints.txt").read_text()

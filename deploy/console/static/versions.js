@@ -3,7 +3,7 @@
 import { at, h, s, table, tell } from "./dom.js";
 import { age, count, decimal, moment } from "./words.js";
 
-const LANE = 14, ROW = 30;
+const LANE = 14, ROW = 31;
 const hidden = (text) => () => h("span", { class: "unseen" }, text);
 const HEAD = [["lineage", "lineage"], ["version", "number"], ["age", "number"], ["kind", ""], ["log loss", "number"], ["AUC", "number"], ["top 1", "number"], ["marks", ""], [hidden("what can be done"), "acts"]];
 
