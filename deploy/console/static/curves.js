@@ -50,6 +50,7 @@ function drawMarks(u) {
   ctx.strokeStyle = ctx.fillStyle = color("--mark");
   ctx.font = `${11 * devicePixelRatio}px system-ui`;
   ctx.setLineDash([4, 4]);
+  let free = -Infinity;
   for (const { at_ms, word } of marks) {
     const x = Math.round(u.valToPos(at_ms / 1000, "x", true));
     if (x < bbox.left || x > bbox.left + bbox.width) continue;
@@ -57,7 +58,10 @@ function drawMarks(u) {
     ctx.moveTo(x, bbox.top);
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
+    // Words that would cover one another are left out; the list of decisions has them all.
+    if (x < free) continue;
     ctx.fillText(word, x + 4, bbox.top + 11 * devicePixelRatio);
+    free = x + 12 + ctx.measureText(word).width;
   }
   ctx.restore();
 }
