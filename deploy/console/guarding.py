@@ -11,10 +11,9 @@ else's can lead a browser here.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
 
 from deploy.serving.edge.tokens import OPERATE, READ, Tokens, are_wanted
-from deploy.serving.http_api.endpoints import Endpoint, Headers, Scope, authorization
+from deploy.serving.http_api.endpoints import Endpoint, Headers, Scope, header
 from state.config.settings import Settings
 from state.errors import BadRequest, Forbidden
 
@@ -63,17 +62,17 @@ class RequestGuard:
             BadRequest: It changes something and is no JSON.
         """
         if self.open_to_read:
-            require_own_host(header(scope, b"host"))
+            require_own_host(header(scope, b"host") or "")
         if scope["method"] not in READING:
             require_own_page(scope)
         if endpoint.role != READ or not self.open_to_read:
-            self._tokens.require(authorization(scope), endpoint.role)
+            self._tokens.require(header(scope, b"authorization"), endpoint.role)
 
     def role(self, scope: Scope) -> str:
         """The role of a request's token: `operate`, `read`, or nothing."""
         for role in (OPERATE, READ):
             try:
-                self._tokens.require(authorization(scope), role)
+                self._tokens.require(header(scope, b"authorization"), role)
                 return role
             except BadRequest:
                 continue
@@ -121,14 +120,8 @@ def require_own_page(scope: Scope) -> None:
         BadRequest: The body is not said to be JSON.
     """
     origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
-    foreign = origin and origin.partition("://")[2] != header(scope, b"host")
-    if foreign or site not in ("", "same-origin", "none"):
+    foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
+    if foreign or site not in (None, "same-origin", "none"):
         raise Forbidden("the request comes from another page", "ask from the console's own page")
-    if header(scope, b"content-type").partition(";")[0].strip().lower() != "application/json":
+    if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
         raise BadRequest("the body is not said to be JSON", "send content-type: application/json")
-
-
-def header(scope: Scope, name: bytes) -> str:
-    """The first header of a name; empty without one."""
-    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
-    return next((value.decode("latin-1") for one, value in headers if one == name), "")

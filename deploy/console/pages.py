@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from deploy.console.guarding import header
 from deploy.serving.edge.tokens import OPEN
-from deploy.serving.http_api.endpoints import METHODS, Endpoint, Request, Response
+from deploy.serving.http_api.endpoints import METHODS, Endpoint, Request, Response, header
 
 STATIC = Path(__file__).with_name("static")
 KINDS = {

@@ -104,7 +104,7 @@ class LoopWatch:
             "at_ms": at_ms,
             "parts_age_s": round(self._clock_s() - self._parts_s, 1),
             "troubles": wrong(figures),
-            "held": wanted(figures),
+            "holds": wanted(figures),
         }
 
     def _is_watched(self) -> bool:

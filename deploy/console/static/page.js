@@ -13,16 +13,16 @@ const STATE_MS = 1000, LISTS_MS = 5000;
 let state = null, history = [], role = "", missed = 0, told = "", listed = "";
 
 function health() {
-  const { troubles, held } = state;
+  const { troubles, holds } = state;
   const words = troubles.length > 1 ? `${troubles.length} troubles` : troubles[0] ?? "nothing is wrong";
-  const now = JSON.stringify([troubles, held]);
+  const now = JSON.stringify([troubles, holds]);
   if (told === now) return;
   // Heard where it changed, and not each second.
-  if (told) tell(at("heard"), [...troubles, ...held].join("; ") || "nothing is wrong any more");
+  if (told) tell(at("heard"), [...troubles, ...holds].join("; ") || "nothing is wrong any more");
   told = now;
   at("health").dataset.state = troubles.length ? "slow" : "ok";
   at("health").replaceChildren(h("span", { "aria-hidden": "true" }, troubles.length ? "▲ " : "● "), words);
-  tell(at("held"), held.length ? `❚❚ ${held.join("; ")}` : "");
+  tell(at("held"), holds.length ? `❚❚ ${holds.join("; ")}` : "");
   at("troubles").hidden = !troubles.length;
   at("troubles").replaceChildren(...troubles.map((one) => h("li", {}, one)));
 }

@@ -27,8 +27,8 @@ from deploy.serving.http_api.endpoints import (
     Scope,
     Send,
     answer,
-    authorization,
     failure,
+    header,
 )
 from deploy.serving.http_api.explanations import Explanations
 from deploy.serving.http_api.health import Health
@@ -111,7 +111,7 @@ class App:
             endpoint, placeholders = self._routes.find(scope)
             name = endpoint.name
             if self._tokens is not None:
-                self._tokens.require(authorization(scope), endpoint.role)
+                self._tokens.require(header(scope, b"authorization"), endpoint.role)
             response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, self._most_body_bytes))
         except SpringtideError as error:
             response = failure(error)

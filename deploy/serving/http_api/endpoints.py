@@ -201,6 +201,15 @@ class Routes:
         return endpoint, placeholders
 
 
+def header(scope: Scope, name: bytes) -> str | None:
+    """A header of a request, by its name in small letters.
+
+    >>> header({"headers": [(b"accept", b"*/*")]}, b"accept")
+    '*/*'
+    """
+    return next((value.decode("latin-1") for one, value in scope["headers"] if one == name), None)
+
+
 def encode(document: object) -> bytes:
     """JSON; numpy arrays and dataclasses included."""
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -212,11 +221,6 @@ def failure(error: SpringtideError) -> Response:
     if isinstance(error, BadRequest) and error.where:
         said["where"] = error.where
     return Response(error.http_status, encode(said), [*JSON, *error.http_headers])
-
-
-def authorization(scope: Scope) -> str | None:
-    """The header of that name."""
-    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
 
 
 async def answer(send: Send, response: Response) -> None:

@@ -41,7 +41,7 @@ def test_the_state_is_the_document_of_springtide_status(console: Reached) -> Non
         _, printed = status.status(console.settings, NOW_MS)
     finally:
         stop()
-    assert set(found) - set(printed) == {"at_ms", "parts_age_s", "troubles", "held"}
+    assert set(found) - set(printed) == {"at_ms", "parts_age_s", "troubles", "holds"}
     assert set(printed) <= set(found)
     assert found["figures"]["version"] == 3 and found["registry"] == json.loads(json.dumps(printed["registry"]))
     assert "stream away" in found["troubles"]
