@@ -1,0 +1,192 @@
+"""The guard's watch: what is let through, what is suspect and what is held, from which place, and again after a restart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from trainer.guard.figures import BUCKETS, StepFigures
+from trainer.guard.rules import NAMES
+from trainer.guard.watch import Judgement, Standing, WatchLimits, WindowWatch
+from trainer.guard.window import WindowStart
+
+LIMITS = WatchLimits(window_s=10.0, window_rows=500, users=20, warm_up=30)
+ROWS, STEP_MS = 100, 1000
+TOPIC = "ab" * 16
+Change = Callable[[StepFigures], StepFigures]
+
+
+def clean(number: int, rows: int = ROWS, users: int = 200) -> StepFigures:
+    """Step `number` of traffic in which nothing happens but chance."""
+    drawn = np.random.default_rng([3, number])
+    crowds = np.stack([np.bincount(drawn.integers(0, most, rows), minlength=BUCKETS) for most in (users, 400, 12)])
+    losses = drawn.normal(2.0, 1.2, rows).clip(0.0)
+    pairs = drawn.random(2 * rows) < 0.5
+    return StepFigures(
+        log_ms=(number + 1) * STEP_MS,
+        rows=rows,
+        positions=rows + 2,
+        dead=2,
+        known=(int(0.8 * rows), float(losses[: int(0.8 * rows)].sum())),
+        new=(rows - int(0.8 * rows), float(losses[int(0.8 * rows) :].sum() * 1.5)),
+        pairs=2 * rows,
+        engagement_loss=float(drawn.normal(0.6, 0.4, 2 * rows).sum()),
+        predicted=float(rows),
+        positives=int(pairs.sum()),
+        squared_norm=float(rows * drawn.normal(1.0, 0.1)),
+        crowds=crowds.astype(np.int32),
+    )
+
+
+def start(number: int) -> WindowStart:
+    return WindowStart(number, number * STEP_MS, ((TOPIC, 0, number * ROWS),))
+
+
+def judged(
+    watch: WindowWatch, first: int, last: int, change: Change = lambda step: step, **how: int
+) -> Iterator[Judgement]:
+    for number in range(first, last):
+        yield watch.take(change(clean(number, **how)), start(number))
+
+
+def settled(until: int = 320, limits: WatchLimits = LIMITS) -> WindowWatch:
+    watch = WindowWatch(limits)
+    assert {one.standing for one in judged(watch, 0, until)} == {Standing.PASS}
+    return watch
+
+
+def crowd(step: StepFigures, kind: int, share: float) -> StepFigures:
+    """One id more, with such a share of the rows."""
+    assert step.crowds is not None
+    crowds = step.crowds.copy()
+    crowds[kind] = (crowds[kind] * (1 - share)).astype(np.int32)
+    crowds[kind, 900] = step.rows - crowds[kind].sum()
+    return dataclasses.replace(step, crowds=crowds)
+
+
+POISONS: dict[str, Change] = {
+    "log_loss": lambda step: dataclasses.replace(step, known=(step.known[0], 1.6 * step.known[1])),
+    "new_users": lambda step: dataclasses.replace(step, new=(step.new[0], 2.0 * step.new[1])),
+    "engagement": lambda step: dataclasses.replace(step, engagement_loss=1.8 * step.engagement_loss),
+    "calibration": lambda step: dataclasses.replace(step, positives=step.positives // 3),
+    "gradient": lambda step: dataclasses.replace(step, squared_norm=30 * step.squared_norm),
+    "skipped": lambda step: dataclasses.replace(step, skipped=3 * step.rows // 5),
+    "dead_letters": lambda step: dataclasses.replace(step, dead=step.positions // 3),
+    "user": lambda step: crowd(step, 0, 0.5),
+    "item": lambda step: crowd(step, 1, 0.5),
+    "category": lambda step: crowd(step, 2, 0.8),
+}
+
+
+@pytest.mark.parametrize("rule", NAMES)
+def test_each_rule_holds_what_it_is_about_within_two_windows(rule: str) -> None:
+    watch = settled()
+    found = list(judged(watch, 320, 340, POISONS[rule]))
+    at = [one.standing for one in found].index(Standing.HOLD)
+    assert found[at].rule == rule
+    assert at < 20, "a window, and the rows that the next one needs"
+    assert found[at].total >= 9.0 and abs(math.log((found[at].signal + 1e-9) / (found[at].usual + 1e-9))) > 0.3
+    since = found[at].since
+    assert since is not None and 300 <= since.offset <= 320, "what is suspect begins before the poison"
+    assert since.clicks == ((TOPIC, 0, since.offset * ROWS),)
+
+
+def test_versions_wait_once_a_window_is_far_off_and_go_on_where_the_next_one_is_not() -> None:
+    watch = settled()
+    odd = [one.standing for one in judged(watch, 320, 330, POISONS["log_loss"])]
+    assert odd[:4] == [Standing.PASS] * 4, "too few rows to tell"
+    assert set(odd[4:]) == {Standing.SUSPECT}
+    after = [one.standing for one in judged(watch, 330, 360)]
+    assert Standing.HOLD not in after
+    assert after[10:] == [Standing.PASS] * 20
+
+
+def test_versions_wait_for_half_a_minute_at_most() -> None:
+    watch = WindowWatch(dataclasses.replace(LIMITS, window_s=60.0))
+    assert {one.standing for one in judged(watch, 0, 1980)} == {Standing.PASS}
+    odd = [one.standing for one in judged(watch, 1980, 2040, POISONS["log_loss"])]
+    assert odd.count(Standing.SUSPECT) == 31 and odd[-1] is Standing.PASS
+    assert Standing.HOLD in [one.standing for one in judged(watch, 2040, 2060, POISONS["log_loss"])]
+
+
+def test_many_windows_that_are_a_little_off_are_held_too() -> None:
+    def little(step: StepFigures) -> StepFigures:
+        return dataclasses.replace(step, known=(step.known[0], 1.22 * step.known[1]))
+
+    found = [one.standing for one in judged(settled(), 320, 420, little)]
+    assert 20 < found.index(Standing.HOLD) < 90
+
+
+def test_clean_traffic_passes_for_long() -> None:
+    watch = WindowWatch(LIMITS)
+    assert {one.standing for one in judged(watch, 0, 1200)} == {Standing.PASS}
+
+
+def test_ten_times_the_traffic_passes() -> None:
+    watch = settled()
+    assert {one.standing for one in judged(watch, 320, 370, rows=10 * ROWS)} == {Standing.PASS}
+
+
+def test_a_loss_that_drifts_up_by_and_by_passes() -> None:
+    watch = WindowWatch(LIMITS)
+    found = set()
+    for number in range(1200):
+        step = clean(number)
+        rows, loss = step.known
+        drifted = dataclasses.replace(step, known=(rows, loss * (1 + number / 1200)))
+        found.add(watch.take(drifted, start(number)).standing)
+    assert found == {Standing.PASS}
+
+
+def test_nothing_is_judged_before_the_warm_up_nor_where_few_users_click() -> None:
+    early = WindowWatch(LIMITS)
+    assert {one.standing for one in judged(early, 0, 290, POISONS["user"])} == {Standing.PASS}
+    few = WindowWatch(LIMITS)
+    assert {one.standing for one in judged(few, 0, 320, users=19)} == {Standing.PASS}
+    assert {one.standing for one in judged(few, 320, 360, POISONS["log_loss"], users=19)} == {Standing.PASS}
+
+
+def test_a_category_that_always_had_such_a_share_takes_nothing_over() -> None:
+    watch = WindowWatch(LIMITS)
+    found = {one.standing for one in judged(watch, 0, 600, lambda step: crowd(step, 2, 0.7))}
+    assert found == {Standing.PASS}
+
+
+@pytest.mark.parametrize("at", [315, 320, 324, 329])
+def test_a_restart_comes_to_the_same_verdicts(at: int) -> None:
+    def poisoned(watch: WindowWatch, first: int, last: int) -> list[Judgement]:
+        return [
+            watch.take((POISONS["user"] if number >= 320 else lambda step: step)(clean(number)), start(number))
+            for number in range(first, last)
+        ]
+
+    watch = settled(310)
+    whole = poisoned(watch, 310, 350)
+    stopped = settled(310)
+    before = poisoned(stopped, 310, at)
+    again = WindowWatch(LIMITS)
+    again.load(stopped.state())
+    assert before + poisoned(again, at, 350) == whole
+    assert {name: array.tolist() for name, array in again.state().items()} == {
+        name: array.tolist() for name, array in watch.state().items()
+    }
+
+
+def test_after_a_hold_what_comes_is_compared_with_itself() -> None:
+    watch = settled()
+    first = [one.standing for one in judged(watch, 320, 340, POISONS["category"])]
+    rest = {one.standing for one in judged(watch, 320 + first.index(Standing.HOLD) + 1, 800, POISONS["category"])}
+    assert rest == {Standing.PASS}
+
+
+def test_what_another_release_remembered_is_a_new_beginning() -> None:
+    state = settled().state()
+    state["about"] = np.frombuffer(state["about"].tobytes().replace(b"log_loss", b"logloss"), np.uint8)
+    watch = WindowWatch(LIMITS)
+    watch.load(state)
+    watch.load({})
+    assert {one.standing for one in judged(watch, 320, 360, POISONS["user"])} == {Standing.PASS}

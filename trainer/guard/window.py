@@ -1,0 +1,127 @@
+"""A window of log time: the steps in it added up, and the signals that the rules look at. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.guard.figures import BUCKETS, CROWDS, I32, StepFigures
+from trainer.guard.rules import NAMES
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
+FEWEST_OF_A_KIND = 128
+"""Rows of new users, pairs and positives below which a window says nothing about them."""
+
+LEAST_USUAL = 0.01
+"""A share below this is taken for this: who had none before is not infinitely many times what he was."""
+
+SHARES = {"user": 0.2, "item": 0.25, "category": 0.5}
+"""The least share of a window's rows that is taking it over, whatever it was before."""
+
+SUMS = (
+    "rows", "skipped", "positions", "dead", "known_rows", "known_loss", "new_rows", "new_loss", "pairs", "engagement_loss",
+    "predicted", "positives", "squared_norm",
+)  # fmt: skip
+
+
+def _no_crowds() -> I32:
+    return np.zeros((len(CROWDS), BUCKETS), np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowStart:
+    """Where a window begins.
+
+    Attributes:
+        offset: The first record of it in the training log.
+        log_ms: Log time before it.
+        clicks: (topic id, partition, offset) where its clicks begin.
+    """
+
+    offset: int
+    log_ms: int
+    clicks: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(slots=True)
+class OpenWindow:
+    """What was added up since the window began.
+
+    Attributes:
+        start: Where it began.
+        sums: `[len(SUMS)]` float64.
+        crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
+    """
+
+    start: WindowStart
+    sums: F64 = field(default_factory=lambda: np.zeros(len(SUMS)))
+    crowds: I32 = field(default_factory=_no_crowds)
+
+    def add(self, step: StepFigures) -> None:
+        """Adds one step."""
+        self.sums += (
+            step.rows, step.skipped, step.positions, step.dead, *step.known, *step.new, step.pairs, step.engagement_loss,
+            step.predicted, step.positives, step.squared_norm,
+        )  # fmt: skip
+        if step.crowds is not None:
+            self.crowds += step.crowds
+
+    @property
+    def rows(self) -> float:
+        """Rows so far."""
+        return float(self.sums[0])
+
+    def distinct_users(self) -> int:
+        """How many buckets have a user: never more than there are users."""
+        return int(np.count_nonzero(self.crowds[0]))
+
+    def shares(self) -> F64:
+        """`[3, BUCKETS]` float64, each bucket's share of the rows that have such an id."""
+        found: F64 = self.crowds / np.maximum(self.crowds.sum(1, keepdims=True), 1)
+        return found
+
+    def signals(self, usual_shares: F32) -> F64:
+        """The signal of each rule, in the order of RULES; NaN where too little is known.
+
+        Args:
+            usual_shares: `[3, BUCKETS]` float32, each bucket's share in the windows before.
+        """
+        of = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        found = {
+            "log_loss": _log_mean(of["known_loss"], of["known_rows"]),
+            "new_users": _log_mean(of["new_loss"], of["new_rows"]),
+            "engagement": _log_mean(of["engagement_loss"], of["pairs"]),
+            "calibration": _log_mean(of["predicted"], of["positives"]),
+            "gradient": 0.5 * _log_mean(of["squared_norm"], of["rows"] - of["skipped"]),
+            "skipped": of["skipped"] / of["rows"] if of["rows"] else math.nan,
+            "dead_letters": of["dead"] / of["positions"] if of["positions"] else math.nan,
+        }
+        shares = self.shares()
+        for kind, name in enumerate(CROWDS):
+            found[name] = _lift(shares[kind], usual_shares[kind], SHARES[name])
+        return np.array([found[name] for name in NAMES])
+
+
+def _log_mean(total: float, count: float) -> float:
+    """Logarithm of a mean; NaN of too few.
+
+    >>> _log_mean(128.0, 128.0), _log_mean(9.0, 9.0)
+    (0.0, nan)
+    """
+    return math.log(total / count) if count >= FEWEST_OF_A_KIND and total > 0 else math.nan
+
+
+def _lift(shares: F64, usual: npt.NDArray[Any], least: float) -> float:
+    """Logarithm of how many times its usual share the bucket has that grew most, of those with at least such a share; 0 for none.
+
+    >>> round(_lift(np.array([0.5, 0.3]), np.array([0.5, 0.1]), 0.2), 3), _lift(np.array([0.1]), np.array([0.0]), 0.2)
+    (1.099, 0.0)
+    """
+    large = shares >= least
+    return float(np.log(shares[large] / np.maximum(usual[large], LEAST_USUAL)).max(initial=0.0))
