@@ -178,7 +178,7 @@ def _verbs(add: Add) -> list[argparse.ArgumentParser]:
         label,
         add("follow", "Let answers follow the newest version again, after a pin or a rollback."),
         add("hold", "Let the trainer learn on without publishing versions.", "`springtide release` undoes it."),
-        add("release", "Let the trainer publish versions again, after a hold."),
+        add("release", "Let the trainer publish versions again, after a hold, or go on with what its guard holds."),
         add("pause", "Let the trainer take no record; answers go on.", "`springtide resume` undoes it."),
         add("resume", "Let the trainer take records again, after a pause or where its guard holds training."),
     ]

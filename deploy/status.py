@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deploy.operate import horizon, registry_state
+from deploy.operate import held, horizon, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.startup.hints import addresses
 from deploy.watch import accounts, parity, scrape, storage, stores_place
@@ -117,6 +117,8 @@ def as_table(state: Mapping[str, Any]) -> str:
     registry = state["registry"]
     text = registry["problem"] or registry_state.as_text(registry)
     rows += _part("registry", "there" if registry["answers"] else "away", text)
+    if stopped := state.get("held"):
+        rows += _part("guard", *held.as_text(stopped))
     if back := state.get("rollback"):
         rows += _part("rollback", *horizon.as_text(back))
     if kept := state.get("storage"):
@@ -171,6 +173,7 @@ def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
     return {
         "kafka": kafka,
         "registry": registry_state.look(settings, now_ms),
+        "held": held.look(settings),
         "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
         "storage": storage.look(settings),
         "rows": stores_place.look(settings),

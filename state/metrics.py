@@ -179,6 +179,20 @@ class TrainerMetrics(Metrics):
     )
     guard = counter("springtide_trainer_guard", "The guard's verdicts: accept, skip, hold.", "verdict")
     held = gauge("springtide_trainer_held", "1 while the guard holds training.")
+    held_rule = gauge(
+        "springtide_trainer_held_rule", "1 of the rule by which the guard holds training, 0 of the others.", "rule"
+    )
+    held_offset = gauge(
+        "springtide_trainer_held_offset", "Offset of the training log from which a held update is suspect; 0: none."
+    )
+    guard_ratio = gauge(
+        "springtide_trainer_guard_ratio", "How near each rule of the guard is to a hold, which is 1.", "rule"
+    )
+    guard_windows = gauge(
+        "springtide_trainer_guard_windows",
+        "Windows that the guard compares with; below guard.warm_up it judges nothing.",
+    )
+    withheld = gauge("springtide_trainer_withheld", "1 while versions wait because the guard is not sure of them.")
     paused = gauge("springtide_trainer_paused", "1 while an operator pauses training.")
     publishing_held = gauge(
         "springtide_trainer_publishing_held", "1 while an operator holds the publishing of versions."

@@ -32,6 +32,7 @@ from trainer.accounts import Passages
 from trainer.catching_up import CatchingUp
 from trainer.engine.step import Trainer
 from trainer.forgetting import take_up
+from trainer.holding import UpdateGuard, let_go
 from trainer.intake import former, take_in
 from trainer.place import TrainingPlace
 from trainer.publications import Publications
@@ -43,9 +44,6 @@ from trainer.versions.publisher import Publisher
 
 CONTROL_S = 0.05
 RECORDS = 32
-LETS_GO = ("follow", "rollback", "resume")
-"""What an operator does who has looked at why the guard held training."""
-
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
@@ -88,9 +86,10 @@ class Learner:
         drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
         self._faults: tuple[str, ...] = ()
-        paces = settings.trainer.publish_s, settings.registry.durable_s
+        times = settings.trainer.publish_s, settings.registry.durable_s, clock, elapsed
         self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room, elapsed)
-        self._publications = Publications(self._publisher, drafter, trainer, metrics, *paces, clock, elapsed)
+        self._updates = UpdateGuard(settings, registry, metrics, clock)
+        self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock)
         self._log: LogReader | None = None
         self._looked = float("-inf")
@@ -123,6 +122,7 @@ class Learner:
             restored, first = restore_or_carry(self._registry, control, version, self._trainer, self._spec)
             self._log, at = resume(restored, control.log, self._open_log, self._passages)
             self.place = TrainingPlace.restored(restored, control.epoch, at)
+        self._updates.enter(self._trainer.guarded)
         if first is not None:
             topic = self._reader.topic_id
             self.place = self._publications.publish_first(self.place, control, self._account(), topic, first)
@@ -130,7 +130,7 @@ class Learner:
         self.caught_up = False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
-        gauges.show_control(control, self.place.parent, self._trainer.guard.held, self._metrics)
+        self._updates.look(control, self.place.parent, self._trainer.guard.held)
         where = (control.epoch, self.place.parent, self.place.next)
         logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
 
@@ -184,6 +184,7 @@ class Learner:
             self._catching_up.look(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
+        self._updates.show()
         return taken
 
     def _account(self) -> dict[str, int]:
@@ -207,19 +208,21 @@ class Learner:
             self.place = self.place.past(record.next)
             return
         passed = self._passages.pass_sources(found.gaps, where, source.topic_id)
-        self.place = self.place.taken(found, offset, passed)
+        before, began_ms, report = self.place, self._trainer.counters.log_ms, None
+        self.place = before.taken(found, offset, passed)
         gauges.show_intake(found, self._metrics)
-        if len(found.batch) == 0:
-            return
-        report = self._trainer.step(found.batch)
-        self.place = self.place.stepped()
-        killpoints.reach("loop.stepped")
-        gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
+        if len(found.batch):
+            report = self._trainer.step(found.batch)
+            self.place = self.place.stepped()
+            killpoints.reach("loop.stepped")
+            gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
+        if self._updates.take(found.batch, report, before, self.place, (began_ms, self._trainer.counters.log_ms)):
+            self._looked = float("-inf")
 
     @property
     def _resting(self) -> bool:
-        """Whether no record is to be taken: the guard holds training, or an operator paused it."""
-        return self._trainer.guard.held or not self.control.training
+        """Whether no record is to be taken: the guard holds training or what was learned, or an operator paused it."""
+        return self._trainer.guard.held or self.control.held is not None or not self.control.training
 
     def _between(self) -> bool:
         """Between two records; True where the epoch changed."""
@@ -247,10 +250,8 @@ class Learner:
             self.enter(control)
             return True
         self.control, self.place = control, take_up(self._trainer, self.place, control)
-        if self._trainer.guard.held and control.action in LETS_GO:
-            self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
-            logger.info("training goes on from offset %d", self.place.next)
-        gauges.show_control(control, self.place.parent, self._trainer.guard.held, self._metrics)
+        self._trainer.guard = let_go(self._trainer.guard, control)
+        self._updates.look(control, self.place.parent, self._trainer.guard.held)
         return False
 
     # Publishing
@@ -283,7 +284,7 @@ class Learner:
         """
         try:
             self._settle(wait=True)
-            if self.place.unsaved and self.control.publishing:
+            if self.place.unsaved and self.control.publishing and self._updates.passes:
                 self.publish(last=True)
                 self._settle(wait=True)
         except WrongEpoch as refused:

@@ -14,6 +14,7 @@ from state.registry.manifest import Draft, Kind, Manifest
 from state.registry.recent import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
+from trainer.holding import UpdateGuard
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.draft import Drafter
@@ -33,6 +34,7 @@ class Publications:
         durable_s: Least seconds between two durable ones.
         clock: Wall clock in seconds.
         elapsed: Monotonic seconds.
+        updates: Judges what becomes a version.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Publications:
         durable_s: float,
         clock: Callable[[], float],
         elapsed: Callable[[], float],
+        updates: UpdateGuard,
     ) -> None:
+        self._updates = updates
         self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
         self._metrics, self._pace_s, self._clock, self._elapsed = metrics, pace_s, clock, elapsed
         self._durable_s, self._probed = durable_s, ProbedRanker(trainer.model)
@@ -62,7 +66,7 @@ class Publications:
 
     def due(self, place: TrainingPlace, control: Control) -> bool:
         """Whether what was learned since the last version, or the last durable one, is to become one now."""
-        if not (place.changed or place.unsaved) or not control.publishing or self._publisher.busy:
+        if not (place.changed or place.unsaved) or not control.publishing or self.busy or not self._updates.passes:
             return False
         now_s = self._elapsed()
         return now_s - self._last_s >= self._pace_s and (place.changed or now_s - self._saved_s >= self._durable_s)
@@ -107,7 +111,7 @@ class Publications:
         if durable:
             log = replace(draft.log, first=place.durable_first)
             since = replace(draft, kind="delta", parent=place.durable or None, log=log)
-            saving = Saving(since, checkpoint.changes(self._trainer) | probe)
+            saving = Saving(since, checkpoint.changes(self._trainer) | probe | self._updates.kept())
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, served, saving)
         self._last_s = self._elapsed()
@@ -145,4 +149,6 @@ class Publications:
     ) -> Draft:
         """What a version made now says of itself."""
         now_ms = int(self._clock() * 1000)
-        return self._drafter.draft(kind, place, self._trainer, account, topic_id, control, now_ms)
+        return self._drafter.draft(
+            kind, place, self._trainer, account, topic_id, control, now_ms, self._updates.verdict()
+        )

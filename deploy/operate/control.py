@@ -7,6 +7,7 @@ find it and converge. Asked twice, it changes nothing the second time.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from deploy.operate.commands import Say, current, put
 from deploy.operate.versions import open_registry
@@ -15,7 +16,7 @@ from state.config.settings import Settings
 from state.errors import SettingsError
 from state.process.actor import actor
 from state.registry import control as transitions
-from state.registry import labels
+from state.registry import holding, labels
 
 
 def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -65,7 +66,7 @@ def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 
 def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Holds or releases the publishing of versions, pauses or resumes training, also where the guard holds it.
+    """Holds or releases the publishing of versions, pauses or resumes training; both let go what the guard holds.
 
     Raises:
         ControlConflict: Somebody else changed control meanwhile.
@@ -73,7 +74,13 @@ def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     registry = open_registry(settings)
     control = current(registry, asked.if_generation)
     transition, on, done = SWITCHES[asked.command]
-    new = transition(control, on, actor=actor(), reason=asked.reason, now_ms=now_ms)
+    who: dict[str, Any] = {"actor": actor(), "reason": asked.reason, "now_ms": now_ms}
+    if control.held is not None and asked.command in ("release", "resume"):
+        new = holding.release(control, action=asked.command, **who)
+        done = f"{control.held.rule} is let go: {done}, and this place is not held again"
+        put(registry, control, new, done, asked, say)
+        return
+    new = transition(control, on, **who)
     if asked.command == "resume" and new is control and guard_holds(settings):
         new = transitions.let_go(control, actor=actor(), reason=asked.reason, now_ms=now_ms)
     put(registry, control, new, done, asked, say)

@@ -45,8 +45,8 @@ MEANINGS = {
 def troubles(figures: Figures) -> list[str]:
     """What is not as it should be, the worst first.
 
-    >>> troubles(Figures(held=True, pinned=True))
-    ['training is held by the guard', 'pinned by an operator']
+    >>> troubles(Figures(held=True, paused=True))
+    ['training is held by the guard', 'training is paused by an operator']
     """
     return [*wrong(figures), *wanted(figures)]
 
@@ -60,7 +60,8 @@ def wanted(figures: Figures) -> list[str]:
     held = {
         "training is paused by an operator": figures.paused,
         "publishing is held by an operator": figures.publishing_held,
-        "pinned by an operator": figures.pinned,
+        # What the guard holds it pins.
+        "pinned by an operator": figures.pinned and not figures.held,
     }
     return [said for said, holds in held.items() if holds]
 

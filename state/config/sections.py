@@ -373,6 +373,23 @@ class TrainerSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    """The guard, which holds a bad update before anybody is answered by it."""
+
+    mode: str = setting(
+        "on", choices=("on", "off"), help="Whether updates are judged by the windows of log time before them."
+    )
+    window_s: float = setting(10.0, "s", least=0.1, most=86_400.0, help="Log time of a window, at least.")
+    window_rows: int = setting(
+        1024, "rows", least=16, most=10_000_000, help="Rows from which on a window says something."
+    )
+    users: int = setting(
+        20, least=1, most=1000, help="Users who usually click in a window; with fewer nothing is judged."
+    )
+    warm_up: int = setting(30, "windows", least=3, most=120, help="Windows before the first judgement.")
+
+
+@dataclass(frozen=True)
 class RegistrySettings:
     """How long versions are kept."""
 
@@ -619,6 +636,7 @@ SECTIONS: dict[str, type[Any]] = {
     "stream": Stream,
     "model": Model,
     "trainer": TrainerSettings,
+    "guard": GuardSettings,
     "registry": RegistrySettings,
     "serving": ServingSettings,
     "export": ExportSettings,

@@ -16,6 +16,7 @@ from state.config.sections import (
     Events,
     ExportSettings,
     Features,
+    GuardSettings,
     Kafka,
     LabelSettings,
     Model,
@@ -51,6 +52,7 @@ class Settings:
     stream: Stream = field(default_factory=Stream)
     model: Model = field(default_factory=Model)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from state.errors import UnfitMask
 from state.features.erased import Erased
 from state.features.mask import Mask
+from state.registry.held_update import HeldUpdate
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.mask_entries import MaskEntry, added, joined
 
@@ -65,6 +66,8 @@ class Control:
         training: Whether the trainer takes records.
         labels: Names of versions, each with its version, in order.
         erased: Users who are forgotten; no generation takes one back.
+        held: The update that the trainer's guard holds: training rests at its end; None for none.
+        released: Ends of held updates, in the training log, that an operator let go on: they are not held again.
         plan: Of a rollback what its command knew: `end`, the end of the training log. Of an upgrade what it goes on to,
             see `state/registry/upgrades.py`. None for everything else.
     """
@@ -88,6 +91,8 @@ class Control:
     training: bool = True
     labels: tuple[tuple[str, int], ...] = ()
     erased: Erased = Erased.NOBODY
+    held: HeldUpdate | None = None
+    released: tuple[int, ...] = ()
     plan: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @cached_property
@@ -204,6 +209,7 @@ def roll_back(
         mode="fast" if log is None else "exact",
         log=control.log if log is None else log,
         upgraded=False,
+        held=None,
     )
 
 
@@ -216,7 +222,7 @@ def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) 
     (2, 40, 'follow')
     """
     changes: dict[str, Any] = {"epoch": control.epoch + 1, "base": to, "lifted": (), "mode": "fast", "upgraded": False}
-    return _next(control, "recover", actor, reason, now_ms, **changes)
+    return _next(control, "recover", actor, reason, now_ms, **changes, held=None)
 
 
 def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: str, now_ms: int) -> Control:

@@ -9,7 +9,7 @@ from typing import Any
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.registry import log_line, mask_entries
+from state.registry import held_update, log_line, mask_entries
 from state.registry.control import Control, ServingChoice
 from state.registry.log_line import WHOLE
 from state.registry.mask_entries import UsersOf
@@ -50,6 +50,10 @@ def encode(control: Control) -> bytes:
         more["upgraded"] = True
     if control.serving.then_follow:
         more["then_follow"] = True
+    if control.held is not None:
+        more["held"] = held_update.to_json(control.held)
+    if control.released:
+        more["released"] = list(control.released)
     if control.plan is not None:
         more["plan"] = dict(control.plan)
     if more:
@@ -118,6 +122,8 @@ def decode(document: Mapping[str, Any], users_of: UsersOf = no_files, erased_of:
             training=bool(document.get("training", True)),
             labels=tuple((str(name), int(version)) for name, version in sorted(document.get("labels", {}).items())),
             erased=erased_of(str(document["erased"]["sha256"])) if "erased" in document else Erased.NOBODY,
+            held=held_update.from_json(document["held"]) if "held" in document else None,
+            released=tuple(int(one) for one in document.get("released", ())),
             plan=document.get("plan"),
         )
     except (KeyError, TypeError) as error:

@@ -87,6 +87,8 @@ class Draft:
         environment: What the bits depend on: TensorFlow, NumPy, device, instruction set, threads.
         erased: The last erasure of control whose users' rows it has not any more; see `state/features/erased.py`.
         erasures: (erasure, offset of the training log) of those that its epoch has taken into account, and where; the newest.
+        verdict: Of the guard: `pass`; empty where nobody judged it. Only a version that passed is published.
+        guard: Rule of the guard -> how near it was to a hold, which is 1; those that were off at all.
     """
 
     kind: Kind
@@ -106,6 +108,8 @@ class Draft:
     environment: Mapping[str, str] = field(default_factory=dict)
     erased: int = 0
     erasures: tuple[tuple[int, int], ...] = ()
+    verdict: str = ""
+    guard: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,8 @@ class Manifest:
     erased: int = 0
     erasures: tuple[tuple[int, int], ...] = ()
     rewritten: int = 0
+    verdict: str = ""
+    guard: dict[str, float] = field(default_factory=dict)
 
     @property
     def durable(self) -> bool:
@@ -183,6 +189,8 @@ def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str,
         files=entries(files),
         erased=draft.erased,
         erasures=draft.erasures,
+        verdict=draft.verdict,
+        guard=dict(draft.guard),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,14 +173,18 @@ def micro_batches(
     weights: tuple[float, ...],
     step_rows: int = STEP_ROWS,
     known: int | None = None,
+    begin: int = 0,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches with the windows that each event saw; with `known`, only the first so many events are ever seen."""
+    """Micro-batches with the windows that each event saw; with `known`, only the first so many events are ever seen.
+
+    The first `begin` events are in histories, and in no micro-batch.
+    """
     users, events = recorded.users, recorded.events
     order = np.argsort(users, kind="stable")
     ids, starts = np.unique(users[order], return_index=True)
     histories: Mapping[int, Any] = dict(zip(ids.tolist(), np.split(events[order], starts[1:]), strict=True))
-    seen = dict.fromkeys(histories, 0)
-    for first in range(0, users.size, step_rows):
+    seen = dict.fromkeys(histories, 0) | Counter(users[:begin].tolist())
+    for first in range(begin, users.size, step_rows):
         part = slice(first, min(first + step_rows, users.size))
         rows = part.stop - first
         vectors = spec.empty(rows)

@@ -111,7 +111,7 @@ def learner(
 
 def run_to_end(running: Learner) -> None:
     running.caught_up = False
-    while not running.caught_up and not running._trainer.guard.held:
+    while not (running.caught_up or running._trainer.guard.held or running.control.held):
         running.tick(0.0)
 
 

@@ -92,6 +92,7 @@ class Trainer:
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
         device: Where the variables are.
+        guarded: What the version that was loaded keeps of the guard of updates, see `trainer/holding.py`.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Trainer:
         self._columns = Columns(settings.attributes)
         self.slices = Slices(settings.attributes, self._columns)
         self.guard = GuardState()
+        self.guarded: Mapping[str, npt.NDArray[Any]] = {}
         self.counters = Counters()
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
         users, items = self._columns.users.names, self._columns.items.names
@@ -132,7 +134,7 @@ class Trainer:
         self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
         self.evaluation = Evaluation()
         self.slices = Slices(self.settings.attributes, self._columns)
-        self.guard = GuardState()
+        self.guard, self.guarded = GuardState(), {}
         self.counters = Counters()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

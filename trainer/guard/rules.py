@@ -61,10 +61,10 @@ RULES = (
     Rule("category", "share of one category over that category's past", 0.3, least=math.log(3.0), is_log=True),
     Rule("dead_letters", "share of records that were refused", 0.02, least=0.1),
     Rule("skipped", "share of rows in steps that were not finite or exploded", 0.05, least=0.2),
-    Rule("log_loss", "log loss of known users", 0.04, is_log=True),
-    Rule("new_users", "log loss of new users", 0.06, is_log=True),
-    Rule("engagement", "log loss of the engagement", 0.05, is_log=True),
-    Rule("calibration", "predicted over observed engagement", 0.08, falls=True, is_log=True),
+    Rule("log_loss", "log loss of known users", 0.03, is_log=True),
+    Rule("new_users", "log loss of new users", 0.05, is_log=True),
+    Rule("engagement", "log loss of the engagement", 0.03, is_log=True),
+    Rule("calibration", "predicted over observed engagement", 0.06, falls=True, is_log=True),
     Rule("gradient", "norm of the gradient per square root of rows", 0.2, is_log=True),
 )
 """Of several that are equally far off the first one is named: who floods is more telling than that the loss rose."""

@@ -2,7 +2,8 @@
 
     serving.safetensors    <table>.ids, .rows, .removed; dense.<name>; popular; probe.<output>, see `state/probe.py`
     training.safetensors   <table>.accum, .last_seen_ms, .pending_ids, .pending_counts, .pending_seen_ms;
-                           slots.<name> of the dense optimizer; state.<name>: counters, guard, measures
+                           slots.<name> of the dense optimizer; state.<name>: counters, guard, measures;
+                           guard.<name>: the windows by which updates are judged, see `trainer/guard`
 
 A delta lists the rows that changed and the ids that went; everything else is
 whole in each version. What is kept is packed (`state/registry/tensor_files.py`);

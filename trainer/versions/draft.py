@@ -50,6 +50,7 @@ class Drafter:
         topic_id: str,
         control: Control,
         now_ms: int,
+        judged: tuple[str, Mapping[str, float]] = ("", {}),
     ) -> Draft:
         """The draft of a version with the weights that `trainer` has now.
 
@@ -61,6 +62,7 @@ class Drafter:
             topic_id: Of the training log.
             control: That it learned under: its mask, and the line of the log.
             now_ms: Wall clock.
+            judged: The guard's verdict, and how near its rules are to a hold.
         """
         counters = trainer.counters
         parent, first = (place.parent, place.first) if kind == "recent" else (place.durable, place.durable_first)
@@ -89,4 +91,6 @@ class Drafter:
             environment=self.environment,
             erased=place.erased,
             erasures=place.erasures,
+            verdict=judged[0],
+            guard=judged[1],
         )

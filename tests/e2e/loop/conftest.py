@@ -23,6 +23,9 @@ JOINED: Mapping[str, object] = {
     "attributes.slices": "age_band",
 }
 
+# Windows of two seconds, so that there are soon enough of them to compare with.
+WATCHED: Mapping[str, object] = {"guard.window_s": 1, "guard.window_rows": 200, "guard.warm_up": 12}
+
 
 @pytest.fixture
 def loop(one_loop: Loop) -> Loop:
@@ -35,7 +38,8 @@ def loop(one_loop: Loop) -> Loop:
 @pytest.fixture(scope="session")
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
-    made = Loop(tmp_path_factory.mktemp("e2e"), {**SHORT, **JOINED, "console.port": free_port()})
+    own = {**SHORT, **JOINED, **WATCHED, "console.port": free_port()}
+    made = Loop(tmp_path_factory.mktemp("e2e"), own)
     made.start()
     yield made
     end(made)

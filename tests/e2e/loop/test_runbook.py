@@ -103,7 +103,8 @@ def a_mask_was_wrong(terminal: Terminal, section: Section) -> None:
 
 def training_is_held(terminal: Terminal, section: Section) -> None:
     loop = terminal.loop
-    log, back, *going_on = section.commands
+    status, log, back, *going_on = section.commands
+    assert "HOLDS" not in terminal.type(status)
     assert "trainer" in terminal.type(log)
     assert "starts from version" in terminal.type(back, N="1")
     for command in going_on:

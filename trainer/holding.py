@@ -1,0 +1,258 @@
+"""Takes each record to the guard, keeps versions back while one is suspect, and asks control to hold what is bad."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.config.settings import Settings
+from state.errors import UnknownVersion
+from state.metrics import TrainerMetrics
+from state.microbatch.batch import MicroBatch
+from state.registry import holding
+from state.registry.control import Control
+from state.registry.held_update import HeldUpdate, SuspectClicks
+from state.registry.manifest import sees
+from state.registry.registry import Registry
+from trainer import gauges
+from trainer.engine.guard import GuardState, Verdict
+from trainer.engine.report import Report
+from trainer.guard.figures import StepFigures, crowds_of
+from trainer.guard.rules import RULES
+from trainer.guard.watch import PASSED, Judgement, Standing, WatchLimits, WindowWatch
+from trainer.guard.window import WindowStart
+from trainer.place import TrainingPlace
+from trainer.versions.checkpoint import GUARDED
+
+ACTOR = "guard"
+LETS_GO = ("follow", "rollback", "resume")
+"""What an operator does who has looked at why too many steps in a row were skipped."""
+
+STEPS = "steps"
+"""What the guard of steps is called beside the rules: too many in a row were skipped."""
+
+_MEANINGS = {rule.name: rule.meaning for rule in RULES}
+logger = logging.getLogger(__name__)
+
+
+class UpdateGuard:
+    """The guard of one trainer. The step thread calls every method.
+
+    Args:
+        settings: All settings.
+        registry: Where control and versions are.
+        metrics: What is shown.
+        clock: Wall clock in seconds.
+    """
+
+    def __init__(
+        self, settings: Settings, registry: Registry, metrics: TrainerMetrics, clock: Callable[[], float]
+    ) -> None:
+        wanted = settings.guard
+        self._watch = WindowWatch(WatchLimits(wanted.window_s, wanted.window_rows, wanted.users, wanted.warm_up))
+        self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
+        self._last = PASSED
+
+    def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
+        """At the beginning of an epoch, or after a start: the guard is as it was at the version that was loaded.
+
+        Args:
+            kept: What that version kept of it, without the prefix; nothing where it kept nothing.
+        """
+        self._watch.load(kept)
+        self._last = PASSED
+
+    @property
+    def passes(self) -> bool:
+        """Whether what was learned so far may become a version."""
+        return self._last.standing is Standing.PASS
+
+    def take(
+        self,
+        batch: MicroBatch,
+        report: Report | None,
+        before: TrainingPlace,
+        after: TrainingPlace,
+        log_ms: tuple[int, int],
+    ) -> bool:
+        """Judges one record; True where control holds it from now on.
+
+        Args:
+            batch: What was learned of it; perhaps no row.
+            report: Of the step; None without a row.
+            before: Where the trainer was.
+            after: Where it is.
+            log_ms: Log time before and after.
+
+        Raises:
+            ControlConflict: Somebody changed control all the time.
+        """
+        if not self._enabled:
+            return False
+        # Where the trainer was before may be behind a marker, or not yet.
+        start = WindowStart(after.next - 1, log_ms[0], _clicks(before))
+        found = self._watch.take(figures_of(batch, report, log_ms[1]), start)
+        if found.standing is not self._last.standing:
+            level = logging.INFO if found.standing is Standing.PASS else logging.WARNING
+            logger.log(level, "versions %s at offset %d (%s)", _SAID[found.standing], before.next, found.rule or "none")
+        self._last = found
+        return found.standing is Standing.HOLD and self._hold(found, after, log_ms[1])
+
+    def look(self, control: Control, version: int, stopped: bool) -> None:
+        """Takes up what control says: what an operator let go on passes, until the guard says otherwise.
+
+        Args:
+            control: The newest.
+            version: The trainer's newest version.
+            stopped: Whether training is held because too many steps in a row were skipped.
+        """
+        held = control.held
+        if held is None and self._last.standing is Standing.HOLD:
+            self._last = PASSED
+        by = held.rule if held is not None else STEPS if stopped else ""
+        for rule in (*_MEANINGS, STEPS):
+            self._metrics.held_rule.labels(rule).set(rule == by)
+        self._metrics.held_offset.set(0 if held is None else held.first)
+        gauges.show_control(control, version, held is not None or stopped, self._metrics)
+
+    def show(self) -> None:
+        """Sets the gauges of how near each rule is to a hold, and whether versions wait."""
+        for rule, share in self._watch.shares_of_limit().items():
+            self._metrics.guard_ratio.labels(rule).set(share)
+        self._metrics.guard_windows.set(self._watch.windows)
+        self._metrics.withheld.set(not self.passes)
+
+    # What a version says and keeps
+
+    def verdict(self) -> tuple[str, dict[str, float]]:
+        """What a version made now says: that it passed, and how near each rule is to a hold; nothing where nobody judges."""
+        if not self._enabled:
+            return "", {}
+        near = {rule: round(share, 4) for rule, share in self._watch.shares_of_limit().items() if share > 0}
+        return self._last.standing.value, near
+
+    def kept(self) -> dict[str, npt.NDArray[Any]]:
+        """What a durable version keeps, by name; a copy."""
+        return {f"{GUARDED}{name}": array for name, array in self._watch.state().items()} if self._enabled else {}
+
+    def _hold(self, found: Judgement, after: TrainingPlace, log_ms: int) -> bool:
+        since = found.since
+        assert since is not None, "what is held began somewhere"
+        held = HeldUpdate(
+            rule=found.rule,
+            meaning=_MEANINGS[found.rule],
+            signal=found.signal,
+            usual=found.usual,
+            version=version_before(self._registry, after, since.offset),
+            first=since.offset,
+            next=after.next,
+            first_ms=since.log_ms,
+            next_ms=log_ms,
+            clicks=_suspect(since, after),
+        )
+
+        def asked(control: Control) -> Control:
+            if control.epoch != after.epoch:
+                return control
+            now_ms = int(self._clock() * 1000)
+            return holding.hold(control, held, actor=ACTOR, reason=held.in_words(), now_ms=now_ms)
+
+        control = self._registry.change(asked)
+        if control.held is None:
+            logger.info("what the guard would hold at offset %d was let go on before", after.next)
+            self._last = PASSED
+            return False
+        logger.error(
+            "training is held: %s; answers stay at version %d; `springtide status` says what to type",
+            *(held.in_words(), held.version),
+        )
+        return True
+
+
+def let_go(guard: GuardState, control: Control) -> GuardState:
+    """The guard of steps, once an operator has looked at why it held training.
+
+    >>> from state.registry.control import pin, start
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> let_go(GuardState(skipped=9, held=True), pin(first, 1, actor="ann", reason="look", now_ms=1)).held
+    True
+    """
+    if not (guard.held and control.action in LETS_GO):
+        return guard
+    logger.info("training goes on after %d skipped steps", guard.skipped)
+    return replace(guard, held=False, skipped=0)
+
+
+_SAID = {Standing.PASS: "pass the guard again", Standing.SUSPECT: "wait for the guard", Standing.HOLD: "are held"}
+
+
+def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
+    """What one record tells the guard.
+
+    Args:
+        batch: What was learned of it.
+        report: Of the step; None without a row.
+        log_ms: Log time after it.
+    """
+    ranges = batch.header.ranges
+    covered, dead = sum(part.next - part.first for part in ranges), sum(part.dead for part in ranges)
+    if report is None:
+        return StepFigures(log_ms, 0, positions=covered, dead=dead)
+    if report.verdict is not Verdict.ACCEPT:
+        return StepFigures(log_ms, report.rows, report.rows, covered, dead, crowds=crowds_of(batch))
+    predicted = 1 / (1 + np.exp(-report.scores.astype(np.float64)))
+    return StepFigures(
+        log_ms=log_ms,
+        rows=report.rows,
+        positions=covered,
+        dead=dead,
+        known=(report.targets, report.interest_log_loss * report.targets if report.targets else 0.0),
+        pairs=report.scores.size,
+        engagement_loss=report.engagement_log_loss * report.scores.size if report.scores.size else 0.0,
+        predicted=float(predicted.sum()),
+        positives=int(report.positive.sum()),
+        squared_norm=report.grad_norm**2,
+        crowds=crowds_of(batch),
+    )
+
+
+def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int:
+    """The newest durable version of the trainer's line that learned nothing from `offset` of the training log on; 0 for none."""
+    if not place.durable:
+        return 0
+    visible = registry.manifest(place.durable).visible
+    for number in reversed(registry.versions()):
+        if not sees(visible, number):
+            continue
+        try:
+            if registry.manifest(number).log.next <= offset and registry.chain(number):
+                return number
+        except UnknownVersion:
+            # Its base was given up: an older one may have its own.
+            continue
+    return 0
+
+
+def _clicks(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
+    """How far the clicks of each partition were learned; of a partition in several shares, all of them."""
+    found: dict[tuple[str, int], int] = {}
+    for source, at in place.marks.items():
+        name = (source.topic_id, source.partition)
+        found[name] = min(at, found.get(name, at))
+    return tuple((*name, at) for name, at in sorted(found.items()))
+
+
+def _suspect(since: WindowStart, after: TrainingPlace) -> tuple[SuspectClicks, ...]:
+    """The clicks between both places."""
+    first, ends = {(topic, part): at for topic, part, at in since.clicks}, dict[tuple[str, int], int]()
+    for source, at in after.marks.items():
+        name = (source.topic_id, source.partition)
+        ends[name] = max(at, ends.get(name, at))
+    return tuple(
+        SuspectClicks(*name, first.get(name, 0), at) for name, at in sorted(ends.items()) if at > first.get(name, 0)
+    )
