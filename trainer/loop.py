@@ -48,7 +48,7 @@ from state.log.gap_options import take_options
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control, start
@@ -238,6 +238,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.durable)
         )
         exports = ScheduledExports(arguments, settings.export.every_s)
+        holes = Holes()
         keep_what_is_there()
         # 6.
         try:
@@ -245,6 +246,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
                 learner.tick(WAIT_S, stopping.is_set)
                 compaction.tick(hurry=room.waits)
                 exports.tick()
+                holes.tick()
             learner.close()
         except UnusableRegistry as error:
             if not (stopping.is_set() and is_full(error)):

@@ -53,7 +53,7 @@ from state.layout import ATTRIBUTES, CURRENT, GAPS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
-from state.process.garbage import keep_what_is_there
+from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
@@ -169,7 +169,7 @@ class Applier:
 
     def _follow_versions(self) -> None:
         sample, house, room = Every(SAMPLE_S), Every(HOUSE_S), self._room()
-        say = SaidOnce(_log.error)
+        say, holes = SaidOnce(_log.error), Holes()
         while not self._stop.is_set():
             more, pause_s = False, self._settings.serving.poll_ms / 1000
             try:
@@ -187,6 +187,7 @@ class Applier:
             now_s = time.monotonic()
             if sample(now_s):
                 self._sample()
+            holes.tick()
             if house(now_s):
                 self._rows.keep_house()
                 self._histories.clear_stale_readers()
@@ -197,8 +198,7 @@ class Applier:
 
     def _sample(self) -> None:
         now_ms = self._now_ms()
-        served = self.versions.served
-        if served is not None and served.event_time_ms:
+        if (served := self.versions.served) is not None and served.event_time_ms:
             age_s = (now_ms - served.event_time_ms) / 1000
             self.metrics.weight_freshness_seconds.set(age_s)
             self.metrics.weight_age_seconds.observe(age_s)

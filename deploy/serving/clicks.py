@@ -47,7 +47,8 @@ from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
 
 SALT_EXTRA = "salt"
-RECORDS_AT_ONCE = 64
+RECORDS_AT_ONCE = 8
+"""In a transaction: LMDB keeps as many pages in memory as its largest one ever changed."""
 EVERY_MS = 1000
 DEFAULTS = ServingSettings()
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What a process is set up of is no longer looked at for garbage, and garbage of later goes by itself."""
+"""What a process is set up of is no longer looked at for garbage, garbage of later goes by itself, and holes are given back."""
 
 from __future__ import annotations
 
@@ -40,3 +40,32 @@ def made_until_gone(how: str) -> int:
 
 def test_a_cycle_that_is_old_goes_several_times_as_soon() -> None:
     assert 4 * made_until_gone("kept") < made_until_gone("as python does")
+
+
+HOLES = """
+import re
+from pathlib import Path
+from state.process.garbage import EVERY_S, Holes
+
+def megabytes():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+now_s = [0.0]
+holes = Holes(lambda: now_s[0])
+# The last one stays, so that nothing is free at the end.
+pieces = [bytearray(64_000) for _ in range(2000)]
+last = pieces[-1]
+pieces.clear()
+before = megabytes()
+holes.tick()
+early = megabytes()
+now_s[0] = EVERY_S
+holes.tick()
+print(before - early, early - megabytes())
+"""
+
+
+def test_holes_are_given_back_once_a_minute() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, timeout=60)
+    early, given_back = map(float, done.stdout.split())
+    assert early < 1 < 100 < given_back
