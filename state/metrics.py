@@ -138,9 +138,50 @@ class TrainerMetrics(Metrics):
     )
     steps = counter("springtide_trainer_steps", "Training steps done.")
     step_seconds = histogram("springtide_trainer_step_seconds", "Time of one training step.", SHORT_SECONDS)
-    log_loss = gauge("springtide_trainer_log_loss", "Log loss of the interests, scored before learning.")
+    log_loss = gauge(
+        "springtide_trainer_log_loss",
+        "Log loss of the user's next category over the candidates that serving has, a miss counted as a miss; scored before learning.",
+    )
     auc = gauge("springtide_trainer_auc", "Area under the curve of the engagement, scored before learning.")
     top1_ratio = gauge("springtide_trainer_top1_ratio", "Share of rows whose category led, scored before learning.")
+    quality_log_loss = gauge(
+        "springtide_trainer_quality_log_loss",
+        "Log loss of the next category, of the model and of what is simple (popular, previous, came_next), by users (all, new, known).",
+        "predictor",
+        "users",
+    )
+    quality_reciprocal_rank = gauge(
+        "springtide_trainer_quality_reciprocal_rank",
+        "Mean of 1 / rank of the next category among the candidates; 0 for a miss.",
+        "predictor",
+        "users",
+    )
+    quality_top1_ratio = gauge(
+        "springtide_trainer_quality_top1_ratio",
+        "Share of rows whose category led, of the model and of what is simple.",
+        "predictor",
+        "users",
+    )
+    quality_top5_ratio = gauge(
+        "springtide_trainer_quality_top5_ratio",
+        "Share of rows whose category was among the best five.",
+        "predictor",
+        "users",
+    )
+    quality_missed_ratio = gauge(
+        "springtide_trainer_quality_missed_ratio",
+        "Share of rows whose category was none of the candidates.",
+        "predictor",
+        "users",
+    )
+    lift_log_loss = gauge(
+        "springtide_trainer_lift_log_loss",
+        "Log loss of the best of what is simple less that of the model: below 0 the model is worse.",
+    )
+    lift_top1_ratio = gauge(
+        "springtide_trainer_lift_top1_ratio",
+        "Share of rows whose category led less that of the best of what is simple: below 0 the model is worse.",
+    )
     slice_rows = gauge(
         "springtide_trainer_slice_rows",
         "Recent rows, by the value of an attribute of `attributes.slices`.",

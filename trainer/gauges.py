@@ -10,7 +10,10 @@ from state.registry.control import Control
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.intake import Intake
+from trainer.measures.predictions import PREDICTORS
+from trainer.measures.progressive import where_of
 from trainer.measures.slices import Slices
+from trainer.measures.step_scores import USERS
 from trainer.tables.id_table import IdTable
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,25 @@ def show_version(measured: Mapping[str, float], tables: Mapping[str, IdTable], m
         metrics.table_rows.labels(name).set(len(table))
         metrics.table_rows_limit.labels(name).set(table.max_rows)
     for gauge, name in ((metrics.log_loss, "log_loss"), (metrics.auc, "auc"), (metrics.top1_ratio, "top1")):
+        gauge.set(measured.get(name, float("nan")))
+
+
+def show_quality(measured: Mapping[str, float], metrics: TrainerMetrics) -> None:
+    """Sets the gauges of the model beside what is simple; users are told apart of the model alone."""
+    shown = {
+        "log_loss": metrics.quality_log_loss,
+        "mrr": metrics.quality_reciprocal_rank,
+        "top1": metrics.quality_top1_ratio,
+        "top5": metrics.quality_top5_ratio,
+        "missed": metrics.quality_missed_ratio,
+    }
+    for predictor in PREDICTORS:
+        for users in USERS if predictor == "model" else USERS[:1]:
+            where = where_of(predictor, users)
+            for name, gauge in shown.items():
+                if f"{where}{name}" in measured:
+                    gauge.labels(predictor, users).set(measured[f"{where}{name}"])
+    for gauge, name in ((metrics.lift_log_loss, "lift.log_loss"), (metrics.lift_top1_ratio, "lift.top1")):
         gauge.set(measured.get(name, float("nan")))
 
 

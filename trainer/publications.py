@@ -118,6 +118,7 @@ class Publications:
         if durable:
             self._saved_s = self._last_s
         gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
+        gauges.show_quality(draft.metrics, self._metrics)
         gauges.show_slices(self._trainer.slices, self._metrics)
         return place.handed_over(durable)
 

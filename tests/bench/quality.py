@@ -97,11 +97,13 @@ def train(steps: int | None = None, settings: Settings | None = None) -> dict[st
         hits, targets = hits + done.top1, targets + done.targets
         if batch.offset[0] >= late_from:
             late_hits, late_targets = late_hits + done.top1, late_targets + done.targets
-    measures = trainer.evaluation.values()
+    measures = trainer.evaluation.values() | trainer.progressive.values()
     biggest, last = baselines(users[:targets], events["category"][:targets])
     found = {f"total.{name}": measures[f"total.{name}"] for name in ("top1", "top5", "log_loss", "auc")}
     # Those of whom something is known; the baselines of a user's first click are no prediction.
     found |= {f"total.known.{name}": measures[f"total.known.{name}"] for name in ("top1", "top5", "rows")}
+    # What is simple, as the trainer itself measures it beside the model.
+    found |= {name: value for name, value in measures.items() if name.startswith(("total.baseline.", "total.lift."))}
     found |= {"baseline.biggest": biggest, "baseline.previous": last, "rows": float(targets)}
     if late_targets:
         found["second_half.top1"] = late_hits / late_targets

@@ -7,7 +7,7 @@ own name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,3 +171,14 @@ def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Ta
         negative_shift=shift,
         negative_weight=negative.astype(np.float32) * share,
     )
+
+
+def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBatch, U64]]:
+    """The batch and its crosses in parts of `size` rows."""
+    if size >= len(batch):
+        yield batch, crosses
+        return
+    for begin in range(0, len(batch), size):
+        number = np.arange(len(batch))
+        part = (number >= begin) & (number < begin + size)
+        yield batch.take(part), crosses[part]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.engine.guard import Verdict
+from trainer.measures.step_scores import StepScores, joined_scores
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Report:
         grad_norm: Norm of the whole gradient; of several updates the largest.
         event_time_ms: Newest event time of the step.
         seconds: Duration of the step.
+        quality: What the model, and what is simple, scored before learning, as sums.
     """
 
     rows: int
@@ -42,6 +44,7 @@ class Report:
     grad_norm: float
     event_time_ms: int
     seconds: float
+    quality: StepScores
 
 
 def joined(updates: Sequence[Report]) -> Report:
@@ -62,6 +65,7 @@ def joined(updates: Sequence[Report]) -> Report:
         grad_norm=max(one.grad_norm for one in updates),
         event_time_ms=max(one.event_time_ms for one in updates),
         seconds=sum(one.seconds for one in updates),
+        quality=joined_scores([one.quality for one in updates]),
     )
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,9 +42,10 @@ from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, 
 from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.own_tables import Growth
-from trainer.engine.record import Record, Recorder
+from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Report, joined
 from trainer.measures.evaluation import Evaluation
+from trainer.measures.progressive import Progressive
 from trainer.measures.slices import Scored, Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
@@ -91,6 +92,7 @@ class Trainer:
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
+        progressive: The measures beside those of what is simple; they decide nothing and are in versions on their own.
         device: Where the variables are.
         guarded: What the version that was loaded keeps of the guard of updates, see `trainer/holding.py`.
     """
@@ -112,7 +114,7 @@ class Trainer:
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
         self.popular = Popular(settings.model.popular, settings.trainer.max_rows)
-        self.evaluation, self._new_users = Evaluation(), np.empty(0, np.uint64)
+        self.evaluation, self.progressive, self._new_users = Evaluation(), Progressive(), np.empty(0, np.uint64)
         self._columns = Columns(settings.attributes)
         self.slices = Slices(settings.attributes, self._columns)
         self.guard = GuardState()
@@ -132,7 +134,7 @@ class Trainer:
         self.model.set_weights(self._first_weights)
         self.optimizer.set_slots(self._first_slots)
         self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
-        self.evaluation = Evaluation()
+        self.evaluation, self.progressive = Evaluation(), Progressive()
         self.slices = Slices(self.settings.attributes, self._columns)
         self.guard, self.guarded = GuardState(), {}
         self.counters = Counters()
@@ -184,7 +186,7 @@ class Trainer:
         self.counters.steps += 1
         size = self.settings.trainer.rows_per_update or len(batch)
         updates = []
-        for part, its_crosses in _parts(batch, crosses, size):
+        for part, its_crosses in parts(batch, crosses, size):
             if self.guard.held:
                 self.counters.skipped += len(part)
             else:
@@ -249,13 +251,16 @@ class Trainer:
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
         event_time_ms = int(batch.at_ms.max())
+        known = batch.recent_categories[:, 0] != MISSING
+        known[~known] = ~np.isin(batch.user[~known], self._new_users)
+        categories = len(self.tables["category"])
+        judged = self.progressive.score(record, scores, self.transitions, known, categories, scored)
 
         if verdict is Verdict.ACCEPT:
             self.engine.apply(measured)
             for name, rows in measured.rows.items():
                 self.tables[name].touch(rows)
-            known = batch.recent_categories[:, 0] != MISSING
-            known[~known] = ~np.isin(batch.user[~known], self._new_users)
+            self.progressive.update(judged, batch.category, counters.log_ms)
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             if self.slices:
                 seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
@@ -281,20 +286,10 @@ class Trainer:
             grad_norm=norm,
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
+            quality=judged,
         )
 
 
 def _left(batch: MicroBatch) -> U64:
     """The category that each row's event came after, `[n]` uint64; 0 where there is none, or no category came next."""
     return np.where(batch.category != 0, batch.recent_categories[:, 0], np.uint64(0))
-
-
-def _parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBatch, U64]]:
-    """The batch and its crosses in parts of `size` rows."""
-    if size >= len(batch):
-        yield batch, crosses
-        return
-    for begin in range(0, len(batch), size):
-        number = np.arange(len(batch))
-        part = (number >= begin) & (number < begin + size)
-        yield batch.take(part), crosses[part]

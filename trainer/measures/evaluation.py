@@ -67,7 +67,9 @@ class Evaluation:
     def values(self) -> dict[str, float]:
         """The measures by name: recent ones plain, those since the beginning under `total.`.
 
-        A measure without rows is absent.
+        `training_loss` is what training minimises: its last slot holds the row's own category where that is no
+        candidate, so that it is no measure to compare by; `log_loss` is that of `progressive.py`. A measure without rows
+        is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, ""), (0, "total.")):
@@ -76,7 +78,7 @@ class Evaluation:
                 where = prefix if name == "all" else f"{prefix}{name}."
                 if rows > 0:
                     found |= {
-                        f"{where}log_loss": log_loss / rows,
+                        f"{where}training_loss": log_loss / rows,
                         f"{where}top1": top1 / rows,
                         f"{where}top5": top5 / rows,
                     }

@@ -27,16 +27,16 @@ DECAY = 63_670
 """Kept of a count each hour, in 1/65536: half of it after a day (2 ** (-1 / 24))."""
 
 
-def decayed(counts: I64, hours: int) -> I64:
-    """Counts after some hours, rounded down each hour.
+def decayed(counts: I64, times: int, kept: int = DECAY) -> I64:
+    """Counts after some hours, rounded down each hour; or after as many other spans of which `kept` is left.
 
     >>> int(decayed(np.array([ONE], np.int64), 24)[0])
     32756
     """
-    if hours > 24 * 60:
+    if times > 24 * 60:
         return np.zeros_like(counts)
-    for _ in range(hours):
-        counts = counts * DECAY >> 16
+    for _ in range(times):
+        counts = counts * kept >> 16
     return counts
 
 
@@ -55,10 +55,13 @@ class Popular:
     Args:
         size: P, the most categories listed.
         most: Categories counted at most; those with the smallest counts go first.
+        span_ms: Of log time, after which counts decay.
+        kept: Of a count after each span, in 1/65536.
     """
 
-    def __init__(self, size: int, most: int = NO_CAP) -> None:
+    def __init__(self, size: int, most: int = NO_CAP, span_ms: int = HOUR_MS, kept: int = DECAY) -> None:
         self._size, self._most = size, max(most, size * ROOM)
+        self._span_ms, self._kept = span_ms, kept
         # Entry 0 is no category: the index finds 0 for what it does not hold.
         self._hour = -1
         self._used = 1
@@ -66,6 +69,14 @@ class Popular:
         self._counts: I64 = np.zeros(1, np.int64)
         self._index = IdIndex()
         self._top: U64 = np.zeros(0, np.uint64)
+
+    def __len__(self) -> int:
+        """How many categories have a count."""
+        return self._used - 1
+
+    def counts_of(self, ids: U64) -> tuple[I64, int]:
+        """The counts of some categories, `[n]` int64, 0 where it has none, and the sum of all counts."""
+        return self._counts[self._index.find(ids)], int(self._counts[1 : self._used].sum())
 
     def top(self) -> U64:
         """The list as of the last update, `[P]` uint64, padded with 0."""
@@ -75,7 +86,7 @@ class Popular:
 
     def update(self, ids: U64, at_ms: int) -> None:
         """Counts one click of each id (`[n]` uint64, 0 ignored) at log time."""
-        hour = at_ms // HOUR_MS
+        hour = at_ms // self._span_ms
         ticked = hour > self._hour
         if ticked:
             self._decay(hour - self._hour if self._hour >= 0 else 0)
@@ -114,7 +125,7 @@ class Popular:
 
     def _decay(self, hours: int) -> None:
         if hours:
-            counts = decayed(self._counts[1 : self._used], hours)
+            counts = decayed(self._counts[1 : self._used], hours, self._kept)
             kept = counts > 0
             self.load({"ids": self._ids[1 : self._used][kept], "counts": counts[kept], "hour": self._hour})
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from state.rows.tables import tables_in
-from trainer.versions.content import COLUMNS, Array, Tensors
+from trainer.versions.content import COLUMNS, QUALITY, Array, Tensors
 
 _POWERS = "slots.powers"
 _MOVING = "slots.moving."
@@ -224,7 +224,7 @@ def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[st
         found[slot] = old[slot] if goes_on and _shape(slot, old) == _shape(slot, fresh) else fresh[slot]
     # 3. Facts of the log. The running loss is one of the weights.
     for name, tensor in old.items():
-        if name.startswith("state."):
+        if name.startswith(("state.", QUALITY)):
             found[name] = tensor if all_kept or not name.startswith(_GUARD) else fresh[name]
     return found
 

@@ -53,11 +53,12 @@ def served(trainer: Trainer) -> dict[str, content.Array]:
 
 def changes(trainer: Trainer) -> dict[str, content.Array]:
     """Copies what a durable version holds, and starts both lists of changes anew; only the step thread may call it."""
-    return _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
+    held = _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
+    return held | {f"{content.QUALITY}{name}": value for name, value in trainer.progressive.state().items()}
 
 
 def full(trainer: Trainer) -> dict[str, content.Array]:
-    """Copies the whole state, as a base holds it; the list of changes goes on."""
+    """Copies the whole state, as a base holds it, without measures that decide nothing; the list of changes goes on."""
     return _tensors(trainer, {name: table.state() for name, table in trainer.tables.items()})
 
 
@@ -125,6 +126,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     trainer.optimizer.set_slots(_under("slots.", tensors))
     trainer.load(_under("state.", tensors))
     trainer.guarded = _under(GUARDED, tensors)
+    trainer.progressive.load(_under(content.QUALITY, tensors))
 
 
 def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
     serving.safetensors    <table>.ids, .rows, .removed; dense.<name>; popular; probe.<output>, see `state/probe.py`
     training.safetensors   <table>.accum, .last_seen_ms, .pending_ids, .pending_counts, .pending_seen_ms;
                            slots.<name> of the dense optimizer; state.<name>: counters, guard, measures;
-                           guard.<name>: the windows by which updates are judged, see `trainer/guard`
+                           guard.<name>: the windows by which updates are judged, see `trainer/guard`;
+                           quality.<name>: measures that decide nothing, which 0.1.0 had not
 
 A delta lists the rows that changed and the ids that went; everything else is
 whole in each version. What is kept is packed (`state/registry/tensor_files.py`);
@@ -34,6 +35,9 @@ ROWS = ("rows", "accum", "last_seen_ms")
 PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
 COLUMNS = ("ids", "removed", *ROWS, *PENDING)
 SERVED = ("ids", "rows", "removed")
+QUALITY = "quality."
+"""Tensors of measures that decide nothing: no digest speaks of them, for a release without them learns the same."""
+
 _FOLD_ROWS = 1_000_000
 
 
@@ -58,9 +62,11 @@ def decode(files: Iterable[bytes]) -> dict[str, Array]:
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names."""
+    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names, QUALITY left out."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        if name.startswith(QUALITY):
+            continue
         sha.update(f"{name} {tensor.dtype.str} {tensor.shape} ".encode())
         sha.update(tensor.tobytes())
     return sha.hexdigest()

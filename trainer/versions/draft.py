@@ -85,6 +85,7 @@ class Drafter:
             salt=self.salt,
             mask_generation=control.mask.generation,
             metrics=trainer.evaluation.values()
+            | trainer.progressive.values()
             | trainer.slices.values()
             | {f"account.{name}": float(value) for name, value in account.items()}
             | {TOLD_MS: float(place.told_ms)},

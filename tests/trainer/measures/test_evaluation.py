@@ -27,7 +27,7 @@ def test_totals_equal_the_batch_definition() -> None:
     steps = [updated(evaluation, rng, rows) for rows in (10, 200, 1, 500)]
     joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
     values = evaluation.values()
-    assert values["total.log_loss"] == pytest.approx(joined["log_loss"].mean())
+    assert values["total.training_loss"] == pytest.approx(joined["log_loss"].mean())
     assert values["total.top1"] == pytest.approx(joined["top1"].mean())
     assert values["total.new.top5"] == pytest.approx(joined["top5"][~joined["known"]].mean())
     assert values["total.engagement_log_loss"] == pytest.approx(joined["engagement_log_loss"].mean())

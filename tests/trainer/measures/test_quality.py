@@ -15,6 +15,10 @@ def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
     assert found["total.top1"] > found["baseline.previous"]
     assert found["total.top1"] > 4 * found["baseline.biggest"]
     assert found["total.auc"] > 0.8
+    # The trainer's own account of what is simple: the same rows, in the same order.
+    assert found["total.baseline.previous.top1"] == pytest.approx(found["baseline.previous"], abs=0.01)
+    assert found["total.lift.top1"] > 0.01
+    assert found["total.lift.log_loss"] > 0.5
 
 
 @pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")

@@ -1,0 +1,199 @@
+"""The model beside what is simple: each row is scored by all before any learns from it.
+
+**A miss counts as a miss.** A predictor names candidates, and shares p among them
+that add up to 1. Let it miss with probability m: a category that is a candidate
+is given (1 - m) p, and m is spread evenly over the categories that are none and
+are known, and over one more that stands for all that are not. So each predictor
+is one distribution over the same outcomes, log losses can be compared between
+predictors and logs, and pure noise costs its entropy, not less. Where there is
+no candidate, m is 1. It is the escape probability of prediction by partial
+matching (Cleary and Witten 1984), estimated as Krichevsky and Trofimov (1981)
+do, (misses + 1/2) / (rows + 1), over the rows before, apart for new users and
+known ones, who miss otherwise.
+
+Sums are kept twice, since the beginning and with the half-life of `Evaluation`.
+They, and the popular categories of the last hour, are in each durable version, for
+a restart reads on from there and has no log of the hour before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.engine.engine import Scores
+from trainer.engine.record import Record
+from trainer.measures.evaluation import HALF_LIFE_ROWS
+from trainer.measures.predictions import BASELINES, NONE, PREDICTORS, Prediction, hourly_popular, of_all
+from trainer.measures.step_scores import SUMS, USERS, StepScores, no_sums
+from trainer.tables.count_table import CountTable
+from trainer.tables.index import U64
+
+F64 = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+MEASURES = {"log_loss": "log_loss", "mrr": "reciprocal_rank", "top1": "top1", "top5": "top5", "missed": "missed"}
+"""Names in manifests, and of which of SUMS they are the mean."""
+
+LOGIT_MOST = 50.0
+"""Beyond plus and minus this a probability is 0 or 1."""
+
+_ROWS, _LOG_LOSS, _TOP1, _OFFERED, _MISSED = (
+    SUMS.index(name) for name in ("rows", "log_loss", "top1", "offered", "missed")
+)
+
+
+class Progressive:
+    """The running measures of the model and of the baselines."""
+
+    def __init__(self) -> None:
+        # [total and recent, predictor, users, sum]
+        self._sums: F64 = no_sums(2)
+        self._popular = hourly_popular()
+
+    def score(
+        self,
+        record: Record,
+        scores: Scores,
+        transitions: CountTable,
+        known: Flags,
+        categories: int,
+        scored: Flags,
+    ) -> StepScores:
+        """What was said of a record before anybody learns from it; changes nothing.
+
+        Args:
+            record: Of n rows.
+            scores: Of the model.
+            transitions: What came next, before these rows.
+            known: `[n]` bool, whether the user is known.
+            categories: That are known, those that the record brought too: else what is new would cost nothing.
+            scored: `[2 n]` bool, the pairs whose engagement counts, of rows and then of their negatives.
+        """
+        targets, newest = record.targets, np.ascontiguousarray(record.ids["recent"][:, 0])
+        rows = targets.slot >= 0
+        category = record.ids["category"]
+        said = of_all(scores, targets.slot, category, newest, record.newest, self._popular, transitions)
+        sums, kinds = no_sums(), known[rows]
+        misses = self.miss_shares()
+        for place, name in enumerate(PREDICTORS):
+            columns = row_sums(said[name], misses[place][kinds.astype(np.int64)], categories)
+            sums[place, 1], sums[place, 2] = columns[~kinds].sum(0), columns[kinds].sum(0)
+        sums[:, 0] = sums[:, 1] + sums[:, 2]
+        shift = np.concatenate([targets.label_shift, targets.negative_shift])[scored]
+        labels = np.concatenate([targets.label, np.zeros_like(targets.label)])[scored]
+        logits = np.clip((scores.engagement[scored] + shift).astype(np.float64), -LOGIT_MOST, LOGIT_MOST)
+        predicted = 1.0 / (1.0 + np.exp(-logits))
+        return StepScores(
+            sums,
+            int(scored.sum()),
+            int((labels >= 0.5).sum()),
+            float(predicted.sum()),
+            float(scores.engagement_loss[scored].sum(dtype=np.float64)),
+        )
+
+    def miss_shares(self) -> F64:
+        """`[predictor, 2]` float64: how likely a row's category is none of the candidates, of new users and of known ones."""
+        recent = self._sums[1, :, 1:]
+        without = recent[..., _ROWS] - recent[..., _OFFERED]
+        return np.asarray((recent[..., _MISSED] - without + 0.5) / (recent[..., _OFFERED] + 1.0))
+
+    def update(self, scores: StepScores, category: U64, log_ms: int) -> None:
+        """Adds the scores of a step, and lets the popular categories learn from it.
+
+        Args:
+            scores: Of `score`.
+            category: `[n]` uint64, what was clicked; 0 for none.
+            log_ms: Log time.
+        """
+        self._sums[1] *= 0.5 ** (scores.total("rows") / HALF_LIFE_ROWS)
+        self._sums += scores.sums
+        self._popular.update(category, log_ms)
+
+    def values(self) -> dict[str, float]:
+        """The measures by name: recent ones plain, those since the beginning under `total.`.
+
+        log_loss, mrr, top1, top5 and missed of the model, also under `new.` and `known.`; the same under
+        `baseline.<name>.`; `lift.top1` and `lift.log_loss`, by how much the model is better than the best of those. A
+        measure without rows is absent.
+        """
+        found: dict[str, float] = {}
+        for when, prefix in ((1, ""), (0, "total.")):
+            for place, name in enumerate(PREDICTORS):
+                for users, kind in enumerate(USERS):
+                    sums, where = self._sums[when, place, users], where_of(name, kind)
+                    if sums[_ROWS] > 0:
+                        found |= {
+                            f"{prefix}{where}{measure}": float(sums[SUMS.index(of)] / sums[_ROWS])
+                            for measure, of in MEASURES.items()
+                        }
+            found |= {f"{prefix}lift.{name}": value for name, value in lift(self._sums[when, :, 0]).items()}
+        return found
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """All sums and the popular categories, for a version."""
+        popular = {f"popular.{name}": value for name, value in self._popular.state().items()}
+        return {"sums": self._sums.copy(), **popular}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Sets what `state` returned; a version of a release without these measures has nothing, and they begin anew."""
+        self._sums, self._popular = no_sums(2), hourly_popular()
+        if "sums" in state and state["sums"].shape == self._sums.shape:
+            self._sums = np.array(state["sums"])
+            self._popular.load({name: state[f"popular.{name}"] for name in ("ids", "counts", "hour")})
+
+
+def where_of(predictor: str, users: str) -> str:
+    """How names of measures begin.
+
+    >>> where_of("model", "all"), where_of("popular", "new")
+    ('', 'baseline.popular.new.')
+    """
+    return ("" if predictor == "model" else f"baseline.{predictor}.") + ("" if users == "all" else f"{users}.")
+
+
+def row_sums(said: Prediction, miss: F64, categories: int) -> F64:
+    """SUMS of each of t rows, `[t, sum]` float64.
+
+    Args:
+        said: Of the rows.
+        miss: `[t]` float64, the probability that the category is no candidate where there are some.
+        categories: Known ones.
+
+    >>> one = np.ones(1)
+    >>> hit, miss = Prediction(one.astype(np.int32), np.log(one / 4), one.astype(np.int32) * 4), 0.2 * one
+    >>> round(float(np.exp(-row_sums(hit, miss, 9)[0, 1])), 6)
+    0.2
+    >>> missed = Prediction(-one.astype(np.int32), 0 * one, one.astype(np.int32) * 4)
+    >>> round(float(np.exp(-row_sums(missed, miss, 9)[0, 1])), 6)
+    0.033333
+    """
+    hit, offered = said.rank != NONE, said.candidates > 0
+    others = np.log(np.maximum(categories - said.candidates, 0) + 1.0)
+    log_loss = np.where(hit, -np.log1p(-miss) - said.log_share, np.where(offered, others - np.log(miss), others))
+    found = (
+        np.ones(hit.size), log_loss, log_loss**2, np.where(hit, 1.0 / (1.0 + said.rank * hit), 0.0), said.rank == 0,
+        hit & (said.rank < 5), offered, ~hit,
+    )  # fmt: skip
+    return np.stack(found, 1)
+
+
+def lift(sums: F64) -> dict[str, float]:
+    """By how much the model is better than the best of the baselines, from `[predictor, sum]` float64; none without rows.
+
+    >>> sums = np.ones((len(PREDICTORS), len(SUMS)))
+    >>> sums[:, _LOG_LOSS], sums[:, _TOP1] = (1.5, 4.0, 2.0, 3.0), (0.5, 0.1, 0.25, 0.2)
+    >>> lift(sums)
+    {'top1': 0.25, 'log_loss': 0.5}
+    """
+    if sums[0, _ROWS] <= 0:
+        return {}
+    means = sums / sums[:, _ROWS, None]
+    best = means[[PREDICTORS.index(name) for name in BASELINES]]
+    return {
+        "top1": float(means[0, _TOP1] - best[:, _TOP1].max()),
+        "log_loss": float(best[:, _LOG_LOSS].min() - means[0, _LOG_LOSS]),
+    }

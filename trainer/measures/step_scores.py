@@ -1,0 +1,80 @@
+"""What one step scored before it learned, as sums: for whoever judges the step, and for the running measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.measures.predictions import PREDICTORS
+
+F64 = npt.NDArray[np.float64]
+
+USERS = ("all", "new", "known")
+"""Known is a user who has a category in the windows, or was seen before and has a row."""
+
+SUMS = ("rows", "log_loss", "log_loss_squares", "reciprocal_rank", "top1", "top5", "offered", "missed")
+"""Of rows with a category: their number, their log loss and its squares, 1 / (1 + rank) (0 for a miss), whether the
+category led or was among the best five, whether there was a candidate at all, and whether it was none of them."""
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """The sums of a step, or of several that were added.
+
+    Attributes:
+        sums: `[predictor, users, sum]` float64, by PREDICTORS, USERS and SUMS.
+        pairs: Pairs of a user and an item whose engagement was scored.
+        positives: Those of them that were clicked, or were labelled so.
+        predicted: Sum of their predicted probabilities.
+        engagement_log_loss: Sum of their log losses.
+    """
+
+    sums: F64
+    pairs: int
+    positives: int
+    predicted: float
+    engagement_log_loss: float
+
+    def __add__(self, other: StepScores) -> StepScores:
+        """Both together."""
+        return StepScores(
+            self.sums + other.sums,
+            self.pairs + other.pairs,
+            self.positives + other.positives,
+            self.predicted + other.predicted,
+            self.engagement_log_loss + other.engagement_log_loss,
+        )
+
+    def total(self, name: str, predictor: str = "model", users: str = "all") -> float:
+        """One of SUMS."""
+        return float(self.sums[PREDICTORS.index(predictor), USERS.index(users), SUMS.index(name)])
+
+    def mean(self, name: str, predictor: str = "model", users: str = "all") -> float:
+        """The mean over the rows of one of SUMS; NaN without rows.
+
+        >>> rows = np.zeros((len(PREDICTORS), len(USERS), len(SUMS)))
+        >>> rows[0, 0, :2] = 4, 10.0
+        >>> StepScores(rows, 0, 0, 0.0, 0.0).mean("log_loss")
+        2.5
+        """
+        rows = self.total("rows", predictor, users)
+        return self.total(name, predictor, users) / rows if rows else float("nan")
+
+    @property
+    def calibration(self) -> float:
+        """Predicted over observed clicks: 1 is right, above it promises too much; NaN where nothing was clicked."""
+        return self.predicted / self.positives if self.positives else float("nan")
+
+
+def joined_scores(parts: list[StepScores]) -> StepScores:
+    """The scores of a record that was learned in several updates."""
+    return reduce(StepScores.__add__, parts)
+
+
+def no_sums(*first: int) -> npt.NDArray[Any]:
+    """`[*first, predictor, users, sum]` float64 zeros."""
+    return np.zeros((*first, len(PREDICTORS), len(USERS), len(SUMS)))
