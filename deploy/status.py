@@ -19,7 +19,7 @@ from typing import Any
 from deploy.operate import held, horizon, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.startup.hints import addresses
-from deploy.watch import accounts, parity, scrape, storage, stores_place
+from deploy.watch import accounts, parity, quality, scrape, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
@@ -127,6 +127,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows += _part("rows", *stores_place.as_text(stored))
     for stored in state.get("histories") or []:
         rows += _part("histories", *stores_place.as_text(stored))
+    if measured := state.get("quality"):
+        rows += _part("quality", *quality.as_text(measured))
     if accounting := state.get("accounting"):
         balanced = accounting["balanced"]
         word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
@@ -199,6 +201,7 @@ def document(
         "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
         **others,
         "parity": parity.look(scrapes["applier"]),
+        "quality": quality.look(scrapes["trainer"]),
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),
             "ready": serving_address(settings, "/readyz"),

@@ -184,13 +184,19 @@ class TrainerMetrics(Metrics):
     )
     slice_rows = gauge(
         "springtide_trainer_slice_rows",
-        "Recent rows, by the value of an attribute of `attributes.slices`.",
+        "Recent rows, by action, by users (new, known) and by the values of `attributes.slices`; the largest slices of each.",
         "attribute",
         "value",
     )
     slice_log_loss = gauge(
         "springtide_trainer_slice_log_loss",
-        "Log loss of the interests of those rows, scored before learning.",
+        "Log loss of the next category of those rows, as springtide_trainer_log_loss.",
+        "attribute",
+        "value",
+    )
+    slice_log_loss_error = gauge(
+        "springtide_trainer_slice_log_loss_error",
+        "Half the width of its 95 % confidence interval.",
         "attribute",
         "value",
     )
@@ -199,6 +205,27 @@ class TrainerMetrics(Metrics):
         "Area under the curve of the engagement of those rows, scored before learning.",
         "attribute",
         "value",
+    )
+    slice_auc_error = gauge(
+        "springtide_trainer_slice_auc_error", "Half the width of its 95 % confidence interval.", "attribute", "value"
+    )
+    slice_calibration_ratio = gauge(
+        "springtide_trainer_slice_calibration_ratio",
+        "Predicted over observed engagement of those rows; 1 is right.",
+        "attribute",
+        "value",
+    )
+    slice_gap = gauge(
+        "springtide_trainer_slice_gap",
+        "By how much the worst slice of an attribute is worse than the best, by measure (log_loss, auc).",
+        "attribute",
+        "measure",
+    )
+    slice_gap_sure = gauge(
+        "springtide_trainer_slice_gap_sure",
+        "What is left of that between the ends of their confidence intervals, widened for as many slices as there are.",
+        "attribute",
+        "measure",
     )
     version = gauge("springtide_trainer_version", "Newest version published.")
     epoch = gauge("springtide_trainer_epoch", "Epoch the trainer works in.")

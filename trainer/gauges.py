@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from state.metrics import TrainerMetrics
 from state.registry.control import Control
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.intake import Intake
+from trainer.measures.breakdown import GAPS, SliceMeasures, gap
 from trainer.measures.predictions import PREDICTORS
 from trainer.measures.progressive import where_of
-from trainer.measures.slices import Slices
 from trainer.measures.step_scores import USERS
 from trainer.tables.id_table import IdTable
+
+MOST_DIMENSIONS, MOST_SLICES = 8, 16
+"""So many slices are on /metrics, the largest of each of so many dimensions; versions have all of them."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +82,27 @@ def show_quality(measured: Mapping[str, float], metrics: TrainerMetrics) -> None
         gauge.set(measured.get(name, float("nan")))
 
 
-def show_slices(slices: Slices, metrics: TrainerMetrics) -> None:
-    """Sets the gauges of the slices; a value may have got its name meanwhile."""
-    shown = {"rows": metrics.slice_rows, "log_loss": metrics.slice_log_loss, "auc": metrics.slice_auc}
-    for gauge in shown.values() if slices else ():
+def show_slices(slices: Sequence[SliceMeasures], metrics: TrainerMetrics) -> None:
+    """Sets the gauges of the slices, the largest of each dimension, and of the gaps; a value may have got its name meanwhile."""
+    shown = {
+        "rows": metrics.slice_rows,
+        "log_loss": metrics.slice_log_loss,
+        "auc": metrics.slice_auc,
+        "calibration": metrics.slice_calibration_ratio,
+    }
+    errors = {"log_loss": metrics.slice_log_loss_error, "auc": metrics.slice_auc_error}
+    for gauge in (*shown.values(), *errors.values(), metrics.slice_gap, metrics.slice_gap_sure):
         gauge.clear()
-    for one in slices.measures():
-        for name in shown.keys() & one.figures.keys():
-            shown[name].labels(one.attribute, one.value).set(one.figures[name])
+    dimensions = list(dict.fromkeys(one.dimension for one in slices))[:MOST_DIMENSIONS]
+    for dimension in dimensions:
+        mine = sorted((one for one in slices if one.dimension == dimension), key=lambda one: -one.figures["rows"])
+        for one in mine[: MOST_SLICES // len(dimensions)]:
+            for name in shown.keys() & one.figures.keys():
+                shown[name].labels(dimension, one.value).set(one.figures[name])
+            for name in errors.keys() & one.intervals.keys():
+                low, high = one.intervals[name]
+                errors[name].labels(dimension, one.value).set((high - low) / 2)
+        for name in GAPS:
+            if (found := gap(slices, dimension, name)) is not None:
+                metrics.slice_gap.labels(dimension, name).set(found.size)
+                metrics.slice_gap_sure.labels(dimension, name).set(found.sure)

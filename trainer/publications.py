@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from state.registry.recent import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
+from trainer.measures.breakdown import SliceMeasures, shown_of
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.draft import Drafter
@@ -106,7 +107,8 @@ class Publications:
         if (at := onward(control.log, place.next)) != place.next:
             # Who wrote what is passed over on the way there is not known.
             place = replace(place, next=at, leader_epoch=-1)
-        draft = self.draft("recent", place, control, account, topic_id)
+        slices = self.slices() if durable else ()
+        draft = self.draft("recent", place, control, account, topic_id, slices)
         saving = None
         if durable:
             log = replace(draft.log, first=place.durable_first)
@@ -119,7 +121,8 @@ class Publications:
             self._saved_s = self._last_s
         gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
         gauges.show_quality(draft.metrics, self._metrics)
-        gauges.show_slices(self._trainer.slices, self._metrics)
+        if durable:
+            gauges.show_slices(slices, self._metrics)
         return place.handed_over(durable)
 
     def publish_first(
@@ -139,17 +142,27 @@ class Publications:
             OSError: The disk refused.
         """
         kind: Kind = "delta" if place.parent else "base"
-        draft = self.draft(kind, place, control, account, topic_id)
+        draft = self.draft(kind, place, control, account, topic_id, self.slices())
         self._publisher.save(Saving(draft, {**tensors, **self._probed.answers()}))
         made = self.settle(wait=True)
         assert made is not None, "it was offered"
         return place.at_version(made).handed_over(True)
 
+    def slices(self) -> Sequence[SliceMeasures]:
+        """What is measured of slices now."""
+        trainer = self._trainer
+        return trainer.breakdown.measures(shown_of(trainer.settings.events.actions, trainer.slices))
+
     def draft(
-        self, kind: Kind, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str
+        self,
+        kind: Kind,
+        place: TrainingPlace,
+        control: Control,
+        account: Mapping[str, int],
+        topic_id: str,
+        slices: Sequence[SliceMeasures] = (),
     ) -> Draft:
         """What a version made now says of itself."""
         now_ms = int(self._clock() * 1000)
-        return self._drafter.draft(
-            kind, place, self._trainer, account, topic_id, control, now_ms, self._updates.verdict()
-        )
+        verdict = self._updates.verdict()
+        return self._drafter.draft(kind, place, self._trainer, account, topic_id, control, now_ms, verdict, slices)

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 ASK_KAFKA_S = 1.0
 
+FIGURES = {
+    "log loss": "log_loss", "AUC": "auc", "top 1": "top1", "top 5": "top5", "known top 1": "known.top1",
+    "known top 5": "known.top5", "lift": "lift.top1",
+}  # fmt: skip
+"""Columns, and which measure each is: recent ones, scored before learning."""
+
 
 def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Lists the versions with age, log range, metrics, which one serves, and which can do no more than that.
@@ -52,7 +58,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     if not entries:
         say("no version yet; the trainer publishes the first after the bootstrap")
         return
-    head = ["version", "epoch", "age", "kind", "log", "log loss", "AUC", "top 1", ""]
+    head = ["version", "epoch", "age", "kind", "log", *FIGURES, ""]
     lines = [
         [
             str(one["version"]),
@@ -60,7 +66,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
             age(one["age_s"]) if "age_s" in one else "?",
             one.get("kind", "?"),
             f"{one['log']['first']}-{one['log']['next']}" if "log" in one else "?",
-            *(_figure(one, name) for name in ("log_loss", "auc", "top1")),
+            *(_figure(one, name) for name in FIGURES.values()),
             ", ".join(one["marks"]),
         ]
         for one in reversed(entries)
@@ -168,5 +174,7 @@ def _entry(
 
 
 def _figure(entry: dict[str, Any], name: str) -> str:
-    value = entry.get("metrics", {}).get(name)
+    measured = entry.get("metrics", {})
+    # A version of 0.1.0 calls log loss what cannot be compared, see `trainer/measures/evaluation.py`.
+    value = None if name == "log_loss" and "training_loss" not in measured else measured.get(name)
     return "-" if value is None else f"{value:.4f}"

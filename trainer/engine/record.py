@@ -182,3 +182,8 @@ def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBat
         number = np.arange(len(batch))
         part = (number >= begin) & (number < begin + size)
         yield batch.take(part), crosses[part]
+
+
+def left(batch: MicroBatch) -> U64:
+    """The category that each row's event came after, `[n]` uint64; 0 where there is none, or no category came next."""
+    return np.where(batch.category != 0, batch.recent_categories[:, 0], np.uint64(0))

@@ -42,8 +42,10 @@ from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, 
 from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.own_tables import Growth
-from trainer.engine.record import Record, Recorder, parts
+from trainer.engine.predicted import judged
+from trainer.engine.record import Record, Recorder, left, parts
 from trainer.engine.report import Report, joined
+from trainer.measures.breakdown import Breakdown
 from trainer.measures.evaluation import Evaluation
 from trainer.measures.progressive import Progressive
 from trainer.measures.slices import Scored, Slices
@@ -92,7 +94,8 @@ class Trainer:
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
-        progressive: The measures beside those of what is simple; they decide nothing and are in versions on their own.
+        progressive, breakdown: The measures beside those of what is simple, and of slices; they decide nothing, and are
+            in versions on their own.
         device: Where the variables are.
         guarded: What the version that was loaded keeps of the guard of updates, see `trainer/holding.py`.
     """
@@ -117,6 +120,7 @@ class Trainer:
         self.evaluation, self.progressive, self._new_users = Evaluation(), Progressive(), np.empty(0, np.uint64)
         self._columns = Columns(settings.attributes)
         self.slices = Slices(settings.attributes, self._columns)
+        self.breakdown = Breakdown.of(settings, self.slices)
         self.guard = GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
         self.counters = Counters()
@@ -136,6 +140,7 @@ class Trainer:
         self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
         self.evaluation, self.progressive = Evaluation(), Progressive()
         self.slices = Slices(self.settings.attributes, self._columns)
+        self.breakdown = Breakdown.of(self.settings, self.slices)
         self.guard, self.guarded = GuardState(), {}
         self.counters = Counters()
 
@@ -223,7 +228,7 @@ class Trainer:
             if fields := ids.shape[1]:
                 self.tables["context"].observe(ids.reshape(-1), np.repeat(batch.at_ms, fields))
         self._growth.observe(batch, context, attributes)
-        self.transitions.observe(_left(batch), batch.at_ms)
+        self.transitions.observe(left(batch), batch.at_ms)
         if crosses.size:
             self.tables[CROSS].observe(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
             shares = self.crosses.shares
@@ -254,18 +259,20 @@ class Trainer:
         known = batch.recent_categories[:, 0] != MISSING
         known[~known] = ~np.isin(batch.user[~known], self._new_users)
         categories = len(self.tables["category"])
-        judged = self.progressive.score(record, scores, self.transitions, known, categories, scored)
+        found = judged(self.progressive, record, scores, self.transitions, known, categories, scored)
 
         if verdict is Verdict.ACCEPT:
             self.engine.apply(measured)
             for name, rows in measured.rows.items():
                 self.tables[name].touch(rows)
-            self.progressive.update(judged, batch.category, counters.log_ms)
+            self.progressive.update(found.scores, batch.category, counters.log_ms)
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
+            places: list[npt.NDArray[Any]] = [batch.action, known]
             if self.slices:
                 seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
                 users, items = self._columns.users_of(batch), self._columns.items_of(batch)
-                self.slices.update(users, items, batch.header.names, seen)
+                places += self.slices.update(users, items, batch.header.names, seen)
+            self.breakdown.update(places, record.partner, found)
             self.popular.update(batch.category, counters.log_ms)
             # Only once the step is accepted: a skipped one leaves no trace.
             self.transitions.count(record.newest, np.where(pairs.weight > 0, batch.category, np.uint64(0)))
@@ -286,10 +293,5 @@ class Trainer:
             grad_norm=norm,
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
-            quality=judged,
+            quality=found.scores,
         )
-
-
-def _left(batch: MicroBatch) -> U64:
-    """The category that each row's event came after, `[n]` uint64; 0 where there is none, or no category came next."""
-    return np.where(batch.category != 0, batch.recent_categories[:, 0], np.uint64(0))

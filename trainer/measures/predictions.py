@@ -14,22 +14,17 @@ the log alone: integers, and of the model its logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, compiled_sums
+from state.compiled import compiled
 from state.ranking.transitions import FOLLOWERS
-from trainer.engine.compiled.softmax import exponentials, highest_of
-from trainer.engine.engine import Scores
-from trainer.model.ranker import MASKED
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64
 from trainer.tables.popular import Popular
 
-F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 PREDICTORS = ("model", "popular", "previous", "came_next")
@@ -47,10 +42,8 @@ COUNTED = 8192
 SPAN_MS, KEPT = 300_000, 61_858
 """Of a count is kept after each five minutes of log time, in 1/65536: half after an hour, 2 ** (-1 / 12) each."""
 
-_THERE = np.float32(MASKED / 2)
 
-
-class Prediction(NamedTuple):
+class CategoryPrediction(NamedTuple):
     """What one predictor said of t rows.
 
     Attributes:
@@ -69,84 +62,7 @@ def hourly_popular() -> Popular:
     return Popular(LISTED, COUNTED, SPAN_MS, KEPT)
 
 
-def of_all(
-    scores: Scores, slot: I32, category: U64, newest: U64, newest_list: I32, popular: Popular, transitions: CountTable
-) -> Mapping[str, Prediction]:
-    """What each predictor said, by name.
-
-    Args:
-        scores: Of the record.
-        slot: `[n]` int32, the slot of each row's category; -1 in rows without one, which are left out.
-        category: `[n]` uint64, what was clicked.
-        newest: `[n]` uint64, the category of the user's event before; 0 for none.
-        newest_list: `[n]` int32, its row in the table of transitions.
-        popular: Of `hourly_popular`, before these rows.
-        transitions: Before these rows.
-    """
-    rows = slot >= 0
-    aimed, before = category[rows], newest[rows]
-    return {
-        "model": of_model(scores, slot),
-        "popular": of_popular(popular, aimed),
-        "previous": of_previous(before, aimed),
-        "came_next": of_came_next(transitions, np.where(before != 0, newest_list[rows], 0).astype(np.int32), aimed),
-    }
-
-
-def of_model(scores: Scores, slot: I32) -> Prediction:
-    """What the model said of the rows that have a category: softmax over the candidates that serving has.
-
-    Args:
-        scores: Of n rows.
-        slot: `[n]` int32, see `trainer/model/candidates.py`; the last slot is no candidate.
-    """
-    at = np.flatnonzero(slot >= 0)
-    found = Prediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
-    width = sum(part.shape[1] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits))
-    bits = np.empty(width, np.int32)
-    recent, popular = np.ascontiguousarray(scores.recent_logits), np.ascontiguousarray(scores.popular_logits)
-    successor = np.ascontiguousarray(scores.successor_logits)
-    _model(recent, popular, successor, np.ascontiguousarray(slot), at, bits, bits.view(np.float32), *found)
-    return found
-
-
-@compiled_sums
-def _model(
-    recent: F32,
-    popular: F32,
-    successor: F32,
-    slot: I32,
-    at: npt.NDArray[np.int64],
-    bits: I32,
-    scale: F32,
-    rank: I32,
-    log_share: F64,
-    candidates: I32,
-) -> None:
-    own, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
-    logits, shares = np.empty(own + ranks + last, np.float32), np.empty(own + ranks + last, np.float32)
-    for i in range(at.shape[0]):
-        row, count = at[i], 0
-        logits[:own] = recent[row]
-        logits[own : own + ranks] = popular[row]
-        logits[own + ranks :] = successor[row]
-        for j in range(logits.shape[0]):
-            if logits[j] > _THERE:
-                count += 1
-        candidates[i], rank[i], log_share[i] = count, NONE, 0.0
-        target = slot[row]
-        if target < logits.shape[0]:
-            highest = highest_of(logits)
-            total = exponentials(logits, highest, shares, bits, scale)
-            log_share[i] = float(logits[target] - highest) - np.log(float(total))
-            before = 0
-            for j in range(logits.shape[0]):
-                if logits[j] > logits[target] or (logits[j] == logits[target] and j < target):
-                    before += 1
-            rank[i] = before
-
-
-def of_popular(popular: Popular, category: U64) -> Prediction:
+def of_popular(popular: Popular, category: U64) -> CategoryPrediction:
     """What the clicks of the last hour or so say of `[t]` categories.
 
     >>> popular = hourly_popular()
@@ -160,28 +76,28 @@ def of_popular(popular: Popular, category: U64) -> Prediction:
     same = popular.top() == category[:, None]
     rank = np.where(same.any(1), same.argmax(1), LISTED)
     there = counts > 0
-    return Prediction(
+    return CategoryPrediction(
         np.where(there, rank, NONE).astype(np.int32),
         np.log(np.where(there, counts, max(total, 1)) / max(total, 1)),
         np.full(category.size, len(popular), np.int32),
     )
 
 
-def of_previous(newest: U64, category: U64) -> Prediction:
+def of_previous(newest: U64, category: U64) -> CategoryPrediction:
     """What the category of the user's event before says of `[t]` categories; 0 is none.
 
     >>> found = of_previous(np.array([5, 5, 0], np.uint64), np.array([5, 7, 7], np.uint64))
     >>> found.rank.tolist(), found.candidates.tolist()
     ([0, -1, -1], [1, 1, 0])
     """
-    return Prediction(
+    return CategoryPrediction(
         np.where(newest == category, 0, NONE).astype(np.int32),
         np.zeros(category.size),
         (newest != 0).astype(np.int32),
     )
 
 
-def of_came_next(transitions: CountTable, newest: I32, category: U64) -> Prediction:
+def of_came_next(transitions: CountTable, newest: I32, category: U64) -> CategoryPrediction:
     """What the lists of users' newest categories say.
 
     Args:
@@ -191,7 +107,7 @@ def of_came_next(transitions: CountTable, newest: I32, category: U64) -> Predict
     """
     distinct, at = transitions.distinct(newest)
     lists = transitions.lists(distinct)
-    found = Prediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
+    found = CategoryPrediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
     _came_next(at, lists.counts, lists.ids, np.ascontiguousarray(category), *found)
     return found
 

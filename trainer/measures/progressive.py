@@ -24,12 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.engine.engine import Scores
-from trainer.engine.record import Record
 from trainer.measures.evaluation import HALF_LIFE_ROWS
-from trainer.measures.predictions import BASELINES, NONE, PREDICTORS, Prediction, hourly_popular, of_all
-from trainer.measures.step_scores import SUMS, USERS, StepScores, no_sums
-from trainer.tables.count_table import CountTable
+from trainer.measures.predictions import BASELINES, NONE, PREDICTORS, CategoryPrediction, hourly_popular
+from trainer.measures.step_scores import SUMS, USERS, Judged, ScoredPairs, StepScores, no_sums
 from trainer.tables.index import U64
 
 F64 = npt.NDArray[np.float64]
@@ -38,62 +35,45 @@ Flags = npt.NDArray[np.bool_]
 MEASURES = {"log_loss": "log_loss", "mrr": "reciprocal_rank", "top1": "top1", "top5": "top5", "missed": "missed"}
 """Names in manifests, and of which of SUMS they are the mean."""
 
-LOGIT_MOST = 50.0
-"""Beyond plus and minus this a probability is 0 or 1."""
-
 _ROWS, _LOG_LOSS, _TOP1, _OFFERED, _MISSED = (
     SUMS.index(name) for name in ("rows", "log_loss", "top1", "offered", "missed")
 )
 
 
 class Progressive:
-    """The running measures of the model and of the baselines."""
+    """The running measures of the model and of the baselines.
+
+    Attributes:
+        popular: The popular categories of the last hour or so.
+    """
 
     def __init__(self) -> None:
         # [total and recent, predictor, users, sum]
         self._sums: F64 = no_sums(2)
-        self._popular = hourly_popular()
+        self.popular = hourly_popular()
 
     def score(
-        self,
-        record: Record,
-        scores: Scores,
-        transitions: CountTable,
-        known: Flags,
-        categories: int,
-        scored: Flags,
-    ) -> StepScores:
-        """What was said of a record before anybody learns from it; changes nothing.
+        self, said: Mapping[str, CategoryPrediction], targets: Flags, known: Flags, categories: int, pairs: ScoredPairs
+    ) -> Judged:
+        """What was said of n rows before anybody learns from them; changes nothing.
 
         Args:
-            record: Of n rows.
-            scores: Of the model.
-            transitions: What came next, before these rows.
+            said: By each of PREDICTORS, of the rows with a category.
+            targets: `[n]` bool, which those are.
             known: `[n]` bool, whether the user is known.
-            categories: That are known, those that the record brought too: else what is new would cost nothing.
-            scored: `[2 n]` bool, the pairs whose engagement counts, of rows and then of their negatives.
+            categories: That are known, those that the rows brought too: else what is new would cost nothing.
+            pairs: Whose engagement was scored.
         """
-        targets, newest = record.targets, np.ascontiguousarray(record.ids["recent"][:, 0])
-        rows = targets.slot >= 0
-        category = record.ids["category"]
-        said = of_all(scores, targets.slot, category, newest, record.newest, self._popular, transitions)
-        sums, kinds = no_sums(), known[rows]
-        misses = self.miss_shares()
-        for place, name in enumerate(PREDICTORS):
-            columns = row_sums(said[name], misses[place][kinds.astype(np.int64)], categories)
+        kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
+        of_rows = [
+            row_sums(said[name], misses[place][kinds.astype(np.int64)], categories)
+            for place, name in enumerate(PREDICTORS)
+        ]
+        for place, columns in enumerate(of_rows):
             sums[place, 1], sums[place, 2] = columns[~kinds].sum(0), columns[kinds].sum(0)
         sums[:, 0] = sums[:, 1] + sums[:, 2]
-        shift = np.concatenate([targets.label_shift, targets.negative_shift])[scored]
-        labels = np.concatenate([targets.label, np.zeros_like(targets.label)])[scored]
-        logits = np.clip((scores.engagement[scored] + shift).astype(np.float64), -LOGIT_MOST, LOGIT_MOST)
-        predicted = 1.0 / (1.0 + np.exp(-logits))
-        return StepScores(
-            sums,
-            int(scored.sum()),
-            int((labels >= 0.5).sum()),
-            float(predicted.sum()),
-            float(scores.engagement_loss[scored].sum(dtype=np.float64)),
-        )
+        clicked, predicted, losses = int(pairs.positive.sum()), float(pairs.predicted.sum()), float(pairs.losses.sum())
+        return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
 
     def miss_shares(self) -> F64:
         """`[predictor, 2]` float64: how likely a row's category is none of the candidates, of new users and of known ones."""
@@ -111,7 +91,7 @@ class Progressive:
         """
         self._sums[1] *= 0.5 ** (scores.total("rows") / HALF_LIFE_ROWS)
         self._sums += scores.sums
-        self._popular.update(category, log_ms)
+        self.popular.update(category, log_ms)
 
     def values(self) -> dict[str, float]:
         """The measures by name: recent ones plain, those since the beginning under `total.`.
@@ -135,15 +115,15 @@ class Progressive:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums and the popular categories, for a version."""
-        popular = {f"popular.{name}": value for name, value in self._popular.state().items()}
+        popular = {f"popular.{name}": value for name, value in self.popular.state().items()}
         return {"sums": self._sums.copy(), **popular}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Sets what `state` returned; a version of a release without these measures has nothing, and they begin anew."""
-        self._sums, self._popular = no_sums(2), hourly_popular()
+        self._sums, self.popular = no_sums(2), hourly_popular()
         if "sums" in state and state["sums"].shape == self._sums.shape:
             self._sums = np.array(state["sums"])
-            self._popular.load({name: state[f"popular.{name}"] for name in ("ids", "counts", "hour")})
+            self.popular.load({name: state[f"popular.{name}"] for name in ("ids", "counts", "hour")})
 
 
 def where_of(predictor: str, users: str) -> str:
@@ -155,7 +135,7 @@ def where_of(predictor: str, users: str) -> str:
     return ("" if predictor == "model" else f"baseline.{predictor}.") + ("" if users == "all" else f"{users}.")
 
 
-def row_sums(said: Prediction, miss: F64, categories: int) -> F64:
+def row_sums(said: CategoryPrediction, miss: F64, categories: int) -> F64:
     """SUMS of each of t rows, `[t, sum]` float64.
 
     Args:
@@ -164,10 +144,10 @@ def row_sums(said: Prediction, miss: F64, categories: int) -> F64:
         categories: Known ones.
 
     >>> one = np.ones(1)
-    >>> hit, miss = Prediction(one.astype(np.int32), np.log(one / 4), one.astype(np.int32) * 4), 0.2 * one
+    >>> hit, miss = CategoryPrediction(one.astype(np.int32), np.log(one / 4), one.astype(np.int32) * 4), 0.2 * one
     >>> round(float(np.exp(-row_sums(hit, miss, 9)[0, 1])), 6)
     0.2
-    >>> missed = Prediction(-one.astype(np.int32), 0 * one, one.astype(np.int32) * 4)
+    >>> missed = CategoryPrediction(-one.astype(np.int32), 0 * one, one.astype(np.int32) * 4)
     >>> round(float(np.exp(-row_sums(missed, miss, 9)[0, 1])), 6)
     0.033333
     """

@@ -97,8 +97,13 @@ class Slices:
         """Whether there is an attribute to measure by."""
         return bool(self.names)
 
-    def update(self, users: U64, items: U64, texts: Mapping[int, str], scored: Scored) -> None:
-        """Adds the rows of one step.
+    @property
+    def by_item(self) -> tuple[bool, ...]:
+        """Of each attribute whether it is one of items, so that a negative has that of another row."""
+        return tuple(name not in self._columns.users.names for name in self.names)
+
+    def update(self, users: U64, items: U64, texts: Mapping[int, str], scored: Scored) -> list[I64]:
+        """Adds the rows of one step; returns the places of its rows, `[n]` int64, of each attribute.
 
         Args:
             users: `[n, Au]` uint64.
@@ -109,6 +114,7 @@ class Slices:
         decay = 0.5 ** (scored.log_loss.size / HALF_LIFE_ROWS)
         self._sums *= decay
         self._bins *= decay
+        found = []
         for number, name in enumerate(self.names):
             mine = name in self._columns.users.names
             ids = (
@@ -119,6 +125,19 @@ class Slices:
             places = self._places(number, ids, texts)
             other = places if mine else places[scored.partner]
             self._add(number, places, np.concatenate([places, other])[scored.pairs], scored)
+            found.append(places)
+        return found
+
+    def shown(self) -> dict[str, list[str]]:
+        """Of each attribute the texts of its places."""
+        return {
+            name: [self._text(number, place) for place in range(self._ids.shape[1])]
+            for number, name in enumerate(self.names)
+        }
+
+    def _text(self, number: int, place: int) -> str:
+        one = int(self._ids[number, place])
+        return SHOWN[place] if place < FIRST else self._texts.get(one, f"{one:016x}")
 
     def _places(self, number: int, ids: U64, texts: Mapping[int, str]) -> I64:
         """The place of each of `[n]` ids; new ones take a free one in the order in which they come."""
@@ -168,9 +187,7 @@ class Slices:
                 area = area_under_curve(*self._bins[number, place])
                 if area is not None:
                     figures["auc"] = area
-                one = int(self._ids[number, place])
-                text = SHOWN[place] if place < FIRST else self._texts.get(one, f"{one:016x}")
-                found.append(Measure(name, text, figures))
+                found.append(Measure(name, self._text(number, place), figures))
         return found
 
     def values(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from trainer.measures.predictions import PREDICTORS
 
 F64 = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 USERS = ("all", "new", "known")
 """Known is a user who has a category in the windows, or was seen before and has a row."""
@@ -68,6 +69,40 @@ class StepScores:
     def calibration(self) -> float:
         """Predicted over observed clicks: 1 is right, above it promises too much; NaN where nothing was clicked."""
         return self.predicted / self.positives if self.positives else float("nan")
+
+
+class ScoredPairs(NamedTuple):
+    """The pairs of a user and an item whose engagement was scored.
+
+    Attributes:
+        scored: `[2 n]` bool, which they are, of n rows and then of their negatives.
+        logits: `[m]` float64, shifted as in training where negatives are drawn.
+        predicted: `[m]` float64, their probabilities.
+        positive: `[m]` bool, whether they were clicked, or labelled so.
+        losses: `[m]` float64, their log losses.
+    """
+
+    scored: Flags
+    logits: F64
+    predicted: F64
+    positive: Flags
+    losses: F64
+
+
+class Judged(NamedTuple):
+    """What was said of n rows before anybody learned from them.
+
+    Attributes:
+        scores: The sums of it.
+        targets: `[n]` bool, the rows with a category.
+        rows: `[t, sum]` float64, SUMS of the model of each of those.
+        pairs: Of them.
+    """
+
+    scores: StepScores
+    targets: Flags
+    rows: F64
+    pairs: ScoredPairs
 
 
 def joined_scores(parts: list[StepScores]) -> StepScores:

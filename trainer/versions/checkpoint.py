@@ -54,7 +54,8 @@ def served(trainer: Trainer) -> dict[str, content.Array]:
 def changes(trainer: Trainer) -> dict[str, content.Array]:
     """Copies what a durable version holds, and starts both lists of changes anew; only the step thread may call it."""
     held = _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
-    return held | {f"{content.QUALITY}{name}": value for name, value in trainer.progressive.state().items()}
+    quality = trainer.progressive.state() | trainer.breakdown.state()
+    return held | {f"{content.QUALITY}{name}": value for name, value in quality.items()}
 
 
 def full(trainer: Trainer) -> dict[str, content.Array]:
@@ -126,7 +127,8 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     trainer.optimizer.set_slots(_under("slots.", tensors))
     trainer.load(_under("state.", tensors))
     trainer.guarded = _under(GUARDED, tensors)
-    trainer.progressive.load(_under(content.QUALITY, tensors))
+    for measures in (trainer.progressive, trainer.breakdown):
+        measures.load(_under(content.QUALITY, tensors))
 
 
 def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:

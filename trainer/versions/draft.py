@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from state.config.settings import Settings
@@ -10,6 +10,8 @@ from state.registry.control import Control
 from state.registry.log_line import epoch_at
 from state.registry.manifest import TOLD_MS, Draft, Kind, LogRange
 from trainer.engine.step import Trainer
+from trainer.measures import breakdown
+from trainer.measures.breakdown import SliceMeasures
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 
@@ -51,6 +53,7 @@ class Drafter:
         control: Control,
         now_ms: int,
         judged: tuple[str, Mapping[str, float]] = ("", {}),
+        slices: Sequence[SliceMeasures] = (),
     ) -> Draft:
         """The draft of a version with the weights that `trainer` has now.
 
@@ -63,6 +66,7 @@ class Drafter:
             control: That it learned under: its mask, and the line of the log.
             now_ms: Wall clock.
             judged: The guard's verdict, and how near its rules are to a hold.
+            slices: What is measured of them; a version that is not kept says nothing of it.
         """
         counters = trainer.counters
         parent, first = (place.parent, place.first) if kind == "recent" else (place.durable, place.durable_first)
@@ -87,6 +91,7 @@ class Drafter:
             metrics=trainer.evaluation.values()
             | trainer.progressive.values()
             | trainer.slices.values()
+            | dict(breakdown.values(slices))
             | {f"account.{name}": float(value) for name, value in account.items()}
             | {TOLD_MS: float(place.told_ms)},
             environment=self.environment,

@@ -21,6 +21,9 @@ def test_versions_lists_the_newest_first_with_age_log_and_metrics(operator: Oper
     assert [line.split()[0] for line in lines[1:6]] == ["5", "4", "3", "2", "1"]
     assert "40-50" in lines[1] and "2.5000" in lines[1] and "5 min 0 s" in lines[1]
     assert "nan" not in lines[5]
+    assert "0.6250" in lines[1] and "known top 5" in lines[0]
+    # Version 1 is as 0.1.0 wrote it: what it calls log loss is another measure, and is not shown beside the others.
+    assert "2.9000" not in lines[5]
 
 
 def test_versions_as_json_is_json_even_where_a_metric_is_not_a_number(operator: Operator) -> None:

@@ -16,6 +16,7 @@ from tests.trainer.batches import micro_batch, spread
 from tests.trainer.clicks import SPEC
 from tests.trainer.logs import shared
 from trainer.engine.engine import Scores
+from trainer.engine.predicted import judged
 from trainer.engine.record import Record
 from trainer.measures.evaluation import HALF_LIFE_ROWS
 from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS
@@ -153,7 +154,8 @@ def test_sums_equal_brute_force(steps: list[tuple[list[Row], int, int]]) -> None
         at_ms += later_ms
         record, scores = record_of(rows, transitions)
         known = np.array([row.known for row in rows])
-        found = ours.score(record, scores, transitions, known, categories, np.zeros(2 * len(rows), np.bool_))
+        scored = np.zeros(2 * len(rows), np.bool_)
+        found = judged(ours, record, scores, transitions, known, categories, scored).scores
         wanted = theirs.score(rows, categories)
         for predictor in PREDICTORS:
             for users in USERS:

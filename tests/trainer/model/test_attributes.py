@@ -168,7 +168,7 @@ def test_slices_add_up_to_the_whole() -> None:
         mine = [one.figures for one in trainer.slices.measures() if one.attribute == attribute]
         assert sum(one["total.rows"] for one in mine) == sum(report.rows for report in reports)
         weighted = sum(one["log_loss"] * one["rows"] for one in mine) / sum(one["rows"] for one in mine)
-        assert weighted == pytest.approx(whole["log_loss"], rel=1e-5)
+        assert weighted == pytest.approx(whole["training_loss"], rel=1e-5)
 
 
 def test_a_slice_has_the_measures_of_its_rows_alone() -> None:

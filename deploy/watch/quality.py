@@ -1,0 +1,84 @@
+"""How good the model is beside what is simple, as the trainer says on /metrics: for `springtide status`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploy.watch.scrape import Scrape
+
+PREFIX = "springtide_trainer_quality_"
+SERIES = {
+    "log_loss": "log_loss", "mrr": "reciprocal_rank", "top1": "top1_ratio", "top5": "top5_ratio", "missed": "missed_ratio",
+}  # fmt: skip
+"""What each measure is called here, and how its series ends."""
+
+USERS = ("all", "new", "known")
+WORDS = {
+    "popular": "what was popular in the last hour",
+    "previous": "the user's previous category",
+    "came_next": "what came next after it",
+}
+"""The baselines."""
+
+
+def look(trainer: Scrape) -> dict[str, Any] | None:
+    """The measures by who predicted and for which users, and the lift; None before anything was scored, or where it is away."""
+    found = {
+        predictor: {users: {name: trainer.value(PREFIX + end, predictor=predictor, users=users) for name, end in SERIES.items()}
+                    for users in (USERS if predictor == "model" else USERS[:1])}
+        for predictor in ("model", *WORDS)
+    }  # fmt: skip
+    if found["model"]["all"]["top1"] is None:
+        return None
+    lift = {
+        name: trainer.value(f"springtide_trainer_lift_{end}")
+        for name, end in (("top1", "top1_ratio"), ("log_loss", "log_loss"))
+    }
+    return {"predictors": found, "lift": lift}
+
+
+def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
+    """By how many points of 100 the model is more often right, and more of it in sentences.
+
+    >>> one = dict.fromkeys(SERIES, 0.25) | {"log_loss": 3.5}
+    >>> simple = {name: {"all": one | {"top1": 0.2}} for name in WORDS}
+    >>> model = {"all": one | {"top1": 0.3}, "new": dict.fromkeys(SERIES), "known": one}
+    >>> word, text = as_text({"predictors": {"model": model, **simple}, "lift": {"top1": 0.1, "log_loss": 0.5}})
+    >>> word
+    '+10.0 points'
+    >>> for sentence in text.split("; "):
+    ...     print(sentence)
+    more often right than what is simple: top 1 30.0 % against 20.0 % of what was popular in the last hour
+    top 5 25.0 %, MRR 0.250, log loss 3.500 (0.500 less), missed 25.0 %
+    known users: top 1 25.0 %, top 5 25.0 %, log loss 3.500
+    """
+    model, lift = found["predictors"]["model"], found["lift"]
+    simple = {name: found["predictors"][name]["all"]["top1"] or 0.0 for name in WORDS}
+    best = max(simple, key=lambda name: simple[name])
+    above = (lift["top1"] or 0.0) >= 0
+    every = model["all"]
+    parts = [
+        f"{'more' if above else 'LESS'} often right than what is simple: top 1 {_share(every['top1'])} against "
+        f"{_share(simple[best])} of {WORDS[best]}",
+        f"top 5 {_share(every['top5'])}, MRR {_number(every['mrr'])}, log loss {_number(every['log_loss'])} "
+        f"({_less(lift['log_loss'])}), missed {_share(every['missed'])}",
+    ]
+    parts += [
+        f"{users} users: top 1 {_share(one['top1'])}, top 5 {_share(one['top5'])}, log loss {_number(one['log_loss'])}"
+        for users, one in model.items()
+        if users != "all" and one["top1"] is not None
+    ]
+    return f"{100 * (lift['top1'] or 0.0):+.1f} points", "; ".join(parts)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _less(value: float | None) -> str:
+    return "-" if value is None else f"{abs(value):.3f} {'less' if value >= 0 else 'MORE'}"

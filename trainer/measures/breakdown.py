@@ -1,0 +1,284 @@
+"""Slices: the measures of some rows apart, by action, by new and known users, and by the values of attributes.
+
+Each row lies in one slice of each dimension; what is measured is what
+`progressive.py` and the engagement head said before learning. A dimension has
+bounded places (`slices.py` gives those of attributes), so that the measures and
+the labels of the metrics are bounded, and are a function of the log.
+
+Measures are recent, with the half-life of `Evaluation`, and have 95 % confidence
+intervals (`intervals.py`). They decide nothing, and are in each durable version
+like those of `progressive.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from state.compiled import compiled
+from state.config.settings import Settings
+from trainer.measures import intervals
+from trainer.measures.evaluation import HALF_LIFE_ROWS, LOGIT_RANGE, area_under_curve
+from trainer.measures.intervals import Interval
+from trainer.measures.slices import FIRST, Slices
+from trainer.measures.step_scores import SUMS, USERS, Judged
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+BINS = 256
+DECILES = 10
+"""Bins of equal width of a probability, in which the predicted and the observed share are compared."""
+
+LEAST = 100.0
+"""Rows or pairs that a slice is worth before it counts in a gap."""
+
+_LOG_LOSS, _SQUARES, _TOP1 = (SUMS.index(name) for name in ("log_loss", "log_loss_squares", "top1"))
+
+
+class SliceMeasures(NamedTuple):
+    """The measures of one slice.
+
+    Attributes:
+        dimension: `action`, `users` or the name of an attribute.
+        value: Which of it.
+        figures: By name: total.rows (since the beginning), rows, and where there are some to say so log_loss, top1,
+            engagement_log_loss, auc, calibration (predicted over observed clicks) and calibration_error (the expected
+            difference of both, over DECILES).
+        intervals: Their 95 % confidence intervals, of log_loss, top1, auc and calibration.
+    """
+
+    dimension: str
+    value: str
+    figures: dict[str, float]
+    intervals: dict[str, Interval]
+
+
+class _Sums(NamedTuple):
+    """By dimension and place, all float64.
+
+    Attributes:
+        rows: `[D, P, 5]`: all rows, those with a category, their log loss, its squares, and whether the category led.
+        pairs: `[D, P, DECILES, 4]`: scored pairs by probability, clicked ones, summed probability, and log loss.
+        bins: `[D, P, 2, BINS]`: pairs that were not clicked, and those that were, by logit.
+        squares: `[D, P, 2]`: squared weights of rows with a category and of pairs; what rows are worth follows.
+    """
+
+    rows: F64
+    pairs: F64
+    bins: F64
+    squares: F64
+
+    @classmethod
+    def none(cls, dimensions: int, places: int) -> _Sums:
+        shape = (dimensions, places)
+        return cls(*(np.zeros((*shape, *more)) for more in ((5,), (DECILES, 4), (2, BINS), (2,))))
+
+
+class Breakdown:
+    """The running measures of slices.
+
+    Args:
+        dimensions: Their names.
+        places: How many each has; what would lie behind the last is counted there.
+        by_item: Whether a negative's slice is that of the row whose item it is.
+    """
+
+    def __init__(self, dimensions: Sequence[str], places: Sequence[int], by_item: Sequence[bool]) -> None:
+        self.dimensions = tuple(dimensions)
+        self._last, self._by_item = np.array(places, np.int64) - 1, np.array(by_item, np.bool_)
+        self._sums = _Sums.none(len(self.dimensions), max(places))
+        self._total: F64 = np.zeros((len(self.dimensions), max(places)))
+
+    @classmethod
+    def of(cls, settings: Settings, slices: Slices) -> Breakdown:
+        """That of a trainer with these settings: by action, by users, and by attributes."""
+        places = [FIRST + settings.attributes.slice_values] * len(slices.names)
+        own = len(settings.events.actions) + 1, len(USERS) - 1
+        return cls(("action", "users", *slices.names), (*own, *places), (False, False, *slices.by_item))
+
+    def update(self, places: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> None:
+        """Adds the rows of one step.
+
+        Args:
+            places: Of each dimension `[n]`, the slice of each row.
+            partner: `[n]` int64, the row whose item is the negative.
+            judged: What was said of the rows.
+        """
+        decay = 0.5 ** (judged.rows.shape[0] / HALF_LIFE_ROWS)
+        for sums in self._sums[:3]:
+            sums *= decay
+        self._sums.squares[...] *= decay**2
+        pairs = judged.pairs
+        logits = np.clip(pairs.logits, -LOGIT_RANGE, LOGIT_RANGE)
+        bins = np.minimum((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), BINS - 1).astype(np.int64)
+        at = np.minimum(np.stack(places).astype(np.int64), self._last[:, None])
+        _add(
+            at, partner, self._by_item, np.flatnonzero(judged.targets), judged.rows, np.flatnonzero(pairs.scored), bins,
+            pairs.predicted, pairs.positive, pairs.losses, *self._sums, self._total,
+        )  # fmt: skip
+
+    def measures(self, shown: Mapping[str, Sequence[str]]) -> list[SliceMeasures]:
+        """The measures of each slice that any row was in.
+
+        Args:
+            shown: Of each dimension the names of its places.
+        """
+        return [
+            SliceMeasures(name, shown[name][place], *self._of(number, place))
+            for number, name in enumerate(self.dimensions)
+            for place in np.flatnonzero(self._total[number]).tolist()
+        ]
+
+    def _of(self, number: int, place: int) -> tuple[dict[str, float], dict[str, Interval]]:
+        rows, targets, log_loss, squares, top1 = self._sums.rows[number, place].tolist()
+        deciles, bins = self._sums.pairs[number, place], self._sums.bins[number, place]
+        worth_rows, worth_pairs = self._sums.squares[number, place].tolist()
+        pairs, clicked, predicted, losses = deciles.sum(0).tolist()
+        figures, sure = {"total.rows": float(self._total[number, place]), "rows": rows}, {}
+        if targets > 0:
+            equal = targets * targets / worth_rows
+            figures |= {"log_loss": log_loss / targets, "top1": top1 / targets}
+            sure["log_loss"] = intervals.of_mean(log_loss / targets, squares / targets, equal)
+            sure["top1"] = intervals.of_share(min(top1 / targets, 1.0), equal)
+        if pairs > 0:
+            off = np.abs(deciles[:, 2] - deciles[:, 1]).sum() / pairs
+            figures |= {"engagement_log_loss": losses / pairs, "calibration_error": float(off)}
+            if clicked > 0:
+                figures["calibration"] = predicted / clicked
+                equal = pairs * pairs / worth_pairs
+                sure["calibration"] = intervals.of_ratio(predicted / pairs, min(clicked / pairs, 1.0), equal)
+            if (area := area_under_curve(*bins)) is not None:
+                figures["auc"] = area
+                if (around := intervals.of_area(bins[0], bins[1], pairs / worth_pairs)) is not None:
+                    sure["auc"] = around
+        return figures, sure
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """All sums, for a version."""
+        about = json.dumps(self.dimensions).encode()
+        held = {f"slices.{name}": sums.copy() for name, sums in self._sums._asdict().items()}
+        return held | {"slices.about": np.frombuffer(about, np.uint8), "slices.total": self._total.copy()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Sets what `state` returned; measures of other slices than these begin anew."""
+        self._sums, self._total = _Sums.none(*self._total.shape), np.zeros_like(self._total)
+        if "slices.about" not in state or state["slices.total"].shape != self._total.shape:
+            return
+        if tuple(json.loads(state["slices.about"].tobytes())) == self.dimensions:
+            self._sums = _Sums(*(np.array(state[f"slices.{name}"]) for name in _Sums._fields))
+            self._total = np.array(state["slices.total"])
+
+
+@compiled
+def _add(
+    places: I64,
+    partner: I64,
+    by_item: Flags,
+    targets: I64,
+    judged: F64,
+    scored: I64,
+    bin_of: I64,
+    predicted: F64,
+    positive: Flags,
+    losses: F64,
+    rows: F64,
+    pairs: F64,
+    bins: F64,
+    squares: F64,
+    total: F64,
+) -> None:
+    count = places.shape[1]
+    for d in range(places.shape[0]):
+        for i in range(count):
+            rows[d, places[d, i], 0] += 1.0
+            total[d, places[d, i]] += 1.0
+        for i in range(targets.shape[0]):
+            at = places[d, targets[i]]
+            rows[d, at, 1] += 1.0
+            rows[d, at, 2] += judged[i, _LOG_LOSS]
+            rows[d, at, 3] += judged[i, _SQUARES]
+            rows[d, at, 4] += judged[i, _TOP1]
+            squares[d, at, 0] += 1.0
+        for i in range(scored.shape[0]):
+            row = scored[i]
+            if row >= count:
+                row = partner[row - count] if by_item[d] else row - count
+            at, clicked = places[d, row], 1 if positive[i] else 0
+            decile = min(int(predicted[i] * DECILES), DECILES - 1)
+            pairs[d, at, decile, 0] += 1.0
+            pairs[d, at, decile, 1] += clicked
+            pairs[d, at, decile, 2] += predicted[i]
+            pairs[d, at, decile, 3] += losses[i]
+            bins[d, at, clicked, bin_of[i]] += 1.0
+            squares[d, at, 1] += 1.0
+
+
+def shown_of(actions: Sequence[str], slices: Slices) -> dict[str, Sequence[str]]:
+    """Of each dimension the names of its places; an action that the settings do not name is behind the last."""
+    return {"action": (*actions, "(other)"), "users": USERS[1:], **slices.shown()}
+
+
+def values(measures: Sequence[SliceMeasures]) -> Iterator[tuple[str, float]]:
+    """Each figure as `slice.<dimension>.<value>.<measure>`, its interval as `.low` and `.high` behind it, and the gaps."""
+    for one in measures:
+        where = f"slice.{one.dimension}.{one.value}"
+        yield from ((f"{where}.{name}", figure) for name, figure in one.figures.items())
+        for name, (low, high) in one.intervals.items():
+            yield f"{where}.{name}.low", low
+            yield f"{where}.{name}.high", high
+    for dimension in dict.fromkeys(one.dimension for one in measures):
+        for name in GAPS:
+            found = gap(measures, dimension, name)
+            if found is not None:
+                yield f"gap.{dimension}.{name}", found.size
+                yield f"gap.{dimension}.{name}.sure", found.sure
+
+
+class SliceGap(NamedTuple):
+    """By how much the worst slice of a dimension is worse than the best.
+
+    Attributes:
+        size: The difference.
+        sure: What is left of it between the ends of their intervals that are next to each other; 0 where they overlap.
+        best, worst: Their values.
+    """
+
+    size: float
+    sure: float
+    best: str
+    worst: str
+
+
+GAPS = {"log_loss": -1, "auc": 1}
+"""Measures that slices are compared by, and whether more is better."""
+
+
+def gap(measures: Sequence[SliceMeasures], dimension: str, name: str) -> SliceGap | None:
+    """The gap of a dimension in one of GAPS, over slices of LEAST rows at least; None where there are no two.
+
+    Of many slices some differ by chance alone: the interval of the best and of the worst of k is widened to
+    1 - 0.05 / k (Bonferroni), as a factor of the normal distribution's width.
+
+    >>> one = SliceMeasures("age", "old", {"rows": 900.0, "log_loss": 3.0}, {"log_loss": (2.9, 3.1)})
+    >>> other = SliceMeasures("age", "young", {"rows": 900.0, "log_loss": 2.0}, {"log_loss": (1.9, 2.1)})
+    >>> found = gap([one, other], "age", "log_loss")
+    >>> found.size, round(found.sure, 3), found.best, found.worst
+    (1.0, 0.771, 'young', 'old')
+    """
+    there = [
+        one for one in measures if one.dimension == dimension and name in one.intervals and one.figures["rows"] >= LEAST
+    ]
+    if len(there) < 2:
+        return None
+    ordered = sorted(there, key=lambda one: one.figures[name] * GAPS[name])
+    worst, best = ordered[0], ordered[-1]
+    wider = intervals.widened(len(there))
+    size = abs(worst.figures[name] - best.figures[name])
+    inner = sum((one.intervals[name][1] - one.intervals[name][0]) / 2 * wider for one in (worst, best))
+    return SliceGap(size, max(size - inner, 0.0), best.value, worst.value)
