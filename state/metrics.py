@@ -12,13 +12,35 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
 
 from state.errors import PortTaken
+from state.process.build import build
 
 SHORT_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 FRESHNESS_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+ANSWER_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 2.0)
+ANSWERING_ROUTES = (
+    *("profile", "batch", "explain", "rank", "recommendations", "similar", "predict"),
+    *map("/springtide.v1.Profiles/{}".format, ("GetProfile", "BatchGetProfiles", "Rank", "Recommend", "Similar")),
+    "/tensorflow.serving.PredictionService/Predict",
+)
+"""Of a worker: those that a version answers."""
+OTHER_ROUTES = "other"
+BEGAN = "When this process began to count, seconds since 1970; the first of several workers."
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+# Each counter and histogram would have one more series, which nobody asks for.
+disable_created_metrics()
 
 
 class _Declared(partial[Any]):
@@ -31,8 +53,8 @@ def counter(name: str, text: str, *labels: str) -> Counter:
 
 
 def gauge(name: str, text: str, *labels: str) -> Gauge:
-    """Declares what rises and falls."""
-    return cast(Gauge, _Declared(Gauge, name, text, labels))
+    """Declares what rises and falls; of several workers that share their counters the largest is told."""
+    return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode="max"))
 
 
 def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
@@ -41,7 +63,7 @@ def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) ->
 
 
 class Metrics:
-    """The metrics of one process, which its class declares.
+    """The metrics of one process, which its class declares; `began`, where there is one, is set.
 
     Args:
         registry: Where they are collected.
@@ -51,11 +73,14 @@ class Metrics:
         for attribute, declared in vars(type(self)).items():
             if isinstance(declared, _Declared):
                 setattr(self, attribute, declared(registry=registry))
+        if isinstance(began := vars(self).get("began"), Gauge):
+            began.set_to_current_time()
 
 
 class StreamMetrics(Metrics):
     """What the Beam job counts."""
 
+    began = gauge("springtide_stream_began_seconds", BEGAN)
     events = counter(
         "springtide_stream_events",
         "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent, opened, feedback, masked.",
@@ -79,7 +104,11 @@ class StreamMetrics(Metrics):
     clock_off_time_seconds = gauge(
         "springtide_stream_clock_off_time_seconds", "When it was read, seconds since 1970.", "direction"
     )
-    lag_events = gauge("springtide_stream_lag_events", "Positions of the clicks topic not yet read.")
+    busy_seconds = counter(
+        "springtide_stream_busy_seconds",
+        "Time that the thread that reads clicks spent on what it had read, waiting for commits included.",
+    )
+    lag_events = gauge("springtide_stream_lag_events", "Positions of the clicks topic not yet read and committed.")
     lag_seconds = gauge(
         "springtide_stream_lag_seconds",
         "Wall time since the newest committed click was appended to Kafka; 0 when none wait.",
@@ -131,6 +160,7 @@ class StreamMetrics(Metrics):
 class TrainerMetrics(Metrics):
     """What the trainer counts."""
 
+    began = gauge("springtide_trainer_began_seconds", BEGAN)
     rows = counter(
         "springtide_trainer_rows",
         "Rows of the training log, by outcome: trained, skipped, duplicate, masked, other_features (of a former feature spec).",
@@ -240,7 +270,16 @@ class TrainerMetrics(Metrics):
         "springtide_trainer_publish_stall_seconds", "Time a publication kept the steps waiting.", SHORT_SECONDS
     )
     lag_records = gauge("springtide_trainer_lag_records", "Positions of the training log not yet read.")
+    lag_seconds = gauge(
+        "springtide_trainer_lag_seconds",
+        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait.",
+    )
     caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
+    device_memory_bytes = gauge(
+        "springtide_trainer_device_memory_bytes",
+        "GPU memory that TensorFlow holds, by kind: current, peak; absent where it computes on the CPU.",
+        "kind",
+    )
     table_rows = gauge("springtide_trainer_table_rows", "Rows in use, by table.", "table")
     table_rows_limit = gauge(
         "springtide_trainer_table_rows_limit", "Rows of a table at most: the least used go first.", "table"
@@ -261,6 +300,7 @@ class TrainerMetrics(Metrics):
         "Windows that the guard compares with; below guard.warm_up it judges nothing.",
     )
     withheld = gauge("springtide_trainer_withheld", "1 while versions wait because the guard is not sure of them.")
+    masks = gauge("springtide_trainer_masks", "Masks that training leaves out, as control has them.")
     paused = gauge("springtide_trainer_paused", "1 while an operator pauses training.")
     publishing_held = gauge(
         "springtide_trainer_publishing_held", "1 while an operator holds the publishing of versions."
@@ -286,9 +326,14 @@ class TrainerMetrics(Metrics):
 class ApplierMetrics(Metrics):
     """What serving's applier counts."""
 
+    began = gauge("springtide_serving_began_seconds", BEGAN)
     version = gauge("springtide_serving_version", "Version that answers use.")
     epoch = gauge("springtide_serving_epoch", "Epoch of that version.")
+    version_age_seconds = gauge(
+        "springtide_serving_version_age_seconds", "Time since the version that answers use was made."
+    )
     pinned = gauge("springtide_serving_pinned", "1 while an operator pins the version.")
+    masks = gauge("springtide_serving_masks", "Masks that answers leave out, as control has them.")
     applied_versions = counter("springtide_serving_applied_versions", "Versions whose rows were applied.")
     apply_seconds = histogram("springtide_serving_apply_seconds", "Time to apply one version's rows.", SHORT_SECONDS)
     rows_bytes = gauge(
@@ -376,8 +421,14 @@ class ApplierMetrics(Metrics):
 class WorkerMetrics(Metrics):
     """What a serving worker counts."""
 
+    began = gauge("springtide_worker_began_seconds", BEGAN)
     requests = counter("springtide_requests", "Requests, by route and status code.", "route", "code")
-    request_seconds = histogram("springtide_request_seconds", "Time of a request, by route.", SHORT_SECONDS, "route")
+    request_seconds = histogram(
+        "springtide_request_seconds",
+        "Time of a request, by route; those that no version answers are one: other.",
+        ANSWER_SECONDS,
+        "route",
+    )
     cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
     refused = counter(
         "springtide_connections_refused",
@@ -426,22 +477,63 @@ def names() -> frozenset[str]:
     (True, True)
     """
     registry = CollectorRegistry()
-    for process in PROCESSES:
+    for process in (*PROCESSES, *OF_EACH_PROCESS):
         process(registry)
     suffixes = {
-        "counter": ("_total", "_created"),
-        "histogram": ("_bucket", "_count", "_sum", "_created"),
+        "counter": ("_total",),
+        "histogram": ("_bucket", "_count", "_sum"),
         "gauge": ("",),
     }
-    return frozenset(family.name + suffix for family in registry.collect() for suffix in suffixes[family.type])
+    ours = {family.name + suffix for family in registry.collect() for suffix in suffixes[family.type]}
+    return frozenset(ours | OF_ANY_PROCESS.keys())
+
+
+class BuildMetrics(Metrics):
+    """What each process says of the software it runs."""
+
+    info = gauge(
+        "springtide_build_info",
+        "1; the labels say which release runs, and on which Python, TensorFlow, Beam and Kafka client (empty: not installed).",
+        "version",
+        "python",
+        "tensorflow",
+        "beam",
+        "kafka",
+    )
+
+
+OF_EACH_PROCESS = (BuildMetrics,)
+OF_ANY_PROCESS = {
+    "process_cpu_seconds_total": "Processor time, user and system.",
+    "process_resident_memory_bytes": "Memory that is in use.",
+    "process_virtual_memory_bytes": "Memory that is mapped.",
+    "process_start_time_seconds": "When it started, seconds since 1970.",
+    "process_open_fds": "Open files and sockets.",
+    "process_max_fds": "How many there may be.",
+}
+"""What each process offers under the names that are the same everywhere; of several workers sums, their parent's included."""
+
+
+def add_process(registry: CollectorRegistry) -> None:
+    """Adds what a process says of itself and of the software it runs."""
+    ProcessCollector(registry=registry)
+    say_build(registry)
+
+
+def say_build(registry: CollectorRegistry) -> None:
+    """Adds which software a process runs."""
+    BuildMetrics(registry).info.labels(**build()).set(1)
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
-    """Offers `registry` on http://host:port/metrics from a daemon thread; returns the function that stops it.
+    """Offers `registry`, and what is to be said of the process, on http://host:port/metrics from a daemon thread.
+
+    Who asks for OpenMetrics gets it. Returns the function that stops it.
 
     Raises:
         PortTaken: The port is in use.
     """
+    add_process(registry)
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:

@@ -40,6 +40,7 @@ from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import own_salt
 from state.features.spec import FeatureSpec
+from state.process import log_lines
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.options import add_file_arguments, as_settings, chosen
@@ -161,16 +162,13 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Bootstraps once; returns the exit code."""
     keep_private()
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s bootstrap %(levelname)s %(message)s", stream=own_stderr()
-    )
+    # What goes wrong is said once, below; Beam says it with its traceback.
+    log_lines.begin("bootstrap", own_stderr(), logging.CRITICAL)
     logger.setLevel(logging.INFO)
-    for noisy in ("apache_beam", "kafka", "absl", "tensorflow", "root"):
-        # What goes wrong is said once, below; Beam says it with its traceback.
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     began = time.monotonic()
     try:
         settings, wanted = asked(sys.argv[1:] if argv is None else argv)
+        log_lines.follow(settings.logs)
         done = run(settings, logger.info, wanted)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)

@@ -26,6 +26,7 @@ from state.config.loading import load
 from state.errors import GapError, SpringtideError, of_disk
 from state.log.gap_options import take_options
 from state.log.gaps import how_to_go_on
+from state.process import log_lines
 from state.process.actor import actor
 from state.process.private_files import keep_private
 from streaming.context import Handle, StreamContext
@@ -66,12 +67,11 @@ def run(shard: Handle[StreamContext]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stream of `stream.shard`; returns the exit code."""
     keep_private()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s stream %(levelname)s %(message)s", stream=sys.stderr)
-    for noisy in ("apache_beam", "kafka"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    log_lines.begin("stream")
     try:
         consent, flags = take_options(sys.argv[1:] if argv is None else argv, actor())
         settings, stopping = load(flags, os.environ), threading.Event()
+        log_lines.follow(settings.logs)
         while not stopping.is_set():
             # Again where control has changed: opening the shard is what brings it to what control asks for.
             with open_shard(settings, consent, stopping) as shard:

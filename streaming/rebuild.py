@@ -33,6 +33,7 @@ from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import KafkaLog
+from state.process import log_lines
 from state.process.private_files import keep_private
 from state.process.progress_line import ProgressLine
 from state.registry.spec_actions import SpecActions
@@ -111,11 +112,11 @@ def asked(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuilds once; returns the exit code."""
     keep_private()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s rebuild %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    log_lines.begin("rebuild")
     try:
         copy, flags = asked(sys.argv[1:] if argv is None else argv)
         settings = load(flags, os.environ)
+        log_lines.follow(settings.logs)
         if copy is not None and not copy.is_dir():
             raise SettingsError(f"--from {copy} is no directory", "name the directory of a history store")
         found = rebuild(settings, copy, progress_on(sys.stderr), logger.info)

@@ -186,4 +186,7 @@ class ReadClicks(Step[StreamContext]):
         while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
             with self.handle.watched():
                 batches = clicks.poll()
+            begun_s = time.perf_counter()
+            # All steps behind this one run before the generator goes on.
             yield batches
+            context.metrics.busy_seconds.inc(time.perf_counter() - begun_s)

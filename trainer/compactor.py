@@ -25,7 +25,7 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, UnusableRegistry, of_disk
 from state.features.spec import FeatureSpec
-from state.process import killpoints
+from state.process import killpoints, log_lines
 from state.process.private_files import keep_private
 from state.ranking.configured import crosses_of
 from state.registry.control import Control
@@ -180,10 +180,12 @@ def run_after_others(settings: Settings) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compacts once; returns the exit code."""
     keep_private()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s compactor %(levelname)s %(message)s", stream=sys.stderr)
+    log_lines.begin("compactor")
     os.nice(NICENESS)
     try:
-        run_after_others(load(sys.argv[1:] if argv is None else argv, os.environ))
+        settings = load(sys.argv[1:] if argv is None else argv, os.environ)
+        log_lines.follow(settings.logs)
+        run_after_others(settings)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import tensorflow as tf
 
 from state.errors import SettingsError
+from state.metrics import TrainerMetrics
 
 LOG = logging.getLogger(__name__)
 
@@ -41,6 +43,23 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
             )
     tf.config.experimental.enable_op_determinism()
     return chosen
+
+
+def show(device: str, metrics: TrainerMetrics) -> None:
+    """Lets the metrics say what TensorFlow holds of a GPU's memory, asked at each scrape; nothing of a CPU.
+
+    Args:
+        device: As `prepare` gave it.
+        metrics: Of the trainer.
+    """
+    if "GPU" not in device:
+        return
+    for kind in ("current", "peak"):
+        metrics.device_memory_bytes.labels(kind).set_function(partial(_held_bytes, device, kind))
+
+
+def _held_bytes(device: str, kind: str) -> float:
+    return float(tf.config.experimental.get_memory_info(device.lstrip("/"))[kind])
 
 
 def pick(device: str, gpus: list[str]) -> str:

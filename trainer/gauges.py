@@ -50,6 +50,7 @@ def show_control(control: Control, version: int, held: bool, metrics: TrainerMet
     metrics.version.set(version)
     metrics.epoch.set(control.epoch)
     metrics.held.set(held)
+    metrics.masks.set(len(control.masks))
     metrics.paused.set(not control.training)
     metrics.publishing_held.set(not control.publishing)
 

@@ -95,7 +95,7 @@ class Learner:
         self._looked = float("-inf")
         self.control: Control
         self.place: TrainingPlace
-        self.caught_up = False
+        self.caught_up, self.taken_ms = False, 0
 
     def enter(self, control: Control) -> None:
         """Becomes the trainer that `control` wants: the newest version of its epoch, else its base, else nothing.
@@ -175,9 +175,8 @@ class Learner:
                     self._reader.seek(partition, self.place.next)
                     return taken
             self.place = replace(self.place, next=batch.next)
-        lag = self._reader.lag().get(partition, 0)
-        self._metrics.lag_records.set(lag)
-        if lag == 0:
+            self.taken_ms = int(batch.timestamps_ms[-1:].max(initial=self.taken_ms))
+        if self._reader.lag().get(partition, 0) == 0:
             if not self.caught_up:
                 self.caught_up = True
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)

@@ -47,6 +47,7 @@ from state.log import Reader
 from state.log.gap_options import take_options
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics, serve
+from state.process import log_lines
 from state.process.actor import actor
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
@@ -60,6 +61,7 @@ from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.compaction import Compaction, doubt
 from trainer.exporting.schedule import ScheduledExports
+from trainer.lag import Taken, TrainingLag
 from trainer.recovery import recover
 
 if TYPE_CHECKING:
@@ -141,6 +143,7 @@ def prepare(
         go_on_in_this_release(registry, settings, spec, trainer)
         program = registry.add_program(build(trainer.model))
     logger.info("program %s ready on %s", program[:12], trainer.device)
+    device.show(trainer.device, metrics)
     # 4.
     control = registry.control()
     if control is None:
@@ -238,6 +241,10 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             arguments, settings.trainer.base_every_s, on_failure=lambda: doubt(registry, learner.place.durable)
         )
         exports = ScheduledExports(arguments, settings.export.every_s)
+        lag = TrainingLag(
+            settings.kafka, settings.trainer.partition, lambda: Taken(learner.place.next, learner.taken_ms), metrics
+        )
+        lag.start()
         holes = Holes()
         keep_what_is_there()
         # 6.
@@ -255,6 +262,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
                 "what was learned after version %d is learned again from the log: %s", learner.place.parent, error
             )
         finally:
+            lag.close()
             compaction.close()
             exports.close()
         logger.info("stopped at version %d, offset %d", learner.place.parent, learner.place.next)
@@ -263,9 +271,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code."""
     keep_private()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s", stream=own_stderr())
-    for noisy in ("kafka", "absl", "tensorflow"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    log_lines.begin("trainer", own_stderr())
     quiet_tensorflow(os.environ)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -273,7 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         consent, flags = take_options(arguments, actor(), records=True)
-        run(load(flags, os.environ), flags, stopping, consent)
+        settings = load(flags, os.environ)
+        log_lines.follow(settings.logs)
+        run(settings, flags, stopping, consent)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)

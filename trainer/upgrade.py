@@ -32,6 +32,7 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import RegistryError, SettingsError, SpringtideError, of_disk
 from state.features.spec import FeatureSpec
+from state.process import log_lines
 from state.process.actor import actor
 from state.process.closed_output import while_read
 from state.process.private_files import keep_private
@@ -213,14 +214,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     keep_private()
     with own_stderr() as errors:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=errors)
-        for noisy in ("absl", "tensorflow"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        log_lines.begin("upgrade", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
         try:
             if not asked.dry_run and not asked.reason.strip():
                 raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
             settings, now_ms = load(flags, os.environ), time.time_ns() // 1_000_000
+            log_lines.follow(settings.logs)
             run(settings, asked.dry_run, asked.learn_anew, asked.reason, print, now_ms)
         except (SpringtideError, OSError) as problem:
             error = of_disk(problem)

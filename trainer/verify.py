@@ -34,6 +34,7 @@ from state.features.erased import Erased
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics
 from state.log.accepted_gaps import Journal
+from state.process import log_lines
 from state.process.closed_output import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control
@@ -220,9 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     with own_stderr() as errors:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=errors)
-        for noisy in ("kafka", "absl", "tensorflow"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        log_lines.begin("verify", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
         os.nice(NICENESS)
 
@@ -230,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line, file=errors, flush=True)
 
         try:
-            found = run(load(flags, os.environ), asked.version, asked.base, say)
+            settings = load(flags, os.environ)
+            log_lines.follow(settings.logs)
+            found = run(settings, asked.version, asked.base, say)
         except (SpringtideError, OSError) as problem:
             error = of_disk(problem)
             say(f"springtide: {error}")

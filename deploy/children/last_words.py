@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Sequence
@@ -29,7 +30,22 @@ def last_line(log: Path) -> str:
             lines: Sequence[str] = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         lines = ()
-    return shortened(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing"))
+    return shortened(as_text(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")))
+
+
+def as_text(line: str) -> str:
+    """A line for people, also where `logs.format` is json.
+
+    >>> as_text('{"time": "2026-07-03T10:00:00.000Z", "part": "stream", "level": "ERROR", "message": "LockHeld: ..."}')
+    'stream ERROR LockHeld: ...'
+    >>> as_text("Killed"), as_text("{no json")
+    ('Killed', '{no json')
+    """
+    try:
+        said = json.loads(line)
+        return f"{said['part']} {said['level']} {said['message']}"
+    except (ValueError, TypeError, KeyError):
+        return line
 
 
 def shortened(text: str, most: int = LONGEST_QUOTE) -> str:

@@ -30,6 +30,7 @@ from deploy.serving.clicks import HistoryFollower
 from deploy.serving.currency import Currency, LogCheck
 from deploy.serving.erasing import HostErasures
 from deploy.serving.following import VersionFollower
+from deploy.serving.gauges import show_ages
 from deploy.serving.host_rows import HostRows
 from state.attributes.values import tables_of
 from state.config.loading import load
@@ -53,6 +54,7 @@ from state.layout import ATTRIBUTES, CURRENT, GAPS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, serve
+from state.process import log_lines
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
@@ -186,7 +188,7 @@ class Applier:
                 pause_s = RETRY_S
             now_s = time.monotonic()
             if sample(now_s):
-                self._sample()
+                show_ages(self.versions.served, self.clicks.newest_ms, self._now_ms(), self.metrics)
             holes.tick()
             if house(now_s):
                 self._rows.keep_house()
@@ -195,17 +197,6 @@ class Applier:
                     self._attributes.store.clear_stale_readers()
             if not more:
                 self._stop.wait(pause_s)
-
-    def _sample(self) -> None:
-        now_ms = self._now_ms()
-        if (served := self.versions.served) is not None and served.event_time_ms:
-            age_s = (now_ms - served.event_time_ms) / 1000
-            self.metrics.weight_freshness_seconds.set(age_s)
-            self.metrics.weight_age_seconds.observe(age_s)
-        if self.clicks.newest_ms:
-            age_s = (now_ms - self.clicks.newest_ms) / 1000
-            self.metrics.feature_freshness_seconds.set(age_s)
-            self.metrics.feature_age_seconds.observe(age_s)
 
     def _guarded(self, follow: Callable[[], None]) -> None:
         try:
@@ -274,14 +265,13 @@ class Applier:
 def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.applier [flags]`; returns the exit code."""
     keep_private()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s applier: %(message)s", stream=sys.stderr)
-    # What the client says of each try would fill the log while a broker is away; the followers say it once.
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    log_lines.begin("applier")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
         settings = load(sys.argv[1:] if argv is None else argv)
+        log_lines.follow(settings.logs)
         with DirectoryLock(settings.serving_dir):
             registry = CollectorRegistry()
             stop_metrics = serve(registry, settings.serving.metrics_port)
@@ -291,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
                 stop_metrics()
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
-        print(f"applier: {error}", file=sys.stderr)
+        _log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     return 0
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from deploy.serving.fit_versions import FitVersions
+from deploy.serving.gauges import show_control
 from deploy.serving.labelled import Labelled
 from deploy.serving.newest_version import NewestVersion
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
@@ -122,8 +123,7 @@ class VersionFollower:
             self.erased = control.erased.last
             # What says that rows went leaves with its version: only then is nothing of them in the file.
             self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
-        self._metrics.control_generation.set(control.generation)
-        self._metrics.pinned.set(control.serving.mode == "pin")
+        show_control(control, self._metrics)
         # 2.
         wanted = self._wanted(control)
         if wanted is None:

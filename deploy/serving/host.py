@@ -64,6 +64,11 @@ class Host:
                 self._files = files
         return self._predictor
 
+    @property
+    def version(self) -> int | None:
+        """The version that answered last; None before the first answer."""
+        return None if self._predictor is None else self._predictor.version
+
     def sources(self) -> ItemSources:
         """Where items come from, as far as its user has let it read; begun anew where the stores are opened again.
 

@@ -200,6 +200,11 @@ class VersionLoader:
         self._program: tuple[str, LoadedProgram] | None = None
         self._others: OrderedDict[int, LoadedVersion] = OrderedDict()
 
+    @property
+    def number(self) -> int | None:
+        """That of the version that answers, as it was taken up last; None before."""
+        return None if self._loaded is None else self._loaded.served.version
+
     def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
         """The version that answers now, loaded where it changed; or another one that is here.
 

@@ -138,6 +138,11 @@ class Predictor:
         """Answers one question; see `profiles`."""
         return self.profiles([Query(user, item, category, context or {}, at_ms)])[0]
 
+    @property
+    def version(self) -> int | None:
+        """The version that was taken up last, of those that answer by themselves; None before the first one."""
+        return self._versions.number
+
     def reading(self) -> AbstractContextManager[RowReader]:
         """One moment of versions and mask, for several calls of `profiles`."""
         return self._rows.reader()

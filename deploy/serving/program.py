@@ -7,6 +7,7 @@ tens of microseconds to load. No TensorFlow is imported.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 
 from state.errors import ProgramError
 from state.lowering import argument
+from state.process.quiet_stderr import quiet_stderr
 
 BATCHES = (1, 4, 16)
 PAIRS = 256
 """One more size of a batch, for many items of one user; its interpreter is made at its first use."""
+
+_spoken: list[bool] = []
 
 RENAMED = {
     "label_rows": "recent_rows",
@@ -85,8 +89,11 @@ class LoadedProgram:
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
         try:
-            for load in self._loads:
-                load(**{name: given[name] for name in self._weights})
+            # LiteRT says once a process, past its log, what it computes with.
+            with nullcontext() if _spoken else quiet_stderr():
+                for load in self._loads:
+                    load(**{name: given[name] for name in self._weights})
+            _spoken[:] = [True]
             self._given = given
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error

@@ -6,6 +6,8 @@ the parent of several (`workers.py`).
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
 import signal
 import socket
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
 
+import psutil
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.edge.access import Access
@@ -21,16 +24,21 @@ from deploy.serving.edge.connections import ConnectionLimits
 from deploy.serving.edge.listening import listen
 from deploy.serving.edge.server import DrainingServer
 from deploy.serving.edge.tokens import are_wanted, make_missing
+from deploy.serving.exposition import of_all_workers
 from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
-from deploy.serving.workers import Workers, count_as, end_with_parent, summed_counters
+from deploy.serving.workers import Workers, count_as, end_with_parent
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.layout import WORKER_COUNTERS
+from state.metrics import add_process, say_build
+from state.process import log_lines
 from state.process.private_files import keep_private
+
+_log = logging.getLogger(__name__)
 
 OWN_FILES = 256
 """Open files of a worker that are no connections."""
@@ -40,7 +48,7 @@ def serve(
     settings: Settings,
     bound: socket.socket,
     ready: Callable[[], None] = lambda: None,
-    exposition: Callable[[], bytes] | None = None,
+    beside: bool = False,
 ) -> None:
     """One worker, until SIGTERM or SIGINT; requests under way are answered before it returns.
 
@@ -48,14 +56,21 @@ def serve(
         settings: Of the whole system.
         bound: What it accepts connections of.
         ready: Called once it does.
-        exposition: Says the metrics of all workers; None where this is the only one.
+        beside: Whether other workers answer on the same port, whose counters its metrics add up.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
     host = Host(settings, salt, now_ms=lambda: time.time_ns() // 1_000_000)
     access = Access.of(settings)
-    app = App(host, CollectorRegistry(), serving, exposition, access.tokens)
+    registry = CollectorRegistry()
+    app = App(host, registry, serving, of_all_workers(registry) if beside else None, access.tokens)
+    if beside:
+        say_build(registry)
+        # Counters go on from those of workers that ended.
+        app.metrics.began.set(psutil.Process(os.getppid()).create_time())
+    else:
+        add_process(registry)
     limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections)
-    grpc = (lambda: grpc_server(settings, app, access, exposition is not None)) if serving.grpc_port else None
+    grpc = (lambda: grpc_server(settings, app, access, beside)) if serving.grpc_port else None
     server = DrainingServer(app, limits, serving.drain_s, ready, grpc, access)
     server.end_on_signals()
     try:
@@ -86,7 +101,13 @@ def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[st
     """A worker beside others, whose counters it adds to its own."""
     end_with_parent()
     count_as(number)
-    sys.exit(_reported(lambda: serve(load(argv), bound, ready.set, summed_counters)))
+
+    def work() -> None:
+        settings = load(argv)
+        log_lines.follow(settings.logs)
+        serve(settings, bound, ready.set, beside=True)
+
+    sys.exit(_reported(work))
 
 
 def serve_all(settings: Settings, argv: list[str], count: int) -> int:
@@ -120,11 +141,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     settings = load(arguments)
+    log_lines.follow(settings.logs)
     serving = settings.serving
     allow_connections(serving.max_connections)
     if are_wanted(settings):
         for path in make_missing(settings.tokens_dir):
-            print(f"serving worker: made a token, which its clients need: {path}", file=sys.stderr)
+            _log.warning("made a token, which its clients need: %s", path)
     if serving.processes > 1:
         return serve_all(settings, arguments, serving.processes)
     bound = listen(serving.host, serving.port)
@@ -135,11 +157,12 @@ def _run(arguments: list[str]) -> int:
 
 def _reported(work: Callable[[], int | None]) -> int:
     """The exit code of a process's work; what ended it is said in one line."""
+    log_lines.begin("worker")
     try:
         return work() or 0
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
-        print(f"serving worker: {error}", file=sys.stderr)
+        _log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
 
 

@@ -11,13 +11,13 @@ then all end. So they do when this process is killed.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,23 +26,20 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-import psutil
-from prometheus_client import CollectorRegistry, generate_latest, values
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import values
 
 from deploy.children.backoff import Backoff
 from deploy.children.last_words import how
+
+_log = logging.getLogger(__name__)
 
 WAIT_S = 0.1
 COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
 """The variable that tells prometheus_client where the counters lie."""
 
-KINDS = ("counter", "histogram")
+KINDS = ("counter", "histogram", "gauge_max")
 COUNTER_BYTES = 1 << 20
 """Of one kind and worker, as prometheus_client begins them."""
-
-BEGAN = b"springtide_cold_starts_created"
-"""What a single worker says of itself, and tells those who look when counting began anew."""
 
 
 @dataclass
@@ -133,7 +130,7 @@ class Workers:
             worker.deaths = Backoff() if process.exitcode == 0 else worker.deaths.after(now_s - worker.since_s)
             worker.again_s = now_s + worker.deaths.wait_s
             ended = how(process.exitcode or 0)
-            print(f"serving worker {worker.number} ended ({ended}); {worker.deaths.told()}", file=sys.stderr)
+            _log.warning("serving worker %d ended (%s); %s", worker.number, ended, worker.deaths.told())
         if now_s >= worker.again_s:
             self._start(worker, now_s)
         return True
@@ -173,13 +170,8 @@ def end_with_parent() -> None:
 
 
 def count_as(number: int) -> None:
-    """Lets this process's counters go on from those of the workers of this number before it."""
-    values.ValueClass = values.MultiProcessValue(process_identifier=lambda: number)
-
-
-def summed_counters() -> bytes:
-    """The metrics of all workers together, and since when they count."""
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)
-    began_s = psutil.Process(os.getppid()).create_time()
-    return generate_latest(registry) + b"# TYPE %s gauge\n%s %.3f\n" % (BEGAN, BEGAN, began_s)
+    """Lets this process's counters go on from those of the workers of this number before it; it keeps its own exemplars."""
+    kind = values.MultiProcessValue(process_identifier=lambda: number)
+    kind.set_exemplar = lambda value, exemplar: setattr(value, "_exemplar", exemplar)
+    kind.get_exemplar = lambda value: getattr(value, "_exemplar", None)
+    values.ValueClass = kind

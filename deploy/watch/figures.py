@@ -17,27 +17,22 @@ from deploy.watch.quantiles import Buckets, Spread, between, spread
 from deploy.watch.scrape import UP, Scrape
 from deploy.watch.storage import full
 from deploy.watch.supervised import dying, runs_shoppers
+from state.metrics import ANSWERING_ROUTES
 
 AWAY = Scrape()
 RATE_S = 5.0
 SPREAD_S = 60.0
 SLACK_S = 0.5
 Labels = Mapping[str, Collection[str]]
-ANSWERS: Labels = {
-    "route": (
-        *("profile", "batch", "rank", "recommendations", "similar", "predict"),
-        *map("/springtide.v1.Profiles/{}".format, ("GetProfile", "BatchGetProfiles", "Rank", "Recommend", "Similar")),
-        "/tensorflow.serving.PredictionService/Predict",
-    )
-}
+ANSWERS: Labels = {"route": tuple(one for one in ANSWERING_ROUTES if one != "explain")}
 FAILED = ("500", "503", "INTERNAL", "UNAVAILABLE")
 
-# What each process has from its first moment on; the time of its creation tells processes apart.
+# Tells a process that began anew apart from the one before it.
 BORN = {
-    "stream": "springtide_stream_microbatches_created",
-    "trainer": "springtide_trainer_steps_created",
-    "applier": "springtide_serving_applied_versions_created",
-    "worker": "springtide_cold_starts_created",
+    "stream": "springtide_stream_began_seconds",
+    "trainer": "springtide_trainer_began_seconds",
+    "applier": "springtide_serving_began_seconds",
+    "worker": "springtide_worker_began_seconds",
 }
 
 # What is distributed -> its process, its histogram, and which of its labels count.

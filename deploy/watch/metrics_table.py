@@ -15,6 +15,7 @@ OFFERED = {
     metrics.WorkerMetrics: "A worker of a serving host, on `serving.port`; of several workers each says the sums of all.",
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
     metrics.StorageMetrics: "Each of them that keeps something on a disk.",
+    metrics.BuildMetrics: "Each of them.",
 }
 """By class who offers its metrics, and where."""
 
@@ -31,9 +32,12 @@ def as_markdown() -> str:
         "Made by `python -m deploy.watch.metrics_table` from `state/metrics.py`. A counter's series ends in `_total`; a "
         "histogram has `_bucket`, `_sum` and `_count`. No label carries an id, and the values of each are few.",
     ]
-    for process in metrics.PROCESSES:
+    for process in (*metrics.PROCESSES, *metrics.OF_EACH_PROCESS):
         told = OFFERED[process]
         lines += ["", f"## {process.__name__.removesuffix('Metrics')}", "", told, "", *_rows(process)]
+    lines += ["", "## Any process", "", "Each of them, under the names that are the same everywhere.", ""]
+    lines += ["| name | what it says |", "|---|---|"]
+    lines += [f"| `{name}` | {told} |" for name, told in metrics.OF_ANY_PROCESS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -80,7 +80,9 @@ class Kafka:
     dead_letters_topic: str = setting("springtide.clicks.v1.dlq", help="Topic of the refused records.")
     microbatches_topic: str = setting("springtide.microbatches.v1", help="Topic of the training log.")
     group: str = setting(
-        "springtide-stream", filled=True, help="Consumer group that shows the stream's positions to lag tools."
+        "springtide-stream",
+        filled=True,
+        help="Consumer group that shows the stream's and the trainer's positions to lag tools.",
     )
     clicks_partitions: int = setting(
         4, least=1, most=65535, help="Partitions of the clicks topic when it is created here."
@@ -572,6 +574,21 @@ class StorageSettings:
 
 
 @dataclass(frozen=True)
+class LogSettings:
+    """What processes say of themselves, a line an event, on their standard error; `springtide up` keeps it in files."""
+
+    format: str = setting(
+        "text",
+        choices=("text", "json"),
+        help="Form of a line: text, or a JSON object with time, part, level, logger, event, message and, where they apply, "
+        "version, epoch, partition and offset.",
+    )
+    repeats: int = setting(
+        20, "lines", least=1, help="Lines of one event in a minute; what was said more often is counted in a line."
+    )
+
+
+@dataclass(frozen=True)
 class Bootstrap:
     """The analysis of the first clicks."""
 
@@ -641,6 +658,7 @@ SECTIONS: dict[str, type[Any]] = {
     "serving": ServingSettings,
     "export": ExportSettings,
     "storage": StorageSettings,
+    "logs": LogSettings,
     "bootstrap": Bootstrap,
     "shoppers": Shoppers,
     "up": Supervision,

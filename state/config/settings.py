@@ -19,6 +19,7 @@ from state.config.sections import (
     GuardSettings,
     Kafka,
     LabelSettings,
+    LogSettings,
     Model,
     Paths,
     RegistrySettings,
@@ -57,6 +58,7 @@ class Settings:
     serving: ServingSettings = field(default_factory=ServingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
+    logs: LogSettings = field(default_factory=LogSettings)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     shoppers: Shoppers = field(default_factory=Shoppers)
     up: Supervision = field(default_factory=Supervision)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -52,8 +51,8 @@ def own_stderr() -> TextIO:
 def quiet_stderr() -> Iterator[None]:
     """Holds back what the process writes to the standard error meanwhile, then writes all but the talk."""
     sys.stderr.flush()
-    # The descriptor belongs to the whole process: two threads take turns.
-    with _TURN, tempfile.TemporaryFile() as held:
+    # The descriptor belongs to the whole process: two threads take turns. In memory: no disk need have room.
+    with _TURN, os.fdopen(os.memfd_create("stderr"), "w+b") as held:
         kept = os.dup(2)
         os.dup2(held.fileno(), 2)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import socket
 import urllib.request
 
@@ -9,7 +10,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.errors import PortTaken
-from state.metrics import PROCESSES, StreamMetrics, WorkerMetrics, names, serve
+from state.metrics import (
+    OF_ANY_PROCESS,
+    OF_EACH_PROCESS,
+    PROCESSES,
+    BuildMetrics,
+    StreamMetrics,
+    WorkerMetrics,
+    names,
+    serve,
+)
 
 FORBIDDEN_LABELS = {"user", "user_id", "item", "item_id", "category", "id", "version"}
 
@@ -21,7 +31,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", [*PROCESSES, *OF_EACH_PROCESS])
 def test_every_metric_has_the_prefix_and_a_help_text(process: type) -> None:
     registry = CollectorRegistry()
     process(registry)
@@ -31,16 +41,18 @@ def test_every_metric_has_the_prefix_and_a_help_text(process: type) -> None:
         assert not family.name.endswith(("_ms", "_kb", "_mb")), "base units only"
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", [*PROCESSES, *OF_EACH_PROCESS])
 def test_no_label_carries_an_id(process: type) -> None:
     metrics = process(CollectorRegistry())
     for metric in vars(metrics).values():
-        assert not FORBIDDEN_LABELS & set(metric._labelnames)
+        # A release is one of few: what goes on without end is a model's version.
+        allowed = {"version"} if process is BuildMetrics else set()
+        assert not FORBIDDEN_LABELS & set(metric._labelnames) - allowed
 
 
 def test_processes_do_not_share_a_name() -> None:
     registry = CollectorRegistry()
-    for process in PROCESSES:
+    for process in (*PROCESSES, *OF_EACH_PROCESS):
         process(registry)  # raises on a duplicate
     assert {"springtide_serving_weight_freshness_seconds", "springtide_serving_feature_freshness_seconds"} <= names()
 
@@ -62,6 +74,10 @@ def test_metrics_are_offered_until_stopped() -> None:
     finally:
         stop()
     assert 'springtide_stream_dead_letters_total{reason="undecodable"} 3.0' in text
+    assert f'python="{platform.python_version()}"' in text
+    offered = {line.split()[0] for line in text.splitlines()}
+    assert set(OF_ANY_PROCESS) <= offered
+    assert set(OF_ANY_PROCESS) <= names()
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
 

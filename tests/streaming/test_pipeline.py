@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from deploy.kafka import jars, java
 from deploy.kafka.configuration import free_port
-from deploy.watch.scrape import scrape
+from deploy.watch.scrape import Scrape, scrape
 from state.accounts import StreamAccount, check_accounts
+from state.config.sections import Kafka, LogSettings
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
@@ -57,6 +63,7 @@ def store_of(settings: Settings) -> HistoryStore:
 def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+    settings = replace(settings, logs=LogSettings(format="json"))
     with Topics(kafka) as topics:
         topic_id = topics.ensure(kafka.clicks_topic, 2, FOREVER).topic_id
     values = [click(number) for number in range(400)]
@@ -70,6 +77,11 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
             until(lambda: next_offsets(log.poll()) == {0: 202, 1: 202}, "all clicks in the log")
             until(lambda: len(letters.poll()) == len(BAD), "dead letters")
             assert stream.stop() == 0, stream.lines
+        # Each line is an object once the settings are known, and none names a user as it was sent.
+        said = [json.loads(line) for line in stream.lines]
+        assert {one["part"] for one in said} == {"stream"}
+        assert said[-1]["message"] == said[-1]["event"] == "stopped; everything read is committed"
+        assert not any("user-" in line for line in stream.lines)
         batches, marks = deduplicated(log.poll())
 
         # Ranges are contiguous, and each position has one outcome.
@@ -115,13 +127,28 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
         assert all(part.first >= 202 for batch in later for part in batch.header.ranges)
 
 
+def lag_of_group(kafka: Kafka) -> int:
+    """The lag of the group in the topic of clicks, as Kafka's own tool tells it."""
+    tool = ("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", "--describe", "--group", kafka.group)
+    class_path = os.pathsep.join(map(str, jars.resolve()))
+    line = java.command(class_path, Path(os.devnull), *tool, "--bootstrap-server", kafka.bootstrap_servers)
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    head, *rows = [words.split() for words in said.splitlines() if words.strip()]
+    found = [dict(zip(head, row, strict=False)) for row in rows]
+    return sum(int(one["LAG"]) for one in found if one["TOPIC"] == kafka.clicks_topic)
+
+
 def test_at_rest_the_group_and_the_metrics_say_what_is_committed(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port())
+    cuts = {"cut_rows": 400, "cut_ms": 60_000}
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port(), **cuts)
+
+    def seen() -> Scrape:
+        (scraped,) = scrape({"stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics"}).values()
+        return scraped
 
     def accounted() -> dict[str, float]:
-        (scraped,) = scrape({"stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics"}).values()
-        return dict(scraped.by("springtide_accounting_positions", "outcome"))
+        return dict(seen().by("springtide_accounting_positions", "outcome"))
 
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2, FOREVER)
@@ -130,7 +157,14 @@ def test_at_rest_the_group_and_the_metrics_say_what_is_committed(kafka_settings:
             until(lambda: accounted().get("positions") == 400, "the account of all clicks")
             until(lambda: topics.committed(kafka.group, kafka.clicks_topic) == {0: 200, 1: 200}, "the group's offsets")
             assert accounted()["rows"] == 400
+            # Kafka's tool agrees: also about clicks that were read, and wait for a cut that does not come.
+            send(kafka, [click(number) for number in range(400, 440)], 400)
+            until(lambda: seen().value("springtide_stream_lag_events") == 40, "the lag of clicks that wait")
+            assert lag_of_group(kafka) == 40
+            assert (seen().value("springtide_stream_lag_seconds") or 0.0) > 0.0
+            assert (seen().value("springtide_stream_busy_seconds_total") or 0.0) > 0.0
             assert stream.stop() == 0, stream.lines
+        assert topics.committed(kafka.group, kafka.clicks_topic) == {0: 220, 1: 220}
 
 
 def test_a_new_partition_is_taken_up_from_its_beginning(kafka_settings: KafkaFactory, tmp_path: Path) -> None:

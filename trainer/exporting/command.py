@@ -33,6 +33,7 @@ from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Reader
+from state.process import log_lines
 from state.process.closed_output import while_read
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
@@ -177,13 +178,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private()
     asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     with own_stderr() as errors:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=errors)
-        for noisy in ("kafka", "absl", "tensorflow"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        log_lines.begin("export", errors, logging.WARNING)
         quiet_tensorflow(os.environ)
         os.nice(NICENESS)
         try:
-            run(load(flags, os.environ), asked)
+            settings = load(flags, os.environ)
+            log_lines.follow(settings.logs)
+            run(settings, asked)
         except (SpringtideError, OSError) as problem:
             error = of_disk(problem)
             print(f"springtide: {error}", file=errors)

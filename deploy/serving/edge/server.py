@@ -70,7 +70,7 @@ class DrainingServer(uvicorn.Server):
         access: Access | None = None,
     ) -> None:
         config = uvicorn.Config(
-            cast(Any, app), loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False,
+            cast(Any, app), loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False, log_config=None,
             log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=IDLE_S,
         )  # fmt: skip
         super().__init__(config)

@@ -68,7 +68,7 @@ class GrpcServer:
         most_calls: int,
     ) -> None:
         self._address, self._shared, self._access, self._most_calls = address, shared, access, most_calls
-        services, handlers = offered(host, metrics, limits), Handlers(metrics, access.tokens)
+        services, handlers = offered(host, metrics, limits), Handlers(metrics, access.tokens, lambda: host.version)
         self._handlers = [handlers.of(one) for one in services]
         names = [one.name for one in services]
         self._listed: Sequence[str] = (*names, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from deploy.serving.edge.tokens import READ, Tokens
 from deploy.serving.grpc_api.messages import message
+from deploy.serving.request_counts import RequestCounts
 from state.errors import BadRequest, Overloaded, SpringtideError
 from state.metrics import WorkerMetrics
 
@@ -63,13 +64,18 @@ class Handlers:
     Args:
         metrics: Of the worker.
         tokens: That requests need; None where they need none.
+        version: The version that the worker answered with last; None before its first answer.
         clock_s: A monotonic clock.
     """
 
     def __init__(
-        self, metrics: WorkerMetrics, tokens: Tokens | None = None, clock_s: Callable[[], float] = time.perf_counter
+        self,
+        metrics: WorkerMetrics,
+        tokens: Tokens | None = None,
+        version: Callable[[], int | None] = lambda: None,
+        clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._metrics, self._tokens, self._clock_s = metrics, tokens, clock_s
+        self._tokens, self._counts = tokens, RequestCounts(metrics, version, clock_s)
 
     def of(self, service: Service) -> grpc.GenericRpcHandler:
         """The handlers of all methods of a service."""
@@ -86,7 +92,7 @@ class Handlers:
 
     def _answering(self, route: str, method: Method) -> Any:
         async def answering(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            began_s, code = self._clock_s(), grpc.StatusCode.OK
+            began_s, code = self._counts.clock_s(), grpc.StatusCode.OK
             try:
                 if self._tokens is not None:
                     self._tokens.require(_authorization(context), READ)
@@ -101,8 +107,7 @@ class Handlers:
                 _log.exception("a request for %s failed", route)
                 await _refuse(context, code, "the worker failed; its log says why")
             finally:
-                self._metrics.requests.labels(route, code.name).inc()
-                self._metrics.request_seconds.labels(route).observe(self._clock_s() - began_s)
+                self._counts.count(route, code.name, began_s)
 
         return answering
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from deploy.serving.edge.tokens import Tokens
 from deploy.serving.host import Host
@@ -36,6 +34,7 @@ from deploy.serving.http_api.items import Items
 from deploy.serving.http_api.models import Models
 from deploy.serving.http_api.profiles import Profiles
 from deploy.serving.line import QueueLimits
+from deploy.serving.request_counts import RequestCounts
 from state.config.sections import ServingSettings
 from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
@@ -53,7 +52,7 @@ class App:
         host: What answers.
         registry: Where the metrics are.
         serving: The limits of requests.
-        exposition: Says the metrics of all workers; None where this is the only one.
+        told_metrics: What /metrics says; None for `registry`.
         tokens: That requests need; None where they need none.
         clock_s: A monotonic clock.
 
@@ -69,7 +68,7 @@ class App:
         host: Host,
         registry: CollectorRegistry,
         serving: ServingSettings = ServingSettings(),  # noqa: B008 - immutable
-        exposition: Callable[[], bytes] | None = None,
+        told_metrics: CollectorRegistry | None = None,
         tokens: Tokens | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -80,13 +79,12 @@ class App:
         self.limits = QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s)
         self.metrics = WorkerMetrics(registry)
         self.metrics.worker_starts.inc()
-        self._clock_s = clock_s
-        self._counters: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._counts = RequestCounts(self.metrics, lambda: host.version, clock_s)
         self.endpoints: list[Endpoint] = [
             *Profiles(host, self.metrics, self.limits).endpoints(),
             *Explanations(host, self.metrics, self.limits).endpoints(),
             *Items(host, self.metrics, self.limits).endpoints(),
-            *Health(host, exposition or partial(generate_latest, registry), lambda: self.draining).endpoints(),
+            *Health(host, told_metrics or registry, lambda: self.draining).endpoints(),
             *Models(host, self.metrics, self.limits).endpoints(),
         ]
         self.endpoints += Documents(self.endpoints).endpoints()
@@ -106,7 +104,7 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        began_s, name = self._clock_s(), UNKNOWN
+        began_s, name = self._counts.clock_s(), UNKNOWN
         try:
             endpoint, placeholders = self._routes.find(scope)
             name = endpoint.name
@@ -121,12 +119,4 @@ class App:
         if self.draining:
             response = response._replace(headers=[*response.headers, LAST])
         await answer(send, response)
-        self._count(name, response.status, self._clock_s() - began_s)
-
-    def _count(self, name: str, status: int, took_s: float) -> None:
-        series = self._counters.get((name, status))
-        if series is None:
-            series = (self.metrics.requests.labels(name, str(status)), self.metrics.request_seconds.labels(name))
-            self._counters[name, status] = series
-        series[0].inc()
-        series[1].observe(took_s)
+        self._counts.count(name, str(response.status), began_s)

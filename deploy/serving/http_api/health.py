@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry
+
 from deploy.serving.edge.tokens import OPEN, OPERATE
+from deploy.serving.exposition import told
 from deploy.serving.host import Host
-from deploy.serving.http_api.endpoints import FAILED, METHODS, Endpoint, Headers, Request, Response, encode
+from deploy.serving.http_api.endpoints import FAILED, METHODS, Endpoint, Request, Response, encode, header
 from springtide_client.answers import Alive, Readiness
 
 _PLAIN = "text/plain; version=0.0.4; charset=utf-8"
-_TEXT: Headers = [(b"content-type", _PLAIN.encode())]
 
 
 class Health:
@@ -21,12 +23,12 @@ class Health:
 
     Args:
         host: What answers.
-        exposition: Says the metrics.
+        told_metrics: What /metrics says.
         draining: Whether the worker is about to end.
     """
 
-    def __init__(self, host: Host, exposition: Callable[[], bytes], draining: Callable[[], bool]) -> None:
-        self._host, self._exposition, self._draining = host, exposition, draining
+    def __init__(self, host: Host, told_metrics: CollectorRegistry, draining: Callable[[], bool]) -> None:
+        self._host, self._told_metrics, self._draining = host, told_metrics, draining
 
     def endpoints(self) -> list[Endpoint]:
         """What is offered."""
@@ -48,7 +50,7 @@ class Health:
                 failures={**FAILED, 503: Readiness},
             ),
             Endpoint(
-                *("metrics", METHODS, "/metrics", self._metrics, "Prometheus's text."),
+                *("metrics", METHODS, "/metrics", self._metrics, "Prometheus's text; OpenMetrics for who accepts it."),
                 role=OPERATE,
                 media_type=_PLAIN,
                 failures=FAILED,
@@ -81,5 +83,6 @@ class Health:
             ),
         )
 
-    async def _metrics(self, _: Request) -> Response:
-        return Response(200, self._exposition(), _TEXT)
+    async def _metrics(self, request: Request) -> Response:
+        body, media_type = told(self._told_metrics, header(request.scope, b"accept") or "")
+        return Response(200, body, [(b"content-type", media_type.encode())])

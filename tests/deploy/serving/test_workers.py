@@ -10,8 +10,11 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
-from deploy.serving.workers import COUNTER_BYTES, make_counters
+from deploy.serving.workers import COUNTER_BYTES, KINDS, make_counters
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, free_port, until, worker
 
@@ -23,6 +26,36 @@ def counted(port: int, series: str) -> float:
     """A value of /metrics, whichever worker answers."""
     text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30.0).text
     return sum(float(one.rsplit(" ", 1)[1]) for one in text.splitlines() if one.startswith(series + " "))
+
+
+def openmetrics(port: int) -> dict[str, Metric]:
+    """The same in OpenMetrics, by name."""
+    accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+    asked = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=accept, timeout=30.0)
+    assert asked.headers["content-type"].startswith("application/openmetrics-text")
+    return {one.name: one for one in text_string_to_metric_families(asked.text)}
+
+
+def require_exemplars(port: int, answered: int) -> None:
+    """The sums hold for those who accept OpenMetrics; exemplars are of the worker that is asked, if it has answered."""
+
+    def times() -> list[Sample]:
+        found: list[Sample] = openmetrics(port)["springtide_request_seconds"].samples
+        return [one for one in found if one.labels.get("route") == "profile"]
+
+    assert [one.value for one in times() if one.name.endswith("_count")] == [answered]
+    named: list[Sample] = []
+
+    def are_named() -> bool:
+        named[:] = [one for one in times() if one.exemplar]
+        return bool(named)
+
+    until(are_named)
+    assert {one.exemplar.labels["version"] for one in named if one.exemplar} == {"1"}
+    assert all(one.exemplar.value <= float(one.labels["le"]) for one in named if one.exemplar)
+    families = openmetrics(port)
+    assert [one.value for one in families["springtide_build_info"].samples] == [1.0]
+    assert [one.value > 0.0 for one in families["process_cpu_seconds"].samples] == [True]
 
 
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -82,6 +115,7 @@ def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(store
         assert fire.failures == []
         # Each worker says the same, and nothing that the first one counted is lost.
         assert {counted(port, PROFILES) for _ in range(8)} == {fire.answered}
+        require_exemplars(port, fire.answered)
         # 2. One is killed.
         second.kill()
         until(lambda: not second.is_running())
@@ -101,5 +135,5 @@ def test_the_room_of_counters_is_there_before_a_worker_is(tmp_path: Path, count:
     (tmp_path / "counters" / "counter_7.db").write_bytes(b"old")
     make_counters(tmp_path / "counters", count)
     files = list((tmp_path / "counters").iterdir())
-    assert len(files) == 2 * count
+    assert len(files) == len(KINDS) * count
     assert all(one.stat().st_blocks * 512 >= COUNTER_BYTES for one in files)

@@ -141,7 +141,7 @@ def test_the_view_fits_a_usual_terminal_also_with_large_figures() -> None:
 
 
 def test_a_process_that_is_away_is_named_and_the_rest_is_shown() -> None:
-    text = "springtide_serving_version 3\nspringtide_serving_applied_versions_created 5"
+    text = "springtide_serving_version 3\nspringtide_serving_began_seconds 5"
     scrapes = {"stream": Scrape(problem="refused"), "applier": Scrape(parsed(text))}
     found = Watch().look(scrapes, now_s=0.0, wall_s=65.0)
     assert (found.away, found.up_s) == ({"stream": "refused"}, {"applier": 60.0})
@@ -153,7 +153,7 @@ def counted(born: float, steps: int, slow: int = 0) -> dict[str, Scrape]:
     """A trainer that began at `born` with so many steps, some of them slow."""
     series = "springtide_trainer_step_seconds_bucket"
     lines = [
-        f"springtide_trainer_steps_created {born}",
+        f"springtide_trainer_began_seconds {born}",
         f"springtide_trainer_steps_total {steps}",
         *(
             f'{series}{{le="{bound}"}} {count}'

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
@@ -327,6 +328,18 @@ def test_requests_are_counted_without_ids(stores: Stores) -> None:
     assert "springtide_cold_starts_total 1.0" in text
     assert "ann" not in text.replace("channel", "") and "secret" not in text
     assert registry.get_sample_value("springtide_request_seconds_count", {"route": "profile"}) == 3
+    app.close()
+
+
+def test_who_accepts_openmetrics_gets_it_with_the_version_that_answered(stores: Stores) -> None:
+    app, _ = app_of(stores)
+    version = ask(app, "GET", "/v1/profiles/ann").json()["version"]["number"]
+    asked = ask(app, "GET", "/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert asked.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    families = {one.name: one for one in text_string_to_metric_families(asked.text)}
+    named = [one for one in families["springtide_request_seconds"].samples if one.exemplar]
+    assert [one.exemplar.labels for one in named] == [{"version": str(version)}]
+    assert ask(app, "GET", "/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     app.close()
 
 

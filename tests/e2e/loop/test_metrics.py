@@ -1,0 +1,65 @@
+"""What the real processes offer on /metrics: few series, all of ours declared, in text and OpenMetrics; lag as Kafka's clients see it."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+from kafka import KafkaConsumer
+from kafka.structs import TopicPartition
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.samples import Exemplar
+
+from deploy.watch import scrape
+from state import metrics
+from tests.e2e.running import Loop, until
+
+MOST_SERIES = 300
+OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0"}
+VERSIONED = {"applier": "springtide_serving_weight_age_seconds", "worker": "springtide_request_seconds"}
+
+
+def url(loop: Loop, part: str) -> str:
+    return {**scrape.urls(loop.settings), **scrape.supervisor_urls(loop.settings)}[part]
+
+
+@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up"])
+def test_a_process_has_few_series_and_all_of_them_are_declared(loop: Loop, part: str) -> None:
+    status, text = scrape.fetch(url(loop, part), timeout_s=10.0)
+    assert status == 200
+    series = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(series) <= MOST_SERIES, f"{len(series)} series of {part}"
+    names = {line.partition("{")[0].partition(" ")[0] for line in series}
+    assert names <= metrics.names()
+    assert names >= {"process_cpu_seconds_total", "process_start_time_seconds", "springtide_build_info"}
+
+
+@pytest.mark.parametrize("part", VERSIONED)
+def test_exemplars_name_a_version(loop: Loop, part: str) -> None:
+    assert loop.profile("shopper-1") is not None
+
+    def exemplars() -> list[Exemplar]:
+        asked = urllib.request.Request(url(loop, part), headers=OPENMETRICS)
+        with urllib.request.urlopen(asked, timeout=10.0) as answer:
+            families = {one.name: one for one in text_string_to_metric_families(answer.read().decode())}
+        return [one.exemplar for one in families[VERSIONED[part]].samples if one.exemplar]
+
+    named = until(exemplars, "no version is named")
+    assert all(int(one.labels["version"]) > 0 for one in named)
+
+
+def test_the_group_that_kafka_knows_follows_both_topics(loop: Loop) -> None:
+    """Any client sees it; how far exactly is told where nothing moves, in the tests of stream and trainer."""
+    kafka = loop.settings.kafka
+    consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, group_id=kafka.group, enable_auto_commit=False)
+
+    def seen(topic: str) -> dict[int, int]:
+        places = [TopicPartition(topic, one) for one in consumer.partitions_for_topic(topic) or ()]
+        return {one.partition: consumer.committed(one) or 0 for one in places}
+
+    before = {topic: sum(seen(topic).values()) for topic in (kafka.clicks_topic, kafka.microbatches_topic)}
+    for topic, then in before.items():
+        until(
+            lambda topic=topic, then=then: sum(seen(topic).values()) > then, f"the group stays where it is in {topic}"
+        )
+    consumer.close()
