@@ -8,7 +8,11 @@ at the first tremor. What exceeds the slack is summed up (a one-sided CUSUM,
 Page 1954, with the deviation of one window capped): two windows that are far
 off are too much, and so are many that are a little off, but never one.
 
-The floors, the slack and the limits were measured: `python -m tests.bench.guard`.
+Floors, slack and limits were measured (`python -m tests.bench.guard`). In clean traffic (Taobao, KuaiRand, a week of
+shoppers) the windows furthest off were so by 4.5 (gradient, once), 2.3 (log loss, calibration) and 1 (engagement) usual
+deviations: one of them alone leaves nothing beyond the slack, or half of what makes versions wait. KuaiRand's labels,
+turned, are learned anew within four windows, of which the first two have a fourth more loss: with a floor of 0.05 that
+was never held, with 0.03 it is at the second window.
 """
 
 from __future__ import annotations

@@ -111,6 +111,15 @@ GUARD = (
         "training-is-held",
     ),
     Panel(
+        "How near a hold",
+        (PanelQuery("max by (rule) (springtide_trainer_guard_ratio)", "{{rule}}"),),
+        "percentunit",
+        "How near each rule about windows of log time is to a hold, which is 100 %.",
+        "0 %, and a little above it now and then.",
+        "from 50 % on versions wait for the next window's word; look at what is clicked now.",
+        "training-is-held",
+    ),
+    Panel(
         "Account of rows",
         (PanelQuery("sum by (outcome) (springtide_accounting_rows)", "{{outcome}}"),),
         "short",
@@ -155,6 +164,26 @@ GUARD = (
         kind=PanelKind.STAT,
         goal=1,
         width=3,
+    ),
+    Panel(
+        "Windows compared with",
+        (PanelQuery("max(springtide_trainer_guard_windows)", "windows"),),
+        "short",
+        "Windows of log time with which the guard compares the newest one.",
+        "120; after an upgrade or a hold it begins at 0, and judges nothing below guard.warm_up.",
+        "if it stays low, few click: a window needs guard.window_rows.",
+        "training-is-held",
+    ),
+    Panel(
+        "Versions wait",
+        (PanelQuery("max(springtide_trainer_withheld)", "for the guard"),),
+        "none",
+        "Whether versions wait because the newest window is far off its past.",
+        "no; yes for 30 s of log time at most.",
+        "if it comes often, traffic changes by leaps: see how near a hold, and by which rule.",
+        "training-is-held",
+        kind=PanelKind.STATES,
+        states={0: ("no", "green"), 1: ("yes", "orange")},
     ),
 )
 
