@@ -25,6 +25,10 @@ PROCESSES = {
     "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
     "console": ("deploy.console.server", "Run the page that shows the loop and steers it, on console.port."),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
+    "probe": (
+        "deploy.probe",
+        "Send a click of a probe user through the loop, and say how long features and weights took; --continuously: again and again.",
+    ),
     "verify": ("trainer.verify", "Recompute a version from its base and the training log, and compare every bit."),
     "compact": (
         "trainer.compactor",
@@ -59,6 +63,7 @@ PROCESSES = {
 OWN_HELP = (
     "up",
     "status",
+    "probe",
     "verify",
     "replay",
     "attributes",

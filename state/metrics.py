@@ -450,6 +450,30 @@ class SupervisorMetrics(Metrics):
     )
 
 
+class ProbeMetrics(Metrics):
+    """What `springtide probe --continuously` measures by clicks of probe users."""
+
+    feature_seconds = histogram(
+        "springtide_probe_feature_seconds",
+        "Time from sending a probe user's click until an answer's features show it.",
+        FRESHNESS_SECONDS,
+    )
+    weight_seconds = histogram(
+        "springtide_probe_weight_seconds",
+        "Time from sending a probe user's click until an answer's version has learned from its position.",
+        FRESHNESS_SECONDS,
+    )
+    failures = counter(
+        "springtide_probe_failures",
+        "Probes that did not come through, by reason: kafka (the click could not be sent), answers (nobody answers), refused (no token, or a wrong one), features, weights (not within probe.timeout_s).",
+        "reason",
+    )
+    last_success = gauge(
+        "springtide_probe_last_success_timestamp_seconds",
+        "When a probe last came through, seconds since 1970; 0 before the first.",
+    )
+
+
 class StorageMetrics(Metrics):
     """What each process that keeps something says of the disk: of the parts of `storage.budget_gb` that it owns."""
 
@@ -467,7 +491,15 @@ class StorageMetrics(Metrics):
     waits = counter("springtide_storage_waits", "Times that the part began to wait for room.", "part")
 
 
-PROCESSES = (StreamMetrics, TrainerMetrics, ApplierMetrics, WorkerMetrics, SupervisorMetrics, StorageMetrics)
+PROCESSES = (
+    StreamMetrics,
+    TrainerMetrics,
+    ApplierMetrics,
+    WorkerMetrics,
+    SupervisorMetrics,
+    ProbeMetrics,
+    StorageMetrics,
+)
 
 
 def names() -> frozenset[str]:

@@ -20,12 +20,13 @@ TRAINER = "trainer"
 APPLIER = "applier"
 WORKER = "worker"
 CONSOLE = "console"
+PROBE = "probe"
 
 # What the local Kafka acknowledged in its last second may be gone after a power cut; nobody has it then.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
-STOP_ORDER = (CONSOLE, KERNELS, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, APPLIER, WORKER)
+STOP_ORDER = (CONSOLE, KERNELS, PROBE, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, APPLIER, WORKER)
 
 # These would otherwise compile the same kernels for ten seconds each.
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
@@ -74,6 +75,7 @@ def process_plans(
         # With serving.workers above 1 it is the parent of them all.
         plan(WORKER, "deploy.serving.rest", stop_s=15.0),
         plan(CONSOLE, "deploy.console.server", stop_s=15.0),
+        plan(PROBE, "deploy.probe", "--continuously", stop_s=3.0),
     )
     return {one.name: one for one in listed}
 
@@ -99,4 +101,5 @@ def ports(settings: Settings, local_kafka: bool) -> list[Port]:
         Port("serving.metrics_port", local, settings.serving.metrics_port),
         *([Port("up.metrics_port", local, settings.up.metrics_port)] if settings.up.metrics_port else []),
         *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
+        *([Port("probe.metrics_port", local, settings.probe.metrics_port)] if settings.probe.every_s else []),
     ]

@@ -21,6 +21,7 @@ from deploy.startup.process_plan import (
     KERNEL_USERS,
     KERNELS,
     OF_LOCAL_KAFKA,
+    PROBE,
     REBUILD,
     SHOPPERS,
     STOP_ORDER,
@@ -183,6 +184,8 @@ class Startup:
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:
             unwanted.add(SHOPPERS)
+        if not settings.probe.every_s:
+            unwanted.add(PROBE)
         wanted = [name for name in self._plans if name not in unwanted]
         if not goes_on:
             self._start(name for name in wanted if name not in KERNEL_USERS)

@@ -643,6 +643,22 @@ class ConsoleSettings:
     )
 
 
+@dataclass(frozen=True)
+class ProbeSettings:
+    """`springtide probe`: clicks of probe users, whose way through the loop is timed."""
+
+    every_s: float = setting(
+        0.0,
+        "s",
+        least=0.0,
+        most=120.0,
+        help="Time between two probes of `springtide up` and of `springtide probe --continuously`; 0: `up` sends none.",
+    )
+    timeout_s: float = setting(30.0, "s", least=0.1, most=3600.0, help="How long the loop has for one of them.")
+    url: str = setting("", help="Address of what answers; empty: serving on this host, as `[serving]` says.")
+    metrics_port: int = setting(9105, least=0, most=65535, help="Port of the probe's /metrics.")
+
+
 SECTIONS: dict[str, type[Any]] = {
     "paths": Paths,
     "kafka": Kafka,
@@ -663,6 +679,7 @@ SECTIONS: dict[str, type[Any]] = {
     "shoppers": Shoppers,
     "up": Supervision,
     "console": ConsoleSettings,
+    "probe": ProbeSettings,
 }
 
 

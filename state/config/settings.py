@@ -22,6 +22,7 @@ from state.config.sections import (
     LogSettings,
     Model,
     Paths,
+    ProbeSettings,
     RegistrySettings,
     ServingSettings,
     Shoppers,
@@ -63,6 +64,7 @@ class Settings:
     shoppers: Shoppers = field(default_factory=Shoppers)
     up: Supervision = field(default_factory=Supervision)
     console: ConsoleSettings = field(default_factory=ConsoleSettings)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property

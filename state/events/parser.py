@@ -22,6 +22,7 @@ from state.events.dead_letters import DeadLetter, Reason, reason_of
 from state.events.decoding import LATEST_MS, load_decoder, parse_time
 from state.events.event_batch import EventBatch
 from state.events.identity import Salt, context_id, context_text, public_id, user_id
+from state.events.probe_users import is_probe_user
 from state.positions import Range, Source
 
 if TYPE_CHECKING:
@@ -198,13 +199,13 @@ class Parser:
         user = self._users.get(value) or self._new_user(value)
         value = event.item
         if type(value) is not str and type(value) is not int:
-            item = self._no_id(value, settings.item)
+            item = self._no_id(value, settings.item, event.user)
         else:
             item = self._public.get(value) or self._new_public(value)
             self._items.met[item] = value
         value = event.category
         if type(value) is not str and type(value) is not int:
-            category = self._no_id(value, settings.category)
+            category = self._no_id(value, settings.category, event.user)
         else:
             category = self._public.get(value) or self._new_public(value)
             self._categories.met[category] = value
@@ -225,11 +226,11 @@ class Parser:
             raise DecodeError(Reason.MISSING_FIELD)
         return timestamp_ms
 
-    def _no_id(self, value: Any, configured: str) -> int:
-        """An id that is neither text nor integer: allowed only where no field is configured."""
+    def _no_id(self, value: Any, configured: str, user: object) -> int:
+        """An id that is neither text nor integer: allowed only where no field is configured, and of a probe user."""
         if value is not None:
             raise DecodeError(Reason.WRONG_TYPE)
-        if configured:
+        if configured and not is_probe_user(user):
             raise DecodeError(Reason.MISSING_FIELD)
         return 0
 

@@ -19,7 +19,7 @@ from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.log import Topics, Writer
-from state.metrics import PROCESSES, ApplierMetrics, StorageMetrics, SupervisorMetrics, names, serve
+from state.metrics import PROCESSES, ApplierMetrics, ProbeMetrics, StorageMetrics, SupervisorMetrics, names, serve
 from state.registry import control
 from state.registry.registry import Registry
 
@@ -43,7 +43,7 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
     named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
     # `up` is no part of the line, and what is said of the disk several parts say.
-    assert len({*PROCESSES} - {SupervisorMetrics, StorageMetrics}) == len(status.FIGURES) == len(BORN)
+    assert len({*PROCESSES} - {SupervisorMetrics, StorageMetrics, ProbeMetrics}) == len(status.FIGURES) == len(BORN)
 
 
 # The Kafka client leaves its sockets to the garbage collector when nobody answers.

@@ -58,7 +58,7 @@ def judge(
         state: What was remembered.
         loss: Mean loss over the step's rows.
         norm: Norm of the gradient of the summed loss.
-        rows: Rows of the step.
+        rows: Rows of the step; 0 where none of them is to be learned from, so that there is nothing to judge.
         factor: How many times the running value is too much.
         patience: Skips in a row at which training is held.
 
@@ -69,10 +69,14 @@ def judge(
     >>> verdict.value, state.accepted
     ('accept', 1)
     >>> verdict, state = judge(state, math.nan, 1.0, 1, factor=8.0, patience=2)
+    >>> judge(state, 0.0, 0.0, 0, factor=8.0, patience=2) == (Verdict.ACCEPT, state)
+    True
     >>> verdict.value, judge(state, math.nan, 1.0, 1, factor=8.0, patience=2)[0].value
     ('skip', 'hold')
     """
-    scaled = norm / math.sqrt(max(rows, 1))
+    if not rows:
+        return Verdict.ACCEPT, state
+    scaled = norm / math.sqrt(rows)
     bad = not (math.isfinite(loss) and math.isfinite(scaled))
     if not bad and state.accepted >= WARM_UP:
         bad = loss > factor * state.loss or scaled > factor * state.norm

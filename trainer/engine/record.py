@@ -155,10 +155,11 @@ class Recorder:
 def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Targets:
     """What is learned: the clicked candidate, the label of the row's pair, and of its negative that it is none.
 
-    A row with a label has no negative, and its logit is not shifted.
+    A row with a label has no negative, and its logit is not shifted. What names no item is no half of a pair.
     """
     numbers, known = HYPERPARAMETERS, ~np.isnan(batch.label)
     negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(len(batch)))
+    negative &= (batch.item != 0) & (batch.item[partner] != 0)
     weight = np.where(slot >= 0, batch.weight, np.float32(0.0)) * np.float32(1.0 / numbers.loss_scale)
     shift = np.where(known, np.float32(0.0), np.float32(NEGATIVE_SHIFT))
     share = np.float32(numbers.engagement_share / numbers.loss_scale)

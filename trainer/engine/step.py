@@ -250,7 +250,8 @@ class Trainer:
         losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
         norm = math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0
-        verdict, self.guard = judge(self.guard, loss, norm, len(batch), settings.guard_factor, settings.guard_patience)
+        rows = len(batch) if targets.any() or scored.any() else 0  # clicks of probe users teach nothing
+        verdict, self.guard = judge(self.guard, loss, norm, rows, settings.guard_factor, settings.guard_patience)
         rank = scores.rank[targets]
         top1, top5 = rank < 1, rank < 5
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
@@ -262,9 +263,10 @@ class Trainer:
         found = judged(self.progressive, record, scores, self.transitions, known, categories, scored)
 
         if verdict is Verdict.ACCEPT:
-            self.engine.apply(measured)
-            for name, rows in measured.rows.items():
-                self.tables[name].touch(rows)
+            if rows:
+                self.engine.apply(measured)
+            for name, touched in measured.rows.items():
+                self.tables[name].touch(touched)
             self.progressive.update(found.scores, batch.category, counters.log_ms)
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             places: list[npt.NDArray[Any]] = [batch.action, known]

@@ -16,6 +16,7 @@ from state.events.dead_letters import DeadLetter, Reason
 from state.events.event_batch import EventBatch
 from state.events.identity import Salt, user_id
 from state.events.parser import Parser
+from state.events.probe_users import probe_user
 from state.log import PartitionBatch
 from state.positions import Source
 
@@ -180,3 +181,14 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 def test_a_record_beyond_the_limit_is_not_even_decoded() -> None:
     assert reason({**GOOD, "more": "x" * 1_000_000}) == "too_large"
+
+
+def test_a_probe_users_click_may_name_nothing_and_nobody_elses() -> None:
+    click = {"user": probe_user(7), "action": "view", "time": NOW_MS}
+    batch = parse(click)
+    assert (batch.item.tolist(), batch.category.tolist()) == ([0], [0])
+    assert batch.user.tolist() == [user_id(SALT, probe_user(7))]
+    assert not batch.names
+    assert not batch.item_names
+    assert reason(click | {"user": "ann"}) == reason(click | {"user": 7}) == "missing_field"
+    assert reason(click | {"item": 1.5}) == "wrong_type"

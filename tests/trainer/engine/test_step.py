@@ -19,6 +19,7 @@ from state.microbatch.batch import MicroBatch
 from tests.trainer.batches import SPEC, micro_batch, spread
 from trainer.device import pick
 from trainer.engine.guard import Verdict
+from trainer.engine.record import _targets
 from trainer.engine.step import Trainer
 from trainer.model.candidates import candidates, partners
 
@@ -260,3 +261,40 @@ def test_candidates_agree_with_a_plain_definition() -> None:
 def test_missing_gpu_is_named() -> None:
     with pytest.raises(SettingsError, match=r"trainer\.device is gpu"):
         pick("gpu", [])
+
+
+def nameless(batch: MicroBatch, rows: slice = slice(None)) -> MicroBatch:
+    """The batch with clicks of probe users in some rows."""
+    item, category, label = batch.item.copy(), batch.category.copy(), batch.label.copy()
+    item[rows], category[rows], label[rows] = 0, 0, np.nan
+    return dataclasses.replace(batch, item=item, category=category, label=label)
+
+
+def test_clicks_of_probe_users_alone_change_no_weight_and_not_what_the_guard_expects() -> None:
+    batches, probes = log(), [nameless(micro_batch(1, first=9_000 + number)) for number in range(3)]
+    plain = fresh()
+    expected = {**digests(learned(batches, plain)), "guard": str(plain.guard)}
+    trainer = fresh()
+    for number, batch in enumerate(batches):
+        trainer.step(batch)
+        if number % 2:
+            trainer.step(probes[number // 2])
+    found = {**digests(trainer), "guard": str(trainer.guard)}
+    changed = {name for name in expected if expected[name] != found[name]}
+    counted = {f"counters.{name}" for name in ("trained", "steps", "log_ms", "event_time_ms")}
+    assert changed == {"table.user", *counted}
+
+
+def test_a_click_of_a_probe_user_is_measured_by_nobody_and_no_half_of_a_pair() -> None:
+    batch = nameless(micro_batch(64), slice(5, 6))
+    trainer = fresh()
+    trainer.step(batch)
+    assert trainer.evaluation.values()["rows"] == 63
+    source = np.zeros(64, np.uint64)
+    partner = partners(source, source, batch.opened)
+    targets = _targets(batch, np.zeros(64, np.int32), partner)
+    alone = (np.arange(64) == 5) | (partner == 5)
+    assert not targets.negative_weight[alone].any()
+    assert not targets.label_weight[5]
+    same = batch.item == batch.item[partner]
+    assert (targets.negative_weight[~alone & ~same] > 0).all()
