@@ -103,6 +103,7 @@ export function show(newest, held, found) {
   generation = newest?.generation ?? null;
   role = found;
   tell(at("token"), role ? `Token: ${role}` : "Enter a token");
+  suspect(newest?.held ?? null);
   if (!control) return tell(at("steer-told"), "No control yet; the trainer writes the first generation.");
   tell(at("steer-told"), `Generation ${generation}: ${control.action} by ${control.actor}, ${moment(control.created_at_ms)}: ${control.reason}.${mayOperate() ? "" : " To change something needs the token `operate`."}`);
   const focused = document.activeElement?.dataset?.verb;
@@ -118,6 +119,36 @@ export function show(newest, held, found) {
   );
   if (focused) document.querySelector(`[data-verb="${focused}"]`)?.focus();
   return undefined;
+}
+
+/** What the trainer's guard holds, with the rollback that leaves its clicks out, ready to be planned. */
+function suspect(held) {
+  const place = at("suspect");
+  if (place.dataset.of === String(held?.next)) return;
+  place.dataset.of = String(held?.next);
+  place.hidden = !held;
+  if (!held) return;
+  const clicks = held.clicks.map((one) => `${one.partition}:${one.first}-${one.next - 1}`);
+  place.replaceChildren(
+    h("h3", {}, "The guard holds an update"),
+    h("p", {}, `${held.meaning} is ${held.signal.toPrecision(3)}, usually ${held.usual.toPrecision(3)} (${held.rule}). ${held.followed ? `Answers stay at version ${held.version}, before it.` : "Answers stay where an operator put them."}`),
+    h("p", { class: "quiet" }, clicks.length ? `Its clicks, partition and offsets: ${clicks.join(", ")}` : "Its clicks are not known."),
+    h("div", { class: "row" },
+      h("button", { type: "button", onclick: () => propose(held, clicks) }, "Go back without these clicks"),
+      h("button", { type: "button", class: "plain", onclick: () => verb("release", "Let it go on", "The clicks are good: the trainer goes on, and this place is not held again.") }, "They are good: go on")),
+  );
+  say(`The guard holds an update: ${held.meaning}.`, "problem");
+}
+
+function propose(held, clicks) {
+  const form = at("plan");
+  form.reset();
+  form.elements.target.value = held.version ? "to" : "clean";
+  form.elements.to.value = held.version || "";
+  form.elements.skip.value = clicks.join(" ");
+  form.elements.follow_when_caught_up.checked = true;
+  form.requestSubmit();
+  at("steer").scrollIntoView();
 }
 
 /** The fields of the form, as the interface takes them. */
