@@ -38,6 +38,8 @@ QUANTILES: Mapping[str, tuple[str, str]] = {
     "step_p50_s": ("step", "p50"),
 }
 """Curve -> what is distributed, and which of its quantiles."""
+LIFT = "lift_top1"
+"""The curve of how much more often the model is right than the best of what is simple."""
 
 
 class Curves:
@@ -52,19 +54,20 @@ class Curves:
         self._every_ms = round(every_s * 1000)
         self._points: deque[tuple[int, tuple[float | None, ...]]] = deque(maxlen=int(keep_s / every_s))
 
-    def add(self, at_ms: int, figures: Figures) -> bool:
+    def add(self, at_ms: int, figures: Figures, lift: float | None = None) -> bool:
         """Adds a point where one is due; whether it did.
 
         Args:
             at_ms: Wall clock.
             figures: Of that moment.
+            lift: Of that moment, 0 to 1 more or less.
         """
         if self._points and 0 <= at_ms - self._points[-1][0] < self._every_ms:
             return False
         found = [_rounded(getattr(figures, name)) for name in CURVES]
         for spread, quantile in QUANTILES.values():
             found.append(_rounded(getattr(figures.spreads.get(spread, Spread()), quantile)))
-        self._points.append((at_ms, tuple(found)))
+        self._points.append((at_ms, (*found, _rounded(lift))))
         return True
 
     def document(self, after_ms: int = 0) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class Curves:
         ([2000], [7.0, None])
         """
         points = [one for one in list(self._points) if one[0] > after_ms]
-        names = (*CURVES, *QUANTILES)
+        names = (*CURVES, *QUANTILES, LIFT)
         return {
             "at_ms": [at_ms for at_ms, _ in points],
             "curves": {name: [values[place] for _, values in points] for place, name in enumerate(names)},

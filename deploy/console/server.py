@@ -7,6 +7,7 @@ users are to feel.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ from deploy.serving.edge.connections import ConnectionLimits
 from deploy.serving.edge.listening import listen
 from deploy.serving.edge.server import DrainingServer
 from deploy.serving.edge.tls import Certificate
-from deploy.serving.edge.tokens import Tokens, make_missing
+from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
 from deploy.watch.address import address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError, of_disk
+from state.process import log_lines
 from state.process.private_files import keep_private
+
+_log = logging.getLogger(__name__)
 
 CONNECTIONS = 256
 DRAIN_S = 0.0
@@ -38,7 +42,7 @@ def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
     """
     serving = settings.serving
     for path in make_missing(settings.tokens_dir):
-        print(f"console: made a token: {path}", file=sys.stderr)
+        _log.warning("made a token: %s", path)
     tokens = Tokens(settings.tokens_dir)
     certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
     return Access(certificate, tokens), RequestGuard(tokens, open_to_read(settings))
@@ -61,7 +65,9 @@ def run(settings: Settings) -> None:
     server = DrainingServer(app, limits, DRAIN_S, access=access)
     server.end_on_signals()
     app.watch.start()
-    print(f"console: {address(settings, host, port)}, to steer with the token in {settings.tokens_dir}", flush=True)
+    _log.info(
+        "the page is %s, to steer with the token in %s", address(settings, host, port), settings.tokens_dir / OPERATE
+    )
     try:
         server.run(sockets=[bound])
     finally:
@@ -71,11 +77,14 @@ def run(settings: Settings) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console with the settings of `argv`; returns the exit code."""
     keep_private()
+    log_lines.begin("console")
     try:
-        run(load(list(sys.argv[1:] if argv is None else argv)))
+        settings = load(list(sys.argv[1:] if argv is None else argv))
+        log_lines.follow(settings.logs)
+        run(settings)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
-        print(f"console: {error}", file=sys.stderr)
+        _log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from deploy import status
 from deploy.console.series import EVERY_S, Curves
-from deploy.watch import scrape
+from deploy.watch import quality, scrape
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.panel import wanted, wrong
 from deploy.watch.scrape import Scrape
@@ -76,7 +76,8 @@ class LoopWatch:
             scrapes = self._get(self._addresses)
             at_ms = self._wall_ms()
             figures = self._watch.look(scrapes, self._clock_s(), at_ms / 1000)
-            self.curves.add(at_ms, figures)
+            compared = quality.look(scrapes["trainer"])
+            self.curves.add(at_ms, figures, None if compared is None else compared["lift"]["top1"])
             self._seen = at_ms, figures, scrapes
 
     def changed(self) -> None:

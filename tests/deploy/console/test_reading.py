@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
-from deploy.console.series import CURVES, QUANTILES, Curves
+from deploy.console.series import CURVES, LIFT, QUANTILES, Curves
 from deploy.console.watching import LoopWatch
 from deploy.watch.figures import Figures
 from state.config.settings import Settings
@@ -61,12 +61,13 @@ def test_lists_are_those_of_the_commands(operating: httpx.Client, operator: Oper
 def test_curves_keep_the_newest_hour_and_no_more() -> None:
     curves = Curves(5.0, 3600.0)
     for second in range(4000):
-        curves.add(1000 * second, Figures(log_loss=float(second)))
+        curves.add(1000 * second, Figures(log_loss=float(second)), 0.125)
     found = curves.document()
     assert len(found["at_ms"]) == 720
     assert found["at_ms"][-1] - found["at_ms"][0] == 719 * 5000
     assert found["curves"]["log_loss"][-1] == 3995.0
-    assert set(found["curves"]) == {*CURVES, *QUANTILES}
+    assert set(found["curves"]) == {*CURVES, *QUANTILES, LIFT}
+    assert {*found["curves"][LIFT]} == {0.125}
 
 
 def test_without_serving_a_profile_is_503_and_says_why(console: Reached) -> None:

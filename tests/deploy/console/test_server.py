@@ -56,6 +56,6 @@ def test_a_process_asks_for_tokens_over_tls_and_ends_in_order(operator: Operator
         process.wait()
 
 
-def test_without_a_port_it_says_what_to_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_a_port_it_says_what_to_set(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     assert server.main(["--console.port", "0", "--paths.state", str(tmp_path)]) == 2
-    assert "set console.port" in capsys.readouterr().err
+    assert "set console.port" in caplog.text
