@@ -24,9 +24,11 @@ EVERYWHERE = {"job", "instance"}
 def series() -> dict[str, tuple[str, frozenset[str]]]:
     """Series name -> (type, labels), from the metrics that the processes make."""
     registry = CollectorRegistry()
-    for process in metrics.PROCESSES:
+    for process in (*metrics.PROCESSES, *metrics.OF_EACH_PROCESS):
         process(registry)
-    found: dict[str, tuple[str, frozenset[str]]] = {}
+    found: dict[str, tuple[str, frozenset[str]]] = {
+        name: ("counter" if name.endswith("_total") else "gauge", frozenset()) for name in metrics.OF_ANY_PROCESS
+    }
     for collector in list(registry._collector_to_names):
         labels = frozenset(getattr(collector, "_labelnames", ()))
         for family in collector.describe() if hasattr(collector, "describe") else collector.collect():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from grafana_foundation_sdk.builders import bargauge, common, dashboard, prometheus, stat, statetimeline, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -17,6 +17,8 @@ TAG = "springtide"
 SOURCE_UID = "springtide-prometheus"
 """Of the datasource in `provisioning`, which `$datasource` begins with."""
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
+COLUMNS = 24
+"""Of Grafana's grid."""
 DASHED: list[model.DynamicConfigValue] = [
     model.DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [8, 8]}),
     model.DynamicConfigValue("custom.fillOpacity", 0),
@@ -78,18 +80,38 @@ def built(board: Board) -> model.Dashboard:
     for group in board.groups:
         number += 1
         made.with_row(dashboard.Row(group.title).id(number))
-        for panel in group.panels:
+        for panel, width in zip(group.panels, filled_lines([panel.width for panel in group.panels]), strict=True):
             number += 1
-            made.with_panel(_panel(panel).id(number))
+            made.with_panel(_panel(panel).span(width).id(number))
     found = made.build()
     found.annotations = model.AnnotationContainer([PrometheusAnnotation(mark) for mark in MARKS])
     return found
 
 
+def filled_lines(widths: Sequence[int]) -> list[int]:
+    """The widths of panels side by side, where the last one of each line takes what is left of it.
+
+    Args:
+        widths: As they were asked for, of `COLUMNS` at most.
+
+    >>> filled_lines([8, 8, 8, 6, 12, 12, 8])
+    [8, 8, 8, 6, 18, 12, 12]
+    """
+    found: list[int] = []
+    used = 0
+    for width in widths:
+        if used + width > COLUMNS:
+            found[-1] += COLUMNS - used
+            used = 0
+        found.append(width)
+        used += width
+    return [*found[:-1], found[-1] + COLUMNS - used]
+
+
 def _panel(panel: Panel) -> Builder:
     made = _drawn(panel)
     made.title(panel.title).description(panel.description).datasource(SOURCE)
-    made.span(panel.width).height(panel.height).unit(panel.unit).thresholds(_thresholds(panel))
+    made.height(panel.height).unit(panel.unit).thresholds(_thresholds(panel))
     for letter, target in zip(string.ascii_uppercase, panel.targets, strict=False):
         made.with_target(_target(letter, target, panel.kind))
         if target.dashed:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from deploy.grafana.panel import RATE_INTERVAL, Panel, PanelKind, PanelQuery, both, rate
 
 FAILED = 'springtide_requests_total{code=~"5..|INTERNAL|UNAVAILABLE"}'
+ANSWERS = (
+    '{route=~"profile|batch|explain|rank|recommendations|similar|predict|'
+    '/springtide.*|/tensorflow.serving.PredictionService/.*"}'
+)
+"""Routes that a version answers: no scrapes, and no questions of the state of health."""
 HELD = {0: ("no", "green"), 1: ("yes", "orange")}
 
 FAILING = Panel(
@@ -34,9 +39,9 @@ REQUESTS = Panel(
 )
 LATENCY = Panel(
     "Time of an answer",
-    both("springtide_request_seconds"),
+    both("springtide_request_seconds", only=ANSWERS),
     "s",
-    "From a request's arrival to its answer, over all routes.",
+    "From a request's arrival to its answer, over all routes that a version answers.",
     "milliseconds.",
     "see on the board of serving which route is slow, then the machine's load; raise serving.workers or add a host.",
     "answers-fail",
@@ -130,6 +135,7 @@ HOLDS = Panel(
         PanelQuery("max(springtide_serving_pinned)", "answers pinned"),
         PanelQuery("max(springtide_trainer_paused)", "training paused"),
         PanelQuery("max(springtide_trainer_publishing_held)", "publishing held"),
+        PanelQuery("max(springtide_trainer_withheld)", "versions wait for the guard"),
         PanelQuery("max(springtide_trainer_held)", "guard holds training"),
     ),
     "none",
@@ -182,10 +188,11 @@ LOG_LOSS = Panel(
     "Log loss of the interests",
     (PanelQuery("max(springtide_trainer_log_loss)", "log loss"),),
     "none",
-    "Scored before learning, over recent rows: lower is better.",
+    "Of the user's next category, over the candidates that serving has; scored before learning: lower is better.",
     "moves slowly around its own level.",
     "a jump is a change of what arrives: look at the newest clicks; if they are poison, turn back.",
-    "turn-back-fast",
+    "quality-falls",
+    alerts=("SpringtideQualityFalling",),
 )
 AUC = Panel(
     "AUC of the engagement",
@@ -194,7 +201,7 @@ AUC = Panel(
     "How often an engaged row is ranked above one that was not, scored before learning; 50 % is chance.",
     "well above 50 %, around its own level.",
     "falling to 50 %: labels mean something else than before; look at what arrives.",
-    "turn-back-fast",
+    "quality-falls",
     falling=True,
     alarm=0.5,
 )
@@ -205,7 +212,7 @@ TOP = Panel(
     "Share of rows whose category was the first of the answer, scored before learning.",
     "moves slowly around its own level.",
     "see log loss beside it.",
-    "turn-back-fast",
+    "quality-falls",
 )
 DEAD_SHARE = (
     f"(sum(rate(springtide_stream_dead_letters_total[{RATE_INTERVAL}])) or vector(0))"

@@ -55,7 +55,7 @@ class Panel:
         falling: Low is bad: red below `alarm`, orange below `goal`.
         alerts: The alerts that say the same, the one of that section first.
         states: A number -> what it means and its colour.
-        width: Of the 24 columns.
+        width: Of the 24 columns; the last one of a line takes what is left of it.
     """
 
     title: str
@@ -124,14 +124,20 @@ class Board:
             yield from group.panels
 
 
-def quantile(share: float, histogram: str, *by: str) -> str:
+def quantile(share: float, histogram: str, *by: str, only: str = "") -> str:
     """The value below which `share` of what a histogram counted lately lies.
+
+    Args:
+        share: Such as 0.99.
+        histogram: Its name.
+        by: Labels that are kept.
+        only: Matchers in braces.
 
     >>> quantile(0.99, "step_seconds")
     'histogram_quantile(0.99, sum by (le) (rate(step_seconds_bucket[$__rate_interval])))'
     """
     labels = ", ".join(("le", *by))
-    return f"histogram_quantile({share}, sum by ({labels}) (rate({histogram}_bucket[{RATE_INTERVAL}])))"
+    return f"histogram_quantile({share}, sum by ({labels}) (rate({histogram}_bucket{only}[{RATE_INTERVAL}])))"
 
 
 def rate(counter: str, *by: str) -> str:
@@ -144,16 +150,17 @@ def rate(counter: str, *by: str) -> str:
     return f"sum{grouped} (rate({counter}[{RATE_INTERVAL}]))"
 
 
-def both(histogram: str, *by: str, name: str = "") -> tuple[PanelQuery, PanelQuery]:
+def both(histogram: str, *by: str, name: str = "", only: str = "") -> tuple[PanelQuery, PanelQuery]:
     """Median and 99th percentile of a histogram.
 
     Args:
         histogram: Its name.
         by: Labels that are kept.
         name: Begins the legends.
+        only: Matchers in braces.
     """
     start = " ".join(filter(None, (name, *(f"{{{{{label}}}}}" for label in by))))
     return (
-        PanelQuery(quantile(0.5, histogram, *by), f"{start} p50".strip()),
-        PanelQuery(quantile(0.99, histogram, *by), f"{start} p99".strip()),
+        PanelQuery(quantile(0.5, histogram, *by, only=only), f"{start} p50".strip()),
+        PanelQuery(quantile(0.99, histogram, *by, only=only), f"{start} p99".strip()),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana import headlines
+from deploy.grafana import headlines, probes, processes
 from deploy.grafana.panel import Board, Panel, PanelKind, PanelQuery, PanelRow, quantile, rate
 
 NOW = (
@@ -37,10 +37,10 @@ NOW = (
     headlines.FAULTS,
     Panel(
         "Answers",
-        (PanelQuery(rate("springtide_requests_total"), "answers"),),
+        (PanelQuery(rate(f"springtide_requests_total{headlines.ANSWERS}"), "answers"),),
         "reqps",
-        "Requests a second, over all routes and hosts.",
-        "what your clients ask for; scrapes and health checks are among them.",
+        "Requests a second that a version answers, over all hosts.",
+        "what your clients ask for.",
         "see whether clients reach the port, and what codes they get.",
         "answers-fail",
         kind=PanelKind.STAT,
@@ -48,9 +48,9 @@ NOW = (
     ),
     Panel(
         "Slow answers",
-        (PanelQuery(quantile(0.99, "springtide_request_seconds"), "p99"),),
+        (PanelQuery(quantile(0.99, "springtide_request_seconds", only=headlines.ANSWERS), "p99"),),
         "s",
-        "The slowest of a hundred answers, over all routes.",
+        "The slowest of a hundred answers, over all routes that a version answers.",
         "some tens of milliseconds.",
         "see on the board of serving which route is slow.",
         "answers-fail",
@@ -126,9 +126,9 @@ LINE = (
         "Parts that answer",
         (PanelQuery('min by (job) (up{job=~"springtide-.*"})', "{{job}}"),),
         "none",
-        "Whether each part answers on /metrics.",
+        "Whether each part answers on /metrics, and whether serving reaches a broker.",
         "yes, in all lines.",
-        "`springtide up` starts a part again by itself; one that runs alone has to be started by its owner.",
+        "`springtide up` starts a part again by itself; one that runs alone, or Kafka, by its owner.",
         "a-part-cannot-run",
         kind=PanelKind.STATES,
         states={0: ("no", "red"), 1: ("yes", "green")},
@@ -191,7 +191,9 @@ BOARD = Board(
         PanelRow("Now", NOW),
         PanelRow("Answers", (headlines.REQUESTS, headlines.FAILING, headlines.LATENCY)),
         PanelRow("The line from click to answer", LINE),
-        PanelRow("Versions and storage", (headlines.VERSIONS, *STORAGE)),
-        PanelRow("Quality and deaths", (headlines.LOG_LOSS, headlines.AUC, headlines.DEATHS)),
+        PanelRow("A probe user's click", probes.PROBES),
+        PanelRow("Storage", STORAGE),
+        PanelRow("Versions, quality and deaths", (headlines.VERSIONS, headlines.LOG_LOSS, headlines.DEATHS)),
+        PanelRow("Processes", processes.PROCESSES),
     ),
 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from deploy.grafana import headlines, histories
 from deploy.grafana.panel import RATE_INTERVAL, Board, Panel, PanelKind, PanelQuery, PanelRow, both, quantile, rate
 
-ROUTED = 'springtide_requests_total{code=~"5..|INTERNAL|UNAVAILABLE"}'
-
 ANSWERS = (
     Panel(
         "Requests by route",
@@ -21,7 +19,8 @@ ANSWERS = (
         "Failures by route",
         (
             PanelQuery(
-                f"sum by (route) (rate({ROUTED}[{RATE_INTERVAL}])) / {rate('springtide_requests_total', 'route')}",
+                f"sum by (route) (rate({headlines.FAILED}[{RATE_INTERVAL}]))"
+                f" / clamp_min({rate('springtide_requests_total', 'route')}, 1e-9)",
                 "{{route}}",
                 empty="no request has failed",
             ),
@@ -101,6 +100,7 @@ VERSION = (
         "a few. It grows while answers are pinned.",
         "if nothing is pinned, see the time to apply below and the applier's log.",
         "no-new-version",
+        alarm=300,
     ),
     headlines.HOLDS,
     Panel(
@@ -144,7 +144,7 @@ VERSION = (
         "a host that stays behind has not seen the rollback: read its applier's log.",
         "turn-back-fast",
         kind=PanelKind.STAT,
-        width=6,
+        width=4,
     ),
     Panel(
         "Control generation by host",
@@ -155,7 +155,7 @@ VERSION = (
         "a host that stays behind does not see the registry: look after its disk or mount.",
         "an-operator-holds-something",
         kind=PanelKind.STAT,
-        width=6,
+        width=4,
     ),
     Panel(
         "Epoch of the histories",
@@ -166,7 +166,33 @@ VERSION = (
         "a host that stays behind does not follow the log: read its applier's log.",
         "answers-do-not-see-new-clicks",
         kind=PanelKind.STAT,
-        width=6,
+        width=4,
+    ),
+    Panel(
+        "Age of the version",
+        (PanelQuery("max(springtide_serving_version_age_seconds)", "age"),),
+        "s",
+        "Time since the version that answers use was made; of several hosts the worst.",
+        "a second or so. It grows while answers are pinned, and without clicks.",
+        "see versions behind: if none are, the trainer publishes nothing.",
+        "no-new-version",
+        kind=PanelKind.STAT,
+        goal=60,
+        width=4,
+    ),
+    Panel(
+        "Masks",
+        (
+            PanelQuery("max(springtide_serving_masks)", "answers"),
+            PanelQuery("max(springtide_trainer_masks)", "training"),
+        ),
+        "none",
+        "Masks of clicks that answers and training leave out, as each has seen control.",
+        "both the same.",
+        "`springtide masks` lists them, with who set them and why; `springtide unmask N` lifts one.",
+        "a-mask-was-wrong",
+        kind=PanelKind.STAT,
+        width=4,
     ),
     Panel(
         "Version refused by its probe",
@@ -178,7 +204,7 @@ VERSION = (
         "a-version-is-refused",
         kind=PanelKind.STAT,
         alarm=1,
-        width=6,
+        width=4,
     ),
 )
 
@@ -215,6 +241,37 @@ FRESH = (
     ),
 )
 
+PARITY = (
+    Panel(
+        "Rows computed again",
+        (PanelQuery(rate("springtide_serving_parity_rows_total", "outcome"), "{{outcome}}"),),
+        "cps",
+        "Sampled rows of the training log a second, computed again from serving's histories.",
+        "equal; unknown after a start in the middle of the log.",
+        "none: clicks do not reach serving, or serving.parity_every_s is 0.",
+        "answers-and-training-see-different-features",
+        width=12,
+    ),
+    Panel(
+        "Rows that differ",
+        (
+            PanelQuery(
+                'sum(increase(springtide_serving_parity_rows_total{outcome="differs"}[10m]))',
+                "in ten minutes",
+                empty="no row has differed",
+            ),
+        ),
+        "none",
+        "Rows in ten minutes that were trained with other features than answers have.",
+        "none.",
+        "the applier's log names record, click and the first number; compare the releases of both hosts.",
+        "answers-and-training-see-different-features",
+        alarm=1,
+        alerts=("SpringtideParityBroken",),
+        width=12,
+    ),
+)
+
 BOARD = Board(
     "springtide-serving",
     "Springtide: serving",
@@ -224,5 +281,6 @@ BOARD = Board(
         PanelRow("Version", VERSION),
         PanelRow("Freshness", FRESH),
         PanelRow("Histories", histories.SERVING),
+        PanelRow("Training and answers agree", PARITY),
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.grafana import headlines, histories
-from deploy.grafana.panel import Board, Panel, PanelKind, PanelQuery, PanelRow, both, rate
+from deploy.grafana.panel import RATE_INTERVAL, Board, Panel, PanelKind, PanelQuery, PanelRow, both, rate
 
 NO_CLOCK = "no clock is off"
 
@@ -20,9 +20,12 @@ CLICKS = (
     headlines.LAG,
     Panel(
         "What waits, in seconds",
-        (PanelQuery("max(springtide_stream_lag_seconds)", "clicks, for the stream"),),
+        (
+            PanelQuery("max(springtide_stream_lag_seconds)", "clicks, for the stream"),
+            PanelQuery("max(springtide_trainer_lag_seconds)", "training log, for the trainer"),
+        ),
         "s",
-        "Wall time since the newest committed click was appended to Kafka; 0 when none wait.",
+        "Wall time since the newest record that each has taken was appended to Kafka; 0 when none wait.",
         "a fraction of a second.",
         "if it grows, add shards (stream.shards) or a larger machine; nothing is lost while Kafka keeps the clicks.",
         "clicks-wait",
@@ -39,6 +42,17 @@ MICROBATCHES = (
         "about five for each partition that has clicks, cut by time (stream.cut_ms).",
         "none: the stream is away, waits for room, or Kafka refuses it; read its log.",
         "a-part-cannot-run",
+        width=6,
+    ),
+    Panel(
+        "Busy",
+        (PanelQuery(f"rate(springtide_stream_busy_seconds_total[{RATE_INTERVAL}])", "{{instance}}"),),
+        "percentunit",
+        "Share of the time that the thread which reads clicks works on what it read, commits included.",
+        "well below 100 %.",
+        "at 100 % clicks wait: add shards (stream.shards) or a larger machine.",
+        "clicks-wait",
+        width=6,
     ),
     Panel(
         "Rows of a micro-batch",
@@ -48,6 +62,7 @@ MICROBATCHES = (
         "few while traffic is low, up to stream.microbatch_rows when clicks wait.",
         "always at the limit: more clicks come than are read.",
         "clicks-wait",
+        width=6,
     ),
     Panel(
         "Time of a commit",
@@ -57,6 +72,7 @@ MICROBATCHES = (
         "around ten milliseconds.",
         "see the machine's disk and Kafka's; a full disk makes it wait.",
         "the-disk-is-full",
+        width=6,
     ),
 )
 

@@ -31,7 +31,8 @@ LEARNING = (
         "Positions of the training log that the trainer has not read.",
         "near 0; falling after a restart or a rollback.",
         "if it grows, steps take too long: see their time.",
-        "no-new-version",
+        "clicks-wait",
+        alarm=100,
     ),
     Panel(
         "Time of a step",
@@ -43,6 +44,21 @@ LEARNING = (
         "no-new-version",
     ),
     headlines.LOG_LOSS,
+    Panel(
+        "GPU memory",
+        (
+            PanelQuery(
+                "max by (kind) (springtide_trainer_device_memory_bytes)",
+                "{{kind}}",
+                empty="the trainer computes on the CPU",
+            ),
+        ),
+        "bytes",
+        "GPU memory that TensorFlow holds, now and at most since the trainer's start.",
+        "level; nothing where it computes on the CPU.",
+        "near the card's limit the next table that grows ends the trainer: give tables fewer rows.",
+        "a-part-cannot-run",
+    ),
     Panel(
         "Caught up",
         (PanelQuery("max(springtide_trainer_caught_up)", "read to the end"),),
@@ -112,12 +128,20 @@ GUARD = (
     ),
     Panel(
         "How near a hold",
-        (PanelQuery("max by (rule) (springtide_trainer_guard_ratio)", "{{rule}}"),),
+        (
+            PanelQuery(
+                "max by (rule) (springtide_trainer_guard_ratio)",
+                "{{rule}}",
+                empty="the guard has judged no window yet",
+            ),
+        ),
         "percentunit",
         "How near each rule about windows of log time is to a hold, which is 100 %.",
         "0 %, and a little above it now and then.",
         "from 50 % on versions wait for the next window's word; look at what is clicked now.",
         "training-is-held",
+        goal=0.5,
+        alarm=1,
     ),
     Panel(
         "Account of rows",
@@ -127,6 +151,21 @@ GUARD = (
         "the other lines add up to `rows`.",
         "`springtide status` says which account is wrong and by how many.",
         "an-account-is-wrong",
+    ),
+    Panel(
+        "Held by",
+        (
+            PanelQuery("max by (rule) (springtide_trainer_held_rule)", "{{rule}}", empty="nothing is held"),
+            PanelQuery("max(springtide_trainer_held_offset) > 0", "from offset", empty="nothing is held"),
+        ),
+        "none",
+        "The rule by which an update is held, and the offset of the training log from which it is suspect.",
+        "nothing.",
+        "`springtide status` has numbers and place, and prints the rollback that leaves those clicks out.",
+        "training-is-held",
+        kind=PanelKind.STAT,
+        alerts=("SpringtideTrainingHeld",),
+        width=16,
     ),
     Panel(
         "Faults",
@@ -151,7 +190,7 @@ GUARD = (
         "a-gap-clicks-deleted-unread",
         kind=PanelKind.STAT,
         goal=1,
-        width=3,
+        width=2,
     ),
     Panel(
         "Left out",
@@ -163,7 +202,7 @@ GUARD = (
         "one-bad-record-in-the-training-log",
         kind=PanelKind.STAT,
         goal=1,
-        width=3,
+        width=2,
     ),
     Panel(
         "Windows compared with",

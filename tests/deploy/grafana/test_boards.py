@@ -153,6 +153,10 @@ def test_a_panel_turns_red_where_its_alert_fires_and_leads_to_the_same_section()
         assert panel.alarm is None or {panel.alarm, panel.alarm - 1} & limits, panel.title
 
 
+def test_each_alert_has_a_panel() -> None:
+    assert set(ALERTS) - {alert for panel in PANELS for alert in panel.alerts} == set()
+
+
 def test_a_rollback_a_pin_and_versions_are_marked_on_every_board() -> None:
     for document in DOCUMENTS.values():
         marks = {mark["name"]: mark for mark in document["annotations"]["list"]}
