@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from state.config.settings import Settings
@@ -205,17 +204,21 @@ def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFig
         return StepFigures(log_ms, 0, positions=covered, dead=dead)
     if report.verdict is not Verdict.ACCEPT:
         return StepFigures(log_ms, report.rows, report.rows, covered, dead, crowds=crowds_of(batch))
-    predicted = 1 / (1 + np.exp(-report.scores.astype(np.float64)))
+    scores = report.quality
+    known, new = (
+        (int(scores.total("rows", users=who)), scores.total("log_loss", users=who)) for who in ("known", "new")
+    )
     return StepFigures(
         log_ms=log_ms,
         rows=report.rows,
         positions=covered,
         dead=dead,
-        known=(report.targets, report.interest_log_loss * report.targets if report.targets else 0.0),
-        pairs=report.scores.size,
-        engagement_loss=report.engagement_log_loss * report.scores.size if report.scores.size else 0.0,
-        predicted=float(predicted.sum()),
-        positives=int(report.positive.sum()),
+        known=known,
+        new=new,
+        pairs=scores.pairs,
+        engagement_loss=scores.engagement_log_loss,
+        predicted=scores.predicted,
+        positives=scores.positives,
         squared_norm=report.grad_norm**2,
         crowds=crowds_of(batch),
     )

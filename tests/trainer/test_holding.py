@@ -52,6 +52,8 @@ def stopped(path: Path) -> tuple[Registry, Learner]:
     registry = started(path)
     running = learner(registry, written(POISONED), *GUARD)
     run_to_end(running)
+    # A version that passed may still be on its way.
+    running._settle(wait=True)
     return registry, running
 
 
