@@ -12,6 +12,7 @@
     │   ├── erasures/            how far each process has taken erasures   state/registry/erasing.py
     │   ├── outcomes/            what became of rollbacks         state/registry/outcomes.py
     │   ├── programs/ specs/     by digest
+    │   ├── baselines/           accepted by operators            state/statistics/baselines.py
     │   ├── gaps/                losses that the trainer accepted, records left out among them
     │   ├── tmp/                 being written; swept
     │   └── trainer.lock, compactor.lock
@@ -50,6 +51,7 @@ VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"
 RECENT, RECENT_BOOT = "recent", "recent.boot"
 MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
+BASELINES = "baselines"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 

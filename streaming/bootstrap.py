@@ -11,7 +11,7 @@ One bounded Beam job with the stream's own code for clicks and windows:
 1. A preprocessing of the user's own is checked on made-up rows.
 2. The job reads files, or the beginning of the clicks topic (it waits for
    `bootstrap.min_rows` clicks there), at most `bootstrap.sample_rows` of them.
-3. `specs/<digest>/` of the registry appears at once with graph and labels,
+3. `specs/<digest>/` of the registry appears at once with graph, labels, schema and statistics,
    once for each feature spec, and once more, with a number behind the digest,
    for another preprocessing of it.
 
@@ -45,11 +45,14 @@ from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.options import add_file_arguments, as_settings, chosen
 from state.registry.registry import Registry
+from state.statistics.baselines import baseline_files
+from state.statistics.protos import dataset
+from state.statistics.schema import infer
 from streaming import examples
 from streaming.bootstrap_job import TOPIC, Wanted, run_job
 from streaming.preprocessing import read_categories
 from streaming.preprocessing_check import check_preprocessing, is_own
-from streaming.sample import Say, open_sample
+from streaming.sample import Sample, Say, open_sample
 from streaming.spec_document import document, require_same_salt
 
 logger = logging.getLogger(__name__)
@@ -96,7 +99,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         if output is not None:
             about = document(sample, salt, read_categories(output / "categories"), now_ms)
             known = registry.free_name(spec.digest)
-            registry.add_spec(known, about, lambda place: _copy(output / "transform", place / "transform"))
+            registry.add_spec(known, about, lambda place: _keep(sample, output / "transform", place))
         if wanted.examples is not None:
             _copy(registry.transform(known or spec.digest), wanted.examples / "transform")
             about = {
@@ -110,6 +113,15 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
             say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
     return True
+
+
+def _keep(sample: Sample, transform: Path, place: Path) -> None:
+    """Writes graph, schema and statistics of a sample to the new directory `place`."""
+    _copy(transform, place / "transform")
+    statistics = dataset(sample.statistics, "bootstrap")
+    schema = infer(statistics, sample.settings.validation, warm=False)
+    for name, data in baseline_files(schema, statistics).items():
+        (place / name).write_bytes(data)
 
 
 def _copy(source: Path, target: Path) -> None:

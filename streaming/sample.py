@@ -17,6 +17,7 @@ from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.microbatch.row_kinds import Kind, trained
 from state.recordings.rows import shown_reasons
+from state.statistics.collecting import Statistics
 from streaming.context import Handle, JobContext, Step, opened
 from streaming.event_clock import EventClock
 from streaming.labels import Labels
@@ -77,12 +78,14 @@ class Sample(JobContext):
         clock_s: Wall clock, seconds.
         began_s: When reading began.
         tally: What was found so far.
+        statistics: Of the rows so far.
         asked: The options that the preprocessing asked for, of `AskedModel`.
     """
 
     say: Say
     clock_s: Callable[[], float]
     began_s: float
+    statistics: Statistics
     tally: Tally = field(default_factory=Tally)
     asked: dict[str, list[str]] = field(default_factory=dict)
 
@@ -139,6 +142,7 @@ def open_sample(
                 say=say,
                 clock_s=clock,
                 began_s=clock(),
+                statistics=Statistics(spec.actions, spec.names, settings.events.context),
             )
             with opened(sample) as handle:
                 yield handle
@@ -156,5 +160,6 @@ class ComputeWindows(Step[Sample]):
             now_ms = round(sample.clock_s() * 1000)
             rows = commit_at_once(sample.store, sample.profiler, sample.clock, sample.labels, events, now_ms)
             sample.tally.count_rows(rows)
+            sample.statistics.add(rows.columns)
         if len(events):
             yield rows

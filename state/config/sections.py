@@ -602,6 +602,27 @@ class Bootstrap:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """How far live clicks may lie from the baseline: the thresholds of the schema that a bootstrap writes."""
+
+    missing_share: float = setting(
+        0.1, least=0.0, most=1.0, help="How much more of the rows may lack a value than in the baseline."
+    )
+    new_values_share: float = setting(
+        0.1,
+        least=0.0,
+        most=1.0,
+        help="How much of a categorical feature may be values that the baseline does not know.",
+    )
+    max_l_infinity: float = setting(
+        0.1, least=0.0, most=1.0, help="How far the share of any value of a categorical feature may move."
+    )
+    max_divergence: float = setting(
+        0.1, "bits", least=0.0, most=1.0, help="Jensen-Shannon divergence that a numeric feature may have."
+    )
+
+
+@dataclass(frozen=True)
 class Shoppers:
     """The synthetic shoppers of `springtide up` and `springtide replay --synthetic`."""
 
@@ -676,6 +697,7 @@ SECTIONS: dict[str, type[Any]] = {
     "storage": StorageSettings,
     "logs": LogSettings,
     "bootstrap": Bootstrap,
+    "validation": Validation,
     "shoppers": Shoppers,
     "up": Supervision,
     "console": ConsoleSettings,

@@ -30,6 +30,7 @@ from state.config.sections import (
     Stream,
     Supervision,
     TrainerSettings,
+    Validation,
     known_settings,
 )
 from state.config.sources import as_text, variable
@@ -61,6 +62,7 @@ class Settings:
     storage: StorageSettings = field(default_factory=StorageSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    validation: Validation = field(default_factory=Validation)
     shoppers: Shoppers = field(default_factory=Shoppers)
     up: Supervision = field(default_factory=Supervision)
     console: ConsoleSettings = field(default_factory=ConsoleSettings)

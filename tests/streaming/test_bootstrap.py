@@ -25,6 +25,9 @@ from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
 from state.registry.registry import Registry
 from state.registry.specs import fits
+from state.statistics.anomalies import validate
+from state.statistics.baselines import Baselines
+from state.statistics.protos import by_name, frequencies
 from streaming.bootstrap import run
 from streaming.bootstrap_job import Wanted
 from streaming.context import Handle
@@ -100,6 +103,14 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
     assert len(set(clicks)) < len(clicks), "no two categories were clicked equally often: the tie is not tested"
     assert about["popular"] == sorted(about["popular"], key=lambda entry: (-entry[1], int(entry[0], 16)))
     assert {about["names"][label] for label, _ in about["popular"]} <= {f"c{number}" for number in range(12)}
+
+    baseline = Baselines(settings.registry_dir).newest(spec.digest)
+    assert baseline is not None and baseline.accepted.number == 0
+    counted = by_name(baseline.statistics)
+    assert sorted(frequencies(counted["category"]).values(), reverse=True) == clicks
+    assert {f"features.{name}" for name in spec.names} <= {*counted}
+    assert {*counted} == {feature.name for feature in baseline.schema.feature}
+    assert not validate(baseline.statistics, baseline.schema, baseline.statistics).anomaly_info
 
     from trainer.versions.program import preprocessing_of
 

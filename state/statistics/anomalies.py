@@ -1,0 +1,192 @@
+"""What is wrong with a window's statistics, as `tfdv.validate_statistics` says it: an `Anomalies` of TensorFlow Metadata. Pure.
+
+Of what TensorFlow Data Validation checks these are checked here, with its names:
+
+    SCHEMA_MISSING_COLUMN                       a feature has no value in any row
+    SCHEMA_NEW_COLUMN                           a feature that the schema does not know
+    FEATURE_TYPE_LOW_FRACTION_PRESENT           fewer rows have a value than `presence` asks for
+    UNEXPECTED_DATA_TYPE                        a feature is of another type
+    ENUM_TYPE_UNEXPECTED_STRING_VALUES          more than `min_domain_mass` allows lies outside the domain
+    INT_TYPE_SMALL_INT, INT_TYPE_BIG_INT        a number outside its domain
+    FLOAT_TYPE_SMALL_FLOAT, FLOAT_TYPE_BIG_FLOAT
+    COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `state/statistics/distances.py`
+    COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did
+
+Every distance is in `drift_skew_info`, whether it is beyond its threshold or not:
+skew is from the baseline, drift from the window before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tensorflow_metadata.proto.v0 import schema_pb2
+from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo, DriftSkewInfo
+from tensorflow_metadata.proto.v0.schema_pb2 import Feature, FeatureComparator, Schema
+from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics, FeatureNameStatistics
+
+from state.statistics.distances import aligned, jensen_shannon, l_infinity
+from state.statistics.protos import by_name, common, frequencies
+
+NAMED_VALUES = 3
+Measurement = DriftSkewInfo.Measurement
+
+_TYPES = {
+    FeatureNameStatistics.INT: schema_pb2.INT,
+    FeatureNameStatistics.FLOAT: schema_pb2.FLOAT,
+    FeatureNameStatistics.STRING: schema_pb2.BYTES,
+    FeatureNameStatistics.BYTES: schema_pb2.BYTES,
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a feature.
+
+    Attributes:
+        kind: Which, of `AnomalyInfo.Type`.
+        short: In a few words.
+        description: With numbers.
+    """
+
+    kind: int
+    short: str
+    description: str
+
+
+def validate(
+    statistics: DatasetFeatureStatistics,
+    schema: Schema,
+    baseline: DatasetFeatureStatistics | None = None,
+    previous: DatasetFeatureStatistics | None = None,
+) -> Anomalies:
+    """Holds a window against the schema, the baseline and the window before it.
+
+    Args:
+        statistics: Of the window.
+        schema: With the thresholds.
+        baseline: What `skew_comparator` is about; None where nothing is to be compared with it.
+        previous: What `drift_comparator` is about, likewise.
+    """
+    found = Anomalies(baseline=schema)
+    here = by_name(statistics)
+    befores = [None if one is None else by_name(one) for one in (baseline, previous)]
+    for feature in schema.feature:
+        one = here.get(feature.name)
+        findings = list(_of_feature(feature, one))
+        if one is not None and common(one).num_non_missing:
+            measured = DriftSkewInfo()
+            measured.path.step.append(feature.name)
+            sides = zip(("skew", "drift"), befores, strict=True)
+            for side, before in ((side, before) for side, before in sides if before is not None):
+                comparator = getattr(feature, f"{side}_comparator")
+                for measurement, finding in _compared(side, comparator, one, before.get(feature.name)):
+                    getattr(measured, f"{side}_measurements").append(measurement)
+                    findings += [finding] * (measurement.value > measurement.threshold)
+            if measured.drift_measurements or measured.skew_measurements:
+                found.drift_skew_info.append(measured)
+        _note(found, feature.name, findings)
+    for name in here.keys() - {feature.name for feature in schema.feature}:
+        words = "The baseline does not know it: take it up by `springtide schema accept`."
+        _note(found, name, [Finding(AnomalyInfo.SCHEMA_NEW_COLUMN, "New column", words)], AnomalyInfo.WARNING)
+    return found
+
+
+def _note(found: Anomalies, name: str, findings: list[Finding], severity: int = AnomalyInfo.ERROR) -> None:
+    if not findings:
+        return
+    info = found.anomaly_info[name]
+    info.path.step.append(name)
+    info.severity = severity
+    for finding in findings:
+        info.reason.add(type=finding.kind, short_description=finding.short, description=finding.description)
+    info.short_description = findings[0].short if len(findings) == 1 else "Multiple errors"
+    info.description = " ".join(finding.description for finding in findings)
+
+
+def _of_feature(feature: Feature, one: FeatureNameStatistics | None) -> Iterator[Finding]:
+    """What the window alone has wrong."""
+    least = feature.presence.min_fraction
+    if one is None or not (there := common(one).num_non_missing):
+        if least > 0:
+            yield Finding(AnomalyInfo.SCHEMA_MISSING_COLUMN, "Column dropped", "The feature has no value in any row.")
+        return
+    share = there / (there + common(one).num_missing)
+    if share < least:
+        words = f"The feature has a value in {share:.1%} of the rows, expected are {least:.1%} or more."
+        yield Finding(AnomalyInfo.FEATURE_TYPE_LOW_FRACTION_PRESENT, "Missing values", words)
+    if _TYPES[one.type] != feature.type:
+        said = FeatureNameStatistics.Type.Name(one.type), schema_pb2.FeatureType.Name(feature.type)
+        yield Finding(
+            AnomalyInfo.UNEXPECTED_DATA_TYPE, "Unexpected type", f"The feature is {said[0]}, expected is {said[1]}."
+        )
+        return
+    if one.HasField("string_stats"):
+        yield from _outside_domain(feature, one)
+    else:
+        yield from _outside_bounds(feature, one)
+
+
+def _outside_domain(feature: Feature, one: FeatureNameStatistics) -> Iterator[Finding]:
+    if not feature.HasField("string_domain"):
+        return
+    known, total = {*feature.string_domain.value}, common(one).num_non_missing
+    new = {value: count for value, count in frequencies(one).items() if value not in known}
+    allowed = 1.0 - feature.distribution_constraints.min_domain_mass
+    if (share := sum(new.values()) / total) > allowed or (allowed == 0 and new):
+        top = sorted(new.items(), key=lambda entry: (-entry[1], entry[0]))[:NAMED_VALUES]
+        listed = ", ".join(f"{value} ({count / total:.1%})" for value, count in top)
+        words = f"{len(new):,} values that the schema does not know make {share:.1%} of all, {allowed:.1%} are allowed: {listed}."
+        yield Finding(AnomalyInfo.ENUM_TYPE_UNEXPECTED_STRING_VALUES, "Unexpected string values", words)
+
+
+def _outside_bounds(feature: Feature, one: FeatureNameStatistics) -> Iterator[Finding]:
+    numbers = one.num_stats
+    if feature.HasField("int_domain"):
+        domain = feature.int_domain
+        small, big = AnomalyInfo.INT_TYPE_SMALL_INT, AnomalyInfo.INT_TYPE_BIG_INT
+    elif feature.HasField("float_domain"):
+        domain, small, big = feature.float_domain, AnomalyInfo.FLOAT_TYPE_SMALL_FLOAT, AnomalyInfo.FLOAT_TYPE_BIG_FLOAT
+    else:
+        return
+    if numbers.min < domain.min:
+        words = f"Values of {numbers.min:g}, the least expected is {domain.min:g}."
+        yield Finding(small, "Out-of-range values", f"Unexpectedly low: {words}")
+    if numbers.max > domain.max:
+        words = f"Values of {numbers.max:g}, the most expected is {domain.max:g}."
+        yield Finding(big, "Out-of-range values", f"Unexpectedly high: {words}")
+
+
+def _compared(
+    side: str, comparator: FeatureComparator, one: FeatureNameStatistics, before: FeatureNameStatistics | None
+) -> Iterator[tuple[DriftSkewInfo.Measurement, Finding]]:
+    """The distances that a comparator asks for, and what to say where one is beyond its threshold."""
+    if before is None or not common(before).num_non_missing:
+        return
+    what = "the baseline" if side == "skew" else "the window before"
+    if comparator.infinity_norm.HasField("threshold") and one.HasField("string_stats"):
+        limit, shares = comparator.infinity_norm.threshold, (frequencies(one), frequencies(before))
+        if all(shares):
+            distance, value = l_infinity(*shares)
+            words = f"The L-infinity distance from {what} is {distance:.3f}, above {limit:g}: the share of {value} differs most."
+            yield (
+                Measurement(type=Measurement.L_INFTY, value=distance, threshold=limit),
+                Finding(AnomalyInfo.COMPARATOR_L_INFTY_HIGH, f"High L-infinity distance from {what}", words),
+            )
+    if comparator.jensen_shannon_divergence.HasField("threshold") and one.HasField("num_stats"):
+        limit = comparator.jensen_shannon_divergence.threshold
+        distance = jensen_shannon(*aligned(_histogram(one), _histogram(before)))
+        words = f"The Jensen-Shannon divergence from {what} is {distance:.3f}, above {limit:g}."
+        yield (
+            Measurement(type=Measurement.JENSEN_SHANNON_DIVERGENCE, value=distance, threshold=limit),
+            Finding(
+                AnomalyInfo.COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH,
+                f"High Jensen-Shannon divergence from {what}",
+                words,
+            ),
+        )
+
+
+def _histogram(one: FeatureNameStatistics) -> dict[tuple[float, float], float]:
+    (standard,) = (found for found in one.num_stats.histograms if found.type == found.STANDARD)
+    return {(bucket.low_value, bucket.high_value): bucket.sample_count for bucket in standard.buckets}

@@ -1,0 +1,181 @@
+"""What live clicks are held against: the schema and statistics of the bootstrap, or those that an operator accepted since.
+
+    specs/<name>/schema.pbtxt, statistics.pb           of the bootstrap; a release before had none
+    baselines/<name>/<number>/schema.pbtxt, statistics.pb
+                             /baseline.json             who accepted them, when and why
+
+`schema.pbtxt` is the text of a `Schema`, `statistics.pb` a binary
+`DatasetFeatureStatisticsList` with one dataset, as `tfdv.load_schema_text` and
+`tfdv.load_stats_binary` read them. The highest number counts; none is changed or
+deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tensorflow_metadata.proto.v0.schema_pb2 import Schema
+from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
+
+from state import layout
+from state.disk import files as durable
+from state.errors import ControlConflict, CorruptVersion
+from state.registry import manifest
+from state.registry.directory import Directory, file_bytes, usable
+from state.registry.specs import SPEC
+from state.statistics import schema as schemas
+from state.statistics.protos import as_list, of_bytes
+
+SCHEMA, STATISTICS, ABOUT = "schema.pbtxt", "statistics.pb", "baseline.json"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """How a baseline came to be.
+
+    Attributes:
+        number: Which, 0 for that of the bootstrap.
+        actor: Who accepted it; the bootstrap has none.
+        reason: Why.
+        at_ms: When, wall clock.
+    """
+
+    number: int
+    actor: str
+    reason: str
+    at_ms: int
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What live clicks are held against.
+
+    Attributes:
+        accepted: How it came to be.
+        schema: Domains and thresholds.
+        statistics: What was counted.
+    """
+
+    accepted: Accepted
+    schema: Schema
+    statistics: DatasetFeatureStatistics
+
+
+def baseline_files(schema: Schema, statistics: DatasetFeatureStatistics) -> dict[str, bytes]:
+    """The files of a baseline by name."""
+    return {
+        SCHEMA: schemas.as_text(schema).encode(),
+        STATISTICS: as_list(statistics).SerializeToString(deterministic=True),
+    }
+
+
+class Baselines(Directory):
+    """The baselines in one registry directory."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+
+    def newest_number(self, spec: str) -> int:
+        """The number of the baseline that counts; 0 for the bootstrap's.
+
+        Args:
+            spec: The name of a bootstrap, of `Registry.bootstrapped`.
+        """
+        with usable("be listed"):
+            folder = self.path / layout.BASELINES / spec
+            found = [int(one.name) for one in folder.iterdir() if one.name.isdigit()] if folder.is_dir() else []
+        return max(found, default=0)
+
+    def newest(self, spec: str) -> Baseline | None:
+        """The baseline that counts; None where the bootstrap was one of a release that made none.
+
+        Raises:
+            CorruptVersion: A file is missing or fails its digest.
+        """
+        number = self.newest_number(spec)
+        folder = self._folder(spec, number) if number else self.path / layout.SPECS / spec
+        about = self._about(folder / (ABOUT if number else SPEC))
+        digests = about["files"]
+        if SCHEMA not in digests:
+            return None
+        data = {name: self._checked(folder / name, digests[name]) for name in (SCHEMA, STATISTICS)}
+        accepted = Accepted(
+            number, str(about.get("actor", "")), str(about.get("reason", "")), int(about["created_at_ms"])
+        )
+        try:
+            return Baseline(accepted, schemas.of_text(data[SCHEMA].decode()), of_bytes(data[STATISTICS]))
+        except ValueError as error:
+            raise CorruptVersion(f"{folder} is damaged: {error}", f"move it away: {_INSTEAD}") from error
+
+    def add(self, spec: str, accepted: Accepted, schema: Schema, statistics: DatasetFeatureStatistics) -> Accepted:
+        """Keeps a baseline, durably; from then on it is the one that counts.
+
+        Args:
+            spec: The name of a bootstrap.
+            accepted: Its number follows the newest one.
+            schema: Domains and thresholds.
+            statistics: What was counted.
+
+        Raises:
+            ControlConflict: Another one with this number was just accepted.
+            UnusableRegistry: The disk refused.
+        """
+        files = baseline_files(schema, statistics)
+        about = {
+            "actor": accepted.actor,
+            "reason": accepted.reason,
+            "created_at_ms": accepted.at_ms,
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        }
+        final = self._folder(spec, accepted.number)
+        temporary = self.temporary(f"baseline-{spec}-{accepted.number}")
+        with usable(f"take baseline {accepted.number}"):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            try:
+                for name, data in files.items():
+                    durable.write(temporary / name, data)
+                durable.write(temporary / ABOUT, manifest.seal(json.dumps(about, sort_keys=True).encode()))
+                durable.sync_directory(temporary)
+                temporary.rename(final)
+            except OSError:
+                if not (final / ABOUT).exists():
+                    raise
+                raise ControlConflict(
+                    f"baseline {accepted.number} was just accepted by somebody else",
+                    "look at `springtide schema show`, then repeat the command",
+                ) from None
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            durable.sync_directory(final.parent)
+        return accepted
+
+    def _folder(self, spec: str, number: int) -> Path:
+        return self.path / layout.BASELINES / spec / str(number)
+
+    def _about(self, path: Path) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(manifest.unseal(file_bytes(path)))
+        except FileNotFoundError:
+            raise CorruptVersion(f"{path} is missing", f"move its directory away: {_INSTEAD}") from None
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise CorruptVersion(f"{path} is damaged: {error}", f"move its directory away: {_INSTEAD}") from error
+        return found
+
+    def _checked(self, path: Path, expected: str) -> bytes:
+        try:
+            data = file_bytes(path)
+        except FileNotFoundError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise CorruptVersion(f"{path} is missing or fails its digest", f"move its directory away: {_INSTEAD}")
+        return data
+
+
+_INSTEAD = "the baseline before it counts then, or that of a new `springtide bootstrap`"

@@ -1,0 +1,121 @@
+"""Collects statistics of training rows: mergeable, and deterministic in the rows and how they were cut.
+
+    action, category, item       ids of an event; of items only the most frequent are kept
+    user                         how many there are; no id of one is kept
+    context.NAME                 ids of `events.context`
+    user_attributes.NAME         ids of attribute values that were joined to the row; none for whoever is not known
+    item_attributes.NAME         likewise
+    label                        engagement label of rows that are learned from, from 0 to 1
+    delay_s                      how much later than the event its label became known
+    features.NAME                each integer of the feature spec
+
+An event counts once, where it happened; its label and its delay count where they
+became known (`state/microbatch/row_kinds.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.attributes.values import AttributeTable
+from state.microbatch.columns import ATTRIBUTES, Columns
+from state.microbatch.row_kinds import happened, trained
+from state.statistics.categorical import Categorical
+from state.statistics.numeric import SHARES, Numeric
+
+USER, ACTION, ITEM = "user", "action", "item"
+CATEGORY, LABEL, DELAY = "category", "label", "delay_s"
+FEATURES = "features"
+LONGEST_DELAY_S = 65_535
+
+
+@dataclass
+class Statistics:
+    """What was counted of some rows.
+
+    Attributes:
+        actions: Names of the actions, in the order of their numbers.
+        names: Names of the D features of the spec.
+        context: Names of the K fields of `events.context`.
+        rows: Rows that were counted: events, each once.
+        categorical: By name what was counted of ids.
+        label: Of the label.
+        delay: Of the delay, whole seconds.
+        features: Of the D features.
+    """
+
+    actions: Sequence[str]
+    names: Sequence[str]
+    context: Sequence[str] = ()
+    rows: int = 0
+    categorical: dict[str, Categorical] = field(default_factory=dict)
+    label: Numeric = field(default_factory=lambda: Numeric(1, SHARES))
+    delay: Numeric = field(default_factory=lambda: Numeric(1))
+    features: Numeric = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.features = Numeric(len(self.names))
+
+    def add(self, columns: Columns, attributes: Sequence[Sequence[str]] = ((), ())) -> None:
+        """Counts rows.
+
+        Args:
+            columns: Of a micro-batch by name, `[n, ...]` each.
+            attributes: Names of the attributes of users and of items, in the order of their columns.
+        """
+        kinds = columns["kind"]
+        here = happened(kinds)
+        every = bool(here.all())
+
+        def of(name: str) -> NDArray[np.uint64]:
+            column: NDArray[np.uint64] = columns[name] if every else columns[name][here]
+            return column
+
+        self.rows += int(here.sum())
+        for name in (CATEGORY, ITEM, USER):
+            self._ids(name).add(of(name))
+        self._ids(ACTION).add(of(ACTION).astype(np.uint64) + np.uint64(1))
+        self._add_fields("context", self.context, of("context"))
+        for side, names in zip(ATTRIBUTES, attributes, strict=True):
+            self._add_fields(side, names, _known(side, names, of(side)))
+        self.features.add(columns[FEATURES] if every else columns[FEATURES][here])
+        learned = trained(kinds)
+        self.label.add_reals(columns["label"][learned].astype(np.float64))
+        after_s = np.clip(columns["delay_ms"][learned] // 1000, 0, LONGEST_DELAY_S)
+        self.delay.add(after_s.astype(np.uint16).reshape(-1, 1))
+
+    def merge(self, other: Statistics) -> None:
+        """Counts what `other` counted too; it stays as it is."""
+        self.rows += other.rows
+        for name, counted in other.categorical.items():
+            self._ids(name).merge(counted)
+        for mine, theirs in ((self.label, other.label), (self.delay, other.delay), (self.features, other.features)):
+            mine.merge(theirs)
+
+    def _add_fields(self, column: str, names: Sequence[str], ids: NDArray[np.uint64]) -> None:
+        for name, one in zip(names, _columns(ids), strict=False):
+            self._ids(f"{column}.{name}").add(one)
+
+    def _ids(self, name: str) -> Categorical:
+        if name not in self.categorical:
+            self.categorical[name] = Categorical(listed=name != USER)
+        return self.categorical[name]
+
+
+def _known(side: str, names: Sequence[str], ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Attributes `[n, A]` uint64 with 0 where nothing is known of a user or an item, or its record has no such value."""
+    table = AttributeTable(side.partition("_")[0], ())
+    absent = [[table.unknown_id(name), table.none_id(name)] for name in names]
+    if not absent:
+        return ids
+    known: NDArray[np.uint64] = np.where((ids[:, :, None] == np.array(absent, np.uint64)).any(axis=2), 0, ids)
+    return known.astype(np.uint64, copy=False)
+
+
+def _columns(ids: NDArray[np.uint64]) -> Iterable[NDArray[np.uint64]]:
+    """The columns of `[n, K]` uint64, one after another."""
+    return np.ascontiguousarray(ids.T)

@@ -1,0 +1,104 @@
+"""What is counted of features that are numbers: a histogram of fixed buckets, and the exact sums beside it.
+
+The buckets are the same for every window and every baseline, so that counts can
+be added, and two histograms compared, without any assumption about where in a
+bucket the values lay. Whole numbers have a bucket each up to 7 and four an
+octave from there on, up to 65,535; shares have ten of equal width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+WHOLE = np.array([*range(8), *(8 * 2**octave * quarter // 4 for octave in range(13) for quarter in range(4, 8)), 65536])
+"""`[61]` int64 bounds of the buckets of whole numbers from 0 to 65,535; each bucket has its lower one."""
+
+SHARES = np.linspace(0.0, 1.0, 11)
+"""`[11]` float64 bounds of the buckets of numbers from 0 to 1; the last bucket has both."""
+
+_BUCKET_OF = np.repeat(np.arange(len(WHOLE) - 1, dtype=np.int64), np.diff(WHOLE))
+
+
+class Numeric:
+    """Counts the values of D features together.
+
+    Args:
+        width: D.
+        edges: Bounds of the buckets: `WHOLE` or `SHARES`.
+
+    Attributes:
+        rows: Rows that were counted.
+        missing: `[D]` int64, rows in which the feature had no value.
+        counts: `[D, buckets]` int64.
+        total: `[D]` float64 sum of the values.
+        squares: `[D]` float64 sum of their squares.
+        zeros: `[D]` int64.
+        least: `[D]` float64; infinite where there was no value.
+        most: `[D]` float64, likewise.
+
+    >>> counted = Numeric(2)
+    >>> counted.add(np.array([[1, 300], [1, 0]], np.uint16))
+    >>> counted.counts[:, :2].tolist(), counted.total.tolist(), counted.most.tolist()
+    ([[0, 2], [1, 0]], [2.0, 300.0], [1.0, 300.0])
+    """
+
+    def __init__(self, width: int, edges: NDArray[np.int64] | NDArray[np.float64] = WHOLE) -> None:
+        self.edges = edges
+        self.rows = 0
+        self.missing = np.zeros(width, np.int64)
+        self.counts = np.zeros((width, len(edges) - 1), np.int64)
+        self.total, self.squares = np.zeros(width), np.zeros(width)
+        self.zeros = np.zeros(width, np.int64)
+        self.least, self.most = np.full(width, np.inf), np.full(width, -np.inf)
+        self._first = np.arange(width, dtype=np.int64) * (len(edges) - 1)
+
+    def add(self, values: NDArray[np.uint16]) -> None:
+        """Counts `[n, D]` uint16, none of them missing."""
+        if not len(values):
+            return
+        self.rows += len(values)
+        buckets = _BUCKET_OF[values] + self._first
+        self.counts += np.bincount(buckets.reshape(-1), minlength=self.counts.size).reshape(self.counts.shape)
+        self.total += values.sum(axis=0, dtype=np.int64)
+        wide = values.astype(np.float64)
+        # Whole numbers up to 2**53: no sum depends on its order.
+        self.squares += (wide * wide).sum(axis=0)
+        self.zeros = self.counts[:, 0].copy()
+        self.least = np.minimum(self.least, values.min(axis=0))
+        self.most = np.maximum(self.most, values.max(axis=0))
+
+    def add_reals(self, values: NDArray[np.float64]) -> None:
+        """Counts `[n]` float64 of the one feature there is; NaN is no value. What lies outside the buckets is in the next one."""
+        there = values[~np.isnan(values)]
+        self.rows += len(values)
+        self.missing += len(values) - len(there)
+        if not len(there):
+            return
+        inside = np.clip(np.searchsorted(self.edges, there, side="right") - 1, 0, len(self.edges) - 2)
+        self.counts[0] += np.bincount(inside, minlength=self.counts.shape[1])
+        self.total += there.sum()
+        self.squares += np.dot(there, there)
+        self.zeros += np.count_nonzero(there == 0)
+        self.least, self.most = np.minimum(self.least, there.min()), np.maximum(self.most, there.max())
+
+    def merge(self, other: Numeric) -> None:
+        """Counts what `other` counted too."""
+        self.rows += other.rows
+        for name in ("missing", "counts", "total", "squares", "zeros"):
+            getattr(self, name).__iadd__(getattr(other, name))
+        self.least, self.most = np.minimum(self.least, other.least), np.maximum(self.most, other.most)
+
+
+def median(counts: NDArray[np.int64], edges: NDArray[np.int64] | NDArray[np.float64]) -> float:
+    """The median by a histogram, as if the values of a bucket were spread over it evenly.
+
+    Args:
+        counts: `[buckets]` int64, not all 0.
+        edges: `[buckets + 1]`, their bounds.
+
+    >>> median(np.array([2, 2]), np.array([0, 10, 30]))
+    10.0
+    """
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    return float(np.interp(upto[-1] / 2, upto, edges))

@@ -1,0 +1,121 @@
+"""The schema that a baseline's statistics suggest: types, domains, presence, and how far a window may lie from it.
+
+A `Schema` of TensorFlow Metadata, as `tfdv.infer_schema` makes one. Its
+comparators say what TensorFlow Data Validation means by them:
+`skew_comparator` is about a window and the baseline, `drift_comparator` about a
+window and the one before it. Who finds a threshold unfit edits the text and takes
+it in by `springtide schema accept --schema FILE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from google.protobuf import text_format
+from tensorflow_metadata.proto.v0 import schema_pb2
+from tensorflow_metadata.proto.v0.schema_pb2 import Schema
+from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics, FeatureNameStatistics
+
+from state.statistics.collecting import CATEGORY, DELAY, FEATURES, ITEM, LABEL, USER
+from state.statistics.protos import common, frequencies
+
+if TYPE_CHECKING:
+    from state.config.sections import Validation
+
+LARGEST = 65_535
+_BOUNDS = {"is_last": 1, "truncated": 1, "same_label": 1, "recency": 255, "age": 255, "oldest": 255}
+"""Of a feature by the end of its name: the largest value that the kernel writes, where that is not 65,535."""
+
+
+def infer(statistics: DatasetFeatureStatistics, thresholds: Validation, warm: bool) -> Schema:
+    """The schema that `statistics` suggest.
+
+    Args:
+        statistics: Of a baseline.
+        thresholds: The section `[validation]`.
+        warm: Whether windows were full: their integers are then held against the baseline too. Of a bootstrap they are
+            not, for its histories begin with its first click.
+    """
+    schema = Schema()
+    for one in statistics.features:
+        name, counted = one.path.step[0], common(one)
+        feature = schema.feature.add(name=name)
+        rows = counted.num_non_missing + counted.num_missing
+        present = counted.num_non_missing / rows if rows else 0.0
+        feature.value_count.min = feature.value_count.max = 1
+        # What was there now and then is not missed.
+        feature.presence.min_fraction = max(0.0, round(present - thresholds.missing_share, 6))
+        if one.HasField("string_stats"):
+            feature.type = schema_pb2.BYTES
+            _categorical(feature, one, thresholds)
+        else:
+            feature.type = schema_pb2.FLOAT if one.type == FeatureNameStatistics.FLOAT else schema_pb2.INT
+            _numeric(feature, name, thresholds, warm)
+    return schema
+
+
+def bounds(name: str) -> tuple[int, int]:
+    """The least and the largest value that a feature of the spec can have.
+
+    >>> bounds("features.view.recency"), bounds("features.gap.1"), bounds("features.view.count_1h")
+    ((0, 255), (0, 255), (0, 65535))
+    """
+    words = name.split(".")
+    if words[1] == "gap":
+        return 0, 255
+    if words[1] == "clock":
+        return 0, 2000
+    if words[-1].startswith("top_share"):
+        return 0, 1000
+    return 0, _BOUNDS.get(words[-1], LARGEST)
+
+
+def as_text(schema: Schema) -> str:
+    """The schema as `schema.pbtxt` holds it."""
+    return str(text_format.MessageToString(schema))
+
+
+def of_text(text: str) -> Schema:
+    """The schema in the text of a `schema.pbtxt`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return text_format.Parse(text, Schema())
+    except text_format.ParseError as error:
+        raise ValueError(f"no Schema of TensorFlow Metadata: {error}") from error
+
+
+def _categorical(feature: schema_pb2.Feature, one: FeatureNameStatistics, thresholds: Validation) -> None:
+    found, total = frequencies(one), common(one).num_non_missing
+    if feature.name in (USER, ITEM) or not total:
+        return
+    feature.string_domain.value.extend(sorted(found))
+    listed = sum(found.values()) / total
+    # Good, The population frequencies of species, 1953: what was seen once is to the rest as the next one that is new.
+    unseen = sum(count == 1 for count in found.values()) / total if feature.name == CATEGORY else 0.0
+    feature.distribution_constraints.min_domain_mass = max(0.0, listed - unseen - thresholds.new_values_share)
+    for comparator in (feature.skew_comparator, feature.drift_comparator):
+        comparator.infinity_norm.threshold = thresholds.max_l_infinity
+
+
+def _numeric(feature: schema_pb2.Feature, name: str, thresholds: Validation, warm: bool) -> None:
+    if name == LABEL:
+        feature.float_domain.min, feature.float_domain.max = 0.0, 1.0
+    elif name == DELAY:
+        feature.int_domain.min, feature.int_domain.max = 0, LARGEST
+    else:
+        feature.int_domain.min, feature.int_domain.max = bounds(name)
+    for comparator in _comparators(feature, name, warm):
+        comparator.jensen_shannon_divergence.threshold = thresholds.max_divergence
+
+
+def _comparators(feature: schema_pb2.Feature, name: str, warm: bool) -> Sequence[schema_pb2.FeatureComparator]:
+    if not name.startswith(f"{FEATURES}."):
+        return feature.skew_comparator, feature.drift_comparator
+    # The hour is another one in each window, and a history's age is the age of the log until it is full.
+    if name.removeprefix(f"{FEATURES}.").startswith(("clock.", "events.", "sessions.count")):
+        return ()
+    return (feature.skew_comparator, feature.drift_comparator) if warm else (feature.drift_comparator,)
