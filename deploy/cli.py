@@ -69,6 +69,11 @@ def operator_command(name: str) -> Command:
         from deploy.operate import erase
 
         return erase.erase
+    if name == "schema":
+        # Likewise: it loads TensorFlow's protos.
+        from deploy.operate import schema
+
+        return schema.schema
     from deploy.operate import control, history, versions
 
     commands: dict[str, Command] = {

@@ -24,6 +24,10 @@ PROCESSES = {
     "train": ("trainer.loop", "Run the trainer: micro-batches in, versions out."),
     "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
     "console": ("deploy.console.server", "Run the page that shows the loop and steers it, on console.port."),
+    "validate": (
+        "deploy.validation.process",
+        "Take statistics of what is learned from, window by window, and look for anomalies and drift, beside the trainer.",
+    ),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
     "probe": (
         "deploy.probe",
@@ -142,6 +146,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         operating.rollback(add),
         operating.erase(add),
         *operating.masks(add),
+        operating.schema(add),
         *backing_up.commands(add),
     ]
     add(

@@ -31,6 +31,7 @@
     │   ├── counters/            of workers that share a port     deploy/serving/workers.py
     │   └── programs/            those of applied versions
     ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
+    ├── validation/              place.json, windows/<log time>.pb       deploy/validation/windows.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
     └── logs/                    one file a process               deploy/children/supervisor.py
@@ -56,6 +57,7 @@ GAPS = "gaps"  # also the extra of the stream's histories that holds what the st
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
+VALIDATION = "validation"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
 ROWS_DISK, WORKER_COUNTERS, CURRENT = "rows.disk", "counters", "current"

@@ -438,6 +438,44 @@ class WorkerMetrics(Metrics):
     worker_starts = counter("springtide_worker_starts", "Starts of serving workers.")
 
 
+class ValidationMetrics(Metrics):
+    """What the validation of live clicks counts; a window is one of `validation.window_s`."""
+
+    records = counter(
+        "springtide_validation_records",
+        "Records of the training log, by outcome: read, passed (not among those looked at), other_features (of a former feature spec), unreadable.",
+        "outcome",
+    )
+    rows = counter("springtide_validation_rows", "Rows looked at.")
+    lag_records = gauge("springtide_validation_lag_records", "Positions of the training log not yet looked at.")
+    windows = counter(
+        "springtide_validation_windows",
+        "Windows that ended, by outcome: judged, few_rows (fewer than validation.min_rows), begun_before (their beginning was not seen), no_baseline.",
+        "outcome",
+    )
+    window_rows = gauge("springtide_validation_window_rows", "Events in the newest window that ended.")
+    window_end_seconds = gauge(
+        "springtide_validation_window_end_seconds", "Log time at which it ended, seconds since 1970."
+    )
+    baseline = gauge(
+        "springtide_validation_baseline", "Number of the baseline that it was held against; 0 is that of the bootstrap."
+    )
+    distance = gauge(
+        "springtide_validation_distance_ratio",
+        "How far a feature of the newest window lies from the baseline or from the window before, by feature and against (baseline, previous): L-infinity distance of a categorical one, Jensen-Shannon divergence of a numeric one, the largest of a family.",
+        "feature",
+        "against",
+    )
+    missing_ratio = gauge(
+        "springtide_validation_missing_ratio", "Share of its rows in which a feature has no value.", "feature"
+    )
+    anomalies = gauge(
+        "springtide_validation_anomalies",
+        "Features of the newest window that have an anomaly, by type, as TensorFlow Data Validation names it.",
+        "type",
+    )
+
+
 class SupervisorMetrics(Metrics):
     """What `springtide up` counts of the parts that it keeps alive."""
 
@@ -496,6 +534,7 @@ PROCESSES = (
     TrainerMetrics,
     ApplierMetrics,
     WorkerMetrics,
+    ValidationMetrics,
     SupervisorMetrics,
     ProbeMetrics,
     StorageMetrics,

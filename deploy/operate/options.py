@@ -1,4 +1,4 @@
-"""What may be written behind `springtide rollback`, `erase`, `masks` and `unmask`."""
+"""What may be written behind `springtide rollback`, `erase`, `masks`, `unmask` and `schema`."""
 
 from __future__ import annotations
 
@@ -123,6 +123,26 @@ def masks(add: Add) -> list[argparse.ArgumentParser]:
     lifting.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
     if_generation(lifting)
     return [listing, lifting]
+
+
+def schema(add: Add) -> argparse.ArgumentParser:
+    """The command about the baseline of live clicks."""
+    command = add(
+        "schema",
+        "Show what live clicks are held against, compare the newest window with it, or accept that as the new baseline.",
+        "Types, domains, presence and thresholds are a Schema of TensorFlow Metadata, as TensorFlow Data Validation has it.",
+    )
+    command.add_argument(
+        "what",
+        choices=("show", "diff", "accept"),
+        help="show the baseline; diff the newest window against it, the farthest first; accept that window as the baseline",
+    )
+    command.add_argument("--pbtxt", action="store_true", help="show: print schema.pbtxt, to edit and accept")
+    command.add_argument(
+        "--schema", type=Path, metavar="FILE", help="accept: domains and thresholds of this schema.pbtxt"
+    )
+    command.add_argument("--reason", default="", metavar="TEXT", help="accept: why; kept with your name in the history")
+    return command
 
 
 def positive(text: str) -> int:

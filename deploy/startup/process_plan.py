@@ -21,12 +21,13 @@ APPLIER = "applier"
 WORKER = "worker"
 CONSOLE = "console"
 PROBE = "probe"
+VALIDATION = "validation"
 
 # What the local Kafka acknowledged in its last second may be gone after a power cut; nobody has it then.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
-STOP_ORDER = (CONSOLE, KERNELS, PROBE, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, APPLIER, WORKER)
+STOP_ORDER = (CONSOLE, KERNELS, PROBE, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, VALIDATION, APPLIER, WORKER)
 
 # These would otherwise compile the same kernels for ten seconds each.
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
@@ -71,6 +72,7 @@ def process_plans(
         # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
         plan(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
         plan(TRAINER, "trainer.loop", *accepted_by_trainer),
+        plan(VALIDATION, "deploy.validation.process"),
         plan(APPLIER, "deploy.serving.applier", stop_s=SAVING_S),
         # With serving.workers above 1 it is the parent of them all.
         plan(WORKER, "deploy.serving.rest", stop_s=15.0),
@@ -78,6 +80,16 @@ def process_plans(
         plan(PROBE, "deploy.probe", "--continuously", stop_s=3.0),
     )
     return {one.name: one for one in listed}
+
+
+def left_out(settings: Settings) -> set[str]:
+    """The processes that the settings ask to do without.
+
+    >>> left_out(Settings())
+    {'probe'}
+    """
+    asked = {PROBE: settings.probe.every_s > 0, VALIDATION: settings.validation.window_s > 0}
+    return {name for name, wanted in asked.items() if not wanted}
 
 
 def ports(settings: Settings, local_kafka: bool) -> list[Port]:
@@ -99,6 +111,10 @@ def ports(settings: Settings, local_kafka: bool) -> list[Port]:
         Port("stream.metrics_port", local, settings.stream.metrics_port),
         Port("trainer.metrics_port", local, settings.trainer.metrics_port),
         Port("serving.metrics_port", local, settings.serving.metrics_port),
+        *(
+            [Port("validation.metrics_port", local, settings.validation.metrics_port)]
+            * (settings.validation.window_s > 0)
+        ),
         *([Port("up.metrics_port", local, settings.up.metrics_port)] if settings.up.metrics_port else []),
         *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
         *([Port("probe.metrics_port", local, settings.probe.metrics_port)] if settings.probe.every_s else []),

@@ -21,12 +21,12 @@ from deploy.startup.process_plan import (
     KERNEL_USERS,
     KERNELS,
     OF_LOCAL_KAFKA,
-    PROBE,
     REBUILD,
     SHOPPERS,
     STOP_ORDER,
     TRAINER,
     WORKER,
+    left_out,
     ports,
     process_plans,
 )
@@ -184,8 +184,7 @@ class Startup:
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:
             unwanted.add(SHOPPERS)
-        if not settings.probe.every_s:
-            unwanted.add(PROBE)
+        unwanted |= left_out(settings)
         wanted = [name for name in self._plans if name not in unwanted]
         if not goes_on:
             self._start(name for name in wanted if name not in KERNEL_USERS)

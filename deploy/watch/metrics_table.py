@@ -13,6 +13,7 @@ OFFERED = {
     metrics.TrainerMetrics: "The trainer, on `trainer.metrics_port`.",
     metrics.ApplierMetrics: "The applier of a serving host, on `serving.metrics_port`.",
     metrics.WorkerMetrics: "A worker of a serving host, on `serving.port`; of several workers each says the sums of all.",
+    metrics.ValidationMetrics: "The validation of live clicks, on `validation.metrics_port`.",
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",
     metrics.StorageMetrics: "Each of them that keeps something on a disk.",

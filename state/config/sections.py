@@ -603,8 +603,20 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Validation:
-    """How far live clicks may lie from the baseline: the thresholds of the schema that a bootstrap writes."""
+    """What is looked for in the clicks that are learned from: anomalies, and drift away from the baseline."""
 
+    window_s: int = setting(
+        300,
+        "s",
+        least=0,
+        most=604_800,
+        help="Length of a window of log time whose statistics are taken; 0: `springtide up` runs no validation.",
+    )
+    every: int = setting(
+        1, "records", least=1, most=10_000, help="Of about so many records of the training log one is looked at."
+    )
+    min_rows: int = setting(1000, "rows", least=1, help="Rows below which a window is judged by nothing.")
+    keep: int = setting(12, "windows", least=2, most=10_000, help="How many of the newest windows' statistics stay.")
     missing_share: float = setting(
         0.1, least=0.0, most=1.0, help="How much more of the rows may lack a value than in the baseline."
     )
@@ -620,6 +632,7 @@ class Validation:
     max_divergence: float = setting(
         0.1, "bits", least=0.0, most=1.0, help="Jensen-Shannon divergence that a numeric feature may have."
     )
+    metrics_port: int = setting(9106, least=0, most=65535, help="Port of the validation's /metrics.")
 
 
 @dataclass(frozen=True)

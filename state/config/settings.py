@@ -110,6 +110,11 @@ class Settings:
         return Path(self.paths.kafka) if self.paths.kafka else self.state_dir / layout.KAFKA
 
     @property
+    def validation_dir(self) -> Path:
+        """Directory of the statistics of windows."""
+        return self.state_dir / layout.VALIDATION
+
+    @property
     def logs_dir(self) -> Path:
         """Directory of the processes' logs."""
         return self.state_dir / layout.LOGS

@@ -22,7 +22,7 @@ from state.registry.mask_entries import MaskEntry, added, joined
 
 Action = Literal[
     "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover", "upgrade",
-    "restore", "label",
+    "restore", "label", "accept",
 ]  # fmt: skip
 Mode = Literal["fast", "exact"]
 
@@ -69,7 +69,7 @@ class Control:
         held: The update that the trainer's guard holds: training rests at its end; None for none.
         released: Ends of held updates, in the training log, that an operator let go on: they are not held again.
         plan: Of a rollback what its command knew: `end`, the end of the training log. Of an upgrade what it goes on to,
-            see `state/registry/upgrades.py`. None for everything else.
+            see `state/registry/upgrades.py`. Of an accepted baseline its number. None for everything else.
     """
 
     generation: int

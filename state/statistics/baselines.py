@@ -27,6 +27,7 @@ from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion
 from state.registry import manifest
+from state.registry.control import Control, following
 from state.registry.directory import Directory, file_bytes, usable
 from state.registry.specs import SPEC
 from state.statistics import schema as schemas
@@ -36,7 +37,7 @@ SCHEMA, STATISTICS, ABOUT = "schema.pbtxt", "statistics.pb", "baseline.json"
 
 
 @dataclass(frozen=True)
-class Accepted:
+class AcceptedBaseline:
     """How a baseline came to be.
 
     Attributes:
@@ -62,9 +63,22 @@ class Baseline:
         statistics: What was counted.
     """
 
-    accepted: Accepted
+    accepted: AcceptedBaseline
     schema: Schema
     statistics: DatasetFeatureStatistics
+
+
+def accepted(control: Control, baseline: AcceptedBaseline) -> Control:
+    """An operator took live statistics for the new baseline: a generation that changes nothing else.
+
+    >>> from state.registry.control import start
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> taken = accepted(first, AcceptedBaseline(1, "ann", "a new season", 5))
+    >>> taken.generation, taken.action, taken.plan
+    (2, 'accept', {'baseline': 1})
+    """
+    plan = {"baseline": baseline.number}
+    return following(control, "accept", baseline.actor, baseline.reason, baseline.at_ms, plan=plan)
 
 
 def baseline_files(schema: Schema, statistics: DatasetFeatureStatistics) -> dict[str, bytes]:
@@ -105,7 +119,7 @@ class Baselines(Directory):
         if SCHEMA not in digests:
             return None
         data = {name: self._checked(folder / name, digests[name]) for name in (SCHEMA, STATISTICS)}
-        accepted = Accepted(
+        accepted = AcceptedBaseline(
             number, str(about.get("actor", "")), str(about.get("reason", "")), int(about["created_at_ms"])
         )
         try:
@@ -113,7 +127,9 @@ class Baselines(Directory):
         except ValueError as error:
             raise CorruptVersion(f"{folder} is damaged: {error}", f"move it away: {_INSTEAD}") from error
 
-    def add(self, spec: str, accepted: Accepted, schema: Schema, statistics: DatasetFeatureStatistics) -> Accepted:
+    def add(
+        self, spec: str, accepted: AcceptedBaseline, schema: Schema, statistics: DatasetFeatureStatistics
+    ) -> AcceptedBaseline:
         """Keeps a baseline, durably; from then on it is the one that counts.
 
         Args:

@@ -17,7 +17,7 @@ from tensorflow_metadata.proto.v0 import schema_pb2
 from tensorflow_metadata.proto.v0.schema_pb2 import Schema
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics, FeatureNameStatistics
 
-from state.statistics.collecting import CATEGORY, DELAY, FEATURES, ITEM, LABEL, USER
+from state.statistics.collecting import DELAY, FEATURES, ITEM, LABEL, USER
 from state.statistics.protos import common, frequencies
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _categorical(feature: schema_pb2.Feature, one: FeatureNameStatistics, thresh
     feature.string_domain.value.extend(sorted(found))
     listed = sum(found.values()) / total
     # Good, The population frequencies of species, 1953: what was seen once is to the rest as the next one that is new.
-    unseen = sum(count == 1 for count in found.values()) / total if feature.name == CATEGORY else 0.0
+    unseen = sum(count == 1 for count in found.values()) / total
     feature.distribution_constraints.min_domain_mass = max(0.0, listed - unseen - thresholds.new_values_share)
     for comparator in (feature.skew_comparator, feature.drift_comparator):
         comparator.infinity_norm.threshold = thresholds.max_l_infinity

@@ -26,6 +26,7 @@ PORTS = (
     "stream.metrics_port",
     "trainer.metrics_port",
     "serving.metrics_port",
+    "validation.metrics_port",
     "up.metrics_port",
     "kafka.port",
     "console.port",
@@ -152,7 +153,7 @@ def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() ->
 
 def test_producers_stop_before_what_they_write_to() -> None:
     order = [name for name in STOP_ORDER if name not in ("bootstrap", "kernels", "rebuild-history")]
-    assert order == ["console", "shoppers", "stream", "trainer", "applier", "worker"]
+    assert order == ["console", "probe", "shoppers", "stream", "trainer", "validation", "applier", "worker"]
     assert set(process_plans()) == set(STOP_ORDER)
 
 

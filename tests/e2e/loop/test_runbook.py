@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deploy.watch import scrape
 from state.registry.registry import Registry
 from tests import runbook
 from tests.e2e.loop import lost_disk, new_release
@@ -146,6 +147,21 @@ def a_clock_is_wrong(terminal: Terminal, section: Section) -> None:
     assert "nothing was changed" in terminal.type(back, **{"P:A-B": place})
 
 
+def live_clicks_have_changed(terminal: Terminal, section: Section) -> None:
+    loop = terminal.loop
+    diff, accept = section.commands
+    url = f"http://127.0.0.1:{loop.settings.validation.metrics_port}/metrics"
+
+    def judged() -> float | None:
+        found = scrape.scrape({"validation": url})["validation"]
+        return found.value("springtide_validation_windows_total", outcome="judged")
+
+    until(judged, "no window was judged")
+    assert "against baseline 0, of the bootstrap" in terminal.type(diff)
+    assert "baseline 1: the next window is held against it" in terminal.type(accept)
+    assert loop.springtide("history")[-1]["action"] == "accept"
+
+
 def an_account_is_wrong(terminal: Terminal, section: Section) -> None:
     status, verify = section.commands
     assert "accounting      balances" in terminal.type(status)
@@ -216,6 +232,7 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "An account is wrong": an_account_is_wrong,
     "A version is damaged": a_version_is_damaged,
     "A clock is wrong": a_clock_is_wrong,
+    "Live clicks have changed": live_clicks_have_changed,
     "The disk is lost": the_disk_is_lost,
     "Kafka's disk is lost": kafkas_disk_is_lost,
     "A user asks to be forgotten": a_user_asks_to_be_forgotten,

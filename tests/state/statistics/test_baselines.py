@@ -11,7 +11,7 @@ from state import layout
 from state.config.sections import Validation
 from state.errors import ControlConflict, CorruptVersion
 from state.registry.registry import Registry
-from state.statistics.baselines import SCHEMA, STATISTICS, Accepted, Baselines, baseline_files
+from state.statistics.baselines import SCHEMA, STATISTICS, AcceptedBaseline, Baselines, baseline_files
 from state.statistics.protos import dataset
 from state.statistics.schema import infer
 from tests.state.statistics.made_rows import columns, statistics
@@ -34,20 +34,20 @@ def registry(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def accept(registry: Path, number: int) -> Accepted:
+def accept(registry: Path, number: int) -> AcceptedBaseline:
     schema = infer(SECOND, THRESHOLDS, warm=True)
-    return Baselines(registry).add(SPEC, Accepted(number, "ann", "a new season", 9), schema, SECOND)
+    return Baselines(registry).add(SPEC, AcceptedBaseline(number, "ann", "a new season", 9), schema, SECOND)
 
 
 def test_the_bootstrap_is_the_first_baseline_and_an_accepted_one_takes_its_place(registry: Path) -> None:
     baselines = Baselines(registry)
     first = baselines.newest(SPEC)
     assert first is not None
-    assert (first.accepted, first.statistics) == (Accepted(0, "", "", 5), FIRST)
+    assert (first.accepted, first.statistics) == (AcceptedBaseline(0, "", "", 5), FIRST)
     accept(registry, 1)
     second = baselines.newest(SPEC)
     assert second is not None
-    assert (second.accepted, second.statistics) == (Accepted(1, "ann", "a new season", 9), SECOND)
+    assert (second.accepted, second.statistics) == (AcceptedBaseline(1, "ann", "a new season", 9), SECOND)
     assert second.schema == infer(SECOND, THRESHOLDS, warm=True)
     assert not [*(registry / layout.TEMPORARY).iterdir()]
 

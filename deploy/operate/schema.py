@@ -1,0 +1,249 @@
+"""`springtide schema`: what live clicks are held against, how the newest window lies to it, and a new baseline.
+
+    show      the baseline: each feature with type, presence, values and how far it may move; --pbtxt for the schema's text
+    diff      the newest window against the baseline and the window before, the farthest first
+    accept    the newest window becomes the baseline; --schema FILE takes domains and thresholds as edited
+
+An accepted baseline is also a control generation that changes nothing else, so that
+`springtide history` names who, when and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
+from tensorflow_metadata.proto.v0.schema_pb2 import Schema
+
+from deploy.operate.commands import Say, current
+from deploy.operate.schema_words import feature_document, feature_line, typical, with_names
+from deploy.operate.times import iso
+from deploy.operate.versions import open_registry, table
+from deploy.validation.kept import KeptWindow, KeptWindows
+from state.config.settings import Settings
+from state.errors import SettingsError
+from state.features.spec import FeatureSpec
+from state.process.actor import actor
+from state.registry.registry import Registry
+from state.statistics.anomalies import validate
+from state.statistics.baselines import AcceptedBaseline, Baseline, Baselines, accepted
+from state.statistics.protos import by_name
+from state.statistics.schema import as_text, infer, of_text
+
+LISTED = 12
+
+
+class Bootstrapped(NamedTuple):
+    """The bootstrap that the settings ask for.
+
+    Attributes:
+        name: Its name in the registry.
+        about: What it says.
+    """
+
+    name: str
+    about: Mapping[str, Any]
+
+
+def schema(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Shows, compares or accepts.
+
+    Raises:
+        SettingsError: There is nothing to show yet, or the words do not fit together.
+        RegistryError: There is no registry, or a file of it is damaged.
+    """
+    if asked.what != "accept" and (asked.schema or asked.reason):
+        raise SettingsError("--schema and --reason belong to `springtide schema accept`", "leave them out")
+    if asked.what == "show":
+        show(settings, asked, say)
+    elif asked.what == "diff":
+        diff(settings, asked, say)
+    else:
+        if not asked.reason:
+            raise SettingsError(
+                "a new baseline needs --reason TEXT", "say why; it is kept with your name in the history"
+            )
+        made = accept_window(settings, actor(), asked.reason, now_ms, asked.schema)
+        if asked.output == "json":
+            say(json.dumps(dataclasses.asdict(made), indent=2))
+        else:
+            say(f"baseline {made.number}: the next window is held against it; `springtide schema show` shows it")
+
+
+def show(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
+    """Shows the baseline.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    found, baseline = _baseline(settings)
+    if asked.pbtxt:
+        say(as_text(baseline.schema).rstrip())
+        return
+    counted = by_name(baseline.statistics)
+    if asked.output == "json":
+        features = [feature_document(one, counted.get(one.name)) for one in baseline.schema.feature]
+        say(json.dumps({**_about(baseline), "rows": baseline.statistics.num_examples, "features": features}, indent=2))
+        return
+    say(_title(baseline))
+    head = ["feature", "type", "has a value", "values", "may move by"]
+    rows = [feature_line(one, counted.get(one.name), found.about.get("names", {})) for one in baseline.schema.feature]
+    say(table([head, *rows]))
+
+
+def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
+    """Compares the newest window with the baseline, and with the window before it.
+
+    Raises:
+        SettingsError: There is no baseline, or no window yet.
+    """
+    found, baseline = _baseline(settings)
+    kept = KeptWindows(settings.validation_dir)
+    window = _window(kept)
+    length_ms = settings.validation.window_s * 1000
+    before = kept.newest(window.end_ms - max(1, length_ms))
+    anomalies = validate(
+        window.statistics, baseline.schema, baseline.statistics, None if before is None else before.statistics
+    )
+    distances = _distances(anomalies)
+    wrong = {
+        name: [{"type": AnomalyInfo.Type.Name(reason.type), "what": reason.description} for reason in info.reason]
+        for name, info in sorted(anomalies.anomaly_info.items())
+    }
+    rows = window.statistics.num_examples
+    if asked.output == "json":
+        said = {"window_end_ms": window.end_ms, "rows": rows, **_about(baseline), "anomalies": wrong}
+        say(json.dumps({**said, "distances": distances}, indent=2))
+        return
+    names = found.about.get("names", {})
+    say(f"the window until {iso(window.end_ms)}, {rows:,} events, against {_title(baseline)}")
+    for name, reasons in wrong.items():
+        say(f"{name}: {' '.join(with_names(one['what'], names) for one in reasons)}")
+    if not wrong:
+        say("nothing is wrong with it")
+    head = ["feature", "from", "distance", "may be", "here", "there"]
+    here = by_name(window.statistics)
+    befores = {
+        "baseline": by_name(baseline.statistics),
+        "previous": {} if before is None else by_name(before.statistics),
+    }
+    listed = [
+        [
+            one["feature"],
+            "the baseline" if one["against"] == "baseline" else "the window before",
+            f"{one['distance']:.3f}",
+            f"{one['threshold']:g}",
+            typical(here.get(one["feature"]), names),
+            typical(befores[one["against"]].get(one["feature"]), names),
+        ]
+        for one in distances[:LISTED]
+    ]
+    if listed:
+        say(table([head, *listed]))
+
+
+def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
+    """Every distance, the farthest beyond its threshold first."""
+    found = [
+        {
+            "feature": one.path.step[0],
+            "against": against,
+            "measure": type(measurement).Type.Name(measurement.type),
+            "distance": measurement.value,
+            "threshold": measurement.threshold,
+        }
+        for one in anomalies.drift_skew_info
+        for against, measured in (("baseline", one.skew_measurements), ("previous", one.drift_measurements))
+        for measurement in measured
+    ]
+    return sorted(
+        found, key=lambda one: (-one["distance"] / max(one["threshold"], 1e-9), one["feature"], one["against"])
+    )
+
+
+def accept_window(
+    settings: Settings, who: str, reason: str, now_ms: int, schema_file: Path | None = None
+) -> AcceptedBaseline:
+    """Makes the newest window the baseline.
+
+    Args:
+        settings: Of the loop.
+        who: Who does it.
+        reason: Why.
+        now_ms: Wall clock.
+        schema_file: A `schema.pbtxt` with domains and thresholds; None for what the window and the settings suggest.
+
+    Raises:
+        SettingsError: There is no window or no bootstrap yet, or the file holds no schema.
+        RegistryError: There is no control yet.
+        ControlConflict: Somebody else did so just now.
+    """
+    registry, found = _bootstrapped(settings)
+    current(registry)
+    window = _window(KeptWindows(settings.validation_dir))
+    spec = FeatureSpec.from_settings(settings)
+    # From then on histories that are full are the rule.
+    warm = window.end_ms - int(found.about["newest_ms"]) >= spec.windows_s[-1] * 1000
+    made = infer(window.statistics, settings.validation, warm) if schema_file is None else _read(schema_file)
+    baselines = Baselines(settings.registry_dir)
+    number = baselines.newest_number(found.name) + 1
+    new = baselines.add(found.name, AcceptedBaseline(number, who, reason, now_ms), made, window.statistics)
+    registry.change(lambda control: accepted(control, new))
+    return new
+
+
+def _read(path: Path) -> Schema:
+    try:
+        return of_text(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"--schema {path}: {error}", "begin with the text that `springtide schema show --pbtxt` prints"
+        ) from None
+
+
+def _bootstrapped(settings: Settings) -> tuple[Registry, Bootstrapped]:
+    registry = open_registry(settings)
+    name = registry.bootstrapped(FeatureSpec.from_settings(settings).digest, settings.model)
+    if name is None:
+        raise SettingsError(
+            "these feature settings were not bootstrapped yet",
+            "`springtide up` does it with the first clicks; or `springtide bootstrap`",
+        )
+    return registry, Bootstrapped(name, registry.spec(name))
+
+
+def _baseline(settings: Settings) -> tuple[Bootstrapped, Baseline]:
+    _, found = _bootstrapped(settings)
+    baseline = Baselines(settings.registry_dir).newest(found.name)
+    if baseline is None:
+        raise SettingsError(
+            "there is no baseline: the bootstrap was one of an earlier release",
+            "`springtide schema accept --reason TEXT` makes the newest window one",
+        )
+    return found, baseline
+
+
+def _window(kept: KeptWindows) -> KeptWindow:
+    window = kept.newest()
+    if window is None:
+        raise SettingsError(
+            "no window of live clicks has ended yet",
+            "wait for validation.window_s of clicks; `springtide up` or `springtide validate` takes the statistics",
+        )
+    return window
+
+
+def _about(baseline: Baseline) -> dict[str, Any]:
+    told = baseline.accepted
+    return {"baseline": told.number, "actor": told.actor, "reason": told.reason, "at_ms": told.at_ms}
+
+
+def _title(baseline: Baseline) -> str:
+    told, rows = baseline.accepted, baseline.statistics.num_examples
+    whose = f"accepted by {told.actor} ({told.reason})" if told.number else "of the bootstrap"
+    return f"baseline {told.number}, {whose}, {iso(told.at_ms)}, {rows:,} events"

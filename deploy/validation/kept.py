@@ -1,0 +1,101 @@
+"""What stays of windows on disk: the statistics of the newest ones, and where in the training log the open one began.
+
+    validation/windows/<end of the window, log time in ms>.pb    a binary DatasetFeatureStatisticsList
+    validation/place.json                                       topic id, and offset of the open window's first record
+
+After any end the process reads on at that offset and counts the open window anew,
+so nothing else needs to be kept. What is lost here costs a window.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
+
+from state.disk import files as durable
+from state.errors import SettingsError
+from state.statistics.protos import as_list, of_bytes
+
+WINDOWS, PLACE = "windows", "place.json"
+
+
+class KeptWindow(NamedTuple):
+    """The statistics of a window.
+
+    Attributes:
+        end_ms: When it was over, log time.
+        statistics: Of its rows.
+    """
+
+    end_ms: int
+    statistics: DatasetFeatureStatistics
+
+
+class KeptWindows:
+    """The windows in one directory; one process writes.
+
+    Args:
+        path: The directory `validation`, which the first write makes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(self, window: KeptWindow, keep: int) -> None:
+        """Keeps a window, and of all the `keep` newest."""
+        folder = self._path / WINDOWS
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / f"{window.end_ms}.pb", as_list(window.statistics).SerializeToString(deterministic=True))
+        for end_ms in self.ends()[:-keep]:
+            (folder / f"{end_ms}.pb").unlink(missing_ok=True)
+
+    def ends(self) -> list[int]:
+        """When each of them was over, ascending."""
+        folder = self._path / WINDOWS
+        return sorted(int(one.stem) for one in folder.glob("*.pb") if one.stem.isdigit()) if folder.is_dir() else []
+
+    def read(self, end_ms: int) -> KeptWindow:
+        """One window.
+
+        Raises:
+            SettingsError: Its file is damaged or gone.
+        """
+        path = self._path / WINDOWS / f"{end_ms}.pb"
+        try:
+            return KeptWindow(end_ms, of_bytes(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"{path} cannot be read: {error}", "remove it: the next window takes its place"
+            ) from error
+
+    def newest(self, before_ms: int | None = None) -> KeptWindow | None:
+        """The newest window, or the newest that was over by `before_ms`; None where there is none.
+
+        Raises:
+            SettingsError: Its file is damaged.
+        """
+        ends = [end_ms for end_ms in self.ends() if before_ms is None or end_ms <= before_ms]
+        return self.read(ends[-1]) if ends else None
+
+    def note_place(self, topic_id: str, offset: int) -> None:
+        """Notes where to read on after an end of this process."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        _replace(self._path / PLACE, json.dumps({"topic_id": topic_id, "offset": offset}).encode())
+
+    def place(self, topic_id: str) -> int | None:
+        """The offset to read on at; None where none is noted for this topic."""
+        try:
+            noted = json.loads((self._path / PLACE).read_bytes())
+            return int(noted["offset"]) if noted["topic_id"] == topic_id else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    durable.write(temporary, data)
+    temporary.replace(path)

@@ -1,0 +1,217 @@
+"""The validation follows the training log: the same log gives the same windows, whatever dies, and what is found is told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy.validation.judging import KINDS, MOST_LABELS, OTHERS, labels_of
+from deploy.validation.kept import KeptWindows
+from deploy.validation.process import LogValidation
+from state.config.settings import Settings
+from state.errors import LogError
+from state.log import MemoryLog
+from state.metrics import ValidationMetrics
+from state.statistics.baselines import Baselines
+from tests.deploy.validation.live import (
+    MINUTE_MS,
+    START_MS,
+    bootstrapped,
+    columns,
+    minutes,
+    record,
+    settings_at,
+    written,
+)
+
+
+class Run:
+    """The validation of one process, and what it counted."""
+
+    def __init__(self, settings: Settings, log: MemoryLog) -> None:
+        self.collected = CollectorRegistry()
+        self.validation = LogValidation(settings, log, ValidationMetrics(self.collected), lambda: 0.0)
+
+    def catch_up(self) -> None:
+        for _ in range(20):
+            self.validation.step()
+            if self.value("springtide_validation_lag_records") == 0:
+                return
+        raise AssertionError("it does not come to the log's end")
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.collected.get_sample_value(name, labels)
+
+    def anomalies(self) -> dict[str, float]:
+        found = {kind: self.value("springtide_validation_anomalies", type=kind) for kind in KINDS}
+        return {kind: count for kind, count in found.items() if count}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    made = settings_at(tmp_path / "state")
+    bootstrapped(made)
+    return made
+
+
+def windows(settings: Settings) -> dict[int, bytes]:
+    kept = KeptWindows(settings.validation_dir)
+    return {end_ms: kept.read(end_ms).statistics.SerializeToString(deterministic=True) for end_ms in kept.ends()}
+
+
+def test_rows_like_those_of_the_baseline_have_no_anomaly_and_a_window_is_a_minute(settings: Settings) -> None:
+    run = Run(settings, written(minutes(5)))
+    run.catch_up()
+    assert run.anomalies() == {}
+    # The first one may have begun before, and the last one goes on.
+    assert [*windows(settings)] == [START_MS + minute * MINUTE_MS for minute in range(2, 5)]
+    assert run.value("springtide_validation_window_rows") == 400
+    assert run.value("springtide_validation_windows_total", outcome="begun_before") == 1
+    assert run.value("springtide_validation_windows_total", outcome="judged") == 3
+    assert run.value("springtide_validation_rows_total") == 2000
+    near = run.value("springtide_validation_distance_ratio", feature="category", against="baseline")
+    assert near is not None and 0 < near < 0.1
+
+
+def test_whatever_dies_the_windows_are_the_same(settings: Settings, tmp_path: Path) -> None:
+    log = written(minutes(2))
+    whole = settings_at(tmp_path / "whole")
+    for later in range(2, 7):
+        Run(settings, log).catch_up()
+        written(minutes(1, first=later), log)
+    Run(settings, log).catch_up()
+    Run(whole, log).catch_up()
+    assert windows(settings) == windows(whole) != {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "feature"),
+    [
+        ({"hot": 0.5}, "COMPARATOR_L_INFTY_HIGH", "category"),
+        ({"known": 0.0}, "SCHEMA_MISSING_COLUMN", "user_attributes.age_band"),
+        ({"known": 0.6}, "FEATURE_TYPE_LOW_FRACTION_PRESENT", "user_attributes.age_band"),
+    ],
+)
+def test_a_fault_is_found_in_its_window_told_once_and_over_when_it_is(
+    settings: Settings, caplog: pytest.LogCaptureFixture, fault: dict[str, float], kind: str, feature: str
+) -> None:
+    caplog.set_level(logging.INFO, "deploy.validation")
+    log = written(minutes(3))
+    run = Run(settings, log)
+    run.catch_up()
+    assert run.anomalies() == {}
+    written([*minutes(2, first=3, **fault), record(columns(1), START_MS + 5 * MINUTE_MS)], log)
+    run.catch_up()
+    assert run.anomalies() == {kind: 1}
+    (told,) = (line.getMessage() for line in caplog.records if line.levelno == logging.WARNING)
+    assert told.startswith(f"{feature}: ") and told.endswith("(400 rows)")
+    # The first of the later windows still moves, back from the window before.
+    written([*minutes(3, first=6), record(columns(1), START_MS + 9 * MINUTE_MS)], log)
+    run.catch_up()
+    assert run.anomalies() == {}
+    assert caplog.records[-1].getMessage() == f"{feature}: as expected again"
+
+
+def test_missing_rates_and_distances_are_told_by_feature(settings: Settings) -> None:
+    run = Run(settings, written(minutes(4, known=0.6, hot=0.5)))
+    run.catch_up()
+    missing = run.value("springtide_validation_missing_ratio", feature="user_attributes.age_band")
+    assert missing is not None and 0.3 < missing < 0.5
+    far = run.value("springtide_validation_distance_ratio", feature="category", against="baseline")
+    assert far is not None and far > 0.2
+    near = run.value("springtide_validation_distance_ratio", feature="category", against="previous")
+    assert near is not None and near < 0.1
+
+
+def test_few_rows_are_judged_by_nothing_and_take_back_what_was_said(settings: Settings) -> None:
+    run = Run(settings, written([*minutes(4, hot=0.5), *minutes(1, rows=20, first=4), *minutes(1, first=5)]))
+    run.catch_up()
+    assert run.anomalies() == {}
+    assert run.value("springtide_validation_windows_total", outcome="few_rows") == 1
+    assert run.value("springtide_validation_distance_ratio", feature="category", against="baseline") is None
+
+
+def test_without_a_baseline_windows_are_kept_and_nothing_is_judged(tmp_path: Path) -> None:
+    settings = settings_at(tmp_path / "state")
+    run = Run(settings, written(minutes(4)))
+    run.catch_up()
+    assert len(windows(settings)) == 2
+    assert run.value("springtide_validation_windows_total", outcome="no_baseline") == 2
+    assert run.anomalies() == {}
+
+
+def test_records_that_are_none_and_those_of_other_features_are_passed_and_counted(settings: Settings) -> None:
+    records = [
+        *minutes(2),
+        b"no micro-batch",
+        record(columns(50), START_MS + MINUTE_MS, spec="f" * 64),
+        *minutes(2, first=2),
+    ]
+    run = Run(settings, written(records))
+    run.catch_up()
+    for outcome, count in (("read", 8), ("unreadable", 1), ("other_features", 1)):
+        assert run.value("springtide_validation_records_total", outcome=outcome) == count
+
+
+def test_of_so_many_records_about_one_is_looked_at_and_always_the_same(settings: Settings, tmp_path: Path) -> None:
+    log = written(minutes(20, rows=300))
+    sampled = [settings_at(tmp_path / name, "--validation.every", "3", "--validation.min_rows", "1") for name in "ab"]
+    for one in sampled:
+        run = Run(one, log)
+        run.catch_up()
+        assert 5 <= (run.value("springtide_validation_records_total", outcome="read") or 0) <= 25
+    assert windows(sampled[0]) == windows(sampled[1]) != {}
+
+
+def test_no_more_windows_stay_than_are_to_be_kept(tmp_path: Path) -> None:
+    settings = settings_at(tmp_path / "state", "--validation.keep", "2")
+    Run(settings, written(minutes(6))).catch_up()
+    assert [*windows(settings)] == [START_MS + minute * MINUTE_MS for minute in (4, 5)]
+
+
+def test_a_log_that_goes_away_costs_time_alone(settings: Settings) -> None:
+    log = written(minutes(3))
+    run = Run(settings, log)
+    run.catch_up()
+    before = windows(settings)
+    run.validation.disconnect()
+    log.go_away()
+    with pytest.raises(LogError):
+        run.validation.step()
+    log.come_back()
+    written(minutes(2, first=3), log)
+    run.catch_up()
+    assert {*before} < {*windows(settings)}
+
+
+def test_an_accepted_baseline_counts_from_the_next_window_on(settings: Settings) -> None:
+    log = written(minutes(3, hot=0.5))
+    run = Run(settings, log)
+    run.catch_up()
+    assert run.anomalies() == {"COMPARATOR_L_INFTY_HIGH": 1}
+    from deploy.operate.schema import accept_window
+
+    accept_window(settings, "ann", "a new season", START_MS)
+    written(minutes(2, first=3, hot=0.5), log)
+    run.catch_up()
+    assert run.anomalies() == {}
+    assert run.value("springtide_validation_baseline") == 1
+    newest = Baselines(settings.registry_dir).newest_number
+    assert newest(bootstrapped_name(settings)) == 1
+
+
+def bootstrapped_name(settings: Settings) -> str:
+    from state.registry.registry import Registry
+
+    (name,) = Registry(settings.registry_dir).specs()
+    return name
+
+
+def test_the_labels_of_many_features_are_few() -> None:
+    names = [f"context.c{number}" for number in range(30)] + [f"features.a{number}.recency" for number in range(200)]
+    labels = labels_of(names)
+    assert len({*labels.values()}) == MOST_LABELS
+    assert labels["context.c29"] == "context.c29" and labels["features.a199.recency"] == OTHERS
