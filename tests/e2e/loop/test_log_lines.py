@@ -12,7 +12,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (\w+) (DEBUG|INFO|WARNI
 USER = "ada-who-is-in-no-log"
 
 
-@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker"])
+@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "console"])
 def test_a_line_says_when_who_and_how_bad(loop: Loop, part: str) -> None:
     lines = (loop.settings.logs_dir / f"{part}.log").read_text().splitlines()
     assert [line for line in lines if not LINE.match(line)] == []
