@@ -28,6 +28,7 @@ from state.features.spec import FeatureSpec
 from state.log import KafkaLog, Log, LogReader, PartitionBatch
 from state.metrics import ValidationMetrics, serve
 from state.microbatch.codec import decode
+from state.process import log_lines
 from state.process.garbage import keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
@@ -152,14 +153,13 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
 def main(argv: list[str] | None = None) -> int:
     """Runs the validation with the settings of `argv` until a signal; returns the exit code."""
     keep_private()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s validation: %(message)s", stream=sys.stderr)
-    # What the client says of each try would fill the log while a broker is away; it is said once.
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    log_lines.begin("validation")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
         settings = load(sys.argv[1:] if argv is None else argv)
+        log_lines.follow(settings.logs)
         with DirectoryLock(settings.validation_dir):
             registry = CollectorRegistry()
             stop_metrics = serve(registry, settings.validation.metrics_port)
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
                 stop_metrics()
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
-        print(f"validation: {error}", file=sys.stderr)
+        _log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     return 0
 
