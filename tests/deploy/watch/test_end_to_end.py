@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import probe
+from deploy.startup.process_plan import ports, process_plans
 from deploy.watch.end_to_end import NEVER, Passage, Sent, Stopwatch, action_of, click_of
 from springtide_client import ClientError, Profile, Refused, Unreachable, Version
 from state.config.sections import Events, LabelSettings, ProbeSettings
@@ -117,6 +119,31 @@ def test_a_failure_counts_what_it_reached_and_only_success_moves_its_time() -> N
     probe.count(Loop().time(), metrics, 1_800.0)
     assert registry.get_sample_value("springtide_probe_weight_seconds_count") == 1.0
     assert registry.get_sample_value("springtide_probe_last_success_timestamp_seconds") == 1_800.0
+
+
+def test_a_probe_that_runs_on_counts_each_offers_every_reason_and_ends_in_order() -> None:
+    registry, stop = CollectorRegistry(), threading.Event()
+    left = [Loop(), Loop(features_s=9.0), Loop()]
+
+    def time_one() -> Passage:
+        if not left:
+            stop.set()
+            return Passage(reason="answers", problem="given up")
+        return left.pop().time()
+
+    probe.run(Settings(probe=ProbeSettings(every_s=0.001)), stop, time_one, ProbeMetrics(registry))
+    failures = {
+        one: registry.get_sample_value("springtide_probe_failures_total", {"reason": one}) for one in probe.REASONS
+    }
+    assert failures == {"kafka": 0.0, "answers": 0.0, "refused": 0.0, "features": 1.0, "weights": 0.0}
+    assert registry.get_sample_value("springtide_probe_weight_seconds_count") == 3.0
+
+
+def test_up_starts_a_probe_where_it_is_asked_for_and_looks_after_its_port() -> None:
+    assert process_plans(python="python")["probe"].command == ("python", "-m", "deploy.probe", "--continuously")
+    named = [one.setting for one in ports(Settings(probe=ProbeSettings(every_s=5.0)), local_kafka=True)]
+    assert "probe.metrics_port" in named
+    assert "probe.metrics_port" not in [one.setting for one in ports(Settings(), local_kafka=True)]
 
 
 @pytest.mark.parametrize(

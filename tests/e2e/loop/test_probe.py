@@ -11,7 +11,7 @@ from tests.e2e.running import DEADLINE_S, ROOT, Loop, until
 
 def test_a_probe_says_how_long_features_and_weights_took(loop: Loop) -> None:
     dead = loop.metrics("stream").total("springtide_stream_dead_letters_total")
-    found = loop.springtide("probe")
+    found = loop.springtide("probe", "--probe.timeout_s", "120")
     assert not found["reason"]
     assert 0.0 < found["feature_seconds"] < DEADLINE_S
     assert 0.0 < found["weight_seconds"] < DEADLINE_S
