@@ -305,6 +305,9 @@ class TrainerMetrics(Metrics):
     publishing_held = gauge(
         "springtide_trainer_publishing_held", "1 while an operator holds the publishing of versions."
     )
+    compactor_failures = gauge(
+        "springtide_trainer_compactor_failures_in_a_row", "Runs of the compactor that failed since one succeeded."
+    )
     accounting_rows = gauge(
         "springtide_accounting_rows",
         "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked, other_features (of a former feature spec); gap counts positions that no record held.",
@@ -406,6 +409,7 @@ class ApplierMetrics(Metrics):
         "springtide_serving_unreadable_microbatches", "Records of the micro-batch topic that are no micro-batch."
     )
     log_failures = counter("springtide_serving_log_failures", "Times that the micro-batch topic could not be read.")
+    log_away = gauge("springtide_serving_log_away", "1 while no broker of the micro-batch topic can be reached.")
     feature_age_seconds = histogram(
         "springtide_serving_feature_age_seconds",
         "Age of the newest click in the histories, sampled ten times a second.",
@@ -521,6 +525,8 @@ class StorageMetrics(Metrics):
         "part",
     )
     limit_bytes = gauge("springtide_storage_limit_bytes", "The part's share of storage.budget_gb.", "part")
+    free_bytes = gauge("springtide_storage_free_bytes", "Bytes free on the disk where the part lies.", "part")
+    disk_bytes = gauge("springtide_storage_disk_bytes", "Bytes of that disk.", "part")
     waiting = gauge(
         "springtide_storage_waiting",
         "What of the part waits for room, its disk or share being full; 0 where nothing does.",

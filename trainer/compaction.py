@@ -23,6 +23,7 @@ class Compaction:
         every_s: Seconds from one start to the next.
         elapsed: Monotonic seconds.
         on_failure: What to look at when one fails.
+        note: Takes how many failed in a row, when one ended.
 
     Where publishing waits for room one is started sooner: it removes what is beyond its tier.
     """
@@ -33,12 +34,14 @@ class Compaction:
         every_s: float,
         elapsed: Callable[[], float] = time.monotonic,
         on_failure: Callable[[], None] = lambda: None,
+        note: Callable[[int], None] = lambda failures: None,
     ) -> None:
         self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
         self._every_s, self._elapsed, self._on_failure = every_s, elapsed, on_failure
         self._last_s = elapsed()
         self._next_s = self._last_s + every_s
         self._child: subprocess.Popen[bytes] | None = None
+        self._note, self._failures = note, 0
 
     def tick(self, hurry: bool = False) -> None:
         """Starts one that is due and takes note of one that ended.
@@ -56,6 +59,8 @@ class Compaction:
             if code != 0:
                 logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
             self._child = None
+            self._failures = self._failures + 1 if code != 0 else 0
+            self._note(self._failures)
             if code != 0:
                 self._on_failure()
         due_s = min(self._next_s, self._last_s + HURRY_S) if hurry else self._next_s

@@ -129,6 +129,7 @@ class HistoryFollower:
         self._metrics.history_epoch.set(self._line[-1].epoch)
         leaders = {int(partition): int(epoch) for partition, epoch in stored.get("leaders", {}).items()}
         self._reader = open_kept(positions, leaders, open_at)
+        self._metrics.log_away.set(0)
         self._positions = positions
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
@@ -172,6 +173,7 @@ class HistoryFollower:
 
     def disconnect(self) -> None:
         """Closes the reader; `connect` goes on where the histories end."""
+        self._metrics.log_away.set(1)
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -291,6 +293,7 @@ class HistoryFollower:
         assert self._reader is not None
         lag = sum(self._reader.lag().values())
         self._metrics.microbatch_lag_records.set(lag)
+        self._metrics.log_away.set(not self._reader.reachable())
         if not lag and not self._caught_up:
             self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
             self._caught_up = True

@@ -72,6 +72,10 @@ class LogReader(Protocol):
         """Per partition how many positions lie between ours and the log's end, as last heard."""
         ...
 
+    def reachable(self) -> bool:
+        """Whether the log is there, as far as this reader knows: `poll` does not say so."""
+        ...
+
     def refresh(self) -> list[int]:
         """Takes up partitions that the topic got meanwhile, from their beginning; returns them.
 

@@ -87,6 +87,10 @@ class MemoryReader(LogReader):
             found = self._state.topic(self.topic, f"read ends of {self.topic}").partitions
             return {number: max(0, found[number].end - ours) for number, ours in self._positions.items()}
 
+    def reachable(self) -> bool:
+        """Whether the log is there."""
+        return not self._state.away
+
     def refresh(self) -> list[int]:
         """Takes up partitions that the topic got meanwhile, from their beginning; returns them."""
         with self._state.changed:

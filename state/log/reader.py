@@ -39,8 +39,7 @@ PAUSE_S = 0.1
 class Reader(LogReader):
     """Follows partitions of a topic from given positions. One thread polls; others may commit.
 
-    A broker that goes away and comes back costs only time: `poll` returns
-    nothing meanwhile.
+    A broker that goes away and comes back costs only time: `poll` returns nothing meanwhile.
     """
 
     def __init__(
@@ -61,8 +60,7 @@ class Reader(LogReader):
             settings: How to connect.
             topic: Its name.
             partitions: Those to read; None for all, also later ones.
-            positions: Where to begin per partition; those not named begin at
-                their beginning, or at their end with `from_end`.
+            positions: Where to begin per partition; those not named begin at their beginning; at their end with `from_end`.
             committed_only: Leave out records of open and aborted transactions.
             from_end: See `positions`.
             leaders: Per partition the epoch of the record before its position, where that is known.
@@ -134,12 +132,14 @@ class Reader(LogReader):
 
     def lag(self) -> dict[int, int]:
         """Per partition how many positions lie between ours and the log's end, as last heard."""
-        marks = {
-            partition: self._consumer.highwater(TopicPartition(self.topic, partition)) for partition in self._positions
-        }
+        marks = {one: self._consumer.highwater(TopicPartition(self.topic, one)) for one in self._positions}
         if any(mark is None for mark in marks.values()):
             marks |= {partition: end for partition, (_, end) in self._topics.ends(self.topic).items()}
         return {partition: max(0, marks[partition] - ours) for partition, ours in self._positions.items()}
+
+    def reachable(self) -> bool:
+        """Whether a connection to a broker is open; one that is only tried is none."""
+        return any(one.connected for one in list(self._consumer._client._manager._conns.values()))
 
     def refresh(self) -> list[int]:
         """Takes up partitions that the topic got meanwhile, from their beginning; returns them.

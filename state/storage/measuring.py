@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -44,8 +46,28 @@ def free_bytes(folder: Path) -> int:
     Raises:
         OSError: The disk cannot be asked.
     """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def disk_bytes(folder: Path) -> int:
+    """The bytes of the disk where `folder` is or will be.
+
+    Raises:
+        OSError: The disk cannot be asked.
+    """
+    return shutil.disk_usage(_existing(folder)).total
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _told(ask: Callable[[Path], int], folder: Path) -> float:
+    """What the disk says; NaN where it cannot be asked, so that all else is told all the same."""
+    try:
+        return float(ask(folder))
+    except OSError:
+        return math.nan
 
 
 class PartUse:
@@ -70,7 +92,7 @@ class PartUse:
 
 
 def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]) -> StorageMetrics:
-    """Offers used bytes and limit of the parts that this process owns; a shard of the stream those of its own.
+    """Offers used bytes, limit and disk of the parts that this process owns; a shard of the stream those of its own.
 
     Args:
         collected: The metrics of this process.
@@ -82,6 +104,8 @@ def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]
         shards = settings.stream.shards if part == shares.STREAM else 1
         folders = [settings.stream_dir] if part == shares.STREAM else shares.folders(settings, part)
         metrics.used_bytes.labels(part).set_function(PartUse(folders))
+        metrics.free_bytes.labels(part).set_function(partial(_told, free_bytes, folders[0]))
+        metrics.disk_bytes.labels(part).set_function(partial(_told, disk_bytes, folders[0]))
         metrics.limit_bytes.labels(part).set(shares.limit_bytes(settings, part) / shards)
         metrics.waiting.labels(part).set(0)
     return metrics

@@ -47,7 +47,8 @@ def test_each_alert_fires_where_it_must_and_is_silent_where_it_must(file: str, t
     for interval in sorted({case.interval for _, _, case in cases}):
         tests = [as_promtool_has_it(*one) for one in cases if one[2].interval == interval]
         document = {
-            "rule_files": [str(path) for path in rules.FILES],
+            # Only what is recorded and the file itself: promtool computes all that it reads at each step.
+            "rule_files": [str(rules.PROMETHEUS / "rules" / f"{name}.yml") for name in sorted({"recording", file})],
             "evaluation_interval": interval,
             "tests": tests,
         }

@@ -83,7 +83,9 @@ def test_while_it_is_away_a_poll_finds_nothing_and_everything_else_says_so() -> 
     reader = log.reader("clicks")
     with writer.transaction():
         writer.send("clicks", 0, None, b"before")
+    assert reader.reachable()
     log.go_away()
+    assert not reader.reachable()
     assert reader.poll(0.0) == []
     for use in (
         lambda: topics.ends("clicks"),

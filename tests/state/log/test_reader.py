@@ -123,9 +123,11 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
         writer.send("clicks", 0, None, b"before")
         writer.flush()
         seen = read_until(reader, {0: 1})
+        assert reader.reachable()
         own.kill()
         for _ in range(20):
             assert reader.poll(0.05) == []
+        assert not reader.reachable()
         with pytest.raises(UnreachableBroker):
             Topics(replace(settings, request_timeout_s=0.5))
         writer.send("clicks", 0, None, b"while away")
@@ -134,6 +136,7 @@ def test_a_broker_killed_and_back_costs_nothing_but_time(own: Broker) -> None:
         with transactional.transaction():
             transactional.send("clicks", 0, None, b"in a transaction")
         seen += read_until(reader, {0: 4})
+        assert reader.reachable()
     assert values(seen) == [b"before", b"while away", b"in a transaction"]
     assert joined(seen) == (0, 4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: 
     def sample(name: str, part: str) -> float | None:
         return collected.get_sample_value(f"springtide_storage_{name}", {"part": part})
 
+    assert (
+        (sample("free_bytes", "logs") or 0) <= (sample("disk_bytes", "logs") or 0) == shutil.disk_usage(tmp_path).total
+    )
     # Each shard its own: of all of them together the sum is right.
     assert sample("used_bytes", "stream") == du(tmp_path / "stream-0")
     assert sample("limit_bytes", "stream") == 150_000_000 / shards
