@@ -28,6 +28,10 @@ PROCESSES = {
         "deploy.validation.process",
         "Take statistics of what is learned from, window by window, and look for anomalies and drift, beside the trainer.",
     ),
+    "webhook": (
+        "deploy.alerting.receiver",
+        "Take Alertmanager's notifications, and pin answers to a version from before the alert.",
+    ),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
     "probe": (
         "deploy.probe",

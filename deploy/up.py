@@ -23,12 +23,13 @@ from typing import NamedTuple
 
 from deploy.startup.checks import require_python
 
-HELP = """usage: springtide up [--no-shoppers] [--bootstrap-servers HOST:PORT] [--section.name VALUE ...]
+HELP = """usage: springtide up [--no-shoppers] [--prometheus] [--bootstrap-servers HOST:PORT] [--section.name VALUE ...]
 
 Runs the whole loop on this machine until Ctrl-C: Kafka, stream, trainer, serving and
 synthetic shoppers. A second run goes on where the last one stopped.
 
   --no-shoppers                   no synthetic clicks
+  --prometheus                    also a Prometheus with our rules, where it is installed
   --bootstrap-servers HOST:PORT   your own Kafka instead of a local one
   --accept-gap TOPIC_ID:P:A-B --reason TEXT
                                   go on although these positions were deleted unread; repeatable
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_python(sys.version_info)
         # Only now: the rest needs Python 3.11.
+        from deploy.startup import prometheus
         from deploy.startup.steps import Startup
         from deploy.startup.upgrading import take_upgrade, upgrade_or_refuse
         from deploy.watch.live import Screen
@@ -121,12 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_private()
         upgrade, words = take_upgrade(words)
         accepted, words = take_accepted(words)
-        shoppers = "--no-shoppers" not in words
-        settings = load([word for word in words if word != "--no-shoppers"])
+        shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
+        settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
+        beside = [prometheus.plan(settings, prometheus.require_program())] if watched else []
         # Before anything starts: some settings alone tell that the newest version cannot be loaded.
         upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))
         signals = Signals()
-        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted).run()
+        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted, beside).run()
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -65,10 +65,16 @@ CASES_OF: dict[str, dict[str, dict[str, Case]]] = {file.stem: _cases(file) for f
 """File of rules -> alert -> its cases."""
 
 
-def program(name: str) -> Path:
-    """Where Debian's `prometheus` or `promtool` is; a test that asks for one that is not here is skipped."""
+def found(name: str) -> Path | None:
+    """Where Debian's `prometheus` or `promtool` is: where `make debian` puts it, or on the path."""
     beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
+    on_path = shutil.which(name)
+    return beside if beside.exists() else Path(on_path) if on_path else None
+
+
+def program(name: str) -> Path:
+    """That; a test that asks for one that is not here is skipped."""
+    here = found(name)
+    if here is None:
         pytest.skip(f"{name} is not installed, and `make debian` could not fetch it")
-    return Path(found)
+    return here

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from state.errors import CorruptVersion
+from state.metrics import TrainerMetrics
 from state.registry.registry import Registry
 
 HURRY_S = 30.0
@@ -21,9 +22,9 @@ class Compaction:
     Args:
         arguments: The command line of this process.
         every_s: Seconds from one start to the next.
-        elapsed: Monotonic seconds.
         on_failure: What to look at when one fails.
-        note: Takes how many failed in a row, when one ended.
+        metrics: Where is told how many failed in a row.
+        elapsed: Monotonic seconds.
 
     Where publishing waits for room one is started sooner: it removes what is beyond its tier.
     """
@@ -32,16 +33,16 @@ class Compaction:
         self,
         arguments: Sequence[str],
         every_s: float,
-        elapsed: Callable[[], float] = time.monotonic,
         on_failure: Callable[[], None] = lambda: None,
-        note: Callable[[int], None] = lambda failures: None,
+        metrics: TrainerMetrics | None = None,
+        elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
         self._every_s, self._elapsed, self._on_failure = every_s, elapsed, on_failure
         self._last_s = elapsed()
         self._next_s = self._last_s + every_s
         self._child: subprocess.Popen[bytes] | None = None
-        self._note, self._failures = note, 0
+        self._metrics, self._failures = metrics, 0
 
     def tick(self, hurry: bool = False) -> None:
         """Starts one that is due and takes note of one that ended.
@@ -60,7 +61,8 @@ class Compaction:
                 logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
             self._child = None
             self._failures = self._failures + 1 if code != 0 else 0
-            self._note(self._failures)
+            if self._metrics is not None:
+                self._metrics.compactor_failures.set(self._failures)
             if code != 0:
                 self._on_failure()
         due_s = min(self._next_s, self._last_s + HURRY_S) if hurry else self._next_s

@@ -238,10 +238,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         imports.join()
         learner = prepare(settings, registry, metrics, consent, room)
         compaction = Compaction(
-            arguments,
-            settings.trainer.base_every_s,
-            on_failure=lambda: doubt(registry, learner.place.durable),
-            note=metrics.compactor_failures.set,
+            arguments, settings.trainer.base_every_s, lambda: doubt(registry, learner.place.durable), metrics
         )
         exports = ScheduledExports(arguments, settings.export.every_s)
         lag = TrainingLag(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from deploy.serving.edge.tokens import OPERATE, READ
+from deploy.startup import prometheus
 from deploy.watch import scrape
 from deploy.watch.address import address
 from state.config.loading import FILE
@@ -47,8 +48,8 @@ def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
     ]
 
 
-def commands(settings: Settings, shoppers: bool) -> list[str]:
-    """What `up` says once everything runs, with synthetic shoppers or without."""
+def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[str]:
+    """What `up` says once everything runs, with synthetic shoppers or without, and with a Prometheus or without."""
     command = springtide_command()
     lines = [
         question(settings, shoppers),
@@ -58,6 +59,7 @@ def commands(settings: Settings, shoppers: bool) -> list[str]:
         f"{command} rollback --to VERSION --skip-time A..B --reason TEXT",
         *console(settings),
         "metrics: " + "  ".join(f"{name} {url}" for name, url in scrape.urls(settings).items()),
+        *([f"alerts: {prometheus.address(settings)}/alerts"] if watched else []),
     ]
     flags = repeated_flags(settings)
     return [*lines, *([f"springtide needs the flags of this run:{flags}"] if flags else [])]

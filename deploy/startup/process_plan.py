@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from deploy.children.supervisor import ProcessPlan
+from deploy.startup import prometheus
 from deploy.startup.checks import Port
 from state.config.settings import Settings
 from state.errors import CorruptStore
@@ -27,7 +28,20 @@ VALIDATION = "validation"
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
-STOP_ORDER = (CONSOLE, KERNELS, PROBE, SHOPPERS, BOOTSTRAP, REBUILD, STREAM, TRAINER, VALIDATION, APPLIER, WORKER)
+STOP_ORDER = (
+    CONSOLE,
+    KERNELS,
+    PROBE,
+    SHOPPERS,
+    BOOTSTRAP,
+    REBUILD,
+    STREAM,
+    TRAINER,
+    VALIDATION,
+    APPLIER,
+    WORKER,
+    prometheus.NAME,
+)
 
 # These would otherwise compile the same kernels for ten seconds each.
 KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
@@ -92,7 +106,7 @@ def left_out(settings: Settings) -> set[str]:
     return {name for name, wanted in asked.items() if not wanted}
 
 
-def ports(settings: Settings, local_kafka: bool) -> list[Port]:
+def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
     """The ports that the loop is going to listen on.
 
     >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
@@ -118,4 +132,5 @@ def ports(settings: Settings, local_kafka: bool) -> list[Port]:
         *([Port("up.metrics_port", local, settings.up.metrics_port)] if settings.up.metrics_port else []),
         *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
         *([Port("probe.metrics_port", local, settings.probe.metrics_port)] if settings.probe.every_s else []),
+        *([Port("up.prometheus_port", local, settings.up.prometheus_port)] if watched else []),
     ]

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from deploy.children.supervisor import Supervisor
-from deploy.startup import hints, own_model, signs, upgrading
+from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.startup import hints, own_model, prometheus, signs, upgrading
 from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
 from deploy.startup.local_kafka import LocalKafka
 from deploy.startup.process_plan import (
@@ -64,6 +64,7 @@ class Startup:
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
         accepted: Words for stream and for trainer: losses that the operator accepts.
+        beside: What else runs, such as a Prometheus.
         clock: Monotonic seconds.
         sleep: Waits a number of seconds, or until a signal.
     """
@@ -76,16 +77,14 @@ class Startup:
         stop: Callable[[], bool],
         hurry: Callable[[], bool],
         accepted: tuple[Sequence[str], Sequence[str]] = ((), ()),
+        beside: Sequence[ProcessPlan] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._settings = settings
-        self._shoppers = shoppers
-        self._screen = screen
-        self._stop = stop
-        self._hurry = hurry
-        self._clock = clock
-        self._sleep = sleep
+        self._shoppers, self._screen = shoppers, screen
+        self._stop, self._hurry = stop, hurry
+        self._clock, self._sleep = clock, sleep
         self._begin = clock()
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
@@ -98,7 +97,7 @@ class Startup:
             settings.bootstrap.min_rows if fresh else 0,
             accepted=[*(OF_LOCAL_KAFKA if local else ()), *stream],
             accepted_by_trainer=trainer,
-        )
+        ) | {one.name: one for one in beside}
         self._supervisor: Supervisor | None = None
         self._steps_done = 0
         self._answered = 0
@@ -156,7 +155,8 @@ class Startup:
     def _check(self) -> None:
         """Refuses what cannot run, and finds or makes the salt."""
         settings = self._settings
-        require_ports(ports(settings, self._kafka is not None))
+        watched = prometheus.NAME in self._plans and prometheus.write_configuration(settings)
+        require_ports(ports(settings, self._kafka is not None, watched))
         free = require_disk(settings.state_dir)
         if settings.up.metrics_port:
             serve(self._collected, settings.up.metrics_port)
@@ -221,7 +221,7 @@ class Startup:
 
     def _say_what_to_try(self) -> None:
         self._step("running", "try, in another terminal:")
-        for line in hints.commands(self._settings, self._shoppers):
+        for line in hints.commands(self._settings, self._shoppers, prometheus.NAME in self._plans):
             self._screen.say(f"      {line}")
         self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
 

@@ -652,6 +652,15 @@ class Supervision:
     """`springtide up`, which keeps the parts of a loop alive."""
 
     metrics_port: int = setting(9104, least=0, most=65535, help="Port of the /metrics of `springtide up`; 0: none.")
+    prometheus_port: int = setting(
+        9090, least=1, most=65535, help="Port of the Prometheus of `springtide up --prometheus`."
+    )
+    prometheus_interval_s: float = setting(
+        5.0, "s", least=0.1, most=60.0, help="How often that one scrapes, and computes its rules."
+    )
+    prometheus_mb: int = setting(
+        512, "MB", least=64, most=1_000_000, help="How much it keeps, beside storage.budget_gb; the oldest goes first."
+    )
     log_mb: int = setting(
         10,
         "MB",
@@ -693,6 +702,21 @@ class ProbeSettings:
     metrics_port: int = setting(9105, least=0, most=65535, help="Port of the probe's /metrics.")
 
 
+@dataclass(frozen=True)
+class WebhookSettings:
+    """`springtide webhook`, by which an alert pins answers."""
+
+    host: str = setting("127.0.0.1", filled=True, help="Address on which Alertmanager reaches it.")
+    port: int = setting(9107, least=1, most=65535, help="Its port.")
+    before_s: float = setting(
+        60.0,
+        "s",
+        least=0.0,
+        most=86_400.0,
+        help="How long before an alert began the version must have been made that answers are pinned to.",
+    )
+
+
 SECTIONS: dict[str, type[Any]] = {
     "paths": Paths,
     "kafka": Kafka,
@@ -715,6 +739,7 @@ SECTIONS: dict[str, type[Any]] = {
     "up": Supervision,
     "console": ConsoleSettings,
     "probe": ProbeSettings,
+    "webhook": WebhookSettings,
 }
 
 

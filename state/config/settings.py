@@ -31,6 +31,7 @@ from state.config.sections import (
     Supervision,
     TrainerSettings,
     Validation,
+    WebhookSettings,
     known_settings,
 )
 from state.config.sources import as_text, variable
@@ -67,6 +68,7 @@ class Settings:
     up: Supervision = field(default_factory=Supervision)
     console: ConsoleSettings = field(default_factory=ConsoleSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
+    webhook: WebhookSettings = field(default_factory=WebhookSettings)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -113,6 +115,11 @@ class Settings:
     def validation_dir(self) -> Path:
         """Directory of the statistics of windows."""
         return self.state_dir / layout.VALIDATION
+
+    @property
+    def prometheus_dir(self) -> Path:
+        """Directory of the data of `springtide up --prometheus`."""
+        return self.state_dir / layout.PROMETHEUS
 
     @property
     def logs_dir(self) -> Path:

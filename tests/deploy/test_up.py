@@ -153,8 +153,18 @@ def test_the_local_kafka_needs_its_port_and_a_cluster_of_the_users_does_not() ->
 
 def test_producers_stop_before_what_they_write_to() -> None:
     order = [name for name in STOP_ORDER if name not in ("bootstrap", "kernels", "rebuild-history")]
-    assert order == ["console", "probe", "shoppers", "stream", "trainer", "validation", "applier", "worker"]
-    assert set(process_plans()) == set(STOP_ORDER)
+    assert order == [
+        "console",
+        "probe",
+        "shoppers",
+        "stream",
+        "trainer",
+        "validation",
+        "applier",
+        "worker",
+        "prometheus",
+    ]
+    assert {*process_plans(), "prometheus"} == set(STOP_ORDER)
 
 
 def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:

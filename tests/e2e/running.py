@@ -38,6 +38,7 @@ PORTS = (
     "validation.metrics_port",
     "up.metrics_port",
     "console.port",
+    "up.prometheus_port",
 )
 SHORT: Mapping[str, object] = {
     "shoppers.rate": 100,
@@ -79,13 +80,19 @@ def until(look: Callable[[], Found | None], what: str | Callable[[], str], deadl
 
 
 class Loop:
-    """One loop; `start` may be called again after `stop`."""
+    """One loop; `start` may be called again after `stop`.
 
-    def __init__(self, directory: Path, own: Mapping[str, object] = SHORT) -> None:
+    Args:
+        directory: For its state and what it says.
+        own: Settings.
+        words: Further words of each start.
+    """
+
+    def __init__(self, directory: Path, own: Mapping[str, object] = SHORT, words: Sequence[str] = ()) -> None:
         values = {name: free_port() for name in PORTS} | {"paths.state": directory / "state"} | dict(own)
         self.flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         self.settings: Settings = load(self.flags, env={})
-        self.output = directory / "up.log"
+        self.output, self._words = directory / "up.log", words
         self.process: subprocess.Popen[bytes] | None = None
         self.first_answer_s = 0.0
         self._begun_s, self._already = 0.0, 0
@@ -101,7 +108,7 @@ class Loop:
         self._already = len(self.said())
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.up", *self.flags, *words],
+                [sys.executable, "-m", "deploy.up", *self.flags, *self._words, *words],
                 cwd=ROOT,
                 env={name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")},
                 stdout=output,

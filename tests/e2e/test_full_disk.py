@@ -22,6 +22,7 @@ from deploy import cli
 from deploy.watch import scrape
 from tests.e2e.loop.test_bad_record import balanced
 from tests.e2e.running import SHORT, Loop, until
+from tests.e2e.watching import Watching, beside
 
 DISK_BYTES = 1 << 30
 FULL_S = 5.0
@@ -100,8 +101,15 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
             made.process.wait()
 
 
+@pytest.fixture
+def watching(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watching]:
+    # Its own data lie elsewhere: on the full disk it would see nothing.
+    with beside(loop.settings, tmp_path_factory.mktemp("prometheus")) as found:
+        yield found
+
+
 def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
-    loop: Loop, capsys: pytest.CaptureFixture[str]
+    loop: Loop, watching: Watching, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loop.answer_trained_on(USER, loop.click([(USER, "tent", "outdoors", "purchase")] * 3))
     before = {part: loop.pid(part) for part in LASTING}
@@ -118,7 +126,8 @@ def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
         # 2. Nobody ends for it but the broker, which `up` looks after.
         assert {part: loop.pid(part) for part in LASTING} == before
         assert loop.running
-        # 3. It is said: by `status`, and by a command that needs room.
+        # 3. It is said: by an alert, by `status`, and by a command that needs room.
+        watching.wait_for("SpringtideStorageFull", part="registry")
         status = loop.springtide("status")
         assert "publishing waits for room" in status["figures"]["full"]
         assert status["storage"]["free_bytes"] < 1 << 20
@@ -126,6 +135,7 @@ def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
         assert "No space left on device" in (refused := capsys.readouterr().err) and "free space" in refused
     # 4. Room: all goes on by itself.
     until(lambda: not waiting(loop) and loop.pid("kafka") is not None, "something waits on")
+    watching.wait_until_over("SpringtideStorageFull")
     newest = loop.springtide("status")["registry"]["newest"]
     ends = until(lambda: clicked(loop), "no click is taken", 60.0)
     answer = loop.answer_trained_on(USER, ends)

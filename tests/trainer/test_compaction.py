@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
+from state.metrics import TrainerMetrics
 from trainer.compaction import Compaction
 
 
@@ -25,8 +28,9 @@ def test_a_compactor_is_started_when_due_and_one_at_a_time(tmp_path: Path) -> No
 
 
 def test_failures_in_a_row_are_counted_until_one_succeeds(tmp_path: Path) -> None:
-    now, noted = 0.0, list[int]()
-    compaction = Compaction(["--paths.state", str(tmp_path)], every_s=10, elapsed=lambda: now, note=noted.append)
+    now, told, collected = 0.0, list[float | None](), CollectorRegistry()
+    arguments, metrics = ["--paths.state", str(tmp_path)], TrainerMetrics(collected)
+    compaction = Compaction(arguments, every_s=10, metrics=metrics, elapsed=lambda: now)
     for program in ("exit(1)", "exit(1)", ""):
         compaction._command = [sys.executable, "-S", "-c", program]
         now += 11.0
@@ -34,4 +38,5 @@ def test_failures_in_a_row_are_counted_until_one_succeeds(tmp_path: Path) -> Non
         assert compaction._child is not None
         compaction._child.wait()
         compaction.tick()
-    assert noted == [1, 2, 0]
+        told.append(collected.get_sample_value("springtide_trainer_compactor_failures_in_a_row"))
+    assert told == [1.0, 2.0, 0.0]

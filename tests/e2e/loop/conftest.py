@@ -9,7 +9,10 @@ import psutil
 import pytest
 
 from deploy.kafka.configuration import free_port
+from deploy.startup import prometheus
+from tests import rules
 from tests.e2e.running import SHORT, Loop
+from tests.e2e.watching import Watching
 
 # Labels that arrive later, and attributes: shoppers' favorites wait for a cart, and nothing else is changed by it.
 JOINED: Mapping[str, object] = {
@@ -38,11 +41,18 @@ def loop(one_loop: Loop) -> Loop:
 @pytest.fixture(scope="session")
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
-    own = {**SHORT, **JOINED, **WATCHED, "console.port": free_port()}
-    made = Loop(tmp_path_factory.mktemp("e2e"), own)
+    watched = rules.found("prometheus") is not None
+    own = {**SHORT, **JOINED, **WATCHED, "console.port": free_port(), "up.prometheus_interval_s": 1}
+    made = Loop(tmp_path_factory.mktemp("e2e"), own, ("--prometheus",) if watched else ())
     made.start()
     yield made
     end(made)
+
+
+@pytest.fixture
+def watching(loop: Loop) -> Watching:
+    """The Prometheus that `up` started with the loop, where one is installed."""
+    return Watching(prometheus.address(loop.settings) if rules.found("prometheus") else None)
 
 
 @pytest.hookimpl(trylast=True)

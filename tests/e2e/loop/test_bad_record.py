@@ -9,9 +9,10 @@ from typing import Any
 from deploy import status
 from state.log import Topics, Writer
 from tests.e2e.running import Loop, until
+from tests.e2e.watching import Watching
 
 
-def test_answers_go_on_while_the_trainer_cannot_until_the_record_is_left_out(loop: Loop) -> None:
+def test_answers_go_on_while_the_trainer_cannot_until_the_record_is_left_out(loop: Loop, watching: Watching) -> None:
     kafka = loop.settings.kafka
     worker, stream = loop.pid("worker"), loop.pid("stream")
     begin = len(loop.said())
@@ -37,6 +38,7 @@ def test_answers_go_on_while_the_trainer_cannot_until_the_record_is_left_out(loo
     assert answer["purchase.count_7d"] == 3
     dying = until(lambda: state_of(loop)["figures"]["dying"], "status does not say it")
     assert dying["trainer"] >= 2
+    watching.wait_for("SpringtidePartDying", part="trainer")
     # 2. The operator types it.
     assert loop.stop() == 0
     loop.start("--skip-record", str(offset), "--reason", "a test wrote it")
@@ -44,6 +46,7 @@ def test_answers_go_on_while_the_trainer_cannot_until_the_record_is_left_out(loo
     assert loop.metrics("trainer").value("springtide_trainer_records_left_out_total") == 1
     account = until(lambda: balanced(loop), "the accounts do not balance")
     assert account["trainer"]["records_left_out"] == 1
+    watching.wait_until_over("SpringtidePartDying")
 
 
 def known(loop: Loop, user: str) -> dict[str, int] | None:

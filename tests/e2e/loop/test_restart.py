@@ -14,6 +14,7 @@ import pytest
 from state.accounts import StreamAccount, check_accounts
 from state.history.store import HistoryStore
 from tests.e2e.running import ROOT, Loop, until
+from tests.e2e.watching import Watching
 
 
 def leading(loop: Loop, user: str, label: str) -> dict[str, Any] | None:
@@ -39,16 +40,18 @@ def test_the_loop_recovers_from_the_kill_of(loop: Loop, part: str) -> None:
     assert f"{part} died (SIGKILL)" in loop.said()
 
 
-def test_the_loop_recovers_from_the_kill_of_kafka(loop: Loop) -> None:
+def test_the_loop_recovers_from_the_kill_of_kafka_which_is_an_alert_meanwhile(loop: Loop, watching: Watching) -> None:
     pid = loop.pid("kafka")
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
+    watching.wait_for("SpringtideBrokerAway")
     until(lambda: loop.pid("kafka") not in (None, pid), "Kafka is not started again")
     user = "sender-after-the-kill-of-kafka"
     loop.answer_trained_on(user, loop.click([(user, "lamp", "light", "purchase")] * 10))
     answer = until(lambda: leading(loop, user, "light"), "the category does not lead")
     assert answer["features"]["purchase.count_7d"] == 10
     assert "Kafka ended with status -9" in loop.said()
+    watching.wait_until_over("SpringtideBrokerAway")
 
 
 def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None:

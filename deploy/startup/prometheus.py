@@ -1,0 +1,104 @@
+"""The Prometheus of `springtide up --prometheus`: found, told what to scrape and which rules to compute, and kept small."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from deploy.children.supervisor import ProcessPlan
+from deploy.watch import scrape
+from deploy.watch.address import Address
+from state.config.settings import Settings
+from state.errors import SettingsError
+
+NAME = "prometheus"
+RULES = Path(__file__).parents[1] / "prometheus" / "rules"
+STOP_S = 15.0
+
+
+def require_program() -> str:
+    """Where the program is: beside our Python, or on the path.
+
+    Raises:
+        SettingsError: It is not installed.
+    """
+    beside = Path(sys.executable).with_name(NAME)
+    found = str(beside) if beside.exists() else shutil.which(NAME)
+    if found is None:
+        raise SettingsError(
+            "--prometheus: there is no program `prometheus` here",
+            "install it (Debian: `make debian`, or `apt-get install prometheus`), or start without --prometheus",
+        )
+    return found
+
+
+def address(settings: Settings) -> str:
+    """Where it answers.
+
+    >>> address(Settings())
+    'http://127.0.0.1:9090'
+    """
+    return f"http://127.0.0.1:{settings.up.prometheus_port}"
+
+
+def configuration(settings: Settings) -> dict[str, Any]:
+    """What it scrapes, and the rules that it computes: `prometheus.yml` for the ports of this loop.
+
+    >>> configuration(Settings())["scrape_configs"][1]["static_configs"]
+    [{'targets': ['127.0.0.1:9102']}]
+    """
+    every = f"{round(1000 * settings.up.prometheus_interval_s)}ms"
+    found = scrape.urls(settings) | scrape.supervisor_urls(settings)
+    return {
+        "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
+        "rule_files": [str(RULES / "*.yml")],
+        "scrape_configs": [_job(name, url) for name, url in found.items()],
+    }
+
+
+def _job(name: str, url: str) -> dict[str, Any]:
+    scheme, _, rest = url.partition("://")
+    job: dict[str, Any] = {
+        "job_name": f"springtide-{name}",
+        "scheme": scheme,
+        "static_configs": [{"targets": [rest.partition("/")[0]]}],
+    }
+    if isinstance(url, Address) and url.token_file is not None:
+        job["authorization"] = {"credentials_file": str(url.token_file.absolute())}
+    if scheme == "https":
+        # On this machine nobody but us has the port; its certificate is for another name.
+        job["tls_config"] = {"insecure_skip_verify": True}
+    return job
+
+
+def write_configuration(settings: Settings) -> bool:
+    """Writes it into the state directory; JSON is YAML. True: there is one now."""
+    folder = settings.prometheus_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prometheus.yml").write_text(json.dumps(configuration(settings), indent=2) + "\n")
+    return True
+
+
+def plan(settings: Settings, program: str) -> ProcessPlan:
+    """The process.
+
+    Args:
+        settings: The loop's settings.
+        program: Of `require_program`.
+    """
+    folder = settings.prometheus_dir
+    return ProcessPlan(
+        NAME,
+        (
+            program,
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--storage.tsdb.retention.size={settings.up.prometheus_mb}MB",
+            f"--web.listen-address={address(settings).partition('://')[2]}",
+            "--log.level=warn",
+        ),
+        STOP_S,
+    )

@@ -1,0 +1,87 @@
+"""Debian's Prometheus, which `up --prometheus` started with the loop, sees all of it; further alerts are in the tests of their faults."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import promql_parser as promql
+import pytest
+
+from deploy.watch import scrape
+from state.log import Writer
+from tests import rules
+from tests.e2e.running import Loop, until
+from tests.e2e.watching import Watching
+from tests.promql import selectors
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    rules.program("prometheus")
+
+
+def test_each_process_is_a_target_that_answers(loop: Loop, watching: Watching) -> None:
+    jobs = {f"springtide-{name}" for name in (*scrape.urls(loop.settings), *scrape.supervisor_urls(loop.settings))}
+
+    def answering() -> bool:
+        found = (watching.ask("targets") or {"activeTargets": []})["activeTargets"]
+        return {one["labels"]["job"] for one in found if one["health"] == "up"} == jobs
+
+    until(answering, lambda: f"some target is not up: {watching.ask('targets')}")
+
+
+def test_up_says_where_it_is(loop: Loop, watching: Watching) -> None:
+    assert f"alerts: http://127.0.0.1:{loop.settings.up.prometheus_port}/alerts" in loop.said_since_start()
+
+
+def test_each_rule_is_computed_without_a_fault(watching: Watching) -> None:
+    def computed() -> bool:
+        return all(rule["health"] != "unknown" for rule in watching.rules()) and bool(watching.rules())
+
+    until(computed, "some rule was never computed")
+    found = watching.rules()
+    assert {rule["name"] for rule in found} == {*rules.ALERTS, *rules.RECORDED}
+    assert [rule for rule in found if rule["health"] != "ok"] == []
+
+
+def test_each_series_that_a_rule_asks_for_is_there(loop: Loop, watching: Watching) -> None:
+    """An alert that nobody measures for would be silent for ever."""
+    # What only a fault makes: a dead letter, and a clock that is wrong.
+    with Writer(loop.settings.kafka) as writer:
+        topic, ahead_ms = loop.settings.kafka.clicks_topic, time.time_ns() // 1_000_000 + 3_000_000
+        click = {"user": "bob", "item": "kettle", "category": "kitchen", "action": "view", "time": ahead_ms}
+        writer.send(topic, 0, None, b"no json")
+        writer.send(topic, None, b"bob", json.dumps(click).encode(), (), ahead_ms)
+        writer.flush()
+    loop.profile("one-who-is-counted")
+    wanted = {
+        selector.name
+        for rule in (*rules.ALERTS.values(), *rules.RECORDED.values())
+        for selector, _ in selectors(promql.parse(rule["expr"]))
+    }
+    began_s = time.monotonic()
+
+    def missing() -> set[str]:
+        return wanted - set(watching.ask("label/__name__/values") or ())
+
+    until(lambda: not missing(), lambda: f"nobody measures {missing()}")
+    print(f"{len(wanted)} series were there after {time.monotonic() - began_s:.1f} s")
+    # A recorded expression has a value too, not only what it is made of.
+    empty = [name for name in rules.RECORDED if not watching.query(name)]
+    assert empty == []
+
+
+def test_what_an_operator_holds_is_an_alert_until_it_is_released(loop: Loop, watching: Watching) -> None:
+    loop.springtide("hold", "--reason", "a test")
+    watching.wait_for("SpringtideHeldByOperator")
+    loop.springtide("release", "--reason", "a test")
+    watching.wait_until_over("SpringtideHeldByOperator")
+
+
+def test_a_pinned_version_is_an_alert_until_answers_follow(loop: Loop, watching: Watching) -> None:
+    version, _ = loop.kept()
+    loop.springtide("pin", str(version), "--reason", "a test")
+    watching.wait_for("SpringtidePinned")
+    loop.springtide("follow", "--reason", "a test")
+    watching.wait_until_over("SpringtidePinned")
