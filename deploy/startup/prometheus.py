@@ -44,6 +44,20 @@ def address(settings: Settings) -> str:
     return f"http://127.0.0.1:{settings.up.prometheus_port}"
 
 
+def targets(settings: Settings) -> dict[str, str]:
+    """Where each process of this loop offers its metrics.
+
+    >>> list(targets(Settings()))
+    ['stream', 'trainer', 'applier', 'worker', 'up', 'validation']
+    """
+    beside = {
+        "validation": (settings.validation.window_s, settings.validation.metrics_port),
+        "probe": (settings.probe.every_s, settings.probe.metrics_port),
+    }
+    wanted = {name: f"http://127.0.0.1:{port}/metrics" for name, (every_s, port) in beside.items() if every_s > 0}
+    return scrape.urls(settings) | scrape.supervisor_urls(settings) | wanted
+
+
 def configuration(settings: Settings) -> dict[str, Any]:
     """What it scrapes, and the rules that it computes: `prometheus.yml` for the ports of this loop.
 
@@ -51,11 +65,10 @@ def configuration(settings: Settings) -> dict[str, Any]:
     [{'targets': ['127.0.0.1:9102']}]
     """
     every = f"{round(1000 * settings.up.prometheus_interval_s)}ms"
-    found = scrape.urls(settings) | scrape.supervisor_urls(settings)
     return {
         "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
         "rule_files": [str(RULES / "*.yml")],
-        "scrape_configs": [_job(name, url) for name, url in found.items()],
+        "scrape_configs": [_job(name, url) for name, url in targets(settings).items()],
     }
 
 

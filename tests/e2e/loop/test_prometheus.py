@@ -8,7 +8,7 @@ import time
 import promql_parser as promql
 import pytest
 
-from deploy.watch import scrape
+from deploy.startup import prometheus
 from state.log import Writer
 from tests import rules
 from tests.e2e.running import Loop, until
@@ -22,7 +22,7 @@ def installed() -> None:
 
 
 def test_each_process_is_a_target_that_answers(loop: Loop, watching: Watching) -> None:
-    jobs = {f"springtide-{name}" for name in (*scrape.urls(loop.settings), *scrape.supervisor_urls(loop.settings))}
+    jobs = {f"springtide-{name}" for name in prometheus.targets(loop.settings)}
 
     def answering() -> bool:
         found = (watching.ask("targets") or {"activeTargets": []})["activeTargets"]
