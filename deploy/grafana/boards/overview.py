@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana import headlines, probes, processes
+from deploy.grafana import headlines, objectives, probes, processes
 from deploy.grafana.panel import Board, Panel, PanelKind, PanelQuery, PanelRow, quantile, rate
 
 NOW = (
@@ -124,7 +124,10 @@ LINE = (
     headlines.HOLDS,
     Panel(
         "Parts that answer",
-        (PanelQuery('min by (job) (up{job=~"springtide-.*"})', "{{job}}"),),
+        (
+            PanelQuery('min by (job) (up{job=~"springtide-.*"})', "{{job}}"),
+            PanelQuery("1 - max(springtide_serving_log_away)", "Kafka, for serving"),
+        ),
         "none",
         "Whether each part answers on /metrics, and whether serving reaches a broker.",
         "yes, in all lines.",
@@ -132,7 +135,7 @@ LINE = (
         "a-part-cannot-run",
         kind=PanelKind.STATES,
         states={0: ("no", "red"), 1: ("yes", "green")},
-        alerts=("SpringtideTargetDown",),
+        alerts=("SpringtideTargetDown", "SpringtideBrokerAway"),
     ),
     Panel(
         "Alerts that fire",
@@ -181,6 +184,19 @@ STORAGE = (
         alarm=0.9,
         alerts=("SpringtideStorageNearLimit", "SpringtideStorageFull"),
     ),
+    Panel(
+        "Free on the disk",
+        (PanelQuery("min by (part) (springtide_storage_free_bytes / springtide_storage_disk_bytes)", "{{part}}"),),
+        "percentunit",
+        "What is free on the disk where each part lies, whoever takes the rest.",
+        "a tenth and more.",
+        "storage.budget_gb bounds what we keep, not what others do: see what takes the disk, and make room.",
+        "the-disk-is-full",
+        falling=True,
+        goal=0.1,
+        alarm=0.05,
+        alerts=("SpringtideDiskLow",),
+    ),
 )
 
 BOARD = Board(
@@ -190,6 +206,7 @@ BOARD = Board(
     (
         PanelRow("Now", NOW),
         PanelRow("Answers", (headlines.REQUESTS, headlines.FAILING, headlines.LATENCY)),
+        PanelRow("Objectives", objectives.OBJECTIVES),
         PanelRow("The line from click to answer", LINE),
         PanelRow("A probe user's click", probes.PROBES),
         PanelRow("Storage", STORAGE),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana import headlines
+from deploy.grafana import headlines, live_clicks
 from deploy.grafana.panel import Board, Panel, PanelQuery, PanelRow, rate
 
 FEW = "too few rows were scored yet"
@@ -144,6 +144,7 @@ BOARD = Board(
         PanelRow("Scored before learning", (headlines.LOG_LOSS, headlines.AUC, headlines.TOP)),
         PanelRow("Against what is simple", AGAINST),
         PanelRow("Known and new users", USERS),
+        PanelRow("Live clicks against the baseline", live_clicks.VALIDATION),
         PanelRow("What is learned from", LEARNED),
     ),
 )

@@ -101,6 +101,7 @@ VERSION = (
         "if nothing is pinned, see the time to apply below and the applier's log.",
         "no-new-version",
         alarm=300,
+        alerts=("SpringtideVersionBehind",),
     ),
     headlines.HOLDS,
     Panel(

@@ -210,6 +210,7 @@ ACCOUNTS = (
         "0.",
         "the topic's retention is shorter than the stream was away: raise it.",
         "a-gap-clicks-deleted-unread",
+        alerts=("SpringtideGap",),
         kind=PanelKind.STAT,
         goal=1,
         width=4,

@@ -33,6 +33,7 @@ LEARNING = (
         "if it grows, steps take too long: see their time.",
         "clicks-wait",
         alarm=100,
+        alerts=("SpringtideTrainerBehind",),
     ),
     Panel(
         "Time of a step",
@@ -190,6 +191,19 @@ GUARD = (
         "a-gap-clicks-deleted-unread",
         kind=PanelKind.STAT,
         goal=1,
+        width=2,
+    ),
+    Panel(
+        "Compactor",
+        (PanelQuery("max(springtide_trainer_compactor_failures_in_a_row)", "failures"),),
+        "none",
+        "Runs of the compactor that failed since one succeeded.",
+        "0.",
+        "old versions take room until one succeeds: type `springtide compact` to see it fail.",
+        "old-versions-are-not-merged",
+        kind=PanelKind.STAT,
+        alarm=1,
+        alerts=("SpringtideCompactorFailing",),
         width=2,
     ),
     Panel(
