@@ -23,8 +23,8 @@ from state.history.store import HistoryStore
 from state.log import MemoryLog
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
-from state.microbatch.codec import encode
-from state.registry.log_line import WHOLE
+from state.microbatch.codec import decode, encode
+from state.registry.log_line import WHOLE, turned
 from streaming.masking import leave_out
 from streaming.profile import Profiler
 from tests.streaming.test_profile import BASE_MS, SOURCES, SPEC, batches_of
@@ -47,7 +47,11 @@ def clicks() -> list[tuple[int, int, int, int, int]]:
 
 
 def streamed(
-    path: Path, clicks: list[tuple[int, int, int, int, int]], mask: Mask = Mask.NONE, spec: FeatureSpec = SPEC
+    path: Path,
+    clicks: list[tuple[int, int, int, int, int]],
+    mask: Mask = Mask.NONE,
+    spec: FeatureSpec = SPEC,
+    epoch: int = 1,
 ) -> list[bytes]:
     """What the stream's own profiler makes of clicks, as records of the training log of 1 to 9 rows."""
     store, sizes = HistoryStore(path, SPEC.history, 1 << 26), random.Random(1)
@@ -55,7 +59,8 @@ def streamed(
     found = []
     for batch in batches_of(clicks, lambda: sizes.randint(1, 9)):
         rows = profiler.update(leave_out(batch, mask))
-        found.append(encode(Header(spec.digest, "salt", rows.batch.ranges, 7, mask.generation), rows.columns))
+        header = Header(spec.digest, "salt", rows.batch.ranges, 7, mask.generation, log_epoch=epoch)
+        found.append(encode(header, rows.columns))
     store.close()
     return found
 
@@ -235,6 +240,27 @@ def test_masked_clicks_are_left_out_of_both(tmp_path: Path, clicks: Clicks, host
     late.drain()
     assert late.counted["unknown"] > 10
     assert late.counted["differs"] == 0
+
+
+def test_after_an_exact_rollback_what_is_read_again_is_trained_and_answered_alike(
+    tmp_path: Path, clicks: Clicks, host: Open
+) -> None:
+    """The stream goes back and leaves the masked clicks out; so do the host's histories, full ones too."""
+    records, place = streamed(tmp_path / "stream", clicks), 50
+    marks = {part.source: part.next for value in records[:place] for part in decode(value).header.ranges}
+    first = marks[SOURCES[0]]
+    mask = Mask(3, offsets=((SOURCES[0].topic, 0, first, first + 20),))
+    ours = host(records)
+    ours.drain()
+    line = turned(WHOLE, 1, place, len(records), tuple(marks.items()))
+    assert ours.follower.turn(line, mask, 0, lambda at: ours.log.reader(LOG, [0], {0: at}))
+    compared = sum(ours.counted.values())
+    again = streamed(tmp_path / "again", clicks, mask, epoch=2)[place:]
+    append(ours, again)
+    ours.drain()
+    with_rows = sum(len(decode(value)) > 0 for value in again)
+    assert ours.counted == {"equal": compared + with_rows, "differs": 0, "unknown": 0}
+    assert ours.store.totals["masked"] == 20
 
 
 def test_rows_of_another_feature_spec_are_unknown(tmp_path: Path, clicks: Clicks, host: Open) -> None:
