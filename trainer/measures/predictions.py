@@ -73,8 +73,10 @@ def of_popular(popular: Popular, category: U64) -> CategoryPrediction:
     """
     counts, total = popular.counts_of(category)
     # Padding is no category: 0 is in no row.
-    same = popular.top() == category[:, None]
-    rank = np.where(same.any(1), same.argmax(1), LISTED)
+    top = popular.top()
+    order = np.argsort(top, kind="stable")
+    at = order[np.minimum(np.searchsorted(top[order], category), LISTED - 1)]
+    rank = np.where(top[at] == category, at, LISTED)
     there = counts > 0
     return CategoryPrediction(
         np.where(there, rank, NONE).astype(np.int32),
