@@ -27,6 +27,7 @@ from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import BadRequest, PortTaken, SpringtideError, TooLarge, UnknownPath, WrongMethod, of_disk
+from state.process import log_lines
 from state.process.private_files import keep_private
 
 PATH = "/v1/alerts"
@@ -141,12 +142,14 @@ def serve(settings: Settings, now_ms: Callable[[], int]) -> ThreadingHTTPServer:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m deploy.alerting.receiver [flags]`; returns the exit code."""
     keep_private()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s webhook: %(message)s", stream=sys.stderr)
+    log_lines.begin("webhook")
     try:
-        server = serve(load(sys.argv[1:] if argv is None else argv), lambda: time.time_ns() // 1_000_000)
+        settings = load(sys.argv[1:] if argv is None else argv)
+        log_lines.follow(settings.logs)
+        server = serve(settings, lambda: time.time_ns() // 1_000_000)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
-        print(f"webhook: {error}", file=sys.stderr)
+        _log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     for number in (signal.SIGTERM, signal.SIGINT):
         # Not in the handler: `shutdown` waits for the loop that the handler interrupts.
