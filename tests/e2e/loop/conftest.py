@@ -26,9 +26,6 @@ JOINED: Mapping[str, object] = {
     "attributes.slices": "age_band",
 }
 
-# Windows of two seconds, so that there are soon enough of them to compare with.
-WATCHED: Mapping[str, object] = {"guard.window_s": 1, "guard.window_rows": 200, "guard.warm_up": 12}
-
 
 @pytest.fixture
 def loop(one_loop: Loop) -> Loop:
@@ -42,7 +39,7 @@ def loop(one_loop: Loop) -> Loop:
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
     watched = rules.found("prometheus") is not None
-    own = {**SHORT, **JOINED, **WATCHED, "console.port": free_port(), "up.prometheus_interval_s": 1}
+    own = {**SHORT, **JOINED, "console.port": free_port(), "up.prometheus_interval_s": 1}
     made = Loop(tmp_path_factory.mktemp("e2e"), own, ("--prometheus",) if watched else ())
     made.start()
     yield made

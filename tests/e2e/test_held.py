@@ -4,28 +4,49 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from state.registry.control import Control
 from state.registry.registry import Registry
-from tests.e2e.running import Loop, until
+from tests.e2e.running import SHORT, Loop, until
+from tests.e2e.watching import Watching, beside
 
 CHUNK = 60
 EVERY_S = 0.25
-"""Some 240 clicks a second of one user, beside 100 of all others."""
+"""Some 240 clicks a second of one user, beside 300 of all others."""
+WATCHED: Mapping[str, object] = {
+    "shoppers.rate": 300,
+    "guard.window_s": 1,
+    "guard.window_rows": 200,
+    "guard.warm_up": 10,
+}
+"""Windows of a second, so that there are soon enough of them to compare with."""
 
 
-@pytest.fixture(autouse=True)
-def following(loop: Loop) -> None:
-    """Begins from a loop that follows, and whose guard has windows enough to compare with."""
-    loop.springtide("follow", "--reason", "a test begins")
-    warm_up = loop.settings.guard.warm_up
-    until(
-        lambda: (loop.metrics("trainer").value("springtide_trainer_guard_windows") or 0) >= warm_up + 2,
-        "the guard has too few windows",
-    )
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Loop]:
+    """A loop of its own: what other tests do to theirs would be held by so watchful a guard, and rightly."""
+    made = Loop(tmp_path, {**SHORT, **WATCHED})
+    made.start()
+    try:
+        until(
+            lambda: (made.metrics("trainer").value("springtide_trainer_guard_windows") or 0) >= 12,
+            "the guard has too few windows to compare with",
+        )
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def watching(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watching]:
+    """A Prometheus beside it."""
+    with beside(loop.settings, tmp_path_factory.mktemp("prometheus")) as found:
+        yield found
 
 
 def version(loop: Loop) -> dict[str, Any]:
@@ -34,7 +55,7 @@ def version(loop: Loop) -> dict[str, Any]:
     return found
 
 
-def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop) -> None:
+def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, watching: Watching) -> None:
     registry, begin, epoch = Registry(loop.settings.registry_dir), loop.ends(), version(loop)["epoch"]
     clicks = [("stuck-client", "stuck-item", "stuck-category", "view")] * CHUNK
 
@@ -54,6 +75,7 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop) -
     sources = version(loop)["sources"]
     assert all(sources.get(source, 0) <= end for source, end in begin.items()), "its version is from before the flood"
     assert loop.metrics("trainer").value("springtide_trainer_held") == 1.0
+    watching.wait_for("SpringtideTrainingHeld")
     # 2. Status says what, why and from where, and what to type.
     state = loop.springtide("status")
     found = state["held"]
@@ -69,3 +91,4 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop) -
     answer = loop.answer_trained_on("honest", loop.click([("honest", "book", "reading", "view")]))
     assert answer["version"]["epoch"] == epoch + 1
     assert held() is None
+    watching.wait_until_over("SpringtideTrainingHeld")
