@@ -111,9 +111,8 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay
     from trainer.versions.erased_rows import CrossedIds, without
 
     base, deltas = registry.chain(target.version)
-    # What a version was asked to show that it answers rightly is no state, nor is how its updates were judged.
+    # What a version was asked to show that it answers rightly is no state.
     kept = probe.without(content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas)))
-    kept = {name: tensor for name, tensor in kept.items() if not name.startswith(checkpoint.GUARDED)}
     computed, control = checkpoint.full(trainer), registry.control()
     if control is not None and any(part.rewritten > part.erased for part in (base, *deltas)):
         gone = control.erased.after(target.erased).users

@@ -26,7 +26,7 @@ from trainer.guard.rules import RULES
 from trainer.guard.watch import PASSED, Judgement, Standing, WatchLimits, WindowWatch
 from trainer.guard.window import WindowStart
 from trainer.place import TrainingPlace
-from trainer.versions.checkpoint import GUARDED
+from trainer.versions.content import GUARDED
 
 ACTOR = "guard"
 LETS_GO = ("follow", "rollback", "resume")

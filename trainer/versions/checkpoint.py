@@ -31,9 +31,6 @@ from trainer.tables.changes import Changes
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.versions import content
 
-GUARDED = "guard."
-"""Prefix of what a version keeps of the guard of updates: no part of what was learned, so in no digest."""
-
 # Settings of [trainer] beside all of [model].
 _DECIDING = (
     "admit_after", "admit_crosses_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
@@ -126,7 +123,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     trainer.model.set_weights(_under("dense.", tensors))
     trainer.optimizer.set_slots(_under("slots.", tensors))
     trainer.load(_under("state.", tensors))
-    trainer.guarded = _under(GUARDED, tensors)
+    trainer.guarded = _under(content.GUARDED, tensors)
     for measures in (trainer.progressive, trainer.breakdown):
         measures.load(_under(content.QUALITY, tensors))
 

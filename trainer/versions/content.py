@@ -36,7 +36,11 @@ PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
 COLUMNS = ("ids", "removed", *ROWS, *PENDING)
 SERVED = ("ids", "rows", "removed")
 QUALITY = "quality."
-"""Tensors of measures that decide nothing: no digest speaks of them, for a release without them learns the same."""
+"""Prefix of tensors of measures."""
+GUARDED = "guard."
+"""Prefix of the windows by which updates are judged."""
+BESIDE = (QUALITY, GUARDED)
+"""What decides nothing of what is learned: no digest speaks of it, for a release without it learns the same."""
 
 _FOLD_ROWS = 1_000_000
 
@@ -62,10 +66,10 @@ def decode(files: Iterable[bytes]) -> dict[str, Array]:
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names, QUALITY left out."""
+    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names, BESIDE left out."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.startswith(QUALITY):
+        if name.startswith(BESIDE):
             continue
         sha.update(f"{name} {tensor.dtype.str} {tensor.shape} ".encode())
         sha.update(tensor.tobytes())

@@ -15,7 +15,7 @@ import numpy as np
 from state.config.sections import Model
 from state.registry.model_fit import FORMER_TOWERS
 from state.rows.tables import tables_in
-from trainer.versions.content import COLUMNS, PENDING, QUALITY, ROWS, Array, Tensors
+from trainer.versions.content import BESIDE, COLUMNS, PENDING, ROWS, Array, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Difference:
 def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
     """Where the states first differ: tables in their order, then everything else by name; None where they are equal.
 
-    Measures that decide nothing (QUALITY) begin where a release began to have them, and are not compared.
+    What decides nothing (BESIDE) begins where a release began to have it, and is not compared.
     """
     tables = tables_in(kept.keys() | recomputed.keys())
     for table in tables:
@@ -64,7 +64,7 @@ def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
         if found is not None:
             return found
     tabled = {f"{table}.{name}" for table in tables for name in COLUMNS}
-    for name in sorted(one for one in (kept.keys() | recomputed.keys()) - tabled if not one.startswith(QUALITY)):
+    for name in sorted(one for one in (kept.keys() | recomputed.keys()) - tabled if not one.startswith(BESIDE)):
         if name not in kept or name not in recomputed:
             return Difference(name, "", None, None, _presence(name in kept), _presence(name in recomputed))
         at = _unequal(kept[name], recomputed[name])
