@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import compiled
 from trainer.measures.evaluation import HALF_LIFE_ROWS
-from trainer.measures.predictions import BASELINES, NONE, PREDICTORS, CategoryPrediction, hourly_popular
+from trainer.measures.predictions import BASELINES, PREDICTORS, CategoryPrediction, hourly_popular
 from trainer.measures.step_scores import SUMS, USERS, Judged, ScoredPairs, StepScores, no_sums
-from trainer.tables.index import U64
+from trainer.tables.index import I32, U64
 
 F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -66,12 +67,8 @@ class Progressive:
         """
         kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
         of_rows = [
-            row_sums(said[name], misses[place][kinds.astype(np.int64)], categories)
-            for place, name in enumerate(PREDICTORS)
+            row_sums(said[name], kinds, misses[place], categories, sums[place]) for place, name in enumerate(PREDICTORS)
         ]
-        for place, columns in enumerate(of_rows):
-            sums[place, 1], sums[place, 2] = columns[~kinds].sum(0), columns[kinds].sum(0)
-        sums[:, 0] = sums[:, 1] + sums[:, 2]
         clicked, predicted, losses = int(pairs.positive.sum()), float(pairs.predicted.sum()), float(pairs.losses.sum())
         return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
 
@@ -135,30 +132,53 @@ def where_of(predictor: str, users: str) -> str:
     return ("" if predictor == "model" else f"baseline.{predictor}.") + ("" if users == "all" else f"{users}.")
 
 
-def row_sums(said: CategoryPrediction, miss: F64, categories: int) -> F64:
+def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int, sums: F64) -> F64:
     """SUMS of each of t rows, `[t, sum]` float64.
 
     Args:
         said: Of the rows.
-        miss: `[t]` float64, the probability that the category is no candidate where there are some.
+        known: `[t]` bool, whether the user is known.
+        miss: `[2]` float64, the probability that the category is no candidate where there are some, of new users and of
+            known ones.
         categories: Known ones.
+        sums: `[users, sum]` float64, to which the rows are added.
 
-    >>> one = np.ones(1)
-    >>> hit, miss = CategoryPrediction(one.astype(np.int32), np.log(one / 4), one.astype(np.int32) * 4), 0.2 * one
-    >>> round(float(np.exp(-row_sums(hit, miss, 9)[0, 1])), 6)
-    0.2
+    >>> one, sums = np.ones(1), no_sums()[0]
+    >>> hit = CategoryPrediction(one.astype(np.int32), np.log(one / 4), one.astype(np.int32) * 4)
+    >>> rows = row_sums(hit, np.array([True]), np.array([0.5, 0.2]), 9, sums)
+    >>> round(float(np.exp(-rows[0, 1])), 6), sums[:, 0].tolist()
+    (0.2, [1.0, 0.0, 1.0])
     >>> missed = CategoryPrediction(-one.astype(np.int32), 0 * one, one.astype(np.int32) * 4)
-    >>> round(float(np.exp(-row_sums(missed, miss, 9)[0, 1])), 6)
+    >>> round(float(np.exp(-row_sums(missed, np.array([True]), np.array([0.5, 0.2]), 9, sums)[0, 1])), 6)
     0.033333
     """
-    hit, offered = said.rank != NONE, said.candidates > 0
-    others = np.log(np.maximum(categories - said.candidates, 0) + 1.0)
-    log_loss = np.where(hit, -np.log1p(-miss) - said.log_share, np.where(offered, others - np.log(miss), others))
-    found = (
-        np.ones(hit.size), log_loss, log_loss**2, np.where(hit, 1.0 / (1.0 + said.rank * hit), 0.0), said.rank == 0,
-        hit & (said.rank < 5), offered, ~hit,
-    )  # fmt: skip
-    return np.stack(found, 1)
+    found = np.zeros((known.size, len(SUMS)))
+    _judge(said.rank, said.log_share, said.candidates, known, miss, categories, found, sums)
+    return found
+
+
+@compiled
+def _judge(
+    rank: I32, log_share: F64, candidates: I32, known: Flags, miss: F64, categories: int, rows: F64, sums: F64
+) -> None:
+    """The columns are in the order of SUMS."""
+    for i in range(rank.shape[0]):
+        kind = 1 if known[i] else 0
+        hit, others = rank[i] >= 0, np.log(float(max(categories - candidates[i], 0)) + 1.0)
+        log_loss = others
+        if hit:
+            log_loss = -np.log1p(-miss[kind]) - log_share[i]
+            rows[i, 3] = 1.0 / (1.0 + rank[i])
+            rows[i, 4] = 1.0 if rank[i] == 0 else 0.0
+            rows[i, 5] = 1.0 if rank[i] < 5 else 0.0
+        elif candidates[i] > 0:
+            log_loss = others - np.log(miss[kind])
+        rows[i, 0], rows[i, 1], rows[i, 2] = 1.0, log_loss, log_loss * log_loss
+        rows[i, 6] = 1.0 if candidates[i] > 0 else 0.0
+        rows[i, 7] = 0.0 if hit else 1.0
+        for k in range(rows.shape[1]):
+            sums[0, k] += rows[i, k]
+            sums[1 + kind, k] += rows[i, k]
 
 
 def lift(sums: F64) -> dict[str, float]:
