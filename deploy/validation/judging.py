@@ -22,6 +22,7 @@ from state.statistics.collecting import FEATURES
 from state.statistics.protos import by_name, common, dataset
 
 MOST_LABELS = 40
+SETTLED_WINDOWS = 24
 OTHERS = "others"
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class WindowJudge:
             return None
         metrics.windows.labels("judged").inc()
         metrics.baseline.set(baseline.accepted.number)
+        if previous is not None and not self._settled(window):
+            previous = without_features(previous)
         found = validate(counted, baseline.schema, baseline.statistics, previous)
         self._show(counted, found)
         self._tell(found, rows)
@@ -92,6 +95,13 @@ class WindowJudge:
             self._say(str(error))
             return None
         return None if before is None else before.statistics
+
+    def _settled(self, window: Window) -> bool:
+        """Whether histories, which begin empty with the bootstrap, grow slowly enough by now to be like a window before."""
+        specs = Specs(self._settings.registry_dir)
+        name = specs.bootstrapped(self._spec, self._settings.model)
+        begun_ms = 0 if name is None else int(specs.spec(name)["newest_ms"])
+        return window.end_ms - begun_ms >= SETTLED_WINDOWS * (window.end_ms - window.start_ms)
 
     def _baseline(self) -> Baseline | None:
         name = Specs(self._settings.registry_dir).bootstrapped(self._spec, self._settings.model)
@@ -135,6 +145,13 @@ class WindowJudge:
         for name in sorted(self._seen - now):
             _log.info("%s: as expected again", name)
         self._seen = now
+
+
+def without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureStatistics:
+    """Statistics of the inputs alone."""
+    made = DatasetFeatureStatistics(name=statistics.name, num_examples=statistics.num_examples)
+    made.features.extend(one for one in statistics.features if not one.path.step[0].startswith(f"{FEATURES}."))
+    return made
 
 
 def largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:

@@ -45,8 +45,11 @@ def columns(rows: int, seed: int = 0, **changes: Any) -> dict[str, Any]:
     features = drawn.poisson(5, (rows, len(SPEC.names))).astype(np.uint16)
     features[:, :3] = made["features"] % 251
     of_category = (rows, SPEC.recent_categories)
+    features[:, 3:] = np.minimum(features[:, 3:], 1)
+    features[:, 2] = 1
+    features[:, 1] = np.minimum(features[:, 1], 1)
     return made | {
-        "features": np.minimum(features, 1),
+        "features": features,
         "at_ms": np.full(rows, START_MS),
         "weight": np.ones(rows, np.float32),
         "source": np.zeros(rows, np.uint16),

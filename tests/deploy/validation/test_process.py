@@ -210,6 +210,18 @@ def bootstrapped_name(settings: Settings) -> str:
     return name
 
 
+def test_features_are_held_against_the_window_before_once_histories_have_grown(settings: Settings) -> None:
+    """Just after a bootstrap each window has fuller histories than the one before."""
+    log = written([*minutes(3), *minutes(1, first=3, scale=20.0), record(columns(1), START_MS + 4 * MINUTE_MS)])
+    early = Run(settings, log)
+    early.catch_up()
+    assert early.anomalies() == {}
+    written([*minutes(3, first=100), *minutes(1, first=103, scale=20.0)], log)
+    written([record(columns(1), START_MS + 104 * MINUTE_MS)], log)
+    early.catch_up()
+    assert early.anomalies()["COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH"] == 1
+
+
 def test_the_labels_of_many_features_are_few() -> None:
     names = [f"context.c{number}" for number in range(30)] + [f"features.a{number}.recency" for number in range(200)]
     labels = labels_of(names)
