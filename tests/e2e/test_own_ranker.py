@@ -1,20 +1,58 @@
-"""An example of a ranker of one's own, with the real processes: checked, bootstrapped, trained, served.
+"""A ranker of one's own with the real processes: checked, bootstrapped, trained, served; and a flood of it held.
 
-What every ranker promises is held by `tests/conformance`; the other example is in it.
+What every ranker promises is held by `tests/conformance`; the other example is in it. The guard is as watchful here as
+no other loop could bear: what tests do to theirs would be held, and rightly.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from state.config.loading import load
 from state.features.spec import FeatureSpec
-from tests.e2e.running import ROOT, SHORT, Loop
+from state.registry.control import Control
+from state.registry.registry import Registry
+from tests.e2e.running import ROOT, SHORT, Loop, until
+from tests.e2e.watching import Watching, beside
 
 EXAMPLES = ROOT / "deploy" / "examples"
+TOML = EXAMPLES / "din" / "springtide.toml"
+CHUNK = 60
+EVERY_S = 0.25
+"""Some 240 clicks a second of one user, beside 300 of all others."""
+WATCHED: Mapping[str, object] = {
+    "shoppers.rate": 300,
+    "guard.window_s": 1,
+    "guard.window_rows": 200,
+    "guard.warm_up": 10,
+}
+"""Windows of a second, so that there are soon enough of them to compare with."""
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """A running loop with it."""
+    made = Loop(tmp_path_factory.mktemp("din"), {**SHORT, **WATCHED, "config": TOML})
+    made.start()
+    try:
+        yield made
+        assert made.stop() == 0
+    finally:
+        if made.running:
+            made.stop()
+
+
+@pytest.fixture(scope="module")
+def watching(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watching]:
+    """A Prometheus beside it."""
+    with beside(loop.settings, tmp_path_factory.mktemp("prometheus")) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", ["din", "two_tower"])
@@ -22,24 +60,65 @@ def test_the_readme_of_an_example_names_its_settings(name: str) -> None:
     assert f"--config deploy/examples/{name}/springtide.toml" in (EXAMPLES / name / "README.md").read_text()
 
 
-def test_a_ranker_of_ones_own_trains_publishes_and_answers(tmp_path: Path) -> None:
-    toml = EXAMPLES / "din" / "springtide.toml"
-    wanted = load(["--config", str(toml)], env={})
-    loop = Loop(tmp_path, {**SHORT, "config": toml})
+def test_a_ranker_of_ones_own_trains_publishes_and_answers(loop: Loop) -> None:
+    wanted = load(["--config", str(TOML)], env={})
     assert loop.settings.model == wanted.model
-    loop.start()
-    try:
-        assert f"model.ranker '{wanted.model.ranker}'" in loop.said().split("1/9")[0], "checked before the first step"
-        user, category = "ada-of-din", "category-of-her-own"
-        ends = loop.click([(user, f"item-{number}", category, "purchase") for number in range(20)])
-        answer = loop.answer_trained_on(user, ends, item="item-3", category=category)
-        assert category in [one["label"] for one in answer["interests"]]
-        assert len(answer["vector"]) == wanted.model.hidden[-1]
-        assert np.isfinite(answer["vector"]).all()
-        assert 0.0 < answer["engagement"]["probability"] < 1.0
-        assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
-        assert FeatureSpec.from_settings(loop.settings).sequence == 20
-        assert loop.stop() == 0
-    finally:
-        if loop.running:
-            loop.stop()
+    assert f"model.ranker '{wanted.model.ranker}'" in loop.said().split("1/9")[0], "checked before the first step"
+    user, category = "ada-of-din", "category-of-her-own"
+    ends = loop.click([(user, f"item-{number}", category, "purchase") for number in range(20)])
+    answer = loop.answer_trained_on(user, ends, item="item-3", category=category)
+    assert category in [one["label"] for one in answer["interests"]]
+    assert len(answer["vector"]) == wanted.model.hidden[-1]
+    assert np.isfinite(answer["vector"]).all()
+    assert 0.0 < answer["engagement"]["probability"] < 1.0
+    assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
+    assert FeatureSpec.from_settings(loop.settings).sequence == 20
+
+
+def version(loop: Loop) -> dict[str, Any]:
+    """The version of an answer."""
+    found: dict[str, Any] = until(lambda: loop.profile("anyone"), "no answer")["version"]
+    return found
+
+
+def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, watching: Watching) -> None:
+    until(
+        lambda: (loop.metrics("trainer").value("springtide_trainer_guard_windows") or 0) >= 12,
+        "the guard has too few windows to compare with",
+    )
+    registry, begin, epoch = Registry(loop.settings.registry_dir), loop.ends(), version(loop)["epoch"]
+    clicks = [("stuck-client", "stuck-item", "stuck-category", "view")] * CHUNK
+
+    def held() -> Control | None:
+        control = registry.control()
+        return control if control is not None and control.held is not None else None
+
+    def flooded() -> Control | None:
+        loop.click(clicks)
+        time.sleep(EVERY_S)
+        return held()
+
+    control = until(flooded, "a flood is not held", 30.0)
+    assert control.held is not None
+    # 1. Answers stay at a version that has learned none of it.
+    until(lambda: version(loop)["number"] == control.held.version, "answers do not turn")
+    sources = version(loop)["sources"]
+    assert all(sources.get(source, 0) <= end for source, end in begin.items()), "its version is from before the flood"
+    assert loop.metrics("trainer").value("springtide_trainer_held") == 1.0
+    watching.wait_for("SpringtideTrainingHeld")
+    # 2. Status says what, why and from where, and what to type.
+    state = loop.springtide("status")
+    found = state["held"]
+    assert found["rule"] == control.held.rule
+    assert not 0.7 < found["signal"] / found["usual"] < 1.4, "numbers that tell"
+    assert f"partition {found['clicks'][0]['partition']} offset {found['clicks'][0]['first']}" in found["words"]
+    program, command, *words = shlex.split(found["commands"][0])
+    assert (program, command) == ("springtide", "rollback")
+    # 3. Typed, it heals: what was suspect is left out, and answers follow by themselves.
+    done = loop.springtide(command, *words)
+    assert done["control"]["epoch"] == epoch + 1 and done["plan"]["masked"] > 2 * CHUNK
+    until(lambda: version(loop)["epoch"] == epoch + 1, "answers do not follow into the new epoch")
+    answer = loop.answer_trained_on("honest", loop.click([("honest", "book", "reading", "view")]))
+    assert answer["version"]["epoch"] == epoch + 1
+    assert held() is None
+    watching.wait_until_over("SpringtideTrainingHeld")
