@@ -114,11 +114,12 @@ def test_windows_count_against_the_baseline_once_histories_are_full(operator: Sc
         (one,) = (feature for feature in features if feature["name"] == "features.view.count_1h")
         return {*one["thresholds"]}
 
-    operator.clicks(written(minutes(4)))
+    log = written(minutes(4))
+    operator.clicks(log)
     operator("accept", "--reason", "a minute after the bootstrap")
     assert limits() == {"previous"}
     week = 7 * 24 * 60
-    operator.clicks(written(minutes(4, first=week)))
+    operator.clicks(written(minutes(4, first=week), log))
     operator("accept", "--reason", "a week later")
     assert limits() == {"baseline", "previous"}
 
