@@ -450,7 +450,7 @@ class ValidationMetrics(Metrics):
         "Records of the training log, by outcome: read, passed (not among those looked at), other_features (of a former feature spec), unreadable.",
         "outcome",
     )
-    rows = counter("springtide_validation_rows", "Rows looked at.")
+    rows = counter("springtide_validation_rows", "Rows of the training log that were looked at.")
     lag_records = gauge("springtide_validation_lag_records", "Positions of the training log not yet looked at.")
     windows = counter(
         "springtide_validation_windows",

@@ -117,8 +117,15 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
     # 3. Typed, it heals: what was suspect is left out, and answers follow by themselves.
     done = loop.springtide(command, *words)
     assert done["control"]["epoch"] == epoch + 1 and done["plan"]["masked"] > 2 * CHUNK
-    until(lambda: version(loop)["epoch"] == epoch + 1, "answers do not follow into the new epoch")
+
+    def healed() -> bool:
+        # What of the flood came after the hold may be held once more, and is left out alike.
+        if held() is not None:
+            loop.springtide(*shlex.split(loop.springtide("status")["held"]["commands"][0])[1:])
+        return bool(version(loop)["epoch"] > epoch)
+
+    until(healed, "answers do not follow into the new epoch")
     answer = loop.answer_trained_on("honest", loop.click([("honest", "book", "reading", "view")]))
-    assert answer["version"]["epoch"] == epoch + 1
+    assert answer["version"]["epoch"] > epoch
     assert held() is None
     watching.wait_until_over("SpringtideTrainingHeld")

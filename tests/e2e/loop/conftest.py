@@ -26,6 +26,15 @@ JOINED: Mapping[str, object] = {
     "attributes.slices": "age_band",
 }
 
+# The parts that are looked at here.
+LOOKED_AT: Mapping[str, object] = {
+    "validation.window_s": 10,
+    "validation.min_rows": 100,
+    "up.prometheus_interval_s": 1,
+    # What tests do to this loop would be held, and rightly: the guard only looks on.
+    "guard.warm_up": 100,
+}
+
 
 @pytest.fixture
 def loop(one_loop: Loop) -> Loop:
@@ -39,7 +48,7 @@ def loop(one_loop: Loop) -> Loop:
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
     watched = rules.found("prometheus") is not None
-    own = {**SHORT, **JOINED, "console.port": free_port(), "up.prometheus_interval_s": 1}
+    own = {**SHORT, **JOINED, **LOOKED_AT, "console.port": free_port()}
     made = Loop(tmp_path_factory.mktemp("e2e"), own, ("--prometheus",) if watched else ())
     made.start()
     yield made
