@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -114,8 +115,15 @@ def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
     loop.answer_trained_on(USER, loop.click([(USER, "tent", "outdoors", "purchase")] * 3))
     before = {part: loop.pid(part) for part in LASTING}
     said = len(loop.said())
+
+    def told() -> dict[str, Any] | None:
+        found: dict[str, Any] = loop.springtide("status")
+        return found if any("waits for room" in words for words in found["figures"]["full"]) else None
+
     with Filler(loop.settings.state_dir.parent):
-        until(lambda: "registry" in waiting(loop), "publishing does not wait", 20.0)
+        # Who waits first: publishing, the stream or Kafka. Without clicks there is nothing to publish.
+        until(lambda: waiting(loop), "nobody waits", 20.0)
+        watching.wait_for("SpringtideStorageFull")
         until(lambda: "kafka" in waiting(loop) or loop.pid("kafka") is None, "Kafka does not wait", 20.0)
         # 1. Answers go on, all of them.
         answers, end_s = 0, time.monotonic() + FULL_S
@@ -127,9 +135,7 @@ def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
         assert {part: loop.pid(part) for part in LASTING} == before
         assert loop.running
         # 3. It is said: by an alert, by `status`, and by a command that needs room.
-        watching.wait_for("SpringtideStorageFull", part="registry")
-        status = loop.springtide("status")
-        assert "publishing waits for room" in status["figures"]["full"]
+        status = until(told, "status does not say who waits", 20.0)
         assert status["storage"]["free_bytes"] < 1 << 20
         assert cli.main(["hold", "--reason", "test", *loop.flags]) == 1
         assert "No space left on device" in (refused := capsys.readouterr().err) and "free space" in refused
