@@ -19,7 +19,7 @@ from typing import Any
 from deploy.operate import held, horizon, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.startup.hints import addresses
-from deploy.watch import accounts, parity, quality, scrape, storage, stores_place
+from deploy.watch import accounts, live_clicks, parity, quality, scrape, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
@@ -129,6 +129,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows += _part("histories", *stores_place.as_text(stored))
     if measured := state.get("quality"):
         rows += _part("quality", *quality.as_text(measured))
+    if looked_at := state.get("live_clicks"):
+        rows += _part("live clicks", *live_clicks.as_text(looked_at))
     if accounting := state.get("accounting"):
         balanced = accounting["balanced"]
         word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
@@ -165,7 +167,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
 
 
 def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """What no process tells on /metrics, as JSON values: asked of Kafka, the registry, the stores and the disks.
+    """What is beside the line, as JSON values: asked of Kafka, the registry, the stores, the disks and the validation.
 
     Args:
         settings: The loop's settings.
@@ -181,6 +183,7 @@ def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
         "rows": stores_place.look(settings),
         "histories": stores_place.look_at_histories(settings),
         "accounting": accounts.account(settings),
+        "live_clicks": live_clicks.look(settings),
     }
 
 

@@ -50,12 +50,7 @@ def targets(settings: Settings) -> dict[str, str]:
     >>> list(targets(Settings()))
     ['stream', 'trainer', 'applier', 'worker', 'up', 'validation']
     """
-    beside = {
-        "validation": (settings.validation.window_s, settings.validation.metrics_port),
-        "probe": (settings.probe.every_s, settings.probe.metrics_port),
-    }
-    wanted = {name: f"http://127.0.0.1:{port}/metrics" for name, (every_s, port) in beside.items() if every_s > 0}
-    return scrape.urls(settings) | scrape.supervisor_urls(settings) | wanted
+    return scrape.urls(settings) | scrape.supervisor_urls(settings) | scrape.urls_beside(settings)
 
 
 def configuration(settings: Settings) -> dict[str, Any]:

@@ -123,6 +123,19 @@ def supervisor_urls(settings: Settings) -> dict[str, str]:
     return {UP: f"http://127.0.0.1:{port}/metrics"} if port else {}
 
 
+def urls_beside(settings: Settings) -> dict[str, str]:
+    """Where those that look on offer their metrics, the validation and the probe, as far as `springtide up` runs them.
+
+    >>> urls_beside(Settings())
+    {'validation': 'http://127.0.0.1:9106/metrics'}
+    """
+    beside = {
+        "validation": (settings.validation.window_s, settings.validation.metrics_port),
+        "probe": (settings.probe.every_s, settings.probe.metrics_port),
+    }
+    return {name: f"http://127.0.0.1:{port}/metrics" for name, (every_s, port) in beside.items() if every_s > 0}
+
+
 def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:
     """Where a profile is had on this machine.
 
