@@ -9,6 +9,7 @@ from dataclasses import replace
 from deploy.children.supervisor import ProcessPlan
 from deploy.startup import prometheus
 from deploy.startup.checks import Port
+from deploy.watch import scrape
 from state.config.settings import Settings
 from state.errors import CorruptStore
 
@@ -102,8 +103,7 @@ def left_out(settings: Settings) -> set[str]:
     >>> left_out(Settings())
     {'probe'}
     """
-    asked = {PROBE: settings.probe.every_s > 0, VALIDATION: settings.validation.window_s > 0}
-    return {name for name, wanted in asked.items() if not wanted}
+    return {PROBE, VALIDATION} - scrape.urls_beside(settings).keys()
 
 
 def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
@@ -112,7 +112,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
     >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
     ['kafka.port', 'serving.port']
     """
-    local = "127.0.0.1"
+    local, idle = "127.0.0.1", left_out(settings)
     kafka = [Port("kafka.port", local, settings.kafka.port)] if local_kafka else []
     return [
         *kafka,
@@ -125,12 +125,9 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
         Port("stream.metrics_port", local, settings.stream.metrics_port),
         Port("trainer.metrics_port", local, settings.trainer.metrics_port),
         Port("serving.metrics_port", local, settings.serving.metrics_port),
-        *(
-            [Port("validation.metrics_port", local, settings.validation.metrics_port)]
-            * (settings.validation.window_s > 0)
-        ),
+        *([Port("validation.metrics_port", local, settings.validation.metrics_port)] if VALIDATION not in idle else []),
         *([Port("up.metrics_port", local, settings.up.metrics_port)] if settings.up.metrics_port else []),
         *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
-        *([Port("probe.metrics_port", local, settings.probe.metrics_port)] if settings.probe.every_s else []),
+        *([Port("probe.metrics_port", local, settings.probe.metrics_port)] if PROBE not in idle else []),
         *([Port("up.prometheus_port", local, settings.up.prometheus_port)] if watched else []),
     ]

@@ -66,8 +66,8 @@ def _filled(form: str, value: str) -> tuple[str, str]:
     return form[: match.start()] + value, form[match.end() :]
 
 
-class TextLine(logging.Formatter):
-    """A line for people: when, who, how bad, what happened, and where.
+class OwnLine(logging.Formatter):
+    """A line of one process.
 
     Args:
         part: The process.
@@ -76,6 +76,10 @@ class TextLine(logging.Formatter):
     def __init__(self, part: str) -> None:
         super().__init__()
         self._part = part
+
+
+class TextLine(OwnLine):
+    """A line for people: when, who, how bad, what happened, and where."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; a traceback is in it, its lines apart by bars."""
@@ -85,16 +89,8 @@ class TextLine(logging.Formatter):
         return f"{self.formatTime(record)} {self._part} {record.levelname} {text}{where}"
 
 
-class JsonLine(logging.Formatter):
-    """A line for machines: an object with time, part, level, logger, event, message, and the place.
-
-    Args:
-        part: The process.
-    """
-
-    def __init__(self, part: str) -> None:
-        super().__init__()
-        self._part = part
+class JsonLine(OwnLine):
+    """A line for machines: an object with time, part, level, logger, event, message, and the place."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The object; `event` is the same for all lines of one kind, and times are UTC."""
