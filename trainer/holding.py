@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +23,11 @@ from trainer import gauges
 from trainer.engine.guard import GuardState, Verdict
 from trainer.engine.report import Report
 from trainer.guard.figures import StepFigures, crowds_of
-from trainer.guard.rules import RULES
+from trainer.guard.rules import RULES, SLICE
+from trainer.guard.slice_watch import named
 from trainer.guard.watch import PASSED, Judgement, Standing, WatchLimits, WindowWatch
 from trainer.guard.window import WindowStart
+from trainer.measures.breakdown import LOSSES
 from trainer.place import TrainingPlace
 from trainer.versions.content import GUARDED
 
@@ -35,7 +38,7 @@ LETS_GO = ("follow", "rollback", "resume")
 STEPS = "steps"
 """What the guard of steps is called beside the rules: too many in a row were skipped."""
 
-_MEANINGS = {rule.name: rule.meaning for rule in RULES}
+_MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)}
 logger = logging.getLogger(__name__)
 
 
@@ -47,13 +50,21 @@ class UpdateGuard:
         registry: Where control and versions are.
         metrics: What is shown.
         clock: Wall clock in seconds.
+        shown: Of each dimension of slices the names of its places, as they are now.
     """
 
     def __init__(
-        self, settings: Settings, registry: Registry, metrics: TrainerMetrics, clock: Callable[[], float]
+        self,
+        settings: Settings,
+        registry: Registry,
+        metrics: TrainerMetrics,
+        clock: Callable[[], float],
+        shown: Callable[[], Mapping[str, Sequence[str]]],
     ) -> None:
-        wanted = settings.guard
-        self._watch = WindowWatch(WatchLimits(wanted.window_s, wanted.window_rows, wanted.users, wanted.warm_up))
+        wanted, self._shown = settings.guard, shown
+        limits = WatchLimits(wanted.window_s, wanted.window_rows, wanted.users, wanted.warm_up)
+        places = {name: len(values) for name, values in shown().items()}
+        self._watch = WindowWatch(limits, json.dumps([places, settings.events.actions]))
         self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
         self._last = PASSED
 
@@ -98,7 +109,7 @@ class UpdateGuard:
         found = self._watch.take(figures_of(batch, report, log_ms[1]), start)
         if found.standing is not self._last.standing:
             level = logging.INFO if found.standing is Standing.PASS else logging.WARNING
-            logger.log(level, "versions %s at offset %d (%s)", _SAID[found.standing], before.next, found.rule or "none")
+            logger.log(level, "versions %s at offset %d (%s)", _SAID[found.standing], before.next, self._named(found))
         self._last = found
         return found.standing is Standing.HOLD and self._hold(found, after, log_ms[1])
 
@@ -139,12 +150,24 @@ class UpdateGuard:
         """What a durable version keeps, by name; a copy."""
         return {f"{GUARDED}{name}": array for name, array in self._watch.state().items()} if self._enabled else {}
 
+    def _named(self, found: Judgement) -> str:
+        """The rule, and which slice it is about."""
+        return f"{found.rule} {self._slice(found.place)}" if found.place else found.rule or "none"
+
+    def _meaning(self, found: Judgement) -> str:
+        if found.place is None:
+            return _MEANINGS[found.rule]
+        return f"{LOSSES[found.place[0]]} of {self._slice(found.place)} over that of all rows"
+
+    def _slice(self, place: tuple[int, int, int]) -> str:
+        return named(self._shown(), *place[1:])
+
     def _hold(self, found: Judgement, after: TrainingPlace, log_ms: int) -> bool:
         since = found.since
         assert since is not None, "what is held began somewhere"
         held = HeldUpdate(
             rule=found.rule,
-            meaning=_MEANINGS[found.rule],
+            meaning=self._meaning(found),
             signal=found.signal,
             usual=found.usual,
             version=version_before(self._registry, after, since.offset),
@@ -221,6 +244,7 @@ def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFig
         positives=scores.positives,
         squared_norm=report.grad_norm**2,
         crowds=crowds_of(batch),
+        slices=report.slices,
     )
 
 

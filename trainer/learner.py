@@ -34,6 +34,7 @@ from trainer.engine.step import Trainer
 from trainer.forgetting import take_up
 from trainer.holding import UpdateGuard, let_go
 from trainer.intake import former, take_in
+from trainer.measures.breakdown import shown_of
 from trainer.place import TrainingPlace
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
@@ -88,7 +89,9 @@ class Learner:
         self._faults: tuple[str, ...] = ()
         times = settings.trainer.publish_s, settings.registry.durable_s, clock, elapsed
         self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room, elapsed)
-        self._updates = UpdateGuard(settings, registry, metrics, clock)
+        self._updates = UpdateGuard(
+            settings, registry, metrics, clock, lambda: shown_of(settings.events.actions, trainer.slices)
+        )
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock)
         self._log: LogReader | None = None

@@ -5,10 +5,13 @@
 week: synthetic shoppers over seven days, whose tastes drift and who hardly click at night. shoppers: the default
 ones of `springtide up`, at 200 clicks a second. taobao, kuairand: what is recorded, nine and six days.
 
+Users who click are in five made-up segments, an attribute by which the trainer measures; of KuaiRand's it is one of theirs.
+
 Each runs clean once: versions that waited for nothing and false holds a week are counted. At 60 % of it weights and
 guard are kept, and each poison begins there anew, for as long as it takes to be held, or to its end:
 
     labels          each click's category is drawn from all; of impressions each label is turned
+    one slice       the same, of the users of one value of an attribute: some 15 % of the rows
     one user        makes half of the rows, all of one item
     stuck user      sends one click of his a third of the time
     one item        is in half of the rows, whoever clicks
@@ -29,13 +32,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
+from state.attributes.values import AttributeTable
+from state.config.fields import fields_of
 from state.config.loading import load
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.recorded import (
     KUAIRAND_SETTINGS,
+    U64,
     Recorded,
     made_clicks,
     micro_batches,
@@ -52,6 +59,13 @@ from trainer.versions import checkpoint
 WEEK_S = 7 * 86_400
 SEED = 11
 DATA = ("week", "shoppers", "taobao", "kuairand")
+SEGMENTS = "aaaaaaabbbbcccdddeee"
+"""Segments of users who click, each user one by his id: 35, 20 and three times 15 % of them."""
+SEGMENTED = (
+    *("--attributes.user_topic", "segments", "--attributes.user_fields", "segment"),
+    *("--attributes.slices", "segment"),
+)  # fmt: skip
+SLICE_SHARE = 0.15
 NIGHT = 0.8
 """How much fewer clicks there are at the quietest hour than on average."""
 
@@ -125,17 +139,25 @@ def traffic(name: str, rows: int | None = None, flags: tuple[str, ...] = ()) -> 
         found = read_impressions(settings)
         return Traffic(settings, _first(found, rows or found.users.size), 512)
     if name == "taobao":
-        settings = load(list(flags), env={})
-        found = read_clicks()
+        settings = load([*SEGMENTED, *flags], env={})
+        found = _segmented(read_clicks(), settings)
         return Traffic(settings, _first(found, rows or found.users.size), 256)
     slow = ("--shoppers.users", "1000", "--shoppers.drift_s", str(2 * 86_400.0)) if name == "week" else ()
     count = rows or (200_000 if name == "week" else 150_000)
     pace = ("--shoppers.rate", str(count / WEEK_S)) if name == "week" else ()
-    settings = load([*slow, *pace, *flags], env={})
-    found = made_clicks(settings, count)
+    settings = load([*SEGMENTED, *slow, *pace, *flags], env={})
+    found = _segmented(made_clicks(settings, count), settings)
     if name == "week":
         _warp(found)
     return Traffic(settings, found, 256)
+
+
+def _segmented(recorded: Recorded, settings: Settings) -> Recorded:
+    """The same clicks, of users who are in a segment."""
+    table = AttributeTable("user", fields_of(settings.attributes.user_fields))
+    ids = np.array([table.ids([segment]) for segment in SEGMENTS], np.uint64)
+    of = (recorded.users % np.uint64(len(SEGMENTS))).astype(np.int64)
+    return replace(recorded, user_attributes=ids[of], attributes=(table.names, ()))
 
 
 def _warp(recorded: Recorded) -> None:
@@ -159,11 +181,27 @@ def _copy(recorded: Recorded) -> Recorded:
 
 
 def _labels(recorded: Recorded, part: slice, chance: np.random.Generator) -> None:
+    _wrong_labels(recorded, np.arange(part.start, part.stop), chance)
+
+
+def _one_slice(recorded: Recorded, part: slice, chance: np.random.Generator) -> None:
+    values = recorded.user_attributes[:, 0]
+    rows = part.start + np.flatnonzero(values[part] == value_with_share(values, SLICE_SHARE))
+    _wrong_labels(recorded, rows, chance)
+
+
+def value_with_share(values: U64, share: float) -> int:
+    """The value that nearest to this share of the rows have."""
+    known, counts = np.unique(values, return_counts=True)
+    return int(known[np.abs(counts / values.size - share).argmin()])
+
+
+def _wrong_labels(recorded: Recorded, rows: npt.NDArray[np.int64], chance: np.random.Generator) -> None:
     if np.isnan(recorded.label).all():
         categories = np.unique(recorded.events["category"])
-        recorded.events["category"][part] = chance.choice(categories, part.stop - part.start)
+        recorded.events["category"][rows] = chance.choice(categories, rows.size)
     else:
-        recorded.label[part] = 1 - recorded.label[part]
+        recorded.label[rows] = 1 - recorded.label[rows]
 
 
 def _one_user(share: float) -> Change:
@@ -180,7 +218,7 @@ def _one_item(recorded: Recorded, part: slice, chance: np.random.Generator) -> N
     _one_item_of(recorded, rows, part.start)
 
 
-def _one_item_of(recorded: Recorded, rows: np.ndarray[tuple[int], np.dtype[np.int64]], of: int) -> None:
+def _one_item_of(recorded: Recorded, rows: npt.NDArray[np.int64], of: int) -> None:
     for name in ("item", "category"):
         recorded.events[name][rows] = recorded.events[name][of]
 
@@ -204,6 +242,7 @@ def _tenfold(recorded: Recorded, part: slice, chance: np.random.Generator) -> No
 
 POISONS: dict[str, Poison] = {
     "labels": Poison(_labels),
+    "one slice": Poison(_one_slice),
     "one user": Poison(_one_user(0.5)),
     "stuck user": Poison(_one_user(1 / 3)),
     "one item": Poison(_one_item),
@@ -279,6 +318,7 @@ def measure(name: str, clean: Traffic, progress: Stages) -> dict[str, Figure]:
     first = judged.run(clean.batches(_first(recorded, at)), False, say("clean to the poisons", at))
     back = judged.keep()
     rest = judged.run(clean.batches(recorded, at), False, say("clean behind them", total - at))
+    print(f"{name}: clean: {first}, {rest}", file=sys.stderr)
     seconds = first.seconds + rest.seconds
     figures = {
         f"{name}: clean rows": Figure(total, "rows"),

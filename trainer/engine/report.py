@@ -11,6 +11,8 @@ import numpy.typing as npt
 from trainer.engine.guard import Verdict
 from trainer.measures.step_scores import StepScores, joined_scores
 
+F64 = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -30,6 +32,7 @@ class Report:
         event_time_ms: Newest event time of the step.
         seconds: Duration of the step.
         quality: What the model, and what is simple, scored before learning, as sums.
+        slices: `[loss, dimension, place, 3]` float64 of an accepted step, see `Breakdown.update`; None of a skipped one.
     """
 
     rows: int
@@ -45,13 +48,14 @@ class Report:
     event_time_ms: int
     seconds: float
     quality: StepScores
+    slices: F64 | None
 
 
 def joined(updates: Sequence[Report]) -> Report:
     """The report of a record that was learned in several updates."""
     if len(updates) == 1:
         return updates[0]
-    order = list(Verdict)
+    order, slices = list(Verdict), [one.slices for one in updates if one.slices is not None]
     return Report(
         rows=sum(one.rows for one in updates),
         verdict=max((one.verdict for one in updates), key=order.index),
@@ -66,6 +70,7 @@ def joined(updates: Sequence[Report]) -> Report:
         event_time_ms=max(one.event_time_ms for one in updates),
         seconds=sum(one.seconds for one in updates),
         quality=joined_scores([one.quality for one in updates]),
+        slices=np.sum(slices, axis=0) if slices else None,
     )
 
 

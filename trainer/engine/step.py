@@ -252,8 +252,7 @@ class Trainer:
         loss = float(losses.mean()) if losses.size else 0.0
         rows = len(batch) if targets.any() or scored.any() else 0  # clicks of probe users teach nothing
         verdict, self.guard = judge(self.guard, loss, norm, rows, settings.guard_factor, settings.guard_patience)
-        rank = scores.rank[targets]
-        top1, top5 = rank < 1, rank < 5
+        top1, top5 = (scores.rank[targets] < most for most in (1, 5))
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
         event_time_ms = int(batch.at_ms.max())
@@ -261,7 +260,7 @@ class Trainer:
         known[~known] = ~np.isin(batch.user[~known], self._new_users)
         categories = len(self.tables["category"])
         found = judged(self.progressive, record, scores, self.transitions, known, categories, scored)
-
+        slices: npt.NDArray[np.float64] | None = None
         if verdict is Verdict.ACCEPT:
             if rows:
                 self.engine.apply(measured)
@@ -274,7 +273,7 @@ class Trainer:
                 seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
                 users, items = self._columns.users_of(batch), self._columns.items_of(batch)
                 places += self.slices.update(users, items, batch.header.names, seen)
-            self.breakdown.update(places, record.partner, found)
+            slices = self.breakdown.update(places, record.partner, found)
             self.popular.update(batch.category, counters.log_ms)
             # Only once the step is accepted: a skipped one leaves no trace.
             self.transitions.count(record.newest, np.where(pairs.weight > 0, batch.category, np.uint64(0)))
@@ -296,4 +295,5 @@ class Trainer:
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
             quality=found.scores,
+            slices=slices,
         )

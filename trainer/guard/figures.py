@@ -10,6 +10,7 @@ import numpy.typing as npt
 from state.microbatch.batch import MicroBatch
 
 I32 = npt.NDArray[np.int32]
+F64 = npt.NDArray[np.float64]
 
 CROWDS = ("user", "item", "category")
 BUCKETS = 1024
@@ -35,6 +36,7 @@ class StepFigures:
         positives: How many of them were positive.
         squared_norm: Sum over rows of the squared norm of the gradient per square root of rows.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
+        slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`.
     """
 
     log_ms: int
@@ -50,6 +52,7 @@ class StepFigures:
     positives: int = 0
     squared_norm: float = 0.0
     crowds: I32 | None = None
+    slices: F64 | None = None
 
 
 def crowds_of(batch: MicroBatch) -> I32:

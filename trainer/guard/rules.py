@@ -74,6 +74,9 @@ RULES = (
 """Of several that are equally far off the first one is named: who floods is more telling than that the loss rose."""
 NAMES = tuple(rule.name for rule in RULES)
 
+SLICE = Rule("slice", "log loss of one slice over that of all rows", 0.05, is_log=True)
+"""Looks at each slice by itself (`slice_watch.py`), and is named where none of RULES is as far off: what moves all rows is no slice's."""
+
 
 def usual(past: F64, rule: Rule) -> tuple[float, float]:
     """Median and usual deviation of a signal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,21 @@ class WindowStart:
     log_ms: int
     clicks: tuple[tuple[str, int, int], ...] = ()
 
+    def told(self) -> list[Any]:
+        """As JSON values.
+
+        >>> start = WindowStart(7, 900, (("ab" * 16, 0, 5),))
+        >>> WindowStart.of(start.told()) == start
+        True
+        """
+        return [self.offset, self.log_ms, self.clicks]
+
+    @classmethod
+    def of(cls, told: Sequence[Any]) -> WindowStart:
+        """What `told` made."""
+        offset, log_ms, clicks = told
+        return cls(offset, log_ms, tuple((str(topic), int(part), int(at)) for topic, part, at in clicks))
+
 
 @dataclass(slots=True)
 class OpenWindow:
@@ -57,11 +73,13 @@ class OpenWindow:
         start: Where it began.
         sums: `[len(SUMS)]` float64.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
+        slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`; None where nothing was scored yet.
     """
 
     start: WindowStart
     sums: F64 = field(default_factory=lambda: np.zeros(len(SUMS)))
     crowds: I32 = field(default_factory=_no_crowds)
+    slices: F64 | None = None
 
     def add(self, step: StepFigures) -> None:
         """Adds one step."""
@@ -71,6 +89,8 @@ class OpenWindow:
         )  # fmt: skip
         if step.crowds is not None:
             self.crowds += step.crowds
+        if step.slices is not None:
+            self.slices = step.slices.copy() if self.slices is None else self.slices + step.slices
 
     @property
     def rows(self) -> float:

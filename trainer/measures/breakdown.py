@@ -38,6 +38,9 @@ DECILES = 10
 LEAST = 100.0
 """Rows or pairs that a slice is worth before it counts in a gap."""
 
+LOSSES = ("log loss", "log loss of the engagement")
+"""What is told of each step by slice: of rows with a category, and of pairs."""
+
 _LOG_LOSS, _SQUARES, _TOP1 = (SUMS.index(name) for name in ("log_loss", "log_loss_squares", "top1"))
 
 
@@ -102,13 +105,16 @@ class Breakdown:
         own = len(settings.events.actions) + 1, len(USERS) - 1
         return cls(("action", "users", *slices.names), (*own, *places), (False, False, *slices.by_item))
 
-    def update(self, places: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> None:
-        """Adds the rows of one step.
+    def update(self, places: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
+        """Adds the rows of one step, and tells of them.
 
         Args:
             places: Of each dimension `[n]`, the slice of each row.
             partner: `[n]` int64, the row whose item is the negative.
             judged: What was said of the rows.
+
+        Returns:
+            `[loss, dimension, place, 3]` float64 of this step, by LOSSES: rows or pairs, their loss, and its squares.
         """
         decay = 0.5 ** (judged.rows.shape[0] / HALF_LIFE_ROWS)
         for sums in self._sums[:3]:
@@ -118,10 +124,12 @@ class Breakdown:
         logits = np.clip(pairs.logits, -LOGIT_RANGE, LOGIT_RANGE)
         bins = np.minimum((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), BINS - 1).astype(np.int64)
         at = np.minimum(np.stack(places).astype(np.int64), self._last[:, None])
+        step = np.zeros((len(LOSSES), *self._total.shape, 3))
         _add(
             at, partner, self._by_item, np.flatnonzero(judged.targets), judged.rows, np.flatnonzero(pairs.scored), bins,
-            pairs.predicted, pairs.positive, pairs.losses, *self._sums, self._total,
+            pairs.predicted, pairs.positive, pairs.losses, *self._sums, self._total, step,
         )  # fmt: skip
+        return step
 
     def measures(self, shown: Mapping[str, Sequence[str]]) -> list[SliceMeasures]:
         """The measures of each slice that any row was in.
@@ -192,6 +200,7 @@ def _add(
     bins: F64,
     squares: F64,
     total: F64,
+    step: F64,
 ) -> None:
     count = places.shape[1]
     for d in range(places.shape[0]):
@@ -205,6 +214,9 @@ def _add(
             rows[d, at, 3] += judged[i, _SQUARES]
             rows[d, at, 4] += judged[i, _TOP1]
             squares[d, at, 0] += 1.0
+            step[0, d, at, 0] += 1.0
+            step[0, d, at, 1] += judged[i, _LOG_LOSS]
+            step[0, d, at, 2] += judged[i, _SQUARES]
         for i in range(scored.shape[0]):
             row = scored[i]
             if row >= count:
@@ -217,6 +229,9 @@ def _add(
             pairs[d, at, decile, 3] += losses[i]
             bins[d, at, clicked, bin_of[i]] += 1.0
             squares[d, at, 1] += 1.0
+            step[1, d, at, 0] += 1.0
+            step[1, d, at, 1] += losses[i]
+            step[1, d, at, 2] += losses[i] * losses[i]
 
 
 def shown_of(actions: Sequence[str], slices: Slices) -> dict[str, Sequence[str]]:

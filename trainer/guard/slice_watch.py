@@ -1,0 +1,253 @@
+"""Slices, each compared with its own past: what is lost in one of them beyond what is lost in all rows. Pure.
+
+A slice's signal is the logarithm of its mean log loss over that of all rows of
+the same windows, so that what rises everywhere is off in no slice. It has a word
+once it has rows enough to say something: in one window, or in a few of them
+together. A slice that has too few in `PATIENCE` windows says nothing, and is as
+usual: else one that was off and is gone would be suspect for ever.
+
+A word is compared with the slice's words before as any rule's signal is
+(`rules.py`), but for two things. A slice has few rows, so that no deviation is
+believed that is smaller than the standard error of its word. And of k slices
+the one that is furthest off is so by chance: the usual deviations are widened as
+k intervals are that are to hold at once (Bonferroni). Each slice has a sum of
+its own; the largest is that of the rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.guard.rules import MOST, NORMAL, SLACK, SLICE
+from trainer.guard.window import FEWEST_OF_A_KIND, WindowStart
+from trainer.measures.intervals import widened
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+PATIENCE = 6
+"""Windows in which they must have come."""
+
+REMEMBERED = 60
+"""Words of a slice that the next one is compared with."""
+
+ARRAYS = ("added", "whole", "past", "sums", "counts", "silent")
+
+
+class SliceWords(NamedTuple):
+    """What k slices say, of the windows since each had its last word.
+
+    Attributes:
+        added: `[measure, dimension, place, 3]` float64, rows, log loss and its squares.
+        whole: `[measure, dimension, place, 2]` float64, rows and log loss of all slices of the same windows.
+        signals: `[k]` float64; NaN of those that have no word yet.
+        sums: `[k]` float64, what is beyond the slack, were the window to end here.
+    """
+
+    added: F64
+    whole: F64
+    signals: F64
+    sums: F64
+
+
+class OffSlice(NamedTuple):
+    """The slice that is furthest off.
+
+    Attributes:
+        place: Measure, dimension, and place in it.
+        signal: Its last word.
+        usual: What it usually says.
+        total: Its sum.
+        since: The beginning of the window before the first of those for which it is off.
+    """
+
+    place: tuple[int, int, int]
+    signal: float
+    usual: float
+    total: float
+    since: WindowStart | None
+
+
+class SliceWatch:
+    """Remembers the words of each slice, and where it began to be off. One thread.
+
+    Args:
+        warm_up: Words of a slice before it is judged.
+    """
+
+    def __init__(self, warm_up: int) -> None:
+        self._warm_up = warm_up
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._begin((0, 0, 0))
+
+    def _begin(self, shape: tuple[int, ...]) -> None:
+        count = math.prod(shape)
+        self._added: F64 = np.zeros((*shape, 3))
+        self._whole: F64 = np.zeros((*shape, 2))
+        self._past: F32 = np.full((REMEMBERED, count), np.nan, np.float32)
+        self._sums: F64 = np.zeros(count)
+        # Words so far, and windows since the last one.
+        self._counts: I64 = np.zeros(count, np.int64)
+        self._silent: I64 = np.zeros(count, np.int64)
+        self._since: dict[int, WindowStart] = {}
+        self._starts: list[WindowStart] = []
+        self._compare(False)
+
+    def look(self, opened: F64 | None) -> SliceWords:
+        """What each slice says with the open window.
+
+        Args:
+            opened: `[measure, dimension, place, 3]` float64 of it; None where nothing was scored.
+        """
+        if opened is not None and opened.shape != self._added.shape:
+            self._begin(opened.shape[:3])
+        added, whole = self._added, self._whole
+        if opened is not None:
+            # Each row lies in one slice of each dimension.
+            added, whole = added + opened, whole + opened[:, :1, :, :2].sum(2, keepdims=True)
+        signals, errors = _spoken(added.reshape(-1, 3), whole.reshape(-1, 2))
+        off = (signals - self._middle) / (self._wider * np.maximum(self._spread, errors))
+        after = np.maximum(self._sums + np.minimum(off, MOST) - SLACK, 0.0)
+        return SliceWords(added, whole, signals, np.where(np.isnan(off), self._sums, after))
+
+    def end(self, words: SliceWords, start: WindowStart, judged: bool) -> None:
+        """Ends the window.
+
+        Args:
+            words: Of the whole of it.
+            start: Where it began.
+            judged: Whether slices that know enough are judged from now on.
+        """
+        spoke = ~np.isnan(words.signals)
+        gone = ~spoke & (self._silent + 1 >= PATIENCE)
+        sums = np.where(gone, np.maximum(words.sums - SLACK, 0.0), words.sums)
+        for at in np.flatnonzero((sums > 0) & (self._sums <= 0)).tolist():
+            self._since[at] = self._window_before(at) or start
+        self._since = {at: one for at, one in self._since.items() if sums[at] > 0}
+        heard = np.flatnonzero(spoke)
+        self._past[self._counts[heard] % REMEMBERED, heard] = words.signals[heard]
+        self._counts[heard] += 1
+        done = spoke | gone
+        self._silent = np.where(done, 0, self._silent + 1)
+        self._added, self._whole, self._sums = words.added.copy(), words.whole.copy(), sums
+        self._added.reshape(-1, 3)[done] = 0.0
+        self._whole.reshape(-1, 2)[done] = 0.0
+        self._starts = [*self._starts, start][-PATIENCE:]
+        self._compare(judged)
+
+    @property
+    def total(self) -> float:
+        """The largest sum when the last window ended."""
+        return float(self._sums.max(initial=0.0))
+
+    def worst(self, words: SliceWords | None) -> OffSlice | None:
+        """The slice that is furthest off; None where none is.
+
+        Args:
+            words: With the open window; None where that says nothing yet.
+        """
+        sums = self._sums if words is None else words.sums
+        at = int(sums.argmax()) if sums.size else 0
+        if not sums.size or sums[at] <= 0 or math.isnan(self._middle[at]):
+            return None
+        signal = math.nan if words is None else float(words.signals[at])
+        if math.isnan(signal):
+            signal = float(self._past[(self._counts[at] - 1) % REMEMBERED, at])
+        measure, dimension, place = (int(one) for one in np.unravel_index(at, self._added.shape[:3]))
+        since = self._since.get(at) or self._window_before(at)
+        return OffSlice((measure, dimension, place), signal, float(self._middle[at]), float(sums[at]), since)
+
+    def _window_before(self, at: int) -> WindowStart | None:
+        """The last window before those that a slice's next word is of; the first one that is known where it is not."""
+        if not self._starts:
+            return None
+        return self._starts[max(len(self._starts) - 1 - int(self._silent[at]), 0)]
+
+    def _compare(self, judged: bool) -> None:
+        """What each slice usually says; NaN of those that know too little."""
+        self._middle: F64 = np.full(self._counts.size, np.nan)
+        self._spread: F64 = np.full(self._counts.size, np.nan)
+        known = np.flatnonzero(self._counts >= self._warm_up) if judged else np.empty(0, np.int64)
+        past = self._past[:, known]
+        middle = medians(past)
+        self._middle[known] = middle
+        self._spread[known] = np.maximum(NORMAL * medians(np.abs(past - middle)), SLICE.floor)
+        self._wider = widened(max(known.size, 1))
+
+    # What a version keeps
+
+    def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+        """Everything remembered: as JSON, and arrays by name."""
+        about = {
+            "since": {str(at): one.told() for at, one in sorted(self._since.items())},
+            "starts": [one.told() for one in self._starts],
+        }
+        return about, {name: getattr(self, f"_{name}").copy() for name in ARRAYS}
+
+    def load(self, about: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], judged: bool) -> None:
+        """Sets what `state` returned; where that is not whole, slices begin anew."""
+        self.clear()
+        if any(name not in arrays for name in ARRAYS):
+            return
+        for name in ARRAYS:
+            setattr(self, f"_{name}", np.array(arrays[name]))
+        self._since = {int(at): WindowStart.of(one) for at, one in about["since"].items()}
+        self._starts = [WindowStart.of(one) for one in about["starts"]]
+        self._compare(judged)
+
+
+def _spoken(added: F64, whole: F64) -> tuple[F64, F64]:
+    """Signal of each of k slices and its standard error, both `[k]` float64; NaN of those with too few rows.
+
+    Args:
+        added: `[k, 3]` float64, rows, log loss and its squares.
+        whole: `[k, 2]` float64, rows and log loss of all.
+
+    >>> signals, errors = _spoken(np.array([[200.0, 600.0, 2000.0], [9.0, 9.0, 9.0]]), np.array([[900.0, 900.0]] * 2))
+    >>> np.exp(signals).round(6).tolist(), errors.round(6).tolist()
+    ([3.0, nan], [0.02357, nan])
+    """
+    signals, errors = np.full((2, len(added)), np.nan)
+    at = (added[:, 0] >= FEWEST_OF_A_KIND) & (added[:, 1] > 0)
+    rows, loss, squares = added[at].T
+    mean = loss / rows
+    signals[at] = np.log(mean) - np.log(whole[at, 1] / whole[at, 0])
+    errors[at] = np.sqrt(np.maximum(squares / rows - mean * mean, 0.0) / rows) / mean
+    return signals, errors
+
+
+def medians(values: npt.NDArray[np.floating[Any]]) -> F64:
+    """`[k]` float64 medians of `[n, k]` values, each of those that are not NaN; of each column there is one.
+
+    >>> medians(np.array([[3.0, 1.0], [1.0, np.nan], [2.0, 2.0]])).tolist()
+    [2.0, 1.5]
+    """
+    ordered = np.sort(values, axis=0).astype(np.float64)
+    counts, columns = np.count_nonzero(~np.isnan(ordered), axis=0), np.arange(ordered.shape[1])
+    return np.asarray((ordered[(counts - 1) // 2, columns] + ordered[counts // 2, columns]) / 2)
+
+
+def named(shown: Mapping[str, Sequence[str]], dimension: int, place: int) -> str:
+    r"""Which slice it is, on one line.
+
+    Args:
+        shown: Of each dimension the names of its places.
+        dimension: Its number.
+        place: Which of it.
+
+    >>> shown = {"action": ("view", "buy"), "city": ("Oslo", "Bergen\n")}
+    >>> named(shown, 0, 1), named(shown, 1, 1)
+    ('action=buy', "city='Bergen\\n'")
+    """
+    name = list(shown)[dimension]
+    value = shown[name][place]
+    return f"{name}={value if value.isprintable() else ascii(value)}"
