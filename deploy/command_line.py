@@ -54,6 +54,10 @@ PROCESSES = {
         "trainer.upgrade",
         "Go on from what was learned with another model, preprocessing or feature spec: --dry-run says what is carried over.",
     ),
+    "capacity": (
+        "deploy.capacity.command",
+        "Say what a deployment takes for so many clicks, users and answers, what it costs, and which limit it meets first.",
+    ),
     "bootstrap": (
         "streaming.bootstrap",
         "Analyse past clicks once, for the constants of the preprocessing: files, or the topic's beginning. --examples DIR "
@@ -79,6 +83,7 @@ OWN_HELP = (
     "rebuild-history",
     "upgrade",
     "export",
+    "capacity",
 )  # their modules have options of their own and explain them
 READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
 SETTINGS_HELP = (

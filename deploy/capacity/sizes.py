@@ -1,0 +1,221 @@
+"""What each part takes under a load: cores, memory, disk, network. Pure; the formulas of `deploy/CAPACITY.md`.
+
+Cores are processor time a second, memory what a process has and what its stores
+take in memory, disk what lies there at most, network what comes in and goes out.
+Nothing here is a reserve: `Machines` adds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deploy.capacity.load import HOUR_S, Load, changed_rows, events_kept, kept_versions
+from deploy.capacity.measured import MeasuredCosts
+from state.config.settings import Settings
+
+ROW_BYTES = 4
+SLOTS = 2
+INDEX_BYTES = 32
+BROKER_BYTES = 2e9
+BASES = 2
+STREAM, TRAINER, SERVING, WORKERS, BESIDE, KAFKA, REGISTRY = (
+    "stream",
+    "trainer",
+    "applier",
+    "workers",
+    "validation and console",
+    "kafka",
+    "registry",
+)
+ANSWERS = {"lean": "lean_us", "full": "full_us", "recommend": "recommend_us", "explain": "explain_us"}
+ANSWER_BYTES = {"lean": 1_135.0, "full": 4_983.0, "recommend": 3_000.0, "explain": 5_000.0}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a part takes; of what there is several of, one of them.
+
+    Attributes:
+        cores: Processor seconds a second.
+        memory_bytes: Of its processes, and of stores in memory.
+        disk_bytes: On disks.
+        network_bytes_s: In and out.
+        count: How many of it there are.
+    """
+
+    cores: float = 0.0
+    memory_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    network_bytes_s: float = 0.0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """A load with all that its sizes follow from.
+
+    Attributes:
+        load: What is asked for.
+        settings: Of the deployment.
+        measured: What one thing takes.
+        use: Share of a core that is planned to be used, 0 to 1.
+        host_cores: Cores of a serving host.
+        replication: Copies of each record in Kafka.
+    """
+
+    load: Load
+    settings: Settings
+    measured: MeasuredCosts
+    use: float = 0.6
+    host_cores: int = 16
+    replication: int = 3
+
+    @property
+    def log_bytes_s(self) -> float:
+        """Bytes a second of the training log."""
+        return self.load.clicks_s * self.measured.log_row_bytes
+
+    @property
+    def rows(self) -> float:
+        """Rows of the trainer's tables."""
+        return self.load.users + self.load.items
+
+    @property
+    def histories_bytes(self) -> float:
+        """A store of all histories: the stream has one, and each serving host."""
+        one = self.measured
+        return self.load.users * (one.user_bytes + events_kept(self.load, self.settings) * one.event_bytes)
+
+    @property
+    def served_bytes(self) -> float:
+        """Serving's rows: each once, and those of durable versions of the last `serving.keep_s` once more for each change."""
+        durable_s, keep_s = self.settings.registry.durable_s, self.settings.serving.keep_s
+        again = changed_rows(self.load, durable_s) * keep_s / durable_s
+        return (self.rows + again) * self.measured.served_row_bytes
+
+    @property
+    def base_bytes(self) -> float:
+        """A base: every row, with its accumulators."""
+        return self.measured.durable_bytes + self.rows * self.measured.base_row_bytes
+
+    @property
+    def version_bytes_s(self) -> float:
+        """What versions bring to each host, bytes a second: those not durable, five a second or so."""
+        versions_s, one = self.load.versions_s, self.measured
+        changed = changed_rows(self.load, 1 / versions_s)
+        return versions_s * (one.recent_bytes + changed * one.recent_row_bytes)
+
+    @property
+    def registry_bytes(self) -> float:
+        """All durable versions that `[registry]` asks to keep, and the newest bases."""
+        one = self.measured
+        deltas = sum(
+            count * (one.durable_bytes + changed_rows(self.load, seconds) * one.durable_row_bytes)
+            for count, seconds in kept_versions(self.settings)
+        )
+        return deltas + BASES * self.base_bytes
+
+    @property
+    def stream_cores(self) -> float:
+        """Of all streams."""
+        return self.load.clicks_s * self.measured.stream_us * 1e-6
+
+    @property
+    def trainer_cores(self) -> float:
+        """Of the one trainer; above 1 one is not enough."""
+        return self.load.clicks_s * self.measured.trainer_us * 1e-6 + self.load.versions_s * self.publish_s
+
+    @property
+    def publish_s(self) -> float:
+        """How long a version keeps steps waiting: by its rows, as the figure is of 10,000."""
+        return self.measured.publish_ms * 1e-3 * changed_rows(self.load, 1 / self.load.versions_s) / 10_000
+
+    @property
+    def applier_cores(self) -> float:
+        """Of each host's applier, however many hosts there are."""
+        rows_s = self.load.versions_s * changed_rows(self.load, 1 / self.load.versions_s)
+        return (self.load.clicks_s * self.measured.applier_us + rows_s * self.measured.apply_us) * 1e-6
+
+    @property
+    def worker_cores(self) -> float:
+        """Of all workers of all hosts."""
+        answer_us: float = getattr(self.measured, ANSWERS[self.load.answer])
+        return self.load.answers_s * answer_us * 1e-6
+
+    @property
+    def streams(self) -> int:
+        """Processes that the clicks take, each a share of its measured most."""
+        return max(1, math.ceil(self.load.clicks_s / (self.measured.stream_most * self.use)))
+
+    @property
+    def partitions(self) -> int:
+        """Partitions of the clicks topic: two for each stream, so that one more stream finds some, and four at least."""
+        return max(4, 2 * self.streams)
+
+    @property
+    def hosts(self) -> int:
+        """Serving hosts: two, or as many as bear the answers on the cores that their appliers leave."""
+        left = max(1.0, self.host_cores * self.use - self.applier_cores)
+        return max(2, math.ceil(self.worker_cores / left))
+
+    @property
+    def catch_up_s(self) -> float:
+        """How long a host takes that begins with no histories, reading all of the training log that is kept."""
+        seconds = self.load.retention_h * HOUR_S
+        return seconds * self.load.clicks_s * self.measured.history_us * 1e-6
+
+    @property
+    def table_bytes(self) -> float:
+        """The trainer's tables: a row, its accumulators, its id in the index, its dates; room doubles, so up to twice that."""
+        width = self.settings.model.dim * ROW_BYTES * SLOTS
+        return 2 * self.rows * (width + INDEX_BYTES)
+
+    def needs(self) -> Mapping[str, Need]:
+        """Part -> what it takes."""
+        return {
+            STREAM: self._stream(),
+            TRAINER: self._trainer(),
+            SERVING: self._host(),
+            WORKERS: self._workers(),
+            BESIDE: Need(self.load.clicks_s * self.measured.validation_us * 1e-6, self.measured.beside_bytes),
+            KAFKA: self._kafka(),
+            REGISTRY: Need(disk_bytes=self.registry_bytes, network_bytes_s=(1 + self.hosts) * self.version_bytes_s),
+        }
+
+    def _stream(self) -> Need:
+        load, one, count = self.load, self.measured, self.streams
+        cache = min(self.settings.stream.cache_users, load.users / count) * self.settings.features.history * 40
+        store = self.histories_bytes / count
+        network = load.clicks_s * (load.click_bytes + one.log_row_bytes) / count
+        return Need(self.stream_cores / count, one.stream_bytes + cache + store, store, network, count)
+
+    def _trainer(self) -> Need:
+        network = self.log_bytes_s + self.version_bytes_s
+        return Need(self.trainer_cores, self.measured.trainer_bytes + self.table_bytes, 0.0, network)
+
+    def _host(self) -> Need:
+        memory = self.measured.applier_bytes + self.histories_bytes + self.served_bytes
+        return Need(self.applier_cores, memory, 0.0, self.log_bytes_s + self.version_bytes_s, self.hosts)
+
+    def _workers(self) -> Need:
+        """Of one host."""
+        cores = self.worker_cores / self.hosts
+        processes = max(1, math.ceil(cores / self.use))
+        network = self.load.answers_s * ANSWER_BYTES[self.load.answer] / self.hosts
+        return Need(cores, processes * self.measured.worker_bytes, 0.0, network, self.hosts)
+
+    def _kafka(self) -> Need:
+        """Of one broker; each has a copy of everything."""
+        load, copies = self.load, self.replication
+        written = load.clicks_s * load.click_bytes + self.log_bytes_s
+        kept_s = load.retention_h * HOUR_S
+        read = load.clicks_s * load.click_bytes + self.log_bytes_s * (2 + self.hosts)
+        return Need(
+            cores=load.clicks_s * self.measured.broker_us * 1e-6,
+            memory_bytes=BROKER_BYTES,
+            disk_bytes=written * kept_s,
+            network_bytes_s=written + read / copies,
+            count=copies,
+        )
