@@ -151,7 +151,7 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
     registry = CollectorRegistry()
     counted, storage = StreamMetrics(registry), offer(registry, settings, [STREAM])
     if port := settings.stream.metrics_port:
-        stack.callback(metrics.serve(registry, port))
+        stack.callback(metrics.serve(registry, port, settings.metrics.host))
     return counted, Room(STREAM, storage, stopping.wait)
 
 

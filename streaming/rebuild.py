@@ -1,4 +1,4 @@
-"""Rebuilds a stream's lost histories from Kafka: `springtide rebuild-history [--shard N] [--from COPY]`.
+"""Rebuilds a stream's lost histories from Kafka: `springtide rebuild-history [--shard N] [--from COPY] [--if-lost]`.
 
 1. Takes the directory's lock and fences the stream's writer, so that the
    shard's part of the micro-batch log has an end.
@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from state.config.loading import load
 from state.config.settings import Settings
@@ -92,11 +93,36 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
     return found
 
 
-def asked(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The copy to begin with, and the flags of settings.
+def are_lost(settings: Settings) -> bool:
+    """Whether the histories of `stream.shard` were open where the machine or its container went down; not where there are none yet.
+
+    Raises:
+        LockHeld: The stream has them open.
+    """
+    with DirectoryLock(settings.stream_dir):
+        takeover.finish(settings.stream_dir)
+        return takeover.is_lost(settings.stream_dir)
+
+
+class RebuildLine(NamedTuple):
+    """What a command line says.
+
+    Attributes:
+        copy: A store to begin with.
+        if_lost: Whether nothing is to be done where the histories can be opened.
+        flags: Of settings.
+    """
+
+    copy: Path | None
+    if_lost: bool
+    flags: list[str]
+
+
+def asked(argv: Sequence[str]) -> RebuildLine:
+    """Takes a command line apart.
 
     >>> asked(["--shard", "1", "--from", "copy"])
-    (PosixPath('copy'), ['--stream.shard', '1'])
+    RebuildLine(copy=PosixPath('copy'), if_lost=False, flags=['--stream.shard', '1'])
 
     Raises:
         SettingsError: The line is wrong.
@@ -105,8 +131,15 @@ def asked(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shard", metavar="N", help="the stream whose histories to rebuild (default stream.shard)")
     parser.add_argument("--from", dest="copy", type=Path, metavar="COPY", help="a store closed in order to begin with")
+    parser.add_argument(
+        "--if-lost",
+        action="store_true",
+        help="only where the machine or its container went down with them; else nothing is done",
+    )
     found, flags = parser.parse_known_args(argv)
-    return found.copy, [*(["--stream.shard", found.shard] if found.shard is not None else []), *flags]
+    return RebuildLine(
+        found.copy, found.if_lost, [*(["--stream.shard", found.shard] if found.shard is not None else []), *flags]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,11 +147,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private()
     log_lines.begin("rebuild")
     try:
-        copy, flags = asked(sys.argv[1:] if argv is None else argv)
+        copy, if_lost, flags = asked(sys.argv[1:] if argv is None else argv)
         settings = load(flags, os.environ)
         log_lines.follow(settings.logs)
         if copy is not None and not copy.is_dir():
             raise SettingsError(f"--from {copy} is no directory", "name the directory of a history store")
+        if if_lost and not are_lost(settings):
+            print(f"the histories in {settings.stream_dir} are not lost: nothing is rebuilt")
+            return 0
         found = rebuild(settings, copy, progress_on(sys.stderr), logger.info)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)

@@ -16,9 +16,10 @@ import itertools
 import shutil
 from pathlib import Path
 
+from state.disk import clean_mark, memory_place
 from state.disk import files as durable
 from state.disk.memory_store import bring_back
-from state.layout import HISTORIES
+from state.layout import HISTORIES, MARK
 from state.process import killpoints
 
 REBUILDING = f"{HISTORIES}.rebuilding"
@@ -66,3 +67,15 @@ def finish(folder: Path) -> Path | None:
     rebuilt.rename(place)
     durable.sync_directory(folder)
     return aside
+
+
+def is_lost(folder: Path) -> bool:
+    """Whether the store was open when the machine or its container went down, so that nobody may open it; cheap.
+
+    A store that is not there yet is not lost, nor is one that an earlier release left without a mark.
+    """
+    place = folder / HISTORIES
+    if memory_place.target_of(place) is not None and not place.exists():
+        return True
+    mark = clean_mark.read(place / MARK)
+    return mark is not None and not mark.trusts(clean_mark.boot_id())
