@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log_lines.follow(settings.logs)
             logging.getLogger("httpx").setLevel(logging.WARNING)
             registry = CollectorRegistry()
-            end = serve(registry, settings.probe.metrics_port)
+            end = serve(registry, settings.probe.metrics_port, settings.metrics.host)
             try:
                 run(settings, stop, probe.time, ProbeMetrics(registry))
             finally:

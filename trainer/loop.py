@@ -225,7 +225,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             logger.info("swept %s, left by a writer that died", name)
         if swept := registry.sweep_recent():
             logger.info("swept %d versions that were not kept: what they learned is learned again from the log", swept)
-        serve(collected, settings.trainer.metrics_port)
+        serve(collected, settings.trainer.metrics_port, settings.metrics.host)
         # 2. TensorFlow's import takes seconds: it overlaps with the bootstrap.
         imports = threading.Thread(target=_import_model, name="imports", daemon=True)
         imports.start()

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         log_lines.follow(settings.logs)
         with DirectoryLock(settings.serving_dir):
             registry = CollectorRegistry()
-            stop_metrics = serve(registry, settings.serving.metrics_port)
+            stop_metrics = serve(registry, settings.serving.metrics_port, settings.metrics.host)
             try:
                 Applier(settings, registry, stop).run()
             finally:

@@ -113,6 +113,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
     ['kafka.port', 'serving.port']
     """
     local, idle = "127.0.0.1", left_out(settings)
+    offered = settings.metrics.host
     kafka = [Port("kafka.port", local, settings.kafka.port)] if local_kafka else []
     return [
         *kafka,
@@ -122,12 +123,16 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
             if settings.serving.grpc_port
             else []
         ),
-        Port("stream.metrics_port", local, settings.stream.metrics_port),
-        Port("trainer.metrics_port", local, settings.trainer.metrics_port),
-        Port("serving.metrics_port", local, settings.serving.metrics_port),
-        *([Port("validation.metrics_port", local, settings.validation.metrics_port)] if VALIDATION not in idle else []),
-        *([Port("up.metrics_port", local, settings.up.metrics_port)] if settings.up.metrics_port else []),
+        Port("stream.metrics_port", offered, settings.stream.metrics_port),
+        Port("trainer.metrics_port", offered, settings.trainer.metrics_port),
+        Port("serving.metrics_port", offered, settings.serving.metrics_port),
+        *(
+            [Port("validation.metrics_port", offered, settings.validation.metrics_port)]
+            if VALIDATION not in idle
+            else []
+        ),
+        *([Port("up.metrics_port", offered, settings.up.metrics_port)] if settings.up.metrics_port else []),
         *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
-        *([Port("probe.metrics_port", local, settings.probe.metrics_port)] if PROBE not in idle else []),
+        *([Port("probe.metrics_port", offered, settings.probe.metrics_port)] if PROBE not in idle else []),
         *([Port("up.prometheus_port", local, settings.up.prometheus_port)] if watched else []),
     ]

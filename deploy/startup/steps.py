@@ -159,7 +159,7 @@ class Startup:
         require_ports(ports(settings, self._kafka is not None, watched))
         free = require_disk(settings.state_dir)
         if settings.up.metrics_port:
-            serve(self._collected, settings.up.metrics_port)
+            serve(self._collected, settings.up.metrics_port, settings.metrics.host)
         # A model of the user's own that cannot be served is refused before anything starts.
         if own_model.is_own(settings):
             self._screen.say(f"checking {' and '.join(own_model.own(settings))}, some ten seconds")

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         log_lines.follow(settings.logs)
         with DirectoryLock(settings.validation_dir):
             registry = CollectorRegistry()
-            stop_metrics = serve(registry, settings.validation.metrics_port)
+            stop_metrics = serve(registry, settings.validation.metrics_port, settings.metrics.host)
             try:
                 run(settings, KafkaLog(settings.kafka), registry, stop)
             finally:

@@ -52,6 +52,15 @@ class Address(str):
         return context
 
 
+def reached(host: str) -> str:
+    """How a host is written in a URL to whoever listens on it; all addresses of this machine are its loopback.
+
+    >>> reached("0.0.0.0"), reached("::1"), reached("stream")
+    ('127.0.0.1', '[::1]', 'stream')
+    """
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+
+
 def address(settings: Settings, host: str, port: int, path: str = "") -> Address:
     """Where a port of ours is reached on this machine.
 
@@ -65,10 +74,9 @@ def address(settings: Settings, host: str, port: int, path: str = "") -> Address
     'http://127.0.0.1:8502'
     """
     serving = settings.serving
-    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     scheme, certificate = ("https", Path(serving.tls_cert)) if serving.tls_cert else ("http", None)
     token_file = settings.tokens_dir / OPERATE if are_wanted(settings, host) else None
-    return Address(f"{scheme}://{reached}:{port}{path}", token_file, certificate)
+    return Address(f"{scheme}://{reached(host)}:{port}{path}", token_file, certificate)
 
 
 def serving_address(settings: Settings, path: str = "") -> Address:

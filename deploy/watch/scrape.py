@@ -12,7 +12,7 @@ from http.client import HTTPException
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.watch.address import Address, serving_address
+from deploy.watch.address import Address, reached, serving_address
 from state.config.settings import Settings
 from state.errors import SettingsError
 
@@ -20,6 +20,7 @@ TIMEOUT_S = 1.0
 UP = "up"
 SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
 ANY_USER = "USER"  # to be replaced, where nobody knows an id
+ELSEWHERE = ("stream", "trainer", "applier")  # may be on other machines
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,45 @@ def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
+def hosts(settings: Settings) -> dict[str, str]:
+    """The hosts of parts that `metrics.hosts` names.
+
+    >>> from state.config.settings import MetricsSettings
+    >>> hosts(Settings(metrics=MetricsSettings(hosts=("trainer=train-0",))))
+    {'trainer': 'train-0'}
+
+    Raises:
+        SettingsError: One is not written as it should be.
+    """
+    found = dict(one.partition("=")[::2] for one in settings.metrics.hosts)
+    if not (found.keys() <= {*ELSEWHERE} and all(found.values())):
+        raise SettingsError(
+            f"metrics.hosts is {','.join(settings.metrics.hosts)}",
+            f"write PART=HOST, PART one of {', '.join(ELSEWHERE)}",
+        )
+    return found
+
+
 def urls(settings: Settings) -> dict[str, str]:
     """Where each process offers its metrics, in the order of the data.
 
     >>> urls(Settings())["trainer"]
     'http://127.0.0.1:9102/metrics'
+
+    Raises:
+        SettingsError: `metrics.hosts` is not written as it should be.
     """
-    return {
-        "stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics",
-        "trainer": f"http://127.0.0.1:{settings.trainer.metrics_port}/metrics",
-        "applier": f"http://127.0.0.1:{settings.serving.metrics_port}/metrics",
-        "worker": serving_address(settings, "/metrics"),
+    elsewhere = hosts(settings)
+    ports = (settings.stream.metrics_port, settings.trainer.metrics_port, settings.serving.metrics_port)
+    parts = zip(ELSEWHERE, ports, strict=True)
+    return {name: metrics_url(settings, port, elsewhere.get(name)) for name, port in parts} | {
+        "worker": serving_address(settings, "/metrics")
     }
+
+
+def metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
+    """Where a port of `/metrics` is, on this machine where no host is named."""
+    return f"http://{reached(host or settings.metrics.host)}:{port}/metrics"
 
 
 def supervisor_urls(settings: Settings) -> dict[str, str]:
@@ -120,7 +148,7 @@ def supervisor_urls(settings: Settings) -> dict[str, str]:
     {'up': 'http://127.0.0.1:9104/metrics'}
     """
     port = settings.up.metrics_port
-    return {UP: f"http://127.0.0.1:{port}/metrics"} if port else {}
+    return {UP: metrics_url(settings, port)} if port else {}
 
 
 def urls_beside(settings: Settings) -> dict[str, str]:
@@ -133,7 +161,7 @@ def urls_beside(settings: Settings) -> dict[str, str]:
         "validation": (settings.validation.window_s, settings.validation.metrics_port),
         "probe": (settings.probe.every_s, settings.probe.metrics_port),
     }
-    return {name: f"http://127.0.0.1:{port}/metrics" for name, (every_s, port) in beside.items() if every_s > 0}
+    return {name: metrics_url(settings, port) for name, (every_s, port) in beside.items() if every_s > 0}
 
 
 def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:

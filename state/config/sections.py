@@ -589,6 +589,23 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class MetricsSettings:
+    """Where processes offer their metrics, and where they find those of others."""
+
+    host: str = setting(
+        "127.0.0.1",
+        filled=True,
+        help="Address on which stream, trainer, applier, validation, probe and `springtide up` offer /metrics, which ask for no "
+        "token.",
+    )
+    hosts: tuple[str, ...] = setting(
+        (),
+        help="Hosts on which `springtide status` and the console find parts that are not on this machine, `PART=HOST` each: "
+        "stream, trainer, applier. Workers are where serving.host says.",
+    )
+
+
+@dataclass(frozen=True)
 class Bootstrap:
     """The analysis of the first clicks."""
 
@@ -733,6 +750,7 @@ SECTIONS: dict[str, type[Any]] = {
     "export": ExportSettings,
     "storage": StorageSettings,
     "logs": LogSettings,
+    "metrics": MetricsSettings,
     "bootstrap": Bootstrap,
     "validation": Validation,
     "shoppers": Shoppers,

@@ -20,6 +20,7 @@ from state.config.sections import (
     Kafka,
     LabelSettings,
     LogSettings,
+    MetricsSettings,
     Model,
     Paths,
     ProbeSettings,
@@ -62,6 +63,7 @@ class Settings:
     export: ExportSettings = field(default_factory=ExportSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     validation: Validation = field(default_factory=Validation)
     shoppers: Shoppers = field(default_factory=Shoppers)

@@ -17,6 +17,7 @@ from pathlib import Path
 from state import layout
 from state.config.settings import Settings
 from state.errors import MissingSalt, SettingsError
+from state.process.private_files import others_may
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def load_salt(path: Path, create: bool = True) -> Salt:
         key = content
     if len(key) < LEAST_SALT_BYTES:
         raise SettingsError(f"the salt at {path} has {len(key)} bytes", f"it needs at least {LEAST_SALT_BYTES}")
-    if path.stat().st_mode & 0o077:
+    if others_may(path):
         logger.warning("the salt at %s can be read by others; run chmod 600 on it", path)
     return Salt(key)
 

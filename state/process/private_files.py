@@ -21,3 +21,17 @@ def close_to_others(directory: Path) -> None:
     mode = directory.stat().st_mode & 0o777
     if mode & OTHERS and directory.stat().st_uid == os.getuid():
         directory.chmod(0o700)
+
+
+def others_may(path: Path) -> bool:
+    """Whether others than this process's user may read or write a file that holds a secret.
+
+    A file of root's that is read by a group of ours is no such: so Kubernetes gives a secret to a user who is not root, and
+    nobody else is in that group.
+
+    Raises:
+        OSError: It is not there.
+    """
+    status = path.stat()
+    mounted = status.st_uid == 0 and os.geteuid() != 0 and status.st_gid in {os.getegid(), *os.getgroups()}
+    return bool(status.st_mode & (0o037 if mounted else 0o077))

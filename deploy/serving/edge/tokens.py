@@ -17,6 +17,7 @@ from pathlib import Path
 from deploy.serving.edge.watched_files import WatchedFiles
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
+from state.process.private_files import others_may
 
 OPEN, READ, OPERATE = "", "read", "operate"
 """What everybody may ask, and the two roles: `operate` may do what `read` may."""
@@ -104,12 +105,12 @@ def tokens_in(path: Path) -> list[str]:
         SettingsError: It is not there, others can read it, or one is too short or there is none.
     """
     try:
-        others_may = path.stat().st_mode & 0o077
+        readable = others_may(path)
         found = path.read_text("ascii").split()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "no text"
         raise SettingsError(f"the tokens at {path} cannot be read ({why})", "correct serving.tokens_dir") from None
-    if others_may:
+    if readable:
         raise SettingsError(f"others can read the tokens at {path}", f"chmod 600 {path}")
     if not found or any(len(one) < _LEAST_LENGTH for one in found):
         raise SettingsError(

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from state.disk.lock import DirectoryLock
+from state.process.private_files import others_may
 
 WRITES = """
 import sys
@@ -38,3 +41,29 @@ def test_a_directory_that_an_earlier_release_left_open_is_closed_and_one_open_to
         tmp_path.chmod(before)
         with DirectoryLock(tmp_path):
             assert tmp_path.stat().st_mode & 0o777 == after
+
+
+def test_a_secret_that_root_gives_to_our_group_alone_is_read_by_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So Kubernetes mounts it: `root:fsGroup`, 0440."""
+    secret = tmp_path / "secret"
+    secret.touch()
+    if os.geteuid() != 0:
+        pytest.skip("only root's files are given so, and this is not root")
+    os.chown(secret, 0, 4321)
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    for groups, mode, open_to_others in (
+        ([4321], 0o440, False),
+        ([4321], 0o460, True),
+        ([4321], 0o444, True),
+        ([], 0o440, True),
+        ([], 0o400, False),
+    ):
+        monkeypatch.setattr(os, "getgroups", lambda groups=groups: groups)
+        secret.chmod(mode)
+        assert others_may(secret) is open_to_others, (groups, oct(mode))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "getgroups", lambda: [4321])
+    secret.chmod(0o640)
+    assert others_may(secret), "one of our own is for us alone"
