@@ -1,0 +1,185 @@
+"""What kustomize makes is valid for the current minors of Kubernetes, whole, and as large as the sizes say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import kubernetes_validate
+import pytest
+
+from deploy.capacity.load import Load
+from deploy.capacity.measured import MeasuredCosts
+from deploy.capacity.prices import RESERVE
+from deploy.capacity.sizes import SERVING, STREAM, TRAINER, Sizing
+from state import layout
+from state.storage import shares
+from tests.manifests import (
+    BASE,
+    FOLDER,
+    KUBECTL,
+    OVERLAYS,
+    WHY_NOT,
+    Box,
+    Document,
+    boxes,
+    built,
+    documents,
+    of_kind,
+    quantity,
+    selects,
+    sizes_of,
+)
+
+MINORS = ("1.35", "1.36", "1.37")
+# Kinds of others, which have no place in Kubernetes' own schemas.
+OTHERS = {"ServiceMonitor", "HTTPRoute", "VirtualService"}
+with_kubectl = pytest.mark.skipif(KUBECTL is None, reason=WHY_NOT)
+each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+def found(overlay: str) -> list[Document]:
+    return list(built(f"overlays/{overlay}"))
+
+
+def sizes(overlay: str) -> dict[str, str]:
+    return sizes_of(BASE / "kustomization.yaml") | sizes_of(FOLDER / "overlays" / overlay / "kustomization.yaml")
+
+
+def require_valid(found: Sequence[Document], minor: str) -> None:
+    ours = [one for one in found if one["kind"] not in OTHERS]
+    assert len(ours) > 15
+    for one in ours:
+        kubernetes_validate.validate(one, minor, strict=True)
+
+
+def test_each_object_as_it_stands_is_valid() -> None:
+    """Without kubectl, too: what stands in the base has all that Kubernetes asks for."""
+    require_valid(documents(BASE), MINORS[-1])
+
+
+@with_kubectl
+@pytest.mark.parametrize(("overlay", "minor"), [("small", MINORS[-1]), *(("large", minor) for minor in MINORS)])
+def test_each_object_of_an_overlay_is_valid(overlay: str, minor: str) -> None:
+    require_valid(built(f"overlays/{overlay}"), minor)
+
+
+def test_what_is_not_valid_is_found() -> None:
+    """The check can fail: a field that is not there."""
+    (trainer,) = (
+        one for one in documents(BASE) if one["kind"] == "Deployment" and "trainer" in one["metadata"]["name"]
+    )
+    wrong = trainer | {"spec": trainer["spec"] | {"replica": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, MINORS[-1], strict=True)
+
+
+@with_kubectl
+@each_overlay
+def test_an_overlay_has_every_object_once_in_its_namespace(overlay: str) -> None:
+    names = [(one["kind"], one["metadata"]["name"]) for one in found(overlay)]
+    assert len(names) == len({*names})
+    spaces = {one["metadata"].get("namespace") for one in found(overlay) if one["kind"] != "Namespace"}
+    assert spaces == {"springtide"}
+    images = {one.told["image"] for one in boxes(found(overlay))}
+    assert images == {"springtide:0.1.0"}
+
+
+@with_kubectl
+@each_overlay
+def test_what_a_pod_names_is_there_or_made_by_the_readme(overlay: str) -> None:
+    made = {(one["kind"], one["metadata"]["name"]) for one in found(overlay)}
+    secrets = set(re.findall(r"create secret generic (\S+)", (FOLDER / "README.md").read_text()))
+    made |= {("Secret", name) for name in secrets}
+    for box in boxes(found(overlay)):
+        for volume in box.pod["volumes"]:
+            wanted = {
+                ("ConfigMap", volume.get("configMap", {}).get("name")),
+                ("Secret", volume.get("secret", {}).get("secretName")),
+                ("PersistentVolumeClaim", volume.get("persistentVolumeClaim", {}).get("claimName")),
+            }
+            assert {one for one in wanted if one[1]} <= made, (box.owner, volume)
+
+
+@with_kubectl
+def test_canary_hosts_are_a_set_of_their_own() -> None:
+    """Its pods are in no service, budget or scaling of the stable set, and the other way round."""
+    large = found("large")
+    sets = {one["metadata"]["name"]: one for one in of_kind(large, "StatefulSet")}
+    services = {one["metadata"]["name"]: one["spec"]["selector"] for one in of_kind(large, "Service")}
+    for track, suffix in (("stable", ""), ("canary", "-canary")):
+        hosts = sets[f"springtide-serving{suffix}"]
+        labels = hosts["spec"]["template"]["metadata"]["labels"]
+        assert labels["springtide/track"] == track
+        assert hosts["spec"]["serviceName"] == f"springtide-serving-hosts{suffix}"
+        taken = {name for name, selector in services.items() if selects({"matchLabels": selector}, labels)}
+        both = {f"springtide-serving{suffix}", f"springtide-serving-hosts{suffix}"}
+        assert taken == both | ({"springtide-one-host"} if track == "stable" else set())
+    assert sets["springtide-serving-canary"]["spec"]["replicas"] == 1
+    (budget,) = of_kind(large, "PodDisruptionBudget")
+    canary = sets["springtide-serving-canary"]["spec"]["template"]["metadata"]["labels"]
+    assert not selects(budget["spec"]["selector"], canary)
+
+
+def sizing(overlay: str) -> Sizing:
+    """What the first lines of an overlay say that it is for."""
+    text = " ".join((FOLDER / "overlays" / overlay / "kustomization.yaml").read_text().split("\n# ")[:2]).split("`")[1]
+    asked = dict(re.findall(r"--(\w+) ([\d.e]+)", text.replace("\n", " ")))
+    assert asked.keys() == {"clicks", "users", "items", "answers"}
+    load = Load(
+        float(asked["clicks"]), float(asked["users"]), answers_s=float(asked["answers"]), items=float(asked["items"])
+    )
+    return Sizing(load, next(boxes(documents(BASE))).settings(sizes(overlay)), MeasuredCosts())
+
+
+def of_name(overlay: str, name: str) -> Box:
+    return next(one for one in boxes(found(overlay)) if one.name == name and "canary" not in one.owner)
+
+
+def claim(box: Box) -> float:
+    (one,) = box.document["spec"]["volumeClaimTemplates"]
+    return quantity(one["spec"]["resources"]["requests"]["storage"])
+
+
+def memory_volume(box: Box) -> float:
+    (one,) = (one for one in box.pod["volumes"] if one["name"] == "memory")
+    assert one["emptyDir"]["medium"] == "Memory"
+    return quantity(one["emptyDir"]["sizeLimit"])
+
+
+@with_kubectl
+@each_overlay
+def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str) -> None:
+    wanted, needs = sizing(overlay), sizing(overlay).needs()
+    for part, name in ((STREAM, "stream"), (TRAINER, "trainer"), (SERVING, "applier")):
+        request = of_name(overlay, name).told["resources"]["requests"]
+        assert quantity(request["memory"]) >= RESERVE * needs[part].memory_bytes, name
+        assert quantity(request["cpu"]) >= needs[part].cores, name
+    stream, applier, worker = (of_name(overlay, name) for name in ("stream", "applier", "worker"))
+    assert memory_volume(stream) >= RESERVE * wanted.histories_bytes
+    assert memory_volume(applier) >= RESERVE * (wanted.histories_bytes + wanted.served_bytes)
+    assert claim(stream) >= RESERVE * wanted.histories_bytes and claim(applier) >= RESERVE * wanted.histories_bytes
+    (scaler,) = of_kind(found(overlay), "HorizontalPodAutoscaler")
+    hosts, workers = scaler["spec"]["maxReplicas"], worker.settings(sizes(overlay)).serving.processes
+    assert hosts * workers * wanted.use >= wanted.worker_cores
+    assert quantity(worker.told["resources"]["requests"]["cpu"]) >= workers
+    assert quantity(worker.told["resources"]["requests"]["memory"]) >= workers * wanted.measured.worker_bytes
+
+
+@with_kubectl
+@each_overlay
+def test_the_settings_of_an_overlay_give_its_stores_their_room(overlay: str) -> None:
+    wanted, settings = sizing(overlay), of_name(overlay, "stream").settings(sizes(overlay))
+    for part, most_gb in ((shares.STREAM, settings.stream.map_gb), (shares.SERVING, settings.serving.map_gb)):
+        room = min(shares.store_bytes(settings, part, layout.HISTORIES), most_gb << 30)
+        assert room >= wanted.histories_bytes, part
+    assert min(settings.stream.max_users, settings.serving.max_users) >= wanted.load.users
+    claims = {one["metadata"]["name"]: one for one in of_kind(found(overlay), "PersistentVolumeClaim")}
+    disk = quantity(claims["springtide-registry"]["spec"]["resources"]["requests"]["storage"])
+    kept = min(settings.registry.delta_keep_gb * 1e9, shares.kept_bytes(settings, shares.REGISTRY))
+    assert disk >= kept + 2 * wanted.base_bytes
+
+
+def test_a_quantity_is_read_as_kubernetes_reads_it() -> None:
+    for text, value in (("1", 1.0), ("250m", 0.25), ("3Gi", 3 * 2**30), ("300Mi", 300 * 2**20)):
+        assert quantity(text) == value

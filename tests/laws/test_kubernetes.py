@@ -1,0 +1,308 @@
+"""What `deploy/kubernetes` and the image name exists: commands, settings, ports, probes, metrics, secrets, volumes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.children.supervisor import MALLOC
+from deploy.command_line import PROCESSES
+from deploy.console.reading import Reading
+from deploy.serving.edge.tokens import OPEN, OPERATE, READ
+from deploy.serving.http_api.health import Health
+from deploy.watch import scrape
+from state.config.settings import Settings
+from tests.laws.test_commands_documented import check
+from tests.manifests import BASE, FOLDER, ROOT, Box, boxes, documents, of_kind, selects, sizes_of
+
+ALL = documents(BASE)
+BOXES = list(boxes(ALL))
+MONITORS = of_kind(documents(FOLDER / "components" / "monitoring"), "ServiceMonitor")
+ROUTES = [one for name in ("gateway", "istio") for one in documents(FOLDER / "components" / name)]
+README = (FOLDER / "README.md").read_text()
+IMAGE = (ROOT / "deploy" / "container" / "Dockerfile").read_text()
+SIZES = sizes_of(BASE / "kustomization.yaml")
+# Container -> its ports by name, and what answers GET there without a token.
+PORTS = {
+    "stream": {"metrics": "stream.metrics_port"},
+    "trainer": {"metrics": "trainer.metrics_port"},
+    "applier": {"metrics": "serving.metrics_port"},
+    "worker": {"http": "serving.port", "grpc": "serving.grpc_port"},
+    "validation": {"metrics": "validation.metrics_port"},
+    "console": {"http": "console.port"},
+}
+nobody: Any = None
+PATHS = {
+    "worker": [one for one in Health(nobody, nobody, lambda: False).endpoints() if one.role == OPEN],
+    "console": [
+        one for one in Reading(Settings(), nobody, nobody, nobody, nobody, lambda: 0).endpoints() if one.role == OPEN
+    ],
+}
+every_box = pytest.mark.parametrize("box", BOXES, ids=lambda box: f"{box.owner} {box.name}")
+
+
+def lasting() -> list[Box]:
+    """Containers that run for ever."""
+    return [one for one in BOXES if one.name in PORTS]
+
+
+def test_every_part_of_a_deployment_is_there() -> None:
+    once = {"bootstrap", "rebuild-history", "kernels", "compactor"}
+    assert {one.name for one in BOXES} == PORTS.keys() | once
+
+
+@every_box
+def test_a_container_runs_a_command_of_ours(box: Box) -> None:
+    program, *words = box.told["command"]
+    assert "args" not in box.told
+    if program == "springtide" and len(words) == 1:
+        assert words[0] in PROCESSES
+    elif program == "springtide":
+        check(words)
+    else:
+        assert [program, words[0]] == ["python", "-m"] and len(words) == 2
+        module = ROOT.joinpath(*words[1].split(".")).with_suffix(".py")
+        assert "\ndef main(" in module.read_text()
+    assert box.told["image"] == "springtide", "without a host: an overlay names it"
+
+
+@every_box
+def test_a_container_starts_with_settings_that_are_known_and_go_together(box: Box) -> None:
+    settings = box.settings(SIZES)
+    assert settings.metrics.host == "0.0.0.0", "a probe and Prometheus come from outside of the pod"
+    secrets = {one["name"] for one in box.told["env"] if "valueFrom" in one}
+    assert secrets <= {"SPRINGTIDE_KAFKA_SASL_USERNAME", "SPRINGTIDE_KAFKA_SASL_PASSWORD"}
+    asks_kafka = box.name not in ("worker", "kernels", "compactor")
+    assert len(secrets) == (2 if asks_kafka else 0)
+
+
+@every_box
+def test_every_directory_that_the_settings_name_is_mounted(box: Box) -> None:
+    settings, mounts = box.settings(SIZES), box.mounts
+    secrets = {one["name"]: one["secret"] for one in box.pod["volumes"] if "secret" in one}
+    assert mounts[str(settings.state_dir)] == "state"
+    assert mounts[str(settings.registry_dir)] == "registry"
+    assert secrets[mounts[str(settings.salt_path.parent)]]["secretName"] == "springtide-salt"
+    assert settings.salt_path.name == "salt"
+    if box.name in ("stream", "applier", "worker", "rebuild-history", "kernels"):
+        assert mounts[settings.storage.memory_dir] == "memory"
+    if box.name in ("worker", "console"):
+        assert secrets[mounts[str(settings.tokens_dir)]]["secretName"] == "springtide-tokens"
+    claims = {one["metadata"]["name"] for one in box.document["spec"].get("volumeClaimTemplates", ())}
+    assert {*mounts.values()} <= claims | {one["name"] for one in box.pod["volumes"]}
+    written = {str(Path(path)) for path in re.findall(r"(?:HOME|NUMBA_CACHE_DIR)=(\S+)", IMAGE)}
+    assert written <= mounts.keys(), "the root file system is read-only"
+
+
+@every_box
+def test_nobody_is_root_or_may_become_it(box: Box) -> None:
+    assert box.told["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    user = int(re.findall(r"useradd --uid (\d+)", IMAGE)[0])
+    assert box.pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": user,
+        "runAsGroup": user,
+        "fsGroup": user,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert f"USER {user}:{user}\n" in IMAGE
+    assert box.pod["automountServiceAccountToken"] is False
+    assert box.pod["serviceAccountName"] in {one["metadata"]["name"] for one in of_kind(ALL, "ServiceAccount")}
+    # A service springtide-serving would be told as SPRINGTIDE_SERVING_PORT=tcp://..., which is a setting.
+    assert box.pod["enableServiceLinks"] is False
+
+
+@every_box
+def test_a_container_says_what_it_takes_and_has_an_end_of_it(box: Box) -> None:
+    resources = box.told["resources"]
+    assert {*resources["requests"]} == {"cpu", "memory"}
+    assert {*resources["limits"]} == {"memory"}, "a limit of processor time stops threads in the middle of a step"
+
+
+@pytest.mark.parametrize("box", lasting(), ids=lambda box: box.name)
+def test_ports_are_those_of_the_settings_and_probes_ask_what_answers_there(box: Box) -> None:
+    settings = box.settings(SIZES)
+    assert box.ports == {name: settings.value(setting) for name, setting in PORTS[box.name].items()}
+    probes = {name: box.told[name]["httpGet"] for name in box.told if name.endswith("Probe")}
+    assert "livenessProbe" in probes
+    for asked in probes.values():
+        assert asked["port"] in box.ports
+        open_paths = [one.path for one in PATHS[box.name]] if box.name in PATHS else ["/metrics"]
+        assert asked["path"] in open_paths
+    if box.name == "worker":
+        assert probes["readinessProbe"]["path"] == "/readyz" and probes["livenessProbe"]["path"] == "/healthz"
+    if box.name == "console":
+        assert settings.console.host == "0.0.0.0"
+
+
+def test_a_pod_ends_no_sooner_than_its_processes() -> None:
+    (worker,) = (one for one in BOXES if one.name == "worker")
+    drain_s = worker.settings(SIZES).serving.drain_s
+    grace = {one.name: one.pod.get("terminationGracePeriodSeconds", 30) for one in lasting()}
+    assert grace["worker"] >= drain_s + 60 and grace["stream"] >= 90 and grace["trainer"] >= 30
+
+
+def test_containers_that_share_a_store_share_their_process_ids() -> None:
+    """LMDB knows a reader by its process id, and locks a byte of that number."""
+    sharing = {one.owner: one.pod for one in BOXES if len(one.pod["containers"]) > 1}
+    assert sharing, "serving"
+    assert all(pod.get("shareProcessNamespace") is True for pod in sharing.values())
+
+
+def test_there_is_one_stream_and_one_trainer() -> None:
+    of = {one.name: one.document for one in BOXES}
+    assert of["trainer"]["kind"] == "Deployment" and of["trainer"]["spec"]["strategy"] == {"type": "Recreate"}
+    assert of["stream"]["kind"] == "StatefulSet"
+    assert of["trainer"]["spec"]["replicas"] == of["stream"]["spec"]["replicas"] == 1
+    scaled = {one["spec"]["scaleTargetRef"]["name"] for one in of_kind(ALL, "HorizontalPodAutoscaler")}
+    assert scaled == {"springtide-serving"}
+
+
+def test_hosts_are_scaled_by_their_workers() -> None:
+    (scaler,) = of_kind(ALL, "HorizontalPodAutoscaler")
+    target = scaler["spec"]["scaleTargetRef"]
+    (worker,) = (one for one in BOXES if one.owner == f"{target['kind']} {target['name']}" and one.name == "worker")
+    (metric,) = scaler["spec"]["metrics"]
+    assert metric["containerResource"]["container"] == worker.name
+    assert scaler["spec"]["minReplicas"] == worker.document["spec"]["replicas"]
+
+
+def track(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels of a host, as `base/serving` adds to them."""
+    of_hosts = labels.get("app.kubernetes.io/component") == "serving"
+    return dict(labels) | ({"springtide/track": "stable"} if of_hosts else {})
+
+
+@pytest.mark.parametrize("service", of_kind(ALL, "Service"), ids=lambda one: str(one["metadata"]["name"]))
+def test_a_service_leads_to_ports_that_are_there(service: dict[str, Any]) -> None:
+    pods = [one for one in BOXES if selects({"matchLabels": service["spec"]["selector"]}, track(one.labels))]
+    ports = {name: number for one in pods for name, number in one.ports.items()}
+    assert {one["targetPort"]: one["port"] for one in service["spec"]["ports"]}.items() <= ports.items()
+
+
+def test_disruption_budgets_hold_only_what_may_be_away_one_by_one() -> None:
+    (budget,) = of_kind(ALL, "PodDisruptionBudget")
+    held = {one.owner for one in BOXES if selects(budget["spec"]["selector"], track(one.labels))}
+    assert held == {"StatefulSet springtide-serving"}, "one of a single pod would keep a node from being drained"
+
+
+def opened(direction: str, labels: Mapping[str, str]) -> set[int]:
+    """The ports that network policies open for a pod, in one direction."""
+    return {
+        port["port"]
+        for policy in of_kind(ALL, "NetworkPolicy")
+        if selects(policy["spec"]["podSelector"], labels)
+        for rule in policy["spec"].get(direction, ())
+        for port in rule["ports"]
+    }
+
+
+@pytest.mark.parametrize("box", lasting(), ids=lambda box: box.name)
+def test_the_network_lets_in_what_a_pod_offers_and_lets_out_what_it_asks(box: Box) -> None:
+    offered = {port for one in BOXES if one.owner == box.owner for port in one.ports.values()}
+    let_in = opened("ingress", box.labels)
+    assert offered <= let_in
+    assert not (let_in - {port for one in BOXES for port in one.ports.values()}), "a port that nobody has"
+    brokers = {int(one.rpartition(":")[2]) for one in box.settings(SIZES).kafka.bootstrap_servers.split(",")}
+    assert brokers | {53} <= opened("egress", box.labels)
+
+
+def test_everything_is_closed_that_no_policy_opens() -> None:
+    closed = [one["spec"] for one in of_kind(ALL, "NetworkPolicy") if one["spec"]["podSelector"] == {}]
+    assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in closed
+
+
+def test_the_console_finds_the_other_parts_where_services_are() -> None:
+    (console,) = (one for one in BOXES if one.name == "console")
+    settings = console.settings(SIZES)
+    ports = {
+        one["metadata"]["name"]: {port["port"] for port in one["spec"]["ports"]} for one in of_kind(ALL, "Service")
+    }
+    urls = scrape.urls(settings)
+    assert urls.keys() == {"stream", "trainer", "applier", "worker"}
+    for url in urls.values():
+        host, port = re.fullmatch(r"http://([a-z-]+):(\d+)/metrics", url).groups()  # type: ignore[union-attr]
+        assert int(port) in ports[host], url
+        assert int(port) in opened("egress", console.labels), url
+
+
+@pytest.mark.parametrize("monitor", MONITORS, ids=lambda one: str(one["metadata"]["name"]))
+def test_a_monitor_scrapes_a_port_that_is_there_under_a_name_that_rules_know(monitor: dict[str, Any]) -> None:
+    (endpoint,) = monitor["spec"]["endpoints"]
+    (service,) = (
+        one
+        for one in of_kind(ALL, "Service")
+        if selects(monitor["spec"]["selector"], one["metadata"].get("labels", {}))
+    )
+    assert endpoint["port"] in {one["name"] for one in service["spec"]["ports"]} and endpoint["path"] == "/metrics"
+    (job,) = (one["replacement"] for one in endpoint["relabelings"] if one["targetLabel"] == "job")
+    known = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    assert job in {one["job_name"] for one in known}
+    # Workers let nobody at their metrics without a token where they listen on more than the loopback.
+    assert ("authorization" in endpoint) == (endpoint["port"] == "http")
+    if "authorization" in endpoint:
+        assert endpoint["authorization"]["credentials"] == {"name": "springtide-tokens", "key": OPERATE}
+
+
+def test_every_part_that_has_metrics_is_scraped() -> None:
+    assert {one["metadata"]["name"] for one in MONITORS} == {
+        f"springtide-{name}" for name in ("stream", "trainer", "applier", "worker", "validation")
+    }
+
+
+def test_secrets_are_those_that_the_readme_makes() -> None:
+    made = {
+        name: {*re.findall(r"--from-(?:file|literal)=([\w.]+)", words)}
+        for name, words in re.findall(r"create secret generic (\S+) (.*)", README)
+    }
+    volumes = {one["secret"]["secretName"] for box in BOXES for one in box.pod["volumes"] if "secret" in one}
+    named = [one["valueFrom"]["secretKeyRef"] for box in BOXES for one in box.told["env"] if "valueFrom" in one]
+    assert volumes == made.keys() and {one["name"] for one in named} <= made.keys()
+    assert all(one["key"] in made[one["name"]] for one in named)
+    assert made["springtide-tokens"] == {READ, OPERATE} and made["springtide-salt"] == {"salt"}
+    assert of_kind(ALL, "Secret") == [], "none is written down here"
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda one: str(one["kind"]))
+def test_weights_lead_to_both_sets_of_hosts_and_make_a_hundred(route: dict[str, Any]) -> None:
+    spec = route["spec"]
+    if route["kind"] == "HTTPRoute":
+        ends = [(one["name"], one["port"], one["weight"]) for rule in spec["rules"] for one in rule["backendRefs"]]
+    else:
+        ends = [
+            (one["destination"]["host"], one["destination"]["port"]["number"], one["weight"])
+            for rule in spec["http"]
+            for one in rule["route"]
+        ]
+    canary = yaml.safe_load((FOLDER / "components" / "canary" / "hosts" / "kustomization.yaml").read_text())
+    assert [name for name, _, _ in ends] == ["springtide-serving", f"springtide-serving{canary['nameSuffix']}"]
+    assert {port for _, port, _ in ends} == {Settings().serving.port}
+    assert sum(weight for _, _, weight in ends) == 100
+
+
+def test_the_image_is_what_the_manifests_expect() -> None:
+    told = dict(re.findall(r"(\w+)=(\S+?)(?: \\)?$", IMAGE, re.M))
+    assert MALLOC.items() <= told.items(), "as `springtide up` starts its parts"
+    exposed = {int(one) for one in re.findall(r"^EXPOSE (.*)$", IMAGE, re.M)[0].split()}
+    assert exposed == {port for one in BOXES for port in one.ports.values()}
+    assert not any("/" in one for one in re.findall(r"^FROM (\S+)", IMAGE, re.M)), "a registry's host"
+    for source in re.findall(r"^COPY (?!--from)(.*) \S+$", IMAGE, re.M):
+        assert all((ROOT / one).exists() for one in source.split())
+    ignored = (ROOT / "deploy" / "container" / "Dockerfile.dockerignore").read_text()
+    copied = {one for source in re.findall(r"^COPY (?!--from)(.*) \S+$", IMAGE, re.M) for one in source.split()}
+    assert {*re.findall(r"^!(.*)$", ignored, re.M)} == copied
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    named = re.findall(r"`((?:base|overlays|components)/[\w./-]+)`", README)
+    assert len(named) > 5 and [one for one in named if not (FOLDER / one).exists()] == []

@@ -1,0 +1,141 @@
+"""What `deploy/kubernetes` says, as it stands in the files and as kustomize puts it together."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from state.config.loading import load
+from state.config.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "deploy" / "kubernetes"
+BASE = FOLDER / "base"
+OVERLAYS = ("small", "large")
+KUBECTL = shutil.which("kubectl")
+WHY_NOT = "kubectl, which puts the overlays together, is not installed"
+Document = dict[str, Any]
+
+
+def documents(folder: Path) -> list[Document]:
+    """All objects below a folder; what kustomize alone reads is left out."""
+    return [
+        one
+        for path in sorted(folder.rglob("*.yaml"))
+        if path.name != "kustomization.yaml"
+        for one in yaml.safe_load_all(path.read_text())
+    ]
+
+
+@functools.cache
+def built(place: str) -> Sequence[Document]:
+    """What `kubectl apply -k` would send of a folder below `deploy/kubernetes`."""
+    assert KUBECTL is not None
+    done = subprocess.run([KUBECTL, "kustomize", str(FOLDER / place)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@dataclass(frozen=True)
+class Box:
+    """A container, with the pod that it is in.
+
+    Attributes:
+        pod: The pod's specification.
+        labels: The pod's.
+        owner: Kind and name of what makes the pod.
+        document: All of that.
+        is_first: Whether it ends before the others begin.
+    """
+
+    name: str
+    told: Mapping[str, Any]
+    pod: Mapping[str, Any]
+    labels: Mapping[str, str]
+    owner: str
+    document: Document
+    is_first: bool
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """By name."""
+        return {one["name"]: one["containerPort"] for one in self.told.get("ports", ())}
+
+    @property
+    def mounts(self) -> dict[str, str]:
+        """Where -> the volume."""
+        return {one["mountPath"]: one["name"] for one in self.told["volumeMounts"]}
+
+    def settings(self, sizes: Mapping[str, str]) -> Settings:
+        """Those in force in it.
+
+        Args:
+            sizes: What the ConfigMap `springtide-sizes` says.
+        """
+        env = dict(sizes) | {one["name"]: one["value"] for one in self.told["env"] if "value" in one}
+        file = env.pop("SPRINGTIDE_CONFIG")
+        assert file == "/etc/springtide/config/springtide.toml"
+        return load([], env, BASE / "springtide.toml")
+
+
+def boxes(found: Sequence[Document]) -> Iterator[Box]:
+    """All containers of some objects."""
+    for document in found:
+        spec = document.get("spec", {})
+        template = spec.get("jobTemplate", {}).get("spec", spec).get("template")
+        if template is None:
+            continue
+        pod, labels = template["spec"], template["metadata"]["labels"]
+        owner = f"{document['kind']} {document['metadata']['name']}"
+        for key in ("initContainers", "containers"):
+            for told in pod.get(key, ()):
+                yield Box(told["name"], told, pod, labels, owner, document, key == "initContainers")
+
+
+def sizes_of(kustomization: Path) -> dict[str, str]:
+    """The variables of the ConfigMap `springtide-sizes` that a kustomization makes or adds to."""
+    maps = yaml.safe_load(kustomization.read_text()).get("configMapGenerator", ())
+    return dict(
+        line.split("=", 1) for one in maps if one["name"] == "springtide-sizes" for line in one.get("literals", ())
+    )
+
+
+def of_kind(found: Sequence[Document], kind: str) -> list[Document]:
+    """Those of a kind."""
+    return [one for one in found if one["kind"] == kind]
+
+
+def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether a selector takes what has these labels.
+
+    >>> selects({"matchLabels": {"a": "1"}}, {"a": "1", "b": "2"}), selects({}, {"a": "1"})
+    (True, True)
+    """
+    wanted = selector.get("matchLabels", {}).items() <= labels.items()
+    return wanted and all(
+        one["operator"] == "In" and labels.get(one["key"]) in one["values"]
+        for one in selector.get("matchExpressions", ())
+    )
+
+
+BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def quantity(text: str) -> float:
+    """A size or a number of cores.
+
+    >>> quantity("2Gi"), quantity("200m"), quantity("2")
+    (2147483648.0, 0.2, 2.0)
+    """
+    for unit, factor in BYTES.items():
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * factor
+    return float(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
