@@ -103,7 +103,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
     """
     flags, words = split_settings(argv)
     asked, unknown = parser(words).parse_known_args(with_times(words))
-    if unknown and asked.command not in OWN_HELP:
+    if unknown and asked.command not in OWN_HELP and not getattr(asked, "runner", None):
         raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {asked.command} --help`")
     if asked.command in PROCESSES:
         # A mistake is said here, with status 2, before anything starts.
@@ -111,7 +111,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
             # The preprocessing is checked by the bootstrap itself.
             _check_tower(settings)
-        become(PROCESSES[asked.command][0], [*_accepted(asked), *unknown, *flags])
+        become(PROCESSES[asked.command][0], [*_accepted(asked), *_runner(asked), *unknown, *flags])
         return
     operator_command(asked.command)(load(flags), asked, now_ms, say)
 
@@ -127,6 +127,12 @@ def _accepted(asked: argparse.Namespace) -> list[str]:
     if not getattr(asked, "upgrade", False):
         return options
     return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", asked.reason])]
+
+
+def _runner(asked: argparse.Namespace) -> list[str]:
+    """The words that name another runner of the stream."""
+    runner = getattr(asked, "runner", None)
+    return [] if runner is None else ["--runner", runner]
 
 
 def _check_tower(settings: Settings) -> None:

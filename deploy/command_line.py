@@ -145,6 +145,12 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
             from state.log import gap_options
 
             gap_options.add_options(process, records=name != "stream")
+        if name == "stream":
+            process.add_argument(
+                "--runner",
+                metavar="RUNNER",
+                help="local (the default: this process), flink, prism, or another of Beam's runners, whose options pass through",
+            )
         if name == "up":
             process.add_argument(
                 "--upgrade", action="store_true", help="go on with these settings; needs --reason TEXT"

@@ -61,8 +61,9 @@ class StreamAccount:
         >>> StreamAccount.of({"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}).positions
         2
         """
-        outcomes = {name: counts.get(name, 0) for name in COUNTED}
-        return cls(counts["next"] - counts["first"], **outcomes)
+        outcomes = {name: counts.get(name, 0) for name in COUNTED if name != "elsewhere"}
+        # Of a bucket, the offsets that are its own: all buckets of a partition together have each once.
+        return cls(counts["next"] - counts["first"] - counts.get("elsewhere", 0), **outcomes)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
     │   ├── GapError
     │   │   └── TruncatedLog
     ├── StoreError
-    │   ├── LockHeld, PositionConflict, CorruptStore, StoreFull, UnusableDisk
+    │   ├── LockHeld, PositionConflict, LineTurned, CorruptStore, StoreFull, UnusableDisk
     ├── RegistryError
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
     │   ├── UnfitVersion, UnfitMask
@@ -22,7 +22,7 @@
     │   └── TooSlow, TooLarge, HeadTooLarge, NotHttp    HTTP 408, 413, 431, 400
     ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
-    └── PortTaken, UnsupportedPython, KafkaFailed, ProcessFailed
+    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, ProcessFailed
 
 An error says what happened, to which input, and what to do, in one line and
 without a raw user id. A bad record is no error: it goes to the dead letters.
@@ -164,6 +164,10 @@ class LockHeld(StoreError):
 
 class PositionConflict(StoreError):
     """A batch does not begin where the store ends. Find the second writer; a restart reads again from the stored position."""
+
+
+class LineTurned(StoreError):
+    """The training log's line turned off before what a distributed job has read. Resume the job from an older savepoint."""
 
 
 class CorruptStore(StoreError):
@@ -349,6 +353,10 @@ class PortTaken(SpringtideError):
 
 class UnsupportedPython(SpringtideError):
     """This Python is not 3.11. Install Python 3.11 and run `make clean run`."""
+
+
+class JobFailed(SpringtideError):
+    """A job ended on its engine. Read the engine's log; the job is resumed from its last checkpoint or savepoint."""
 
 
 class KafkaFailed(SpringtideError):

@@ -12,20 +12,35 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 UNPLACED = ("joined", "expired", "dropped")  # no offsets of their own
-RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped", "masked")  # named only where there are any
+RARE = (
+    "gap",
+    "opened",
+    "feedback",
+    "joined",
+    "expired",
+    "dropped",
+    "masked",
+    "elsewhere",
+)  # named only where there are any
 MOST_LEARNED = 9  # rows at one position: its own or the one it joins, and `MOST_EXPIRED` of streaming/attribution.py
+SHARES = 64  # of the users of a partition, see `share_of`; a bucket is one or some of them
 _TOPIC_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Source(NamedTuple):
     """One totally ordered stream of positions: a partition, or one bucket of its users.
 
+    A bucket counts all offsets of its partition; those of other buckets' users are `elsewhere` for it.
+
     Attributes:
         topic_id: The topic's id, 32 hexadecimal digits.
         partition: The partition's number.
-        bucket: Which share of the partition's users, below `buckets`; 0 in the local form.
-        buckets: How many such shares; 1 in the local form.
+        bucket: Which of the partition's users: those whose share leaves this rest by `buckets`; 0 in the local form.
+        buckets: How many buckets there are, a divisor of `SHARES`; 1 in the local form.
     """
 
     topic_id: str
@@ -41,6 +56,14 @@ class Source(NamedTuple):
         '0xdeadbeef'
         """
         return int(self.topic_id[:8], 16)
+
+    def has(self, user: int) -> bool:
+        """Whether a user is one of its bucket.
+
+        >>> Source("ab" * 16, 3).has(7), Source("ab" * 16, 3, 1, 4).has(9), Source("ab" * 16, 3, 1, 4).has(8)
+        (True, True, False)
+        """
+        return user % SHARES % self.buckets == self.bucket
 
     def __str__(self) -> str:
         """`topic id:partition`, with the bucket where there are several.
@@ -66,6 +89,15 @@ class Source(NamedTuple):
             raise ValueError(f"{text!r} is no source: expected <32 hex digits>:<partition>[:<bucket>/<buckets>]")
         bucket, buckets = share[0].split("/") if share else ("0", "1")
         return cls(topic_id, int(partition), int(bucket), int(buckets))
+
+
+def share_of(user: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """`[n]` int64, which of the `SHARES` shares of a partition's users each of `[n]` uint64 is in; pseudonyms are random.
+
+    >>> share_of(np.array([5, 64, 2**64 - 1], np.uint64)).tolist()
+    [5, 0, 63]
+    """
+    return (user % np.uint64(SHARES)).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +156,7 @@ class Range:
         expired: Earlier impressions whose wait was over here: likewise.
         dropped: Of `opened`, how many could not wait.
         masked: How many control's mask left out.
+        elsewhere: How many are of users of other buckets, or of nobody, which the first bucket counts.
     """
 
     source: Source
@@ -140,16 +173,17 @@ class Range:
     expired: int = 0
     dropped: int = 0
     masked: int = 0
+    elsewhere: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError unless each offset has exactly one outcome."""
         outcomes = (self.rows, self.dead, self.filtered, self.absent, self.gap, self.opened, self.feedback, self.masked)
-        negative = min(*outcomes, self.joined, self.expired, self.dropped) < 0
-        if self.first < 0 or negative or self.next - self.first != sum(outcomes):
+        negative = min(*outcomes, self.joined, self.expired, self.dropped, self.elsewhere) < 0
+        if self.first < 0 or negative or self.next - self.first != sum(outcomes) + self.elsewhere:
             raise ValueError(
                 f"offsets [{self.first}, {self.next}) of {self.source} do not add up: "
                 f"{self.rows} rows + {self.dead} dead + {self.filtered} filtered + {self.absent} absent + {self.gap} gap "
-                f"+ {self.opened} opened + {self.feedback} feedback + {self.masked} masked"
+                f"+ {self.opened} opened + {self.feedback} feedback + {self.masked} masked + {self.elsewhere} elsewhere"
             )
 
     @property
@@ -197,7 +231,7 @@ def split_range(
 
     A range says how many offsets were dead, filtered and absent, and not
     which: the part before takes the dead first, then the filtered, the masked,
-    the absent and the gap. The sums over both parts are those of the whole.
+    the absent, those elsewhere and the gap. The sums over both parts are those of the whole.
 
     Args:
         whole: The range.
@@ -214,7 +248,7 @@ def split_range(
     """
     before = {"opened": 0, "feedback": 0, **(others or {}), "rows": rows_before}
     rest = at - whole.first - rows_before - before["opened"] - before["feedback"]
-    for name in ("dead", "filtered", "masked", "absent"):
+    for name in ("dead", "filtered", "masked", "absent", "elsewhere"):
         before[name] = min(rest, getattr(whole, name))
         rest -= before[name]
     before["gap"] = rest

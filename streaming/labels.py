@@ -23,9 +23,9 @@ from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
+from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
-from state.positions import Range, Source
+from state.positions import SHARES, Range, Source, share_of
 from streaming.attribution import IMPRESSION, OUTCOME, PLAIN, Queue, attribute, enter, pairs
 from streaming.cut import Cut
 from streaming.rows import Rows
@@ -49,7 +49,7 @@ class LookedUp(NamedTuple):
 
 
 class Labels:
-    """The impressions of one stream that wait.
+    """The impressions of one stream that wait, or of one bucket of its users.
 
     `attribute` is called by one thread, `look_up` by one, which commits what
     it returns before it calls again.
@@ -59,16 +59,17 @@ class Labels:
         store: The committed rows that wait.
     """
 
-    def __init__(self, settings: Settings, store: HistoryStore) -> None:
+    def __init__(self, settings: Settings, store: WaitingStore) -> None:
         labels = settings.labels
         named = {**dict.fromkeys(labels.impressions, IMPRESSION), **dict.fromkeys(labels.outcomes, OUTCOME)}
         self._roles = np.array([named.get(name, PLAIN) for name in settings.events.actions], np.uint8)
-        self._wait_ms, self._most = round(labels.wait_s * 1000), labels.max_waiting
+        # Each share of a partition has its part of them: no share knows how many wait in another.
+        self._wait_ms, self._most = round(labels.wait_s * 1000), -(-labels.max_waiting // SHARES)
         self._rows = WaitingRows(store)
-        self._numbers: dict[Source, int] = {}
+        self._numbers: dict[tuple[str, int], int] = {}
         self._queue = self._load(store)
 
-    def _load(self, store: HistoryStore) -> Queue:
+    def _load(self, store: WaitingStore) -> Queue:
         queue = Queue.of(1024, 1)
         rows = store.waiting()
         while chunk := list(itertools.islice(rows, LOADED_AT_ONCE)):
@@ -77,13 +78,17 @@ class Labels:
             positions = [place_of(key) for key, _ in chunk]
             pair = pairs(*(columns.get(name, np.zeros(len(chunk), np.uint64)) for name in ("user", "item", "request")))
             offsets = np.array([offset for _, offset in positions], np.int64)
+            numbers = self._number([source for source, _ in positions], np.arange(len(chunk)), columns["user"])
             at_ms = columns["at_ms"]
             begun_ms = at_ms + columns.get("delay_ms", np.zeros(len(chunk), np.int64))
-            queue = enter(queue, offsets, at_ms, begun_ms, pair, self._number([source for source, _ in positions]))
+            queue = enter(queue, offsets, at_ms, begun_ms, pair, numbers)
         return queue
 
-    def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
-        return np.array([self._numbers.setdefault(source, len(self._numbers)) for source in sources], np.int64)
+    def _number(self, sources: Sequence[Source], source: NDArray[Any], user: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """`[n]` int64, what each row waits among: its partition's impressions of its share of the users; `source` is an index."""
+        known = self._numbers
+        partitions = [known.setdefault((one.topic_id, one.partition), len(known)) for one in sources]
+        return np.array(partitions or [0], np.int64)[source] * SHARES + share_of(user)
 
     def attribute(self, rows: Rows) -> Rows:
         """Says of each event whether it waits, and which earlier impressions it labels, by the clocks of `rows.told`."""
@@ -94,11 +99,10 @@ class Labels:
         role = self._roles[batch.action]
         role[(role == IMPRESSION) & ~np.isnan(batch.label)] = PLAIN
         request = batch.request if len(batch.request) else np.zeros(len(batch), np.uint64)
-        numbers = self._number([part.source for part in batch.ranges])
         self._queue, made = attribute(
             self._queue,
             role,
-            numbers[batch.source],
+            self._number([part.source for part in batch.ranges], batch.source, batch.user),
             batch.offset,
             batch.at_ms,
             told.clock_ms,
@@ -191,7 +195,7 @@ def counted(
 ) -> tuple[Range, ...]:
     """Ranges whose rows are told apart by kind, with the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
-    kept = ("dead", "filtered", "absent", "masked")
+    kept = ("dead", "filtered", "absent", "masked", "elsewhere")
     return tuple(
         Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in kept}, **found)
         for part, found in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)

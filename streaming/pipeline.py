@@ -6,6 +6,9 @@ Where clicks were deleted before they were read the process ends and says which;
 SIGTERM and SIGINT end it cleanly: the source returns, what is gathered is
 written and committed, and the process ends with 0. Everything else that ends
 it is one line on the standard error and exit code 1 (2 for a wrong setting).
+
+With `--runner flink`, `prism` or another of Beam's runners the same cores run
+as a job of that engine (`streaming/distributed`); Beam's options pass through.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from state.config.loading import load
+from state.config.settings import Settings
+from state.config.sources import split_settings
 from state.errors import GapError, SpringtideError, of_disk
 from state.log.gap_options import take_options
-from state.log.gaps import how_to_go_on
+from state.log.gaps import Consent, how_to_go_on
 from state.process import log_lines
 from state.process.actor import actor
 from state.process.private_files import keep_private
 from streaming.context import Handle, StreamContext
+from streaming.distributed.options import LOCAL, take_runner
 from streaming.open_shard import open_shard
 from streaming.sink import WriteMicroBatches
 from streaming.source import ReadClicks
@@ -64,26 +70,48 @@ def run(shard: Handle[StreamContext]) -> None:
         pipeline.run().wait_until_finish()
 
 
+def run_here(settings: Settings, consent: Consent, stopping: threading.Event) -> None:
+    """Runs the stream of `stream.shard` in this process until it is asked to stop.
+
+    Raises:
+        SpringtideError: What ended it.
+    """
+    while not stopping.is_set():
+        # Again where control has changed: opening the shard is what brings it to what control asks for.
+        with open_shard(settings, consent, stopping) as shard:
+            stop_at_signals(stopping)
+            run(shard)
+    logger.info("stopped; everything read is committed")
+
+
+def stop_at_signals(stopping: threading.Event) -> None:
+    """From here on SIGTERM and SIGINT set `stopping`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the stream of `stream.shard`; returns the exit code."""
+    """Runs the stream; returns the exit code."""
     keep_private()
     log_lines.begin("stream")
     try:
-        consent, flags = take_options(sys.argv[1:] if argv is None else argv, actor())
+        consent, rest = take_options(sys.argv[1:] if argv is None else argv, actor())
+        flags, words = split_settings(rest)
+        runner, options = take_runner(words)
         settings, stopping = load(flags, os.environ), threading.Event()
         log_lines.follow(settings.logs)
-        while not stopping.is_set():
-            # Again where control has changed: opening the shard is what brings it to what control asks for.
-            with open_shard(settings, consent, stopping) as shard:
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, lambda *_: stopping.set())
-                run(shard)
+        if runner == LOCAL:
+            run_here(settings, consent, stopping)
+        else:
+            from streaming.distributed.handing_in import run_elsewhere
+
+            stop_at_signals(stopping)
+            run_elsewhere(settings, consent, runner, options, stopping)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         told = how_to_go_on(error, "springtide stream") if isinstance(error, GapError) else error
         logger.error("%s: %s", type(error).__name__, told)
         return error.exit_code
-    logger.info("stopped; everything read is committed")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,17 @@ from state.features.arrays import WORDS, Vector, words
 from state.features.kernel import update_rows
 from state.features.spec import EVENT, Events, FeatureSpec, Mask
 from state.history.appends import Appends, events_of
-from state.history.store import HistoryStore
 from streaming.rows import Rows
 
 I64 = NDArray[np.int64]
+
+
+class Histories(Protocol):
+    """Where committed histories are read from."""
+
+    def read_many(self, users: Sequence[int]) -> list[Events]:
+        """The histories of several users, each `[m <= N]` EVENT in append order, as of one moment."""
+        ...
 
 
 class Profiler:
@@ -38,7 +45,7 @@ class Profiler:
         mask: Events that no row may use; rows of masked events are left out before they come here.
     """
 
-    def __init__(self, store: HistoryStore, spec: FeatureSpec, cache_users: int, mask: Mask = Mask.NONE) -> None:
+    def __init__(self, store: Histories, spec: FeatureSpec, cache_users: int, mask: Mask = Mask.NONE) -> None:
         self._store = store
         self._spec = spec
         self._hidden = mask.hidden
@@ -83,6 +90,10 @@ class Profiler:
         by_row[order] = np.repeat(slots, lengths)
         # 3. Rows and appends, event by event.
         return Rows(batch, self._compute(by_row, events), Appends(users, starts, lengths, events[order]))
+
+    def turn(self, mask: Mask) -> None:
+        """Leaves other events out of the rows of the next batches; the thread that calls `update` does."""
+        self._hidden = mask.hidden
 
     def committed(self, rows: Rows) -> None:
         """Tells that the store has the appends of `rows`, each `Rows` once; any thread may call it."""

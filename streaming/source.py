@@ -130,6 +130,12 @@ class ClickReader:
         context.metrics.lag_seconds.set(self._lag.seconds(time.time()) if waiting else 0.0)
 
 
+def appended_ms(batch: PartitionBatch, now_ms: int) -> int:
+    """When Kafka took the newest record of a batch; 0 for none. A producer may set any timestamp: one far after the others is passed over."""
+    last = batch.timestamps_ms[-LATEST:]
+    return min(int(last[last <= np.median(last) + TOLERANCE_MS].max()), now_ms) if len(last) else 0
+
+
 class Lag:
     """How far the commits are behind the log, by what was read and not committed.
 
@@ -145,10 +151,8 @@ class Lag:
         self._newest_ms = 0
 
     def read(self, batch: PartitionBatch, now_ms: int) -> None:
-        """Notes a batch that was read; a producer may set any timestamp, so that one far after the others is passed over."""
-        last = batch.timestamps_ms[-LATEST:]
-        newest_ms = min(int(last[last <= np.median(last) + TOLERANCE_MS].max()), now_ms) if len(last) else 0
-        self.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, newest_ms)
+        """Notes a batch that was read."""
+        self.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, appended_ms(batch, now_ms))
 
     def note(self, source: Source, first: int, after: int, newest_ms: int) -> None:
         """Notes that `[first, after)` was read, whose newest record Kafka took at `newest_ms`; 0 for none."""

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from state.errors import StoreFull, UnusableDisk
 from state.history.sweeping import Sweeper
 from state.positions import Source
 from streaming.context import StreamContext
-from streaming.event_clock import PREFIX
+from streaming.event_clock import PREFIX, clock_of_all
 from streaming.rows import Rows
 from streaming.witnesses import believed_in
 
 logger = logging.getLogger(__name__)
-
-
-def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
-    """The log time that all sources have reached, ms, without those that stand still for longer than the reach.
-
-    After an outage one partition may be read to its end before another one is begun.
-
-    >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
-    >>> clock_of_all({zero: 900, one: 700}, 300), clock_of_all({zero: 900, one: 500}, 300)
-    (700, 900)
-    """
-    newest_ms = max(clocks.values())
-    return min(clock for clock in clocks.values() if clock > newest_ms - reach_ms)
 
 
 class StreamSweep:

@@ -9,7 +9,6 @@ from deploy.operate.log_view import LogView
 from state import layout
 from state.config.settings import Settings
 from state.errors import LogError, StoreError, UnfitVersion
-from state.positions import Source
 from state.registry import log_line
 from state.registry.control import Control
 from state.registry.log_line import LogLine
@@ -74,8 +73,11 @@ def exact_plan(control: Control, to: Manifest, view: LogView | None) -> ExactPla
                 f"{view.clicks[source.partition][0]}: the clicks between are deleted and cannot be read again",
                 "take a younger version, or go back without --mode exact, which needs the training log alone",
             )
-    marks = to.marks
-    again = sum(last - marks.get(Source(view.clicks_id, one), first) for one, (first, last) in view.clicks.items())
+    # Of a partition in several buckets, all are read again from the least of them.
+    reached = dict[int, int]()
+    for source, at in to.marks.items():
+        reached[source.partition] = min(at, reached.get(source.partition, at))
+    again = sum(last - reached.get(one, first) for one, (first, last) in view.clicks.items())
     return ExactPlan(log_line.turned(control.log, to.log.epoch, to.log.next, view.end, to.sources), again)
 
 

@@ -203,7 +203,7 @@ class LabelSettings:
         "rows",
         least=1,
         most=1_000_000_000,
-        help="Most impressions of a partition that wait; more are dropped and counted.",
+        help="Most impressions of a partition that wait, a 64th of them in each 64th of its users; more are dropped and counted.",
     )
 
 
@@ -279,6 +279,28 @@ class Stream:
         help="Most users with a history; those read longest ago leave first, also where the map is nearly full.",
     )
     metrics_port: int = setting(9101, least=0, most=65535, help="Port of the stream's /metrics.")
+    buckets: int = setting(
+        16,
+        least=1,
+        most=64,
+        help="On a distributed runner: buckets of users, 1, 2, 4 and so on to 64; fixed for the life of a job.",
+    )
+    sources: int = setting(
+        1,
+        least=1,
+        most=1000,
+        help="On a distributed runner: elements that read the partitions, at most one a subtask; fixed for the life of a job.",
+    )
+    bundle_ms: int = setting(
+        100, "ms", least=1, most=60_000, help="On a distributed runner: how long a source element gathers clicks."
+    )
+    bundle_events: int = setting(
+        10_000,
+        "events",
+        least=1,
+        most=1_000_000,
+        help="On a distributed runner: most clicks that a source element gathers; catching up is then many bundles.",
+    )
 
 
 @dataclass(frozen=True)

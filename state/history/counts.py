@@ -77,4 +77,5 @@ def summed(sources: Iterable[Mapping[str, int]]) -> Counts:
     counts = list(sources)
     sums = {name: sum(count[name] for count in counts) for name in OUTCOMES}
     sums |= {name: total for name in RARE if (total := sum(count.get(name, 0) for count in counts))}
-    return {"positions": sum(count["next"] - count["first"] for count in counts), **sums}
+    passed = sum(count["next"] - count["first"] for count in counts)
+    return {"positions": passed - sums.get("elsewhere", 0), **sums}

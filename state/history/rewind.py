@@ -53,16 +53,19 @@ class Rewind:
     waiting: Mapping[bytes, bytes | None] = field(default_factory=dict)
 
 
-def kept(history: Events, marks: Mapping[Source, int], sources: Iterable[Source]) -> NDArray[np.bool_]:
+def kept(history: Events, user: int, marks: Mapping[Source, int], sources: Iterable[Source]) -> NDArray[np.bool_]:
     """Which events of a history (`[m]` bool) lie before the marks.
 
     Args:
         history: `[m]` EVENT.
+        user: Whose.
         marks: The next offset of each source; all events of one without are behind it.
         sources: Those that go back; events of others stay.
     """
     stays = np.ones(len(history), np.bool_)
     for source in sources:
+        if not source.has(user):
+            continue
         theirs = (history["topic"] == source.topic) & (history["partition"] == source.partition)
         stays &= ~(theirs & (history["offset"] >= marks.get(source, 0)))
     return stays
@@ -78,7 +81,7 @@ def lacking(
         joined, total = chunks.read(cursor, prefix_of(user), history)
         # Who has gained more than there ever was, was taken out of the store meanwhile: nothing is known of before.
         must = history if gained > total else min(history, total - gained)
-        if must > int(kept(chunks.events_in(joined), marks, sources).sum()):
+        if must > int(kept(chunks.events_in(joined), user, marks, sources).sum()):
             found[user] = must
     return found
 
@@ -92,7 +95,7 @@ def write_back(transaction: lmdb.Transaction, databases: Mapping[str, Any], back
     for user, gained in back.gained.items():
         joined, total = chunks.read(cursor, prefix_of(user), history)
         stored = chunks.events_in(joined)
-        events = stored[kept(stored, back.marks, sources)]
+        events = stored[kept(stored, user, back.marks, sources)]
         rebuilt = back.rebuilt.get(user)
         if rebuilt is not None and len(rebuilt) > len(events):
             events = rebuilt

@@ -12,14 +12,13 @@ or had another shape, is 0, as for an event that has none.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from state.errors import CorruptStore
-from state.history.store import HistoryStore
 from state.microbatch.columns import KINDS, WRITTEN, Columns
 from state.positions import Source
 
@@ -127,6 +126,22 @@ class RowFormat:
         )
 
 
+class WaitingStore(Protocol):
+    """Where rows wait: the store of a stream, or of one bucket of its users."""
+
+    def extra(self, name: str) -> bytes | None:
+        """A value of the owner's."""
+        ...
+
+    def waiting(self) -> Iterator[tuple[bytes, bytes]]:
+        """The rows that wait, in the order of their keys."""
+        ...
+
+    def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The rows under `keys`; None for one that does not wait."""
+        ...
+
+
 class WaitingRows:
     """The rows that wait in a store, in one format whatever release and settings wrote them. One thread.
 
@@ -134,7 +149,7 @@ class WaitingRows:
         store: The store.
     """
 
-    def __init__(self, store: HistoryStore) -> None:
+    def __init__(self, store: WaitingStore) -> None:
         self._store = store
         stored = store.extra(WIDTHS)
         self.format = None if stored is None else RowFormat.from_json(stored)

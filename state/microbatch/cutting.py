@@ -13,7 +13,7 @@ from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import encode
 from state.microbatch.columns import Columns
 from state.microbatch.row_kinds import counts
-from state.positions import Range, Source, split_range
+from state.positions import Range, Source, share_of, split_range
 
 
 def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
@@ -50,16 +50,33 @@ def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.boo
     """Which rows are new to a reader that has everything below `marks`, and its marks afterwards.
 
     After a crash the stream writes rows again; their source positions tell.
-    A source that `marks` does not name is new: all of its rows are.
+    A source that `marks` does not name is new: all of its rows are, but those
+    that came before in other buckets, where a partition was divided otherwise.
 
     Returns:
         `[n]` bool, and the next offset of each source.
     """
-    floors = np.array([marks.get(part.source, 0) for part in batch.header.ranges] or [0], np.int64)
+    ranges = batch.header.ranges
+    floors = np.array([marks.get(part.source, 0) for part in ranges] or [0], np.int64)
     after = dict(marks)
-    for part in batch.header.ranges:
+    for part in ranges:
         after[part.source] = max(part.next, marks.get(part.source, 0))
-    return batch.offset >= floors[batch.source], after
+    fresh: NDArray[np.bool_] = batch.offset >= floors[batch.source]
+    if len({source.buckets for source in marks} | {part.source.buckets for part in ranges}) > 1:
+        fresh &= ~_known_otherwise(batch, marks)
+    return fresh, after
+
+
+def _known_otherwise(batch: MicroBatch, marks: Mapping[Source, int]) -> NDArray[np.bool_]:
+    """Which rows lie below the mark of a source that has their users by another number of buckets."""
+    share, known = share_of(batch.user), np.zeros(len(batch), np.bool_)
+    for number, part in enumerate(batch.header.ranges):
+        mine = batch.source == number
+        for other, mark in marks.items():
+            same = other[:2] == part.source[:2] and other.buckets != part.source.buckets
+            if same and mark > part.first:
+                known |= mine & (share % other.buckets == other.bucket) & (batch.offset < mark)
+    return known
 
 
 def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int, int]]:

@@ -29,7 +29,7 @@ from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
 from state.microbatch.masked import erased_rows
 from state.microbatch.row_kinds import Kind, happened, trained
-from state.positions import Range, Source
+from state.positions import SHARES, Range, Source
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
 from streaming.attribution import IMPRESSION, OUTCOME, PLAIN
@@ -47,7 +47,7 @@ ACTIONS = ("view", "impression", "click")
 WEIGHTS = np.array([1.0, 0.25, 3.0], np.float32)
 SETTINGS = Settings(
     events=Events(actions=ACTIONS, action_weights=(1.0, 0.25, 3.0)),
-    labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8),
+    labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8 * SHARES),
 )
 ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME}
 BASE_MS = 1_700_000_000_000

@@ -1,0 +1,189 @@
+"""The histories of one bucket's users, and its rows that wait, in memory: what the cores of the stream ask a store for.
+
+It is made of the deltas that an engine keeps, and knows neither the engine nor
+LMDB. Its events are numbered by the names of actions that it has met, as those
+of `state.history.store` are, so that the setting may change from savepoint to job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.features.erased import Erased
+from state.features.spec import EVENT, Events
+from state.history.actions import ACTIONS, Numbering, numbered
+from state.history.appends import Appends
+from state.history.waiting import WaitingRows, place_of
+from state.positions import Range, Source
+from streaming.distributed.delta import Delta
+
+PART_BYTES = 900_000  # of a snapshot: engines handle values of some megabytes badly
+_EVENT_BYTES = EVENT.itemsize
+
+IsOld = Callable[[Events], NDArray[np.bool_]]
+"""Of `[m]` EVENT which are old, `[m]` bool."""
+
+
+class BucketStore:
+    """One bucket's store. One thread at a time uses it.
+
+    Args:
+        history: N, events kept of a user.
+    """
+
+    def __init__(self, history: int) -> None:
+        self._history = history
+        self._events: dict[int, bytes] = {}
+        self._waiting: dict[bytes, bytes] = {}
+        self._extra: dict[str, bytes] = {}
+        self._numbering = Numbering()
+
+    def name_actions(self, actions: Sequence[str]) -> dict[str, bytes]:
+        """Numbers actions as the settings call them; returns what is to be kept with that."""
+        self._numbering, extra = numbered(self.extra(ACTIONS), actions)
+        self._extra |= extra
+        return extra
+
+    @property
+    def users(self) -> int:
+        """How many users have a history."""
+        return len(self._events)
+
+    def read_many(self, users: Sequence[int]) -> list[Events]:
+        """The histories of several users, each `[m <= N]` EVENT in append order."""
+        known, outwards = self._events, self._numbering.outwards
+        return [outwards(np.frombuffer(known.get(user, b""), EVENT)) for user in users]
+
+    def extra(self, name: str) -> bytes | None:
+        """A value of the owner's."""
+        return self._extra.get(name)
+
+    def waiting(self) -> Iterator[tuple[bytes, bytes]]:
+        """The rows that wait, in the order of their keys."""
+        return iter(sorted(self._waiting.items()))
+
+    def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The rows under `keys`; None for one that does not wait."""
+        return [self._waiting.get(key) for key in keys]
+
+    def waiting_rows(self) -> int:
+        """How many rows wait."""
+        return len(self._waiting)
+
+    def inwards(self, appends: Appends) -> Appends:
+        """Appends as the store keeps them."""
+        events = self._numbering.inwards(appends.events)
+        return appends if events is appends.events else Appends(appends.users, appends.starts, appends.lengths, events)
+
+    def take(self, delta: Delta) -> None:
+        """Takes what the store gains; its events are numbered by `inwards`."""
+        appends, most = delta.appends, self._history * _EVENT_BYTES
+        data, known = appends.events.tobytes(), self._events
+        starts, ends = (appends.starts * _EVENT_BYTES), (appends.starts + appends.lengths) * _EVENT_BYTES
+        for user, start, end in zip(appends.users.tolist(), starts.tolist(), ends.tolist(), strict=True):
+            before = known.get(user)
+            known[user] = (data[start:end] if before is None else before + data[start:end])[-most:]
+        for key, value in delta.waiting.items():
+            if value is None:
+                self._waiting.pop(key, None)
+            else:
+                self._waiting[key] = value
+        for name, said in delta.extra.items():
+            if said is None:
+                self._extra.pop(name, None)
+            else:
+                self._extra[name] = said
+
+    def leave_old(self, is_old: IsOld) -> int:
+        """Takes away the leading events of each user that are old; returns how many users have none left.
+
+        Only leading ones: a history keeps the last N events, and which these are must not change.
+        """
+        users, lengths = [*self._events], np.array([len(one) for one in self._events.values()], np.int64)
+        if not users:
+            return 0
+        fresh = ~is_old(np.frombuffer(b"".join(self._events.values()), EVENT))
+        ends = np.cumsum(lengths // _EVENT_BYTES)
+        # The place of the first event at or behind each place that is not old.
+        places = np.where(fresh, np.arange(len(fresh)), len(fresh))
+        following = np.minimum.accumulate(places[::-1])[::-1]
+        starts = ends - lengths // _EVENT_BYTES
+        kept = np.minimum(following[starts], ends)
+        gone = 0
+        for at in np.flatnonzero(kept > starts).tolist():
+            user, left = users[at], int(ends[at] - kept[at])
+            if left:
+                self._events[user] = self._events[user][-left * _EVENT_BYTES :]
+            else:
+                del self._events[user]
+                gone += 1
+        return gone
+
+    def newest(self) -> tuple[list[int], Events]:
+        """All users, and of each the newest event, `[k]` EVENT."""
+        tails = b"".join(one[-_EVENT_BYTES:] for one in self._events.values())
+        return [*self._events], np.frombuffer(tails, EVENT)
+
+    def evict(self, users: Sequence[int]) -> None:
+        """Takes users away; they are unknown then, as before the first click."""
+        for user in users:
+            del self._events[user]
+
+    def forget(self, erased: Erased) -> list[Source]:
+        """Takes away what is kept of erased users; returns the source of each row that waits no more."""
+        for user in erased.users:
+            if (stored := self._events.get(user)) is not None:
+                events = np.frombuffer(stored, EVENT)
+                kept = events[~erased.events(events, user)]
+                if len(kept):
+                    self._events[user] = kept.tobytes()
+                else:
+                    del self._events[user]
+        rows, keys = WaitingRows(self), sorted(self._waiting)
+        if rows.format is None or not keys:
+            return []
+        places = [place_of(key) for key in keys]
+        sources = sorted({source for source, _ in places})
+        gone = erased.rows(
+            rows.format.unpack([self._waiting[key] for key in keys])["user"],
+            np.array([sources.index(source) for source, _ in places], np.uint16),
+            np.array([offset for _, offset in places], np.int64),
+            [Range(source, 0, 0) for source in sources],
+        )
+        ended = np.flatnonzero(gone).tolist()
+        for at in ended:
+            del self._waiting[keys[at]]
+        return [places[at][0] for at in ended]
+
+    def snapshot(self) -> Iterator[Delta]:
+        """All that it has, as the gains of an empty store, in parts of some `PART_BYTES`."""
+        yield Delta(extra=dict(self._extra))
+        users: list[int] = []
+        size = 0
+        for user, events in self._events.items():
+            users.append(user)
+            size += len(events)
+            if size >= PART_BYTES:
+                yield Delta(self._appends(users))
+                users, size = [], 0
+        if users:
+            yield Delta(self._appends(users))
+        rows: dict[bytes, bytes | None] = {}
+        size = 0
+        for key, value in self._waiting.items():
+            rows[key] = value
+            size += len(key) + len(value)
+            if size >= PART_BYTES:
+                yield Delta(waiting=rows)
+                rows, size = {}, 0
+        if rows:
+            yield Delta(waiting=rows)
+
+    def _appends(self, users: Sequence[int]) -> Appends:
+        stored = [self._events[user] for user in users]
+        lengths = np.array([len(one) // _EVENT_BYTES for one in stored], np.int64)
+        events = np.frombuffer(b"".join(stored), EVENT)
+        return Appends(np.array(users, np.uint64), np.cumsum(lengths) - lengths, lengths, events)

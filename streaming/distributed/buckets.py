@@ -1,0 +1,153 @@
+"""The events of a bundle divided once into buckets of users, and how a bucket's part travels. Pure.
+
+Each bucket gets a part, also one without events: its ranges cover all offsets
+of the partitions that were read, so that its positions move on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.events.dead_letters import DeadLetter, Reason
+from state.events.event_batch import EventBatch
+from state.positions import SHARES, Range, Source, from_json, share_of, to_json
+from streaming.cut import merge_all
+from streaming.distributed.wire import pack, unpack
+from streaming.event_clock import OffClock, Told
+from streaming.masking import COLUMNS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Portion:
+    """What one bucket gets of a bundle.
+
+    Attributes:
+        batch: Its users' events; the ranges are the bucket's.
+        told: What time it was; `state` is empty, for it stays with the positions of the source.
+        control: The generation of control whose mask left events out; 0 for none.
+        log_epoch: The epoch of the training log that is written.
+        appended_ms: When Kafka took the newest record of the bundle; 0 for none.
+    """
+
+    batch: EventBatch
+    told: Told
+    control: int = 0
+    log_epoch: int = 1
+    appended_ms: int = 0
+
+
+def gathered(events: EventBatch) -> EventBatch:
+    """The batch with one range a partition, where several polls found a part of it each."""
+    if len({part.source for part in events.ranges}) == len(events.ranges):
+        return events
+    ranges = merge_all(events.ranges)
+    number = {part.source: at for at, part in enumerate(ranges)}
+    numbers = np.array([number[part.source] for part in events.ranges], np.uint16)
+    return replace(events, ranges=ranges, source=numbers[events.source])
+
+
+def divide(events: EventBatch, told: Told, buckets: int) -> list[tuple[EventBatch, Told]]:
+    """What each of the buckets gets, in their order.
+
+    Args:
+        events: One range a partition.
+        told: What time it was.
+        buckets: How many there are, a divisor of `SHARES`.
+    """
+    mine, parts = share_of(events.user) % buckets, len(events.ranges)
+    order = np.argsort(mine, kind="stable")
+    ends = np.cumsum(np.bincount(mine, minlength=buckets)).tolist()
+    rows = np.bincount(mine * parts + events.source, minlength=buckets * parts).reshape(buckets, parts).tolist()
+    categories, items = dict(events.names), dict(events.item_names)
+    found = []
+    for bucket, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        keep = order[start:end]
+        columns = {name: column[keep] for name in COLUMNS if len(column := getattr(events, name)) == len(events)}
+        batch = replace(
+            events,
+            **columns,
+            ranges=tuple(
+                _of_bucket(part, bucket, buckets, count)
+                for part, count in zip(events.ranges, rows[bucket], strict=True)
+            ),
+            dead=() if bucket else events.dead,
+            names=_named(categories, columns["category"]),
+            item_names=_named(items, columns["item"]),
+        )
+        off = () if bucket else told.off
+        found.append((batch, Told(told.clock_ms[keep], told.clocks, {}, off)))
+    # What names no event goes with the first bucket.
+    first, clock = found[0]
+    found[0] = replace(first, names=first.names | categories, item_names=first.item_names | items), clock
+    return found
+
+
+def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:
+    """A bucket's range: what became of offsets without a user is counted by the first one."""
+    source = part.source._replace(bucket=bucket, buckets=buckets)
+    if bucket:
+        return Range(source, part.first, part.next, rows=rows, elsewhere=part.next - part.first - rows)
+    return replace(part, source=source, rows=rows, elsewhere=part.rows - rows)
+
+
+def _named(left: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
+    """Takes the names of ids that occur in a bucket out of those that are left."""
+    return {one: left.pop(one) for one in left.keys() & {*ids.tolist()}} if left else {}
+
+
+def encode(portion: Portion) -> bytes:
+    """The bytes of a portion; of dead letters nothing but their coordinates and reason."""
+    batch, told = portion.batch, portion.told
+    head = {
+        "ranges": [to_json(part) for part in batch.ranges],
+        "dead": [(one.source.topic_id, one.source.partition, one.offset, str(one.reason)) for one in batch.dead],
+        "names": _texts(batch.names),
+        "item_names": _texts(batch.item_names),
+        "clocks": told.clocks,
+        "off": told.off,
+        "control": portion.control,
+        "log_epoch": portion.log_epoch,
+        "appended_ms": portion.appended_ms,
+    }
+    return pack(head, {name: getattr(batch, name) for name in COLUMNS} | {"clock_ms": told.clock_ms})
+
+
+def decode(value: bytes) -> Portion:
+    """The portion that `encode` wrote."""
+    head, arrays = unpack(value)
+    clock_ms = arrays.pop("clock_ms")
+    batch = EventBatch(
+        **arrays,
+        ranges=tuple(map(from_json, head["ranges"])),
+        dead=tuple(
+            DeadLetter(Source(topic_id, partition), offset, Reason(reason), None, None)
+            for topic_id, partition, offset, reason in head["dead"]
+        ),
+        names=_of_texts(head["names"]),
+        item_names=_of_texts(head["item_names"]),
+    )
+    clocks = tuple((begin, end) for begin, end in head["clocks"])
+    told = Told(clock_ms, clocks, {}, tuple(OffClock(*one) for one in head["off"]))
+    return Portion(batch, told, head["control"], head["log_epoch"], head["appended_ms"])
+
+
+def _texts(names: Mapping[int, str]) -> dict[str, str]:
+    return {str(one): text for one, text in names.items()}
+
+
+def _of_texts(names: Mapping[str, Any]) -> dict[int, str]:
+    return {int(one): text for one, text in names.items()}
+
+
+def allowed(buckets: int) -> bool:
+    """Whether users can be divided so: each of their shares belongs to one bucket.
+
+    >>> [count for count in range(1, 100) if allowed(count)]
+    [1, 2, 4, 8, 16, 32, 64]
+    """
+    return buckets >= 1 and SHARES % buckets == 0

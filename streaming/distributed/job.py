@@ -1,0 +1,144 @@
+"""The distributed job as one sentence, and how it is handed to an engine.
+
+    read ─┬─ (bucket, portion) ─ update bucket ─ write ─── account
+          └─ of each source element         └── one stage ──┘   └─ one key
+
+The engine keeps positions, clocks, histories, rows that wait and the account in
+one checkpoint; what is behind a checkpoint is read and made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.coders import BytesCoder
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pvalue import PCollection
+from apache_beam.runners.runner import PipelineResult
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
+
+from state.config.settings import Settings
+from state.errors import SettingsError
+from state.events.identity import own_salt
+from state.features.spec import FeatureSpec
+from state.log import KafkaLog, Log, topic_plan
+from state.log.gaps import Consent
+from state.positions import from_json
+from state.registry.model_fit import require_same_features
+from streaming.distributed.account import Account
+from streaming.distributed.buckets import allowed
+from streaming.distributed.core import Made
+from streaming.distributed.showing import Showing
+from streaming.distributed.sink import WriteBuckets
+from streaming.distributed.steps import ReadPartitions, UpdateBuckets, WorkerStep
+from streaming.distributed.wire import unpack
+from streaming.distributed.worker import Plan, without_secrets
+
+NO_CONSENT = Consent()
+logger = logging.getLogger(__name__)
+
+
+class KeepAccount(WorkerStep):
+    """Keeps the account of all buckets under one key, and shows it."""
+
+    ACCOUNT = ReadModifyWriteStateSpec("account", BytesCoder())
+    _showing: Showing | None = None
+
+    def process(
+        self,
+        element: tuple[int, bytes],
+        kept: Any = beam.DoFn.StateParam(ACCOUNT),  # noqa: B008  # Beam reads the default
+    ) -> Iterator[None]:
+        """Takes what was written of a bundle."""
+        told, _ = unpack(element[1])
+        account = Account.from_bytes(kept.read())
+        account.take(map(from_json, told["ranges"]))
+        account.take(map(from_json, told["dropped"]))
+        kept.write(account.to_bytes())
+        if self._showing is None:
+            self._showing = Showing(self.worker)
+        self._showing.take(account, told)
+        yield from ()
+
+    def teardown(self) -> None:
+        """Shows the last of it."""
+        if self._showing is not None:
+            self._showing.close()
+            self._showing = None
+
+
+class StartSources(beam.DoFn):
+    """Gives each source element its number.
+
+    Args:
+        sources: How many there are.
+    """
+
+    def __init__(self, sources: int) -> None:
+        super().__init__()
+        self._sources = sources
+
+    def process(self, element: bytes) -> Iterator[int]:
+        """The numbers."""
+        yield from range(self._sources)
+
+
+def build_distributed(pipeline: beam.Pipeline, plan: Plan) -> PCollection[None]:
+    """Applies the job to `pipeline`."""
+    portion, told = tuple[int, bytes], tuple[int, bytes]
+    accounted: PCollection[None] = (
+        pipeline
+        | "Start" >> beam.Impulse()
+        | "Number sources" >> beam.ParDo(StartSources(plan.settings.stream.sources)).with_output_types(int)
+        | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(portion)
+        | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(Made)
+        | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(told)
+        | "Keep account" >> beam.ParDo(KeepAccount(plan))
+    )
+    return accounted
+
+
+def plan_of(
+    settings: Settings, consent: Consent = NO_CONSENT, until: Mapping[int, int] | None = None, log: Log | None = None
+) -> Plan:
+    """What the steps are told, once what would stop them was looked at.
+
+    Args:
+        settings: The effective settings.
+        consent: The losses that the operator accepts.
+        until: By partition where reading ends; None for never.
+        log: Where the topics are; the cluster of the settings where none is given.
+
+    Raises:
+        ModelMismatch: The features are others than what was learned, and nobody asked for an upgrade.
+        SettingsError: Users cannot be divided into so many buckets.
+        MissingSalt: The salt of what is stored here is gone.
+        LogError: The topic of clicks is missing, or Kafka is not reachable.
+    """
+    stream = settings.stream
+    if not allowed(stream.buckets):
+        raise SettingsError(f"stream.buckets {stream.buckets} is no divisor of 64", "take 1, 2, 4, 8, 16, 32 or 64")
+    if stream.shards > 1:
+        raise SettingsError(
+            f"stream.shards {stream.shards} divides the partitions among processes, which the engine does here",
+            "leave stream.shards out, and give stream.sources and the runner's --parallelism",
+        )
+    FeatureSpec.from_settings(settings)
+    require_same_features(settings)
+    salt = own_salt(settings)
+    with (log or KafkaLog(settings.kafka)).topics() as topics:
+        topics.describe(settings.kafka.clicks_topic)
+        topics.ensure(*topic_plan.dead_letters(settings))
+        topics.ensure(*topic_plan.microbatches(settings))
+    return Plan(secrets.token_hex(8), without_secrets(settings), salt.fingerprint, consent, until)
+
+
+def run_distributed(plan: Plan, options: PipelineOptions) -> PipelineResult:
+    """Hands the job to the engine that `options` name; returns its handle at once where the engine is elsewhere."""
+    pipeline = beam.Pipeline(options=options)
+    build_distributed(pipeline, plan)
+    return pipeline.run()

@@ -1,0 +1,230 @@
+"""The partitions of one source element: read for a moment, parsed, timed, and divided into buckets once a bundle.
+
+    poll until the moment is over ─ parse ─ leave masked clicks out ─ follow the clock ─ divide
+
+It stays open from bundle to bundle in its process, and is used again only where
+it stands exactly where the engine's checkpoint says.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from state.errors import GapError, LineTurned, SpringtideError, StoreError
+from state.events.event_batch import EventBatch
+from state.events.parser import Parser
+from state.features.mask import Mask
+from state.log import LogReader, PartitionBatch
+from state.positions import Gap
+from state.registry.control import Control
+from state.registry.control_look import ControlLook
+from state.registry.log_line import FIRST_EPOCH, Stretch
+from streaming.accounts import as_ranges, missing
+from streaming.distributed.buckets import Portion, divide, gathered
+from streaming.distributed.reading import Reading
+from streaming.distributed.worker import Worker
+from streaming.event_clock import EventClock
+from streaming.masking import leave_out
+from streaming.source import appended_ms
+
+REFRESH_S = 1.0
+logger = logging.getLogger(__name__)
+
+
+def of_element(element: int, elements: int, partitions: int) -> list[int]:
+    """The partitions that an element reads, those made later included.
+
+    >>> of_element(1, 2, 5)
+    [1, 3]
+    """
+    return [one for one in range(partitions) if one % elements == element]
+
+
+class Partitions:
+    """The open partitions of one source element. One thread at a time uses it.
+
+    Args:
+        worker: Of this process.
+        element: Its number.
+        reading: Where it begins.
+
+    Attributes:
+        at: How far it is, as the engine knows it.
+
+    Raises:
+        GapError: Positions are gone, and nobody accepted it.
+        LogError: Kafka is not reachable, or the topic is missing.
+    """
+
+    def __init__(self, worker: Worker, element: int, reading: Reading) -> None:
+        self._worker, self._element = worker, element
+        self._settings = worker.settings
+        self._parser = Parser(self._settings.events, worker.salt)
+        self._look = ControlLook(self._settings.registry_dir)
+        self._passed: list[Gap] = []
+        self._resting = threading.Event()
+        self._reader: LogReader | None = None
+        self.at = reading
+        self._open(reading)
+
+    def _open(self, reading: Reading) -> None:
+        """Opens the reader at `reading`; gaps that the operator accepted are passed."""
+        kafka, plan = self._settings.kafka, self._worker.plan
+        with self._worker.log.topics() as topics:
+            info = topics.describe(kafka.clicks_topic)
+            ends = topics.ends(kafka.clicks_topic)
+        if reading.topic_id not in ("", info.topic_id):
+            logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
+            reading = Reading(log_epoch=reading.log_epoch)
+        mine = of_element(self._element, self._settings.stream.sources, info.partitions)
+        known = {partition: at for partition, at in reading.next.items() if partition in mine}
+        positions = replace(reading, topic_id=info.topic_id, next=known).positions()
+        self._passed = missing(info.topic_id, positions, {one: ends[one] for one in mine})
+        refused = [gap for gap in self._passed if not plan.consent.covers(gap, info.topic_id)]
+        if refused:
+            raise GapError(
+                f"topic {kafka.clicks_topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}",
+                "restore them, or raise the topic's retention.ms for the next time",
+                refused,
+            )
+        for gap in self._passed:
+            logger.warning("gap accepted by %s (%s): %s", plan.consent.actor, plan.consent.reason, gap)
+            known[gap.source.partition] = gap.next
+        # There may be more elements than partitions, until the topic grows.
+        self._reader = self._worker.log.reader(kafka.clicks_topic, mine, known) if mine else None
+        self._clock = EventClock(reading.clocks.get)
+        self._reading = reading
+        self._refresh_s = time.monotonic() + REFRESH_S
+
+    def read(self) -> tuple[list[Portion], Reading | None]:
+        """What was read in a moment, divided, and how far that is; nothing and None where nothing is new.
+
+        Raises:
+            GapError, LogError: As at opening; or the topic was made anew.
+            LineTurned: Control asks for an older place of the log.
+        """
+        control = self._look.look()
+        log_epoch = self._epoch(control)
+        batches = self._poll()
+        if not batches and not self._passed:
+            return [], None
+        now_ms = time.time_ns() // 1_000_000
+        mask = Mask.NONE if control is None else control.mask
+        events = leave_out(self._events(batches), mask)
+        told = self._clock.follow(events, events.ranges, now_ms)
+        after = Reading(
+            events.ranges[0].source.topic_id,
+            {**self._reading.next, **{part.source.partition: part.next for part in events.ranges}},
+            {**self._reading.clocks, **told.state},
+            log_epoch,
+        )
+        generation = 0 if control is None else control.generation
+        newest_ms = max((appended_ms(batch, now_ms) for batch in batches), default=0)
+        parts = divide(events, told, self._settings.stream.buckets)
+        self.at = self._reading = after
+        return [Portion(batch, clock, generation, log_epoch, newest_ms) for batch, clock in parts], after
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all of it was read, where reading ends at all."""
+        until, reader = self._worker.plan.until, self._reader
+        if until is None or reader is None:
+            return until is not None
+        return all(reader.position(one) >= until.get(one, 0) for one in reader.partitions)
+
+    def close(self) -> None:
+        """Closes the reader."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _epoch(self, control: Control | None) -> int:
+        """The epoch of the log to write; reading goes on only where it had not got beyond where the line turned off."""
+        mine = self._reading.log_epoch
+        line = () if control is None else control.log
+        now = line[-1].epoch if line else (mine or FIRST_EPOCH)
+        if mine in (0, now):
+            return now
+        if mine > now:
+            raise StoreError(
+                f"the job is of epoch {mine} of the training log, and control knows {now}: it is another registry, or an "
+                "older copy of it",
+                "restore the registry, or start the job anew without a savepoint",
+            )
+        ahead = sorted({one for stretch in line if stretch.epoch > mine for one in self._ahead_of(stretch)})
+        if ahead:
+            raise LineTurned(
+                f"control's line of the training log turned off, into epoch {now}, before what this job has read: partition "
+                + ", ".join(f"{partition} at {at}" for partition, at in ahead),
+                "stop the job without a savepoint, and resume it from a savepoint or checkpoint that had read no further "
+                "than that; without one, start it anew: it reads the clicks from their beginning, and readers drop what "
+                "they have",
+            )
+        logger.info("epoch %d of the training log is written from here on", now)
+        return now
+
+    def _ahead_of(self, stretch: Stretch) -> list[tuple[int, int]]:
+        """The partitions that were read further than where a stretch of the line begins, and where that is."""
+        marks = dict[int, int]()
+        for source, at in stretch.sources:
+            if source.topic_id == self._reading.topic_id:
+                marks[source.partition] = min(at, marks.get(source.partition, at))
+        return [(one, marks.get(one, 0)) for one, ours in self._reading.next.items() if ours > marks.get(one, 0)]
+
+    def _poll(self) -> list[PartitionBatch]:
+        """Gathers what comes until the moment is over, or enough has come."""
+        stream, reader = self._settings.stream, self._reader
+        found: list[PartitionBatch] = []
+        begun_s, left = time.monotonic(), stream.bundle_events
+        while left > 0 and (rest_s := begun_s + stream.bundle_ms / 1000 - time.monotonic()) > 0:
+            if reader is None:
+                self._resting.wait(rest_s)
+                break
+            batches = [*self._before_the_end(reader.poll(rest_s, left))]
+            found += batches
+            left -= sum(map(len, batches))
+            if self.at_end:
+                break
+        if time.monotonic() >= self._refresh_s:
+            self._refresh_s = time.monotonic() + REFRESH_S
+            self._take_new_partitions()
+        return found
+
+    def _before_the_end(self, batches: Sequence[PartitionBatch]) -> Iterator[PartitionBatch]:
+        """What lies before where reading ends, where it does: whole batches, of which the last may reach beyond."""
+        until = self._worker.plan.until
+        for batch in batches:
+            if until is None or batch.first < until.get(batch.partition, 0):
+                yield batch
+
+    def _events(self, batches: Sequence[PartitionBatch]) -> EventBatch:
+        """The events of what was read, with the gaps that were passed before it."""
+        events = self._parser.parse(batches)
+        passed, self._passed = as_ranges(self._passed), []
+        if passed:
+            # Gaps come first, so that what follows goes on from them.
+            events = replace(events, ranges=(*passed, *events.ranges), source=events.source + len(passed))
+        return gathered(events)
+
+    def _take_new_partitions(self) -> None:
+        """Opens the reader anew where the topic has more partitions of this element."""
+        reader, kafka = self._reader, self._settings.kafka
+        known = [] if reader is None else reader.partitions
+        # A broker that is away costs only time.
+        with suppress(SpringtideError):
+            with self._worker.log.topics() as topics:
+                count = topics.describe(kafka.clicks_topic).partitions
+            mine = of_element(self._element, self._settings.stream.sources, count)
+            if len(mine) > len(known):
+                logger.info("reading new partitions of %s: %s", kafka.clicks_topic, mine)
+                at = {} if reader is None else {one: reader.position(one) for one in known}
+                self._reader = self._worker.log.reader(
+                    kafka.clicks_topic, mine, at | {one: 0 for one in mine if one not in at}
+                )
+                if reader is not None:
+                    reader.close()

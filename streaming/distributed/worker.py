@@ -1,0 +1,220 @@
+"""What the steps of a distributed job share in one process of an engine: opened once, by whichever step comes first.
+
+An engine starts processes as it likes, makes the steps in them of pickles, and
+runs several bundles at once, each in a thread. So steps carry a `Plan`, and ask
+for the process's `Worker`, which lives as long as the process: whatever belongs
+to one thread at a time is taken out of it and given back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+
+from state.config.sections import known_settings
+from state.config.settings import Settings
+from state.config.sources import variable
+from state.errors import SaltMismatch
+from state.events.identity import Salt, load_salt
+from state.features.mask import Mask
+from state.features.spec import FeatureSpec
+from state.log import KafkaLog, Log
+from state.log.gaps import Consent
+from state.metrics import StreamMetrics
+from state.positions import Source
+from state.registry.controls import Controls
+from streaming.attributes import Join
+from streaming.distributed.bucket_store import BucketStore
+from streaming.distributed.core import BucketCore, Place
+from streaming.distributed.keeping import Cache
+from streaming.open_shard import open_join
+from streaming.rows import Rows
+
+if TYPE_CHECKING:
+    from streaming.distributed.partitions import Partitions
+
+MASKS_KEPT = 8
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every step of a job is told where the job is handed in.
+
+    Attributes:
+        job: Of this very job: a process that serves another one next begins anew.
+        settings: The effective settings, without secrets: each process has those in its own environment.
+        salt: Fingerprint of the salt, which each process reads from `paths.salt_file`.
+        consent: The losses that the operator accepts.
+        until: By partition the offset at which reading ends; None for never, which a test or a backfill is not.
+    """
+
+    job: str
+    settings: Settings
+    salt: str
+    consent: Consent = field(default_factory=Consent)
+    until: Mapping[int, int] | None = None
+
+
+def without_secrets(settings: Settings) -> Settings:
+    """The settings as a job carries them: an engine keeps and shows what it was handed.
+
+    >>> from state.config.sections import Kafka
+    >>> without_secrets(Settings(kafka=Kafka(sasl_password="x"))).kafka.sasl_password
+    ''
+    """
+    return replace(_with(settings, {one.name: "" for one in known_settings() if one.secret}), origins={})
+
+
+def with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
+    """The settings with the secrets of a process's environment.
+
+    >>> with_secrets(Settings(), {"SPRINGTIDE_KAFKA_SASL_PASSWORD": "x"}).kafka.sasl_password
+    'x'
+    """
+    secrets = {one.name: variable(one.name) for one in known_settings() if one.secret}
+    return _with(settings, {name: env[named] for name, named in secrets.items() if named in env})
+
+
+def _with(settings: Settings, values: Mapping[str, str]) -> Settings:
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        settings = replace(settings, **{section: replace(getattr(settings, section), **{key: value})})
+    return settings
+
+
+class Worker:
+    """What one process owns for a job. Any thread.
+
+    Args:
+        plan: Of the job.
+        log: Where clicks and micro-batches are; the cluster of the settings where none is given.
+        join: What is known of users and items; read from their topics, where these are configured and none is given.
+
+    Raises:
+        MissingSalt, SettingsError: The salt is not here, or cannot be read.
+        SaltMismatch: It is another one than where the job was handed in.
+    """
+
+    def __init__(self, plan: Plan, log: Log | None = None, join: Join | None = None) -> None:
+        self.plan = plan
+        self.settings = with_secrets(plan.settings, os.environ)
+        self.spec = FeatureSpec.from_settings(self.settings)
+        self.log = log or KafkaLog(self.settings.kafka)
+        self.salt: Salt = load_salt(self.settings.salt_path, create=False)
+        if self.salt.fingerprint != plan.salt:
+            raise SaltMismatch.between(str(self.settings.salt_path), self.salt.fingerprint, plan.salt)
+        self.registry = CollectorRegistry()
+        self.metrics = StreamMetrics(self.registry)
+        self.cache = Cache(time.monotonic)
+        self.closing = ExitStack()
+        self._lock, self._joining = threading.Lock(), threading.Lock()
+        self._reading: dict[int, Partitions] = {}
+        self._masks: dict[int, Mask] = {}
+        self._join = join
+
+    def mask_of(self, control: int) -> Mask:
+        """What is left out by a generation of control; nothing by generation 0.
+
+        Raises:
+            CorruptVersion: The registry does not have it.
+        """
+        if not control:
+            return Mask.NONE
+        with self._lock:
+            if control not in self._masks:
+                if len(self._masks) >= MASKS_KEPT:
+                    del self._masks[min(self._masks)]
+                self._masks[control] = Controls(self.settings.registry_dir).generation(control).mask
+            return self._masks[control]
+
+    def join(self, rows: Rows) -> Rows:
+        """The rows with what is known of users and items now; as they are where nothing is configured.
+
+        Raises:
+            SpringtideError: The topics cannot be read.
+        """
+        settings = self.settings.attributes
+        if not (settings.user_topic or settings.item_topic):
+            return rows
+        with self._joining:
+            self._join = self._join or self._open_join()
+            return self._join.rows(rows)
+
+    def _open_join(self) -> Join:
+        """The attributes as the topics have them now, in a place of this process's own, and their follower."""
+        scratch = self.closing.enter_context(tempfile.TemporaryDirectory(prefix="springtide-attributes-"))
+        there = replace(self.settings, paths=replace(self.settings.paths, state=scratch))
+        found = open_join(there, self.salt, self.metrics, self.closing)
+        assert found is not None, "asked only where topics are configured"
+        return found
+
+    def open_core(self, store: BucketStore, places: dict[Source, Place], erased: int) -> BucketCore:
+        """The core of a bucket, of what the engine's state has of it.
+
+        Raises:
+            SaltMismatch: It is of another salt.
+        """
+        return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
+
+    def take_reading(self, element: int) -> Partitions | None:
+        """The open partitions of a source element, which nobody else gets then; None where they are not here."""
+        with self._lock:
+            return self._reading.pop(element, None)
+
+    def keep_reading(self, element: int, partitions: Partitions) -> None:
+        """Gives them back."""
+        with self._lock:
+            before, self._reading[element] = self._reading.get(element), partitions
+        if before is not None:
+            before.close()
+
+    def close(self) -> None:
+        """Ends readers and threads."""
+        with self._lock:
+            reading, self._reading = list(self._reading.values()), {}
+        for one in reading:
+            one.close()
+        self.cache.clear()
+        self.closing.close()
+
+
+_workers: dict[str, Worker] = {}
+_opening = threading.Lock()
+
+
+def worker_of(plan: Plan, log: Log | None = None, join: Join | None = None) -> Worker:
+    """This process's worker of a job; those of other jobs end, for a process serves one at a time.
+
+    Args:
+        plan: Of the job.
+        log: See `Worker`; counts where it is opened here.
+        join: Likewise.
+
+    Raises:
+        SpringtideError: It cannot be opened.
+    """
+    with _opening:
+        if plan.job not in _workers:
+            close_workers()
+            _workers[plan.job] = Worker(plan, log, join)
+        return _workers[plan.job]
+
+
+def close_workers() -> None:
+    """Ends all workers of this process."""
+    for job in list(_workers):
+        _workers.pop(job).close()
+
+
+atexit.register(close_workers)

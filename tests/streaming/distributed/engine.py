@@ -1,0 +1,151 @@
+"""A small engine: it runs the real steps of the distributed job, keeps their state, and goes back to its checkpoint when told to.
+
+Elements of one source reach a bucket in their order. A checkpoint is taken as
+engines take it: what is on its way is delivered and bundles are finished, then
+all state is kept. A crash takes the state back, and loses what is on its way
+and every bundle that was not finished; what is in the log stays there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from apache_beam.runners.sdf_utils import RestrictionTrackerView, ThreadsafeRestrictionTracker
+
+from state.positions import from_json
+from streaming.distributed.account import Account
+from streaming.distributed.reading import Reading, ReadingCoder, ReadingTracker
+from streaming.distributed.sink import WriteBuckets
+from streaming.distributed.steps import ReadPartitions, UpdateBuckets
+from streaming.distributed.wire import unpack
+from streaming.distributed.worker import Plan, worker_of
+
+
+@dataclass
+class OneValue:
+    """A value of a key's state."""
+
+    value: bytes | None = None
+
+    def read(self) -> bytes | None:
+        return self.value
+
+    def write(self, value: bytes) -> None:
+        self.value = value
+
+
+@dataclass
+class Values:
+    """A bag of a key's state, which comes back in another order."""
+
+    values: list[bytes] = field(default_factory=list)
+
+    def read(self) -> Iterable[bytes]:
+        return self.values[::-1]
+
+    def add(self, value: bytes) -> None:
+        self.values.append(value)
+
+    def clear(self) -> None:
+        self.values.clear()
+
+
+@dataclass
+class BucketState:
+    """The state of one bucket."""
+
+    head: OneValue = field(default_factory=OneValue)
+    snapshot: Values = field(default_factory=Values)
+    deltas: Values = field(default_factory=Values)
+
+
+@dataclass
+class Kept:
+    """What a checkpoint keeps."""
+
+    readings: dict[int, bytes]
+    buckets: dict[int, BucketState] = field(default_factory=dict)
+    account: bytes | None = None
+
+
+class Engine:
+    """Runs a job's steps.
+
+    Args:
+        plan: Of the job; its worker is open.
+        sinks: How many tasks write; a bucket's is that of its number.
+    """
+
+    def __init__(self, plan: Plan, sinks: int = 1) -> None:
+        self._sinks = sinks
+        self.now = Kept({one: ReadingCoder().encode(Reading()) for one in range(plan.settings.stream.sources)})
+        self._checkpoint = copy.deepcopy(self.now)
+        self.ended: set[int] = set()
+        self.begin(plan)
+
+    def begin(self, plan: Plan) -> None:
+        """Makes the steps; nothing is on its way."""
+        self._plan = plan
+        self._source, self._update = ReadPartitions(plan), UpdateBuckets(plan)
+        self._writers = [WriteBuckets(plan) for _ in range(self._sinks)]
+        for one in self._writers:
+            one.start_bundle()
+        self._on_the_way: dict[int, deque[bytes]] = {}
+
+    def read(self, element: int) -> None:
+        """One bundle of a source element."""
+        begin = ReadingCoder().decode(self.now.readings[element])
+        tracker = ThreadsafeRestrictionTracker(ReadingTracker(begin))
+        for one in self._source.process(element, RestrictionTrackerView(tracker)):
+            bucket, value = one.value
+            self._on_the_way.setdefault(bucket, deque()).append(value)
+        tracker.check_done()
+        put_off = tracker.deferred_status()
+        if put_off is None:
+            self.ended.add(element)
+        else:
+            self.now.readings[element] = ReadingCoder().encode(put_off[0])
+
+    def deliver(self, bucket: int, most: int = 1 << 30) -> None:
+        """Gives a bucket what is on its way to it."""
+        waiting = self._on_the_way.get(bucket, deque[bytes]())
+        state = self.now.buckets.setdefault(bucket, BucketState())
+        while waiting and most:
+            most -= 1
+            for made in self._update.process((bucket, waiting.popleft()), state.head, state.snapshot, state.deltas):
+                list(self._writers[bucket % self._sinks].process(made))
+
+    def finish(self, sink: int) -> None:
+        """Finishes the bundle of a writing task, whose account is told."""
+        writer = self._writers[sink]
+        for one in writer.finish_bundle():
+            told: dict[str, Any] = unpack(one.value[1])[0]
+            account = Account.from_bytes(self.now.account)
+            account.take(map(from_json, told["ranges"]))
+            account.take(map(from_json, told["dropped"]))
+            self.now.account = account.to_bytes()
+        writer.start_bundle()
+
+    def checkpoint(self) -> None:
+        """Keeps all state as it is now."""
+        for bucket in sorted(self._on_the_way):
+            self.deliver(bucket)
+        for sink in range(self._sinks):
+            self.finish(sink)
+        self._checkpoint = copy.deepcopy(self.now)
+
+    def crash(self, plan: Plan | None = None) -> None:
+        """Goes back to the checkpoint; with a plan its processes die too, and begin anew with that."""
+        self.now = copy.deepcopy(self._checkpoint)
+        self.ended.clear()
+        self.begin(plan or self._plan)
+
+    def close(self) -> None:
+        """Closes what the steps opened."""
+        for one in self._writers:
+            one.teardown()
+        worker_of(self._plan).close()

@@ -1,0 +1,196 @@
+"""The distributed job as Beam runs it: on a real Kafka its rows are those of the local form, and its graph is what engines need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+from state.config.settings import Settings
+from state.errors import LineTurned, SettingsError
+from state.events.identity import load_salt
+from state.features.mask import Mask
+from state.log import MemoryLog, Topics
+from state.microbatch.codec import decode
+from state.positions import Source
+from state.registry.control import roll_back, start
+from state.registry.controls import Controls
+from state.registry.log_line import turned
+from streaming.distributed.job import build_distributed, plan_of
+from streaming.distributed.options import PRISM, beam_options
+from streaming.distributed.partitions import Partitions
+from streaming.distributed.reading import Reading
+from streaming.distributed.worker import Plan, close_workers, worker_of
+from tests.conftest import KafkaFactory
+from tests.streaming.distributed.shop import Click, rows_of, settings_of, written
+from tests.streaming.streams import FOREVER, click, following, running, send, settings_for, until
+
+BAD = [b"{not json", click(1, user=None)]
+
+
+@pytest.fixture(autouse=True)
+def workers() -> Iterator[None]:
+    """What a test's steps opened in this process ends with it."""
+    yield
+    close_workers()
+
+
+def ends_of(settings: Settings) -> dict[int, int]:
+    """Where the clicks end."""
+    with Topics(settings.kafka) as topics:
+        return {partition: end for partition, (_, end) in topics.ends(settings.kafka.clicks_topic).items()}
+
+
+def committed(settings: Settings) -> Mapping[int, int]:
+    """What the group says."""
+    with Topics(settings.kafka) as topics:
+        return topics.committed(settings.kafka.group, settings.kafka.clicks_topic)
+
+
+def values_in(settings: Settings, rows: int) -> list[bytes]:
+    """The training log, once it has so many rows."""
+    with following(settings.kafka, settings.kafka.microbatches_topic) as log:
+        until(lambda: len(rows_of(log.poll())) >= rows, f"{rows} rows in the log")
+        return list(log.poll())
+
+
+def of_local_form(settings: Settings, folder: Path, rows: int) -> list[bytes]:
+    """What the local form writes of the same clicks, to a topic of its own."""
+    kafka = replace(settings.kafka, microbatches_topic=f"{settings.kafka.microbatches_topic}-local", group="local")
+    paths = replace(settings.paths, state=str(folder / "local"))
+    local = replace(settings, kafka=kafka, paths=paths)
+    with running(local, folder / "log"):
+        return values_in(local, rows)
+
+
+@pytest.fixture
+def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
+    """Clicks of 17 users in two partitions, some of them broken."""
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
+    clicks = [click(number) for number in range(600)]
+    clicks[50:50] = BAD
+    # Each user in one partition.
+    send(kafka, clicks, partition=lambda number: number % 17 % 2)
+    small = {"buckets": 4, "bundle_events": 50, "bundle_ms": 50, "sources": 2}
+    return settings_for(kafka, tmp_path / "state", tmp_path / "salt", **small)
+
+
+def test_on_beams_own_runner_the_rows_are_those_of_the_local_form(shop: Settings, tmp_path: Path) -> None:
+    plan = plan_of(shop, until=ends_of(shop))
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(["--streaming"]))
+    build_distributed(pipeline, plan)
+    pipeline.run().wait_until_finish()
+    close_workers()
+    values = values_in(shop, 600)
+    assert rows_of(values) == rows_of(of_local_form(shop, tmp_path, 600))
+    sources = {part.source for value in values for part in decode(value).header.ranges}
+    assert {(one.bucket, one.buckets) for one in sources} == {(bucket, 4) for bucket in range(4)}
+    until(lambda: committed(shop) == ends_of(shop), "the group knows what all buckets have")
+    with following(shop.kafka, shop.kafka.dead_letters_topic) as letters:
+        until(lambda: len(letters.poll()) == len(BAD), "dead letters")
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("SPRINGTIDE_PRISM", "prism")) is None,
+    reason="no Prism here: go install github.com/apache/beam/sdks/v2/go/cmd/prism@v2.77.0, or name it by SPRINGTIDE_PRISM",
+)
+def test_on_prism_the_rows_are_those_of_the_local_form(
+    shop: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPRINGTIDE_PRISM", str(shutil.which(os.environ.get("SPRINGTIDE_PRISM", "prism"))))
+    pipeline = beam.Pipeline(options=beam_options(PRISM, [], shop))
+    build_distributed(pipeline, plan_of(shop))
+    result = pipeline.run()
+    try:
+        assert rows_of(values_in(shop, 600)) == rows_of(of_local_form(shop, tmp_path, 600))
+        until(lambda: committed(shop) == ends_of(shop), "the group knows what all buckets have")
+    finally:
+        result.cancel()
+
+
+def payloads(proto: Any) -> dict[str, beam_runner_api_pb2.ParDoPayload]:
+    """By step label the ParDos of a pipeline."""
+    found = {}
+    for one in proto.components.transforms.values():
+        if one.spec.urn == common_urns.primitives.PAR_DO.urn:
+            found[one.unique_name] = beam_runner_api_pb2.ParDoPayload.FromString(one.spec.payload)
+    return found
+
+
+def test_the_graph_has_a_source_that_checkpoints_itself_and_state_by_key_on_dataflow_too(tmp_path: Path) -> None:
+    """Dataflow's options are taken and the graph is built; nobody ran it there."""
+    settings = settings_of(tmp_path, buckets=4)
+    log = written([Click(0, 0, 0, 0)], 1, settings)
+    plan = plan_of(settings, log=log)
+    words = ["--project=shop", "--region=europe-west4", "--temp_location=gs://shop/tmp", "--sdk_location=container"]
+    options = beam_options("DataflowRunner", words, settings)
+    assert options.view_as(GoogleCloudOptions).project == "shop"
+    pipeline = beam.Pipeline(runner="DataflowRunner", options=options)
+    build_distributed(pipeline, plan)
+    proto = pipeline.to_runner_api()
+    found = payloads(proto)
+    assert found["Read partitions"].restriction_coder_id
+    assert set(found["Update buckets"].state_specs) == {"head", "snapshot", "deltas"}
+    assert set(found["Keep account"].state_specs) == {"account"}
+    assert common_urns.requirements.REQUIRES_STATEFUL_PROCESSING.urn in proto.requirements
+    coder = proto.components.coders[found["Read partitions"].restriction_coder_id]
+    assert coder is not None
+
+
+def test_a_job_carries_no_secret_and_is_refused_where_users_cannot_be_divided(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, buckets=3)
+    log = written([], 1, settings)
+    with pytest.raises(SettingsError, match=r"stream\.buckets 3 is no divisor of 64"):
+        plan_of(settings, log=log)
+    shards = replace(settings, stream=replace(settings.stream, buckets=2, shards=2))
+    with pytest.raises(SettingsError, match="divides the partitions among processes"):
+        plan_of(shards, log=log)
+
+
+def turn(settings: Settings, at: Mapping[int, int], topic_id: str) -> None:
+    """Takes control through an exact rollback to a version that had read the clicks up to `at`."""
+    controls = Controls(settings.registry_dir)
+    first = controls.propose(start(actor="trainer", reason="first start", now_ms=0))
+    sources = [(Source(topic_id, partition), offset) for partition, offset in at.items()]
+    line = turned(first.log, 1, 1, 9, sources)
+    mask = Mask(times=((0, 9),))
+    controls.propose(roll_back(first, 1, mask, actor="ann", reason="poison", now_ms=1, log=line))
+
+
+def reading(settings: Settings, number: int, log: MemoryLog, begin: Reading) -> Partitions:
+    plan = Plan(f"turned-{number}", settings, load_salt(settings.salt_path).fingerprint)
+    return Partitions(worker_of(plan, log), 0, begin)
+
+
+def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepoint_goes_on(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, buckets=2, bundle_events=4, masks=True)
+    load_salt(settings.salt_path)
+    settings.registry_dir.mkdir()
+    log = written([Click(0, 0, one, one) for one in range(12)], 1, settings)
+    partitions = reading(settings, 1, log, Reading())
+    _, early = partitions.read()
+    _, late = partitions.read()
+    assert early is not None and late is not None
+    assert (early.next, late.next, late.log_epoch) == ({0: 4}, {0: 8}, 1)
+    turn(settings, {0: 6}, late.topic_id)
+    with pytest.raises(LineTurned, match="into epoch 2, before what this job has read: partition 0 at 6"):
+        partitions.read()
+    partitions.close()
+    again = reading(settings, 2, log, early)
+    portions, after = again.read()
+    assert after is not None and after.log_epoch == 2
+    assert {one.log_epoch for one in portions} == {2}
+    assert [part.first for one in portions for part in one.batch.ranges] == [4, 4]
+    again.close()
