@@ -88,7 +88,8 @@ class Labels:
         """`[n]` int64, what each row waits among: its partition's impressions of its share of the users; `source` is an index."""
         known = self._numbers
         partitions = [known.setdefault((one.topic_id, one.partition), len(known)) for one in sources]
-        return np.array(partitions or [0], np.int64)[source] * SHARES + share_of(user)
+        numbers: NDArray[np.int64] = np.array(partitions or [0], np.int64)[source] * SHARES + share_of(user)
+        return numbers
 
     def attribute(self, rows: Rows) -> Rows:
         """Says of each event whether it waits, and which earlier impressions it labels, by the clocks of `rows.told`."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from state.errors import CorruptStore
 from state.features.spec import EVENT
@@ -44,7 +46,7 @@ def encode(delta: Delta, number: int) -> bytes:
     appends = delta.appends
     keys, rows = [*delta.waiting], [*delta.waiting.values()]
     values = [*rows, *delta.extra.values()]
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "users": appends.users,
         "counts": appends.lengths,
         "events": np.frombuffer(appends.events.tobytes(), np.uint8),

@@ -30,13 +30,13 @@ from state.log.gaps import Consent
 from state.positions import from_json
 from state.registry.model_fit import require_same_features
 from streaming.distributed.account import Account
+from streaming.distributed.bucket import BucketRows
 from streaming.distributed.buckets import allowed
-from streaming.distributed.core import Made
 from streaming.distributed.showing import Showing
 from streaming.distributed.sink import WriteBuckets
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets, WorkerStep
 from streaming.distributed.wire import unpack
-from streaming.distributed.worker import Plan, without_secrets
+from streaming.distributed.worker import JobPlan, without_secrets
 
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class StartSources(beam.DoFn):
         yield from range(self._sources)
 
 
-def build_distributed(pipeline: beam.Pipeline, plan: Plan) -> PCollection[None]:
+def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[None]:
     """Applies the job to `pipeline`."""
     portion, told = tuple[int, bytes], tuple[int, bytes]
     accounted: PCollection[None] = (
@@ -95,7 +95,7 @@ def build_distributed(pipeline: beam.Pipeline, plan: Plan) -> PCollection[None]:
         | "Start" >> beam.Impulse()
         | "Number sources" >> beam.ParDo(StartSources(plan.settings.stream.sources)).with_output_types(int)
         | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(portion)
-        | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(Made)
+        | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(BucketRows)
         | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(told)
         | "Keep account" >> beam.ParDo(KeepAccount(plan))
     )
@@ -104,7 +104,7 @@ def build_distributed(pipeline: beam.Pipeline, plan: Plan) -> PCollection[None]:
 
 def plan_of(
     settings: Settings, consent: Consent = NO_CONSENT, until: Mapping[int, int] | None = None, log: Log | None = None
-) -> Plan:
+) -> JobPlan:
     """What the steps are told, once what would stop them was looked at.
 
     Args:
@@ -134,10 +134,10 @@ def plan_of(
         topics.describe(settings.kafka.clicks_topic)
         topics.ensure(*topic_plan.dead_letters(settings))
         topics.ensure(*topic_plan.microbatches(settings))
-    return Plan(secrets.token_hex(8), without_secrets(settings), salt.fingerprint, consent, until)
+    return JobPlan(secrets.token_hex(8), without_secrets(settings), salt.fingerprint, consent, until)
 
 
-def run_distributed(plan: Plan, options: PipelineOptions) -> PipelineResult:
+def run_distributed(plan: JobPlan, options: PipelineOptions) -> PipelineResult:
     """Hands the job to the engine that `options` name; returns its handle at once where the engine is elsewhere."""
     pipeline = beam.Pipeline(options=options)
     build_distributed(pipeline, plan)

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 from state.features.mask import Mask
 from state.positions import Source
+from streaming.distributed.bucket import BucketCore, BucketPlace, BucketRows, Joins
 from streaming.distributed.bucket_store import BucketStore
 from streaming.distributed.buckets import Portion
-from streaming.distributed.core import BucketCore, Joins, Made, Place
 from streaming.distributed.delta import decode, encode
 
 LEAST_BYTES = 1_000_000  # of deltas, before a snapshot is written anew
@@ -75,7 +75,7 @@ class Head:
     """
 
     token: str = ""
-    places: dict[Source, Place] = field(default_factory=dict)
+    places: dict[Source, BucketPlace] = field(default_factory=dict)
     number: int = 0
     snapshot_bytes: int = 0
     delta_bytes: int = 0
@@ -90,14 +90,14 @@ class Head:
     def from_bytes(cls, value: bytes | None) -> Head:
         """What `to_bytes` gave; None is a bucket that never got anything.
 
-        >>> one = Head("ab", {Source("ab" * 16, 0, 1, 2): Place(7, 1000)}, 3)
+        >>> one = Head("ab", {Source("ab" * 16, 0, 1, 2): BucketPlace(7, 1000)}, 3)
         >>> Head.from_bytes(one.to_bytes()) == one
         True
         """
         if value is None:
             return cls()
         told = json.loads(value)
-        places = {Source.parse(name): Place(*place) for name, place in told.pop("places").items()}
+        places = {Source.parse(name): BucketPlace(*place) for name, place in told.pop("places").items()}
         return cls(places=places, **told)
 
 
@@ -139,7 +139,7 @@ class Cache:
             return sum(core.cached_users for _, core, _ in self._held.values())
 
 
-Opens = Callable[[BucketStore, dict[Source, Place], int], BucketCore]
+Opens = Callable[[BucketStore, dict[Source, BucketPlace], int], BucketCore]
 """Makes the core of a bucket of its store, how far it is, and its last erasure."""
 
 
@@ -153,7 +153,7 @@ def take_portion(
     mask: Mask,
     join: Joins,
     new_token: Callable[[], str],
-) -> Made:
+) -> BucketRows:
     """Makes the rows of a portion of a bucket, and notes in the engine's state what the bucket gained.
 
     1. The bucket, out of the cache or out of the state.

@@ -75,7 +75,7 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
     if runner == FLINK:
         # The runner of a job server: `FlinkRunner` would fetch and start one of its own.
         filled += [("runner", "PortableRunner"), ("job_endpoint", f"127.0.0.1:{JOB_PORT}")]
-        # Worker processes beside the TaskManager, of this very code.
+        # JobWorker processes beside the TaskManager, of this very code.
         filled += [("environment_type", "EXTERNAL"), ("environment_config", f"127.0.0.1:{WORKER_PORT}"), *ON_FLINK]
     elif runner == PRISM:
         filled += [("runner", "PrismRunner"), *ON_PRISM]

@@ -26,8 +26,8 @@ from state.registry.control_look import ControlLook
 from state.registry.log_line import FIRST_EPOCH, Stretch
 from streaming.accounts import as_ranges, missing
 from streaming.distributed.buckets import Portion, divide, gathered
-from streaming.distributed.reading import Reading
-from streaming.distributed.worker import Worker
+from streaming.distributed.reading import SourceReading
+from streaming.distributed.worker import JobWorker
 from streaming.event_clock import EventClock
 from streaming.masking import leave_out
 from streaming.source import appended_ms
@@ -61,7 +61,7 @@ class Partitions:
         LogError: Kafka is not reachable, or the topic is missing.
     """
 
-    def __init__(self, worker: Worker, element: int, reading: Reading) -> None:
+    def __init__(self, worker: JobWorker, element: int, reading: SourceReading) -> None:
         self._worker, self._element = worker, element
         self._settings = worker.settings
         self._parser = Parser(self._settings.events, worker.salt)
@@ -72,7 +72,7 @@ class Partitions:
         self.at = reading
         self._open(reading)
 
-    def _open(self, reading: Reading) -> None:
+    def _open(self, reading: SourceReading) -> None:
         """Opens the reader at `reading`; gaps that the operator accepted are passed."""
         kafka, plan = self._settings.kafka, self._worker.plan
         with self._worker.log.topics() as topics:
@@ -80,7 +80,7 @@ class Partitions:
             ends = topics.ends(kafka.clicks_topic)
         if reading.topic_id not in ("", info.topic_id):
             logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
-            reading = Reading(log_epoch=reading.log_epoch)
+            reading = SourceReading(log_epoch=reading.log_epoch)
         mine = of_element(self._element, self._settings.stream.sources, info.partitions)
         known = {partition: at for partition, at in reading.next.items() if partition in mine}
         positions = replace(reading, topic_id=info.topic_id, next=known).positions()
@@ -101,7 +101,7 @@ class Partitions:
         self._reading = reading
         self._refresh_s = time.monotonic() + REFRESH_S
 
-    def read(self) -> tuple[list[Portion], Reading | None]:
+    def read(self) -> tuple[list[Portion], SourceReading | None]:
         """What was read in a moment, divided, and how far that is; nothing and None where nothing is new.
 
         Raises:
@@ -117,7 +117,7 @@ class Partitions:
         mask = Mask.NONE if control is None else control.mask
         events = leave_out(self._events(batches), mask)
         told = self._clock.follow(events, events.ranges, now_ms)
-        after = Reading(
+        after = SourceReading(
             events.ranges[0].source.topic_id,
             {**self._reading.next, **{part.source.partition: part.next for part in events.ranges}},
             {**self._reading.clocks, **told.state},

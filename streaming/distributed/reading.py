@@ -1,6 +1,6 @@
 """How far a source element has read: positions and clocks together, as the engine checkpoints them.
 
-Whatever an element of the source gave out, the engine keeps the `Reading` after
+Whatever an element of the source gave out, the engine keeps the `SourceReading` after
 it in the same checkpoint; reading goes on from there, with the witnesses of the
 time as they were, so that each click gets the clock that it had before.
 """
@@ -20,7 +20,7 @@ from streaming.distributed.wire import pack, unpack
 
 
 @dataclass(frozen=True)
-class Reading:
+class SourceReading:
     """How far one source element has read.
 
     Attributes:
@@ -41,32 +41,34 @@ class Reading:
 
 
 class ReadingCoder(Coder):
-    """The bytes of a `Reading`, in checkpoints and savepoints.
+    """The bytes of a `SourceReading`, in checkpoints and savepoints.
 
-    >>> one = Reading("ab" * 16, {3: 7}, {"clock:all": b"12"}, 2)
+    >>> one = SourceReading("ab" * 16, {3: 7}, {"clock:all": b"12"}, 2)
     >>> ReadingCoder().decode(ReadingCoder().encode(one)) == one
     True
     """
 
-    def encode(self, value: Reading) -> bytes:
+    def encode(self, value: SourceReading) -> bytes:
         """The bytes."""
         head = {"topic_id": value.topic_id, "next": sorted(value.next.items()), "log_epoch": value.log_epoch}
         clocks = {name: np.frombuffer(value.clocks[name], np.uint8) for name in sorted(value.clocks)}
         return pack(head, clocks)
 
-    def decode(self, encoded: bytes) -> Reading:
+    def decode(self, encoded: bytes) -> SourceReading:
         """What `encode` took."""
         head, clocks = unpack(encoded)
         found = {name: one.tobytes() for name, one in clocks.items()}
-        return Reading(head["topic_id"], {int(one): int(at) for one, at in head["next"]}, found, head["log_epoch"])
+        return SourceReading(
+            head["topic_id"], {int(one): int(at) for one, at in head["next"]}, found, head["log_epoch"]
+        )
 
     def is_deterministic(self) -> bool:
         """Equal readings have equal bytes."""
         return True
 
-    def to_type_hint(self) -> type[Reading]:
+    def to_type_hint(self) -> type[SourceReading]:
         """What is encoded."""
-        return Reading
+        return SourceReading
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -76,17 +78,17 @@ class ReadingCoder(Coder):
 
 
 class ReadingTracker(RestrictionTracker):
-    """A `Reading` that goes on with each claim, until the engine, or the step itself, puts off the rest.
+    """A `SourceReading` that goes on with each claim, until the engine, or the step itself, puts off the rest.
 
     Args:
         reading: Where it begins.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: SourceReading) -> None:
         self._reading = reading
         self._ended = self._put_off = False
 
-    def current_restriction(self) -> Reading:
+    def current_restriction(self) -> SourceReading:
         """How far it is."""
         return self._reading
 
@@ -94,7 +96,7 @@ class ReadingTracker(RestrictionTracker):
         """None of it is done until all of it is: there is no end."""
         return RestrictionProgress(fraction=float(self._ended))
 
-    def try_claim(self, after: Reading | None) -> bool:
+    def try_claim(self, after: SourceReading | None) -> bool:
         """Moves on to `after`; None ends it. False where the rest was put off: nothing may be given out then."""
         if self._put_off:
             return False
@@ -102,7 +104,7 @@ class ReadingTracker(RestrictionTracker):
         self._reading = self._reading if after is None else after
         return True
 
-    def try_split(self, fraction_of_remainder: float) -> tuple[Reading, Reading] | None:
+    def try_split(self, fraction_of_remainder: float) -> tuple[SourceReading, SourceReading] | None:
         """Puts off the rest; partitions are not divided further, and an endless rest has no middle."""
         if fraction_of_remainder > 0 or self._ended or self._put_off:
             return None
@@ -122,15 +124,15 @@ class ReadingTracker(RestrictionTracker):
 class Readings(RestrictionProvider):
     """Begins an element's reading at the topic's beginning."""
 
-    def initial_restriction(self, element: int) -> Reading:
+    def initial_restriction(self, element: int) -> SourceReading:
         """Nothing read."""
-        return Reading()
+        return SourceReading()
 
-    def create_tracker(self, restriction: Reading) -> ReadingTracker:
+    def create_tracker(self, restriction: SourceReading) -> ReadingTracker:
         """A tracker of it."""
         return ReadingTracker(restriction)
 
-    def restriction_size(self, element: int, restriction: Reading) -> int:
+    def restriction_size(self, element: int, restriction: SourceReading) -> int:
         """One: there is nothing to weigh it against."""
         return 1
 

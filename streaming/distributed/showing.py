@@ -21,7 +21,7 @@ from state.metrics import StreamMetrics
 from state.positions import RARE, UNPLACED, from_json
 from streaming.accounts import OF_LABELS
 from streaming.distributed.account import Account
-from streaming.distributed.worker import Worker
+from streaming.distributed.worker import JobWorker
 
 SHOW_S = 1.0
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Showing:
         worker: Of this process: its metrics, and where they are served.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: JobWorker) -> None:
         self._settings: Settings = worker.settings
         self._log: Log = worker.log
         self._metrics: StreamMetrics = worker.metrics

@@ -26,10 +26,10 @@ from state.events.dead_letters import DeadLetter
 from state.log import LogWriter
 from state.positions import to_json
 from streaming.cut import Cut, encode_cut
-from streaming.distributed.core import Made
+from streaming.distributed.bucket import BucketRows
 from streaming.distributed.steps import WorkerStep
 from streaming.distributed.wire import pack
-from streaming.distributed.worker import Worker
+from streaming.distributed.worker import JobWorker
 from streaming.letters import send_letters
 
 ACCOUNT = 0  # the one key of the step behind it
@@ -38,13 +38,13 @@ WAIT_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-def records_of(made: Sequence[Made], worker: Worker, now_ms: int) -> list[bytes]:
+def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
     """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed.
 
     Raises:
         MicroBatchError: A row is larger than a record may be.
     """
-    groups: dict[tuple[int, int], list[Made]] = {}
+    groups: dict[tuple[int, int], list[BucketRows]] = {}
     for one in made:
         groups.setdefault((one.mask_generation, one.log_epoch), []).append(one)
     stream, values = worker.settings.stream, list[bytes]()
@@ -55,7 +55,7 @@ def records_of(made: Sequence[Made], worker: Worker, now_ms: int) -> list[bytes]
     return values
 
 
-def told(made: Sequence[Made], records: int, seconds: float, truncated: Sequence[int]) -> bytes:
+def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Sequence[int]) -> bytes:
     """What the account is told of a bundle.
 
     Args:
@@ -87,9 +87,9 @@ class WriteBuckets(WorkerStep):
 
     def start_bundle(self) -> None:
         """Nothing is gathered yet."""
-        self._made: list[Made] = []
+        self._made: list[BucketRows] = []
 
-    def process(self, element: Made) -> Iterator[tuple[int, bytes]]:
+    def process(self, element: BucketRows) -> Iterator[tuple[int, bytes]]:
         """Gathers."""
         self._made.append(element)
         yield from ()
@@ -110,7 +110,7 @@ class WriteBuckets(WorkerStep):
         self._write(worker, values, letters, now_ms)
         truncated = [at for at, name in enumerate(worker.spec.names) if name == "truncated"]
         value = told(made, len(values), time.perf_counter() - begun_s, truncated)
-        yield WindowedValue((ACCOUNT, value), Timestamp.now(), [GlobalWindow()])
+        yield WindowedValue((ACCOUNT, value), Timestamp.now(), (GlobalWindow(),))
 
     def teardown(self) -> None:
         """Closes the connection."""
@@ -118,7 +118,7 @@ class WriteBuckets(WorkerStep):
             self._writer.close()
             self._writer = None
 
-    def _write(self, worker: Worker, values: Sequence[bytes], letters: Sequence[DeadLetter], now_ms: int) -> None:
+    def _write(self, worker: JobWorker, values: Sequence[bytes], letters: Sequence[DeadLetter], now_ms: int) -> None:
         """Writes, acknowledged when it returns; a broker that is away for a moment costs only time.
 
         Where the outcome is unknown a new writer writes again: what is there then comes twice, with the same places.

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec
+from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
+from streaming.distributed.bucket import BucketRows
 from streaming.distributed.buckets import decode, encode
-from streaming.distributed.core import Made
 from streaming.distributed.keeping import Cells, take_portion
 from streaming.distributed.partitions import Partitions
-from streaming.distributed.reading import Reading, Readings
-from streaming.distributed.worker import Plan, Worker, worker_of
+from streaming.distributed.reading import Readings, SourceReading
+from streaming.distributed.worker import JobPlan, JobWorker, worker_of
 
 TOKEN_BYTES = 16
 
@@ -28,12 +29,12 @@ class WorkerStep(beam.DoFn):
         plan: Of the job.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: JobPlan) -> None:
         super().__init__()
         self._plan = plan
 
     @property
-    def worker(self) -> Worker:
+    def worker(self) -> JobWorker:
         """What this process owns."""
         return worker_of(self._plan)
 
@@ -70,11 +71,11 @@ class ReadPartitions(WorkerStep):
         # Prism hands out what a key gets by timestamp.
         now = Timestamp.now()
         for bucket, portion in enumerate(portions):
-            yield beam.window.TimestampedValue((bucket, encode(portion)), now)
+            yield TimestampedValue((bucket, encode(portion)), now)
         tracker.defer_remainder()
 
-    def _open(self, worker: Worker, element: int, begin: Reading) -> Partitions:
-        held = worker.take_reading(element)
+    def _open(self, worker: JobWorker, element: int, begin: SourceReading) -> Partitions:
+        held = cast(Partitions | None, worker.take_reading(element))
         if held is not None and held.at != begin:
             held.close()
             held = None
@@ -94,7 +95,7 @@ class UpdateBuckets(WorkerStep):
         head: Any = beam.DoFn.StateParam(HEAD),  # noqa: B008  # Beam reads the defaults
         snapshot: Any = beam.DoFn.StateParam(SNAPSHOT),  # noqa: B008
         deltas: Any = beam.DoFn.StateParam(DELTAS),  # noqa: B008
-    ) -> Iterator[Made]:
+    ) -> Iterator[BucketRows]:
         """Takes a portion."""
         bucket, value = element
         worker, portion = self.worker, decode(value)

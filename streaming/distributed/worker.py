@@ -1,8 +1,8 @@
 """What the steps of a distributed job share in one process of an engine: opened once, by whichever step comes first.
 
 An engine starts processes as it likes, makes the steps in them of pickles, and
-runs several bundles at once, each in a thread. So steps carry a `Plan`, and ask
-for the process's `Worker`, which lives as long as the process: whatever belongs
+runs several bundles at once, each in a thread. So steps carry a `JobPlan`, and ask
+for the process's `JobWorker`, which lives as long as the process: whatever belongs
 to one thread at a time is taken out of it and given back.
 """
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
@@ -34,21 +34,25 @@ from state.metrics import StreamMetrics
 from state.positions import Source
 from state.registry.controls import Controls
 from streaming.attributes import Join
+from streaming.distributed.bucket import BucketCore, BucketPlace
 from streaming.distributed.bucket_store import BucketStore
-from streaming.distributed.core import BucketCore, Place
 from streaming.distributed.keeping import Cache
 from streaming.open_shard import open_join
 from streaming.rows import Rows
-
-if TYPE_CHECKING:
-    from streaming.distributed.partitions import Partitions
 
 MASKS_KEPT = 8
 logger = logging.getLogger(__name__)
 
 
+class Closable(Protocol):
+    """What is kept open between bundles."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What every step of a job is told where the job is handed in.
 
     Attributes:
@@ -93,7 +97,7 @@ def _with(settings: Settings, values: Mapping[str, str]) -> Settings:
     return settings
 
 
-class Worker:
+class JobWorker:
     """What one process owns for a job. Any thread.
 
     Args:
@@ -106,7 +110,7 @@ class Worker:
         SaltMismatch: It is another one than where the job was handed in.
     """
 
-    def __init__(self, plan: Plan, log: Log | None = None, join: Join | None = None) -> None:
+    def __init__(self, plan: JobPlan, log: Log | None = None, join: Join | None = None) -> None:
         self.plan = plan
         self.settings = with_secrets(plan.settings, os.environ)
         self.spec = FeatureSpec.from_settings(self.settings)
@@ -119,7 +123,7 @@ class Worker:
         self.cache = Cache(time.monotonic)
         self.closing = ExitStack()
         self._lock, self._joining = threading.Lock(), threading.Lock()
-        self._reading: dict[int, Partitions] = {}
+        self._reading: dict[int, Closable] = {}
         self._masks: dict[int, Mask] = {}
         self._join = join
 
@@ -159,7 +163,7 @@ class Worker:
         assert found is not None, "asked only where topics are configured"
         return found
 
-    def open_core(self, store: BucketStore, places: dict[Source, Place], erased: int) -> BucketCore:
+    def open_core(self, store: BucketStore, places: dict[Source, BucketPlace], erased: int) -> BucketCore:
         """The core of a bucket, of what the engine's state has of it.
 
         Raises:
@@ -167,12 +171,12 @@ class Worker:
         """
         return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
 
-    def take_reading(self, element: int) -> Partitions | None:
+    def take_reading(self, element: int) -> Closable | None:
         """The open partitions of a source element, which nobody else gets then; None where they are not here."""
         with self._lock:
             return self._reading.pop(element, None)
 
-    def keep_reading(self, element: int, partitions: Partitions) -> None:
+    def keep_reading(self, element: int, partitions: Closable) -> None:
         """Gives them back."""
         with self._lock:
             before, self._reading[element] = self._reading.get(element), partitions
@@ -189,16 +193,16 @@ class Worker:
         self.closing.close()
 
 
-_workers: dict[str, Worker] = {}
+_workers: dict[str, JobWorker] = {}
 _opening = threading.Lock()
 
 
-def worker_of(plan: Plan, log: Log | None = None, join: Join | None = None) -> Worker:
+def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -> JobWorker:
     """This process's worker of a job; those of other jobs end, for a process serves one at a time.
 
     Args:
         plan: Of the job.
-        log: See `Worker`; counts where it is opened here.
+        log: See `JobWorker`; counts where it is opened here.
         join: Likewise.
 
     Raises:
@@ -207,7 +211,7 @@ def worker_of(plan: Plan, log: Log | None = None, join: Join | None = None) -> W
     with _opening:
         if plan.job not in _workers:
             close_workers()
-            _workers[plan.job] = Worker(plan, log, join)
+            _workers[plan.job] = JobWorker(plan, log, join)
         return _workers[plan.job]
 
 

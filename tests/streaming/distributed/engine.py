@@ -18,11 +18,11 @@ from apache_beam.runners.sdf_utils import RestrictionTrackerView, ThreadsafeRest
 
 from state.positions import from_json
 from streaming.distributed.account import Account
-from streaming.distributed.reading import Reading, ReadingCoder, ReadingTracker
+from streaming.distributed.reading import ReadingCoder, ReadingTracker, SourceReading
 from streaming.distributed.sink import WriteBuckets
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.wire import unpack
-from streaming.distributed.worker import Plan, worker_of
+from streaming.distributed.worker import JobPlan, worker_of
 
 
 @dataclass
@@ -80,14 +80,14 @@ class Engine:
         sinks: How many tasks write; a bucket's is that of its number.
     """
 
-    def __init__(self, plan: Plan, sinks: int = 1) -> None:
+    def __init__(self, plan: JobPlan, sinks: int = 1) -> None:
         self._sinks = sinks
-        self.now = Kept({one: ReadingCoder().encode(Reading()) for one in range(plan.settings.stream.sources)})
+        self.now = Kept({one: ReadingCoder().encode(SourceReading()) for one in range(plan.settings.stream.sources)})
         self._checkpoint = copy.deepcopy(self.now)
         self.ended: set[int] = set()
         self.begin(plan)
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: JobPlan) -> None:
         """Makes the steps; nothing is on its way."""
         self._plan = plan
         self._source, self._update = ReadPartitions(plan), UpdateBuckets(plan)
@@ -138,7 +138,7 @@ class Engine:
             self.finish(sink)
         self._checkpoint = copy.deepcopy(self.now)
 
-    def crash(self, plan: Plan | None = None) -> None:
+    def crash(self, plan: JobPlan | None = None) -> None:
         """Goes back to the checkpoint; with a plan its processes die too, and begin anew with that."""
         self.now = copy.deepcopy(self._checkpoint)
         self.ended.clear()

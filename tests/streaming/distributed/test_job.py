@@ -29,8 +29,8 @@ from state.registry.log_line import turned
 from streaming.distributed.job import build_distributed, plan_of
 from streaming.distributed.options import PRISM, beam_options
 from streaming.distributed.partitions import Partitions
-from streaming.distributed.reading import Reading
-from streaming.distributed.worker import Plan, close_workers, worker_of
+from streaming.distributed.reading import SourceReading
+from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
 from tests.streaming.distributed.shop import Click, rows_of, settings_of, written
 from tests.streaming.streams import FOREVER, click, following, running, send, settings_for, until
@@ -169,8 +169,8 @@ def turn(settings: Settings, at: Mapping[int, int], topic_id: str) -> None:
     controls.propose(roll_back(first, 1, mask, actor="ann", reason="poison", now_ms=1, log=line))
 
 
-def reading(settings: Settings, number: int, log: MemoryLog, begin: Reading) -> Partitions:
-    plan = Plan(f"turned-{number}", settings, load_salt(settings.salt_path).fingerprint)
+def reading(settings: Settings, number: int, log: MemoryLog, begin: SourceReading) -> Partitions:
+    plan = JobPlan(f"turned-{number}", settings, load_salt(settings.salt_path).fingerprint)
     return Partitions(worker_of(plan, log), 0, begin)
 
 
@@ -179,7 +179,7 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     load_salt(settings.salt_path)
     settings.registry_dir.mkdir()
     log = written([Click(0, 0, one, one) for one in range(12)], 1, settings)
-    partitions = reading(settings, 1, log, Reading())
+    partitions = reading(settings, 1, log, SourceReading())
     _, early = partitions.read()
     _, late = partitions.read()
     assert early is not None and late is not None

@@ -15,15 +15,15 @@ from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.positions import Range
 from streaming.distributed.account import Account
+from streaming.distributed.bucket import BucketCore
 from streaming.distributed.buckets import Portion, decode, divide, encode, gathered
-from streaming.distributed.core import BucketCore
 from streaming.distributed.delta import Delta
 from streaming.distributed.delta import decode as delta_of
 from streaming.distributed.delta import encode as bytes_of
 from streaming.distributed.keeping import IDLE_S, Cache
 from streaming.distributed.options import FLINK, PRISM, beam_options, take_runner
 from streaming.distributed.partitions import of_element
-from streaming.distributed.reading import Reading, ReadingTracker
+from streaming.distributed.reading import ReadingTracker, SourceReading
 from streaming.distributed.wire import pack, unpack
 from streaming.event_clock import OffClock, Told
 from tests.streaming.pieces import ONE, ZERO, piece
@@ -133,17 +133,17 @@ def test_what_is_packed_may_be_of_any_shape() -> None:
 
 
 def test_what_the_engine_put_off_is_read_from_where_it_knows_us() -> None:
-    tracker = ReadingTracker(Reading("ab" * 16, {0: 5}))
-    assert tracker.try_claim(after := Reading("ab" * 16, {0: 9}))
+    tracker = ReadingTracker(SourceReading("ab" * 16, {0: 5}))
+    assert tracker.try_claim(after := SourceReading("ab" * 16, {0: 9}))
     assert tracker.try_split(0.5) is None
     assert tracker.try_split(0) == (after, after)
-    assert not tracker.try_claim(Reading("ab" * 16, {0: 12}))
+    assert not tracker.try_claim(SourceReading("ab" * 16, {0: 12}))
     assert tracker.current_restriction() == after
     tracker.check_done()
 
 
 def test_reading_that_just_stops_is_an_error() -> None:
-    tracker = ReadingTracker(Reading())
+    tracker = ReadingTracker(SourceReading())
     with pytest.raises(ValueError, match="before anybody asked"):
         tracker.check_done()
     assert tracker.try_claim(None)

@@ -20,7 +20,7 @@ from streaming.distributed.account import Account
 from streaming.distributed.bucket_store import BucketStore
 from streaming.distributed.delta import Delta
 from streaming.distributed.keeping import Head, restored
-from streaming.distributed.worker import Plan, Worker, close_workers, worker_of
+from streaming.distributed.worker import JobPlan, JobWorker, close_workers, worker_of
 from tests.streaming.distributed.engine import Engine
 from tests.streaming.distributed.shop import (
     TOPIC,
@@ -73,9 +73,9 @@ class Shop:
     def local(self, batch_events: int) -> Outcome:
         return local_form(self.folder / "local", self.settings(), self.log, self.join, self.mask, batch_events)
 
-    def plan(self, number: int, settings: Settings) -> Plan:
+    def plan(self, number: int, settings: Settings) -> JobPlan:
         """A plan whose worker reads this log."""
-        plan = Plan(f"job-{number}", settings, self.salt.fingerprint, until=self.ends)
+        plan = JobPlan(f"job-{number}", settings, self.salt.fingerprint, until=self.ends)
         worker_of(plan, self.log, self.join)
         return plan
 
@@ -127,7 +127,7 @@ def distributed(shop: Shop, acts: list[tuple[str, int]], buckets: int, sources: 
 
 def outcome(shop: Shop, engine: Engine) -> Outcome:
     """What there is at the end, out of the engine's state alone."""
-    worker: Worker = worker_of(engine._plan)
+    worker: JobWorker = worker_of(engine._plan)
     histories: dict[int, bytes] = {}
     waiting: list[tuple[bytes, bytes]] = []
     for state in engine.now.buckets.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ Joins = Callable[[Rows], Rows]
 """Adds what is known of users and items."""
 
 
-class Place(NamedTuple):
+class BucketPlace(NamedTuple):
     """How far a bucket is in a source.
 
     Attributes:
@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Made:
+class BucketRows:
     """What a bucket made of a portion.
 
     Attributes:
@@ -67,14 +67,6 @@ class Made:
     dropped: tuple[Range, ...] = ()
     users: int = 0
     appended_ms: int = 0
-
-
-@dataclass
-class _Told:
-    """What a bucket knows beside its store."""
-
-    places: dict[Source, Place] = field(default_factory=dict)
-    erased: int = 0
 
 
 class BucketCore:
@@ -98,7 +90,7 @@ class BucketCore:
         spec: FeatureSpec,
         salt: str,
         store: BucketStore,
-        places: dict[Source, Place],
+        places: dict[Source, BucketPlace],
         erased: int = 0,
     ) -> None:
         self._settings, self._spec, self.store = settings, spec, store
@@ -119,7 +111,7 @@ class BucketCore:
         """How many users' rings are in memory."""
         return self._profiler.cached_users
 
-    def update(self, portion: Portion, mask: Mask, join: Joins) -> tuple[Made, Delta]:
+    def update(self, portion: Portion, mask: Mask, join: Joins) -> tuple[BucketRows, Delta]:
         """Makes the rows of a portion; the store has them when it returns.
 
         Args:
@@ -146,7 +138,7 @@ class BucketCore:
         delta = Delta(self.store.inwards(rows.appends), found.waiting, {**new, **found.extra, **self._marked()})
         self.store.take(delta)
         self._profiler.committed(rows)
-        made = Made(rows, mask.generation, portion.log_epoch, (), self.store.users, portion.appended_ms)
+        made = BucketRows(rows, mask.generation, portion.log_epoch, (), self.store.users, portion.appended_ms)
         return made, delta
 
     def forget(self, mask: Mask) -> tuple[Range, ...]:
@@ -195,7 +187,7 @@ class BucketCore:
                     f"bucket {part.source.bucket} has {part.source} up to {known.next}, and what comes begins at {part.first}",
                     "the engine lost or repeated an element of this job: resume it from its last savepoint",
                 )
-            self.places[part.source] = Place(part.next, end_ms)
+            self.places[part.source] = BucketPlace(part.next, end_ms)
 
     def _clock_ms(self) -> int:
         return clock_of_all({source: place.clock_ms for source, place in self.places.items()}, self._reach_ms)
