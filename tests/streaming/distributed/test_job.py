@@ -66,7 +66,11 @@ def values_in(settings: Settings, rows: int) -> list[bytes]:
 
 def of_local_form(settings: Settings, folder: Path, rows: int) -> list[bytes]:
     """What the local form writes of the same clicks, to a topic of its own."""
-    kafka = replace(settings.kafka, microbatches_topic=f"{settings.kafka.microbatches_topic}-local", group="local")
+    topics = {
+        f"{name}_topic": f"{getattr(settings.kafka, f'{name}_topic')}-local"
+        for name in ("microbatches", "dead_letters")
+    }
+    kafka = replace(settings.kafka, group="local", **topics)
     paths = replace(settings.paths, state=str(folder / "local"))
     local = replace(settings, kafka=kafka, paths=paths)
     with running(local, folder / "log"):
@@ -79,8 +83,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     kafka = kafka_settings()
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2, FOREVER)
-    clicks = [click(number) for number in range(600)]
-    clicks[50:50] = BAD
+    clicks = [*(click(number) for number in range(600)), *BAD]
     # Each user in one partition.
     send(kafka, clicks, partition=lambda number: number % 17 % 2)
     small = {"buckets": 4, "bundle_events": 50, "bundle_ms": 50, "sources": 2}
@@ -137,7 +140,8 @@ def test_the_graph_has_a_source_that_checkpoints_itself_and_state_by_key_on_data
     words = ["--project=shop", "--region=europe-west4", "--temp_location=gs://shop/tmp", "--sdk_location=container"]
     options = beam_options("DataflowRunner", words, settings)
     assert options.view_as(GoogleCloudOptions).project == "shop"
-    pipeline = beam.Pipeline(runner="DataflowRunner", options=options)
+    # Of that runner itself Beam would ask Google for the bucket.
+    pipeline = beam.Pipeline(runner=FnApiRunner(), options=options)
     build_distributed(pipeline, plan)
     proto = pipeline.to_runner_api()
     found = payloads(proto)
