@@ -56,7 +56,7 @@ class Showing:
         if not port:
             return
         try:
-            self._worker.closing.callback(metrics.serve(self._worker.registry, port))
+            self._worker.closing.callback(metrics.serve(self._worker.registry, port, self._settings.metrics.host))
         except PortTaken as error:
             logger.warning("the stream's metrics are not shown here: %s", error)
 
