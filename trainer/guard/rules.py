@@ -13,6 +13,9 @@ shoppers) the windows furthest off were so by 4.5 (gradient, once), 2.3 (log los
 deviations: one of them alone leaves nothing beyond the slack, or half of what makes versions wait. KuaiRand's labels,
 turned, are learned anew within four windows, of which the first two have a fourth more loss: with a floor of 0.05 that
 was never held, with 0.03 it is at the second window.
+
+Of ten to twenty slices the one furthest off was so by 3.2 at most in 320 clean windows. Turned labels of a fifth of
+KuaiRand's rows, of one value of an attribute, were never held with a floor of 0.05, with 0.03 at the fourth window.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ RULES = (
 """Of several that are equally far off the first one is named: who floods is more telling than that the loss rose."""
 NAMES = tuple(rule.name for rule in RULES)
 
-SLICE = Rule("slice", "log loss of one slice over that of all rows", 0.05, is_log=True)
+SLICE = Rule("slice", "log loss of one slice over that of all rows", 0.03, is_log=True)
 """Looks at each slice by itself (`slice_watch.py`), and is named where none of RULES is as far off: what moves all rows is no slice's."""
 
 

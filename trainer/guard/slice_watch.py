@@ -9,9 +9,9 @@ usual: else one that was off and is gone would be suspect for ever.
 A word is compared with the slice's words before as any rule's signal is
 (`rules.py`), but for two things. A slice has few rows, so that no deviation is
 believed that is smaller than the standard error of its word. And of k slices
-the one that is furthest off is so by chance: the usual deviations are widened as
-k intervals are that are to hold at once (Bonferroni). Each slice has a sum of
-its own; the largest is that of the rule.
+the one that is furthest off is so by chance: usual deviations are widened so that
+the slack is exceeded as rarely by the one as by one alone (Bonferroni). Each slice
+has a sum of its own; the largest is that of the rule.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class SliceWatch:
         middle = medians(past)
         self._middle[known] = middle
         self._spread[known] = np.maximum(NORMAL * medians(np.abs(past - middle)), SLICE.floor)
-        self._wider = widened(max(known.size, 1))
+        self._wider = widened(max(known.size, 1), SLACK)
 
     # What a version keeps
 

@@ -90,10 +90,14 @@ def of_area(negatives: F64, positives: F64, worth: float) -> Interval | None:
     return max(area - half, 0.0), min(area + half, 1.0)
 
 
-def widened(count: int) -> float:
-    """By which factor a 95 % interval is widened to hold for all of `count` at once (Bonferroni).
+def widened(count: int, z: float = Z) -> float:
+    """By which factor an interval is widened to hold for all of `count` at once (Bonferroni).
 
-    >>> round(widened(1), 6), round(widened(2), 3)
-    (1.0, 1.144)
+    Args:
+        count: How many.
+        z: Deviations of the normal distribution that one of them spans to each side.
+
+    >>> round(widened(1), 6), round(widened(2), 3), round(widened(2, 3.0), 3)
+    (1.0, 1.144, 1.068)
     """
-    return NormalDist().inv_cdf(1.0 - 0.025 / count) / Z
+    return -NormalDist().inv_cdf(NormalDist().cdf(-z) / count) / z
