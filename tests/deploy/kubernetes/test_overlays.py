@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import kubernetes_validate
 import pytest
+from apache_beam.options.pipeline_options import PortableOptions
 
 from deploy.capacity.load import Load
 from deploy.capacity.measured import MeasuredCosts
@@ -14,6 +15,7 @@ from deploy.capacity.prices import RESERVE
 from deploy.capacity.sizes import SERVING, STREAM, TRAINER, Sizing
 from state import layout
 from state.storage import shares
+from streaming.distributed.options import FLINK, JOB_PORT, WORKER_PORT, beam_options, take_runner
 from tests.manifests import (
     BASE,
     FOLDER,
@@ -59,7 +61,9 @@ def test_each_object_as_it_stands_is_valid() -> None:
 
 
 @with_kubectl
-@pytest.mark.parametrize(("overlay", "minor"), [("small", MINORS[-1]), *(("large", minor) for minor in MINORS)])
+@pytest.mark.parametrize(
+    ("overlay", "minor"), [("small", MINORS[-1]), ("flink", MINORS[-1]), *(("large", minor) for minor in MINORS)]
+)
 def test_each_object_of_an_overlay_is_valid(overlay: str, minor: str) -> None:
     require_valid(built(f"overlays/{overlay}"), minor)
 
@@ -119,6 +123,29 @@ def test_canary_hosts_are_a_set_of_their_own() -> None:
     (budget,) = of_kind(large, "PodDisruptionBudget")
     canary = sets["springtide-serving-canary"]["spec"]["template"]["metadata"]["labels"]
     assert not selects(budget["spec"]["selector"], canary)
+
+
+@with_kubectl
+def test_on_flink_the_stream_is_a_job_that_is_handed_in_once() -> None:
+    flink = found("flink")
+    streams = [one for one in boxes(flink) if one.labels["app.kubernetes.io/component"] == "stream"]
+    assert [one.owner for one in streams] == ["Job springtide-stream-submit"]
+    (submit,) = streams
+    assert submit.told["image"] == "springtide:0.1.0"
+    assert submit.document["spec"]["backoffLimit"] == 0 and submit.pod["restartPolicy"] == "Never"
+    settings = submit.settings(sizes("large"))
+    runner, words = take_runner(submit.told["command"][2:])
+    asked = beam_options(runner, words, settings).view_as(PortableOptions)
+    _, port = asked.job_endpoint.rsplit(":", 1)
+    assert runner == FLINK and asked.environment_type == "EXTERNAL"
+    assert (int(port), asked.environment_config) == (JOB_PORT, f"localhost:{WORKER_PORT}")
+    assert beam_options(runner, words, settings).get_all_options()["parallelism"] >= settings.stream.sources
+    policies = [
+        one["spec"] for one in of_kind(flink, "NetworkPolicy") if selects(one["spec"]["podSelector"], submit.labels)
+    ]
+    assert JOB_PORT in {port["port"] for one in policies for rule in one.get("egress", ()) for port in rule["ports"]}
+    (service,) = (one for one in of_kind(flink, "Service") if one["metadata"]["name"] == "springtide-stream")
+    assert [one["targetPort"] for one in service["spec"]["ports"]] == [settings.stream.metrics_port]
 
 
 def sizing(overlay: str) -> Sizing:
