@@ -44,7 +44,7 @@ PROCESSES = {
     ),
     "rebuild-history": (
         "streaming.rebuild",
-        "Rebuild a stream's lost histories from Kafka: --shard N; --from COPY begins with a copy.",
+        "Rebuild a stream's lost histories from Kafka; --from COPY begins with a copy.",
     ),
     "export": (
         "trainer.exporting.command",

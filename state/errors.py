@@ -151,7 +151,7 @@ class TruncatedLog(GapError):
 
 
 class FencedWriter(LogError):
-    """Another stream writes with the same transactional id. Stop one of the two, or give each its own `stream.shard`."""
+    """Another stream writes with the same transactional id. Stop one of the two; one stream reads all partitions."""
 
 
 class StoreError(SpringtideError):

@@ -16,7 +16,7 @@
     │   ├── gaps/                losses that the trainer accepted, records left out among them
     │   ├── tmp/                 being written; swept
     │   └── trainer.lock, compactor.lock
-    ├── stream-<shard>/          lock, writer (the transactional id)   streaming/fencing.py
+    ├── stream-0/                lock, writer (the transactional id)   streaming/fencing.py
     │   ├── leaders.json                                          streaming/leaders.py
     │   ├── histories            the stream's store, or while it runs a link to it, in memory
     │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
@@ -68,17 +68,17 @@ DATA, MARK = "data.mdb", "mark.json"
 _STREAM = "stream-"
 
 
-def stream(state: Path, shard: int) -> Path:
-    """The directory of a shard of the stream.
+def stream(state: Path) -> Path:
+    """The directory of the stream; it has the number that it had among shards.
 
-    >>> stream(Path("state"), 0).as_posix()
+    >>> stream(Path("state")).as_posix()
     'state/stream-0'
     """
-    return state / f"{_STREAM}{shard}"
+    return state / f"{_STREAM}0"
 
 
 def streams(state: Path) -> list[Path]:
-    """The histories of every shard that ever ran under `state`, by name."""
+    """The histories of every stream that ever ran under `state`, by name: of one, or of the shards of an earlier release."""
     # One that a power cut took out of memory is a link that leads nowhere.
     return sorted(one / HISTORIES for one in state.glob(f"{_STREAM}*") if os.path.lexists(one / HISTORIES))
 

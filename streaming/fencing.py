@@ -1,6 +1,6 @@
-"""The transactional id of a shard, by which Kafka fences a stream that was thought dead, and no stream of another deployment.
+"""The transactional id of a stream, by which Kafka fences a stream that was thought dead, and no stream of another deployment.
 
-The id is made of the topics' ids, the consumer group and the shard: two
+The id is made of the topics' ids and the consumer group: two
 deployments on one Kafka have two, whatever they are called, and a stream that
 is started again, here or from a copy of its state, has the one it had. The last
 id is kept beside the histories. Where it was another (a topic was made again,
@@ -23,33 +23,33 @@ from state.log import KafkaLog, Log, LogWriter
 logger = logging.getLogger(__name__)
 
 
-def transactional_id(clicks: str, microbatches: str, group: str, shard: int) -> str:
-    """By which Kafka fences a zombie of the same shard.
+def transactional_id(clicks: str, microbatches: str, group: str, shard: int = 0) -> str:
+    """By which Kafka fences a zombie.
 
-    >>> transactional_id("ab" * 16, "cd" * 16, "springtide-stream", 0)
+    >>> transactional_id("ab" * 16, "cd" * 16, "springtide-stream")
     'springtide-stream-91d1bb5e31a6fa6b-0'
 
     Args:
         clicks: Id of the topic of clicks.
         microbatches: Id of the topic of micro-batches.
         group: The consumer group.
-        shard: The shard.
+        shard: 0; another one for what an earlier release called a shard.
     """
     digest = hashlib.sha256("\n".join((clicks, microbatches, group)).encode()).hexdigest()
     return f"springtide-stream-{digest[:16]}-{shard}"
 
 
-def id_of_first_release(shard: int) -> str:
+def id_of_first_release(shard: int = 0) -> str:
     """The id that 0.1.0 had.
 
-    >>> id_of_first_release(1)
-    'springtide-stream-1'
+    >>> id_of_first_release()
+    'springtide-stream-0'
     """
     return f"springtide-stream-{shard}"
 
 
 def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
-    """A writer of the shard; it ends what a predecessor left open, and fences it.
+    """The writer of the stream; it ends what a predecessor left open, and fences it.
 
     Args:
         settings: The effective settings.
@@ -61,12 +61,12 @@ def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
         LogError: The cluster refused.
         OSError: The id cannot be kept.
     """
-    kafka, shard, log = settings.kafka, settings.stream.shard, log or KafkaLog(settings.kafka)
+    kafka, log = settings.kafka, log or KafkaLog(settings.kafka)
     with log.topics() as topics:
         clicks, microbatches = (
             topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic)
         )
-    mine = transactional_id(clicks, microbatches, kafka.group, shard)
+    mine = transactional_id(clicks, microbatches, kafka.group)
     before = last_id(settings.stream_dir)
     if before not in (None, mine):
         logger.info("fencing a stream with the transactional id %s, which this one had before", before)
@@ -77,14 +77,14 @@ def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
     return writer
 
 
-def note_first_release(folder: Path, shard: int) -> None:
+def note_first_release(folder: Path) -> None:
     """Notes the id of 0.1.0 where that release left histories; called before anybody makes any.
 
     Raises:
         OSError: It cannot be written.
     """
     if (folder / HISTORIES).exists() and not (folder / WRITER).exists():
-        keep_id(folder, id_of_first_release(shard))
+        keep_id(folder, id_of_first_release())
 
 
 def last_id(folder: Path) -> str | None:

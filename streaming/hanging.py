@@ -1,7 +1,7 @@
 """Ends a transaction of the training log whose marker was lost with the power: the coordinator takes it for ended, and nobody reads past it.
 
 The next transaction of the same writer ends it too: its marker closes what is
-open before it. So a micro-batch without rows is written in one, by the shard's
+open before it. So a micro-batch without rows is written in one, by the stream's
 own writer, which has fenced any other before.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def end_hanging(settings: Settings, writer: LogWriter) -> None:
-    """Ends it, if there is one; with several shards an open transaction may be another's, and nothing is done.
+    """Ends it, if there is one.
 
     Raises:
         LogError: Kafka is not reachable, or refuses.
@@ -35,7 +35,7 @@ def end_hanging(settings: Settings, writer: LogWriter) -> None:
     with Topics(kafka) as topics:
         while True:
             end, stable = (topics.ends(topic, committed_only=only)[0][1] for only in (False, True))
-            if stable >= end or settings.stream.shards > 1:
+            if stable >= end:
                 return
             if time.monotonic() >= deadline_s:
                 break

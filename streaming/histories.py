@@ -20,6 +20,7 @@ from state.registry.spec_actions import SpecActions
 from state.storage.shares import STREAM
 from streaming import takeover
 from streaming.fencing import note_first_release
+from streaming.former_shards import refuse_beside
 
 SPEC, SALT = "spec", "salt"  # names of the store's extras
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
 
     1. The directory's lock, so that nobody else has the store.
     2. The salt, which is made at the first start.
-    3. A complete rebuild takes its place, if one was cut short.
+    3. A complete rebuild takes its place, if one was cut short; beside histories of shards of an earlier release nobody goes on.
     4. The store, in memory where there is room, which must be of this salt. Its events know no feature spec: windows of another one are computed out of
        them, once what was learned goes on with it.
 
@@ -46,7 +47,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         SpecMismatch: The store's actions are not known.
         MissingSalt: The salt of what is stored here is gone.
         SettingsError: The salt cannot be read.
-        StoreError: The store cannot be opened.
+        StoreError: The store cannot be opened, or an earlier release had shards.
     """
     folder = settings.stream_dir
     # Windows that nobody learns from yet are not written into the training log.
@@ -59,7 +60,8 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         # 3.
         if (aside := takeover.finish(folder)) is not None:
             logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
-        note_first_release(folder, settings.stream.shard)
+        note_first_release(folder)
+        refuse_beside(settings.state_dir)
         # 4.
         store = opening.open_histories(settings, STREAM, folder)
         try:

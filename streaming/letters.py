@@ -51,20 +51,18 @@ def count_letters(metrics: StreamMetrics, letters: Sequence[DeadLetter]) -> None
         metrics.dead_letters.labels(reason).inc(count)
 
 
-def report_to(kafka: Kafka, metrics: StreamMetrics, writes: bool) -> Report:
+def report_to(kafka: Kafka, metrics: StreamMetrics) -> Report:
     """What becomes of refused records of attributes: letters, acknowledged, and counted.
 
     Args:
         kafka: How to connect, and the topic of dead letters.
         metrics: Of the stream.
-        writes: Whether this shard is the one that writes them; each of them reads all attributes.
     """
 
     def report(bad: Sequence[DeadLetter]) -> None:
-        if writes:
-            with Writer(kafka) as writer:
-                send_letters(writer, kafka.dead_letters_topic, bad)
-                writer.flush()
+        with Writer(kafka) as writer:
+            send_letters(writer, kafka.dead_letters_topic, bad)
+            writer.flush()
         count_letters(metrics, bad)
 
     return report

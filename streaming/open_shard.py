@@ -103,7 +103,7 @@ def open_shard(
         watch.open_again_in(erasing.take_up(store, settings.registry_dir, desired.mask.erased, now_ms))
         # 7.
         job = open_job(settings, spec, store, salt, clicks.topic_id, desired.mask)
-        gaps = accounts.missing(clicks.topic_id, store.positions(), ends_of_shard(settings, topics, clicks))
+        gaps = accounts.missing(clicks.topic_id, store.positions(), topics.ends(settings.kafka.clicks_topic))
         write = partial(write_gaps, writer, job.parser, job.profiler)
         accounts.pass_gaps(store, gaps, consent, settings.kafka.clicks_topic, now_ms, write)
         # 8.
@@ -167,22 +167,6 @@ def ensure_topics(settings: Settings, topics: LogTopics) -> TopicInfo:
     return clicks
 
 
-def partitions_of(shard: int, shards: int, partitions: int) -> list[int] | None:
-    """The partitions that a shard reads; None is all, those made later included.
-
-    >>> partitions_of(1, 2, 4), partitions_of(0, 1, 4)
-    ([1, 3], None)
-    """
-    return None if shards == 1 else [one for one in range(partitions) if one % shards == shard]
-
-
-def ends_of_shard(settings: Settings, topics: LogTopics, clicks: TopicInfo) -> dict[int, tuple[int, int]]:
-    """Of each partition that this shard reads, the first offset kept and the offset after the last one."""
-    partitions = partitions_of(settings.stream.shard, settings.stream.shards, clicks.partitions)
-    ends = topics.ends(settings.kafka.clicks_topic)
-    return {one: ends[one] for one in (ends if partitions is None else partitions)}
-
-
 def write_gaps(writer: ShardWriter, parser: Parser, profiler: Profiler, found: Sequence[Gap], now_ms: int) -> None:
     """Tells the readers of the training log about gaps: a micro-batch without rows, whose ranges name them."""
     nothing = replace(parser.parse([]), ranges=accounts.as_ranges(found))
@@ -205,7 +189,7 @@ def open_join(
         return None
     folder = settings.stream_dir / ATTRIBUTES
     store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
-    report = report_to(settings.kafka, counted, writes=settings.stream.shard == 0)
+    report = report_to(settings.kafka, counted)
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [
         AttributeFollower(settings.kafka, topics[side], table, salt, store, report, settings.events.max_event_bytes)
@@ -229,20 +213,19 @@ def open_reader(
     topics: LogTopics,
     consent: Consent,
 ) -> LogReader:
-    """The clicks of this shard's partitions, from where the store has read them to.
+    """The clicks of all partitions, those that come later included, from where the store has read them to.
 
     Raises:
         TruncatedLog: They were cut back behind that, and nobody accepted it.
         LogError: Kafka is not reachable.
     """
-    kafka, stream = settings.kafka, settings.stream
+    kafka = settings.kafka
     positions = accounts.positions_in(store, clicks.topic_id)
     if store.positions() and not positions:
         logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
-    wanted = partitions_of(stream.shard, stream.shards, clicks.partitions)
 
     def opens(told: Mapping[int, int]) -> LogReader:
-        return log.reader(kafka.clicks_topic, wanted, positions, leaders=told)
+        return log.reader(kafka.clicks_topic, None, positions, leaders=told)
 
     fills = partial(fill, kafka, topics, log.writer)
     now_ms = time.time_ns() // 1_000_000

@@ -1,7 +1,7 @@
-"""Rebuilds a stream's lost histories from Kafka: `springtide rebuild-history [--shard N] [--from COPY] [--if-lost]`.
+"""Rebuilds a stream's lost histories from Kafka: `springtide rebuild-history [--from COPY] [--if-lost]`.
 
 1. Takes the directory's lock and fences the stream's writer, so that the
-   shard's part of the micro-batch log has an end.
+   micro-batch log has an end; where an earlier release had shards, theirs too.
 2. Reads the micro-batch log to its end, from a copy's positions or from
    nothing, along the line that control names. Its rows are what the lost store had; its ranges are the positions.
    Impressions that it opens and does not close wait again.
@@ -42,6 +42,7 @@ from state.storage.shares import STREAM, map_bytes
 from streaming import takeover
 from streaming.desired import ControlWatch
 from streaming.fencing import note_first_release, open_writer
+from streaming.former_shards import former_shards, replaced
 from streaming.going_back import take_back
 from streaming.hanging import end_hanging
 from streaming.histories import check_identity
@@ -54,21 +55,21 @@ Say = Callable[[str], None]
 
 
 def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: Say) -> Rebuilt:
-    """Rebuilds the histories of `stream.shard` and puts them in place.
+    """Rebuilds the stream's histories and puts them in place.
 
     Raises:
-        LockHeld: The stream, or another rebuild, holds the directory.
+        LockHeld: The stream, a shard of it, or another rebuild, holds the directory.
         CorruptStore: The copy was not closed in order either.
         SpringtideError: See `Rebuild.run`.
     """
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
     log = KafkaLog(settings.kafka)
     # 1.
-    with DirectoryLock(folder):
+    with DirectoryLock(folder), replaced(settings, log):
         salt = load_salt(settings.salt_path, create=False)
         if (aside := takeover.finish(folder)) is not None:
             say(f"an earlier rebuild was complete and is in use now; the store before it is {aside}")
-        note_first_release(folder, settings.stream.shard)
+        note_first_release(folder)
         try:
             with open_writer(settings) as writer:
                 end_hanging(settings, writer)
@@ -94,14 +95,14 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
 
 
 def are_lost(settings: Settings) -> bool:
-    """Whether the histories of `stream.shard` were open where the machine or its container went down; not where there are none yet.
+    """Whether the histories were open where the machine or its container went down; not where there are none yet.
 
     Raises:
         LockHeld: The stream has them open.
     """
     with DirectoryLock(settings.stream_dir):
         takeover.finish(settings.stream_dir)
-        return takeover.is_lost(settings.stream_dir)
+        return takeover.is_lost(settings.stream_dir) or bool(former_shards(settings.state_dir))
 
 
 class RebuildLine(NamedTuple):
@@ -121,15 +122,14 @@ class RebuildLine(NamedTuple):
 def asked(argv: Sequence[str]) -> RebuildLine:
     """Takes a command line apart.
 
-    >>> asked(["--shard", "1", "--from", "copy"])
-    RebuildLine(copy=PosixPath('copy'), if_lost=False, flags=['--stream.shard', '1'])
+    >>> asked(["--from", "copy", "--kafka.port", "9192"])
+    RebuildLine(copy=PosixPath('copy'), if_lost=False, flags=['--kafka.port', '9192'])
 
     Raises:
         SettingsError: The line is wrong.
     """
     parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--shard", metavar="N", help="the stream whose histories to rebuild (default stream.shard)")
     parser.add_argument("--from", dest="copy", type=Path, metavar="COPY", help="a store closed in order to begin with")
     parser.add_argument(
         "--if-lost",
@@ -137,9 +137,7 @@ def asked(argv: Sequence[str]) -> RebuildLine:
         help="only where the machine or its container went down with them; else nothing is done",
     )
     found, flags = parser.parse_known_args(argv)
-    return RebuildLine(
-        found.copy, found.if_lost, [*(["--stream.shard", found.shard] if found.shard is not None else []), *flags]
-    )
+    return RebuildLine(found.copy, found.if_lost, flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -98,16 +98,12 @@ class Rebuild:
             self._commit()
         # 3.
         for source, after in clicks.committed().items():
-            if self._is_ours(source) and source not in self._marks:
+            if source not in self._marks:
                 clicks.fill(source, None, after)
                 self._marks[source] = after
         found.users = self._store.users()
         found.incomplete = self._store.users_below(self._settings.features.history) if found.lost else 0
         return found
-
-    def _is_ours(self, source: Source) -> bool:
-        stream = self._settings.stream
-        return source.partition % stream.shards == stream.shard
 
     def _read(self, begin: int, end: int, clicks: ClicksLeft) -> None:
         kafka = self._settings.kafka
@@ -173,7 +169,7 @@ class Rebuild:
         self._appends, self._ranges, self._clocks = [], [], {}
 
     def _decode(self, value: bytes | None, offset: int) -> MicroBatch | None:
-        """The record's rows of this shard; None where it has none or cannot be read."""
+        """The record's micro-batch; None where it does not count or cannot be read."""
         where = f"{self._settings.kafka.microbatches_topic}:0 offset {offset}"
         try:
             whole = decode(value or b"")
@@ -193,8 +189,7 @@ class Rebuild:
                 f"{where} has feature spec {header.spec[:12]}, which the registry does not know",
                 "put [features] and events.actions back, or restore specs/ of the registry",
             )
-        whole = renumbered(whole, named, self._settings.events.actions)
-        return part_of(whole, [self._is_ours(part.source) for part in header.ranges])
+        return renumbered(whole, named, self._settings.events.actions)
 
 
 def part_of(whole: MicroBatch, ours: list[bool]) -> MicroBatch | None:

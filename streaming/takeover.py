@@ -55,13 +55,8 @@ def finish(folder: Path) -> Path | None:
     rebuilt, place = folder / REBUILT, folder / HISTORIES
     if not rebuilt.exists():
         return None
-    aside = None
     # 1.
-    bring_back(place)
-    if place.exists():
-        aside = next(path for number in itertools.count(1) if not (path := folder / f"{BAD}{number}").exists())
-        place.rename(aside)
-        durable.sync_directory(folder)
+    aside = set_aside(place)
     killpoints.reach("rebuild.aside")
     # 2.
     rebuilt.rename(place)
@@ -79,3 +74,14 @@ def is_lost(folder: Path) -> bool:
         return True
     mark = clean_mark.read(place / MARK)
     return mark is not None and not mark.trusts(clean_mark.boot_id())
+
+
+def set_aside(place: Path) -> Path | None:
+    """Gives a store, out of memory if it lies there, a name that nothing opens; None where there is none."""
+    bring_back(place)
+    if not place.exists():
+        return None
+    aside = next(path for number in itertools.count(1) if not (path := place.parent / f"{BAD}{number}").exists())
+    place.rename(aside)
+    durable.sync_directory(place.parent)
+    return aside

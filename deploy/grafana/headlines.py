@@ -80,7 +80,7 @@ WAITING = Panel(
     "short",
     "Positions of the clicks topic that the stream has not read.",
     "near 0; a few hundred for a moment.",
-    "if it grows, more clicks come than are read: see the machine's load, then add shards (stream.shards).",
+    "if it grows, more clicks come than are read: see the machine's load, then give the stream a core of its own or a faster machine.",
     "clicks-wait",
     kind=PanelKind.STAT,
     alarm=10_000,

@@ -11,7 +11,7 @@ PROCESSES = (
         "none",
         "Cores that each part keeps busy, user and system time of all its processes.",
         "well below the cores of the machine, all parts together.",
-        "a part at a whole core is its own limit: add shards (stream.shards), workers (serving.workers) or a host.",
+        "a part at a whole core is its own limit: add workers (serving.workers), or take a faster machine.",
         "clicks-wait",
     ),
     Panel(

@@ -133,13 +133,7 @@ def windows(settings: Settings) -> Iterator[Conflict]:
 
 
 def parts(settings: Settings) -> Iterator[Conflict]:
-    """A stream is one of its shards, a tower has layers, and functions are named so that they can be found."""
-    stream = settings.stream
-    if stream.shard >= stream.shards:
-        yield Conflict(
-            ("stream.shard", "stream.shards"),
-            f"stream.shard {stream.shard} must be below stream.shards = {stream.shards}: shards count from 0",
-        )
+    """A tower has layers, and functions are named so that they can be found."""
     if not settings.model.hidden:
         yield Conflict(("model.hidden",), "model.hidden must name at least one layer")
     for one in settings.model.options:

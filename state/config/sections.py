@@ -262,8 +262,6 @@ class Stream:
     cache_users: int = setting(
         20_000, "users", least=1, most=100_000_000, help="Users whose histories are held in memory."
     )
-    shard: int = setting(0, least=0, help="Number of this stream among `shards`.")
-    shards: int = setting(1, least=1, most=65535, help="Streams that share the clicks topic's partitions.")
     map_gb: int = setting(
         16,
         "GiB",

@@ -95,8 +95,8 @@ class Settings:
 
     @property
     def stream_dir(self) -> Path:
-        """Directory of this shard's histories."""
-        return layout.stream(self.state_dir, self.stream.shard)
+        """Directory of the stream's histories."""
+        return layout.stream(self.state_dir)
 
     @property
     def serving_dir(self) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import logging
 import math
 import re
 import tomllib
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from state.config.former import GONE, RENAMED, is_gone
 from state.config.sections import SECTIONS, KnownSetting
 from state.errors import SettingsError, reason_of
 
@@ -25,14 +25,6 @@ PREFIX = "SPRINGTIDE_"
 MASK = "********"
 NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
 SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
-
-RENAMED = {"features.labels": "features.recent_categories"}
-"""Settings of an earlier release, and what they are called."""
-
-GONE = dict.fromkeys(("stream.sync_s", "serving.sync_s"), "a store that was open in a power cut is made anew")
-"""Settings of an earlier release that decide nothing any more, and why."""
-
-_logger = logging.getLogger(__name__)
 
 
 def variable(name: str) -> str:
@@ -103,7 +95,7 @@ def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[s
         for key, value in table.items():
             name = f"{section}.{key}"
             origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
-            if not _is_gone(name, origin):
+            if not is_gone(name, value, origin):
                 yield _known_name(name, known, origin), value, origin
 
 
@@ -114,7 +106,7 @@ def from_environment(env: Mapping[str, str], known: Mapping[str, KnownSetting]) 
         if not key.startswith(PREFIX) or key in NO_SETTINGS:
             continue
         if key not in by_variable:
-            if _is_gone({variable(name): name for name in GONE}.get(key, ""), f"variable {key}"):
+            if is_gone({variable(name): name for name in GONE}.get(key, ""), env[key], f"variable {key}"):
                 continue
             near = variable(nearest_setting(key.removeprefix(PREFIX).replace("_", ".", 1).lower(), known))
             raise SettingsError(f"variable {key}: unknown setting", f"the nearest is {near}")
@@ -136,7 +128,7 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
                 f"flag {flag}: no such option",
                 f"settings are written --section.name VALUE{like}, and --help lists the options",
             )
-        if not (gone := _is_gone(name, f"flag {flag}")) and name != "config":
+        if not (former := name in GONE) and name != "config":
             _known_name(name, known, f"flag {flag}", "--")
             if known[name].secret:
                 raise SettingsError(
@@ -148,7 +140,7 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
             if following is None or following.startswith("--"):
                 raise SettingsError(f"flag {flag}: its value is missing", f"write {flag} VALUE, or {flag}=VALUE")
             text = following
-        if not gone:
+        if not former or not is_gone(name, text, f"flag {flag}"):
             yield name, text, f"flag {flag}"
 
 
@@ -179,13 +171,6 @@ def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefi
             f"{origin}: unknown setting {name}", f"the nearest is {prefix}{nearest_setting(name, known)}"
         )
     return name
-
-
-def _is_gone(name: str, origin: str) -> bool:
-    """Whether an earlier release had this setting and nothing asks for it any more, which is said."""
-    if name in GONE:
-        _logger.warning("%s: %s decides nothing any more: %s; leave it out", origin, name, GONE[name])
-    return name in GONE
 
 
 def nearest_setting(name: str, known: Mapping[str, object]) -> str:

@@ -6,7 +6,7 @@
     STATE/serving/rows              a link that leads there, or to
     STATE/serving/rows.disk/        where memory has no room for it
     STATE/serving/histories         a link that leads there while its writer runs, else the store itself
-    STATE/stream-<shard>/histories  likewise
+    STATE/stream-0/histories  likewise
 
 On a disk each of these pages would be written again within 30 s of its last
 change, and a power cut takes what is not synced all the same. Rows are a copy

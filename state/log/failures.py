@@ -30,9 +30,7 @@ def unknown_topic(settings: Kafka, doing: str) -> UnknownTopic:
 
 def unknown_partition(topic: str, partition: int, partitions: int) -> UnknownTopic:
     """The error of a partition beyond those that a topic has."""
-    return UnknownTopic(
-        f"topic {topic} has no partition {partition}, only {partitions}", "correct the number of shards"
-    )
+    return UnknownTopic(f"topic {topic} has no partition {partition}, only {partitions}", "name those that it has")
 
 
 def made_again(topic: str, before: str, now: str) -> UnknownTopic:
@@ -49,7 +47,7 @@ def fenced(doing: str) -> FencedWriter:
     """The error of a writer whose transactional id another one took over."""
     return FencedWriter(
         f"cannot {doing}: another writer took over this transactional id",
-        "stop one of the two, or give each its own stream.shard",
+        "stop one of the two: one stream reads all partitions",
     )
 
 

@@ -92,7 +92,7 @@ class PartUse:
 
 
 def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]) -> StorageMetrics:
-    """Offers used bytes, limit and disk of the parts that this process owns; a shard of the stream those of its own.
+    """Offers used bytes, limit and disk of the parts that this process owns.
 
     Args:
         collected: The metrics of this process.
@@ -101,11 +101,10 @@ def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]
     """
     metrics = StorageMetrics(collected)
     for part in parts:
-        shards = settings.stream.shards if part == shares.STREAM else 1
         folders = [settings.stream_dir] if part == shares.STREAM else shares.folders(settings, part)
         metrics.used_bytes.labels(part).set_function(PartUse(folders))
         metrics.free_bytes.labels(part).set_function(partial(_told, free_bytes, folders[0]))
         metrics.disk_bytes.labels(part).set_function(partial(_told, disk_bytes, folders[0]))
-        metrics.limit_bytes.labels(part).set(shares.limit_bytes(settings, part) / shards)
+        metrics.limit_bytes.labels(part).set(shares.limit_bytes(settings, part))
         metrics.waiting.labels(part).set(0)
     return metrics

@@ -72,14 +72,13 @@ def kept_bytes(settings: Settings, part: str) -> int:
 
 
 def store_bytes(settings: Settings, part: str, store: str) -> int:
-    """The most that a store of a part may grow to, in whole pages; the shards of a stream divide theirs.
+    """The most that a store of a part may grow to, in whole pages.
 
     >>> from state.config.settings import Settings
     >>> store_bytes(Settings(), "stream", "histories")
     1274998784
     """
-    shards = settings.stream.shards if part == STREAM else 1
-    return int(limit_bytes(settings, part) * _STORES[part][store] / shards) // _PAGE * _PAGE
+    return int(limit_bytes(settings, part) * _STORES[part][store]) // _PAGE * _PAGE
 
 
 def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
@@ -99,7 +98,7 @@ def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
 
 
 def folders(settings: Settings, part: str) -> list[Path]:
-    """The directories of a part; the stream's are those of all shards under this state directory."""
+    """The directories of a part; the stream's are all of its own under this state directory."""
     if part == STREAM:
         return [one.parent for one in layout.streams(settings.state_dir)]
     named = {

@@ -18,20 +18,13 @@ from streaming.fencing import id_of_first_release, last_id, note_first_release, 
 from streaming.histories import open_histories
 from tests.conftest import KafkaFactory
 
-SHARD = 97  # no other test's: 0.1.0's id is the same for all topics of a broker
-
 
 def deployment(kafka: Kafka, state: Path) -> Settings:
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 1)
         topics.ensure(kafka.microbatches_topic, 1)
     plain = load([], {})
-    return replace(
-        plain,
-        kafka=kafka,
-        paths=replace(plain.paths, state=str(state)),
-        stream=replace(plain.stream, shard=SHARD, shards=SHARD + 1),
-    )
+    return replace(plain, kafka=kafka, paths=replace(plain.paths, state=str(state)))
 
 
 def write(writer: Writer, settings: Settings) -> None:
@@ -69,26 +62,26 @@ def test_after_an_upgrade_the_zombie_of_0_1_0_is_fenced_once_and_for_all(
 ) -> None:
     settings = deployment(kafka_settings(), tmp_path)
     (settings.stream_dir / HISTORIES).mkdir(parents=True)
-    zombie = Writer(settings.kafka, transactional_id=id_of_first_release(SHARD))
+    zombie = Writer(settings.kafka, transactional_id=id_of_first_release())
     write(zombie, settings)
-    note_first_release(settings.stream_dir, SHARD)
+    note_first_release(settings.stream_dir)
     with open_writer(settings) as writer:
         with pytest.raises(FencedWriter):
             write(zombie, settings)
         write(writer, settings)
         kept = (settings.stream_dir / WRITER).read_text()
-        assert kept == last_id(settings.stream_dir) != id_of_first_release(SHARD)
+        assert kept == last_id(settings.stream_dir) != id_of_first_release()
     zombie.close()
     # Another deployment that still runs 0.1.0 has to start again once; then nobody takes its id any more.
-    with Writer(settings.kafka, transactional_id=id_of_first_release(SHARD)) as another:
-        note_first_release(settings.stream_dir, SHARD)
+    with Writer(settings.kafka, transactional_id=id_of_first_release()) as another:
+        note_first_release(settings.stream_dir)
         open_writer(settings).close()
         write(another, settings)
 
 
 def test_a_stream_that_never_ran_fences_nobody(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     settings = deployment(kafka_settings(), tmp_path)
-    with Writer(settings.kafka, transactional_id=id_of_first_release(SHARD)) as another:
+    with Writer(settings.kafka, transactional_id=id_of_first_release()) as another:
         with open_histories(settings, FeatureSpec.from_settings(settings)):
             open_writer(settings).close()
         write(another, settings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import signal
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,13 +78,13 @@ def learned(batches: list[MicroBatch]) -> dict[int, tuple[Kind, float]]:
     return found
 
 
-def prepared(kafka_settings: KafkaFactory, folder: Path, **stream: int) -> Settings:
+def prepared(kafka_settings: KafkaFactory, folder: Path) -> Settings:
     """Settings with labels that arrive later, and the clicks in their topic."""
     kafka = kafka_settings()
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2, FOREVER)
     send(kafka, [event(number) for number in range(EVENTS)])
-    settings = settings_for(kafka, folder / "state", folder / "salt", **stream)
+    settings = settings_for(kafka, folder / "state", folder / "salt")
     return replace(
         settings,
         events=Events(actions=ACTIONS, action_weights=(1.0, 1.0, 3.0)),
@@ -134,19 +133,3 @@ def test_after_kill_9_each_impression_is_learned_once_with_its_label_and_the_sto
     assert (list(again.waiting()), again.cut()) == (list(store.waiting()), store.cut())
     again.close()
     store.close()
-
-
-def test_two_shards_learn_what_one_does(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    settings = prepared(kafka_settings, tmp_path, shards=2)
-    rows, waiting = expected()
-    shards = [replace(settings, stream=replace(settings.stream, shard=shard)) for shard in (0, 1)]
-    with following(settings.kafka, settings.kafka.microbatches_topic) as log, ExitStack() as stack:
-        streams = [stack.enter_context(running(one, tmp_path / f"log-{one.stream.shard}")) for one in shards]
-        taken(log)
-        assert [stream.stop() for stream in streams] == [0, 0]
-        assert learned(deduplicated(log.poll())[0]) == rows
-    stores = [store_of(one) for one in shards]
-    assert sum(store.waiting_rows() for store in stores) == waiting
-    for store in stores:
-        assert faults(store) == ()
-        store.close()

@@ -30,6 +30,7 @@ from tests.one_kafka import Running
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 
 CLICKS = 1200
+USERS = 16  # each of whom clicks in one of the two partitions
 BAD = {100: b"{not json", 333: click(333, user=None)}
 
 
@@ -53,7 +54,7 @@ class Lost:
 
 @pytest.fixture(scope="module")
 def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
-    """1,200 clicks, two of them bad, taken by a stream that was killed between log and store, and then went on."""
+    """1,200 clicks, two of them bad, each user's in one partition, taken by a stream that was killed between log and store, and then went on."""
     folder, suffix = tmp_path_factory.mktemp("lost"), f"rebuild-{os.getpid()}"
     section = Kafka(
         bootstrap_servers=kafka.bootstrap_servers, clicks_topic=f"clicks-{suffix}", dead_letters_topic=f"dlq-{suffix}",
@@ -62,7 +63,7 @@ def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
     settings = settings_for(section, folder / "state", folder / "salt")
     with Topics(section) as topics, following(section, section.microbatches_topic) as log:
         topics.ensure(section.clicks_topic, 2, FOREVER)
-        send(section, [BAD.get(number, click(number)) for number in range(CLICKS)])
+        send(section, [BAD.get(number, click(number, user=f"user-{number % USERS}")) for number in range(CLICKS)])
         with running(settings, folder / "log", "stream.acknowledged:3") as stream:
             assert stream.wait() == -9, stream.lines
         with running(settings, folder / "log") as stream:
@@ -129,7 +130,7 @@ def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(los
     (line,) = stream.lines
     assert "CorruptStore" in line and "springtide rebuild-history" in line
 
-    command = [sys.executable, "-m", "streaming.rebuild", "--shard", "0"]
+    command = [sys.executable, "-m", "streaming.rebuild"]
     done = subprocess.run(
         command, env={**os.environ, **settings.environment()}, capture_output=True, text=True, check=True
     )
@@ -164,7 +165,7 @@ def test_what_is_gone_from_both_is_counted(lost: Lost, copied_log: Settings, kaf
     found = rebuilt(settings)
     store = opened(settings)
     assert found.lost == sum(count["first"] for count in store.counts().values()) > 0
-    assert found.incomplete == found.users == store.users() == 17
+    assert found.incomplete == found.users == store.users() == USERS
     assert {source: count["next"] for source, count in store.counts().items()} == {
         source: count["next"] for source, count in lost.counts.items()
     }
@@ -186,16 +187,6 @@ def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Los
     assert held(second) == (lost.digest, lost.counts)
     with pytest.raises(StoreError):
         rebuilt(second, tmp_path)
-
-
-def test_only_the_rows_of_the_shard_are_taken(lost: Lost, tmp_path: Path) -> None:
-    whole = lost.elsewhere(tmp_path / "state")
-    for shard in (0, 1):
-        settings = replace(whole, stream=replace(whole.stream, shard=shard, shards=2))
-        rebuilt(settings)
-        assert held(settings)[1] == {
-            source: count for source, count in lost.counts.items() if source.partition == shard
-        }
 
 
 def test_a_rebuild_beside_a_running_stream_is_refused(lost: Lost, tmp_path: Path) -> None:
@@ -234,8 +225,8 @@ def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
         rebuilt(settings)
     takeover.finish(settings.stream_dir)
     store = opened(settings)
-    assert store.users() == (0 if point == "rebuild.committed" else 17)
+    assert store.users() == (0 if point == "rebuild.committed" else USERS)
     store.close()
     found = rebuilt(settings)
-    assert found.users == 17
+    assert found.users == USERS
     assert held(settings) == (lost.digest, lost.counts)

@@ -82,7 +82,7 @@ def test_a_value_of_another_type_is_refused_where_it_was_written(known: KnownSet
         assert refusal([], {}, path).startswith(f"{path}:2: {known.name} must be ")
 
 
-BOUNDED_BY_OTHERS = {"stream.shard", "features.sequence"}
+BOUNDED_BY_OTHERS = {"features.sequence"}
 
 
 @pytest.mark.parametrize("known", SETTINGS, ids=lambda known: known.name)
@@ -130,7 +130,8 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[model]\nhidden = [128, 0]\n", 2, "at least 1"),
         ("[model]\ntower = 'mine'\n", 2, "module:name"),
         ("[model]\ntower = 'my tower:build'\n", 2, "module:name"),
-        ("[stream]\nshard = 1\n", 2, "below stream.shards = 1"),
+        ("[stream]\nshard = 1\n", 2, "there is no stream.shard any more: one stream reads all partitions"),
+        ("[stream]\nshards = 4\n", 2, "there is no stream.shards any more: one stream reads all partitions"),
         ("[stream]\nmax_record_bytes = 100_000_000\n", 2, "at most"),
         ("[kafka]\nclicks_topic = ''\n", 2, "no name of a topic"),
         ("[kafka]\nclicks_topic = 'my clicks'\n", 2, "no name of a topic"),

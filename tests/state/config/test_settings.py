@@ -100,16 +100,19 @@ def test_an_unknown_flag_is_refused_with_the_nearest() -> None:
         load(["--stream.cut_row", "1"], env={}, path="/dev/null")
 
 
-@pytest.mark.parametrize("name", ["stream.sync_s", "serving.sync_s"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stream.sync_s", "5"), ("serving.sync_s", "5"), ("stream.shard", "0"), ("stream.shards", "1")],
+)
 def test_a_setting_that_decides_nothing_any_more_is_passed_over_aloud(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     section, _, key = name.partition(".")
     written: list[tuple[list[str], dict[str, str], str]] = [
-        ([f"--{name}", "5", "--kafka.port", "7"], {}, "/dev/null"),
-        ([f"--{name}=5", "--kafka.port=7"], {}, "/dev/null"),
-        (["--kafka.port", "7"], {f"SPRINGTIDE_{name.replace('.', '_').upper()}": "5"}, "/dev/null"),
-        (["--kafka.port", "7"], {}, str(write(tmp_path, f"[{section}]\n{key} = 5\n"))),
+        ([f"--{name}", value, "--kafka.port", "7"], {}, "/dev/null"),
+        ([f"--{name}={value}", "--kafka.port=7"], {}, "/dev/null"),
+        (["--kafka.port", "7"], {f"SPRINGTIDE_{name.replace('.', '_').upper()}": value}, "/dev/null"),
+        (["--kafka.port", "7"], {}, str(write(tmp_path, f"[{section}]\n{key} = {value}\n"))),
     ]
     for argv, env, path in written:
         caplog.clear()
@@ -178,10 +181,10 @@ def test_every_default_can_be_written_as_a_variable(known: object) -> None:
 
 
 def test_paths_follow_the_state_directory() -> None:
-    settings = load(["--state", "here", "--stream.shard", "1", "--stream.shards", "2"], env={}, path="/dev/null")
+    settings = load(["--state", "here"], env={}, path="/dev/null")
     assert settings.registry_dir == Path("here/registry")
     assert settings.salt_path == Path("here/salt")
-    assert settings.stream_dir == Path("here/stream-1")
+    assert settings.stream_dir == Path("here/stream-0")
     assert settings.serving_dir == Path("here/serving")
     assert load(["--paths.registry", "there"], env={}, path="/dev/null").registry_dir == Path("there")
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 from prometheus_client import CollectorRegistry
 
 from state.config.loading import load
@@ -42,14 +41,12 @@ def test_a_part_is_measured_again_only_after_some_seconds(tmp_path: Path) -> Non
     assert use() == du(tmp_path) > 0
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: Path, shards: int) -> None:
-    flags = ["--paths.state", str(tmp_path), "--storage.budget_gb", "1", "--stream.shards", str(shards)]
+def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: Path) -> None:
+    flags = ["--paths.state", str(tmp_path), "--storage.budget_gb", "1"]
     settings = load(flags, env={})
-    for number in range(shards):
-        folder = tmp_path / f"stream-{number}" / "histories"
-        folder.mkdir(parents=True)
-        (folder / "data.mdb").write_bytes(bytes(8192 * (number + 1)))
+    folder = tmp_path / "stream-0" / "histories"
+    folder.mkdir(parents=True)
+    (folder / "data.mdb").write_bytes(bytes(8192))
     collected = CollectorRegistry()
     measuring.offer(collected, settings, [shares.STREAM, shares.LOGS])
 
@@ -59,9 +56,8 @@ def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: 
     assert (
         (sample("free_bytes", "logs") or 0) <= (sample("disk_bytes", "logs") or 0) == shutil.disk_usage(tmp_path).total
     )
-    # Each shard its own: of all of them together the sum is right.
     assert sample("used_bytes", "stream") == du(tmp_path / "stream-0")
-    assert sample("limit_bytes", "stream") == 150_000_000 / shards
+    assert sample("limit_bytes", "stream") == 150_000_000
     assert sample("used_bytes", "logs") == 0
     assert sample("limit_bytes", "logs") == 50_000_000
     assert sample("waiting", "logs") == 0

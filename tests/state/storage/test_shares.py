@@ -59,9 +59,3 @@ def test_a_store_opens_with_its_map(tmp_path: Path) -> None:
     store = AttributeStore(tmp_path, wanted)
     assert store.bytes_limit() == wanted == shares.store_bytes(settings, shares.STREAM, "attributes")
     store.close()
-
-
-def test_shards_divide_the_share_of_the_stream() -> None:
-    one, four = with_budget(10), load(["--storage.budget_gb", "10", "--stream.shards", "4"], env={})
-    whole, part = (shares.store_bytes(settings, shares.STREAM, "histories") for settings in (one, four))
-    assert whole - 4 * 4096 <= 4 * part <= whole
