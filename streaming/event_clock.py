@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from state.history.waiting import CLOCKS, decode_clocks
 from state.microbatch.log_time import TOLERANCE_MS
 from state.positions import Range, Source
-from streaming.witnesses import AHEAD, ALL, BEHIND, TURNS, Witnesses, believe, hear
+from streaming.alignment import Reached
+from streaming.witnesses import AHEAD, ALL, BEHIND, QUORUM, TURNS, Witnesses, believe, crowd, hear
 
 PREFIX = "clock:"  # of the names of the store's extras, one for each source and one for all
 
@@ -132,6 +133,11 @@ class EventClock:
         state = {name: self._known.pack(key) for name, key in {PREFIX + "all": ALL, **names}.items()}
         reached = tuple((int(begin), int(end)) for begin, end in clocks.tolist())
         return Told(clock_ms, reached, state, self._off(clicks, ranges, keys, clocks, off, now_ms))
+
+    def reached(self, source: Source) -> Reached:
+        """What time it is where a source was followed to, as far as no user alone can say so."""
+        crowd_ms, late = crowd(self._known, self._key(source))
+        return Reached(crowd_ms, late >= QUORUM)
 
     def _key(self, source: Source) -> int:
         key = self._keys.get(source)

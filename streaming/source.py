@@ -2,7 +2,7 @@
 
 The DoFn blocks in `poll` and never defers: an unbounded source that defers
 costs 5-200 ms a bundle and leaks, one that blocks does neither. One element
-reads all partitions of the shard; with one element for each partition the last
+reads all partitions; with one element for each partition the last
 one waits for the others.
 """
 
@@ -23,6 +23,7 @@ from state.errors import UnreachableBroker
 from state.log import PartitionBatch
 from state.microbatch.log_time import TOLERANCE_MS
 from state.positions import Source
+from streaming.aligned_reader import AlignedReader
 from streaming.context import Step, StreamContext
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Forever(RestrictionProvider):
 
 
 class ClickReader:
-    """Polls the shard's partitions and looks after what must happen now and then.
+    """Polls the partitions and looks after what must happen now and then.
 
     Everything here runs in the Beam thread, because a Kafka consumer belongs
     to one thread.
@@ -94,15 +95,20 @@ class ClickReader:
         self._due_s = 0.0
         self._lag = Lag()
         self._away = False
+        # What was read before is in rows by the next poll: the clock knows it.
+        clock, topic_id = context.clock, context.topic_id
+        self._reader = AlignedReader(
+            context.reader, lambda one: clock.reached(Source(topic_id, one)), context.settings.stream.max_skew_s
+        )
 
     def poll(self) -> list[PartitionBatch]:
-        """The next batches, in order within a partition; empty after `stream.poll_ms` without records.
+        """The next batches, in order within a partition, and of about one time; empty after `stream.poll_ms` without records.
 
         Raises:
             LogError: Positions are gone, or the broker stays away.
         """
         stream = self._context.settings.stream
-        batches = self._context.reader.poll(stream.poll_ms / 1000, stream.batch_events)
+        batches = self._reader.poll(stream.poll_ms / 1000, stream.batch_events)
         for batch in batches:
             self._lag.read(batch, time.time_ns() // 1_000_000)
         now_s = time.monotonic()

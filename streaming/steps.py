@@ -9,6 +9,7 @@ from dataclasses import replace
 from state.events.event_batch import EventBatch
 from state.log import PartitionBatch
 from streaming.context import JobContext, Step, StreamContext
+from streaming.interleaving import in_order
 from streaming.masking import leave_out
 from streaming.rows import Rows
 
@@ -24,13 +25,14 @@ class ParseEvents(Step[JobContext]):
 
 
 class UpdateProfiles(Step[StreamContext]):
-    """Makes rows of events: windows, what time it is, then attributes, then what waits for its label."""
+    """Makes rows of events: what time it is, windows, then attributes, then what waits for its label."""
 
     def process(self, batch: EventBatch) -> Iterator[Rows]:
         """Makes the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
             now_ms = time.time_ns() // 1_000_000
-            rows = replace(context.profiler.update(batch), told=context.clock.follow(batch, batch.ranges, now_ms))
+            batch, told = in_order(batch, context.clock.follow(batch, batch.ranges, now_ms))
+            rows = replace(context.profiler.update(batch), told=told)
             if context.join is not None:
                 rows = context.join.rows(rows)
             if context.labels is not None:

@@ -32,15 +32,10 @@ from state.microbatch.log_time import TOLERANCE_MS
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
-TURNS = 15
-QUORUM = 8
-ENOUGH = 3
-PATIENCE = 1000
+TURNS, QUORUM, ENOUGH, PATIENCE = 15, 8, 3, 1000
 ALL = 0  # the key of all partitions together
 NEVER_MS = np.iinfo(np.int64).min
-
 AHEAD, BEHIND = 1, 2
-
 _USER, _AT, _READ, _TURN = 0, 1, 2, 3
 _TURNS, _CLOCK, _BELIEVED, _AGREED, _LATE, _LATE_USER = 0, 1, 2, 3, 4, 5
 
@@ -138,6 +133,13 @@ def believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int) -
     clocks, off = np.empty((len(keys), 2), np.int64), np.zeros(len(at_ms), np.uint8)
     _believe(known, keys, source, at_ms, now_ms, clocks, off)
     return clocks, off
+
+
+def crowd(known: Witnesses, key: int) -> tuple[int | None, int]:
+    """What half of a key's witnesses say at least, ms, None where there are none; and the turns of late clicks since then."""
+    said = known.said[key]
+    heard = np.sort(said[said[:, _TURN] > max(known.turns(key) - TURNS, 0), _AT])
+    return (int(heard[(len(heard) - 1) // 2]) if len(heard) else None), int(known.marks[key, _LATE])
 
 
 @compiled

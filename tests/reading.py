@@ -37,6 +37,16 @@ def read_until(
     return batches
 
 
+def next_batches(
+    reader: LogReader, most: int = 10_000, shares: dict[int, int] | None = None, within_s: float = 20.0
+) -> list[PartitionBatch]:
+    """What the first poll finds that finds anything."""
+    deadline = time.monotonic() + within_s
+    while not (batches := reader.poll(0.2, most, shares)):
+        assert time.monotonic() < deadline, f"nothing came of {shares}"
+    return batches
+
+
 def all_ends(log: Log, topic: str) -> dict[int, int]:
     with log.topics() as topics:
         return {partition: end for partition, (_, end) in topics.ends(topic).items()}

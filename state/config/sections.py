@@ -259,6 +259,13 @@ class Stream:
     )
     poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Longest wait for clicks in one poll.")
     batch_events: int = setting(1000, "events", least=1, most=1_000_000, help="Most events of one columnar batch.")
+    max_skew_s: float = setting(
+        60.0,
+        "s",
+        least=0,
+        most=86_400,
+        help="How far a partition may be read ahead of others, by event time, while these are behind.",
+    )
     cache_users: int = setting(
         20_000, "users", least=1, most=100_000_000, help="Users whose histories are held in memory."
     )

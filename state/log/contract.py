@@ -36,12 +36,16 @@ class LogReader(Protocol):
         """The partitions that are read."""
         ...
 
-    def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
+    def poll(
+        self, timeout_s: float, max_records: int = 10_000, shares: Mapping[int, int] | None = None
+    ) -> list[PartitionBatch]:
         """Waits until something new is there, at most `timeout_s`.
 
         Args:
             timeout_s: Seconds; 0 takes what has arrived.
             max_records: At most so many records over all partitions.
+            shares: By partition at most so many; the others wait, and what was fetched of them is kept. None takes them
+                as they come.
 
         Returns:
             At most one batch per partition; also ranges without a record.
@@ -65,6 +69,13 @@ class LogReader(Protocol):
 
         Kept with a position and told to the reader that goes on from it, it
         shows whether the log was cut back meanwhile.
+        """
+        ...
+
+    def unread(self, partition: int) -> int:
+        """How many positions lie between ours and the end of a partition, as last heard; 1 where nothing was heard yet.
+
+        Nobody is asked.
         """
         ...
 

@@ -54,16 +54,21 @@ class MemoryReader(LogReader):
         """The partitions that are read."""
         return sorted(self._positions)
 
-    def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
+    def poll(
+        self, timeout_s: float, max_records: int = 10_000, shares: Mapping[int, int] | None = None
+    ) -> list[PartitionBatch]:
         """Waits until something new is there, at most `timeout_s`."""
+        wanted = dict.fromkeys(self._positions, max_records) if shares is None else shares
         with self._state.changed:
-            if not self._state.changed.wait_for(self._has_news, timeout_s):
+            if not self._state.changed.wait_for(lambda: self._has_news(wanted), timeout_s):
                 return []
             self._require_same()
-            found = []
-            for number in self.partitions:
+            for number in self._positions:
                 self._require_kept(number)
-                if max_records > 0 and (batch := self._take(number, max_records)) is not None:
+            found = []
+            for number in wanted if shares is not None else self.partitions:
+                most = min(max_records, wanted[number])
+                if most > 0 and (batch := self._take(number, most)) is not None:
                     max_records -= len(batch)
                     found.append(batch)
             return found
@@ -80,6 +85,12 @@ class MemoryReader(LogReader):
     def leader_epoch(self, partition: int, offset: int) -> int:
         """The epoch of the leader that wrote the newest record before `offset`; -1 where this reader does not know."""
         return epoch_before(self._leaders.get(partition, ()), offset)
+
+    def unread(self, partition: int) -> int:
+        """How many positions lie between ours and the end of a partition."""
+        with self._state.changed:
+            topic = self._state.topics.get(self.topic)
+            return max(0, topic.partitions[partition].end - self._positions[partition]) if topic else 1
 
     def lag(self) -> dict[int, int]:
         """Per partition how many positions lie between ours and the log's end."""
@@ -112,13 +123,13 @@ class MemoryReader(LogReader):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _has_news(self) -> bool:
+    def _has_news(self, wanted: Mapping[int, int]) -> bool:
         """Whether a poll has something to say, if only that the topic is another one."""
         if self._state.away:
             return False
         now = self._state.topics.get(self.topic)
         return now is None or now.topic_id != self.topic_id or any(
-            ours != self._end(now.partitions[number]) for number, ours in self._positions.items()
+            self._positions[number] != self._end(now.partitions[number]) for number, most in wanted.items() if most > 0
         )  # fmt: skip
 
     def _end(self, partition: Partition) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ from kafka.structs import TopicPartition
 from state.config.sections import Kafka
 from state.errors import TruncatedLog, UnreachableBroker
 from state.log import hook, plain, truncation
-from state.log.chunks import Chunk, as_batch, take
+from state.log.buffer import Buffer, rest
+from state.log.chunks import as_batch
 from state.log.client import connect, translated
 from state.log.contract import LogReader
 from state.log.failures import gap, made_again, unknown_partition
@@ -89,35 +89,30 @@ class Reader(LogReader):
         """The partitions that are read."""
         return sorted(self._positions)
 
-    def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
-        """Waits until something new is there, at most `timeout_s`.
-
-        Args:
-            timeout_s: Seconds; 0 takes what has arrived.
-            max_records: At most so many records over all partitions.
-
-        Returns:
-            At most one batch per partition; also ranges without a record.
+    def poll(
+        self, timeout_s: float, max_records: int = 10_000, shares: Mapping[int, int] | None = None
+    ) -> list[PartitionBatch]:
+        """Waits until something new is there, at most `timeout_s`; see `LogReader.poll`.
 
         Raises:
             GapError: records were deleted before we read them.
             TruncatedLog: the log was cut back behind our position.
             UnknownTopic: the topic is gone, or is another topic of that name.
         """
-        if not self._buffer:
-            self._fetch(timeout_s)
+        wanted = [one for one, most in (shares or {}).items() if most > 0]
+        if any(one not in self._buffer for one in wanted) if shares is not None else not self._buffer:
+            self._fetch(0.0 if any(one in self._buffer for one in wanted) else timeout_s)
         batches = []
-        for partition in list(self._buffer):
-            if max_records <= 0:
-                break
-            batch = self._deliver(partition, max_records)
-            max_records -= len(batch)
-            batches.append(batch)
+        for partition in self._buffer if shares is None else wanted:
+            most = max_records if shares is None else min(max_records, shares[partition])
+            if most > 0 and partition in self._buffer:
+                batches.append(self._deliver(partition, most))
+                max_records -= len(batches[-1])
         return batches
 
     def seek(self, partition: int, offset: int) -> None:
         """The next poll of this partition begins at `offset`; who wrote what is passed over is not known then."""
-        self._buffer.pop(partition, None)
+        self._buffer.drop(partition)
         known = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
         self._leaders[partition], self._positions[partition] = known, offset
         truncation.seek(self._consumer, TopicPartition(self.topic, partition), offset, epoch_before(known, offset))
@@ -129,6 +124,11 @@ class Reader(LogReader):
     def leader_epoch(self, partition: int, offset: int) -> int:
         """The epoch of the leader that wrote the newest record before `offset`; -1 where this reader does not know."""
         return epoch_before(self._leaders.get(partition, ()), offset)
+
+    def unread(self, partition: int) -> int:
+        """How many positions lie between ours and the end of a partition, as last heard; 1 where nothing was heard yet."""
+        mark = self._consumer.highwater(TopicPartition(self.topic, partition))
+        return 1 if mark is None else max(0, mark - self._positions[partition])
 
     def lag(self) -> dict[int, int]:
         """Per partition how many positions lie between ours and the log's end, as last heard."""
@@ -190,7 +190,7 @@ class Reader(LogReader):
             raise unknown_partition(topic, wanted[-1], info.partitions)
         self._positions = self._begin(wanted, positions, from_end)
         self._leaders = {one: noted((), self._positions[one] - 1, epoch) for one, epoch in leaders.items()}
-        self._buffer: dict[int, deque[Chunk]] = {}
+        self._buffer = Buffer()
         self._refused = False
         self._paused = False
         self._polled_s = self._clock()
@@ -237,8 +237,9 @@ class Reader(LogReader):
         self._refused = True
 
     def _fetch(self, timeout_s: float) -> None:
-        if self._clock() - self._polled_s > PAUSE_S:
-            self._paused = True
+        self._paused = self._paused or self._clock() - self._polled_s > PAUSE_S
+        ends = self._buffer.ends(self._positions)
+        rest(self._consumer, self.topic, self._buffer.full)
         try:
             found = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
         except kafka_errors.LogTruncationError as problem:
@@ -254,8 +255,8 @@ class Reader(LogReader):
             self._assign()
             return
         except kafka_errors.CorruptRecordError as problem:
-            partition, chunk = plain.skip_corrupt(self._consumer, self.topic, self._positions, problem)
-            self._buffer[partition] = deque([chunk])
+            partition, chunk = plain.skip_corrupt(self._consumer, self.topic, ends, problem)
+            self._buffer.add(partition, [chunk])
             return
         except kafka_errors.KafkaError as problem:
             with translated(self._settings, f"read topic {self.topic}"):
@@ -274,9 +275,11 @@ class Reader(LogReader):
                 self._assign()
                 return
         if self._batched:
-            self._buffer = {each.partition: deque(chunks) for each, chunks in found.items()}
+            fetched = {each.partition: chunks for each, chunks in found.items()}
         else:
-            self._buffer = plain.chunks_of(self._consumer, self.topic, self._positions, found)
+            fetched = plain.chunks_of(self._consumer, self.topic, ends, found)
+        for partition, chunks in fetched.items():
+            self._buffer.add(partition, chunks)
 
     def _check(self) -> int:
         """Number of partitions, if the topic is still the same one."""
@@ -290,10 +293,7 @@ class Reader(LogReader):
         return truncation.as_error(problem, self.topic, self.topic_id, self._positions, self._topics.ends(self.topic))
 
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
-        chunks = self._buffer[partition]
-        taken = take(chunks, max_records)
-        if not chunks:
-            del self._buffer[partition]
+        taken = self._buffer.take(partition, max_records)
         first, self._positions[partition] = self._positions[partition], taken[-1].next
         for chunk in taken:
             self._leaders[partition] = noted(self._leaders.get(partition, ()), chunk.first, chunk.leader_epoch)

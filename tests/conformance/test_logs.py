@@ -22,7 +22,7 @@ from state.errors import FencedWriter, GapError, LogError, TruncatedLog, Unknown
 from state.log import Log, LogTopics, partition_of
 from state.positions import Gap, Source
 from tests.conftest import KafkaFactory
-from tests.reading import all_ends, eventually, joined, read_until, values, write
+from tests.reading import all_ends, eventually, joined, next_batches, read_until, values, write
 
 
 def implementations() -> list[type[Log]]:
@@ -139,6 +139,30 @@ def test_records_come_with_their_positions(log: Log, topics: LogTopics, clicks: 
     assert [key for batch in first for key in batch.keys] == [b"k0", b"k1", b"k2"]
     assert values(batches, 1) == [b"z"]
     assert joined(batches) == (0, 3)
+
+
+def test_shares_say_how_much_comes_of_which_partition_and_nothing_is_lost(log: Log, clicks: str) -> None:
+    for number in (0, 1):
+        write(log, clicks, [b"%d-%d" % (number, one) for one in range(5)], partition=number)
+    with log.reader(clicks) as reader:
+        found = next_batches(reader, 10, {1: 2})
+        assert (values(found, 1), values(found, 0), reader.position(0)) == ([b"1-0", b"1-1"], [], 0)
+        assert reader.unread(1) == 3
+        found = next_batches(reader, 4, {0: 3, 1: 3})
+        assert (values(found, 0), values(found, 1)) == ([b"0-0", b"0-1", b"0-2"], [b"1-2"])
+        assert reader.poll(0.0, 10, {0: 0}) == []
+        left = [*next_batches(reader, 10, {1: 9}), *reader.poll(0.0, 10)]
+        assert (values(left, 1), values(left, 0)) == ([b"1-3", b"1-4"], [b"0-3", b"0-4"])
+        assert (reader.unread(0), reader.unread(1)) == (0, 0)
+
+
+def test_a_partition_that_waits_keeps_nobody_else_from_their_news(log: Log, clicks: str) -> None:
+    write(log, clicks, [b"waits"], partition=0)
+    with log.reader(clicks) as reader:
+        assert reader.poll(0.1, 10, {1: 9}) == []
+        write(log, clicks, [b"news"], partition=1)
+        assert values(next_batches(reader, 10, {1: 9}), 1) == [b"news"]
+        assert values(next_batches(reader)) == [b"waits"]
 
 
 def test_keys_and_values_may_be_missing(log: Log, clicks: str) -> None:
@@ -294,7 +318,7 @@ def test_a_second_writer_fences_the_first(log: Log, clicks: str) -> None:
     with first.transaction():
         first.send(clicks, 0, b"k", b"mine")
     second = log.writer(f"tx-{clicks}")
-    with pytest.raises(FencedWriter, match=r"stream\.shard"), first.transaction():
+    with pytest.raises(FencedWriter, match="stop one of the two"), first.transaction():
         first.send(clicks, 0, b"k", b"zombie")
     with second.transaction():
         second.send(clicks, 0, b"k", b"theirs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +72,8 @@ def reading(store: HistoryStore, log: MemoryLog, batch_events: int = 1000) -> It
     """A process that reads `log` and is asked to stop at its end; its parser passes everything on."""
     stopping, reader = threading.Event(), log.reader(CLICKS)
 
-    def poll(timeout_s: float, max_records: int) -> list[PartitionBatch]:
-        found = MemoryReader.poll(reader, timeout_s, max_records)
+    def poll(timeout_s: float, max_records: int, shares: Mapping[int, int] | None = None) -> list[PartitionBatch]:
+        found = MemoryReader.poll(reader, timeout_s, max_records, shares)
         if not found:
             stopping.set()
         return found

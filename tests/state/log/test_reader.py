@@ -12,7 +12,8 @@ from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
 from state.errors import UnknownTopic, UnreachableBroker
 from state.log import BulkWriter, KafkaLog, PartitionBatch, Reader, Topics, Writer, append_encoded, client_options
-from tests.reading import all_ends, eventually, joined, read_until, values, write
+from state.log.reader import FETCH_BYTES
+from tests.reading import all_ends, eventually, joined, next_batches, read_until, values, write
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 
@@ -174,3 +175,19 @@ def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broke
         assert (corrupt[0][0], corrupt[-1][1]) == (3, 6)
         if batched:
             assert corrupt == [(3, 6, "checksum of the batch at offset 3")]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_of_a_partition_that_waits_two_fetches_are_kept_and_nothing_of_it_is_lost(
+    clicks: str, settings: Kafka, batched: bool
+) -> None:
+    record, count = bytes(64 * 1024), 8 * FETCH_BYTES // (64 * 1024)
+    write(KafkaLog(settings), clicks, [record] * count, partition=0)
+    with Reader(settings, clicks, batched=batched) as reader, Writer(settings) as writer:
+        for number in range(40):
+            writer.send(clicks, 1, None, b"%d" % number)
+            writer.flush()
+            assert next_batches(reader, 10, {1: 10})[0].values == [b"%d" % number]
+        held = reader._buffer.ends({0: 0})[0]
+        assert 0 < held * len(record) <= 2 * FETCH_BYTES + 2 * len(record)
+        assert joined(read_until(reader, {0: count}, most=7)) == (0, count)
