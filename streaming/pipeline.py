@@ -71,7 +71,7 @@ def run(shard: Handle[StreamContext]) -> None:
 
 
 def run_here(settings: Settings, consent: Consent, stopping: threading.Event) -> None:
-    """Runs the stream of `stream.shard` in this process until it is asked to stop.
+    """Runs the stream in this process until it is asked to stop.
 
     Raises:
         SpringtideError: What ended it.

@@ -108,7 +108,8 @@ class ClickReader:
             LogError: Positions are gone, or the broker stays away.
         """
         stream = self._context.settings.stream
-        batches = self._reader.poll(stream.poll_ms / 1000, stream.batch_events)
+        self._reader.begin(stream.batch_events)
+        batches = self._reader.poll(stream.poll_ms / 1000)
         for batch in batches:
             self._lag.read(batch, time.time_ns() // 1_000_000)
         now_s = time.monotonic()

@@ -238,7 +238,7 @@ class Reader(LogReader):
 
     def _fetch(self, timeout_s: float) -> None:
         self._paused = self._paused or self._clock() - self._polled_s > PAUSE_S
-        ends = self._buffer.ends(self._positions)
+        fetched_to = self._buffer.ends(self._positions)
         rest(self._consumer, self.topic, self._buffer.full)
         try:
             found = self._consumer.poll(timeout_ms=max(0, timeout_s) * 1000, max_records=sys.maxsize)
@@ -255,7 +255,7 @@ class Reader(LogReader):
             self._assign()
             return
         except kafka_errors.CorruptRecordError as problem:
-            partition, chunk = plain.skip_corrupt(self._consumer, self.topic, ends, problem)
+            partition, chunk = plain.skip_corrupt(self._consumer, self.topic, fetched_to, problem)
             self._buffer.add(partition, [chunk])
             return
         except kafka_errors.KafkaError as problem:
@@ -277,7 +277,7 @@ class Reader(LogReader):
         if self._batched:
             fetched = {each.partition: chunks for each, chunks in found.items()}
         else:
-            fetched = plain.chunks_of(self._consumer, self.topic, ends, found)
+            fetched = plain.chunks_of(self._consumer, self.topic, fetched_to, found)
         for partition, chunks in fetched.items():
             self._buffer.add(partition, chunks)
 

@@ -119,14 +119,9 @@ def plan_of(
         MissingSalt: The salt of what is stored here is gone.
         LogError: The topic of clicks is missing, or Kafka is not reachable.
     """
-    stream = settings.stream
-    if not allowed(stream.buckets):
-        raise SettingsError(f"stream.buckets {stream.buckets} is no divisor of 64", "take 1, 2, 4, 8, 16, 32 or 64")
-    if stream.shards > 1:
-        raise SettingsError(
-            f"stream.shards {stream.shards} divides the partitions among processes, which the engine does here",
-            "leave stream.shards out, and give stream.sources and the runner's --parallelism",
-        )
+    buckets = settings.stream.buckets
+    if not allowed(buckets):
+        raise SettingsError(f"stream.buckets {buckets} is no divisor of 64", "take 1, 2, 4, 8, 16, 32 or 64")
     FeatureSpec.from_settings(settings)
     require_same_features(settings)
     salt = own_salt(settings)

@@ -20,15 +20,17 @@ from state.events.event_batch import EventBatch
 from state.events.parser import Parser
 from state.features.mask import Mask
 from state.log import LogReader, PartitionBatch
-from state.positions import Gap
+from state.positions import Gap, Source
 from state.registry.control import Control
 from state.registry.control_look import ControlLook
 from state.registry.log_line import FIRST_EPOCH, Stretch
 from streaming.accounts import as_ranges, missing
+from streaming.aligned_reader import AlignedReader
 from streaming.distributed.buckets import Portion, divide, gathered
 from streaming.distributed.reading import SourceReading
 from streaming.distributed.worker import JobWorker
 from streaming.event_clock import EventClock
+from streaming.interleaving import in_order
 from streaming.masking import leave_out
 from streaming.source import appended_ms
 
@@ -69,6 +71,7 @@ class Partitions:
         self._passed: list[Gap] = []
         self._resting = threading.Event()
         self._reader: LogReader | None = None
+        self._aligned: AlignedReader | None = None
         self.at = reading
         self._open(reading)
 
@@ -96,10 +99,18 @@ class Partitions:
             logger.warning("gap accepted by %s (%s): %s", plan.consent.actor, plan.consent.reason, gap)
             known[gap.source.partition] = gap.next
         # There may be more elements than partitions, until the topic grows.
-        self._reader = self._worker.log.reader(kafka.clicks_topic, mine, known) if mine else None
-        self._clock = EventClock(reading.clocks.get)
+        self._topic_id, self._clock = info.topic_id, EventClock(reading.clocks.get)
+        self._follow(self._worker.log.reader(kafka.clicks_topic, mine, known) if mine else None)
         self._reading = reading
         self._refresh_s = time.monotonic() + REFRESH_S
+
+    def _follow(self, reader: LogReader | None) -> None:
+        """Reads on with `reader`, by the times up to which its partitions were read."""
+        clock, topic_id = self._clock, self._topic_id
+        self._reader, self._aligned = reader, None
+        if reader is not None:
+            skew_s = self._settings.stream.max_skew_s
+            self._aligned = AlignedReader(reader, lambda one: clock.reached(Source(topic_id, one)), skew_s)
 
     def read(self) -> tuple[list[Portion], SourceReading | None]:
         """What was read in a moment, divided, and how far that is; nothing and None where nothing is new.
@@ -116,7 +127,7 @@ class Partitions:
         now_ms = time.time_ns() // 1_000_000
         mask = Mask.NONE if control is None else control.mask
         events = leave_out(self._events(batches), mask)
-        told = self._clock.follow(events, events.ranges, now_ms)
+        events, told = in_order(events, self._clock.follow(events, events.ranges, now_ms))
         after = SourceReading(
             events.ranges[0].source.topic_id,
             {**self._reading.next, **{part.source.partition: part.next for part in events.ranges}},
@@ -178,18 +189,17 @@ class Partitions:
 
     def _poll(self) -> list[PartitionBatch]:
         """Gathers what comes until the moment is over, or enough has come."""
-        stream, reader = self._settings.stream, self._reader
+        stream, aligned = self._settings.stream, self._aligned
         found: list[PartitionBatch] = []
-        begun_s, left = time.monotonic(), stream.bundle_events
-        while left > 0 and (rest_s := begun_s + stream.bundle_ms / 1000 - time.monotonic()) > 0:
-            if reader is None:
-                self._resting.wait(rest_s)
-                break
-            batches = [*self._before_the_end(reader.poll(rest_s, left))]
-            found += batches
-            left -= sum(map(len, batches))
-            if self.at_end:
-                break
+        begun_s = time.monotonic()
+        if aligned is None:
+            self._resting.wait(stream.bundle_ms / 1000)
+        else:
+            aligned.begin(stream.bundle_events)
+            while not aligned.is_done and (rest_s := begun_s + stream.bundle_ms / 1000 - time.monotonic()) > 0:
+                found += self._before_the_end(aligned.poll(rest_s))
+                if self.at_end:
+                    break
         if time.monotonic() >= self._refresh_s:
             self._refresh_s = time.monotonic() + REFRESH_S
             self._take_new_partitions()
@@ -223,8 +233,7 @@ class Partitions:
             if len(mine) > len(known):
                 logger.info("reading new partitions of %s: %s", kafka.clicks_topic, mine)
                 at = {} if reader is None else {one: reader.position(one) for one in known}
-                self._reader = self._worker.log.reader(
-                    kafka.clicks_topic, mine, at | {one: 0 for one in mine if one not in at}
-                )
+                later = {one: 0 for one in mine if one not in at}
+                self._follow(self._worker.log.reader(kafka.clicks_topic, mine, at | later))
                 if reader is not None:
                     reader.close()

@@ -36,7 +36,10 @@ def read(reader: LogReader, most: int) -> Iterator[dict[int, list[int]]]:
     reached: dict[int, int] = {}
     seconds = count()
     aligned = AlignedReader(reader, lambda one: Reached(reached.get(one), False), SKEW_S, lambda: next(seconds) / 1000)
-    while batches := aligned.poll(0.0, most):
+    while True:
+        aligned.begin(most)
+        if not (batches := aligned.poll(0.0)):
+            return
         found = {batch.partition: [int(value or b"") for value in batch.values] for batch in batches}
         reached |= {partition: times[-1] for partition, times in found.items()}
         yield found
@@ -74,4 +77,15 @@ def test_of_one_partition_nothing_is_asked() -> None:
     write(log, 0, [0, 1])
     with log.reader(CLICKS) as reader:
         aligned = AlignedReader(reader, lambda one: pytest.fail("the clock was asked"), SKEW_S)
-        assert [len(batch) for batch in aligned.poll(0.0, 10)] == [2]
+        aligned.begin(10)
+        assert [len(batch) for batch in aligned.poll(0.0)] == [2]
+
+
+def test_what_was_decided_is_read_in_as_many_polls_as_it_takes_and_no_more(log: MemoryLog) -> None:
+    with log.reader(CLICKS) as reader:
+        aligned = AlignedReader(reader, lambda _: Reached(None, False), SKEW_S)
+        aligned.begin(20)
+        found: list[int] = []
+        while not aligned.is_done:
+            found += [len(batch) for batch in aligned.poll(0.0)]
+        assert sum(found) == 20 and aligned.poll(0.0) == []

@@ -158,9 +158,6 @@ def test_a_job_carries_no_secret_and_is_refused_where_users_cannot_be_divided(tm
     log = written([], 1, settings)
     with pytest.raises(SettingsError, match=r"stream\.buckets 3 is no divisor of 64"):
         plan_of(settings, log=log)
-    shards = replace(settings, stream=replace(settings.stream, buckets=2, shards=2))
-    with pytest.raises(SettingsError, match="divides the partitions among processes"):
-        plan_of(shards, log=log)
 
 
 def turn(settings: Settings, at: Mapping[int, int], topic_id: str) -> None:
