@@ -7,7 +7,7 @@ option that is given wins.
 from __future__ import annotations
 
 import argparse
-import os
+import shutil
 from collections.abc import Sequence
 
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -79,7 +79,8 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
         filled += [("environment_type", "EXTERNAL"), ("environment_config", f"127.0.0.1:{WORKER_PORT}"), *ON_FLINK]
     elif runner == PRISM:
         filled += [("runner", "PrismRunner"), *ON_PRISM]
-        if place := os.environ.get("SPRINGTIDE_PRISM"):
+        if place := shutil.which("prism"):
+            # One that is installed; else Beam fetches it.
             filled.append(("prism_location", place))
     else:
         filled.append(("runner", runner))
