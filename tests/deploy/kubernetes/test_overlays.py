@@ -33,6 +33,8 @@ from tests.manifests import (
     sizes_of,
 )
 
+DISK_BYTES_S = 1e8
+"""What a block device writes and reads at least, one that is worth the name."""
 MINORS = ("1.35", "1.36", "1.37")
 # Kinds of others, which have no place in Kubernetes' own schemas.
 OTHERS = {"ServiceMonitor", "HTTPRoute", "VirtualService"}
@@ -191,6 +193,17 @@ def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str)
     assert hosts * workers * wanted.use >= wanted.worker_cores
     assert quantity(worker.told["resources"]["requests"]["cpu"]) >= workers
     assert quantity(worker.told["resources"]["requests"]["memory"]) >= workers * wanted.measured.worker_bytes
+
+
+@with_kubectl
+@each_overlay
+def test_histories_have_the_time_that_saving_and_loading_them_takes(overlay: str) -> None:
+    takes_s = sizing(overlay).histories_bytes / DISK_BYTES_S
+    for name in ("stream", "applier"):
+        box = of_name(overlay, name)
+        probe = box.told["startupProbe"]
+        assert box.pod["terminationGracePeriodSeconds"] >= 60 + takes_s, name
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 60 + takes_s, name
 
 
 @with_kubectl
