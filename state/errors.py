@@ -14,6 +14,7 @@
     │   ├── UnknownVersion, CorruptVersion, UnusableRegistry, WrongEpoch, ControlConflict,
     │   ├── UnfitVersion, UnfitMask
     ├── MicroBatchError, DecodeError, ProgramError, TrainingHeld, UnreadableRecording, NotReady
+    ├── UnusablePlace
     ├── BackupError
     │   └── DamagedBackup
     ├── BadRequest                  HTTP 400
@@ -232,6 +233,10 @@ class DecodeError(SpringtideError):
 
 class UnreadableRecording(SpringtideError):
     """A file to replay is cut, damaged or of another format. Repair it or leave it out; what the message says was sent stays sent."""
+
+
+class UnusablePlace(SpringtideError):
+    """A directory or an object store for files cannot be reached, or refused; no file in it is half written. Check the network and your rights there, and repeat it."""
 
 
 class BackupError(SpringtideError):

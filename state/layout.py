@@ -14,8 +14,9 @@
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
     │   ├── gaps/                losses that the trainer accepted, records left out among them
+    │   ├── shared.json shared.catalog   where it is shared       state/registry/sharing/binding.py
     │   ├── tmp/                 being written; swept
-    │   └── trainer.lock, compactor.lock
+    │   └── trainer.lock, compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/fencing.py
     │   ├── leaders.json                                          streaming/leaders.py
     │   ├── histories            the stream's store, or while it runs a link to it, in memory
@@ -51,6 +52,7 @@ SALT, TOKENS = "salt", "tokens"
 REGISTRY = "registry"
 VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"
 RECENT, RECENT_BOOT = "recent", "recent.boot"
+SHARED_CATALOG, SHARED_LOCK = "shared.catalog", "shared.lock"
 MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"

@@ -535,6 +535,26 @@ class StorageMetrics(Metrics):
     waits = counter("springtide_storage_waits", "Times that the part began to wait for room.", "part")
 
 
+class SharedMetrics(Metrics):
+    """What each process says that keeps a shared registry in step: the trainer, and one process of each host."""
+
+    requests = counter(
+        "springtide_shared_requests",
+        "Requests to the place where the registry is shared, by operation: get, put, list, delete.",
+        "operation",
+    )
+    failures = counter("springtide_shared_failures", "Those of them that it did not answer, or refused.", "operation")
+    bytes = counter("springtide_shared_bytes", "Bytes sent there and received from there, by direction.", "direction")
+    looked_seconds = gauge(
+        "springtide_shared_looked_seconds",
+        "When this host last saw there what is new, seconds since 1970; 0 where another process of it looks.",
+    )
+    sent_seconds = gauge(
+        "springtide_shared_sent_seconds",
+        "When all durable versions of the trainer lay there, seconds since 1970; 0 elsewhere.",
+    )
+
+
 PROCESSES = (
     StreamMetrics,
     TrainerMetrics,
@@ -544,6 +564,7 @@ PROCESSES = (
     SupervisorMetrics,
     ProbeMetrics,
     StorageMetrics,
+    SharedMetrics,
 )
 
 

@@ -39,6 +39,7 @@ from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Gap
 from state.process import killpoints
+from state.registry.sharing.running import copying
 from state.storage.measuring import offer
 from state.storage.shares import STREAM, map_bytes
 from state.storage.waiting import Room
@@ -152,6 +153,7 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
     counted, storage = StreamMetrics(registry), offer(registry, settings, [STREAM])
     if port := settings.stream.metrics_port:
         stack.callback(metrics.serve(registry, port, settings.metrics.host))
+    stack.enter_context(copying(settings, registry, first=stopping))
     return counted, Room(STREAM, storage, stopping.wait)
 
 

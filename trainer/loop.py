@@ -55,6 +55,7 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
+from state.registry.sharing.running import owning
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
@@ -217,7 +218,10 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     metrics = TrainerMetrics(collected)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     # 1.
-    with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK):
+    with (
+        DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK),
+        owning(settings, collected, stopping, lambda: time.time_ns() // 1_000_000) as ownership,
+    ):
         registry = Registry(settings.registry_dir)
         # Before TensorFlow: some settings alone tell that the newest version cannot be loaded.
         require_same_model(settings)
@@ -250,6 +254,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # 6.
         try:
             while not stopping.is_set():
+                ownership.check()
                 learner.tick(WAIT_S, stopping.is_set)
                 compaction.tick(hurry=room.waits)
                 exports.tick()

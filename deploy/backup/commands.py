@@ -15,7 +15,6 @@ from typing import Any
 from deploy.backup import erasures, listing, making, restoring
 from deploy.backup.documents import Backup
 from deploy.backup.objects import Objects
-from deploy.backup.places import BackupPlace, open_place
 from deploy.operate.commands import Say
 from deploy.operate.times import age, iso
 from deploy.operate.versions import table
@@ -23,6 +22,8 @@ from state.config.settings import Settings
 from state.errors import DamagedBackup
 from state.features.erased import Erased
 from state.features.spec import FeatureSpec
+from state.places.opening import open_place
+from state.places.place import Place
 from state.process.actor import actor
 from state.process.progress_line import ProgressLine
 
@@ -113,7 +114,7 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     tell(asked, told, "\n".join(lines), say)
 
 
-def later_erasures(place: BackupPlace, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
+def later_erasures(place: Place, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
     """What is known of erasures after a backup: by the newest one there, and by a registry that was not lost.
 
     Returns:
@@ -135,7 +136,7 @@ def later_erasures(place: BackupPlace, found: Backup, registry: Path | None) -> 
     return max(known, key=lambda one: one.last), said
 
 
-def show(place: BackupPlace, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def show(place: Place, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lists the backups of a place, oldest first."""
     found = [listing.backup(place, one) for one in listing.ids(place)]
     head = ["backup", "age", "version", "versions", "size", "sent", "salt"]

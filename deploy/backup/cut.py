@@ -19,11 +19,11 @@ from state import layout
 from state.errors import BackupError
 from state.registry import manifest
 from state.registry.control import Control
+from state.registry.copies import MANIFEST
 from state.registry.directory import file_bytes
 from state.registry.labels import named
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
-from state.registry.versions import MANIFEST
 
 TRIES = 100
 VERSIONED = (layout.VERSIONS, layout.MERGED, layout.BASES)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from deploy.backup import documents
 from deploy.backup.documents import Backup
 from deploy.backup.lease import Lease
-from deploy.backup.objects import Objects, damaged, name_of
-from deploy.backup.places import BACKUPS, OBJECTS, BackupPlace
+from deploy.backup.objects import Objects, damaged, digests, name_of
+from deploy.backup.places import BACKUPS
 from state.errors import BackupError, DamagedBackup
+from state.places.place import Place
 from state.process import killpoints
 
 
@@ -26,13 +27,13 @@ class Pruned(NamedTuple):
     objects: int
 
 
-def ids(place: BackupPlace) -> list[str]:
+def ids(place: Place) -> list[str]:
     """The backups of a place, oldest first."""
     found = [name.removesuffix(".json") for name in place.names(BACKUPS)]
     return [one for one in found if documents.is_id(one)]
 
 
-def backup(place: BackupPlace, wanted: str = "") -> Backup:
+def backup(place: Place, wanted: str = "") -> Backup:
     """A backup of a place; the newest where none is named.
 
     Raises:
@@ -56,7 +57,7 @@ def backup(place: BackupPlace, wanted: str = "") -> Backup:
         raise damaged(name, place.told, f" is damaged ({error})") from error
 
 
-def newest(place: BackupPlace) -> Backup | None:
+def newest(place: Place) -> Backup | None:
     """The newest backup of a place whose document can be read; None where there is none."""
     for one in reversed(ids(place)):
         try:
@@ -66,7 +67,7 @@ def newest(place: BackupPlace) -> Backup | None:
     return None
 
 
-def prune(place: BackupPlace, keep: int) -> Pruned:
+def prune(place: Place, keep: int) -> Pruned:
     """Removes all but the newest `keep` backups, and the objects that none of those left names.
 
     1. Documents, oldest first: from here on they are no backups any more.
@@ -85,14 +86,14 @@ def prune(place: BackupPlace, keep: int) -> Pruned:
         killpoints.reach("prune.documents")
         # 2.
         named = {piece for one in staying for file in one.files for piece in file.pieces}
-        idle = [digest for digest in place.names(OBJECTS) if digest not in named]
+        idle = [digest for digest in digests(place) if digest not in named]
         for digest in idle:
             lease.refresh()
             place.remove(name_of(digest))
     return Pruned(len(known[:-keep]), len(idle))
 
 
-def check(place: BackupPlace, wanted: Backup, said: Callable[[int], None]) -> None:
+def check(place: Place, wanted: Backup, said: Callable[[int], None]) -> None:
     """Reads all of a backup.
 
     Args:

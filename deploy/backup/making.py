@@ -27,7 +27,7 @@ from deploy.backup.documents import Backup, KeptFile
 from deploy.backup.lease import Lease
 from deploy.backup.listing import ids, newest
 from deploy.backup.objects import Objects
-from deploy.backup.places import BACKUPS, BackupPlace, usable
+from deploy.backup.places import BACKUPS, usable
 from deploy.backup.snapshot import snapshot
 from state import layout
 from state.config.settings import Settings
@@ -35,10 +35,11 @@ from state.disk import clean_mark
 from state.errors import BackupError, CorruptStore, SaltMismatch
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
+from state.places.place import Place
 from state.process import killpoints
+from state.registry.copies import MANIFEST
 from state.registry.manifest import FileEntry
 from state.registry.registry import Registry
-from state.registry.versions import MANIFEST
 
 SALT_OF = "salt"  # an extra of the stream's histories
 BESIDE = (layout.WRITER, layout.LEADERS)
@@ -73,7 +74,7 @@ class Shard(NamedTuple):
     salt: str
 
 
-def make(settings: Settings, place: BackupPlace, scope: Scope, now_ms: int, said: Callable[[int], None]) -> Backup:
+def make(settings: Settings, place: Place, scope: Scope, now_ms: int, said: Callable[[int], None]) -> Backup:
     """Makes a backup.
 
     Args:
@@ -140,7 +141,7 @@ def release() -> str:
 class _Making:
     """One backup on its way."""
 
-    def __init__(self, settings: Settings, place: BackupPlace, lease: Lease, said: Callable[[int], None]) -> None:
+    def __init__(self, settings: Settings, place: Place, lease: Lease, said: Callable[[int], None]) -> None:
         self._settings, self._lease, self._said = settings, lease, said
         self._objects = Objects(place)
         earlier = newest(place)

@@ -13,8 +13,9 @@ from typing import BinaryIO
 import zstandard
 
 from deploy.backup.documents import KeptFile
-from deploy.backup.places import OBJECTS, BackupPlace
+from deploy.backup.places import OBJECTS
 from state.errors import DamagedBackup
+from state.places.place import Place
 from state.process import killpoints
 
 PIECE_BYTES = 4 << 20
@@ -29,9 +30,9 @@ class Objects:
         listed: Whether to look which are there, as who adds to them must.
     """
 
-    def __init__(self, place: BackupPlace, listed: bool = True) -> None:
+    def __init__(self, place: Place, listed: bool = True) -> None:
         self._place = place
-        self._there = set(place.names(OBJECTS)) if listed else set()
+        self._there = set(digests(place)) if listed else set()
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
         self._decompressor = zstandard.ZstdDecompressor()
         self.sent_bytes = 0
@@ -121,6 +122,11 @@ def name_of(digest: str) -> str:
     'objects/ab/ab12'
     """
     return f"{OBJECTS}/{digest[:2]}/{digest}"
+
+
+def digests(place: Place) -> list[str]:
+    """Those of all objects at a place."""
+    return [name.rpartition("/")[2] for name in place.names(OBJECTS)]
 
 
 def _piece(source: BinaryIO) -> bytes:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from deploy.backup import erasures
 from deploy.backup.documents import Backup, KeptFile
 from deploy.backup.objects import Objects
-from deploy.backup.places import BackupPlace, usable
+from deploy.backup.places import usable
 from deploy.backup.restorable import RESTORING, require_empty, require_salt
 from state import layout
 from state.config.settings import Settings
@@ -39,6 +39,7 @@ from state.features.erased import Erased
 from state.history.appends import Appends
 from state.history.rewinding import line_extra
 from state.history.store import HistoryStore
+from state.places.place import Place
 from state.positions import Source
 from state.process import killpoints
 from state.registry import restoring as transitions
@@ -86,7 +87,7 @@ class Restored(NamedTuple):
 
 def restore(
     settings: Settings,
-    place: BackupPlace,
+    place: Place,
     backup: Backup,
     by: By,
     said: Callable[[int], None],
@@ -150,7 +151,7 @@ def _built_aside(settings: Settings) -> Iterator[list[Path]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_all(settings: Settings, place: BackupPlace, backup: Backup, said: Callable[[int], None]) -> None:
+def _write_all(settings: Settings, place: Place, backup: Backup, said: Callable[[int], None]) -> None:
     objects = Objects(place, listed=False)
     for file in backup.files:
         if file.path != SALT:

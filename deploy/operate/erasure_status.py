@@ -20,9 +20,10 @@ from state.features.erased import Erasure
 from state.history.forgetting import PAGES_MS
 from state.log import Log, topic_plan
 from state.registry.control import Control
-from state.registry.erasing import ErasureReport, reports
+from state.registry.erasing import ErasureReport
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.registry.sharing.small import all_reports
 
 COMPACTOR = "compactor"
 TAKEN_UP_MS = 5_000
@@ -97,7 +98,7 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     """All that still holds something, as far as can be seen from here."""
     if not control.erased:
         return []
-    said = {one.part: one for one in reports(registry.path)}
+    said = {one.part: one for one in all_reports(registry)}
     found = of_versions(settings, registry, control, said.get(COMPACTOR))
     found += of_processes(
         [one for part, one in said.items() if part != COMPACTOR], _expected(settings), control.erased.last

@@ -139,7 +139,7 @@ class ServingLine:
 
     def _ids(self, base: Manifest, name: str, tensor: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         # Not the whole file, which a read with its digest would take: it is read in full before anything is loaded.
-        found = tensor_in(self._registry.folder("base", base.version) / name, tensor)
+        found = tensor_in(self._registry.path_of(base, name), tensor)
         return np.empty(0, np.uint64) if found is None else np.asarray(found).view(np.uint64)
 
     def _newest(self) -> Manifest:

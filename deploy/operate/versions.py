@@ -17,6 +17,7 @@ from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersi
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.registry.sharing.running import visit
 from state.rows.reader import RowReader
 from state.rows.store import RowStore
 
@@ -79,11 +80,12 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
 
 
 def open_registry(settings: Settings) -> Registry:
-    """The registry of these settings, where there is one.
+    """The registry of these settings, where there is one; a shared one as it is in its place now.
 
     Raises:
-        RegistryError: There is none; a command that looks must not make one.
+        RegistryError: There is none; a command that looks must not make one. Or its place cannot be reached.
     """
+    visit(settings)
     if not settings.registry_dir.is_dir():
         raise RegistryError(
             f"{settings.registry_dir}: no registry here",

@@ -59,6 +59,7 @@ from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
 from state.registry.control_look import ControlLook
+from state.registry.sharing.running import copying
 from state.registry.spec_actions import SpecActions
 from state.storage.measuring import offer
 from state.storage.shares import SERVING
@@ -276,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
             registry = CollectorRegistry()
             stop_metrics = serve(registry, settings.serving.metrics_port, settings.metrics.host)
             try:
-                Applier(settings, registry, stop).run()
+                with copying(settings, registry):
+                    Applier(settings, registry, stop).run()
             finally:
                 stop_metrics()
     except (SpringtideError, OSError) as problem:

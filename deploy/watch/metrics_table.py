@@ -17,6 +17,7 @@ OFFERED = {
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",
     metrics.StorageMetrics: "Each of them that keeps something on a disk.",
+    metrics.SharedMetrics: "The trainer and the applier, where `paths.shared_registry` names a place.",
     metrics.BuildMetrics: "Each of them.",
 }
 """By class who offers its metrics, and where."""

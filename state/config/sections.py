@@ -65,6 +65,10 @@ class Paths:
         ".springtide", filled=True, help="Directory of all durable state; relative to the working directory."
     )
     registry: str = setting("", help="Registry of versions and control; empty: `registry` in the state directory.")
+    shared_registry: str = setting(
+        "",
+        help="Object store in which hosts share the registry, as s3://BUCKET/PREFIX, or a directory; empty: it is this host's alone.",
+    )
     salt_file: str = setting(
         "", help="File with the secret salt of user pseudonyms; empty: `salt` in the state directory."
     )
@@ -450,6 +454,16 @@ class RegistrySettings:
     )
     garbage_keep_d: int = setting(
         30, "d", least=1, most=36_500, help="How long damaged versions, and what no kept version names, are kept."
+    )
+    share_s: float = setting(
+        1.0,
+        "s",
+        least=0.05,
+        most=5.0,
+        help="Time between packs of recent versions that the trainer sends to `paths.shared_registry`.",
+    )
+    look_ms: int = setting(
+        500, "ms", least=10, most=60_000, help="Time between looks of a host at `paths.shared_registry`."
     )
 
 

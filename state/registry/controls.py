@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from bisect import bisect_left
@@ -15,12 +14,11 @@ import msgspec
 from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion, UnfitMask
-from state.features.erased import Erased, Erasure
-from state.features.masked_users import MaskedUsers
 from state.process import killpoints
 from state.registry import control_codec, manifest
 from state.registry.control import Control
-from state.registry.directory import Directory, file_bytes, usable
+from state.registry.directory import file_bytes, sharing, usable
+from state.registry.users_files import UsersFiles
 
 _TRIES = 8
 NEWEST = "newest"  # the file beside the generations that notes the newest one
@@ -28,14 +26,12 @@ MOST_BYTES = 100_000
 """Of a generation's file: every part reads it when it changes, and all of them are kept."""
 
 
-class Controls(Directory):
+class Controls(UsersFiles):
     """The generations of one registry directory. One object per thread."""
 
     def __init__(self, path: Path, *folders: str) -> None:
-        super().__init__(path, *folders, layout.CONTROL, layout.MASKS)
+        super().__init__(path, *folders, layout.CONTROL)
         self._control: Control | None = None
-        self._users: dict[str, MaskedUsers] = {}
-        self._erased: dict[str, Erased] = {"": Erased.NOBODY}
 
     def control(self) -> Control | None:
         """The newest control generation; None before the first. Costs one look at a file name: poll it.
@@ -106,11 +102,12 @@ class Controls(Directory):
 
         1. The users of its masks and its erasures, each in a file of their own.
         2. The generation, in a temporary file.
-        3. A hard link by its number, which only one can make: from here on it counts.
-        4. The directory is synced.
+        3. Where the registry is shared, its file there, which only one can create: from there on it counts.
+        4. A hard link by its number, which only one can make: from here on it counts at the latest.
+        5. The directory is synced.
 
-        A crash before 3 leaves control as it was. Proposing the newest generation again, as after a crash, changes
-        nothing.
+        A crash before 3 leaves control as it was; one after it makes it count here once it is brought. Proposing the newest
+        generation again, as after a crash, changes nothing.
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
@@ -130,11 +127,7 @@ class Controls(Directory):
                 "look at `springtide history`, then repeat the command",
             )
         # 1.
-        for entry in (*control.masks, *control.lifted):
-            self._keep_users(entry.users)
-        for digest, data in control.erased.files:
-            if digest not in self._erased:
-                self._keep(self._erasure_path(digest), data)
+        self.keep_users_of(control)
         data = manifest.seal(control_codec.encode(control))
         if len(data) > MOST_BYTES:
             raise UnfitMask(
@@ -145,9 +138,12 @@ class Controls(Directory):
         temporary = self.temporary(f"control-{control.generation}-{os.urandom(4).hex()}")
         durable.write(temporary, data)
         killpoints.reach("control.written")
-        # 3.
         final = self._control_path(control.generation)
         try:
+            # 3.
+            self._create_shared(control.generation, data)
+            killpoints.reach("control.shared")
+            # 4.
             os.link(temporary, final)
         except FileExistsError:
             other = self._read_control(control.generation)
@@ -159,10 +155,50 @@ class Controls(Directory):
         finally:
             temporary.unlink()
         killpoints.reach("control.linked")
-        # 4.
+        # 5.
         durable.sync_directory(final.parent)
         self._note(control.generation)
         return control
+
+    def _create_shared(self, generation: int, data: bytes) -> None:
+        """Creates the file of a generation where the registry is shared; nothing where it is shared with nobody.
+
+        Raises:
+            FileExistsError: Somebody else created it; theirs is here.
+            UnusableRegistry: The place cannot be reached.
+        """
+        if (place := self.shared) is None:
+            return
+        name = f"{layout.CONTROL}/{self._control_path(generation).name}"
+        with sharing():
+            if place.create(name, data):
+                return
+            # An answer that was lost on the way leaves our own there.
+            theirs = place.read(name)
+        if theirs != data:
+            self.receive(generation, theirs)
+            raise FileExistsError(name)
+
+    def receive(self, generation: int, data: bytes) -> None:
+        """Takes up a generation that was created where the registry is shared, durably; the users that it names first.
+
+        Raises:
+            CorruptVersion: It fails its digest, or a file of users is missing there.
+            UnusableRegistry: The disk refused, or the place cannot be reached.
+        """
+        final = self._control_path(generation)
+        self._decoded(final, data)
+        with usable(f"take control generation {generation}"):
+            temporary = self.temporary(f"control-{generation}-{os.urandom(4).hex()}")
+            durable.write(temporary, data)
+            try:
+                os.link(temporary, final)
+            except FileExistsError:
+                return
+            finally:
+                temporary.unlink()
+            durable.sync_directory(final.parent)
+        self._note(generation)
 
     def generation(self, number: int) -> Control:
         """One generation.
@@ -230,68 +266,12 @@ class Controls(Directory):
 
     def _read_control(self, generation: int) -> Control:
         path = self._control_path(generation)
+        return self._decoded(path, file_bytes(path))
+
+    def _decoded(self, path: Path, data: bytes) -> Control:
         try:
-            return control_codec.decode(
-                json.loads(manifest.unseal(file_bytes(path))), self._masked_users, self._erasures
-            )
+            return control_codec.decode(json.loads(manifest.unseal(data)), self.masked_users, self.erasures)
         except (ValueError, msgspec.MsgspecError) as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "restore it from a copy: it says what should be served"
             ) from error
-
-    def _keep_users(self, users: MaskedUsers) -> None:
-        if users and users.digest not in self._users:
-            self._keep(self._users_path(users.digest), users.to_bytes())
-
-    def _keep(self, final: Path, data: bytes) -> None:
-        """Writes users to the file that their digest names, durably; a damaged one is replaced."""
-        if final.exists() and final.read_bytes() == data:
-            return
-        temporary = self.temporary(f"users-{final.stem}-{os.urandom(4).hex()}")
-        durable.write(temporary, data)
-        temporary.replace(final)
-        durable.sync_directory(final.parent)
-        killpoints.reach("control.users")
-
-    def _masked_users(self, digest: str) -> MaskedUsers:
-        """The users of a mask, read once; control generations share them.
-
-        Raises:
-            ValueError: Their file is missing or damaged.
-        """
-        if digest not in self._users:
-            self._users[digest] = MaskedUsers.from_bytes(self._kept(self._users_path(digest), "the users of a mask"))
-        return self._users[digest]
-
-    def _erasures(self, digest: str) -> Erased:
-        """The erasures that the file of this SHA-256 ends, each read once; control generations share them.
-
-        Raises:
-            ValueError: A file is missing or damaged.
-        """
-        unread: list[tuple[str, Erasure]] = []
-        at = digest
-        while at not in self._erased:
-            found, before = Erasure.from_bytes(self._kept(self._erasure_path(at), "an erasure"))
-            unread.append((at, found))
-            at = before
-        erased = self._erased[at]
-        for name, one in reversed(unread):
-            erased = self._erased[name] = Erased((*erased.entries, one))
-        return erased
-
-    @staticmethod
-    def _kept(path: Path, noun: str) -> bytes:
-        try:
-            data = file_bytes(path)
-        except FileNotFoundError:
-            raise ValueError(f"{path}, {noun}, is missing") from None
-        if hashlib.sha256(data).hexdigest() != path.stem:
-            raise ValueError(f"{path}, {noun}, fails its digest")
-        return data
-
-    def _users_path(self, digest: str) -> Path:
-        return self.path / layout.MASKS / f"{digest}.users"
-
-    def _erasure_path(self, digest: str) -> Path:
-        return self.path / layout.MASKS / f"{digest}.erased"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +10,10 @@ from pathlib import Path
 
 from state import layout
 from state.disk import files as durable
-from state.errors import UnusableRegistry, reason_of
+from state.errors import UnusablePlace, UnusableRegistry, reason_of
+from state.places.opening import open_place
+from state.places.place import Place
+from state.registry.sharing.binding import Binding, bound
 
 
 class Directory:
@@ -22,6 +26,7 @@ class Directory:
 
     def __init__(self, path: Path, *folders: str) -> None:
         self.path = path
+        self._place: Place | None = None
         # Whoever only reads may do without, and an applier waits for its registry: the first use says what is wrong.
         with suppress(OSError):
             for name in (*folders, layout.TEMPORARY):
@@ -44,6 +49,76 @@ class Directory:
         path = self.path / layout.TEMPORARY / f"{what}~{durable.owner_mark()}"
         shutil.rmtree(path, ignore_errors=True)
         return path
+
+    # Where it is shared
+
+    @property
+    def binding(self) -> Binding | None:
+        """Where the registry is shared, and whether this directory is a copy; None where it is shared with nobody."""
+        return bound(self.path)
+
+    @property
+    def shared(self) -> Place | None:
+        """The place in which the registry is shared; None where it is shared with nobody.
+
+        Raises:
+            UnusableRegistry: It cannot be opened.
+        """
+        if self._place is None and (found := self.binding) is not None:
+            with sharing():
+                self._place = open_place(found.url)
+        return self._place
+
+    @shared.setter
+    def shared(self, place: Place) -> None:
+        """Another way to the same place, such as one that counts requests."""
+        self._place = place
+
+    def from_shared(self, path: Path) -> bytes | None:
+        """The bytes that a file of this directory has in the place where it is shared; None where it has none there.
+
+        Raises:
+            UnusableRegistry: The place cannot be reached.
+        """
+        place = self.shared
+        if place is None:
+            return None
+        try:
+            with sharing():
+                return place.read(path.relative_to(self.path).as_posix())
+        except FileNotFoundError:
+            return None
+
+    def keep_copy(self, path: Path, data: bytes) -> None:
+        """Writes what was brought from there to its file in this directory, durably; one that is there is replaced.
+
+        Nothing is written where its folder went meanwhile.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
+        temporary = self.temporary(f"brought-{path.name}-{os.urandom(4).hex()}")
+        with usable(f"keep {path.name}"):
+            try:
+                durable.write(temporary, data)
+                if path.parent.is_dir():
+                    temporary.replace(path)
+                    durable.sync_directory(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Turns what the place of a shared registry refuses into an error of the registry.
+
+    Raises:
+        UnusableRegistry: It cannot be reached, or refuses.
+    """
+    try:
+        yield
+    except UnusablePlace as error:
+        raise UnusableRegistry(error.what, error.do) from error
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 | what | goes when it is old and |
 |---|---|
 | `versions/`, `merged/`, `bases/`: `*.bad` | a version with a higher number is kept, so that the number is not used again |
-| `programs/`, `specs/` | no kept version names it, and it is not the newest one, which the trainer may be about to use |
-| `outcomes/` | no kept version is of its epoch, nor is control |
+| `programs/`, `specs/` | no kept version names it, and it is not the newest one, which the trainer may be about to use; of a shared registry programs only |
+| `outcomes/` | no kept version is of its epoch, nor is control; of a shared registry they stay |
 | `tmp/` | its writer is dead, or on another machine |
 
 Control is the audit log and stays, with all the users that it names (`masks/`).
@@ -59,11 +59,18 @@ def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[st
             continue
         aside = [path for path in _older(registry.path / folder, keep_ms, now_ms) if ".bad" in path.name]
         found += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
-    for folder, named in ((layout.PROGRAMS, {one.program for one in kept}), (layout.SPECS, {one.spec for one in kept})):
+    # What is small and shared is brought again where it is missing: it stays.
+    shared = registry.binding is not None
+    named_by = {layout.PROGRAMS: {one.program for one in kept}, layout.SPECS: {one.spec for one in kept}}
+    for folder, named in named_by.items():
+        if shared and folder == layout.SPECS:
+            continue
         every = list((registry.path / folder).iterdir())
         newest = max(every, key=_age_of, default=None)
         old = [one for one in _older(registry.path / folder, keep_ms, now_ms) if one != newest]
         found += [one for one in old if one.name.removesuffix(".tflite") not in named | in_use]
+    if shared:
+        return found
     found += [
         path
         for path in _older(registry.path / layout.OUTCOMES, keep_ms, now_ms)

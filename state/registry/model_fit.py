@@ -178,9 +178,8 @@ def _undamaged(registry: Registry, version: Manifest) -> bool:
 
 def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
     """The shapes of what serving is given of a version, out of the head of its file; None where it cannot be read."""
-    path = registry.folder_of(version) / SERVING
     try:
-        return tensor_files.shapes_in(path)
+        return tensor_files.shapes_in(registry.path_of(version, SERVING))
     # Whoever loads the version says what is wrong with it.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -20,10 +20,11 @@ from state.disk.clean_mark import boot_id
 from state.errors import CorruptVersion, UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
+from state.registry.copies import MANIFEST
 from state.registry.directory import usable
 from state.registry.folders import appears
 from state.registry.manifest import Manifest
-from state.registry.versions import MANIFEST, Versions
+from state.registry.versions import Versions
 
 MOST_BETWEEN = 10_000
 """Fewer versions lie between two durable ones."""

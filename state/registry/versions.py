@@ -9,7 +9,6 @@ reader that lost a file finds it when it looks again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,11 +21,11 @@ from state.disk import files as durable
 from state.errors import UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
+from state.registry.copies import MANIFEST, Copies, fits
 from state.registry.directory import file_bytes, usable
-from state.registry.folders import BadPart, Folders, appears
+from state.registry.folders import BadPart, appears
 from state.registry.manifest import Kind, Manifest, Visible, sees
 
-MANIFEST = "manifest.json"
 _REMEMBERED = 1024
 """Manifests kept in memory, some 7 kB each."""
 
@@ -40,7 +39,7 @@ class Chain(NamedTuple):
     deltas: list[Manifest]
 
 
-class Versions(Folders):
+class Versions(Copies):
     """The versions of one registry directory. One object per thread, except that `read` may run in any."""
 
     def __init__(self, path: Path, *folders: str) -> None:
@@ -60,7 +59,7 @@ class Versions(Folders):
                 self._manifests[folder] = found
                 return found
             try:
-                found = manifest.decode(file_bytes(folder / MANIFEST))
+                found = manifest.decode(self.manifest_bytes(folder))
             except FileNotFoundError:
                 if folder.is_dir():
                     raise BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
@@ -88,18 +87,24 @@ class Versions(Folders):
         entry = found.files.get(name)
         if entry is None:
             raise BadPart(path.parent, found.version, f"it never had a file {path}")
-        try:
-            data = file_bytes(path)
-        except FileNotFoundError:
+        data = self.file_here_or_brought(path, entry)
+        if data is None:
             if not path.parent.is_dir():
                 self._manifests.pop(path.parent, None)
-                raise UnknownVersion(*self._not_kept(found.version)) from None
-            raise BadPart(path.parent, found.version, f"{path} is missing") from None
-        if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise UnknownVersion(*self._not_kept(found.version))
+            raise BadPart(path.parent, found.version, f"{path} is missing")
+        if not fits(entry, data):
             if (again := self._rewritten(found)) is not None:
                 return self.read(again, name)
             raise BadPart(path.parent, found.version, f"{path} fails its digest")
         return data
+
+    def path_of(self, version: Manifest, name: str) -> Path:
+        """The path of a version's file, which is brought where it is not here; it may be damaged, or missing all the same."""
+        path = self.folder_of(version) / name
+        if not path.exists() and name in version.files:
+            self.file_here_or_brought(path, version.files[name])
+        return path
 
     def _rewritten(self, found: Manifest) -> Manifest | None:
         """The manifest of a part that `replace` gave other files meanwhile; None where it is as it was."""
@@ -207,24 +212,21 @@ class Versions(Folders):
 
     def remove(self, kind: Kind, version: int, parent: int | None = None) -> None:
         """Takes a version away for good, as it is kept as `kind` (a merged one with `parent`); it vanishes by one rename."""
-        self._remove(self.folder(kind, version, parent), version)
+        self._remove(self.folder(kind, version, parent))
 
     def remove_delta(self, version: int) -> None:
         """Takes a version's delta away for good, merged or not."""
         for folder in self._delta_folders(version):
-            self._remove(folder, version)
+            self._remove(folder)
 
     def remove_superseded(self, version: int) -> None:
         """Takes away what lies beside the merged delta of a version that holds it too."""
         for folder in self._delta_folders(version)[1:]:
-            self._remove(folder, version)
+            self._remove(folder)
 
-    def _remove(self, folder: Path, version: int) -> None:
-        grave = self.temporary(f"removed-{folder.parent.name}-{folder.name}")
-        with usable(f"give up version {version}"):
-            folder.rename(grave)
-            self._manifests.pop(folder, None)
-            shutil.rmtree(grave)
+    def _remove(self, folder: Path) -> None:
+        self._manifests.pop(folder, None)
+        self.give_up(folder)
 
     def replace(self, made: Manifest, files: Mapping[str, bytes]) -> None:
         """Gives a part that is kept other files; a crash leaves the old ones or the new ones.

@@ -14,12 +14,12 @@ import pytest
 
 from deploy.backup import listing
 from deploy.backup.making import Scope, make
-from deploy.backup.places import open_place
 from deploy.backup.restoring import By, Restored, restore
 from state.errors import BackupError
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import MemoryLog
+from state.places.opening import open_place
 from state.process import killpoints
 from state.registry.registry import Registry
 from tests.e2e.evidence import state_at

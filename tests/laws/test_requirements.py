@@ -13,7 +13,21 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
 MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", "prometheus-client"]
 # Used through another library or as a program, never imported here.
-UNSEEN = {"crc32c", "lz4", "python-snappy", "zstandard", "grpcio-tools", "httptools", "uvloop", "mypy", "ruff"}
+UNSEEN = {
+    "s3fs",
+    "moto",
+    "flask",
+    "flask-cors",
+    "crc32c",
+    "lz4",
+    "python-snappy",
+    "zstandard",
+    "grpcio-tools",
+    "httptools",
+    "uvloop",
+    "mypy",
+    "ruff",
+}
 PARTS = {"google.protobuf": "protobuf"}
 LOCKED = (ROOT / "constraints.txt").read_text()
 LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]

@@ -270,7 +270,7 @@ def test_a_clock_that_went_back_makes_no_backup_that_seems_older(system: System,
 
 def test_two_at_one_place_are_refused(system: System, to: Path) -> None:
     from deploy.backup.lease import Lease
-    from deploy.backup.places import open_place
+    from state.places.opening import open_place
 
     with Lease(open_place(str(to))), pytest.raises(LockHeld, match="is of process"):
         springtide(system.settings, "backup", str(to))

@@ -13,9 +13,9 @@ import pytest
 from deploy.backup import cut as cutting
 from deploy.backup.cut import chain_of, cut, newest_whole
 from deploy.backup.making import Scope, make
-from deploy.backup.places import open_place
 from state.errors import BackupError
 from state.features.mask import Mask
+from state.places.opening import open_place
 from state.registry import manifest
 from state.registry.control import pin, roll_back
 from state.registry.manifest import Manifest

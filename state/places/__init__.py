@@ -1,0 +1,1 @@
+"""Places for files: a directory, or an object store, behind one door."""

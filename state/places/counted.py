@@ -1,0 +1,58 @@
+"""A place whose requests are counted, by what they ask and how they end: what an object store bills, and what a link carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from state.errors import UnusablePlace
+from state.metrics import SharedMetrics
+from state.places.place import Place
+
+Answer = TypeVar("Answer")
+
+
+class CountedPlace:
+    """See `Place`.
+
+    Args:
+        place: Where the files are.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, place: Place, metrics: SharedMetrics) -> None:
+        self._place, self._metrics = place, metrics
+        self.told = place.told
+
+    def names(self, folder: str) -> list[str]:
+        """See `Place`; a store that gives a thousand names a time is asked more often than is counted."""
+        return self._counted("list", lambda: self._place.names(folder))
+
+    def read(self, name: str) -> bytes:
+        """See `Place`."""
+        data = self._counted("get", lambda: self._place.read(name))
+        self._metrics.bytes.labels("received").inc(len(data))
+        return data
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `Place`."""
+        self._counted("put", lambda: self._place.write(name, data))
+        self._metrics.bytes.labels("sent").inc(len(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `Place`."""
+        made = self._counted("put", lambda: self._place.create(name, data))
+        self._metrics.bytes.labels("sent").inc(len(data))
+        return made
+
+    def remove(self, name: str) -> None:
+        """See `Place`."""
+        self._counted("delete", lambda: self._place.remove(name))
+
+    def _counted(self, operation: str, ask: Callable[[], Answer]) -> Answer:
+        self._metrics.requests.labels(operation).inc()
+        try:
+            return ask()
+        except UnusablePlace:
+            self._metrics.failures.labels(operation).inc()
+            raise

@@ -1,0 +1,23 @@
+"""Opens the place for files that a word names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from state.places.directory import DirectoryPlace
+from state.places.place import Place
+from state.places.url import UrlPlace
+
+
+def open_place(text: str) -> Place:
+    """The place that a word of the command line or a setting names: a directory, or a URL that fsspec knows.
+
+    >>> open_place("/mnt/backups").told, open_place("file:///mnt/backups").told
+    ('/mnt/backups', '/mnt/backups')
+
+    Raises:
+        UnusablePlace: It cannot be reached, or nothing that reaches it is installed.
+    """
+    if "://" not in text or text.startswith("file://"):
+        return DirectoryPlace(Path(text.removeprefix("file://")))
+    return UrlPlace(text)

@@ -1,0 +1,61 @@
+"""Which trainer owns the versions of a shared registry: the one with the newest claim, whoever else still runs.
+
+A claim is a file `trainers/<number>.json`, created exclusively. Before it sends
+anything a trainer looks whether there is a newer claim than its own: one that
+was thought dead ends there, as a fenced writer of Kafka does. A new owner's
+numbers of versions begin far beyond any that the one before may have used.
+"""
+
+from __future__ import annotations
+
+import json
+
+from state.disk.files import HOST
+from state.errors import LockHeld
+from state.places.place import Place
+
+FOLDER = "trainers"
+
+
+def take(place: Place, now_ms: int) -> int:
+    """Claims the versions; returns the claim's number.
+
+    Raises:
+        UnusablePlace: The place cannot be reached.
+    """
+    number = newest(place) + 1
+    while not place.create(_name(number), json.dumps({"host": HOST, "at_ms": now_ms}).encode()):
+        number += 1
+    return number
+
+
+def newest(place: Place) -> int:
+    """The number of the newest claim; 0 where there is none.
+
+    Raises:
+        UnusablePlace: The place cannot be reached.
+    """
+    return max((int(name.partition(".")[0]) for name in place.names(FOLDER)), default=0)
+
+
+def require_newest(place: Place, own: int) -> None:
+    """Looks whether the claim is still the newest one; one request.
+
+    Raises:
+        LockHeld: Another trainer has claimed the versions since.
+        UnusablePlace: The place cannot be reached.
+    """
+    try:
+        by = json.loads(place.read(_name(own + 1)))["host"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        by = "another host"
+    raise LockHeld(
+        f"the registry at {place.told} has another trainer, on {by}",
+        "stop one of the two; to train here again remove this host's registry directory: it is brought anew",
+    )
+
+
+def _name(number: int) -> str:
+    return f"{FOLDER}/{number:08d}.json"

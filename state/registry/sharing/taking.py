@@ -1,0 +1,241 @@
+"""Keeps a host's directory of a shared registry in step with its place: control, what versions there are, recent ones, what is small.
+
+    what           how it is found                                        requests
+    control        the file of the next generation                        one a look
+    recent         the pack that begins with the next version             one a look, and one for each pack
+    versions       the catalogue, when a pack names a newer one           one for each durable version
+    the rest       lists of four folders, both ways                       four each `SMALL_S`
+    erasures       what this host's processes say, when it changed        one each
+
+Where nothing came for `SILENT_S` catalogue and packs are looked for anew: the
+numbers of a trainer that was killed go on elsewhere. Files of durable versions
+come when somebody reads them, see `state/registry/copies.py`. On the trainer's
+own host versions are not taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from state import layout
+from state.errors import CorruptVersion, UnusableRegistry
+from state.places.place import Place
+from state.process import killpoints
+from state.registry import manifest
+from state.registry.copies import MANIFEST
+from state.registry.directory import sharing, usable
+from state.registry.registry import Registry
+from state.registry.sharing import catalog as catalogs
+from state.registry.sharing import pack as packs
+from state.registry.sharing.catalog import Catalog
+from state.registry.sharing.small import exchange_small
+
+SMALL_S, SILENT_S = 30.0, 5.0
+AT_ONCE = 16
+"""Generations of control that are brought at once to a host that has none."""
+_log = logging.getLogger(__name__)
+
+
+class Copier:
+    """One host's copier. One thread.
+
+    Args:
+        path: The registry's directory, which is bound to the place.
+        place: Where the registry is shared.
+        recent_s: How long recent versions stay here; the newest one stays until there is another.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(
+        self, path: Path, place: Place, recent_s: float = 15.0, elapsed: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._registry, self._place = Registry(path), place
+        self._registry.shared = place
+        self._recent_s, self._elapsed = recent_s, elapsed
+        self._catalog = self._kept_catalog()
+        self._wanted_serial = self._catalog.serial
+        self._next: int | None = None
+        self._taken, self._damaged = 0, set[int]()
+        self._heard_s = self._small_s = float("-inf")
+        now_s = elapsed()
+        self._recent = deque((now_s, number) for number in self._registry.recents())
+        self._told: dict[str, int] = {}
+        self._begun = False
+
+    def step(self) -> bool:
+        """One round; says whether control or a version came.
+
+        Raises:
+            UnusableRegistry: The place cannot be reached, or the disk refused.
+            CorruptVersion: A file there is damaged.
+        """
+        came = self._take_control()
+        if self._registry.is_copy:
+            silent = self._elapsed() - self._heard_s >= SILENT_S
+            if silent:
+                self._take_catalog()
+                self._find_packs()
+            came = self._take_packs() or came
+            if self._wanted_serial != self._catalog.serial:
+                self._take_catalog()
+            self._drop_recent()
+            if came or silent:
+                self._heard_s = self._elapsed()
+        self._tell_erasures()
+        if self._elapsed() - self._small_s >= SMALL_S:
+            exchange_small(self._registry, self._place)
+            self._small_s = self._elapsed()
+        self._begun = True
+        return came
+
+    # Control
+
+    def _take_control(self) -> bool:
+        """Generations in their order; a host that just began lists them, others ask for the next one."""
+        newest = self._registry.control()
+        at = newest.generation if newest else 0
+        with sharing():
+            if not self._begun:
+                listed = [name.removesuffix(".json") for name in self._place.names(layout.CONTROL)]
+                numbers = sorted(int(one) for one in listed if one.isdecimal() and int(one) > at)
+                with ThreadPoolExecutor(AT_ONCE) as threads:
+                    for number, data in zip(numbers, threads.map(self._control_bytes, numbers), strict=True):
+                        if data is not None:
+                            self._registry.receive(number, data)
+                        at = number
+            came = False
+            while (data := self._control_bytes(at + 1)) is not None:
+                self._registry.receive(at + 1, data)
+                killpoints.reach("copy.control")
+                came, at = True, at + 1
+        return came
+
+    def _control_bytes(self, generation: int) -> bytes | None:
+        return self._bytes(f"{layout.CONTROL}/{generation:08d}.json")
+
+    # Recent versions
+
+    def _find_packs(self) -> None:
+        """Which pack to begin with: the one that leads on from the newest durable version, or the first that was missed."""
+        with sharing():
+            firsts = sorted(int(name) for name in self._place.names(packs.FOLDER) if name.isdecimal())
+        if not firsts:
+            return
+        behind = max(self._taken, *(_number(folder) for folder in self._catalog.folders), 0)
+        # One that ends where the next one begins has nothing that a durable version does not lead to.
+        useful = [
+            first
+            for first, after in zip(firsts, [*firsts[1:], None], strict=True)
+            if first > self._taken and first not in self._damaged and (after is None or after > behind + 1)
+        ]
+        self._next = useful[0] if useful else self._next
+
+    def _take_packs(self) -> bool:
+        came = False
+        while self._next is not None and (data := self._bytes(packs.name_of(self._next))) is not None:
+            found = self._decoded_pack(self._next, data)
+            fresh = self._add_recent(found)
+            if not found.versions or found.versions[-1][0] < self._next:
+                break
+            self._taken = found.versions[-1][0]
+            self._next = self._taken + 1
+            self._wanted_serial = found.serial
+            came = came or fresh
+            killpoints.reach("copy.pack")
+        return came
+
+    def _decoded_pack(self, first: int, data: bytes) -> packs.Pack:
+        try:
+            return packs.decode(data)
+        except ValueError as error:
+            self._next = None
+            self._damaged.add(first)
+            raise CorruptVersion(
+                f"{packs.name_of(first)} at {self._place.told}: {error}", "durable versions lead past it by themselves"
+            ) from error
+
+    def _add_recent(self, pack: packs.Pack) -> bool:
+        fresh = False
+        for number, files in pack.versions:
+            made = manifest.decode(files[MANIFEST])
+            if self._registry.add_recent(made, {name: data for name, data in files.items() if name != MANIFEST}):
+                self._recent.append((self._elapsed(), number))
+                fresh = True
+        return fresh
+
+    def _drop_recent(self) -> None:
+        while len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > self._recent_s:
+            self._registry.give_up(self._registry.folder("recent", self._recent.popleft()[1]))
+
+    # Durable versions
+
+    def _take_catalog(self) -> None:
+        """1. Folders of versions that are new, empty. 2. What was rewritten or is gone there goes here. 3. The catalogue is kept."""
+        data = self._bytes(catalogs.NAME)
+        if data is None:
+            return
+        try:
+            found = catalogs.decode(data)
+        except ValueError as error:
+            raise UnusableRegistry(
+                f"{catalogs.NAME} at {self._place.told} is damaged: {error}", "restart the trainer: it writes it anew"
+            ) from error
+        before, path = self._catalog, self._registry.path
+        self._wanted_serial = found.serial
+        if found == before:
+            return
+        with usable("take the names of versions"):
+            # 1.
+            for folder in found.folders:
+                (path / folder).mkdir(parents=True, exist_ok=True)
+            # 2.
+            for folder, mark in found.folders.items():
+                if before.folders.get(folder) != mark:
+                    self._registry.renew(path / folder, mark)
+            for folder in before.folders.keys() - found.folders.keys():
+                self._registry.give_up(path / folder)
+            for digest in set(before.programs) - set(found.programs):
+                (path / layout.PROGRAMS / f"{digest}.tflite").unlink(missing_ok=True)
+            killpoints.reach("copy.named")
+            # 3.
+            self._registry.keep_copy(path / layout.SHARED_CATALOG, data)
+        self._catalog = found
+
+    def _kept_catalog(self) -> Catalog:
+        try:
+            return catalogs.decode((self._registry.path / layout.SHARED_CATALOG).read_bytes())
+        except (OSError, ValueError):
+            return Catalog()
+
+    # Erasures
+
+    def _tell_erasures(self) -> None:
+        """What processes of this host say of how far they have forgotten, where that is new."""
+        for path in (self._registry.path / layout.ERASURES).glob("*.json"):
+            with usable("be read"):
+                changed_ns, data = path.stat().st_mtime_ns, path.read_bytes()
+            if self._told.get(path.name) != changed_ns:
+                with sharing():
+                    self._place.write(f"{layout.ERASURES}/{path.name}", data)
+                self._told[path.name] = changed_ns
+
+    def _bytes(self, name: str) -> bytes | None:
+        with sharing():
+            try:
+                return self._place.read(name)
+            except FileNotFoundError:
+                return None
+
+
+def _number(folder: str) -> int:
+    """The version of a folder.
+
+    >>> _number("merged/000000000012-000000000007")
+    12
+    """
+    return int(folder.rpartition("/")[2].partition("-")[0])

@@ -1,0 +1,146 @@
+"""What every place for files promises: whole or absent, listed by name, created by one alone, and errors that say what to do."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from state.errors import UnusablePlace
+from state.places.opening import open_place
+from state.places.place import Place
+from tests.one_s3 import S3Server
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture(params=["directory", "file URL", "memory", "S3"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """What names the place on a command line."""
+    if request.param == "memory":
+        return f"memory://places-{next(_numbers)}/of/shop"
+    if request.param == "S3":
+        server: S3Server = request.getfixturevalue("s3")
+        return server.bucket(f"places-{next(_numbers)}") + "/of/shop"
+    return f"{'file://' * (request.param == 'file URL')}{tmp_path / 'places'}"
+
+
+@pytest.fixture
+def place(where: str) -> Place:
+    return open_place(where)
+
+
+def test_what_was_written_is_read_by_another(place: Place, where: str) -> None:
+    place.write("objects/ab/ab12", b"one")
+    place.write("objects/cd/cd34", bytes(100_000))
+    place.write("backups/1.json", b"{}")
+    other = open_place(where)
+    assert other.read("objects/ab/ab12") == b"one"
+    assert len(other.read("objects/cd/cd34")) == 100_000
+    assert other.names("objects") == ["ab/ab12", "cd/cd34"]
+    assert other.names("objects/ab") == ["ab12"]
+    assert other.names("backups") == ["1.json"]
+
+
+def test_a_file_is_replaced(place: Place) -> None:
+    place.write("locks/a.json", b"first, and longer")
+    place.write("locks/a.json", b"second")
+    assert place.read("locks/a.json") == b"second"
+    assert place.names("locks") == ["a.json"]
+
+
+def test_a_file_is_created_once(place: Place, where: str) -> None:
+    assert place.create("control/1.json", b"one")
+    assert not place.create("control/1.json", b"two")
+    assert not open_place(where).create("control/1.json", b"three")
+    assert place.read("control/1.json") == b"one"
+    place.remove("control/1.json")
+    assert place.create("control/1.json", b"four")
+    assert place.names("control") == ["1.json"]
+
+
+def test_of_many_at_once_one_creates(place: Place, where: str) -> None:
+    others, won = [place, *(open_place(where) for _ in range(7))], list[int]()
+    start = threading.Barrier(len(others))
+
+    def create(number: int) -> None:
+        start.wait()
+        if others[number].create("control/2.json", b"%d" % number):
+            won.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(len(others))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert place.read("control/2.json") == b"%d" % won[0]
+
+
+def test_a_place_that_nobody_wrote_to_is_empty(place: Place) -> None:
+    assert place.names("objects") == []
+    with pytest.raises(FileNotFoundError):
+        place.read("objects/ab/ab12")
+
+
+def test_what_was_removed_is_gone_and_may_be_removed_again(place: Place) -> None:
+    place.write("objects/ab/ab12", b"one")
+    for _ in range(2):
+        place.remove("objects/ab/ab12")
+    assert place.names("objects") == []
+    place.write("objects/ab/ab12", b"two")
+    assert place.read("objects/ab/ab12") == b"two"
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UnusablePlace, match=r"file cannot take objects/ab/ab12 \(.*Not a directory"):
+        open_place(str(tmp_path / "file")).write("objects/ab/ab12", b"one")
+
+
+def test_a_write_that_broke_off_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from state.disk import files
+
+    def torn(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:2])
+        raise OSError(28, "No space left on device", str(path))
+
+    place = open_place(str(tmp_path))
+    monkeypatch.setattr(files, "write", torn)
+    for put in (place.write, place.create):
+        with pytest.raises(UnusablePlace, match="No space left"):
+            put("objects/ab/ab12", b"one")
+    assert place.names("objects") == []
+    assert [one for one in tmp_path.rglob("*") if one.is_file()] == []
+
+
+def test_a_store_that_went_away_is_named_and_comes_back(s3: S3Server) -> None:
+    place = open_place(s3.bucket("away") + "/of/shop")
+    place.write("a", b"one")
+    s3.stop()
+    try:
+        for ask in (lambda: place.read("a"), lambda: place.write("b", b"two"), lambda: place.create("c", b"three")):
+            with pytest.raises(UnusablePlace, match=r"s3://away/of/shop cannot (give a|take [bc])"):
+                ask()
+    finally:
+        # What moto's server has is gone with it.
+        s3.start()
+    s3.bucket("away")
+    assert place.names("") == []
+    place.write("b", b"two")
+    assert place.read("b") == b"two"
+
+
+def test_a_url_that_nothing_reaches_says_so_without_its_password() -> None:
+    with pytest.raises(UnusablePlace, match="nowhere://host/x cannot be opened") as refused:
+        open_place("nowhere://ann:secret@host/x")
+    assert "secret" not in str(refused.value)

@@ -1,0 +1,100 @@
+"""Further serving hosts of a running loop: each has a state directory of its own and shares Kafka, salt and registry with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploy.children.parent_death import die_with
+from deploy.kafka.configuration import free_port
+from deploy.operate.versions import rows_here
+from deploy.watch import scrape
+from deploy.watch.address import serving_address
+from state.config.loading import load
+from state.config.settings import Settings
+from state.rows.served import Served
+from tests.e2e.running import ROOT, Loop
+
+STOP_S = 60.0
+
+
+class ServingHost:
+    """`springtide serve` in a directory of its own.
+
+    Args:
+        name: Of the host, for its log.
+        directory: For its state.
+        loop: Whose versions and clicks it follows.
+        own: Settings beside; without `paths.shared_registry` it reads the loop's registry where that lies.
+    """
+
+    def __init__(self, name: str, directory: Path, loop: Loop, own: Mapping[str, object]) -> None:
+        self.name, self.log = name, directory / "serve.log"
+        shared = loop.settings
+        values = dict(zip(loop.flags[::2], loop.flags[1::2], strict=True)) | {
+            "--paths.state": str(directory / "state"),
+            "--paths.salt_file": str(shared.salt_path),
+            "--kafka.bootstrap_servers": f"127.0.0.1:{shared.kafka.port}",
+            **{f"--serving.{one}": str(free_port()) for one in ("port", "metrics_port")},
+            "--serving.grpc_port": "0",
+        }
+        if "paths.shared_registry" not in own:
+            values["--paths.registry"] = str(shared.registry_dir.absolute())
+        values |= {f"--{one}": str(value) for one, value in own.items()}
+        self.flags = [word for pair in values.items() for word in pair]
+        self.settings: Settings = load(self.flags, env={})
+        self.process: subprocess.Popen[bytes] | None = None
+        self.begun_s = 0.0
+
+    def start(self) -> None:
+        """Starts it; returns at once."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.begun_s = time.monotonic()
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.serve", *self.flags],
+                cwd=ROOT,
+                env={name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with(os.getpid()),
+            )
+
+    def stop(self) -> None:
+        """Ends it in order."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(STOP_S)
+        self.process = None
+
+    def said(self) -> str:
+        """The end of its log."""
+        return self.log.read_text()[-3000:] if self.log.exists() else ""
+
+    def profile(self, user: str, **query: str) -> dict[str, Any] | None:
+        """A profile with all that it can have; None where it cannot be had now."""
+        asked = {"fields": "features,vector,attributes,sources", "top": "1000"} | query
+        path = f"/v1/profiles/{user}?{urllib.parse.urlencode(asked)}"
+        status, body = scrape.fetch(serving_address(self.settings, path), timeout_s=5.0)
+        if status != 200:
+            return None
+        found: dict[str, Any] = json.loads(body)
+        return found
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be given requests."""
+        return scrape.fetch(serving_address(self.settings, "/readyz"), timeout_s=5.0)[0] == 200
+
+    def served(self) -> Served | None:
+        """The version that its rows answer with."""
+        with rows_here(self.settings.serving_dir) as reader:
+            return None if reader is None else reader.served()

@@ -1,0 +1,189 @@
+"""Three serving hosts of one system, one of which has the registry over S3: versions, pins and erasures reach all of them.
+
+The first host is the trainer's own. The second one reads the same registry
+directory, as on a shared file system. The third has a directory of its own,
+which is kept in step with an S3 store.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from state.registry.registry import Registry
+from tests.disks import forget_memory
+from tests.e2e.hosts import ServingHost
+from tests.e2e.running import ROOT, SHORT, Loop, until
+from tests.one_s3 import S3Server
+
+USER = "one-of-many-hosts@example.org"
+Asked = Callable[..., dict[str, Any] | None]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def place(s3: S3Server) -> str:
+    return s3.bucket("hosts") + "/registry"
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory, place: str) -> Iterator[Loop]:
+    directory = tmp_path_factory.mktemp("hosts")
+    made = Loop(directory, {**SHORT, "paths.shared_registry": place, "registry.recent_s": 5})
+    made.start()
+    yield made
+    made.stop()
+    forget_memory(directory)
+
+
+@pytest.fixture(scope="module")
+def hosts(loop: Loop, place: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServingHost]]:
+    """The second and the third."""
+    folder = tmp_path_factory.mktemp("further")
+    made = [
+        ServingHost("second", folder / "second", loop, {}),
+        ServingHost("third", folder / "third", loop, {"paths.shared_registry": place, "registry.look_ms": 100}),
+    ]
+    # The second one is of the same directory: its processes stand by while the trainer keeps it in step.
+    for one in made:
+        one.start()
+    for one in made:
+        reached([one.profile], lambda answer: answer is not None, one.said)
+    yield made
+    for one in made:
+        one.stop()
+    forget_memory(folder)
+
+
+def reached(asked: list[Asked], wanted: Callable[[Any], bool], more: Callable[[], str] = str) -> list[dict[str, Any]]:
+    """The answers about the user, once each is as wanted."""
+
+    def look() -> list[dict[str, Any]] | None:
+        answers = [ask(USER) for ask in asked]
+        found = [one for one in answers if one is not None and wanted(one)]
+        return found if len(found) == len(asked) else None
+
+    def which() -> str:
+        return f"{[(ask(USER) or {}).get('version') for ask in asked]} {more()}"
+
+    return until(look, which)
+
+
+def all_of(loop: Loop, hosts: list[ServingHost]) -> list[Asked]:
+    return [loop.profile, *(one.profile for one in hosts)]
+
+
+def without_age(answer: dict[str, Any]) -> dict[str, Any]:
+    """What an answer says at one moment of one version."""
+    version = {name: value for name, value in answer["version"].items() if name != "age_s"}
+    return {**answer, "version": version}
+
+
+def command(loop: Loop, *words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *words, *loop.flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_clicks_and_versions_reach_all_hosts_and_a_pin_makes_their_answers_equal(
+    loop: Loop, hosts: list[ServingHost]
+) -> None:
+    everywhere = all_of(loop, hosts)
+    ends = loop.click([(USER, "lamp", "light", "purchase")] * 7)
+    learned = loop.answer_trained_on(USER, ends)["version"]["number"]
+    reached(everywhere, lambda one: one["version"]["number"] >= learned and one["features"]["purchase.count_7d"] == 7)
+    pinned = loop.springtide("pin", str(Registry(loop.settings.registry_dir).versions()[-1]), "--reason", "a test")
+    number = pinned["control"]["serving"]["version"]
+    answers = reached(everywhere, lambda one: one["version"]["number"] == number)
+    moment = str(answers[0]["at_ms"])
+    first, *others = [without_age(ask(USER, at=moment) or {}) for ask in everywhere]
+    assert others == [first, first]
+    loop.springtide("follow", "--reason", "a test ends")
+    reached(everywhere, lambda one: one["version"]["number"] > number)
+
+
+def test_an_operator_on_another_host_pins_for_all(loop: Loop, hosts: list[ServingHost]) -> None:
+    everywhere, third = all_of(loop, hosts), hosts[1]
+    number = Registry(loop.settings.registry_dir).versions()[-1]
+    said = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "pin", str(number), "--reason", "from afar", *third.flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    reached(everywhere, lambda one: one["version"]["number"] == number)
+    loop.springtide("follow", "--reason", "a test ends")
+    reached(everywhere, lambda one: one["version"]["number"] > number)
+
+
+def test_a_host_that_was_away_until_nothing_led_on_from_what_it_has_catches_up(
+    loop: Loop, hosts: list[ServingHost]
+) -> None:
+    before = []
+    for one in hosts:
+        served = one.served()
+        assert served is not None
+        before.append(served.version)
+        one.stop()
+    registry = Registry(loop.settings.registry_dir)
+    # What takes a day otherwise: versions of an hour ago are merged into later ones.
+    newest = until(lambda: next((one for one in registry.versions()[::-1] if one > max(before)), None), "no version")
+    until(lambda: (registry.newest(1) or 0) > newest, "no version")
+    command(loop, "compact", "--registry.delta_keep_s", "1", "--registry.thin_s", "36000")
+    assert not {*before} & {*registry.versions()}, "the host's version is still kept"
+    ends = loop.click([(USER, "tent", "outdoors", "purchase")] * 3)
+    learned = loop.answer_trained_on(USER, ends)["version"]["number"]
+    for one in hosts:
+        one.start()
+    count = reached([loop.profile], lambda one: one["version"]["number"] >= learned)[0]["features"]["purchase.count_7d"]
+    reached(
+        all_of(loop, hosts),
+        lambda one: one["version"]["number"] >= learned and one["features"]["purchase.count_7d"] == count,
+        lambda: hosts[1].said(),
+    )
+
+
+def test_answers_go_on_while_the_store_is_away_and_versions_come_when_it_is_back(
+    loop: Loop, hosts: list[ServingHost], s3: S3Server, place: str
+) -> None:
+    third = hosts[1]
+    s3.pause()
+    try:
+        # The trainer and its own host go on.
+        at = loop.answer_trained_on(USER, loop.click([(USER, "lamp", "light", "view")]))["version"]["number"]
+        answer = third.profile(USER)
+        assert answer is not None and answer["version"]["number"] < at and third.ready
+    finally:
+        s3.go_on()
+    reached([third.profile], lambda one: one["version"]["number"] >= at, third.said)
+
+
+def test_an_erased_user_is_nobody_on_all_hosts_and_status_names_the_host_that_is_away(
+    loop: Loop, hosts: list[ServingHost]
+) -> None:
+    everywhere, third = all_of(loop, hosts), hosts[1]
+    reached(everywhere, lambda one: one["known"])
+    third.stop()
+    loop.springtide("erase", "--user", USER, "--reason", "asked to")
+    reached(everywhere[:2], lambda one: one["cold_start"])
+
+    def holding() -> list[str]:
+        found = loop.springtide("erase", "--status")["holding"]
+        return [one["where"] for one in found if one["where"].startswith("serving-")]
+
+    until(lambda: len(holding()) == 1, "not one host, and only one, still holds a copy")
+    assert str(third.settings.serving_dir) in str(loop.springtide("erase", "--status")["holding"])
+    third.start()
+    reached(everywhere, lambda one: one["cold_start"])
+    until(lambda: not [one for one in loop.springtide("erase", "--status")["holding"] if one["where"].startswith("serving-") and one["holds"] != "bytes on free pages of its stores"], "a host still has the user")  # fmt: skip

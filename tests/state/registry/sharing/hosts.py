@@ -1,0 +1,158 @@
+"""Hosts of a shared registry in one process: a trainer's directory with its senders, and copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from state.errors import UnknownVersion, UnusablePlace
+from state.places.place import Place
+from state.positions import Source
+from state.registry.control import start
+from state.registry.manifest import Draft, LogRange, Manifest
+from state.registry.registry import SERVING, TRAINING, Registry
+from state.registry.sharing import starting
+from state.registry.sharing.binding import bind
+from state.registry.sharing.giving import DurableSender, RecentSender
+from state.registry.sharing.taking import SILENT_S, Copier
+
+WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
+SOURCE = Source("ab" * 16, 1)
+Answer = TypeVar("Answer")
+
+
+@dataclass
+class Elapsed:
+    """Monotonic seconds that tests move."""
+
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Link:
+    """A way to a place that can be cut, and that counts what is asked. See `Place`."""
+
+    def __init__(self, place: Place) -> None:
+        self._place, self.told = place, place.told
+        self.cut_after: int | None = None
+        self.asked: list[str] = []
+
+    def names(self, folder: str) -> list[str]:
+        return self._over("names", folder, lambda: self._place.names(folder))
+
+    def read(self, name: str) -> bytes:
+        return self._over("read", name, lambda: self._place.read(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._over("write", name, lambda: self._place.write(name, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        return self._over("create", name, lambda: self._place.create(name, data))
+
+    def remove(self, name: str) -> None:
+        self._over("remove", name, lambda: self._place.remove(name))
+
+    def _over(self, what: str, name: str, ask: Callable[[], Answer]) -> Answer:
+        if self.cut_after is not None:
+            if self.cut_after <= 0:
+                raise UnusablePlace(f"{self.told} cannot {what} {name} (cut off)", "mend the link")
+            self.cut_after -= 1
+        self.asked.append(f"{what} {name}")
+        return ask()
+
+
+class Origin:
+    """A trainer's host.
+
+    Args:
+        path: Its registry.
+        url: The place.
+        link: Puts itself between.
+    """
+
+    def __init__(self, path: Path, url: str, link: Callable[[Place], Place] = lambda place: place) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.url, self.elapsed = url, Elapsed()
+        found, self.claim = starting.own(path, url, 7)
+        self.place = link(found)
+        self.registry = Registry(path)
+        self.registry.shared = self.place
+        self.program = self.registry.add_program(b"a program")
+        if self.registry.control() is None:
+            self.registry.propose(start(**WHO))
+        self.restart()
+
+    def restart(self) -> None:
+        """The senders begin again, as after a kill."""
+        self.durable = DurableSender(self.registry.path, self.place, self.claim)
+        self.recent = RecentSender(
+            self.registry.path, self.place, self.claim, lambda: self.durable.serial, self.elapsed
+        )
+
+    def draft(self, parent: int | None, kind: str = "delta") -> Draft:
+        return Draft(
+            "base" if parent is None else kind, 1, parent, LogRange("log", "cd" * 16, 0, 4, 9), ((SOURCE, 7),), 3, 12,
+            1000, 900, "spec", self.program, "salt",
+        )  # fmt: skip
+
+    def publish(self, parent: int | None) -> Manifest:
+        """A durable version."""
+        files = {SERVING: b"rows after %d" % (parent or 0), TRAINING: b"more after %d" % (parent or 0)}
+        return self.registry.publish(self.draft(parent), files)
+
+    def publish_recent(self, parent: int, durable_after: int | None = None) -> Manifest:
+        """A recent version, and the same one durable where it is one over another."""
+        made = self.registry.publish(self.draft(parent, "recent"), {SERVING: b"rows since %d" % parent})
+        if durable_after is not None:
+            twin = replace(self.draft(durable_after), parent=durable_after)
+            self.registry.publish(twin, {SERVING: b"rows since %d" % durable_after, TRAINING: b"more"}, made)
+        return made
+
+    def send(self) -> None:
+        """All that there is."""
+        self.recent.send()
+        while self.durable.send():
+            pass
+
+
+class CopyHost:
+    """A serving host.
+
+    Args:
+        path: Its registry.
+        url: The place.
+        place: The way to it.
+    """
+
+    def __init__(self, path: Path, url: str, place: Place) -> None:
+        bind(path, url)
+        self.elapsed, self.place = Elapsed(), place
+        self.registry = Registry(path)
+        self.registry.shared = place
+        self.restart()
+
+    def restart(self) -> None:
+        """The copier begins again."""
+        self.copier = Copier(self.registry.path, self.place, 15.0, self.elapsed)
+
+    def look(self) -> None:
+        """One look after a silence: all that is there is found."""
+        self.elapsed.now_s += SILENT_S
+        self.copier.step()
+
+    def content(self) -> dict[int, list[bytes]]:
+        """All bytes of each durable version's chain, each compared with its digest."""
+        found = {}
+        for version in self.registry.versions():
+            try:
+                base, deltas = self.registry.chain(version)
+            except UnknownVersion:
+                # Kept, and nothing leads to it any more.
+                continue
+            parts = (base, *deltas)
+            found[version] = [self.registry.read(part, name) for part in parts for name in sorted(part.files)]
+        return found

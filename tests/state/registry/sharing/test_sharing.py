@@ -1,0 +1,426 @@
+"""A shared registry: what a trainer publishes is on each host whole or not at all, whatever broke in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from state.errors import ControlConflict, CorruptVersion, LockHeld, SettingsError, UnusablePlace, UnusableRegistry
+from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
+from state.places.opening import open_place
+from state.process import killpoints
+from state.registry.control import follow, pin, start
+from state.registry.erasing import ErasureReport, erase, report
+from state.registry.manifest import entries
+from state.registry.recent import MOST_BETWEEN
+from state.registry.registry import SERVING, TRAINING, Registry
+from state.registry.sharing import pack
+from state.registry.sharing.binding import bind
+from state.registry.sharing.giving import KEPT_PACKS_S
+from state.registry.sharing.small import all_reports, exchange_small
+from state.registry.sharing.taking import Copier
+from tests.state.registry.sharing.hosts import WHO, CopyHost, Link, Origin
+
+POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
+POINTS_OF_COPIER = ("copy.control", "copy.pack", "copy.named", "copy.small")
+
+
+class Dead(BaseException):
+    """In place of kill -9."""
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "place")
+
+
+@pytest.fixture
+def origin(tmp_path: Path, url: str) -> Origin:
+    return Origin(tmp_path / "trainer", url)
+
+
+@pytest.fixture
+def host(tmp_path: Path, url: str) -> CopyHost:
+    return CopyHost(tmp_path / "host", url, open_place(url))
+
+
+@pytest.fixture
+def armed() -> Iterator[None]:
+    yield
+    killpoints.armed = None
+
+
+def strike() -> None:
+    raise Dead
+
+
+def published(origin: Origin) -> None:
+    """A base, two deltas, and recent versions between and beyond."""
+    first = origin.publish(None)
+    second = origin.publish_recent(first.version)
+    third = origin.publish_recent(second.version, durable_after=first.version)
+    origin.publish_recent(third.version)
+
+
+def test_a_host_has_what_the_trainer_published_and_files_come_when_they_are_read(
+    origin: Origin, host: CopyHost
+) -> None:
+    published(origin)
+    origin.send()
+    host.look()
+    own, theirs = host.registry, origin.registry
+    assert (own.versions(), own.recents(), own.control()) == (theirs.versions(), theirs.recents(), theirs.control())
+    assert [path for path in own.path.rglob("*.safetensors") if "recent" not in path.parts] == []
+    assert own.chain(3) == theirs.chain(3)
+    assert own.read(3, SERVING) == theirs.read(3, SERVING)
+    assert [path.name for path in own.folder("delta", 3).iterdir()] and not own.path_of(own.manifest(1), "x").exists()
+    assert own.program(own.manifest(3).program) == b"a program"
+    assert own.read(own.manifest(4, "recent"), SERVING) == theirs.read(theirs.manifest(4, "recent"), SERVING)
+
+
+def test_a_look_that_finds_nothing_asks_twice(origin: Origin, url: str, tmp_path: Path) -> None:
+    published(origin)
+    origin.send()
+    link = Link(open_place(url))
+    host = CopyHost(tmp_path / "host", url, link)
+    host.look()
+    link.asked.clear()
+    host.copier.step()
+    assert link.asked == ["read control/00000002.json", f"read {pack.name_of(5)}"]
+    last = origin.publish_recent(4).version
+    origin.send()
+    link.asked.clear()
+    host.copier.step()
+    assert link.asked == ["read control/00000002.json", *(f"read {pack.name_of(last + one)}" for one in (0, 1))]
+    assert host.registry.recents()[-1] == last
+
+
+def test_a_host_that_was_away_finds_what_came_and_what_went(origin: Origin, host: CopyHost) -> None:
+    published(origin)
+    origin.send()
+    host.look()
+    assert host.content()
+    newest = 3
+    for _ in range(5):
+        newest = origin.publish(newest).version
+    base = origin.registry.add_base(origin.registry.manifest(newest), {SERVING: b"all", TRAINING: b"more"})
+    for version in (1, 3):
+        origin.registry.remove_delta(version)
+    origin.registry.remove("base", 1)
+    origin.send()
+    host.look()
+    assert host.registry.versions() == origin.registry.versions()
+    assert host.registry.chain(newest).base == base
+    assert host.content()[newest] == [b"all", b"more"]
+    assert not (host.registry.path / "bases" / "000000000001").exists()
+    # Nor does the place have it any more.
+    assert not [name for name in origin.place.names("bases") if name.startswith("000000000001")]
+
+
+@pytest.mark.usefixtures("armed")
+@pytest.mark.parametrize("point", POINTS_OF_SENDER)
+@pytest.mark.parametrize("passed", [1, 2, 3])
+def test_a_sender_that_is_killed_anywhere_leaves_only_whole_versions(
+    origin: Origin, host: CopyHost, point: str, passed: int
+) -> None:
+    published(origin)
+    origin.send()
+    newest = origin.publish(3).version
+    origin.publish_recent(newest)
+    origin.registry.remove_delta(3)
+    origin.publish(None)
+    killpoints.armed = killpoints.parse(f"{point}:{passed}", strike)
+    died = False
+    try:
+        origin.send()
+    except Dead:
+        died = True
+    killpoints.armed = None
+    host.look()
+    for version in host.registry.versions():
+        part = host.registry.manifest(version)
+        assert [host.registry.read(part, name) for name in part.files]
+    # The next trainer of this host finishes it.
+    origin.restart()
+    origin.send()
+    host.look()
+    assert host.registry.versions() == origin.registry.versions(), f"died: {died}"
+    assert origin.place.names("versions") == sorted(
+        f"{path.parent.name}/{path.name}" for path in (origin.registry.path / "versions").rglob("*.*")
+    )
+
+
+@pytest.mark.usefixtures("armed")
+@pytest.mark.parametrize("point", POINTS_OF_COPIER)
+def test_a_copier_that_is_killed_anywhere_goes_on(origin: Origin, host: CopyHost, point: str) -> None:
+    published(origin)
+    origin.registry.propose(pin(origin.registry.control() or start(**WHO), 1, **WHO))
+    origin.registry.add_outcome(1, "planned", {"a": 1})
+    exchange_small(origin.registry, origin.place)
+    origin.send()
+    killpoints.armed = killpoints.parse(point, strike)
+    with suppress(Dead):
+        host.look()
+    killpoints.armed = None
+    host.restart()
+    host.look()
+    assert host.registry.versions() == origin.registry.versions()
+    assert host.registry.control() == origin.registry.control()
+    assert host.registry.outcome(1, "planned") == {"a": 1}
+    assert host.registry.recents()[-1] == 4
+
+
+def test_while_the_place_is_away_the_trainer_publishes_and_all_of_it_goes_later(
+    tmp_path: Path, url: str, host: CopyHost
+) -> None:
+    links = list[Link]()
+
+    def cut(place: object) -> Link:
+        links.append(Link(place))  # type: ignore[arg-type]
+        return links[-1]
+
+    origin = Origin(tmp_path / "trainer", url, cut)
+    published(origin)
+    origin.send()
+    for after in range(6):
+        links[0].cut_after = after
+        newest = origin.publish(origin.registry.versions()[-1]).version
+        origin.publish_recent(newest)
+        with pytest.raises(UnusablePlace, match="cut off"):
+            origin.send()
+        host.look()
+        assert host.content()[host.registry.versions()[-1]]
+    links[0].cut_after = None
+    origin.send()
+    host.look()
+    assert host.registry.versions() == origin.registry.versions()
+    assert host.registry.recents()[-1] == origin.registry.recents()[-1]
+
+
+def test_a_host_without_the_place_goes_on_with_what_it_has(origin: Origin, url: str, tmp_path: Path) -> None:
+    published(origin)
+    origin.send()
+    link = Link(open_place(url))
+    host = CopyHost(tmp_path / "host", url, link)
+    host.look()
+    before = host.content()
+    link.cut_after = 0
+    with pytest.raises(UnusableRegistry, match="cut off"):
+        host.look()
+    assert host.content() == before
+    assert Registry(host.registry.path).control() == origin.registry.control()
+
+
+def test_a_torn_file_there_is_refused_and_read_once_it_is_whole(origin: Origin, host: CopyHost) -> None:
+    published(origin)
+    origin.send()
+    whole = origin.place.read("versions/000000000003/serving.safetensors")
+    for torn in (b"", whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
+        origin.place.write("versions/000000000003/serving.safetensors", torn)
+        host.look()
+        with pytest.raises(CorruptVersion, match="fails its digest"):
+            host.registry.read(3, SERVING)
+        assert not (host.registry.folder("delta", 3) / SERVING).exists()
+    origin.place.write("versions/000000000003/serving.safetensors", whole)
+    assert host.registry.read(3, SERVING) == whole
+    # What is damaged on this host's own disk is brought again.
+    (host.registry.folder("delta", 3) / SERVING).write_bytes(b"spoiled")
+    assert host.registry.read(3, SERVING) == whole
+
+
+def test_a_torn_pack_is_refused_and_durable_versions_lead_past_it(origin: Origin, host: CopyHost) -> None:
+    published(origin)
+    origin.send()
+    (name,) = origin.place.names("recent")
+    origin.place.write(f"recent/{name}", origin.place.read(f"recent/{name}")[:-1])
+    with pytest.raises(CorruptVersion, match="fails its digest"):
+        host.look()
+    assert host.registry.recents() == ()
+    assert host.registry.versions() == [1, 3]
+    later = origin.publish_recent(4).version
+    origin.send()
+    host.look()
+    assert host.registry.recents() == (later,)
+
+
+def test_a_part_that_was_rewritten_reaches_a_host_that_had_it(origin: Origin, host: CopyHost) -> None:
+    published(origin)
+    origin.send()
+    host.look()
+    assert host.content()
+    stale = Registry(host.registry.path)
+    assert stale.read(3, SERVING) == b"rows since 1"
+    files = {SERVING: b"without ann", TRAINING: b"more"}
+    part = origin.registry.manifest(3, "delta")
+    origin.registry.replace(replace(part, files=entries(files), rewritten=1), files)
+    origin.send()
+    host.look()
+    # The old bytes are gone from the host's disk, whoever still holds the old manifest.
+    assert not [path for path in host.registry.path.rglob("*") if path.is_file() and b"rows since 1" in path.read_bytes()
+                and "recent" not in path.parts]  # fmt: skip
+    assert stale.read(3, SERVING) == b"without ann"
+    assert origin.place.read("versions/000000000003/serving.safetensors") == b"without ann"
+
+
+def test_of_two_operators_on_two_hosts_one_wins_and_both_know(
+    origin: Origin, host: CopyHost, url: str, tmp_path: Path
+) -> None:
+    other = CopyHost(tmp_path / "other", url, open_place(url))
+    for one in (host, other):
+        one.look()
+    now = host.registry.control()
+    assert now is not None and now == other.registry.control()
+    host.registry.propose(pin(now, 1, actor="ann", reason="bad answers", now_ms=6))
+    with pytest.raises(ControlConflict, match="generation 2 was just created by ann"):
+        other.registry.propose(pin(now, 2, actor="bob", reason="worse answers", now_ms=6))
+    assert other.registry.control() == host.registry.control()
+    other.registry.change(lambda control: follow(control, actor="bob", reason="again", now_ms=7))
+    host.look()
+    Copier(origin.registry.path, origin.place, 15.0, origin.elapsed).step()
+    for one in (host.registry, origin.registry):
+        assert [each.actor for each in one.controls()] == ["ann", "ann", "bob"]
+
+
+def test_an_operator_without_the_place_changes_nothing(origin: Origin, url: str, tmp_path: Path) -> None:
+    link = Link(open_place(url))
+    host = CopyHost(tmp_path / "host", url, link)
+    host.look()
+    now = host.registry.control()
+    assert now is not None
+    link.cut_after = 0
+    with pytest.raises(UnusableRegistry, match="cut off"):
+        host.registry.propose(pin(now, 1, **WHO))
+    assert Registry(host.registry.path).control() == now
+    assert origin.place.names("control") == ["00000001.json"]
+
+
+@pytest.mark.usefixtures("armed")
+def test_an_operator_who_was_killed_behind_the_place_has_decided(origin: Origin, host: CopyHost) -> None:
+    host.look()
+    now = host.registry.control()
+    assert now is not None
+    killpoints.armed = killpoints.parse("control.shared", strike)
+    with pytest.raises(Dead):
+        host.registry.propose(pin(now, 1, **WHO))
+    killpoints.armed = None
+    host.look()
+    found = host.registry.control()
+    assert found is not None and (found.generation, found.serving.version) == (2, 1)
+
+
+def test_masked_and_erased_users_come_with_control(origin: Origin, host: CopyHost) -> None:
+    users = MaskedUsers.of([7, 9])
+    origin.registry.change(lambda now: erase(now, users, [(42, 0, 100)], **WHO))
+    host.look()
+    found = host.registry.control()
+    assert found is not None and found.erased == (origin.registry.control() or found).erased
+    assert found.mask != Mask.NONE
+
+
+def test_each_host_says_how_far_it_has_forgotten_and_all_of_them_are_told(
+    origin: Origin, host: CopyHost, url: str, tmp_path: Path
+) -> None:
+    other = CopyHost(tmp_path / "other", url, open_place(url))
+    for name, one, through in (("a", host, 1), ("b", other, 0)):
+        report(one.registry.path, ErasureReport(f"serving-{name}", name, "/srv", through, 0))
+        one.look()
+    assert [(one.part, one.through) for one in all_reports(origin.registry)] == [("serving-a", 1), ("serving-b", 0)]
+    report(other.registry.path, ErasureReport("serving-b", "b", "/srv", 1, 1))
+    other.look()
+    assert [one.through for one in all_reports(host.registry)] == [1, 1]
+
+
+def test_what_is_small_goes_both_ways(origin: Origin, host: CopyHost) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "transform").mkdir()
+        (folder / "transform" / "graph").write_bytes(b"graph")
+
+    origin.registry.add_spec("abc", {"spec": {}}, fill)
+    host.look()
+    host.registry.add_outcome(3, "planned", {"by": "host"})
+    exchange_small(origin.registry, origin.place)
+    host.elapsed.now_s += 60.0
+    host.look()
+    assert host.registry.specs() == ["abc"]
+    assert (host.registry.transform("abc") / "graph").read_bytes() == b"graph"
+    exchange_small(origin.registry, origin.place)
+    assert origin.registry.outcome(3, "planned") == {"by": "host"}
+
+
+def test_recent_versions_leave_a_host_and_packs_leave_the_place(origin: Origin, host: CopyHost) -> None:
+    published(origin)
+    origin.send()
+    host.look()
+    assert host.registry.recents() == (2, 3, 4)
+    origin.elapsed.now_s += KEPT_PACKS_S + 1
+    last = origin.publish_recent(4).version
+    origin.send()
+    host.elapsed.now_s += 16.0
+    host.look()
+    assert host.registry.recents() == (last,)
+    assert origin.place.names("recent") == [f"{last:012d}"]
+
+
+def test_another_hosts_trainer_goes_on_and_the_first_one_ends(origin: Origin, url: str, tmp_path: Path) -> None:
+    published(origin)
+    origin.send()
+    second = Origin(tmp_path / "second", url)
+    assert second.registry.versions() == [1, 3]
+    assert second.registry.newest_good(1) == 3
+    made = second.publish(3)
+    assert made.version > 4 + MOST_BETWEEN
+    origin.publish_recent(4)
+    origin.elapsed.now_s += 60.0
+    for send in (origin.recent.send, origin.durable.send):
+        origin.publish(3)
+        with pytest.raises(LockHeld, match="has another trainer"):
+            send()
+    with pytest.raises(LockHeld, match="has another trainer"):
+        Origin(origin.registry.path, url)
+    second.send()
+    host = CopyHost(tmp_path / "host", url, open_place(url))
+    host.look()
+    assert host.registry.versions() == [1, 3, made.version]
+
+
+def test_a_trainer_that_starts_again_goes_on_under_its_claim(origin: Origin, url: str) -> None:
+    published(origin)
+    origin.send()
+    again = Origin(origin.registry.path, url)
+    assert (again.claim, again.registry.next_number()) == (origin.claim, 5)
+    again.send()
+
+
+def test_a_registry_that_was_alone_is_given_to_an_empty_place(tmp_path: Path, url: str) -> None:
+    alone = Registry(tmp_path / "trainer")
+    alone.propose(start(**WHO))
+    alone.change(lambda now: erase(now, MaskedUsers.of([7]), [(42, 0, 100)], **WHO))
+    origin = Origin(alone.path, url)
+    published(origin)
+    origin.send()
+    host = CopyHost(tmp_path / "host", url, open_place(url))
+    host.look()
+    assert host.registry.controls() == alone.controls()
+    assert host.content() == {
+        version: [origin.registry.read(part, name) for part in _parts(origin.registry, version) for name in sorted(part.files)]
+        for version in (1, 3)
+    }  # fmt: skip
+
+
+def _parts(registry: Registry, version: int) -> list:  # type: ignore[type-arg]
+    base, deltas = registry.chain(version)
+    return [base, *deltas]
+
+
+def test_two_registries_do_not_share_a_place(origin: Origin, url: str, tmp_path: Path) -> None:
+    alone = Registry(tmp_path / "alone")
+    alone.propose(start(actor="bob", reason="another", now_ms=9))
+    with pytest.raises(SettingsError, match="are two registries: control generation 1 differs"):
+        Origin(alone.path, url)
+    with pytest.raises(SettingsError, match=r"belongs to the registry at .*place, and .* is s3://other/place"):
+        bind(origin.registry.path, "s3://other/place")
