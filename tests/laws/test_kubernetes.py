@@ -269,7 +269,9 @@ def test_secrets_are_those_that_the_readme_makes() -> None:
     }
     volumes = {one["secret"]["secretName"] for box in BOXES for one in box.pod["volumes"] if "secret" in one}
     named = [one["valueFrom"]["secretKeyRef"] for box in BOXES for one in box.told["env"] if "valueFrom" in one]
-    assert volumes == made.keys() and {one["name"] for one in named} <= made.keys()
+    given = {one["secretRef"]["name"] for box in BOXES for one in box.told["envFrom"] if "secretRef" in one}
+    assert given == {"springtide-object-store"}
+    assert volumes | given == made.keys() and {one["name"] for one in named} <= made.keys()
     assert all(one["key"] in made[one["name"]] for one in named)
     assert made["springtide-tokens"] == {READ, OPERATE} and made["springtide-salt"] == {"salt"}
     assert of_kind(ALL, "Secret") == [], "none is written down here"

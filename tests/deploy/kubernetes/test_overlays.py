@@ -64,7 +64,12 @@ def test_each_object_as_it_stands_is_valid() -> None:
 
 @with_kubectl
 @pytest.mark.parametrize(
-    ("overlay", "minor"), [("small", MINORS[-1]), ("flink", MINORS[-1]), *(("large", minor) for minor in MINORS)]
+    ("overlay", "minor"),
+    [
+        ("small", MINORS[-1]),
+        *((name, MINORS[-1]) for name in ("flink", "shared")),
+        *(("large", minor) for minor in MINORS),
+    ],
 )
 def test_each_object_of_an_overlay_is_valid(overlay: str, minor: str) -> None:
     require_valid(built(f"overlays/{overlay}"), minor)
@@ -148,6 +153,42 @@ def test_on_flink_the_stream_is_a_job_that_is_handed_in_once() -> None:
     assert JOB_PORT in {port["port"] for one in policies for rule in one.get("egress", ()) for port in rule["ports"]}
     (service,) = (one for one in of_kind(flink, "Service") if one["metadata"]["name"] == "springtide-stream")
     assert [one["targetPort"] for one in service["spec"]["ports"]] == [settings.stream.metrics_port]
+
+
+@with_kubectl
+def test_over_an_object_store_no_volume_is_mounted_on_two_nodes() -> None:
+    """What reads the trainer's own directory runs beside it; all others have copies, and may ask the store."""
+    shared = found("shared")
+    claims = of_kind(shared, "PersistentVolumeClaim")
+    assert [one["spec"]["accessModes"] for one in claims] == [["ReadWriteOnce"]]
+    own = sizes("large") | sizes_of(FOLDER / "components" / "object-store" / "kustomization.yaml")
+    beside, copies = set(), set()
+    for box in boxes(shared):
+        assert box.told["image"] == "springtide:0.1.0"
+        assert box.settings(own).paths.shared_registry.startswith("s3://")
+        assert {"secretRef": {"name": "springtide-object-store", "optional": True}} in box.told["envFrom"]
+        (volume,) = (one for one in box.pod["volumes"] if one["name"] == "registry")
+        component = box.labels["app.kubernetes.io/component"]
+        (copies if "emptyDir" in volume else beside).add(component)
+        if "persistentVolumeClaim" in volume and component != "trainer":
+            (term,) = box.pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+            (trainer,) = {one.owner for one in boxes(shared) if selects(term["labelSelector"], one.labels)}
+            assert trainer == "Deployment springtide-trainer" and term["topologyKey"] == "kubernetes.io/hostname"
+    assert copies == {"stream", "serving"}
+    assert beside == {"trainer", "bootstrap", "validation", "console", "compactor"}
+    stream = [one.name for one in boxes(shared) if one.owner == "StatefulSet springtide-stream"]
+    assert stream == ["first-copy", "rebuild-history", "stream"]
+    policies = [one["spec"] for one in of_kind(shared, "NetworkPolicy")]
+    for component in (*copies, "trainer", "console"):
+        labels = {"app.kubernetes.io/component": component}
+        out = {
+            port["port"]
+            for one in policies
+            if selects(one["podSelector"], labels)
+            for rule in one.get("egress", ())
+            for port in rule["ports"]
+        }
+        assert 443 in out, component
 
 
 def sizing(overlay: str) -> Sizing:
