@@ -67,7 +67,11 @@ def follow(result: PipelineResult, runner: str, stopping: threading.Event) -> No
             said = state
         if state is not None and PipelineState.is_terminal(state):
             if state in (PipelineState.FAILED, PipelineState.UNRECOGNIZED):
-                raise JobFailed(f"the job has ended on {runner}: {str(state).lower()}", "read the engine's log")
+                # Flink calls a job failed, too, that was cancelled with its savepoint.
+                raise JobFailed(
+                    f"the job has ended on {runner}, {str(state).lower()}, which is also said of one that was stopped by savepoint",
+                    "read the engine's log; `springtide flink status` names what it is resumed from",
+                )
             return
     if runner == FLINK:
         logger.info("the job goes on; `springtide flink down` stops it by savepoint")
