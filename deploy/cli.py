@@ -21,6 +21,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
+from state.process.import_path import for_children
 from state.process.private_files import keep_private
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
@@ -144,7 +145,7 @@ def _check_tower(settings: Settings) -> None:
 def become(module: str, flags: list[str]) -> None:
     """Replaces this process by a module's main; the process id and the terminal stay."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *flags])
+    os.execve(sys.executable, [sys.executable, "-m", module, *flags], for_children(os.environ))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from deploy.children.parent_death import die_with
 from state.config.settings import Settings
 from state.errors import ProcessFailed, reason_of
 from state.metrics import SupervisorMetrics
+from state.process.import_path import for_children
 
 WRONG_USE = 2
 LOG_BYTES, OLDER_LOGS = 10 * 2**20, 1
@@ -120,7 +121,7 @@ class Supervisor:
         environment = {**MALLOC, **os.environ}
         environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
         environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
-        return cls(settings.logs_dir, environment, say, metrics, clock, *log_sizes(settings))
+        return cls(settings.logs_dir, for_children(environment), say, metrics, clock, *log_sizes(settings))
 
     def start(self, plan: ProcessPlan) -> None:
         """Starts a process; from now on `look` keeps it alive."""

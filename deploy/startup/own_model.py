@@ -11,11 +11,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
+from state.process.import_path import for_children
 
 WRONG_USE = 2
 FUNCTIONS = ("ranker", "tower", "preprocessing")
@@ -75,8 +75,7 @@ def run(module: str, settings: Settings, *words: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
     done = subprocess.run(
         [sys.executable, "-m", module, *words],
-        env=environment | settings.environment(),
-        cwd=Path.cwd(),
+        env=for_children(environment | settings.environment()),
         capture_output=True,
         text=True,
         check=False,

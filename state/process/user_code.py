@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from state.errors import SettingsError
+from state.process.import_path import look_here_last
 
 
 def load_named(path: str, setting: str) -> Any:
-    """The function that `path` names.
+    """The function that `path` names, in a module that Python finds or that lies in the current directory.
 
     >>> load_named("state.process.user_code:told", "model.tower").__name__
     'told'
@@ -24,6 +25,7 @@ def load_named(path: str, setting: str) -> Any:
         SettingsError: There is none.
     """
     module, _, name = path.partition(":")
+    look_here_last()
     try:
         return getattr(importlib.import_module(module), name)
     # A module of the user's own may fail in any way.

@@ -84,6 +84,24 @@ def test_the_process_ends_with_the_status_and_the_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("springtide: ") and len(done.stderr.splitlines()) == 1
 
 
+def test_a_directory_named_as_a_package_of_ours_hides_it_from_no_process(tmp_path: Path) -> None:
+    """The console script never looks into the current directory; what it becomes must not either."""
+    for name in ("state", "deploy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('theirs, not ours')")
+    script = "import sys; from deploy.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, "replay", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "replay" in done.stdout
+
+
 def test_a_gap_is_accepted_at_the_start_of_a_reader_with_a_reason(operator: Operator) -> None:
     operator("stream", "--accept-gap", "0:5-9", "--accept-gap", "1:2-2", "--reason", "old clicks")
     module, flags = operator.became[-1]
