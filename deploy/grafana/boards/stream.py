@@ -190,7 +190,7 @@ ACCOUNTS = (
         alerts=("SpringtideImpressionsDropped",),
     ),
     Panel(
-        "Faults",
+        "Stream faults",
         (PanelQuery("sum(springtide_accounting_stream_faults)", "accounts"),),
         "none",
         "Accounts of the stream that do not balance.",

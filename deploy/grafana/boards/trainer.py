@@ -169,7 +169,7 @@ GUARD = (
         width=16,
     ),
     Panel(
-        "Faults",
+        "Trainer faults",
         (PanelQuery("sum(springtide_accounting_trainer_faults)", "accounts"),),
         "none",
         "Accounts of the trainer that do not balance.",
