@@ -139,7 +139,8 @@ class Reader(LogReader):
 
     def reachable(self) -> bool:
         """Whether a connection to a broker is open; one that is only tried is none."""
-        return any(one.connected for one in list(self._consumer._client._manager._conns.values()))
+        client = self._consumer._client
+        return any(client.connected(broker.node_id) for broker in client.cluster.brokers())
 
     def refresh(self) -> list[int]:
         """Takes up partitions that the topic got meanwhile, from their beginning; returns them.
