@@ -492,6 +492,16 @@ class SupervisorMetrics(Metrics):
     )
 
 
+class ConsoleMetrics(Metrics):
+    """What the page that shows and steers the loop counts."""
+
+    requests = counter(
+        "springtide_console_requests",
+        "Requests of the page, by outcome: answered, refused (not let in, not there, or wrong), failed (also where what it asked for did not answer).",
+        "outcome",
+    )
+
+
 class ProbeMetrics(Metrics):
     """What `springtide probe --continuously` measures by clicks of probe users."""
 
@@ -562,6 +572,7 @@ PROCESSES = (
     WorkerMetrics,
     ValidationMetrics,
     SupervisorMetrics,
+    ConsoleMetrics,
     ProbeMetrics,
     StorageMetrics,
     SharedMetrics,

@@ -48,7 +48,7 @@ def targets(settings: Settings) -> dict[str, str]:
     """Where each process of this loop offers its metrics.
 
     >>> list(targets(Settings()))
-    ['stream', 'trainer', 'applier', 'worker', 'up', 'validation']
+    ['stream', 'trainer', 'applier', 'worker', 'up', 'validation', 'console']
     """
     return scrape.urls(settings) | scrape.supervisor_urls(settings) | scrape.urls_beside(settings)
 

@@ -86,3 +86,15 @@ def serving_address(settings: Settings, path: str = "") -> Address:
     'http://127.0.0.1:8501/readyz'
     """
     return address(settings, settings.serving.host, settings.serving.port, path)
+
+
+def console_address(settings: Settings, path: str = "") -> Address:
+    """Where the page is reached on this machine.
+
+    >>> console_address(Settings(), "/metrics")
+    'http://127.0.0.1:8502/metrics'
+    """
+    found = address(settings, settings.console.host, settings.console.port, path)
+    # It shows what serving answers too, so that it asks for a token where either of them does.
+    token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else found.token_file
+    return Address(found, token_file, found.certificate)

@@ -15,6 +15,7 @@ OFFERED = {
     metrics.WorkerMetrics: "A worker of a serving host, on `serving.port`; of several workers each says the sums of all.",
     metrics.ValidationMetrics: "The validation of live clicks, on `validation.metrics_port`.",
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
+    metrics.ConsoleMetrics: "The page, on `console.port`.",
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",
     metrics.StorageMetrics: "Each of them that keeps something on a disk.",
     metrics.SharedMetrics: "The trainer and the applier, where `paths.shared_registry` names a place.",

@@ -12,7 +12,7 @@ from http.client import HTTPException
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.watch.address import Address, reached, serving_address
+from deploy.watch.address import Address, console_address, reached, serving_address
 from state.config.settings import Settings
 from state.errors import SettingsError
 
@@ -152,16 +152,17 @@ def supervisor_urls(settings: Settings) -> dict[str, str]:
 
 
 def urls_beside(settings: Settings) -> dict[str, str]:
-    """Where those that look on offer their metrics, the validation and the probe, as far as `springtide up` runs them.
+    """Where those that look on offer their metrics, the validation, the probe and the page, as far as `springtide up` runs them.
 
     >>> urls_beside(Settings())
-    {'validation': 'http://127.0.0.1:9106/metrics'}
+    {'validation': 'http://127.0.0.1:9106/metrics', 'console': 'http://127.0.0.1:8502/metrics'}
     """
     beside = {
         "validation": (settings.validation.window_s, settings.validation.metrics_port),
         "probe": (settings.probe.every_s, settings.probe.metrics_port),
     }
-    return {name: metrics_url(settings, port) for name, (every_s, port) in beside.items() if every_s > 0}
+    page = {"console": console_address(settings, "/metrics")} if settings.console.port else {}
+    return {name: metrics_url(settings, port) for name, (every_s, port) in beside.items() if every_s > 0} | page
 
 
 def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:

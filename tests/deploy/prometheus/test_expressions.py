@@ -39,6 +39,7 @@ def test_prometheus_scrapes_all_processes_at_their_default_ports() -> None:
         "springtide-applier": settings.serving.metrics_port,
         "springtide-worker": settings.serving.port,
         "springtide-validation": settings.validation.metrics_port,
+        "springtide-console": settings.console.port,
         "springtide-up": settings.up.metrics_port,
     }
     scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in SCRAPE["scrape_configs"]}

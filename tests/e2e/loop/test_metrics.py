@@ -10,6 +10,7 @@ from kafka.structs import TopicPartition
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Exemplar
 
+from deploy.startup import prometheus
 from deploy.watch import scrape
 from state import metrics
 from tests.e2e.running import Loop, until
@@ -20,10 +21,10 @@ VERSIONED = {"applier": "springtide_serving_weight_age_seconds", "worker": "spri
 
 
 def url(loop: Loop, part: str) -> str:
-    return {**scrape.urls(loop.settings), **scrape.supervisor_urls(loop.settings)}[part]
+    return prometheus.targets(loop.settings)[part]
 
 
-@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up"])
+@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up", "validation", "console"])
 def test_a_process_has_few_series_and_all_of_them_are_declared(loop: Loop, part: str) -> None:
     status, text = scrape.fetch(url(loop, part), timeout_s=10.0)
     assert status == 200
