@@ -14,7 +14,6 @@ ended early is simply run again.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import Topics, topic_plan
 from state.process.closed_output import while_read
+from state.process.ending import stop_on_signals
 from state.recordings.files import Recording, find
 from state.recordings.options import add_format_arguments
 
@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     flags, words = split_settings(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    stopped = stop_on_signals()
     try:
         run(options, load(flags), stopped)
     except SpringtideError as problem:

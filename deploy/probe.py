@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import random
-import signal
 import sys
 import threading
 import time
@@ -19,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
-from prometheus_client import CollectorRegistry
 
 from deploy.command_line import SETTINGS_HELP
 from deploy.replaying.sender import Outbox, Piece
@@ -32,9 +30,10 @@ from state.config.settings import Settings
 from state.errors import LogError, SpringtideError
 from state.events.probe_users import SLOTS, probe_user
 from state.log import Topics
-from state.metrics import ProbeMetrics, serve
+from state.metrics import ProbeMetrics, served
 from state.process import log_lines
 from state.process.closed_output import while_read
+from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
 
 REASONS = ("kafka", "answers", "refused", "features", "weights")
@@ -154,9 +153,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_on_signals()
     # What the client says of each try is said once by what failed.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
@@ -166,12 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             log_lines.begin("probe")
             log_lines.follow(settings.logs)
             logging.getLogger("httpx").setLevel(logging.WARNING)
-            registry = CollectorRegistry()
-            end = serve(registry, settings.probe.metrics_port, settings.metrics.host)
-            try:
+            with served(settings.probe.metrics_port, settings.metrics.host) as registry:
                 run(settings, stop, probe.time, ProbeMetrics(registry))
-            finally:
-                end()
             return 0
         found = probe.time()
     except SpringtideError as error:

@@ -12,7 +12,6 @@ clicks a time and sends them.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of, topic_plan
 from state.process.closed_output import while_read
+from state.process.ending import stop_on_signals
 from state.recordings.options import as_settings
 
 SLICE_S = 0.1
@@ -147,9 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of the shoppers' choices")
     add_arguments(parser)
     options = parser.parse_args(words)
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
+    stopped = stop_on_signals()
     try:
         if bool(options.files) + options.synthetic + bool(options.burst) != 1:
             raise SettingsError("say what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")

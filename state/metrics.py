@@ -8,7 +8,8 @@ are bounded, and no label carries an id.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -658,3 +659,18 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Ca
         thread.join()
 
     return stop
+
+
+@contextmanager
+def served(port: int, host: str = "127.0.0.1") -> Iterator[CollectorRegistry]:
+    """A registry that is offered on http://host:port/metrics meanwhile.
+
+    Raises:
+        PortTaken: The port is in use.
+    """
+    registry = CollectorRegistry()
+    stop = serve(registry, port, host)
+    try:
+        yield registry
+    finally:
+        stop()

@@ -127,6 +127,4 @@ def _decoded(value: bytes | None) -> MicroBatch | None:
 def _without_rows(record: KeptRecord) -> bytes:
     """A micro-batch without rows, made like this one."""
     whole = decode(record.value)
-    return encode(
-        replace(whole.header, ranges=(), clocks=()), whole.take(np.zeros(len(whole), np.bool_)).columns
-    )
+    return encode(replace(whole.header, ranges=(), clocks=()), whole.take(np.zeros(len(whole), np.bool_)).columns)

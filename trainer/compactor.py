@@ -23,9 +23,10 @@ from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import LockHeld, SpringtideError, UnusableRegistry, of_disk
+from state.errors import LockHeld, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.process import killpoints, log_lines
+from state.process.ending import reported
 from state.process.private_files import keep_private
 from state.ranking.configured import crosses_of
 from state.registry.control import Control
@@ -182,15 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private()
     log_lines.begin("compactor")
     os.nice(NICENESS)
-    try:
+
+    def work() -> None:
         settings = load(sys.argv[1:] if argv is None else argv, os.environ)
         log_lines.follow(settings.logs)
         run_after_others(settings)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    return 0
+
+    return reported(work, logger)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import getpass
 import importlib
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -41,7 +40,7 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import ModelMismatch, SpringtideError, TruncatedLog, UnusableRegistry, of_disk
+from state.errors import ModelMismatch, TruncatedLog, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.log import Reader
 from state.log.gap_options import take_options
@@ -49,6 +48,7 @@ from state.log.gaps import Consent
 from state.metrics import TrainerMetrics, serve
 from state.process import log_lines
 from state.process.actor import actor
+from state.process.ending import reported, stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
@@ -278,20 +278,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private()
     log_lines.begin("trainer", own_stderr())
     quiet_tensorflow(os.environ)
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        consent, flags = take_options(arguments, actor(), records=True)
+    stopping = stop_on_signals()
+
+    def work() -> None:
+        consent, flags = take_options(sys.argv[1:] if argv is None else argv, actor(), records=True)
         settings = load(flags, os.environ)
         log_lines.follow(settings.logs)
         run(settings, flags, stopping, consent)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    return 0
+
+    return reported(work, logger)
 
 
 if __name__ == "__main__":

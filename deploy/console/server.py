@@ -24,8 +24,9 @@ from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
 from deploy.watch.address import address
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import SettingsError, SpringtideError, of_disk
+from state.errors import SettingsError
 from state.process import log_lines
+from state.process.ending import reported
 from state.process.private_files import keep_private
 
 _log = logging.getLogger(__name__)
@@ -78,15 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console with the settings of `argv`; returns the exit code."""
     keep_private()
     log_lines.begin("console")
-    try:
+
+    def work() -> None:
         settings = load(list(sys.argv[1:] if argv is None else argv))
         log_lines.follow(settings.logs)
         run(settings)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        _log.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    return 0
+
+    return reported(work, _log)
 
 
 if __name__ == "__main__":

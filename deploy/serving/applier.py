@@ -13,7 +13,6 @@ alone, and answers go on in any case.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
@@ -40,10 +39,8 @@ from state.errors import (
     GapError,
     LogError,
     RegistryError,
-    SpringtideError,
     StoreFull,
     UnknownTopic,
-    of_disk,
 )
 from state.events.identity import fingerprint_at
 from state.features.spec import FeatureSpec
@@ -53,8 +50,9 @@ from state.history.appends import Appends
 from state.layout import ATTRIBUTES, CURRENT, GAPS
 from state.log import Reader, Topics
 from state.log.accepted_gaps import Journal
-from state.metrics import ApplierMetrics, serve
+from state.metrics import ApplierMetrics, served
 from state.process import log_lines
+from state.process.ending import reported, stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
@@ -267,25 +265,19 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.applier [flags]`; returns the exit code."""
     keep_private()
     log_lines.begin("applier")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        with DirectoryLock(settings.serving_dir):
-            registry = CollectorRegistry()
-            stop_metrics = serve(registry, settings.serving.metrics_port, settings.metrics.host)
-            try:
-                with copying(settings, registry):
-                    Applier(settings, registry, stop).run()
-            finally:
-                stop_metrics()
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        _log.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    return 0
+    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), _log)
+
+
+def _run(flags: list[str]) -> None:
+    stop, settings = stop_on_signals(), load(flags)
+    log_lines.follow(settings.logs)
+    port, host = settings.serving.metrics_port, settings.metrics.host
+    with (
+        DirectoryLock(settings.serving_dir),
+        served(port, host) as registry,
+        copying(settings, registry),
+    ):
+        Applier(settings, registry, stop).run()
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ from deploy.serving.http_api.app import App
 from deploy.serving.workers import Workers, count_as, end_with_parent
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.layout import WORKER_COUNTERS
 from state.metrics import add_process, say_build
 from state.process import log_lines
+from state.process.ending import reported
 from state.process.private_files import keep_private
 
 _log = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[st
         log_lines.follow(settings.logs)
         serve(settings, bound, ready.set, beside=True)
 
-    sys.exit(_reported(work))
+    log_lines.begin("worker")
+    sys.exit(reported(work, _log))
 
 
 def serve_all(settings: Settings, argv: list[str], count: int) -> int:
@@ -135,8 +136,8 @@ def allow_connections(wanted: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.rest [flags]`; returns the exit code."""
     keep_private()
-    arguments = sys.argv[1:] if argv is None else argv
-    return _reported(lambda: _run(arguments))
+    log_lines.begin("worker")
+    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), _log)
 
 
 def _run(arguments: list[str]) -> int:
@@ -153,17 +154,6 @@ def _run(arguments: list[str]) -> int:
     require_grpc_port(settings)
     serve(settings, bound)
     return 0
-
-
-def _reported(work: Callable[[], int | None]) -> int:
-    """The exit code of a process's work; what ended it is said in one line."""
-    log_lines.begin("worker")
-    try:
-        return work() or 0
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        _log.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
 
 
 if __name__ == "__main__":

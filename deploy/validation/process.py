@@ -9,7 +9,6 @@ its open window began.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
@@ -23,12 +22,13 @@ from deploy.validation.windows import Windows, chosen
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import GapError, LogError, MicroBatchError, RegistryError, SpringtideError, UnknownTopic, of_disk
+from state.errors import GapError, LogError, MicroBatchError, RegistryError, UnknownTopic, of_disk
 from state.features.spec import FeatureSpec
 from state.log import KafkaLog, Log, LogReader, PartitionBatch
-from state.metrics import ValidationMetrics, serve
+from state.metrics import ValidationMetrics, served
 from state.microbatch.codec import decode
 from state.process import log_lines
+from state.process.ending import reported, stop_on_signals
 from state.process.garbage import keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
@@ -154,24 +154,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the validation with the settings of `argv` until a signal; returns the exit code."""
     keep_private()
     log_lines.begin("validation")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        with DirectoryLock(settings.validation_dir):
-            registry = CollectorRegistry()
-            stop_metrics = serve(registry, settings.validation.metrics_port, settings.metrics.host)
-            try:
-                run(settings, KafkaLog(settings.kafka), registry, stop)
-            finally:
-                stop_metrics()
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        _log.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    return 0
+    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), _log)
+
+
+def _run(flags: list[str]) -> None:
+    stop, settings = stop_on_signals(), load(flags)
+    log_lines.follow(settings.logs)
+    with (
+        DirectoryLock(settings.validation_dir),
+        served(settings.validation.metrics_port, settings.metrics.host) as registry,
+    ):
+        run(settings, KafkaLog(settings.kafka), registry, stop)
 
 
 if __name__ == "__main__":

@@ -62,11 +62,12 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
     first, second, third = map(microbatch, range(3))
 
     # 1. The coordinator takes it for ended.
-    with open_writer(settings) as writer:
-        with writer.transaction():
-            writer.send(topic, 0, None, first)
-        own.kill()
-        assert cut_back(data, topic, 0, ALL, in_a_transaction=True) == 1
+    with open_writer(settings) as writer, writer.transaction():
+        writer.send(topic, 0, None, first)
+    # It answers before it has written the marker, and before it takes the transaction for ended; the next writer waits for that.
+    open_writer(settings).close()
+    own.kill()
+    assert cut_back(data, topic, 0, ALL, in_a_transaction=True) == 1
     own.start()
     with pytest.raises(AssertionError, match="nobody reads past"):
         seen(settings)

@@ -40,8 +40,7 @@ def test_who_may_not_read_is_told_nothing_of_it(closed_console: Reached, reading
 def test_our_own_prometheus_has_a_token_where_either_of_the_two_is_reached_by_others(tmp_path: Path) -> None:
     state = ["--paths.state", str(tmp_path), "--console.port", "9951"]
     here, served, shown = (
-        load([*state, *more], env={})
-        for more in ([], ["--serving.host", "0.0.0.0"], ["--console.host", "0.0.0.0"])
+        load([*state, *more], env={}) for more in ([], ["--serving.host", "0.0.0.0"], ["--console.host", "0.0.0.0"])
     )
     assert console_address(here).token_file is None
     for settings in (served, shown):

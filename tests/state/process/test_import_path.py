@@ -41,7 +41,9 @@ def test_a_child_imports_our_packages_where_others_of_their_names_lie(theirs: Pa
 def test_a_module_of_the_users_own_is_found_there_last(theirs: Path) -> None:
     (theirs / "shop.py").write_text("def build(): pass")
     (theirs / "numpy.py").write_text("raise ImportError('theirs, not numpy')")
-    load = "import state.process.user_code as it; print(it.load_named('shop:build', 'model.tower').__name__); import numpy"
+    load = (
+        "import state.process.user_code as it; print(it.load_named('shop:build', 'model.tower').__name__); import numpy"
+    )
     done = said("-c", load)
     assert (done.returncode, done.stdout.strip()) == (0, "build"), done.stderr
 
