@@ -54,9 +54,10 @@ def test_the_loop_recovers_from_the_kill_of_kafka_which_is_an_alert_meanwhile(lo
     watching.wait_until_over("SpringtideBrokerAway")
 
 
-def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None:
+def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is_up_and_goes_on(loop: Loop) -> None:
     user = "one-who-comes-back"
     before = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
+    until(lambda: leading(loop, user, "outdoors"), "serving's histories do not have the clicks")
     running, already = loop.processes(), len(loop.said())
     assert len(running) >= 7
 
@@ -84,44 +85,35 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_goes_on(loop: Loop) -> None
     assert check_accounts(StreamAccount(**totals)) == ()
     assert totals["rows"] > 0
 
-    # 3. The second start goes on: same registry, same positions, no second bootstrap.
-    loop.start()
-    assert "done by an earlier run" in loop.said()
-    after = until(lambda: loop.profile(user), "no answer after the second start")
-    assert after["known"]
-    assert after["version"]["number"] >= before["version"]["number"]
-    assert after["version"]["epoch"] == before["version"]["epoch"]
-    assert after["features"]["purchase.count_7d"] == 7
-    ends = loop.click([(user, "tent", "outdoors", "purchase")])
-    assert all(ends[source] >= position for source, position in positions.items())
-    again = loop.answer_trained_on(user, ends)
-    assert again["version"]["number"] > before["version"]["number"]
-    assert again["features"]["purchase.count_7d"] == 8
-
-
-def test_a_second_start_answers_from_what_is_there_before_its_kafka_is_up(loop: Loop) -> None:
-    user = "one-who-comes-back-early"
-    before = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
-    until(lambda: leading(loop, user, "outdoors"), "serving's histories do not have the clicks")
-    loop.stop()
+    # 3. The second start answers from what is there, before its Kafka is up.
     loop.begin()
     kafka = until(lambda: loop.pid("kafka"), "Java is not started")
     os.kill(kafka, signal.SIGSTOP)
     try:
-        answer = until(lambda: loop.profile(user), "no answer without Kafka")
+        early = until(lambda: loop.profile(user), "no answer without Kafka")
         until(lambda: "  serving  " in loop.said_since_start(), "`up` does not say that serving answers")
-        assert answer["version"]["number"] >= before["version"]["number"]
-        assert answer["version"]["age_s"] > 0 and answer["at_ms"] >= before["at_ms"]
-        assert answer["features"]["purchase.count_7d"] == 7
+        assert early["known"]
+        assert early["version"]["number"] >= before["version"]["number"]
+        assert early["version"]["age_s"] > 0 and early["at_ms"] >= before["at_ms"]
+        assert early["features"]["purchase.count_7d"] == 7
         assert loop.get("/readyz")[0] == 200
         assert "  Kafka  " not in loop.said_since_start()
         assert [loop.pid(part) for part in ("shoppers", "stream", "trainer")] == [None, None, None]
     finally:
         os.kill(kafka, signal.SIGCONT)
+
+    # 4. It goes on: same registry, same positions, no second bootstrap.
     loop.wait_until_up()
-    assert leading(loop, user, "outdoors")
+    assert "done by an earlier run" in loop.said_since_start()
+    after = until(lambda: leading(loop, user, "outdoors"), "no answer after the second start")
+    assert after["version"]["number"] >= early["version"]["number"]
+    assert after["version"]["epoch"] == before["version"]["epoch"]
+    assert after["features"]["purchase.count_7d"] == 7
     ends = loop.click([(user, "tent", "outdoors", "purchase")])
-    assert loop.answer_trained_on(user, ends)["version"]["number"] > answer["version"]["number"]
+    assert all(ends[source] >= position for source, position in positions.items())
+    again = loop.answer_trained_on(user, ends)
+    assert again["version"]["number"] > early["version"]["number"]
+    assert again["features"]["purchase.count_7d"] == 8
 
 
 def test_a_second_up_on_the_same_state_is_refused_and_hurts_nobody(loop: Loop) -> None:
