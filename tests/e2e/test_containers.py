@@ -188,7 +188,7 @@ def test_every_container_comes_up_without_root_on_a_read_only_tree_and_ends_when
             assert pods.ended(box.name) is None, pods.log(box.name)
         return all(pods.get(box, "livenessProbe") == 200 for box in LASTING)
 
-    until(all_up, lambda: "\n".join(f"{box.name}: {pods.log(box.name)[-2000:]}" for box in LASTING), 120.0)
+    until(all_up, lambda: "\n".join(f"{box.name}: {pods.log(box.name)[-2000:]}" for box in LASTING), 300.0)
     assert {box.name: pods.ended(box.name) for box in FIRST} == {"kernels": 0, "rebuild-history": 0}
     assert "nothing is rebuilt" in pods.log("rebuild-history")
     (worker,) = (box for box in LASTING if box.name == "worker")
