@@ -207,6 +207,13 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
             control = recover(registry, control, lost, who, time.time_ns() // 1_000_000)
 
 
+def _sweep(registry: Registry) -> None:
+    for name in registry.sweep():
+        logger.info("swept %s, left by a writer that died", name)
+    if swept := registry.sweep_recent():
+        logger.info("swept %d versions that were not kept: what they learned is learned again from the log", swept)
+
+
 def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event, consent: Consent = NO_CONSENT) -> None:
     """Runs the trainer until `stopping` is set.
 
@@ -218,17 +225,11 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     metrics = TrainerMetrics(collected)
     room = Room(REGISTRY, offer(collected, settings, [REGISTRY]), stopping.wait)
     # 1.
-    with (
-        DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK),
-        owning(settings, collected, stopping, lambda: time.time_ns() // 1_000_000) as ownership,
-    ):
+    with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK), owning(settings, collected, stopping) as ownership:
         registry = Registry(settings.registry_dir)
         # Before TensorFlow: some settings alone tell that the newest version cannot be loaded.
         require_same_model(settings)
-        for name in registry.sweep():
-            logger.info("swept %s, left by a writer that died", name)
-        if swept := registry.sweep_recent():
-            logger.info("swept %d versions that were not kept: what they learned is learned again from the log", swept)
+        _sweep(registry)
         serve(collected, settings.trainer.metrics_port, settings.metrics.host)
         # 2. TensorFlow's import takes seconds: it overlaps with the bootstrap.
         imports = threading.Thread(target=_import_model, name="imports", daemon=True)

@@ -142,10 +142,11 @@ def main() -> None:
         if asked.s3:
             shared["paths.shared_registry"] = stack.enter_context(S3Server()).bucket("hosts") + "/registry"
         own = {"shoppers.rate": RATE, "shoppers.users": USERS, "bootstrap.min_rows": 2000, "validation.window_s": 0}
+        (directory / "loop").mkdir()
         loop = Loop(directory / "loop", {**own, **shared, "console.port": 0})
-        stack.callback(loop.stop)
         progress.say("the loop")
         loop.start()
+        stack.callback(loop.stop)
         hosts = [ServingHost(f"host {one}", directory / f"host-{one}", loop, shared) for one in range(asked.hosts)]
         for host in hosts:
             stack.callback(host.stop)

@@ -190,7 +190,10 @@ def copying(settings: Settings, collected: CollectorRegistry, first: threading.E
 
 @contextmanager
 def owning(
-    settings: Settings, collected: CollectorRegistry, stopping: threading.Event, now_ms: Callable[[], int]
+    settings: Settings,
+    collected: CollectorRegistry,
+    stopping: threading.Event,
+    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; nothing where it is shared with nobody.
 
