@@ -23,7 +23,7 @@ from state.errors import DamagedBackup
 from state.features.erased import Erased
 from state.features.spec import FeatureSpec
 from state.places.opening import open_place
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process.actor import actor
 from state.process.progress_line import ProgressLine
 
@@ -114,7 +114,7 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     tell(asked, told, "\n".join(lines), say)
 
 
-def later_erasures(place: Place, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
+def later_erasures(place: FilePlace, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
     """What is known of erasures after a backup: by the newest one there, and by a registry that was not lost.
 
     Returns:
@@ -136,7 +136,7 @@ def later_erasures(place: Place, found: Backup, registry: Path | None) -> tuple[
     return max(known, key=lambda one: one.last), said
 
 
-def show(place: Place, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+def show(place: FilePlace, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lists the backups of a place, oldest first."""
     found = [listing.backup(place, one) for one in listing.ids(place)]
     head = ["backup", "age", "version", "versions", "size", "sent", "salt"]

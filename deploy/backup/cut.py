@@ -18,8 +18,8 @@ from deploy.backup.places import usable
 from state import layout
 from state.errors import BackupError
 from state.registry import manifest
+from state.registry.brought_files import MANIFEST
 from state.registry.control import Control
-from state.registry.copies import MANIFEST
 from state.registry.directory import file_bytes
 from state.registry.labels import named
 from state.registry.manifest import Manifest, sees

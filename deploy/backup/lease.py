@@ -19,7 +19,7 @@ from types import TracebackType
 from deploy.backup.places import LOCKS
 from state.disk import files as durable
 from state.errors import BackupError, LockHeld
-from state.places.place import Place
+from state.places.place import FilePlace
 
 REFRESH_S, STALE_S = 60.0, 3600.0
 
@@ -36,7 +36,7 @@ class Lease:
         LockHeld: Another one writes there.
     """
 
-    def __init__(self, place: Place, clock: Callable[[], float] = time.time, owner: str = "") -> None:
+    def __init__(self, place: FilePlace, clock: Callable[[], float] = time.time, owner: str = "") -> None:
         self._place, self._clock = place, clock
         self._owner = owner or durable.owner_mark()
         self._name = f"{LOCKS}/{os.urandom(8).hex()}.json"

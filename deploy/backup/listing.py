@@ -11,7 +11,7 @@ from deploy.backup.lease import Lease
 from deploy.backup.objects import Objects, damaged, digests, name_of
 from deploy.backup.places import BACKUPS
 from state.errors import BackupError, DamagedBackup
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process import killpoints
 
 
@@ -27,13 +27,13 @@ class Pruned(NamedTuple):
     objects: int
 
 
-def ids(place: Place) -> list[str]:
+def ids(place: FilePlace) -> list[str]:
     """The backups of a place, oldest first."""
     found = [name.removesuffix(".json") for name in place.names(BACKUPS)]
     return [one for one in found if documents.is_id(one)]
 
 
-def backup(place: Place, wanted: str = "") -> Backup:
+def backup(place: FilePlace, wanted: str = "") -> Backup:
     """A backup of a place; the newest where none is named.
 
     Raises:
@@ -57,7 +57,7 @@ def backup(place: Place, wanted: str = "") -> Backup:
         raise damaged(name, place.told, f" is damaged ({error})") from error
 
 
-def newest(place: Place) -> Backup | None:
+def newest(place: FilePlace) -> Backup | None:
     """The newest backup of a place whose document can be read; None where there is none."""
     for one in reversed(ids(place)):
         try:
@@ -67,7 +67,7 @@ def newest(place: Place) -> Backup | None:
     return None
 
 
-def prune(place: Place, keep: int) -> Pruned:
+def prune(place: FilePlace, keep: int) -> Pruned:
     """Removes all but the newest `keep` backups, and the objects that none of those left names.
 
     1. Documents, oldest first: from here on they are no backups any more.
@@ -93,7 +93,7 @@ def prune(place: Place, keep: int) -> Pruned:
     return Pruned(len(known[:-keep]), len(idle))
 
 
-def check(place: Place, wanted: Backup, said: Callable[[int], None]) -> None:
+def check(place: FilePlace, wanted: Backup, said: Callable[[int], None]) -> None:
     """Reads all of a backup.
 
     Args:

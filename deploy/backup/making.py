@@ -35,9 +35,9 @@ from state.disk import clean_mark
 from state.errors import BackupError, CorruptStore, SaltMismatch
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process import killpoints
-from state.registry.copies import MANIFEST
+from state.registry.brought_files import MANIFEST
 from state.registry.manifest import FileEntry
 from state.registry.registry import Registry
 
@@ -74,7 +74,7 @@ class Shard(NamedTuple):
     salt: str
 
 
-def make(settings: Settings, place: Place, scope: Scope, now_ms: int, said: Callable[[int], None]) -> Backup:
+def make(settings: Settings, place: FilePlace, scope: Scope, now_ms: int, said: Callable[[int], None]) -> Backup:
     """Makes a backup.
 
     Args:
@@ -141,7 +141,7 @@ def release() -> str:
 class _Making:
     """One backup on its way."""
 
-    def __init__(self, settings: Settings, place: Place, lease: Lease, said: Callable[[int], None]) -> None:
+    def __init__(self, settings: Settings, place: FilePlace, lease: Lease, said: Callable[[int], None]) -> None:
         self._settings, self._lease, self._said = settings, lease, said
         self._objects = Objects(place)
         earlier = newest(place)

@@ -15,7 +15,7 @@ import zstandard
 from deploy.backup.documents import KeptFile
 from deploy.backup.places import OBJECTS
 from state.errors import DamagedBackup
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process import killpoints
 
 PIECE_BYTES = 4 << 20
@@ -30,7 +30,7 @@ class Objects:
         listed: Whether to look which are there, as who adds to them must.
     """
 
-    def __init__(self, place: Place, listed: bool = True) -> None:
+    def __init__(self, place: FilePlace, listed: bool = True) -> None:
         self._place = place
         self._there = set(digests(place)) if listed else set()
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
@@ -124,7 +124,7 @@ def name_of(digest: str) -> str:
     return f"{OBJECTS}/{digest[:2]}/{digest}"
 
 
-def digests(place: Place) -> list[str]:
+def digests(place: FilePlace) -> list[str]:
     """Those of all objects at a place."""
     return [name.rpartition("/")[2] for name in place.names(OBJECTS)]
 

@@ -39,7 +39,7 @@ from state.features.erased import Erased
 from state.history.appends import Appends
 from state.history.rewinding import line_extra
 from state.history.store import HistoryStore
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.positions import Source
 from state.process import killpoints
 from state.registry import restoring as transitions
@@ -87,7 +87,7 @@ class Restored(NamedTuple):
 
 def restore(
     settings: Settings,
-    place: Place,
+    place: FilePlace,
     backup: Backup,
     by: By,
     said: Callable[[int], None],
@@ -151,7 +151,7 @@ def _built_aside(settings: Settings) -> Iterator[list[Path]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_all(settings: Settings, place: Place, backup: Backup, said: Callable[[int], None]) -> None:
+def _write_all(settings: Settings, place: FilePlace, backup: Backup, said: Callable[[int], None]) -> None:
     objects = Objects(place, listed=False)
     for file in backup.files:
         if file.path != SALT:

@@ -7,46 +7,46 @@ from typing import TypeVar
 
 from state.errors import UnusablePlace
 from state.metrics import SharedMetrics
-from state.places.place import Place
+from state.places.place import FilePlace
 
 Answer = TypeVar("Answer")
 
 
 class CountedPlace:
-    """See `Place`.
+    """See `FilePlace`.
 
     Args:
         place: Where the files are.
         metrics: Where requests are counted.
     """
 
-    def __init__(self, place: Place, metrics: SharedMetrics) -> None:
+    def __init__(self, place: FilePlace, metrics: SharedMetrics) -> None:
         self._place, self._metrics = place, metrics
         self.told = place.told
 
     def names(self, folder: str) -> list[str]:
-        """See `Place`; a store that gives a thousand names a time is asked more often than is counted."""
+        """See `FilePlace`; a store that gives a thousand names a time is asked more often than is counted."""
         return self._counted("list", lambda: self._place.names(folder))
 
     def read(self, name: str) -> bytes:
-        """See `Place`."""
+        """See `FilePlace`."""
         data = self._counted("get", lambda: self._place.read(name))
         self._metrics.bytes.labels("received").inc(len(data))
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """See `Place`."""
+        """See `FilePlace`."""
         self._counted("put", lambda: self._place.write(name, data))
         self._metrics.bytes.labels("sent").inc(len(data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """See `Place`."""
+        """See `FilePlace`."""
         made = self._counted("put", lambda: self._place.create(name, data))
         self._metrics.bytes.labels("sent").inc(len(data))
         return made
 
     def remove(self, name: str) -> None:
-        """See `Place`."""
+        """See `FilePlace`."""
         self._counted("delete", lambda: self._place.remove(name))
 
     def _counted(self, operation: str, ask: Callable[[], Answer]) -> Answer:

@@ -17,14 +17,14 @@ _numbers = itertools.count()
 
 
 class DirectoryPlace:
-    """A directory, made at the first write. See `Place`."""
+    """A directory, made at the first write. See `FilePlace`."""
 
     def __init__(self, path: Path) -> None:
         self.told = str(path)
         self._path = path
 
     def names(self, folder: str) -> list[str]:
-        """See `Place`."""
+        """See `FilePlace`."""
         root = self._path / folder
         with usable(self.told, "be listed"):
             found = [
@@ -35,17 +35,17 @@ class DirectoryPlace:
         return sorted(name for name in found if _TEMPORARY not in name)
 
     def read(self, name: str) -> bytes:
-        """See `Place`."""
+        """See `FilePlace`."""
         with usable(self.told, f"give {name}"):
             return (self._path / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        """See `Place`."""
+        """See `FilePlace`."""
         with usable(self.told, f"take {name}"), self._written(name, data) as (temporary, final):
             temporary.replace(final)
 
     def create(self, name: str, data: bytes) -> bool:
-        """See `Place`."""
+        """See `FilePlace`."""
         with usable(self.told, f"take {name}"), self._written(name, data) as (temporary, final):
             try:
                 os.link(temporary, final)
@@ -54,7 +54,7 @@ class DirectoryPlace:
         return True
 
     def remove(self, name: str) -> None:
-        """See `Place`."""
+        """See `FilePlace`."""
         with usable(self.told, f"give up {name}"):
             (self._path / name).unlink(missing_ok=True)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from state.places.directory import DirectoryPlace
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.places.url import UrlPlace
 
 
-def open_place(text: str) -> Place:
+def open_place(text: str) -> FilePlace:
     """The place that a word of the command line or a setting names: a directory, or a URL that fsspec knows.
 
     >>> open_place("/mnt/backups").told, open_place("file:///mnt/backups").told

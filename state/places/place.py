@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from state.errors import UnusablePlace, reason_of
 
 
-class Place(Protocol):
+class FilePlace(Protocol):
     """A place for files. Names are paths relative to it, with `/` between their parts. Any thread may call.
 
     Attributes:

@@ -21,7 +21,7 @@ _FLAT = ("s3", "s3a", "gs", "gcs", "abfs", "az")
 
 
 class UrlPlace:
-    """A place that fsspec reaches, such as `s3://bucket/folder`. See `Place`.
+    """A place that fsspec reaches, such as `s3://bucket/folder`. See `FilePlace`.
 
     Raises:
         UnusablePlace: What its protocol needs is not installed, or it cannot be reached.
@@ -42,7 +42,7 @@ class UrlPlace:
         self._made: set[str] | None = None if protocol in _FLAT else set()
 
     def names(self, folder: str) -> list[str]:
-        """See `Place`."""
+        """See `FilePlace`."""
         root = f"{self._root}/{folder}".rstrip("/")
         with reached(self.told, "be listed"):
             self._files.invalidate_cache()
@@ -54,18 +54,18 @@ class UrlPlace:
         return sorted(name.removeprefix(root).removeprefix("/") for name in found if name.strip("/") != root.strip("/"))
 
     def read(self, name: str) -> bytes:
-        """See `Place`."""
+        """See `FilePlace`."""
         with reached(self.told, f"give {name}"):
             data: bytes = self._files.cat_file(f"{self._root}/{name}")
             return data
 
     def write(self, name: str, data: bytes) -> None:
-        """See `Place`."""
+        """See `FilePlace`."""
         with reached(self.told, f"take {name}"):
             self._files.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """See `Place`."""
+        """See `FilePlace`."""
         try:
             with reached(self.told, f"take {name}"):
                 self._files.pipe_file(self._path(name), data, mode="create")
@@ -74,7 +74,7 @@ class UrlPlace:
         return True
 
     def remove(self, name: str) -> None:
-        """See `Place`."""
+        """See `FilePlace`."""
         with reached(self.told, f"give up {name}"), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{self._root}/{name}")
 

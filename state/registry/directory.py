@@ -12,7 +12,7 @@ from state import layout
 from state.disk import files as durable
 from state.errors import UnusablePlace, UnusableRegistry, reason_of
 from state.places.opening import open_place
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.registry.sharing.binding import Binding, bound
 
 
@@ -26,7 +26,7 @@ class Directory:
 
     def __init__(self, path: Path, *folders: str) -> None:
         self.path = path
-        self._place: Place | None = None
+        self._place: FilePlace | None = None
         # Whoever only reads may do without, and an applier waits for its registry: the first use says what is wrong.
         with suppress(OSError):
             for name in (*folders, layout.TEMPORARY):
@@ -58,7 +58,7 @@ class Directory:
         return bound(self.path)
 
     @property
-    def shared(self) -> Place | None:
+    def shared(self) -> FilePlace | None:
         """The place in which the registry is shared; None where it is shared with nobody.
 
         Raises:
@@ -70,7 +70,7 @@ class Directory:
         return self._place
 
     @shared.setter
-    def shared(self, place: Place) -> None:
+    def shared(self, place: FilePlace) -> None:
         """Another way to the same place, such as one that counts requests."""
         self._place = place
 

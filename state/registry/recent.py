@@ -20,7 +20,7 @@ from state.disk.clean_mark import boot_id
 from state.errors import CorruptVersion, UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
-from state.registry.copies import MANIFEST
+from state.registry.brought_files import MANIFEST
 from state.registry.directory import usable
 from state.registry.folders import appears
 from state.registry.manifest import Manifest

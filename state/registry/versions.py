@@ -21,7 +21,7 @@ from state.disk import files as durable
 from state.errors import UnknownVersion
 from state.process import killpoints
 from state.registry import manifest
-from state.registry.copies import MANIFEST, Copies, fits
+from state.registry.brought_files import MANIFEST, BroughtFiles, fits
 from state.registry.directory import file_bytes, usable
 from state.registry.folders import BadPart, appears
 from state.registry.manifest import Kind, Manifest, Visible, sees
@@ -39,7 +39,7 @@ class Chain(NamedTuple):
     deltas: list[Manifest]
 
 
-class Versions(Copies):
+class Versions(BroughtFiles):
     """The versions of one registry directory. One object per thread, except that `read` may run in any."""
 
     def __init__(self, path: Path, *folders: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from state.errors import UnusablePlace
 from state.places.opening import open_place
-from state.places.place import Place
+from state.places.place import FilePlace
 from tests.one_s3 import S3Server
 
 _numbers = itertools.count(1)
@@ -35,11 +35,11 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def place(where: str) -> Place:
+def place(where: str) -> FilePlace:
     return open_place(where)
 
 
-def test_what_was_written_is_read_by_another(place: Place, where: str) -> None:
+def test_what_was_written_is_read_by_another(place: FilePlace, where: str) -> None:
     place.write("objects/ab/ab12", b"one")
     place.write("objects/cd/cd34", bytes(100_000))
     place.write("backups/1.json", b"{}")
@@ -51,14 +51,14 @@ def test_what_was_written_is_read_by_another(place: Place, where: str) -> None:
     assert other.names("backups") == ["1.json"]
 
 
-def test_a_file_is_replaced(place: Place) -> None:
+def test_a_file_is_replaced(place: FilePlace) -> None:
     place.write("locks/a.json", b"first, and longer")
     place.write("locks/a.json", b"second")
     assert place.read("locks/a.json") == b"second"
     assert place.names("locks") == ["a.json"]
 
 
-def test_a_file_is_created_once(place: Place, where: str) -> None:
+def test_a_file_is_created_once(place: FilePlace, where: str) -> None:
     assert place.create("control/1.json", b"one")
     assert not place.create("control/1.json", b"two")
     assert not open_place(where).create("control/1.json", b"three")
@@ -68,7 +68,7 @@ def test_a_file_is_created_once(place: Place, where: str) -> None:
     assert place.names("control") == ["1.json"]
 
 
-def test_of_many_at_once_one_creates(place: Place, where: str) -> None:
+def test_of_many_at_once_one_creates(place: FilePlace, where: str) -> None:
     others, won = [place, *(open_place(where) for _ in range(7))], list[int]()
     start = threading.Barrier(len(others))
 
@@ -86,13 +86,13 @@ def test_of_many_at_once_one_creates(place: Place, where: str) -> None:
     assert place.read("control/2.json") == b"%d" % won[0]
 
 
-def test_a_place_that_nobody_wrote_to_is_empty(place: Place) -> None:
+def test_a_place_that_nobody_wrote_to_is_empty(place: FilePlace) -> None:
     assert place.names("objects") == []
     with pytest.raises(FileNotFoundError):
         place.read("objects/ab/ab12")
 
 
-def test_what_was_removed_is_gone_and_may_be_removed_again(place: Place) -> None:
+def test_what_was_removed_is_gone_and_may_be_removed_again(place: FilePlace) -> None:
     place.write("objects/ab/ab12", b"one")
     for _ in range(2):
         place.remove("objects/ab/ab12")

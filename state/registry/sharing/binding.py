@@ -19,7 +19,7 @@ from state.config.settings import Settings
 from state.disk import files as durable
 from state.errors import SettingsError, UnusablePlace
 from state.places.opening import open_place
-from state.places.place import Place
+from state.places.place import FilePlace
 
 FILE = "shared.json"
 EXCLUSIVE = "exclusive"
@@ -105,7 +105,7 @@ def note(path: Path, binding: Binding) -> Binding:
     return binding
 
 
-def open_exclusive(url: str) -> Place:
+def open_exclusive(url: str) -> FilePlace:
     """The place, which has shown that of two who create a file one is refused.
 
     Raises:

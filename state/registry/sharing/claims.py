@@ -12,12 +12,12 @@ import json
 
 from state.disk.files import HOST
 from state.errors import LockHeld
-from state.places.place import Place
+from state.places.place import FilePlace
 
 FOLDER = "trainers"
 
 
-def take(place: Place, now_ms: int) -> int:
+def take(place: FilePlace, now_ms: int) -> int:
     """Claims the versions; returns the claim's number.
 
     Raises:
@@ -29,7 +29,7 @@ def take(place: Place, now_ms: int) -> int:
     return number
 
 
-def newest(place: Place) -> int:
+def newest(place: FilePlace) -> int:
     """The number of the newest claim; 0 where there is none.
 
     Raises:
@@ -38,7 +38,7 @@ def newest(place: Place) -> int:
     return max((int(name.partition(".")[0]) for name in place.names(FOLDER)), default=0)
 
 
-def require_newest(place: Place, own: int) -> None:
+def require_newest(place: FilePlace, own: int) -> None:
     """Looks whether the claim is still the newest one; one request.
 
     Raises:

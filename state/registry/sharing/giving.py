@@ -20,10 +20,10 @@ from pathlib import Path
 
 from state import layout
 from state.errors import CorruptVersion, UnknownVersion
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process import killpoints
 from state.registry import manifest
-from state.registry.copies import MANIFEST, VERSIONED
+from state.registry.brought_files import MANIFEST, VERSIONED
 from state.registry.directory import file_bytes, usable
 from state.registry.registry import Registry
 from state.registry.sharing import catalog as catalogs
@@ -53,7 +53,7 @@ class RecentSender:
     def __init__(
         self,
         path: Path,
-        place: Place,
+        place: FilePlace,
         claim: int,
         serial: Callable[[], int],
         elapsed: Callable[[], float] = time.monotonic,
@@ -119,7 +119,7 @@ class DurableSender:
         claim: The number under which this trainer owns the versions.
     """
 
-    def __init__(self, path: Path, place: Place, claim: int) -> None:
+    def __init__(self, path: Path, place: FilePlace, claim: int) -> None:
         self._registry, self._place, self._claim = Registry(path), place, claim
         self._registry.shared = place
         self._path = path

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from state import layout
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process import killpoints
 from state.registry.directory import sharing, usable
 from state.registry.erasing import ErasureReport, reports
@@ -21,7 +21,7 @@ FOLDERS = (layout.SPECS, layout.OUTCOMES, layout.BASELINES, layout.GAPS)
 _WHOLE = ("spec.json", "baseline.json")
 
 
-def exchange_small(registry: Registry, place: Place) -> int:
+def exchange_small(registry: Registry, place: FilePlace) -> int:
     """Gives and takes; returns how many files came or went.
 
     Raises:

@@ -17,7 +17,7 @@ from pathlib import Path
 from state import layout
 from state.disk import files as durable
 from state.errors import SettingsError
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process import killpoints
 from state.registry.directory import file_bytes, sharing
 from state.registry.recent import MOST_BETWEEN
@@ -29,7 +29,7 @@ from state.registry.sharing.catalog import Catalog
 from state.registry.sharing.taking import Copier
 
 
-def own(path: Path, url: str, now_ms: int) -> tuple[Place, int]:
+def own(path: Path, url: str, now_ms: int) -> tuple[FilePlace, int]:
     """Makes the directory the origin of what the place has, or finds that it is.
 
     1. What is here goes there, where the directory was shared with nobody: masks, then control.
@@ -81,7 +81,7 @@ def own(path: Path, url: str, now_ms: int) -> tuple[Place, int]:
     return place, claim
 
 
-def give_control(registry: Registry, place: Place) -> None:
+def give_control(registry: Registry, place: FilePlace) -> None:
     """Gives an empty place the control of a registry that was shared with nobody, all generations in their order.
 
     Raises:
@@ -116,7 +116,7 @@ def pass_over(registry: Registry, last: int) -> None:
         durable.sync_directory(keeper.parent)
 
 
-def _catalog(place: Place) -> Catalog:
+def _catalog(place: FilePlace) -> Catalog:
     """The catalogue there; an empty one where there is none."""
     with sharing():
         try:

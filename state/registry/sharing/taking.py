@@ -9,7 +9,7 @@
 
 Where nothing came for `SILENT_S` catalogue and packs are looked for anew: the
 numbers of a trainer that was killed go on elsewhere. Files of durable versions
-come when somebody reads them, see `state/registry/copies.py`. On the trainer's
+come when somebody reads them, see `state/registry/brought_files.py`. On the trainer's
 own host versions are not taken.
 """
 
@@ -24,10 +24,10 @@ from pathlib import Path
 
 from state import layout
 from state.errors import CorruptVersion, UnusableRegistry
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.process import killpoints
 from state.registry import manifest
-from state.registry.copies import MANIFEST
+from state.registry.brought_files import MANIFEST
 from state.registry.directory import sharing, usable
 from state.registry.registry import Registry
 from state.registry.sharing import catalog as catalogs
@@ -52,7 +52,7 @@ class Copier:
     """
 
     def __init__(
-        self, path: Path, place: Place, recent_s: float = 15.0, elapsed: Callable[[], float] = time.monotonic
+        self, path: Path, place: FilePlace, recent_s: float = 15.0, elapsed: Callable[[], float] = time.monotonic
     ) -> None:
         self._registry, self._place = Registry(path), place
         self._registry.shared = place

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from state.errors import UnknownVersion, UnusablePlace
-from state.places.place import Place
+from state.places.place import FilePlace
 from state.positions import Source
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange, Manifest
@@ -34,9 +34,9 @@ class Elapsed:
 
 
 class Link:
-    """A way to a place that can be cut, and that counts what is asked. See `Place`."""
+    """A way to a place that can be cut, and that counts what is asked. See `FilePlace`."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: FilePlace) -> None:
         self._place, self.told = place, place.told
         self.cut_after: int | None = None
         self.asked: list[str] = []
@@ -74,7 +74,7 @@ class Origin:
         link: Puts itself between.
     """
 
-    def __init__(self, path: Path, url: str, link: Callable[[Place], Place] = lambda place: place) -> None:
+    def __init__(self, path: Path, url: str, link: Callable[[FilePlace], FilePlace] = lambda place: place) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.url, self.elapsed = url, Elapsed()
         found, self.claim = starting.own(path, url, 7)
@@ -128,7 +128,7 @@ class CopyHost:
         place: The way to it.
     """
 
-    def __init__(self, path: Path, url: str, place: Place) -> None:
+    def __init__(self, path: Path, url: str, place: FilePlace) -> None:
         bind(path, url)
         self.elapsed, self.place = Elapsed(), place
         self.registry = Registry(path)

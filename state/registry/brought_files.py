@@ -30,7 +30,7 @@ def fits(entry: FileEntry, data: bytes) -> bool:
     return len(data) == entry.bytes and hashlib.sha256(data).hexdigest() == entry.sha256
 
 
-class Copies(Folders):
+class BroughtFiles(Folders):
     """The files of one registry's versions, here or in the place where it is shared."""
 
     @property
