@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -126,6 +126,7 @@ class JobWorker:
         self._reading: dict[int, Closable] = {}
         self._masks: dict[int, Mask] = {}
         self._join = join
+        self._kept: dict[str, Closable] = {}
 
     def mask_of(self, control: int) -> Mask:
         """What is left out by a generation of control; nothing by generation 0.
@@ -183,11 +184,19 @@ class JobWorker:
         if before is not None:
             before.close()
 
+    def kept(self, name: str, opens: Callable[[], Closable]) -> Closable:
+        """What this process has once, opened where it is asked for first; it ends with the worker."""
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = opens()
+            return self._kept[name]
+
     def close(self) -> None:
         """Ends readers and threads."""
         with self._lock:
-            reading, self._reading = list(self._reading.values()), {}
-        for one in reading:
+            opened = [*self._reading.values(), *self._kept.values()]
+            self._reading, self._kept = {}, {}
+        for one in opened:
             one.close()
         self.cache.clear()
         self.closing.close()
