@@ -139,8 +139,7 @@ class Reader(LogReader):
 
     def reachable(self) -> bool:
         """Whether a connection to a broker is open; one that is only tried is none."""
-        client = self._consumer._client
-        return any(client.connected(broker.node_id) for broker in client.cluster.brokers())
+        return any(map((asked := self._consumer._client).connected, (one.node_id for one in asked.cluster.brokers())))
 
     def refresh(self) -> list[int]:
         """Takes up partitions that the topic got meanwhile, from their beginning; returns them.
