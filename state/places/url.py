@@ -15,8 +15,10 @@ from state.places.place import reached, without_password
 
 CONNECT_S, ANSWER_S = 5, 20
 """How long a connection may take, and a silence within an answer."""
-TRIES = 2
-_FLAT = ("s3", "s3a", "gs", "gcs", "abfs", "az")
+TRIES = 1
+"""Again, of one request that was not answered."""
+_S3 = ("s3", "s3a")
+_FLAT = (*_S3, "gs", "gcs", "abfs", "az")
 """Protocols of stores that have no folders."""
 
 
@@ -39,6 +41,8 @@ class UrlPlace:
             raise UnusablePlace(
                 f"{self.told} cannot be opened ({error})", "install what fsspec names there, such as s3fs for s3://"
             ) from error
+        if protocol in _S3:
+            self._files.retries = TRIES
         self._made: set[str] | None = None if protocol in _FLAT else set()
 
     def names(self, folder: str) -> list[str]:
@@ -89,7 +93,7 @@ class UrlPlace:
 
 def _options(protocol: str) -> dict[str, Any]:
     """What a protocol's file system is told beside the URL."""
-    if protocol not in ("s3", "s3a"):
+    if protocol not in _S3:
         return {}
     times = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": {"max_attempts": TRIES}}
     return {"config_kwargs": times, "use_listings_cache": False}

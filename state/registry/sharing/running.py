@@ -22,6 +22,7 @@ from state.process.said_once import SaidOnce
 from state.registry.directory import sharing
 from state.registry.sharing.binding import bind, bound, require_as_set
 from state.registry.sharing.giving import DurableSender, RecentSender
+from state.registry.sharing.repeating import Repeating
 from state.registry.sharing.starting import own
 from state.registry.sharing.taking import Copier
 
@@ -29,56 +30,6 @@ RETRY_S, STAND_BY_S = 1.0, 1.0
 LAST_S, LOOKED_S = 10.0, 0.1
 """How long a trainer that ends goes on sending, and how often is looked whether a copier has begun."""
 _log = logging.getLogger(__name__)
-
-
-class Repeating:
-    """A thread that does one thing again and again; what the place or the disk refuses is tried again.
-
-    Args:
-        name: Of the thread.
-        act: Does it; True where there may be more to do at once.
-        pause_s: From one time to the next, where there is no more.
-        stop: Ends it.
-        failed: Is told what ends it otherwise.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        act: Callable[[], bool],
-        pause_s: float,
-        stop: threading.Event,
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        self._act, self._pause_s, self._stop, self._failed = act, pause_s, stop, failed
-        self._say = SaidOnce(_log.warning)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        """Starts it."""
-        self._thread.start()
-
-    def join(self) -> None:
-        """Waits for its end, but for a request that is under way not longer than it may take."""
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self._stop.wait(self._once())
-        except BaseException as error:
-            self._failed(error)
-            raise
-
-    def _once(self) -> float:
-        """Does it; returns how long to wait then."""
-        try:
-            more = self._act()
-        except (UnusablePlace, RegistryError, OSError) as error:
-            self._say(f"{error}; it is tried again, and the registry here goes on as it is")
-            return RETRY_S
-        self._say.clear()
-        return 0.0 if more else self._pause_s
 
 
 class HostCopier:
@@ -116,11 +67,21 @@ class HostCopier:
                 self.looked.set()
                 time.sleep(STAND_BY_S)
                 return False
-            self._copier = Copier(self._settings.registry_dir, self._place, self._settings.registry.recent_s)
-        came = self._copier.step()
+            copier = Copier(self._settings.registry_dir, self._place, self._settings.registry.recent_s)
+            copier.take_control()
+            self._copier = copier
+        came = self._copier.step(control=False)
         self._metrics.looked_seconds.set_to_current_time()
         self.looked.set()
         return came
+
+    def step_control(self) -> bool:
+        """Takes control where this process has the copier; in a thread of its own, so that no version keeps a pin waiting.
+
+        Raises:
+            RegistryError: The place cannot be reached, or the disk refused.
+        """
+        return self._copier is not None and self._copier.take_control()
 
     def _joined(self) -> bool:
         """Whether the directory is bound; one that has control of its own is given to the place by its trainer first."""
@@ -176,15 +137,17 @@ def copying(settings: Settings, collected: CollectorRegistry, first: threading.E
         return
     stop = threading.Event()
     copier = HostCopier(settings, SharedMetrics(collected))
-    thread = _copier_thread(settings, copier, stop)
-    thread.start()
+    threads = _copier_threads(settings, copier, stop)
+    for thread in threads:
+        thread.start()
     try:
         while first is not None and not copier.looked.wait(LOOKED_S) and not first.is_set():
             pass
         yield
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
         copier.close()
 
 
@@ -234,7 +197,7 @@ def owning(
         Repeating(
             "share-durable", partial(_send_durable, durable, metrics), settings.registry.share_s, stop, ownership.fail
         ),
-        _copier_thread(settings, copier, stop),
+        *_copier_threads(settings, copier, stop),
     ]
     for thread in threads:
         thread.start()
@@ -245,7 +208,8 @@ def owning(
         for thread in threads:
             thread.join()
         copier.close()
-    _send_the_rest(recent, durable)
+    if not any(thread.runs for thread in threads):
+        _send_the_rest(recent, durable)
 
 
 def _send_the_rest(recent: RecentSender, durable: DurableSender) -> None:
@@ -259,11 +223,13 @@ def _send_the_rest(recent: RecentSender, durable: DurableSender) -> None:
         _log.warning("%s; what was published last is sent at the next start", error)
 
 
-def _copier_thread(settings: Settings, copier: HostCopier, stop: threading.Event) -> Repeating:
+def _copier_threads(settings: Settings, copier: HostCopier, stop: threading.Event) -> list[Repeating]:
     def lost(error: BaseException) -> None:
         _log.error("the registry is not kept in step any more: %s", error)
 
-    return Repeating("share-copy", copier.step, settings.registry.look_ms / 1000, stop, lost)
+    pause_s = settings.registry.look_ms / 1000
+    acts = (("share-copy", copier.step), ("share-control", copier.step_control))
+    return [Repeating(name, act, pause_s, stop, lost) for name, act in acts]
 
 
 def _send_durable(sender: DurableSender, metrics: SharedMetrics) -> bool:

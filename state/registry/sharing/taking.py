@@ -28,6 +28,7 @@ from state.places.place import FilePlace
 from state.process import killpoints
 from state.registry import manifest
 from state.registry.brought_files import MANIFEST
+from state.registry.controls import Controls
 from state.registry.directory import sharing, usable
 from state.registry.registry import Registry
 from state.registry.sharing import catalog as catalogs
@@ -42,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 class Copier:
-    """One host's copier. One thread.
+    """One host's copier. One thread, and one for control where that is taken apart.
 
     Args:
         path: The registry's directory, which is bound to the place.
@@ -55,7 +56,8 @@ class Copier:
         self, path: Path, place: FilePlace, recent_s: float = 15.0, elapsed: Callable[[], float] = time.monotonic
     ) -> None:
         self._registry, self._place = Registry(path), place
-        self._registry.shared = place
+        self._controls = Controls(path)
+        self._registry.shared = self._controls.shared = place
         self._recent_s, self._elapsed = recent_s, elapsed
         self._catalog = self._kept_catalog()
         self._wanted_serial = self._catalog.serial
@@ -67,14 +69,17 @@ class Copier:
         self._told: dict[str, int] = {}
         self._begun = False
 
-    def step(self) -> bool:
+    def step(self, control: bool = True) -> bool:
         """One round; says whether control or a version came.
+
+        Args:
+            control: Whether it takes control too, which another thread may do.
 
         Raises:
             UnusableRegistry: The place cannot be reached, or the disk refused.
             CorruptVersion: A file there is damaged.
         """
-        came = self._take_control()
+        came = self.take_control() if control else False
         if self._registry.is_copy:
             silent = self._elapsed() - self._heard_s >= SILENT_S
             if silent:
@@ -90,14 +95,18 @@ class Copier:
         if self._elapsed() - self._small_s >= SMALL_S:
             exchange_small(self._registry, self._place)
             self._small_s = self._elapsed()
-        self._begun = True
         return came
 
     # Control
 
-    def _take_control(self) -> bool:
-        """Generations in their order; a host that just began lists them, others ask for the next one."""
-        newest = self._registry.control()
+    def take_control(self) -> bool:
+        """Generations in their order; a host that just began lists them, others ask for the next one. Any one thread.
+
+        Raises:
+            UnusableRegistry: The place cannot be reached, or the disk refused.
+            CorruptVersion: A generation there is damaged.
+        """
+        newest = self._controls.control()
         at = newest.generation if newest else 0
         with sharing():
             if not self._begun:
@@ -106,13 +115,14 @@ class Copier:
                 with ThreadPoolExecutor(AT_ONCE) as threads:
                     for number, data in zip(numbers, threads.map(self._control_bytes, numbers), strict=True):
                         if data is not None:
-                            self._registry.receive(number, data)
+                            self._controls.receive(number, data)
                         at = number
             came = False
             while (data := self._control_bytes(at + 1)) is not None:
-                self._registry.receive(at + 1, data)
+                self._controls.receive(at + 1, data)
                 killpoints.reach("copy.control")
                 came, at = True, at + 1
+        self._begun = True
         return came
 
     def _control_bytes(self, generation: int) -> bytes | None:

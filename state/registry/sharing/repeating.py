@@ -1,0 +1,68 @@
+"""A thread that does one thing again and again: what a place or a disk refuses is tried again, and said once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from state.errors import RegistryError, UnusablePlace
+from state.process.said_once import SaidOnce
+
+RETRY_S, JOIN_S = 1.0, 3.0
+_log = logging.getLogger(__name__)
+
+
+class Repeating:
+    """A thread that does one thing again and again; what the place or the disk refuses is tried again.
+
+    Args:
+        name: Of the thread.
+        act: Does it; True where there may be more to do at once.
+        pause_s: From one time to the next, where there is no more.
+        stop: Ends it.
+        failed: Is told what ends it otherwise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        act: Callable[[], bool],
+        pause_s: float,
+        stop: threading.Event,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._act, self._pause_s, self._stop, self._failed = act, pause_s, stop, failed
+        self._say = SaidOnce(_log.warning)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Starts it."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for its end; a request that hangs ends with the process."""
+        self._thread.join(JOIN_S)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._stop.wait(self._once())
+        except BaseException as error:
+            self._failed(error)
+            raise
+
+    def _once(self) -> float:
+        """Does it; returns how long to wait then."""
+        try:
+            more = self._act()
+        except (UnusablePlace, RegistryError, OSError) as error:
+            self._say(f"{error}; it is tried again, and the registry here goes on as it is")
+            return RETRY_S
+        self._say.clear()
+        return 0.0 if more else self._pause_s
