@@ -202,9 +202,7 @@ class Learner:
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
         found = take_or_leave(
             record, where, source, marks, self._passages,
-            lambda value: take_in(
-                value, marks, control.mask_at, self._spec, salt, where, control.log, offset, self._is_former
-            ),
+            lambda value: take_in(value, marks, control.mask_at, self._spec, salt, where, control.log, offset, self._is_former),
         )  # fmt: skip
         if found is None:
             self.place = self.place.past(record.next)

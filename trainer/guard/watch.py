@@ -225,7 +225,8 @@ class WindowWatch:
             "users": self._users.copy(),
             "shares": self._shares.copy(),
             "sums": self._sums.copy(),
-        } | {f"{SLICES}{name}": array for name, array in arrays.items()}
+        }
+        found |= {f"{SLICES}{name}": array for name, array in arrays.items()}
         if window is None:
             return found
         opened = {} if window.slices is None else {f"{SLICES}open": window.slices.copy()}
