@@ -32,6 +32,10 @@ PROCESSES = {
         "deploy.alerting.receiver",
         "Take Alertmanager's notifications, and pin answers to a version from before the alert.",
     ),
+    "flink": (
+        "deploy.flink.command",
+        "Run a Flink cluster on this machine, for the stream on a distributed runner: flink up, flink down, flink status.",
+    ),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
     "probe": (
         "deploy.probe",
@@ -74,6 +78,7 @@ PROCESSES = {
 }
 OWN_HELP = (
     "up",
+    "flink",
     "status",
     "probe",
     "verify",

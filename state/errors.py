@@ -23,7 +23,7 @@
     │   └── TooSlow, TooLarge, HeadTooLarge, NotHttp    HTTP 408, 413, 431, 400
     ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
-    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, ProcessFailed
+    └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed
 
 An error says what happened, to which input, and what to do, in one line and
 without a raw user id. A bad record is no error: it goes to the dead letters.
@@ -366,6 +366,10 @@ class JobFailed(SpringtideError):
 
 class KafkaFailed(SpringtideError):
     """The local Kafka did not start or died. Read the log file that the message names."""
+
+
+class FlinkFailed(SpringtideError):
+    """The local Flink did not start, does not answer or refuses. Do as the message says, or read the log that it names."""
 
 
 class ProcessFailed(SpringtideError):

@@ -36,6 +36,7 @@
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
+    ├── flink/                  lock, conf, checkpoints, savepoints, logs   deploy/flink/configuration.py
     └── logs/                    one file a process               deploy/children/supervisor.py
 
 A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.
@@ -62,6 +63,7 @@ TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
 VALIDATION = "validation"
 PROMETHEUS = "prometheus"
+FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
 ROWS_DISK, WORKER_COUNTERS, CURRENT = "rows.disk", "counters", "current"

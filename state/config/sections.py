@@ -775,6 +775,27 @@ class WebhookSettings:
     )
 
 
+@dataclass(frozen=True)
+class FlinkSettings:
+    """`springtide flink`, a Flink cluster on this machine, and what a stream with `--runner flink` finds there."""
+
+    rest_port: int = setting(8081, least=1, most=65535, help="Port of the JobManager's REST interface.")
+    job_port: int = setting(8099, least=1, most=65535, help="Port of the job server, which takes the stream's job.")
+    worker_port: int = setting(8098, least=1, most=65535, help="Port of the pool that starts Python workers.")
+    task_managers: int = setting(1, least=1, most=64, help="TaskManagers.")
+    slots: int = setting(
+        2, least=1, most=256, help="Slots of each TaskManager; all of them together bound a job's parallelism."
+    )
+    heap_mb: int = setting(
+        512, "MB", least=256, most=1_000_000, help="Java heap of each of JobManager, TaskManager and job server."
+    )
+    state_backend: str = setting(
+        "hashmap",
+        choices=("hashmap", "rocksdb"),
+        help="Where a TaskManager keeps the state of its users: hashmap in its heap, rocksdb on the disk, at half the speed.",
+    )
+
+
 SECTIONS: dict[str, type[Any]] = {
     "paths": Paths,
     "kafka": Kafka,
@@ -799,6 +820,7 @@ SECTIONS: dict[str, type[Any]] = {
     "console": ConsoleSettings,
     "probe": ProbeSettings,
     "webhook": WebhookSettings,
+    "flink": FlinkSettings,
 }
 
 

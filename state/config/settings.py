@@ -16,6 +16,7 @@ from state.config.sections import (
     Events,
     ExportSettings,
     Features,
+    FlinkSettings,
     GuardSettings,
     Kafka,
     LabelSettings,
@@ -71,6 +72,7 @@ class Settings:
     console: ConsoleSettings = field(default_factory=ConsoleSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     webhook: WebhookSettings = field(default_factory=WebhookSettings)
+    flink: FlinkSettings = field(default_factory=FlinkSettings)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -122,6 +124,11 @@ class Settings:
     def prometheus_dir(self) -> Path:
         """Directory of the data of `springtide up --prometheus`."""
         return self.state_dir / layout.PROMETHEUS
+
+    @property
+    def flink_dir(self) -> Path:
+        """Directory of the local Flink: configuration, checkpoints, savepoints, logs."""
+        return self.state_dir / layout.FLINK
 
     @property
     def logs_dir(self) -> Path:

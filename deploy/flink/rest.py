@@ -1,0 +1,225 @@
+"""Asks a JobManager over its REST interface, of the local cluster or of any other: jobs, checkpoints, savepoints."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.watch import scrape
+from state.errors import FlinkFailed
+
+TIMEOUT_S = 10.0
+ENDED = ("FINISHED", "CANCELED", "FAILED")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A completed checkpoint.
+
+    Attributes:
+        number: Of its job, from 1 on.
+        at_ms: When it was begun.
+        took_ms: How long it took.
+        state_bytes: Of all of its state.
+        path: What a job can be resumed from.
+    """
+
+    number: int
+    at_ms: int
+    took_ms: int
+    state_bytes: int
+    path: str
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Checkpoint:
+        """One of the REST interface.
+
+        >>> Checkpoint.of({"id": 7, "trigger_timestamp": 5, "end_to_end_duration": 150, "state_size": 9, "external_path": "file:/a"})
+        Checkpoint(number=7, at_ms=5, took_ms=150, state_bytes=9, path='file:/a')
+        """
+        return cls(
+            document["id"],
+            document["trigger_timestamp"],
+            document["end_to_end_duration"],
+            document["state_size"],
+            document["external_path"],
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that the JobManager knows.
+
+    Attributes:
+        id: Flink's, 32 hexadecimal digits.
+        name: Its own.
+        state: RUNNING, RESTARTING, FAILED and so on; also RUNNING while its tasks wait for slots.
+        since_ms: When it was handed in.
+        running: How many of its tasks run.
+        tasks: How many it has.
+        restarts: How often it began again; None where nobody knows.
+        checkpoint: Its newest; None before the first.
+        failed_checkpoints: How many failed.
+    """
+
+    id: str
+    name: str
+    state: str
+    since_ms: int
+    running: int
+    tasks: int
+    restarts: int | None = None
+    checkpoint: Checkpoint | None = None
+    failed_checkpoints: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over, one way or another."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A JobManager at a moment.
+
+    Attributes:
+        version: Of Flink.
+        task_managers: How many have reported.
+        slots: How many these have.
+        free_slots: How many of them nobody uses.
+        jobs: The newest first.
+    """
+
+    version: str
+    task_managers: int
+    slots: int
+    free_slots: int
+    jobs: tuple[Job, ...] = ()
+
+
+class JobManager:
+    """The REST interface of one JobManager.
+
+    Args:
+        url: Where it listens, `http://HOST:PORT`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def answers(self) -> bool:
+        """Whether it can be asked."""
+        return scrape.fetch(f"{self.url}/overview", 1.0)[0] == 200
+
+    def overview(self) -> Overview:
+        """What it manages, with what a look at each job costs.
+
+        Raises:
+            FlinkFailed: It does not answer.
+        """
+        found = self._ask("/overview")
+        jobs = sorted(self._ask("/jobs/overview")["jobs"], key=lambda one: -int(one["start-time"]))
+        return Overview(
+            found["flink-version"],
+            found["taskmanagers"],
+            found["slots-total"],
+            found["slots-available"],
+            tuple(self._job(one) for one in jobs),
+        )
+
+    def running(self) -> list[str]:
+        """The ids of the jobs that are not over.
+
+        Raises:
+            FlinkFailed: It does not answer.
+        """
+        return [one["jid"] for one in self._ask("/jobs/overview")["jobs"] if one["state"] not in ENDED]
+
+    def state(self, job: str) -> str:
+        """A job's state.
+
+        Raises:
+            FlinkFailed: It does not answer, or knows no such job.
+        """
+        return str(self._ask(f"/jobs/{job}")["state"])
+
+    def begin_savepoint(self, job: str) -> str:
+        """Asks for a savepoint, after which the job is cancelled; returns the request's id.
+
+        Raises:
+            FlinkFailed: It does not answer, or refuses.
+        """
+        # Not `stop`: that asks sources to end, and those of portable jobs do not know how.
+        return str(self._ask(f"/jobs/{job}/savepoints", {"cancel-job": True})["request-id"])
+
+    def savepoint(self, job: str, request: str) -> str:
+        """Where the savepoint lies that was asked for; empty while it is made.
+
+        Raises:
+            FlinkFailed: It could not be made.
+        """
+        found = self._ask(f"/jobs/{job}/savepoints/{request}")
+        if found["status"]["id"] != "COMPLETED":
+            return ""
+        operation = found["operation"]
+        if "location" not in operation:
+            raise FlinkFailed(
+                f"job {job} has no savepoint: {_first(operation.get('failure-cause', {}).get('stack-trace', ''))}",
+                "it can be resumed from its newest checkpoint, which `springtide flink status` names",
+            )
+        return str(operation["location"])
+
+    def cancel(self, job: str) -> None:
+        """Asks a job to end, at its newest checkpoint.
+
+        Raises:
+            FlinkFailed: It does not answer, or refuses.
+        """
+        self._ask(f"/jobs/{job}?mode=cancel", method="PATCH")
+
+    def _job(self, listed: Mapping[str, Any]) -> Job:
+        checkpoints = self._ask(f"/jobs/{listed['jid']}/checkpoints")
+        latest = checkpoints["latest"]["completed"]
+        tasks = listed["tasks"]
+        return Job(
+            listed["jid"],
+            listed["name"],
+            listed["state"],
+            int(listed["start-time"]),
+            tasks["running"],
+            tasks["total"],
+            self._restarts(listed["jid"]),
+            Checkpoint.of(latest) if latest else None,
+            checkpoints["counts"]["failed"],
+        )
+
+    def _restarts(self, job: str) -> int | None:
+        found = self._ask(f"/jobs/{job}/metrics?get=numRestarts")
+        # Of a job that is over there are no metrics any more.
+        return next((int(float(one["value"])) for one in found), None)
+
+    def _ask(self, path: str, body: object = None, method: str | None = None) -> Any:
+        content = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"}, method=method)
+        status, answer = scrape.fetch(asked, TIMEOUT_S)
+        if status == 0:
+            raise FlinkFailed(
+                f"no JobManager answers at {self.url} ({answer})",
+                "start one with `springtide flink up`, or correct flink.rest_port",
+            )
+        if status >= 300:
+            raise FlinkFailed(f"the JobManager at {self.url} refuses {path} with {status}: {_first(answer)}")
+        return json.loads(answer or "{}")
+
+
+def _first(text: str, most: int = 300) -> str:
+    r"""The first line of what Java says, without its trace.
+
+    >>> _first('{"errors":["Job could not be found.\n\tat a.B"]}')
+    '{"errors":["Job could not be found.'
+    """
+    lines = text.replace("\\n", "\n").strip().splitlines()
+    return lines[0][:most] if lines else "it does not say why"

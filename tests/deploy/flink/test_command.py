@@ -1,0 +1,66 @@
+"""`springtide flink`: what is wrong with a line, a port or a directory is said before anything starts."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from deploy.flink import command
+from deploy.flink.emptied import empty
+from deploy.kafka.configuration import free_port
+from state.disk.lock import DirectoryLock
+
+
+def flags(tmp_path: Path, **own: object) -> list[str]:
+    values: dict[str, object] = {name: free_port() for name in ("rest_port", "job_port", "worker_port")}
+    words = [word for name, value in {**values, **own}.items() for word in (f"--flink.{name}", str(value))]
+    return [*words, "--state", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["up", "--no-savepoint"], "--no-savepoint is for down"),
+        (["down", "--url", "http://a:1"], "--url is for status"),
+        (["status", "--url", "a:1"], "written http://HOST:PORT"),
+        (["status", "--flink.rest_prt", "1"], "rest_port"),
+    ],
+)
+def test_wrong_use_is_said(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named_with_its_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert command.main(["up", *flags(tmp_path, job_port=other.getsockname()[1])]) == 1
+    assert "set flink.job_port to a free port" in capsys.readouterr().err
+
+
+def test_a_second_cluster_in_a_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with DirectoryLock(tmp_path / "flink"):
+        assert command.main(["up", *flags(tmp_path)]) == 1
+    assert "is in use by process" in capsys.readouterr().err
+
+
+def test_down_where_nothing_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["down", *flags(tmp_path)]) == 1
+    assert "no cluster runs in" in capsys.readouterr().err
+    assert not (tmp_path / "flink").exists()
+
+
+def test_status_of_nothing_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["status", *flags(tmp_path)]) == 1
+    assert "no JobManager answers" in capsys.readouterr().out
+
+
+def test_a_start_empties_the_place_of_before(tmp_path: Path) -> None:
+    (tmp_path / "place" / "left").mkdir(parents=True)
+    (tmp_path / "place" / "left" / "file").touch()
+    for _ in range(2):
+        empty(tmp_path / "place")
+        assert list((tmp_path / "place").iterdir()) == []
