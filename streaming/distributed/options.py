@@ -16,7 +16,6 @@ from state.config.settings import Settings
 from state.errors import SettingsError
 
 LOCAL, FLINK, PRISM = "local", "flink", "prism"
-JOB_PORT, WORKER_PORT = 8099, 8098
 
 ON_FLINK = (
     # A bundle that a checkpoint ends would keep its output until more clicks come.
@@ -74,9 +73,13 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
     filled: list[tuple[str, object]] = [("streaming", True)]
     if runner == FLINK:
         # The runner of a job server: `FlinkRunner` would fetch and start one of its own.
-        filled += [("runner", "PortableRunner"), ("job_endpoint", f"127.0.0.1:{JOB_PORT}")]
+        filled += [("runner", "PortableRunner"), ("job_endpoint", f"127.0.0.1:{settings.flink.job_port}")]
         # JobWorker processes beside the TaskManager, of this very code.
-        filled += [("environment_type", "EXTERNAL"), ("environment_config", f"127.0.0.1:{WORKER_PORT}"), *ON_FLINK]
+        filled += [
+            ("environment_type", "EXTERNAL"),
+            ("environment_config", f"127.0.0.1:{settings.flink.worker_port}"),
+            *ON_FLINK,
+        ]
     elif runner == PRISM:
         filled += [("runner", "PrismRunner"), *ON_PRISM]
         if place := shutil.which("prism"):
