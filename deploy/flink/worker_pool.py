@@ -37,7 +37,7 @@ STOP_S = 10.0
 OPTIONS = (("grpc.http2.max_pings_without_data", 0), ("grpc.http2.max_ping_strikes", 0))
 
 
-class Wanted(NamedTuple):
+class WorkerWanted(NamedTuple):
     """A worker that a TaskManager waits for.
 
     Attributes:
@@ -60,13 +60,13 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
     """
 
     def __init__(self) -> None:
-        self._wanted: queue.Queue[Wanted] = queue.Queue()
+        self._wanted: queue.Queue[WorkerWanted] = queue.Queue()
         self._workers: dict[str, list[subprocess.Popen[bytes]]] = {}
         self._lock = threading.Lock()
 
     def StartWorker(self, request: Any, context: object) -> Any:
         """Starts a worker; returns once it runs."""
-        wanted = Wanted(request.worker_id, request.control_endpoint.url, threading.Event(), [])
+        wanted = WorkerWanted(request.worker_id, request.control_endpoint.url, threading.Event(), [])
         self._wanted.put(wanted)
         wanted.done.wait()
         return beam_fn_api_pb2.StartWorkerResponse(error="".join(wanted.problem))
@@ -96,7 +96,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         for process in running:
             end(process)
 
-    def _start(self, wanted: Wanted) -> None:
+    def _start(self, wanted: WorkerWanted) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.flink.worker", wanted.control, wanted.worker],
             stdin=subprocess.DEVNULL,
