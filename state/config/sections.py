@@ -381,7 +381,11 @@ class TrainerSettings:
         help="What computes a step; auto takes compiled loops for the default ranker on a CPU, else TensorFlow.",
     )
     rows_per_update: int = setting(
-        0, "rows", least=0, most=65536, help="Rows after which all weights and rows move; 0 takes a whole micro-batch."
+        384,
+        "rows",
+        least=0,
+        most=65536,
+        help="Rows after which all weights and rows move; 0 takes a whole micro-batch.",
     )
     publish_s: float = setting(
         0.2, "s", least=0.01, most=3600.0, help="Time between versions; of each registry.durable_s one is durable."

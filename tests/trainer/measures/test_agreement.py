@@ -7,7 +7,7 @@ own, with the trainer's requirements (843 MB).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Sample:
 @pytest.fixture(scope="module")
 def sample() -> Sample:
     settings = kuairand_settings()
+    # What is measured decays once an update: one for each record here.
+    settings = replace(settings, trainer=replace(settings.trainer, rows_per_update=0))
     spec, recorded = FeatureSpec.from_settings(settings), read_impressions(settings)
     trainer, seen = Trainer(settings, spec), np.zeros(0, np.uint64)
     labels, logits, sizes, columns = [], [], [], []
