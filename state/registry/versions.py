@@ -26,8 +26,8 @@ from state.registry.directory import file_bytes, usable
 from state.registry.folders import BadPart, appears
 from state.registry.manifest import Kind, Manifest, Visible, sees
 
-_REMEMBERED = 1024
-"""Manifests kept in memory, some 7 kB each."""
+_REMEMBERED = 64
+"""Manifests kept in memory, some 33 kB each: the newest, and what leads to them. Reading one again takes 0.1 ms."""
 
 _log = logging.getLogger(__name__)
 
