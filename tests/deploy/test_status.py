@@ -22,7 +22,9 @@ from state.log import Topics, Writer
 from state.metrics import (
     PROCESSES,
     ApplierMetrics,
+    ConsoleMetrics,
     ProbeMetrics,
+    SharedMetrics,
     StorageMetrics,
     SupervisorMetrics,
     ValidationMetrics,
@@ -51,8 +53,8 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
     named = {series for figures in status.FIGURES.values() for _, series in figures}
     named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
-    # `up`, probes and the validation are beside the line, and what is said of the disk several parts say.
-    beside = {SupervisorMetrics, StorageMetrics, ProbeMetrics, ValidationMetrics}
+    # `up`, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
+    beside = {SupervisorMetrics, ConsoleMetrics, StorageMetrics, SharedMetrics, ProbeMetrics, ValidationMetrics}
     assert len({*PROCESSES} - beside) == len(status.FIGURES) == len(BORN)
 
 

@@ -15,7 +15,7 @@ KILLS = 8
 SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "apply.", "follow.", "control.", "rollback.")
 # Only where a version that is pinned to has to be rebuilt, or follows by itself, or users are masked or erased: tests of
 # their own.
-RARE = {"apply.served", "caught.followed", "control.users", "follow.forgotten", "stream.forgotten"}
+RARE = {"apply.served", "caught.followed", "control.shared", "control.users", "follow.forgotten", "stream.forgotten"}
 
 
 def test_some_kills_harm_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from deploy.capacity.prices import RESERVE
 from deploy.capacity.sizes import SERVING, STREAM, TRAINER, Sizing
 from state import layout
 from state.storage import shares
-from streaming.distributed.options import FLINK, JOB_PORT, WORKER_PORT, beam_options, take_runner
+from streaming.distributed.options import FLINK, beam_options, take_runner
 from tests.manifests import (
     BASE,
     FOLDER,
@@ -145,12 +145,14 @@ def test_on_flink_the_stream_is_a_job_that_is_handed_in_once() -> None:
     asked = beam_options(runner, words, settings).view_as(PortableOptions)
     _, port = asked.job_endpoint.rsplit(":", 1)
     assert runner == FLINK and asked.environment_type == "EXTERNAL"
-    assert (int(port), asked.environment_config) == (JOB_PORT, f"localhost:{WORKER_PORT}")
+    assert (int(port), asked.environment_config) == (settings.flink.job_port, f"localhost:{settings.flink.worker_port}")
     assert beam_options(runner, words, settings).get_all_options()["parallelism"] >= settings.stream.sources
     policies = [
         one["spec"] for one in of_kind(flink, "NetworkPolicy") if selects(one["spec"]["podSelector"], submit.labels)
     ]
-    assert JOB_PORT in {port["port"] for one in policies for rule in one.get("egress", ()) for port in rule["ports"]}
+    assert settings.flink.job_port in {
+        port["port"] for one in policies for rule in one.get("egress", ()) for port in rule["ports"]
+    }
     (service,) = (one for one in of_kind(flink, "Service") if one["metadata"]["name"] == "springtide-stream")
     assert [one["targetPort"] for one in service["spec"]["ports"]] == [settings.stream.metrics_port]
 
