@@ -61,6 +61,21 @@ def accepted(store: HistoryStore) -> list[Accepted]:
     return accepted_gaps.decode(store.extra(GAPS))
 
 
+def require_accepted(found: Sequence[Gap], consent: Consent, topic: str) -> None:
+    """Refuses gaps that `consent` does not cover.
+
+    Raises:
+        GapError: There are such.
+    """
+    refused = [gap for gap in found if not consent.covers(gap, gap.source.topic_id)]
+    if refused:
+        raise GapError(
+            f"topic {topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}",
+            "restore them, or raise the topic's retention.ms for the next time",
+            refused,
+        )
+
+
 def pass_gaps(
     store: HistoryStore,
     found: Sequence[Gap],
@@ -87,13 +102,7 @@ def pass_gaps(
     """
     if not found:
         return
-    refused = [gap for gap in found if not consent.covers(gap, gap.source.topic_id)]
-    if refused:
-        raise GapError(
-            f"topic {topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}",
-            "restore them, or raise the topic's retention.ms for the next time",
-            refused,
-        )
+    require_accepted(found, consent, topic)
     # 1.
     write(found, now_ms)
     killpoints.reach("gaps.written")
@@ -119,15 +128,30 @@ def faults(store: HistoryStore) -> tuple[str, ...]:
 
 def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Sets the gauges of the account, which go on over restarts; says aloud what does not balance beyond `known`."""
-    totals = dict.fromkeys(RARE, 0) | store.totals
+    show_totals(metrics, store.totals, store.waiting_rows())
+    return show_faults(metrics, faults(store), known)
+
+
+def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int) -> None:
+    """Sets the gauges of an account.
+
+    Args:
+        metrics: Of the process.
+        counts: As `state.history.counts.summed` gives them.
+        waiting: Impressions that wait.
+    """
+    totals = dict.fromkeys(RARE, 0) | dict(counts)
     for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
         metrics.accounting_positions.labels(name).set(totals[name])
     for name in ("opened", "joined", "expired", "dropped"):
         metrics.accounting_labels.labels(name).set(totals[name])
     # An outcome labels one impression at most.
     metrics.accounting_labels.labels("unmatched").set(totals["feedback"] - totals["joined"])
-    metrics.accounting_labels.labels("waiting").set(store.waiting_rows())
-    found = faults(store)
+    metrics.accounting_labels.labels("waiting").set(waiting)
+
+
+def show_faults(metrics: StreamMetrics, found: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Counts what does not balance, and says it aloud where it is another than `known`; returns `found`."""
     if found and found != known:
         logger.error("the account of the clicks does not balance: %s", "; ".join(found))
     metrics.accounting_faults.set(len(found))

@@ -35,6 +35,7 @@ from state.process import killpoints
 from streaming import accounts
 from streaming.context import StreamContext
 from streaming.cut import Cut, merge_all, merge_appends
+from streaming.event_clock import OffClock
 from streaming.letters import count_letters
 from streaming.rows import Rows
 from streaming.sweeping import StreamSweep
@@ -162,13 +163,16 @@ class Committer:
 def show_clocks(metrics: StreamMetrics, piece: Rows) -> None:
     """Counts the clocks that are off in a batch, and says where the newest click of such a clock is."""
     refused = [one for one in piece.batch.dead if one.reason is Reason.IMPLAUSIBLE_TIME]
-    found = [("refused", one.source.partition, one.offset, 0) for one in refused[-1:]]
-    found += (
-        [] if piece.told is None else [(one.direction, one.partition, one.offset, one.by_ms) for one in piece.told.off]
-    )
-    for direction, partition, offset, by_ms in found:
-        metrics.clocks_off.labels(direction).inc(len(refused) if direction == "refused" else 1)
-        metrics.clock_off_partition.labels(direction).set(partition)
-        metrics.clock_off_offset.labels(direction).set(offset)
-        metrics.clock_off_seconds.labels(direction).set(by_ms / 1000)
-        metrics.clock_off_time_seconds.labels(direction).set_to_current_time()
+    for one in refused[-1:]:
+        show_off_clock(metrics, OffClock("refused", one.source.partition, one.offset, 0), len(refused))
+    for off in () if piece.told is None else piece.told.off:
+        show_off_clock(metrics, off)
+
+
+def show_off_clock(metrics: StreamMetrics, off: OffClock, clicks: int = 1) -> None:
+    """Counts clicks whose clock is off, and says where the newest of them is."""
+    metrics.clocks_off.labels(off.direction).inc(clicks)
+    metrics.clock_off_partition.labels(off.direction).set(off.partition)
+    metrics.clock_off_offset.labels(off.direction).set(off.offset)
+    metrics.clock_off_seconds.labels(off.direction).set(off.by_ms / 1000)
+    metrics.clock_off_time_seconds.labels(off.direction).set_to_current_time()

@@ -46,7 +46,7 @@ class OffClock(NamedTuple):
     """A click whose time is far from what the clicks around it say.
 
     Attributes:
-        direction: `ahead` or `behind`; a click may be behind because it came late.
+        direction: `ahead` or `behind`, where it may only have come late; or `refused`, for its time.
         partition: Of the topic of clicks.
         offset: Its offset.
         by_ms: How far.

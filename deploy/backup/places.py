@@ -7,27 +7,12 @@ locks/<owner>.json                    who writes here now       deploy/backup/le
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
-from state.errors import BackupError, reason_of
+from state.errors import BackupError
+from state.places import place
 
 OBJECTS, BACKUPS, LOCKS = "objects", "backups", "locks"
 
-
-@contextmanager
-def usable(told: str, doing: str) -> Iterator[None]:
-    """Turns what the operating system refuses into an error of ours; a file that is not there stays one.
-
-    Raises:
-        FileNotFoundError: A file is not there.
-        BackupError: The disk is full or read-only, or rights are missing.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise BackupError(
-            f"{told} cannot {doing} ({reason_of(error)})", "free space or correct its access rights, and repeat it"
-        ) from error
+usable = partial(place.usable, failed=BackupError)
+"""As for any place; what the operating system refuses is a `BackupError`."""

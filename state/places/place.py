@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from state.errors import UnusablePlace, reason_of
+from state.errors import SpringtideError, UnusablePlace, reason_of
 
 
 class FilePlace(Protocol):
@@ -73,19 +73,24 @@ def without_password(url: str) -> str:
 
 
 @contextmanager
-def usable(told: str, doing: str) -> Iterator[None]:
+def usable(told: str, doing: str, failed: type[SpringtideError] = UnusablePlace) -> Iterator[None]:
     """Turns what the operating system refuses into an error of ours; a file that is not there stays one.
+
+    Args:
+        told: What refuses, as messages call it.
+        doing: What it was to do.
+        failed: The error.
 
     Raises:
         FileNotFoundError: A file is not there.
-        UnusablePlace: The disk is full or read-only, or rights are missing.
+        SpringtideError: The disk is full or read-only, or rights are missing: `failed`.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UnusablePlace(
+        raise failed(
             f"{told} cannot {doing} ({reason_of(error)})", "free space or correct its access rights, and repeat it"
         ) from error
 

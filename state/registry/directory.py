@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -88,6 +89,27 @@ class Directory:
                 return place.read(path.relative_to(self.path).as_posix())
         except FileNotFoundError:
             return None
+
+    def content(self, path: Path, sha256: str) -> bytes:
+        """The bytes of a file that is known by its digest, brought from where the registry is shared if it is not here.
+
+        Raises:
+            FileNotFoundError: Nobody has it.
+            ValueError: It fails its digest.
+            UnusableRegistry: It cannot be read, or the place cannot be reached.
+        """
+        try:
+            data, brought = file_bytes(path), False
+        except FileNotFoundError:
+            found = self.from_shared(path)
+            if found is None:
+                raise
+            data, brought = found, True
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"{path} fails its digest")
+        if brought:
+            self.keep_copy(path, data)
+        return data
 
     def keep_copy(self, path: Path, data: bytes) -> None:
         """Writes what was brought from there to its file in this directory, durably; one that is there is replaced.

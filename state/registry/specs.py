@@ -57,21 +57,12 @@ class Specs(Directory):
             CorruptVersion: It is missing or fails its digest.
         """
         path = self.path / layout.PROGRAMS / f"{digest}.tflite"
-        brought = None
         try:
-            program = file_bytes(path)
+            return self.content(path, digest)
         except FileNotFoundError:
-            brought = self.from_shared(path)
-            if brought is None:
-                raise CorruptVersion(f"{path} is missing", "restart the trainer to lower the model again") from None
-            program = brought
-        if hashlib.sha256(program).hexdigest() != digest:
-            raise CorruptVersion(
-                f"{path} fails its digest", "remove it and restart the trainer to lower the model again"
-            )
-        if brought is not None:
-            self.keep_copy(path, program)
-        return program
+            raise CorruptVersion(f"{path} is missing", "restart the trainer to lower the model again") from None
+        except ValueError as error:
+            raise CorruptVersion(str(error), "remove it and restart the trainer to lower the model again") from None
 
     def specs(self) -> list[str]:
         """The names of the bootstraps that were done: digests of feature specs, see `bootstrapped`."""

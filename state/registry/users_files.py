@@ -6,7 +6,6 @@ them, and are brought from there when one does.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from state.features.erased import Erased, Erasure
 from state.features.masked_users import MaskedUsers
 from state.process import killpoints
 from state.registry.control import Control
-from state.registry.directory import Directory, file_bytes, sharing
+from state.registry.directory import Directory, sharing
 
 
 class UsersFiles(Directory):
@@ -85,19 +84,12 @@ class UsersFiles(Directory):
         return erased
 
     def _kept(self, path: Path, noun: str) -> bytes:
-        brought = None
         try:
-            data = file_bytes(path)
+            return self.content(path, path.stem)
         except FileNotFoundError:
-            brought = self.from_shared(path)
-            if brought is None:
-                raise ValueError(f"{path}, {noun}, is missing") from None
-            data = brought
-        if hashlib.sha256(data).hexdigest() != path.stem:
-            raise ValueError(f"{path}, {noun}, fails its digest")
-        if brought is not None:
-            self.keep_copy(path, data)
-        return data
+            raise ValueError(f"{path}, {noun}, is missing") from None
+        except ValueError:
+            raise ValueError(f"{path}, {noun}, fails its digest") from None
 
     def _users_path(self, digest: str) -> Path:
         return self.path / layout.MASKS / f"{digest}.users"

@@ -54,6 +54,11 @@ class Account:
         """Outcomes over all sources, with `positions`, their sum."""
         return summed(self.counts.values())
 
+    @property
+    def waiting(self) -> int:
+        """Impressions that wait for their label."""
+        return sum(StreamAccount.of(one).waiting for one in self.counts.values())
+
     def faults(self) -> tuple[str, ...]:
         """Where it does not balance: ranges that did not go on, and partitions whose buckets do not add up to its offsets."""
         found = [f"{self.conflicts} ranges did not begin where their bucket was"] if self.conflicts else []

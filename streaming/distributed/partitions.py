@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from state.errors import GapError, LineTurned, SpringtideError, StoreError
+from state.errors import LineTurned, SpringtideError, StoreError
 from state.events.event_batch import EventBatch
 from state.events.parser import Parser
 from state.features.mask import Mask
@@ -24,7 +24,7 @@ from state.positions import Gap, Source
 from state.registry.control import Control
 from state.registry.control_look import ControlLook
 from state.registry.log_line import FIRST_EPOCH, Stretch
-from streaming.accounts import as_ranges, missing
+from streaming.accounts import as_ranges, missing, require_accepted
 from streaming.aligned_reader import AlignedReader
 from streaming.distributed.buckets import Portion, divide, gathered
 from streaming.distributed.reading import SourceReading
@@ -88,13 +88,7 @@ class Partitions:
         known = {partition: at for partition, at in reading.next.items() if partition in mine}
         positions = replace(reading, topic_id=info.topic_id, next=known).positions()
         self._passed = missing(info.topic_id, positions, {one: ends[one] for one in mine})
-        refused = [gap for gap in self._passed if not plan.consent.covers(gap, info.topic_id)]
-        if refused:
-            raise GapError(
-                f"topic {kafka.clicks_topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}",
-                "restore them, or raise the topic's retention.ms for the next time",
-                refused,
-            )
+        require_accepted(self._passed, plan.consent, kafka.clicks_topic)
         for gap in self._passed:
             logger.warning("gap accepted by %s (%s): %s", plan.consent.actor, plan.consent.reason, gap)
             known[gap.source.partition] = gap.next

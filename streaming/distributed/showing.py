@@ -15,13 +15,14 @@ from typing import Any
 from state import metrics
 from state.config.settings import Settings
 from state.errors import PortTaken, SpringtideError
-from state.history.counts import OUTCOMES
 from state.log import Log
 from state.metrics import StreamMetrics
-from state.positions import RARE, UNPLACED, from_json
-from streaming.accounts import OF_LABELS
+from state.positions import UNPLACED, from_json
+from streaming.accounts import show_faults, show_totals
+from streaming.commit import show_off_clock
 from streaming.distributed.account import Account
 from streaming.distributed.worker import JobWorker
+from streaming.event_clock import OffClock
 
 SHOW_S = 1.0
 logger = logging.getLogger(__name__)
@@ -74,12 +75,8 @@ class Showing:
             for outcome, count in from_json(part).outcomes.items():
                 if outcome not in (*UNPLACED, "elsewhere"):
                     counted.events.labels(outcome).inc(count)
-        for direction, partition, offset, by_ms in told["off"]:
-            counted.clocks_off.labels(direction).inc()
-            counted.clock_off_partition.labels(direction).set(partition)
-            counted.clock_off_offset.labels(direction).set(offset)
-            counted.clock_off_seconds.labels(direction).set(by_ms / 1000)
-            counted.clock_off_time_seconds.labels(direction).set_to_current_time()
+        for off in told["off"]:
+            show_off_clock(counted, OffClock(*off))
         self._users |= told["users"]
         self._appended_ms = max(self._appended_ms, told["appended_ms"])
         self._latest = account
@@ -95,22 +92,11 @@ class Showing:
         account = self._latest
         if account is None:
             return
-        totals = dict.fromkeys((*OUTCOMES, *RARE), 0) | account.totals
         shown = self._metrics
-        for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
-            shown.accounting_positions.labels(name).set(totals[name])
-        for name in ("opened", "joined", "expired", "dropped"):
-            shown.accounting_labels.labels(name).set(totals[name])
-        shown.accounting_labels.labels("unmatched").set(totals["feedback"] - totals["joined"])
-        waiting = totals["opened"] - totals["joined"] - totals["expired"] - totals["dropped"]
-        shown.accounting_labels.labels("waiting").set(waiting)
+        show_totals(shown, account.totals, account.waiting)
         shown.history_users.set(sum(self._users.values()))
         shown.cached_users.set(self._worker.cache.users)
-        found = account.faults()
-        if found and found != self._faults:
-            logger.error("the account of the clicks does not balance: %s", "; ".join(found))
-        self._faults = found
-        shown.accounting_faults.set(len(found))
+        self._faults = show_faults(shown, account.faults(), self._faults)
         self._tell(account)
 
     def _tell(self, account: Account) -> None:

@@ -1,4 +1,4 @@
-"""The catalogue of a shared registry: which versions and programs lie there, so that one request tells a host what there is. Pure.
+"""The catalogue of a shared registry: which versions and programs lie there, so that one request tells a host what there is.
 
 Whoever sends a version writes its files, its manifest, then the catalogue;
 whoever takes one away writes the catalogue first. So what the catalogue names
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from state.places.place import FilePlace
 from state.registry import manifest
 
 NAME = "catalog.json"
@@ -36,6 +37,27 @@ class Catalog:
     last: int = 0
     folders: Mapping[str, str] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
+
+
+def at_place(place: FilePlace) -> Catalog:
+    """The catalogue there, for whoever writes it; an empty one where there is none, or a damaged one.
+
+    Raises:
+        UnusablePlace: The place cannot be reached.
+    """
+    try:
+        return decode(place.read(NAME))
+    except (FileNotFoundError, ValueError):
+        return Catalog()
+
+
+def version_of(folder: str) -> int:
+    """The version of a folder.
+
+    >>> version_of("merged/000000000012-000000000007")
+    12
+    """
+    return int(folder.rpartition("/")[2].partition("-")[0])
 
 
 def mark_of(data: bytes) -> str:

@@ -165,10 +165,7 @@ class DurableSender:
 
     def _begin(self) -> Catalog:
         """The catalogue there; what a trainer that was killed left beside it goes."""
-        try:
-            found = catalogs.decode(self._place.read(catalogs.NAME))
-        except (FileNotFoundError, ValueError):
-            found = Catalog()
+        found = catalogs.at_place(self._place)
         here = self._here(found.folders)
         for folder in VERSIONED:
             for name in self._place.names(folder):
@@ -276,4 +273,4 @@ def _age(folder: str) -> tuple[int, bool]:
     >>> sorted(["versions/000000000002", "bases/000000000002", "versions/000000000001"], key=_age)
     ['versions/000000000001', 'bases/000000000002', 'versions/000000000002']
     """
-    return int(folder.rpartition("/")[2].partition("-")[0]), not folder.startswith(layout.BASES)
+    return catalogs.version_of(folder), not folder.startswith(layout.BASES)

@@ -25,7 +25,6 @@ from state.registry.registry import Registry
 from state.registry.sharing import catalog as catalogs
 from state.registry.sharing import claims
 from state.registry.sharing.binding import Binding, bind, bound, note, open_exclusive
-from state.registry.sharing.catalog import Catalog
 from state.registry.sharing.taking import Copier
 
 
@@ -70,7 +69,9 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FilePlace, int]:
     killpoints.reach("share.claimed")
     # 3.
     Copier(path, place).step()
-    registry, there = Registry(path), _catalog(place)
+    with sharing():
+        there = catalogs.at_place(place)
+    registry = Registry(path)
     registry.shared = place
     for digest in there.programs:
         registry.program(digest)
@@ -114,12 +115,3 @@ def pass_over(registry: Registry, last: int) -> None:
     if last and not keeper.exists():
         durable.write(keeper, b"")
         durable.sync_directory(keeper.parent)
-
-
-def _catalog(place: FilePlace) -> Catalog:
-    """The catalogue there; an empty one where there is none."""
-    with sharing():
-        try:
-            return catalogs.decode(place.read(catalogs.NAME))
-        except (FileNotFoundError, ValueError):
-            return Catalog()

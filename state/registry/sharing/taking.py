@@ -136,7 +136,7 @@ class Copier:
             firsts = sorted(int(name) for name in self._place.names(packs.FOLDER) if name.isdecimal())
         if not firsts:
             return
-        behind = max(self._taken, *(_number(folder) for folder in self._catalog.folders), 0)
+        behind = max(self._taken, *(catalogs.version_of(folder) for folder in self._catalog.folders), 0)
         # One that ends where the next one begins has nothing that a durable version does not lead to.
         useful = [
             first
@@ -240,12 +240,3 @@ class Copier:
                 return self._place.read(name)
             except FileNotFoundError:
                 return None
-
-
-def _number(folder: str) -> int:
-    """The version of a folder.
-
-    >>> _number("merged/000000000012-000000000007")
-    12
-    """
-    return int(folder.rpartition("/")[2].partition("-")[0])
