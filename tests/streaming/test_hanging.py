@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.segments import cut_back
 from tests.trainer.clicks import microbatch
 
 ALL = 1 << 40
+PATIENCE_S = 3.0
 
 
 @pytest.fixture
@@ -45,10 +47,16 @@ def settings(own: Broker, tmp_path: Path) -> Settings:
 
 def seen(settings: Settings) -> list[bytes]:
     """The micro-batches with rows that every reader sees, up to the end of the log."""
+    deadline_s = time.monotonic() + PATIENCE_S
     with Topics(settings.kafka) as topics:
-        (begin, end), (_, stable) = (
-            topics.ends(settings.kafka.microbatches_topic, committed_only=only)[0] for only in (False, True)
-        )
+        while True:
+            (begin, end), (_, stable) = (
+                topics.ends(settings.kafka.microbatches_topic, committed_only=only)[0] for only in (False, True)
+            )
+            # A transaction is acknowledged before its marker is written, which may come between both questions.
+            if stable == end or time.monotonic() >= deadline_s:
+                break
+            time.sleep(0.05)
     assert stable == end, "nobody reads past an open transaction"
     records = read(settings.kafka, begin, end, committed_only=True).values()
     return [record.value for record in records if len(decode(record.value))]
