@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -133,15 +134,18 @@ def main() -> int:
     parser.add_argument("--warm-minutes", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=10_000.0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="springtide-soak-") as directory:
-        own = {"shoppers.rate": options.rate, "shoppers.users": 20_000, "bootstrap.min_rows": 2000}
-        loop = Loop(Path(directory), own)
-        try:
-            loop.start()
-            looks, lags = soak(loop, options.minutes, options.warm_minutes)
-        finally:
-            if loop.process is not None:
-                loop.stop()
+    # Kept where the soak broke off: the logs in it say why.
+    directory = Path(tempfile.mkdtemp(prefix="springtide-soak-"))
+    own = {"shoppers.rate": options.rate, "shoppers.users": 20_000, "bootstrap.min_rows": 2000}
+    loop = Loop(directory, own)
+    print(f"state and logs: {directory}", file=sys.stderr)
+    try:
+        loop.start()
+        looks, lags = soak(loop, options.minutes, options.warm_minutes)
+    finally:
+        if loop.process is not None:
+            loop.stop()
+    shutil.rmtree(directory)
     found = [fault for name, theirs in looks.items() for fault in faults(name, theirs)]
     behind, unlearned = (statistics.median(one[part] for one in lags) for part in (0, 1))
     if behind > MOST_LAG_S * options.rate:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from state.compiled import compiled
 from state.config.settings import Settings
 from trainer.measures import intervals
-from trainer.measures.evaluation import HALF_LIFE_ROWS, LOGIT_RANGE, area_under_curve
+from trainer.measures.evaluation import LOGIT_RANGE, SOME, area_under_curve, fade
 from trainer.measures.intervals import Interval
 from trainer.measures.slices import FIRST, Slices
 from trainer.measures.step_scores import SUMS, USERS, Judged
@@ -116,10 +116,8 @@ class Breakdown:
         Returns:
             `[loss, dimension, place, 3]` float64 of this step, by LOSSES: rows or pairs, their loss, and its squares.
         """
-        decay = 0.5 ** (judged.rows.shape[0] / HALF_LIFE_ROWS)
-        for sums in self._sums[:3]:
-            sums *= decay
-        self._sums.squares[...] *= decay**2
+        for sums, power in zip(self._sums, (1, 1, 1, 2), strict=True):
+            fade(sums, judged.rows.shape[0], power)
         pairs = judged.pairs
         logits = np.clip(pairs.logits, -LOGIT_RANGE, LOGIT_RANGE)
         bins = np.minimum((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), BINS - 1).astype(np.int64)
@@ -149,15 +147,15 @@ class Breakdown:
         worth_rows, worth_pairs = self._sums.squares[number, place].tolist()
         pairs, clicked, predicted, losses = deciles.sum(0).tolist()
         figures, sure = {"total.rows": float(self._total[number, place]), "rows": rows}, {}
-        if targets > 0:
+        if targets >= SOME:
             equal = targets * targets / worth_rows
             figures |= {"log_loss": log_loss / targets, "top1": top1 / targets}
             sure["log_loss"] = intervals.of_mean(log_loss / targets, squares / targets, equal)
             sure["top1"] = intervals.of_share(min(top1 / targets, 1.0), equal)
-        if pairs > 0:
+        if pairs >= SOME:
             off = np.abs(deciles[:, 2] - deciles[:, 1]).sum() / pairs
             figures |= {"engagement_log_loss": losses / pairs, "calibration_error": float(off)}
-            if clicked > 0:
+            if clicked >= SOME:
                 figures["calibration"] = predicted / clicked
                 equal = pairs * pairs / worth_pairs
                 sure["calibration"] = intervals.of_ratio(predicted / pairs, min(clicked / pairs, 1.0), equal)

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import compiled
-from trainer.measures.evaluation import HALF_LIFE_ROWS
+from trainer.measures.evaluation import SOME, fade
 from trainer.measures.predictions import BASELINES, PREDICTORS, CategoryPrediction, hourly_popular
 from trainer.measures.step_scores import SUMS, USERS, Judged, ScoredPairs, StepScores, no_sums
 from trainer.tables.index import I32, U64
@@ -86,7 +86,7 @@ class Progressive:
             category: `[n]` uint64, what was clicked; 0 for none.
             log_ms: Log time.
         """
-        self._sums[1] *= 0.5 ** (scores.total("rows") / HALF_LIFE_ROWS)
+        fade(self._sums[1], int(scores.total("rows")))
         self._sums += scores.sums
         self.popular.update(category, log_ms)
 
@@ -102,7 +102,7 @@ class Progressive:
             for place, name in enumerate(PREDICTORS):
                 for users, kind in enumerate(USERS):
                     sums, where = self._sums[when, place, users], where_of(name, kind)
-                    if sums[_ROWS] > 0:
+                    if sums[_ROWS] >= SOME:
                         found |= {
                             f"{prefix}{where}{measure}": float(sums[SUMS.index(of)] / sums[_ROWS])
                             for measure, of in MEASURES.items()
@@ -189,7 +189,7 @@ def lift(sums: F64) -> dict[str, float]:
     >>> lift(sums)
     {'top1': 0.25, 'log_loss': 0.5}
     """
-    if sums[0, _ROWS] <= 0:
+    if sums[0, _ROWS] < SOME:
         return {}
     means = sums / sums[:, _ROWS, None]
     best = means[[PREDICTORS.index(name) for name in BASELINES]]

@@ -97,6 +97,23 @@ def test_state_goes_on_with_the_same_bits_and_other_slices_begin_anew() -> None:
     assert third.measures(shown) == []
 
 
+def test_a_slice_that_no_row_comes_to_any_more_says_nothing_whatever_comes_to_others() -> None:
+    """A day of an eager shop: the squares of its weights are 0 long before its rows are, and a share of them is 0 sooner."""
+    rng, one = np.random.default_rng(8), Breakdown(("users",), (2,), (False,))
+    shown, rows, told = {"users": ("new", "known")}, HALF_LIFE_ROWS // 2, set()
+    one.update(np.zeros((1, rows), np.uint8), np.arange(rows), judged(rng, rows))
+    known, said = np.ones((1, rows), np.uint8), judged(rng, rows)
+    for _ in range(2200):
+        one.update(known, np.arange(rows), said)
+        new, other = one.measures(shown)
+        told.add(frozenset(new.figures))
+    assert new.figures == {"total.rows": rows, "rows": 0.0}
+    assert len(told) > 1
+    assert other.figures["log_loss"] == pytest.approx(float(said.rows[:, 1].mean()))
+    smallest = min(float(sums[sums > 0].min()) for sums in one.state().values() if sums.dtype == np.float64)
+    assert smallest > np.finfo(np.float64).tiny
+
+
 @pytest.mark.parametrize("share", [0.02, 0.3])
 def test_intervals_hold_what_is_true_as_often_as_they_say(share: float) -> None:
     """Wilson's, and the mean's, over samples of a known truth."""
