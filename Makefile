@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check debian bench chaos soak clean
+.PHONY: help run test check style types pytest debian bench chaos soak clean
 
 BIN := .venv/bin
 # Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
@@ -27,14 +27,22 @@ help: ## Lists the targets.
 run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.port 9192" passes flags.
 	@exec $(BIN)/springtide up $(ARGS)
 
-test: .venv/ready ## Checks, then runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
-	@$(MAKE) --no-print-directory -j2 check debian
-	@$(PYTEST) $(ARGS)
+# Types take a minute of one core: they are checked while the tests begin.
+test: .venv/ready ## Checks, and runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
+	@$(MAKE) --no-print-directory -j2 style debian
+	@$(MAKE) --no-print-directory -j2 types pytest
 
-check: .venv/ready ## Format, lint and types, without the tests.
+check: style types ## Format, lint and types, without the tests.
+
+style: .venv/ready
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+
+types: .venv/ready
 	@$(BIN)/mypy
+
+pytest: .venv/ready
+	@$(PYTEST) $(ARGS)
 
 debian: .venv/ready ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
 	@.ci/debian $(BIN)

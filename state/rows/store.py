@@ -5,7 +5,7 @@
     dense     version u64                  -> dense tensors, safetensors
     popular   version u64                  -> u64[P] categories
     changes   version u64                  -> u64[2, k] (table, id) written since the version before it that is here
-    meta      "served", "before", "serial", "floor", "erased", "format"; note:<name> -> bytes of the owner
+    meta      "served", "before", "serial", "floor", "erased", "format", "begun"; note:<name> -> bytes of the owner
 
 A base goes into a lane of its own (there are 32), and deltas follow their
 parent's lane; what another lane holds is never seen, and a lane without
@@ -31,14 +31,15 @@ from safetensors.numpy import save as save_tensors
 from state.disk.compact_store import CompactStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
+from state.process import killpoints
 from state.registry.manifest import Manifest
+from state.rows.entries import BEGUN, begin, entries_of, take_back
 from state.rows.erasing import erase
 from state.rows.forgetting import ROWS_AT_ONCE, Forgetting, Forgotten
-from state.rows.keys import LANES, row_keys, u64
+from state.rows.keys import LANES, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
 from state.rows.sweep import has_rows
-from state.rows.tables import CODES, tables_in
 
 if TYPE_CHECKING:
     from state.ranking.crosses import Crosses
@@ -106,7 +107,10 @@ class RowStore(CompactStore):
     def apply(
         self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
     ) -> bool:
-        """Adds one version in one transaction; with `follow` answers use it from then on.
+        """Adds one version, at one moment for all readers; with `follow` answers use it from then on.
+
+        Rows beyond ROWS_AT_ONCE are written before, where nobody sees them: LMDB keeps the memory of as many pages as its
+        largest transaction changed, and nearly each row lies on a page of its own.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
@@ -121,18 +125,17 @@ class RowStore(CompactStore):
 
         Raises:
             UnknownVersion: The parent is not here, or what the delta builds on was swept.
-            StoreFull: Disk or map are full; nothing was changed.
-            UnusableDisk: The disk refused; nothing was changed.
+            StoreFull: Disk or map are full; nothing that anybody reads was changed.
+            UnusableDisk: The disk refused; nothing that anybody reads was changed.
         """
+        key = u64(manifest.version)
         with self._write() as transaction:
-            key = u64(manifest.version)
+            take_back(transaction, self._databases)
             is_here = transaction.get(key, db=self._versions) is not None
             if is_here and not replace:
                 if follow:
                     self._point(manifest.version, transaction)
                 return False
-            # What it wrote in its lane counts as written by the next version there.
-            replaced = self._forgetting.forget(transaction, {manifest.version}) if is_here else Forgotten()
             parent = None
             if manifest.kind != "base":
                 parent = self._parent(manifest, transaction)
@@ -142,44 +145,31 @@ class RowStore(CompactStore):
                         "apply its base",
                     )
             lane = self._begin_lane(transaction) if parent is None else parent.lane
-            dims = {} if parent is None else dict(parent.dims)
-            changed = [
-                self._put(name, lane, manifest.version, tensors, dims, transaction) for name in tables_in(tensors)
-            ]
-            transaction.put(key, np.concatenate(changed, axis=1).tobytes(), db=self._changes)
+            entries = entries_of(tensors, lane, manifest.version)
+            if len(entries.pairs) > ROWS_AT_ONCE:
+                begin(transaction, self._databases, manifest.version, lane, entries.changes)
+        while len(entries.pairs) > ROWS_AT_ONCE:
+            with self._write() as transaction:
+                transaction.cursor(self._rows).putmulti(entries.pairs[:ROWS_AT_ONCE])
+            del entries.pairs[:ROWS_AT_ONCE]
+            killpoints.reach("rows.begun")
+        with self._write() as transaction:
+            # What it wrote in its lane counts as written by the next version there.
+            replaced = self._forgetting.forget(transaction, {manifest.version}) if is_here else Forgotten()
+            transaction.cursor(self._rows).putmulti(entries.pairs)
+            transaction.delete(BEGUN, db=self._meta)
+            transaction.put(key, entries.changes.tobytes(), db=self._changes)
             self._put_dense(manifest.version, tensors, parent, transaction)
             serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
             transaction.put(b"serial", u64(serial), db=self._meta)
-            record = Served.of(manifest, parent, serial, lane, dims, now_ms)
+            dims = {} if parent is None else dict(parent.dims)
+            record = Served.of(manifest, parent, serial, lane, dims | entries.dims, now_ms)
             transaction.put(key, record.to_json(), db=self._versions)
             pointer = stored(transaction, b"served", self._meta)
             if follow or (pointer is not None and pointer[:8] == key):
                 self._point(manifest.version, transaction)
         self._forgetting.took(replaced)
         return True
-
-    def _put(
-        self, name: str, lane: int, version: int, tensors: Tensors, dims: dict[str, int], transaction: lmdb.Transaction
-    ) -> NDArray[np.uint64]:
-        ids = np.asarray(tensors.get(f"{name}.ids", ()), np.uint64)
-        removed = np.asarray(tensors.get(f"{name}.removed", ()), np.uint64)
-        blobs: list[bytes] = []
-        if len(ids):
-            rows = np.ascontiguousarray(tensors[f"{name}.rows"], "<f4")
-            dims[name] = rows.shape[1]
-            order = np.argsort(ids, kind="stable")
-            ids, size, blob = ids[order], 4 * rows.shape[1], rows[order].tobytes()
-            blobs = [blob[at : at + size] for at in range(0, len(blob), size)]
-        every = np.concatenate((ids, removed))
-        keys = row_keys(lane, CODES[name], every, version)
-        held, width = keys.tobytes(), keys.shape[1]
-        pairs = zip(
-            (held[at : at + width] for at in range(0, len(held), width)),
-            [*blobs, *[b""] * len(removed)],
-            strict=True,
-        )
-        transaction.cursor(self._rows).putmulti(pairs)
-        return np.stack((np.full(len(every), CODES[name], np.uint64), every))
 
     def _put_dense(self, version: int, tensors: Tensors, parent: Served | None, transaction: lmdb.Transaction) -> None:
         dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}

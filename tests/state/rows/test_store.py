@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from state.errors import UnknownVersion
 from state.positions import Source
+from state.process import killpoints
 from state.registry.manifest import Kind, LogRange, Manifest
+from state.rows.forgetting import ROWS_AT_ONCE
 from state.rows.reader import RowReader
 from state.rows.served import Served
 from state.rows.store import RowStore
@@ -305,6 +307,40 @@ def test_a_durable_version_over_the_one_before_it_reads_as_one_line(tmp_path: Pa
         assert served is not None and served.visible == ((1, 101),)
     assert read(store, 101) == {("user", 1): 101.0, ("user", 2): 1.0}
     assert read(store, 51) == {("user", 1): 51.0, ("user", 2): 1.0}
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_version_of_many_rows_is_there_at_once_or_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reopened: bool
+) -> None:
+    """Its rows are written by many transactions; where it ends in between, the next version takes back what is there."""
+    store, count = RowStore(tmp_path, 1 << 26), 2 * ROWS_AT_ONCE + 500
+    store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0, ("user", 2): 1.0}), now_ms=1, follow=True)
+    many = {("user", number): 2.0 for number in range(1, count + 1)}
+
+    def end() -> None:
+        assert read(store, 1) == {("user", 1): 1.0, ("user", 2): 1.0}
+        raise MemoryError
+
+    monkeypatch.setattr(killpoints, "armed", killpoints.parse("rows.begun:2", end))
+    with pytest.raises(MemoryError):
+        store.apply(manifest(2, 1), tensors(many), now_ms=2, follow=True)
+    assert store.entries() == 2 + 2 * ROWS_AT_ONCE
+    if reopened:
+        store.close()
+        store = RowStore(tmp_path, 1 << 26)
+    with store.reader() as reader:
+        assert reader.version(2) is None
+    store.apply(manifest(3, 1), tensors({("category", 3): 3.0}), now_ms=3, follow=True)
+    assert store.entries() == 3
+    assert read(store, 3) == {("user", 1): 1.0, ("user", 2): 1.0, ("category", 3): 3.0}
+    store.apply(manifest(4, 3), tensors(many), now_ms=4, follow=True)
+    assert store.entries() == 3 + count
+    with store.reader() as reader:
+        served = reader.served()
+        assert served is not None and served.version == 4
+        rows, known = reader.get("user", range(1, count + 1), served)
+    assert known.all() and (rows == 2.0).all()
 
 
 def test_abandoned_versions_are_never_visible(tmp_path: Path) -> None:
