@@ -1,4 +1,4 @@
-"""What a version writes: its rows as entries of the store, and how the beginning of one is taken back."""
+"""What a version writes: its rows as entries of the store, its dense weights, and how the beginning of one is taken back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from state.rows.keys import row_keys, stem, u64
-from state.rows.reader import Databases, stored
+from state.rows.reader import Databases, required, stored
 from state.rows.tables import CODES, tables_in
 
 BEGUN = b"begun"
@@ -84,3 +86,23 @@ def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
         for table, identity in np.frombuffer(begun[16:], np.uint64).reshape(2, -1).T.tolist():
             transaction.delete(stem(lane, table, identity) + tail, db=databases["rows"])
     transaction.delete(BEGUN, db=databases["meta"])
+
+
+def put_dense(
+    transaction: lmdb.Transaction,
+    databases: Databases,
+    version: int,
+    tensors: Mapping[str, NDArray[Any]],
+    parent: int | None,
+) -> None:
+    """Writes a version's dense weights and popular categories; what it does not have is its parent's."""
+    dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
+    popular = tensors.get("popular")
+    if parent is not None:
+        # Those of a model that an upgrade left do not stay among the ones that are given.
+        dense = dense or load_tensors(required(transaction, parent, databases["dense"]))
+        if popular is None:
+            popular = np.frombuffer(required(transaction, parent, databases["popular"]), "<u8")
+    transaction.put(u64(version), save_tensors(dense), db=databases["dense"])
+    listed = np.asarray(() if popular is None else popular, "<u8")
+    transaction.put(u64(version), listed.tobytes(), db=databases["popular"])

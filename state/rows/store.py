@@ -23,17 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lmdb
-import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from state.disk.compact_store import CompactStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
 from state.registry.manifest import Manifest
-from state.rows.entries import BEGUN, begin, entries_of, take_back
+from state.rows.entries import BEGUN, begin, entries_of, put_dense, take_back
 from state.rows.erasing import erase
 from state.rows.forgetting import ROWS_AT_ONCE, Forgetting, Forgotten
 from state.rows.keys import LANES, u64
@@ -76,7 +73,6 @@ class RowStore(CompactStore):
     def _bind(self) -> None:
         opened = self._databases
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
-        self._dense, self._popular = opened["dense"], opened["popular"]
         self._last = LastServed()
         self._forgetting = Forgetting(opened)
 
@@ -98,6 +94,18 @@ class RowStore(CompactStore):
         parent = None if record is None else Served.parse(record)
         if parent is None or manifest.version <= self._floors(transaction).get(str(parent.lane), 0):
             return None
+        return parent
+
+    def _required_parent(self, manifest: Manifest, transaction: lmdb.Transaction) -> Served | None:
+        """What a delta builds on; None for a base."""
+        if manifest.kind == "base":
+            return None
+        parent = self._parent(manifest, transaction)
+        if parent is None:
+            raise UnknownVersion(
+                f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
+                "apply its base",
+            )
         return parent
 
     def _floors(self, transaction: lmdb.Transaction) -> dict[str, int]:
@@ -128,22 +136,14 @@ class RowStore(CompactStore):
             StoreFull: Disk or map are full; nothing that anybody reads was changed.
             UnusableDisk: The disk refused; nothing that anybody reads was changed.
         """
-        key = u64(manifest.version)
         with self._write() as transaction:
             take_back(transaction, self._databases)
-            is_here = transaction.get(key, db=self._versions) is not None
+            is_here = transaction.get(u64(manifest.version), db=self._versions) is not None
             if is_here and not replace:
                 if follow:
                     self._point(manifest.version, transaction)
                 return False
-            parent = None
-            if manifest.kind != "base":
-                parent = self._parent(manifest, transaction)
-                if parent is None:
-                    raise UnknownVersion(
-                        f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
-                        "apply its base",
-                    )
+            parent = self._required_parent(manifest, transaction)
             lane = self._begin_lane(transaction) if parent is None else parent.lane
             entries = entries_of(tensors, lane, manifest.version)
             if len(entries.pairs) > ROWS_AT_ONCE:
@@ -158,29 +158,31 @@ class RowStore(CompactStore):
             replaced = self._forgetting.forget(transaction, {manifest.version}) if is_here else Forgotten()
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
-            transaction.put(key, entries.changes.tobytes(), db=self._changes)
-            self._put_dense(manifest.version, tensors, parent, transaction)
-            serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
-            transaction.put(b"serial", u64(serial), db=self._meta)
+            transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
+            put_dense(
+                transaction, self._databases, manifest.version, tensors, None if parent is None else parent.version
+            )
             dims = {} if parent is None else dict(parent.dims)
-            record = Served.of(manifest, parent, serial, lane, dims | entries.dims, now_ms)
-            transaction.put(key, record.to_json(), db=self._versions)
-            pointer = stored(transaction, b"served", self._meta)
-            if follow or (pointer is not None and pointer[:8] == key):
+            self._put_record(manifest, parent, lane, dims | entries.dims, now_ms, transaction)
+            served = (stored(transaction, b"served", self._meta) or b"")[:8]
+            if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
         self._forgetting.took(replaced)
         return True
 
-    def _put_dense(self, version: int, tensors: Tensors, parent: Served | None, transaction: lmdb.Transaction) -> None:
-        dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
-        popular = tensors.get("popular")
-        if parent is not None:
-            # Those of a model that an upgrade left do not stay among the ones that are given.
-            dense = dense or load_tensors(required(transaction, parent.version, self._dense))
-            if popular is None:
-                popular = np.frombuffer(required(transaction, parent.version, self._popular), "<u8")
-        transaction.put(u64(version), save_tensors(dense), db=self._dense)
-        transaction.put(u64(version), np.asarray(() if popular is None else popular, "<u8").tobytes(), db=self._popular)
+    def _put_record(
+        self,
+        manifest: Manifest,
+        parent: Served | None,
+        lane: int,
+        dims: dict[str, int],
+        now_ms: int,
+        transaction: lmdb.Transaction,
+    ) -> None:
+        serial = int.from_bytes(stored(transaction, b"serial", self._meta) or b"", "big") + 1
+        transaction.put(b"serial", u64(serial), db=self._meta)
+        record = Served.of(manifest, parent, serial, lane, dims, now_ms)
+        transaction.put(u64(manifest.version), record.to_json(), db=self._versions)
 
     def _point(self, version: int, transaction: lmdb.Transaction) -> None:
         record = Served.parse(required(transaction, version, self._versions))
