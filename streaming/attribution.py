@@ -1,6 +1,6 @@
 """Which impressions an event labels: those that wait, joined by an outcome or over with their time. Pure.
 
-Event by event, in the order of a source's log, by the clock of `streaming.witnesses`,
+Position by position, in the order of a partition's log, by the clock of `streaming.witnesses`,
 which is the newest event time so far unless somebody's clock is wrong:
 
 1. An outcome labels the latest impression of the same pair that waits, whose
@@ -8,13 +8,16 @@ which is the newest event time so far unless somebody's clock is wrong:
 2. An impression begins to wait at its time, or at the clock where it is ahead of
    that; not where its wait is over already, since no outcome could have joined
    it, nor where too many wait.
-3. Impressions leave in the order in which they came, as soon as their wait is
-   over: at most `MOST_EXPIRED` at one event, so that the rows of one position stay few.
+3. Impressions of a share of the users leave in the order in which they came, once their wait is over: at an event
+   of the first one's own user, and where it is their share's turn. That is at each `SHARES`th offset,
+   whatever lies there, a click or nothing: so nobody else's click, late or not, says where a wait ends.
+   At most `MOST_EXPIRED` at once, so that the rows of one position stay few.
 
-Nothing here knows the time of day or where one batch ends, so that any cutting
-of the log gives the same. A row that waits costs some 100 bytes of memory; what
-it says is in the store. All of it is one file, constants included: Numba takes
-a kernel's machine code from its cache unless the kernel's own file has changed.
+Nothing here knows the time of day, where one batch ends, or of other shares, so
+that any cutting of the log and any division of the users gives the same. A row
+that waits costs some 100 bytes of memory; what it says is in the store. All of
+it is one file, constants included: Numba takes a kernel's machine code from its
+cache unless the kernel's own file has changed.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 
 MOST_EXPIRED = 8
+SHARES = 64  # those of `state.positions`, which a test compares
 NONE = -1
+NEVER_MS = np.iinfo(np.int64).min
 
 # What an action is, and the kinds of `state.microbatch.row_kinds`, whose numbers a test compares.
 PLAIN, IMPRESSION, OUTCOME = 0, 1, 2
@@ -42,17 +47,18 @@ _FREE = 0
 
 
 class Queue(NamedTuple):
-    """The impressions that wait, each in a slot; two chains of slots, by source and by pair.
+    """The impressions that wait, each in a slot; two chains of slots, by share of a partition and by pair.
 
     Attributes:
         offset: `[S]` int64.
         at_ms: `[S]` int64.
         begun_ms: `[S]` int64, when it began to wait.
         pair: `[S]` uint64.
-        source: `[S]` int64, a number below Q.
-        chain: `[S, 4]` int64: the next and the one before of the source, the older and the newer of the bucket.
+        user: `[S]` uint64.
+        share: `[S]` int64, `SHARES` times the number of the partition, and which of its shares.
+        chain: `[S, 4]` int64: the next and the one before of the share, the older and the newer of the bucket.
         buckets: `[B]` int64, the newest slot of the pairs of each bucket; B is a power of two.
-        first: `[Q, 2]` int64, the oldest and the newest slot of each source.
+        first: `[Q, 2]` int64, the oldest and the newest slot of each share.
         waiting: `[Q]` int64, how many wait.
         free: `[S]` int64, slots without an impression, the first `sizes[0]` of them.
         sizes: `[1]` int64.
@@ -62,7 +68,8 @@ class Queue(NamedTuple):
     at_ms: I64
     begun_ms: I64
     pair: U64
-    source: I64
+    user: U64
+    share: I64
     chain: I64
     buckets: I64
     first: I64
@@ -71,7 +78,7 @@ class Queue(NamedTuple):
     sizes: I64
 
     @classmethod
-    def of(cls, slots: int, sources: int) -> Queue:
+    def of(cls, slots: int, partitions: int) -> Queue:
         """An empty queue."""
         buckets = 1 << max(4, (slots - 1).bit_length())
         return cls(
@@ -79,32 +86,99 @@ class Queue(NamedTuple):
             np.zeros(slots, np.int64),
             np.zeros(slots, np.int64),
             np.zeros(slots, np.uint64),
+            np.zeros(slots, np.uint64),
             np.zeros(slots, np.int64),
             np.full((slots, 4), NONE, np.int64),
             np.full(buckets, NONE, np.int64),
-            np.full((sources, 2), NONE, np.int64),
-            np.zeros(sources, np.int64),
+            np.full((partitions * SHARES, 2), NONE, np.int64),
+            np.zeros(partitions * SHARES, np.int64),
             np.arange(slots, dtype=np.int64)[::-1].copy(),
             np.array([slots], np.int64),
         )
 
-    def rows(self) -> tuple[I64, I64, I64, U64, I64]:
-        """Offset, time, begin, pair and source of all that wait, those of a source in order."""
+    def rows(self) -> Waiting:
+        """All that wait, those of a share in order."""
         found: list[int] = []
         for slot in self.first[:, 0].tolist():
             while slot != NONE:
                 found.append(slot)
                 slot = int(self.chain[slot, 0])
         at = np.array(found, np.int64)
-        return self.offset[at], self.at_ms[at], self.begun_ms[at], self.pair[at], self.source[at]
+        return Waiting(
+            self.offset[at], self.at_ms[at], self.begun_ms[at], self.pair[at], self.user[at], self.share[at] // SHARES
+        )
+
+
+class Waiting(NamedTuple):
+    """Impressions that wait, those of a share in the order of their offsets.
+
+    Attributes:
+        offset: `[n]` int64.
+        at_ms: `[n]` int64.
+        begun_ms: `[n]` int64, when each began to wait.
+        pair: `[n]` uint64 of `pairs`.
+        user: `[n]` uint64.
+        partition: `[n]` int64, its number.
+    """
+
+    offset: I64
+    at_ms: I64
+    begun_ms: I64
+    pair: U64
+    user: U64
+    partition: I64
+
+
+class Arrived(NamedTuple):
+    """Events, those of a stretch in order of arrival.
+
+    Attributes:
+        role: `[n]` uint8: PLAIN, IMPRESSION or OUTCOME.
+        stretch: `[n]` int64, in which of the stretches it lies.
+        offset: `[n]` int64.
+        at_ms: `[n]` int64.
+        clock_ms: `[n]` int64, its partition's clock after it.
+        pair: `[n]` uint64 of `pairs`.
+        user: `[n]` uint64.
+    """
+
+    role: U8
+    stretch: I64
+    offset: I64
+    at_ms: I64
+    clock_ms: I64
+    pair: U64
+    user: U64
+
+
+class Stretches(NamedTuple):
+    """Stretches of partitions, each gone through from its first position to its last.
+
+    Attributes:
+        partition: `[r]` int64, its number.
+        first: `[r]` int64 offset.
+        next: `[r]` int64, the offset after the last one.
+        move_stretch: `[m]` int64, ascending: in which stretch the clock moved,
+        move_offset: `[m]` int64, from which offset on, ascending in a stretch,
+        move_ms: `[m]` int64, and to what time.
+    """
+
+    partition: I64
+    first: I64
+    next: I64
+    move_stretch: I64
+    move_offset: I64
+    move_ms: I64
 
 
 class Made(NamedTuple):
-    """What events became, and what they made known, in order.
+    """What events became, and what became known at which positions: stretch by stretch, in order.
 
     Attributes:
         kind: `[n]` uint8 `Kind` of each event.
-        by: `[m]` int64, the event.
+        by: `[m]` int64, the last event of the stretch that is not after the position; `NONE` before the first one.
+        stretch: `[m]` int64, in which the position lies.
+        at: `[m]` int64 offset of the position.
         opened: `[m]` int64 offset of the impression.
         known: `[m]` uint8, JOINED or EXPIRED.
         opened_ms: `[m]` int64, time of the impression.
@@ -112,19 +186,21 @@ class Made(NamedTuple):
 
     kind: U8
     by: I64
+    stretch: I64
+    at: I64
     opened: I64
     known: U8
     opened_ms: I64
 
 
-def with_space(queue: Queue, more: int, sources: int) -> Queue:
-    """A queue with space for `more` impressions and `sources` sources; `queue` itself where it has that."""
-    slots, known = len(queue.offset), len(queue.waiting)
-    if int(queue.sizes[_FREE]) >= more and known >= sources:
+def with_space(queue: Queue, more: int, partitions: int) -> Queue:
+    """A queue with space for `more` impressions and `partitions` partitions; `queue` itself where it has that."""
+    slots, known = len(queue.offset), len(queue.waiting) // SHARES
+    if int(queue.sizes[_FREE]) >= more and known >= partitions:
         return queue
     used = slots - int(queue.sizes[_FREE])
-    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, sources))
-    _enter(grown, *queue.rows())
+    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, partitions))
+    _enter(grown, queue.rows())
     return grown
 
 
@@ -141,59 +217,62 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
     return sums
 
 
-def attribute(
-    queue: Queue, role: U8, source: I64, offset: I64, at_ms: I64, clock_ms: I64, pair: U64, wait_ms: int, most: int
-) -> tuple[Queue, Made]:
-    """Takes events in order of arrival; returns the queue to go on with, and what became of them.
+def attribute(queue: Queue, arrived: Arrived, stretches: Stretches, wait_ms: int, most: int) -> tuple[Queue, Made]:
+    """Goes through stretches of partitions; returns the queue to go on with, and what became known where.
 
     Args:
         queue: What waits; changed.
-        role: `[n]` uint8: PLAIN, IMPRESSION or OUTCOME.
-        source: `[n]` int64, numbers of sources.
-        offset: `[n]` int64.
-        at_ms: `[n]` int64.
-        clock_ms: `[n]` int64, its source's clock after each event.
-        pair: `[n]` uint64 of `pairs`.
+        arrived: The events in them.
+        stretches: Each goes on where an earlier one of its partition ended.
         wait_ms: The longest wait.
-        most: The most impressions of a source that wait.
+        most: The most impressions of a share of a partition that wait.
     """
-    impressions = int((role == IMPRESSION).sum())
-    queue = with_space(queue, impressions, int(source.max(initial=-1)) + 1)
+    events, impressions = len(arrived.role), int((arrived.role == IMPRESSION).sum())
+    queue = with_space(queue, impressions, int(stretches.partition.max(initial=-1)) + 1)
     waiting = len(queue.offset) - int(queue.sizes[_FREE])
-    most_known = min((1 + MOST_EXPIRED) * len(role), waiting + impressions)
-    kind, known = np.zeros(len(role), np.uint8), np.empty(most_known, np.uint8)
-    by, opened, opened_ms = (np.empty(most_known, np.int64) for _ in range(3))
-    count = _attribute(
-        queue, role, source, offset, at_ms, clock_ms, pair, wait_ms, most, kind, by, opened, known, opened_ms
-    )
-    return queue, Made(kind, by[:count], opened[:count], known[:count], opened_ms[:count])
+    positions = int((stretches.next - stretches.first).sum())
+    most_known = min((1 + MOST_EXPIRED) * events + MOST_EXPIRED * positions, waiting + impressions)
+    by, stretch, at, opened, opened_ms = (np.empty(most_known, np.int64) for _ in range(5))
+    made = Made(np.zeros(events, np.uint8), by, stretch, at, opened, np.empty(most_known, np.uint8), opened_ms)
+    order = np.argsort(arrived.stretch, kind="stable")
+    numbers = np.arange(len(stretches.first) + 1)
+    begins = np.searchsorted(arrived.stretch[order], numbers)
+    moves = np.searchsorted(stretches.move_stretch, numbers)
+    count = _attribute(queue, arrived, stretches, order, begins, moves, wait_ms, most, made)
+    return queue, Made(made.kind, *(column[:count] for column in made[1:]))
 
 
-def enter(queue: Queue, offset: I64, at_ms: I64, begun_ms: I64, pair: U64, source: I64) -> Queue:
-    """The queue with impressions that wait already, those of a source in the order of their offsets."""
-    queue = with_space(queue, len(offset), int(source.max(initial=-1)) + 1)
-    _enter(queue, offset, at_ms, begun_ms, pair, source)
+def enter(queue: Queue, waiting: Waiting) -> Queue:
+    """The queue with impressions that wait already."""
+    queue = with_space(queue, len(waiting.offset), int(waiting.partition.max(initial=-1)) + 1)
+    _enter(queue, waiting)
     return queue
 
 
 @compiled
-def _open(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, source: int) -> None:
+def _share(partition: int, user: int) -> int:
+    return partition * SHARES + np.int64(np.uint64(user) % np.uint64(SHARES))
+
+
+@compiled
+def _open(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, user: int, share: int) -> None:
     queue.sizes[_FREE] -= 1
     slot = queue.free[queue.sizes[_FREE]]
     queue.offset[slot] = offset
     queue.at_ms[slot] = at_ms
     queue.begun_ms[slot] = begun_ms
     queue.pair[slot] = pair
-    queue.source[slot] = source
-    # The newest of its source.
-    last = queue.first[source, 1]
+    queue.user[slot] = user
+    queue.share[slot] = share
+    # The newest of its share.
+    last = queue.first[share, 1]
     queue.chain[slot, 0] = NONE
     queue.chain[slot, 1] = last
     if last == NONE:
-        queue.first[source, 0] = slot
+        queue.first[share, 0] = slot
     else:
         queue.chain[last, 0] = slot
-    queue.first[source, 1] = slot
+    queue.first[share, 1] = slot
     # The newest of its bucket.
     bucket = np.int64(np.uint64(pair) & np.uint64(queue.buckets.shape[0] - 1))
     older = queue.buckets[bucket]
@@ -202,19 +281,19 @@ def _open(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, sourc
     if older != NONE:
         queue.chain[older, 3] = slot
     queue.buckets[bucket] = slot
-    queue.waiting[source] += 1
+    queue.waiting[share] += 1
 
 
 @compiled
 def _close(queue: Queue, slot: int) -> None:
-    source = queue.source[slot]
+    share = queue.share[slot]
     after, before, older, newer = queue.chain[slot, 0], queue.chain[slot, 1], queue.chain[slot, 2], queue.chain[slot, 3]
     if before == NONE:
-        queue.first[source, 0] = after
+        queue.first[share, 0] = after
     else:
         queue.chain[before, 0] = after
     if after == NONE:
-        queue.first[source, 1] = before
+        queue.first[share, 1] = before
     else:
         queue.chain[after, 1] = before
     if newer == NONE:
@@ -223,71 +302,118 @@ def _close(queue: Queue, slot: int) -> None:
         queue.chain[newer, 2] = older
     if older != NONE:
         queue.chain[older, 3] = newer
-    queue.waiting[source] -= 1
+    queue.waiting[share] -= 1
     queue.free[queue.sizes[_FREE]] = slot
     queue.sizes[_FREE] += 1
 
 
 @compiled
-def _enter(queue: Queue, offset: I64, at_ms: I64, begun_ms: I64, pair: U64, source: I64) -> None:
-    for n in range(offset.shape[0]):
-        _open(queue, offset[n], at_ms[n], begun_ms[n], pair[n], source[n])
+def _enter(queue: Queue, waiting: Waiting) -> None:
+    for n in range(waiting.offset.shape[0]):
+        user = waiting.user[n]
+        share = _share(waiting.partition[n], user)
+        _open(queue, waiting.offset[n], waiting.at_ms[n], waiting.begun_ms[n], waiting.pair[n], user, share)
+
+
+@compiled
+def _make_known(queue: Queue, made: Made, count: int, by: int, stretch: int, at: int, slot: int, known: int) -> int:
+    made.by[count] = by
+    made.stretch[count] = stretch
+    made.at[count] = at
+    made.opened[count] = queue.offset[slot]
+    made.known[count] = known
+    made.opened_ms[count] = queue.at_ms[slot]
+    _close(queue, slot)
+    return count + 1
+
+
+@compiled
+def _join(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: int, made: Made, count: int) -> int:
+    time, over_ms = arrived.at_ms[n], arrived.clock_ms[n] - wait_ms
+    slot = queue.buckets[np.int64(arrived.pair[n] & np.uint64(queue.buckets.shape[0] - 1))]
+    while slot != NONE:
+        mine = queue.pair[slot] == arrived.pair[n] and queue.share[slot] == share
+        # Its own user's clock counts too: it may go before the others' or behind them.
+        if mine and over_ms <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
+            return _make_known(queue, made, count, n, arrived.stretch[n], arrived.offset[n], slot, JOINED)
+        slot = queue.chain[slot, 2]
+    return count
+
+
+@compiled
+def _end(
+    queue: Queue,
+    share: int,
+    over_ms: int,
+    by: int,
+    stretch: int,
+    at: int,
+    arrived: Arrived,
+    own: bool,
+    made: Made,
+    count: int,
+) -> int:
+    """Ends waits of a share that are over, oldest first; `own`: only while they are of the user of the event `by`."""
+    for _ in range(MOST_EXPIRED):
+        slot = queue.first[share, 0]
+        if slot == NONE or queue.begun_ms[slot] >= over_ms or (own and queue.user[slot] != arrived.user[by]):
+            break
+        count = _make_known(queue, made, count, by, stretch, at, slot, EXPIRED)
+    return count
 
 
 @compiled
 def _attribute(
     queue: Queue,
-    role: U8,
-    source: I64,
-    offset: I64,
-    at_ms: I64,
-    clock_ms: I64,
-    pair: U64,
+    arrived: Arrived,
+    stretches: Stretches,
+    order: I64,
+    begins: I64,
+    moves: I64,
     wait_ms: int,
     most: int,
-    kind: U8,
-    by: I64,
-    opened: I64,
-    known: U8,
-    opened_ms: I64,
+    made: Made,
 ) -> int:
     count = 0
-    for n in range(role.shape[0]):
-        own, time = source[n], at_ms[n]
-        over = clock_ms[n] - wait_ms
-        # 1.
-        if role[n] == OUTCOME:
-            kind[n] = FEEDBACK
-            slot = queue.buckets[np.int64(pair[n] & np.uint64(queue.buckets.shape[0] - 1))]
-            while slot != NONE:
-                mine = queue.pair[slot] == pair[n] and queue.source[slot] == own
-                # Its own user's clock counts too: it may go before the others' or behind them.
-                if mine and over <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
-                    by[count], opened[count], known[count], opened_ms[count] = (
-                        n,
-                        queue.offset[slot],
-                        JOINED,
-                        queue.at_ms[slot],
-                    )
-                    count += 1
-                    _close(queue, slot)
-                    break
-                slot = queue.chain[slot, 2]
-        # 2.
-        elif role[n] == IMPRESSION:
-            begun = min(time, clock_ms[n])
-            if begun < over or queue.waiting[own] >= most:
-                kind[n] = DROPPED
-            else:
-                kind[n] = OPENED
-                _open(queue, offset[n], time, begun, pair[n], own)
-        # 3.
-        expired = 0
-        slot = queue.first[own, 0]
-        while slot != NONE and expired < MOST_EXPIRED and queue.begun_ms[slot] < over:
-            by[count], opened[count], known[count], opened_ms[count] = n, queue.offset[slot], EXPIRED, queue.at_ms[slot]
-            count += 1
-            expired += 1
-            _close(queue, slot)
-            slot = queue.first[own, 0]
+    for r in range(stretches.first.shape[0]):
+        partition, at, move, last = stretches.partition[r], stretches.first[r], moves[r], NONE
+        turn_over_ms = NEVER_MS
+        for number in range(begins[r], begins[r + 1] + 1):
+            n = order[number] if number < begins[r + 1] else NONE
+            to = arrived.offset[n] if n != NONE else stretches.next[r]
+            # 3. where it is a share's turn, from the event before on.
+            while at < to:
+                while move < moves[r + 1] and stretches.move_offset[move] <= at:
+                    turn_over_ms = stretches.move_ms[move] - wait_ms
+                    move += 1
+                until = min(to, stretches.move_offset[move]) if move < moves[r + 1] else to
+                idle = 0
+                # Once each share had its turn in vain, all others would be in vain too.
+                while at < until and idle < SHARES:
+                    before = count
+                    share = partition * SHARES + at % SHARES
+                    count = _end(queue, share, turn_over_ms, last, r, at, arrived, False, made, count)
+                    idle = idle + 1 if count == before else 0
+                    at += 1
+                at = until
+            if n == NONE:
+                break
+            share = _share(partition, arrived.user[n])
+            over_ms = arrived.clock_ms[n] - wait_ms
+            # 1.
+            if arrived.role[n] == OUTCOME:
+                made.kind[n] = FEEDBACK
+                count = _join(queue, arrived, n, share, wait_ms, made, count)
+            # 2.
+            elif arrived.role[n] == IMPRESSION:
+                begun_ms = min(arrived.at_ms[n], arrived.clock_ms[n])
+                if begun_ms < over_ms or queue.waiting[share] >= most:
+                    made.kind[n] = DROPPED
+                else:
+                    made.kind[n] = OPENED
+                    user = arrived.user[n]
+                    _open(queue, arrived.offset[n], arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
+            # 3. at an event of its own user.
+            count = _end(queue, share, over_ms, n, r, to, arrived, True, made, count)
+            last = n
     return count

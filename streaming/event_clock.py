@@ -17,7 +17,7 @@ from state.history.waiting import CLOCKS, decode_clocks
 from state.microbatch.log_time import TOLERANCE_MS
 from state.positions import Range, Source
 from streaming.alignment import Reached
-from streaming.witnesses import AHEAD, ALL, BEHIND, QUORUM, TURNS, Witnesses, believe, crowd, hear
+from streaming.witnesses import AHEAD, ALL, BEHIND, NEVER_MS, QUORUM, TURNS, Witnesses, believe, crowd, hear
 
 PREFIX = "clock:"  # of the names of the store's extras, one for each source and one for all
 
@@ -58,18 +58,34 @@ class OffClock(NamedTuple):
     by_ms: int
 
 
+class Moves(NamedTuple):
+    """Where the clocks of partitions move: from its offset on, each says its time.
+
+    Attributes:
+        source: `[m]` uint16, an index of the ranges, ascending; the first of a range says what time it is where that begins.
+        offset: `[m]` int64, ascending in a range.
+        clock_ms: `[m]` int64.
+    """
+
+    source: NDArray[np.uint16]
+    offset: NDArray[np.int64]
+    clock_ms: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Told:
     """What time it was in a batch of events.
 
     Attributes:
         clock_ms: `[n]` int64, of each event its partition's clock after it.
+        moves: Where that clock moves, also for whoever has a part of the events only.
         clocks: Of each range what readers may believe, before its first and after its last event, ms.
         state: What to commit with the batch: names of the store's extras and their values.
         off: The clocks that are off.
     """
 
     clock_ms: NDArray[np.int64]
+    moves: Moves
     clocks: tuple[tuple[int, int], ...]
     state: Mapping[str, bytes]
     off: tuple[OffClock, ...]
@@ -81,6 +97,27 @@ class _Suspect(NamedTuple):
     at_ms: int
     offset: int
     turn: int
+
+
+def moves_of(
+    ranges: Sequence[Range], begin_ms: NDArray[np.int64], clicks: TimedRows, clock_ms: NDArray[np.int64]
+) -> Moves:
+    """Where the clocks of a batch's partitions move.
+
+    Args:
+        ranges: What `clicks.source` is an index of.
+        begin_ms: `[r]` int64, the clock before the first click of each; `NEVER_MS` where nobody has said anything.
+        clicks: In order of arrival.
+        clock_ms: `[n]` int64, of each click its partition's clock after it.
+    """
+    firsts = np.array([part.first for part in ranges], np.int64)
+    source = np.concatenate([np.arange(len(ranges), dtype=np.uint16), clicks.source])
+    order = np.argsort(source, kind="stable")
+    source, offset = source[order], np.concatenate([firsts, clicks.offset])[order]
+    time_ms = np.concatenate([begin_ms, clock_ms])[order]
+    moved = time_ms != NEVER_MS
+    moved[1:] &= (time_ms[1:] != time_ms[:-1]) | (source[1:] != source[:-1])
+    return Moves(source[moved], offset[moved], time_ms[moved])
 
 
 def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
@@ -125,6 +162,7 @@ class EventClock:
         keys = np.array([self._key(part.source) for part in ranges], np.int64)
         # Copies: of arrays that cannot be written, or lie apart, the kernels would be compiled once more.
         source, at_ms, user = clicks.source.astype(np.int64), clicks.at_ms.copy(), clicks.user.copy()
+        begin_ms = self._known.clocks(keys)
         clock_ms = hear(self._known, keys[source] if len(source) else source, user, at_ms, now_ms)
         clocks, off = believe(self._known, keys, source, at_ms, now_ms)
         names = {PREFIX + str(part.source): key for part, key in zip(ranges, keys.tolist(), strict=True)}
@@ -132,7 +170,8 @@ class EventClock:
             names = {}
         state = {name: self._known.pack(key) for name, key in {PREFIX + "all": ALL, **names}.items()}
         reached = tuple((int(begin), int(end)) for begin, end in clocks.tolist())
-        return Told(clock_ms, reached, state, self._off(clicks, ranges, keys, clocks, off, now_ms))
+        moves = moves_of(ranges, begin_ms, clicks, clock_ms)
+        return Told(clock_ms, moves, reached, state, self._off(clicks, ranges, keys, clocks, off, now_ms))
 
     def reached(self, source: Source) -> Reached:
         """What time it is where a source was followed to, as far as no user alone can say so."""

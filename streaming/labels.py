@@ -25,8 +25,19 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
-from state.positions import SHARES, Range, Source, share_of
-from streaming.attribution import IMPRESSION, OUTCOME, PLAIN, Queue, attribute, enter, pairs
+from state.positions import SHARES, Range, Source
+from streaming.attribution import (
+    IMPRESSION,
+    OUTCOME,
+    PLAIN,
+    Arrived,
+    Queue,
+    Stretches,
+    Waiting,
+    attribute,
+    enter,
+    pairs,
+)
 from streaming.cut import Cut
 from streaming.rows import Rows
 
@@ -78,50 +89,57 @@ class Labels:
             positions = [place_of(key) for key, _ in chunk]
             pair = pairs(*(columns.get(name, np.zeros(len(chunk), np.uint64)) for name in ("user", "item", "request")))
             offsets = np.array([offset for _, offset in positions], np.int64)
-            numbers = self._number([source for source, _ in positions], np.arange(len(chunk)), columns["user"])
-            at_ms = columns["at_ms"]
+            partitions, at_ms = self._number([source for source, _ in positions]), columns["at_ms"]
             begun_ms = at_ms + columns.get("delay_ms", np.zeros(len(chunk), np.int64))
-            queue = enter(queue, offsets, at_ms, begun_ms, pair, numbers)
+            queue = enter(queue, Waiting(offsets, at_ms, begun_ms, pair, columns["user"], partitions))
         return queue
 
-    def _number(self, sources: Sequence[Source], source: NDArray[Any], user: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """`[n]` int64, what each row waits among: its partition's impressions of its share of the users; `source` is an index."""
+    def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
+        """`[n]` int64, a number for the partition of each source, whatever bucket it is."""
         known = self._numbers
-        partitions = [known.setdefault((one.topic_id, one.partition), len(known)) for one in sources]
-        numbers: NDArray[np.int64] = np.array(partitions or [0], np.int64)[source] * SHARES + share_of(user)
-        return numbers
+        return np.array([known.setdefault((one.topic_id, one.partition), len(known)) for one in sources], np.int64)
 
     def attribute(self, rows: Rows) -> Rows:
-        """Says of each event whether it waits, and which earlier impressions it labels, by the clocks of `rows.told`."""
+        """Says of each event whether it waits, and which earlier impressions become known, by the clocks of `rows.told`."""
         batch, told = rows.batch, rows.told
-        if not len(batch):
+        if not batch.ranges:
             return rows
         assert told is not None, "the event clock comes before the labels"
         role = self._roles[batch.action]
         role[(role == IMPRESSION) & ~np.isnan(batch.label)] = PLAIN
         request = batch.request if len(batch.request) else np.zeros(len(batch), np.uint64)
+        pair = pairs(batch.user, batch.item, request)
+        source = batch.source.astype(np.int64)
         self._queue, made = attribute(
             self._queue,
-            role,
-            self._number([part.source for part in batch.ranges], batch.source, batch.user),
-            batch.offset,
-            batch.at_ms,
-            told.clock_ms,
-            pairs(batch.user, batch.item, request),
+            Arrived(role, source, batch.offset, batch.at_ms, told.clock_ms, pair, batch.user),
+            Stretches(
+                self._number([part.source for part in batch.ranges]),
+                np.array([part.first for part in batch.ranges], np.int64),
+                np.array([part.next for part in batch.ranges], np.int64),
+                told.moves.source.astype(np.int64),
+                told.moves.offset,
+                told.moves.clock_ms,
+            ),
             self._wait_ms,
             self._most,
         )
-        joined = made.known == Kind.JOINED
-        said = np.where(np.isnan(batch.label), np.float32(1.0), batch.label)[made.by]
+        joined = np.flatnonzero(made.known == Kind.JOINED)
+        by, count = made.by[joined], len(made.by)
         known = Known(
             by=made.by,
+            source=made.stretch.astype(np.uint16),
+            offset=made.at,
             opened=made.opened,
             kind=made.known,
-            label=np.where(joined, said, np.float32(0.0)),
-            weight=np.where(joined, batch.weight[made.by], np.float32(np.nan)),
-            at_ms=np.where(joined, batch.at_ms[made.by], made.opened_ms + self._wait_ms),
+            label=np.zeros(count, np.float32),
+            weight=np.full(count, np.nan, np.float32),
+            at_ms=made.opened_ms + self._wait_ms,
         )
-        ranges = counted(batch.ranges, batch.source, made.kind, batch.source[made.by], made.known)
+        known.label[joined] = np.where(np.isnan(batch.label[by]), np.float32(1.0), batch.label[by])
+        known.weight[joined] = batch.weight[by]
+        known.at_ms[joined] = batch.at_ms[by]
+        ranges = counted(batch.ranges, batch.source, made.kind, known.source, made.known)
         delay_ms = np.where(made.kind == Kind.OPENED, np.minimum(told.clock_ms - batch.at_ms, 0), 0)
         return replace(rows, batch=replace(batch, ranges=ranges), kind=made.kind, known=known, delay_ms=delay_ms)
 
@@ -152,7 +170,7 @@ class Labels:
             found.waiting.update(zip(keys, rows, strict=True))
         if not len(known):
             return replace(known, columns={})
-        keys = keys_of(sources, batch.source[known.by], known.opened)
+        keys = keys_of(sources, known.source, known.opened)
         values = [value for value in self._rows.values(keys, found.waiting) if value is not None]
         if len(values) != len(keys):
             raise CorruptStore(
@@ -160,30 +178,25 @@ class Labels:
                 "`springtide rebuild-history` makes it anew",
             )
         found.waiting.update(dict.fromkeys(keys))
-        return replace(known, columns=relabelled(now.unpack(values), batch.source, batch.offset, known))
+        return replace(known, columns=relabelled(now.unpack(values), known))
 
 
-def relabelled(
-    opened: dict[str, NDArray[Any]], source: NDArray[np.uint16], offset: NDArray[np.int64], known: Known
-) -> dict[str, NDArray[Any]]:
+def relabelled(opened: dict[str, NDArray[Any]], known: Known) -> dict[str, NDArray[Any]]:
     """The columns of impressions with their labels, at the position where these became known.
 
     Args:
         opened: Their columns as they began to wait, `[m]`.
-        source: `[n]` uint16 of the batch that labels them.
-        offset: `[n]` int64.
         known: Their labels.
     """
-    at = offset[known.by]
     return opened | {
         "kind": known.kind,
         "label": known.label,
         "weight": np.where(np.isnan(known.weight), opened["weight"], known.weight),
-        "source": source[known.by],
-        "offset": at,
-        "waited": at - known.opened,
+        "source": known.source,
+        "offset": known.offset,
+        "waited": known.offset - known.opened,
         "delay_ms": known.at_ms - opened["at_ms"],
-        "request": np.zeros(len(at), np.uint64),
+        "request": np.zeros(len(known), np.uint64),
     }
 
 

@@ -75,7 +75,7 @@ class Rows:
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """The columns of a micro-batch by name, each event before what it made known; `source` counts in the batch's ranges."""
+        """The columns of a micro-batch by name, each event before what became known behind it; `source` counts in the batch's ranges."""
         events = self.events
         if self.known is None or not len(self.known):
             return events

@@ -73,6 +73,11 @@ class Witnesses(NamedTuple):
         """How many turns there were."""
         return int(self.marks[key, _TURNS])
 
+    def clocks(self, keys: I64) -> I64:
+        """`[r]` int64, the clock of each of `[r]` keys; `NEVER_MS` where nobody has said anything."""
+        found: I64 = self.marks[keys, _CLOCK]
+        return found
+
     def set_clock(self, key: int, clock_ms: int | None) -> None:
         """Sets a clock of which no witness is left; None leaves it."""
         if clock_ms is not None:

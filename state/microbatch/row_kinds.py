@@ -37,8 +37,11 @@ class Known:
     """Earlier impressions whose label a batch of events made known.
 
     Attributes:
-        by: `[m]` int64, the event that did, an index of the batch; ascending.
-        opened: `[m]` int64, offset of the impression in the event's source.
+        by: `[m]` int64, the event behind which each stands, an index of the batch: the last one of its source that is not
+            after its place; -1 before the first one.
+        source: `[m]` uint16, of its place, an index of the batch's ranges.
+        offset: `[m]` int64, of its place.
+        opened: `[m]` int64, offset of the impression in the same source.
         kind: `[m]` uint8, JOINED or EXPIRED.
         label: `[m]` float32.
         weight: `[m]` float32, of the outcome's action; NaN keeps that of the impression's.
@@ -47,6 +50,8 @@ class Known:
     """
 
     by: NDArray[np.int64]
+    source: NDArray[np.uint16]
+    offset: NDArray[np.int64]
     opened: NDArray[np.int64]
     kind: NDArray[np.uint8]
     label: NDArray[np.float32]

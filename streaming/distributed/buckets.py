@@ -6,7 +6,7 @@ of the partitions that were read, so that its positions move on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from state.events.event_batch import EventBatch
 from state.positions import SHARES, Range, Source, from_json, share_of, to_json
 from streaming.cut import merge_all
 from streaming.distributed.wire import pack, unpack
-from streaming.event_clock import OffClock, Told
+from streaming.event_clock import Moves, OffClock, Told
 from streaming.masking import COLUMNS
 
 
@@ -80,7 +80,8 @@ def divide(events: EventBatch, told: Told, buckets: int) -> list[tuple[EventBatc
             item_names=_named(items, columns["item"]),
         )
         off = () if bucket else told.off
-        found.append((batch, Told(told.clock_ms[keep], told.clocks, {}, off)))
+        moves = _of_turns(told.moves, events.ranges, bucket, buckets)
+        found.append((batch, Told(told.clock_ms[keep], moves, told.clocks, {}, off)))
     # What names no event goes with the first bucket.
     first, clock = found[0]
     found[0] = replace(first, names=first.names | categories, item_names=first.item_names | items), clock
@@ -93,6 +94,15 @@ def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:
     if bucket:
         return Range(source, part.first, part.next, rows=rows, elsewhere=part.next - part.first - rows)
     return replace(part, source=source, rows=rows, elsewhere=part.rows - rows)
+
+
+def _of_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets: int) -> Moves:
+    """Where the clocks move as a bucket's shares see it, whose turns are at each `buckets`th offset (`streaming.attribution`)."""
+    ends = np.array([part.next for part in ranges], np.int64)[moves.source]
+    offset = moves.offset + (bucket - moves.offset) % buckets
+    seen = offset < ends
+    seen[:-1] &= (offset[1:] != offset[:-1]) | (moves.source[1:] != moves.source[:-1])
+    return Moves(moves.source[seen], offset[seen], moves.clock_ms[seen])
 
 
 def _named(left: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
@@ -114,13 +124,15 @@ def encode(portion: Portion) -> bytes:
         "log_epoch": portion.log_epoch,
         "appended_ms": portion.appended_ms,
     }
-    return pack(head, {name: getattr(batch, name) for name in COLUMNS} | {"clock_ms": told.clock_ms})
+    moves = {f"move_{name}": column for name, column in told.moves._asdict().items()}
+    return pack(head, {name: getattr(batch, name) for name in COLUMNS} | {"clock_ms": told.clock_ms} | moves)
 
 
 def decode(value: bytes) -> Portion:
     """The portion that `encode` wrote."""
     head, arrays = unpack(value)
     clock_ms = arrays.pop("clock_ms")
+    moves = Moves(**{name: arrays.pop(f"move_{name}") for name in Moves._fields})
     batch = EventBatch(
         **arrays,
         ranges=tuple(map(from_json, head["ranges"])),
@@ -132,7 +144,7 @@ def decode(value: bytes) -> Portion:
         item_names=_of_texts(head["item_names"]),
     )
     clocks = tuple((begin, end) for begin, end in head["clocks"])
-    told = Told(clock_ms, clocks, {}, tuple(OffClock(*one) for one in head["off"]))
+    told = Told(clock_ms, moves, clocks, {}, tuple(OffClock(*one) for one in head["off"]))
     return Portion(batch, told, head["control"], head["log_epoch"], head["appended_ms"])
 
 

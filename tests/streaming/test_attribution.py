@@ -1,4 +1,4 @@
-"""Which impressions an event labels: as a join by hand says, however the log is cut, and never twice."""
+"""Which impressions an event labels: as a join by hand says, however the log is cut and users divided, and never twice."""
 
 from __future__ import annotations
 
@@ -10,25 +10,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state import positions
 from state.microbatch.row_kinds import Kind
 from state.positions import MOST_LEARNED
 from streaming import attribution
-from streaming.attribution import IMPRESSION, MOST_EXPIRED, OUTCOME, PLAIN, Queue, attribute, enter, pairs
+from streaming.attribution import (
+    IMPRESSION,
+    MOST_EXPIRED,
+    OUTCOME,
+    PLAIN,
+    SHARES,
+    Arrived,
+    Queue,
+    Stretches,
+    attribute,
+    enter,
+    pairs,
+)
 
 WAIT_MS = 100
+NOTHING = 3  # a role of no event: a position that holds none
 
 
 class Event(NamedTuple):
-    """One event of a made-up log; its offset is its position among those of its source."""
+    """One position of a made-up log, those of a source in the order of their offsets."""
 
     role: int
     source: int
     at_ms: int
     pair: int
+    user: int = 0
 
 
 class Resolved(NamedTuple):
-    """An impression that became known: by which event of its source, which impression, and how."""
+    """An impression that became known: at which offset of its source, which impression, and how."""
 
     source: int
     by: int
@@ -38,78 +53,124 @@ class Resolved(NamedTuple):
 
 events = st.builds(
     Event,
-    role=st.sampled_from([PLAIN, IMPRESSION, IMPRESSION, OUTCOME]),
+    role=st.sampled_from([PLAIN, IMPRESSION, IMPRESSION, OUTCOME, NOTHING]),
     source=st.integers(0, 1),
     # Late, equal and out of order; now and then a jump over many waits.
     at_ms=st.integers(0, 60) | st.integers(0, 400),
     pair=st.integers(0, 3),
+    # Two of one share, and one whose share's turn comes late.
+    user=st.sampled_from([3, 3 + SHARES, 12, 40]),
 )
 logs = st.lists(events, max_size=120)
 
 
 def by_hand(log: list[Event], most: int) -> tuple[list[int], list[Resolved]]:
     """The rules of the module, over lists."""
-    waiting: dict[int, list[tuple[int, Event]]] = {0: [], 1: []}
+    waiting: dict[tuple[int, int], list[tuple[int, Event]]] = {}
     clock: dict[int, int] = {}
     reached = {0: 0, 1: 0}
     kinds, resolved = [], []
     for event in log:
-        offset = reached[event.source]
-        reached[event.source] += 1
-        mine = waiting[event.source]
-        clock[event.source] = max(clock.get(event.source, event.at_ms), event.at_ms)
-        over = clock[event.source] - WAIT_MS
-        kinds.append(int(Kind.ROW))
+        source, offset = event.source, reached[event.source]
+        reached[source] += 1
+        mine = waiting.setdefault((source, event.user % SHARES), [])
+        if event.role != NOTHING:
+            clock[source] = max(clock.get(source, event.at_ms), event.at_ms)
+            kinds.append(int(Kind.ROW))
+        over = clock.get(source, 0) - WAIT_MS
         if event.role == OUTCOME:
             kinds[-1] = int(Kind.FEEDBACK)
             matches = [one for one in mine if one[1].pair == event.pair and over <= one[1].at_ms <= event.at_ms]
             if matches:
                 mine.remove(matches[-1])
-                resolved.append(Resolved(event.source, offset, matches[-1][0], int(Kind.JOINED)))
+                resolved.append(Resolved(source, offset, matches[-1][0], int(Kind.JOINED)))
         elif event.role == IMPRESSION:
             waits = event.at_ms >= over and len(mine) < most
             kinds[-1] = int(Kind.OPENED if waits else Kind.DROPPED)
             if waits:
                 mine.append((offset, event))
-        for _ in range(MOST_EXPIRED):
-            if mine and mine[0][1].at_ms < over:
-                resolved.append(Resolved(event.source, offset, mine.pop(0)[0], int(Kind.EXPIRED)))
+        for whose, anyones in ((mine, False), (waiting.get((source, offset % SHARES), []), True)):
+            for _ in range(MOST_EXPIRED if anyones or event.role != NOTHING else 0):
+                if whose and whose[0][1].at_ms < over and (anyones or whose[0][1].user == event.user):
+                    resolved.append(Resolved(source, offset, whose.pop(0)[0], int(Kind.EXPIRED)))
     return kinds, resolved
 
 
-def by_kernel(log: list[Event], most: int, sizes: list[int], reload: bool) -> tuple[list[int], list[Resolved]]:
-    """The same in batches of `sizes`, repeated; with `reload` the queue is made anew from its rows after each."""
-    queue = Queue.of(1, 1)
-    reached, newest = {0: 0, 1: 0}, {0: 0, 1: 0}
+def by_kernel(
+    log: list[Event], most: int, sizes: list[int], reload: bool, buckets: int = 1, clocks: list[int] | None = None
+) -> tuple[list[int], list[Resolved]]:
+    """The same in batches of `sizes`, repeated, for each of `buckets` of the users apart.
+
+    Args:
+        log: Positions.
+        most: That wait in a share.
+        sizes: Of batches.
+        reload: Whether the queue is made anew from its rows after each batch.
+        buckets: How many.
+        clocks: Of each position its source's clock after it; by default the newest event time so far.
+    """
+    queues = [Queue.of(1, 1) for _ in range(buckets)]
+    reached = {0: 0, 1: 0}
+    clock: dict[int, int] = {}
     kinds: list[int] = []
     resolved: list[Resolved] = []
     at = turn = 0
     while at < len(log):
         batch = log[at : at + sizes[turn % len(sizes)]]
-        at, turn = at + len(batch), turn + 1
-        offsets, clocks = [], []
-        for event in batch:
+        first, offsets, after = dict(reached), list[int](), list[int]()
+        moves = [(source, reached[source], clock[source]) for source in sorted(clock)]
+        for number, event in enumerate(batch, at):
             offsets.append(reached[event.source])
-            newest[event.source] = max(newest[event.source], event.at_ms)
-            clocks.append(newest[event.source])
             reached[event.source] += 1
-        queue, made = attribute(
-            queue,
-            np.array([event.role for event in batch], np.uint8),
-            np.array([event.source for event in batch], np.int64),
-            np.array(offsets, np.int64),
-            np.array([event.at_ms for event in batch], np.int64),
-            np.array(clocks, np.int64),
-            np.array([event.pair for event in batch], np.uint64),
-            WAIT_MS,
-            most,
-        )
-        kinds += made.kind.tolist()
-        for by, opened, known in zip(made.by.tolist(), made.opened.tolist(), made.known.tolist(), strict=True):
-            resolved.append(Resolved(batch[by].source, offsets[by], opened, known))
-        if reload:
-            queue = enter(Queue.of(1, 2), *queue.rows())
+            if event.role != NOTHING:
+                told = max(clock.get(event.source, event.at_ms), event.at_ms) if clocks is None else clocks[number]
+                clock[event.source] = told
+                moves.append((event.source, offsets[-1], told))
+            after.append(clock.get(event.source, 0))
+        at, turn = at + len(batch), turn + 1
+        moves.sort(key=lambda move: move[:2])
+        made_kinds = dict[int, int]()
+        for bucket in range(buckets):
+            mine = [
+                number
+                for number, event in enumerate(batch)
+                if event.role != NOTHING and event.user % SHARES % buckets == bucket
+            ]
+            queues[bucket], made = attribute(
+                queues[bucket],
+                Arrived(
+                    np.array([batch[number].role for number in mine], np.uint8),
+                    np.array([batch[number].source for number in mine], np.int64),
+                    np.array([offsets[number] for number in mine], np.int64),
+                    np.array([batch[number].at_ms for number in mine], np.int64),
+                    np.array([after[number] for number in mine], np.int64),
+                    np.array([batch[number].pair for number in mine], np.uint64),
+                    np.array([batch[number].user for number in mine], np.uint64),
+                ),
+                Stretches(
+                    np.arange(2),
+                    np.array([first[0], first[1]], np.int64),
+                    np.array([reached[0], reached[1]], np.int64),
+                    *(np.array([move[column] for move in moves], np.int64) for column in range(3)),
+                ),
+                WAIT_MS,
+                most,
+            )
+            made_kinds |= dict(zip(mine, made.kind.tolist(), strict=True))
+            columns = (made.by, made.stretch, made.at, made.opened, made.known)
+            for by, source, offset, opened, known in zip(*(column.tolist() for column in columns), strict=True):
+                before = [number for number in mine if batch[number].source == source and offsets[number] <= offset]
+                assert by == (mine.index(before[-1]) if before else -1)
+                resolved.append(Resolved(source, offset, opened, known))
+            if reload:
+                queues[bucket] = enter(Queue.of(1, 2), queues[bucket].rows())
+        kinds += [made_kinds[number] for number in sorted(made_kinds)]
     return kinds, resolved
+
+
+def in_places(made: tuple[list[int], list[Resolved]]) -> tuple[list[int], list[Resolved]]:
+    """With the rows of one position in their order, source by source."""
+    return made[0], sorted(made[1], key=lambda one: one[:2])
 
 
 @given(logs, st.integers(1, 12), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.booleans())
@@ -117,7 +178,17 @@ def by_kernel(log: list[Event], most: int, sizes: list[int], reload: bool) -> tu
 def test_any_cutting_gives_what_a_join_by_hand_gives(
     log: list[Event], most: int, sizes: list[int], reload: bool
 ) -> None:
-    assert by_kernel(log, most, sizes, reload) == by_hand(log, most)
+    assert in_places(by_kernel(log, most, sizes, reload)) == in_places(by_hand(log, most))
+
+
+@given(logs, st.integers(1, 12), st.integers(1, 30), st.sampled_from([2, 8, 64]))
+@settings(max_examples=100, deadline=None)
+def test_however_users_are_divided_each_impression_becomes_known_at_the_same_position(
+    log: list[Event], most: int, size: int, buckets: int
+) -> None:
+    kinds, resolved = by_kernel(log, most, [size], False, buckets)
+    whole = by_hand(log, most)
+    assert (kinds, sorted(resolved)) == (whole[0], sorted(whole[1]))
 
 
 @given(logs, st.integers(1, 12))
@@ -130,9 +201,62 @@ def test_each_impression_is_joined_expired_dropped_or_waiting_and_only_once(log:
     assert kinds.count(Kind.OPENED) + kinds.count(Kind.DROPPED) == sum(event.role == IMPRESSION for event in log)
 
 
+@given(
+    st.lists(events.map(lambda one: one._replace(source=0)) | st.just(None), max_size=150),
+    st.lists(st.sampled_from([PLAIN, IMPRESSION, OUTCOME, NOTHING]), min_size=1),
+    st.sampled_from([9, 40]),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_late_clicks_lie_between_those_of_others_these_become_known_at_the_same_positions(
+    log: list[Event | None], late: list[int], share: int
+) -> None:
+    """A file of years ago beside live clicks, also of users of the same share; where it is not there, nothing is."""
+    users = {one.user for one in log if one is not None}
+    stranger = share + 2 * SHARES
+    assert stranger not in users
+    clock, clocks, found = 0, [], []
+    for one in log:
+        clock = max(clock, one.at_ms) if one is not None and one.role != NOTHING else clock
+        clocks.append(clock)
+    for roles in (late, [NOTHING]):
+        whole = [one or Event(roles[at % len(roles)], 0, -99_999_999, at % 4, stranger) for at, one in enumerate(log)]
+        kinds, resolved = by_kernel(whole, 12, [23], False, clocks=clocks)
+        there = [one for one in whole if one.role != NOTHING]
+        mine = [kind for kind, one in zip(kinds, there, strict=True) if one.user in users]
+        found.append((mine, resolved))
+    assert found[0] == found[1]
+
+
+def test_a_wait_that_is_over_ends_where_it_is_its_shares_turn_whatever_lies_there() -> None:
+    """Be it a click of another share, one that is late, one of its own share, or nothing."""
+    shown = Event(IMPRESSION, 0, 0, 7, user=3)
+    for there in (
+        Event(PLAIN, 0, 600, 0, user=40),
+        Event(PLAIN, 0, -9999, 0, user=40),
+        Event(OUTCOME, 0, -9999, 7, user=3 + SHARES),
+        Event(NOTHING, 0, 0, 0),
+    ):
+        others = [Event(PLAIN, 0, 50 if offset <= 3 else 500, 0, user=3 + SHARES) for offset in range(1, SHARES + 3)]
+        log = [shown, *others, there, Event(PLAIN, 0, 700, 0, user=3)]
+        assert by_kernel(log, 9, [7], False)[1] == [Resolved(0, SHARES + 3, 0, int(Kind.EXPIRED))]
+
+
+def test_a_wait_that_is_over_ends_at_its_users_next_event_before_its_shares_turn() -> None:
+    log = [Event(IMPRESSION, 0, 0, 7, 50), Event(PLAIN, 0, 500, 0, 50 + SHARES), Event(PLAIN, 0, -9, 0, 50)]
+    assert by_kernel(log, 9, [9], False)[1] == [Resolved(0, 2, 0, int(Kind.EXPIRED))]
+
+
+def test_in_a_stretch_without_events_each_share_has_its_turns() -> None:
+    waits = [Event(IMPRESSION, 0, 0, number, 5) for number in range(3 * MOST_EXPIRED)] + [Event(PLAIN, 0, 900, 0, 9)]
+    log = [*waits, *[Event(NOTHING, 0, 0, 0)] * (4 * SHARES)]
+    ends = [one.by for one in by_kernel(log, 99, [1000], False)[1]]
+    turns = [offset for offset in range(len(waits), len(log)) if offset % SHARES == 5]
+    assert ends == sorted(turns[:3] * MOST_EXPIRED)
+
+
 def resolved_by(*log: tuple[int, int, int], most: int = 100) -> list[tuple[int, int, int]]:
     """(by, opened, kind) of a log of one source, as (role, time, pair)."""
-    _, resolved = by_kernel([Event(role, 0, at_ms, pair) for role, at_ms, pair in log], most, [1000], reload=False)
+    _, resolved = by_kernel([Event(role, 0, at_ms, pair, 0) for role, at_ms, pair in log], most, [1000], reload=False)
     return [(one.by, one.opened, one.kind) for one in resolved]
 
 
@@ -175,11 +299,25 @@ def test_one_event_expires_a_few_and_the_next_ones_the_rest() -> None:
     assert [opened for _, opened, _ in found] == list(range(last))
 
 
+def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() -> None:
+    queue, nobody = Queue.of(1, 1), np.empty(0, np.int64)
+    none = Arrived(np.empty(0, np.uint8), *[nobody] * 4, *[nobody.view(np.uint64)] * 2)
+    whole = Stretches(*(np.array([one]) for one in (0, 0, 10**15, 0, 7, 500)))
+    assert len(attribute(queue, none, whole, WAIT_MS, 9)[1].by) == 0
+
+
+def test_of_one_user_alone_no_more_wait_than_their_time_says() -> None:
+    log = [Event(IMPRESSION, 0, number, number, 40) for number in range(2000)]
+    kinds, resolved = by_kernel(log, 2 * WAIT_MS, [100], False)
+    assert Kind.DROPPED not in kinds
+    assert {one.by - one.opened for one in resolved} == {WAIT_MS + 1}
+
+
 def test_the_accounts_know_how_many_rows_one_position_can_have() -> None:
-    log = [(IMPRESSION, 0, pair) for pair in range(2 * MOST_EXPIRED)]
-    # An outcome joins the one impression of its time, and ends the wait of the oldest.
+    log = [(IMPRESSION, 0, pair) for pair in range(SHARES - 1)]
+    # An outcome joins the one impression of its time, and ends the oldest waits as their user's and where it is their turn.
     found = resolved_by(*log, (IMPRESSION, 100, 77), (OUTCOME, 150, 77))
-    assert max(Counter(by for by, _, _ in found).values()) == MOST_LEARNED == 1 + MOST_EXPIRED
+    assert max(Counter(by for by, _, _ in found).values()) == MOST_LEARNED == 1 + 2 * MOST_EXPIRED
 
 
 def test_more_than_may_wait_are_dropped() -> None:
@@ -190,6 +328,7 @@ def test_more_than_may_wait_are_dropped() -> None:
 def test_the_kernels_numbers_are_those_of_the_kinds() -> None:
     for name in ("OPENED", "DROPPED", "FEEDBACK", "JOINED", "EXPIRED"):
         assert getattr(attribution, name) == Kind[name]
+    assert attribution.SHARES == positions.SHARES
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])

@@ -39,7 +39,7 @@ from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild_waiting import Waits
 from streaming.rows import Rows
-from tests.streaming.test_attribution import Event, Resolved, by_hand
+from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)
 SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
@@ -49,17 +49,18 @@ SETTINGS = Settings(
     events=Events(actions=ACTIONS, action_weights=(1.0, 0.25, 3.0)),
     labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8 * SHARES),
 )
-ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME}
+ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME, NOTHING: NOTHING}
 BASE_MS = 1_700_000_000_000
 NOW_MS = BASE_MS + 1_000_000
 
 logs = st.lists(
     st.builds(
         Event,
-        role=st.sampled_from([0, 1, 1, 2]),
+        role=st.sampled_from([0, 1, 1, 2, NOTHING]),
         source=st.integers(0, 1),
         at_ms=st.integers(0, 60) | st.integers(0, 400),
         pair=st.integers(0, 3),
+        user=st.sampled_from([0, 0, 9, 9 + SHARES]),
     ),
     min_size=1,
     max_size=50,
@@ -67,17 +68,25 @@ logs = st.lists(
 sizes = st.lists(st.integers(1, 20), min_size=1, max_size=5)
 
 
-def batch_of(log: list[Event], following: list[int], context: int = 0) -> EventBatch:
-    """A batch, one user a partition and `pair` as item; `following` keeps the next offsets."""
-    partitions = sorted({event.source for event in log})
+def user_of(event: Event) -> int:
+    """Whose it is: one user a partition, where it does not say."""
+    return event.user or event.source + 7
+
+
+def batch_of(positions: list[Event], following: list[int], context: int = 0) -> EventBatch:
+    """A batch, `pair` as item; `following` keeps the next offsets."""
+    partitions = sorted({event.source for event in positions})
     first = list(following)
-    offsets = []
-    for event in log:
-        offsets.append(following[event.source])
+    log, offsets = [], []
+    for event in positions:
+        if event.role != NOTHING:
+            log.append(event)
+            offsets.append(following[event.source])
         following[event.source] += 1
+    rows = [sum(event.source == one for event in log) for one in partitions]
     action = np.array([event.role for event in log], np.uint8)
     return EventBatch(
-        user=np.array([event.source + 7 for event in log], np.uint64),
+        user=np.array([user_of(event) for event in log], np.uint64),
         item=np.array([event.pair + 1 for event in log], np.uint64),
         category=np.array([event.pair + 100 for event in log], np.uint64),
         action=action,
@@ -88,7 +97,8 @@ def batch_of(log: list[Event], following: list[int], context: int = 0) -> EventB
         source=np.array([partitions.index(event.source) for event in log], np.uint16),
         offset=np.array(offsets, np.int64),
         ranges=tuple(
-            Range(SOURCES[one], first[one], following[one], rows=following[one] - first[one]) for one in partitions
+            Range(SOURCES[one], first[one], following[one], rows=count, absent=following[one] - first[one] - count)
+            for one, count in zip(partitions, rows, strict=True)
         ),
         dead=(),
         names={},
@@ -213,10 +223,17 @@ def test_however_it_is_cut_and_dies_each_row_is_learned_once_as_a_join_by_hand_l
     calm = ran(folder / "calm", log, [len(log)], ["commit"])
     assert run.rows() == calm.rows()
 
-    kinds, resolved = by_hand([event._replace(role=ROLE_OF[event.role]) for event in log], most=8)
+    kinds, resolved = by_hand(
+        [
+            event._replace(role=ROLE_OF[event.role], pair=event.pair + 100 * user_of(event), user=user_of(event))
+            for event in log
+        ],
+        most=8,
+    )
     reached, places = [0, 0], []
     for event in log:
-        places.append((event.source, reached[event.source]))
+        if event.role != NOTHING:
+            places.append((event.source, reached[event.source]))
         reached[event.source] += 1
     at_once = {place for place, kind in zip(places, kinds, strict=True) if kind == Kind.ROW}
     expected = {(one.source, one.opened): one for one in resolved}

@@ -22,7 +22,7 @@ from state.history.store import HistoryStore
 from state.history.sweeping import READ_TIMES, Sweeper
 from state.metrics import StreamMetrics
 from streaming.cut import Cut
-from streaming.event_clock import PREFIX, Told
+from streaming.event_clock import PREFIX, Moves, Told
 from streaming.profile import Profiler
 from streaming.rows import Rows
 from streaming.sweeping import StreamSweep
@@ -103,7 +103,9 @@ def told(rows: Rows, clock_ms: int) -> Rows:
     appends = with_history(rows).appends
     appends.events["at_ms"] = clock_ms - 3_600_000
     appends.events["topic"] = ZERO.topic
-    return replace(rows, appends=appends, told=Told(np.empty(0, np.int64), ((clock_ms, clock_ms),), {}, ()))
+    nothing = np.empty(0, np.int64)
+    moves = Moves(nothing.astype(np.uint16), nothing, nothing)
+    return replace(rows, appends=appends, told=Told(nothing, moves, ((clock_ms, clock_ms),), {}, ()))
 
 
 def wait_until(done: Callable[[], bool]) -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.events.dead_letters import DeadLetter, Reason
+from state.events.event_batch import EventBatch
 from state.features.spec import EVENT
 from state.history.appends import Appends
-from state.positions import Range
+from state.positions import SHARES, Range
 from streaming.distributed.account import Account
 from streaming.distributed.bucket import BucketCore
 from streaming.distributed.buckets import Portion, decode, divide, encode, gathered
@@ -25,16 +26,18 @@ from streaming.distributed.options import FLINK, PRISM, beam_options, take_runne
 from streaming.distributed.partitions import of_element
 from streaming.distributed.reading import ReadingTracker, SourceReading
 from streaming.distributed.wire import pack, unpack
-from streaming.event_clock import OffClock, Told
+from streaming.event_clock import Moves, OffClock, Told, moves_of
 from tests.streaming.pieces import ONE, ZERO, piece
 
 SOURCES = [ZERO, ONE]
 
 
-def told(count: int, ranges: int) -> Told:
+def told(events: EventBatch, clock_ms: list[int] | None = None) -> Told:
     """What time it was, made up."""
-    clocks = tuple((one, one + 5) for one in range(ranges))
-    return Told(np.arange(count, dtype=np.int64), clocks, {"clock:all": b"x"}, (OffClock("ahead", 0, 3, 70),))
+    clocks = tuple((one, one + 5) for one in range(len(events.ranges)))
+    after = np.arange(len(events), dtype=np.int64) if clock_ms is None else np.array(clock_ms, np.int64)
+    moves = moves_of(events.ranges, np.full(len(clocks), -3), events, after)
+    return Told(after, moves, clocks, {"clock:all": b"x"}, (OffClock("ahead", 0, 3, 70),))
 
 
 @given(
@@ -48,7 +51,7 @@ def test_the_parts_of_a_bundle_have_each_event_once_and_each_offset_has_one_outc
         parts.append((SOURCES[source], at[source], rows))
         at[source] += rows + 2
     events = gathered(piece(*parts, dead=2).batch)
-    found = divide(events, told(len(events), len(events.ranges)), buckets)
+    found = divide(events, told(events), buckets)
     assert len(found) == buckets
     assert sorted(int(one) for batch, _ in found for one in batch.offset) == sorted(events.offset.tolist())
     for bucket, (batch, clock) in enumerate(found):
@@ -63,6 +66,30 @@ def test_the_parts_of_a_bundle_have_each_event_once_and_each_offset_has_one_outc
     assert account.faults() == ()
     assert account.totals["positions"] == sum(part.next - part.first for part in events.ranges)
     assert account.reached(ZERO.topic_id) == {part.source.partition: part.next for part in events.ranges}
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=40),
+    st.lists(st.integers(0, 9), max_size=9),
+    st.integers(0, 99),
+    st.sampled_from([1, 2, 8, 64]),
+)
+def test_where_it_is_its_turn_a_bucket_knows_what_time_it_is(
+    zero: list[int], one: list[int], first: int, buckets: int
+) -> None:
+    events = piece((ZERO, first, len(zero)), (ONE, 2 * first, len(one)), dead=70).batch
+    whole = told(events, [*zero, *one])
+    for bucket, (batch, clock) in enumerate(divide(events, whole, buckets)):
+        for number, part in enumerate(batch.ranges):
+            for offset in range(part.first, part.next):
+                if offset % SHARES % buckets == bucket:
+                    assert time_at(clock.moves, number, offset) == time_at(whole.moves, number, offset)
+        assert (clock.moves.offset % SHARES % buckets == bucket).all()
+
+
+def time_at(moves: Moves, source: int, offset: int) -> int:
+    """What time it is in a range at an offset."""
+    return int(moves.clock_ms[(moves.source == source) & (moves.offset <= offset)][-1])
 
 
 def test_a_bucket_that_lags_holds_back_what_was_reached_and_one_that_is_missing_too() -> None:
@@ -90,7 +117,7 @@ def test_a_portion_arrives_as_it_was_sent() -> None:
         type(batch)(
             **{name: getattr(batch, name) for name in batch.__slots__} | {"dead": (letter,), "names": {7: "x"}}
         ),
-        told(3, 1),
+        told(batch),
         9,
         2,
         77,
@@ -100,6 +127,8 @@ def test_a_portion_arrives_as_it_was_sent() -> None:
     assert came.batch.dead == (letter._replace(key=None, value=None),)
     assert (came.control, came.log_epoch, came.appended_ms, came.batch.names) == (9, 2, 77, {7: "x"})
     assert (came.batch.ranges, came.told.clocks, came.told.off) == (batch.ranges, sent.told.clocks, sent.told.off)
+    for name in Moves._fields:
+        np.testing.assert_array_equal(getattr(came.told.moves, name), getattr(sent.told.moves, name))
     for name in ("user", "offset", "label", "context", "request"):
         np.testing.assert_array_equal(getattr(came.batch, name), getattr(batch, name))
         # Numba compiles once more for arrays that cannot be written.
