@@ -239,7 +239,8 @@ def attribute(queue: Queue, arrived: Arrived, stretches: Stretches, wait_ms: int
     begins = np.searchsorted(arrived.stretch[order], numbers)
     moves = np.searchsorted(stretches.move_stretch, numbers)
     count = _attribute(queue, arrived, stretches, order, begins, moves, wait_ms, most, made)
-    return queue, Made(made.kind, *(column[:count] for column in made[1:]))
+    known = made.known[:count]
+    return queue, Made(made.kind, by[:count], stretch[:count], at[:count], opened[:count], known, opened_ms[:count])
 
 
 def enter(queue: Queue, waiting: Waiting) -> Queue:
@@ -251,7 +252,7 @@ def enter(queue: Queue, waiting: Waiting) -> Queue:
 
 @compiled
 def _share(partition: int, user: int) -> int:
-    return partition * SHARES + np.int64(np.uint64(user) % np.uint64(SHARES))
+    return partition * SHARES + int(np.int64(np.uint64(user) % np.uint64(SHARES)))
 
 
 @compiled

@@ -102,7 +102,7 @@ class _Suspect(NamedTuple):
 def moves_of(
     ranges: Sequence[Range], begin_ms: NDArray[np.int64], clicks: TimedRows, clock_ms: NDArray[np.int64]
 ) -> Moves:
-    """Where the clocks of a batch's partitions move.
+    """Where the clocks of a batch's partitions move; in the gap with which a range begins there is none, for nobody read it.
 
     Args:
         ranges: What `clicks.source` is an index of.
@@ -110,7 +110,7 @@ def moves_of(
         clicks: In order of arrival.
         clock_ms: `[n]` int64, of each click its partition's clock after it.
     """
-    firsts = np.array([part.first for part in ranges], np.int64)
+    firsts = np.array([part.first + part.gap for part in ranges], np.int64)
     source = np.concatenate([np.arange(len(ranges), dtype=np.uint16), clicks.source])
     order = np.argsort(source, kind="stable")
     source, offset = source[order], np.concatenate([firsts, clicks.offset])[order]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PortableOptions, StandardOptions
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.config.settings import Settings
@@ -43,6 +45,7 @@ def told(events: EventBatch, clock_ms: list[int] | None = None) -> Told:
 @given(
     st.lists(st.tuples(st.integers(0, 1), st.integers(0, 9)), min_size=1, max_size=6), st.sampled_from([1, 2, 8, 64])
 )
+@settings(deadline=None)
 def test_the_parts_of_a_bundle_have_each_event_once_and_each_offset_has_one_outcome(
     read: list[tuple[int, int]], buckets: int
 ) -> None:
@@ -74,6 +77,7 @@ def test_the_parts_of_a_bundle_have_each_event_once_and_each_offset_has_one_outc
     st.integers(0, 99),
     st.sampled_from([1, 2, 8, 64]),
 )
+@settings(deadline=None)
 def test_where_it_is_its_turn_a_bucket_knows_what_time_it_is(
     zero: list[int], one: list[int], first: int, buckets: int
 ) -> None:
@@ -85,6 +89,11 @@ def test_where_it_is_its_turn_a_bucket_knows_what_time_it_is(
                 if offset % SHARES % buckets == bucket:
                     assert time_at(clock.moves, number, offset) == time_at(whole.moves, number, offset)
         assert (clock.moves.offset % SHARES % buckets == bucket).all()
+
+
+def test_in_a_gap_it_is_no_time() -> None:
+    events = replace(piece((ZERO, 5, 3)).batch, ranges=(Range(ZERO, 0, 8, rows=3, gap=5),))
+    assert told(events).moves.offset.tolist() == [5, 5, 6, 7]
 
 
 def time_at(moves: Moves, source: int, offset: int) -> int:
