@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 UNPLACED = ("joined", "expired", "dropped")  # no offsets of their own
 # Named only where there are any.
 RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped", "masked", "elsewhere")
-MOST_LEARNED = 17  # rows at one position: its own or the one it joins, and twice `MOST_EXPIRED` of streaming/attribution.py
+MOST_LEARNED = 17  # rows at one position: its own or one it joins, and twice `MOST_EXPIRED` of streaming/attribution.py
 SHARES = 64  # of the users of a partition, see `share_of`; a bucket is one or some of them
 _TOPIC_ID = re.compile(r"[0-9a-f]{32}")
 
