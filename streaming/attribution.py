@@ -15,9 +15,7 @@ which is the newest event time so far unless somebody's clock is wrong:
 
 Nothing here knows the time of day, where one batch ends, or of other shares, so
 that any cutting of the log and any division of the users gives the same. A row
-that waits costs some 100 bytes of memory; what it says is in the store. All of
-it is one file, constants included: Numba takes a kernel's machine code from its
-cache unless the kernel's own file has changed.
+that waits costs some 100 bytes of memory; what it says is in the store.
 """
 
 from __future__ import annotations
@@ -29,104 +27,18 @@ from numpy.typing import NDArray
 
 from state.compiled import compiled
 from state.compiled.mixing import mixed
+from streaming.waiting_queue import NONE, SHARES, Queue, begin, close, share_number, with_space
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 
 MOST_EXPIRED = 8
-SHARES = 64  # those of `state.positions`, which a test compares
-NONE = -1
 NEVER_MS = np.iinfo(np.int64).min
 
 # What an action is, and the kinds of `state.microbatch.row_kinds`, whose numbers a test compares.
 PLAIN, IMPRESSION, OUTCOME = 0, 1, 2
 OPENED, DROPPED, FEEDBACK, JOINED, EXPIRED = 1, 2, 3, 4, 5
-
-_FREE = 0
-
-
-class Queue(NamedTuple):
-    """The impressions that wait, each in a slot; two chains of slots, by share of a partition and by pair.
-
-    Attributes:
-        offset: `[S]` int64.
-        at_ms: `[S]` int64.
-        begun_ms: `[S]` int64, when it began to wait.
-        pair: `[S]` uint64.
-        user: `[S]` uint64.
-        share: `[S]` int64, `SHARES` times the number of the partition, and which of its shares.
-        chain: `[S, 4]` int64: the next and the one before of the share, the older and the newer of the bucket.
-        buckets: `[B]` int64, the newest slot of the pairs of each bucket; B is a power of two.
-        first: `[Q, 2]` int64, the oldest and the newest slot of each share.
-        waiting: `[Q]` int64, how many wait.
-        free: `[S]` int64, slots without an impression, the first `sizes[0]` of them.
-        sizes: `[1]` int64.
-    """
-
-    offset: I64
-    at_ms: I64
-    begun_ms: I64
-    pair: U64
-    user: U64
-    share: I64
-    chain: I64
-    buckets: I64
-    first: I64
-    waiting: I64
-    free: I64
-    sizes: I64
-
-    @classmethod
-    def of(cls, slots: int, partitions: int) -> Queue:
-        """An empty queue."""
-        buckets = 1 << max(4, (slots - 1).bit_length())
-        return cls(
-            np.zeros(slots, np.int64),
-            np.zeros(slots, np.int64),
-            np.zeros(slots, np.int64),
-            np.zeros(slots, np.uint64),
-            np.zeros(slots, np.uint64),
-            np.zeros(slots, np.int64),
-            np.full((slots, 4), NONE, np.int64),
-            np.full(buckets, NONE, np.int64),
-            np.full((partitions * SHARES, 2), NONE, np.int64),
-            np.zeros(partitions * SHARES, np.int64),
-            np.arange(slots, dtype=np.int64)[::-1].copy(),
-            np.array([slots], np.int64),
-        )
-
-    def rows(self) -> Waiting:
-        """All that wait, those of a share in order."""
-        found: list[int] = []
-        for slot in self.first[:, 0].tolist():
-            while slot != NONE:
-                found.append(slot)
-                slot = int(self.chain[slot, 0])
-        at = np.array(found, np.int64)
-        return Waiting(
-            self.offset[at], self.at_ms[at], self.begun_ms[at], self.pair[at], self.user[at], self.share[at] // SHARES
-        )
-
-
-class Waiting(NamedTuple):
-    """Impressions that wait, those of a share in the order of their offsets.
-
-    Attributes:
-        offset: `[n]` int64.
-        at_ms: `[n]` int64.
-        begun_ms: `[n]` int64, when each began to wait.
-        pair: `[n]` uint64 of `pairs`.
-        user: `[n]` uint64.
-        partition: `[n]` int64, its number.
-    """
-
-    offset: I64
-    at_ms: I64
-    begun_ms: I64
-    pair: U64
-    user: U64
-    partition: I64
 
 
 class Arrived(NamedTuple):
@@ -193,17 +105,6 @@ class Made(NamedTuple):
     opened_ms: I64
 
 
-def with_space(queue: Queue, more: int, partitions: int) -> Queue:
-    """A queue with space for `more` impressions and `partitions` partitions; `queue` itself where it has that."""
-    slots, known = len(queue.offset), len(queue.waiting) // SHARES
-    if int(queue.sizes[_FREE]) >= more and known >= partitions:
-        return queue
-    used = slots - int(queue.sizes[_FREE])
-    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, partitions))
-    _enter(grown, queue.rows())
-    return grown
-
-
 def pairs(user: U64, item: U64, request: U64) -> U64:
     """`[n]` uint64: by what an impression and its outcome are paired; two of 1e6 others collide with probability below 1e-13.
 
@@ -229,7 +130,7 @@ def attribute(queue: Queue, arrived: Arrived, stretches: Stretches, wait_ms: int
     """
     events, impressions = len(arrived.role), int((arrived.role == IMPRESSION).sum())
     queue = with_space(queue, impressions, int(stretches.partition.max(initial=-1)) + 1)
-    waiting = len(queue.offset) - int(queue.sizes[_FREE])
+    waiting = len(queue.offset) - queue.free_slots
     positions = int((stretches.next - stretches.first).sum())
     most_known = min((1 + MOST_EXPIRED) * events + MOST_EXPIRED * positions, waiting + impressions)
     by, stretch, at, opened, opened_ms = (np.empty(most_known, np.int64) for _ in range(5))
@@ -243,79 +144,6 @@ def attribute(queue: Queue, arrived: Arrived, stretches: Stretches, wait_ms: int
     return queue, Made(made.kind, by[:count], stretch[:count], at[:count], opened[:count], known, opened_ms[:count])
 
 
-def enter(queue: Queue, waiting: Waiting) -> Queue:
-    """The queue with impressions that wait already."""
-    queue = with_space(queue, len(waiting.offset), int(waiting.partition.max(initial=-1)) + 1)
-    _enter(queue, waiting)
-    return queue
-
-
-@compiled
-def _share(partition: int, user: int) -> int:
-    return partition * SHARES + int(np.int64(np.uint64(user) % np.uint64(SHARES)))
-
-
-@compiled
-def _open(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, user: int, share: int) -> None:
-    queue.sizes[_FREE] -= 1
-    slot = queue.free[queue.sizes[_FREE]]
-    queue.offset[slot] = offset
-    queue.at_ms[slot] = at_ms
-    queue.begun_ms[slot] = begun_ms
-    queue.pair[slot] = pair
-    queue.user[slot] = user
-    queue.share[slot] = share
-    # The newest of its share.
-    last = queue.first[share, 1]
-    queue.chain[slot, 0] = NONE
-    queue.chain[slot, 1] = last
-    if last == NONE:
-        queue.first[share, 0] = slot
-    else:
-        queue.chain[last, 0] = slot
-    queue.first[share, 1] = slot
-    # The newest of its bucket.
-    bucket = np.int64(np.uint64(pair) & np.uint64(queue.buckets.shape[0] - 1))
-    older = queue.buckets[bucket]
-    queue.chain[slot, 2] = older
-    queue.chain[slot, 3] = NONE
-    if older != NONE:
-        queue.chain[older, 3] = slot
-    queue.buckets[bucket] = slot
-    queue.waiting[share] += 1
-
-
-@compiled
-def _close(queue: Queue, slot: int) -> None:
-    share = queue.share[slot]
-    after, before, older, newer = queue.chain[slot, 0], queue.chain[slot, 1], queue.chain[slot, 2], queue.chain[slot, 3]
-    if before == NONE:
-        queue.first[share, 0] = after
-    else:
-        queue.chain[before, 0] = after
-    if after == NONE:
-        queue.first[share, 1] = before
-    else:
-        queue.chain[after, 1] = before
-    if newer == NONE:
-        queue.buckets[np.int64(queue.pair[slot] & np.uint64(queue.buckets.shape[0] - 1))] = older
-    else:
-        queue.chain[newer, 2] = older
-    if older != NONE:
-        queue.chain[older, 3] = newer
-    queue.waiting[share] -= 1
-    queue.free[queue.sizes[_FREE]] = slot
-    queue.sizes[_FREE] += 1
-
-
-@compiled
-def _enter(queue: Queue, waiting: Waiting) -> None:
-    for n in range(waiting.offset.shape[0]):
-        user = waiting.user[n]
-        share = _share(waiting.partition[n], user)
-        _open(queue, waiting.offset[n], waiting.at_ms[n], waiting.begun_ms[n], waiting.pair[n], user, share)
-
-
 @compiled
 def _make_known(queue: Queue, made: Made, count: int, by: int, stretch: int, at: int, slot: int, known: int) -> int:
     made.by[count] = by
@@ -324,7 +152,7 @@ def _make_known(queue: Queue, made: Made, count: int, by: int, stretch: int, at:
     made.opened[count] = queue.offset[slot]
     made.known[count] = known
     made.opened_ms[count] = queue.at_ms[slot]
-    _close(queue, slot)
+    close(queue, slot)
     return count + 1
 
 
@@ -399,7 +227,7 @@ def _attribute(
                 at = until
             if n == NONE:
                 break
-            share = _share(partition, arrived.user[n])
+            share = share_number(partition, arrived.user[n])
             over_ms = arrived.clock_ms[n] - wait_ms
             # 1.
             if arrived.role[n] == OUTCOME:
@@ -413,7 +241,7 @@ def _attribute(
                 else:
                     made.kind[n] = OPENED
                     user = arrived.user[n]
-                    _open(queue, arrived.offset[n], arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
+                    begin(queue, arrived.offset[n], arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
             # 3. at an event of its own user.
             count = _end(queue, share, over_ms, n, r, to, arrived, True, made, count)
             last = n

@@ -26,20 +26,10 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
 from state.microbatch.row_kinds import Kind, Known, counts_by_range
 from state.positions import SHARES, Range, Source
-from streaming.attribution import (
-    IMPRESSION,
-    OUTCOME,
-    PLAIN,
-    Arrived,
-    Queue,
-    Stretches,
-    Waiting,
-    attribute,
-    enter,
-    pairs,
-)
+from streaming.attribution import IMPRESSION, OUTCOME, PLAIN, Arrived, Stretches, attribute, pairs
 from streaming.cut import Cut
 from streaming.rows import Rows
+from streaming.waiting_queue import Queue, WaitingImpressions, enter
 
 LOADED_AT_ONCE = 10_000
 logger = logging.getLogger(__name__)
@@ -91,7 +81,7 @@ class Labels:
             offsets = np.array([offset for _, offset in positions], np.int64)
             partitions, at_ms = self._number([source for source, _ in positions]), columns["at_ms"]
             begun_ms = at_ms + columns.get("delay_ms", np.zeros(len(chunk), np.int64))
-            queue = enter(queue, Waiting(offsets, at_ms, begun_ms, pair, columns["user"], partitions))
+            queue = enter(queue, WaitingImpressions(offsets, at_ms, begun_ms, pair, columns["user"], partitions))
         return queue
 
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:

@@ -19,14 +19,12 @@ from streaming.attribution import (
     MOST_EXPIRED,
     OUTCOME,
     PLAIN,
-    SHARES,
     Arrived,
-    Queue,
     Stretches,
     attribute,
-    enter,
     pairs,
 )
+from streaming.waiting_queue import SHARES, Queue, enter
 
 WAIT_MS = 100
 NOTHING = 3  # a role of no event: a position that holds none
@@ -328,7 +326,7 @@ def test_more_than_may_wait_are_dropped() -> None:
 def test_the_kernels_numbers_are_those_of_the_kinds() -> None:
     for name in ("OPENED", "DROPPED", "FEEDBACK", "JOINED", "EXPIRED"):
         assert getattr(attribution, name) == Kind[name]
-    assert attribution.SHARES == positions.SHARES
+    assert SHARES == positions.SHARES
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
