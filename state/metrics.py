@@ -636,14 +636,23 @@ def say_build(registry: CollectorRegistry) -> None:
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
-    """Offers `registry`, and what is to be said of the process, on http://host:port/metrics from a daemon thread.
-
-    Who asks for OpenMetrics gets it. Returns the function that stops it.
+    """Offers `registry` and what is to be said of the process, as `offer` does.
 
     Raises:
         PortTaken: The port is in use.
     """
     add_process(registry)
+    return offer(registry, port, host)
+
+
+def offer(registry: CollectorRegistry, port: int, host: str) -> Callable[[], None]:
+    """Offers `registry` as it is on http://host:port/metrics from a daemon thread; returns the function that stops it.
+
+    Who asks for OpenMetrics gets it.
+
+    Raises:
+        PortTaken: The port is in use.
+    """
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:

@@ -154,22 +154,21 @@ class Committer:
             for index in self._truncated:
                 metrics.truncated_histories.inc(int((piece.vectors.features[:, index] > 0).sum()))
             count_letters(metrics, piece.batch.dead)
-            show_clocks(metrics, piece)
+            for off, clicks in off_clocks(piece):
+                show_off_clock(metrics, off, clicks)
         for outcome in outcomes.keys() - UNPLACED:
             metrics.events.labels(outcome).inc(outcomes[outcome])
         metrics.microbatch_rows.observe(sum(map(len, pieces)) / records)
 
 
-def show_clocks(metrics: StreamMetrics, piece: Rows) -> None:
-    """Counts the clocks that are off in a batch, and says where the newest click of such a clock is."""
+def off_clocks(piece: Rows) -> list[tuple[OffClock, int]]:
+    """The clocks that are off in a batch, and how many clicks each stands for: the newest that was refused for all."""
     refused = [one for one in piece.batch.dead if one.reason is Reason.IMPLAUSIBLE_TIME]
-    for one in refused[-1:]:
-        show_off_clock(metrics, OffClock("refused", one.source.partition, one.offset, 0), len(refused))
-    for off in () if piece.told is None else piece.told.off:
-        show_off_clock(metrics, off)
+    found = [(OffClock("refused", one.source.partition, one.offset, 0), len(refused)) for one in refused[-1:]]
+    return found + [(off, 1) for off in (() if piece.told is None else piece.told.off)]
 
 
-def show_off_clock(metrics: StreamMetrics, off: OffClock, clicks: int = 1) -> None:
+def show_off_clock(metrics: StreamMetrics, off: OffClock, clicks: int) -> None:
     """Counts clicks whose clock is off, and says where the newest of them is."""
     metrics.clocks_off.labels(off.direction).inc(clicks)
     metrics.clock_off_partition.labels(off.direction).set(off.partition)

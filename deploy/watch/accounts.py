@@ -10,6 +10,9 @@ The order of reading makes the cut exact while everything moves:
 
 A row is in the log before the store counts it, and in the store soon after; so
 where the version is ahead of the store, the store is read again.
+
+A stream on an engine has its account there: of it there is what it shows on
+/metrics, a second old, which is not compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any
 
 from deploy.watch.messages import shown
 from deploy.watch.rows_in_flight import Counts, InFlight, comparable, stream_account, trainer_account
-from deploy.watch.stored_accounts import quick, read_stores, read_tail, settled
+from deploy.watch.stored_accounts import quick, read_shown, read_stores, read_tail, settled
 from state.accounts import BrokerAccount, StreamAccount, check_accounts
 from state.config.settings import Settings
 from state.errors import SpringtideError
@@ -31,19 +34,24 @@ from state.registry.registry import Registry
 
 OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
 RARE = ("opened", "feedback", "masked")
+AS_SHOWN = (
+    "no stream has a store here: its account is what it shows on /metrics, and is not compared with the trainer's"
+)
 
 
 def account(settings: Settings) -> dict[str, Any]:
     """The whole account as JSON values; what cannot be read says why, and the rest is checked all the same."""
     found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
-    (version, line), counts, waiting = _newest(settings, found), None, None
+    (version, line), counts, waiting, unread = _newest(settings, found), None, None, 0
+    stream: StreamAccount | None = None
     # 2.
     try:
         stores = read_stores(settings) if version is None else settled(settings, version)
         counts, found["gaps_accepted"], waiting = stores
+        stream = stream_account(counts)
     except SpringtideError as error:
-        found["notes"].append(str(error))
-    stream = stream_account(counts) if counts else None
+        stream, waiting, unread = read_shown(settings)
+        found["notes"].append(str(error) if stream is None else AS_SHOWN)
     # 3.
     trainer = compared = None
     if version is not None:
@@ -73,7 +81,7 @@ def account(settings: Settings) -> dict[str, Any]:
     if trainer is not None and compared is None:
         found["faults"] += check_accounts(trainer=trainer)
     if stream is not None:
-        unread = sum(one.unread for one in broker)
+        unread = sum(one.unread for one in broker) if counts else unread
         found["stream"] = {**dataclasses.asdict(stream), "waiting": waiting, "unread": unread}
     found["balanced"] = None if stream is None and trainer is None else not found["faults"]
     found["compared"] = compared is not None

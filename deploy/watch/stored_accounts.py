@@ -1,4 +1,4 @@
-"""Reads what the account is made of: the stream's stores on this machine, and the end of the training log."""
+"""Reads what the account is made of: the stream's stores on this machine, or what it shows, and the end of the training log."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from deploy.watch import scrape
 from deploy.watch.rows_in_flight import LONGEST_TAIL, InFlight, in_flight
 from state import layout
+from state.accounts import StreamAccount
 from state.config.settings import Settings
 from state.errors import MicroBatchError, SpringtideError
 from state.history.store import HistoryStore
@@ -59,6 +61,36 @@ def read_stores(settings: Settings) -> Stores:
     if not counts:
         raise SpringtideError(f"no stream has committed anything under {settings.state_dir} yet")
     return Stores(counts, accepted, waiting)
+
+
+class Shown(NamedTuple):
+    """What a stream says of itself on /metrics.
+
+    Attributes:
+        account: Over all sources; None where no stream answers, or it has committed nothing.
+        waiting: Rows that wait for their label.
+        unread: Positions of the clicks that it has still to read.
+    """
+
+    account: StreamAccount | None = None
+    waiting: int | None = None
+    unread: int = 0
+
+
+def read_shown(settings: Settings) -> Shown:
+    """What the stream shows, wherever it runs.
+
+    Raises:
+        SettingsError: `metrics.hosts` is not written as it should be.
+    """
+    stream = scrape.scrape({"stream": scrape.urls(settings)["stream"]})["stream"]
+    shown = stream.by("springtide_accounting_labels", "outcome") | stream.by(
+        "springtide_accounting_positions", "outcome"
+    )
+    if not shown.get("positions"):
+        return Shown()
+    account = StreamAccount(**{one.name: int(shown[one.name]) for one in dataclasses.fields(StreamAccount)})
+    return Shown(account, int(shown["waiting"]), int(stream.value("springtide_stream_lag_events") or 0))
 
 
 def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:

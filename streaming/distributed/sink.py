@@ -25,6 +25,7 @@ from state.errors import UnreachableBroker
 from state.events.dead_letters import DeadLetter
 from state.log import LogWriter
 from state.positions import to_json
+from streaming.commit import off_clocks
 from streaming.cut import Cut, encode_cut
 from streaming.distributed.bucket import BucketRows
 from streaming.distributed.steps import WorkerStep
@@ -69,7 +70,7 @@ def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Se
         "ranges": [to_json(part) for batch in batches for part in batch.ranges],
         "dropped": [to_json(part) for one in made for part in one.dropped],
         "letters": Counter(str(letter.reason) for batch in batches for letter in batch.dead),
-        "off": [off for one in made if one.rows.told is not None for off in one.rows.told.off],
+        "off": [off for one in made for off in off_clocks(one.rows)],
         "appended_ms": max((one.appended_ms for one in made), default=0),
         "records": records,
         "rows": sum(len(one.rows) for one in made),
