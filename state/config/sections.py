@@ -298,17 +298,17 @@ class Stream:
         1,
         least=1,
         most=1000,
-        help="On a distributed runner: elements that read the partitions, at most one a subtask; fixed for the life of a job.",
+        help="On a distributed runner: sources that share the partitions, at most one a subtask; fixed for the life of a job.",
     )
     bundle_ms: int = setting(
-        100, "ms", least=1, most=60_000, help="On a distributed runner: how long a source element gathers clicks."
+        100, "ms", least=1, most=60_000, help="On a distributed runner: how long a source gathers clicks."
     )
     bundle_events: int = setting(
         10_000,
         "events",
         least=1,
         most=1_000_000,
-        help="On a distributed runner: most clicks that a source element gathers; catching up is then many bundles.",
+        help="On a distributed runner: most clicks that a source gathers; catching up is then many bundles.",
     )
 
 

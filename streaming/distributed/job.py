@@ -1,7 +1,7 @@
 """The distributed job as one sentence, and how it is handed to an engine.
 
     read ─┬─ (bucket, portion) ─ update bucket ─ write ─── account
-          └─ of each source element         └── one stage ──┘   └─ one key
+          └─ of each source                 └── one stage ──┘   └─ one key
 
 The engine keeps positions, clocks, histories, rows that wait and the account in
 one checkpoint; what is behind a checkpoint is read and made again.
@@ -19,6 +19,7 @@ from apache_beam.coders import BytesCoder
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.runner import PipelineResult
+from apache_beam.transforms.periodicsequence import PeriodicImpulse, RebaseMode
 from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
 
 from state.config.settings import Settings
@@ -39,6 +40,7 @@ from streaming.distributed.wire import unpack
 from streaming.distributed.worker import JobPlan, without_secrets
 
 NO_CONSENT = Consent()
+WAKE_S = 3600.0
 logger = logging.getLogger(__name__)
 
 
@@ -65,8 +67,8 @@ class KeepAccount(WorkerStep):
         yield from ()
 
 
-class StartSources(beam.DoFn):
-    """Gives each source element its number.
+class WakeSources(beam.DoFn):
+    """Wakes each source.
 
     Args:
         sources: How many there are.
@@ -76,18 +78,21 @@ class StartSources(beam.DoFn):
         super().__init__()
         self._sources = sources
 
-    def process(self, element: bytes) -> Iterator[int]:
-        """The numbers."""
-        yield from range(self._sources)
+    def process(self, element: object) -> Iterator[tuple[int, bytes]]:
+        """The number of each is its key."""
+        for source in range(self._sources):
+            yield source, b""
 
 
 def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[None]:
     """Applies the job to `pipeline`."""
-    portion, told = tuple[int, bytes], tuple[int, bytes]
+    woken, portion, told = tuple[int, bytes], tuple[int, bytes], tuple[int, bytes]
+    # Sources call themselves. But where input ends an engine forgets what it keeps of keys, and Flink is busy with timers.
+    endless = PeriodicImpulse(fire_interval=WAKE_S, rebase=RebaseMode.REBASE_START)
     accounted: PCollection[None] = (
         pipeline
-        | "Start" >> beam.Impulse()
-        | "Number sources" >> beam.ParDo(StartSources(plan.settings.stream.sources)).with_output_types(int)
+        | "Start" >> (endless if plan.until is None else beam.Impulse())
+        | "Wake sources" >> beam.ParDo(WakeSources(plan.settings.stream.sources)).with_output_types(woken)
         | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(portion)
         | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(BucketRows)
         | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(told)

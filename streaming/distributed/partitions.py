@@ -1,4 +1,4 @@
-"""The partitions of one source element: read for a moment, parsed, timed, and divided into buckets once a bundle.
+"""The partitions of one source: read for a moment, parsed, timed, and divided into buckets once a bundle.
 
     poll until the moment is over ─ parse ─ leave masked clicks out ─ follow the clock ─ divide
 
@@ -38,21 +38,21 @@ REFRESH_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-def of_element(element: int, elements: int, partitions: int) -> list[int]:
-    """The partitions that an element reads, those made later included.
+def of_source(source: int, sources: int, partitions: int) -> list[int]:
+    """The partitions that a source reads, those made later included.
 
-    >>> of_element(1, 2, 5)
+    >>> of_source(1, 2, 5)
     [1, 3]
     """
-    return [one for one in range(partitions) if one % elements == element]
+    return [one for one in range(partitions) if one % sources == source]
 
 
 class Partitions:
-    """The open partitions of one source element. One thread at a time uses it.
+    """The open partitions of one source. One thread at a time uses it.
 
     Args:
         worker: Of this process.
-        element: Its number.
+        source: Its number.
         reading: Where it begins.
 
     Attributes:
@@ -63,8 +63,8 @@ class Partitions:
         LogError: Kafka is not reachable, or the topic is missing.
     """
 
-    def __init__(self, worker: JobWorker, element: int, reading: SourceReading) -> None:
-        self._worker, self._element = worker, element
+    def __init__(self, worker: JobWorker, source: int, reading: SourceReading) -> None:
+        self._worker, self._source = worker, source
         self._settings = worker.settings
         self._parser = Parser(self._settings.events, worker.salt)
         self._look = ControlLook(self._settings.registry_dir)
@@ -84,7 +84,7 @@ class Partitions:
         if reading.topic_id not in ("", info.topic_id):
             logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
             reading = SourceReading(log_epoch=reading.log_epoch)
-        mine = of_element(self._element, self._settings.stream.sources, info.partitions)
+        mine = of_source(self._source, self._settings.stream.sources, info.partitions)
         known = {partition: at for partition, at in reading.next.items() if partition in mine}
         positions = replace(reading, topic_id=info.topic_id, next=known).positions()
         self._passed = missing(info.topic_id, positions, {one: ends[one] for one in mine})
@@ -92,7 +92,7 @@ class Partitions:
         for gap in self._passed:
             logger.warning("gap accepted by %s (%s): %s", plan.consent.actor, plan.consent.reason, gap)
             known[gap.source.partition] = gap.next
-        # There may be more elements than partitions, until the topic grows.
+        # There may be more sources than partitions, until the topic grows.
         self._topic_id, self._clock = info.topic_id, EventClock(reading.clocks.get)
         self._follow(self._worker.log.reader(kafka.clicks_topic, mine, known) if mine else None)
         self._reading = reading
@@ -106,8 +106,11 @@ class Partitions:
             skew_s = self._settings.stream.max_skew_s
             self._aligned = AlignedReader(reader, lambda one: clock.reached(Source(topic_id, one)), skew_s)
 
-    def read(self) -> tuple[list[Portion], SourceReading | None]:
+    def read(self, moment_s: float) -> tuple[list[Portion], SourceReading | None]:
         """What was read in a moment, divided, and how far that is; nothing and None where nothing is new.
+
+        Args:
+            moment_s: How long clicks are gathered.
 
         Raises:
             GapError, LogError: As at opening; or the topic was made anew.
@@ -115,7 +118,7 @@ class Partitions:
         """
         control = self._look.look()
         log_epoch = self._epoch(control)
-        batches = self._poll()
+        batches = self._poll(moment_s)
         if not batches and not self._passed:
             return [], None
         now_ms = time.time_ns() // 1_000_000
@@ -181,16 +184,16 @@ class Partitions:
                 marks[source.partition] = min(at, marks.get(source.partition, at))
         return [(one, marks.get(one, 0)) for one, ours in self._reading.next.items() if ours > marks.get(one, 0)]
 
-    def _poll(self) -> list[PartitionBatch]:
+    def _poll(self, moment_s: float) -> list[PartitionBatch]:
         """Gathers what comes until the moment is over, or enough has come."""
-        stream, aligned = self._settings.stream, self._aligned
+        aligned = self._aligned
         found: list[PartitionBatch] = []
-        begun_s = time.monotonic()
+        ends_s = time.monotonic() + moment_s
         if aligned is None:
-            self._resting.wait(stream.bundle_ms / 1000)
+            self._resting.wait(moment_s)
         else:
-            aligned.begin(stream.bundle_events)
-            while not aligned.is_done and (rest_s := begun_s + stream.bundle_ms / 1000 - time.monotonic()) > 0:
+            aligned.begin(self._settings.stream.bundle_events)
+            while not aligned.is_done and (rest_s := ends_s - time.monotonic()) > 0:
                 found += self._before_the_end(aligned.poll(rest_s))
                 if self.at_end:
                     break
@@ -216,14 +219,14 @@ class Partitions:
         return gathered(events)
 
     def _take_new_partitions(self) -> None:
-        """Opens the reader anew where the topic has more partitions of this element."""
+        """Opens the reader anew where the topic has more partitions of this source."""
         reader, kafka = self._reader, self._settings.kafka
         known = [] if reader is None else reader.partitions
         # A broker that is away costs only time.
         with suppress(SpringtideError):
             with self._worker.log.topics() as topics:
                 count = topics.describe(kafka.clicks_topic).partitions
-            mine = of_element(self._element, self._settings.stream.sources, count)
+            mine = of_source(self._source, self._settings.stream.sources, count)
             if len(mine) > len(known):
                 logger.info("reading new partitions of %s: %s", kafka.clicks_topic, mine)
                 at = {} if reader is None else {one: reader.position(one) for one in known}

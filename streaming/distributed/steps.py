@@ -1,14 +1,16 @@
-"""The steps of a distributed job up to the rows: elements that read partitions, and a keyed step for each bucket of users."""
+"""The steps of a distributed job up to the rows: one keyed by source, which reads, and one keyed by bucket of users."""
 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
 import apache_beam as beam
 from apache_beam.coders import BytesCoder
-from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec
+from apache_beam.transforms.timeutil import TimeDomain
+from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
@@ -16,10 +18,11 @@ from streaming.distributed.bucket import BucketRows
 from streaming.distributed.buckets import decode, encode
 from streaming.distributed.keeping import Cells, take_portion
 from streaming.distributed.partitions import Partitions
-from streaming.distributed.reading import Readings, SourceReading
+from streaming.distributed.reading import SourceReading
 from streaming.distributed.worker import JobPlan, JobWorker, worker_of
 
 TOKEN_BYTES = 16
+LEAST_S = 0.01  # for a source whose turn comes when the moment is over
 
 
 class WorkerStep(beam.DoFn):
@@ -40,46 +43,60 @@ class WorkerStep(beam.DoFn):
 
 
 class ReadPartitions(WorkerStep):
-    """An element of the source: reads its partitions for a moment, gives each bucket its part, and puts off the rest.
+    """Reads the partitions of a source for a moment, gives each bucket its part, and does so again in the next bundle.
 
-    What it gives out and how far it is then are one checkpoint of the engine.
+    Keyed by source. How far it is and the timer that calls it again are state of the
+    key: with what it gives out they are one checkpoint of the engine.
     """
 
-    @beam.DoFn.unbounded_per_element()
+    READING = ReadModifyWriteStateSpec("reading", BytesCoder())
+    AGAIN = TimerSpec("again", TimeDomain.REAL_TIME)
+
+    def start_bundle(self) -> None:
+        """A moment begins, which all sources of the bundle share."""
+        self._ends_s = time.monotonic() + self.worker.settings.stream.bundle_ms / 1000
+
     def process(
         self,
-        element: int,
-        tracker: Any = beam.DoFn.RestrictionParam(Readings()),  # noqa: B008  # Beam reads the default
-    ) -> Iterator[Any]:
+        element: tuple[int, bytes],
+        again: Any = beam.DoFn.TimerParam(AGAIN),  # noqa: B008  # Beam reads the default
+    ) -> None:
+        """Wakes the source; one that is awake stays so."""
+        again.set(Timestamp.now())
+
+    @on_timer(AGAIN)
+    def read(
+        self,
+        source: Any = beam.DoFn.KeyParam,
+        kept: Any = beam.DoFn.StateParam(READING),  # noqa: B008  # Beam reads the defaults
+        again: Any = beam.DoFn.TimerParam(AGAIN),  # noqa: B008
+    ) -> Iterator[TimestampedValue[tuple[int, bytes]]]:
         """Gives `(bucket, bytes of a portion)`, in the order of the log for each bucket."""
-        worker, begin = self.worker, tracker.current_restriction()
-        partitions = self._open(worker, element, begin)
+        worker = self.worker
+        partitions = self._open(worker, source, SourceReading.from_bytes(kept.read()))
         try:
-            portions, after = partitions.read()
+            portions, after = partitions.read(max(LEAST_S, self._ends_s - time.monotonic()))
         except BaseException:
             partitions.close()
             raise
-        if after is None and partitions.at_end:
-            partitions.close()
-            tracker.try_claim(None)
-            return
-        if after is not None and not tracker.try_claim(after):
-            # The engine puts off the rest itself, from where it knows us: what was read is read again.
-            partitions.close()
-            return
-        worker.keep_reading(element, partitions)
-        # Prism hands out what a key gets by timestamp.
+        if after is not None:
+            kept.write(after.to_bytes())
         now = Timestamp.now()
+        if partitions.at_end:
+            partitions.close()
+        else:
+            worker.keep_reading(source, partitions)
+            again.set(now)
+        # Prism hands out what a key gets by timestamp.
         for bucket, portion in enumerate(portions):
             yield TimestampedValue((bucket, encode(portion)), now)
-        tracker.defer_remainder()
 
-    def _open(self, worker: JobWorker, element: int, begin: SourceReading) -> Partitions:
-        held = cast(Partitions | None, worker.take_reading(element))
+    def _open(self, worker: JobWorker, source: int, begin: SourceReading) -> Partitions:
+        held = cast(Partitions | None, worker.take_reading(source))
         if held is not None and held.at != begin:
             held.close()
             held = None
-        return held or Partitions(worker, element, begin)
+        return held or Partitions(worker, source, begin)
 
 
 class UpdateBuckets(WorkerStep):

@@ -172,15 +172,15 @@ class JobWorker:
         """
         return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
 
-    def take_reading(self, element: int) -> Closable | None:
-        """The open partitions of a source element, which nobody else gets then; None where they are not here."""
+    def take_reading(self, source: int) -> Closable | None:
+        """The open partitions of a source, which nobody else gets then; None where they are not here."""
         with self._lock:
-            return self._reading.pop(element, None)
+            return self._reading.pop(source, None)
 
-    def keep_reading(self, element: int, partitions: Closable) -> None:
+    def keep_reading(self, source: int, partitions: Closable) -> None:
         """Gives them back."""
         with self._lock:
-            before, self._reading[element] = self._reading.get(element), partitions
+            before, self._reading[source] = self._reading.get(source), partitions
         if before is not None:
             before.close()
 

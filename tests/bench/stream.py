@@ -131,10 +131,8 @@ def drain(settings: Settings, events: int) -> dict[str, float]:
     }
 
 
-def latency_ms(settings: Settings, clicks: Clicks, rate: int, seconds: float) -> np.ndarray:
-    """Acknowledged to readable, ms, of every click sent at `rate` for `seconds`."""
-    kafka = settings.kafka
-    process = start(settings)
+def latency_ms(kafka: Kafka, clicks: Clicks, rate: int, seconds: float) -> np.ndarray:
+    """Acknowledged to readable, ms, of every click sent at `rate` for `seconds` to a stream that runs."""
     acknowledged: dict[int, list[tuple[int, float]]] = {number: [] for number in range(PARTITIONS)}
     readable: dict[int, list[tuple[int, float]]] = {number: [] for number in range(PARTITIONS)}
     with Topics(kafka) as topics:
@@ -168,7 +166,6 @@ def latency_ms(settings: Settings, clicks: Clicks, rate: int, seconds: float) ->
             threading.Event().wait(PACE_S)
     finished.set()
     follower.join(30)
-    stop(process)
     waits = []
     for partition, marks in acknowledged.items():
         nexts = np.array([mark for mark, _ in readable[partition]])
@@ -205,7 +202,9 @@ def main() -> None:
                 append_encoded(writer, *clicks.take(CHUNK, now_ms()))
         reading, reading_cpu = floor(kafka, wanted.events)
         drained = drain(settings, wanted.events)
-        waits = latency_ms(settings, clicks, 5000, wanted.seconds)
+        process = start(settings)
+        waits = latency_ms(kafka, clicks, 5000, wanted.seconds)
+        stop(process)
         report(
             "stream",
             {

@@ -14,11 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from apache_beam.runners.sdf_utils import RestrictionTrackerView, ThreadsafeRestrictionTracker
+from apache_beam.utils.timestamp import Timestamp
 
 from state.positions import from_json
 from streaming.distributed.account import Account
-from streaming.distributed.reading import ReadingCoder, ReadingTracker, SourceReading
 from streaming.distributed.sink import WriteBuckets
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.wire import unpack
@@ -54,6 +53,16 @@ class Values:
         self.values.clear()
 
 
+class Again:
+    """A timer of a key, which waits for nothing."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def set(self, at: Timestamp) -> None:
+        self.is_set = True
+
+
 @dataclass
 class BucketState:
     """The state of one bucket."""
@@ -67,7 +76,7 @@ class BucketState:
 class Kept:
     """What a checkpoint keeps."""
 
-    readings: dict[int, bytes]
+    readings: dict[int, OneValue]
     buckets: dict[int, BucketState] = field(default_factory=dict)
     account: bytes | None = None
 
@@ -82,7 +91,7 @@ class Engine:
 
     def __init__(self, plan: JobPlan, sinks: int = 1) -> None:
         self._sinks = sinks
-        self.now = Kept({one: ReadingCoder().encode(SourceReading()) for one in range(plan.settings.stream.sources)})
+        self.now = Kept({one: OneValue() for one in range(plan.settings.stream.sources)})
         self._checkpoint = copy.deepcopy(self.now)
         self.ended: set[int] = set()
         self.begin(plan)
@@ -96,19 +105,15 @@ class Engine:
             one.start_bundle()
         self._on_the_way: dict[int, deque[bytes]] = {}
 
-    def read(self, element: int) -> None:
-        """One bundle of a source element."""
-        begin = ReadingCoder().decode(self.now.readings[element])
-        tracker = ThreadsafeRestrictionTracker(ReadingTracker(begin))
-        for one in self._source.process(element, RestrictionTrackerView(tracker)):
+    def read(self, source: int) -> None:
+        """One bundle of a source."""
+        self._source.start_bundle()
+        again = Again()
+        for one in self._source.read(source, self.now.readings[source], again):
             bucket, value = one.value
             self._on_the_way.setdefault(bucket, deque()).append(value)
-        tracker.check_done()
-        put_off = tracker.deferred_status()
-        if put_off is None:
-            self.ended.add(element)
-        else:
-            self.now.readings[element] = ReadingCoder().encode(put_off[0])
+        if not again.is_set:
+            self.ended.add(source)
 
     def deliver(self, bucket: int, most: int = 1 << 30) -> None:
         """Gives a bucket what is on its way to it."""

@@ -15,6 +15,9 @@ from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
+from deploy.kafka.configuration import free_port
+from deploy.watch import accounts
+from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
 from state.errors import LineTurned, SettingsError
 from state.events.identity import load_salt
@@ -32,9 +35,9 @@ from streaming.distributed.reading import SourceReading
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
 from tests.streaming.distributed.shop import Click, rows_of, settings_of, written
-from tests.streaming.streams import FOREVER, click, following, running, send, settings_for, until
+from tests.streaming.streams import BEGIN_MS, FOREVER, click, following, running, send, settings_for, until
 
-BAD = [b"{not json", click(1, user=None)]
+BAD = [b"{not json", click(1, user=None), click(2, time=2 * BEGIN_MS)]
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +88,7 @@ def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     clicks = [*(click(number) for number in range(600)), *BAD]
     # Each user in one partition.
     send(kafka, clicks, partition=lambda number: number % 17 % 2)
-    small = {"buckets": 4, "bundle_events": 50, "bundle_ms": 50, "sources": 2}
+    small = {"buckets": 4, "bundle_events": 50, "bundle_ms": 50, "sources": 2, "metrics_port": free_port()}
     return settings_for(kafka, tmp_path / "state", tmp_path / "salt", **small)
 
 
@@ -94,6 +97,11 @@ def test_on_beams_own_runner_the_rows_are_those_of_the_local_form(shop: Settings
     pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(["--streaming"]))
     build_distributed(pipeline, plan)
     pipeline.run().wait_until_finish()
+    until(lambda: accounts.account(shop).get("stream", {}).get("positions") == 600 + len(BAD), "the account is shown")
+    found, (shown,) = accounts.account(shop), scrape({"stream": urls(shop)["stream"]}).values()
+    assert (found["stream"]["rows"], found["stream"]["dead"]) == (600, len(BAD))
+    assert (found["balanced"], found["compared"], accounts.AS_SHOWN in found["notes"]) == (True, False, True)
+    assert shown.value("springtide_stream_clocks_off_total", direction="refused") == 1
     close_workers()
     values = values_in(shop, 600)
     assert rows_of(values) == rows_of(of_local_form(shop, tmp_path, 600))
@@ -130,7 +138,7 @@ def payloads(proto: Any) -> dict[str, beam_runner_api_pb2.ParDoPayload]:
     return found
 
 
-def test_the_graph_has_a_source_that_checkpoints_itself_and_state_by_key_on_dataflow_too(tmp_path: Path) -> None:
+def test_the_graph_reads_and_keeps_its_state_by_key_on_dataflow_too(tmp_path: Path) -> None:
     """Dataflow's options are taken and the graph is built; nobody ran it there."""
     settings = settings_of(tmp_path, buckets=4)
     log = written([Click(0, 0, 0, 0)], 1, settings)
@@ -143,12 +151,11 @@ def test_the_graph_has_a_source_that_checkpoints_itself_and_state_by_key_on_data
     build_distributed(pipeline, plan)
     proto = pipeline.to_runner_api()
     found = payloads(proto)
-    assert found["Read partitions"].restriction_coder_id
+    assert set(found["Read partitions"].state_specs) == {"reading"}
+    assert len(found["Read partitions"].timer_family_specs) == 1
     assert set(found["Update buckets"].state_specs) == {"head", "snapshot", "deltas"}
     assert set(found["Keep account"].state_specs) == {"account"}
     assert common_urns.requirements.REQUIRES_STATEFUL_PROCESSING.urn in proto.requirements
-    coder = proto.components.coders[found["Read partitions"].restriction_coder_id]
-    assert coder is not None
 
 
 def test_a_job_carries_no_secret_and_is_refused_where_users_cannot_be_divided(tmp_path: Path) -> None:
@@ -179,16 +186,16 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     settings.registry_dir.mkdir()
     log = written([Click(0, 0, one, one) for one in range(12)], 1, settings)
     partitions = reading(settings, 1, log, SourceReading())
-    _, early = partitions.read()
-    _, late = partitions.read()
+    _, early = partitions.read(1.0)
+    _, late = partitions.read(1.0)
     assert early is not None and late is not None
     assert (early.next, late.next, late.log_epoch) == ({0: 4}, {0: 8}, 1)
     turn(settings, {0: 6}, late.topic_id)
     with pytest.raises(LineTurned, match="into epoch 2, before what this job has read: partition 0 at 6"):
-        partitions.read()
+        partitions.read(1.0)
     partitions.close()
     again = reading(settings, 2, log, early)
-    portions, after = again.read()
+    portions, after = again.read(1.0)
     assert after is not None and after.log_epoch == 2
     assert {one.log_epoch for one in portions} == {2}
     assert [part.first for one in portions for part in one.batch.ranges] == [4, 4]

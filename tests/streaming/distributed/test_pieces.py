@@ -25,8 +25,7 @@ from streaming.distributed.delta import decode as delta_of
 from streaming.distributed.delta import encode as bytes_of
 from streaming.distributed.keeping import IDLE_S, Cache
 from streaming.distributed.options import FLINK, PRISM, beam_options, take_runner
-from streaming.distributed.partitions import of_element
-from streaming.distributed.reading import ReadingTracker, SourceReading
+from streaming.distributed.partitions import of_source
 from streaming.distributed.wire import pack, unpack
 from streaming.event_clock import Moves, OffClock, Told, moves_of
 from tests.streaming.pieces import ONE, ZERO, piece
@@ -170,24 +169,6 @@ def test_what_is_packed_may_be_of_any_shape() -> None:
         assert found[name].dtype == one.dtype
 
 
-def test_what_the_engine_put_off_is_read_from_where_it_knows_us() -> None:
-    tracker = ReadingTracker(SourceReading("ab" * 16, {0: 5}))
-    assert tracker.try_claim(after := SourceReading("ab" * 16, {0: 9}))
-    assert tracker.try_split(0.5) is None
-    assert tracker.try_split(0) == (after, after)
-    assert not tracker.try_claim(SourceReading("ab" * 16, {0: 12}))
-    assert tracker.current_restriction() == after
-    tracker.check_done()
-
-
-def test_reading_that_just_stops_is_an_error() -> None:
-    tracker = ReadingTracker(SourceReading())
-    with pytest.raises(ValueError, match="before anybody asked"):
-        tracker.check_done()
-    assert tracker.try_claim(None)
-    tracker.check_done()
-
-
 def test_a_cache_gives_a_bucket_only_at_the_token_that_the_state_has_and_to_one_alone() -> None:
     now_s = 0.0
     cache, core = Cache(lambda: now_s), object.__new__(BucketCore)
@@ -203,9 +184,9 @@ def test_a_cache_gives_a_bucket_only_at_the_token_that_the_state_has_and_to_one_
     assert cache.take(3, "ab") is None, "it moved elsewhere"
 
 
-def test_each_partition_is_read_by_one_element() -> None:
-    assert sorted(one for element in range(3) for one in of_element(element, 3, 7)) == list(range(7))
-    assert of_element(2, 3, 2) == []
+def test_each_partition_is_read_by_one_source() -> None:
+    assert sorted(one for source in range(3) for one in of_source(source, 3, 7)) == list(range(7))
+    assert of_source(2, 3, 2) == []
 
 
 def test_flink_and_prism_are_told_what_a_job_needs_there_and_what_is_given_wins() -> None:

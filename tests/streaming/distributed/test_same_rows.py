@@ -116,9 +116,9 @@ def distributed(shop: Shop, acts: list[tuple[str, int]], buckets: int, sources: 
             dead = act == "die"
             engine.crash(shop.plan(1 + number, shop.settings(buckets, sources, 1 + chance % 9)) if dead else None)
     while len(engine.ended) < sources:
-        for element in range(sources):
-            if element not in engine.ended:
-                engine.read(element)
+        for source in range(sources):
+            if source not in engine.ended:
+                engine.read(source)
     engine.checkpoint()
     made = outcome(shop, engine)
     engine.close()

@@ -1,0 +1,157 @@
+"""The stream on a local Flink cluster: latency, processor time, and what must not grow in a job that runs for long.
+
+    python -m tests.bench.flink [--rate EVENTS] [--seconds S] [--users N]
+
+The job is handed in by its command. Latency is that of `tests.bench.stream`;
+processor time is the TaskManager's and its Python worker's. What a job reads must
+not show in the state of the step that reads, nor in the least heap of a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import psutil
+
+from deploy.flink.cluster import url
+from deploy.flink.ending import end_jobs
+from deploy.flink.rest import JobManager
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port
+from state.config.sections import Kafka, Paths, Stream
+from state.config.settings import Settings
+from state.events.identity import load_salt
+from state.log import Topics
+from tests.bench.report import Figure, report
+from tests.bench.stream import PARTITIONS, Clicks, latency_ms
+from tests.e2e.flink.cluster import LocalFlink
+from tests.e2e.flink.test_stream import handed_in
+from tests.e2e.running import until
+
+EVERY_S = 2.0
+MINUTE = 30  # looks
+WARM_S = 10.0
+READS = "Read partitions"
+
+
+class Look(NamedTuple):
+    """The job at a moment.
+
+    Attributes:
+        cpu_s: Of the TaskManager and its worker so far.
+        heap_bytes: Used of the TaskManager's.
+        checkpoint_bytes: Of the newest one.
+        reading_bytes: Of it, of the step that reads.
+    """
+
+    cpu_s: float
+    heap_bytes: float
+    checkpoint_bytes: int
+    reading_bytes: int
+
+
+class Looking(threading.Thread):
+    """Looks at a running job now and then.
+
+    Args:
+        flink: Its cluster.
+    """
+
+    def __init__(self, flink: LocalFlink) -> None:
+        super().__init__(daemon=True)
+        self._url, self.looks = url(flink.settings), list[Look]()
+        self._processes = [psutil.Process(flink.pids(name)[0]) for name in ("task-manager", "worker")]
+        self._job = JobManager(self._url).running()[0]
+        (self._manager,) = (one["id"] for one in self._ask("/taskmanagers")["taskmanagers"])
+        steps = self._ask(f"/jobs/{self._job}")["vertices"]
+        self._reading = next(one["id"] for one in steps if READS in one["name"])
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Looks, until it has ended."""
+        while not self.ended.wait(EVERY_S):
+            self.looks.append(self.look())
+
+    def look(self) -> Look:
+        """The job now."""
+        times = [one.cpu_times() for one in self._processes]
+        (heap,) = self._ask(f"/taskmanagers/{self._manager}/metrics?get=Status.JVM.Memory.Heap.Used")
+        newest = self._ask(f"/jobs/{self._job}/checkpoints")["latest"]["completed"]
+        details = self._ask(f"/jobs/{self._job}/checkpoints/details/{newest['id']}")
+        return Look(
+            sum(one.user + one.system for one in times),
+            float(heap["value"]),
+            newest["state_size"],
+            details["tasks"][self._reading]["state_size"],
+        )
+
+    def _ask(self, path: str) -> Any:
+        return httpx.get(self._url + path, timeout=60).raise_for_status().json()
+
+
+def measured(flink: LocalFlink, settings: Settings, rate: int, seconds: float, users: int) -> dict[str, Figure]:
+    """The figures of a job on a cluster that runs."""
+    clicks = Clicks(users)
+    with handed_in(settings, flink, flink.output.with_name("job.log")):
+        jobs = JobManager(url(flink.settings))
+        until(lambda: any(job.checkpoint for job in jobs.overview().jobs), "the job has no checkpoint")
+        latency_ms(settings.kafka, clicks, rate, WARM_S)
+        looking = Looking(flink)
+        looking.start()
+        before, begun_s = looking.look(), time.perf_counter()
+        waits = latency_ms(settings.kafka, clicks, rate, seconds)
+        after, took_s = looking.look(), time.perf_counter() - begun_s
+        looking.ended.set()
+        looking.join()
+        end_jobs(jobs, print)
+    looks = looking.looks
+    first, last = looks[:MINUTE], looks[-MINUTE:]
+    mb = 2**20
+    return {
+        "acknowledged to readable, p50": Figure(float(np.percentile(waits, 50)), "ms"),
+        "acknowledged to readable, p99": Figure(float(np.percentile(waits, 99)), "ms"),
+        "TaskManager and worker": Figure(len(waits) / (after.cpu_s - before.cpu_s), "events/cpu-s"),
+        "of a core": Figure((after.cpu_s - before.cpu_s) / took_s, "ratio"),
+        "state of the step that reads, at first": Figure(first[0].reading_bytes / 1000, "kB"),
+        "state of the step that reads, at last": Figure(last[-1].reading_bytes / 1000, "kB"),
+        "checkpoint, least of the first minute": Figure(min(one.checkpoint_bytes for one in first) / mb, "MiB"),
+        "checkpoint, least of the last minute": Figure(min(one.checkpoint_bytes for one in last) / mb, "MiB"),
+        "heap, least of the first minute": Figure(min(one.heap_bytes for one in first) / mb, "MiB"),
+        "heap, least of the last minute": Figure(min(one.heap_bytes for one in last) / mb, "MiB"),
+    }
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    flags = argparse.ArgumentParser()
+    flags.add_argument("--rate", type=int, default=5000)
+    flags.add_argument("--seconds", type=float, default=60.0)
+    flags.add_argument("--users", type=int, default=20_000)
+    wanted = flags.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="springtide-bench-"))
+    broker = Broker(folder / "kafka", free_port(), heap_mb=512)
+    flink = LocalFlink(folder)
+    broker.start()
+    try:
+        kafka = Kafka(bootstrap_servers=broker.bootstrap_servers, clicks_partitions=PARTITIONS)
+        settings = Settings(kafka=kafka, paths=Paths(state=str(folder / "state")), stream=Stream(metrics_port=0))
+        load_salt(settings.salt_path)
+        with Topics(kafka) as topics:
+            topics.ensure(kafka.clicks_topic, PARTITIONS)
+        flink.start()
+        figures = measured(flink, settings, wanted.rate, wanted.seconds, wanted.users)
+        report("flink", figures, vars(wanted) | {"partitions": PARTITIONS, "buckets": settings.stream.buckets})
+    finally:
+        flink.close()
+        broker.stop()
+
+
+if __name__ == "__main__":
+    main()
