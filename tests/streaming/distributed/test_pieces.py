@@ -148,6 +148,7 @@ def test_a_portion_arrives_as_it_was_sent() -> None:
     st.dictionaries(st.text("abc", min_size=1), st.none() | st.binary(max_size=9), max_size=3),
     st.lists(st.integers(0, 2**64 - 1), max_size=9),
 )
+@settings(deadline=None)
 def test_a_delta_comes_out_of_the_state_as_it_went_in(
     waiting: dict[bytes, bytes | None], extra: dict[str, bytes | None], users: list[int]
 ) -> None:
