@@ -9,7 +9,7 @@ up with empty records first: what comes next has offsets of its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from state.config.sections import Kafka
 from state.errors import TruncatedLog
@@ -17,6 +17,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import GAPS
 from state.log import LogReader, LogTopics, LogWriter, accepted_gaps
+from state.log.accepted_gaps import Accepted
 from state.log.gaps import Consent
 from state.positions import Gap
 from streaming import accounts
@@ -26,26 +27,22 @@ AT_ONCE = 1000
 logger = logging.getLogger(__name__)
 
 Opens = Callable[[Mapping[int, int]], LogReader]
-"""Opens the clicks at the store's positions, told these leaders' epochs."""
+"""Opens the clicks where they were read to, told these leaders' epochs."""
 
 
 def open_behind(
     opens: Opens,
     told: Mapping[int, int],
-    store: HistoryStore,
-    consent: Consent,
+    accepts: Callable[[TruncatedLog], None],
     fill: Callable[[Gap], None],
-    now_ms: int,
 ) -> LogReader:
-    """The clicks from where the store has read them to, behind what was cut back and accepted as lost.
+    """The clicks from where they were read to, behind what was cut back and accepted as lost.
 
     Args:
         opens: Opens them.
-        told: By partition the leader's epoch of the record before the store's position.
-        store: The stream's: keeps who accepted what.
-        consent: What the operator accepts.
+        told: By partition the leader's epoch of the record before the position.
+        accepts: Keeps who accepted a loss, or raises it.
         fill: Makes the log reach to the end of a gap.
-        now_ms: Wall clock.
 
     Raises:
         TruncatedLog: Nobody accepts it.
@@ -57,31 +54,41 @@ def open_behind(
             return opens(left)
         except TruncatedLog as lost:
             (gap,) = lost.gaps
-            accept(store, lost, consent, now_ms)
+            accepts(lost)
             fill(gap)
             left.pop(gap.source.partition, None)
 
 
-def accept(store: HistoryStore, lost: TruncatedLog, consent: Consent, now_ms: int) -> None:
+def accept(store: HistoryStore, consent: Consent, now_ms: int, lost: TruncatedLog) -> None:
     """Keeps who accepted it, durably; does nothing where it was accepted before.
 
     Raises:
         TruncatedLog: Nobody accepts it; nothing was changed.
     """
-    (gap,) = lost.gaps
     known = accounts.accepted(store)
+    new = newly_accepted(known, consent, now_ms, lost)
+    if new:
+        store.commit(Appends.none(), (), {GAPS: accepted_gaps.encode([*known, *new])})
+        store.sync()
+
+
+def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, lost: TruncatedLog) -> list[Accepted]:
+    """What is to be kept of a loss that somebody accepts: nothing where it was accepted before.
+
+    Raises:
+        TruncatedLog: Nobody accepts it.
+    """
+    (gap,) = lost.gaps
     if any(one.gap == gap for one in known):
-        return
+        return []
     if not (consent.cut_back or consent.covers(gap, gap.source.topic_id)):
         raise TruncatedLog(
             lost.what,
             f"{lost.do}. Clicks that are at these offsets now are never read: send them again, they get offsets of their own",
             lost.gaps,
         )
-    record = [*known, accepted_gaps.accept(gap, consent, now_ms)]
-    store.commit(Appends.none(), (), {GAPS: accepted_gaps.encode(record)})
-    store.sync()
     logger.warning("accepted by %s (%s): %s; reading goes on at %d", consent.actor, consent.reason, lost.what, gap.next)
+    return [accepted_gaps.accept(gap, consent, now_ms)]
 
 
 def fill(kafka: Kafka, topics: LogTopics, make: Callable[[], LogWriter], gap: Gap) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from state.disk.files import HOST
@@ -15,6 +16,16 @@ from state.process import killpoints
 from state.registry.erasing import ErasureReport, report
 
 logger = logging.getLogger(__name__)
+
+
+def tell(registry: Path, told: ErasureReport, say: Callable[[str], None]) -> bool:
+    """Tells how far erasures are taken into account; returns whether it is told. Where not, `say` is told why."""
+    try:
+        report(registry, told)
+    except OSError as error:
+        say(f"how far erasures are taken into account cannot be told in {registry}: {error}")
+        return False
+    return True
 
 
 def is_due(store: HistoryStore, erased: Erased, now_ms: int) -> bool:
@@ -53,10 +64,7 @@ def take_up(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) ->
     if told.pages > before.pages:
         logger.info("the histories are written anew, without free pages, in %.1f s", time.monotonic() - began_s)
     shard = store.path.parent
-    try:
-        report(registry, ErasureReport(shard.name, HOST, str(shard), told.through, told.pages, 0, now_ms))
-    except OSError as error:
-        logger.warning("how far erasures are taken into account cannot be told in %s: %s", registry, error)
+    tell(registry, ErasureReport(shard.name, HOST, str(shard), told.through, told.pages, 0, now_ms), logger.warning)
     due_ms = told.due_ms()
     if due_ms is None:
         return None

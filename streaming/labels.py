@@ -199,7 +199,7 @@ def counted(
 ) -> tuple[Range, ...]:
     """Ranges whose rows are told apart by kind, with the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
-    kept = ("dead", "filtered", "absent", "masked", "elsewhere")
+    kept = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
     return tuple(
         Range(part.source, part.first, part.next, **{name: getattr(part, name) for name in kept}, **found)
         for part, found in zip(ranges, counts_by_range(kinds, sources, len(ranges)), strict=True)

@@ -47,7 +47,7 @@ from streaming import accounts, erasing
 from streaming.attributes import Join
 from streaming.context import Handle, JobContext, StreamContext, opened
 from streaming.cut import Cut
-from streaming.cut_back import fill, open_behind
+from streaming.cut_back import accept, fill, open_behind
 from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
 from streaming.fencing import open_writer
@@ -229,9 +229,9 @@ def open_reader(
     def opens(told: Mapping[int, int]) -> LogReader:
         return log.reader(kafka.clicks_topic, None, positions, leaders=told)
 
+    accepts = partial(accept, store, consent, time.time_ns() // 1_000_000)
     fills = partial(fill, kafka, topics, log.writer)
-    now_ms = time.time_ns() // 1_000_000
-    reader = open_behind(opens, leaders.at(clicks.topic_id, positions), store, consent, fills, now_ms)
+    reader = open_behind(opens, leaders.at(clicks.topic_id, positions), accepts, fills)
     killpoints.reach("stream.opened")
     return reader
 

@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_elsewhere(settings, consent, runner, options, stopping)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
-        told = how_to_go_on(error, "springtide stream") if isinstance(error, GapError) else error
+        told = how_to_go_on(error, "springtide stream (or up)") if isinstance(error, GapError) else error
         logger.error("%s: %s", type(error).__name__, told)
         return error.exit_code
     return 0

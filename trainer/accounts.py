@@ -20,7 +20,7 @@ from state.log.gaps import Consent, how_to_go_on
 from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 
-COMMAND = "springtide train"
+COMMAND = "springtide train (or up)"
 NAMES = ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Passages:
             flag = f"{place.first}" if place.positions == 1 else f"{place.first}-{place.next - 1}"
             raise type(problem)(
                 problem.what,
-                f"{problem.do}; to go on without this record: {COMMAND} (or up) --skip-record {flag} --reason TEXT",
+                f"{problem.do}; to go on without this record: {COMMAND} --skip-record {flag} --reason TEXT",
             ) from problem
         self._keep(accepted_gaps.accept(place, self._consent, int(self._clock() * 1000), marks, problem.what))
 

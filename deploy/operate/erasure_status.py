@@ -29,8 +29,8 @@ COMPACTOR = "compactor"
 TAKEN_UP_MS = 5_000
 """So long after an erasure a stream that was busy may still write rows of before it."""
 NOT_OURS = (
-    "copies that backups and you made are yours to remove, `bootstrap --examples` among them; what shared weights and counts "
-    "learned of erased users stays in them"
+    "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
+    "shared weights and counts learned of erased users stays in them"
 )
 
 

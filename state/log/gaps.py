@@ -137,16 +137,14 @@ def how_to_go_on(error: GapError, command: str) -> GapError:
 
     >>> from state.positions import Source
     >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
-    >>> print(how_to_go_on(GapError("10 positions are gone", "restore them", [gap]), "springtide stream"))
+    >>> print(how_to_go_on(GapError("10 positions are gone", "restore them", [gap]), "springtide stream (or up)"))
     10 positions are gone; restore them; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
 
     Args:
         error: What stopped the process.
-        command: The command that starts it.
+        command: The command that starts it, to which the options are added.
     """
     if not error.gaps:
         return error
     flags = " ".join(f"--accept-gap {gap.place}" for gap in error.gaps)
-    return GapError(
-        error.what, f"{error.do}; to go on without them: {command} (or up) {flags} --reason TEXT", error.gaps
-    )
+    return GapError(error.what, f"{error.do}; to go on without them: {command} {flags} --reason TEXT", error.gaps)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from state.accounts import StreamAccount, check_accounts
 from state.errors import PositionConflict
 from state.history.counts import Counts, advanced, summed
-from state.positions import Range, Source
+from state.positions import Range, Source, from_json
 
 
 @dataclass
@@ -23,10 +24,17 @@ class Account:
     Attributes:
         counts: By source, as the histories of the local form count them.
         conflicts: Ranges that did not go on where their source was: what the engine lost or repeated.
+        erased: By bucket the last erasure that it has taken into account.
     """
 
     counts: dict[Source, Counts] = field(default_factory=dict)
     conflicts: int = 0
+    erased: dict[int, int] = field(default_factory=dict)
+
+    def take_bundle(self, told: Mapping[str, Any]) -> None:
+        """Takes what the sink told of a bundle."""
+        self.take(map(from_json, told["ranges"]))
+        self.erased |= {int(bucket): erased for bucket, erased in told["erased"].items()}
 
     def take(self, ranges: Iterable[Range]) -> None:
         """Takes ranges, those of one source in order."""
@@ -48,6 +56,14 @@ class Account:
                 found.setdefault(source.partition, []).append(counts["next"])
                 wanted[source.partition] = source.buckets
         return {one: min(nexts) for one, nexts in sorted(found.items()) if len(nexts) >= wanted[one]}
+
+    def forgotten(self, buckets: int) -> int:
+        """The last erasure that all of so many buckets have taken into account.
+
+        >>> Account(erased={0: 2, 1: 1}).forgotten(2), Account(erased={0: 2}).forgotten(2)
+        (1, 0)
+        """
+        return min(self.erased.get(bucket, 0) for bucket in range(buckets))
 
     @property
     def totals(self) -> Counts:
@@ -81,7 +97,7 @@ class Account:
     def to_bytes(self) -> bytes:
         """As the engine keeps it."""
         counts = {str(source): one for source, one in self.counts.items()}
-        return json.dumps({"counts": counts, "conflicts": self.conflicts}).encode()
+        return json.dumps({"counts": counts, "conflicts": self.conflicts, "erased": self.erased}).encode()
 
     @classmethod
     def from_bytes(cls, value: bytes | None) -> Account:
@@ -95,4 +111,5 @@ class Account:
         if value is None:
             return cls()
         told = json.loads(value)
-        return cls({Source.parse(source): one for source, one in told["counts"].items()}, told["conflicts"])
+        erased = {int(bucket): last for bucket, last in told["erased"].items()}
+        return cls({Source.parse(source): one for source, one in told["counts"].items()}, told["conflicts"], erased)

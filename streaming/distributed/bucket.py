@@ -20,6 +20,7 @@ from state.features.mask import Mask
 from state.features.spec import Events, FeatureSpec
 from state.history.read_times import ReadTimes
 from state.history.sweeping import READ_TIMES, SPARE, STEPS
+from state.history.waiting import place_of
 from state.positions import Range, Source
 from streaming.cut import Cut
 from streaming.distributed.bucket_store import BucketStore
@@ -56,9 +57,12 @@ class BucketRows:
         rows: To be written; their ranges are the bucket's.
         mask_generation: Of the mask under which windows were computed.
         log_epoch: Of the training log.
-        dropped: Impressions of erased users, which wait no more: ranges without positions.
+        dropped: Impressions of erased users, or of a topic that is gone, which wait no more: ranges without positions,
+            which come before those of the rows.
         users: With a history.
         appended_ms: Of the portion.
+        bucket: Its number.
+        erased: The last erasure that it has taken into account.
     """
 
     rows: Rows
@@ -67,6 +71,8 @@ class BucketRows:
     dropped: tuple[Range, ...] = ()
     users: int = 0
     appended_ms: int = 0
+    bucket: int = 0
+    erased: int = 0
 
 
 class BucketCore:
@@ -127,6 +133,12 @@ class BucketCore:
             CorruptStore: The store lacks an impression that waits.
         """
         batch = portion.batch
+        if len(batch):
+            # Another source may not have heard of an erasure yet: what it brings is forgotten with the next portion
+            # of one that has.
+            self.erased = min(self.erased, mask.erased.last)
+        ended = self._of_topics_gone(batch.ranges)
+        dropped = self._end_waits(ended)
         self._go_on(batch.ranges, portion.told.clocks)
         self._profiler.turn(mask)
         rows = join(replace(self._profiler.update(batch), told=portion.told))
@@ -135,10 +147,11 @@ class BucketCore:
             found = self._labels.look_up([Cut((self._labels.attribute(rows),), 0)])
             ((rows,),) = (cut.pieces for cut in found.cuts)
         new, self._new = self._new, {}
-        delta = Delta(self.store.inwards(rows.appends), found.waiting, {**new, **found.extra, **self._marked()})
+        waiting = {**dict.fromkeys(ended), **found.waiting}
+        delta = Delta(self.store.inwards(rows.appends), waiting, {**new, **found.extra, **self._marked()})
         self.store.take(delta)
         self._profiler.committed(rows)
-        made = BucketRows(rows, mask.generation, portion.log_epoch, (), self.store.users, portion.appended_ms)
+        made = BucketRows(rows, mask.generation, portion.log_epoch, dropped, self.store.users, portion.appended_ms)
         return made, delta
 
     def forget(self, mask: Mask) -> tuple[Range, ...]:
@@ -146,15 +159,12 @@ class BucketCore:
 
         The deltas have their events still: a snapshot is to be written.
         """
-        dropped = Counter(self.store.forget(mask.erased.after(self.erased)))
+        gone = mask.erased.after(self.erased)
+        self.store.forget(gone)
         # Rings and queue are filled from the store, which has nothing of them any more.
-        self._profiler.forget([*mask.erased.after(self.erased).users])
+        self._profiler.forget([*gone.users])
         self.erased = mask.erased.last
-        if self._labels is not None and dropped:
-            self._labels = Labels(self._settings, self.store)
-        at = {(one.topic_id, one.partition): (one, place.next) for one, place in self.places.items()}
-        found = [(*at[one.topic_id, one.partition], count) for one, count in dropped.items()]
-        return tuple(Range(source, next_, next_, dropped=count) for source, next_, count in found)
+        return self._end_waits(self.store.waiting_of(gone))
 
     def sweep(self) -> None:
         """Takes away what no row that still comes can see, and where there are too many users, those read longest ago."""
@@ -178,6 +188,23 @@ class BucketCore:
         evicted = [users[at] for at in order[: len(users) - most + most // SPARE].tolist()]
         self.store.evict(evicted)
         self._profiler.forget(evicted)
+
+    def _of_topics_gone(self, ranges: Sequence[Range]) -> list[bytes]:
+        """The keys of rows that wait for outcomes of a topic in whose place there is another one now."""
+        new = {part.source.topic_id for part in ranges if part.source not in self.places}
+        if not new - {source.topic_id for source in self.places}:
+            return []
+        return [key for key, _ in self.store.waiting() if place_of(key)[0].topic_id not in new]
+
+    def _end_waits(self, keys: Sequence[bytes]) -> tuple[Range, ...]:
+        """Ends the wait of rows whose outcomes cannot come any more; returns by source how many these are."""
+        if not keys:
+            return ()
+        self.store.take(Delta(waiting=dict.fromkeys(keys)))
+        self._labels = Labels(self._settings, self.store)
+        at = {(one.topic_id, one.partition): (one, place.next) for one, place in self.places.items()}
+        counted = Counter(at[source.topic_id, source.partition] for source, _ in map(place_of, keys))
+        return tuple(Range(source, place, place, dropped=count) for (source, place), count in counted.items())
 
     def _go_on(self, ranges: Sequence[Range], clocks: Sequence[tuple[int, int]]) -> None:
         for part, (_, end_ms) in zip(ranges, clocks, strict=True):

@@ -17,7 +17,7 @@ from state.features.spec import EVENT, Events
 from state.history.actions import ACTIONS, Numbering, numbered
 from state.history.appends import Appends
 from state.history.waiting import WaitingRows, place_of
-from state.positions import Range, Source
+from state.positions import Range
 from streaming.distributed.delta import Delta
 
 PART_BYTES = 900_000  # of a snapshot: engines handle values of some megabytes badly
@@ -132,8 +132,8 @@ class BucketStore:
         for user in users:
             del self._events[user]
 
-    def forget(self, erased: Erased) -> list[Source]:
-        """Takes away what is kept of erased users; returns the source of each row that waits no more."""
+    def forget(self, erased: Erased) -> None:
+        """Takes away the events of erased users."""
         for user in erased.users:
             if (stored := self._events.get(user)) is not None:
                 events = np.frombuffer(stored, EVENT)
@@ -142,6 +142,9 @@ class BucketStore:
                     self._events[user] = kept.tobytes()
                 else:
                     del self._events[user]
+
+    def waiting_of(self, erased: Erased) -> list[bytes]:
+        """The keys of the rows of erased users that wait."""
         rows, keys = WaitingRows(self), sorted(self._waiting)
         if rows.format is None or not keys:
             return []
@@ -153,10 +156,7 @@ class BucketStore:
             np.array([offset for _, offset in places], np.int64),
             [Range(source, 0, 0) for source in sources],
         )
-        ended = np.flatnonzero(gone).tolist()
-        for at in ended:
-            del self._waiting[keys[at]]
-        return [places[at][0] for at in ended]
+        return [keys[at] for at in np.flatnonzero(gone).tolist()]
 
     def snapshot(self) -> Iterator[Delta]:
         """All that it has, as the gains of an empty store, in parts of some `PART_BYTES`."""

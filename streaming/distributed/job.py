@@ -28,7 +28,6 @@ from state.events.identity import own_salt
 from state.features.spec import FeatureSpec
 from state.log import KafkaLog, Log, topic_plan
 from state.log.gaps import Consent
-from state.positions import from_json
 from state.registry.model_fit import require_same_features
 from streaming.distributed.account import Account
 from streaming.distributed.bucket import BucketRows
@@ -57,8 +56,7 @@ class KeepAccount(WorkerStep):
         """Takes what was written of a bundle."""
         told, _ = unpack(element[1])
         account = Account.from_bytes(kept.read())
-        account.take(map(from_json, told["ranges"]))
-        account.take(map(from_json, told["dropped"]))
+        account.take_bundle(told)
         kept.write(account.to_bytes())
         worker = self.worker
         # Of the process, not of this step: an engine lets steps go that had nothing to do for a minute.

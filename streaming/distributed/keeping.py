@@ -202,7 +202,7 @@ def take_portion(
     head.token, head.places, head.erased = new_token(), core.places, core.erased
     cells.head.write(head.to_bytes())
     cache.keep(bucket, head.token, core)
-    return replace(made, dropped=dropped) if dropped else made
+    return replace(made, bucket=bucket, erased=core.erased, dropped=(*dropped, *made.dropped))
 
 
 def restored(cells: Cells, history: int, head: Head, opens: Opens) -> BucketCore:

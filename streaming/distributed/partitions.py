@@ -11,22 +11,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from state.errors import LineTurned, SpringtideError, StoreError
+from state.errors import LineTurned, StoreError, UnreachableBroker
 from state.events.event_batch import EventBatch
 from state.events.parser import Parser
 from state.features.mask import Mask
 from state.log import LogReader, PartitionBatch
-from state.positions import Gap, Source
+from state.log.failures import made_again
+from state.positions import Source
 from state.registry.control import Control
 from state.registry.control_look import ControlLook
 from state.registry.log_line import FIRST_EPOCH, Stretch
-from streaming.accounts import as_ranges, missing, require_accepted
+from streaming.accounts import as_ranges
 from streaming.aligned_reader import AlignedReader
 from streaming.distributed.buckets import Portion, divide, gathered
+from streaming.distributed.opening import of_source, open_clicks, telling_how
 from streaming.distributed.reading import SourceReading
 from streaming.distributed.worker import JobWorker
 from streaming.event_clock import EventClock
@@ -36,15 +38,6 @@ from streaming.source import appended_ms
 
 REFRESH_S = 1.0
 logger = logging.getLogger(__name__)
-
-
-def of_source(source: int, sources: int, partitions: int) -> list[int]:
-    """The partitions that a source reads, those made later included.
-
-    >>> of_source(1, 2, 5)
-    [1, 3]
-    """
-    return [one for one in range(partitions) if one % sources == source]
 
 
 class Partitions:
@@ -68,40 +61,19 @@ class Partitions:
         self._settings = worker.settings
         self._parser = Parser(self._settings.events, worker.salt)
         self._look = ControlLook(self._settings.registry_dir)
-        self._passed: list[Gap] = []
         self._resting = threading.Event()
-        self._reader: LogReader | None = None
-        self._aligned: AlignedReader | None = None
         self.at = reading
-        self._open(reading)
-
-    def _open(self, reading: SourceReading) -> None:
-        """Opens the reader at `reading`; gaps that the operator accepted are passed."""
-        kafka, plan = self._settings.kafka, self._worker.plan
-        with self._worker.log.topics() as topics:
-            info = topics.describe(kafka.clicks_topic)
-            ends = topics.ends(kafka.clicks_topic)
-        if reading.topic_id not in ("", info.topic_id):
-            logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
-            reading = SourceReading(log_epoch=reading.log_epoch)
-        mine = of_source(self._source, self._settings.stream.sources, info.partitions)
-        known = {partition: at for partition, at in reading.next.items() if partition in mine}
-        positions = replace(reading, topic_id=info.topic_id, next=known).positions()
-        self._passed = missing(info.topic_id, positions, {one: ends[one] for one in mine})
-        require_accepted(self._passed, plan.consent, kafka.clicks_topic)
-        for gap in self._passed:
-            logger.warning("gap accepted by %s (%s): %s", plan.consent.actor, plan.consent.reason, gap)
-            known[gap.source.partition] = gap.next
-        # There may be more sources than partitions, until the topic grows.
-        self._topic_id, self._clock = info.topic_id, EventClock(reading.clocks.get)
-        self._follow(self._worker.log.reader(kafka.clicks_topic, mine, known) if mine else None)
-        self._reading = reading
+        opened = open_clicks(worker, source, reading)
+        self._topic_id, self._passed, self._reading = opened.topic_id, opened.passed, opened.reading
+        self._clock = EventClock(opened.reading.clocks.get)
+        self._follow(opened.reader)
         self._refresh_s = time.monotonic() + REFRESH_S
 
     def _follow(self, reader: LogReader | None) -> None:
         """Reads on with `reader`, by the times up to which its partitions were read."""
         clock, topic_id = self._clock, self._topic_id
-        self._reader, self._aligned = reader, None
+        self._reader: LogReader | None = reader
+        self._aligned: AlignedReader | None = None
         if reader is not None:
             skew_s = self._settings.stream.max_skew_s
             self._aligned = AlignedReader(reader, lambda one: clock.reached(Source(topic_id, one)), skew_s)
@@ -118,24 +90,37 @@ class Partitions:
         """
         control = self._look.look()
         log_epoch = self._epoch(control)
-        batches = self._poll(moment_s)
-        if not batches and not self._passed:
+        with telling_how():
+            batches = self._poll(moment_s)
+        # Buckets without clicks have to forget, too.
+        erased = self._reading.erased if control is None else control.erased.last
+        if not batches and not self._passed and erased == self._reading.erased:
             return [], None
         now_ms = time.time_ns() // 1_000_000
         mask = Mask.NONE if control is None else control.mask
         events = leave_out(self._events(batches), mask)
         events, told = in_order(events, self._clock.follow(events, events.ranges, now_ms))
-        after = SourceReading(
-            events.ranges[0].source.topic_id,
-            {**self._reading.next, **{part.source.partition: part.next for part in events.ranges}},
-            {**self._reading.clocks, **told.state},
-            log_epoch,
+        ends = {part.source.partition: part.next for part in events.ranges}
+        after = replace(
+            self._reading,
+            topic_id=self._topic_id,
+            next={**self._reading.next, **ends},
+            clocks={**self._reading.clocks, **told.state},
+            log_epoch=log_epoch,
+            erased=erased,
+            leaders=self._leaders(self._reading.leaders, ends),
         )
         generation = 0 if control is None else control.generation
         newest_ms = max((appended_ms(batch, now_ms) for batch in batches), default=0)
         parts = divide(events, told, self._settings.stream.buckets)
         self.at = self._reading = after
         return [Portion(batch, clock, generation, log_epoch, newest_ms) for batch, clock in parts], after
+
+    def _leaders(self, known: Mapping[int, int], at: Mapping[int, int]) -> dict[int, int]:
+        """By partition the leader's epoch of the record before a position: what was known, but for those that are at another one."""
+        reader = self._reader
+        found = {one: -1 if reader is None else reader.leader_epoch(one, offset) for one, offset in at.items()}
+        return {one: epoch for one, epoch in {**known, **found}.items() if epoch >= 0}
 
     @property
     def at_end(self) -> bool:
@@ -219,18 +204,22 @@ class Partitions:
         return gathered(events)
 
     def _take_new_partitions(self) -> None:
-        """Opens the reader anew where the topic has more partitions of this source."""
-        reader, kafka = self._reader, self._settings.kafka
-        known = [] if reader is None else reader.partitions
+        """Opens the reader anew where the topic has more partitions of this source; these are read from their beginning.
+
+        Raises:
+            UnknownTopic: The topic is gone, or is another topic of that name.
+        """
+        reader, topic = self._reader, self._settings.kafka.clicks_topic
+        at = {} if reader is None else {one: reader.position(one) for one in reader.partitions}
         # A broker that is away costs only time.
-        with suppress(SpringtideError):
+        with suppress(UnreachableBroker):
             with self._worker.log.topics() as topics:
-                count = topics.describe(kafka.clicks_topic).partitions
-            mine = of_source(self._source, self._settings.stream.sources, count)
-            if len(mine) > len(known):
-                logger.info("reading new partitions of %s: %s", kafka.clicks_topic, mine)
-                at = {} if reader is None else {one: reader.position(one) for one in known}
-                later = {one: 0 for one in mine if one not in at}
-                self._follow(self._worker.log.reader(kafka.clicks_topic, mine, at | later))
+                info = topics.describe(topic)
+            if info.topic_id != self._topic_id:
+                raise made_again(topic, self._topic_id, info.topic_id)
+            mine = of_source(self._source, self._settings.stream.sources, info.partitions)
+            if len(mine) > len(at):
+                logger.info("reading new partitions of %s: %s", topic, sorted({*mine} - {*at}))
+                self._follow(self._worker.log.reader(topic, mine, at, leaders=self._leaders({}, at)))
                 if reader is not None:
                     reader.close()

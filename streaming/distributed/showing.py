@@ -1,4 +1,4 @@
-"""Shows what is committed: the gauges of the account, the lag, and the group's offsets for lag tools.
+"""Shows what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and how far erasures are done.
 
 The process that has the account's one key does so, in a thread, once a second:
 where clicks stop coming, what is shown at rest is what is committed. Where the
@@ -12,21 +12,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from state import metrics
 from state.config.settings import Settings
+from state.disk.files import HOST
 from state.errors import PortTaken, SpringtideError
 from state.log import Log
 from state.metrics import StreamMetrics
 from state.positions import UNPLACED, from_json
+from state.registry.erasing import ErasureReport
 from streaming.accounts import show_faults, show_totals
 from streaming.commit import show_off_clock
 from streaming.distributed.account import Account
 from streaming.distributed.worker import JobWorker
+from streaming.erasing import tell
 from streaming.event_clock import OffClock
 
 SHOW_S = 1.0
+PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +54,7 @@ class Showing:
         self._shown: Mapping[int, int] = {}
         self._faults: tuple[str, ...] = ()
         self._said: dict[str, str] = {}
+        self._forgotten: int | None = None
         self._stop_offering: Callable[[], None] | None = None
         self._stopping = threading.Event()
         metrics.add_process(worker.registry)
@@ -94,7 +100,18 @@ class Showing:
         shown.history_users.set(sum(self._users.values()))
         shown.cached_users.set(self._worker.cache.users)
         self._faults = show_faults(shown, account.faults(), self._faults)
+        self._report(account.forgotten(self._settings.stream.buckets))
         self._tell(account, is_new)
+
+    def _report(self, through: int) -> None:
+        """Reports the last erasure that all buckets have taken into account; also that it is none, so that they are known."""
+        registry = self._settings.registry_dir
+        if through == self._forgotten or not registry.is_dir():
+            return
+        told = ErasureReport(PART, HOST, WHERE, through, through, 0, time.time_ns() // 1_000_000)
+        if tell(registry, told, partial(self._say, "erasures")):
+            self._forgotten = through
+            self._said.pop("erasures", None)
 
     def _take_port(self) -> None:
         """Offers the metrics, as soon as no other process of this host does on their port."""

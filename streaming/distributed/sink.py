@@ -47,6 +47,9 @@ def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> li
     """
     groups: dict[tuple[int, int], list[BucketRows]] = {}
     for one in made:
+        # One that read nothing only told its bucket of an erasure.
+        if not one.rows.batch.ranges:
+            continue
         groups.setdefault((one.mask_generation, one.log_epoch), []).append(one)
     stream, values = worker.settings.stream, list[bytes]()
     for (generation, epoch), group in groups.items():
@@ -67,8 +70,7 @@ def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Se
     """
     batches = [one.rows.batch for one in made]
     head: dict[str, Any] = {
-        "ranges": [to_json(part) for batch in batches for part in batch.ranges],
-        "dropped": [to_json(part) for one in made for part in one.dropped],
+        "ranges": [to_json(part) for one in made for part in (*one.dropped, *one.rows.batch.ranges)],
         "letters": Counter(str(letter.reason) for batch in batches for letter in batch.dead),
         "off": [off for one in made for off in off_clocks(one.rows)],
         "appended_ms": max((one.appended_ms for one in made), default=0),
@@ -76,7 +78,8 @@ def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Se
         "rows": sum(len(one.rows) for one in made),
         "truncated": sum(int((one.rows.vectors.features[:, at] > 0).sum()) for one in made for at in truncated),
         "seconds": seconds,
-        "users": {str(part.source.bucket): one.users for one in made for part in one.rows.batch.ranges[:1]},
+        "users": {str(one.bucket): one.users for one in made},
+        "erased": {str(one.bucket): one.erased for one in made},
     }
     return pack(head, {})
 

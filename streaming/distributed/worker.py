@@ -33,6 +33,7 @@ from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Source
 from state.registry.controls import Controls
+from state.registry.sharing.running import copying
 from streaming.attributes import Join
 from streaming.distributed.bucket import BucketCore, BucketPlace
 from streaming.distributed.bucket_store import BucketStore
@@ -127,6 +128,8 @@ class JobWorker:
         self._masks: dict[int, Mask] = {}
         self._join = join
         self._kept: dict[str, Closable] = {}
+        # A host of its own has a copy of control, and reads nothing before it has looked for it.
+        self.closing.enter_context(copying(self.settings, self.registry, first=threading.Event()))
 
     def mask_of(self, control: int) -> Mask:
         """What is left out by a generation of control; nothing by generation 0.

@@ -29,6 +29,7 @@ from tests.rules import ALERTS
 from trainer.accounts import Passages
 
 ROOT = Path(__file__).parents[2]
+STREAM = "springtide stream (or up)"
 ANCHORS = {one.anchor for one in runbook.SECTIONS.values()}
 CLASSES = {
     name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, SpringtideError)
@@ -157,7 +158,7 @@ def test_what_a_gap_a_cut_and_a_bad_record_say_to_type_is_in_their_sections(tmp_
     passages = Passages(Journal(tmp_path), Consent(), TrainerMetrics(CollectorRegistry()), lambda: 0.0)
     with pytest.raises(MicroBatchError) as bad:
         passages.leave_out(Gap(source, 7, 8), {}, MicroBatchError("it is none", "see who writes"))
-    for error in (how_to_go_on(gap, "springtide stream"), how_to_go_on(cut, "springtide stream"), bad.value):
+    for error in (how_to_go_on(gap, STREAM), how_to_go_on(cut, STREAM), bad.value):
         lines = [
             runbook.filled(line, {**runbook.EXAMPLES, "TEXT": "TEXT"}) for line in section_of(type(error)).splitlines()
         ]

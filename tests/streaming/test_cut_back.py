@@ -20,7 +20,7 @@ from state.log import LogReader, MemoryLog, Topics
 from state.log.gaps import Consent, parse_allowance
 from state.positions import Range, Source
 from streaming import accounts
-from streaming.cut_back import FILLER, fill, open_behind
+from streaming.cut_back import FILLER, accept, fill, open_behind
 from streaming.leaders import Leaders
 from tests.segments import cut_back
 from tests.streaming.pieces import ZERO
@@ -66,7 +66,10 @@ class Shard:
         told = self.leaders.at(ZERO.topic_id, {0: 10})
         fills = partial(fill, KAFKA, self.log.topics(), self.log.writer)
         return open_behind(
-            lambda leaders: self.log.reader(TOPIC, None, {0: 10}, leaders=leaders), told, self.store, consent, fills, 7
+            lambda leaders: self.log.reader(TOPIC, None, {0: 10}, leaders=leaders),
+            told,
+            partial(accept, self.store, consent, 7),
+            fills,
         )
 
 

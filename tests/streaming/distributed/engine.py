@@ -16,7 +16,6 @@ from typing import Any
 
 from apache_beam.utils.timestamp import Timestamp
 
-from state.positions import from_json
 from streaming.distributed.account import Account
 from streaming.distributed.sink import WriteBuckets
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
@@ -130,8 +129,7 @@ class Engine:
         for one in writer.finish_bundle():
             told: dict[str, Any] = unpack(one.value[1])[0]
             account = Account.from_bytes(self.now.account)
-            account.take(map(from_json, told["ranges"]))
-            account.take(map(from_json, told["dropped"]))
+            account.take_bundle(told)
             self.now.account = account.to_bytes()
         writer.start_bundle()
 

@@ -24,8 +24,8 @@ from streaming.distributed.delta import Delta
 from streaming.distributed.delta import decode as delta_of
 from streaming.distributed.delta import encode as bytes_of
 from streaming.distributed.keeping import IDLE_S, Cache
+from streaming.distributed.opening import of_source
 from streaming.distributed.options import FLINK, PRISM, beam_options, take_runner
-from streaming.distributed.partitions import of_source
 from streaming.distributed.wire import pack, unpack
 from streaming.event_clock import Moves, OffClock, Told, moves_of
 from tests.streaming.pieces import ONE, ZERO, piece
