@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -23,7 +23,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 
 from state import metrics
-from state.attributes.follower import AttributeFollower
+from state.attributes.follower import AttributeFollower, Report
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.config.settings import Settings
@@ -176,11 +176,17 @@ def write_gaps(writer: ShardWriter, parser: Parser, profiler: Profiler, found: S
 
 
 def open_join(
-    settings: Settings, salt: Salt, counted: StreamMetrics, stack: ExitStack, anew: bool = False
+    settings: Settings,
+    salt: Salt,
+    counted: StreamMetrics,
+    stack: ExitStack,
+    anew: bool = False,
+    reports: Callable[[str], Report] | None = None,
 ) -> Join | None:
     """The attributes as the topics have them now, and their follower, which ends with `stack`; None where none are configured.
 
-    With `anew` their store is written anew, without free pages.
+    With `anew` their store is written anew, without free pages. `reports` gives what takes the refused records of a topic;
+    by default they become dead letters.
 
     Raises:
         LogError: A topic is missing or cannot be read.
@@ -191,10 +197,12 @@ def open_join(
         return None
     folder = settings.stream_dir / ATTRIBUTES
     store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
-    report = report_to(settings.kafka, counted)
+    reports = reports or (lambda topic: report_to(settings.kafka, counted))
     topics = {"user": wanted.user_topic, "item": wanted.item_topic}
     followers = [
-        AttributeFollower(settings.kafka, topics[side], table, salt, store, report, settings.events.max_event_bytes)
+        AttributeFollower(
+            settings.kafka, topics[side], table, salt, store, reports(topics[side]), settings.events.max_event_bytes
+        )
         for side, table in tables.items()
     ]
     join = Join(store, followers, tables, wanted.slices, counted)

@@ -63,6 +63,8 @@ class Partitions:
         self._look = ControlLook(self._settings.registry_dir)
         self._resting = threading.Event()
         self.at = reading
+        if not source:
+            worker.tell_letters()
         opened = open_clicks(worker, source, reading)
         self._topic_id, self._passed, self._reading = opened.topic_id, opened.passed, opened.reading
         self._clock = EventClock(opened.reading.clocks.get)

@@ -21,6 +21,7 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
+from state.attributes.follower import Report
 from state.config.sections import known_settings
 from state.config.settings import Settings
 from state.config.sources import variable
@@ -35,9 +36,11 @@ from state.positions import Source
 from state.registry.controls import Controls
 from state.registry.sharing.running import copying
 from streaming.attributes import Join
+from streaming.distributed.attribute_letters import told_once
 from streaming.distributed.bucket import BucketCore, BucketPlace
 from streaming.distributed.bucket_store import BucketStore
 from streaming.distributed.keeping import Cache
+from streaming.letters import report_to
 from streaming.open_shard import open_join
 from streaming.rows import Rows
 
@@ -126,7 +129,8 @@ class JobWorker:
         self._lock, self._joining = threading.Lock(), threading.Lock()
         self._reading: dict[int, Closable] = {}
         self._masks: dict[int, Mask] = {}
-        self._join = join
+        self._join = self._given = join
+        self._following, self._tells = ExitStack(), False
         self._kept: dict[str, Closable] = {}
         # A host of its own has a copy of control, and reads nothing before it has looked for it.
         self.closing.enter_context(copying(self.settings, self.registry, first=threading.Event()))
@@ -159,11 +163,23 @@ class JobWorker:
             self._join = self._join or self._open_join()
             return self._join.rows(rows)
 
+    def tell_letters(self) -> None:
+        """From here on this process tells which records of attributes are refused; what it read before it reads again."""
+        with self._joining:
+            if not self._tells:
+                self._tells, self._join = True, self._given
+                self._following.close()
+
     def _open_join(self) -> Join:
         """The attributes as the topics have them now, in a place of this process's own, and their follower."""
-        scratch = self.closing.enter_context(tempfile.TemporaryDirectory(prefix="springtide-attributes-"))
+        scratch = self._following.enter_context(tempfile.TemporaryDirectory(prefix="springtide-attributes-"))
         there = replace(self.settings, paths=replace(self.settings.paths, state=scratch))
-        found = open_join(there, self.salt, self.metrics, self.closing)
+        kafka, metrics = self.settings.kafka, self.metrics
+
+        def reports(topic: str) -> Report:
+            return told_once(kafka, topic, self.log, report_to(kafka, metrics), lambda: self._tells)
+
+        found = open_join(there, self.salt, metrics, self._following, reports=reports)
         assert found is not None, "asked only where topics are configured"
         return found
 
@@ -202,6 +218,7 @@ class JobWorker:
         for one in opened:
             one.close()
         self.cache.clear()
+        self._following.close()
         self.closing.close()
 
 
