@@ -293,6 +293,10 @@ class TrainerMetrics(Metrics):
     held_offset = gauge(
         "springtide_trainer_held_offset", "Offset of the training log from which a held update is suspect; 0: none."
     )
+    hold_waits = gauge(
+        "springtide_trainer_hold_waits",
+        "1 while a hold cannot be written, as while the store of a shared registry is away: nothing is published then.",
+    )
     guard_ratio = gauge(
         "springtide_trainer_guard_ratio", "How near each rule of the guard is to a hold, which is 1.", "rule"
     )
@@ -558,11 +562,11 @@ class SharedMetrics(Metrics):
     bytes = counter("springtide_shared_bytes", "Bytes sent there and received from there, by direction.", "direction")
     looked_seconds = gauge(
         "springtide_shared_looked_seconds",
-        "When this host last saw there what is new, seconds since 1970; 0 where another process of it looks.",
+        "When this host last saw there what is new, or began to look, seconds since 1970; 0 where another process of it looks.",
     )
     sent_seconds = gauge(
         "springtide_shared_sent_seconds",
-        "When all durable versions of the trainer lay there, seconds since 1970; 0 elsewhere.",
+        "When all durable versions of the trainer lay there last, or it began to send, seconds since 1970; 0 elsewhere.",
     )
 
 

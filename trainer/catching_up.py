@@ -11,14 +11,17 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from state.errors import ControlConflict, CorruptVersion, UnknownVersion
+from state.errors import ControlConflict, CorruptVersion, UnknownVersion, UnusableRegistry
 from state.positions import Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
 from state.registry.registry import Registry
-from state.storage.waiting import unless_full
+from state.storage.waiting import is_full, unless_full
 from trainer.place import TrainingPlace
+
+AGAIN_S = 5.0
+"""Between two tries to let answers follow while the store of a shared registry is away."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +32,12 @@ class CatchingUp:
     Args:
         registry: Where control, versions and outcomes are.
         clock: Wall clock in seconds.
+        elapsed: Monotonic seconds.
     """
 
-    def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
-        self._registry, self._clock = registry, clock
+    def __init__(self, registry: Registry, clock: Callable[[], float], elapsed: Callable[[], float]) -> None:
+        self._registry, self._clock, self._elapsed = registry, clock, elapsed
+        self._refused_s = float("-inf")
         self._began: Control | None = None
         self._goal: dict[Source, int] = {}
         self._again: dict[str, int] | None = None
@@ -56,7 +61,7 @@ class CatchingUp:
             self._again = self._since_base(place)
 
     def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
-        """Between two records, once the log's end was seen; what a full disk refuses is tried again at the next look.
+        """Between two records, once the log's end was seen; what cannot be written is tried again at a later look.
 
         1. The clicks are as far as they were before the rollback: the outcome is written.
         2. All of that is published: answers follow, where they are to.
@@ -82,6 +87,8 @@ class CatchingUp:
         # 2.
         if not control.serving.then_follow:
             self._watched = False
+        elif self._elapsed() - self._refused_s < AGAIN_S:
+            return
         elif not busy and (place.first >= self._end or not place.changed):
             with unless_full(self._say):
                 self._watched = not self._let_follow(control)
@@ -158,4 +165,10 @@ class CatchingUp:
         except ControlConflict as refused:
             # Somebody changes control all the time: it is tried again after the next record.
             logger.info("%s", refused)
+            return False
+        except UnusableRegistry as error:
+            if is_full(error):
+                raise
+            self._refused_s = self._elapsed()
+            self._say(f"{error}; answers follow once control can be written")
             return False

@@ -45,11 +45,10 @@ def show_step(report: Report, bad: int, offset: int, metrics: TrainerMetrics) ->
         )
 
 
-def show_control(control: Control, version: int, held: bool, metrics: TrainerMetrics) -> None:
-    """Sets the gauges of what control asks of the trainer, at which version it is, and whether the guard holds training."""
+def show_control(control: Control, version: int, metrics: TrainerMetrics) -> None:
+    """Sets the gauges of what control asks of the trainer, and at which version it is."""
     metrics.version.set(version)
     metrics.epoch.set(control.epoch)
-    metrics.held.set(held)
     metrics.masks.set(len(control.masks))
     metrics.paused.set(not control.training)
     metrics.publishing_held.set(not control.publishing)

@@ -1,4 +1,9 @@
-"""Takes each record to the guard, keeps versions back while one is suspect, and asks control to hold what is bad."""
+"""Takes each record to the guard, keeps versions back while one is suspect, and asks control to hold what is bad.
+
+Where control cannot be written, as while the store of a shared registry is
+away, the hold waits: nothing is published and no record taken until it is
+written, so that nobody is ever answered by what is held.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,15 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from state.config.settings import Settings
-from state.errors import UnknownVersion
+from state.errors import UnknownVersion, UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch
+from state.process.said_once import SaidOnce
 from state.registry import holding
 from state.registry.control import Control
 from state.registry.held_update import HeldUpdate, SuspectClicks
@@ -38,8 +44,23 @@ LETS_GO = ("follow", "rollback", "resume")
 STEPS = "steps"
 """What the guard of steps is called beside the rules: too many in a row were skipped."""
 
+AGAIN_S = 1.0
+"""Between two tries to write a hold."""
+
 _MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)}
 logger = logging.getLogger(__name__)
+
+
+class UnwrittenHold(NamedTuple):
+    """A hold that control does not have yet.
+
+    Attributes:
+        held: What is held.
+        after: Where the trainer was then.
+    """
+
+    held: HeldUpdate
+    after: TrainingPlace
 
 
 class UpdateGuard:
@@ -50,6 +71,7 @@ class UpdateGuard:
         registry: Where control and versions are.
         metrics: What is shown.
         clock: Wall clock in seconds.
+        elapsed: Monotonic seconds.
         shown: Of each dimension of slices the names of its places, as they are now.
     """
 
@@ -59,6 +81,7 @@ class UpdateGuard:
         registry: Registry,
         metrics: TrainerMetrics,
         clock: Callable[[], float],
+        elapsed: Callable[[], float],
         shown: Callable[[], Mapping[str, Sequence[str]]],
     ) -> None:
         wanted, self._shown = settings.guard, shown
@@ -66,7 +89,9 @@ class UpdateGuard:
         places = {name: len(values) for name, values in shown().items()}
         self._watch = WindowWatch(limits, json.dumps([places, settings.events.actions]))
         self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
-        self._last = PASSED
+        self._last, self._elapsed = PASSED, elapsed
+        self._unwritten: UnwrittenHold | None = None
+        self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
     def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
         """At the beginning of an epoch, or after a start: the guard is as it was at the version that was loaded.
@@ -75,12 +100,17 @@ class UpdateGuard:
             kept: What that version kept of it, without the prefix; nothing where it kept nothing.
         """
         self._watch.load(kept)
-        self._last = PASSED
+        self._last, self._unwritten = PASSED, None
 
     @property
     def passes(self) -> bool:
         """Whether what was learned so far may become a version."""
         return self._last.standing is Standing.PASS
+
+    @property
+    def waits(self) -> bool:
+        """Whether a hold is still to be written: no record is to be taken until it is."""
+        return self._unwritten is not None
 
     def take(
         self,
@@ -111,7 +141,33 @@ class UpdateGuard:
             level = logging.INFO if found.standing is Standing.PASS else logging.WARNING
             logger.log(level, "versions %s at offset %d (%s)", _SAID[found.standing], before.next, self._named(found))
         self._last = found
-        return found.standing is Standing.HOLD and self._hold(found, after, log_ms[1])
+        if found.standing is not Standing.HOLD:
+            return False
+        self._unwritten, self._tried_s = UnwrittenHold(self._held(found, after, log_ms[1]), after), float("-inf")
+        return self.write()
+
+    def write(self) -> bool:
+        """Writes the hold that waits, where one does, again after `AGAIN_S` where it cannot be; True where control holds it now.
+
+        Raises:
+            ControlConflict: Somebody changed control all the time.
+        """
+        waiting = self._unwritten
+        if waiting is None or self._elapsed() - self._tried_s < AGAIN_S:
+            return False
+        self._show_held(waiting.held)
+        try:
+            written = self._hold(*waiting)
+        except UnusableRegistry as error:
+            self._tried_s = self._elapsed()
+            self._say(
+                f"{waiting.held.in_words()}, and its hold cannot be written: {error}; nothing is published until it is"
+            )
+            return False
+        self._say.clear()
+        self._unwritten = None
+        self._show_held(waiting.held if written else None)
+        return written
 
     def look(self, control: Control, version: int, stopped: bool) -> None:
         """Takes up what control says: what an operator let go on passes, until the guard says otherwise.
@@ -121,14 +177,19 @@ class UpdateGuard:
             version: The trainer's newest version.
             stopped: Whether training is held because too many steps in a row were skipped.
         """
-        held = control.held
+        held = control.held if self._unwritten is None else self._unwritten.held
         if held is None and self._last.standing is Standing.HOLD:
             self._last = PASSED
+        gauges.show_control(control, version, self._metrics)
+        self._show_held(held, stopped)
+
+    def _show_held(self, held: HeldUpdate | None, stopped: bool = False) -> None:
         by = held.rule if held is not None else STEPS if stopped else ""
         for rule in (*_MEANINGS, STEPS):
             self._metrics.held_rule.labels(rule).set(rule == by)
         self._metrics.held_offset.set(0 if held is None else held.first)
-        gauges.show_control(control, version, held is not None or stopped, self._metrics)
+        self._metrics.held.set(bool(by))
+        self._metrics.hold_waits.set(self.waits)
 
     def show(self) -> None:
         """Sets the gauges of how near each rule is to a hold, and whether versions wait."""
@@ -162,10 +223,10 @@ class UpdateGuard:
     def _slice(self, place: tuple[int, int, int]) -> str:
         return named(self._shown(), *place[1:])
 
-    def _hold(self, found: Judgement, after: TrainingPlace, log_ms: int) -> bool:
+    def _held(self, found: Judgement, after: TrainingPlace, log_ms: int) -> HeldUpdate:
         since = found.since
         assert since is not None, "what is held began somewhere"
-        held = HeldUpdate(
+        return HeldUpdate(
             rule=found.rule,
             meaning=self._meaning(found),
             signal=found.signal,
@@ -177,6 +238,9 @@ class UpdateGuard:
             next_ms=log_ms,
             clicks=_suspect(since, after),
         )
+
+    def _hold(self, held: HeldUpdate, after: TrainingPlace) -> bool:
+        """Asks control to hold it; True where it does from now on."""
 
         def asked(control: Control) -> Control:
             if control.epoch != after.epoch:

@@ -90,10 +90,10 @@ class Learner:
         times = settings.trainer.publish_s, settings.registry.durable_s, clock, elapsed
         self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room, elapsed)
         self._updates = UpdateGuard(
-            settings, registry, metrics, clock, lambda: shown_of(settings.events.actions, trainer.slices)
+            settings, registry, metrics, clock, elapsed, lambda: shown_of(settings.events.actions, trainer.slices)
         )
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
-        self._catching_up = CatchingUp(registry, clock)
+        self._catching_up = CatchingUp(registry, clock, elapsed)
         self._log: LogReader | None = None
         self._looked = float("-inf")
         self.control: Control
@@ -222,11 +222,14 @@ class Learner:
     @property
     def _resting(self) -> bool:
         """Whether no record is to be taken: the guard holds training or what was learned, or an operator paused it."""
-        return self._trainer.guard.held or self.control.held is not None or not self.control.training
+        held = self.control.held is not None or self._updates.waits
+        return self._trainer.guard.held or held or not self.control.training
 
     def _between(self) -> bool:
         """Between two records; True where the epoch changed."""
         self._publish_if_due()
+        if self._updates.write():
+            self._looked = float("-inf")
         return self._look_at_control()
 
     def _look_at_control(self) -> bool:

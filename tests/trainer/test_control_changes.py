@@ -11,6 +11,8 @@ from state.features.mask import Mask
 from state.microbatch.codec import decode, encode
 from state.registry.control import Control, pin, publish, roll_back, train, unmask
 from state.registry.registry import Registry
+from state.registry.sharing import starting
+from tests.state.registry.sharing.hosts import away
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import append, learner, run_to_end, shared, started, without, written
 from tests.trainer.test_exact_rollback import of_epoch, published, turned
@@ -147,6 +149,25 @@ def test_answers_follow_once_all_that_was_learned_before_is_published(tmp_path: 
     assert control is not None
     assert (control.action, control.epoch, control.actor.startswith("trainer")) == ("follow", 2, True)
     assert registry.manifest(registry.newest(2) or 0).rows == 24 * 40 - running.place.masked
+
+
+def test_while_the_place_of_a_shared_registry_is_away_answers_wait_and_follow_when_it_is_back(tmp_path: Path) -> None:
+    registry, log, url = started(tmp_path / "trainer"), written(RECORDS[:8]), tmp_path / "place"
+    registry.shared, _ = starting.own(registry.path, str(url), 7)
+    running = learner(registry, log)
+    to = published(running)
+    append(log, RECORDS[8:])
+    published(running)
+    registry.change(rolled_back(to, then_follow=True))
+    with away(url):
+        run_to_end(running)
+        for _ in range(20):
+            running.tick(0.0)
+        control = registry.control()
+        assert control is not None and control.serving.mode == "pin" and running.place.next == 2 * len(RECORDS)
+    while (control := registry.control()) is not None and control.serving.mode == "pin":
+        running.tick(0.0)
+    assert control is not None and control.action == "follow"
 
 
 def test_who_pins_meanwhile_stays_pinned(tmp_path: Path) -> None:

@@ -13,12 +13,16 @@ from state.config.fields import fields_of
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.microbatch.codec import decode, encode
+from state.places.opening import open_place
 from state.positions import Source
 from state.registry.control import Control, roll_back
 from state.registry.held_update import HeldUpdate
 from state.registry.holding import release
 from state.registry.registry import Registry
+from state.registry.sharing import starting
+from state.registry.sharing.giving import DurableSender, RecentSender
 from tests.bench.guard import POISONS, SEGMENTED, SEGMENTS, traffic, value_with_share
+from tests.state.registry.sharing.hosts import CopyHost, away
 from tests.trainer.clicks import SMALL, TOPIC, microbatch
 from tests.trainer.logs import ABOUT, append, learner, run_to_end, shared, started, without, written
 from trainer.engine.step import Trainer
@@ -84,6 +88,60 @@ def test_a_flood_is_held_before_anybody_is_answered_by_it(tmp_path: Path, caplog
     assert max(registry.versions()) == versions[-1].version, "nor is one made of it at the end"
     again = learner(registry, written(POISONED), *GUARD)
     assert again.tick(0.0) == 0, "a restart does not let it go"
+
+
+def test_a_hold_that_cannot_be_written_holds_all_the_same_and_is_written_when_the_place_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, log = tmp_path / "place", written(CLEAN[: FLOOD[0]])
+    registry = started(tmp_path / "trainer")
+    place, claim = starting.own(registry.path, str(url), 7)
+    registry.shared = place
+    durable = DurableSender(registry.path, place, claim)
+    recent = RecentSender(registry.path, place, claim, lambda: durable.serial)
+    host = CopyHost(tmp_path / "host", str(url), open_place(str(url)))
+
+    def sent() -> list[int]:
+        """The versions that another host has, after all that there is was sent."""
+        recent.send()
+        while durable.send():
+            pass
+        host.look()
+        return host.registry.versions()
+
+    running = learner(registry, log, *GUARD)
+    run_to_end(running)
+    running._settle(wait=True)
+    assert sent() == registry.versions()
+    append(log, POISONED[FLOOD[0] :])
+    with away(url):
+        while not running._updates.waits:
+            running.tick(0.0)
+        at = running.place.next
+        for _ in range(5):
+            assert running.tick(0.0) == 0, "training rests"
+        assert running.place.next == at < 2 * len(POISONED)
+        assert running.control.held is None and "nothing is published until it is" in caplog.text
+        metrics = running._metrics
+        assert (metrics.hold_waits._value.get(), metrics.held._value.get()) == (1, 1)
+        assert metrics.held_rule.labels("user")._value.get() == 1
+        running.close()
+        # One that is started again comes to the same verdict, and waits likewise.
+        running = learner(registry, log, *GUARD, trainer=shared(1))
+        while not running._updates.waits:
+            running.tick(0.0)
+        assert running.place.next == at
+    versions = [registry.manifest(number) for number in sent()]
+    assert max(one.log.next for one in versions) <= 2 * FLOOD[0], "no host has a row of the flood"
+    while running._updates.waits:
+        running.tick(0.0)
+    running.tick(0.0)
+    assert running.control.held is not None and running.control.held.next == at
+    assert running._metrics.hold_waits._value.get() == 0 and running._metrics.held._value.get() == 1
+    host.look()
+    found = host.registry.control()
+    assert found is not None and found == running.control
+    assert found.serving.version == running.control.held.version
 
 
 def test_the_rollback_that_is_proposed_leaves_no_trace_of_the_flood(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,17 @@ SOURCE = Source("ab" * 16, 1)
 Answer = TypeVar("Answer")
 
 
+@contextmanager
+def away(place: Path) -> Iterator[None]:
+    """A file where the place's directory was: nobody can list, read or write it, whatever rights they have."""
+    aside = place.with_name("aside")
+    place.rename(aside)
+    place.write_bytes(b"")
+    yield
+    place.unlink()
+    aside.rename(place)
+
+
 @dataclass
 class Elapsed:
     """Monotonic seconds that tests move."""
@@ -34,12 +46,19 @@ class Elapsed:
 
 
 class Link:
-    """A way to a place that can be cut, and that counts what is asked. See `FilePlace`."""
+    """A way to a place that can be cut, and that counts what is asked. See `FilePlace`.
+
+    Attributes:
+        cut_after: How many requests still pass; None for all.
+        asked: What was asked.
+        passes: Is called with each request.
+    """
 
     def __init__(self, place: FilePlace) -> None:
         self._place, self.told = place, place.told
         self.cut_after: int | None = None
         self.asked: list[str] = []
+        self.passes: Callable[[], object] = lambda: None
 
     def names(self, folder: str) -> list[str]:
         return self._over("names", folder, lambda: self._place.names(folder))
@@ -62,6 +81,7 @@ class Link:
                 raise UnusablePlace(f"{self.told} cannot {what} {name} (cut off)", "mend the link")
             self.cut_after -= 1
         self.asked.append(f"{what} {name}")
+        self.passes()
         return ask()
 
 
