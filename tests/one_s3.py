@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 
 import httpx
+import psutil
 import s3fs
 
 from deploy.kafka.configuration import free_port
@@ -61,6 +62,12 @@ class S3Server:
         """It answers again."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time that it has taken."""
+        assert self._process is not None
+        return sum(psutil.Process(self._process.pid).cpu_times()[:2])
 
     def bucket(self, name: str) -> str:
         """Makes a bucket; returns its URL."""

@@ -100,6 +100,12 @@ class MeasuredCosts:
     load_bytes_s: float = _figure(
         1.3e8, "bytes/s", "python -m tests.bench.rollback", "a base read, checked and applied (1 M rows in 2.0 s)"
     )
+    shared_request_us: float = _figure(
+        1_500.0,
+        "us a request",
+        "python -m tests.bench.share",
+        "processor time of a host that asks a shared registry's object store for a file that is not there",
+    )
     transaction_ms: float = _figure(
         7.4,
         "ms",

@@ -36,7 +36,16 @@ FORMULAS = (
         "`trainer_bytes` + 2 x (users + items) x (`model.dim` x 4 bytes x 2 + 32); its room doubles when full",
     ),
     ("changed rows in t seconds", "U (1 - exp(-clicks/s x t / U)) for users U, and likewise for items"),
-    ("applier, cores", "clicks/s x `applier_us` + versions/s x changed rows x `apply_us`, on every host"),
+    (
+        "applier, cores",
+        "clicks/s x `applier_us` + versions/s x changed rows x `apply_us`, on every host; where the registry is shared, its "
+        "requests x `shared_request_us` too",
+    ),
+    (
+        "a shared registry, requests",
+        "a host: 2 GET each `registry.look_ms`, less the time that they take, 8 a second at most; the trainer: a PUT and a "
+        "DELETE each `registry.share_s`, a GET each `registry.look_ms`, some ten each `registry.durable_s`",
+    ),
     (
         "applier, memory",
         "`applier_bytes` + histories + rows x `served_row_bytes`, a row once and once more for each durable version of the "

@@ -135,8 +135,14 @@ class Sizing:
     @property
     def applier_cores(self) -> float:
         """Of each host's applier, however many hosts there are."""
-        rows_s = self.load.versions_s * changed_rows(self.load, 1 / self.load.versions_s)
-        return (self.load.clicks_s * self.measured.applier_us + rows_s * self.measured.apply_us) * 1e-6
+        rows_s, one = self.load.versions_s * changed_rows(self.load, 1 / self.load.versions_s), self.measured
+        asking_us = self.shared_requests_s * one.shared_request_us
+        return (self.load.clicks_s * one.applier_us + rows_s * one.apply_us + asking_us) * 1e-6
+
+    @property
+    def shared_requests_s(self) -> float:
+        """What each host asks of a shared registry: at each look for control and for the next pack; none where it is one's own."""
+        return 2000 / self.settings.registry.look_ms if self.settings.paths.shared_registry else 0.0
 
     @property
     def worker_cores(self) -> float:

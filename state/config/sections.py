@@ -460,14 +460,14 @@ class RegistrySettings:
         30, "d", least=1, most=36_500, help="How long damaged versions, and what no kept version names, are kept."
     )
     share_s: float = setting(
-        1.0,
+        0.3,
         "s",
         least=0.05,
         most=5.0,
         help="Time between packs of recent versions that the trainer sends to `paths.shared_registry`.",
     )
     look_ms: int = setting(
-        500, "ms", least=10, most=60_000, help="Time between looks of a host at `paths.shared_registry`."
+        250, "ms", least=10, most=60_000, help="Time between looks of a host at `paths.shared_registry`."
     )
 
 

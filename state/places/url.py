@@ -1,8 +1,9 @@
 """An object store as a place for files, as fsspec reaches it: its objects are whole or absent, and it says what is durable.
 
 An S3 store makes `create` exclusive by the header `If-None-Match: *`. Each
-request has its time; what takes longer is refused, and whoever asked decides
-whether to ask again.
+word of the door is one request there, but for long lists and what is larger
+than 100 MB, which is sent in parts. Each request has its time; what takes
+longer is refused, and whoever asked decides whether to ask again.
 """
 
 from __future__ import annotations
@@ -96,4 +97,5 @@ def _options(protocol: str) -> dict[str, Any]:
     if protocol not in _S3:
         return {}
     times = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": {"max_attempts": TRIES}}
-    return {"config_kwargs": times, "use_listings_cache": False}
+    # With more at once s3fs asks for the size before it reads, and lists where there is no such file: two requests for one.
+    return {"config_kwargs": times, "use_listings_cache": False, "max_concurrency": 1}

@@ -1,17 +1,20 @@
 """Many serving hosts of one system: how soon a version and a pin are on all of them, and how soon a new host answers.
 
-    python -m tests.bench.hosts [--hosts 10] [--versions-s 60] [--pins 20] [--s3]
+    python -m tests.bench.hosts [--hosts 10] [--versions-s 60] [--pins 20] [--s3] [--link-mb-s 0.5]
 
 Each host is an applier and a worker in a state directory of its own, all on
 this machine beside the loop: Kafka, shoppers, stream, trainer and its own host.
 With `--s3` they share the registry through moto's server in place of a file
-system; then the requests and bytes of a host are told too. A version's delay is
-from the moment it was made to that at which a host's rows answer with it.
+system; then the requests and bytes of a host are told too, and what moto's
+server takes of a core. With `--link-mb-s` each host has a link of so many
+megabytes a second to it. A version's delay is from the moment it was made to
+that at which a host's rows answer with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import threading
 import time
@@ -31,6 +34,7 @@ from tests.disks import forget_memory
 from tests.e2e.hosts import ServingHost
 from tests.e2e.running import Loop, until
 from tests.one_s3 import S3Server
+from tests.slow_link import SlowLink
 
 LOOK_S = 0.005
 RATE, USERS = 100, 2000
@@ -118,6 +122,12 @@ def traffic(hosts: Sequence[ServingHost]) -> dict[str, float]:
     return total
 
 
+def cpu_s(hosts: Sequence[ServingHost]) -> float:
+    """Processor time of the hosts' appliers and workers together."""
+    parents = [psutil.Process(host.process.pid) for host in hosts if host.process is not None]
+    return sum(sum(one.cpu_times()[:2]) for each in parents for one in (each, *each.children(recursive=True)))
+
+
 def quantiles(name: str, values: Sequence[float], most_s: float) -> dict[str, Figure]:
     """p50 and p99, with the goal of the latter."""
     return {
@@ -133,23 +143,30 @@ def main() -> None:
     parser.add_argument("--versions-s", type=float, default=60.0)
     parser.add_argument("--pins", type=int, default=20)
     parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--link-mb-s", type=float, default=float("inf"))
     asked = parser.parse_args()
     figures: dict[str, Figure] = {}
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="springtide-hosts-")))
         stack.callback(forget_memory, directory)
         shared: dict[str, object] = {}
-        if asked.s3:
-            shared["paths.shared_registry"] = stack.enter_context(S3Server()).bucket("hosts") + "/registry"
+        server = stack.enter_context(S3Server()) if asked.s3 else None
+        if server is not None:
+            shared["paths.shared_registry"] = server.bucket("hosts") + "/registry"
         own = {"shoppers.rate": RATE, "shoppers.users": USERS, "bootstrap.min_rows": 2000, "validation.window_s": 0}
         (directory / "loop").mkdir()
         loop = Loop(directory / "loop", {**own, **shared, "console.port": 0})
         progress.say("the loop")
         loop.start()
         stack.callback(loop.stop)
-        hosts = [ServingHost(f"host {one}", directory / f"host-{one}", loop, shared) for one in range(asked.hosts)]
-        for host in hosts:
-            stack.callback(host.stop)
+        hosts = []
+        for one in range(asked.hosts):
+            over: dict[str, str] = {}
+            if server is not None and math.isfinite(asked.link_mb_s):
+                link = stack.enter_context(SlowLink(server.port, asked.link_mb_s * 1e6))
+                over["AWS_ENDPOINT_URL"] = link.url
+            hosts.append(ServingHost(f"host {one}", directory / f"host-{one}", loop, shared, over))
+            stack.callback(hosts[-1].stop)
         began = []
         for number, host in enumerate(hosts):
             progress.say("hosts", f"{number} of {asked.hosts}")
@@ -162,13 +179,16 @@ def main() -> None:
         time.sleep(5.0)
         progress.say("versions")
         before, since_s = traffic(hosts), time.time()
+        cpu = cpu_s(hosts), 0.0 if server is None else server.cpu_s
         time.sleep(asked.versions_s)
+        figures["processor time of a host, applier and worker"] = Figure(
+            (cpu_s(hosts) - cpu[0]) / asked.hosts / asked.versions_s, "cores"
+        )
         delays = [one for watch in watches for one in watch.delays_s(since_s)]
-        # What is shared once a second is a second old before it is sent.
-        most_s = 1.0 + (loop.settings.registry.share_s + loop.settings.registry.look_ms / 1000) * asked.s3
-        figures |= quantiles("a version is on a host", delays, most_s)
+        figures |= quantiles("a version is on a host", delays, 1.0)
         figures["versions that a host took"] = Figure(len(delays) / asked.hosts / asked.versions_s, "1/s")
-        if asked.s3:
+        if server is not None:
+            figures["moto's server"] = Figure((server.cpu_s - cpu[1]) / asked.versions_s, "cores")
             after = traffic(hosts)
             for name in before:
                 value = (after[name] - before[name]) / asked.hosts / asked.versions_s
@@ -177,7 +197,10 @@ def main() -> None:
         memory = [psutil.Process(host.process.pid) for host in hosts if host.process is not None]
         mebi = [sum(one.memory_info().rss for one in each.children(recursive=True)) / MEBI for each in memory]
         figures["memory of a host, applier and worker"] = Figure(float(np.median(mebi)), "MiB")
-        report("hosts-s3" if asked.s3 else "hosts", figures, {"hosts": asked.hosts})
+        about: dict[str, object] = {"hosts": asked.hosts}
+        if math.isfinite(asked.link_mb_s):
+            about["link, MB/s"] = asked.link_mb_s
+        report("hosts-s3" if asked.s3 else "hosts", figures, about)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from tests.bench.report import Figure, report
 from tests.one_s3 import S3Server
 from tests.state.registry.sharing.hosts import CopyHost, Link, Origin
 
+LOOKS = 200
+
 
 def took_s(act: Callable[[], object]) -> float:
     """Seconds that something takes."""
@@ -48,6 +50,13 @@ def measured(name: str, folder: Path, url: str, base: int, delta: int) -> dict[s
     link.asked.clear()
     figures[f"{name}: a look that finds nothing"] = Figure(took_s(host.copier.step), "s", "<= 0.1")
     figures[f"{name}: requests of such a look"] = Figure(len(link.asked), "requests", "<= 2")
+    link.asked.clear()
+    begun_s = time.process_time()
+    for _ in range(LOOKS):
+        host.copier.step()
+    figures[f"{name}: processor time of a request"] = Figure(
+        1e3 * (time.process_time() - begun_s) / len(link.asked), "ms"
+    )
     return figures
 
 

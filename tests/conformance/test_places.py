@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from state.errors import UnusablePlace
 from state.places.opening import open_place
 from state.places.place import FilePlace
 from tests.one_s3 import S3Server
+from tests.slow_link import SlowLink
 
 _numbers = itertools.count(1)
 
@@ -138,6 +141,32 @@ def test_a_store_that_went_away_is_named_and_comes_back(s3: S3Server) -> None:
     assert place.names("") == []
     place.write("b", b"two")
     assert place.read("b") == b"two"
+
+
+def test_each_word_is_one_request_of_an_object_store(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = s3.bucket("counted") + "/of/shop"
+    with SlowLink(s3.port) as link:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", link.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        place = open_place(url)
+        place.write("a", b"one")
+        for ask in (
+            lambda: place.read("a"),
+            lambda: place.read("not there"),
+            lambda: place.write("b", bytes(1_000_000)),
+            lambda: place.read("b"),
+            lambda: place.create("c", b"three"),
+            lambda: place.create("c", b"four"),
+            lambda: place.names(""),
+            lambda: place.remove("a"),
+        ):
+            before = link.connections
+            with suppress(FileNotFoundError):
+                ask()
+            # moto's server ends a connection with each answer.
+            assert link.connections == before + 1
+    monkeypatch.undo()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_url_that_nothing_reaches_says_so_without_its_password() -> None:

@@ -11,6 +11,7 @@ import time
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from deploy.children.parent_death import die_with
@@ -34,10 +35,18 @@ class ServingHost:
         directory: For its state.
         loop: Whose versions and clicks it follows.
         own: Settings beside; without `paths.shared_registry` it reads the loop's registry where that lies.
+        environment: Variables of its processes, beside those of this one.
     """
 
-    def __init__(self, name: str, directory: Path, loop: Loop, own: Mapping[str, object]) -> None:
-        self.name, self.log = name, directory / "serve.log"
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        loop: Loop,
+        own: Mapping[str, object],
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.name, self.log, self._environment = name, directory / "serve.log", environment
         shared = loop.settings
         values = dict(zip(loop.flags[::2], loop.flags[1::2], strict=True)) | {
             "--paths.state": str(directory / "state"),
@@ -62,7 +71,8 @@ class ServingHost:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.serve", *self.flags],
                 cwd=ROOT,
-                env={name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")},
+                env={name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
+                | dict(self._environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with(os.getpid()),

@@ -49,10 +49,11 @@ class HostCopier:
         self._place = CountedPlace(open_place(settings.paths.shared_registry), metrics)
         self._copier: Copier | None = None
         self._metrics, self.looked = metrics, threading.Event()
+        self._began = False
         self._say = SaidOnce(_log.info)
 
     def step(self) -> bool:
-        """One round where no other process of this host has it; says whether something came.
+        """One round where no other process of this host has it; says whether there is more at once.
 
         Raises:
             RegistryError: The place cannot be reached, or the disk refused.
@@ -67,13 +68,17 @@ class HostCopier:
                 self.looked.set()
                 time.sleep(STAND_BY_S)
                 return False
+            if not self._began:
+                # From here on its age says how long the place has been away.
+                self._began = True
+                self._metrics.looked_seconds.set_to_current_time()
             copier = Copier(self._settings.registry_dir, self._place, self._settings.registry.recent_s)
             copier.take_control()
             self._copier = copier
-        came = self._copier.step(control=False)
+        more = self._copier.step(control=False)
         self._metrics.looked_seconds.set_to_current_time()
         self.looked.set()
-        return came
+        return more
 
     def step_control(self) -> bool:
         """Takes control where this process has the copier; in a thread of its own, so that no version keeps a pin waiting.
@@ -188,6 +193,7 @@ def owning(
                 raise
     _log.info("the registry is shared at %s; its versions are this trainer's, claim %d", found.told, claim)
     metrics, stop = SharedMetrics(collected), threading.Event()
+    metrics.sent_seconds.set_to_current_time()
     place = CountedPlace(found, metrics)
     durable = DurableSender(path, place, claim)
     recent = RecentSender(path, place, claim, lambda: durable.serial)

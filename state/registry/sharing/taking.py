@@ -2,15 +2,17 @@
 
     what           how it is found                                        requests
     control        the file of the next generation                        one a look
-    recent         the pack that begins with the next version             one a look, and one for each pack
+    recent         the pack that begins with the next version             one a look; more to catch up
     versions       the catalogue, when a pack names a newer one           one for each durable version
     the rest       lists of four folders, both ways                       four each `SMALL_S`
     erasures       what this host's processes say, when it changed        one each
 
 Where nothing came for `SILENT_S` catalogue and packs are looked for anew: the
-numbers of a trainer that was killed go on elsewhere. Files of durable versions
-come when somebody reads them, see `state/registry/brought_files.py`. On the trainer's
-own host versions are not taken.
+numbers of a trainer that was killed go on elsewhere. So they are where packs
+came for so long without an end, as over a slow link: what the newest durable
+version leads past is left out. Files of durable versions come when somebody
+reads them, see `state/registry/brought_files.py`. On the trainer's own host versions
+are not taken.
 """
 
 from __future__ import annotations
@@ -64,13 +66,14 @@ class Copier:
         self._next: int | None = None
         self._taken, self._damaged = 0, set[int]()
         self._heard_s = self._small_s = float("-inf")
+        self._at_end = self._late = False
         now_s = elapsed()
         self._recent = deque((now_s, number) for number in self._registry.recents())
         self._told: dict[str, int] = {}
         self._begun = False
 
     def step(self, control: bool = True) -> bool:
-        """One round; says whether control or a version came.
+        """One round; says whether it broke off, because more came than the link carries.
 
         Args:
             control: Whether it takes control too, which another thread may do.
@@ -79,23 +82,24 @@ class Copier:
             UnusableRegistry: The place cannot be reached, or the disk refused.
             CorruptVersion: A file there is damaged.
         """
-        came = self.take_control() if control else False
+        if control:
+            self.take_control()
         if self._registry.is_copy:
-            silent = self._elapsed() - self._heard_s >= SILENT_S
-            if silent:
+            anew = self._late or self._elapsed() - self._heard_s >= SILENT_S
+            if anew:
                 self._take_catalog()
                 self._find_packs()
-            came = self._take_packs() or came
+            came = self._take_packs()
             if self._wanted_serial != self._catalog.serial:
                 self._take_catalog()
             self._drop_recent()
-            if came or silent:
+            if came or anew:
                 self._heard_s = self._elapsed()
         self._tell_erasures()
         if self._elapsed() - self._small_s >= SMALL_S:
             exchange_small(self._registry, self._place)
             self._small_s = self._elapsed()
-        return came
+        return self._late
 
     # Control
 
@@ -146,17 +150,28 @@ class Copier:
         self._next = useful[0] if useful else self._next
 
     def _take_packs(self) -> bool:
-        came = False
-        while self._next is not None and (data := self._bytes(packs.name_of(self._next))) is not None:
+        """Takes packs until there is no next one; says whether a version came.
+
+        A look after one that saw the end takes one: that is the newest, or the next look sees more.
+        """
+        came, one, until_s = False, self._at_end, self._elapsed() + SILENT_S
+        self._at_end = self._late = False
+        while not self._late:
+            data = None if self._next is None else self._bytes(packs.name_of(self._next))
+            if self._next is None or data is None:
+                self._at_end = True
+                break
             found = self._decoded_pack(self._next, data)
-            fresh = self._add_recent(found)
+            came = self._add_recent(found) or came
             if not found.versions or found.versions[-1][0] < self._next:
                 break
             self._taken = found.versions[-1][0]
             self._next = self._taken + 1
             self._wanted_serial = found.serial
-            came = came or fresh
             killpoints.reach("copy.pack")
+            if one:
+                break
+            self._late = self._elapsed() >= until_s
         return came
 
     def _decoded_pack(self, first: int, data: bytes) -> packs.Pack:

@@ -13,6 +13,7 @@ from deploy.capacity.load import DAY_S, HOUR_S, Load, changed_rows, kept_version
 from deploy.capacity.measured import MeasuredCosts
 from deploy.capacity.prices import GB, RESERVE, Prices, bills, total
 from deploy.capacity.sizes import BESIDE, KAFKA, REGISTRY, SERVING, STREAM, TRAINER, WORKERS, Sizing
+from state.config.sections import Paths
 from state.config.settings import RegistrySettings, Settings
 
 SOAK = Load(clicks_s=10_000, users=20_000, items=4_000, versions_s=4.65, answers_s=2, retention_h=1)
@@ -115,6 +116,13 @@ def test_units() -> None:
     assert kafka.disk_bytes == pytest.approx((100 + MEASURED.log_row_bytes) * 3600) and kafka.count == 3
     assert found.catch_up_s == pytest.approx(3600 * MEASURED.history_us / 1e6)
     assert found.base_bytes == MEASURED.durable_bytes + 2 * MEASURED.base_row_bytes
+
+
+def test_a_shared_registry_is_asked_by_each_host() -> None:
+    load, asks = Load(clicks_s=1, users=1), Settings(paths=Paths(shared_registry="s3://bucket/shop"))
+    alone, sharing = sized(load), Sizing(load, asks, MEASURED)
+    more = sharing.applier_cores - alone.applier_cores
+    assert more == pytest.approx(2000 / SETTINGS.registry.look_ms * MEASURED.shared_request_us / 1e6)
 
 
 def test_a_price_is_of_a_month() -> None:

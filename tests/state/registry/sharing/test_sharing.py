@@ -23,7 +23,7 @@ from state.registry.sharing import pack
 from state.registry.sharing.binding import bind
 from state.registry.sharing.giving import KEPT_PACKS_S
 from state.registry.sharing.small import all_reports, exchange_small
-from state.registry.sharing.taking import Copier
+from state.registry.sharing.taking import SILENT_S, Copier
 from tests.state.registry.sharing.hosts import WHO, CopyHost, Link, Origin
 
 POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
@@ -96,8 +96,59 @@ def test_a_look_that_finds_nothing_asks_twice(origin: Origin, url: str, tmp_path
     origin.send()
     link.asked.clear()
     host.copier.step()
-    assert link.asked == ["read control/00000002.json", *(f"read {pack.name_of(last + one)}" for one in (0, 1))]
+    assert link.asked == ["read control/00000002.json", f"read {pack.name_of(last)}"]
     assert host.registry.recents()[-1] == last
+
+
+def test_a_host_that_finds_a_pack_twice_in_a_row_takes_all_that_there_are(
+    origin: Origin, url: str, tmp_path: Path
+) -> None:
+    published(origin)
+    origin.send()
+    link = Link(open_place(url))
+    host = CopyHost(tmp_path / "host", url, link)
+    host.look()
+    newest = 4
+    for _ in range(5):
+        newest = origin.publish_recent(newest).version
+        origin.send()
+    for _ in range(2):
+        assert not host.copier.step()
+    assert host.registry.recents()[-1] == newest
+
+
+def test_over_a_link_that_carries_less_than_comes_a_host_leaves_out_what_a_durable_version_leads_past(
+    origin: Origin, url: str, tmp_path: Path
+) -> None:
+    published(origin)
+    origin.send()
+    link = Link(open_place(url))
+    host = CopyHost(tmp_path / "host", url, link)
+    host.look()
+    newest = 4
+    for number in range(12):
+        durable_after = 3 if number == 9 else None
+        newest = origin.publish_recent(newest, durable_after).version
+        origin.send()
+
+    def slow() -> None:
+        host.elapsed.now_s += SILENT_S / 2
+
+    link.asked.clear()
+    link.passes = slow
+    for _ in range(4):
+        host.copier.step()
+    assert (host.registry.recents()[-1], host.registry.versions()[-1]) == (newest, newest - 2)
+    read = [number for number in range(5, newest + 1) if f"read {pack.name_of(number)}" in link.asked]
+    assert read == [5, 6, 7, newest - 1, newest]
+    # The durable one comes whole, each of its files once, and what is left leads on from it.
+    link.asked.clear()
+    base, deltas = host.registry.chain(newest - 2)
+    for part in (base, *deltas):
+        assert all(host.registry.read(part, name) for name in part.files)
+    files = [one for one in link.asked if one.endswith(".safetensors")]
+    assert len(files) == len({*files}) == sum(len(part.files) for part in (base, *deltas))
+    assert host.registry.manifest(newest - 1, "recent").parent == newest - 2
 
 
 def test_a_host_that_was_away_finds_what_came_and_what_went(origin: Origin, host: CopyHost) -> None:
