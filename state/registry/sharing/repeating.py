@@ -18,7 +18,7 @@ class Repeating:
 
     Args:
         name: Of the thread.
-        act: Does it; True where there may be more to do at once.
+        act: Does it; True where there is more to do at once.
         pause_s: From one time to the next, where there is no more.
         stop: Ends it.
         failed: Is told what ends it otherwise.
@@ -27,7 +27,7 @@ class Repeating:
     def __init__(
         self,
         name: str,
-        act: Callable[[], bool],
+        act: Callable[[], bool | None],
         pause_s: float,
         stop: threading.Event,
         failed: Callable[[BaseException], None],

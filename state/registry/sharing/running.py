@@ -52,22 +52,22 @@ class HostCopier:
         self._began = False
         self._say = SaidOnce(_log.info)
 
-    def step(self) -> bool:
-        """One round where no other process of this host has it; says whether there is more at once.
+    def step(self) -> None:
+        """One round where no other process of this host has it.
 
         Raises:
             RegistryError: The place cannot be reached, or the disk refused.
         """
         if not self._joined():
             self.looked.set()
-            return False
+            return
         if self._copier is None:
             try:
                 self._lock.acquire()
             except LockHeld:
                 self.looked.set()
                 time.sleep(STAND_BY_S)
-                return False
+                return
             if not self._began:
                 # From here on its age says how long the place has been away.
                 self._began = True
@@ -75,18 +75,18 @@ class HostCopier:
             copier = Copier(self._settings.registry_dir, self._place, self._settings.registry.recent_s)
             copier.take_control()
             self._copier = copier
-        more = self._copier.step(control=False)
+        self._copier.step(control=False)
         self._metrics.looked_seconds.set_to_current_time()
         self.looked.set()
-        return more
 
-    def step_control(self) -> bool:
+    def step_control(self) -> None:
         """Takes control where this process has the copier; in a thread of its own, so that no version keeps a pin waiting.
 
         Raises:
             RegistryError: The place cannot be reached, or the disk refused.
         """
-        return self._copier is not None and self._copier.take_control()
+        if self._copier is not None:
+            self._copier.take_control()
 
     def _joined(self) -> bool:
         """Whether the directory is bound; one that has control of its own is given to the place by its trainer first."""

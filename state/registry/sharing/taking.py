@@ -8,11 +8,11 @@
     erasures       what this host's processes say, when it changed        one each
 
 Where nothing came for `SILENT_S` catalogue and packs are looked for anew: the
-numbers of a trainer that was killed go on elsewhere. So they are where packs
-came for so long without an end, as over a slow link: what the newest durable
-version leads past is left out. Files of durable versions come when somebody
-reads them, see `state/registry/brought_files.py`. On the trainer's own host versions
-are not taken.
+numbers of a trainer that was killed go on elsewhere. Where packs came for so
+long without an end the link carries less than comes: it is left to durable
+versions for `REST_S`, then packs are taken from the one that leads on. Files of
+durable versions come when somebody reads them, see
+`state/registry/brought_files.py`. On the trainer's own host versions are not taken.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from state.registry.sharing import pack as packs
 from state.registry.sharing.catalog import Catalog
 from state.registry.sharing.small import exchange_small
 
-SMALL_S, SILENT_S = 30.0, 5.0
+SMALL_S, SILENT_S, REST_S = 30.0, 5.0, 30.0
 AT_ONCE = 16
 """Generations of control that are brought at once to a host that has none."""
 _log = logging.getLogger(__name__)
@@ -66,14 +66,15 @@ class Copier:
         self._next: int | None = None
         self._taken, self._damaged = 0, set[int]()
         self._heard_s = self._small_s = float("-inf")
-        self._at_end = self._late = False
+        self._at_end = False
+        self._rests_until_s: float | None = None
         now_s = elapsed()
         self._recent = deque((now_s, number) for number in self._registry.recents())
         self._told: dict[str, int] = {}
         self._begun = False
 
-    def step(self, control: bool = True) -> bool:
-        """One round; says whether it broke off, because more came than the link carries.
+    def step(self, control: bool = True) -> None:
+        """One round.
 
         Args:
             control: Whether it takes control too, which another thread may do.
@@ -85,11 +86,13 @@ class Copier:
         if control:
             self.take_control()
         if self._registry.is_copy:
-            anew = self._late or self._elapsed() - self._heard_s >= SILENT_S
+            rested = self._rests_until_s is not None and self._elapsed() >= self._rests_until_s
+            if rested:
+                self._rests_until_s = None
+            anew = rested or self._elapsed() - self._heard_s >= SILENT_S
             if anew:
                 self._take_catalog()
-                self._find_packs()
-            came = self._take_packs()
+            came = self._rests_until_s is None and self._take_packs(anew)
             if self._wanted_serial != self._catalog.serial:
                 self._take_catalog()
             self._drop_recent()
@@ -99,11 +102,10 @@ class Copier:
         if self._elapsed() - self._small_s >= SMALL_S:
             exchange_small(self._registry, self._place)
             self._small_s = self._elapsed()
-        return self._late
 
     # Control
 
-    def take_control(self) -> bool:
+    def take_control(self) -> None:
         """Generations in their order; a host that just began lists them, others ask for the next one. Any one thread.
 
         Raises:
@@ -121,13 +123,11 @@ class Copier:
                         if data is not None:
                             self._controls.receive(number, data)
                         at = number
-            came = False
             while (data := self._control_bytes(at + 1)) is not None:
                 self._controls.receive(at + 1, data)
                 killpoints.reach("copy.control")
-                came, at = True, at + 1
+                at += 1
         self._begun = True
-        return came
 
     def _control_bytes(self, generation: int) -> bytes | None:
         return self._bytes(f"{layout.CONTROL}/{generation:08d}.json")
@@ -149,14 +149,19 @@ class Copier:
         ]
         self._next = useful[0] if useful else self._next
 
-    def _take_packs(self) -> bool:
-        """Takes packs until there is no next one; says whether a version came.
+    def _take_packs(self, anew: bool) -> bool:
+        """Takes packs until there is no next one, or for `SILENT_S`; says whether a version came.
 
         A look after one that saw the end takes one: that is the newest, or the next look sees more.
+
+        Args:
+            anew: It is looked for the pack to begin with.
         """
+        if anew:
+            self._find_packs()
         came, one, until_s = False, self._at_end, self._elapsed() + SILENT_S
-        self._at_end = self._late = False
-        while not self._late:
+        self._at_end = False
+        while self._rests_until_s is None:
             data = None if self._next is None else self._bytes(packs.name_of(self._next))
             if self._next is None or data is None:
                 self._at_end = True
@@ -171,7 +176,13 @@ class Copier:
             killpoints.reach("copy.pack")
             if one:
                 break
-            self._late = self._elapsed() >= until_s
+            if self._elapsed() >= until_s:
+                self._rests_until_s = self._elapsed() + REST_S
+                _log.info(
+                    "the link to %s carries less than comes: durable versions alone for %.0f s",
+                    self._place.told,
+                    REST_S,
+                )
         return came
 
     def _decoded_pack(self, first: int, data: bytes) -> packs.Pack:
