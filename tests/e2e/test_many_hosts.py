@@ -2,7 +2,8 @@
 
 The first host is the trainer's own. The second one reads the same registry
 directory, as on a shared file system. The third has a directory of its own,
-which is kept in step with an S3 store.
+which is kept in step with an S3 store; so has one that is there for one test,
+over a slow link.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deploy.watch import scrape
 from state.registry.registry import Registry
 from tests.disks import forget_memory
 from tests.e2e.hosts import ServingHost
 from tests.e2e.running import ROOT, SHORT, Loop, until
 from tests.one_s3 import S3Server
+from tests.slow_link import SlowLink
 
 USER = "one-of-many-hosts@example.org"
+SLOW_BYTES_S = 600_000
+"""Of a link: durable versions pass, a second's recent ones do not."""
 Asked = Callable[..., dict[str, Any] | None]
 
 
@@ -38,7 +44,9 @@ def place(s3: S3Server) -> str:
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory, place: str) -> Iterator[Loop]:
     directory = tmp_path_factory.mktemp("hosts")
-    made = Loop(directory, {**SHORT, "paths.shared_registry": place, "registry.recent_s": 5})
+    # Durable versions are to be there sooner than the next one comes, also where the store is slow.
+    paces = {"registry.recent_s": 5, "registry.durable_s": 5}
+    made = Loop(directory, {**SHORT, **paces, "paths.shared_registry": place})
     made.start()
     yield made
     made.stop()
@@ -76,6 +84,11 @@ def reached(asked: list[Asked], wanted: Callable[[Any], bool], more: Callable[[]
         return f"{[(ask(USER) or {}).get('version') for ask in asked]} {more()}"
 
     return until(look, which)
+
+
+def at_least(number: int) -> Callable[[Any], bool]:
+    """Whether an answer is by this version or a later one."""
+    return lambda answer: bool(answer["version"]["number"] >= number)
 
 
 def all_of(loop: Loop, hosts: list[ServingHost]) -> list[Asked]:
@@ -168,6 +181,45 @@ def test_answers_go_on_while_the_store_is_away_and_versions_come_when_it_is_back
     finally:
         s3.go_on()
     reached([third.profile], lambda one: one["version"]["number"] >= at, third.said)
+
+
+def test_over_a_slow_link_a_new_host_begins_versions_and_a_pin_come_and_answers_go_on(
+    loop: Loop, s3: S3Server, place: str, tmp_path: Path
+) -> None:
+    def sent_bytes() -> float:
+        metrics = scrape.scrape({"trainer": scrape.urls(loop.settings)["trainer"]})["trainer"]
+        return metrics.value("springtide_shared_bytes_total", direction="sent") or 0.0
+
+    with SlowLink(s3.port, SLOW_BYTES_S) as link:
+        shared = {"paths.shared_registry": place}
+        slow = ServingHost("slow", tmp_path, loop, shared, {"AWS_ENDPOINT_URL": link.url})
+        slow.start()
+        try:
+            reached([slow.profile], lambda answer: True, slow.said)
+            before = sent_bytes(), link.carried_bytes
+            answered = list[bool]()
+
+            def asked(user: str) -> dict[str, Any] | None:
+                answer = slow.profile(user)
+                answered.append(answer is not None)
+                return answer
+
+            for _ in range(2):
+                ends = loop.click([(USER, "lamp", "light", "view")])
+                learned = loop.answer_trained_on(USER, ends)["version"]["number"]
+                reached([asked], at_least(learned), slow.said)
+            # One that the host knows, as an operator there would take it.
+            number = Registry(slow.settings.registry_dir).versions()[-1]
+            loop.springtide("pin", str(number), "--reason", "a test")
+            reached([asked], lambda one: one["version"]["number"] == number, slow.said)
+            sent, carried = sent_bytes() - before[0], link.carried_bytes - before[1]
+            assert carried < sent, "the link carried all that was published: it was not slow"
+            loop.springtide("follow", "--reason", "a test ends")
+            reached([asked], lambda one: one["version"]["number"] > number, slow.said)
+            assert all(answered)
+        finally:
+            slow.stop()
+            forget_memory(tmp_path)
 
 
 def test_an_erased_user_is_nobody_on_all_hosts_and_status_names_the_host_that_is_away(
