@@ -101,7 +101,7 @@ class MeasuredCosts:
         1.3e8, "bytes/s", "python -m tests.bench.rollback", "a base read, checked and applied (1 M rows in 2.0 s)"
     )
     shared_request_us: float = _figure(
-        1_500.0,
+        2_000.0,
         "us a request",
         "python -m tests.bench.share",
         "processor time of a host that asks a shared registry's object store for a file that is not there",
