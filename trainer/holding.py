@@ -16,25 +16,24 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from state.config.settings import Settings
-from state.errors import UnknownVersion, UnusableRegistry
+from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch
 from state.process.said_once import SaidOnce
 from state.registry import holding
 from state.registry.control import Control
-from state.registry.held_update import HeldUpdate, SuspectClicks
-from state.registry.manifest import sees
+from state.registry.held_update import HeldUpdate
 from state.registry.registry import Registry
 from trainer import gauges
-from trainer.engine.guard import GuardState, Verdict
+from trainer.engine.guard import GuardState
 from trainer.engine.report import Report
-from trainer.guard.figures import StepFigures, crowds_of
 from trainer.guard.rules import RULES, SLICE
 from trainer.guard.slice_watch import named
 from trainer.guard.watch import PASSED, Judgement, Standing, WatchLimits, WindowWatch
 from trainer.guard.window import WindowStart
 from trainer.measures.breakdown import LOSSES
 from trainer.place import TrainingPlace
+from trainer.suspects import clicks_learned, figures_of, suspect_clicks, version_before
 from trainer.versions.content import GUARDED
 
 ACTOR = "guard"
@@ -135,7 +134,7 @@ class UpdateGuard:
         if not self._enabled:
             return False
         # Where the trainer was before may be behind a marker, or not yet.
-        start = WindowStart(after.next - 1, log_ms[0], _clicks(before))
+        start = WindowStart(after.next - 1, log_ms[0], clicks_learned(before))
         found = self._watch.take(figures_of(batch, report, log_ms[1]), start)
         if found.standing is not self._last.standing:
             level = logging.INFO if found.standing is Standing.PASS else logging.WARNING
@@ -236,7 +235,7 @@ class UpdateGuard:
             next=after.next,
             first_ms=since.log_ms,
             next_ms=log_ms,
-            clicks=_suspect(since, after),
+            clicks=suspect_clicks(since, after),
         )
 
     def _hold(self, held: HeldUpdate, after: TrainingPlace) -> bool:
@@ -275,75 +274,3 @@ def let_go(guard: GuardState, control: Control) -> GuardState:
 
 
 _SAID = {Standing.PASS: "pass the guard again", Standing.SUSPECT: "wait for the guard", Standing.HOLD: "are held"}
-
-
-def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
-    """What one record tells the guard.
-
-    Args:
-        batch: What was learned of it.
-        report: Of the step; None without a row.
-        log_ms: Log time after it.
-    """
-    ranges = batch.header.ranges
-    covered, dead = sum(part.next - part.first for part in ranges), sum(part.dead for part in ranges)
-    if report is None:
-        return StepFigures(log_ms, 0, positions=covered, dead=dead)
-    if report.verdict is not Verdict.ACCEPT:
-        return StepFigures(log_ms, report.rows, report.rows, covered, dead, crowds=crowds_of(batch))
-    scores = report.quality
-    known, new = (
-        (int(scores.total("rows", users=who)), scores.total("log_loss", users=who)) for who in ("known", "new")
-    )
-    return StepFigures(
-        log_ms=log_ms,
-        rows=report.rows,
-        positions=covered,
-        dead=dead,
-        known=known,
-        new=new,
-        pairs=scores.pairs,
-        engagement_loss=scores.engagement_log_loss,
-        predicted=scores.predicted,
-        positives=scores.positives,
-        squared_norm=report.grad_norm**2,
-        crowds=crowds_of(batch),
-        slices=report.slices,
-    )
-
-
-def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int:
-    """The newest durable version of the trainer's line that learned nothing from `offset` of the training log on; 0 for none."""
-    if not place.durable:
-        return 0
-    visible = registry.manifest(place.durable).visible
-    for number in reversed(registry.versions()):
-        if not sees(visible, number):
-            continue
-        try:
-            if registry.manifest(number).log.next <= offset and registry.chain(number):
-                return number
-        except UnknownVersion:
-            # Its base was given up: an older one may have its own.
-            continue
-    return 0
-
-
-def _clicks(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
-    """How far the clicks of each partition were learned; of a partition in several shares, all of them."""
-    found: dict[tuple[str, int], int] = {}
-    for source, at in place.marks.items():
-        name = (source.topic_id, source.partition)
-        found[name] = min(at, found.get(name, at))
-    return tuple((*name, at) for name, at in sorted(found.items()))
-
-
-def _suspect(since: WindowStart, after: TrainingPlace) -> tuple[SuspectClicks, ...]:
-    """The clicks between both places."""
-    first, ends = {(topic, part): at for topic, part, at in since.clicks}, dict[tuple[str, int], int]()
-    for source, at in after.marks.items():
-        name = (source.topic_id, source.partition)
-        ends[name] = max(at, ends.get(name, at))
-    return tuple(
-        SuspectClicks(*name, first.get(name, 0), at) for name, at in sorted(ends.items()) if at > first.get(name, 0)
-    )

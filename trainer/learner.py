@@ -95,10 +95,9 @@ class Learner:
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock, elapsed)
         self._log: LogReader | None = None
-        self._looked = float("-inf")
         self.control: Control
         self.place: TrainingPlace
-        self.caught_up, self.taken_ms = False, 0
+        self._looked, self.caught_up, self.taken_ms = float("-inf"), False, 0
 
     def enter(self, control: Control) -> None:
         """Becomes the trainer that `control` wants: the newest version of its epoch, else its base, else nothing.
@@ -222,14 +221,12 @@ class Learner:
     @property
     def _resting(self) -> bool:
         """Whether no record is to be taken: the guard holds training or what was learned, or an operator paused it."""
-        held = self.control.held is not None or self._updates.waits
-        return self._trainer.guard.held or held or not self.control.training
+        return self._trainer.guard.held or self._updates.waits or not self.control.training or bool(self.control.held)
 
     def _between(self) -> bool:
         """Between two records; True where the epoch changed."""
         self._publish_if_due()
-        if self._updates.write():
-            self._looked = float("-inf")
+        self._looked = float("-inf") if self._updates.write() else self._looked
         return self._look_at_control()
 
     def _look_at_control(self) -> bool:
