@@ -12,7 +12,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
-    """A function for a fork's child, between fork and exec: the kernel ends it when the parent's starting thread ends.
+    """A function for a child, between fork and exec or later: the kernel ends it when the parent's starting thread ends.
 
     Args:
         parent: The parent's process id.

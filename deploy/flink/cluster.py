@@ -35,10 +35,10 @@ from deploy.flink.configuration import (
 from deploy.flink.emptied import empty
 from deploy.flink.ending import end_jobs
 from deploy.flink.process_plan import JOB_MANAGER, JOB_SERVER, TASK_MANAGER, WORKERS, process_plans
-from deploy.flink.rest import JobManager
 from deploy.kafka.configuration import free_port, listens
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
+from state.flink.rest import JobManager, url
 from state.metrics import SupervisorMetrics
 
 START_S = 180.0
@@ -121,8 +121,7 @@ class Cluster:
         """Keeps the processes alive; workers find the settings in their environment, and the release and its Python first."""
         environment = {**MALLOC, **os.environ}
         environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
-        # The pool forks while gRPC runs in it, and becomes another program at once: there is nothing to prepare, or to say.
-        environment |= self._settings.environment() | {"PYTHONUNBUFFERED": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        environment |= self._settings.environment() | {"PYTHONUNBUFFERED": "1"}
         release = str(Path(deploy.__path__[0]).parent)
         for name, first in (("PYTHONPATH", release), ("PATH", str(Path(sys.executable).parent))):
             environment[name] = os.pathsep.join(filter(None, [first, environment.get(name)]))
@@ -178,12 +177,3 @@ class Cluster:
             end_jobs(self._manager, self._say, hurry=self._hurry, clock=self._clock, sleep=self._sleep)
         supervisor.stop_all(self._hurry)
         self._say(f"Flink stopped after {self._clock() - begin:.1f} s")
-
-
-def url(settings: Settings) -> str:
-    """Where the local JobManager listens.
-
-    >>> url(Settings())
-    'http://127.0.0.1:8081'
-    """
-    return f"http://{HOST}:{settings.flink.rest_port}"

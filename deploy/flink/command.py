@@ -15,11 +15,11 @@ from typing import Any
 
 import psutil
 
+from deploy.children.ending import has_ended
 from deploy.flink import jars, looking
-from deploy.flink.cluster import Cluster, url
+from deploy.flink.cluster import Cluster
 from deploy.flink.ending import end_jobs
 from deploy.flink.process_plan import ports
-from deploy.flink.rest import JobManager
 from deploy.startup.checks import require_disk, require_ports
 from deploy.up import Signals
 from state import layout
@@ -28,6 +28,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError, SpringtideError
+from state.flink.rest import JobManager, url
 from state.process.closed_output import while_read
 from state.process.private_files import keep_private
 
@@ -98,12 +99,13 @@ def down(settings: Settings, savepoint: bool) -> int:
         print(f"{failure.what}: no job was ended", flush=True)
     with contextlib.suppress(psutil.NoSuchProcess):
         supervisor.send_signal(signal.SIGTERM)
-        try:
-            supervisor.wait(DOWN_S)
-        except psutil.TimeoutExpired:
+    deadline = time.monotonic() + DOWN_S
+    while not has_ended(supervisor):
+        if time.monotonic() >= deadline:
             raise FlinkFailed(
                 f"process {supervisor.pid} did not end within {DOWN_S:.0f} s", f"see {settings.flink_dir / 'logs'}"
-            ) from None
+            )
+        time.sleep(LOOK_S)
     print("Flink is down", flush=True)
     return 0
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from deploy.flink.rest import ENDED, JobManager
 from state.errors import FlinkFailed
+from state.flink.rest import ENDED, JobManager
 
 SAVEPOINT_S = 120.0
 CANCEL_S = 30.0
 LOOK_S = 0.2
+# Who follows a job asks the JobManager twice a second how it ended; here it is about to end.
+FOLLOWED_S = 1.0
 
 
 def end_jobs(
@@ -22,6 +24,8 @@ def end_jobs(
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Ends all jobs and says what each can be resumed from; one that cannot give a savepoint is cancelled all the same.
+
+    Returns once who follows them has had the time to see it.
 
     Args:
         manager: Of the jobs.
@@ -52,6 +56,8 @@ def end_jobs(
     for job in jobs:
         while manager.state(job) not in ENDED and clock() < deadline and not hurry():
             sleep(LOOK_S)
+    if jobs and not hurry():
+        sleep(FOLLOWED_S)
 
 
 def _savepoint(

@@ -9,12 +9,12 @@ from typing import Any
 
 from deploy.flink.configuration import CHECKPOINTS, SAVEPOINTS
 from deploy.flink.process_plan import ports
-from deploy.flink.rest import Job, JobManager, Overview
 from deploy.kafka.configuration import listens
 from deploy.watch.messages import seconds
 from deploy.watch.panel import lines
 from state.config.settings import Settings
 from state.errors import FlinkFailed
+from state.flink.rest import Job, JobManager, Overview
 
 METADATA = "_metadata"
 COLUMNS = (16, 12)

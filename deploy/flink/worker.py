@@ -1,4 +1,4 @@
-"""A Python worker of Beam, which the worker pool starts: `python -m deploy.flink.worker CONTROL_ENDPOINT WORKER_ID`."""
+"""A Python worker of Beam, which the worker pool starts: `python -m deploy.flink.worker CONTROL_ENDPOINT WORKER_ID POOL_PID`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from types import FrameType
 import grpc
 from apache_beam.runners.worker.sdk_worker import SdkHarness
 
+from deploy.children.parent_death import die_with
 from state.process import log_lines
 from state.process.private_files import keep_private
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Works until the TaskManager closes the connection; returns the exit code."""
+    control, worker, pool = sys.argv[1:] if argv is None else argv
+    die_with(int(pool))()
     keep_private()
     log_lines.begin("worker")
     # Here nobody else says where a step failed.
@@ -27,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # What the steps of a job left open is closed at the end of Python, as where the TaskManager has closed the connection.
     signal.signal(signal.SIGTERM, stop)
-    control, worker = sys.argv[1:] if argv is None else argv
     # Without a cache of states, as in Beam's own pool: a step that may keep what it read keeps it by itself.
     try:
         SdkHarness(control, worker_id=worker, state_cache_size=0, data_buffer_time_limit_ms=-1).run()

@@ -27,7 +27,7 @@ import grpc
 from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 from apache_beam.utils import thread_pool_executor
 
-from deploy.children.parent_death import die_with
+from deploy.children.ending import end
 from deploy.flink.configuration import HOST
 from state.process import log_lines
 from state.process.private_files import keep_private
@@ -75,7 +75,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         """Stops a worker; where several have its id none, for all but one have a TaskManager that lives."""
         running = self._running(request.worker_id)
         if len(running) == 1:
-            end(running[0])
+            end(running[0], STOP_S)
         return beam_fn_api_pb2.StopWorkerResponse()
 
     def run(self) -> None:
@@ -94,13 +94,14 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         for process in running:
             process.terminate()
         for process in running:
-            end(process)
+            end(process, STOP_S)
 
     def _start(self, wanted: WorkerWanted) -> None:
+        # The worker itself asks the kernel to end it with us: done between fork and exec it would take a fork that runs
+        # what gRPC has arranged for forks, while gRPC's threads serve.
         process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.flink.worker", wanted.control, wanted.worker],
+            [sys.executable, "-m", "deploy.flink.worker", wanted.control, wanted.worker, str(os.getpid())],
             stdin=subprocess.DEVNULL,
-            preexec_fn=die_with(os.getpid()),
         )
         running = self._running(wanted.worker)
         with self._lock:
@@ -111,16 +112,6 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         with self._lock:
             self._workers[worker] = [one for one in self._workers.get(worker, ()) if one.poll() is None]
             return list(self._workers[worker])
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a worker, by force where it does not end by itself."""
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

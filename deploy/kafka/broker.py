@@ -15,6 +15,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from deploy.children.ending import end
 from deploy.kafka import jars, java
 from deploy.kafka.broker_log import last_words, text_from
 from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
@@ -138,14 +139,8 @@ class Broker:
         """Ends the broker: SIGTERM, and SIGKILL if it does not end in time."""
         process, self._process = self._process, None
         atexit.unregister(self.stop)
-        if process is None or process.poll() is not None:
-            return
-        process.terminate()
-        try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            end(process, timeout_s)
 
     def kill(self) -> None:
         """Ends the broker at once, as a crash would (SIGKILL)."""

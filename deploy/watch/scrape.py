@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.watch.address import Address, console_address, reached, serving_address
+from state import http
 from state.config.settings import Settings
 from state.errors import SettingsError
 
@@ -177,15 +176,12 @@ def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:
 def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
     """Status and body of a GET, or of another request; status 0 and the reason where nobody answers, or nobody is let in."""
     try:
-        context = url.context() if isinstance(url, Address) else None
-        asked = url.request() if isinstance(url, Address) else url
-        with urllib.request.urlopen(asked, timeout=timeout_s, context=context) as answer:
-            return int(answer.status), answer.read().decode()
-    except urllib.error.HTTPError as refused:
-        return refused.code, refused.read().decode("utf-8", "replace")
-    # HTTPException: the process died in the middle of its answer.
-    except (OSError, ValueError, HTTPException, SettingsError) as problem:
+        if isinstance(url, Address):
+            return http.ask(url.request(), timeout_s, url.context())
+    # The files that an address needs to be let in.
+    except (OSError, ValueError, SettingsError) as problem:
         return 0, str(getattr(problem, "reason", problem))
+    return http.ask(url, timeout_s)
 
 
 def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:

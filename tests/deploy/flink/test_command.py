@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deploy.flink import command
 from deploy.flink.emptied import empty
 from deploy.kafka.configuration import free_port
 from state.disk.lock import DirectoryLock
+from tests.e2e.running import ROOT
 
 
 def flags(tmp_path: Path, **own: object) -> list[str]:
@@ -51,6 +56,36 @@ def test_down_where_nothing_runs_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert command.main(["down", *flags(tmp_path)]) == 1
     assert "no cluster runs in" in capsys.readouterr().err
     assert not (tmp_path / "flink").exists()
+
+
+HOLDER = """
+import signal, sys
+from pathlib import Path
+from state.disk.lock import DirectoryLock
+with DirectoryLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def test_down_ends_where_nobody_waits_for_the_process_of_up(tmp_path: Path) -> None:
+    """What started `up` may leave it unburied when it has ended, as this test does."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "flink")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        # In a process of its own: to this one the holder is a child, whose end it would take notice of.
+        line = [sys.executable, "-m", "deploy.cli", "flink", "down", *flags(tmp_path)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[-1] == "Flink is down"
+        assert psutil.Process(holder.pid).status() == psutil.STATUS_ZOMBIE
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert holder.returncode == -signal.SIGTERM
 
 
 def test_status_of_nothing_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from deploy.flink import looking
-from deploy.flink.rest import Checkpoint, Job, Overview
 from deploy.kafka.configuration import free_port
 from state.config.sections import FlinkSettings, Paths
 from state.config.settings import Settings
+from state.flink.rest import Checkpoint, Job, Overview
 
 NOW_MS = 1_000_000_000
 CHECKPOINT = Checkpoint(17, NOW_MS - 900, 150, 4_100_000, "file:/chk-17")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.watch import scrape
+from state import http
+from state.config.settings import Settings
 from state.errors import FlinkFailed
 
 TIMEOUT_S = 10.0
@@ -100,6 +101,15 @@ class Overview:
     jobs: tuple[Job, ...] = ()
 
 
+def url(settings: Settings) -> str:
+    """Where the JobManager of the local cluster listens.
+
+    >>> url(Settings())
+    'http://127.0.0.1:8081'
+    """
+    return f"http://127.0.0.1:{settings.flink.rest_port}"
+
+
 class JobManager:
     """The REST interface of one JobManager.
 
@@ -112,7 +122,7 @@ class JobManager:
 
     def answers(self) -> bool:
         """Whether it can be asked."""
-        return scrape.fetch(f"{self.url}/overview", 1.0)[0] == 200
+        return http.ask(f"{self.url}/overview", 1.0)[0] == 200
 
     def overview(self) -> Overview:
         """What it manages, with what a look at each job costs.
@@ -145,6 +155,36 @@ class JobManager:
             FlinkFailed: It does not answer, or knows no such job.
         """
         return str(self._ask(f"/jobs/{job}")["state"])
+
+    def named(self, name: str) -> str | None:
+        """The id of the newest job of a name; None where there is none.
+
+        Raises:
+            FlinkFailed: It does not answer.
+        """
+        found = [one for one in self._ask("/jobs/overview")["jobs"] if one["name"] == name]
+        return str(max(found, key=lambda one: int(one["start-time"]))["jid"]) if found else None
+
+    def failure(self, job: str) -> str:
+        """Why a job's tasks failed last, in Java's and Python's words; empty where they did not.
+
+        Raises:
+            FlinkFailed: It does not answer, or knows no such job.
+        """
+        failures = self._ask(f"/jobs/{job}/exceptions")["exceptionHistory"]["entries"]
+        return str(failures[0]["stacktrace"]) if failures else ""
+
+    def last_savepoint(self, job: str) -> str:
+        """The savepoint after which a job has made no checkpoint any more, as one that is stopped by it; empty for none.
+
+        Raises:
+            FlinkFailed: It does not answer, or knows no such job.
+        """
+        latest = self._ask(f"/jobs/{job}/checkpoints")["latest"]
+        savepoint, checkpoint = latest["savepoint"], latest["completed"]
+        if savepoint is None or (checkpoint is not None and checkpoint["id"] > savepoint["id"]):
+            return ""
+        return str(savepoint["external_path"])
 
     def begin_savepoint(self, job: str) -> str:
         """Asks for a savepoint, after which the job is cancelled; returns the request's id.
@@ -204,7 +244,7 @@ class JobManager:
     def _ask(self, path: str, body: object = None, method: str | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"}, method=method)
-        status, answer = scrape.fetch(asked, TIMEOUT_S)
+        status, answer = http.ask(asked, TIMEOUT_S)
         if status == 0:
             raise FlinkFailed(
                 f"no JobManager answers at {self.url} ({answer})",

@@ -1,0 +1,28 @@
+"""One request over HTTP to a process of this system, or beside it: an answer, or why there is none."""
+
+from __future__ import annotations
+
+import ssl
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+
+
+def ask(
+    asked: str | urllib.request.Request, timeout_s: float, context: ssl.SSLContext | None = None
+) -> tuple[int, str]:
+    """Status and body of a GET, or of another request; status 0 and the reason where nobody answers.
+
+    Args:
+        asked: The URL, or the request.
+        timeout_s: How long each step of it may take.
+        context: For TLS.
+    """
+    try:
+        with urllib.request.urlopen(asked, timeout=timeout_s, context=context) as answer:
+            return int(answer.status), answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read().decode("utf-8", "replace")
+    # HTTPException: the process died in the middle of its answer.
+    except (OSError, ValueError, HTTPException) as problem:
+        return 0, str(getattr(problem, "reason", problem))
