@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from state.log.gap_options import take_options
 from state.log.gaps import Consent, how_to_go_on
 from state.process import log_lines
 from state.process.actor import actor
+from state.process.ending import stop_on_signals
 from state.process.private_files import keep_private
 from streaming.context import Handle, StreamContext
 from streaming.distributed.options import LOCAL, take_runner
@@ -79,15 +79,8 @@ def run_here(settings: Settings, consent: Consent, stopping: threading.Event) ->
     while not stopping.is_set():
         # Again where control has changed: opening the shard is what brings it to what control asks for.
         with open_shard(settings, consent, stopping) as shard:
-            stop_at_signals(stopping)
             run(shard)
     logger.info("stopped; everything read is committed")
-
-
-def stop_at_signals(stopping: threading.Event) -> None:
-    """From here on SIGTERM and SIGINT set `stopping`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,14 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         consent, rest = take_options(sys.argv[1:] if argv is None else argv, actor())
         flags, words = split_settings(rest)
         runner, options = take_runner(words)
-        settings, stopping = load(flags, os.environ), threading.Event()
+        # From here on: opening what a stream owns may take a while.
+        settings, stopping = load(flags, os.environ), stop_on_signals()
         log_lines.follow(settings.logs)
         if runner == LOCAL:
             run_here(settings, consent, stopping)
         else:
             from streaming.distributed.handing_in import run_elsewhere
 
-            stop_at_signals(stopping)
             run_elsewhere(settings, consent, runner, options, stopping)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)

@@ -15,8 +15,9 @@ from deploy.kafka import jars, java
 from deploy.kafka.configuration import free_port
 from deploy.watch.scrape import Scrape, scrape
 from state.accounts import StreamAccount, check_accounts
-from state.config.sections import Kafka, LogSettings
+from state.config.sections import Events, Kafka, LogSettings
 from state.config.settings import Settings
+from state.events.decoding import Decoder, decode_json
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import Topics
@@ -264,6 +265,25 @@ def test_a_zombie_with_another_directory_is_fenced(kafka_settings: KafkaFactory,
     assert "FencedWriter" in zombie.lines[-1]
     assert sum(" ERROR " in line for line in zombie.lines) == 1
     assert not any("Traceback" in line for line in zombie.lines), zombie.lines
+
+
+def asked_to_stop(settings: Events) -> Decoder:
+    """A decoder whose making is a SIGTERM for the process, which is opening what it owns."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    return decode_json(settings)
+
+
+def test_a_stream_that_is_asked_to_stop_while_it_opens_ends_cleanly(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+    settings = replace(settings, events=Events(decoder=f"{__name__}:{asked_to_stop.__name__}"))
+    with running(settings, tmp_path / "log") as stream:
+        assert stream.wait() == 0, stream.lines
+    assert stream.lines[-1].endswith("stopped; everything read is committed")
 
 
 def test_a_mistyped_topic_is_one_line_and_exit_code_1(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
