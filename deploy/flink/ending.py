@@ -11,8 +11,8 @@ from state.flink.rest import ENDED, JobManager
 SAVEPOINT_S = 120.0
 CANCEL_S = 30.0
 LOOK_S = 0.2
-# Who follows a job asks the JobManager twice a second how it ended; here it is about to end.
-FOLLOWED_S = 1.0
+# Who follows a job asks the JobManager how it ended, some times in two seconds; here it is about to end.
+FOLLOWED_S = 2.5
 
 
 def end_jobs(
