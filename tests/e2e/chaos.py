@@ -63,7 +63,8 @@ from tests.e2e.evidence import (
     stream_histories,
 )
 from tests.e2e.findings import Findings
-from tests.e2e.flink.chaos import FlinkChaos, FlinkFindings
+from tests.e2e.flink.chaos import FlinkChaos
+from tests.e2e.flink.findings import FlinkFindings
 from tests.e2e.operator import COMMAND, Operator
 from tests.e2e.parts import End, Parts, quiet_ports
 from tests.e2e.running import PORTS, ROOT, until

@@ -60,18 +60,21 @@ def records(settings: Settings, seed: int, start_ms: int) -> Iterator[list[Recor
     rate = settings.shoppers.rate
     shoppers = ShopperCrowd.from_settings(settings, seed, rate, start_ms)
     chance = random.Random(seed)
-    topic, partitions = settings.kafka.clicks_topic, settings.kafka.clicks_partitions
     outcomes = Outcomes(settings, chance)
     while True:
         clicks = outcomes.after(shoppers.click(max(1, round(rate * CHUNK_S))))
         keys, values = encode(clicks, settings.events)
-        chunk = []
-        for key, value, at_ms in zip(keys, values, clicks.at_ms.tolist(), strict=True):
-            if chance.random() < BROKEN_SHARE:
-                value = chance.choice(BROKEN)
-            # By the user, so that a user's clicks keep their order.
-            chunk.append(Record(topic, sum(key) % partitions, key, value, at_ms))
-        yield chunk
+        values = [chance.choice(BROKEN) if chance.random() < BROKEN_SHARE else value for value in values]
+        yield as_records(settings, keys, values, clicks.at_ms.tolist())
+
+
+def as_records(settings: Settings, keys: list[bytes], values: list[bytes], times_ms: list[int]) -> list[Record]:
+    """Records of the clicks topic, divided by the user, so that a user's clicks keep their order."""
+    topic, partitions = settings.kafka.clicks_topic, settings.kafka.clicks_partitions
+    return [
+        Record(topic, sum(key) % partitions, key, value, at_ms)
+        for key, value, at_ms in zip(keys, values, times_ms, strict=True)
+    ]
 
 
 class Outcomes:
@@ -163,6 +166,19 @@ class Crowd:
     def start(self) -> None:
         """Begins to click."""
         self._thread.start()
+
+    def click_once_more(self) -> int:
+        """After `finish` each shopper clicks a last time; returns how many records were acknowledged in all."""
+        settings = self._settings
+        users = [f"shopper-{number}" for number in range(settings.shoppers.users)]
+        times = np.full(len(users), time.time_ns() // 1_000_000)
+        same = (["item-00-000"] * len(users), ["category-00"] * len(users), [settings.events.actions[0]] * len(users))
+        with Writer(settings.kafka) as writer:
+            for one in as_records(settings, *encode(Clicks(users, *same, times), settings.events), times.tolist()):
+                writer.send(one.topic, one.partition, one.key, one.value, (), one.at_ms)
+                self.written += 1
+            writer.flush()
+        return self.written
 
     def finish(self) -> int:
         """Ends the stream after the chunk at hand; returns how many records were acknowledged."""

@@ -1,73 +1,72 @@
-"""Kills every part of a Flink cluster and rescales its job, then proves that no row was lost and no state doubled.
+"""Kills every part of a Flink cluster and rescales the stream on it, then proves that nothing was lost and nothing doubled.
 
     python -m tests.e2e.chaos --flink [--seed 7] [--rounds 2]
 
-1. A cluster of two TaskManagers with a slot each, and a job of parallelism 1.
+1. A real Kafka; a crowd that clicks, sometimes nonsense, and whose labels come
+   seconds later or never; a cluster of two TaskManagers with a slot each, and
+   the stream as a job of parallelism 1.
 2. In each round kill -9, in an order of chance, of a Python worker, of the pool
    that starts them, of a TaskManager and of the JobManager, whose job is then
-   resumed from its newest checkpoint. After each, rows must come again.
+   resumed from its newest checkpoint. After each the job must catch up.
 3. A savepoint, and the job goes on at parallelism 2; then again at 1.
-4. The job ends by a savepoint, and the cluster.
-5. No row is missing, and the count that each row carries is the one of a state
-   that nothing was lost from and nothing counted in twice.
+4. The clicks end, with one more of each user, and are read to their end; the
+   account balances. The job ends by a savepoint, and the cluster.
+5. The local form reads the same clicks, undisturbed. What a trainer would learn
+   and a serving host would keep must be equal, bit for bit. Each row carries
+   all that the job remembers of its user, so that its state is compared too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deploy.flink.cluster import url
+import psutil
+
+from deploy.flink import looking
 from deploy.flink.ending import end_jobs
-from deploy.flink.rest import JobManager
+from deploy.kafka.broker import Broker
+from deploy.watch import scrape
+from state import http
+from state.flink.rest import JobManager, url
+from state.log import Topics, topic_plan
+from state.microbatch.codec import decode
+from tests.e2e.crowd import Crowd
 from tests.e2e.flink.cluster import LocalFlink
-from tests.e2e.flink.counting import faults, written
+from tests.e2e.flink.evidence import Reached, histories_of_log, read_values
+from tests.e2e.flink.findings import FlinkFindings
+from tests.e2e.parts import Part, quiet_ports
 from tests.e2e.running import until
+from tests.e2e.undisturbed import finish_stream, stream_settings
+from tests.streaming.distributed.shop import rows_of
 
 RATE = 200.0
+REMEMBERED = 32  # events of a user; each row has all of them
+OWN: Mapping[str, object] = {
+    "flink.task_managers": 2,
+    "flink.slots": 1,
+    "kafka.clicks_partitions": 3,
+    "stream.buckets": 8,
+    "shoppers.users": 300,
+    "shoppers.rate": RATE,
+    "labels.impressions": "view",
+    "labels.outcomes": "purchase",
+    "labels.wait_s": 5,
+    "features.history": REMEMBERED,
+    "features.sequence": REMEMBERED,
+}
 VICTIMS = ("worker", "workers", "task-manager", "job-manager")
 BACK_S = 180.0
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class FlinkFindings:
-    """What a run found.
-
-    Attributes:
-        back_s: What happened -> seconds until rows came that had not come before.
-        rows: Distinct rows written.
-        again: Rows that came again.
-        missing: Rows that never came, before the last one.
-        wrong: Rows whose count is of another state.
-    """
-
-    back_s: dict[str, list[float]] = field(default_factory=dict)
-    rows: int = 0
-    again: int = 0
-    missing: int = 0
-    wrong: list[tuple[int, int]] = field(default_factory=list)
-
-    def problems(self) -> list[str]:
-        """The promises that were broken."""
-        found = [f"{self.missing} rows are missing"] if self.missing else []
-        return found + [f"row {number} says {counted}" for number, counted in self.wrong[:10]]
-
-    def lines(self) -> list[str]:
-        """The figures, then what is wrong."""
-        back = (
-            f"{what}: rows again after {', '.join(f'{s:.0f}' for s in took)} s" for what, took in self.back_s.items()
-        )
-        return [*back, f"{self.rows} rows, {self.again} came again, {self.missing} missing, {len(self.wrong)} wrong"]
 
 
 class FlinkChaos:
@@ -75,29 +74,30 @@ class FlinkChaos:
 
     Args:
         directory: All state of it.
-        seed: Of the order of the kills.
+        seed: Of the clicks, and of the order of the kills.
         rounds: How often each part is killed.
         say: Takes progress.
     """
 
     def __init__(self, directory: Path, seed: int, rounds: int, say: Say) -> None:
         self._chance, self._rounds, self._say = random.Random(seed), rounds, say
-        self._flink = LocalFlink(directory, {"flink.task_managers": 2, "flink.slots": 1})
-        self._manager = JobManager(url(self._flink.settings))
-        self._rows = directory / "rows"
-        self._rows.mkdir()
-        self._begun_s = 0.0
+        kafka, metrics = quiet_ports(2, random.Random())
+        ports = {"kafka.port": kafka, "stream.metrics_port": metrics}
+        self._flink = LocalFlink(directory, {**OWN, **ports})
+        self.settings = settings = self._flink.settings
+        self._manager = JobManager(url(settings))
+        self._broker = Broker(settings.kafka_dir, kafka, retention_h=settings.kafka.retention_h)
+        self._crowd = Crowd(settings, seed, time.time_ns() // 1_000_000)
+        self._directory, self._log = directory, directory / "job.log"
         self._job: subprocess.Popen[bytes] | None = None
+        self._topic_id, self._ends, self._waiting = "", dict[int, int](), 0.0
         self.findings = FlinkFindings()
 
     def run(self) -> FlinkFindings:
         """All five steps; whatever happens, nothing of it runs afterwards."""
         try:
             # 1.
-            self._flink.start()
-            self._begun_s = time.time()
-            self._submit(1)
-            self._await_rows("the first rows")
+            self._begin()
             # 2.
             for _ in range(self._rounds):
                 for victim in self._chance.sample(VICTIMS, len(VICTIMS)):
@@ -106,37 +106,57 @@ class FlinkChaos:
             for parallelism in (2, 1):
                 self._rescale(parallelism)
             # 4.
-            self._say("the end, by savepoint")
-            done = self._flink.springtide("down")
-            assert done.returncode == 0, done.stderr
-        finally:
+            self._finish()
             self._flink.close()
-        # 5.
-        listed = list(written(self._rows))
-        findings = self.findings
-        findings.missing, findings.again, findings.wrong = faults(listed)
-        findings.rows = len({number for number, _ in listed})
-        return findings
+            # 5.
+            self._compare()
+        finally:
+            self._crowd.finish()
+            self._flink.close()
+            self._broker.stop()
+        return self.findings
+
+    def _begin(self) -> None:
+        kafka = self.settings.kafka
+        self._broker.start()
+        with Topics(kafka) as topics:
+            self._topic_id = topics.ensure(kafka.clicks_topic, kafka.clicks_partitions).topic_id
+            topics.ensure(*topic_plan.microbatches(self.settings))
+        self._flink.start()
+        self._say("the cluster is up")
+        self._crowd.start()
+        self._submit(1)
+        self._await_caught_up("the start", time.monotonic())
 
     def _submit(self, parallelism: int, *more: str) -> None:
-        self._job = self._flink.submit(self._rows, RATE, self._begun_s, parallelism, more)
+        self._job = self._flink.submit(self.settings, self._log, [f"--parallelism={parallelism}", *more])
 
     def _kill(self, victim: str) -> None:
         until(self._settled, self._trouble, BACK_S)
         pids = self._flink.pids(victim)
+        if victim == "task-manager":
+            # Of the two the one that has the job.
+            busy = f"taskmanager.resource-id={self._busy()}"
+            pids = [pid for pid in pids if busy in psutil.Process(pid).cmdline()]
         assert pids, f"no {victim} runs"
         self._say(f"kill -9 of {victim}")
         os.kill(self._chance.choice(pids), signal.SIGKILL)
-        begun_s, reached = time.monotonic(), self._reached()
+        begun_s = time.monotonic()
         if victim == "job-manager":
             self._resume_from_checkpoint()
-        self._await_rows(f"kill -9 of {victim}", begun_s, reached)
+        self._await_caught_up(f"kill -9 of {victim}", begun_s)
+
+    def _busy(self) -> str:
+        """The id of the TaskManager whose slot is taken."""
+        listed = json.loads(http.ask(f"{self._manager.url}/taskmanagers", 10.0)[1])["taskmanagers"]
+        (found,) = (str(one["id"]) for one in listed if not one["freeSlots"])
+        return found
 
     def _resume_from_checkpoint(self) -> None:
         """A JobManager that died has forgotten its job: the operator hands it in again, at its newest checkpoint."""
 
         def is_back() -> str | None:
-            state = self._flink.status()
+            state = self._state()
             found = state["job_manager"]
             whole = found is not None and found["task_managers"] == 2 and not found["jobs"]
             return state["resumable"].get("checkpoint") if whole else None
@@ -151,28 +171,73 @@ class FlinkChaos:
         begun_s, said = time.monotonic(), list[str]()
         end_jobs(self._manager, said.append)
         (path,) = re.findall(r"--savepoint_path (\S+)", "\n".join(said))
-        self._end_client()
-        reached = self._reached()
+        assert self._job is not None
+        self.findings.compare("the end of who followed the job", self._job.wait(60), 0)
         self._submit(parallelism, f"--savepoint_path={path}")
-        self._await_rows(f"rescaling to {parallelism}", begun_s, reached)
+        self._await_caught_up(f"rescaling to {parallelism}", begun_s)
+
+    def _finish(self) -> None:
+        """Ends the clicks, waits until the job is done with them, and takes the cluster down."""
+        settings, findings = self.settings, self.findings
+        self._crowd.finish()
+        findings.clicks = self._crowd.click_once_more()
+        with Topics(settings.kafka) as topics:
+            clicks = settings.kafka.clicks_topic
+            self._ends = ends = {one: end for one, (_, end) in topics.ends(clicks).items()}
+            until(lambda: topics.committed(settings.kafka.group, clicks) == ends, self._trouble, BACK_S)
+        account = until(lambda: self._account(sum(ends.values())), self._trouble)
+        findings.compare("faults of the account", account.value("springtide_accounting_stream_faults"), 0.0)
+        self._waiting = account.value("springtide_accounting_labels", outcome="waiting") or 0.0
+        self._say("all clicks are read; the end, by savepoint")
+        done = self._flink.springtide("down")
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{self._trouble()}"
+        findings.compare("a savepoint at the end", "--savepoint_path" in done.stdout, True)
+
+    def _compare(self) -> None:
+        self._say("the local form reads the same clicks")
+        settings, findings = self.settings, self.findings
+        own = stream_settings(settings, self._directory / "undisturbed")
+        part = Part("stream", own, self._directory / "undisturbed.log")
+        try:
+            _, calm = finish_stream(own, part, self._topic_id, self._ends)
+        finally:
+            part.kill()
+        values = read_values(settings.kafka, settings.kafka.microbatches_topic)
+        ours = rows_of(values)
+        findings.compare_rows(ours, rows_of(read_values(own.kafka, own.kafka.microbatches_topic)))
+        findings.again = sum(len(decode(value)) for value in values) - len(ours)
+        findings.compare("impressions that wait", self._waiting, float(len(calm.waiting)))
+        kept = histories_of_log(settings)
+        findings.compare("histories", (kept.digest, kept.users), (calm.digest, calm.users))
+
+    def _account(self, positions: int) -> scrape.Scrape | None:
+        """What the job says of its account, once it has all positions."""
+        found = scrape.scrape({"job": f"http://127.0.0.1:{self.settings.stream.metrics_port}/metrics"})["job"]
+        there = found.value("springtide_accounting_positions", outcome="positions")
+        return found if there == positions else None
+
+    def _state(self) -> dict[str, Any]:
+        """What `springtide flink status` knows."""
+        return looking.look(self.settings, self._manager.url, time.time_ns() // 1_000_000)
 
     def _settled(self) -> dict[str, Any] | None:
         """The job, once all of its tasks run and it has a checkpoint since it last began."""
-        found = self._flink.status()
+        found = self._state()
         jobs = [job for job in (found["job_manager"] or {"jobs": ()})["jobs"] if job["state"] == "RUNNING"]
         whole = not found["wrong"] and jobs and jobs[0]["running"] == jobs[0]["tasks"] and jobs[0]["checkpoint"]
         return jobs[0] if whole else None
 
-    def _await_rows(self, what: str, begun_s: float | None = None, reached: int = -1) -> None:
-        """Waits for rows that had not come before, some of them."""
-        begun_s = time.monotonic() if begun_s is None else begun_s
-        until(lambda: self._reached() > reached + RATE, self._trouble, BACK_S)
+    def _await_caught_up(self, what: str, begun_s: float) -> None:
+        """Waits until all clicks of a second from now on have their rows."""
+        kafka = self.settings.kafka
+        with Topics(kafka) as topics:
+            share = round(RATE / kafka.clicks_partitions)
+            wanted = {one: end + share for one, (_, end) in topics.ends(kafka.clicks_topic).items()}
+        with Reached(kafka, self.settings.stream.buckets) as reached:
+            until(lambda: reached.has(wanted), self._trouble, BACK_S)
         took_s = time.monotonic() - begun_s
         self.findings.back_s.setdefault(what, []).append(took_s)
-        self._say(f"{what}: rows come again after {took_s:.1f} s")
-
-    def _reached(self) -> int:
-        return max((number for number, _ in written(self._rows)), default=-1)
+        self._say(f"{what}: caught up after {took_s:.1f} s")
 
     def _end_client(self) -> None:
         """The process that handed the job in ends with it, or with the JobManager that forgot it."""
@@ -181,5 +246,5 @@ class FlinkChaos:
         self._job.wait()
 
     def _trouble(self) -> str:
-        log = self._rows.with_suffix(".log")
-        return f"{log.read_text()[-3000:] if log.exists() else ''}\n{self._flink.said()}\n{self._flink.logs()}"
+        said = self._log.read_text()[-3000:] if self._log.exists() else ""
+        return f"{said}\n{self._flink.said()}\n{self._flink.logs()}"

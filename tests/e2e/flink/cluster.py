@@ -8,13 +8,13 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from deploy.children.parent_death import die_with
-from deploy.flink.configuration import HOST
 from state.config.loading import load
 from state.config.settings import Settings
 from tests.e2e.parts import quiet_ports
@@ -84,34 +84,19 @@ class LocalFlink:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def options(self, parallelism: int = 1, more: Sequence[str] = ()) -> list[str]:
-        """Beam's options for a job of this cluster."""
-        flink = self.settings.flink
-        return [
-            "--runner=PortableRunner",
-            "--streaming",
-            f"--job_endpoint={HOST}:{flink.job_port}",
-            "--environment_type=EXTERNAL",
-            f"--environment_config={HOST}:{flink.worker_port}",
-            f"--parallelism={parallelism}",
-            "--checkpointing_interval=1000",
-            "--max_bundle_time_mills=100",
-            "--finish_bundle_before_checkpointing",
-            "--externalized_checkpoints_enabled",
-            "--retain_externalized_checkpoints_on_cancellation",
-            *more,
-        ]
+    def submit(self, settings: Settings, log: Path, words: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Hands the stream in, as its command does; the process follows the job, and its end is not the job's.
 
-    def submit(
-        self, rows: Path, rate: float, begun_s: float, parallelism: int = 1, more: Sequence[str] = ()
-    ) -> subprocess.Popen[bytes]:
-        """Hands the counting job in; the process ends with it."""
-        words = [str(rows), str(rate), str(begun_s), *self.options(parallelism, more)]
-        with rows.with_suffix(".log").open("ab") as output:
+        Args:
+            settings: Of the stream.
+            log: Where the process says how the job goes.
+            words: Options of Beam.
+        """
+        with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.flink.submit", *words],
+                [sys.executable, "-m", "deploy.cli", "stream", "--runner", "flink", *words],
                 cwd=ROOT,
-                env=clean_environment(),
+                env=clean_environment() | replace(settings, flink=self.settings.flink).environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with(os.getpid()),

@@ -1,0 +1,122 @@
+"""A local Flink cluster as its user has it, and the stream on it: its rows are those of the local form, whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from deploy.flink.ending import end_jobs
+from deploy.kafka.configuration import listens
+from state.config.settings import Settings
+from state.flink.rest import JobManager, url
+from state.log import Topics
+from tests.conftest import KafkaFactory
+from tests.e2e.flink.cluster import LocalFlink
+from tests.streaming.distributed.shop import rows_of
+from tests.streaming.distributed.test_job import ends_of, of_local_form, turn, values_in
+from tests.streaming.streams import FOREVER, click, send, settings_for, until
+
+CLICKS = 300
+
+
+@pytest.fixture(scope="module")
+def flink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFlink]:
+    """A cluster that is up; the last test takes it down."""
+    cluster = LocalFlink(tmp_path_factory.mktemp("flink"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def more_clicks(settings: Settings, first: int) -> int:
+    """Sends clicks, each user's to one partition; returns how many there are then."""
+    send(settings.kafka, [click(first + one) for one in range(CLICKS)], first, lambda number: number % 17 % 2)
+    return first + CLICKS
+
+
+def committed_all(settings: Settings) -> bool:
+    """Whether the group says that all was committed."""
+    with Topics(settings.kafka) as topics:
+        return topics.committed(settings.kafka.group, settings.kafka.clicks_topic) == ends_of(settings)
+
+
+@contextmanager
+def handed_in(
+    flink: LocalFlink, settings: Settings, log: Path, words: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The stream's job on the cluster; the process that follows it ends with the block at the latest, and the job does not."""
+    process = flink.submit(settings, log, words)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_cluster_that_is_up_says_so_and_is_not_started_twice(flink: LocalFlink) -> None:
+    state = flink.status()
+    assert state["wrong"] == []
+    assert state["listening"] == {"job server": True, "workers": True}
+    assert (state["job_manager"]["task_managers"], state["job_manager"]["free_slots"]) == (1, 2)
+    again = flink.springtide("up")
+    assert again.returncode == 1
+    assert "is in use by process" in again.stderr
+
+
+def test_on_flink_the_rows_are_those_of_the_local_form(
+    flink: LocalFlink, kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
+        topic_id = topics.describe(kafka.clicks_topic).topic_id
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", buckets=4)
+    settings.registry_dir.mkdir(parents=True)
+    reached = more_clicks(settings, 0)
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    with handed_in(flink, settings, first) as following:
+        values_in(settings, reached)
+        (job,) = flink.status()["job_manager"]["jobs"]
+        assert (job["state"], job["running"]) == ("RUNNING", job["tasks"])
+        # A worker dies: its buckets go back to the last checkpoint, and rows come again.
+        reached = more_clicks(settings, reached)
+        os.kill(flink.pids("worker")[0], signal.SIGKILL)
+        values_in(settings, reached)
+        until(lambda: committed_all(settings), "the group knows what all buckets have")
+        said: list[str] = []
+        end_jobs(JobManager(url(flink.settings)), said.append)
+        (path,) = re.findall(r"--savepoint_path (\S+)", "\n".join(said))
+        # Who handed it in learns how it ended.
+        assert following.wait(60) == 0, first.read_text()
+        assert f"--savepoint_path={path}" in first.read_text()
+    reached = more_clicks(settings, reached)
+    with handed_in(flink, settings, second, [f"--savepoint_path={path}", "--parallelism=2"]) as following:
+        values = values_in(settings, reached)
+        assert rows_of(values) == rows_of(of_local_form(settings, tmp_path, reached))
+        # An exact rollback to before what the job has read: no restart mends that.
+        turn(settings, {0: 6, 1: 6}, topic_id)
+        assert following.wait(60) == 1, second.read_text()
+        assert "LineTurned: control's line of the training log turned off, into epoch 2" in second.read_text()
+        assert not JobManager(url(flink.settings)).running()
+
+
+def test_down_ends_all_of_it_and_status_says_so(flink: LocalFlink) -> None:
+    assert flink.process is not None
+    done = flink.springtide("down")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "Flink is down"
+    assert flink.process.wait(60) == 0, flink.said()
+    settings = flink.settings.flink
+    assert not any(map(listens, (settings.rest_port, settings.job_port, settings.worker_port)))
+    state = flink.status()
+    assert state["job_manager"] is None
+    assert "no JobManager answers" in state["wrong"][0]
