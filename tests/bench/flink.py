@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import psutil
+from deploy.flink.rest import JobManager
+from tests.e2e.flink.test_stream import handed_in
 
 from deploy.flink.cluster import url
 from deploy.flink.ending import end_jobs
-from deploy.flink.rest import JobManager
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream
@@ -32,7 +33,6 @@ from state.log import Topics
 from tests.bench.report import Figure, report
 from tests.bench.stream import PARTITIONS, Clicks, latency_ms
 from tests.e2e.flink.cluster import LocalFlink
-from tests.e2e.flink.test_stream import handed_in
 from tests.e2e.running import until
 
 EVERY_S = 2.0
