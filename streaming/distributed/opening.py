@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedClicks:
     """The clicks of a source.
 
     Attributes:
@@ -58,7 +58,7 @@ def of_source(source: int, sources: int, partitions: int) -> list[int]:
     return [one for one in range(partitions) if one % sources == source]
 
 
-def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> Opened:
+def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> OpenedClicks:
     """Opens the clicks of a source.
 
     Args:
@@ -101,7 +101,7 @@ def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> Opene
         fills = partial(fill, kafka, topics, worker.log.writer)
         reader = open_behind(opens, leaders, accepts, fills) if mine else None
     worker.metrics.gaps_accepted.inc(len(accepted) - len(reading.accepted))
-    return Opened(info.topic_id, replace(reading, accepted=tuple(accepted)), passed, reader)
+    return OpenedClicks(info.topic_id, replace(reading, accepted=tuple(accepted)), passed, reader)
 
 
 @contextmanager

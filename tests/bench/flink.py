@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import psutil
-from deploy.flink.rest import JobManager
-from tests.e2e.flink.test_stream import handed_in
 
 from deploy.flink.cluster import url
 from deploy.flink.ending import end_jobs
@@ -29,10 +27,12 @@ from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.events.identity import load_salt
+from state.flink.rest import JobManager
 from state.log import Topics
 from tests.bench.report import Figure, report
 from tests.bench.stream import PARTITIONS, Clicks, latency_ms
 from tests.e2e.flink.cluster import LocalFlink
+from tests.e2e.flink.test_flink import handed_in
 from tests.e2e.running import until
 
 EVERY_S = 2.0
@@ -99,7 +99,7 @@ class Looking(threading.Thread):
 def measured(flink: LocalFlink, settings: Settings, rate: int, seconds: float, users: int) -> dict[str, Figure]:
     """The figures of a job on a cluster that runs."""
     clicks = Clicks(users)
-    with handed_in(settings, flink, flink.output.with_name("job.log")):
+    with handed_in(flink, settings, flink.output.with_name("job.log")):
         jobs = JobManager(url(flink.settings))
         until(lambda: any(job.checkpoint for job in jobs.overview().jobs), "the job has no checkpoint")
         latency_ms(settings.kafka, clicks, rate, WARM_S)
