@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +27,13 @@ from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
+from state.errors import FlinkFailed
 from state.events.identity import load_salt
 from state.flink.rest import JobManager
 from state.log import Topics
-from tests.bench.report import Figure, report
+from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import PARTITIONS, Clicks, latency_ms
-from tests.e2e.flink.cluster import LocalFlink
+from tests.e2e.flink.cluster import UP_S, LocalFlink
 from tests.e2e.flink.test_flink import handed_in
 from tests.e2e.running import until
 
@@ -72,12 +74,15 @@ class Looking(threading.Thread):
         (self._manager,) = (one["id"] for one in self._ask("/taskmanagers")["taskmanagers"])
         steps = self._ask(f"/jobs/{self._job}")["vertices"]
         self._reading = next(one["id"] for one in steps if READS in one["name"])
+        self._stages = Stages("flink", 30.0)
         self.ended = threading.Event()
 
     def run(self) -> None:
         """Looks, until it has ended."""
         while not self.ended.wait(EVERY_S):
-            self.looks.append(self.look())
+            with suppress(httpx.HTTPError):
+                self.looks.append(self.look())
+                self._stages.say("running", str(self.looks[-1]))
 
     def look(self) -> Look:
         """The job now."""
@@ -93,7 +98,14 @@ class Looking(threading.Thread):
         )
 
     def _ask(self, path: str) -> Any:
-        return httpx.get(self._url + path, timeout=60).raise_for_status().json()
+        return httpx.get(self._url + path, timeout=30).raise_for_status().json()
+
+
+def has_checkpoint(jobs: JobManager) -> bool:
+    """Whether a job has one; a JobManager that is busy with beginning it may not answer."""
+    with suppress(FlinkFailed):
+        return any(job.checkpoint for job in jobs.overview().jobs)
+    return False
 
 
 def measured(flink: LocalFlink, settings: Settings, rate: int, seconds: float, users: int) -> dict[str, Figure]:
@@ -101,7 +113,7 @@ def measured(flink: LocalFlink, settings: Settings, rate: int, seconds: float, u
     clicks = Clicks(users)
     with handed_in(flink, settings, flink.output.with_name("job.log")):
         jobs = JobManager(url(flink.settings))
-        until(lambda: any(job.checkpoint for job in jobs.overview().jobs), "the job has no checkpoint")
+        until(lambda: has_checkpoint(jobs), "the job has no checkpoint", UP_S)
         latency_ms(settings.kafka, clicks, rate, WARM_S)
         looking = Looking(flink)
         looking.start()
