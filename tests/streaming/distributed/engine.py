@@ -90,6 +90,7 @@ class Engine:
 
     def __init__(self, plan: JobPlan, sinks: int = 1) -> None:
         self._sinks = sinks
+        self._writers: list[WriteBuckets] = []
         self.now = Kept({one: OneValue() for one in range(plan.settings.stream.sources)})
         self._checkpoint = copy.deepcopy(self.now)
         self.ended: set[int] = set()
@@ -98,6 +99,8 @@ class Engine:
     def begin(self, plan: JobPlan) -> None:
         """Makes the steps; nothing is on its way."""
         self._plan = plan
+        for one in self._writers:
+            one.teardown()
         self._source, self._update = ReadPartitions(plan), UpdateBuckets(plan)
         self._writers = [WriteBuckets(plan) for _ in range(self._sinks)]
         for one in self._writers:
