@@ -48,7 +48,7 @@ from trainer.engine.report import Report, joined
 from trainer.measures.breakdown import Breakdown
 from trainer.measures.evaluation import Evaluation
 from trainer.measures.progressive import Progressive
-from trainer.measures.slices import Slices
+from trainer.measures.slices import Scored, Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
 from trainer.tables.id_table import MISSING, IdTable
@@ -270,8 +270,9 @@ class Trainer:
             self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
             places: list[npt.NDArray[Any]] = [batch.action, known]
             if self.slices:
+                seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
                 users, items = self._columns.users_of(batch), self._columns.items_of(batch)
-                places += self.slices.places(users, items, batch.header.names)
+                places += self.slices.update(users, items, batch.header.names, seen)
             slices = self.breakdown.update(places, record.partner, found)
             self.popular.update(batch.category, counters.log_ms)
             # Only once the step is accepted: a skipped one leaves no trace.

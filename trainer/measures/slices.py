@@ -1,32 +1,79 @@
-"""The values of attributes by which measures are taken, each with its place (`breakdown.py` has the measures).
+"""Progressive validation by attribute: the measures of each value, scored before learning.
 
 A slice attribute has a place for whoever is unknown, one for none, one for all
 values that came when its places were taken, and one for each other value in
 the order in which they came. So the measures, and the labels of the metrics,
 are bounded, and are a function of the log like the weights.
+
+Sums are recent, with the half-life of `Evaluation`; rows are also counted since
+the beginning. Since 0.1.0 they are in the digest of a version; in durable versions
+those of `breakdown.py` stand in their place, which have intervals.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from state.attributes.values import U64
 from state.config.sections import Attributes
+from trainer.measures.evaluation import LOGIT_RANGE, SOME, area_under_curve, fade
 from trainer.model.attributes import Columns
 
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
+BINS = 64
 UNKNOWN, NONE, OTHER, FIRST = 0, 1, 2, 3
 SHOWN = ("(unknown)", "(none)", "(other)")
+SUMS = ("rows", "targets", "log_loss", "top1", "pairs", "engagement_log_loss")
+
+
+class Measure(NamedTuple):
+    """The measures of one value of an attribute.
+
+    Attributes:
+        attribute: Name of the attribute.
+        value: Its text.
+        figures: By name: total.rows, rows, and log_loss, top1, engagement_log_loss, auc where there are rows to say so.
+    """
+
+    attribute: str
+    value: str
+    figures: dict[str, float]
+
+
+class Scored(NamedTuple):
+    """What a step scored before learning.
+
+    Attributes:
+        targets: `[n]` bool, the rows with a category.
+        log_loss: `[t]` float32 interest log loss of those.
+        top1: `[t]` bool, whether the best candidate was the category.
+        pairs: `[2 n]` bool, the pairs scored, of rows and then of their negatives.
+        partner: `[n]` int64, the row whose item is the negative.
+        logits: `[m]` float32, of the pairs scored.
+        positive: `[m]` bool.
+        engagement_log_loss: `[m]` float32.
+    """
+
+    targets: npt.NDArray[np.bool_]
+    log_loss: F32
+    top1: npt.NDArray[np.bool_]
+    pairs: npt.NDArray[np.bool_]
+    partner: I64
+    logits: F32
+    positive: npt.NDArray[np.bool_]
+    engagement_log_loss: F32
 
 
 class Slices:
-    """The places of the values of some attributes.
+    """The running measures of the values of some attributes.
 
     Args:
         settings: The section `[attributes]`.
@@ -43,6 +90,9 @@ class Slices:
             table = columns.users if name in users else columns.items
             self._ids[number, [UNKNOWN, NONE]] = table.unknown_id(name), table.none_id(name)
         self._texts: dict[int, str] = {}
+        self._total: F64 = np.zeros((count, places))
+        self._sums: F64 = np.zeros((count, places, len(SUMS)))
+        self._bins: F64 = np.zeros((count, places, 2, BINS))
 
     def __bool__(self) -> bool:
         """Whether there is an attribute to measure by."""
@@ -53,19 +103,29 @@ class Slices:
         """Of each attribute whether it is one of items, so that a negative has that of another row."""
         return tuple(name not in self._columns.users.names for name in self.names)
 
-    def places(self, users: U64, items: U64, texts: Mapping[int, str]) -> list[I64]:
-        """The places of the rows of one step, `[n]` int64 of each attribute; values that are new take free ones.
+    def update(self, users: U64, items: U64, texts: Mapping[int, str], scored: Scored) -> list[I64]:
+        """Adds the rows of one step; returns the places of its rows, `[n]` int64, of each attribute.
 
         Args:
             users: `[n, Au]` uint64.
             items: `[n, Ai]` uint64.
             texts: Of ids that the micro-batch announces.
+            scored: What was scored.
         """
+        for sums in (self._sums, self._bins):
+            fade(sums, scored.log_loss.size)
         found = []
         for number, name in enumerate(self.names):
             mine = name in self._columns.users.names
-            ids, names = (users, self._columns.users.names) if mine else (items, self._columns.items.names)
-            found.append(self._places(number, ids[:, names.index(name)], texts))
+            ids = (
+                users[:, self._columns.users.names.index(name)]
+                if mine
+                else (items[:, self._columns.items.names.index(name)])
+            )
+            places = self._places(number, ids, texts)
+            other = places if mine else places[scored.partner]
+            self._add(number, places, np.concatenate([places, other])[scored.pairs], scored)
+            found.append(places)
         return found
 
     def shown(self) -> dict[str, list[str]]:
@@ -96,20 +156,69 @@ class Slices:
                 self._texts[one] = texts[one]
         return found
 
+    def _add(self, number: int, places: I64, paired: I64, scored: Scored) -> None:
+        count, aimed = self._ids.shape[1], places[scored.targets]
+
+        def by(at: I64, weights: Any = None) -> F64:
+            return np.bincount(at, weights, minlength=count).astype(np.float64)
+
+        rows = by(places)
+        self._total[number] += rows
+        columns = (
+            rows, by(aimed), by(aimed, scored.log_loss), by(aimed, scored.top1), by(paired),
+            by(paired, scored.engagement_log_loss),
+        )  # fmt: skip
+        self._sums[number] += np.stack(columns, 1)
+        placed = np.clip((scored.logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
+        cells = (paired * 2 + scored.positive) * BINS + placed
+        self._bins[number] += np.bincount(cells, minlength=count * 2 * BINS).reshape(count, 2, BINS)
+
+    def measures(self) -> list[Measure]:
+        """The measures of each value that any row had."""
+        found = []
+        for number, name in enumerate(self.names):
+            for place in np.flatnonzero(self._total[number]).tolist():
+                rows, targets, log_loss, top1, pairs, engagement = self._sums[number, place].tolist()
+                figures = {"total.rows": float(self._total[number, place]), "rows": rows}
+                if targets >= SOME:
+                    figures |= {"log_loss": log_loss / targets, "top1": top1 / targets}
+                if pairs >= SOME:
+                    figures["engagement_log_loss"] = engagement / pairs
+                area = area_under_curve(*self._bins[number, place])
+                if area is not None:
+                    figures["auc"] = area
+                found.append(Measure(name, self._text(number, place), figures))
+        return found
+
+    def values(self) -> dict[str, float]:
+        """The same as `slice.<attribute>.<value>.<measure>`, for a version's manifest."""
+        return {
+            f"slice.{one.attribute}.{one.value}.{name}": figure
+            for one in self.measures()
+            for name, figure in one.figures.items()
+        }
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The values and their texts, for a version; nothing where there is no attribute to measure by."""
+        """All sums, for a version; nothing where there is no attribute to measure by."""
         if not self:
             return {}
         texts = {f"{one:016x}": text for one, text in sorted(self._texts.items())}
         about = json.dumps([self.names, texts]).encode()
-        return {"about": np.frombuffer(about, np.uint8), "ids": self._ids.copy()}
+        return {
+            "about": np.frombuffer(about, np.uint8),
+            "ids": self._ids.copy(),
+            "total": self._total.copy(),
+            "sums": self._sums.copy(),
+            "bins": self._bins.copy(),
+        }
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; those of other attributes than these are not taken over."""
+        """Sets what `state` returned; measures of other attributes than these are not taken over."""
         if not self or "about" not in state:
             return
         names, texts = json.loads(state["about"].tobytes())
         if tuple(names) != self.names or state["ids"].shape != self._ids.shape:
             return
         self._texts = {int(one, 16): text for one, text in texts.items()}
-        self._ids = np.array(state["ids"])
+        self._ids, self._total = np.array(state["ids"]), np.array(state["total"])
+        self._sums, self._bins = np.array(state["sums"]), np.array(state["bins"])

@@ -90,6 +90,7 @@ class Drafter:
             mask_generation=control.mask.generation,
             metrics=trainer.evaluation.values()
             | trainer.progressive.values()
+            | trainer.slices.values()
             | dict(breakdown.values(slices))
             | {f"account.{name}": float(value) for name, value in account.items()}
             | {TOLD_MS: float(place.told_ms)},

@@ -16,7 +16,6 @@ from state.microbatch.codec import decode, encode
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.engine.test_step import digests, learned, restored, settings
 from trainer.engine.step import Trainer
-from trainer.measures.breakdown import SliceMeasures, shown_of, values
 from trainer.measures.slices import FIRST, Slices
 from trainer.model.attributes import Columns, combine
 
@@ -37,10 +36,6 @@ def fresh(capacity: int = 4096, wanted: Attributes = WANTED) -> Trainer:
     made = traced(capacity, wanted)
     made.clear()
     return made
-
-
-def measures(trainer: Trainer) -> list[SliceMeasures]:
-    return trainer.breakdown.measures(shown_of(trainer.settings.events.actions, trainer.slices))
 
 
 def with_attributes(batch: MicroBatch, seed: int = 0) -> MicroBatch:
@@ -144,7 +139,7 @@ def test_the_order_of_columns_in_the_log_does_not_matter() -> None:
 def test_a_log_from_before_there_were_attributes_is_one_of_unknown_ones() -> None:
     trainer = learned([micro_batch(64)], fresh())
     assert row(trainer, USERS.unknown_id("age")).any()
-    assert {one.value for one in measures(trainer) if one.dimension in WANTED.slices} == {"(unknown)"}
+    assert {one.value for one in trainer.slices.measures()} == {"(unknown)"}
 
 
 def test_without_attributes_a_step_has_the_bits_it_had_before() -> None:
@@ -168,12 +163,12 @@ def test_an_item_with_two_values_in_one_batch_has_both() -> None:
 def test_slices_add_up_to_the_whole() -> None:
     trainer = fresh()
     reports = [trainer.step(batch) for batch in log(3)]
-    whole = trainer.progressive.values()
+    whole = trainer.evaluation.values()
     for attribute in ("age", "brand"):
-        mine = [one.figures for one in measures(trainer) if one.dimension == attribute]
+        mine = [one.figures for one in trainer.slices.measures() if one.attribute == attribute]
         assert sum(one["total.rows"] for one in mine) == sum(report.rows for report in reports)
         weighted = sum(one["log_loss"] * one["rows"] for one in mine) / sum(one["rows"] for one in mine)
-        assert weighted == pytest.approx(whole["log_loss"], rel=1e-5)
+        assert weighted == pytest.approx(whole["training_loss"], rel=1e-5)
 
 
 def test_a_slice_has_the_measures_of_its_rows_alone() -> None:
@@ -181,7 +176,7 @@ def test_a_slice_has_the_measures_of_its_rows_alone() -> None:
     young = batch.user_attributes[:, 0] == USERS.ids(["18-24", None])[0]
     trainer = fresh()
     trainer.step(batch)
-    (of_young,) = [one.figures for one in measures(trainer) if one.value == "18-24"]
+    (of_young,) = [one.figures for one in trainer.slices.measures() if one.value == "18-24"]
     assert of_young["total.rows"] == young.sum()
     # Nothing was learned yet: the rows of the slice score alone as they do among others.
     kept = batch.take(young)
@@ -190,25 +185,23 @@ def test_a_slice_has_the_measures_of_its_rows_alone() -> None:
         ranges=(dataclasses.replace(kept.header.ranges[0], rows=len(kept), filtered=len(batch) - len(kept)),),
     )
     report = fresh().step(dataclasses.replace(kept, header=header))
-    assert report.quality is not None
-    assert of_young["top1"] == report.quality.mean("top1")
+    assert of_young["top1"] == report.top1 / report.targets
 
 
 def test_values_beyond_the_setting_share_a_place_and_names_are_those_announced() -> None:
     trainer = fresh()
     learned(log(6), trainer)
-    shown = [one.value for one in measures(trainer) if one.dimension == "brand"]
+    shown = [one.value for one in trainer.slices.measures() if one.attribute == "brand"]
     assert len(shown) == FIRST + WANTED.slice_values
     assert set(shown) - {"(unknown)", "(none)", "(other)"} < set(BRANDS)
-    assert "slice.age.25-34.log_loss" in dict(values(measures(trainer)))
+    assert "slice.age.25-34.log_loss" in trainer.slices.values()
 
 
-def test_places_of_other_attributes_are_not_taken_over() -> None:
+def test_measures_of_other_attributes_are_not_taken_over() -> None:
     measured = learned(log(2), fresh()).slices
     other = Slices(dataclasses.replace(WANTED, slices=("city",)), Columns(WANTED))
-    without = other.shown()
     other.load(measured.state())
-    assert other.shown() == without
+    assert other.measures() == []
     same = Slices(WANTED, Columns(WANTED))
     same.load(measured.state())
-    assert same.shown() == measured.shown() != Slices(WANTED, Columns(WANTED)).shown()
+    assert same.values() == measured.values() != {}
