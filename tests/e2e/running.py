@@ -249,12 +249,15 @@ class Loop:
             ends = topics.ends(self.settings.kafka.clicks_topic)
         return {f"{topic_id}:{partition}": end for partition, (_, end) in ends.items()}
 
+    def if_trained_on(self, user: str, ends: dict[str, int], **query: str) -> dict[str, Any] | None:
+        """An answer by a version that has learned from everything before `ends`; None as long as there is none."""
+        answer = self.profile(user, **query)
+        sources = answer["version"]["sources"] if answer else {}
+        return answer if answer and all(sources.get(source, 0) >= end for source, end in ends.items()) else None
+
     def answer_trained_on(self, user: str, ends: dict[str, int], **query: str) -> dict[str, Any]:
         """Waits for an answer by a version that has learned from everything before `ends`."""
-
-        def look() -> dict[str, Any] | None:
-            answer = self.profile(user, **query)
-            sources = answer["version"]["sources"] if answer else {}
-            return answer if answer and all(sources.get(source, 0) >= end for source, end in ends.items()) else None
-
-        return until(look, lambda: f"no version covers {ends}; the newest answer is {self.profile(user)!s:.300}")
+        return until(
+            lambda: self.if_trained_on(user, ends, **query),
+            lambda: f"no version covers {ends}; the newest answer is {self.profile(user)!s:.300}",
+        )

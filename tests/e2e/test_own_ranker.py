@@ -119,13 +119,16 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
     assert done["control"]["epoch"] == epoch + 1 and done["plan"]["masked"] > 2 * CHUNK
 
     def healed() -> bool:
-        # What of the flood came after the hold may be held once more, and is left out alike.
+        # What of the flood came after a hold may be held once more, and is left out alike.
         if held() is not None:
             loop.springtide(*shlex.split(loop.springtide("status")["held"]["commands"][0])[1:])
         return bool(version(loop)["epoch"] > epoch)
 
     until(healed, "answers do not follow into the new epoch")
-    answer = loop.answer_trained_on("honest", loop.click([("honest", "book", "reading", "view")]))
+    ends = loop.click([("honest", "book", "reading", "view")])
+    answer = until(
+        lambda: healed() and loop.if_trained_on("honest", ends), "no version has learned from an honest click"
+    )
     assert answer["version"]["epoch"] > epoch
     assert held() is None
     watching.wait_until_over("SpringtideTrainingHeld")
