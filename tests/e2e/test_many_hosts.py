@@ -2,8 +2,8 @@
 
 The first host is the trainer's own. The second one reads the same registry
 directory, as on a shared file system. The third has a directory of its own,
-which is kept in step with an S3 store; so has one that is there for one test,
-over a slow link.
+which is kept in step with an S3 store; so has one that is there for the last test,
+over a slow link: it would be a host that holds a copy of who is erased.
 """
 
 from __future__ import annotations
@@ -183,6 +183,26 @@ def test_answers_go_on_while_the_store_is_away_and_versions_come_when_it_is_back
     reached([third.profile], lambda one: one["version"]["number"] >= at, third.said)
 
 
+def test_an_erased_user_is_nobody_on_all_hosts_and_status_names_the_host_that_is_away(
+    loop: Loop, hosts: list[ServingHost]
+) -> None:
+    everywhere, third = all_of(loop, hosts), hosts[1]
+    reached(everywhere, lambda one: one["known"])
+    third.stop()
+    loop.springtide("erase", "--user", USER, "--reason", "asked to")
+    reached(everywhere[:2], lambda one: one["cold_start"])
+
+    def holding() -> list[str]:
+        found = loop.springtide("erase", "--status")["holding"]
+        return [one["where"] for one in found if one["where"].startswith("serving-")]
+
+    until(lambda: len(holding()) == 1, "not one host, and only one, still holds a copy")
+    assert str(third.settings.serving_dir) in str(loop.springtide("erase", "--status")["holding"])
+    third.start()
+    reached(everywhere, lambda one: one["cold_start"])
+    until(lambda: not [one for one in loop.springtide("erase", "--status")["holding"] if one["where"].startswith("serving-") and one["holds"] != "bytes on free pages of its stores"], "a host still has the user")  # fmt: skip
+
+
 def test_over_a_slow_link_a_new_host_begins_versions_and_a_pin_come_and_answers_go_on(
     loop: Loop, s3: S3Server, place: str, tmp_path: Path
 ) -> None:
@@ -220,23 +240,3 @@ def test_over_a_slow_link_a_new_host_begins_versions_and_a_pin_come_and_answers_
         finally:
             slow.stop()
             forget_memory(tmp_path)
-
-
-def test_an_erased_user_is_nobody_on_all_hosts_and_status_names_the_host_that_is_away(
-    loop: Loop, hosts: list[ServingHost]
-) -> None:
-    everywhere, third = all_of(loop, hosts), hosts[1]
-    reached(everywhere, lambda one: one["known"])
-    third.stop()
-    loop.springtide("erase", "--user", USER, "--reason", "asked to")
-    reached(everywhere[:2], lambda one: one["cold_start"])
-
-    def holding() -> list[str]:
-        found = loop.springtide("erase", "--status")["holding"]
-        return [one["where"] for one in found if one["where"].startswith("serving-")]
-
-    until(lambda: len(holding()) == 1, "not one host, and only one, still holds a copy")
-    assert str(third.settings.serving_dir) in str(loop.springtide("erase", "--status")["holding"])
-    third.start()
-    reached(everywhere, lambda one: one["cold_start"])
-    until(lambda: not [one for one in loop.springtide("erase", "--status")["holding"] if one["where"].startswith("serving-") and one["holds"] != "bytes on free pages of its stores"], "a host still has the user")  # fmt: skip
