@@ -27,6 +27,8 @@ from state.rows.served import Served
 from state.rows.sweep import delete_dead_lanes, sweep_row
 
 ROWS_AT_ONCE = 1000
+ROUNDS = 25
+"""Within so many looks at ROWS_AT_ONCE or more what is left is looked at, so that it stays as much as versions leave in them."""
 LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # what is deleted unread costs less
 
 Changes = NDArray[np.uint64]
@@ -67,6 +69,11 @@ class Forgetting:
     def left(self) -> bool:
         """Whether there is something to look at."""
         return bool(self._left) or self._dead
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows are to be looked at."""
+        return sum(rows.shape[1] for _, rows in self._left)
 
     def took(self, done: Forgotten) -> None:
         """The transaction that did this is committed."""

@@ -32,7 +32,7 @@ from state.process import killpoints
 from state.registry.manifest import Manifest
 from state.rows.entries import BEGUN, begin, entries_of, put_dense, take_back
 from state.rows.erasing import erase
-from state.rows.forgetting import ROWS_AT_ONCE, Forgetting, Forgotten
+from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE, Forgetting, Forgotten
 from state.rows.keys import LANES, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
@@ -257,17 +257,19 @@ class RowStore(CompactStore):
         self._forgetting.took(found)
         return found.versions
 
-    def tidy(self, at_most: int = ROWS_AT_ONCE) -> bool:
+    def tidy(self, at_most: int | None = None) -> bool:
         """Looks at some rows of forgotten versions and deletes what nobody reads; whether there are more to look at.
 
         Args:
-            at_most: How many rows, so that no version waits long.
+            at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more where many are left.
 
         Raises:
             StoreFull: Nothing was changed.
         """
         if not self._forgetting.left:
             return False
+        if at_most is None:
+            at_most = max(ROWS_AT_ONCE, self._forgetting.rows_left // ROUNDS)
         with self._write() as transaction:
             floors = self._floors(transaction)
             done = self._forgetting.tidy(transaction, floors, at_most)

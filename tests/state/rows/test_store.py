@@ -286,6 +286,22 @@ def test_what_a_process_did_not_live_to_delete_goes_with_the_next_entry_of_its_r
     assert (again.entries(), read(again, 4)) == (1, {("user", 1): 4.0})
 
 
+def test_what_is_left_to_look_at_stays_as_much_as_some_rounds_leave(tmp_path: Path) -> None:
+    """One look a version, which writes five times what a look takes: entries and what is left do not grow."""
+    store, rng, left, entries = RowStore(tmp_path, 1 << 28), np.random.default_rng(9), list[int](), list[int]()
+    store.apply(manifest(1, None, "base"), tensors({}), now_ms=1, follow=True)
+    for version in range(2, 92):
+        ids = rng.choice(10 * ROWS_AT_ONCE, 5 * ROWS_AT_ONCE, replace=False)
+        put = {("user", int(one)): float(version) for one in ids}
+        store.apply(manifest(version, version - 1), tensors(put), now_ms=version, follow=True)
+        store.forget([version - 10])
+        store.tidy()
+        left.append(store._forgetting.rows_left)
+        entries.append(store.entries())
+    assert max(left[60:]) < 1.1 * max(left[30:60])
+    assert max(entries[60:]) < 1.1 * max(entries[30:60])
+
+
 def test_where_nothing_is_to_be_deleted_nothing_is_written(tmp_path: Path) -> None:
     store = RowStore(tmp_path, 1 << 26)
     store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1, follow=True)
