@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from state.rows.keys import row_keys, stem, u64
+from state.rows.keys import TOP, row_keys, stem, u64
 from state.rows.reader import Databases, required, stored
 from state.rows.tables import CODES, tables_in
 
@@ -82,7 +82,7 @@ def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
         return
     version, lane = begun[:8], int.from_bytes(begun[8:16], "big")
     if transaction.get(version, db=databases["versions"]) is None:
-        tail = row_keys(lane, 0, np.zeros(1, np.uint64), int.from_bytes(version, "big")).tobytes()[-8:]
+        tail = u64(TOP - int.from_bytes(version, "big"))
         for table, identity in np.frombuffer(begun[16:], np.uint64).reshape(2, -1).T.tolist():
             transaction.delete(stem(lane, table, identity) + tail, db=databases["rows"])
     transaction.delete(BEGUN, db=databases["meta"])

@@ -68,8 +68,9 @@ class FlinkJob:
         found = None
         with suppress(FlinkFailed):
             job = self._known()
-            for _ in range(TRIES if job else 0):
-                assert job is not None
+            if job is None:
+                return None
+            for _ in range(TRIES):
                 state, savepoint = self._manager.state(job), self._manager.last_savepoint(job)
                 if state == "CANCELED":
                     found = savepoint

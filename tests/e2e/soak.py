@@ -26,6 +26,7 @@ import psutil
 
 from state.process.progress_line import ProgressLine
 from tests.bench.loop import parts
+from tests.disks import forget_memory
 from tests.e2e.running import Loop
 
 EVERY_S = 5.0
@@ -145,6 +146,7 @@ def main() -> int:
     finally:
         if loop.process is not None:
             loop.stop()
+    forget_memory(directory)
     shutil.rmtree(directory)
     found = [fault for name, theirs in looks.items() for fault in faults(name, theirs)]
     behind, unlearned = (statistics.median(one[part] for one in lags) for part in (0, 1))

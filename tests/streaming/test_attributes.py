@@ -55,16 +55,21 @@ def tell(kafka: Kafka, topic: str, *records: tuple[str, object]) -> None:
         writer.flush()
 
 
-@pytest.fixture
-def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
-    """Settings with both topics, which are made; a stream that cuts small batches."""
-    kafka = kafka_settings()
+def attribute_topics(kafka: Kafka) -> Attributes:
+    """Topics of clicks, and of attributes of users and items, which are made."""
     crm, goods = f"crm-{kafka.clicks_topic}", f"goods-{kafka.clicks_topic}"
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2, FOREVER)
         for topic in (crm, goods):
             topics.ensure(topic, 1, {"cleanup.policy": "compact"})
-    wanted = Attributes(crm, goods, ("age", "level"), ("brand",), slices=("age",))
+    return Attributes(crm, goods, ("age", "level"), ("brand",), slices=("age",))
+
+
+@pytest.fixture
+def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
+    """Settings with both topics, which are made; a stream that cuts small batches."""
+    kafka = kafka_settings()
+    wanted = attribute_topics(kafka)
     return replace(settings_for(kafka, tmp_path / "state", tmp_path / "salt"), attributes=wanted)
 
 

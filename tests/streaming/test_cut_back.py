@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka
 from state.errors import TruncatedLog
 from state.history.appends import Appends
@@ -168,13 +167,6 @@ def test_a_reader_that_passes_over_a_change_of_leaders_takes_it_for_no_cut() -> 
         reader.seek(0, 4)
         assert reader.leader_epoch(0, 4) == -1
         assert len(reader.poll(0.0, 2)[0]) == 2
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Broker]:
-    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256).start()
-    yield broker
-    broker.stop()
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")

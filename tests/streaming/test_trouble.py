@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Kafka
 from state.config.settings import Settings
@@ -181,14 +179,6 @@ def test_holes_that_compaction_left_are_absent(kafka_settings: KafkaFactory, tmp
         kept = offsets(log, 0)
         assert kept[-1] == 59 and len(kept) < 40
     assert totals(settings) == {"positions": 60, "rows": len(kept), "dead": 0, "filtered": 0, "absent": 60 - len(kept)}
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Broker]:
-    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256)
-    broker.start()
-    yield broker
-    broker.stop()
 
 
 AWAY_S = float(os.environ.get("AWAY_S", "4"))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.events.parser import Parser
-from state.log import Topics
 from state.microbatch.codec import decode
 from streaming.distributed.bucket_store import BucketStore
 from streaming.distributed.job import plan_of
@@ -21,32 +18,21 @@ from tests.conftest import KafkaFactory
 from tests.streaming.distributed.shop import rows_of
 from tests.streaming.distributed.test_forgetting import job
 from tests.streaming.distributed.test_job import ends_of, of_local_form, values_in
-from tests.streaming.streams import FOREVER, click, headers_of, send, settings_for, until
-from tests.streaming.test_attributes import tell
-
-
-@pytest.fixture(autouse=True)
-def workers() -> Iterator[None]:
-    """What a test's steps opened in this process ends with it."""
-    yield
-    close_workers()
+from tests.streaming.streams import click, headers_of, send, settings_for, until
+from tests.streaming.test_attributes import attribute_topics, tell
 
 
 @pytest.fixture
 def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     """200 clicks of users and items of whom some have attributes; a record of each side says nothing."""
     kafka = kafka_settings()
-    crm, goods = f"crm-{kafka.clicks_topic}", f"goods-{kafka.clicks_topic}"
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-        for topic in (crm, goods):
-            topics.ensure(topic, 1, {"cleanup.policy": "compact"})
+    wanted = attribute_topics(kafka)
+    crm, goods = wanted.user_topic, wanted.item_topic
     tell(kafka, crm, ("user-1", {"age": "18-24"}), ("user-1", b"no json"), ("user-1", {"age": "25-34", "level": 2}))
     tell(kafka, crm, ("user-2", {"age": "65+"}), ("user-3", {"age": "65+"}), ("user-3", None))
     tell(kafka, goods, ("item-3", {"brand": "acme"}), ("item-4", b"[]"))
     send(kafka, [click(number) for number in range(200)], partition=lambda number: number % 17 % 2)
     small = {"buckets": 4, "bundle_events": 50, "bundle_ms": 50, "sources": 2}
-    wanted = Attributes(crm, goods, ("age", "level"), ("brand",), slices=("age",))
     return replace(settings_for(kafka, tmp_path / "state", tmp_path / "salt", **small), attributes=wanted)
 
 

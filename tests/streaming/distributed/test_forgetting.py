@@ -45,13 +45,6 @@ BUCKETS, PARTITIONS = 4, 2
 ERASED = 3
 
 
-@pytest.fixture(autouse=True)
-def workers() -> Iterator[None]:
-    """What a test's steps opened in this process ends with it."""
-    yield
-    close_workers()
-
-
 class Shop:
     """A job in memory that has read clicks of twelve users in two partitions; impressions of each wait."""
 

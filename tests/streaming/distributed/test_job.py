@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,6 @@ from tests.streaming.distributed.shop import Click, rows_of, settings_of, writte
 from tests.streaming.streams import BEGIN_MS, FOREVER, click, following, running, send, settings_for, until
 
 BAD = [b"{not json", click(1, user=None), click(2, time=2 * BEGIN_MS)]
-
-
-@pytest.fixture(autouse=True)
-def workers() -> Iterator[None]:
-    """What a test's steps opened in this process ends with it."""
-    yield
-    close_workers()
 
 
 def ends_of(settings: Settings) -> dict[int, int]:

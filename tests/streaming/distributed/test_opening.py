@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
 from state.accounts import StreamAccount
 from state.config.sections import Kafka, LabelSettings
 from state.config.settings import Settings
@@ -20,7 +19,7 @@ from state.microbatch.codec import decode
 from streaming.distributed.account import Account
 from streaming.distributed.job import plan_of
 from streaming.distributed.reading import SourceReading
-from streaming.distributed.worker import JobPlan, close_workers, worker_of
+from streaming.distributed.worker import JobPlan, worker_of
 from tests.conftest import KafkaFactory
 from tests.segments import cut_back
 from tests.streaming.distributed.engine import Engine
@@ -31,13 +30,6 @@ from tests.streaming.streams import BEGIN_MS, FOREVER, click, following, send, s
 
 BUCKETS = 4
 SMALL = {"buckets": BUCKETS, "bundle_events": 50, "bundle_ms": 50}
-
-
-@pytest.fixture(autouse=True)
-def workers() -> Iterator[None]:
-    """What a test's steps opened in this process ends with it."""
-    yield
-    close_workers()
 
 
 @pytest.fixture
@@ -186,14 +178,6 @@ def test_a_topic_that_is_made_again_is_another_one_and_is_read_from_its_beginnin
     engine.close()
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Broker]:
-    """A broker that may die."""
-    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256).start()
-    yield broker
-    broker.stop()
-
-
 def one_by_one(kafka: Kafka, first: int, after: int) -> None:
     """Sends clicks, one batch each, so that they can be cut between them."""
     with Writer(kafka) as writer:
@@ -202,22 +186,27 @@ def one_by_one(kafka: Kafka, first: int, after: int) -> None:
             writer.flush()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
-def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that_are_used_twice(
-    own: Broker, tmp_path: Path
-) -> None:
+def cut_back_behind(own: Broker, tmp_path: Path) -> tuple[Settings, Engine]:
+    """A job that has read twelve clicks, of which the log has seven by now."""
     kafka = Kafka(bootstrap_servers=own.bootstrap_servers)
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", **SMALL)
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 1, FOREVER)
-
     one_by_one(kafka, 0, 12)
     engine = Engine(opened(plan_of(settings)))
     read_to(engine, 12)
     own.kill()
     cut_back(own.directory / "data", kafka.clicks_topic, 0, 7)
     own.start()
-    one_by_one(kafka, 12, 24)
+    return settings, engine
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
+def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that_are_used_twice(
+    own: Broker, tmp_path: Path
+) -> None:
+    settings, engine = cut_back_behind(own, tmp_path)
+    one_by_one(settings.kafka, 12, 24)
     engine.crash(opened(plan_of(settings)))
     with pytest.raises(GapError, match=r"we were at 12, but what we read ends at 7.* grown again to 19") as found:
         engine.read(0)
@@ -238,19 +227,10 @@ def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that
 def test_a_log_that_ends_before_where_a_job_was_is_filled_up_where_somebody_accepts_it(
     own: Broker, tmp_path: Path
 ) -> None:
-    kafka = Kafka(bootstrap_servers=own.bootstrap_servers)
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", **SMALL)
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 1, FOREVER)
-    one_by_one(kafka, 0, 12)
-    engine = Engine(opened(plan_of(settings)))
-    read_to(engine, 12)
-    own.kill()
-    cut_back(own.directory / "data", kafka.clicks_topic, 0, 7)
-    own.start()
+    settings, engine = cut_back_behind(own, tmp_path)
     engine.crash(opened(plan_of(settings, Consent((), "ann", "the power went", cut_back=True))))
     engine.read(0)
-    one_by_one(kafka, 12, 13)
+    one_by_one(settings.kafka, 12, 13)
     read_to(engine, 13)
     assert sorted(offset for _, _, offset, _, _ in rows_of(values_in(settings, 13))) == list(range(13))
     engine.close()

@@ -83,12 +83,18 @@ def test_a_host_has_what_the_trainer_published_and_files_come_when_they_are_read
     assert own.read(own.manifest(4, "recent"), SERVING) == theirs.read(theirs.manifest(4, "recent"), SERVING)
 
 
-def test_a_look_that_finds_nothing_asks_twice(origin: Origin, url: str, tmp_path: Path) -> None:
+def up_to_date(origin: Origin, url: str, tmp_path: Path) -> tuple[CopyHost, Link]:
+    """A host that has what an origin has published, and its link to the place."""
     published(origin)
     origin.send()
     link = Link(open_place(url))
     host = CopyHost(tmp_path / "host", url, link)
     host.look()
+    return host, link
+
+
+def test_a_look_that_finds_nothing_asks_twice(origin: Origin, url: str, tmp_path: Path) -> None:
+    host, link = up_to_date(origin, url, tmp_path)
     link.asked.clear()
     host.copier.step()
     assert link.asked == ["read control/00000002.json", f"read {pack.name_of(5)}"]
@@ -103,11 +109,7 @@ def test_a_look_that_finds_nothing_asks_twice(origin: Origin, url: str, tmp_path
 def test_a_host_that_finds_a_pack_twice_in_a_row_takes_all_that_there_are(
     origin: Origin, url: str, tmp_path: Path
 ) -> None:
-    published(origin)
-    origin.send()
-    link = Link(open_place(url))
-    host = CopyHost(tmp_path / "host", url, link)
-    host.look()
+    host, _ = up_to_date(origin, url, tmp_path)
     newest = 4
     for _ in range(5):
         newest = origin.publish_recent(newest).version
@@ -120,11 +122,7 @@ def test_a_host_that_finds_a_pack_twice_in_a_row_takes_all_that_there_are(
 def test_over_a_link_that_carries_less_than_comes_a_host_takes_durable_versions_then_what_leads_on_from_them(
     origin: Origin, url: str, tmp_path: Path
 ) -> None:
-    published(origin)
-    origin.send()
-    link = Link(open_place(url))
-    host = CopyHost(tmp_path / "host", url, link)
-    host.look()
+    host, link = up_to_date(origin, url, tmp_path)
     newest = 4
     for number in range(12):
         durable_after = 3 if number == 9 else None
@@ -259,11 +257,7 @@ def test_while_the_place_is_away_the_trainer_publishes_and_all_of_it_goes_later(
 
 
 def test_a_host_without_the_place_goes_on_with_what_it_has(origin: Origin, url: str, tmp_path: Path) -> None:
-    published(origin)
-    origin.send()
-    link = Link(open_place(url))
-    host = CopyHost(tmp_path / "host", url, link)
-    host.look()
+    host, link = up_to_date(origin, url, tmp_path)
     before = host.content()
     link.cut_after = 0
     with pytest.raises(UnusableRegistry, match="cut off"):
