@@ -40,6 +40,11 @@ class Case:
         assert all(isinstance(values, str) for values in self.series.values()), f"put quotes around {self.series}"
 
 
+def groups(file: Path) -> list[str]:
+    """The names of a file's groups, in its order."""
+    return [group["name"] for group in yaml.safe_load(file.read_text())["groups"]]
+
+
 def _rules(file: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for group in yaml.safe_load(file.read_text())["groups"]:
         yield from ((rule[kind], rule) for rule in group["rules"] if kind in rule)

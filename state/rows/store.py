@@ -264,19 +264,25 @@ class RowStore(CompactStore):
             at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more where many are left.
 
         Raises:
-            StoreFull: Nothing was changed.
+            StoreFull: What was not looked at is left to look at.
         """
-        if not self._forgetting.left:
-            return False
         if at_most is None:
             at_most = max(ROWS_AT_ONCE, self._forgetting.rows_left // ROUNDS)
+        while at_most > 0 and self._forgetting.left:
+            looked = self._tidy_some(min(at_most, ROWS_AT_ONCE))
+            # Lanes without versions are looked at once no row is left, by so much a call.
+            at_most = at_most - looked if looked else 0
+        return self._forgetting.left
+
+    def _tidy_some(self, at_most: int) -> int:
+        """Looks at so many rows in one transaction, for LMDB keeps as many pages as its largest one changed."""
         with self._write() as transaction:
             floors = self._floors(transaction)
             done = self._forgetting.tidy(transaction, floors, at_most)
             if done.floors != floors:
                 transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
         self._forgetting.took(done)
-        return self._forgetting.left
+        return done.looked
 
     def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
         """Deletes what is here of erased users, or what one version wrote; see `state/rows/erasing.py`. Returns how many entries."""

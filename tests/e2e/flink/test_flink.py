@@ -106,7 +106,7 @@ def test_on_flink_the_rows_are_those_of_the_local_form(
         turn(settings, {0: 6, 1: 6}, topic_id)
         assert following.wait(60) == 1, second.read_text()
         assert "LineTurned: control's line of the training log turned off, into epoch 2" in second.read_text()
-        assert not JobManager(url(flink.settings)).running()
+        until(lambda: not JobManager(url(flink.settings)).running(), "the job is cancelled")
 
 
 def test_down_ends_all_of_it_and_status_says_so(flink: LocalFlink) -> None:

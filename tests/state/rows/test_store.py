@@ -18,7 +18,7 @@ from state.errors import UnknownVersion
 from state.positions import Source
 from state.process import killpoints
 from state.registry.manifest import Kind, LogRange, Manifest
-from state.rows.forgetting import ROWS_AT_ONCE
+from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE
 from state.rows.reader import RowReader
 from state.rows.served import Served
 from state.rows.store import RowStore
@@ -288,18 +288,33 @@ def test_what_a_process_did_not_live_to_delete_goes_with_the_next_entry_of_its_r
 
 def test_what_is_left_to_look_at_stays_as_much_as_some_rounds_leave(tmp_path: Path) -> None:
     """One look a version, which writes five times what a look takes: entries and what is left do not grow."""
-    store, rng, left, entries = RowStore(tmp_path, 1 << 28), np.random.default_rng(9), list[int](), list[int]()
+    store, rng, left, came = RowStore(tmp_path, 1 << 28), np.random.default_rng(9), [0], list[int]()
+    entries = list[int]()
     store.apply(manifest(1, None, "base"), tensors({}), now_ms=1, follow=True)
-    for version in range(2, 92):
+    for version in range(2, 72):
         ids = rng.choice(10 * ROWS_AT_ONCE, 5 * ROWS_AT_ONCE, replace=False)
         put = {("user", int(one)): float(version) for one in ids}
         store.apply(manifest(version, version - 1), tensors(put), now_ms=version, follow=True)
         store.forget([version - 10])
+        came.append(store._forgetting.rows_left - left[-1])
         store.tidy()
         left.append(store._forgetting.rows_left)
         entries.append(store.entries())
-    assert max(left[60:]) < 1.1 * max(left[30:60])
-    assert max(entries[60:]) < 1.1 * max(entries[30:60])
+    assert max(left) <= ROUNDS * max(came)
+    assert max(entries[50:]) < 1.1 * max(entries[30:50])
+
+
+def test_a_look_at_many_rows_is_a_transaction_for_each_thousand(tmp_path: Path) -> None:
+    """LMDB keeps the memory of as many pages as its largest transaction changed."""
+    store, count = RowStore(tmp_path, 1 << 28), 20 * ROWS_AT_ONCE
+    put = tensors({("user", one): 1.0 for one in range(1, count + 1)})
+    store.apply(manifest(1, None, "base"), put, now_ms=1)
+    store.apply(manifest(2, 1), put, now_ms=2, follow=True)
+    store.forget([1])
+    before = store._env.info()["last_txnid"]
+    store.tidy(count)
+    assert store.entries() == count
+    assert store._env.info()["last_txnid"] - before == 20
 
 
 def test_where_nothing_is_to_be_deleted_nothing_is_written(tmp_path: Path) -> None:
