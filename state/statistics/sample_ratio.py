@@ -1,0 +1,106 @@
+"""Whether users come to the arms of an experiment as its shares say, tested at every look. Pure.
+
+A share that is not what it should be says that users or their events are lost on
+one side, and then no other comparison of the arms counts.
+
+The test is that of Lindon and Malek, Anytime-valid inference for multinomial
+count data, 2022: the Bayes factor of a Dirichlet mixture against the
+shares is a martingale where they are right, so that it ever reaches 1 / alpha
+with probability alpha at most (Ville, 1939). Where the shares are changed, a new
+factor begins with the next user, and the product of all is a martingale as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CONCENTRATION = 100.0
+"""How near to the stated shares the mixture looks, in users; small deviations of many users are found sooner with more."""
+
+
+def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: float = CONCENTRATION) -> float:
+    """The logarithm of the Bayes factor against the shares.
+
+    log B(c p + n) - log B(c p) - sum of n_i log p_i, with B the multivariate beta function.
+
+    Args:
+        counts: Users of each arm, n.
+        shares: What they should be, p; each more than 0, of sum 1.
+        concentration: c.
+
+    >>> round(log_evidence([500, 500], [0.5, 0.5]), 2), round(log_evidence([450, 550], [0.5, 0.5]), 2)
+    (-1.2, 3.31)
+    """
+    alphas = [concentration * share for share in shares]
+    return (
+        math.lgamma(concentration)
+        - math.lgamma(concentration + sum(counts))
+        + sum(
+            math.lgamma(alpha + count) - math.lgamma(alpha) - count * math.log(share)
+            for alpha, count, share in zip(alphas, counts, shares, strict=True)
+        )
+    )
+
+
+class SampleRatio:
+    """The users of each arm since the shares were last changed, and what was found before.
+
+    A user counts once under the same shares.
+
+    Args:
+        shares: What they should be, each more than 0, of sum 1.
+
+    >>> ratio = SampleRatio([0.5, 0.5])
+    >>> ratio.add([480, 520])
+    >>> ratio.change([0.1, 0.9])
+    >>> ratio.add([210, 790])
+    >>> ratio.mismatch(alpha=0.001)
+    True
+    """
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self._shares, self._counts, self._before, self._most = list(shares), [0] * len(shares), 0.0, 0.0
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Counts users that came, of each arm."""
+        self._counts = [have + came for have, came in zip(self._counts, counts, strict=True)]
+        self._most = max(self._most, self.log_evidence)
+
+    def change(self, shares: Sequence[float]) -> None:
+        """From now on the shares are these."""
+        self._before, self._shares, self._counts = self.log_evidence, list(shares), [0] * len(shares)
+
+    @property
+    def log_evidence(self) -> float:
+        """Against all shares so far."""
+        return self._before + log_evidence(self._counts, self._shares)
+
+    @property
+    def p_value(self) -> float:
+        """Valid at all looks: one over the most evidence that ever was."""
+        return math.exp(-self._most)
+
+    def mismatch(self, alpha: float) -> bool:
+        """Whether users came otherwise than the shares say.
+
+        Args:
+            alpha: The rate of false alarms over all looks together.
+        """
+        return self.p_value <= alpha
+
+    def document(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return {"shares": self._shares, "counts": self._counts, "before": self._before, "most": self._most}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> SampleRatio:
+        """What `document` made.
+
+        Raises:
+            KeyError: It is none of a sample ratio.
+        """
+        ratio = cls(document["shares"])
+        ratio._counts, ratio._before, ratio._most = list(document["counts"]), document["before"], document["most"]
+        return ratio
