@@ -4,6 +4,7 @@ from springtide_client.answers import (
     Engagement,
     Explanation,
     Interest,
+    LeftOutItem,
     Profile,
     RankedItem,
     Ranking,
@@ -24,18 +25,20 @@ from springtide_client.errors import (
     UnexpectedAnswer,
     Unreachable,
 )
-from springtide_client.questions import Item, User
+from springtide_client.questions import Cap, Item, User
 from springtide_client.retrying import Retries
 from springtide_client.synchronous import Client
 
 __all__ = [
     "AsyncClient",
+    "Cap",
     "Client",
     "ClientError",
     "Engagement",
     "Explanation",
     "Interest",
     "Item",
+    "LeftOutItem",
     "Overloaded",
     "Profile",
     "RankedItem",

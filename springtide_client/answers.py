@@ -129,18 +129,31 @@ class Profiles(Struct, frozen=True):
     profiles: list[Profile]
 
 
-class RankedItem(Struct, frozen=True):
+class RankedItem(Struct, frozen=True, omit_defaults=True):
     """An item that the caller named."""
 
     item: str
     category: Annotated[str | None, Meta(description="The category that it counts as of; null where none is known.")]
     probability: Probability
+    bid: Annotated[float, Meta(ge=0.0, description="The caller's; only where items have bids.")] | None = None
+    expected_value: Annotated[float, Meta(ge=0.0, description="Probability × bid; likewise.")] | None = None
 
 
-class Ranking(About, frozen=True, kw_only=True):
-    """Items that the caller named, the most probable first."""
+class LeftOutItem(Struct, frozen=True):
+    """An item that the caller named and that is not ranked."""
+
+    item: str
+    reason: Annotated[Literal["cap"], Meta(description="The user saw it as often as its cap allows.")]
+    seen: Annotated[int, Meta(ge=1, description="How often within the cap's time.")]
+
+
+class Ranking(About, frozen=True, kw_only=True, omit_defaults=True):
+    """Items that the caller named, the most probable first; with bids, the one of the highest expected value."""
 
     items: list[RankedItem]
+    left_out: Annotated[
+        list[LeftOutItem], Meta(description="Those that have reached their caps; only where items have caps.")
+    ] = []
 
 
 class RecommendedItem(Struct, frozen=True):

@@ -108,7 +108,10 @@ class AsyncClient:
         at: str | int | None = None,
         context: Mapping[str, str] | None = None,
     ) -> Ranking:
-        """Up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`."""
+        """Up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`.
+
+        With bids the one of the highest expected value comes first; what has reached its cap is in `left_out` alone.
+        """
         return await self._ask(questions.rank(user_id, items, at, context))
 
     async def recommend(

@@ -33,11 +33,32 @@ from springtide_client.retrying import retry_after_s
 T = TypeVar("T")
 
 
+class Cap(NamedTuple):
+    """How often at most a user may have seen an item.
+
+    Attributes:
+        count: From so many on it is left out.
+        within_s: In so many seconds before the time to answer for.
+    """
+
+    count: int
+    within_s: float
+
+
 class Item(NamedTuple):
-    """An item to rank, with its category; without one it counts as of the category that it was last seen in."""
+    """An item to rank.
+
+    Attributes:
+        item: The raw id.
+        category: Its category; without one it counts as of the category that it was last seen in.
+        bid: What an engagement is worth; all items have one, or none.
+        cap: How often the user may have seen it.
+    """
 
     item: str
     category: str | None = None
+    bid: float | None = None
+    cap: Cap | None = None
 
 
 class User(NamedTuple):
@@ -114,9 +135,10 @@ def rank(
 
     >>> rank("ann", ["i1", Item("i2", "hats")], None, None).body
     {'user_id': 'ann', 'items': ['i1', {'item': 'i2', 'category': 'hats'}]}
+    >>> rank("ann", [Item("i1", bid=0.5, cap=Cap(3, 86400))], None, None).body["items"]
+    [{'item': 'i1', 'bid': 0.5, 'cap': {'count': 3, 'within_s': 86400}}]
     """
-    named = [one if isinstance(one, str) else _without_none(one._asdict()) for one in items]
-    body = {"user_id": user_id, "items": named, "at": at, "context": context}
+    body = {"user_id": user_id, "items": [one if isinstance(one, str) else _item(one) for one in items], "at": at, "context": context}
     return Question("POST", "/v1/rank", Ranking, body=_without_none(body))
 
 
@@ -221,6 +243,11 @@ def _shape(path: str) -> str:
 def _parameters(given: Mapping[str, Any], context: Mapping[str, str] | None) -> dict[str, str]:
     named = {name: str(value) for name, value in given.items() if value is not None}
     return named | {f"context.{name}": value for name, value in (context or {}).items()}
+
+
+def _item(one: Item) -> dict[str, Any]:
+    cap = {} if one.cap is None else {"cap": one.cap._asdict()}
+    return _without_none(one._asdict()) | cap
 
 
 def _without_none(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,12 @@ class Host:
         self._check_at_ms = 0
         self._currency = Currency(settings.serving_dir, CURRENT)
 
+    @property
+    def impressions(self) -> tuple[int, ...]:
+        """Numbers of the actions that are impressions (`labels.impressions`); none where every event is what it is."""
+        settings = self._settings
+        return tuple(n for n, name in enumerate(settings.events.actions) if name in settings.labels.impressions)
+
     def predictor(self) -> Predictor:
         """What answers; opened again where a store's file is another one than a second ago.
 

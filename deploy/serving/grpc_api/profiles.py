@@ -14,7 +14,8 @@ from deploy.serving.http_api.item_requests import MOST_RECOMMENDED, RECOMMENDED
 from deploy.serving.http_api.requests import LATEST_MS, LEAN, MOST_PROFILES, MOST_TOP, TOP, fields_of, whole
 from deploy.serving.line import Line, QueueLimits
 from deploy.serving.profile_batches import profile_batches
-from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem, RankedItems, rank
+from deploy.serving.recommending.advertising import Cap
+from deploy.serving.recommending.ranking import MOST_ITEMS, CappedItems, NamedItem, RankedItems, rank
 from deploy.serving.recommending.recommending import Recommendations, WantedItems, recommend
 from deploy.serving.recommending.similar import NearWanted, SimilarItems, similar
 from deploy.serving.recommending.turns import ItemTurns, in_turns
@@ -65,9 +66,11 @@ class GrpcProfiles:
     async def _rank(self, request: Any) -> Any:
         if not 1 <= len(request.items) <= MOST_ITEMS:
             raise BadRequest(f"{len(request.items)} items", f"name 1 to {MOST_ITEMS} at once")
-        items = [NamedItem(one.item, _given(one, "category")) for one in request.items]
-        answer = await in_turns(rank(self._host.predictor(), _query(request, (LEAN, 0)), items), self._line)
-        return self._of_items("RankResponse", answer)
+        items = [_named(one) for one in request.items]
+        query = _query(request, (LEAN, 0))
+        answer = await in_turns(rank(self._host.predictor(), query, items, self._host.impressions), self._line)
+        left_out = {"left_out": answer.left_out} if isinstance(answer, CappedItems) else {}
+        return self._of_items("RankResponse", answer, **left_out)
 
     async def _recommend(self, request: Any) -> Any:
         wanted = WantedItems(_count(request), _given(request, "category"), request.exclude_seen)
@@ -89,7 +92,7 @@ class GrpcProfiles:
         answer = similar(self._host.predictor(), near, _query(request, (LEAN, 0)), wanted)
         return self._of_items("SimilarResponse", answer)
 
-    def _of_items(self, name: str, answer: RankedItems | Recommendations | SimilarItems) -> Any:
+    def _of_items(self, name: str, answer: RankedItems | Recommendations | SimilarItems, **more: Any) -> Any:
         self._metrics.cold_starts.inc(answer.cold_start)
         return _message(name)(
             user_id=answer.user_id,
@@ -100,6 +103,7 @@ class GrpcProfiles:
             at_ms=answer.at_ms,
             clock=answer.clock,
             items=[dict(one) for one in answer.items],
+            **more,
         )
 
 
@@ -133,6 +137,12 @@ def _query(one: Any, asked: tuple[frozenset[str], int | None]) -> Query:
 def _count(request: Any) -> int:
     """How many items are wanted."""
     return whole("n", request.n if request.HasField("n") else RECOMMENDED, 1, MOST_RECOMMENDED)
+
+
+def _named(one: Any) -> NamedItem:
+    """An item to rank."""
+    cap = Cap(one.cap.count, one.cap.within_s) if one.HasField("cap") else None
+    return NamedItem(one.item, _given(one, "category"), _given(one, "bid"), cap)
 
 
 def _given(one: Any, name: str) -> Any:

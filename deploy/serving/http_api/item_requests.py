@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from deploy.serving.answer import Query
 from deploy.serving.http_api.requests import LEAN, At, AtText, Context, ContextTexts, Id, time_ms
+from deploy.serving.recommending.advertising import Cap
 from deploy.serving.recommending.ranking import MOST_ITEMS, NamedItem
 from deploy.serving.recommending.recommending import WantedItems
 from deploy.serving.recommending.similar import NearWanted
@@ -16,13 +17,23 @@ from deploy.serving.recommending.similar import NearWanted
 RANK_EXAMPLE = '{"user_id": "ann", "items": ["i1", {"item": "i2", "category": "hats"}]}'
 RECOMMENDED = 20
 MOST_RECOMMENDED = 100
+BID = "What an engagement is worth: items are ranked by probability × bid. All items have one, or none."
+
+
+class FrequencyCap(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How often at most the user may have seen an item."""
+
+    count: Annotated[int, Meta(ge=1, description="From so many on the item is left out.")]
+    within_s: Annotated[float, Meta(gt=0, description="In so many seconds before the time to answer for.")]
 
 
 class ItemToRank(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An item with its category."""
+    """An item with its category; with a bid, by which it is ranked, and with a cap."""
 
     item: Id
     category: Id | None = None
+    bid: Annotated[float, Meta(ge=0, description=BID)] | None = None
+    cap: FrequencyCap | None = None
 
 
 class RankQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -53,7 +64,7 @@ def rank_question(given: RankQuestion) -> tuple[Query, list[NamedItem]]:
     """The user and the items of `POST /v1/rank`.
 
     >>> rank_question(RankQuestion(7, ["i1", ItemToRank(2, "hats")]))[1]
-    [NamedItem(item='i1', category=None), NamedItem(item='2', category='hats')]
+    [NamedItem(item='i1', category=None, bid=None, cap=None), NamedItem(item='2', category='hats', bid=None, cap=None)]
 
     Raises:
         BadRequest: `at` is no time.
@@ -70,7 +81,8 @@ def rank_question(given: RankQuestion) -> tuple[Query, list[NamedItem]]:
 
 def _item(one: str | int | ItemToRank) -> NamedItem:
     if isinstance(one, ItemToRank):
-        return NamedItem(str(one.item), None if one.category is None else str(one.category))
+        cap = None if one.cap is None else Cap(one.cap.count, one.cap.within_s)
+        return NamedItem(str(one.item), None if one.category is None else str(one.category), one.bid, cap)
     return NamedItem(str(one))
 
 

@@ -47,7 +47,7 @@ class Items:
                 ("POST",),
                 "/v1/rank",
                 self._rank,
-                "Items that the caller names, ranked for one user.",
+                "Items that the caller names, ranked for one user; by bids and with frequency caps where they have some.",
                 body=(RankQuestion,),
                 example=RANK_EXAMPLE,
                 returns=(Ranking,),
@@ -76,7 +76,7 @@ class Items:
 
     async def _rank(self, request: Request) -> Response:
         query, items = rank_question(await request.document())
-        answer = await in_turns(rank(self._host.predictor(), query, items), self._line)
+        answer = await in_turns(rank(self._host.predictor(), query, items, self._host.impressions), self._line)
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploy.serving.answer import About, Answer, Query
 from deploy.serving.answering import probability
-from deploy.serving.predictor import Predictor
+from deploy.serving.predictor import Predictor, Prepared
+from deploy.serving.recommending.advertising import Cap, LeftOut, bids_of, check_caps, over_caps
 from deploy.serving.recommending.pairs import UserPairs, in_batches
 from state.events.identity import public_id
 
@@ -23,18 +25,27 @@ class NamedItem(NamedTuple):
     Attributes:
         item: The raw id.
         category: The raw id of its category; by default the one it was last seen in.
+        bid: What an engagement is worth; None where items are ranked by probability.
+        cap: How often the user may see it; None where that does not matter.
     """
 
     item: str
     category: str | None = None
+    bid: float | None = None
+    cap: Cap | None = None
 
 
 class RankedItem(TypedDict):
-    """An item with the name of the category that it counts as of, None where none is known, and the probability."""
+    """An item with the name of the category that it counts as of, None where none is known, and the probability.
+
+    With bids also its own, and what both make: probability × bid.
+    """
 
     item: str
     category: str | None
     probability: float
+    bid: NotRequired[float]
+    expected_value: NotRequired[float]
 
 
 @dataclass(slots=True)
@@ -42,45 +53,89 @@ class RankedItems(About):
     """The items of one user, best first.
 
     Attributes:
-        items: The most probable first; of equal ones the one that was named first.
+        items: The most probable first, with bids the one of the highest expected value; of equal ones the one that was
+            named first.
     """
 
     items: list[RankedItem]
 
 
-def rank(predictor: Predictor, query: Query, items: Sequence[NamedItem]) -> Generator[None, None, RankedItems]:
+@dataclass(slots=True)
+class CappedItems(RankedItems):
+    """The same where some items have caps.
+
+    Attributes:
+        left_out: Those that have reached theirs, in the order in which they were named.
+    """
+
+    left_out: list[LeftOut]
+
+
+def rank(
+    predictor: Predictor, query: Query, items: Sequence[NamedItem], impressions: Sequence[int] = ()
+) -> Generator[None, None, RankedItems]:
     """Ranks items; stops after each batch, so that others are answered meanwhile, and returns the answer.
 
     Args:
         predictor: What answers.
         query: About the user, without an item.
         items: At least one, at most `MOST_ITEMS`.
+        impressions: Numbers of the actions that caps count; all where there are none.
 
     Raises:
+        BadRequest: Bids or caps are none; see `advertising.py`.
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
     """
     ids = [(public_id(one.item), 0 if one.category is None else public_id(one.category)) for one in items]
+    bids = bids_of([one.bid for one in items])
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
         (about,) = predictor.answered(prepared, outputs)
-        pairs, found = UserPairs(predictor, prepared, outputs), []
-        for piece in in_batches(ids):
+        over = _over(predictor, prepared, items, ids, impressions)
+        kept = [place for place in range(len(items)) if place not in over]
+        pairs, found = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
+        for piece in in_batches([ids[place] for place in kept]):
             # Others may have been answered by a version that came meanwhile.
             predictor.take_up(reader)
             found.append(pairs.logits(piece))
             yield
         logits = np.concatenate(found)
     names = {one: predictor.catalogue.name_of(one).name for one in {*pairs.categories} if one}
-    ranked = [
-        RankedItem(
-            item=items[place].item,
-            category=names.get(pairs.categories[place]),
-            probability=probability(float(logits[place])),
-        )
-        for place in np.argsort(-logits, kind="stable").tolist()
+    shown = [
+        RankedItem(item=items[kept[place]].item, category=names.get(category), probability=probability(logit))
+        for place, (category, logit) in enumerate(zip(pairs.categories, logits.tolist(), strict=True))
     ]
-    return about_user(about, ranked)
+    scores: NDArray[np.floating[Any]] = logits
+    if bids is not None:
+        scores = bids[kept] * [one["probability"] for one in shown]
+        for one, bid, value in zip(shown, bids[kept].tolist(), scores.tolist(), strict=True):
+            one["bid"], one["expected_value"] = bid, value
+    ranked = about_user(about, [shown[place] for place in np.argsort(-scores, kind="stable").tolist()])
+    if all(one.cap is None for one in items):
+        return ranked
+    left_out = [LeftOut(item=items[place].item, reason="cap", seen=seen) for place, seen in over.items()]
+    return CappedItems(
+        ranked.user_id, ranked.known, ranked.cold_start, ranked.version, ranked.at, ranked.at_ms, ranked.clock,
+        ranked.items, left_out,
+    )  # fmt: skip
+
+
+def _over(
+    predictor: Predictor,
+    prepared: Prepared,
+    items: Sequence[NamedItem],
+    ids: Sequence[tuple[int, int]],
+    impressions: Sequence[int],
+) -> dict[int, int]:
+    """The places of items that have reached their caps, with how often the user saw each; histories are read only where there are caps."""
+    caps = [one.cap for one in items]
+    if all(one is None for one in caps):
+        return {}
+    check_caps(caps, prepared.version.features.spec)
+    asked = prepared.asked[0]
+    events = predictor.events_by(asked, prepared.seen[1])
+    return over_caps([item for item, _ in ids], caps, events, impressions, asked.at_ms)
 
 
 def about_user(about: Answer, items: list[RankedItem]) -> RankedItems:

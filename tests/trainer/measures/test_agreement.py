@@ -27,6 +27,8 @@ from trainer.measures.evaluation import HALF_LIFE_ROWS
 pytestmark = pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")
 
 STEPS = 8
+LEARNED = 2 * 1024
+"""Rows that are learned from before probabilities are held against shares."""
 WORTH = 0.002
 """AUC out of 256 bins may differ so much from that of the scores themselves."""
 
@@ -126,6 +128,17 @@ def test_each_slice_agrees_with_first_principles(sample: Sample) -> None:
             assert one.figures["auc"] == pytest.approx(weighted_area(predicted, label, w), abs=WORTH)
             compared += 1
     assert compared >= 3
+
+
+@pytest.mark.parametrize("decile", range(DECILES))
+def test_a_probability_is_the_share_of_those_who_engage(sample: Sample, decile: int) -> None:
+    """What a bid is multiplied with: in each tenth of the impressions by probability, after the first records, within 0.05
+    beyond what chance allows at three deviations."""
+    predicted, label = sample.predicted[LEARNED:], sample.label[LEARNED:]
+    placed = np.array_split(np.argsort(predicted, kind="stable"), DECILES)[decile]
+    share = float(predicted[placed].mean())
+    chance = 3 * float(np.sqrt(share * (1 - share) / len(placed)))
+    assert abs(float(label[placed].mean()) - share) < 0.05 + chance
 
 
 def test_tensorflow_model_analysis_agrees(sample: Sample, tmp_path: Path) -> None:

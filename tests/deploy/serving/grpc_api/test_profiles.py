@@ -75,6 +75,15 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
         assert [each.category for each in ranked if each.HasField("category")] == [
             each["category"] for each in wanted if each["category"]
         ]
+        ads = [{"item": "i1", "bid": 2.0, "cap": {"count": 1, "within_s": 3600}}, {"item": "x", "bid": 0.5}]
+        bidding = call(channel, "Rank", of("RankRequest")(user_id="ann", items=ads, at_ms=1_800_000_000_000), "RankResponse")
+        body = {"user_id": "ann", "items": ads, "at": 1_800_000_000_000}
+        same = httpx.post(f"{url}/v1/rank", json=body, timeout=60).json()
+        assert [(each.item, each.bid, each.expected_value) for each in bidding.items] == [
+            (each["item"], each["bid"], each["expected_value"]) for each in same["items"]
+        ]
+        assert [(each.item, each.reason, each.seen) for each in bidding.left_out] == [("i1", "cap", 1)]
+        assert not any(each.HasField("bid") for each in ranked)
         items = call(channel, "Recommend", of("RecommendRequest")(user_id="ann", n=5), "RecommendResponse").items
         assert {f"{public_id(item):016x}" for item in ("i1", "i2")} <= {each.id for each in items}
         assert {each.reason for each in items} >= {"again"}
@@ -105,6 +114,8 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
             ("GetProfile", of("GetProfileRequest")(question={"user_id": "a", "at_ms": -1}), "at_ms"),
             ("BatchGetProfiles", of("BatchGetProfilesRequest")(), "0 questions"),
             ("Rank", of("RankRequest")(user_id="ann"), "0 items"),
+            ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "bid": -1.0}]), "bid of -1.0"),
+            ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "cap": {"count": 1}}]), "within 0.0 s"),
             ("Recommend", of("RecommendRequest")(user_id="ann", n=101), "n="),
             ("Explain", of("ExplainRequest")(question={"user_id": "ann"}, label="tractors"), "tractors"),
             ("Similar", of("SimilarRequest")(user_id="ann", n=0), "n="),

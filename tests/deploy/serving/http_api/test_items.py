@@ -26,6 +26,25 @@ def test_items_are_ranked_for_a_user(app: App) -> None:
     assert all(0 < one["probability"] < 1 for one in answer["items"])
 
 
+def test_items_are_ranked_by_bids_without_those_over_their_caps(app: App) -> None:
+    """In the form of the document."""
+    cap = {"count": 1, "within_s": 3600}
+    items = [{"item": "i1", "bid": 9, "cap": cap}, {"item": "i2", "bid": 0}, {"item": "i3", "bid": 0.5, "cap": cap}]
+    answer = ask(app, "POST", "/v1/rank", json={"user_id": "ann", "items": items}).json()
+    assert list(answer) == ["user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "items", "left_out"]
+    assert [(one["item"], one["bid"]) for one in answer["items"]] == [("i3", 0.5), ("i2", 0.0)]
+    assert all(list(one) == ["item", "category", "probability", "bid", "expected_value"] for one in answer["items"])
+    assert answer["left_out"] == [{"item": "i1", "reason": "cap", "seen": 1}]
+
+
+.mark.parametrize("number", ["NaN", "Infinity", "1e400", "-1e400"])
+def test_a_bid_that_is_no_finite_number_is_refused(app: App, number: str) -> None:
+    """JSON knows none, and a number beyond float64 is none."""
+    body = f'{{"user_id": "ann", "items": [{{"item": "a", "bid": {number}}}]}}'
+    response = ask(app, "POST", "/v1/rank", content=body)
+    assert response.status_code == 400 and response.json()["do"]
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [
@@ -41,6 +60,15 @@ def test_items_are_ranked_for_a_user(app: App) -> None:
         ({"user_id": "ann", "items": ["a"], "context": ["x"]}, "/context: "),
         ({"user_id": "ann", "items": ["a"], "at": "soon"}, "soon"),
         ({"user_id": "ann", "items": ["a"], "users": []}, "unknown field `users`"),
+        ({"user_id": "ann", "items": [{"item": "a", "bid": -1}]}, "/items/0/bid: expected `float` >= 0"),
+        ({"user_id": "ann", "items": [{"item": "a", "bid": "1"}]}, "/items/0/bid: expected `float | null`, got `str`"),
+        ({"user_id": "ann", "items": [{"item": "a", "bid": 1}, "b"]}, "item 1 has no bid"),
+        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 3}}]}, "/items/0/cap: object missing required field `within_s`"),
+        ({"user_id": "ann", "items": [{"item": "a", "cap": {"within_s": 3}}]}, "missing required field `count`"),
+        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 0, "within_s": 3}}]}, "/items/0/cap/count: expected `int` >= 1"),
+        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 1, "within_s": 0}}]}, "/items/0/cap/within_s: expected `float` > 0"),
+        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 300, "within_s": 9}}]}, "cap of 300 times"),
+        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 1, "within_s": 1e7}}]}, "within 10000000.0 s"),
     ],
 )
 def test_what_is_not_of_the_documented_form_is_refused(app: App, body: Any, what: str) -> None:

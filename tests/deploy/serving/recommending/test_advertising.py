@@ -1,0 +1,154 @@
+"""Bids order items by expected value, and caps leave out what the user's history has often enough; without them a ranking is what it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.serving.answer import Query
+from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.recommending.advertising import Cap, over_caps
+from deploy.serving.recommending.ranking import CappedItems, NamedItem, rank
+from state.errors import BadRequest
+from state.events.identity import Salt, public_id, user_id
+from state.features.spec import EVENT, Mask
+from state.history.appends import Appends
+from tests.deploy.serving.recommending.test_ranking import run
+from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, clicks
+from tests.deploy.serving.test_predictor import predictor
+
+DAY = 86_400.0
+
+
+def ranked(stores: Stores, items: Sequence[NamedItem], impressions: Sequence[int] = (), user: str = "ann") -> Any:
+    return run(rank(predictor(stores), Query(user, at_ms=NOW_MS), items, impressions))[1]
+
+
+def test_items_with_bids_come_by_probability_times_bid(stores: Stores) -> None:
+    """Across batches; of equal values the first one named comes first, and probabilities are those without bids."""
+    random = np.random.default_rng(1)
+    named = [NamedItem(f"ad-{n}", ("shoes", "hats", "books")[n % 3]) for n in range(300)]
+    bids = random.choice([0.0, 0.25, 1.0, 3.5], 300).tolist()
+    plain = {one["item"]: one["probability"] for one in ranked(stores, named).items}
+    found = ranked(stores, [one._replace(bid=bid) for one, bid in zip(named, bids, strict=True)]).items
+    assert {one["item"]: one["probability"] for one in found} == plain
+    assert {one["item"]: one["bid"] for one in found} == {
+        one.item: bid for one, bid in zip(named, bids, strict=True)
+    }
+    assert all(one["expected_value"] == one["probability"] * one["bid"] for one in found)
+    wanted = sorted(range(300), key=lambda n: (-plain[named[n].item] * bids[n], n))
+    assert [one["item"] for one in found] == [named[n].item for n in wanted]
+    assert wanted != sorted(range(300), key=lambda n: (-plain[named[n].item], n)), "bids decide something"
+
+
+def test_one_bid_for_all_is_the_order_without_bids(stores: Stores) -> None:
+    named = [NamedItem(f"ad-{n}", ("shoes", "hats")[n % 2]) for n in range(20)]
+    plain, bidding = ranked(stores, named), ranked(stores, [one._replace(bid=2.0) for one in named])
+    assert [one["item"] for one in bidding.items] == [one["item"] for one in plain.items]
+    assert not isinstance(plain, CappedItems) and not isinstance(bidding, CappedItems)
+    assert all(list(one) == ["item", "category", "probability"] for one in plain.items)
+
+
+def test_what_was_seen_as_often_as_its_cap_is_left_out_and_named(stores: Stores) -> None:
+    """`ann` saw i1 a minute ago, and i2 five seconds ago; what she saw before its time, or somebody else saw, does not count."""
+    named = [
+        NamedItem("i1", cap=Cap(1, 61.0)),
+        NamedItem("i1", cap=Cap(1, 60.0)),
+        NamedItem("i2", cap=Cap(2, DAY)),
+        NamedItem("i3", cap=Cap(1, DAY)),
+        NamedItem("i2", cap=Cap(1, DAY)),
+        NamedItem("i9"),
+    ]
+    found = ranked(stores, named)
+    assert found.left_out == [
+        {"item": "i1", "reason": "cap", "seen": 1},
+        {"item": "i2", "reason": "cap", "seen": 1},
+    ]
+    assert sorted(one["item"] for one in found.items) == ["i1", "i2", "i3", "i9"]
+    of_bob = ranked(stores, named, user="bob")
+    assert [one["item"] for one in of_bob.left_out] == ["i3"] and len(of_bob.items) == 5
+    assert ranked(stores, named, user="nobody").left_out == []
+
+
+def test_all_items_may_be_left_out(stores: Stores) -> None:
+    found = ranked(stores, [NamedItem("i1", bid=1.0, cap=Cap(1, DAY)), NamedItem("i2", bid=2.0, cap=Cap(1, DAY))])
+    assert found.items == [] and [one["item"] for one in found.left_out] == ["i1", "i2"]
+    assert found.known and found.version["number"] == 1
+
+
+def test_impressions_alone_count_where_there_are_some(stores: Stores) -> None:
+    """Three impressions (action 1) and a click (action 0) of one item: a cap of three counts the impressions."""
+    ann = user_id(Salt(SALT_KEY), "ann")
+    events = clicks([("hats", "ad", age) for age in (400, 300, 200, 100)], first_offset=10)
+    events["action"] = (1, 1, 0, 1)
+    stores.histories.commit(Appends.of(np.full(4, ann, np.uint64), events), (), {})
+    three, four = NamedItem("ad", cap=Cap(3, DAY)), NamedItem("ad", cap=Cap(4, DAY))
+    assert [one["seen"] for one in ranked(stores, [three, four], (1,)).left_out] == [3]
+    assert [one["seen"] for one in ranked(stores, [three, four]).left_out] == [4, 4]
+    assert ranked(stores, [three], (0,)).left_out == []
+
+
+def test_masked_events_do_not_count(stores: Stores) -> None:
+    """What a rollback took back was not seen."""
+    named = [NamedItem("i1", cap=Cap(1, DAY)), NamedItem("i2", cap=Cap(1, DAY))]
+    mask = Mask(2, times=((NOW_MS - 10_000, NOW_MS),))
+    stores.rows.steer({CONTROL_NOTE: b'{"generation": 2}', MASK_NOTE: mask.to_bytes()})
+    assert [one["item"] for one in ranked(stores, named).left_out] == ["i1"]
+
+
+def test_caps_count_what_a_loop_over_the_events_counts() -> None:
+    """Random events, items, caps and times."""
+    random = np.random.default_rng(2)
+    for _ in range(200):
+        events = np.zeros(random.integers(0, 40), EVENT)
+        events["item"], events["action"] = random.integers(1, 5, len(events)), random.integers(0, 3, len(events))
+        events["at_ms"] = random.integers(0, 10_000, len(events))
+        items = random.integers(1, 6, 8).tolist()
+        caps = [Cap(int(random.integers(1, 5)), float(random.integers(1, 10))) if random.random() < 0.8 else None for _ in items]
+        impressions, at_ms = ((), (0,), (0, 2))[random.integers(3)], int(random.integers(0, 12_000))
+        wanted = {}
+        for place, (item, cap) in enumerate(zip(items, caps, strict=True)):
+            seen = sum(
+                1
+                for event in events
+                if cap is not None
+                and event["item"] == item
+                and (not impressions or event["action"] in impressions)
+                and at_ms - 1000 * cap.within_s < event["at_ms"] <= at_ms
+            )
+            if cap is not None and seen >= cap.count:
+                wanted[place] = seen
+        assert over_caps(items, caps, events, impressions, at_ms) == wanted
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what", "where"),
+    [
+        (NamedItem("a", bid=-0.01), "bid of -0.01", "/items/1/bid"),
+        (NamedItem("a", bid=math.nan), "bid of nan", "/items/1/bid"),
+        (NamedItem("a", bid=math.inf), "bid of inf", "/items/1/bid"),
+        (NamedItem("a"), "no bid, others have", "/items/1"),
+        (NamedItem("a", bid=1.0, cap=Cap(0, 1.0)), "cap of 0 times", "/items/1/cap/count"),
+        (NamedItem("a", bid=1.0, cap=Cap(257, 1.0)), "cap of 257 times", "/items/1/cap/count"),
+        (NamedItem("a", bid=1.0, cap=Cap(1, 0.0)), "within 0.0 s", "/items/1/cap/within_s"),
+        (NamedItem("a", bid=1.0, cap=Cap(1, math.nan)), "within nan s", "/items/1/cap/within_s"),
+        (NamedItem("a", bid=1.0, cap=Cap(1, 8 * DAY)), "within 691200.0 s", "/items/1/cap/within_s"),
+    ],
+)
+def test_what_is_no_bid_and_no_cap_is_refused_with_its_place(
+    stores: Stores, wrong: NamedItem, what: str, where: str
+) -> None:
+    with pytest.raises(BadRequest, match=what) as refused:
+        ranked(stores, [NamedItem("b", bid=1.0), wrong])
+    assert refused.value.where == where and refused.value.do
+
+
+def test_an_item_is_known_by_the_id_that_clicks_have() -> None:
+    """The id of a cap is that of the histories, whatever the raw id looks like."""
+    events = np.zeros(1, EVENT)
+    events["item"], events["at_ms"] = public_id("7"), 5
+    assert over_caps([public_id("7")], [Cap(1, 1.0)], events, (), 5) == {0: 1}
