@@ -30,9 +30,7 @@ class Contrast(NamedTuple):
     high: float
 
 
-def difference(
-    arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS
-) -> Contrast:
+def difference(arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast:
     """The mean of an arm less that of the other.
 
     Args:
@@ -52,9 +50,7 @@ def difference(
     return Contrast(value, value - half, value + half)
 
 
-def lift(
-    arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS
-) -> Contrast | None:
+def lift(arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast | None:
     """By which part the mean of an arm is more than that of the other: 0.1 is a tenth more.
 
     The interval is that of the difference of logarithms, whose variances are those of the means over the means'

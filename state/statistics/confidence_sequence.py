@@ -110,6 +110,15 @@ class BlockSums:
         self.totals += np.bincount(blocks, values, BLOCKS)
         self.counts += np.bincount(blocks, minlength=BLOCKS)
 
+    def credit(self, values: NDArray[np.floating[Any]], users: NDArray[np.uint64]) -> None:
+        """Adds to the values of rows that were added before, such as clicks on what was shown.
+
+        Args:
+            values: `[n]` float, finite.
+            users: `[n]` uint64, whose rows they belong to.
+        """
+        self.totals += np.bincount((users % np.uint64(BLOCKS)).astype(np.int64), values, BLOCKS)
+
     @property
     def rows(self) -> int:
         """How many were added."""
@@ -164,7 +173,7 @@ class ConfidenceSequence:
     >>> sequence = ConfidenceSequence(alpha=0.05, planned_rows=10_000)
     >>> sequence.add(np.random.default_rng(8).normal(0.1, 1.0, 10_000))
     >>> sequence.rows, round(sequence.mean, 2), [round(end, 2) for end in sequence.interval()]
-    (10000, 0.1, [0.07, 0.13])
+    (10000, 0.09, [0.06, 0.12])
     """
 
     def __init__(self, alpha: float = ALPHA, planned_rows: int = PLANNED_ROWS) -> None:

@@ -31,7 +31,7 @@ def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: 
         concentration: c.
 
     >>> round(log_evidence([500, 500], [0.5, 0.5]), 2), round(log_evidence([450, 550], [0.5, 0.5]), 2)
-    (-1.2, 3.31)
+    (-1.2, 3.35)
     """
     alphas = [concentration * share for share in shares]
     return (

@@ -49,9 +49,7 @@ def test_rows_of_a_user_that_are_alike_raise_no_more_alarms_and_would_if_they_we
         likings = random.normal(0, 1, 300)
         sequence, careless = ConfidenceSequence(ALPHA, LOOKS * ROWS), ConfidenceSequence(ALPHA, LOOKS * ROWS)
         alarm = careless_alarm = False
-        for who, noise in zip(
-            random.integers(0, 300, (LOOKS, ROWS)), random.normal(0, 1, (LOOKS, ROWS)), strict=True
-        ):
+        for who, noise in zip(random.integers(0, 300, (LOOKS, ROWS)), random.normal(0, 1, (LOOKS, ROWS)), strict=True):
             sequence.add(likings[who] + noise, pseudonyms[who])
             careless.add(likings[who] + noise)
             alarm, careless_alarm = alarm or without_zero(sequence), careless_alarm or without_zero(careless)

@@ -42,7 +42,9 @@ def test_a_lost_tenth_of_an_arm_is_found_in_either_step_and_stays_found(first: b
 
 
 @pytest.mark.parametrize(("counts", "share"), [((3, 8), 0.5), ((20, 60), 0.3)])
-def test_the_evidence_is_the_integral_of_the_likelihoods_over_the_mixture(counts: tuple[int, int], share: float) -> None:
+def test_the_evidence_is_the_integral_of_the_likelihoods_over_the_mixture(
+    counts: tuple[int, int], share: float
+) -> None:
     """Bayes' factor by the trapezoid rule over the density of the shares, of which the closed form knows nothing."""
     shares = np.linspace(0, 1, 1_000_001)[1:-1]
     density = shares ** (100 * share - 1) * (1 - shares) ** (100 * (1 - share) - 1)
