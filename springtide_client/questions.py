@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -33,7 +34,8 @@ from springtide_client.retrying import retry_after_s
 T = TypeVar("T")
 
 
-class Cap(NamedTuple):
+@dataclass(frozen=True)
+class Cap:
     """How often at most a user may have seen an item.
 
     Attributes:
@@ -138,7 +140,12 @@ def rank(
     >>> rank("ann", [Item("i1", bid=0.5, cap=Cap(3, 86400))], None, None).body["items"]
     [{'item': 'i1', 'bid': 0.5, 'cap': {'count': 3, 'within_s': 86400}}]
     """
-    body = {"user_id": user_id, "items": [one if isinstance(one, str) else _item(one) for one in items], "at": at, "context": context}
+    body = {
+        "user_id": user_id,
+        "items": [one if isinstance(one, str) else _item(one) for one in items],
+        "at": at,
+        "context": context,
+    }
     return Question("POST", "/v1/rank", Ranking, body=_without_none(body))
 
 
@@ -246,7 +253,7 @@ def _parameters(given: Mapping[str, Any], context: Mapping[str, str] | None) -> 
 
 
 def _item(one: Item) -> dict[str, Any]:
-    cap = {} if one.cap is None else {"cap": one.cap._asdict()}
+    cap = {} if one.cap is None else {"cap": asdict(one.cap)}
     return _without_none(one._asdict()) | cap
 
 

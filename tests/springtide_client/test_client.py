@@ -146,7 +146,9 @@ def test_items_are_ranked_and_recommended(app: App, calls: Calls) -> None:
     body = {"user_id": "ann", "items": ["i1", {"item": "new-1", "category": "shoes"}, "i9"]}
     theirs = ask(app, "POST", "/v1/rank", json=body).json()
     assert msgspec.to_builtins(ranked)["items"] == theirs["items"] and {one.item for one in ranked.items} >= {"new-1"}
-    bidding = calls.rank("ann", [Item("i1", bid=2.0, cap=Cap(1, 3600)), Item("new-1", "shoes", 0.5), Item("i9", bid=1.0)])
+    bidding = calls.rank(
+        "ann", [Item("i1", bid=2.0, cap=Cap(1, 3600)), Item("new-1", "shoes", 0.5), Item("i9", bid=1.0)]
+    )
     assert [one.item for one in bidding.items] == ["i9", "new-1"] and not ranked.left_out
     assert all(one.expected_value == one.probability * one.bid for one in bidding.items)
     assert [(one.item, one.reason, one.seen) for one in bidding.left_out] == [("i1", "cap", 1)]

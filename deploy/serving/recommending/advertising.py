@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypedDict
+from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ from state.errors import BadRequest
 from state.features.spec import Events, FeatureSpec
 
 
-class Cap(NamedTuple):
+@dataclass(frozen=True)
+class Cap:
     """How often at most a user may have seen an item.
 
     Attributes:
@@ -52,7 +54,9 @@ def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
         return None
     for place, bid in enumerate(bids):
         if bid is None:
-            raise BadRequest(f"item {place} has no bid, others have", "give each item a bid, or none", f"/items/{place}")
+            raise BadRequest(
+                f"item {place} has no bid, others have", "give each item a bid, or none", f"/items/{place}"
+            )
         if not (math.isfinite(bid) and bid >= 0):
             raise BadRequest(
                 f"item {place} has a bid of {bid}", "give a finite number, 0 or more", f"/items/{place}/bid"

@@ -76,7 +76,9 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
             each["category"] for each in wanted if each["category"]
         ]
         ads = [{"item": "i1", "bid": 2.0, "cap": {"count": 1, "within_s": 3600}}, {"item": "x", "bid": 0.5}]
-        bidding = call(channel, "Rank", of("RankRequest")(user_id="ann", items=ads, at_ms=1_800_000_000_000), "RankResponse")
+        bidding = call(
+            channel, "Rank", of("RankRequest")(user_id="ann", items=ads, at_ms=1_800_000_000_000), "RankResponse"
+        )
         body = {"user_id": "ann", "items": ads, "at": 1_800_000_000_000}
         same = httpx.post(f"{url}/v1/rank", json=body, timeout=60).json()
         assert [(each.item, each.bid, each.expected_value) for each in bidding.items] == [

@@ -37,7 +37,7 @@ def test_items_are_ranked_by_bids_without_those_over_their_caps(app: App) -> Non
     assert answer["left_out"] == [{"item": "i1", "reason": "cap", "seen": 1}]
 
 
-.mark.parametrize("number", ["NaN", "Infinity", "1e400", "-1e400"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400", "-1e400"])
 def test_a_bid_that_is_no_finite_number_is_refused(app: App, number: str) -> None:
     """JSON knows none, and a number beyond float64 is none."""
     body = f'{{"user_id": "ann", "items": [{{"item": "a", "bid": {number}}}]}}'
@@ -63,10 +63,19 @@ def test_a_bid_that_is_no_finite_number_is_refused(app: App, number: str) -> Non
         ({"user_id": "ann", "items": [{"item": "a", "bid": -1}]}, "/items/0/bid: expected `float` >= 0"),
         ({"user_id": "ann", "items": [{"item": "a", "bid": "1"}]}, "/items/0/bid: expected `float | null`, got `str`"),
         ({"user_id": "ann", "items": [{"item": "a", "bid": 1}, "b"]}, "item 1 has no bid"),
-        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 3}}]}, "/items/0/cap: object missing required field `within_s`"),
+        (
+            {"user_id": "ann", "items": [{"item": "a", "cap": {"count": 3}}]},
+            "/items/0/cap: object missing required field `within_s`",
+        ),
         ({"user_id": "ann", "items": [{"item": "a", "cap": {"within_s": 3}}]}, "missing required field `count`"),
-        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 0, "within_s": 3}}]}, "/items/0/cap/count: expected `int` >= 1"),
-        ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 1, "within_s": 0}}]}, "/items/0/cap/within_s: expected `float` > 0"),
+        (
+            {"user_id": "ann", "items": [{"item": "a", "cap": {"count": 0, "within_s": 3}}]},
+            "/items/0/cap/count: expected `int` >= 1",
+        ),
+        (
+            {"user_id": "ann", "items": [{"item": "a", "cap": {"count": 1, "within_s": 0}}]},
+            "/items/0/cap/within_s: expected `float` > 0",
+        ),
         ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 300, "within_s": 9}}]}, "cap of 300 times"),
         ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 1, "within_s": 1e7}}]}, "within 10000000.0 s"),
     ],

@@ -82,7 +82,9 @@ def test_what_is_asked_is_answered_as_the_document_says(app: App, mode: Generati
             case.validate_response(response, checks=CHECKS[:-1] if empty else CHECKS)
             if mode.is_positive and response.status_code == 400 and not _asks_for_names(case.path):
                 said = response.json()
-                of_place = re.fullmatch(r"at|/at|/profiles/\d+/at|/items/\d+(/cap/(count|within_s))?", said.get("where", ""))
+                of_place = re.fullmatch(
+                    r"at|/at|/profiles/\d+/at|/items/\d+(/cap/(count|within_s))?", said.get("where", "")
+                )
                 # Of numbers JSON Schema does not tell 1 from 1.0; the document's description does.
                 assert of_place or "got `float`" in said["error"], response.text
 

@@ -36,9 +36,7 @@ def test_items_with_bids_come_by_probability_times_bid(stores: Stores) -> None:
     plain = {one["item"]: one["probability"] for one in ranked(stores, named).items}
     found = ranked(stores, [one._replace(bid=bid) for one, bid in zip(named, bids, strict=True)]).items
     assert {one["item"]: one["probability"] for one in found} == plain
-    assert {one["item"]: one["bid"] for one in found} == {
-        one.item: bid for one, bid in zip(named, bids, strict=True)
-    }
+    assert {one["item"]: one["bid"] for one in found} == {one.item: bid for one, bid in zip(named, bids, strict=True)}
     assert all(one["expected_value"] == one["probability"] * one["bid"] for one in found)
     wanted = sorted(range(300), key=lambda n: (-plain[named[n].item] * bids[n], n))
     assert [one["item"] for one in found] == [named[n].item for n in wanted]
@@ -108,7 +106,10 @@ def test_caps_count_what_a_loop_over_the_events_counts() -> None:
         events["item"], events["action"] = random.integers(1, 5, len(events)), random.integers(0, 3, len(events))
         events["at_ms"] = random.integers(0, 10_000, len(events))
         items = random.integers(1, 6, 8).tolist()
-        caps = [Cap(int(random.integers(1, 5)), float(random.integers(1, 10))) if random.random() < 0.8 else None for _ in items]
+        caps = [
+            Cap(int(random.integers(1, 5)), float(random.integers(1, 10))) if random.random() < 0.8 else None
+            for _ in items
+        ]
         impressions, at_ms = ((), (0,), (0, 2))[random.integers(3)], int(random.integers(0, 12_000))
         wanted = {}
         for place, (item, cap) in enumerate(zip(items, caps, strict=True)):
