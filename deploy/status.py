@@ -19,7 +19,7 @@ from typing import Any
 from deploy.operate import held, horizon, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.startup.hints import addresses
-from deploy.watch import accounts, live_clicks, parity, quality, scrape, storage, stores_place
+from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
@@ -129,6 +129,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows += _part("histories", *stores_place.as_text(stored))
     if measured := state.get("quality"):
         rows += _part("quality", *quality.as_text(measured))
+    if leaving := state.get("churn"):
+        rows += _part("churn", *churn.as_text(leaving))
     if looked_at := state.get("live_clicks"):
         rows += _part("live clicks", *live_clicks.as_text(looked_at))
     if accounting := state.get("accounting"):
@@ -205,6 +207,7 @@ def document(
         **others,
         "parity": parity.look(scrapes["applier"]),
         "quality": quality.look(scrapes["trainer"]),
+        "churn": churn.look(scrapes["trainer"]),
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),
             "ready": serving_address(settings, "/readyz"),

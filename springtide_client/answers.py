@@ -82,6 +82,17 @@ class Profile(About, frozen=True, kw_only=True):
     interests: Annotated[
         list[Interest], Meta(description="The most probable first; the probabilities of all of them sum to 1.")
     ]
+    churn: (
+        Annotated[
+            float,
+            Meta(
+                ge=0.0,
+                le=1.0,
+                description="That no event of the user comes in the next `churn.days`; absent where that is off or not known.",
+            ),
+        ]
+        | None
+    ) = None
     engagement: Engagement | None = None
     vector: Annotated[list[float], Meta(description="The user's vector, float32.")] | None = None
     features: (

@@ -258,6 +258,27 @@ class TrainerMetrics(Metrics):
         "attribute",
         "measure",
     )
+    churn_examples = gauge(
+        "springtide_trainer_churn_examples",
+        "Examples of who left (`churn.days`) that were learned since the epoch began.",
+    )
+    churn_waiting = gauge(
+        "springtide_trainer_churn_waiting", "Rows of users of whom it is not known yet whether they left."
+    )
+    churn_dropped = gauge(
+        "springtide_trainer_churn_dropped",
+        "Such rows that were dropped since the epoch began, with their users, for want of room (`churn.examples`).",
+    )
+    churn_left_ratio = gauge("springtide_trainer_churn_left_ratio", "Share of recent examples whose user left.")
+    churn_log_loss = gauge("springtide_trainer_churn_log_loss", "Log loss of churn, scored before learning.")
+    churn_auc = gauge("springtide_trainer_churn_auc", "Area under the curve of churn, scored before learning.")
+    churn_calibration_ratio = gauge(
+        "springtide_trainer_churn_calibration_ratio", "Predicted over observed churn; 1 is right."
+    )
+    churn_calibration_error = gauge(
+        "springtide_trainer_churn_calibration_error",
+        "How far predicted and observed churn lie apart, in the mean over tenths of the probability.",
+    )
     version = gauge("springtide_trainer_version", "Newest version published.")
     epoch = gauge("springtide_trainer_epoch", "Epoch the trainer works in.")
     durable_version = gauge("springtide_trainer_durable_version", "Newest version that is durable.")

@@ -40,7 +40,11 @@ def take_up(trainer: Trainer, place: TrainingPlace, control: Control) -> Trainin
 
 
 def forget(trainer: Trainer, users: U64) -> int:
-    """Removes all rows of users (`[n]` uint64): their own, those of a ranker's tables of users, their crosses; returns how many."""
+    """Removes all rows of users (`[n]` uint64): their own, those of a ranker's tables of users, their crosses, those that wait.
+
+    Returns:
+        How many.
+    """
     tables, crosses = trainer.tables, trainer.crosses
     known = {name: tables[name].known() for name in ("item", "category", "context")}
     # Who has no cross of the user alone has none with anything.
@@ -53,4 +57,5 @@ def forget(trainer: Trainer, users: U64) -> int:
     gone = tables[CROSS].forget(np.concatenate([np.empty(0, np.uint64), *theirs]))
     # No id of anything else is a user's: 64 bits do not collide.
     named = [name for name in tables if name == "user" or name not in (*EMBEDDINGS, CROSS, trainer.transitions.name)]
-    return gone + sum(tables[name].forget(users) for name in named)
+    waiting = 0 if trainer.churn is None else trainer.churn.forget(users)
+    return gone + waiting + sum(tables[name].forget(users) for name in named)

@@ -82,6 +82,23 @@ def show_quality(measured: Mapping[str, float], metrics: TrainerMetrics) -> None
         gauge.set(measured.get(name, float("nan")))
 
 
+def show_churn(measured: Mapping[str, float], metrics: TrainerMetrics) -> None:
+    """Sets the gauges of churn; of what is not measured none."""
+    shown = {
+        "total.rows": metrics.churn_examples,
+        "waiting": metrics.churn_waiting,
+        "dropped": metrics.churn_dropped,
+        "left": metrics.churn_left_ratio,
+        "log_loss": metrics.churn_log_loss,
+        "auc": metrics.churn_auc,
+        "calibration": metrics.churn_calibration_ratio,
+        "calibration_error": metrics.churn_calibration_error,
+    }
+    for name, gauge in shown.items():
+        if f"churn.{name}" in measured:
+            gauge.set(measured[f"churn.{name}"])
+
+
 def show_slices(slices: Sequence[SliceMeasures], metrics: TrainerMetrics) -> None:
     """Sets the gauges of the slices, the largest of each dimension, and of the gaps; a value may have got its name meanwhile."""
     shown = {

@@ -121,6 +121,7 @@ class Publications:
             self._saved_s = self._last_s
         gauges.show_version(draft.metrics, self._trainer.tables, self._metrics)
         gauges.show_quality(draft.metrics, self._metrics)
+        gauges.show_churn(draft.metrics, self._metrics)
         if durable:
             gauges.show_slices(slices, self._metrics)
         return place.handed_over(durable)

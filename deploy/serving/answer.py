@@ -96,6 +96,7 @@ class Answer(About):
         vector: `[width]` float32; None where it is not asked for.
         features: The windows by name, likewise.
         attributes: Of the user, by name, likewise; None where the record has no such value. Empty without a record.
+        churn: That the user has no event in the next `churn.days`; None where that is off or not known.
     """
 
     interests: list[Interest]
@@ -103,6 +104,7 @@ class Answer(About):
     vector: NDArray[np.float32] | None
     features: dict[str, int] | None
     attributes: Mapping[str, str | None] | None
+    churn: float | None = None
 
     def document(self) -> dict[str, Any]:
         """The fields that there are, by name."""
@@ -116,7 +118,7 @@ class Answer(About):
             "clock": self.clock,
             "interests": self.interests,
         }
-        asked = {name: getattr(self, name) for name in ("engagement", "vector", "features", "attributes")}
+        asked = {name: getattr(self, name) for name in ("churn", "engagement", "vector", "features", "attributes")}
         return document | {name: value for name, value in asked.items() if value is not None}
 
 

@@ -74,6 +74,7 @@ def answers(
                 vector=outputs["vector"][place] if "vector" in fields else None,
                 features=features,
                 attributes=one.user_attributes.texts if "attributes" in fields else None,
+                churn=one.churn,
             )
         )
     return made

@@ -33,6 +33,7 @@ class Asked(NamedTuple):
         category: The item's category; 0 where none is known.
         item_attributes: Of the item.
         context: One id for each context field; 0 where it is not given.
+        churn: How probable it is that the user leaves; None where that is not known.
     """
 
     query: Query
@@ -44,6 +45,7 @@ class Asked(NamedTuple):
     category: int
     item_attributes: AttributeValues
     context: list[int]
+    churn: float | None = None
 
 
 def program_inputs(

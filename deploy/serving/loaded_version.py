@@ -17,6 +17,7 @@ from deploy.serving.own_rows import OwnInput, own_inputs
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
 from deploy.serving.version_features import FeaturesOf, VersionFeatures
+from state.churn.weights import ChurnWeights, weights_in
 from state.errors import NotReady, SaltMismatch, UnknownModel
 from state.events.identity import Salt
 from state.ranking.transition_rows import from_stored
@@ -152,6 +153,7 @@ class LoadedVersion:
         own: The program's inputs that are rows of tables of the ranker's own.
         own_popular: Those of them that are rows of the popular categories, by name.
         cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
+        churn: What it tells of who leaves; None where nothing was learned of it.
         category_rows: Rows of categories read so far.
         lists: What came next after categories, read so far.
     """
@@ -167,6 +169,7 @@ class LoadedVersion:
     own: Sequence[OwnInput]
     own_popular: dict[str, F32]
     cross_shares: F32
+    churn: ChurnWeights | None = None
     category_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
 
@@ -234,8 +237,7 @@ class VersionLoader:
         program = self._program[1]
         # A failed load may leave half of the weights: the next answer must load again.
         self._loaded = None
-        program.load(reader.dense(served.version))
-        self._loaded = self._with_popular(reader, served, program, features)
+        self._loaded = self._with_weights(reader, served, program, features)
         return self._loaded
 
     def _other(self, reader: RowReader, version: int) -> LoadedVersion:
@@ -249,8 +251,7 @@ class VersionLoader:
         if loaded is None:
             features = self._features_of(served)
             program = LoadedProgram(read_program(path_of(self._programs, served.program)))
-            program.load(reader.dense(version))
-            loaded = self._with_popular(reader, served, program, features)
+            loaded = self._with_weights(reader, served, program, features)
         self._others[served.serial] = loaded
         while len(self._others) > OTHERS_LOADED:
             self._others.popitem(last=False)
@@ -261,9 +262,11 @@ class VersionLoader:
             raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
         return self._features.of(served.version, served.spec)
 
-    def _with_popular(
+    def _with_weights(
         self, reader: RowReader, served: Served, program: LoadedProgram, features: VersionFeatures
     ) -> LoadedVersion:
+        weights = reader.dense(served.version)
+        program.load(weights)
         widths = widths_of(program.shapes)
         slots = program.shapes["popular_mask"][1]
         stored = reader.popular(served.version)
@@ -282,6 +285,7 @@ class VersionLoader:
             own=own_inputs(program.shapes),
             own_popular={},
             cross_shares=crosses.shares_of(reader, served, features.crosses),
+            churn=weights_in(weights, features.spec),
         )
         of_version = loaded.rows(reader)
         rows[: len(popular)] = of_version.categories(popular.tolist())

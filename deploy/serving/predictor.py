@@ -32,6 +32,7 @@ from deploy.serving.candidates import add_succession, came_next, interests
 from deploy.serving.catalogue import Catalogue
 from deploy.serving.inputs import Asked, Inputs, add_own_rows, program_inputs
 from deploy.serving.known_attributes import NOTHING, KnownAttributes
+from deploy.serving.leaving import leaving
 from deploy.serving.loaded_version import LoadedVersion, VersionLoader, VersionRows
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, event_now
 from deploy.serving.program import BATCHES
@@ -263,7 +264,7 @@ class Predictor:
     def _asked(
         self, queries: Sequence[Query], mask: Mask, default_ms: int, version: LoadedVersion
     ) -> tuple[list[Asked], Vector]:
-        """What the host knows of each question: the item's category and attributes, and the windows.
+        """What the host knows of each question: the item's category and attributes, whether the user leaves, and the windows.
 
         Who was erased later than the version knows is nobody in it.
         """
@@ -276,6 +277,7 @@ class Predictor:
         vectors = vectorise_many(histories, times, mask, features.spec, users)
         recent = [[one for one in row if one] for row in vectors.recent_categories.tolist()]
         of_users, of_items = self._attributes.of("user", users), self._attributes.of("item", items)
+        churn = leaving(version.churn, histories, times, mask, features.spec, users)
         asked = []
         for place, (query, user, item) in enumerate(zip(queries, users, items, strict=True)):
             given, fields = query.context, self.context_fields
@@ -290,6 +292,7 @@ class Predictor:
                     category=self._catalogue.category_of(item) if query.category is None else public_id(query.category),
                     item_attributes=of_items[place],
                     context=[context_id(name, given[name]) if name in given else 0 for name in fields],
+                    churn=churn[place],
                 )
             )
         return asked, vectors

@@ -427,6 +427,26 @@ class GuardSettings:
 
 
 @dataclass(frozen=True)
+class ChurnSettings:
+    """Churn: how probable it is that a user has no event in the next days."""
+
+    days: float = setting(
+        0.0,
+        "days",
+        least=0.0,
+        most=365.0,
+        help="Log time without an event after which a user has left, 7 for instance; 0: nothing of it is learned or answered.",
+    )
+    examples: int = setting(
+        20_000,
+        "rows",
+        least=100,
+        most=10_000_000,
+        help="Rows that wait until it is known at most, 200 bytes each of a durable version; beyond it a share of the users is looked at.",
+    )
+
+
+@dataclass(frozen=True)
 class RegistrySettings:
     """How long versions are kept."""
 
@@ -811,6 +831,7 @@ SECTIONS: dict[str, type[Any]] = {
     "model": Model,
     "trainer": TrainerSettings,
     "guard": GuardSettings,
+    "churn": ChurnSettings,
     "registry": RegistrySettings,
     "serving": ServingSettings,
     "export": ExportSettings,

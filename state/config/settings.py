@@ -12,6 +12,7 @@ from state.config.sections import (
     SECTIONS,
     Attributes,
     Bootstrap,
+    ChurnSettings,
     ConsoleSettings,
     Events,
     ExportSettings,
@@ -59,6 +60,7 @@ class Settings:
     model: Model = field(default_factory=Model)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
+    churn: ChurnSettings = field(default_factory=ChurnSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from state.churn.weights import PREFIX as CHURN
+from state.churn.weights import STORED
 from state.rows.keys import TOP, row_keys, stem, u64
 from state.rows.reader import Databases, required, stored
 from state.rows.tables import CODES, tables_in
@@ -95,8 +97,12 @@ def put_dense(
     tensors: Mapping[str, NDArray[Any]],
     parent: int | None,
 ) -> None:
-    """Writes a version's dense weights and popular categories; what it does not have is its parent's."""
+    """Writes a version's dense weights and popular categories; what it does not have is its parent's.
+
+    What it tells of churn stands beside its dense weights.
+    """
     dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
+    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith(CHURN)}
     popular = tensors.get("popular")
     if parent is not None:
         # Those of a model that an upgrade left do not stay among the ones that are given.

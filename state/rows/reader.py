@@ -182,7 +182,7 @@ class RowReader:
         return np.unique(np.concatenate(found))
 
     def dense(self, version: int) -> dict[str, NDArray[Any]]:
-        """The dense tensors of an applied version, by their names without `dense.`."""
+        """The dense tensors of an applied version, by their names without `dense.`; beside them what it tells of churn."""
         return load_tensors(required(self._transaction, version, self._databases["dense"]))
 
     def popular(self, version: int) -> NDArray[np.uint64]:

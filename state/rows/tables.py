@@ -17,7 +17,7 @@ from collections.abc import Iterable
 TABLES = ("user", "item", "category", "context", "cross", "transition")
 """Of every version, in the order of their numbers in keys."""
 
-TAKEN = frozenset({*TABLES, "dense", "slots", "state", "popular"})
+TAKEN = frozenset({*TABLES, "dense", "slots", "state", "popular", "churn"})
 """Names that a ranker's own table may not have: in a version's files they begin the names of other tensors."""
 
 OWN = 7

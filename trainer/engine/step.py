@@ -11,7 +11,7 @@ A step takes one micro-batch, already trimmed and unmasked:
    dense weights; crosses, and the shared weights of the evidence, were learned
    while rows were scored. After a skip it does not run: no bit of a weight
    changes. The sightings stay, because they are facts of the log and not of the
-   gradient; rows admitted by a skipped step have their first values.
+   gradient, as do those of churn; rows admitted by a skipped step have their first values.
 6. The report is added to the progressive measures, and the clicks to the
    popular categories; a skipped step enters neither.
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,10 @@ from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
+from trainer.churn.learning import ChurnLearner
 from trainer.device import prepare
 from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, transitions_of
+from trainer.engine.counters import Counters
 from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.own_tables import Growth
@@ -58,27 +60,6 @@ from trainer.tables.popular import HOUR_MS, Popular
 F32 = npt.NDArray[np.float32]
 
 
-@dataclass
-class Counters:
-    """What a trainer did since its epoch began from nothing; part of each version.
-
-    Attributes:
-        steps: Steps taken, skipped ones included.
-        trained: Rows learned from.
-        skipped: Rows of skipped steps.
-        log_ms: Newest log time seen, ms.
-        event_time_ms: Newest event time learned from, ms.
-        expired_hour: Hour of log time of the last expiry.
-    """
-
-    steps: int = 0
-    trained: int = 0
-    skipped: int = 0
-    log_ms: int = 0
-    event_time_ms: int = 0
-    expired_hour: int = 0
-
-
 class Trainer:
     """Tables, dense weights, optimizers, guard and measures, and the step over them.
 
@@ -94,6 +75,7 @@ class Trainer:
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
+        churn: What is learned of who leaves; None where the settings want nothing of it.
         progressive, breakdown: The measures beside those of what is simple, and of slices; they decide nothing, and are
             in versions on their own.
         device: Where the variables are.
@@ -123,7 +105,7 @@ class Trainer:
         self.breakdown = Breakdown.of(settings, self.slices)
         self.guard = GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
-        self.counters = Counters()
+        self.counters, self.churn = Counters(), ChurnLearner.of(settings, spec)
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
         users, items = self._columns.users.names, self._columns.items.names
         self.crosses = Crosses(spec, settings.events.context, users, items)
@@ -143,6 +125,8 @@ class Trainer:
         self.breakdown = Breakdown.of(self.settings, self.slices)
         self.guard, self.guarded = GuardState(), {}
         self.counters = Counters()
+        if self.churn is not None:
+            self.churn.clear()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The small state by name: counters, guard, evaluation, slices, popular. Tables, weights and slots are apart."""
@@ -152,6 +136,8 @@ class Trainer:
         held |= {f"evaluation.{name}": value for name, value in self.evaluation.state().items()}
         held |= {f"slices.{name}": value for name, value in self.slices.state().items()}
         held |= {f"popular.{name}": value for name, value in self.popular.state().items()}
+        if self.churn is not None:
+            held |= {f"churn.{name}": value for name, value in self.churn.state().items()}
         return held
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -166,6 +152,8 @@ class Trainer:
         self.evaluation.load(part("evaluation."))
         self.slices.load(part("slices."))
         self.popular.load(part("popular."))
+        if self.churn is not None:
+            self.churn.load(part("churn."))
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None) -> Report:
         """Takes one step.
@@ -188,6 +176,8 @@ class Trainer:
             raise ValueError("a micro-batch without rows is no step")
         crosses = self._recorder.crosses_of(batch)
         self._observe(batch, crosses)
+        if self.churn is not None:
+            self.churn.take(batch, self.counters.log_ms)
         self.counters.steps += 1
         size = self.settings.trainer.rows_per_update or len(batch)
         updates = []

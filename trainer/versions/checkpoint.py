@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from state.churn.inputs import CODE as CHURN_CODE
 from state.config.settings import Settings
 from state.errors import SettingsError, SpecMismatch
 from state.registry.manifest import Manifest
@@ -45,7 +46,7 @@ def served(trainer: Trainer) -> dict[str, content.Array]:
     held = {
         f"{name}.{field}": held for name, table in trainer.tables.items() for field, held in table.take_served().items()
     }
-    return held | _dense(trainer) | {"popular": trainer.popular.top()}
+    return held | _dense(trainer) | _churn(trainer) | {"popular": trainer.popular.top()}
 
 
 def changes(trainer: Trainer) -> dict[str, content.Array]:
@@ -188,6 +189,12 @@ def deciding(settings: Settings) -> dict[str, str]:
         fields = getattr(wanted, f"{side}_fields") if getattr(wanted, f"{side}_topic") else ()
         own[f"attributes.{side}_fields"] = str(fields)
     own |= {"events.context": str(settings.events.context), "labelled": str(labelled(settings))}
+    if settings.churn.days:
+        own |= {
+            "churn.days": str(settings.churn.days),
+            "churn.examples": str(settings.churn.examples),
+            "churn.code": str(CHURN_CODE),
+        }
     return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}
 
 
@@ -195,7 +202,7 @@ def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, conte
     held: dict[str, content.Array] = {
         f"{name}.{field}": getattr(rows, field) for name, rows in tables.items() for field in Changes.FIELDS
     }
-    held |= _dense(trainer)
+    held |= _dense(trainer) | _churn(trainer)
     held |= {f"slots.{name}": slot for name, slot in trainer.optimizer.slots().items()}
     held |= {f"state.{name}": value for name, value in trainer.state().items()}
     return held | {"popular": trainer.popular.top()}
@@ -203,6 +210,10 @@ def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, conte
 
 def _dense(trainer: Trainer) -> dict[str, content.Array]:
     return {f"dense.{name}": weight for name, weight in trainer.model.weights().items()}
+
+
+def _churn(trainer: Trainer) -> dict[str, content.Array]:
+    return {} if trainer.churn is None else trainer.churn.served()
 
 
 def _under(prefix: str, tensors: content.Tensors) -> dict[str, Any]:

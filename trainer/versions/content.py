@@ -1,8 +1,9 @@
 """What a version's files hold: tensors by name, encoded, decoded, and a base merged with the deltas after it.
 
     serving.safetensors    <table>.ids, .rows, .removed; dense.<name>; popular; probe.<output>, see `state/probe.py`
+                           churn.<name>, see `state/churn/weights.py`; only where churn is learned
     training.safetensors   <table>.accum, .last_seen_ms, .pending_ids, .pending_counts, .pending_seen_ms;
-                           slots.<name> of the dense optimizer; state.<name>: counters, guard, measures;
+                           slots.<name> of the dense optimizer; state.<name>: counters, guard, measures, churn;
                            guard.<name>: the windows by which updates are judged, see `trainer/guard`;
                            quality.<name>: measures that decide nothing, which 0.1.0 had not
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from state.churn.weights import PREFIX as CHURN
 from state.probe import PREFIX
 from state.registry import tensor_files
 from state.registry.registry import SERVING, TRAINING
@@ -50,7 +52,7 @@ def encode(tensors: Tensors) -> dict[str, bytes]:
     files: dict[str, dict[str, Array]] = {SERVING: {}, TRAINING: {}}
     served = {f"{table}.{name}" for table in tables_in(tensors) for name in SERVED} | {"popular"}
     for name, tensor in tensors.items():
-        to = SERVING if name in served or name.startswith(("dense.", PREFIX)) else TRAINING
+        to = SERVING if name in served or name.startswith(("dense.", PREFIX, CHURN)) else TRAINING
         files[to][name] = tensor
     return {name: tensor_files.pack(held) for name, held in files.items()}
 

@@ -129,10 +129,15 @@ def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> 
 
     >>> environment_differences({"numpy": "2.3", "device": "/CPU:0"}, {"numpy": "2.4", "device": "/CPU:0"})
     ['numpy was 2.3 and is 2.4']
+    >>> environment_differences({"churn.days": "7.0"}, {})
+    ['churn.days was 7.0 and is off']
     >>> environment_differences({"model.tower": FORMER_TOWERS[0]}, {"model.tower": Model().tower})
     []
     """
     then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
+    # Of what is off nothing is named.
+    off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")}
+    then, now = {**off, **then}, {**off, **now}
     return [
         f"{name} was {then[name]} and is {now[name]}"
         for name in sorted(then.keys() & now.keys())

@@ -92,6 +92,7 @@ class Drafter:
             | trainer.progressive.values()
             | trainer.slices.values()
             | dict(breakdown.values(slices))
+            | ({} if trainer.churn is None else trainer.churn.values())
             | {f"account.{name}": float(value) for name, value in account.items()}
             | {TOLD_MS: float(place.told_ms)},
             environment=self.environment,

@@ -1,4 +1,4 @@
-"""A version's tensors without what they hold of erased users: rows, sightings, crosses, and the ids that say a row went."""
+"""A version's tensors without what they hold of erased users: rows, sightings, crosses, what waits, and the ids that say a row went."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ U64 = npt.NDArray[np.uint64]
 CROSS, CROSSED = "cross", ("item", "category", "context")
 OTHERS = frozenset({*CROSSED, "transition"})
 """Tables without a row of a user; in a ranker's own no id but a user's is one, since 64 bits do not collide."""
+WAITING, NO_ROWS = "state.churn.waiting.", "state.churn.waiting.counts"
 
 
 class CrossedIds:
@@ -61,7 +62,7 @@ def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str
         found[f"{table}.removed"] = removed[~np.isin(removed, gone)]
         waits = ~np.isin(tensors[f"{table}.{PENDING[0]}"], gone)
         found |= {f"{table}.{field}": tensors[f"{table}.{field}"][waits] for field in PENDING}
-    return found
+    return found | _without_waiting(found, users)
 
 
 def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
@@ -76,6 +77,14 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) 
         ended = np.isin(tensors[f"{table}.{PENDING[0]}"], gone) & (tensors[f"{table}.{PENDING[1]}"] == 0)
         found |= {f"{table}.{field}": tensors[f"{table}.{field}"][~ended] for field in PENDING}
     return found
+
+
+def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
+    """The rows that wait for who leaves, see `trainer/churn/waiting.py`, without users; nothing where none wait."""
+    if f"{WAITING}user" not in tensors:
+        return {}
+    keep = ~users.has(tensors[f"{WAITING}user"])
+    return {name: one[keep] for name, one in tensors.items() if name.startswith(WAITING) and name != NO_ROWS}
 
 
 def _named(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> list[tuple[str, U64]]:

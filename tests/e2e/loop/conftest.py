@@ -33,6 +33,8 @@ LOOKED_AT: Mapping[str, object] = {
     "up.prometheus_interval_s": 1,
     # What tests do to this loop would be held, and rightly: the guard only looks on.
     "guard.warm_up": 100,
+    # Whether a user clicks in the next 4.3 s is known while tests run.
+    "churn.days": 0.00005,
 }
 
 

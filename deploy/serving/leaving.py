@@ -1,0 +1,67 @@
+"""The probability that a user leaves, by the version's weights and the windows before the user's latest event.
+
+These are computed of the history as they were when the event came, so that they
+are those of its row in the training log, from which was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from state.churn.weights import ChurnWeights
+from state.features.many import vectorise_many
+from state.features.mask import Mask
+from state.features.spec import Events, FeatureSpec
+
+
+def leaving(
+    weights: ChurnWeights | None,
+    histories: Sequence[Events],
+    at_ms: Sequence[int],
+    mask: Mask,
+    spec: FeatureSpec,
+    users: Sequence[int],
+) -> list[float | None]:
+    """What is said of n users, each at a time of its own.
+
+    Args:
+        weights: Of the version; None where it has none.
+        histories: n times `[m]` EVENT in append order.
+        at_ms: n times, milliseconds.
+        mask: Events to leave out.
+        spec: The version's.
+        users: n pseudonyms.
+
+    Returns:
+        None of a user without an event, or whose latest one is longer ago than anything that was learned.
+    """
+    found: list[float | None] = [None] * len(histories)
+    if weights is None:
+        return found
+    asked: list[tuple[int, Events, int, int]] = []
+    for place, (events, now_ms, user) in enumerate(zip(histories, at_ms, users, strict=True)):
+        latest = _latest(events, now_ms, mask, user)
+        if latest is None or now_ms - (at := int(events["at_ms"][latest])) >= weights.horizon.reach_ms:
+            continue
+        asked.append((place, events[:latest], at, int(events["action"][latest])))
+    if asked:
+        places, before, times, actions = zip(*asked, strict=True)
+        of_whom, ages = [users[place] for place in places], [at_ms[place] - at for place, _, at, _ in asked]
+        windows = vectorise_many(before, times, mask, spec, of_whom).features[:, weights.inputs.columns]
+        inputs = weights.inputs.of(windows, np.array(actions, np.uint8), np.array(ages, np.int64))
+        for place, one in zip(places, weights.probabilities(inputs).tolist(), strict=True):
+            found[place] = one
+    return found
+
+
+def _latest(events: Events, now_ms: int, mask: Mask, user: int) -> int | None:
+    """Where the latest visible event lies, of several of one time the one that came last; None without one."""
+    visible = np.flatnonzero(events["at_ms"] <= now_ms)
+    if mask:
+        visible = visible[~mask.events(events[visible], user)]
+    if not visible.size:
+        return None
+    times = events["at_ms"][visible]
+    return int(visible[visible.size - 1 - int(np.argmax(times[::-1]))])

@@ -1,0 +1,152 @@
+"""What is learned of shoppers whose leaving is known: better than recency alone, calibrated, and the same bits after a restart."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from state.churn.weights import PREFIX, STORED, weights_in
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import MicroBatch
+from tests.bench.quality import area_under_curve
+from tests.trainer.churn.leavers import DAY_MS, Leavers, batches, joined, leavers, taken
+from trainer.churn.learning import FEW, ChurnLearner
+from trainer.churn.measures import TENTHS
+from trainer.churn.regression import OnlineRegression
+from trainer.churn.waiting import Labelled
+
+SPEC = FeatureSpec()
+WARM_UP_DAYS = 12
+F64 = npt.NDArray[np.float64]
+
+
+def learner() -> ChurnLearner:
+    return ChurnLearner(SPEC, 7 * DAY_MS, 0, 100_000)
+
+
+@cache
+def shoppers() -> tuple[Leavers, list[MicroBatch]]:
+    made = leavers(500, 45)
+    return made, list(batches(made.clicks, SPEC))
+
+
+@cache
+def progressive() -> tuple[Labelled, F64]:
+    """What became known once something was learned, and what had been said of it."""
+    known, told = joined(taken(learner(), iter(shoppers()[1])))
+    begun = known.moment_ms > known.moment_ms.min() + WARM_UP_DAYS * DAY_MS
+    return Labelled(*(column[begun] for column in known)), told[begun]
+
+
+def test_it_knows_better_than_recency_who_leaves() -> None:
+    known, told = progressive()
+    assert known.left.size > 3000
+    ours, recency = (area_under_curve(scores, known.left) for scores in (told, known.age_ms.astype(np.float64)))
+    assert ours > recency + 0.05
+    assert ours > 0.8
+
+
+def test_it_knows_better_than_recency_who_has_left_already() -> None:
+    known, told = progressive()
+    left_ms = shoppers()[0].left_ms
+    gone = np.array(
+        [left_ms[user] <= at for user, at in zip(known.user.tolist(), known.moment_ms.tolist(), strict=True)]
+    )
+    ours, recency = (area_under_curve(scores, gone) for scores in (told, known.age_ms.astype(np.float64)))
+    assert ours > recency + 0.02
+
+
+def test_as_many_leave_as_it_says_in_each_tenth() -> None:
+    known, told = progressive()
+    tenth = np.minimum((told * TENTHS).astype(int), TENTHS - 1)
+    seen = 0
+    for place in range(TENTHS):
+        mine = tenth == place
+        if mine.sum() >= 200:
+            seen += 1
+            assert told[mine].mean() == pytest.approx(known.left[mine].mean(), abs=0.08), f"tenth {place}"
+    assert seen >= 5
+    off = sum(abs((told - known.left)[tenth == place].sum()) for place in range(TENTHS)) / told.size
+    assert off < 0.04
+
+
+def test_measures_are_those_of_the_examples() -> None:
+    ours = learner()
+    known, told = joined(taken(ours, iter(shoppers()[1])))
+    found = ours.values()
+    assert found["churn.total.rows"] == told.size
+    assert found["churn.total.log_loss"] == pytest.approx(-np.log(np.where(known.left, told, 1 - told)).mean())
+    assert found["churn.total.calibration"] == pytest.approx(told.sum() / known.left.sum())
+    assert found["churn.total.auc"] == pytest.approx(area_under_curve(told, known.left), abs=0.005)
+    assert found["churn.total.left"] == pytest.approx(known.left.mean())
+    assert 0 < found["churn.calibration_error"] < 0.1
+
+
+def test_a_restart_in_between_changes_no_bit() -> None:
+    log, whole = shoppers()[1][:60], learner()
+    log_ms = 0
+    for batch in log:
+        log_ms = max(log_ms, int(batch.at_ms.max()))
+        whole.take(batch, log_ms)
+    cut, log_ms = learner(), 0
+    for number, batch in enumerate(log):
+        log_ms = max(log_ms, int(batch.at_ms.max()))
+        cut.take(batch, log_ms)
+        if number % 13 == 0:
+            other = learner()
+            other.load(cut.state())
+            cut = other
+    assert whole.values()["churn.total.rows"] > 100
+    ours, theirs = cut.state(), whole.state()
+    assert {name: one.tobytes() for name, one in ours.items()} == {name: one.tobytes() for name, one in theirs.items()}
+
+
+def test_another_span_begins_anew() -> None:
+    ours, other = learner(), ChurnLearner(SPEC, 2 * DAY_MS, 0, 100_000)
+    for batch in shoppers()[1][:40]:
+        ours.take(batch, int(batch.at_ms.max()))
+    fresh = {name: one.tobytes() for name, one in other.state().items()}
+    other.load(ours.state())
+    assert {name: one.tobytes() for name, one in other.state().items()} == fresh
+    assert len(ours.waiting) > 0
+
+
+def test_a_version_tells_it_once_enough_was_learned_and_answers_by_it_alike() -> None:
+    ours, said = learner(), []
+    for known, _ in taken(ours, iter(shoppers()[1])):
+        if not said and min(ours.measures.seen) >= FEW:
+            said = [ours.measures.seen]
+            assert ours.served()
+        elif not said:
+            assert ours.served() == {}
+        last = known
+    assert said
+    weights = ours.weights()
+    stored = {f"{STORED}{name}": one for name, one in ours.served().items()}
+    read = weights_in(stored, SPEC)
+    assert weights is not None and read is not None
+    inputs = read.inputs.of(last.windows, last.action, last.age_ms)
+    assert read.probabilities(inputs).tolist() == weights.probabilities(inputs).tolist()
+    assert weights_in(stored, FeatureSpec(windows_s=(3600, 86_400))) is None, "of another feature spec"
+    older = {**stored, f"{STORED}{PREFIX}about": stored[f"{STORED}{PREFIX}about"] + np.array([1, 0, 0])}
+    assert weights_in(older, SPEC) is None, "of another release"
+
+
+def test_the_regression_is_as_good_as_one_that_is_fitted_to_all() -> None:
+    """Its weights are those of the posterior that Newton's method finds over all examples at once."""
+    drawn = np.random.default_rng(5)
+    inputs = np.concatenate([np.ones((4000, 1)), drawn.normal(0, 1, (4000, 5))], 1)
+    true = np.array([-1.0, 2.0, 0.0, -0.5, 1.0, 0.0])
+    left = drawn.random(4000) < 1 / (1 + np.exp(-inputs @ true))
+    online = OnlineRegression(np.zeros(6), 1.0, 0.0)
+    online.learn(inputs, left)
+    fitted = np.zeros(6)
+    for _ in range(30):
+        share = 1 / (1 + np.exp(-inputs @ fitted))
+        curve = (inputs * (share * (1 - share))[:, None]).T @ inputs + np.eye(6)
+        fitted += np.linalg.solve(curve, inputs.T @ (left - share) - fitted)
+    spread = np.sqrt(np.diag(np.linalg.inv(curve)))
+    assert np.abs((online.mean - fitted) / spread).max() < 0.5

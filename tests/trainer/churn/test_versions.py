@@ -1,0 +1,159 @@
+"""What is learned of who leaves is part of a version: restart, rollback, verification, erasure and a change of the setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from state.features.masked_users import MaskedUsers
+from state.microbatch.codec import decode
+from state.registry.registry import SERVING
+from tests.trainer.clicks import microbatch, small_settings
+from tests.trainer.logs import append, learner, opener, run_to_end, shared, started, with_weight, without, written
+from tests.trainer.test_learner import POISON, rolled_back, state
+from tests.trainer.test_verify import started_with_spec
+from trainer import verify
+from trainer.churn.learning import ChurnLearner
+from trainer.engine.guard import Verdict
+from trainer.forgetting import forget
+from trainer.learner import Learner
+from trainer.versions import checkpoint, content
+from trainer.versions.erased_rows import CrossedIds
+from trainer.versions.erased_rows import without as without_users
+
+RECORDS = [microbatch(number) for number in range(24)]
+ON = ("--churn.days", "0.002")
+"""Some 173 s: a record in this log is 150 s after the one before."""
+
+
+def churn_of(running: Learner) -> ChurnLearner:
+    found = running._trainer.churn
+    assert found is not None
+    return found
+
+
+def bits(held: dict[str, npt.NDArray[np.generic]]) -> dict[str, bytes]:
+    return {name: one.tobytes() for name, one in held.items()}
+
+
+def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    whole = learner(started(tmp_path / "whole"), written(RECORDS), *ON, trainer=shared(0, *ON))
+    run_to_end(whole)
+    expected, learned = state(whole), bits(churn_of(whole).state())
+    assert churn_of(whole).values()["churn.total.rows"] > 200
+    registry, log, known = started(tmp_path / "cut"), written([]), 0
+    for records in (9, 17, 24):
+        append(log, RECORDS[known:records])
+        known = records
+        running = learner(registry, log, *ON, trainer=shared(1, *ON))
+        run_to_end(running)
+        # Killed: what was not published is learned again.
+        running._publisher.close()
+    assert state(running) == expected
+    assert bits(churn_of(running).state()) == learned
+
+
+def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path) -> None:
+    registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
+    ours = learner(registry, log, *ON, trainer=shared(0, *ON))
+    run_to_end(ours)
+    ours.tick(0.0)
+    ours._settle(wait=True)
+    to = ours.place.parent
+    append(log, RECORDS[8:])
+    run_to_end(ours)
+    poisoned = bits(churn_of(ours).state())
+    registry.change(rolled_back(to, POISON))
+    run_to_end(ours)
+    filtered = written([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
+    theirs = learner(started(tmp_path / "theirs"), filtered, *ON, trainer=shared(1, *ON))
+    run_to_end(theirs)
+    assert bits(churn_of(ours).state()) == bits(churn_of(theirs).state()) != poisoned
+    assert state(ours) == state(theirs)
+    ours.close()
+
+
+def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Path) -> None:
+    registry, log = started_with_spec(tmp_path), written(RECORDS)
+    running = learner(registry, log, *ON, trainer=shared(0, *ON))
+    run_to_end(running)
+    running.close()
+    newest = registry.newest(1) or 0
+    made = registry.manifest(newest)
+    assert made.environment["churn.days"] == "0.002" and int(made.environment["churn.code"]) >= 1
+    assert made.metrics["churn.total.rows"] > 200
+    assert 0 < made.metrics["churn.log_loss"] < 2 and 0 < made.metrics["churn.auc"] < 1
+    assert "churn.weights" in content.decode([registry.read(newest, SERVING)])
+
+    def asked(*flags: str) -> verify.Comparison:
+        return verify.verify(
+            small_settings(*flags), registry, newest, 1, lambda: shared(1, *flags),
+            lambda topic, offset: opener(log, topic)(offset),
+        )  # fmt: skip
+
+    found = asked(*ON)
+    assert found.outcome == "equal", found.text()
+    assert asked().environment == (
+        *(f"churn.{name} was {made.environment[f'churn.{name}']} and is off" for name in ("code", "days", "examples")),
+    )
+
+
+def test_a_skipped_step_counts_as_one_that_was_learned() -> None:
+    found = []
+    for weight in (1.0, float("nan")):
+        trainer = shared(0, *ON)
+        trainer.clear()
+        for value in RECORDS[:8]:
+            trainer.step(decode(value))
+        report = trainer.step(decode(with_weight(RECORDS[8], weight)))
+        assert trainer.churn is not None
+        found.append((report.verdict, bits(trainer.churn.state())))
+    assert [verdict for verdict, _ in found] == [Verdict.ACCEPT, Verdict.SKIP]
+    assert found[0][1] == found[1][1]
+
+
+def test_an_erased_user_waits_no_more_in_the_trainer_and_in_versions_of_before() -> None:
+    trainer = shared(0, *ON)
+    trainer.clear()
+    for value in RECORDS[:8]:
+        trainer.step(decode(value))
+    assert trainer.churn is not None
+    before = checkpoint.full(trainer)
+    user = before["state.churn.waiting.user"][:1].copy()
+    rewritten = without_users(before, MaskedUsers.of(user.tolist()), CrossedIds(trainer.crosses).see(before))
+    forget(trainer, user)
+    held = checkpoint.full(trainer)
+    for kept in (rewritten, held):
+        assert user[0] not in kept["state.churn.waiting.user"]
+        assert 0 < len(kept["state.churn.waiting.user"]) < len(before["state.churn.waiting.user"])
+        assert {
+            len(one) for name, one in kept.items() if name.startswith("state.churn.waiting.") and name[-6:] != "counts"
+        } == {len(kept["state.churn.waiting.user"])}
+
+
+def test_it_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
+    registry, log, spans = started(tmp_path), written([]), ((), ON, ("--churn.days", "0.004"), ())
+    for number, flags in enumerate(spans):
+        append(log, RECORDS[6 * number : 6 * number + 6])
+        running = learner(registry, log, *flags, trainer=shared(0, *flags))
+        if flags:
+            assert churn_of(running).values()["churn.total.rows"] == 0, "it begins anew"
+        run_to_end(running)
+        running.close()
+        names = content.decode(
+            registry.read(registry.newest(1) or 0, name) for name in registry.manifest(registry.newest(1) or 0).files
+        )
+        assert any(name.startswith("state.churn.") for name in names) == bool(flags)
+        if flags:
+            assert len(churn_of(running).waiting) > 0
+
+
+def test_nothing_of_it_is_anywhere_while_it_is_off() -> None:
+    trainer = shared(0)
+    trainer.clear()
+    trainer.step(decode(RECORDS[0]))
+    assert trainer.churn is None
+    tensors = checkpoint.full(trainer).keys() | checkpoint.served(trainer).keys()
+    assert not [name for name in (*tensors, *checkpoint.deciding(trainer.settings)) if "churn" in name]
