@@ -58,6 +58,17 @@ class Labelled(NamedTuple):
     user: U64
     moment_ms: I64
 
+    def take(self, rows: I64 | Flags) -> Labelled:
+        """Some of them."""
+        return Labelled(
+            self.windows[rows],
+            self.action[rows],
+            self.age_ms[rows],
+            self.left[rows],
+            self.user[rows],
+            self.moment_ms[rows],
+        )
+
 
 class Waiting:
     """Rows that wait.
@@ -121,8 +132,8 @@ class Waiting:
         # 4.
         while self._size > self._most:
             self._halvings += 1
-            places = self._used()
-            self.dropped += self._remove(places[~self._looked_at(self._user[places])])
+            held = self._used()
+            self.dropped += self._remove(held[~self._looked_at(self._user[held])])
         if self._halvings and self._size * _FEW < self._most:
             self._halvings -= 1
 
@@ -150,7 +161,7 @@ class Waiting:
         self._remove(places[self._moment_ms[places] > last_ms])
         # Where a row lies decides nothing.
         order = np.lexsort((found.user, found.moment_ms))
-        return Labelled(*(column[order] for column in found))
+        return found.take(order)
 
     def forget(self, users: U64) -> int:
         """Removes all rows of users (`[n]` uint64); returns how many."""
