@@ -28,6 +28,10 @@ PROCESSES = {
         "deploy.validation.process",
         "Take statistics of what is learned from, window by window, and look for anomalies and drift, beside the trainer.",
     ),
+    "segments": (
+        "deploy.segments.command",
+        "Keep, list and export segments of users, and find lookalikes: segments run, list, export, lookalikes.",
+    ),
     "webhook": (
         "deploy.alerting.receiver",
         "Take Alertmanager's notifications, and pin answers to a version from before the alert.",
@@ -89,6 +93,7 @@ OWN_HELP = (
     "upgrade",
     "export",
     "capacity",
+    "segments",
 )  # their modules have options of their own and explain them
 READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
 SETTINGS_HELP = (

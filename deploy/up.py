@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.watch.live import Screen
         from state.config.loading import load
         from state.process.private_files import keep_private
+        from state.segments.configured import segments_of
 
         keep_private()
         upgrade, words = take_upgrade(words)
@@ -126,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
         beside = [prometheus.plan(settings, prometheus.require_program())] if watched else []
-        # Before anything starts: some settings alone tell that the newest version cannot be loaded.
+        # Before anything starts: expressions that are none, and settings with which the newest version cannot be loaded.
+        segments_of(settings)
         upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))
         signals = Signals()
         return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted, beside).run()

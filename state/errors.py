@@ -19,7 +19,7 @@
     │   └── DamagedBackup
     ├── BadRequest                  HTTP 400
     │   ├── Unauthorized, Forbidden     HTTP 401, 403
-    │   ├── UnknownPath, UnknownModel, WrongMethod, NotOffered    HTTP 404, 404, 405, 501
+    │   ├── UnknownPath, UnknownModel, UnknownSegment, WrongMethod, NotOffered    HTTP 404, 404, 404, 405, 501
     │   └── TooSlow, TooLarge, HeadTooLarge, NotHttp    HTTP 408, 413, 431, 400
     ├── Overloaded, TookTooLong     HTTP 429, 504
     ├── WorkerFailed                HTTP 500
@@ -295,6 +295,12 @@ class UnknownPath(BadRequest):
 
 class UnknownModel(BadRequest):
     """No such model, version, label or signature answers here. Ask one of those that the answer names."""
+
+    http_status = 404
+
+
+class UnknownSegment(BadRequest):
+    """There is no such segment. Ask for one that `[segments]` names."""
 
     http_status = 404
 

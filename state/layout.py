@@ -28,6 +28,7 @@
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
     │   ├── rows.disk/           or, where memory has no room, here
     │   ├── histories attributes/   as the stream's
+    │   ├── segments/            members of segments              state/segments/store.py
     │   ├── current.version, current.histories   times only       deploy/serving/currency.py
     │   ├── counters/            of workers that share a port     deploy/serving/workers.py
     │   └── programs/            those of applied versions
@@ -59,13 +60,14 @@ PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
+SEGMENTS_LOCK = "segments.lock"
 
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
 VALIDATION = "validation"
 PROMETHEUS = "prometheus"
 FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
-HISTORIES, ATTRIBUTES, ROWS = "histories", "attributes", "rows"
+HISTORIES, ATTRIBUTES, ROWS, SEGMENTS = "histories", "attributes", "rows", "segments"
 ROWS_DISK, WORKER_COUNTERS, CURRENT = "rows.disk", "counters", "current"
 DATA, MARK = "data.mdb", "mark.json"
 

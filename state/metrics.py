@@ -506,6 +506,29 @@ class ValidationMetrics(Metrics):
     )
 
 
+class SegmentMetrics(Metrics):
+    """What the keeper of segments counts; the segments are those that the settings name."""
+
+    members = gauge("springtide_segments_members", "Users in a segment.", "segment")
+    changes = counter(
+        "springtide_segments_changes",
+        "Changes of membership that are in the topic, by what happened: joined, left.",
+        "segment",
+        "change",
+    )
+    judged = counter(
+        "springtide_segments_judged",
+        "Profiles that were held against the expressions, by cause: click, sweep (users are looked at one after another), change (of control, such as a rollback, a mask or an erasure, and at the start).",
+        "cause",
+    )
+    lag_records = gauge(
+        "springtide_segments_lag_records", "Positions of the training log whose users are not yet known here."
+    )
+    waiting = gauge("springtide_segments_waiting", "Users who clicked and are not yet held against the expressions.")
+    sweep_seconds = gauge("springtide_segments_sweep_seconds", "How long the newest look at all users took.")
+    erased = gauge("springtide_segments_erased", "Number of the newest erasure whose users have left all segments.")
+
+
 class SupervisorMetrics(Metrics):
     """What `springtide up` counts of the parts that it keeps alive."""
 
@@ -597,6 +620,7 @@ PROCESSES = (
     ApplierMetrics,
     WorkerMetrics,
     ValidationMetrics,
+    SegmentMetrics,
     SupervisorMetrics,
     ConsoleMetrics,
     ProbeMetrics,

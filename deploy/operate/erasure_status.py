@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploy.operate import log_view
-from deploy.operate.attributes_left import first_left
 from deploy.operate.commands import Say, current
+from deploy.operate.records_left import first_left, of_attributes, of_segments
 from deploy.operate.times import iso
 from deploy.operate.versions import table
 from state import layout
@@ -183,7 +183,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
                 ]
                 for one in control.erased
             }
-        attributes = _first_attributes(settings, log, control)
+        attributes, members = _first_attributes(settings, log, control), _first_member(settings, log, control)
     except (LogError, KeyError) as error:
         return [Holding("Kafka", 1, "clicks, training log, attributes", f"it answers: {error}")]
     left = [one for one in control.erased if _has_clicks(one, word, clicks)]
@@ -195,10 +195,12 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
     if left:
         until = _gone_by(left[-1], topic_plan.microbatches(settings).config)
         found.append(Holding(f"topic {kafka.microbatches_topic}", left[0].id, "rows, which nobody learns again", until))
+    until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     if attributes is not None:
-        until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
         holds = "the plain ids, with tombstones"
         found.append(Holding(f"topic {settings.attributes.user_topic}", attributes, holds, until))
+    if members is not None:
+        found.append(Holding(f"topic {settings.segments.topic}", members, "pseudonyms, with tombstones", until))
     return found
 
 
@@ -212,10 +214,23 @@ def _first_attributes(settings: Settings, log: Log, control: Control) -> int | N
     if not topic:
         return None
     try:
-        return first_left(log, topic, load_salt(settings.salt_path, create=False), control.erased)
+        return first_left(log, topic, of_attributes(load_salt(settings.salt_path, create=False)), control.erased)
     except MissingSalt:
         # Nobody can tell whose they are.
         return 1
+
+
+def _first_member(settings: Settings, log: Log, control: Control) -> int | None:
+    """The first erasure whose users the topic of segments names; None where it names none, or there is no such topic.
+
+    Raises:
+        LogError: It cannot be read.
+    """
+    topic = settings.segments.topic
+    with log.topics() as topics:
+        if not settings.segments.expressions or topic not in topics.names():
+            return None
+    return first_left(log, topic, of_segments, control.erased)
 
 
 def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:

@@ -23,13 +23,13 @@ from state.registry.erasing import ErasureReport, report
 _log = logging.getLogger(__name__)
 
 
-def name_of(folder: Path) -> str:
+def name_of(folder: Path, part: str = "serving") -> str:
     """The name under which a host reports: two may have directories of one name, and one host several.
 
     >>> name_of(Path("/srv/state/serving")).startswith(f"serving-{HOST}-")
     True
     """
-    return f"serving-{HOST}-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]}"
+    return f"{part}-{HOST}-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]}"
 
 
 class HostErasures:

@@ -10,6 +10,7 @@ from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, REFUSED_NOTE, refused_versions
 from deploy.serving.predictor import Predictor
 from deploy.serving.recommending.sources import ItemSources
+from deploy.serving.segments import HostSegments
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.config.settings import Settings
@@ -31,11 +32,22 @@ class Host:
         settings: Where the stores are, and what their features mean.
         salt: The salt of the pseudonyms.
         now_ms: The wall clock.
+        pseudonym: Of what a question calls a user; None where that is the raw id.
+
+    Attributes:
+        segments: Who is in which.
     """
 
-    def __init__(self, settings: Settings, salt: Salt, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        salt: Salt,
+        now_ms: Callable[[], int],
+        pseudonym: Callable[[str], int] | None = None,
+    ) -> None:
         self._settings = settings
-        self._salt = salt
+        self._salt, self._pseudonym = salt, pseudonym
+        self.segments = HostSegments(settings, salt)
         self._now_ms = now_ms
         self._spec = FeatureSpec.from_settings(settings)
         self._rows: RowStore | None = None
@@ -129,6 +141,7 @@ class Host:
 
     def close(self) -> None:
         """Closes the stores."""
+        self.segments.close()
         for store in (self._rows, self._histories, self._attributes):
             if store is not None:
                 store.close()
@@ -155,6 +168,7 @@ class Host:
             settings.serving.clock,
             self._now_ms,
             None if self._attributes is None else KnownAttributes(self._attributes, self._tables),
+            self._pseudonym,
         )
 
     def _file(self, name: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +93,7 @@ class Predictor:
         clock: `event` or `wall`.
         now_ms: The wall clock.
         attributes: What is known of users and items; None where nothing is configured.
+        pseudonym: Of what a question calls a user; None where that is the raw id.
 
     Attributes:
         context_fields: As given.
@@ -111,11 +113,12 @@ class Predictor:
         clock: str,
         now_ms: Callable[[], int],
         attributes: KnownAttributes | None = None,
+        pseudonym: Callable[[str], int] | None = None,
     ) -> None:
         self._attributes = attributes or NOTHING
         self._rows = rows
         self.histories = self._histories = histories
-        self._salt = salt
+        self._pseudonym = pseudonym or partial(user_id, salt)
         self.context_fields = tuple(context_fields)
         names = self._attributes.names
         self._clock = clock
@@ -269,7 +272,7 @@ class Predictor:
         Who was erased later than the version knows is nobody in it.
         """
         features, erased = version.features, version.served.erased
-        users = [user_id(self._salt, query.user) for query in queries]
+        users = [self._pseudonym(query.user) for query in queries]
         items = [0 if query.item is None else public_id(query.item) for query in queries]
         times = [default_ms if query.at_ms is None else query.at_ms for query in queries]
         self._histories.history = features.spec.history

@@ -24,6 +24,7 @@ WORKER = "worker"
 CONSOLE = "console"
 PROBE = "probe"
 VALIDATION = "validation"
+SEGMENTS = "segments"
 
 # What the local Kafka acknowledged in its last second may be gone after a power cut; nobody has it then.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
@@ -39,13 +40,14 @@ STOP_ORDER = (
     STREAM,
     TRAINER,
     VALIDATION,
+    SEGMENTS,
     APPLIER,
     WORKER,
     prometheus.NAME,
 )
 
 # These would otherwise compile the same kernels for ten seconds each.
-KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER)
+KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER, SEGMENTS)
 
 # These answer from what an earlier run left on this machine, with Kafka or without.
 ANSWERING = (APPLIER, WORKER)
@@ -88,6 +90,7 @@ def process_plans(
         plan(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
         plan(TRAINER, "trainer.loop", *accepted_by_trainer),
         plan(VALIDATION, "deploy.validation.process"),
+        plan(SEGMENTS, "deploy.segments.process"),
         plan(APPLIER, "deploy.serving.applier", stop_s=SAVING_S),
         # With serving.workers above 1 it is the parent of them all.
         plan(WORKER, "deploy.serving.rest", stop_s=15.0),
@@ -100,10 +103,10 @@ def process_plans(
 def left_out(settings: Settings) -> set[str]:
     """The processes that the settings ask to do without.
 
-    >>> left_out(Settings())
-    {'probe'}
+    >>> sorted(left_out(Settings()))
+    ['probe', 'segments']
     """
-    return {PROBE, VALIDATION} - scrape.urls_beside(settings).keys()
+    return {PROBE, SEGMENTS, VALIDATION} - scrape.urls_beside(settings).keys()
 
 
 def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
@@ -131,6 +134,7 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
             if VALIDATION not in idle
             else []
         ),
+        *([Port("segments.metrics_port", offered, settings.segments.metrics_port)] if SEGMENTS not in idle else []),
         *([Port("up.metrics_port", offered, settings.up.metrics_port)] if settings.up.metrics_port else []),
         *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
         *([Port("probe.metrics_port", offered, settings.probe.metrics_port)] if PROBE not in idle else []),

@@ -22,6 +22,8 @@ def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = 
     kafka = settings.kafka
     wanted = [topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)]
     with Topics(kafka) as topics:
+        if settings.segments.expressions:
+            wanted.append(topic_plan.segments(settings))
         for one in [*wanted, *topic_plan.attributes(settings)]:
             topics.ensure(*one)
             # The loop's own Kafka is one broker: there is nothing to ask.

@@ -14,6 +14,7 @@ OFFERED = {
     metrics.ApplierMetrics: "The applier of a serving host, on `serving.metrics_port`.",
     metrics.WorkerMetrics: "A worker of a serving host, on `serving.port`; of several workers each says the sums of all.",
     metrics.ValidationMetrics: "The validation of live clicks, on `validation.metrics_port`.",
+    metrics.SegmentMetrics: "The keeper of segments, on `segments.metrics_port`.",
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
     metrics.ConsoleMetrics: "The page, on `console.port`.",
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",

@@ -151,17 +151,18 @@ def supervisor_urls(settings: Settings) -> dict[str, str]:
 
 
 def urls_beside(settings: Settings) -> dict[str, str]:
-    """Where those that look on offer their metrics, the validation, the probe and the page, as far as `springtide up` runs them.
+    """Where those that look on offer their metrics, the validation, the segments, the probe and the page, as far as `springtide up` runs them.
 
     >>> urls_beside(Settings())
     {'validation': 'http://127.0.0.1:9106/metrics', 'console': 'http://127.0.0.1:8502/metrics'}
     """
-    beside = {
+    beside: dict[str, tuple[float, int]] = {
         "validation": (settings.validation.window_s, settings.validation.metrics_port),
+        "segments": (len(settings.segments.expressions), settings.segments.metrics_port),
         "probe": (settings.probe.every_s, settings.probe.metrics_port),
     }
     page = {"console": console_address(settings, "/metrics")} if settings.console.port else {}
-    return {name: metrics_url(settings, port) for name, (every_s, port) in beside.items() if every_s > 0} | page
+    return {name: metrics_url(settings, port) for name, (wanted, port) in beside.items() if wanted > 0} | page
 
 
 def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:

@@ -154,7 +154,7 @@ def parts(settings: Settings) -> Iterator[Conflict]:
 
 def topics(settings: Settings) -> Iterator[Conflict]:
     """Topics have names that Kafka takes, and no two the same."""
-    names = ("kafka.clicks_topic", "kafka.dead_letters_topic", "kafka.microbatches_topic")
+    names = ("kafka.clicks_topic", "kafka.dead_letters_topic", "kafka.microbatches_topic", "segments.topic")
     owners: dict[str, str] = {}
     for name in names:
         topic = settings.value(name)
@@ -175,6 +175,7 @@ def topics(settings: Settings) -> Iterator[Conflict]:
 def attributes(settings: Settings) -> Iterator[Conflict]:
     """Attributes are written rightly, have a name each, and come out of topics of their own."""
     taken = {settings.value(f"kafka.{name}_topic") for name in ("clicks", "dead_letters", "microbatches")}
+    taken.add(settings.segments.topic)
     known: list[str] = []
     for side in ("user", "item"):
         named_topic, named_fields = f"attributes.{side}_topic", f"attributes.{side}_fields"

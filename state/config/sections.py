@@ -718,6 +718,27 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class SegmentSettings:
+    """Groups of users by what their profiles say, kept while they click."""
+
+    expressions: tuple[str, ...] = setting(
+        (),
+        help="Segments, each `name=expression`, as in `sporty=interest['Sport'] > 0.3`; in the file also as keys of "
+        "[segments]. Without any `springtide up` keeps none.",
+    )
+    topic: str = setting(
+        "springtide.segments.v1", filled=True, help="Compacted topic of memberships, keyed by pseudonym and segment."
+    )
+    sweep_s: float = setting(
+        600.0,
+        "s",
+        least=1.0,
+        help="Within so many seconds each user is looked at again, clicked or not: windows empty by themselves.",
+    )
+    metrics_port: int = setting(9108, least=0, most=65535, help="Port of the /metrics of `springtide segments run`.")
+
+
+@dataclass(frozen=True)
 class Shoppers:
     """The synthetic shoppers of `springtide up` and `springtide replay --synthetic`."""
 
@@ -840,6 +861,7 @@ SECTIONS: dict[str, type[Any]] = {
     "metrics": MetricsSettings,
     "bootstrap": Bootstrap,
     "validation": Validation,
+    "segments": SegmentSettings,
     "shoppers": Shoppers,
     "up": Supervision,
     "console": ConsoleSettings,

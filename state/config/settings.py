@@ -27,6 +27,7 @@ from state.config.sections import (
     Paths,
     ProbeSettings,
     RegistrySettings,
+    SegmentSettings,
     ServingSettings,
     Shoppers,
     StorageSettings,
@@ -69,6 +70,7 @@ class Settings:
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     validation: Validation = field(default_factory=Validation)
+    segments: SegmentSettings = field(default_factory=SegmentSettings)
     shoppers: Shoppers = field(default_factory=Shoppers)
     up: Supervision = field(default_factory=Supervision)
     console: ConsoleSettings = field(default_factory=ConsoleSettings)

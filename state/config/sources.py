@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from state.config.former import GONE, RENAMED, is_gone
+from state.config.named_elements import listed
 from state.config.sections import SECTIONS, KnownSetting
 from state.errors import SettingsError, reason_of
 
@@ -92,7 +93,7 @@ def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[s
             )
         if not isinstance(table, dict):
             raise SettingsError(f"{where}: {section} is a section", f"write [{section}] once, and its settings below")
-        for key, value in table.items():
+        for key, value in listed(section, table, path, lines).items():
             name = f"{section}.{key}"
             origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
             if not is_gone(name, value, origin):

@@ -6,6 +6,7 @@
 | dead letters | 1 | `kafka.retention_h` | the cluster's |
 | micro-batches | 1 | as long as a version can be rolled back to, `kafka.retention_h` at least | `stream.max_record_bytes` |
 | attributes | 1 | the newest record of each key | the cluster's |
+| segments | 1 | the newest record of each key | the cluster's |
 
 Each has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record. A topic that is there already stays as it is: its owner knows better. Pure.
 
@@ -106,6 +107,13 @@ def attributes(settings: Settings) -> list[TopicPlan]:
 def attributes_of(settings: Settings, name: str) -> TopicPlan:
     """A topic of attributes: what is true of each key, however long ago it was said."""
     return _planned(settings, name, {"cleanup.policy": "compact"})
+
+
+def segments(settings: Settings) -> TopicPlan:
+    """The topic of memberships: who is in which segment. Compacted within a day, so that who was erased is gone then."""
+    return _planned(
+        settings, settings.segments.topic, {"cleanup.policy": "compact", "max.compaction.lag.ms": str(24 * HOUR_MS)}
+    )
 
 
 def _planned(settings: Settings, name: str, config: Mapping[str, str], partitions: int = 1) -> TopicPlan:

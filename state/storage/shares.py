@@ -5,7 +5,7 @@
 | `kafka` | 40 % | the local Kafka: clicks, training log, dead letters, attributes | each topic's `retention.bytes` |
 | `registry` | 25 % | versions, bases, control | the compactor thins, and drops the oldest first |
 | `stream` | 15 % | the stream's attributes; its histories while it is stopped, or where memory has no room | the stores' maps |
-| `serving` | 15 % | serving's attributes; its histories likewise, and its rows where memory has no room | the stores' maps |
+| `serving` | 15 % | serving's attributes and members of segments; its histories likewise, and its rows where memory has no room | the stores' maps |
 | `logs` | 5 % | one log a process, and older ones | rotation by size |
 
 What lies in memory takes nothing of the disk; the share limits histories there
@@ -34,7 +34,7 @@ KEPT = 0.8
 # Of a part's share; what is left over is for small files.
 _STORES: Mapping[str, Mapping[str, float]] = {
     STREAM: {layout.HISTORIES: 0.85, layout.ATTRIBUTES: 0.15},
-    SERVING: {layout.HISTORIES: 0.65, layout.ATTRIBUTES: 0.1, layout.ROWS: 0.2},
+    SERVING: {layout.HISTORIES: 0.65, layout.ATTRIBUTES: 0.1, layout.ROWS: 0.2, layout.SEGMENTS: 0.04},
 }
 _PAGE = 4096
 # A store that was larger than its share before there was one goes on, and has this much room to become smaller.

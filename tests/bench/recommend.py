@@ -73,13 +73,13 @@ class ServingHost:
         self._salt, self._spec = load_salt(settings.salt_path), spec
         self.rows = RowStore(folder / ROWS, settings.serving.map_gb << 30)
         self.histories = HistoryStore(folder / HISTORIES, settings.features.history, settings.serving.map_gb << 30)
-        self._programs = folder / PROGRAMS
-        self._programs.mkdir()
+        self.programs = folder / PROGRAMS
+        self.programs.mkdir()
         self._remembered = Remembered(self.histories, 90, 10_000_000)
         self._feed = ItemFeed(self.histories)
         self.sources = ItemSources(self.histories, self.rows)
         self.predictor = Predictor(
-            self.rows, self.histories, self._programs, spec, self._salt, (), "wall", lambda: time.time_ns() // 1_000_000
+            self.rows, self.histories, self.programs, spec, self._salt, (), "wall", lambda: time.time_ns() // 1_000_000
         )
 
     def click(self, users: Any, events: Any) -> None:
@@ -97,7 +97,7 @@ class ServingHost:
     def serve(self, version: int, tensors: dict[str, Any], program: bytes) -> None:
         """Answers by a version from now on."""
         digest = hashlib.sha256(program).hexdigest()
-        path_of(self._programs, digest).write_bytes(program)
+        path_of(self.programs, digest).write_bytes(program)
         manifest = Manifest(
             version=version, kind="base", epoch=1, parent=None, visible=((1, version),), log=LogRange(),
             sources=((SOURCE, version),), steps=1, rows=1, created_at_ms=1, event_time_ms=1, spec=self._spec.digest,

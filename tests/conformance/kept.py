@@ -19,6 +19,8 @@ from state.history.store import HistoryStore
 from state.positions import Range, Source
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
+from state.segments.record import Membership
+from state.segments.store import SegmentsPlace, SegmentStore
 
 MAP = 64 << 20
 SOURCE = Source("ab" * 16, 0)
@@ -125,6 +127,21 @@ class Attributes(Kept[AttributeStore]):
         return max(ids, default=0)
 
 
+class Segments(Kept[SegmentStore]):
+    """Members, sizes, and how far the topic was read."""
+
+    kind = SegmentStore
+
+    def commit(self, store: SegmentStore, number: int, size: int = 20) -> None:
+        changes = {("sporty", user): Membership(number, number) for user in range(size)}
+        store.commit(changes, SegmentsPlace(SOURCE.topic_id, {0: number}))
+
+    def seen(self, store: SegmentStore) -> int:
+        found = {one for _, one in store.page("sporty", 0, 20)}
+        assert len(found) <= 1 and all(one.since_ms == one.version for one in found)
+        return max((one.version for one in found), default=0)
+
+
 def manifest(number: int) -> Manifest:
     """Of version `number`, which follows the one before; 1 is a base."""
     return Manifest(
@@ -147,4 +164,4 @@ def kinds() -> list[type[LmdbStore]]:
     return sorted(ours, key=lambda one: one.__name__)
 
 
-KEPT: dict[type[LmdbStore], Kept[Any]] = {one.kind: one for one in (Histories(), Rows(), Attributes())}
+KEPT: dict[type[LmdbStore], Kept[Any]] = {one.kind: one for one in (Histories(), Rows(), Attributes(), Segments())}

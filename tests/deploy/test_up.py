@@ -160,6 +160,7 @@ def test_producers_stop_before_what_they_write_to() -> None:
         "stream",
         "trainer",
         "validation",
+        "segments",
         "applier",
         "worker",
         "prometheus",

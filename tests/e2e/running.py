@@ -36,6 +36,7 @@ PORTS = (
     "trainer.metrics_port",
     "serving.metrics_port",
     "validation.metrics_port",
+    "segments.metrics_port",
     "up.metrics_port",
     "console.port",
     "up.prometheus_port",
@@ -60,6 +61,7 @@ MODULES = {
     "trainer": "trainer.loop",
     "applier": "deploy.serving.applier",
     "worker": "deploy.serving.rest",
+    "segments": "deploy.segments.process",
     "console": "deploy.console.server",
     "kafka": "kafka.Kafka",
 }

@@ -33,6 +33,7 @@ from deploy.serving.http_api.health import Health
 from deploy.serving.http_api.items import Items
 from deploy.serving.http_api.models import Models
 from deploy.serving.http_api.profiles import Profiles
+from deploy.serving.http_api.segments import Segments
 from deploy.serving.line import QueueLimits
 from deploy.serving.request_counts import RequestCounts
 from state.config.sections import ServingSettings
@@ -86,6 +87,7 @@ class App:
             *Items(host, self.metrics, self.limits).endpoints(),
             *Health(host, told_metrics or registry, lambda: self.draining).endpoints(),
             *Models(host, self.metrics, self.limits).endpoints(),
+            *Segments(host).endpoints(),
         ]
         self.endpoints += Documents(self.endpoints).endpoints()
         self._routes = Routes(self.endpoints)

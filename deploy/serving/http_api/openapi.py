@@ -20,7 +20,7 @@ MEANING = {
     400: "The request cannot be answered as it is; `where` is the place.",
     401: "The request has no token, or one that is not known.",
     403: "The token is of a role that may not ask this.",
-    404: "There is no such model, version or label.",
+    404: "There is no such model, version, label or segment.",
     408: "The request did not arrive in time.",
     413: "The body is too large.",
     429: "More is asked than can be answered in time; `retry-after` says in how many seconds to come again.",

@@ -24,7 +24,7 @@ def url(loop: Loop, part: str) -> str:
     return prometheus.targets(loop.settings)[part]
 
 
-@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up", "validation", "console"])
+@pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up", "validation", "segments", "console"])
 def test_a_process_has_few_series_and_all_of_them_are_declared(loop: Loop, part: str) -> None:
     status, text = scrape.fetch(url(loop, part), timeout_s=10.0)
     assert status == 200

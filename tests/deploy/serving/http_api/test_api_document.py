@@ -128,6 +128,7 @@ def test_the_document_names_every_route_field_and_limit() -> None:
         "/v1/recommendations/{user_id}",
         "/v1/similar/{user_id}",
         "/v1/models/{model}",
+        "/v1/segments",
         "/readyz",
         "/healthz",
         "/metrics",

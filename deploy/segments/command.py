@@ -1,0 +1,175 @@
+"""Segments for operators: `springtide segments run | list | export | lookalikes`, `python -m deploy.segments.command`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from deploy.command_line import SETTINGS_HELP, RefusingParser
+from deploy.operate.options import positive
+from deploy.operate.versions import table
+from deploy.segments import exporting, process
+from deploy.segments.judging import open_host
+from deploy.segments.lookalikes import nearest, precision_curve, vectors_of
+from state.config.loading import load
+from state.config.settings import Settings
+from state.config.sources import split_settings
+from state.errors import NotReady, SpringtideError, UnknownSegment, of_disk
+from state.layout import SEGMENTS
+from state.process.closed_output import while_read
+from state.process.progress_line import ProgressLine, bar
+from state.segments.configured import segments_of
+from state.segments.store import SegmentStore, all_members
+
+LINE_EVERY_S = 5.0
+Say = Callable[[str], None]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options; settings are taken out of the line before."""
+    made = RefusingParser(
+        prog="springtide segments",
+        description="Keep, list and export segments of users, and find users who are like their members: run | list [-o json] | "
+        "export NAME --to FILE.parquet | lookalikes NAME [--count N] [--to FILE.parquet].",
+        epilog=SETTINGS_HELP,
+        allow_abbrev=False,
+    )
+    actions = made.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=help, description=help, epilog=SETTINGS_HELP, allow_abbrev=False)
+
+    add("run", "Keep who is in which segment, on a serving host, beside its applier; `springtide up` does.")
+    listing = add("list", "List the segments: how many users are in each, and its expression.")
+    export = add("export", "Write the members of a segment to a Parquet file.")
+    like = add("lookalikes", "Find the users nearest to the members of a segment, and say how good that is.")
+    for one in (export, like):
+        one.add_argument("name", metavar="NAME", help="the segment")
+    export.add_argument("--to", required=True, type=Path, metavar="FILE.parquet", help="the file")
+    like.add_argument("--count", type=positive, default=100, metavar="N", help="how many users (default 100)")
+    like.add_argument("--to", type=Path, metavar="FILE.parquet", help="write them there in place of printing them")
+    for one in (listing, export, like):
+        one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+    return made
+
+
+def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
+    """Does what is asked.
+
+    Raises:
+        SpringtideError: There is no such segment, or nobody keeps members on this host.
+        OSError: The file cannot be written.
+    """
+    segments = segments_of(settings)
+    if asked.action == "list":
+        with opened(settings) as store:
+            sizes = store.sizes()
+        listed = [
+            {"name": one.name, "size": sizes.get(one.name, 0), "expression": one.text} for one in segments.values()
+        ]
+        head = ["segment", "users", "expression"]
+        rows = [[str(value) for value in one.values()] for one in listed]
+        say(json.dumps(listed) if asked.output == "json" else table([head, *rows]))
+        return
+    if asked.name not in segments:
+        do = f"name one of {', '.join(segments)}" if segments else "name segments in [segments]"
+        raise UnknownSegment(f"there is no segment {asked.name}", do)
+    with opened(settings) as store:
+        (export if asked.action == "export" else lookalikes)(asked, settings, store, say)
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[SegmentStore]:
+    """This host's members, read only."""
+    store = SegmentStore(settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30, readonly=True)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def export(asked: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
+    """Writes the members of a segment to a file."""
+    total, progress = store.sizes().get(asked.name, 0), ProgressLine(sys.stderr, LINE_EVERY_S)
+    rows = exporting.write(
+        asked.to,
+        exporting.MEMBERS,
+        exporting.members(store, asked.name),
+        lambda done: progress.show(lambda: f"{bar(min(done, total), total, 30)}  {done} of {total} users"),
+    )
+    told = {"segment": asked.name, "file": str(asked.to), "users": rows}
+    progress.show(lambda: f"{rows} users in {progress.took_s:.1f} s", last=True)
+    say(json.dumps(told) if asked.output == "json" else f"{asked.to}: {rows} users of {asked.name}")
+
+
+def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
+    """Finds who is like the members."""
+    within = [user for page in all_members(store, asked.name) for user, _ in page]
+    if not within:
+        raise NotReady(f"nobody is in {asked.name}", "look again when somebody is: `springtide segments list`")
+    host = open_host(settings)
+    progress = ProgressLine(sys.stderr, LINE_EVERY_S)
+    try:
+        predictor = host.predictor()
+        total = predictor.histories.users()
+        found = vectors_of(
+            predictor,
+            lambda done: progress.show(lambda: f"{bar(min(done, total), total, 30)}  {done} of {total} users"),
+        )
+    finally:
+        host.close()
+    members = np.isin(found.users, np.array(within, np.uint64))
+    near, curve = nearest(found, members, asked.count), precision_curve(found, members)
+    progress.show(lambda: f"{len(found.users)} users in {progress.took_s:.1f} s", last=True)
+    if asked.to is not None:
+        columns = [pa.array([f"{user:016x}" for user, _ in near]), pa.array([score for _, score in near], pa.float32())]
+        batch = pa.record_batch(columns, schema=exporting.LOOKALIKES)
+        exporting.write(asked.to, exporting.LOOKALIKES, iter([batch]), lambda done: None)
+    if asked.output == "json":
+        told = {
+            "segment": asked.name,
+            "version": found.version,
+            "members": int(members.sum()),
+            "users": len(found.users),
+            "lookalikes": [{"pseudonym": f"{user:016x}", "similarity": score} for user, score in near],
+            "precision": [one._asdict() for one in curve],
+        }
+        say(json.dumps(told))
+        return
+    say(f"{asked.name}: {members.sum()} members among {len(found.users)} users, by version {found.version}")
+    if asked.to is None:
+        say(table([["pseudonym", "similarity"], *([f"{user:016x}", f"{score:.3f}"] for user, score in near)]))
+    else:
+        say(f"{asked.to}: the {len(near)} nearest")
+    if not curve:
+        say("too few members to hold some back: how good this is, is not known")
+        return
+    say("of the first k so many are members that were held back:")
+    head = ["k", "lookalikes", "most clicks", "chance"]
+    say(table([head, *([str(one.k), *(f"{value:.3f}" for value in one[1:])] for one in curve)]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
+    try:
+        asked = parser().parse_args(words)
+        if asked.action == "run":
+            return process.main(flags)
+        run(asked, load(flags), print)
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
+        print(f"springtide segments: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(while_read(main))

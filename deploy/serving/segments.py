@@ -1,0 +1,147 @@
+"""Who is in which segment, as a worker reads it from the host's copy of the topic."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from deploy.serving.answer import iso
+from state.config.settings import Settings
+from state.errors import NotReady, StoreError, UnknownSegment
+from state.events.identity import Salt, user_id
+from state.layout import DATA, SEGMENTS
+from state.segments.configured import texts_of
+from state.segments.record import Membership
+from state.segments.store import SegmentStore
+
+
+class SegmentSize(TypedDict):
+    """A segment: its name, its expression, and how many users are in it."""
+
+    name: str
+    expression: str
+    size: int
+
+
+class SegmentSizes(TypedDict):
+    """All segments, in the order of the settings."""
+
+    segments: list[SegmentSize]
+
+
+class SegmentMember(TypedDict):
+    """A user by the pseudonym, 16 hexadecimal digits; since when, as log time has it, and by which version."""
+
+    pseudonym: str
+    since: str
+    since_ms: int
+    version: int
+
+
+class SegmentPage(SegmentSize):
+    """Some members, in the order of pseudonyms; `next` begins the next page, null where there is none."""
+
+    members: list[SegmentMember]
+    next: str | None
+
+
+UserSegment = TypedDict(
+    "UserSegment",
+    {"segment": str, "user_id": str, "in": bool, "since": str | None, "since_ms": int | None, "version": int | None},
+)
+"""Whether a user is in a segment, and since when."""
+
+
+class HostSegments:
+    """Reads the members; use it in one thread.
+
+    Args:
+        settings: Which segments there are, and where their members lie.
+        salt: The salt of the pseudonyms.
+    """
+
+    def __init__(self, settings: Settings, salt: Salt) -> None:
+        self._path, self._map_bytes = settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30
+        self._texts, self._salt = texts_of(settings), salt
+        self._store: SegmentStore | None = None
+        self._file = (0, 0)
+
+    def sizes(self) -> SegmentSizes:
+        """All segments.
+
+        Raises:
+            NotReady: Nobody keeps them on this host.
+        """
+        sizes = self._opened().sizes() if self._texts else {}
+        return {"segments": [self._size(name, sizes) for name in self._texts]}
+
+    def page(self, segment: str, start: int, most: int) -> SegmentPage:
+        """Some members of a segment.
+
+        Args:
+            segment: Its name.
+            start: The pseudonym to begin with.
+            most: How many at most.
+
+        Raises:
+            UnknownSegment: There is none of this name.
+            NotReady: Nobody keeps them on this host.
+        """
+        self._require(segment)
+        store = self._opened()
+        found = store.page(segment, start, most + 1)
+        return {
+            **self._size(segment, store.sizes()),
+            "members": [_member(user, membership) for user, membership in found[:most]],
+            "next": f"{found[most][0]:016x}" if len(found) > most else None,
+        }
+
+    def of_user(self, segment: str, user: str) -> UserSegment:
+        """Whether the user with this raw id is in a segment; raises as `page`."""
+        self._require(segment)
+        (found,) = self._opened().memberships([(segment, user_id(self._salt, user))])
+        since = (None, None, None) if found is None else (iso(found.since_ms), *found)
+        return {
+            "segment": segment,
+            "user_id": user,
+            "in": found is not None,
+            "since": since[0],
+            "since_ms": since[1],
+            "version": since[2],
+        }
+
+    def close(self) -> None:
+        """Closes the store; the next question opens it again."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _opened(self) -> SegmentStore:
+        """The store, opened again where its file is another one."""
+        path = self._path / DATA
+        file = (path.stat().st_dev, path.stat().st_ino) if path.exists() else (0, 0)
+        if self._store is None or file != self._file:
+            self.close()
+            try:
+                self._store = SegmentStore(self._path, self._map_bytes, readonly=True)
+            except StoreError as error:
+                raise NotReady(error.what, error.do) from error
+            self._file = file
+        return self._store
+
+    def _require(self, segment: str) -> None:
+        if segment not in self._texts:
+            listed = ", ".join(self._texts)
+            do = f"ask for one of {listed}" if listed else "name it in [segments], and start again"
+            raise UnknownSegment(f"there is no segment {segment[:80]!r}", do)
+
+    def _size(self, name: str, sizes: dict[str, int]) -> SegmentSize:
+        return {"name": name, "expression": self._texts[name], "size": sizes.get(name, 0)}
+
+
+def _member(user: int, membership: Membership) -> SegmentMember:
+    return {
+        "pseudonym": f"{user:016x}",
+        "since": iso(membership.since_ms),
+        "since_ms": membership.since_ms,
+        "version": membership.version,
+    }

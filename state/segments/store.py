@@ -1,0 +1,159 @@
+"""The members of each segment in LMDB: a copy of the compacted topic, for workers and commands of this host.
+
+    members   <segment>, 0, pseudonym u64 BE -> since i64 BE, version u64 BE
+    meta      size:<segment> -> how many; place -> `SegmentsPlace` as JSON; format
+
+A member takes some 50 bytes. The topic has all of it: where the store cannot
+be trusted it is begun anew, and the topic read from its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import lmdb
+
+from state.disk.compact_store import CompactStore
+from state.segments.record import Member, Membership
+
+_VALUE = struct.Struct(">qQ")
+_PLACE, _SIZE = b"place", b"size:"
+LAST_USER = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SegmentsPlace:
+    """How far the topic was read.
+
+    Attributes:
+        topic_id: Of the topic; positions in another one do not count.
+        next: Partition -> next offset.
+    """
+
+    topic_id: str
+    next: Mapping[int, int]
+
+
+class SegmentStore(CompactStore):
+    """Members by segment and pseudonym. One thread commits; any thread of any process may read.
+
+    Args:
+        path: The store's directory.
+        map_bytes: The most it may grow to.
+        readonly: For readers; the writer must have made it.
+        boot_id: Which start of the machine this is; by default the kernel's.
+
+    Raises:
+        CorruptStore: It cannot be trusted; see `open_anew`.
+        StoreError: It cannot be opened.
+    """
+
+    noun = "members of segments"
+    databases = ("members",)
+    map_setting = "serving.map_gb"
+    writer = "`springtide segments run`"
+    remedy = "remove it: it is read again from Kafka"
+    origin = "Kafka"
+
+    def _bind(self) -> None:
+        self._members = self._databases["members"]
+
+    def place(self) -> SegmentsPlace | None:
+        """How far the topic was read; None before anything was."""
+        if (stored := self._stored(_PLACE)) is None:
+            return None
+        fields = json.loads(stored)
+        return SegmentsPlace(fields["topic_id"], {int(partition): at for partition, at in fields["next"].items()})
+
+    def sizes(self) -> dict[str, int]:
+        """How many members each segment has, as of one moment; those without any may be missing."""
+        found = {}
+        with self._env.begin(db=self._meta) as transaction:
+            cursor = transaction.cursor()
+            if cursor.set_range(_SIZE):
+                for key, value in cursor:
+                    if not bytes(key).startswith(_SIZE):
+                        break
+                    found[bytes(key)[len(_SIZE) :].decode()] = int(bytes(value))
+        return found
+
+    def memberships(self, members: Sequence[Member]) -> list[Membership | None]:
+        """Of each whether the user is in the segment, as of one moment; None for who is not."""
+        with self._env.begin(db=self._members) as transaction:
+            return [_membership(transaction.get(_key(one))) for one in members]
+
+    def page(self, segment: str, start: int, most: int) -> list[tuple[int, Membership]]:
+        """The first `most` members of a segment from the pseudonym `start` on, in the order of pseudonyms."""
+        found: list[tuple[int, Membership]] = []
+        prefix = _prefix(segment)
+        with self._env.begin(db=self._members) as transaction:
+            cursor = transaction.cursor()
+            if cursor.set_range(_key((segment, start))):
+                for key, value in cursor:
+                    if len(found) == most or not bytes(key).startswith(prefix):
+                        break
+                    found.append((int.from_bytes(bytes(key)[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))))
+        return found
+
+    def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
+        """Takes members in and, with None, out, and with `place` notes how far the topic was read: all or nothing.
+
+        Raises:
+            StoreFull: The map or the disk is full; nothing was changed.
+            UnusableDisk: The disk refused; nothing was changed.
+        """
+        moved = dict[str, int]()
+        with self._write() as transaction:
+            for member, membership in changes.items():
+                key = _key(member)
+                was = transaction.get(key, db=self._members) is not None
+                if membership is not None:
+                    transaction.put(key, _VALUE.pack(*membership), db=self._members)
+                elif was:
+                    transaction.delete(key, db=self._members)
+                moved[member[0]] = moved.get(member[0], 0) + (membership is not None) - was
+            self._note(transaction, moved, place)
+
+    def begin_anew(self, place: SegmentsPlace) -> None:
+        """Forgets all of it; the topic is read again from `place`."""
+        sizes = {name: -size for name, size in self.sizes().items()}
+        with self._write() as transaction:
+            transaction.drop(self._members, delete=False)
+            self._note(transaction, sizes, place)
+
+    def _note(self, transaction: lmdb.Transaction, moved: Mapping[str, int], place: SegmentsPlace | None) -> None:
+        for name, by in moved.items():
+            key = _SIZE + name.encode()
+            size = int(transaction.get(key, db=self._meta) or 0) + by
+            if size:
+                transaction.put(key, b"%d" % size, db=self._meta)
+            else:
+                transaction.delete(key, db=self._meta)
+        if place is not None:
+            transaction.put(_PLACE, json.dumps(asdict(place)).encode(), db=self._meta)
+
+
+def all_members(store: SegmentStore, segment: str, at_once: int = 1000) -> Iterator[list[tuple[int, Membership]]]:
+    """All members of a segment in the order of pseudonyms, some at a time: who comes in or leaves meanwhile may be missed."""
+    start: int | None = 0
+    while start is not None:
+        page = store.page(segment, start, at_once)
+        start = page[-1][0] + 1 if len(page) == at_once and page[-1][0] < LAST_USER else None
+        if page:
+            yield page
+
+
+def _prefix(segment: str) -> bytes:
+    return segment.encode() + b"\0"
+
+
+def _key(member: Member) -> bytes:
+    segment, user = member
+    return _prefix(segment) + user.to_bytes(8, "big")
+
+
+def _membership(value: bytes | None) -> Membership | None:
+    return None if value is None else Membership(*_VALUE.unpack(value))

@@ -1,0 +1,103 @@
+"""Segments of the running loop: who clicks comes in and leaves, and the topic, REST and an export say the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from state import layout
+from state.events.identity import load_salt, user_id
+from state.log import Reader, Topics
+from state.segments.record import key_of, membership_of
+from tests.e2e.running import ROOT, Loop, until
+
+SEGMENT, WITHIN_S = "collectors", 2.0
+USER, ERASED = "cora-of-the-stamps", "earl-of-the-stamps@example.org"
+
+
+def of_user(loop: Loop, user: str) -> dict[str, Any]:
+    status, found = loop.get(f"/v1/segments/{SEGMENT}/users/{user}")
+    assert status == 200, found
+    made: dict[str, Any] = found
+    return made
+
+
+def last(loop: Loop, user: str) -> tuple[int, bytes | None]:
+    """How many records of a member the topic has, and the newest."""
+    kafka, topic = loop.settings.kafka, loop.settings.segments.topic
+    key = key_of((SEGMENT, user_id(load_salt(loop.settings.salt_path), user)))
+    with Topics(kafka) as topics:
+        end = topics.ends(topic)[0][1]
+    values: list[bytes | None] = []
+    with Reader(kafka, topic, [0]) as reader:
+        while reader.position(0) < end:
+            for batch in reader.poll(0.1):
+                values += [value for one, value in zip(batch.keys, batch.values, strict=True) if one == key]
+    return len(values), values[-1] if values else None
+
+
+def exported(loop: Loop, file: Path) -> dict[str, Any]:
+    """Rows of the export by pseudonym."""
+    told = loop.springtide("segments", "export", SEGMENT, "--to", str(file))
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    assert told == {"segment": SEGMENT, "file": str(file), "users": len(rows)}
+    return {row["pseudonym"]: row for row in rows}
+
+
+def test_who_clicks_comes_in_and_who_buys_leaves(loop: Loop, tmp_path: Path) -> None:
+    loop.springtide("follow", "--reason", "a test begins")
+    until(lambda: loop.get("/v1/segments")[0] == 200, "the members are not kept")
+    assert not of_user(loop, USER)["in"]
+    loop.click([(USER, f"stamp-{n}", "stamps", "view") for n in range(4)])
+    begin_s = time.monotonic()
+    found = until(lambda: (one := of_user(loop, USER))["in"] and one, "the shopper is not in the segment")
+    print(f"in the segment {time.monotonic() - begin_s:.2f} s after the clicks")
+    # The page, the topic and an export say the same of the member.
+    pseudonym = f"{user_id(load_salt(loop.settings.salt_path), USER):016x}"
+    page = loop.get(f"/v1/segments/{SEGMENT}?from={pseudonym}&n=1")[1]
+    assert page["members"] == [
+        {"pseudonym": pseudonym} | {name: found[name] for name in ("since", "since_ms", "version")}
+    ]
+    written = membership_of(last(loop, USER)[1])
+    assert written is not None and [*written] == [found["since_ms"], found["version"]]
+    row = exported(loop, tmp_path / "members.parquet")[pseudonym]
+    assert (round(1000 * row["since"].timestamp()), row["version"]) == (found["since_ms"], found["version"])
+    (listed,) = loop.springtide("segments", "list")
+    assert listed["size"] >= 1 and listed["expression"] == page["expression"]
+    # Bought: out everywhere.
+    loop.click([(USER, "stamp-1", "stamps", "purchase")])
+    until(lambda: not of_user(loop, USER)["in"], "the shopper is still in the segment")
+    records, value = last(loop, USER)
+    assert records >= 2 and value is None
+    assert pseudonym not in exported(loop, tmp_path / "members.parquet")
+
+
+def test_an_erased_member_leaves_at_once_and_nothing_of_it_stays_in_the_store(loop: Loop, tmp_path: Path) -> None:
+    loop.click([(ERASED, f"stamp-{n}", "stamps", "view") for n in range(4)])
+    until(lambda: of_user(loop, ERASED)["in"], "the shopper is not in the segment")
+    pseudonym = user_id(load_salt(loop.settings.salt_path), ERASED)
+    store = loop.settings.serving_dir / layout.SEGMENTS / layout.DATA
+    assert pseudonym.to_bytes(8, "big") in store.read_bytes()
+    (tmp_path / "asked.txt").write_text(f"{ERASED}\n")
+    loop.springtide("erase", "--users", str(tmp_path / "asked.txt"), "--reason", "request 72")
+    until(lambda: not of_user(loop, ERASED)["in"], "the shopper is still in the segment", WITHIN_S)
+    until(lambda: last(loop, ERASED)[1] is None, "there is no tombstone", WITHIN_S)
+    until(lambda: pseudonym.to_bytes(8, "big") not in store.read_bytes(), "it stands in the store")
+
+
+def test_lookalikes_are_users_who_are_no_members(loop: Loop) -> None:
+    users = [f"buyer-of-stamps-{n}" for n in range(3)]
+    loop.click([(user, f"stamp-{n}", "stamps", "view") for n in range(4) for user in users])
+    until(lambda: all(of_user(loop, user)["in"] for user in users), "they are not in the segment")
+    found = loop.springtide("segments", "lookalikes", SEGMENT, "--count", "5")
+    assert found["members"] >= 3 and found["users"] > found["members"] and len(found["lookalikes"]) == 5
+    ours = {f"{user_id(load_salt(loop.settings.salt_path), user):016x}" for user in users}
+    assert not ours & {one["pseudonym"] for one in found["lookalikes"]}
+    refused = [sys.executable, "-m", "deploy.cli", "segments", "export", "nobody", "--to", "x.parquet", *loop.flags]
+    done = subprocess.run(refused, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "there is no segment nobody; name one of collectors" in done.stderr
