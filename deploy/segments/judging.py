@@ -74,7 +74,7 @@ def facts_of(answer: Answer) -> ProfileFacts:
     interests: dict[str, float] = {}
     for one in answer.interests:
         interests.setdefault(one["label"], one["probability"])
-    return ProfileFacts(answer.features or {}, interests, answer.attributes or {})
+    return ProfileFacts(answer.features or {}, interests, answer.attributes or {}, answer.churn)
 
 
 def open_host(settings: Settings) -> Host:

@@ -42,11 +42,10 @@ def texts_of(settings: Settings) -> dict[str, str]:
 def vocabulary(settings: Settings) -> Vocabulary:
     """What an expression may ask of a profile of this deployment."""
     wanted = settings.attributes
-    # Profiles have no churn yet: with it, this says so, and `deploy/segments/judging.py` reads it out of them.
     return Vocabulary(
         features=FeatureSpec.from_settings(settings).names,
         attributes=tuple(one.name for one in fields_of(wanted.user_fields)) if wanted.user_topic else (),
-        churn=False,
+        churn=bool(settings.churn.days),
     )
 
 

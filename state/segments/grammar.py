@@ -181,7 +181,7 @@ class _Descent:
             return self._named("feature", self._index(), self._known.features, column)
         if token.text == "churn":
             if not self._known.churn:
-                raise _wrong(token.column, "profiles say nothing of churn here")
+                raise _wrong(token.column, "profiles say nothing of churn; set churn.days")
             return Operand("churn")
         if token.text.startswith("user."):
             return self._named("attribute", token.text.removeprefix("user."), self._known.attributes, token.column)

@@ -20,8 +20,8 @@ SEGMENT, WITHIN_S = "collectors", 2.0
 USER, ERASED = "cora-of-the-stamps", "earl-of-the-stamps@example.org"
 
 
-def of_user(loop: Loop, user: str) -> dict[str, Any]:
-    status, found = loop.get(f"/v1/segments/{SEGMENT}/users/{user}")
+def of_user(loop: Loop, user: str, segment: str = SEGMENT) -> dict[str, Any]:
+    status, found = loop.get(f"/v1/segments/{segment}/users/{user}")
     assert status == 200, found
     made: dict[str, Any] = found
     return made
@@ -67,7 +67,7 @@ def test_who_clicks_comes_in_and_who_buys_leaves(loop: Loop, tmp_path: Path) -> 
     assert written is not None and [*written] == [found["since_ms"], found["version"]]
     row = exported(loop, tmp_path / "members.parquet")[pseudonym]
     assert (round(1000 * row["since"].timestamp()), row["version"]) == (found["since_ms"], found["version"])
-    (listed,) = loop.springtide("segments", "list")
+    listed, _ = loop.springtide("segments", "list")
     assert listed["size"] >= 1 and listed["expression"] == page["expression"]
     # Bought: out everywhere.
     loop.click([(USER, "stamp-1", "stamps", "purchase")])
@@ -90,6 +90,17 @@ def test_an_erased_member_leaves_at_once_and_nothing_of_it_stays_in_the_store(lo
     until(lambda: pseudonym.to_bytes(8, "big") not in store.read_bytes(), "it stands in the store")
 
 
+def test_churn_of_a_profile_decides(loop: Loop) -> None:
+    """Whoever's profile says how probable it is that they leave is in the segment that asks for it."""
+
+    def is_in() -> bool:
+        loop.click([("ada-who-stays", "stamp-1", "stamps", "view")])
+        profile = loop.profile("ada-who-stays")
+        return profile is not None and "churn" in profile and bool(of_user(loop, "ada-who-stays", "asked")["in"])
+
+    until(is_in, "the shopper is not in the segment")
+
+
 def test_lookalikes_are_users_who_are_no_members(loop: Loop) -> None:
     users = [f"buyer-of-stamps-{n}" for n in range(3)]
     loop.click([(user, f"stamp-{n}", "stamps", "view") for n in range(4) for user in users])
@@ -100,4 +111,4 @@ def test_lookalikes_are_users_who_are_no_members(loop: Loop) -> None:
     assert not ours & {one["pseudonym"] for one in found["lookalikes"]}
     refused = [sys.executable, "-m", "deploy.cli", "segments", "export", "nobody", "--to", "x.parquet", *loop.flags]
     done = subprocess.run(refused, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "there is no segment nobody; name one of collectors" in done.stderr
+    assert done.returncode == 1 and "there is no segment nobody; name one of collectors, asked" in done.stderr

@@ -174,7 +174,7 @@ def test_errors_name_their_column(text: str, said: str) -> None:
 
 
 def test_without_churn_in_profiles_an_expression_that_asks_for_it_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^column 10: profiles say nothing of churn here"):
+    with pytest.raises(ValueError, match=r"^column 10: profiles say nothing of churn; set churn.days"):
         parse("1 < 2 or churn > 0.5", KNOWN._replace(churn=False))
 
 
@@ -209,7 +209,7 @@ def test_segments_are_keys_of_their_section_and_reach_child_processes(tmp_path: 
         ("[segments]\n'a b' = '1 < 2'\n", "springtide.toml:1: segment 'a b=1 < 2' has no name"),
         ("[segments]\nexpressions = ['a=1 < 2']\na = '1 < 2'\n", "two segments are called a"),
         ("[segments]\na = \"user.age == 'x'\"\n", "column 1: age is no attribute of users, for there are none"),
-        ("[segments]\na = 'churn > 0.5'\n", "segment a, column 1: profiles say nothing of churn here"),
+        ("[segments]\na = 'churn > 0.5'\n", "segment a, column 1: profiles say nothing of churn; set churn.days"),
     ],
 )
 def test_settings_that_name_no_segment_are_refused_with_their_place(tmp_path: Any, text: str, said: str) -> None:
