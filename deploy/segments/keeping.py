@@ -109,9 +109,9 @@ class SegmentKeeper:
             self._clicked.missed = False
             self._sweep.hurry()
         # 3. 4.
-        self._take(predictor, list(islice(self._due, AT_ONCE)), CLICK)
+        self._take(list(islice(self._due, AT_ONCE)), CLICK)
         cause = CHANGE if self._sweep.hurried else SWEEP
-        self._take(predictor, self._sweep.users(), cause)
+        self._take(self._sweep.users(), cause)
         self._metrics.waiting.set(len(self._due))
         self._metrics.sweep_seconds.set(self._sweep.took_s)
         # 5.
@@ -146,11 +146,12 @@ class SegmentKeeper:
                 self._erased = erased.last
         self._sweep.hurry()
 
-    def _take(self, predictor: Predictor, users: list[int], cause: str) -> None:
+    def _take(self, users: list[int], cause: str) -> None:
         """Judges users, and takes them in and out."""
         if not users:
             return
-        self._members.take(self._judge.judge(predictor, users))
+        # Asked for anew: each time the stores may be opened again, and those of before are closed then.
+        self._members.take(self._judge.judge(self._predictor(), users))
         for user in users:
             self._due.pop(user, None)
             self._leaving.discard(user)

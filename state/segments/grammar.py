@@ -133,7 +133,7 @@ class _Descent:
             parts.append(part())
         if len(parts) == 1:
             return parts[0]
-        flat = [inner for one in parts for inner in (one.parts if _is_joined(one, word) else (one,))]
+        flat = [inner for one in parts for inner in _parts(one, word)]
         return Joined("and" if word == "and" else "or", tuple(flat))
 
     def _one(self) -> Expression:
@@ -210,8 +210,8 @@ class _Descent:
         return _wrong(self._next.column, f"{what} must stand here, not {found}")
 
 
-def _is_joined(expression: Expression, word: str) -> bool:
-    return isinstance(expression, Joined) and expression.word == word
+def _parts(expression: Expression, word: str) -> tuple[Expression, ...]:
+    return expression.parts if isinstance(expression, Joined) and expression.word == word else (expression,)
 
 
 def _unquoted(token: _Token) -> str:
