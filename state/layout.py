@@ -13,6 +13,7 @@
     │   ├── outcomes/            what became of rollbacks         state/registry/outcomes.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
+    │   ├── rollouts/            one file a generation            state/rollouts/rollouts.py
     │   ├── gaps/                losses that the trainer accepted, records left out among them
     │   ├── shared.json shared.catalog   where it is shared       state/registry/sharing/binding.py
     │   ├── tmp/                 being written; swept
@@ -30,6 +31,7 @@
     │   ├── histories attributes/   as the stream's
     │   ├── segments/            members of segments              state/segments/store.py
     │   ├── current.version, current.histories   times only       deploy/serving/currency.py
+    │   ├── exposures/           of workers, on their way to Kafka   deploy/serving/splitting/spool.py
     │   ├── counters/            of workers that share a port     deploy/serving/workers.py
     │   └── programs/            those of applied versions
     ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
@@ -58,6 +60,7 @@ SHARED_CATALOG, SHARED_LOCK = "shared.catalog", "shared.lock"
 MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
+ROLLOUTS = "rollouts"
 GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 SEGMENTS_LOCK = "segments.lock"
@@ -68,7 +71,7 @@ PROMETHEUS = "prometheus"
 FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS, SEGMENTS = "histories", "attributes", "rows", "segments"
-ROWS_DISK, WORKER_COUNTERS, CURRENT = "rows.disk", "counters", "current"
+ROWS_DISK, WORKER_COUNTERS, CURRENT, EXPOSURES = "rows.disk", "counters", "current", "exposures"
 DATA, MARK = "data.mdb", "mark.json"
 
 _STREAM = "stream-"

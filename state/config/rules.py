@@ -150,11 +150,22 @@ def parts(settings: Settings) -> Iterator[Conflict]:
     for name in ("events.decoder", "model.ranker", "model.tower", "model.preprocessing"):
         if not re.fullmatch(r"[\w.]+:\w+", settings.value(name)):
             yield Conflict((name,), f"{name} must be written module:name, not {settings.value(name)!r}")
+    address = settings.rollout.address
+    if address and not re.fullmatch(r"https?://[^/\s]+", address):
+        yield Conflict(
+            ("rollout.address",), f"rollout.address must be http://HOST:PORT or https://HOST:PORT, not {address!r}"
+        )
 
 
 def topics(settings: Settings) -> Iterator[Conflict]:
     """Topics have names that Kafka takes, and no two the same."""
-    names = ("kafka.clicks_topic", "kafka.dead_letters_topic", "kafka.microbatches_topic", "segments.topic")
+    names = (
+        "kafka.clicks_topic",
+        "kafka.dead_letters_topic",
+        "kafka.microbatches_topic",
+        "kafka.exposures_topic",
+        "segments.topic",
+    )
     owners: dict[str, str] = {}
     for name in names:
         topic = settings.value(name)

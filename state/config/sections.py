@@ -83,6 +83,9 @@ class Kafka:
     clicks_topic: str = setting("springtide.clicks.v1", help="Topic of the clicks.")
     dead_letters_topic: str = setting("springtide.clicks.v1.dlq", help="Topic of the refused records.")
     microbatches_topic: str = setting("springtide.microbatches.v1", help="Topic of the training log.")
+    exposures_topic: str = setting(
+        "springtide.exposures.v1", help="Topic of who was answered by which arm of a rollout."
+    )
     group: str = setting(
         "springtide-stream",
         filled=True,
@@ -739,6 +742,35 @@ class SegmentSettings:
 
 
 @dataclass(frozen=True)
+class RolloutSettings:
+    """A trial that answers a growing share of the users, and when it goes back to nobody by itself."""
+
+    address: str = setting(
+        "",
+        help="Where the workers of the trial answer, such as http://127.0.0.1:8601; empty: this host's workers take part in no rollout.",
+    )
+    max_failures: float = setting(
+        0.01,
+        least=0.0,
+        most=1.0,
+        help="How much more of its answers the trial may fail to give than the live versions.",
+    )
+    slower_ms: float = setting(
+        20.0, "ms", least=0.0, most=60_000.0, help="How much longer the slowest hundredth of its answers may take."
+    )
+    equal_within: float = setting(
+        0.05, above=0.0, most=1.0, help="A lift whose whole interval is nearer to 0 than this is called equal."
+    )
+    planned_answers: int = setting(
+        20_000,
+        "answers",
+        least=100,
+        most=1_000_000_000,
+        help="After how many answers of both arms, the smaller one counting most, intervals are narrowest for what they are.",
+    )
+
+
+@dataclass(frozen=True)
 class Shoppers:
     """The synthetic shoppers of `springtide up` and `springtide replay --synthetic`."""
 
@@ -862,6 +894,7 @@ SECTIONS: dict[str, type[Any]] = {
     "bootstrap": Bootstrap,
     "validation": Validation,
     "segments": SegmentSettings,
+    "rollout": RolloutSettings,
     "shoppers": Shoppers,
     "up": Supervision,
     "console": ConsoleSettings,

@@ -27,6 +27,7 @@ from state.config.sections import (
     Paths,
     ProbeSettings,
     RegistrySettings,
+    RolloutSettings,
     SegmentSettings,
     ServingSettings,
     Shoppers,
@@ -71,6 +72,7 @@ class Settings:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     validation: Validation = field(default_factory=Validation)
     segments: SegmentSettings = field(default_factory=SegmentSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     shoppers: Shoppers = field(default_factory=Shoppers)
     up: Supervision = field(default_factory=Supervision)
     console: ConsoleSettings = field(default_factory=ConsoleSettings)

@@ -7,11 +7,12 @@
 | micro-batches | 1 | as long as a version can be rolled back to, `kafka.retention_h` at least | `stream.max_record_bytes` |
 | attributes | 1 | the newest record of each key | the cluster's |
 | segments | 1 | the newest record of each key | the cluster's |
+| exposures | 1 | `kafka.retention_h`, 5 % of the local Kafka's share at most | the cluster's |
 
 Each has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record. A topic that is there already stays as it is: its owner knows better. Pure.
 
 The local Kafka has a share of `storage.budget_gb`, and its topics are also kept by bytes: the training log has 55 % of it,
-clicks 30 %, dead letters 5 %; the rest is for attributes and what Kafka writes for itself. `up` sets that at each start.
+clicks 30 %, dead letters 5 %, exposures 5 %; the rest is for attributes and what Kafka writes for itself. `up` sets that at each start.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ HOUR_MS = 3_600_000
 # What a record batch weighs beside the micro-batch in it: headers of batch and record, with room to spare.
 BATCH_BYTES = 100_000
 # Of what the local Kafka is kept at.
-MICROBATCHES_SHARE, CLICKS_SHARE, LETTERS_SHARE = 0.55, 0.30, 0.05
+MICROBATCHES_SHARE, CLICKS_SHARE, LETTERS_SHARE, EXPOSURES_SHARE = 0.55, 0.30, 0.05, 0.05
 # Kafka removes whole segments, and one must have room for the largest record: the cluster's, of 16 MiB, where a topic says
 # nothing else.
 SEGMENTS, LARGEST_SEGMENT, LARGEST_RECORD = 8, 1 << 30, 17 << 20
@@ -57,6 +58,13 @@ def clicks(settings: Settings) -> TopicPlan:
 def dead_letters(settings: Settings) -> TopicPlan:
     """The topic of records that are no events."""
     return _planned(settings, settings.kafka.dead_letters_topic, _kept_for(settings.kafka.retention_h))
+
+
+def exposures(settings: Settings) -> TopicPlan:
+    """The topic of who was answered by which arm of a rollout; nobody reads it behind its rollout."""
+    most = _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * EXPOSURES_SHARE), LARGEST_RECORD)
+    kept = {**_kept_for(settings.kafka.retention_h), **most, "compression.type": "zstd"}
+    return _planned(settings, settings.kafka.exposures_topic, kept)
 
 
 def microbatches(settings: Settings) -> TopicPlan:

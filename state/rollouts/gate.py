@@ -1,0 +1,88 @@
+"""Decides how a rollout goes on, by what is known of its arms. Pure.
+
+In this order:
+
+1. The trial fails more often than the live one: back to nobody.
+2. It is slower: back.
+3. Users come to the arms otherwise than the share says: halt. What they do counts for nothing then.
+4. It has fewer engagements an answer, by an interval that holds at all looks: back.
+5. The step is over, and the trial has answered: the next step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from state.config.sections import RolloutSettings
+from state.rollouts.assignment import LIVE, TRIAL
+from state.rollouts.evidence import Evidence, StepSums
+from state.rollouts.latencies import quantile_ms
+from state.rollouts.rollout import Rollout
+
+LEAST_FAILURES = 10
+"""Failures of a step below which the trial is not judged by them."""
+
+LEAST_ANSWERS = 500
+"""Answers of each arm below which latencies are not compared: the slowest hundredth must be a few."""
+
+
+class Decision(NamedTuple):
+    """What becomes of a rollout, and why."""
+
+    action: Literal["next", "halt", "back"]
+    reason: str
+
+
+def decide(rollout: Rollout, evidence: Evidence, settings: RolloutSettings, now_ms: int) -> Decision | None:
+    """What is to be done now; None for nothing.
+
+    Args:
+        rollout: Its newest generation.
+        evidence: Of its arms.
+        settings: The bounds.
+        now_ms: Wall clock.
+    """
+    if rollout.phase not in ("running", "halted"):
+        return None
+    against = _against(evidence, settings)
+    if against is not None:
+        return None if (against.action, rollout.phase) == ("halt", "halted") else against
+    over = now_ms - rollout.since_ms >= 1000 * rollout.every_s
+    if rollout.phase != "running" or not over or evidence.step != rollout.step:
+        return None
+    trial = evidence.of_step[TRIAL]
+    if not trial.answers:
+        return None
+    return Decision("next", f"nothing against it after {trial.answers:,} answers to {trial.users:,} users")
+
+
+def _against(evidence: Evidence, settings: RolloutSettings) -> Decision | None:
+    """What speaks against going on."""
+    trial, live = evidence.of_step[TRIAL], evidence.of_step[LIVE]
+    more = _failing(trial) - _failing(live)
+    if trial.failures >= LEAST_FAILURES and more > settings.max_failures:
+        return Decision(
+            "back", f"it fails in {_failing(trial):.1%} of its answers, the live one in {_failing(live):.1%}"
+        )
+    if min(trial.answers, live.answers) >= LEAST_ANSWERS:
+        slow, usual = quantile_ms(trial.took, 0.99), quantile_ms(live.took, 0.99)
+        if slow - usual > settings.slower_ms:
+            return Decision(
+                "back", f"its slowest hundredth of answers takes {slow:.0f} ms, the live one's {usual:.0f} ms"
+            )
+    if evidence.mismatch:
+        counts = " and ".join(f"{evidence.of_step[arm].users:,} ({arm})" for arm in (TRIAL, LIVE))
+        return Decision(
+            "halt", f"users come to the arms otherwise than the share says: {counts}, p = {evidence.mismatch_p:.2g}"
+        )
+    found = evidence.difference()
+    if found.high < 0:
+        return Decision(
+            "back",
+            f"it is worse: {found.value:+.4f} engagements an answer, between {found.low:+.4f} and {found.high:+.4f}",
+        )
+    return None
+
+
+def _failing(sums: StepSums) -> float:
+    return sums.failures / max(sums.answers, 1)

@@ -1,0 +1,135 @@
+"""What is to be said of a rollout: by arm what was counted, the lift with its interval, and a verdict in words. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from state.rollouts.assignment import ARMS, LIVE, TRIAL
+from state.rollouts.evidence import Evidence
+from state.rollouts.latencies import quantile_ms
+from state.rollouts.rollout import Rollout
+from state.statistics.arms import Contrast
+
+Finding = Literal["mismatch", "too early", "better", "worse", "equal", "undecided"]
+
+
+class ArmFigures(NamedTuple):
+    """What was counted of one arm.
+
+    Attributes:
+        users: Ever exposed in it.
+        answers: Of the whole rollout.
+        engagements: After their users' exposures.
+        rate: Engagements an answer.
+        failures: Of the newest step.
+        p50_ms: Of the newest step.
+        p99_ms: Likewise.
+    """
+
+    users: int
+    answers: int
+    engagements: int
+    rate: float
+    failures: int
+    p50_ms: float
+    p99_ms: float
+
+
+class RolloutReport(NamedTuple):
+    """A report.
+
+    Attributes:
+        arms: By arm.
+        difference: Engagements an answer of the trial, less those of the live one.
+        lift: The same as a part of the live one's; None where one arm has none.
+        mismatch_p: Of the sample ratio.
+        finding: In a word.
+        verdict: In a sentence.
+    """
+
+    arms: Mapping[str, ArmFigures]
+    difference: Contrast
+    lift: Contrast | None
+    mismatch_p: float
+    finding: Finding
+    verdict: str
+
+
+def report(evidence: Evidence, equal_within: float) -> RolloutReport:
+    """What is to be said of the arms.
+
+    Args:
+        evidence: Of them.
+        equal_within: Arms are equal where the whole interval of the lift lies within plus and minus this.
+    """
+    lift = evidence.lift()
+    finding, verdict = _verdict(evidence, lift, equal_within)
+    figures: dict[str, ArmFigures] = {}
+    for arm in ARMS:
+        sums, step = evidence.rates[arm], evidence.of_step[arm]
+        figures[arm] = ArmFigures(
+            evidence.users[arm], sums.rows, round(float(sums.totals.sum())), sums.mean, step.failures,
+            quantile_ms(step.took, 0.5), quantile_ms(step.took, 0.99),
+        )  # fmt: skip
+    return RolloutReport(figures, evidence.difference(), lift, evidence.mismatch_p, finding, verdict)
+
+
+def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> tuple[Finding, str]:
+    if evidence.mismatch:
+        return (
+            "mismatch",
+            f"users come to the arms otherwise than the share says (p = {evidence.mismatch_p:.2g}): look for lost exposures "
+            "or failing answers; nothing else that is compared counts",
+        )
+    if lift is None or not math.isfinite(lift.high):
+        return "too early", "too early: an arm has too few engagements to say anything"
+    between = f"{lift.low:+.1%} to {lift.high:+.1%} engagements an answer beside the live versions"
+    if lift.low > 0:
+        return "better", f"better: {between}"
+    if lift.high < 0:
+        return "worse", f"worse: {between}"
+    if -equal_within < lift.low and lift.high < equal_within:
+        return "equal", f"equal within {equal_within:.0%}: {between}"
+    return "undecided", f"undecided: {between}"
+
+
+def as_document(found: RolloutReport, generations: Sequence[Rollout]) -> dict[str, Any]:
+    """A report as JSON values; ends that are infinite are null."""
+    newest = generations[-1]
+    return {
+        "name": newest.name,
+        "phase": newest.phase,
+        "share": newest.share,
+        "arms": {arm: figures._asdict() for arm, figures in found.arms.items()},
+        "difference": _ends(found.difference),
+        "lift": None if found.lift is None else _ends(found.lift),
+        "mismatch_p": found.mismatch_p,
+        "finding": found.finding,
+        "verdict": found.verdict,
+        "history": [
+            {"at_ms": one.at_ms, "phase": one.phase, "share": one.share, "actor": one.actor, "reason": one.reason}
+            for one in generations
+        ],
+    }
+
+
+def as_lines(found: RolloutReport, generations: Sequence[Rollout]) -> list[str]:
+    """A report as lines to read."""
+    newest = generations[-1]
+    lines = [f"{newest.name}: {newest.phase}, {newest.share:g} of the users ({newest.actor}: {newest.reason})"]
+    lines.append(
+        f"{'arm':<6}{'users':>10}{'answers':>12}{'engagements':>13}{'rate':>9}{'failures':>10}{'p50 ms':>9}{'p99 ms':>9}"
+    )
+    for arm in (TRIAL, LIVE):
+        one = found.arms[arm]
+        lines.append(
+            f"{arm:<6}{one.users:>10,}{one.answers:>12,}{one.engagements:>13,}{one.rate:>9.4f}{one.failures:>10,}"
+            f"{one.p50_ms:>9.1f}{one.p99_ms:>9.1f}"
+        )
+    return [*lines, found.verdict]
+
+
+def _ends(contrast: Contrast) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in contrast._asdict().items()}

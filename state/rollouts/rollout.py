@@ -1,0 +1,190 @@
+"""What should become of a rollout: a generation of its desired state, and the pure transitions from one to the next.
+
+Whoever decides, the gate or an operator, writes the next generation; workers
+take it up within a quarter of a second. A generation is never changed: all of
+them are the audit of what was decided, by whom, and why
+(`state/rollouts/rollouts.py`).
+
+    running   the share of the step; the gate takes it to the next one
+    halted    the share stays as it is until somebody resumes it
+    done      the last step is over: its share stays until somebody ends it
+    back      everybody is answered by the live trainer's versions again
+    ended     likewise, without anything against the trial
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from state.errors import ControlConflict, SettingsError
+
+Phase = Literal["running", "halted", "done", "back", "ended"]
+OPEN = ("running", "halted", "done")
+STEPS = (1.0, 5.0, 50.0, 100.0)
+EVERY_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A generation of the desired state.
+
+    Attributes:
+        generation: Its number; the newest one counts.
+        name: Of the trial that is rolled out.
+        steps: Percent of the users, ascending.
+        every_s: How long a step lasts, at least.
+        step: Which of them; from 0.
+        phase: See above.
+        started_ms: When the rollout began, wall clock.
+        since_ms: When this step began.
+        at_ms: When this was decided.
+        actor: Who decided.
+        reason: Why.
+        exposures_from: Where its exposures begin in their topic.
+        log_from: Where the training log was when it began.
+    """
+
+    generation: int
+    name: str
+    steps: tuple[float, ...]
+    every_s: float
+    step: int
+    phase: Phase
+    started_ms: int
+    since_ms: int
+    at_ms: int
+    actor: str
+    reason: str
+    exposures_from: int
+    log_from: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether users are told apart."""
+        return self.phase in OPEN
+
+    @property
+    def share(self) -> float:
+        """The share of the users whom the trial answers, 0 to 1."""
+        return self.steps[self.step] / 100 if self.is_open else 0.0
+
+
+def require_steps(steps: tuple[float, ...]) -> None:
+    """Refuses what are no steps.
+
+    >>> require_steps((1.0, 5.0, 50.0, 100.0))
+
+    Raises:
+        SettingsError: They are none, or do not ascend, or are no percentages.
+    """
+    if not steps or list(steps) != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] <= 100:
+        shown = ",".join(f"{one:g}" for one in steps)
+        raise SettingsError(f"--steps {shown} are no steps", "give ascending percentages above 0, such as 1,5,50,100")
+
+
+def start(
+    before: Rollout | None,
+    name: str,
+    steps: tuple[float, ...],
+    every_s: float,
+    places: tuple[int, int],
+    *,
+    actor: str,
+    reason: str,
+    now_ms: int,
+) -> Rollout:
+    """A rollout at its first step.
+
+    Args:
+        before: The newest generation; None before the first.
+        name: Of the trial.
+        steps: Percent of the users.
+        every_s: How long a step lasts.
+        places: Where exposures and the training log end.
+        actor: Who starts it.
+        reason: Why.
+        now_ms: Wall clock.
+
+    >>> first = start(None, "wider", STEPS, 1800, (0, 0), actor="ann", reason="try it", now_ms=5)
+    >>> first.generation, first.share, first.phase
+    (1, 0.01, 'running')
+
+    Raises:
+        SettingsError: The steps are none.
+        ControlConflict: Another one is open.
+    """
+    require_steps(steps)
+    if before is not None and before.is_open:
+        raise ControlConflict(
+            f"the rollout of {before.name} is {before.phase} at {before.share:.0%} of the users",
+            f"end it first: `springtide rollout {before.name} --end`",
+        )
+    generation = 1 if before is None else before.generation + 1
+    return Rollout(generation, name, steps, every_s, 0, "running", now_ms, now_ms, now_ms, actor, reason, *places)
+
+
+def next_step(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
+    """The next share, or `done` behind the last one.
+
+    >>> first = start(None, "wider", (50.0, 100.0), 60, (0, 0), actor="ann", reason="try it", now_ms=0)
+    >>> whole = next_step(first, actor="gate", reason="nothing against it", now_ms=60_000)
+    >>> whole.share, whole.since_ms, next_step(whole, actor="gate", reason="over", now_ms=120_000).phase
+    (1.0, 60000, 'done')
+
+    Raises:
+        ControlConflict: It is not running.
+    """
+    _require(rollout, ("running",), "go on")
+    if rollout.step + 1 == len(rollout.steps):
+        return _next(rollout, actor, reason, now_ms, phase="done")
+    return _next(rollout, actor, reason, now_ms, step=rollout.step + 1, since_ms=now_ms)
+
+
+def halt(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
+    """The share stays as it is; the same where it does already.
+
+    Raises:
+        ControlConflict: It is over.
+    """
+    _require(rollout, ("running", "halted"), "be halted")
+    return rollout if rollout.phase == "halted" else _next(rollout, actor, reason, now_ms, phase="halted")
+
+
+def resume(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
+    """Its step begins again; the same where it runs.
+
+    Raises:
+        ControlConflict: It is over.
+    """
+    _require(rollout, ("running", "halted"), "be resumed")
+    if rollout.phase == "running":
+        return rollout
+    return _next(rollout, actor, reason, now_ms, phase="running", since_ms=now_ms)
+
+
+def back(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
+    """Back to nobody; the same where it is there.
+
+    Raises:
+        ControlConflict: It was ended otherwise.
+    """
+    _require(rollout, (*OPEN, "back"), "go back")
+    return rollout if rollout.phase == "back" else _next(rollout, actor, reason, now_ms, phase="back")
+
+
+def end(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
+    """Nobody is told apart any more; the same where that is so."""
+    return _next(rollout, actor, reason, now_ms, phase="ended") if rollout.is_open else rollout
+
+
+def _require(rollout: Rollout, phases: tuple[str, ...], verb: str) -> None:
+    if rollout.phase not in phases:
+        raise ControlConflict(
+            f"the rollout of {rollout.name} is {rollout.phase} and cannot {verb}",
+            f"look at what became of it: `springtide rollout {rollout.name} --report`",
+        )
+
+
+def _next(rollout: Rollout, actor: str, reason: str, now_ms: int, **changes: Any) -> Rollout:
+    return replace(rollout, generation=rollout.generation + 1, at_ms=now_ms, actor=actor, reason=reason, **changes)

@@ -1,0 +1,131 @@
+"""The generations of rollouts in a registry: read, and taken on by one file that only one can create."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from state import layout
+from state.disk import files as durable
+from state.errors import ControlConflict, CorruptVersion
+from state.registry import manifest
+from state.registry.directory import usable
+from state.rollouts.rollout import Rollout
+
+_TRIES = 8
+
+
+class Rollouts:
+    """The rollouts of one registry, one open at a time. One object per thread.
+
+    Args:
+        registry: The registry's directory.
+    """
+
+    def __init__(self, registry: Path) -> None:
+        self._folder = registry / layout.ROLLOUTS
+        self._newest: Rollout | None = None
+
+    def newest(self) -> Rollout | None:
+        """The newest generation; None before the first. Costs one look at a file name: poll it.
+
+        Raises:
+            CorruptVersion: The file fails its digest.
+            UnusableRegistry: It cannot be read.
+        """
+        with usable("be read"):
+            if self._newest is None:
+                numbers = self._numbers()
+                self._newest = self._read(numbers[-1]) if numbers else None
+            while self._path((0 if self._newest is None else self._newest.generation) + 1).exists():
+                self._newest = self._read((0 if self._newest is None else self._newest.generation) + 1)
+        return self._newest
+
+    def history(self, name: str) -> list[Rollout]:
+        """The generations of the newest rollout of one trial in order; empty where there is none.
+
+        Raises:
+            CorruptVersion: A file fails its digest.
+            UnusableRegistry: They cannot be read.
+        """
+        with usable("be read"):
+            found = [one for number in self._numbers() if (one := self._read(number)).name == name]
+        return [one for one in found if one.started_ms == found[-1].started_ms]
+
+    def propose(self, rollout: Rollout) -> Rollout:
+        """Makes a generation the newest one, durably.
+
+        1. It is written to a temporary file.
+        2. A hard link by its number, which only one can make: from here on it counts.
+        3. The directory is synced.
+
+        Raises:
+            ControlConflict: Somebody else was faster.
+            UnusableRegistry: The disk refused; nothing was changed.
+        """
+        with usable(f"take generation {rollout.generation} of rollouts"):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # 1.
+            temporary = self._folder / f".{rollout.generation}-{os.urandom(4).hex()}"
+            durable.write(temporary, manifest.seal(msgspec.json.encode(rollout)))
+            try:
+                # 2.
+                os.link(temporary, self._path(rollout.generation))
+            except FileExistsError:
+                other = self._read(rollout.generation)
+                raise ControlConflict(
+                    f"generation {rollout.generation} of rollouts was just created by {other.actor} ({other.phase}: {other.reason})",
+                    f"look at `springtide rollout {other.name} --report`, then repeat the command",
+                ) from None
+            finally:
+                temporary.unlink()
+            # 3.
+            durable.sync_directory(self._folder)
+        return rollout
+
+    def change(self, transition: Callable[[Rollout], Rollout], name: str = "") -> Rollout:
+        """Takes the newest rollout on by a pure transition, again from the newest one when somebody was faster.
+
+        Args:
+            transition: From one generation to the next; the same one where nothing changes.
+            name: Of the trial that must be the newest one; whichever it is where that is empty.
+
+        Raises:
+            ControlConflict: There is none, it is another trial's, the transition refuses, or others were faster all the time.
+        """
+        for _ in range(_TRIES):
+            newest = self.newest()
+            if newest is None or name not in ("", newest.name):
+                there = "there is none" if newest is None else f"the newest one is that of {newest.name}"
+                raise ControlConflict(
+                    f"no rollout of {name or 'any trial'}: {there}", "start it first: `springtide rollout NAME`"
+                )
+            wanted = transition(newest)
+            if wanted is newest:
+                return newest
+            try:
+                return self.propose(wanted)
+            except ControlConflict as error:
+                conflict = error
+        raise conflict
+
+    def _numbers(self) -> list[int]:
+        if not self._folder.exists():
+            return []
+        stems = (path.name.removesuffix(".json") for path in self._folder.iterdir() if path.name.endswith(".json"))
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
+
+    def _path(self, generation: int) -> Path:
+        return self._folder / f"{generation:08d}.json"
+
+    def _read(self, generation: int) -> Rollout:
+        path = self._path(generation)
+        try:
+            return msgspec.json.decode(manifest.unseal(path.read_bytes()), type=Rollout)
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise CorruptVersion(
+                f"{path} is damaged: {error}", "remove it: users are answered as the generation before says"
+            ) from error

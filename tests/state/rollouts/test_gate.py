@@ -1,0 +1,169 @@
+"""The gate: a better trial is taken to everybody, a worse one is stopped at 1 %, equal ones are called equal; what fails, is slow or loses users does not go on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from state.config.sections import RolloutSettings
+from state.events.identity import Salt, user_id
+from state.rollouts import rollout
+from state.rollouts.assignment import LIVE, TRIAL, arm_of, place_of
+from state.rollouts.evidence import Evidence
+from state.rollouts.exposure import Exposure
+from state.rollouts.gate import decide
+from state.rollouts.report import RolloutReport, as_lines, report
+from state.rollouts.rollout import STEPS, Rollout
+
+SALT = Salt(b"0123456789abcdef")
+SETTINGS = RolloutSettings()
+USERS = 40_000
+PSEUDONYMS = [user_id(SALT, f"user-{n}") for n in range(USERS)]
+PLACES = [place_of(SALT, "wider", user) for user in PSEUDONYMS]
+ROUND_MS = 1_000
+
+
+class Traffic:
+    """Users who come again and again, and engage at the rate of their arm; the gate looks after each hundred of them."""
+
+    def __init__(self, rates: dict[str, float], seed: int = 1) -> None:
+        self.random, self.rates, self.now_ms = np.random.default_rng(seed), rates, 0
+        self.evidence = Evidence("wider", SETTINGS.planned_answers)
+        self.rollout: Rollout = rollout.start(
+            None, "wider", STEPS, 30.0, (0, 0), actor="ann", reason="try it", now_ms=0
+        )
+        self.history = [self.rollout]
+
+    def run(self, rounds: int = 400, failing: float = 0.0, slower_us: int = 0, losing: float = 0.0) -> None:
+        """Until it is over, so many times a thousand answers at most.
+
+        Args:
+            rounds: Each is a second.
+            failing: The share of the trial's answers that fail.
+            slower_us: How much longer its slowest twentieth takes.
+            losing: The share of its exposures that are lost.
+        """
+        for _ in range(rounds):
+            self.now_ms += ROUND_MS
+            for who in self.random.integers(0, USERS, (5, 200)).tolist():
+                self._answer(who, failing, slower_us, losing)
+                decision = decide(self.rollout, self.evidence, SETTINGS, self.now_ms)
+                if decision is not None:
+                    take = {"next": rollout.next_step, "halt": rollout.halt, "back": rollout.back}[decision.action]
+                    self.rollout = take(self.rollout, actor="gate", reason=decision.reason, now_ms=self.now_ms)
+                    self.history.append(self.rollout)
+            if self.rollout.phase != "running":
+                return
+
+    def _answer(self, who: list[int], failing: float, slower_us: int, losing: float) -> None:
+        exposures, engaged = [], []
+        chances = self.random.random((len(who), 4)).tolist()
+        for number, (one, other, third, fourth) in zip(who, chances, strict=True):
+            arm = arm_of(PLACES[number], self.rollout.share)
+            took_us = 2_000 + (slower_us if arm == TRIAL and third < 0.05 else 0)
+            if one < self.rates[arm]:
+                engaged.append(PSEUDONYMS[number])
+            if arm == TRIAL and fourth < losing:
+                continue
+            exposures.append(
+                Exposure(
+                    f"{PSEUDONYMS[number]:016x}",
+                    "wider",
+                    self.rollout.step,
+                    self.rollout.share,
+                    arm,
+                    self.now_ms,
+                    took_us,
+                    arm == TRIAL and other < failing,
+                )
+            )
+        self.evidence.expose(exposures)
+        self.evidence.engage(np.array(engaged, np.uint64), self.now_ms)
+
+    def report(self) -> RolloutReport:
+        return report(self.evidence, SETTINGS.equal_within)
+
+
+def test_a_better_trial_comes_to_everybody() -> None:
+    traffic = Traffic({TRIAL: 0.36, LIVE: 0.30})
+    traffic.run()
+    assert [one.share for one in traffic.history] == [0.01, 0.05, 0.5, 1.0, 1.0] and traffic.rollout.phase == "done"
+    found = traffic.report()
+    assert found.finding == "better" and found.lift is not None and found.lift.low < 0.2 < found.lift.high
+    assert found.arms[TRIAL].rate == pytest.approx(0.36, abs=0.01)
+    assert found.arms[LIVE].rate == pytest.approx(0.30, abs=0.01)
+    assert "better: +" in as_lines(found, traffic.history)[-1]
+
+
+def test_a_worse_trial_is_stopped_at_one_percent() -> None:
+    traffic = Traffic({TRIAL: 0.10, LIVE: 0.30})
+    traffic.rollout = traffic.history[0] = rollout.start(
+        None, "wider", STEPS, 1800.0, (0, 0), actor="ann", reason="try it", now_ms=0
+    )
+    traffic.run()
+    assert [(one.share, one.phase) for one in traffic.history] == [(0.01, "running"), (0.0, "back")]
+    assert "it is worse" in traffic.rollout.reason and traffic.report().finding == "worse"
+
+
+def test_equal_arms_are_called_equal() -> None:
+    traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
+    traffic.run()
+    assert traffic.rollout.phase == "done"
+    assert traffic.report().finding == "equal" and "equal within 5%" in traffic.report().verdict
+
+
+def test_a_trial_that_fails_goes_back_at_its_first_failures() -> None:
+    traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
+    traffic.run(failing=0.5)
+    assert [one.phase for one in traffic.history] == ["running", "back"] and "it fails in" in traffic.rollout.reason
+    assert traffic.evidence.of_step[TRIAL].answers < 200
+
+
+def test_a_trial_that_is_slower_goes_back() -> None:
+    traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
+    traffic.run(slower_us=40_000)
+    assert traffic.rollout.phase == "back" and "slowest hundredth" in traffic.rollout.reason
+
+
+def test_lost_exposures_halt_it_and_spoil_the_verdict() -> None:
+    """A third of the trial's are lost while half of the users are in it."""
+    traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
+    traffic.rollout = rollout.start(None, "wider", (50.0,), 1800.0, (0, 0), actor="ann", reason="try it", now_ms=0)
+    traffic.run(losing=1 / 3)
+    assert traffic.rollout.phase == "halted" and "otherwise than the share says" in traffic.rollout.reason
+    assert traffic.report().finding == "mismatch"
+    assert decide(traffic.rollout, traffic.evidence, SETTINGS, traffic.now_ms) is None, "it is halted once"
+
+
+def test_a_step_goes_on_only_once_the_trial_has_answered() -> None:
+    traffic = Traffic({TRIAL: 0.3, LIVE: 0.3})
+    assert decide(traffic.rollout, traffic.evidence, SETTINGS, 10**9) is None
+    live = Exposure("00000000000000ff", "wider", 0, 0.01, "live", 5, 900)
+    traffic.evidence.expose([live])
+    assert decide(traffic.rollout, traffic.evidence, SETTINGS, 10**9) is None
+    trial = Exposure("00000000000000fe", "wider", 0, 0.01, "trial", 5, 900)
+    traffic.evidence.expose([trial])
+    decision = decide(traffic.rollout, traffic.evidence, SETTINGS, 10**9)
+    assert decision is not None and decision.action == "next"
+    assert decide(traffic.rollout, traffic.evidence, SETTINGS, 29_999) is None, "the step lasts half a minute"
+
+
+def test_what_was_known_before_the_exposure_is_no_engagement_of_it() -> None:
+    evidence = Evidence("wider", 1000)
+    evidence.expose([Exposure(f"{7:016x}", "wider", 0, 0.05, "live", 1_000, 900)])
+    evidence.engage(np.array([7, 8], np.uint64), 999)
+    assert evidence.rates[LIVE].mean == 0.0
+    evidence.engage(np.array([7, 8], np.uint64), 1_000)
+    assert (evidence.rates[LIVE].rows, evidence.rates[LIVE].mean) == (1, 1.0)
+    # With a larger share the user comes into the other arm, and what follows counts there.
+    evidence.expose([Exposure(f"{7:016x}", "wider", 1, 0.5, "trial", 2_000, 900)])
+    evidence.engage(np.array([7], np.uint64), 1_500)
+    evidence.engage(np.array([7], np.uint64), 2_500)
+    assert (evidence.rates[LIVE].mean, evidence.rates[TRIAL].mean) == (1.0, 1.0)
+    assert evidence.users == {TRIAL: 1, LIVE: 1}
+
+
+def test_exposures_of_another_rollout_count_nothing() -> None:
+    evidence = Evidence("wider", 1000)
+    evidence.expose([Exposure(f"{7:016x}", "deeper", 3, 0.05, "live", 1_000, 900)])
+    assert evidence.step == -1 and evidence.rates[LIVE].rows == 0
