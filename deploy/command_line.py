@@ -40,6 +40,10 @@ PROCESSES = {
         "deploy.flink.command",
         "Run a Flink cluster on this machine, for the stream on a distributed runner: flink up, flink down, flink status.",
     ),
+    "rollout": (
+        "deploy.rollouts.command",
+        "Answer a growing share of the users by a trial, and go on, halt or go back by what they do.",
+    ),
     "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
     "probe": (
         "deploy.probe",
@@ -83,6 +87,7 @@ PROCESSES = {
 OWN_HELP = (
     "up",
     "flink",
+    "rollout",
     "status",
     "probe",
     "verify",

@@ -4,6 +4,7 @@
     main        registry and control, each poll_ms     rows, pointer, mask     host_rows.py, following.py
     clicks      the micro-batch topic                  histories, event clock  clicks.py
     attributes  their topics, where there are any      attributes              attributes.py
+    exposures   what workers kept, where there may be  their topic             splitting/forwarding.py
 
 Each goes on without the other: with Kafka away new versions still arrive, with
 the registry away new clicks do, one whose store or disk is full waits for room
@@ -31,6 +32,7 @@ from deploy.serving.erasing import HostErasures
 from deploy.serving.following import VersionFollower
 from deploy.serving.gauges import show_ages
 from deploy.serving.host_rows import HostRows
+from deploy.serving.splitting.forwarding import ExposureForwarder
 from state.attributes.values import tables_of
 from state.config.loading import load
 from state.config.settings import Settings
@@ -47,8 +49,8 @@ from state.features.spec import FeatureSpec
 from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
-from state.layout import ATTRIBUTES, CURRENT, GAPS
-from state.log import Reader, Topics
+from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS
+from state.log import KafkaLog, Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, served
 from state.process import log_lines
@@ -146,6 +148,8 @@ class Applier:
         if self._attributes is not None:
             follow = partial(self._attributes.run, self._stop)
             threads.append(threading.Thread(target=self._guarded, args=(follow,), name="attributes"))
+        if self._settings.rollout.address:
+            threads.append(threading.Thread(target=self._guarded, args=(self._forward,), name="exposures"))
         keep_what_is_there()
         for thread in threads:
             thread.start()
@@ -163,6 +167,11 @@ class Applier:
                     thread.join()
         if self._failure is not None:
             raise self._failure
+
+    def _forward(self) -> None:
+        kafka = self._settings.kafka
+        folder = self._settings.serving_dir / EXPOSURES
+        ExposureForwarder(folder, KafkaLog(kafka), kafka.exposures_topic, self._now_ms).run(self._stop)
 
     def _room(self) -> Room:
         """The room that one thread needs."""

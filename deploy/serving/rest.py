@@ -28,6 +28,7 @@ from deploy.serving.exposition import of_all_workers
 from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
+from deploy.serving.splitting.split import Split
 from deploy.serving.workers import Workers, count_as, end_with_parent
 from state.config.loading import load
 from state.config.settings import Settings
@@ -59,10 +60,13 @@ def serve(
         beside: Whether other workers answer on the same port, whose counters its metrics add up.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
-    host = Host(settings, salt, now_ms=lambda: time.time_ns() // 1_000_000)
+    host = Host(settings, salt, now_ms=_wall_ms)
     access = Access.of(settings)
     registry = CollectorRegistry()
-    app = App(host, registry, serving, of_all_workers(registry) if beside else None, access.tokens)
+    # It logs addresses, and an address names a user.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    split = Split(settings, salt, _wall_ms) if settings.rollout.address else None
+    app = App(host, registry, serving, of_all_workers(registry) if beside else None, access.tokens, split=split)
     if beside:
         say_build(registry)
         # Counters go on from those of workers that ended.
@@ -77,6 +81,10 @@ def serve(
         server.run(sockets=[bound])
     finally:
         app.close()
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def require_grpc_port(settings: Settings) -> None:

@@ -36,6 +36,7 @@ from deploy.serving.http_api.profiles import Profiles
 from deploy.serving.http_api.segments import Segments
 from deploy.serving.line import QueueLimits
 from deploy.serving.request_counts import RequestCounts
+from deploy.serving.splitting.split import Split
 from state.config.sections import ServingSettings
 from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
@@ -56,6 +57,7 @@ class App:
         told_metrics: What /metrics says; None for `registry`.
         tokens: That requests need; None where they need none.
         clock_s: A monotonic clock.
+        split: Answers a share of the users by a trial; None where this host takes part in no rollout.
 
     Attributes:
         host: What answers.
@@ -72,10 +74,12 @@ class App:
         told_metrics: CollectorRegistry | None = None,
         tokens: Tokens | None = None,
         clock_s: Callable[[], float] = time.perf_counter,
+        split: Split | None = None,
     ) -> None:
         self.host = host
         self._most_body_bytes = serving.max_body_bytes
         self._tokens = tokens
+        self._split = split
         self.draining = False
         self.limits = QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s)
         self.metrics = WorkerMetrics(registry)
@@ -103,6 +107,8 @@ class App:
     def close(self) -> None:
         """Closes the stores; the next request opens them again."""
         self.host.close()
+        if self._split is not None:
+            self._split.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -112,7 +118,8 @@ class App:
             name = endpoint.name
             if self._tokens is not None:
                 self._tokens.require(header(scope, b"authorization"), endpoint.role)
-            response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, self._most_body_bytes))
+            answer_one = endpoint.answer if self._split is None else self._split.answer
+            response = await answer_one(Request(scope, receive, placeholders, endpoint, self._most_body_bytes))
         except SpringtideError as error:
             response = failure(error)
         except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered

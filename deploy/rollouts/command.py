@@ -1,0 +1,236 @@
+"""Takes a trial to more and more users: `springtide rollout NAME [--steps 1,5,50,100] [--every 30m]`.
+
+The command stays and drives the rollout until it is done, goes back, or Ctrl-C;
+given again it goes on where it was. Without it shares stay as they are. With
+`--halt`, `--resume`, `--back`, `--end` or `--report` it does that alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from deploy.command_line import SETTINGS_HELP
+from deploy.operate.times import UNITS_MS, age
+from deploy.rollouts.driving import RolloutDriver
+from state import layout
+from state.config.loading import load
+from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
+from state.errors import (
+    ControlConflict,
+    GapError,
+    LogError,
+    RegistryError,
+    SettingsError,
+    SpringtideError,
+    UnknownTopic,
+)
+from state.log import KafkaLog, Log, topic_plan
+from state.process.actor import actor
+from state.process.closed_output import while_read
+from state.process.ending import stop_on_signals
+from state.process.said_once import SaidOnce
+from state.rollouts import rollout
+from state.rollouts.report import as_document, as_lines, report
+from state.rollouts.rollout import EVERY_S, STEPS, Rollout
+from state.rollouts.rollouts import Rollouts
+
+Say = Callable[[str], None]
+VERBS = {"halt": rollout.halt, "resume": rollout.resume, "back": rollout.back, "end": rollout.end}
+RETRY_S = 1.0
+SETTLE_S = 30.0
+"""How long a report waits until what is known is read."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options; settings are read beside them."""
+    made = argparse.ArgumentParser(
+        prog="springtide rollout",
+        description="Answers a growing share of the users by a trial, whose workers are at rollout.address, and goes on, halts or "
+        "goes back by what they do: engagements, failures, latency, and whether users come to the arms as the share says. "
+        "Stays until it is over; given again it goes on.",
+        epilog=SETTINGS_HELP,
+        allow_abbrev=False,
+    )
+    made.add_argument("name", metavar="NAME", help="of the trial")
+    shown = ",".join(f"{one:g}" for one in STEPS)
+    made.add_argument(
+        "--steps", type=_steps, default=STEPS, metavar="P,P,...", help=f"percent of the users (default {shown})"
+    )
+    made.add_argument(
+        "--every", type=_duration, default=EVERY_S, metavar="T", help="how long a step lasts (default 30m)"
+    )
+    alone = made.add_mutually_exclusive_group()
+    alone.add_argument("--halt", action="store_true", help="let the share stay as it is")
+    alone.add_argument("--resume", action="store_true", help="let its step begin again")
+    alone.add_argument(
+        "--back", action="store_true", help="answer everybody by the live versions again, within a second"
+    )
+    alone.add_argument(
+        "--end", action="store_true", help="likewise, with nothing against the trial: it was promoted, or is over"
+    )
+    alone.add_argument("--report", action="store_true", help="say how the arms compare, and stop there")
+    made.add_argument("--reason", default="none given", metavar="TEXT", help="why; kept with your name")
+    made.add_argument(
+        "-o", "--output", choices=("text", "json"), default="text", help="how to print the report (default text)"
+    )
+    return made
+
+
+def run(settings: Settings, asked: argparse.Namespace, log: Log, stop: threading.Event, say: Say) -> None:
+    """Does what is asked.
+
+    Raises:
+        SettingsError: The steps are none, or no address is set.
+        ControlConflict: Another rollout is open, or this one cannot do what is asked.
+        LogError: Kafka does not answer.
+    """
+    rollouts = Rollouts(settings.registry_dir)
+    for verb, transition in VERBS.items():
+        if getattr(asked, verb):
+            decided = partial(transition, actor=actor(), reason=asked.reason, now_ms=_wall_ms())
+            say(_told(rollouts.change(decided, asked.name)))
+            return
+    if asked.report:
+        say_report(settings, asked, log, rollouts, stop, say)
+        return
+    if not settings.rollout.address:
+        raise SettingsError(
+            "rollout.address is not set: no worker knows where the trial answers",
+            "start the trial's workers (`springtide serve` with its registry and a state directory of its own), set "
+            "rollout.address to them for this command and for `springtide serve` or `up`",
+        )
+    with DirectoryLock(settings.registry_dir / layout.ROLLOUTS):
+        drive(settings, asked, log, rollouts, stop, say)
+
+
+def drive(
+    settings: Settings, asked: argparse.Namespace, log: Log, rollouts: Rollouts, stop: threading.Event, say: Say
+) -> None:
+    """Starts the rollout, or goes on with it, until it is over or `stop`."""
+    newest = rollouts.newest()
+    if newest is None or newest.name != asked.name or not newest.is_open:
+        begun = rollout.start(
+            newest, asked.name, asked.steps, asked.every, _places(settings, log),
+            actor=actor(), reason=asked.reason, now_ms=_wall_ms(),
+        )  # fmt: skip
+        newest = rollouts.propose(begun)
+    say(_told(newest))
+    complain, driver = SaidOnce(lambda _, line: print(line, file=sys.stderr)), None
+    while not stop.is_set():
+        try:
+            driver = driver or RolloutDriver(settings, log, rollouts, newest, _wall_ms)
+            now = driver.step()
+        except (GapError, UnknownTopic, LogError, RegistryError) as error:
+            complain(f"{error}; shares stay as they are, and it is tried again")
+            if driver is not None:
+                driver.close()
+                driver = None
+            stop.wait(RETRY_S)
+            continue
+        if now.generation != newest.generation:
+            newest = now
+            say(_told(newest))
+        if newest.phase not in ("running", "halted") or newest.name != asked.name:
+            break
+    if driver is not None:
+        found, history = report(driver.evidence, settings.rollout.equal_within), rollouts.history(asked.name)
+        driver.close()
+        for line in as_lines(found, history):
+            say(line)
+
+
+def say_report(
+    settings: Settings, asked: argparse.Namespace, log: Log, rollouts: Rollouts, stop: threading.Event, say: Say
+) -> None:
+    """Reads all that is known of the newest rollout of a trial, and says it.
+
+    Raises:
+        ControlConflict: There is none of this name.
+        LogError: Kafka does not answer.
+    """
+    history = rollouts.history(asked.name)
+    if not history:
+        raise ControlConflict(f"there is no rollout of {asked.name}", "start it: `springtide rollout NAME`")
+    driver, until_s = RolloutDriver(settings, log, rollouts, history[-1], _wall_ms), time.monotonic() + SETTLE_S
+    try:
+        while not (driver.caught_up or stop.is_set() or time.monotonic() > until_s):
+            driver.read()
+    finally:
+        driver.close()
+    found = report(driver.evidence, settings.rollout.equal_within)
+    if asked.output == "json":
+        say(json.dumps(as_document(found, history), indent=2))
+    else:
+        for line in as_lines(found, history):
+            say(line)
+
+
+def _places(settings: Settings, log: Log) -> tuple[int, int]:
+    """Where exposures and the training log end; the topic of exposures is made where it is missing."""
+    kafka = settings.kafka
+    with log.topics() as topics:
+        topics.ensure(*topic_plan.exposures(settings))
+        return (
+            topics.ends(kafka.exposures_topic)[0][1],
+            topics.ends(kafka.microbatches_topic)[settings.trainer.partition][1],
+        )
+
+
+def _told(one: Rollout) -> str:
+    lasts = f", each step {age(one.every_s)}" if one.phase == "running" else ""
+    return f"generation {one.generation}: {one.name} {one.phase}, {one.share:.4g} of the users{lasts} ({one.actor}: {one.reason})"
+
+
+def _steps(text: str) -> tuple[float, ...]:
+    try:
+        steps = tuple(float(one) for one in text.split(","))
+        rollout.require_steps(steps)
+    except (ValueError, SettingsError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no steps: give ascending percentages such as 1,5,50,100"
+        ) from None
+    return steps
+
+
+def _duration(text: str) -> float:
+    """Seconds.
+
+    >>> _duration("30m"), _duration("1.5s")
+    (1800.0, 1.5)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 30m, 2h or 90s")
+    return float(found[1]) * UNITS_MS[found[2]] / 1000
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    stop = stop_on_signals()
+    # What the client says of each try is said once by what failed.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    try:
+        settings = load(flags)
+        run(settings, asked, KafkaLog(settings.kafka), stop, lambda line: print(line, flush=True))
+    except SpringtideError as error:
+        print(f"springtide rollout: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(while_read(main))

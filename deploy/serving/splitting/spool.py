@@ -1,0 +1,94 @@
+"""Exposures on their way from workers, which know no Kafka, to the applier of their host, which sends them.
+
+Each worker writes files of its own, one each quarter of a second in which it
+answers somebody. The applier takes those that nobody writes any more, sends
+them, and removes them once Kafka has acknowledged them: after a crash in
+between some are sent twice. They count users, not records.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from state.process.said_once import SaidOnce
+
+FILE_MS = 250
+"""For so long a file is written."""
+
+SETTLED_MS = 500
+"""After so long nobody writes it any more."""
+
+MOST_BYTES = 256 << 20
+"""Of all files: while Kafka is away the oldest make room."""
+
+_ENDING = ".jsonl"
+
+
+class ExposureSpool:
+    """Writes the exposures of one worker; one thread.
+
+    Args:
+        folder: The host's directory of exposures.
+        now_ms: The wall clock.
+        say: Takes a line for the log.
+    """
+
+    def __init__(self, folder: Path, now_ms: Callable[[], int], say: Callable[[str, str], object]) -> None:
+        self._folder, self._now_ms, self._say = folder, now_ms, SaidOnce(say)
+        self._handle, self._opened_ms = -1, 0
+
+    def write(self, record: bytes) -> None:
+        """Keeps one; where the disk refuses, that is said, and the answer goes its way without it."""
+        now_ms = self._now_ms()
+        try:
+            if self._handle < 0 or not self._opened_ms <= now_ms < self._opened_ms + FILE_MS:
+                self._open(now_ms)
+            os.write(self._handle, record + b"\n")
+        except OSError as error:
+            self.close()
+            self._say(f"exposures are lost: {error}")
+
+    def close(self) -> None:
+        """Ends the file that is written."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
+
+    def _open(self, now_ms: int) -> None:
+        self.close()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{now_ms:015d}-{os.getpid()}{_ENDING}"
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._opened_ms = now_ms
+
+
+def settled(folder: Path, now_ms: int) -> Iterator[tuple[Path, list[bytes]]]:
+    """The files that nobody writes any more, oldest first, each with its records; a torn last one is left out.
+
+    Args:
+        folder: The host's directory of exposures.
+        now_ms: The wall clock.
+    """
+    for path in _files(folder):
+        if int(path.name.partition("-")[0]) <= now_ms - SETTLED_MS:
+            lines = path.read_bytes().split(b"\n")
+            yield path, [line for line in lines[:-1] if line]
+
+
+def make_room(folder: Path, most_bytes: int = MOST_BYTES) -> int:
+    """Removes the oldest files beyond so many bytes; returns how many."""
+    files = _files(folder)
+    left, removed = sum(path.stat().st_size for path in files), 0
+    for path in files:
+        if left <= most_bytes:
+            break
+        left -= path.stat().st_size
+        path.unlink()
+        removed += 1
+    return removed
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{_ENDING}"))
