@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,7 +117,7 @@ class Predictor:
         self._attributes = attributes or NOTHING
         self._rows = rows
         self.histories = self._histories = histories
-        self._pseudonym = pseudonym or partial(user_id, salt)
+        self._pseudonym = pseudonym or (lambda user: user_id(salt, user))
         self.context_fields = tuple(context_fields)
         names = self._attributes.names
         self._clock = clock

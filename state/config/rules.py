@@ -159,13 +159,8 @@ def parts(settings: Settings) -> Iterator[Conflict]:
 
 def topics(settings: Settings) -> Iterator[Conflict]:
     """Topics have names that Kafka takes, and no two the same."""
-    names = (
-        "kafka.clicks_topic",
-        "kafka.dead_letters_topic",
-        "kafka.microbatches_topic",
-        "kafka.exposures_topic",
-        "segments.topic",
-    )
+    of_kafka = ("clicks", "dead_letters", "microbatches", "exposures")
+    names = (*(f"kafka.{what}_topic" for what in of_kafka), "segments.topic")
     owners: dict[str, str] = {}
     for name in names:
         topic = settings.value(name)
