@@ -15,7 +15,7 @@ from state.segments.configured import Segment
 from state.segments.expression import ProfileFacts, operands
 
 
-class Judged(NamedTuple):
+class JudgedUser(NamedTuple):
     """One user's profile, held against all expressions.
 
     Attributes:
@@ -45,7 +45,7 @@ class ProfileJudge:
         self._fields = frozenset(field for kind, field in asked.items() if kind in kinds)
         self._top = None if "interest" in kinds else 0
 
-    def judge(self, predictor: Predictor, users: Sequence[int]) -> list[Judged]:
+    def judge(self, predictor: Predictor, users: Sequence[int]) -> list[JudgedUser]:
         """Judges users, each batch by one version.
 
         Args:
@@ -56,17 +56,17 @@ class ProfileJudge:
             NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
         """
         asked = [Query(named(user), fields=self._fields, top=self._top) for user in users]
-        found: list[Judged] = []
+        found: list[JudgedUser] = []
         for first in range(0, len(asked), MOST_AT_ONCE):
             answers = predictor.profiles(asked[first : first + MOST_AT_ONCE])
             found += [self._judged(answer) for answer in answers]
         return found
 
-    def _judged(self, answer: Answer) -> Judged:
+    def _judged(self, answer: Answer) -> JudgedUser:
         # Whoever nothing is known of is in no segment, whatever an expression says of zeros.
         facts = facts_of(answer)
         within = (name for name, one in self._expressions.items() if answer.known and one.holds(facts))
-        return Judged(pseudonym(answer.user_id), answer.at_ms, answer.version["number"], frozenset(within))
+        return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version["number"], frozenset(within))
 
 
 def facts_of(answer: Answer) -> ProfileFacts:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from deploy.segments.judging import Judged
+from deploy.segments.judging import JudgedUser
 from state.errors import LogError
 from state.log import Log, LogWriter, PartitionBatch
 from state.metrics import SegmentMetrics
@@ -74,7 +74,7 @@ class Members:
             _log.info("segment %s is no more: its members left", segment)
         self._show()
 
-    def take(self, judged: Sequence[Judged]) -> None:
+    def take(self, judged: Sequence[JudgedUser]) -> None:
         """2. Takes users in and out, as they were judged; durable in the topic and seen by readers of the store when it returns.
 
         Raises:

@@ -95,7 +95,7 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class Relation:
     """Two operands of one type and one of `COMPARISONS`."""
 
     left: Operand
@@ -128,7 +128,7 @@ class Negated:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class Junction:
     """Two or more parts, of which all must hold, or any.
 
     Attributes:
@@ -148,20 +148,20 @@ class Joined:
         return f" {self.word} ".join(map(_inner, self.parts))
 
 
-Expression = Compared | Negated | Joined
+Expression = Relation | Negated | Junction
 
 
 def _inner(expression: Expression) -> str:
-    return f"({expression})" if isinstance(expression, Joined) else str(expression)
+    return f"({expression})" if isinstance(expression, Junction) else str(expression)
 
 
 def operands(expression: Expression) -> Iterator[Operand]:
     """All that it compares.
 
-    >>> [str(one) for one in operands(Compared(Operand("churn"), ">", Operand("number", 0.5)))]
+    >>> [str(one) for one in operands(Relation(Operand("churn"), ">", Operand("number", 0.5)))]
     ['churn', '0.5']
     """
-    if isinstance(expression, Compared):
+    if isinstance(expression, Relation):
         yield from (expression.left, expression.right)
         return
     for part in (expression.inner,) if isinstance(expression, Negated) else expression.parts:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
-from state.segments.expression import COMPARISONS, WORDS, Compared, Expression, Joined, Negated, Operand
+from state.segments.expression import COMPARISONS, WORDS, Expression, Junction, Negated, Operand, Relation
 
 MOST_CHARACTERS = 2000
 DEEPEST = 50
@@ -134,7 +134,7 @@ class _Descent:
         if len(parts) == 1:
             return parts[0]
         flat = [inner for one in parts for inner in _parts(one, word)]
-        return Joined("and" if word == "and" else "or", tuple(flat))
+        return Junction("and" if word == "and" else "or", tuple(flat))
 
     def _one(self) -> Expression:
         begin = self._next
@@ -153,7 +153,7 @@ class _Descent:
         self._depth -= 1
         return found
 
-    def _compared(self) -> Compared:
+    def _compared(self) -> Relation:
         left = self._operand()
         if self._next.kind != "sign":
             raise self._expected(f"one of {_SIGNS}")
@@ -163,7 +163,7 @@ class _Descent:
             raise _wrong(sign.column, f"{left} and {right} cannot be compared: one is a text, the other a number")
         if left.is_text and sign.text not in ("==", "!="):
             raise _wrong(sign.column, f"texts are compared with == and !=, not with {sign.text}")
-        return Compared(left, sign.text, right)
+        return Relation(left, sign.text, right)
 
     def _operand(self) -> Operand:
         token = self._next
@@ -211,7 +211,7 @@ class _Descent:
 
 
 def _parts(expression: Expression, word: str) -> tuple[Expression, ...]:
-    return expression.parts if isinstance(expression, Joined) and expression.word == word else (expression,)
+    return expression.parts if isinstance(expression, Junction) and expression.word == word else (expression,)
 
 
 def _unquoted(token: _Token) -> str:

@@ -14,12 +14,12 @@ from state.errors import SettingsError
 from state.segments.configured import segments_of, texts_of
 from state.segments.expression import (
     COMPARISONS,
-    Compared,
     Expression,
-    Joined,
+    Junction,
     Negated,
     Operand,
     ProfileFacts,
+    Relation,
     operands,
 )
 from state.segments.grammar import DEEPEST, MOST_CHARACTERS, Vocabulary, parse
@@ -40,17 +40,17 @@ of_texts = st.one_of(
     st.sampled_from(KNOWN.attributes).map(lambda name: Operand("attribute", name)),
 )
 comparisons = st.one_of(
-    st.builds(Compared, of_numbers, st.sampled_from([*COMPARISONS]), of_numbers),
-    st.builds(Compared, of_texts, st.sampled_from(["==", "!="]), of_texts),
+    st.builds(Relation, of_numbers, st.sampled_from([*COMPARISONS]), of_numbers),
+    st.builds(Relation, of_texts, st.sampled_from(["==", "!="]), of_texts),
 )
 
 
 def joined(word: Any, parts: list[Expression]) -> Expression:
     """Parts that are joined by the same word are parts of the whole."""
     flat = [
-        one for part in parts for one in (part.parts if isinstance(part, Joined) and part.word == word else (part,))
+        one for part in parts for one in (part.parts if isinstance(part, Junction) and part.word == word else (part,))
     ]
-    return Joined(word, tuple(flat))
+    return Junction(word, tuple(flat))
 
 
 expressions = st.recursive(
@@ -93,7 +93,7 @@ def in_python(expression: Expression, profile: ProfileFacts) -> bool:
     """The same by Python's own operators."""
     if isinstance(expression, Negated):
         return not in_python(expression.inner, profile)
-    if isinstance(expression, Joined):
+    if isinstance(expression, Junction):
         found = [in_python(part, profile) for part in expression.parts]
         return all(found) if expression.word == "and" else any(found)
     sides = {name: value(one, profile) for name, one in (("a", expression.left), ("b", expression.right))}
@@ -138,7 +138,7 @@ def test_any_text_is_an_expression_or_an_error_with_a_column_in_it(text: str) ->
 @given(expressions, st.data())
 def test_an_expression_that_is_cut_short_is_refused_at_its_end(expression: Expression, data: st.DataObject) -> None:
     """Cut before its last operand, so that what is left wants one more."""
-    text = str(Compared(Operand("number", 1.0), "<", Operand("number", 2.0)))
+    text = str(Relation(Operand("number", 1.0), "<", Operand("number", 2.0)))
     whole = f"({expression}) and {text}"
     cut = whole[: whole.rindex("2.0")]
     if len(cut) <= MOST_CHARACTERS:
