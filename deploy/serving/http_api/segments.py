@@ -7,6 +7,7 @@ GET /v1/segments/{segment}/users/{user_id}
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
@@ -16,9 +17,11 @@ from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import FAILED, Endpoint, Request, Response, encode
 from deploy.serving.segments import SegmentPage, SegmentSizes, UserSegment
 from springtide_client.answers import Failure
+from state.segments.configured import NAME
 
 MEMBERS = 100
 MOST_MEMBERS = 1000
+_NAMED: Mapping[str, Mapping[str, str]] = {"segment": {"pattern": f"^{NAME.pattern}$"}}
 
 
 class SegmentParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -62,6 +65,7 @@ class Segments:
                 parameters=SegmentParameters,
                 returns=(SegmentPage,),
                 failures=named,
+                placeholders=_NAMED,
             ),
             Endpoint(
                 "segment",
@@ -71,6 +75,7 @@ class Segments:
                 "Whether a user is in a segment.",
                 returns=(UserSegment,),
                 failures=named,
+                placeholders=_NAMED,
             ),
         ]
 

@@ -35,8 +35,8 @@ def document_of(app: App) -> dict[str, Any]:
 
 
 def _asks_for_names(path: str) -> bool:
-    """Whether what is asked must fit what a version has, which no schema knows: its number, labels, inputs, candidates."""
-    return "/models/" in path or path.endswith("/explain")
+    """Whether what is asked must fit what a version or the settings have, which no schema knows: numbers, labels, segments."""
+    return "/models/" in path or "/segments/" in path or path.endswith("/explain")
 
 
 def asked(document: dict[str, Any], mode: GenerationMode, most: int, ask_one: Any) -> None:

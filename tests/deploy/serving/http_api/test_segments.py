@@ -1,0 +1,87 @@
+"""Segments over HTTP: sizes, pages and memberships are those of the host's copy of the topic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.host import Host
+from deploy.serving.http_api.app import App
+from state.config.sections import SegmentSettings
+from state.events.identity import Salt, user_id
+from state.layout import SEGMENTS
+from state.segments.record import Membership
+from state.segments.store import SegmentStore
+from tests.deploy.serving.http_api.test_app import ask
+from tests.deploy.serving.stocked import MAP, NOW_MS, SALT_KEY, Stores
+
+EXPRESSIONS = ("busy=events.visible > 1", "idle=events.visible == 0")
+SALT = Salt(SALT_KEY)
+
+
+@pytest.fixture
+def app(stores: Stores) -> Iterator[App]:
+    """With two segments, whose members nobody keeps yet."""
+    stores.close()
+    settings = replace(stores.settings, segments=SegmentSettings(EXPRESSIONS))
+    made = App(Host(settings, SALT, now_ms=lambda: NOW_MS), CollectorRegistry())
+    yield made
+    made.close()
+
+
+def keep(stores: Stores, *users: str) -> None:
+    store = SegmentStore(stores.settings.serving_dir / SEGMENTS, MAP)
+    store.commit({("busy", user_id(SALT, user)): Membership(NOW_MS, 7) for user in users})
+    store.close()
+
+
+def test_members_are_listed_page_by_page(app: App, stores: Stores) -> None:
+    names = ("ann", "bob", "cem")
+    keep(stores, *names)
+    assert ask(app, "GET", "/v1/segments").json() == {
+        "segments": [
+            {"name": "busy", "expression": "events.visible > 1", "size": 3},
+            {"name": "idle", "expression": "events.visible == 0", "size": 0},
+        ]
+    }
+    wanted = sorted(f"{user_id(SALT, name):016x}" for name in names)
+    first = ask(app, "GET", "/v1/segments/busy?n=2").json()
+    assert (first["size"], first["next"]) == (3, wanted[2])
+    second = ask(app, "GET", f"/v1/segments/busy?n=2&from={first['next']}").json()
+    assert second["next"] is None
+    assert [one["pseudonym"] for one in first["members"] + second["members"]] == wanted
+    assert first["members"][0] | {"pseudonym": ""} == {
+        "pseudonym": "", "since": "2027-01-15T08:00:00.000Z", "since_ms": NOW_MS, "version": 7
+    }  # fmt: skip
+    assert ask(app, "GET", "/v1/segments/idle").json()["members"] == []
+
+
+def test_a_user_is_in_or_out(app: App, stores: Stores) -> None:
+    keep(stores, "ann")
+    found = ask(app, "GET", "/v1/segments/busy/users/ann").json()
+    assert (found["user_id"], found["in"], found["since_ms"], found["version"]) == ("ann", True, NOW_MS, 7)
+    found = ask(app, "GET", "/v1/segments/busy/users/bob").json()
+    assert (found["in"], found["since"], found["since_ms"], found["version"]) == (False, None, None, None)
+    # A store that is another one is opened again.
+    (stores.settings.serving_dir / SEGMENTS).rename(stores.settings.serving_dir / "before")
+    keep(stores, "bob")
+    assert [ask(app, "GET", f"/v1/segments/busy/users/{name}").json()["in"] for name in ("ann", "bob")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/v1/segments/nobody", 404, "there is no segment 'nobody'"),
+        ("/v1/segments/nobody/users/ann", 404, "there is no segment 'nobody'"),
+        ("/v1/segments/busy", 503, "cannot be opened"),
+        ("/v1/segments", 503, "cannot be opened"),
+        ("/v1/segments/busy?from=zz", 400, "parameter from"),
+        ("/v1/segments/busy?n=0", 400, "parameter n"),
+    ],
+)
+def test_what_cannot_be_answered_says_why(app: App, path: str, status: int, said: str) -> None:
+    answer = ask(app, "GET", path)
+    assert answer.status_code == status and said in answer.json()["error"]
