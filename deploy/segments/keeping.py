@@ -35,7 +35,7 @@ from state.segments.store import SegmentStore
 from state.storage.shares import SERVING, map_bytes
 
 AT_ONCE = 256
-"""Users who are judged in a round, of either kind; some 20 ms."""
+"""Users who are judged in a round, of either kind; some 70 ms."""
 FETCH_S, SOON_S = 0.1, 0.01
 MOST_DUE = 200_000
 """Users who clicked and were not judged yet, some 100 bytes each; with more all are looked at instead."""
