@@ -36,6 +36,9 @@
     │   └── programs/            those of applied versions
     ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb       deploy/validation/windows.py
+    ├── trials/<name>/           trial.json, comparison.json             state/trials/trial.py
+    │   └── registry/            of its own, while it runs; beside versions and control as above:
+    │       └── losses/          of rows, while a trial runs, in the live registry too   state/trials/row_losses.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
@@ -67,6 +70,7 @@ SEGMENTS_LOCK = "segments.lock"
 
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
 VALIDATION = "validation"
+TRIALS, LOSSES = "trials", "losses"
 PROMETHEUS = "prometheus"
 FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
@@ -90,6 +94,15 @@ def streams(state: Path) -> list[Path]:
     """The histories of every stream that ever ran under `state`, by name: of one, or of the shards of an earlier release."""
     # One that a power cut took out of memory is a link that leads nowhere.
     return sorted(one / HISTORIES for one in state.glob(f"{_STREAM}*") if os.path.lexists(one / HISTORIES))
+
+
+def trial_registry(state: Path, name: str) -> Path:
+    """The registry of a trial.
+
+    >>> trial_registry(Path("state"), "wider").as_posix()
+    'state/trials/wider/registry'
+    """
+    return state / TRIALS / name / REGISTRY
 
 
 def has_users(state: Path, registry: Path) -> bool:

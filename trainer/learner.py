@@ -1,8 +1,7 @@
 """Takes records of the training log, steps, publishes, and converges to control: the only writer of weights.
 
-The weights are a function of (base, log range, mask). Whatever happens in
-between, a restart or a rollback, comes down to one thing: load a version and
-read on from its place in the log.
+The weights are a function of (base, log range, mask). Whatever happens in between, a restart or a rollback, comes down
+to one thing: load a version and read on from its place in the log.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from trainer.engine.step import Trainer
 from trainer.forgetting import take_up
 from trainer.holding import UpdateGuard, let_go
 from trainer.intake import former, take_in
+from trainer.loss_recording import LossRecorder
 from trainer.measures.breakdown import shown_of
 from trainer.place import TrainingPlace
 from trainer.publications import Publications
@@ -43,8 +43,7 @@ from trainer.versions.draft import Drafter
 from trainer.versions.first_version import nothing_learned, restore_or_carry
 from trainer.versions.publisher import Publisher
 
-CONTROL_S = 0.05
-RECORDS = 32
+CONTROL_S, RECORDS = 0.05, 32
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
@@ -94,6 +93,7 @@ class Learner:
         )
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock, elapsed)
+        self._losses = LossRecorder(registry.path)
         self._log: LogReader | None = None
         self.control: Control
         self.place: TrainingPlace
@@ -215,6 +215,7 @@ class Learner:
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
             gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
+            self._losses.take(offset, found.batch.user, report)
         if self._updates.take(found.batch, report, before, self.place, (began_ms, self._trainer.counters.log_ms)):
             self._looked = float("-inf")
 
@@ -272,8 +273,7 @@ class Learner:
         self.place = self._publications.publish(place, self.control, self._account(), topic_id, last)
 
     def _settle(self, wait: bool = False) -> None:
-        made = self._publications.settle(wait)
-        if made is not None:
+        if (made := self._publications.settle(wait)) is not None:
             self.place = self.place.at_version(made)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.engine.guard import Verdict
-from trainer.measures.step_scores import StepScores, joined_scores
+from trainer.measures.step_scores import Judged, StepScores, joined_scores
 
 F64 = npt.NDArray[np.float64]
 
@@ -33,6 +33,7 @@ class Report:
         seconds: Duration of the step.
         quality: What the model, and what is simple, scored before learning, as sums.
         slices: `[loss, dimension, place, 3]` float64 of an accepted step, see `Breakdown.update`; None of a skipped one.
+        judged: What was said of its rows, of each update.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Report:
     seconds: float
     quality: StepScores
     slices: F64 | None
+    judged: tuple[Judged, ...]
 
 
 def joined(updates: Sequence[Report]) -> Report:
@@ -71,6 +73,7 @@ def joined(updates: Sequence[Report]) -> Report:
         seconds=sum(one.seconds for one in updates),
         quality=joined_scores([one.quality for one in updates]),
         slices=np.sum(slices, axis=0) if slices else None,
+        judged=tuple(said for one in updates for said in one.judged),
     )
 
 

@@ -286,4 +286,5 @@ class Trainer:
             seconds=self._clock() - began,
             quality=found.scores,
             slices=slices,
+            judged=(found,),
         )

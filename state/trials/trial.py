@@ -1,0 +1,240 @@
+"""What a trial is, and where trials lie: a directory each, with a document that says what somebody wants of it.
+
+    trials/lock                  of the process that runs them
+    trials/<name>/trial.json     who wants what of it; replaced as a whole, under its `lock`
+    trials/<name>/registry/      of its own trainer; it goes once nobody needs what it learned
+    trials/<name>/comparison.json    see `state/trials/comparison.py`
+
+Commands write what is wanted; the process that runs trials converges to it,
+also after an outage. A trial is tied to the epoch of the live trainer in which
+it began: where that one goes back, so that it learns other rows, the trial ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from state import layout
+from state.disk import files as durable
+from state.disk.lock import DirectoryLock
+from state.errors import RegistryError, SettingsError
+from state.registry import manifest
+
+DOCUMENT = "trial.json"
+MOST_RUNNING = 4
+"""Trials at once: each has a trainer, whose memory is that of the live one."""
+
+Wanted = Literal["running", "promoting", "promoted", "stopped", "ended"]
+"""`promoting` while its trainer ends, `promoted` once the live trainer is to go on from it, `ended` by itself."""
+Origin = Literal["live", "nothing"]
+
+_GONE = ".gone."
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial.
+
+    Attributes:
+        name: Its name.
+        wanted: What is wanted of it.
+        actor: Who wants that.
+        reason: Why.
+        at_ms: Since when, wall clock.
+        begun_by: Who began it.
+        begun_for: Why.
+        begun_at_ms: When.
+        origin: What its trainer began with: the live version, or nothing.
+        version: That version; None for nothing.
+        epoch: Of the live trainer when it began.
+        overrides: Settings in which it differs, by name, as text.
+        promoted_epoch: In which the live trainer goes on from it; 0 for none.
+    """
+
+    name: str
+    wanted: Wanted
+    actor: str
+    reason: str
+    at_ms: int
+    begun_by: str
+    begun_for: str
+    begun_at_ms: int
+    origin: Origin
+    version: int | None
+    epoch: int
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    promoted_epoch: int = 0
+
+    @property
+    def runs(self) -> bool:
+        """Whether its trainer is to run."""
+        return self.wanted == "running"
+
+    def wants(self, wanted: Wanted, *, actor: str, reason: str, now_ms: int, promoted_epoch: int = 0) -> Trial:
+        """The trial once something else is wanted of it."""
+        changes: dict[str, Any] = {"actor": actor, "reason": reason, "at_ms": now_ms, "promoted_epoch": promoted_epoch}
+        return replace(self, wanted=wanted, **changes)
+
+
+def require_name(name: str) -> None:
+    """Refuses what cannot be a trial's name: it is one of a directory, a log and a label.
+
+    Raises:
+        SettingsError: It is none.
+
+    >>> require_name("wider-rows")
+    """
+    if not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{name!r} is no name for a trial", "take up to 32 small letters, digits and hyphens, such as wider-rows"
+        )
+
+
+class Trials:
+    """The trials under a state directory.
+
+    Args:
+        state: The state directory.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self.path = state / layout.TRIALS
+
+    def folder(self, name: str) -> Path:
+        """The directory of a trial."""
+        return self.path / name
+
+    def registry(self, name: str) -> Path:
+        """The registry of a trial; it is there as long as somebody may need what it learned."""
+        return layout.trial_registry(self.path.parent, name)
+
+    def all(self) -> list[Trial]:
+        """All trials, by name.
+
+        Raises:
+            RegistryError: A document is damaged.
+        """
+        return [self.read(path.parent.name) for path in sorted(self.path.glob(f"[!.]*/{DOCUMENT}"))]
+
+    def open(self) -> list[str]:
+        """The names of trials that still have a registry, or a part of one: there is something to run, or to remove."""
+        left = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
+        return sorted({path.parent.name for path in left})
+
+    def read(self, name: str) -> Trial:
+        """One trial.
+
+        Raises:
+            RegistryError: There is no such trial, or its document is damaged.
+        """
+        path = self.folder(name) / DOCUMENT
+        try:
+            return msgspec.json.decode(manifest.unseal(path.read_bytes()), type=Trial)
+        except FileNotFoundError:
+            known = ", ".join(one.parent.name for one in sorted(self.path.glob(f"[!.]*/{DOCUMENT}"))) or "there is none"
+            raise RegistryError(f"there is no trial {name}", f"take one of `springtide trial list`: {known}") from None
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            raise RegistryError(
+                f"{path} cannot be read: {error}", f"remove {path.parent}: what the trial learned goes with it"
+            ) from error
+
+    def add(self, trial: Trial, fill: Callable[[Path], None]) -> None:
+        """Adds a trial; it is there whole, or not at all.
+
+        1. It is built aside, and synced.
+        2. One rename makes it appear.
+
+        Args:
+            trial: The trial.
+            fill: Fills its registry's directory, which is there.
+
+        Raises:
+            RegistryError: There is one of its name.
+            OSError: The disk refused.
+        """
+        final, aside = self.folder(trial.name), self.path / f".{trial.name}~{durable.owner_mark()}"
+        if final.exists():
+            raise RegistryError(
+                f"there was a trial {trial.name} before",
+                f"take another name, or remove {final}, where its comparison lies",
+            )
+        try:
+            # 1.
+            (aside / layout.REGISTRY).mkdir(parents=True)
+            fill(aside / layout.REGISTRY)
+            durable.write(aside / DOCUMENT, _encoded(trial))
+            durable.sync_tree(aside)
+            # 2.
+            aside.rename(final)
+            durable.sync_directory(self.path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def change(self, name: str, transition: Callable[[Trial], Trial]) -> Trial:
+        """Takes a trial on by a pure transition; durable when this returns.
+
+        Raises:
+            RegistryError: There is no such trial.
+            LockHeld: Somebody else does so right now.
+            SpringtideError: Of the transition.
+        """
+        with self._changing(name):
+            before = self.read(name)
+            after = transition(before)
+            if after != before:
+                folder = self.folder(name)
+                temporary = folder / f".{DOCUMENT}.{os.urandom(4).hex()}"
+                durable.write(temporary, _encoded(after))
+                temporary.replace(folder / DOCUMENT)
+                durable.sync_directory(folder)
+            return after
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        self.read(name)
+        with DirectoryLock(self.folder(name)):
+            yield
+
+    def drop_registry(self, name: str) -> None:
+        """Removes what a trial's trainer learned; its document and its comparison stay.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        registry, folder = self.registry(name), self.folder(name)
+        if registry.is_dir():
+            # By one rename: a half removed one is never taken for a registry.
+            registry.rename(folder / f"{_GONE}{os.urandom(4).hex()}")
+        for gone in folder.glob(f"{_GONE}*"):
+            shutil.rmtree(gone)
+
+    def sweep(self) -> None:
+        """Removes what commands that died left of trials that they were about to add.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        for aside in self.path.glob(".*~*"):
+            if durable.is_dead(aside.name.rpartition("~")[2]):
+                shutil.rmtree(aside)
+
+
+def _encoded(trial: Trial) -> bytes:
+    return manifest.seal(msgspec.json.encode(trial, order="deterministic"))
+
+
+def as_document(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON values."""
+    found: dict[str, Any] = json.loads(msgspec.json.encode(trial))
+    return found

@@ -1,0 +1,109 @@
+"""A trainer lets others have the loss of each row while somebody reads it, and writes nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from state.microbatch.batch import MicroBatch
+from state.microbatch.log_time import in_log_time
+from state.registry.registry import Registry
+from state.trials.row_losses import LossReader, RowLosses, segments, unwant, want
+from tests.trainer.clicks import batches, microbatch
+from tests.trainer.logs import append, learner, run_to_end, started, written
+from trainer.learner import Learner
+from trainer.loss_recording import LossRecorder
+
+RECORDS = [microbatch(number) for number in range(8)]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return started(tmp_path / "registry")
+
+
+def learned(registry: Registry, count: int = len(RECORDS)) -> Learner:
+    running = learner(registry, written(RECORDS[:count]))
+    run_to_end(running)
+    return running
+
+
+def read(registry: Registry) -> list[RowLosses]:
+    reader, found = LossReader(registry.path), list[RowLosses]()
+    while some := reader.read():
+        found += some
+    return found
+
+
+def test_nothing_is_written_while_nobody_reads(registry: Registry) -> None:
+    learned(registry).close()
+    assert not (registry.path / "losses").exists()
+
+
+def test_each_row_with_a_category_has_the_loss_that_the_measures_count(registry: Registry) -> None:
+    want(registry.path, "wider")
+    running = learned(registry)
+    found = read(registry)
+    # A record lies at each even offset.
+    assert [one.offset for one in found] == list(range(0, 2 * len(RECORDS), 2))
+    losses = np.concatenate([one.losses for one in found])
+    total = running._trainer.progressive.values()["total.log_loss"]
+    assert losses.mean() == pytest.approx(total, rel=1e-12)
+    assert all(len(one.blocks) == len(one.losses) > 0 for one in found)
+    running.close()
+
+
+def test_what_is_learned_again_after_a_crash_has_the_same_losses(registry: Registry) -> None:
+    want(registry.path, "wider")
+    log = written(RECORDS[:5])
+    running = learner(registry, log)
+    run_to_end(running)
+    # As after kill -9: only what was published is there.
+    running._publisher.close()
+    append(log, RECORDS[5:])
+    again = learner(registry, log)
+    run_to_end(again)
+    again.close()
+    by_offset: dict[int, list[float]] = {}
+    for one in read(registry):
+        assert by_offset.setdefault(one.offset, one.losses.tolist()) == one.losses.tolist()
+    assert sorted(by_offset) == list(range(0, 2 * len(RECORDS), 2))
+
+
+def test_files_go_once_nobody_reads_any_more(registry: Registry) -> None:
+    want(registry.path, "wider")
+    running = learned(registry, 2)
+    assert segments(registry.path)
+    unwant(registry.path, "wider")
+    now_s = [0.0]
+    recorder = LossRecorder(registry.path, lambda: now_s[0])
+    report = running._trainer.step(_batch(3))
+    recorder.take(6, _batch(3).user, report)
+    assert segments(registry.path) == []
+    want(registry.path, "other")
+    recorder.take(8, _batch(3).user, report)
+    assert segments(registry.path) == []
+    now_s[0] = 1.0
+    recorder.take(8, _batch(3).user, report)
+    assert [one.offset for one in read(registry)] == [8]
+    running.close()
+
+
+def _batch(number: int) -> MicroBatch:
+    return in_log_time(batches(number, number + 1)[0])
+
+
+def test_what_the_disk_refuses_stops_no_training(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+    want(registry.path, "wider")
+    running = learned(registry, 2)
+    recorder = LossRecorder(registry.path, lambda: 0.0)
+    report = running._trainer.step(_batch(3))
+    assert recorder._is_wanted()
+    shutil.rmtree(registry.path / "losses")
+    recorder.take(6, _batch(3).user, report)
+    recorder.take(8, _batch(3).user, report)
+    assert "no trial is compared meanwhile" in caplog.text
+    running.close()
