@@ -70,6 +70,11 @@ def operator_command(name: str) -> Command:
         from deploy.operate import erase
 
         return erase.erase
+    if name == "trial":
+        # Likewise: it compares numbers.
+        from deploy.trials import commands as trials
+
+        return trials.trial
     if name == "schema":
         # Likewise: it loads TensorFlow's protos.
         from deploy.operate import schema

@@ -13,6 +13,7 @@ from typing import NoReturn
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import Add, positive
+from deploy.trials import options as trials
 from state.errors import SettingsError
 
 PROCESSES = {
@@ -184,7 +185,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
         "In seconds, and nothing is started or changed; up, bootstrap and train do the same before they start.",
     )
-    printing += [_history(add), _config(add)]
+    printing += [trials.trial(add), _history(add), _config(add)]
     for one in printing:
         one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     return whole

@@ -19,6 +19,7 @@ from typing import Any
 from deploy.operate import held, horizon, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.startup.hints import addresses
+from deploy.trials import telling
 from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
@@ -131,6 +132,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows += _part("quality", *quality.as_text(measured))
     if leaving := state.get("churn"):
         rows += _part("churn", *churn.as_text(leaving))
+    for tried in state.get("trials") or []:
+        rows += _part("trial", *telling.as_text(tried))
     if looked_at := state.get("live_clicks"):
         rows += _part("live clicks", *live_clicks.as_text(looked_at))
     if accounting := state.get("accounting"):
@@ -186,6 +189,7 @@ def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
         "histories": stores_place.look_at_histories(settings),
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks.look(settings),
+        "trials": telling.running(settings),
     }
 
 

@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.startup import prometheus
         from deploy.startup.steps import Startup
         from deploy.startup.upgrading import take_upgrade, upgrade_or_refuse
+        from deploy.trials import process_plan as trials
         from deploy.watch.live import Screen
         from state.config.loading import load
         from state.process.private_files import keep_private
@@ -126,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         accepted, words = take_accepted(words)
         shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
-        beside = [prometheus.plan(settings, prometheus.require_program())] if watched else []
+        beside = [trials.plan(settings)]
+        beside += [prometheus.plan(settings, prometheus.require_program())] if watched else []
         # Before anything starts: expressions that are none, and settings with which the newest version cannot be loaded.
         segments_of(settings)
         upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))

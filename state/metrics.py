@@ -575,6 +575,26 @@ class ProbeMetrics(Metrics):
     )
 
 
+class TrialMetrics(Metrics):
+    """How trials compare with the live trainer; a trial is one that runs, of four at most."""
+
+    rows = gauge("springtide_trial_rows", "Rows that both trainers scored before they learned them.", "trial")
+    log_loss = gauge(
+        "springtide_trial_log_loss", "Mean log loss of these rows in nats, by side: trial, live.", "trial", "side"
+    )
+    difference = gauge(
+        "springtide_trial_difference",
+        "Log loss of the trial less that of the live trainer, in nats a row, by end: mean, and low and high of the interval that holds at all looks. Below 0 the trial is better.",
+        "trial",
+        "end",
+    )
+    unpaired_records = gauge(
+        "springtide_trial_unpaired_records",
+        "Records of the training log that one side had alone, or with other rows: before the other began, or while a mask reached one first.",
+        "trial",
+    )
+
+
 class StorageMetrics(Metrics):
     """What each process that keeps something says of the disk: of the parts of `storage.budget_gb` that it owns."""
 
@@ -624,6 +644,7 @@ PROCESSES = (
     SupervisorMetrics,
     ConsoleMetrics,
     ProbeMetrics,
+    TrialMetrics,
     StorageMetrics,
     SharedMetrics,
 )

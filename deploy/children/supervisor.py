@@ -50,6 +50,8 @@ class ProcessPlan:
         stop_s: How long it may take to end after SIGTERM.
         lasting: Whether it runs for ever; others end with status 0 when their work is done.
         remedies: Class of an error that its last line names -> what has to be done before it starts again.
+        wanted: Of one that runs only now and then: whether there is something to do. It starts then, and ends with status 0
+            when it is done; None for all others.
     """
 
     name: str
@@ -57,6 +59,7 @@ class ProcessPlan:
     stop_s: float = 10.0
     lasting: bool = True
     remedies: Mapping[str, ProcessPlan] = field(default_factory=dict)
+    wanted: Callable[[], bool] | None = None
 
 
 @dataclass
@@ -126,7 +129,10 @@ class Supervisor:
     def start(self, plan: ProcessPlan) -> None:
         """Starts a process; from now on `look` keeps it alive."""
         child = self._children[plan.name] = _Child(plan)
-        self._launch(child)
+        if plan.wanted is None:
+            self._launch(child)
+        else:
+            child.start_at = self._clock()
 
     def look(self) -> None:
         """Takes notice of deaths and starts again what is due; never waits.
@@ -141,7 +147,7 @@ class Supervisor:
                 self._bury(child, process.returncode)
             elif process is not None:
                 self._watch(child)
-            if child.start_at is not None and self._clock() >= child.start_at and self._is_cured(child):
+            if child.start_at is not None and self._clock() >= child.start_at and self._may_start(child):
                 self._launch(child)
 
     def done(self, name: str) -> bool:
@@ -233,6 +239,10 @@ class Supervisor:
                 self._say(f"{name}: {line}")
             child.told = line
 
+    def _may_start(self, child: _Child) -> bool:
+        """Whether there is something for it to do, and nothing to be done before; begins what has to be."""
+        return (child.plan.wanted is None or child.plan.wanted()) and self._is_cured(child)
+
     def _is_cured(self, child: _Child) -> bool:
         """Whether nothing has to be done before the start; begins what has to be."""
         if child.remedy is None:
@@ -254,6 +264,9 @@ class Supervisor:
     def _bury(self, child: _Child, status: int) -> None:
         child.process = None
         plan = child.plan
+        if status == 0 and plan.wanted is not None:
+            child.start_at = self._clock()
+            return
         if status == 0 and not plan.lasting:
             child.done = True
             self._metrics.deaths_in_a_row.labels(plan.name).set(0)

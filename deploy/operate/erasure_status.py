@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deploy.operate import log_view
@@ -24,6 +24,7 @@ from state.registry.erasing import ErasureReport
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.sharing.small import all_reports
+from state.trials.trial import Trials
 
 COMPACTOR = "compactor"
 TAKEN_UP_MS = 5_000
@@ -103,6 +104,7 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     found += of_processes(
         [one for part, one in said.items() if part != COMPACTOR], _expected(settings), control.erased.last
     )
+    found += of_trials(settings, control)
     found += of_topics(settings, control, now_ms)
     return found + set_aside(settings, registry, control)
 
@@ -125,6 +127,26 @@ def of_versions(
         every = f"{settings.trainer.base_every_s:g} s"
         until = f"the compactor writes them anew, each {every} or by `springtide compact`"
         found.append(Holding(f"{len(old)} kept versions and bases", first, "rows, or ids of rows that went", until))
+    return found
+
+
+def of_trials(settings: Settings, control: Control) -> list[Holding]:
+    """The trainers of trials, and what they published: their own compactors take rows out, and an end takes all away.
+
+    Raises:
+        RegistryError: What is there cannot be read.
+    """
+    found, trials = list[Holding](), Trials(settings.state_dir)
+    for name in trials.open():
+        if not trials.registry(name).is_dir():
+            found.append(Holding(f"trial {name}", 1, "rows", "`springtide up` removes what is left of it"))
+            continue
+        registry = Registry(trials.registry(name))
+        own = registry.control()
+        if own is not None:
+            compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
+            held = of_versions(settings, registry, replace(own, erased=control.erased), compactor)
+            found += [replace(one, where=f"trial {name}: {one.where}") for one in held]
     return found
 
 

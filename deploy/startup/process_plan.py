@@ -9,6 +9,7 @@ from dataclasses import replace
 from deploy.children.supervisor import ProcessPlan
 from deploy.startup import prometheus
 from deploy.startup.checks import Port
+from deploy.trials.process_plan import TRIALS
 from deploy.watch import scrape
 from state.config.settings import Settings
 from state.errors import CorruptStore
@@ -38,6 +39,7 @@ STOP_ORDER = (
     BOOTSTRAP,
     REBUILD,
     STREAM,
+    TRIALS,
     TRAINER,
     VALIDATION,
     SEGMENTS,

@@ -31,6 +31,7 @@ from deploy.startup.process_plan import (
     process_plans,
 )
 from deploy.startup.topics import ensure_topics
+from deploy.trials import offered
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
@@ -81,14 +82,14 @@ class Startup:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._settings = settings
-        self._shoppers, self._screen = shoppers, screen
+        self._settings, self._shoppers, self._screen = settings, shoppers, screen
         self._stop, self._hurry = stop, hurry
         self._clock, self._sleep = clock, sleep
         self._begin = clock()
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
         self._metrics = SupervisorMetrics(self._collected)
+        offered.offer(self._collected, settings.state_dir)
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
@@ -190,12 +191,11 @@ class Startup:
             self._start(name for name in wanted if name not in KERNEL_USERS)
             self._wait(lambda: self._running().done(KERNELS), "compiling kernels")
         self._start(wanted)
-        clicks = (
-            f"{settings.shoppers.rate:g} clicks a second of {settings.shoppers.users} shoppers"
-            if self._shoppers
-            else "no shoppers"
-        )
-        self._step("processes", f"{', '.join(wanted)} started; {clicks}; logs in {settings.logs_dir}")
+        clicks = "no shoppers"
+        if self._shoppers:
+            clicks = f"{settings.shoppers.rate:g} clicks a second of {settings.shoppers.users} shoppers"
+        started = ", ".join(name for name in wanted if self._plans[name].wanted is None)
+        self._step("processes", f"{started} started; {clicks}; logs in {settings.logs_dir}")
 
     def _await_bootstrap(self) -> None:
         supervisor = self._running()

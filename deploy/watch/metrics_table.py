@@ -18,6 +18,7 @@ OFFERED = {
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
     metrics.ConsoleMetrics: "The page, on `console.port`.",
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",
+    metrics.TrialMetrics: "`springtide up`, on `up.metrics_port`, while a trial runs.",
     metrics.StorageMetrics: "Each of them that keeps something on a disk.",
     metrics.SharedMetrics: "The trainer and the applier, where `paths.shared_registry` names a place.",
     metrics.BuildMetrics: "Each of them.",

@@ -623,6 +623,28 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
+class TrialSettings:
+    """Trials: second trainers of other settings on the same training log, beside the live one."""
+
+    cores: int = setting(1, least=1, most=1024, help="Cores that all trials together may use, behind everybody else.")
+    registry_gb: float = setting(
+        1.0, "GB", least=0.01, help="How much the versions of one trial may take, beside storage.budget_gb."
+    )
+    alpha: float = setting(
+        0.05,
+        least=0.0001,
+        most=0.5,
+        help="Of trials that are as good as the live trainer, how many may be told apart from it at any look.",
+    )
+    planned_rows: int = setting(
+        100_000,
+        "rows",
+        least=1000,
+        help="Paired rows after which the interval of the difference is about as narrow as it can be.",
+    )
+
+
+@dataclass(frozen=True)
 class StorageSettings:
     """The disk space that all parts together may take."""
 
@@ -888,6 +910,7 @@ SECTIONS: dict[str, type[Any]] = {
     "registry": RegistrySettings,
     "serving": ServingSettings,
     "export": ExportSettings,
+    "trials": TrialSettings,
     "storage": StorageSettings,
     "logs": LogSettings,
     "metrics": MetricsSettings,

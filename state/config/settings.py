@@ -35,6 +35,7 @@ from state.config.sections import (
     Stream,
     Supervision,
     TrainerSettings,
+    TrialSettings,
     Validation,
     WebhookSettings,
     known_settings,
@@ -66,6 +67,7 @@ class Settings:
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    trials: TrialSettings = field(default_factory=TrialSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)

@@ -28,7 +28,7 @@ COMPARISON = "comparison.json"
 Finding = Literal["better", "worse", "undecided", "the same"]
 
 
-class Comparison:
+class PairedComparison:
     """The comparison of one trial; one thread.
 
     Args:
@@ -81,7 +81,7 @@ class Comparison:
         return {"figures": self.figures(), "sums": sums, "sequence": self.sequence.document()}
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Comparison:
+    def from_json(cls, document: Mapping[str, Any]) -> PairedComparison:
         """What `document` made.
 
         Raises:
@@ -107,7 +107,7 @@ def verdict(rows: int, differing: int, low: float, high: float) -> Finding:
     return "better" if high < 0 else "worse" if low > 0 else "undecided"
 
 
-def write(folder: Path, comparison: Comparison) -> None:
+def write(folder: Path, comparison: PairedComparison) -> None:
     """Replaces the document of a trial; durable when this returns.
 
     Raises:
@@ -119,7 +119,7 @@ def write(folder: Path, comparison: Comparison) -> None:
     durable.sync_directory(folder)
 
 
-def read(folder: Path) -> Comparison | None:
+def read(folder: Path) -> PairedComparison | None:
     """The comparison of a trial; None before anything was compared.
 
     Raises:
@@ -127,7 +127,7 @@ def read(folder: Path) -> Comparison | None:
     """
     path = folder / COMPARISON
     try:
-        return Comparison.from_json(json.loads(path.read_bytes()))
+        return PairedComparison.from_json(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -158,6 +158,7 @@ def test_producers_stop_before_what_they_write_to() -> None:
         "probe",
         "shoppers",
         "stream",
+        "trials",
         "trainer",
         "validation",
         "segments",
@@ -165,7 +166,7 @@ def test_producers_stop_before_what_they_write_to() -> None:
         "worker",
         "prometheus",
     ]
-    assert {*process_plans(), "prometheus"} == set(STOP_ORDER)
+    assert {*process_plans(), "prometheus", "trials"} == set(STOP_ORDER)
 
 
 def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from state.registry.versions import Versions
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
 from trainer.versions.carrying import Carrying, carried, plan, removals
+from trainer.versions.promoted import TRIAL, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,11 @@ def restore_or_carry(
         UnknownVersion, CorruptVersion: The version cannot be read.
         SpecMismatch, SettingsError: It is of other features or another model, and nobody asked for an upgrade.
     """
-    if pending(registry, control) is None:
+    began = pending(registry, control)
+    if began is not None and began.plan is not None and TRIAL in began.plan:
+        logger.info("epoch %d goes on from trial %s", control.epoch, began.plan[TRIAL])
+        return take_over(registry, began.plan, version, trainer, spec)
+    if began is None:
         return without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
     found = carry_over(registry, version, trainer)
     logger.info("epoch %d goes on from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))

@@ -6,6 +6,7 @@ import { at, h, tell } from "./dom.js";
 import * as loop from "./loop.js";
 import * as profile from "./profile.js";
 import * as steer from "./steer.js";
+import * as trials from "./trials.js";
 import * as versions from "./versions.js";
 import { clock, count } from "./words.js";
 
@@ -33,6 +34,7 @@ async function lookAtState() {
   health();
   tell(at("serving"), `version ${count(figures.version)}, epoch ${count(figures.epoch)}, ${figures.pinned ? "pinned" : "follows"}; ${clock(state.at_ms)}`);
   loop.show(state);
+  trials.show(state.trials);
 }
 
 async function lookAtLists() {

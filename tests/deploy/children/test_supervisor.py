@@ -285,3 +285,24 @@ def test_a_process_of_ours_is_ours_also_where_a_directory_has_a_packages_name(
     until(lambda: (supervisor.look(), lines or supervisor.done("config"))[1])
     assert lines == []
     supervisor.stop_all()
+
+
+def test_one_that_is_wanted_now_and_then_starts_with_its_work_and_ends_with_it(
+    supervisor: Supervisor, lines: list[str], tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    code = f"import pathlib; pathlib.Path({str(work)!r}).unlink()"
+    supervisor.start(python("trials", code, wanted=work.exists))
+    supervisor.look()
+    assert supervisor._children["trials"].starts == 0
+    for times in (1, 2):
+        work.touch()
+
+        def is_done(times: int = times) -> bool:
+            supervisor.look()
+            return not work.exists() and supervisor.pid("trials") is None
+
+        until(is_done)
+        assert supervisor._children["trials"].starts == times
+    supervisor.look()
+    assert supervisor._children["trials"].starts == 2 and lines == []

@@ -10,7 +10,7 @@ import pytest
 
 from state.errors import CorruptStore
 from state.trials import comparison
-from state.trials.comparison import Comparison
+from state.trials.comparison import PairedComparison
 from state.trials.pairing import Pairing
 from state.trials.row_losses import LossReader, LossWriter, RowLosses, is_wanted, remove_all, segments, unwant, want
 
@@ -76,7 +76,7 @@ def test_other_rows_under_one_offset_are_not_compared() -> None:
 
 
 def test_a_restart_goes_on_with_the_sums_to_the_last_bit(tmp_path: Path) -> None:
-    whole, parted = Comparison(0.05, 10_000), Comparison(0.05, 10_000)
+    whole, parted = PairedComparison(0.05, 10_000), PairedComparison(0.05, 10_000)
     for first in range(0, 300, 50):
         for one in (whole, parted):
             one.pairing.add(records(range(first, first + 50)), records(range(first, first + 50), -0.5))
@@ -99,7 +99,7 @@ def test_a_restart_goes_on_with_the_sums_to_the_last_bit(tmp_path: Path) -> None
 
 
 def test_the_same_losses_are_told_to_be_the_same() -> None:
-    one = Comparison(0.05, 10_000)
+    one = PairedComparison(0.05, 10_000)
     one.pairing.add(records(range(100)), records(range(100)))
     one.take(one.pairing.pairs())
     assert (one.figures()["differing"], one.figures()["difference"], one.figures()["verdict"]) == (0, 0.0, "the same")

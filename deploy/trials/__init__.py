@@ -1,0 +1,1 @@
+"""`springtide trial`: second trainers of other settings on the same training log, beside the live one."""

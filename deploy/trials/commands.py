@@ -1,0 +1,102 @@
+"""`springtide trial start|list|stop|promote`: what is wanted of trials; the process of `springtide up` converges to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from deploy.operate.commands import Say, current
+from deploy.operate.versions import open_registry
+from deploy.trials import telling
+from deploy.trials.promoting import promote
+from deploy.trials.starting import filler, version_for
+from deploy.trials.trial_settings import overrides_of, settings_of
+from state.config.settings import Settings
+from state.errors import RegistryError, SettingsError, of_disk
+from state.process.actor import actor
+from state.trials.trial import MOST_RUNNING, Trial, Trials, as_document, require_name
+
+
+def trial(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    """Does one command about trials.
+
+    Raises:
+        SettingsError: A word is missing, or a setting cannot be tried.
+        RegistryError: There is no such trial, or nothing to begin it from.
+        SpringtideError: The registry or the trial's directory cannot be used.
+    """
+    if asked.what == "list":
+        _list(settings, asked, say)
+        return
+    if not asked.name or not asked.reason.strip():
+        raise SettingsError(f"trial {asked.what} needs a name and --reason TEXT", "see `springtide trial --help`")
+    if asked.what != "start" and (asked.set or asked.origin != "live"):
+        raise SettingsError(
+            "--set and --from are for trial start", "a trial that runs is not changed: start another one"
+        )
+    require_name(asked.name)
+    verbs: dict[str, Callable[[Settings, argparse.Namespace, int, Say], None]] = {
+        "start": _start,
+        "stop": _stop,
+        "promote": promote,
+    }
+    try:
+        verbs[asked.what](settings, asked, now_ms, say)
+    except OSError as error:
+        raise of_disk(error) from error
+
+
+def _list(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
+    found = telling.look(settings)
+    say(json.dumps(found, indent=2) if asked.output == "json" else telling.as_table(found))
+
+
+def _start(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    live, trials = open_registry(settings), Trials(settings.state_dir)
+    running = [one.name for one in trials.all() if one.runs]
+    if len(running) >= MOST_RUNNING:
+        raise RegistryError(f"{len(running)} trials run already: {', '.join(running)}", "stop one of them first")
+    control, overrides = current(live), overrides_of(asked.set)
+    tried = settings_of(settings, overrides, trials.registry(asked.name))
+    version = version_for(live, asked.origin)
+    made = Trial(
+        name=asked.name,
+        wanted="running",
+        actor=actor(),
+        reason=asked.reason,
+        at_ms=now_ms,
+        begun_by=actor(),
+        begun_for=asked.reason,
+        begun_at_ms=now_ms,
+        origin=asked.origin,
+        version=None if version is None else version.version,
+        epoch=control.epoch,
+        overrides=overrides,
+    )
+    trials.sweep()
+    trials.add(made, filler(live, control, version, tried, made))
+    begins = "nothing" if version is None else f"version {version.version}"
+    differs = ", ".join(f"{name} {value}" for name, value in overrides.items()) or "no other settings"
+    _told(made, f"trial {made.name} begins from {begins} with {differs}; `springtide trial list` compares", asked, say)
+
+
+def _stop(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
+    trials = Trials(settings.state_dir)
+    wanted: dict[str, Any] = {"actor": actor(), "reason": asked.reason, "now_ms": now_ms}
+
+    def stopped(trial: Trial) -> Trial:
+        if trial.wanted == "promoted":
+            raise RegistryError(
+                f"trial {trial.name} is promoted: the live trainer goes on from it",
+                "to take that back: `springtide rollback --to V --reason TEXT`",
+            )
+        return trial if trial.wanted in ("stopped", "ended") else trial.wants("stopped", **wanted)
+
+    made = trials.change(asked.name, stopped)
+    _told(made, f"trial {made.name} is {made.wanted}; what it learned is removed, its comparison stays", asked, say)
+
+
+def _told(made: Trial, done: str, asked: argparse.Namespace, say: Say) -> None:
+    say(json.dumps(as_document(made), indent=2) if asked.output == "json" else done)

@@ -1,0 +1,208 @@
+"""Runs the trials of a state directory: `python -m deploy.trials.process`, a child of `springtide up` while there is one.
+
+For each trial that is to run it
+
+1. lets the live trainer write its losses,
+2. takes over what the live control wants of anybody who learns (`state/trials/following.py`), before its trainer begins,
+3. keeps the trial's trainer alive, a process of its own registry,
+4. pairs both trainers' losses and keeps the comparison.
+
+A trial that is not to run any more loses its trainer, then its registry, once
+nobody is to go on from it. All of it, trainers included, has `trials.cores` of
+the machine and steps back behind whoever else wants them. It ends once nothing
+is left to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry
+
+from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.trials.comparing import ComparedTrial
+from deploy.trials.trial_settings import flags_of
+from state import layout
+from state.config.loading import load
+from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
+from state.errors import LockHeld, SpringtideError, of_disk
+from state.metrics import SupervisorMetrics
+from state.process import log_lines
+from state.process.ending import reported, stop_on_signals
+from state.process.private_files import keep_private
+from state.process.said_once import SaidOnce
+from state.registry.control import Control
+from state.registry.registry import Registry
+from state.trials import row_losses
+from state.trials.following import followed
+from state.trials.trial import Trial, Trials
+
+LOOK_S = 0.2
+STOP_S = 15.0
+NICENESS = 10
+ACTOR = "trials"
+logger = logging.getLogger(__name__)
+
+
+def part_of(name: str) -> str:
+    """What the trainer of a trial is called among processes; also its log.
+
+    >>> part_of("wider")
+    'trial-wider'
+    """
+    return f"trial-{name}"
+
+
+def plan_of(settings: Settings, trial: Trial, trials: Trials) -> ProcessPlan:
+    """The trainer of a trial, for a supervisor of the loop's settings."""
+    flags = flags_of(settings, trial.overrides, trials.registry(trial.name))
+    return ProcessPlan(part_of(trial.name), (sys.executable, "-m", "trainer.loop", *flags), STOP_S)
+
+
+def is_taken_over(live: Registry, trial: Trial) -> bool:
+    """Whether the live trainer has what a promoted trial learned, or went on elsewhere."""
+    control = live.control()
+    assert control is not None, "a trial begins with one"
+    return control.epoch > trial.promoted_epoch or live.newest(trial.promoted_epoch) is not None
+
+
+class _RunningTrial(NamedTuple):
+    """What is remembered of a trial that runs."""
+
+    registry: Registry
+    compared: ComparedTrial
+
+
+class TrialRunner:
+    """The trials of a state directory. One thread, the main one.
+
+    Args:
+        settings: Of the loop.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._trials = settings, Trials(settings.state_dir)
+        self._live = Registry(settings.registry_dir)
+        metrics = SupervisorMetrics(CollectorRegistry())
+        self._supervisor = Supervisor.of(settings, lambda line: logger.warning("%s", line), metrics)
+        # Wrong settings are found before a trial begins: a later mistake ends no other trial.
+        self._supervisor.settled = True
+        self._running: dict[str, _RunningTrial] = {}
+        self._say: dict[str, SaidOnce] = {}
+        self._trials.sweep()
+
+    def step(self) -> bool:
+        """Takes each trial to what is wanted of it; False where nothing is left to do."""
+        for name in self._trials.open():
+            say = self._say.setdefault(name, SaidOnce(logger.warning))
+            try:
+                trial = self._trials.read(name)
+                self._run(trial) if trial.runs else self._end(trial)
+                say.clear()
+            except LockHeld:
+                # A command changes it right now.
+                continue
+            except (SpringtideError, OSError) as error:
+                say(f"trial {name}: {of_disk(error)}")
+        self._supervisor.look()
+        return bool(self._trials.open())
+
+    def close(self) -> None:
+        """Ends all trainers; the next start goes on where they were."""
+        self._supervisor.stop_all()
+        for running in self._running.values():
+            with suppress(OSError):
+                running.compared.step()
+                running.compared.keep()
+
+    def _run(self, trial: Trial) -> None:
+        control = self._live.control()
+        assert control is not None, "a trial begins with one"
+        if control.epoch != trial.epoch:
+            self._end_by_itself(trial, control)
+            return
+        name, running = trial.name, self._running.get(trial.name)
+        if running is None:
+            own = self._trials.registry(name)
+            compared = ComparedTrial(self._trials.folder(name), self._live.path, own, self._settings.trials)
+            running = self._running[name] = _RunningTrial(Registry(own), compared)
+        # 1.
+        for registry in (self._live, running.registry):
+            row_losses.want(registry.path, name)
+        # 2.
+        running.registry.change(lambda own: followed(own, control))
+        # 3.
+        if part_of(name) not in self._supervisor.names():
+            logger.info("trial %s: its trainer begins", name)
+            self._supervisor.start(plan_of(self._settings, trial, self._trials))
+        # 4.
+        running.compared.step()
+
+    def _end_by_itself(self, trial: Trial, control: Control) -> None:
+        reason = (
+            f"the live trainer went on in epoch {control.epoch}: {control.action} by {control.actor}, {control.reason}"
+        )
+        changes: dict[str, Any] = {"actor": ACTOR, "reason": reason, "now_ms": control.created_at_ms}
+        self._trials.change(trial.name, lambda now: now.wants("ended", **changes) if now.runs else now)
+        logger.warning("trial %s ends: %s", trial.name, reason)
+
+    def _end(self, trial: Trial) -> None:
+        if part_of(trial.name) in self._supervisor.names():
+            self._supervisor.stop(part_of(trial.name))
+            logger.info("trial %s: its trainer ended", trial.name)
+        row_losses.unwant(self._live.path, trial.name)
+        running = self._running.pop(trial.name, None)
+        if running is not None:
+            running.compared.step()
+            running.compared.keep()
+        needed = trial.wanted == "promoting" or (trial.wanted == "promoted" and not is_taken_over(self._live, trial))
+        if not needed:
+            self._trials.drop_registry(trial.name)
+            logger.info("trial %s: what it learned is removed", trial.name)
+
+
+def step_back(cores: int) -> None:
+    """Lets this process and its children have so many cores at most, and those only where nobody else wants them."""
+    os.nice(NICENESS)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
+
+
+def run(settings: Settings, stopping: threading.Event) -> None:
+    """Runs the trials until none is left, or `stopping` is set.
+
+    Raises:
+        LockHeld: Another process runs them.
+    """
+    with DirectoryLock(settings.state_dir / layout.TRIALS):
+        step_back(settings.trials.cores)
+        runner = TrialRunner(settings)
+        try:
+            while not stopping.is_set() and runner.step():
+                time.sleep(LOOK_S)
+        finally:
+            runner.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the trials with the settings of `argv`; returns the exit code."""
+    keep_private()
+    log_lines.begin("trials")
+    stopping = stop_on_signals()
+
+    def work() -> None:
+        settings = load(sys.argv[1:] if argv is None else argv)
+        log_lines.follow(settings.logs)
+        run(settings, stopping)
+
+    return reported(work, logger)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What is told of trials: by `springtide trial list` and `springtide status`, as JSON values and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from deploy.operate.times import iso
+from deploy.operate.versions import table
+from state.config.settings import Settings
+from state.errors import SpringtideError
+from state.registry.registry import Registry
+from state.trials.comparison import figures_in
+from state.trials.trial import Trial, Trials, as_document
+
+WORDS = {
+    "better": "BETTER",
+    "worse": "worse",
+    "undecided": "undecided",
+    "the same": "the same",
+}
+
+
+def look(settings: Settings) -> list[dict[str, Any]]:
+    """All trials, the newest last.
+
+    Raises:
+        RegistryError: The document of one is damaged.
+    """
+    trials = Trials(settings.state_dir)
+    return [_document(trials, one) for one in sorted(trials.all(), key=lambda one: one.begun_at_ms)]
+
+
+def running(settings: Settings) -> list[dict[str, Any]]:
+    """Those that run, or that the live trainer is about to go on from; none where one cannot be read."""
+    with suppress(SpringtideError):
+        return [one for one in look(settings) if one["wanted"] in ("running", "promoting")]
+    return []
+
+
+def _document(trials: Trials, trial: Trial) -> dict[str, Any]:
+    newest, held = None, None
+    if trial.runs and trials.registry(trial.name).is_dir():
+        with suppress(SpringtideError, OSError):
+            registry = Registry(trials.registry(trial.name))
+            control = registry.control()
+            newest = None if control is None else registry.newest(control.epoch)
+            held = None if control is None or control.held is None else control.held.in_words()
+    told = {"newest": newest, "held": held, "compared": figures_in(trials.folder(trial.name))}
+    return as_document(trial) | told
+
+
+def as_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line a trial."""
+    if not found:
+        return "there was no trial yet: `springtide trial start NAME --reason TEXT` begins one"
+    head = ["trial", "is", "since", "by", "from", "with", "rows", "log loss", "live", "difference", "", "reason"]
+    return table([head, *(_line(one) for one in found)])
+
+
+def _line(one: Mapping[str, Any]) -> list[str]:
+    compared = one["compared"] or {}
+    return [
+        one["name"],
+        "held by its guard" if one["held"] else one["wanted"],
+        iso(one["at_ms"]),
+        one["actor"],
+        "nothing" if one["version"] is None else str(one["version"]),
+        " ".join(f"{name}={value}" for name, value in one["overrides"].items()) or "-",
+        f"{compared.get('rows', 0):,}",
+        _nats(compared.get("trial_log_loss")),
+        _nats(compared.get("live_log_loss")),
+        difference(compared),
+        WORDS.get(compared.get("verdict", ""), "-"),
+        one["reason"],
+    ]
+
+
+def difference(compared: Mapping[str, Any]) -> str:
+    """The mean difference with its interval.
+
+    >>> difference({"difference": -0.02, "low": -0.03, "high": -0.01}), difference({"difference": 0.0, "low": None})
+    ('-0.0200 (-0.0300 to -0.0100)', '+0.0000')
+    >>> difference({})
+    '-'
+    """
+    if compared.get("difference") is None:
+        return "-"
+    mean = f"{compared['difference']:+.4f}"
+    return mean if compared.get("low") is None else f"{mean} ({compared['low']:+.4f} to {compared['high']:+.4f})"
+
+
+def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
+    """The verdict on a trial, and more of it in sentences.
+
+    >>> compared = {"rows": 9, "live_log_loss": 2.5, "trial_log_loss": 2.4, "difference": -0.1, "low": -0.2, "high": -0.05,
+    ...             "alpha": 0.05, "verdict": "better"}
+    >>> word, text = as_text({"name": "wider", "wanted": "running", "held": None, "overrides": {"model.dim": "64"},
+    ...                       "version": 7, "compared": compared})
+    >>> word
+    'BETTER'
+    >>> for sentence in text.split("; "):
+    ...     print(sentence)
+    wider runs from version 7 with model.dim 64
+    log loss 2.400 against 2.500 of the live trainer on the same 9 rows
+    difference -0.1000 (-0.2000 to -0.0500), right at all looks but for 5 % of trials
+    """
+    begins = "nothing" if one["version"] is None else f"version {one['version']}"
+    tried = ", ".join(f"{name} {value}" for name, value in one["overrides"].items()) or "the same settings"
+    said = [f"{one['name']} {'runs' if one['wanted'] == 'running' else 'is promoted'} from {begins} with {tried}"]
+    if one["held"]:
+        said.append(f"held by its guard: {one['held']}")
+    compared = one["compared"]
+    if not compared or not compared["rows"]:
+        return "waits", "; ".join([*said, "no row was scored by both yet"])
+    said.append(
+        f"log loss {_nats(compared['trial_log_loss'])} against {_nats(compared['live_log_loss'])} of the live trainer on "
+        f"the same {compared['rows']:,} rows"
+    )
+    sure = "" if compared["low"] is None else f", right at all looks but for {100 * compared['alpha']:g} % of trials"
+    said.append(f"difference {difference(compared)}{sure}")
+    return WORDS[compared["verdict"]], "; ".join(said)
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
