@@ -9,20 +9,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from state import layout
 from state.config.settings import Settings
 from state.errors import MissingSalt, SettingsError
-from state.process.private_files import others_may
+from state.process import secret_file
 
 logger = logging.getLogger(__name__)
-
-SALT_BYTES = 32
-LEAST_SALT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Salt:
         >>> Salt(b"not a secret").fingerprint
         '8f260a0b09492f08'
         """
-        return hashlib.sha256(self.key).hexdigest()[:16]
+        return secret_file.fingerprint(self.key)
 
 
 def _first_64(digest: bytes) -> int:
@@ -121,38 +116,8 @@ def load_salt(path: Path, create: bool = True) -> Salt:
     if not path.exists():
         if not create:
             raise MissingSalt.at(path)
-        _make(path)
-    try:
-        content = path.read_bytes().strip()
-    except OSError as error:
-        raise SettingsError(
-            f"the salt at {path} cannot be read ({error.strerror})", "correct paths.salt_file"
-        ) from None
-    try:
-        key = bytes.fromhex(content.decode())
-    except ValueError:
-        key = content
-    if len(key) < LEAST_SALT_BYTES:
-        raise SettingsError(f"the salt at {path} has {len(key)} bytes", f"it needs at least {LEAST_SALT_BYTES}")
-    if others_may(path):
-        logger.warning("the salt at %s can be read by others; run chmod 600 on it", path)
-    return Salt(key)
-
-
-def _make(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(handle, secrets.token_bytes(SALT_BYTES).hex().encode() + b"\n")
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    try:
-        # A link fails where another process was first; its salt counts.
-        os.link(temporary, path)
-        logger.warning("made a new salt at %s: keep a copy, for without it stored users cannot be found again", path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+        if secret_file.make(path):
+            logger.warning(
+                "made a new salt at %s: keep a copy, for without it stored users cannot be found again", path
+            )
+    return Salt(secret_file.read(path, "the salt", "paths.salt_file"))

@@ -1,0 +1,72 @@
+"""A file with a secret key: read, or made once with mode 0600, whoever of several processes is first."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+from pathlib import Path
+
+from state.errors import SettingsError
+from state.process.private_files import others_may
+
+KEY_BYTES = 32
+LEAST_KEY_BYTES = 16
+
+logger = logging.getLogger(__name__)
+
+
+def fingerprint(key: bytes) -> str:
+    """The first 16 hexadecimal digits of a key's SHA-256, which may be stored and shown.
+
+    >>> fingerprint(b"not a secret")
+    '8f260a0b09492f08'
+    """
+    return hashlib.sha256(key).hexdigest()[:16]
+
+
+def read(path: Path, what: str, setting: str) -> bytes:
+    """The key in a file: hexadecimal; any other content is taken as the key itself.
+
+    Args:
+        path: The file, which is there.
+        what: What the key is called, for messages.
+        setting: The setting that names the file.
+
+    Raises:
+        SettingsError: The file cannot be read, or the key is too short.
+    """
+    try:
+        content = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingsError(f"{what} at {path} cannot be read ({error.strerror})", f"correct {setting}") from None
+    try:
+        key = bytes.fromhex(content.decode())
+    except ValueError:
+        key = content
+    if len(key) < LEAST_KEY_BYTES:
+        raise SettingsError(f"{what} at {path} has {len(key)} bytes", f"it needs at least {LEAST_KEY_BYTES}")
+    if others_may(path):
+        logger.warning("%s at %s can be read by others; run chmod 600 on it", what, path)
+    return key
+
+
+def make(path: Path) -> bool:
+    """Makes a file with a new key; False where another process was first, whose key counts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(handle, secrets.token_bytes(KEY_BYTES).hex().encode() + b"\n")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    try:
+        # A link fails where another process was first.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
