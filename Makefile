@@ -60,7 +60,7 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.springtide/*' -prune -exec rm -rf {} +
 
-.venv/ready: constraints.txt pyproject.toml
+.venv/ready: constraints.txt constraints-apart.txt pyproject.toml
 	@if ! "$(PYTHON)" -c '$(IS_3_11)' >/dev/null 2>&1; then \
 		echo "springtide: needs Python 3.11, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
 		exit 1; \
@@ -71,6 +71,7 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile --require-hashes -r constraints.txt \
 		| awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
 			/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-compile --no-deps --require-hashes -r constraints-apart.txt; \
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --editable .; \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@

@@ -14,6 +14,8 @@ PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
 MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", "prometheus-client"]
 # Used through another library or as a program, never imported here.
 UNSEEN = {
+    "dm-tree",
+    "mpmath",
     "s3fs",
     "moto",
     "flask",
@@ -29,7 +31,8 @@ UNSEEN = {
     "ruff",
 }
 PARTS = {"google.protobuf": "protobuf"}
-LOCKED = (ROOT / "constraints.txt").read_text()
+APART = (ROOT / "constraints-apart.txt").read_text()
+LOCKED = (ROOT / "constraints.txt").read_text() + APART
 LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
 
 
@@ -74,13 +77,20 @@ def test_a_requirement_is_pinned_and_has_its_reason() -> None:
 
 
 def test_every_library_that_is_imported_is_pinned() -> None:
-    pinned = {name(line) for line in LINES}
+    pinned = {name(line) for line in (*LINES, *re.findall(r"^\w\S+", APART, re.M))}
     missing = {owner: sorted(files)[0] for owner, files in imported(*PACKAGES, "tests").items() if owner not in pinned}
     assert missing == {}
 
 
 def test_every_pinned_library_is_used() -> None:
     assert {name(line) for line in LINES} - set(imported(*PACKAGES, "tests")) - UNSEEN == set()
+
+
+def test_what_is_installed_apart_is_used_and_what_it_needs_is_there() -> None:
+    for entry in re.findall(r"^\w\S+", APART, re.M):
+        assert name(entry) in imported(*PACKAGES)
+        wanted = [re.split(r"[^\w.-]", one)[0] for one in importlib.metadata.requires(name(entry)) or []]
+        assert wanted and all(importlib.metadata.version(one) for one in wanted)
 
 
 def test_every_package_that_is_installed_is_locked_with_the_digests_of_its_files() -> None:
