@@ -86,19 +86,29 @@ class Popular:
 
     def update(self, ids: U64, at_ms: int) -> None:
         """Counts one click of each id (`[n]` uint64, 0 ignored) at log time."""
+        touched, clicks = np.unique(ids[ids != 0], return_counts=True)
+        self.add(touched, clicks * ONE, at_ms)
+
+    def add(self, touched: U64, amounts: I64, at_ms: int) -> None:
+        """Adds to counts at log time.
+
+        Args:
+            touched: `[n]` uint64, distinct ids, ascending, none 0.
+            amounts: `[n]` int64, in 1/65536 clicks; with noise some are below 0.
+            at_ms: Log time.
+        """
         hour = at_ms // self._span_ms
         ticked = hour > self._hour
         if ticked:
             self._decay(hour - self._hour if self._hour >= 0 else 0)
             self._hour = hour
-        touched, clicks = np.unique(ids[ids != 0], return_counts=True)
         fresh = touched[self._index.find(touched) == 0]
         if fresh.size:
             self._index.insert(fresh, np.arange(self._used, self._used + fresh.size, dtype=np.int32))
             self._reserve(self._used + fresh.size)
             self._ids[self._used : self._used + fresh.size] = fresh
             self._used += fresh.size
-        self._counts[self._index.find(touched)] += clicks * ONE
+        self._counts[self._index.find(touched)] += amounts
         candidates = self._ids[1 : self._used] if ticked else np.union1d(self._top, touched)
         self._top = ranked(candidates, self._counts[self._index.find(candidates)], self._size)
         if leaving := excess(self._used - 1, self._most):
