@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deploy.operate import held, horizon, registry_state
+from deploy.operate import held, horizon, privacy, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.startup.hints import addresses
 from deploy.trials import telling
@@ -120,6 +120,8 @@ def as_table(state: Mapping[str, Any]) -> str:
     rows += _part("registry", "there" if registry["answers"] else "away", text)
     if stopped := state.get("held"):
         rows += _part("guard", *held.as_text(stopped))
+    if budget := state.get("privacy"):
+        rows += _part("privacy", *privacy.as_text(budget))
     if back := state.get("rollback"):
         rows += _part("rollback", *horizon.as_text(back))
     if kept := state.get("storage"):
@@ -183,6 +185,7 @@ def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
         "kafka": kafka,
         "registry": registry_state.look(settings, now_ms),
         "held": held.look(settings),
+        "privacy": privacy.look(settings),
         "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
         "storage": storage.look(settings),
         "rows": stores_place.look(settings),

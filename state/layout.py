@@ -3,6 +3,7 @@
     paths.state/
     ├── lock                     of `springtide up`
     ├── salt                     the secret key of pseudonyms, or where `paths.salt_file` says
+    ├── privacy.key              the secret key of the noise, or where `privacy.key_file` says     trainer/privacy/key.py
     ├── tokens/                  who may ask, or where `serving.tokens_dir` says   deploy/serving/edge/tokens.py
     ├── registry/                or where `paths.registry` says
     │   ├── versions/ merged/ bases/   one directory a version    state/registry/versions.py
@@ -15,6 +16,7 @@
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
     │   ├── rollouts/            one file a generation            state/rollouts/rollouts.py
     │   ├── gaps/                losses that the trainer accepted, records left out among them
+    │   ├── privacy/ledger.json      what of the privacy budget is spent    state/registry/privacy_ledger.py
     │   ├── shared.json shared.catalog   where it is shared       state/registry/sharing/binding.py
     │   ├── tmp/                 being written; swept
     │   └── trainer.lock, compactor.lock, shared.lock
@@ -55,6 +57,7 @@ from pathlib import Path
 
 LOCK = "lock"
 SALT, TOKENS = "salt", "tokens"
+PRIVACY_KEY, PRIVACY, PRIVACY_LEDGER = "privacy.key", "privacy", "ledger.json"
 
 REGISTRY = "registry"
 VERSIONS, MERGED, BASES, CONTROL = "versions", "merged", "bases", "control"

@@ -326,6 +326,19 @@ class TrainerMetrics(Metrics):
         "Windows that the guard compares with; below guard.warm_up it judges nothing.",
     )
     withheld = gauge("springtide_trainer_withheld", "1 while versions wait because the guard is not sure of them.")
+    privacy_epsilon_spent = gauge(
+        "springtide_trainer_privacy_epsilon_spent", "What of the privacy budget is spent, as epsilon at privacy.delta."
+    )
+    privacy_epsilon_limit = gauge(
+        "springtide_trainer_privacy_epsilon_limit", "The privacy budget, privacy.epsilon; 0: there is none."
+    )
+    privacy_held = gauge(
+        "springtide_trainer_privacy_held", "1 while training holds because the privacy budget is spent."
+    )
+    privacy_rows_left_out = gauge(
+        "springtide_trainer_privacy_rows_left_out",
+        "Rows of this line that were not learned from, for their user had no update of the period left.",
+    )
     masks = gauge("springtide_trainer_masks", "Masks that training leaves out, as control has them.")
     paused = gauge("springtide_trainer_paused", "1 while an operator pauses training.")
     publishing_held = gauge(

@@ -36,6 +36,7 @@ from trainer.intake import former, take_in
 from trainer.loss_recording import LossRecorder
 from trainer.measures.breakdown import shown_of
 from trainer.place import TrainingPlace
+from trainer.privacy_budget import PrivacyBudget, noise_place
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import OpenLog, resume
@@ -94,6 +95,7 @@ class Learner:
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock, elapsed)
         self._losses = LossRecorder(registry.path)
+        self._budget = PrivacyBudget(settings, trainer, metrics)
         self._log: LogReader | None = None
         self.control: Control
         self.place: TrainingPlace
@@ -110,8 +112,7 @@ class Learner:
         """
         self.control, specs = control, former_specs(self._registry.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
-        found = self._registry.newest_good(control.epoch)
-        version = control.base if found is None else found
+        version = control.base if (found := self._registry.newest_good(control.epoch)) is None else found
         if self._log is not None:
             self._log.close()
         first: Mapping[str, Any] | None
@@ -125,9 +126,10 @@ class Learner:
             self._log, at = resume(restored, control.log, self._open_log, self._passages)
             self.place = TrainingPlace.restored(restored, control.epoch, at)
         self._updates.enter(self._trainer.guarded)
+        self._budget.enter()
         if first is not None:
-            topic = self._reader.topic_id
-            self.place = self._publications.publish_first(self.place, control, self._account(), topic, first)
+            at = self.place, control, self._account(), self._reader.topic_id
+            self.place = self._publications.publish_first(*at, first)
         self.place = take_up(self._trainer, self.place, control)
         self.caught_up = False
         self._publications.begin()
@@ -135,8 +137,6 @@ class Learner:
         self._updates.look(control, self.place.parent, self._trainer.guard.held)
         where = (control.epoch, self.place.parent, self.place.next)
         logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
-
-    # Learning
 
     def tick(self, wait_s: float, stopping: Callable[[], bool] = lambda: False) -> int:
         """Looks at control, takes what the log has, publishes what is due; returns the records taken.
@@ -206,12 +206,14 @@ class Learner:
         if found is None:
             self.place = self.place.past(record.next)
             return
+        if not self._budget.allows(self.place, found.batch):
+            return
         passed = self._passages.pass_sources(found.gaps, where, source.topic_id)
         before, began_ms, report = self.place, self._trainer.counters.log_ms, None
         self.place = before.taken(found, offset, passed)
         gauges.show_intake(found, self._metrics)
         if len(found.batch):
-            report = self._trainer.step(found.batch)
+            report = self._trainer.step(found.batch, place=noise_place(source, offset, before))
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
             gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
@@ -221,8 +223,9 @@ class Learner:
 
     @property
     def _resting(self) -> bool:
-        """Whether no record is to be taken: the guard holds training or what was learned, or an operator paused it."""
-        return self._trainer.guard.held or self._updates.waits or not self.control.training or bool(self.control.held)
+        """Whether no record is to be taken: the guard holds training or what was learned, an operator paused it, or no budget is left."""
+        rests = self._trainer.guard.held or self._updates.waits or self._budget.held
+        return rests or not self.control.training or bool(self.control.held)
 
     def _between(self) -> bool:
         """Between two records; True where the epoch changed."""
@@ -295,6 +298,5 @@ class Learner:
 
     @property
     def _reader(self) -> LogReader:
-        if self._log is None:
-            raise RuntimeError("enter an epoch first")
+        assert self._log is not None, "enter an epoch first"
         return self._log

@@ -131,7 +131,7 @@ def prepare(
     # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with quiet_stderr():
         from trainer import device
-        from trainer.engine.step import Trainer
+        from trainer.engine.making import trainer_of
         from trainer.learner import Learner
         from trainer.versions.program import build, preprocessing_of
 
@@ -140,7 +140,7 @@ def prepare(
         spec = FeatureSpec.from_settings(settings)
         name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
         # 3.
-        trainer = Trainer(settings, spec, preprocessing_of(registry.transform(name)))
+        trainer = trainer_of(settings, spec, preprocessing_of(registry.transform(name)))
         go_on_in_this_release(registry, settings, spec, trainer)
         program = registry.add_program(build(trainer.model))
     logger.info("program %s ready on %s", program[:12], trainer.device)

@@ -15,6 +15,7 @@ from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
 from trainer.intake import former, take_in
+from trainer.privacy.place import NoisePlace
 from trainer.records import records_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Replay:
         spec: Digest of the feature spec.
         salt: Fingerprint of the salt.
         where: Names an offset, for messages.
+        source: The partition of the training log.
         specs: Digests of the feature specs that upgrades left.
         lost: Erasures whose users' rows were taken out of the base after it was made.
 
@@ -52,10 +54,11 @@ class Replay:
         spec: str,
         salt: str,
         where: str,
+        source: Source,
         specs: Collection[str] = frozenset(),
         lost: Erased = Erased.NOBODY,
     ) -> None:
-        self._lost, self.unlike = lost, 0
+        self._lost, self.unlike, self._source = lost, 0, source
         self._trainer, self._spec, self._salt, self._where = trainer, spec, salt, where
         self._is_former = former(specs, lambda: trainer.counters.steps)
         self.marks = {} if base is None else base.marks
@@ -90,7 +93,8 @@ class Replay:
             # Nothing is learned while training is held: somebody let it go on from here.
             self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
         self.unlike += int(self._lost.after(segment.erased).users.has(found.batch.user).sum())
-        self._trainer.step(found.batch)
+        at = NoisePlace(self._source.topic_id, self._source.partition, offset, segment.epoch, segment.erased)
+        self._trainer.step(found.batch, place=at)
         self.steps += 1
 
 

@@ -112,14 +112,14 @@ def planning(
     """
     with quiet_stderr():
         from trainer import device
-        from trainer.engine.step import Trainer
+        from trainer.engine.making import trainer_of
         from trainer.versions.program import preprocessing_of
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
         name = registry.bootstrapped(spec.digest, settings.model)
         # Without an analysis the default preprocessing has the same width as logarithms.
         preprocessing = None if name is None else preprocessing_of(registry.transform(name))
-        trainer = Trainer(settings, spec, preprocessing)
+        trainer = trainer_of(settings, spec, preprocessing)
     planned = planned_for(registry, version, trainer)
     said = [f"from version {version.version}, epoch {version.epoch}:"]
     said += [f"  {one} {text}" for one, text in differences(registry, version, settings, spec).items()]

@@ -34,6 +34,7 @@ from state.features.erased import Erased
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics
 from state.log.accepted_gaps import Journal
+from state.positions import Source
 from state.process import log_lines
 from state.process.closed_output import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
@@ -105,7 +106,10 @@ def verify(
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
     where = f"{target.log.topic}:{target.log.partition}"
-    done = Replay(trainer, base, target.spec, target.salt, where, former_specs(beginnings), taken_out(registry, base))
+    source = Source(target.log.topic_id, target.log.partition)
+    done = Replay(
+        trainer, base, target.spec, target.salt, where, source, former_specs(beginnings), taken_out(registry, base)
+    )
     if total or any(one.forget for one in segments):
         accepted = Journal(registry.path / layout.GAPS).accepted()
         opens = partial(open_at, open_log, target, found.origin)
@@ -184,12 +188,12 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
         # TensorFlow is loaded only once the version is known to be there.
         with quiet_stderr():
             from trainer import device
-            from trainer.engine.step import Trainer
+            from trainer.engine.making import trainer_of
             from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
             name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
-            return Trainer(settings, spec, preprocessing_of(registry.transform(name)))
+            return trainer_of(settings, spec, preprocessing_of(registry.transform(name)))
 
     def open_log(topic: str, offset: int) -> Reader:
         partition = registry.manifest(version).log.partition

@@ -68,6 +68,7 @@ class Figures:
         auc: Of the engagement, scored before learning.
         top1: Share of rows whose category led, scored before learning.
         held: Whether the guard holds training.
+        budget_spent: Whether training holds because the privacy budget is spent.
         paused: Whether an operator pauses training.
         publishing_held: Whether an operator holds the publishing of versions.
         version: Version that answers use.
@@ -111,6 +112,7 @@ class Figures:
     auc: float | None = None
     top1: float | None = None
     held: bool = False
+    budget_spent: bool = False
     paused: bool = False
     publishing_held: bool = False
     version: float | None = None
@@ -273,6 +275,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
         held=bool(trainer.now.value("springtide_trainer_held")),
+        budget_spent=bool(trainer.now.value("springtide_trainer_privacy_held")),
         paused=bool(trainer.now.value("springtide_trainer_paused")),
         publishing_held=bool(trainer.now.value("springtide_trainer_publishing_held")),
         newest_version=trainer.now.value("springtide_trainer_version"),

@@ -84,6 +84,8 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield f"rows trained with other features: {shown(figures.differing)}"
     if figures.held:
         yield "training is held by the guard"
+    if figures.budget_spent:
+        yield "training holds: the privacy budget is spent"
     clicks, old = bool(figures.events_per_s), old_clicks(figures)
     learned = old and figures.trainer_lag is not None and figures.trainer_lag <= FEW_RECORDS
     if clicks and not wanted(figures) and not learned and (figures.weights_s or 0.0) > STALE_S:

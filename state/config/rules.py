@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from state.config.conflict import Conflict
 from state.config.fields import fields_of
+from state.config.privacy_rules import privacy
 from state.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -22,15 +24,6 @@ MOST_ACTIONS = 255
 MOST_WINDOWS = 16
 TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
-
-
-class Conflict(NamedTuple):
-    """Settings that cannot be so, why, and what to do where `why` does not say it."""
-
-    names: tuple[str, ...]
-    why: str
-    do: str = ""
-
 
 Rule = Callable[["Settings"], Iterator[Conflict]]
 
@@ -295,4 +288,4 @@ def repeated(values: Sequence[str]) -> str | None:
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 
-RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates)
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, privacy)  # fmt: skip

@@ -450,6 +450,49 @@ class ChurnSettings:
 
 
 @dataclass(frozen=True)
+class PrivacySettings:
+    """Differential privacy of what is learned for others; `trainer/PRIVACY.md` says what it covers and what it does not."""
+
+    epsilon: float = setting(
+        0.0,
+        least=0.0,
+        most=100.0,
+        help="The budget: how much what is learned may tell of one unit; 0: as much as it does, without clipping or noise.",
+    )
+    delta: float = setting(
+        1e-6,
+        above=0.0,
+        most=0.1,
+        help="How likely at most `epsilon` does not hold; choose far less than one in the number of users.",
+    )
+    clip: float = setting(
+        1.0,
+        above=0.0,
+        most=1e6,
+        help="The longest gradient, of the sum of its losses, by which a unit counts in an update.",
+    )
+    unit: str = setting("user", choices=("user", "example"), help="What is hidden: all rows of a user, or any one row.")
+    updates: int = setting(
+        8,
+        least=1,
+        most=65_535,
+        help="Updates of a period that a user takes part in; later rows of the user are measured, and not learned from. Of unit `user`.",
+    )
+    period_s: float = setting(86_400.0, "s", least=1.0, help="Log time of a period. Of unit `user`.")
+    periods: int = setting(
+        30,
+        "periods",
+        least=1,
+        most=100_000,
+        help="How long the budget lasts; then training holds. Each epoch begins a period; of unit `example` it is one.",
+    )
+    key_file: str = setting(
+        "",
+        help="File with the secret key of the noise; empty: `privacy.key` in the state directory, made at first use.",
+    )
+
+
+@dataclass(frozen=True)
 class RegistrySettings:
     """How long versions are kept."""
 
@@ -907,6 +950,7 @@ SECTIONS: dict[str, type[Any]] = {
     "trainer": TrainerSettings,
     "guard": GuardSettings,
     "churn": ChurnSettings,
+    "privacy": PrivacySettings,
     "registry": RegistrySettings,
     "serving": ServingSettings,
     "export": ExportSettings,

@@ -25,6 +25,7 @@ from state.config.sections import (
     MetricsSettings,
     Model,
     Paths,
+    PrivacySettings,
     ProbeSettings,
     RegistrySettings,
     RolloutSettings,
@@ -64,6 +65,7 @@ class Settings:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     churn: ChurnSettings = field(default_factory=ChurnSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
@@ -97,6 +99,16 @@ class Settings:
     def salt_path(self) -> Path:
         """File with the secret salt."""
         return Path(self.paths.salt_file) if self.paths.salt_file else self.state_dir / layout.SALT
+
+    @property
+    def privacy_key_path(self) -> Path:
+        """File with the secret key of the noise."""
+        return Path(self.privacy.key_file) if self.privacy.key_file else self.state_dir / layout.PRIVACY_KEY
+
+    @property
+    def privacy_ledger_path(self) -> Path:
+        """File that says what of the privacy budget is spent."""
+        return self.registry_dir / layout.PRIVACY / layout.PRIVACY_LEDGER
 
     @property
     def tokens_dir(self) -> Path:

@@ -107,6 +107,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         failed_per_s=3.0,
         faults=1.0,
         held=True,
+        budget_spent=True,
         full=full([Scrape(parsed(STORAGE))]),
         corrupt=1.0,
         refused=17.0,

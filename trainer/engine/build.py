@@ -18,6 +18,7 @@ from trainer.engine.optimizers.adam import Adam
 from trainer.engine.optimizers.crosses import first_precision
 from trainer.engine.own_tables import EMBEDDINGS, own_tables
 from trainer.engine.tensorflow.engine import TensorflowEngine
+from trainer.engine.tensorflow.private import PrivateEngine
 from trainer.model.attributes import Columns
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -69,13 +70,14 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
 
 
 def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:
-    """Of the ranker's dense weights."""
+    """Of the ranker's dense weights. A step of Adam is as large as noise is, whatever the gradient: with it no weight is faster."""
+    private = settings.privacy.epsilon > 0
     return Adam(
         ranker.dense,
         settings.model.dense_learning_rate,
-        ranker.learning_rates,
+        {} if private else ranker.learning_rates,
         ranker.fast_weights,
-        HYPERPARAMETERS.fast_learning_rate,
+        1.0 if private else HYPERPARAMETERS.fast_learning_rate,
     )
 
 
@@ -145,8 +147,11 @@ def engine_of(
         SettingsError: The compiled engine is wanted of what it cannot do.
     """
     precision = first_precision(crosses.kinds)
-    if engine_name(settings.trainer.engine, ranker, device) == "compiled" and isinstance(ranker, DefaultRanker):
+    private = settings.privacy.epsilon > 0
+    wanted = "tensorflow" if private else engine_name(settings.trainer.engine, ranker, device)
+    if wanted == "compiled" and isinstance(ranker, DefaultRanker):
         fields = len(settings.events.context) + len(columns.users.names)
         return CompiledEngine(ranker, optimizer, tables, precision, fields, len(columns.items.names), device)
+    kind = PrivateEngine if private else TensorflowEngine
     with tf.device(device):
-        return TensorflowEngine(ranker, optimizer, tables, settings.model.learning_rate, precision, device)
+        return kind(ranker, optimizer, tables, settings.model.learning_rate, precision, device)

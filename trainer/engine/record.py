@@ -8,7 +8,7 @@ own name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class Recorder:
     def __init__(self, settings: Settings, crosses: Crosses, columns: Columns, dropped_units: int) -> None:
         self._dropout, self._dropped_units = settings.model.dropout, dropped_units
         self._crosses, self._columns = crosses, columns
+        self._private = bool(settings.privacy.epsilon)
 
     def context_of(self, batch: MicroBatch) -> U64:
         """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
@@ -77,12 +78,12 @@ class Recorder:
         return np.concatenate([batch.context, users], 1) if users.shape[1] else batch.context
 
     def crosses_of(self, batch: MicroBatch) -> U64:
-        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one.
+        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one, or a privacy budget is set.
 
-        Only a label is learned from: of a drawn negative it is not known that anybody was shown it.
+        Only a label is learned from: of a drawn negative it is not known that anybody was shown it. A cross is learned row after row, without a gradient to clip.
         """
         known = ~np.isnan(batch.label)
-        if not known.any():
+        if self._private or not known.any():
             return np.zeros((len(batch), 0), np.uint64)
         rows = batch.take(known)
         users, items = self._columns.users_of(rows), self._columns.items_of(rows)
@@ -92,6 +93,11 @@ class Recorder:
         found = np.zeros((len(batch), ids.shape[1]), np.uint64)
         found[known] = ids
         return found
+
+    def left(self, batch: MicroBatch) -> U64:
+        """The category that each row's event came after, `[n]` uint64; 0 where there is none, or nothing is counted of what came next."""
+        counted = (batch.category != 0) & (not self._private)
+        return np.where(counted, batch.recent_categories[:, 0], np.uint64(0))
 
     def record(
         self, batch: MicroBatch, crosses: U64, popular: U64, transitions: CountTable, seed: tuple[int, int] | None
@@ -149,7 +155,8 @@ class Recorder:
             ids["sequence_actions"] = batch.sequence_actions.astype(np.uint64)
             values |= {name: getattr(batch, name) for name in ("sequence_actions", "sequence_ages")}
             values["sequence_mask"] = (batch.sequence_actions != 0).astype(np.float32)
-        return Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest)
+        made = Record(ids, values, _targets(batch, slots.target, partner), partner, seed, newest)
+        return alone(made) if self._private else made
 
 
 def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Targets:
@@ -174,6 +181,29 @@ def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Ta
     )
 
 
+def alone(record: Record) -> Record:
+    """The record without what a row has of another one, as a row is learned privately.
+
+    Its negative goes, so that in a log without labels nothing is learned of engagement, and so does another row's
+    category in the last slot. A row whose own category is there would have a sure winner then, and teaches nothing.
+    """
+    ids, values, targets = dict(record.ids), dict(record.values), record.targets
+    nothing, zero = np.zeros(len(record), np.uint64), np.float32(0.0)
+    own = targets.slot == ids["recent"].shape[1] + ids["popular"].size + ids["successor"].shape[1]
+    ids["other"] = np.where(own, ids["other"], nothing)
+    values["other_mask"] = (ids["other"] != 0).astype(np.float32)
+    ids |= {"negative_item": nothing, "negative_category": nothing}
+    ids["negative_item_attributes"] = np.zeros_like(ids["negative_item_attributes"])
+    # Without negatives each click that has no label would be one more label 1.
+    labelled = targets.label_shift == zero
+    targets = targets._replace(
+        weight=np.where(own, zero, targets.weight),
+        label_weight=np.where(labelled, targets.label_weight, zero),
+        negative_weight=np.zeros_like(targets.negative_weight),
+    )
+    return replace(record, ids=ids, values=values, targets=targets)
+
+
 def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBatch, U64]]:
     """The batch and its crosses in parts of `size` rows."""
     if size >= len(batch):
@@ -183,8 +213,3 @@ def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBat
         number = np.arange(len(batch))
         part = (number >= begin) & (number < begin + size)
         yield batch.take(part), crosses[part]
-
-
-def left(batch: MicroBatch) -> U64:
-    """The category that each row's event came after, `[n]` uint64; 0 where there is none, or no category came next."""
-    return np.where(batch.category != 0, batch.recent_categories[:, 0], np.uint64(0))

@@ -45,7 +45,7 @@ from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.own_tables import Growth
 from trainer.engine.predicted import judged
-from trainer.engine.record import Record, Recorder, left, parts
+from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Report, joined
 from trainer.measures.breakdown import Breakdown
 from trainer.measures.evaluation import Evaluation
@@ -53,6 +53,7 @@ from trainer.measures.progressive import Progressive
 from trainer.measures.slices import Scored, Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
+from trainer.privacy.place import NoisePlace
 from trainer.tables.id_table import MISSING, IdTable
 from trainer.tables.index import U64
 from trainer.tables.popular import HOUR_MS, Popular
@@ -155,12 +156,13 @@ class Trainer:
         if self.churn is not None:
             self.churn.load(part("churn."))
 
-    def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None) -> Report:
+    def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """Takes one step.
 
         Args:
             batch: A micro-batch in log time, without rows seen before or masked. None left is no step: do not call.
             seed: Dropout seed; by default a hash of the first row's position.
+            place: Of the record, for the noise of `PrivateTrainer`.
 
         Raises:
             TrainingHeld: The guard has held training.
@@ -218,7 +220,7 @@ class Trainer:
             if fields := ids.shape[1]:
                 self.tables["context"].observe(ids.reshape(-1), np.repeat(batch.at_ms, fields))
         self._growth.observe(batch, context, attributes)
-        self.transitions.observe(left(batch), batch.at_ms)
+        self.transitions.observe(self._recorder.left(batch), batch.at_ms)
         if crosses.size:
             self.tables[CROSS].observe(crosses.reshape(-1), np.repeat(batch.at_ms, crosses.shape[1]))
             shares = self.crosses.shares
@@ -240,8 +242,10 @@ class Trainer:
         losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
         norm = math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0
-        rows = len(batch) if targets.any() or scored.any() else 0  # clicks of probe users teach nothing
-        verdict, self.guard = judge(self.guard, loss, norm, rows, settings.guard_factor, settings.guard_patience)
+        rows = self._teaching(len(batch), bool(targets.any() or scored.any()))
+        verdict, self.guard = judge(
+            self.guard, self._judged(loss), norm, rows, settings.guard_factor, settings.guard_patience
+        )
         top1, top5 = (scores.rank[targets] < most for most in (1, 5))
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
@@ -264,9 +268,7 @@ class Trainer:
                 users, items = self._columns.users_of(batch), self._columns.items_of(batch)
                 places += self.slices.update(users, items, batch.header.names, seen)
             slices = self.breakdown.update(places, record.partner, found)
-            self.popular.update(batch.category, counters.log_ms)
-            # Only once the step is accepted: a skipped one leaves no trace.
-            self.transitions.count(record.newest, np.where(pairs.weight > 0, batch.category, np.uint64(0)))
+            self._count(batch, record)
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, event_time_ms)
         else:
@@ -288,3 +290,19 @@ class Trainer:
             slices=slices,
             judged=(found,),
         )
+
+    # What is done otherwise where rows are learned privately
+
+    def _judged(self, loss: float) -> float:
+        """The mean loss by which the guard judges a step."""
+        return loss
+
+    def _teaching(self, rows: int, taught: bool) -> int:
+        """The rows of a step that there is something to learn from: of clicks of probe users there is none."""
+        return rows if taught else 0
+
+    def _count(self, batch: MicroBatch, record: Record) -> None:
+        """Counts what an accepted step clicked; a skipped one leaves no trace."""
+        self.popular.update(batch.category, self.counters.log_ms)
+        came_next = np.where(record.targets.weight > 0, batch.category, np.uint64(0))
+        self.transitions.count(record.newest, came_next)

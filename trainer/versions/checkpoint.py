@@ -20,6 +20,7 @@ import tensorflow as tf
 from state.churn.inputs import CODE as CHURN_CODE
 from state.config.settings import Settings
 from state.errors import SettingsError, SpecMismatch
+from state.process import secret_file
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING
 from state.registry.versions import Versions
@@ -28,6 +29,7 @@ from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
+from trainer.privacy.key import own_key
 from trainer.tables.changes import Changes
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.versions import content
@@ -138,7 +140,8 @@ def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
     """
     trainer.clear()
     popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
-    if popular:
+    # What a bootstrap counted it counted without noise.
+    if popular and not trainer.settings.privacy.epsilon:
         hour = np.int64(int(about["newest_ms"]) // HOUR_MS)
         ids = np.array([label for label, _ in popular], np.uint64)
         counts = np.array([clicks * ONE for _, clicks in popular], np.int64)
@@ -188,7 +191,7 @@ def deciding(settings: Settings) -> dict[str, str]:
     for side in ("user", "item"):
         fields = getattr(wanted, f"{side}_fields") if getattr(wanted, f"{side}_topic") else ()
         own[f"attributes.{side}_fields"] = str(fields)
-    own |= {"events.context": str(settings.events.context), "labelled": str(labelled(settings))}
+    own |= {"events.context": str(settings.events.context), "labelled": str(labelled(settings))} | private(settings)
     if settings.churn.days:
         own |= {
             "churn.days": str(settings.churn.days),
@@ -196,6 +199,15 @@ def deciding(settings: Settings) -> dict[str, str]:
             "churn.code": str(CHURN_CODE),
         }
     return model | own | {f"attributes.{name}": str(getattr(wanted, name)) for name in ("slices", "slice_values")}
+
+
+def private(settings: Settings) -> dict[str, str]:
+    """What decides the noise, by name: the numbers of the mechanism and the key's fingerprint; nothing without a budget."""
+    if not settings.privacy.epsilon:
+        return {}
+    numbers = dataclasses.asdict(settings.privacy)
+    found = {f"privacy.{name}": str(value) for name, value in numbers.items() if name != "key_file"}
+    return found | {"privacy.key": secret_file.fingerprint(own_key(settings))}
 
 
 def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:

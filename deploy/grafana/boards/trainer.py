@@ -238,6 +238,19 @@ GUARD = (
         kind=PanelKind.STATES,
         states={0: ("no", "green"), 1: ("yes", "orange")},
     ),
+    Panel(
+        "Privacy budget",
+        (
+            PanelQuery("max(springtide_trainer_privacy_epsilon_spent)", "spent"),
+            PanelQuery("max(springtide_trainer_privacy_epsilon_limit)", "budget", dashed=True),
+        ),
+        "short",
+        "Epsilon that was told of a unit, and the budget (dashed); 0 where none is set.",
+        "rising by a little each period, below the budget.",
+        "at the budget training holds, and answers go on.",
+        "the-privacy-budget-is-spent",
+        alerts=("SpringtidePrivacyBudgetSpent", "SpringtidePrivacyBudgetLow"),
+    ),
 )
 
 TABLES = (

@@ -94,7 +94,7 @@ class Blocks:
             totals = [total + part for total, part in zip(totals, by_dense, strict=True)]
             named = dict(zip(self._ranker.dense, by_dense, strict=True))
             gradient = self._flat([named[name] for name in self._ranker.fast_weights])
-            weights, *slots = tf.cond(move, lambda: self._moved(gradient, slots), lambda: (weights, *slots))
+            weights, *slots = tf.cond(move, lambda: self.moved(gradient, slots), lambda: (weights, *slots))
             return number + 1, kinds, encoded, rows, totals, weights, slots
 
         state = (0, kinds, encoded, rows, totals, before, list(of.slots))
@@ -135,7 +135,7 @@ class Blocks:
         found += [scores["engagement_logit"], scores["negative_logit"], own, drawn]
         return found, by_encoded, by_rows, by_dense
 
-    def _moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
+    def moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
         """One move, as `trainer/engine/optimizers/fast_weights.py` says it."""
         numbers, (fast, slow, second, moves) = HYPERPARAMETERS, slots
         count, power = moves[0] + 1.0, moves[1] * numbers.beta_2

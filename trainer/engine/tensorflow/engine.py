@@ -121,7 +121,7 @@ class TensorflowEngine:
         """The graph for records of any length, as one with so many crosses asks for."""
         if crosses not in self._traces:
             fixed = {
-                _use(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
+                place_of(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
             }
             fixed.add(f"{CROSS}.cross_share")
 
@@ -165,7 +165,7 @@ class TensorflowEngine:
 
     def _gather(self, one: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
         """The rows of one input."""
-        places = at[_use(one)]
+        places = at[place_of(one)]
         rows = tf.gather(distinct[one.table], places)
         if one.mean:
             # Without any ids the mean is the missing row.
@@ -246,6 +246,6 @@ class TensorflowEngine:
                 tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=at[CROSS][1:], updates=values[1:])
 
 
-def _use(one: Input) -> str:
+def place_of(one: Input) -> str:
     """What the places of an input's rows are called: tables may be looked up by the same ids."""
     return f"{one.table}.{one.ids}"

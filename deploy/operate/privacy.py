@@ -1,0 +1,57 @@
+"""What of the privacy budget is spent and left, as the trainer's ledger says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from state.config.settings import Settings
+from state.errors import SpringtideError
+from state.registry import privacy_ledger
+from state.registry.privacy_ledger import PrivacyLedger
+
+
+def look(settings: Settings) -> dict[str, Any] | None:
+    """The budget as JSON values; None where there is none, or nobody knows."""
+    try:
+        ledger = privacy_ledger.read(settings.privacy_ledger_path)
+    except (SpringtideError, OSError):
+        return None
+    return None if ledger is None or not settings.privacy.epsilon else document(ledger, settings.privacy.periods)
+
+
+def document(ledger: PrivacyLedger, periods: int) -> dict[str, Any]:
+    """What is spent and left.
+
+    Args:
+        ledger: The trainer's.
+        periods: That the budget is for.
+    """
+    return {
+        "unit": ledger.unit,
+        "epsilon": ledger.epsilon,
+        "delta": ledger.delta,
+        "spent": ledger.spent,
+        "left": max(0.0, ledger.epsilon - ledger.spent),
+        "periods": len(ledger.periods),
+        "of_periods": periods,
+        "held": ledger.held,
+        "key": ledger.key,
+    }
+
+
+def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
+    """A word and the rest, for `springtide status`.
+
+    >>> from state.registry.privacy_ledger import PrivacyPeriod
+    >>> ledger = PrivacyLedger("1f", "user", (PrivacyPeriod(1, 7, 8, 9.0),), 8.0, 1e-06, 1.5)
+    >>> as_text(document(ledger, 30))
+    ('counts', 'epsilon 1.50 of 8.00 spent, 6.50 left (delta 1e-06, unit user); 1 of 30 periods begun')
+    """
+    text = (
+        f"epsilon {found['spent']:.2f} of {found['epsilon']:.2f} spent, {found['left']:.2f} left (delta "
+        f"{found['delta']:g}, unit {found['unit']}); {found['periods']} of {found['of_periods']} periods begun"
+    )
+    if not found["held"]:
+        return "counts", text
+    return "SPENT", f"{text}; training holds and answers go on; trainer/PRIVACY.md says what a larger budget means"

@@ -1,0 +1,33 @@
+"""What differential privacy rules out: whatever lets a row of the log see another one, or learns without being clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from state.config.conflict import Conflict
+from state.config.sections import Model, TrainerSettings
+
+if TYPE_CHECKING:
+    from state.config.settings import Settings
+
+
+def privacy(settings: Settings) -> Iterator[Conflict]:
+    """Gradients are clipped by row, of the default ranker and tower, by the TensorFlow engine."""
+    if not settings.privacy.epsilon:
+        return
+    wanted = {"model.ranker": Model().ranker, "model.tower": Model().tower}
+    for name, only in wanted.items():
+        if settings.value(name) != only:
+            yield Conflict(
+                (name, "privacy.epsilon"),
+                f"{name} {settings.value(name)!r} cannot be learned with privacy.epsilon {settings.privacy.epsilon:g}: of "
+                "code of one's own nobody knows whether a row's loss reads other rows",
+                "take it out, or set privacy.epsilon to 0",
+            )
+    if settings.trainer.engine not in (TrainerSettings().engine, "tensorflow"):
+        yield Conflict(
+            ("trainer.engine", "privacy.epsilon"),
+            f"trainer.engine {settings.trainer.engine} cannot clip gradients by row, which privacy.epsilon needs",
+            "set trainer.engine to auto or tensorflow",
+        )

@@ -1,0 +1,188 @@
+"""A private step: bits are a function of key and log, no unit moves more than the bound, and a row reads no other one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from state.microbatch.batch import MicroBatch
+from tests.trainer.privacy.batches import labelled, place, shared
+from trainer.engine.private import ROUNDING, Units, clipped
+from trainer.engine.private_step import PrivateTrainer
+from trainer.engine.record import Record
+from trainer.engine.tensorflow.private import LISTED
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.privacy.noise import Noise
+from trainer.versions import checkpoint
+
+CLIP = 1.0 / HYPERPARAMETERS.loss_scale
+
+
+@pytest.fixture
+def made() -> PrivateTrainer:
+    """A trainer that has learned nothing."""
+    found = shared()
+    found.clear()
+    return found
+
+
+def learned(one: PrivateTrainer, first: int, last: int) -> str:
+    for number in range(first, last):
+        one.step(labelled(number), place=place(number))
+    return checkpoint.digest(one)
+
+
+def records_of(one: PrivateTrainer, *batches: MicroBatch) -> list[Record]:
+    """The records of batches, of all of whose ids the trainer has rows."""
+    for batch in (*batches, *batches):
+        one._observe(batch, one._recorder.crosses_of(batch))
+    return [one._record(batch, one._recorder.crosses_of(batch), (0, 0)) for batch in batches]
+
+
+def told(one: PrivateTrainer, record: Record) -> np.ndarray:
+    """The sum of the gradients of a record by all that an update tells, without noise."""
+    measured = one.engine.measure(record, move=False)
+    silent = one.engine.told(measured, record, lambda name, count: np.zeros(count), 0.0).found
+    rows = dict(zip(one.engine._embeddings, silent.sparse, strict=True))[LISTED].numpy()
+    # In the order of the popular categories: which rows come first depends on the others.
+    places = one.tables[LISTED].find(record.ids["popular"])
+    found = [measured.rows[LISTED].tolist().index(place) for place in places.tolist()]
+    parts = [part.numpy().reshape(-1) for part in silent.dense]
+    return np.concatenate([*parts, rows[found].reshape(-1)]).astype(np.float64)
+
+
+def only(record: Record, rows: np.ndarray, factors: np.ndarray) -> Record:
+    """The record in which no other rows have a loss, and these a scaled one."""
+    kept = np.where(rows, factors, 0.0).astype(np.float32)
+    names = ("weight", "label_weight", "negative_weight")
+    scaled = {name: getattr(record.targets, name) * kept for name in names}
+    return dataclasses.replace(record, targets=record.targets._replace(**scaled))
+
+
+def test_the_same_key_and_log_make_the_same_digests_and_another_key_others(made: PrivateTrainer) -> None:
+    first = learned(made, 0, 3)
+    made.clear()
+    assert learned(made, 0, 3) == first
+    ours = made.private._noise
+    made.private._noise = Noise(b"another key of the noise")
+    made.clear()
+    assert learned(made, 0, 3) != first
+    made.private._noise = ours
+    # Another place of the same rows is another noise.
+    made.clear()
+    for number in range(3):
+        made.step(labelled(number), place=dataclasses.replace(place(number), epoch=2))
+    assert checkpoint.digest(made) != first
+
+
+def test_a_trainer_that_is_restored_in_between_comes_to_the_same_bits(made: PrivateTrainer) -> None:
+    learned(made, 0, 2)
+    kept = {name: np.array(value) for name, value in made.state().items()}
+    assert kept["privacy.used"].sum() > 0
+    whole = {name: table.state() for name, table in made.tables.items()}
+    weights, slots = made.model.weights(), made.optimizer.slots()
+    straight = learned(made, 2, 4)
+    made.clear()
+    for name, table in made.tables.items():
+        table.load(whole[name])
+    made.model.set_weights(weights)
+    made.optimizer.set_slots(slots)
+    made.load(kept)
+    assert learned(made, 2, 4) == straight
+
+
+@pytest.mark.parametrize("by_user", [True, False])
+def test_no_unit_moves_what_is_told_by_more_than_the_bound(made: PrivateTrainer, by_user: bool) -> None:
+    learned(made, 0, 2)
+    drawn = np.random.default_rng(3)
+    # Weights far from where they began, and rows with the largest features there are.
+    made.model.set_weights(
+        {
+            name: one * 3 + drawn.normal(0, 0.3, one.shape).astype(np.float32)
+            for name, one in made.model.weights().items()
+        }
+    )
+    batch = labelled(5, 40)
+    large = np.where(np.arange(40)[:, None] % 3 == 0, np.uint16(65_535), batch.features)
+    batch = dataclasses.replace(
+        batch, features=large, weight=np.where(np.arange(40) % 5 == 0, 1e4, 1.0).astype(np.float32),
+        user=batch.user[np.arange(40) // 4],
+    )  # fmt: skip
+    (record,) = records_of(made, batch)
+    lengths = made.engine.lengths(record)
+    exact = np.array([np.linalg.norm(told(made, only(record, np.arange(40) == row, np.ones(40)))) for row in range(40)])
+    assert (exact <= lengths * 1.0001 + 1e-12).all(), "an upper bound"
+    some = exact > 1e-4 * exact.max()
+    assert (lengths[some] <= 3.0 * exact[some]).all(), "and no idle one"
+    of = np.unique(batch.user, return_inverse=True)[1] if by_user else np.arange(40)
+    factors = clipped(lengths, Units(of, np.ones(40, np.bool_)), CLIP)
+    longest = [np.linalg.norm(told(made, only(record, of == unit, factors))) for unit in range(of.max() + 1)]
+    assert max(longest) <= CLIP
+    assert max(longest) > 0.3 * CLIP, "some are clipped"
+
+
+def test_opposite_rows_cannot_hide_behind_each_other_and_who_takes_no_part_moves_nothing() -> None:
+    units = Units(np.array([0, 0, 1, 2, 3]), np.array([True, True, True, False, True]))
+    factors = clipped(np.array([5e8, 5e8, 0.1, 7.0, np.inf], np.float32), units, 2.0)
+    assert factors[0] * 5e8 + factors[1] * 5e8 <= 2.0 and factors[0] * 1e9 > 2.0 * (1 - 3 * ROUNDING)
+    assert factors[2:].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_what_a_row_tells_is_a_function_of_the_row_alone(made: PrivateTrainer) -> None:
+    learned(made, 0, 2)
+    batch = labelled(7, 48)
+    first = np.arange(48) < 24
+    # The same rows beside others: other partners, categories, items and labels.
+    beside = dataclasses.replace(
+        batch,
+        category=np.where(first, batch.category, batch.category[::-1]),
+        item=np.where(first, batch.item, batch.item[::-1]),
+        user=np.where(first, batch.user, batch.user[::-1]),
+        features=np.where(first[:, None], batch.features, np.uint16(9)),
+        label=np.where(first, batch.label, np.float32(1.0)),
+    )
+    found = [told(made, only(one, first, np.ones(48))) for one in records_of(made, batch, beside)]
+    assert np.abs(found[0] - found[1]).max() <= 1e-6 * np.abs(found[0]).max()
+
+
+def test_the_noise_is_as_large_as_it_is_said_and_on_all_that_is_shared(made: PrivateTrainer) -> None:
+    learned(made, 0, 2)
+    (record,) = records_of(made, labelled(8))
+    update = made.private.begin(labelled(8).user, place(8), 0)
+    plain = made.engine.measure(only(record, np.zeros(len(record), bool), np.zeros(len(record))), move=False)
+    deviation = made.private.noise * CLIP
+    found = made.engine.told(plain, record, made.private._normal(update), deviation).found
+    tables = dict(zip(made.engine._embeddings, found.sparse, strict=True))
+    popular = (record.ids["popular"] != 0).sum()
+    moved = tables[LISTED].numpy()[np.abs(tables[LISTED].numpy()).sum(1) > 0]
+    assert len(moved) == popular > 0
+    assert all(not tables[name].numpy().any() for name in ("item", "context", "user"))
+    values = np.concatenate([part.numpy().reshape(-1) for part in found.dense] + [moved.reshape(-1)]) / deviation
+    assert (values != 0).all() and abs(values.std() - 1.0) < 5 / np.sqrt(2 * values.size)
+
+
+def test_nothing_is_learned_of_transitions_and_crosses_and_counts_have_noise(made: PrivateTrainer) -> None:
+    learned(made, 0, 3)
+    assert len(made.transitions) == 0 == made.transitions.pending and len(made.tables["cross"]) == 0
+    counts = made.popular.state()["counts"]
+    assert len(counts) > 4 and (counts % 65_536 != 0).all()
+
+
+def test_a_user_takes_part_in_so_many_updates_and_then_teaches_nothing(made: PrivateTrainer) -> None:
+    one_user = dataclasses.replace(labelled(0), user=np.full(96, 77, np.uint64))
+    for number in range(made.private.updates):
+        made.step(one_user, place=place(number))
+        assert made.private.allowance.left_out == 0
+    update = made.private.begin(one_user.user, place(99), 0)
+    assert not update.units.learned.any() and made.private.allowance.left_out == 96
+    factors = clipped(np.ones(96, np.float32), update.units, CLIP)
+    assert not factors.any()
+
+
+def test_a_record_without_a_place_is_refused(made: PrivateTrainer) -> None:
+    with pytest.raises(ValueError, match="a place in the log"):
+        made.step(labelled(0))
+    with pytest.raises(ValueError, match="trainer_of"):
+        made.engine.measure(*records_of(made, labelled(0)))

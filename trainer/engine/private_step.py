@@ -1,0 +1,94 @@
+"""The training step where `privacy.epsilon` is set: each update of a record tells what its noise lets through, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import MicroBatch
+from trainer.engine.private import PrivateLearning, Update
+from trainer.engine.record import Record
+from trainer.engine.report import Report
+from trainer.engine.step import Trainer
+from trainer.engine.tensorflow.private import PrivateEngine
+from trainer.model.preprocessing import Preprocessing
+from trainer.privacy.key import own_key
+from trainer.privacy.place import NoisePlace
+from trainer.tables.index import U64
+
+
+class PrivateTrainer(Trainer):
+    """See `Trainer`. The measures of a step stay exact: they are the operator's, and decide nothing here.
+
+    Args:
+        settings: All settings, with a budget.
+        spec: The feature spec of the micro-batches.
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
+
+    Attributes:
+        private: Clips, adds noise, and remembers who took part.
+
+    Raises:
+        SettingsError: The key of the noise is gone.
+    """
+
+    def __init__(self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> None:
+        self.private = PrivateLearning(settings, own_key(settings))
+        super().__init__(settings, spec, preprocessing)
+        self._place: NoisePlace | None = None
+        self._number = 0
+        self._under_way: Update | None = None
+
+    def clear(self) -> None:
+        """See `Trainer`."""
+        super().clear()
+        self.private.allowance.clear()
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """See `Trainer`."""
+        kept = self.private.allowance.state()
+        return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """See `Trainer`."""
+        super().load(state)
+        mine = {name: value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load({name.removeprefix("privacy."): value for name, value in mine.items()})
+
+    def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
+        """See `Trainer`.
+
+        Raises:
+            TrainingHeld: The guard has held training.
+            ValueError: The batch has no row, or no place: noise that stands nowhere would be that of another record.
+        """
+        if place is None:
+            raise ValueError("a record that is learned privately has a place in the log")
+        self._place, self._number = place, 0
+        return super().step(batch, seed)
+
+    def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Report:
+        began = self._clock()
+        assert self._place is not None and isinstance(self.engine, PrivateEngine)
+        self.private.allowance.begin(self.counters.log_ms)
+        self._under_way = self.private.begin(batch.user, self._place, self._number)
+        self._number += 1
+        record = self._record(batch, crosses, seed)
+        measured = self.private.measure(self.engine, record, self._under_way)
+        return self._judge_and_apply(batch, record, measured, began)
+
+    def _judged(self, loss: float) -> float:
+        # An exact loss that decided about a step would tell of it; the norm is one with noise.
+        return 0.0
+
+    def _teaching(self, rows: int, taught: bool) -> int:
+        # A step that is not applied because a row is missing would tell that it is missing.
+        return rows
+
+    def _count(self, batch: MicroBatch, record: Record) -> None:
+        assert self._under_way is not None
+        self.private.count(self.popular, batch.category, self._under_way, self.counters.log_ms)

@@ -1,0 +1,82 @@
+"""Who takes part in an update: each user in so many of a period, so that no user counts more than the budget allows.
+
+No id is kept. A user counts at a place that is a hash of the id; who shares one
+shares what is left of it, so that nobody ever gets more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.compiled.mixing import mixed
+
+U64 = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
+
+PLACES = 1 << 20
+"""Places: 2 MB of a durable version before it is packed. A million users of a period share theirs with one other, on average."""
+
+
+class Allowance:
+    """Counts the updates of the period that users were in; part of each version.
+
+    Args:
+        updates: Of a period at most.
+        period_ms: Log time of a period.
+
+    Attributes:
+        left_out: Rows that came when their user had no update left.
+    """
+
+    def __init__(self, updates: int, period_ms: int) -> None:
+        self._updates, self._period_ms = updates, period_ms
+        self.clear()
+
+    def clear(self) -> None:
+        """Nobody was in any update."""
+        self._period, self.left_out = -1, 0
+        self._used: npt.NDArray[np.uint16] = np.zeros(PLACES, np.uint16)
+
+    @property
+    def began(self) -> bool:
+        """Whether anything was learned under a budget."""
+        return self._period >= 0
+
+    def begin(self, log_ms: int) -> None:
+        """Log time is now `log_ms`: with a new period all begin anew."""
+        if (period := log_ms // self._period_ms) > self._period:
+            self._period = period
+            self._used[:] = 0
+
+    def admit(self, users: U64) -> Flags:
+        """Which rows of an update take part, `[n]` bool: all rows of a user, or none.
+
+        >>> allowance = Allowance(1, 1000)
+        >>> allowance.begin(500)
+        >>> users = np.array([7, 8, 7], np.uint64)
+        >>> allowance.admit(users).tolist(), allowance.admit(users[:2]).tolist(), allowance.left_out
+        ([True, True, True], [False, False], 2)
+        >>> allowance.begin(1000)
+        >>> allowance.admit(users[:1]).tolist()
+        [True]
+        """
+        places = (mixed(users) & np.uint64(PLACES - 1)).astype(np.int64)
+        found: Flags = self._used[places] < self._updates
+        self._used[np.unique(places[found])] += 1
+        self.left_out += int(users.size - found.sum())
+        return found
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything remembered, by name; a copy."""
+        return {"period": np.array(self._period), "left_out": np.array(self.left_out), "used": self._used.copy()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Sets what `state` returned; nothing is a new beginning."""
+        self.clear()
+        if "used" in state:
+            self._period, self.left_out = int(state["period"]), int(state["left_out"])
+            self._used = np.array(state["used"], np.uint16)

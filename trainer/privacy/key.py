@@ -1,0 +1,31 @@
+"""The secret key of the noise: made at first use, and never again once something was learned with it."""
+
+from __future__ import annotations
+
+import logging
+
+from state.config.settings import Settings
+from state.errors import SettingsError
+from state.process import secret_file
+
+logger = logging.getLogger(__name__)
+
+
+def own_key(settings: Settings) -> bytes:
+    """The key of a state directory; what may be shown of it is its fingerprint.
+
+    Raises:
+        SettingsError: It is gone, it cannot be read, or it is too short.
+    """
+    path = settings.privacy_key_path
+    if not path.exists():
+        if settings.privacy_ledger_path.exists():
+            raise SettingsError(
+                f"there is no key of the noise at {path}, and versions were learned with one",
+                "restore the file, or set privacy.key_file to where it is",
+            )
+        if secret_file.make(path):
+            logger.warning(
+                "made a new key of the noise at %s: keep a copy, for without it no version can be verified", path
+            )
+    return secret_file.read(path, "the key of the noise", "privacy.key_file")

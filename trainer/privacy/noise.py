@@ -1,0 +1,55 @@
+"""Normal numbers as a function of a secret key and a place of the log, and of nothing else.
+
+A place gets a key of its own (keyed BLAKE2b, RFC 7693), by which ChaCha20 (RFC
+8439) makes a stream of bits; two words of 53 bits make two normal numbers (Box
+and Muller 1958). Whoever reads the log again with the key makes the same noise;
+without it the stream is that of a cipher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+F64 = npt.NDArray[np.float64]
+
+_UNIT = 2.0**-53
+
+
+class Noise:
+    """The noise of one key.
+
+    Args:
+        key: The secret.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        # BLAKE2b takes 64 bytes of a key at most.
+        self._key = hashlib.blake2b(key, digest_size=64, person=b"springtide noise").digest()
+
+    def normal(self, place: str, count: int) -> F64:
+        """Standard normal numbers, `[count]` float64: the first ones are the same however many are asked for.
+
+        >>> one, other = Noise(b"a key of a test"), Noise(b"another one")
+        >>> bool((one.normal("here", 3) == one.normal("here", 8)[:3]).all())
+        True
+        >>> bool((one.normal("here", 3) == other.normal("here", 3)).any() or (one.normal("there", 3) == one.normal("here", 3)).any())
+        False
+
+        Args:
+            place: Names them; no two uses have the same.
+            count: How many.
+        """
+        own = hashlib.blake2b(place.encode(), key=self._key, digest_size=32).digest()
+        pairs = -(-count // 2)
+        stream = Cipher(algorithms.ChaCha20(own, bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
+        words = np.frombuffer(stream, "<u8").reshape(pairs, 2) >> np.uint64(11)
+        # In (0, 1], so that its logarithm is finite: 8.57 standard deviations at most.
+        length = np.sqrt(-2.0 * np.log((words[:, 0] + np.uint64(1)).astype(np.float64) * _UNIT))
+        angle = words[:, 1].astype(np.float64) * (2.0 * np.pi * _UNIT)
+        found = np.empty((pairs, 2))
+        found[:, 0], found[:, 1] = length * np.cos(angle), length * np.sin(angle)
+        return found.reshape(-1)[:count]
