@@ -86,7 +86,6 @@ class Learner:
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
-        self._faults: tuple[str, ...] = ()
         times = settings.trainer.publish_s, settings.registry.durable_s, clock, elapsed
         self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room, elapsed)
         self._updates = UpdateGuard(
@@ -94,11 +93,11 @@ class Learner:
         )
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock, elapsed)
-        self._losses = LossRecorder(registry.path)
-        self._budget = PrivacyBudget(settings, trainer, metrics)
+        self._losses, self._budget = LossRecorder(registry.path), PrivacyBudget(settings, trainer, metrics)
         self._log: LogReader | None = None
         self.control: Control
         self.place: TrainingPlace
+        self._faults: tuple[str, ...] = ()
         self._looked, self.caught_up, self.taken_ms = float("-inf"), False, 0
 
     def enter(self, control: Control) -> None:
@@ -128,10 +127,9 @@ class Learner:
         self._updates.enter(self._trainer.guarded)
         self._budget.enter()
         if first is not None:
-            at = self.place, control, self._account(), self._reader.topic_id
-            self.place = self._publications.publish_first(*at, first)
-        self.place = take_up(self._trainer, self.place, control)
-        self.caught_up = False
+            place, topic = self.place, self._reader.topic_id
+            self.place = self._publications.publish_first(place, control, self._account(), topic, first)
+        self.place, self.caught_up = take_up(self._trainer, self.place, control), False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
         self._updates.look(control, self.place.parent, self._trainer.guard.held)
@@ -223,9 +221,9 @@ class Learner:
 
     @property
     def _resting(self) -> bool:
-        """Whether no record is to be taken: the guard holds training or what was learned, an operator paused it, or no budget is left."""
-        rests = self._trainer.guard.held or self._updates.waits or self._budget.held
-        return rests or not self.control.training or bool(self.control.held)
+        """Whether no record is to be taken: guard or operator hold training or what was learned, or no budget is left."""
+        held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
+        return held or self._updates.waits or not self.control.training
 
     def _between(self) -> bool:
         """Between two records; True where the epoch changed."""

@@ -58,6 +58,11 @@ def _start(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     running = [one.name for one in trials.all() if one.runs]
     if len(running) >= MOST_RUNNING:
         raise RegistryError(f"{len(running)} trials run already: {', '.join(running)}", "stop one of them first")
+    if settings.privacy.epsilon:
+        raise SettingsError(
+            "privacy.epsilon is set: two trainers would take the same noise, and who compares them is rid of it",
+            "try other settings on a deployment without a budget",
+        )
     control, overrides = current(live), overrides_of(asked.set)
     tried = settings_of(settings, overrides, trials.registry(asked.name))
     version = version_for(live, asked.origin)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def privacy(settings: Settings) -> Iterator[Conflict]:
-    """Gradients are clipped by row, of the default ranker and tower, by the TensorFlow engine."""
+    """Gradients are clipped by row, of the default ranker and tower, by the TensorFlow engine; nothing is learned beside them."""
     if not settings.privacy.epsilon:
         return
     wanted = {"model.ranker": Model().ranker, "model.tower": Model().tower}
@@ -30,4 +30,10 @@ def privacy(settings: Settings) -> Iterator[Conflict]:
             ("trainer.engine", "privacy.epsilon"),
             f"trainer.engine {settings.trainer.engine} cannot clip gradients by row, which privacy.epsilon needs",
             "set trainer.engine to auto or tensorflow",
+        )
+    if settings.churn.days:
+        yield Conflict(
+            ("churn.days", "privacy.epsilon"),
+            "churn.days is set: who leaves is learned of each user's rows, neither clipped nor with noise, which privacy.epsilon rules out",
+            "set churn.days or privacy.epsilon to 0",
         )

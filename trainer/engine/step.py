@@ -103,8 +103,7 @@ class Trainer:
         self.evaluation, self.progressive, self._new_users = Evaluation(), Progressive(), np.empty(0, np.uint64)
         self._columns = Columns(settings.attributes)
         self.slices = Slices(settings.attributes, self._columns)
-        self.breakdown = Breakdown.of(settings, self.slices)
-        self.guard = GuardState()
+        self.breakdown, self.guard = Breakdown.of(settings, self.slices), GuardState()
         self.guarded: Mapping[str, npt.NDArray[Any]] = {}
         self.counters, self.churn = Counters(), ChurnLearner.of(settings, spec)
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
@@ -134,11 +133,8 @@ class Trainer:
         held: dict[str, npt.NDArray[Any]] = {}
         for prefix, record in (("counters", asdict(self.counters)), ("guard", asdict(self.guard))):
             held |= {f"{prefix}.{name}": np.array(value) for name, value in record.items()}
-        held |= {f"evaluation.{name}": value for name, value in self.evaluation.state().items()}
-        held |= {f"slices.{name}": value for name, value in self.slices.state().items()}
-        held |= {f"popular.{name}": value for name, value in self.popular.state().items()}
-        if self.churn is not None:
-            held |= {f"churn.{name}": value for name, value in self.churn.state().items()}
+        for prefix, one in self._kept().items():
+            held |= {f"{prefix}.{name}": value for name, value in one.state().items()}
         return held
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -148,13 +144,13 @@ class Trainer:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
         self.counters = Counters(**{name: int(value) for name, value in part("counters.").items()})
-        guard = {name: value.item() for name, value in part("guard.").items()}
-        self.guard = GuardState(**guard)
-        self.evaluation.load(part("evaluation."))
-        self.slices.load(part("slices."))
-        self.popular.load(part("popular."))
-        if self.churn is not None:
-            self.churn.load(part("churn."))
+        self.guard = GuardState(**{name: value.item() for name, value in part("guard.").items()})
+        for prefix, one in self._kept().items():
+            one.load(part(f"{prefix}."))
+
+    def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner]:
+        found = {"evaluation": self.evaluation, "slices": self.slices, "popular": self.popular, "churn": self.churn}
+        return {name: one for name, one in found.items() if one is not None}
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """Takes one step.
@@ -243,9 +239,8 @@ class Trainer:
         norm = math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0
         rows = self._teaching(len(batch), bool(targets.any() or scored.any()))
-        verdict, self.guard = judge(
-            self.guard, self._judged(loss), norm, rows, settings.guard_factor, settings.guard_patience
-        )
+        judging = norm, rows, settings.guard_factor, settings.guard_patience
+        verdict, self.guard = judge(self.guard, self._judged(loss), *judging)
         top1, top5 = (scores.rank[targets] < most for most in (1, 5))
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
@@ -291,10 +286,8 @@ class Trainer:
             judged=(found,),
         )
 
-    # What is done otherwise where rows are learned privately
-
     def _judged(self, loss: float) -> float:
-        """The mean loss by which the guard judges a step."""
+        """The mean loss by which the guard judges a step; a private trainer has another one, as of what follows."""
         return loss
 
     def _teaching(self, rows: int, taught: bool) -> int:
@@ -304,5 +297,4 @@ class Trainer:
     def _count(self, batch: MicroBatch, record: Record) -> None:
         """Counts what an accepted step clicked; a skipped one leaves no trace."""
         self.popular.update(batch.category, self.counters.log_ms)
-        came_next = np.where(record.targets.weight > 0, batch.category, np.uint64(0))
-        self.transitions.count(record.newest, came_next)
+        self.transitions.count(record.newest, np.where(record.targets.weight > 0, batch.category, np.uint64(0)))

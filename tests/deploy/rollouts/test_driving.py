@@ -73,9 +73,7 @@ def world(tmp_path: Path) -> World:
         log.topics().ensure(topic, 1)
     rollouts = Rollouts(tmp_path)
     rollouts.propose(
-        rollout.start(
-            None, "wider", (50.0, 100.0), 60.0, (0, 0), actor="ann", reason="try it", now_ms=clock()
-        )
+        rollout.start(None, "wider", (50.0, 100.0), 60.0, (0, 0), actor="ann", reason="try it", now_ms=clock())
     )
     spool = ExposureSpool(folder, clock, lambda form, line: pytest.fail(form % line))
     forwarder = ExposureForwarder(folder, log, EXPOSURES, clock)
