@@ -149,8 +149,8 @@ class Trainer:
             one.load(part(f"{prefix}."))
 
     def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner]:
-        found = {"evaluation": self.evaluation, "slices": self.slices, "popular": self.popular, "churn": self.churn}
-        return {name: one for name, one in found.items() if one is not None}
+        churn = {} if self.churn is None else {"churn": self.churn}
+        return {"evaluation": self.evaluation, "slices": self.slices, "popular": self.popular, **churn}
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """Takes one step.
