@@ -34,7 +34,7 @@ from tests.bench.report import Figure, Stages, report
 from tests.trainer.churn.leavers import DAY_MS, batches, leavers, taken
 from trainer.churn.learning import ChurnLearner
 from trainer.churn.measures import TENTHS
-from trainer.churn.waiting import Labelled
+from trainer.churn.waiting import KnownExamples
 
 F64 = npt.NDArray[np.float64]
 SPEC = FeatureSpec()
@@ -87,7 +87,7 @@ class Daily:
         self._known: list[tuple[F64, npt.NDArray[np.bool_]]] = []
         self.by = ""
 
-    def score(self, known: Labelled, log_ms: int) -> F64:
+    def score(self, known: KnownExamples, log_ms: int) -> F64:
         """The logits of examples, `[m]` float64; then they are known."""
         if log_ms // DAY_MS > self._day:
             self._day = log_ms // DAY_MS

@@ -39,7 +39,7 @@ _FEW = 4
 """Below a fourth of the room more users are looked at."""
 
 
-class Labelled(NamedTuple):
+class KnownExamples(NamedTuple):
     """Examples whose label became known, in the order of that.
 
     Attributes:
@@ -58,9 +58,9 @@ class Labelled(NamedTuple):
     user: U64
     moment_ms: I64
 
-    def take(self, rows: I64 | Flags) -> Labelled:
+    def take(self, rows: I64 | Flags) -> KnownExamples:
         """Some of them."""
-        return Labelled(
+        return KnownExamples(
             self.windows[rows],
             self.action[rows],
             self.age_ms[rows],
@@ -70,7 +70,7 @@ class Labelled(NamedTuple):
         )
 
 
-class Waiting:
+class WaitingRows:
     """Rows that wait.
 
     Args:
@@ -137,7 +137,7 @@ class Waiting:
         if self._halvings and self._size * _FEW < self._most:
             self._halvings -= 1
 
-    def known(self, log_ms: int) -> Labelled:
+    def known(self, log_ms: int) -> KnownExamples:
         """3. The examples whose label is known at a log time; each once."""
         horizon = self._horizon
         places = np.flatnonzero(self._due_ms < log_ms)
@@ -148,7 +148,7 @@ class Waiting:
         rows = np.repeat(np.arange(places.size), counts)
         nth = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
         moments_ms = moment_ms[rows] + nth * horizon.stride_ms
-        found = Labelled(
+        found = KnownExamples(
             self._windows[places[rows]],
             self._action[places[rows]],
             moments_ms - at_ms[rows],

@@ -12,7 +12,7 @@ from state.features.spec import EVENT, FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.recorded import SOURCE, Recorded, micro_batches, plain
 from trainer.churn.learning import ChurnLearner
-from trainer.churn.waiting import Labelled
+from trainer.churn.waiting import KnownExamples
 
 DAY_MS = 86_400_000
 START_MS = 1_790_000_000_000
@@ -79,7 +79,7 @@ def batches(clicks: Recorded, spec: FeatureSpec, rows: int = 256) -> Iterator[Mi
     return micro_batches(clicks, spec, WEIGHTS, step_rows=rows)
 
 
-def taken(learner: ChurnLearner, log: Iterator[MicroBatch]) -> Iterator[tuple[Labelled, F64]]:
+def taken(learner: ChurnLearner, log: Iterator[MicroBatch]) -> Iterator[tuple[KnownExamples, F64]]:
     """What became known with each micro-batch, and what was said of it before it was learned."""
     log_ms = 0
     for batch in log:
@@ -89,8 +89,8 @@ def taken(learner: ChurnLearner, log: Iterator[MicroBatch]) -> Iterator[tuple[La
         yield known, learner.learn(known)
 
 
-def joined(parts: Iterator[tuple[Labelled, F64]]) -> tuple[Labelled, F64]:
+def joined(parts: Iterator[tuple[KnownExamples, F64]]) -> tuple[KnownExamples, F64]:
     """All of it."""
     found = list(parts)
-    columns = (np.concatenate([getattr(known, name) for known, _ in found]) for name in Labelled._fields)
-    return Labelled(*columns), np.concatenate([told for _, told in found])
+    columns = (np.concatenate([getattr(known, name) for known, _ in found]) for name in KnownExamples._fields)
+    return KnownExamples(*columns), np.concatenate([told for _, told in found])

@@ -16,7 +16,7 @@ from tests.trainer.churn.leavers import DAY_MS, Leavers, batches, joined, leaver
 from trainer.churn.learning import FEW, ChurnLearner
 from trainer.churn.measures import TENTHS
 from trainer.churn.regression import OnlineRegression
-from trainer.churn.waiting import Labelled
+from trainer.churn.waiting import KnownExamples
 
 SPEC = FeatureSpec()
 WARM_UP_DAYS = 12
@@ -34,7 +34,7 @@ def shoppers() -> tuple[Leavers, list[MicroBatch]]:
 
 
 @cache
-def progressive() -> tuple[Labelled, F64]:
+def progressive() -> tuple[KnownExamples, F64]:
     """What became known once something was learned, and what had been said of it."""
     known, told = joined(taken(learner(), iter(shoppers()[1])))
     begun = known.moment_ms > known.moment_ms.min() + WARM_UP_DAYS * DAY_MS
