@@ -122,6 +122,15 @@ def test_the_variance_of_independent_rows_is_that_of_their_mean() -> None:
     assert sums.mean == pytest.approx(values.mean())
 
 
+def test_clicks_that_come_later_are_credited_to_what_was_shown() -> None:
+    users = np.arange(1, 1_001, dtype=np.uint64)
+    shown, known = BlockSums(), BlockSums()
+    shown.add(np.zeros(1_000), users)
+    shown.credit(np.ones(100), users[:100])
+    known.add(np.where(users <= 100, 1.0, 0.0), users)
+    assert shown.document() == known.document() and shown.mean == 0.1
+
+
 def test_too_little_has_no_interval() -> None:
     sequence = ConfidenceSequence()
     assert (sequence.rows, sequence.mean, sequence.interval()) == (0, 0.0, UNBOUNDED)
