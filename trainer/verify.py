@@ -84,8 +84,7 @@ def verify(
     """
     began_s = elapsed()
     # 1.
-    target = registry.manifest(version)
-    beginnings = registry.beginnings()
+    target, beginnings = registry.manifest(version), registry.beginnings()
     base = origin_of(registry, beginnings, target, wanted_base)
     segments = segments_of(registry, registry.last_of_epochs((base or target).epoch, target.epoch), base, target)
     found = Comparison(version, 0 if base is None else base.version, segments[0].first, target.log.next)
@@ -97,16 +96,14 @@ def verify(
     from trainer.versions.difference import environment_differences
 
     now = checkpoint.environment(settings, trainer.device, trainer.engine.name)
-    differs = environment_differences(target.environment, now)
-    if differs:
+    if differs := environment_differences(target.environment, now):
         return replace(found, outcome="not comparable", environment=tuple(differs), seconds=elapsed() - began_s)
     # 3.
     if base is None:
         checkpoint.begin(trainer, registry.spec(registry.bootstrapped(target.spec, settings.model) or target.spec))
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
-    where = f"{target.log.topic}:{target.log.partition}"
-    source = Source(target.log.topic_id, target.log.partition)
+    where, source = f"{target.log.topic}:{target.log.partition}", Source(target.log.topic_id, target.log.partition)
     done = Replay(
         trainer, base, target.spec, target.salt, where, source, former_specs(beginnings), taken_out(registry, base)
     )

@@ -70,7 +70,7 @@ class KnownExamples(NamedTuple):
         )
 
 
-class WaitingRows:
+class WaitingExamples:
     """Rows that wait.
 
     Args:

@@ -127,7 +127,8 @@ class PrivateEngine(TensorflowEngine):
     def _listed(self, record: Record) -> npt.NDArray[np.uint64]:
         """The popular categories that there are."""
         popular = record.ids["popular"]
-        return popular[popular != 0]
+        found: npt.NDArray[np.uint64] = popular[popular != 0]
+        return found
 
     def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
         """The graph for parts of any length."""
