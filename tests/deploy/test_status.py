@@ -27,6 +27,7 @@ from state.metrics import (
     SharedMetrics,
     StorageMetrics,
     SupervisorMetrics,
+    TrialMetrics,
     ValidationMetrics,
     names,
     serve,
@@ -53,8 +54,16 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
     named = {series for figures in status.FIGURES.values() for _, series in figures}
     named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
-    # `up`, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
-    beside = {SupervisorMetrics, ConsoleMetrics, StorageMetrics, SharedMetrics, ProbeMetrics, ValidationMetrics}
+    # `up`, trials, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
+    beside = {
+        SupervisorMetrics,
+        ConsoleMetrics,
+        StorageMetrics,
+        SharedMetrics,
+        ProbeMetrics,
+        TrialMetrics,
+        ValidationMetrics,
+    }
     assert len({*PROCESSES} - beside) == len(status.FIGURES) == len(BORN)
 
 
