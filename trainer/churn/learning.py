@@ -28,7 +28,7 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.row_kinds import Kind
 from trainer.churn.measures import ChurnMeasures
 from trainer.churn.regression import OnlineRegression
-from trainer.churn.waiting import KnownExamples, WaitingExamples
+from trainer.churn.waiting import ChurnWaiting, KnownExamples
 from trainer.tables.index import U64
 
 DAY_S = 86_400
@@ -60,7 +60,7 @@ class ChurnLearner:
         self._horizon = Horizon.of(span_ms, spec)
         self._inputs = ChurnInputs(spec, self._horizon)
         self._about = np.array([CODE, span_ms, self._inputs.digest, late_ms, most], np.int64)
-        self.waiting = WaitingExamples(self._horizon, late_ms, most, self._inputs.columns)
+        self.waiting = ChurnWaiting(self._horizon, late_ms, most, self._inputs.columns)
         self._regression = OnlineRegression(np.zeros(self._inputs.width), _VARIANCE, _DRIFT)
         self._calibration = OnlineRegression(np.array([1.0, 0.0]), _CALIBRATION_VARIANCE, _CALIBRATION_DRIFT)
         self.measures = ChurnMeasures()

@@ -70,7 +70,7 @@ class KnownExamples(NamedTuple):
         )
 
 
-class WaitingExamples:
+class ChurnWaiting:
     """Rows that wait.
 
     Args:

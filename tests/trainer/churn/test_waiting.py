@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from state.churn.moments import Horizon
 from state.features.spec import FeatureSpec
-from trainer.churn.waiting import NEVER_MS, KnownExamples, WaitingExamples
+from trainer.churn.waiting import NEVER_MS, ChurnWaiting, KnownExamples
 from trainer.tables.index import hashed_uniform
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
@@ -82,7 +82,7 @@ def told(step: int, known: KnownExamples) -> list[tuple[object, ...]]:
     ]
 
 
-def take(waiting: WaitingExamples, parts: Sequence[Part], first: int = 0, log_ms: int = 0) -> list[tuple[object, ...]]:
+def take(waiting: ChurnWaiting, parts: Sequence[Part], first: int = 0, log_ms: int = 0) -> list[tuple[object, ...]]:
     found = []
     for step, part in enumerate(parts[first:], first):
         log_ms = max(log_ms, int(part.at_ms.max()))
@@ -94,19 +94,19 @@ def take(waiting: WaitingExamples, parts: Sequence[Part], first: int = 0, log_ms
 def test_examples_and_labels_are_those_that_one_reads_off_the_log() -> None:
     parts = log()
     expected = read(parts)
-    assert sorted(take(WaitingExamples(HORIZON, LATE_MS, MANY, COLUMNS), parts)) == expected
+    assert sorted(take(ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS), parts)) == expected
     lefts, ages = [one[4] for one in expected], [one[3] for one in expected]
     assert 50 < sum(lefts) < len(lefts) - 50
     assert max(ages) > 6 * DAY_MS, "users are asked about long after their last click"
 
 
 def test_a_restart_in_between_gives_the_same_examples_and_the_same_state() -> None:
-    parts, whole = log(2), WaitingExamples(HORIZON, LATE_MS, MANY, COLUMNS)
+    parts, whole = log(2), ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS)
     expected = take(whole, parts)
-    cut, found, log_ms = WaitingExamples(HORIZON, LATE_MS, MANY, COLUMNS), [], 0
+    cut, found, log_ms = ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS), [], 0
     for first in range(0, len(parts), 7):
         # What it held before is another log's.
-        other = WaitingExamples(HORIZON, LATE_MS, MANY, COLUMNS)
+        other = ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS)
         take(other, log(3))
         other.load(cut.state())
         found += take(other, parts[: first + 7], first, log_ms)
@@ -120,8 +120,8 @@ def test_a_restart_in_between_gives_the_same_examples_and_the_same_state() -> No
 def test_no_more_wait_than_may_and_what_is_left_is_true() -> None:
     parts, small, large = (
         log(4, users=400),
-        WaitingExamples(HORIZON, LATE_MS, 60, COLUMNS),
-        WaitingExamples(HORIZON, LATE_MS, MANY, COLUMNS),
+        ChurnWaiting(HORIZON, LATE_MS, 60, COLUMNS),
+        ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS),
     )
     every, found, log_ms = set(take(large, parts)), [], 0
     for step, part in enumerate(parts):
@@ -135,7 +135,7 @@ def test_no_more_wait_than_may_and_what_is_left_is_true() -> None:
 
 
 def test_of_a_forgotten_user_nothing_waits() -> None:
-    parts, waiting = log(5), WaitingExamples(HORIZON, LATE_MS, MANY, COLUMNS)
+    parts, waiting = log(5), ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS)
     take(waiting, parts[:30])
     user = waiting.state()["user"][:1]
     before = len(waiting)
