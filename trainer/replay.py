@@ -36,10 +36,7 @@ class Replay:
     Args:
         trainer: At the base.
         base: Its manifest; None for nothing.
-        spec: Digest of the feature spec.
-        salt: Fingerprint of the salt.
-        where: Names an offset, for messages.
-        source: The partition of the training log.
+        target: The manifest of the version to come to.
         specs: Digests of the feature specs that upgrades left.
         lost: Erasures whose users' rows were taken out of the base after it was made.
 
@@ -51,15 +48,13 @@ class Replay:
         self,
         trainer: Trainer,
         base: Manifest | None,
-        spec: str,
-        salt: str,
-        where: str,
-        source: Source,
+        target: Manifest,
         specs: Collection[str] = frozenset(),
         lost: Erased = Erased.NOBODY,
     ) -> None:
-        self._lost, self.unlike, self._source = lost, 0, source
-        self._trainer, self._spec, self._salt, self._where = trainer, spec, salt, where
+        self._lost, self.unlike, self._log = lost, 0, target.log
+        self._trainer, self._spec, self._salt = trainer, target.spec, target.salt
+        self._where = f"{target.log.topic}:{target.log.partition}"
         self._is_former = former(specs, lambda: trainer.counters.steps)
         self.marks = {} if base is None else base.marks
         counted = {} if base is None else base.metrics
@@ -93,7 +88,7 @@ class Replay:
             # Nothing is learned while training is held: somebody let it go on from here.
             self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
         self.unlike += int(self._lost.after(segment.erased).users.has(found.batch.user).sum())
-        at = NoisePlace(self._source.topic_id, self._source.partition, offset, segment.epoch, segment.erased)
+        at = NoisePlace(self._log.topic_id, self._log.partition, offset, segment.epoch, segment.erased)
         self._trainer.step(found.batch, place=at)
         self.steps += 1
 

@@ -34,7 +34,6 @@ from state.features.erased import Erased
 from state.features.spec import FeatureSpec
 from state.log import LogReader, Reader, Topics
 from state.log.accepted_gaps import Journal
-from state.positions import Source
 from state.process import log_lines
 from state.process.closed_output import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
@@ -103,10 +102,7 @@ def verify(
         checkpoint.begin(trainer, registry.spec(registry.bootstrapped(target.spec, settings.model) or target.spec))
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
-    where, source = f"{target.log.topic}:{target.log.partition}", Source(target.log.topic_id, target.log.partition)
-    done = Replay(
-        trainer, base, target.spec, target.salt, where, source, former_specs(beginnings), taken_out(registry, base)
-    )
+    done = Replay(trainer, base, target, former_specs(beginnings), taken_out(registry, base))
     if total or any(one.forget for one in segments):
         accepted = Journal(registry.path / layout.GAPS).accepted()
         opens = partial(open_at, open_log, target, found.origin)

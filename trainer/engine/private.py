@@ -24,7 +24,7 @@ from trainer.engine.record import Record
 from trainer.engine.tensorflow.private import Normal, PrivateEngine
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
-from trainer.privacy.allowance import UpdateAllowance
+from trainer.privacy.allowance import Participation
 from trainer.privacy.noise import Noise
 from trainer.privacy.place import NoisePlace
 from trainer.tables.index import U64
@@ -83,7 +83,7 @@ class PrivateLearning:
         self._by_user = wanted.unit == "user"
         self.updates = wanted.updates if self._by_user else 1
         self.noise = noise_for(wanted.epsilon, wanted.delta, self.updates * wanted.periods)
-        self.allowance = UpdateAllowance(wanted.updates, int(1000 * wanted.period_s))
+        self.allowance = Participation(wanted.updates, int(1000 * wanted.period_s))
         self._noise, self._clip = Noise(key), wanted.clip / HYPERPARAMETERS.loss_scale
         # Other numbers at the same place make another noise: else their difference would show the gradient.
         self._mechanism = f"clip {wanted.clip!r} noise {self.noise!r} unit {wanted.unit}"

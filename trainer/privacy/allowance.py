@@ -21,7 +21,7 @@ PLACES = 1 << 20
 """Places: 2 MB of a durable version before it is packed. A million users of a period share theirs with one other, on average."""
 
 
-class UpdateAllowance:
+class Participation:
     """Counts the updates of the period that users were in; part of each version.
 
     Args:
@@ -55,7 +55,7 @@ class UpdateAllowance:
     def admit(self, users: U64) -> Flags:
         """Which rows of an update take part, `[n]` bool: all rows of a user, or none.
 
-        >>> allowance = UpdateAllowance(1, 1000)
+        >>> allowance = Participation(1, 1000)
         >>> allowance.begin(500)
         >>> users = np.array([7, 8, 7], np.uint64)
         >>> allowance.admit(users).tolist(), allowance.admit(users[:2]).tolist(), allowance.left_out
