@@ -31,7 +31,8 @@ LOOKED_AT: Mapping[str, object] = {
     "validation.window_s": 10,
     "validation.min_rows": 100,
     "up.prometheus_interval_s": 1,
-    "segments.expressions": "collectors=view.count_7d >= 3 and purchase.count_7d == 0 and interest['stamps'] > 0.01,asked=churn >= 0",
+    "segments.expressions": "collectors=view.count_7d >= 3 and purchase.count_7d == 0 and interest['stamps'] > 0.01,"
+    "asked=churn >= 0 and interest['stamps'] > 0.01",
     # What tests do to this loop would be held, and rightly: the guard only looks on.
     "guard.warm_up": 100,
     # Whether a user clicks in the next 4.3 s is known while tests run.

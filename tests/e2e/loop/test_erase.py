@@ -171,8 +171,7 @@ def test_an_erased_shopper_is_nobody_within_two_seconds_and_for_good(loop: Loop,
 
     # 2. Histories, rows, versions and stores let go.
     until(lambda: compacted(loop), "something still holds something")
-    left = until(lambda: having(loop) or ["nothing"], "")
-    until(lambda: not having(loop), f"it stands in {left}", 60.0)
+    until(lambda: not having(loop), lambda: f"it stands in {having(loop)}", 60.0)
 
     # 3. Topics let go by their retention, and then nothing holds anything.
     assert {one["where"] for one in told(loop)} == {
