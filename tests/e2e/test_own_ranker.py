@@ -98,7 +98,7 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
         time.sleep(EVERY_S)
         return held()
 
-    control = until(flooded, "a flood is not held", 30.0)
+    control = until(flooded, "a flood is not held")
     assert control.held is not None
     # 1. Answers stay at a version that has learned none of it.
     until(lambda: version(loop)["number"] == control.held.version, "answers do not turn")
@@ -127,7 +127,7 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
     until(healed, "answers do not follow into the new epoch")
     ends = loop.click([("honest", "book", "reading", "view")])
     answer = until(
-        lambda: healed() and loop.if_trained_on("honest", ends), "no version has learned from an honest click"
+        lambda: healed() and loop.if_trained_on("honest", ends), "no version has learned from an honest click", 400.0
     )
     assert answer["version"]["epoch"] > epoch
     assert held() is None

@@ -12,7 +12,7 @@ from deploy.watch import scrape
 from state.trials.trial import Trials
 from tests.e2e.running import Loop, until
 
-ROWS = 200
+ROWS, SCORED_S = 200, 400.0
 
 
 def listed(loop: Loop, name: str) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def scored(loop: Loop, name: str, rows: int = ROWS) -> dict[str, Any]:
         compared = listed(loop, name)["compared"]
         return dict(compared) if compared and compared["rows"] >= rows else None
 
-    return until(look, lambda: f"trial {name} is not compared: {listed(loop, name)}\n{loop.logs()}")
+    # A trial steps back behind everybody else.
+    return until(look, lambda: f"trial {name} is not compared: {listed(loop, name)}\n{loop.logs()}", SCORED_S)
 
 
 def trainer_of(loop: Loop, name: str) -> psutil.Process | None:
@@ -68,12 +69,15 @@ def test_a_trial_learns_the_same_rows_beside_the_live_one_through_a_kill_and_goe
     # 3. Its trainer is killed: it learns again what was not durable, and each row is paired once all the same.
     killed = until(lambda: trainer_of(loop, "again"), "no trainer")
     assert killed.nice() > 0 and len(killed.cpu_affinity()) == loop.settings.trials.cores
-    before = scored(loop, "again")
     os.kill(killed.pid, signal.SIGKILL)
-    after = scored(loop, "again", before["rows"] + ROWS)
+
+    def another() -> bool:
+        found = trainer_of(loop, "again")
+        return found is not None and found.pid != killed.pid
+
+    until(another, "its trainer is not there again")
+    after = scored(loop, "again", scored(loop, "again")["rows"] + ROWS)
     assert (after["differing"], after["unlike"]) == (0, 0)
-    found = trainer_of(loop, "again")
-    assert found is not None and found.pid != killed.pid
 
     # 4. Stopped, it leaves its comparison, and nothing that it learned.
     trials = Trials(loop.settings.state_dir)
