@@ -33,6 +33,7 @@ from state.errors import SettingsError, SpringtideError
 from state.log import Topics, topic_plan
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
+from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, find
 from state.recordings.options import add_format_arguments
 
@@ -108,7 +109,7 @@ def run(
             topics.ensure(*topic_plan.attributes_of(settings, files.topic))
         progress = Progress(progress_to, time.monotonic, f"record of {article(files.side)}", REFUSED)
         with Outbox(settings.kafka, files.topic) as outbox:
-            outcome = send(files, outbox.send, progress, stopped, lambda: time.time_ns() // 1_000_000)
+            outcome = send(files, outbox.send, progress, stopped, wall_ms)
         say(summary(files, outcome, progress.took_s))
 
 

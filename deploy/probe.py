@@ -35,6 +35,7 @@ from state.process import log_lines
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
+from state.process.wall_clock import wall_ms
 
 REASONS = ("kafka", "answers", "refused", "features", "weights")
 EVERY_S = 30.0
@@ -94,11 +95,6 @@ class Probe:
             token=token,
             verify=address.context() or True,
         )
-
-
-def wall_ms() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 def count(found: Passage, metrics: ProbeMetrics, now_s: float) -> None:

@@ -10,13 +10,13 @@ answers do not use their rows.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from state.disk.files import HOST
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
+from state.process.wall_clock import wall_ms
 from state.ranking.crosses import Crosses
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.manifest import Manifest, entries
@@ -34,9 +34,7 @@ def reported(registry: Registry) -> ErasureReport:
     return said[0] if said else ErasureReport(PART, HOST, str(registry.path), 0, 0)
 
 
-def rewrite(
-    registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
-) -> int:
+def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wall_ms) -> int:
     """Takes erased users out of all that is kept; returns how many parts were rewritten.
 
     Raises:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +28,7 @@ from state.config.settings import Settings
 from state.errors import BadRequest, PortTaken, SpringtideError, TooLarge, UnknownPath, WrongMethod, of_disk
 from state.process import log_lines
 from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
 
 PATH = "/v1/alerts"
 MOST_BYTES = 1 << 20
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load(sys.argv[1:] if argv is None else argv)
         log_lines.follow(settings.logs)
-        server = serve(settings, lambda: time.time_ns() // 1_000_000)
+        server = serve(settings, wall_ms)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         _log.error("%s: %s", type(error).__name__, error)

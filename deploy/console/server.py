@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from state.errors import SettingsError
 from state.process import log_lines
 from state.process.ending import reported
 from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def run(settings: Settings) -> None:
         raise SettingsError("console.port is 0: the console has no port", "set console.port to a free port")
     access, guard = access_of(settings)
     bound = listen(host, port, "console.port")
-    app = Console(settings, guard, lambda: time.time_ns() // 1_000_000)
+    app = Console(settings, guard, wall_ms)
     limits = ConnectionLimits(settings.serving.max_head_bytes, settings.serving.timeout_s, CONNECTIONS)
     server = DrainingServer(app, limits, DRAIN_S, access=access)
     server.end_on_signals()

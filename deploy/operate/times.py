@@ -10,6 +10,16 @@ from state.errors import SettingsError
 UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
+def span_ms(text: str) -> float | None:
+    """The milliseconds of a span of time such as `30m`; None where it is none.
+
+    >>> span_ms("30m"), span_ms("1.5s"), span_ms("30")
+    (1800000.0, 1500.0, None)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    return float(found[1]) * UNITS_MS[found[2]] if found else None
+
+
 def parse_time(text: str, now_ms: int) -> int:
     """A moment in ms: ISO 8601 (UTC unless it says otherwise), seconds or ms since 1970, `now`, or `10m` (ago).
 
@@ -22,8 +32,8 @@ def parse_time(text: str, now_ms: int) -> int:
     text = text.strip()
     if text == "now":
         return now_ms
-    if relative := re.fullmatch(r"-?(\d+(?:\.\d+)?)(ms|s|m|h|d)", text):
-        return now_ms - round(float(relative[1]) * UNITS_MS[relative[2]])
+    if (ago_ms := span_ms(text.removeprefix("-"))) is not None:
+        return now_ms - round(ago_ms)
     if re.fullmatch(r"\d+", text):
         return int(text) if len(text) > 11 else int(text) * 1000
     try:

@@ -23,6 +23,7 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LogError, SettingsError
 from state.log import Topics, topic_plan
+from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, digest
 from state.recordings.options import add_file_arguments, chosen
 from state.recordings.rows import mapped_fields, shown_reasons
@@ -114,9 +115,7 @@ def run(
             journal.forget()
         outbox = stack.enter_context(Outbox(settings.kafka, topic))
         try:
-            outcome = replay(
-                recording, events, how, outbox, journal, progress, stopped, lambda: time.time_ns() // 1_000_000
-            )
+            outcome = replay(recording, events, how, outbox, journal, progress, stopped, wall_ms)
         except LogError:
             progress.say("Kafka stopped the replay; the same command goes on where it was")
             raise

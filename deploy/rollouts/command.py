@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from deploy.command_line import SETTINGS_HELP
-from deploy.operate.times import UNITS_MS, age
+from deploy.operate.times import age, span_ms
 from deploy.rollouts.driving import RolloutDriver
 from state import layout
 from state.config.loading import load
@@ -38,6 +37,7 @@ from state.process.actor import actor
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
+from state.process.wall_clock import wall_ms
 from state.rollouts import rollout
 from state.rollouts.report import as_document, as_lines, report
 from state.rollouts.rollout import EVERY_S, STEPS, Rollout
@@ -96,7 +96,7 @@ def run(settings: Settings, asked: argparse.Namespace, log: Log, stop: threading
     rollouts = Rollouts(settings.registry_dir)
     for verb, transition in VERBS.items():
         if getattr(asked, verb):
-            decided = partial(transition, actor=actor(), reason=asked.reason, now_ms=_wall_ms())
+            decided = partial(transition, actor=actor(), reason=asked.reason, now_ms=wall_ms())
             say(_told(rollouts.change(decided, asked.name)))
             return
     if asked.report:
@@ -120,14 +120,14 @@ def drive(
     if newest is None or newest.name != asked.name or not newest.is_open:
         begun = rollout.start(
             newest, asked.name, asked.steps, asked.every, _places(settings, log),
-            actor=actor(), reason=asked.reason, now_ms=_wall_ms(),
+            actor=actor(), reason=asked.reason, now_ms=wall_ms(),
         )  # fmt: skip
         newest = rollouts.propose(begun)
     say(_told(newest))
     complain, driver = SaidOnce(lambda _, line: print(line, file=sys.stderr)), None
     while not stop.is_set():
         try:
-            driver = driver or RolloutDriver(settings, log, rollouts, newest, _wall_ms)
+            driver = driver or RolloutDriver(settings, log, rollouts, newest, wall_ms)
             now = driver.step()
         except (GapError, UnknownTopic, LogError, RegistryError) as error:
             complain(f"{error}; shares stay as they are, and it is tried again")
@@ -160,7 +160,7 @@ def say_report(
     history = rollouts.history(asked.name)
     if not history:
         raise ControlConflict(f"there is no rollout of {asked.name}", "start it: `springtide rollout NAME`")
-    driver, until_s = RolloutDriver(settings, log, rollouts, history[-1], _wall_ms), time.monotonic() + SETTLE_S
+    driver, until_s = RolloutDriver(settings, log, rollouts, history[-1], wall_ms), time.monotonic() + SETTLE_S
     try:
         while not (driver.caught_up or stop.is_set() or time.monotonic() > until_s):
             driver.read()
@@ -207,14 +207,9 @@ def _duration(text: str) -> float:
     >>> _duration("30m"), _duration("1.5s")
     (1800.0, 1.5)
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
-    if not found or float(found[1]) == 0:
+    if not (found_ms := span_ms(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 30m, 2h or 90s")
-    return float(found[1]) * UNITS_MS[found[2]] / 1000
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000
+    return found_ms / 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from deploy.serving.host import Host
 from deploy.serving.predictor import MOST_AT_ONCE, Predictor
 from state.config.settings import Settings
 from state.events.identity import load_salt
+from state.process.wall_clock import wall_ms
 from state.segments.configured import Segment
 from state.segments.expression import ProfileFacts, operands
 
@@ -84,11 +84,6 @@ def open_host(settings: Settings) -> Host:
         MissingSalt: There is no salt.
     """
     return Host(settings, load_salt(settings.salt_path, create=False), wall_ms, pseudonym)
-
-
-def wall_ms() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 def named(user: int) -> str:

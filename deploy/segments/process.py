@@ -15,7 +15,7 @@ import time
 
 from prometheus_client import CollectorRegistry
 
-from deploy.segments.judging import open_host, wall_ms
+from deploy.segments.judging import open_host
 from deploy.segments.keeping import SegmentKeeper, require_segments
 from deploy.serving.host import Host
 from state.config.loading import load
@@ -30,6 +30,7 @@ from state.process.ending import reported, stop_on_signals
 from state.process.garbage import keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
+from state.process.wall_clock import wall_ms
 
 RETRY_S = 1.0
 NICENESS = 10

@@ -58,6 +58,7 @@ from state.process.ending import reported, stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.said_once import SaidOnce
+from state.process.wall_clock import wall_ms
 from state.registry.control_look import ControlLook
 from state.registry.sharing.running import copying
 from state.registry.spec_actions import SpecActions
@@ -71,11 +72,6 @@ RETRY_S = 1.0
 FETCH_S = 0.5
 VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
 _log = logging.getLogger(__name__)
-
-
-def wall_ms() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 class Applier:

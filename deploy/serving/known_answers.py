@@ -11,7 +11,6 @@ import argparse
 import io
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from state.config.loading import load
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import load_salt
 from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
 from state.rows.reader import RowReader
 
 NOBODY = "\0"
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load(flags, os.environ)
         users, items = read_ids(asked.users), read_ids(asked.items)
-        host = Host(settings, load_salt(settings.salt_path, create=False), lambda: time.time_ns() // 1_000_000)
+        host = Host(settings, load_salt(settings.salt_path, create=False), wall_ms)
         try:
             asked.to.write_bytes(answers(host.predictor(), asked.version, users, items))
         finally:

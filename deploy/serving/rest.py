@@ -12,7 +12,6 @@ import resource
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
 
@@ -38,6 +37,7 @@ from state.metrics import add_process, say_build
 from state.process import log_lines
 from state.process.ending import reported
 from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
 
 _log = logging.getLogger(__name__)
 
@@ -60,12 +60,12 @@ def serve(
         beside: Whether other workers answer on the same port, whose counters its metrics add up.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
-    host = Host(settings, salt, now_ms=_wall_ms)
+    host = Host(settings, salt, now_ms=wall_ms)
     access = Access.of(settings)
     registry = CollectorRegistry()
     # It logs addresses, and an address names a user.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    split = Split(settings, salt, _wall_ms) if settings.rollout.address else None
+    split = Split(settings, salt, wall_ms) if settings.rollout.address else None
     app = App(host, registry, serving, of_all_workers(registry) if beside else None, access.tokens, split=split)
     if beside:
         say_build(registry)
@@ -81,10 +81,6 @@ def serve(
         server.run(sockets=[bound])
     finally:
         app.close()
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def require_grpc_port(settings: Settings) -> None:

@@ -69,8 +69,4 @@ def write(path: Path, mark: CleanMark) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    durable.write(temporary, json.dumps(mark._asdict()).encode())
-    temporary.replace(path)
-    durable.sync_directory(path.parent)
+    durable.replace(path, json.dumps(mark._asdict()).encode())

@@ -29,6 +29,19 @@ def write(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
+def replace(path: Path, data: bytes) -> None:
+    """Writes a file in place of one that may be there; durable when this returns. One writer of it at a time.
+
+    Raises:
+        OSError: The disk refused; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    write(temporary, data)
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Makes the names in directory `path` durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

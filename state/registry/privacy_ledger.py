@@ -103,8 +103,4 @@ def write(path: Path, ledger: PrivacyLedger) -> None:
         OSError: The disk refused.
     """
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    durable.write(temporary, encode(ledger))
-    temporary.replace(path)
-    durable.sync_directory(path.parent)
+    durable.replace(path, encode(ledger))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -113,10 +112,7 @@ def write(folder: Path, comparison: PairedComparison) -> None:
     Raises:
         OSError: The disk refused; the one before is there.
     """
-    temporary = folder / f".{COMPARISON}.{os.urandom(4).hex()}"
-    durable.write(temporary, json.dumps(comparison.document()).encode())
-    temporary.replace(folder / COMPARISON)
-    durable.sync_directory(folder)
+    durable.replace(folder / COMPARISON, json.dumps(comparison.document()).encode())
 
 
 def read(folder: Path) -> PairedComparison | None:

@@ -193,11 +193,7 @@ class Trials:
             before = self.read(name)
             after = transition(before)
             if after != before:
-                folder = self.folder(name)
-                temporary = folder / f".{DOCUMENT}.{os.urandom(4).hex()}"
-                durable.write(temporary, _encoded(after))
-                temporary.replace(folder / DOCUMENT)
-                durable.sync_directory(folder)
+                durable.replace(self.folder(name) / DOCUMENT, _encoded(after))
             return after
 
     @contextmanager

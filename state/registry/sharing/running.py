@@ -19,6 +19,7 @@ from state.metrics import SharedMetrics
 from state.places.counted import CountedPlace
 from state.places.opening import open_place
 from state.process.said_once import SaidOnce
+from state.process.wall_clock import wall_ms
 from state.registry.directory import sharing
 from state.registry.sharing.binding import bind, bound, require_as_set
 from state.registry.sharing.giving import DurableSender, RecentSender
@@ -161,7 +162,7 @@ def owning(
     settings: Settings,
     collected: CollectorRegistry,
     stopping: threading.Event,
-    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    now_ms: Callable[[], int] = wall_ms,
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; nothing where it is shared with nobody.
 
