@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from state.errors import PortTaken
@@ -37,11 +39,20 @@ def properties(port: int, controller_port: int, data_dir: Path, retention_h: flo
     )
 
 
+def free_ports(names: Iterable[str]) -> dict[str, int]:
+    """A port for each name, no two alike, that no one listens on at this moment (the kernel picks them)."""
+    found = {}
+    with ExitStack() as held:
+        for name in names:
+            probe = held.enter_context(socket.socket())
+            probe.bind((HOST, 0))
+            found[name] = int(probe.getsockname()[1])
+    return found
+
+
 def free_port() -> int:
-    """A port that no one listens on at this moment (the kernel picks it)."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A port that no one listens on at this moment."""
+    return free_ports(["port"])["port"]
 
 
 def require_free(port: int) -> None:

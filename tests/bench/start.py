@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from tests.bench.report import Figure, report
 from tests.e2e.running import PORTS, ROOT
 
@@ -56,7 +56,7 @@ def to_first_answer(clone: Path, home: Path) -> float:
     Raises:
         RuntimeError: `make run` ended, or gave no answer in time.
     """
-    ports = {name: free_port() for name in PORTS}
+    ports = free_ports(PORTS)
     flags = " ".join(f"--{name} {port}" for name, port in ports.items())
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SPRINGTIDE_", "MAKE"))}
     environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_port, free_ports
 from deploy.operate import registry_state
 from deploy.watch.figures import BORN, SPREADS
 from deploy.watch.kafka_lag import kafka_lag
@@ -39,7 +39,7 @@ from state.registry.registry import Registry
 
 def settings_of(state: Path, kafka: Kafka | None = None) -> Settings:
     ports = ("stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "serving.port", "up.metrics_port")
-    flags = [word for name in ports for word in (f"--{name}", str(free_port()))]
+    flags = [f"--{name}={port}" for name, port in free_ports(ports).items()]
     servers = kafka.bootstrap_servers if kafka else f"127.0.0.1:{free_port()}"
     topics = (
         ["--kafka.clicks_topic", kafka.clicks_topic, "--kafka.microbatches_topic", kafka.microbatches_topic]

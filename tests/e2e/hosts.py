@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deploy.children.parent_death import die_with
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from deploy.operate.versions import rows_here
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
@@ -52,7 +52,7 @@ class ServingHost:
             "--paths.state": str(directory / "state"),
             "--paths.salt_file": str(shared.salt_path),
             "--kafka.bootstrap_servers": f"127.0.0.1:{shared.kafka.port}",
-            **{f"--serving.{one}": str(free_port()) for one in ("port", "metrics_port")},
+            **{f"--{name}": str(port) for name, port in free_ports(("serving.port", "serving.metrics_port")).items()},
             "--serving.grpc_port": "0",
         }
         if "paths.shared_registry" not in own:

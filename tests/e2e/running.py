@@ -19,7 +19,7 @@ import psutil
 
 from deploy import cli
 from deploy.command_line import PROCESSES
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from state.config.loading import load
@@ -90,7 +90,7 @@ class Loop:
     """
 
     def __init__(self, directory: Path, own: Mapping[str, object] = SHORT, words: Sequence[str] = ()) -> None:
-        values = {name: free_port() for name in PORTS} | {"paths.state": directory / "state"} | dict(own)
+        values = free_ports(PORTS) | {"paths.state": directory / "state"} | dict(own)
         self.flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         self.settings: Settings = load(self.flags, env={})
         self.output, self._words = directory / "up.log", words

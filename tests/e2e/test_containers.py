@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from state.log import Topics
 from tests.conftest import KafkaFactory
 from tests.e2e.running import until
@@ -140,7 +140,8 @@ def pods(tmp_path: Path, kafka_settings: KafkaFactory) -> Iterator[Pods]:
     (tmp_path / "etc" / "config").mkdir()
     settings = placed((BASE / "springtide.toml").read_text(), tmp_path)
     (tmp_path / "etc" / "config" / "springtide.toml").write_text(settings)
-    ports = {box.name: {name: free_port() for name in box.ports} for box in LASTING}
+    free = free_ports(f"{box.name} {name}" for box in LASTING for name in box.ports)
+    ports = {box.name: {name: free[f"{box.name} {name}"] for name in box.ports} for box in LASTING}
     here = {
         "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
         "SPRINGTIDE_KAFKA_CLICKS_TOPIC": kafka.clicks_topic,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from deploy import cli
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from deploy.startup.upgrading import is_bootstrapped
 from state.config.loading import load
 from state.config.sections import Model
@@ -151,7 +151,7 @@ def test_what_does_not_lower_is_one_line_with_the_operation_and_nothing_was_star
     recording = tmp_path / "clicks.csv"
     recording.write_text("user,item,category,action,time\nu,i,c,view,1700000000\n")
     line = [str(recording) if word == "clicks.csv" else word for word in words]
-    ports = [f"--{name}={free_port()}" for name in PORTS] if words == ("up",) else []
+    ports = [f"--{name}={port}" for name, port in free_ports(PORTS).items()] if words == ("up",) else []
     done = command(*line, flag, "--paths.state", str(tmp_path / "state"), *ports, path=tmp_path)
     assert done.returncode == 1, done.stderr
     (said,) = done.stderr.splitlines()

@@ -13,13 +13,13 @@ import pytest
 
 from deploy.flink import command
 from deploy.flink.emptied import empty
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from state.disk.lock import DirectoryLock
 from tests.e2e.running import ROOT
 
 
 def flags(tmp_path: Path, **own: object) -> list[str]:
-    values: dict[str, object] = {name: free_port() for name in ("rest_port", "job_port", "worker_port")}
+    values: dict[str, object] = {**free_ports(("rest_port", "job_port", "worker_port"))}
     words = [word for name, value in {**values, **own}.items() for word in (f"--flink.{name}", str(value))]
     return [*words, "--state", str(tmp_path)]
 

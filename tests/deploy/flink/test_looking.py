@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.flink import looking
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from state.config.sections import FlinkSettings, Paths
 from state.config.settings import Settings
 from state.flink.rest import Checkpoint, Job, Overview
@@ -90,7 +90,7 @@ def test_the_newest_checkpoint_of_a_job_that_does_not_run_can_be_resumed_from(tm
 
 
 def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
-    ports = {name: free_port() for name in ("rest_port", "job_port", "worker_port")}
+    ports = free_ports(("rest_port", "job_port", "worker_port"))
     settings = Settings(paths=Paths(state=str(tmp_path)), flink=FlinkSettings(**ports))
     state = looking.look(settings, f"http://127.0.0.1:{ports['rest_port']}", NOW_MS)
     assert looking.is_wrong(state)
