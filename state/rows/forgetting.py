@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from state.registry.manifest import Visible
 from state.rows.keys import LANES, stem, u64
-from state.rows.lineage import branches_of
+from state.rows.lineage import Branch, branches_of
 from state.rows.reader import Databases, required
 from state.rows.served import Served
 from state.rows.sweep import delete_dead_lanes, sweep_row
 
 ROWS_AT_ONCE = 1000
+ROWS_IN_TRANSACTION = 100
+"""That are looked at: LMDB keeps as many pages as its largest transaction changed, and each row's lie apart."""
 ROUNDS = 25
 """Within so many looks at ROWS_AT_ONCE or more what is left is looked at, so that it stays as much as versions leave in them."""
 LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # what is deleted unread costs less
@@ -102,20 +104,30 @@ class Forgetting:
         empty = lanes - {one.lane for one in records if one.version not in versions}
         return Forgotten(len(gone), left, dead=True if empty else None)
 
-    def tidy(self, transaction: lmdb.Transaction, floors: Mapping[str, int], at_most: int) -> Forgotten:
-        """Deletes what nobody reads of the next `at_most` rows; once all were looked at, of lanes without versions."""
-        raised, lanes = dict(floors), dict[int, dict[int, Visible]]()
-        for record in self._records(transaction):
+    def retained(self, transaction: lmdb.Transaction) -> dict[int, list[Branch]]:
+        """By lane the lines of descent that its versions are on; empty where nothing is left to look at."""
+        lanes = dict[int, dict[int, Visible]]()
+        for record in self._records(transaction) if self.left else ():
             lanes.setdefault(record.lane, {})[record.version] = record.visible
+        return {lane: branches_of(versions) for lane, versions in lanes.items()}
+
+    def tidy(
+        self,
+        transaction: lmdb.Transaction,
+        retained: Mapping[int, Sequence[Branch]],
+        floors: Mapping[str, int],
+        at_most: int,
+    ) -> Forgotten:
+        """Deletes what nobody reads of the next `at_most` rows; once all were looked at, of lanes without versions."""
+        raised = dict(floors)
         if not self._left:
-            empty = delete_dead_lanes(transaction, self._databases["rows"], {*lanes}, LANE_ROWS_AT_ONCE)
+            empty = delete_dead_lanes(transaction, self._databases["rows"], {*retained}, LANE_ROWS_AT_ONCE)
             raised = {lane: floor for lane, floor in raised.items() if int(lane) not in empty}
-            return Forgotten(floors=raised, dead=len(empty) + len(lanes) < LANES)
+            return Forgotten(floors=raised, dead=len(empty) + len(retained) < LANES)
         lane, rows = self._left[0]
-        branches = branches_of(lanes.get(lane, {}))
         tables, ids = rows[:, :at_most].tolist()
         for table, identity in zip(tables, ids, strict=True):
-            floor = sweep_row(transaction, self._databases["rows"], stem(lane, table, identity), branches)
+            floor = sweep_row(transaction, self._databases["rows"], stem(lane, table, identity), retained.get(lane, ()))
             raised[str(lane)] = max(raised.get(str(lane), 0), floor)
         return Forgotten(looked=len(ids), floors={lane: floor for lane, floor in raised.items() if floor})
 

@@ -32,7 +32,7 @@ from state.process import killpoints
 from state.registry.manifest import Manifest
 from state.rows.entries import BEGUN, begin, entries_of, put_dense, take_back
 from state.rows.erasing import erase
-from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE, Forgetting, Forgotten
+from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE, ROWS_IN_TRANSACTION, Forgetting, Forgotten
 from state.rows.keys import LANES, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
@@ -268,21 +268,18 @@ class RowStore(CompactStore):
         """
         if at_most is None:
             at_most = max(ROWS_AT_ONCE, self._forgetting.rows_left // ROUNDS)
+        with self._env.begin() as transaction:
+            retained = self._forgetting.retained(transaction)
         while at_most > 0 and self._forgetting.left:
-            looked = self._tidy_some(min(at_most, ROWS_AT_ONCE))
+            with self._write() as transaction:
+                floors = self._floors(transaction)
+                done = self._forgetting.tidy(transaction, retained, floors, min(at_most, ROWS_IN_TRANSACTION))
+                if done.floors != floors:
+                    transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
+            self._forgetting.took(done)
             # Lanes without versions are looked at once no row is left, by so much a call.
-            at_most = at_most - looked if looked else 0
+            at_most = at_most - done.looked if done.looked else 0
         return self._forgetting.left
-
-    def _tidy_some(self, at_most: int) -> int:
-        """Looks at so many rows in one transaction, for LMDB keeps as many pages as its largest one changed."""
-        with self._write() as transaction:
-            floors = self._floors(transaction)
-            done = self._forgetting.tidy(transaction, floors, at_most)
-            if done.floors != floors:
-                transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
-        self._forgetting.took(done)
-        return done.looked
 
     def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
         """Deletes what is here of erased users, or what one version wrote; see `state/rows/erasing.py`. Returns how many entries."""

@@ -18,7 +18,7 @@ from state.errors import UnknownVersion
 from state.positions import Source
 from state.process import killpoints
 from state.registry.manifest import Kind, LogRange, Manifest
-from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE
+from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE, ROWS_IN_TRANSACTION
 from state.rows.reader import RowReader
 from state.rows.served import Served
 from state.rows.store import RowStore
@@ -304,9 +304,9 @@ def test_what_is_left_to_look_at_stays_as_much_as_some_rounds_leave(tmp_path: Pa
     assert max(entries[50:]) < 1.1 * max(entries[30:50])
 
 
-def test_a_look_at_many_rows_is_a_transaction_for_each_thousand(tmp_path: Path) -> None:
+def test_a_look_at_many_rows_is_a_transaction_for_each_hundred(tmp_path: Path) -> None:
     """LMDB keeps the memory of as many pages as its largest transaction changed."""
-    store, count = RowStore(tmp_path, 1 << 28), 20 * ROWS_AT_ONCE
+    store, count = RowStore(tmp_path, 1 << 28), 20 * ROWS_IN_TRANSACTION
     put = tensors({("user", one): 1.0 for one in range(1, count + 1)})
     store.apply(manifest(1, None, "base"), put, now_ms=1)
     store.apply(manifest(2, 1), put, now_ms=2, follow=True)
