@@ -5,15 +5,35 @@ variance at t; divided by its variance it is a random walk in the time 1 /
 variance, whatever shares of the rows the arms have and had. So the boundary of a
 single mean holds (`confidence_sequence.py`), with the rows that the difference is
 worth, 1 / (1 / n + 1 / m), for its clock. A share that grows from 1 to 50 % spoils
-nothing, as long as it does not depend on what one arm brought later.
+nothing as long as what users do stays as it is; where it changes with the hour, `strata.py` compares within each share.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from state.statistics.confidence_sequence import ALPHA, PLANNED_ROWS, UNBOUNDED, BlockSums, half_width, tuning
+from state.statistics.confidence_sequence import ALPHA, PLANNED_ROWS, UNBOUNDED, half_width, tuning
+
+
+class ArmMean(Protocol):
+    """What is known of the mean of an arm: `BlockSums`, or those of several strata (`strata.py`)."""
+
+    @property
+    def rows(self) -> float:
+        """How many there are."""
+
+    @property
+    def mean(self) -> float:
+        """Of all values."""
+
+    @property
+    def variance(self) -> float:
+        """Of the mean."""
+
+    @property
+    def telling(self) -> bool:
+        """Whether there is enough to say something."""
 
 
 class Contrast(NamedTuple):
@@ -30,7 +50,7 @@ class Contrast(NamedTuple):
     high: float
 
 
-def difference(arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast:
+def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast:
     """The mean of an arm less that of the other.
 
     Args:
@@ -50,7 +70,7 @@ def difference(arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_r
     return Contrast(value, value - half, value + half)
 
 
-def lift(arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast | None:
+def lift(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast | None:
     """By which part the mean of an arm is more than that of the other: 0.1 is a tenth more.
 
     The interval is that of the difference of logarithms, whose variances are those of the means over the means'
@@ -75,6 +95,6 @@ def lift(arm: BlockSums, other: BlockSums, alpha: float = ALPHA, planned_rows: f
     return Contrast(math.expm1(ratio), math.expm1(ratio - half), math.expm1(ratio + half))
 
 
-def _half(variance: float, arm: BlockSums, other: BlockSums, alpha: float, planned_rows: float) -> float:
+def _half(variance: float, arm: ArmMean, other: ArmMean, alpha: float, planned_rows: float) -> float:
     worth = 1 / (1 / arm.rows + 1 / other.rows)
     return half_width(variance, worth, tuning(planned_rows, alpha), alpha)
