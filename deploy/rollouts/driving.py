@@ -5,7 +5,7 @@ rollout began, so that a restart knows the same. Nobody waits for it: while it
 is away, shares stay as they are.
 
 1. Exposures, up to their topic's end.
-2. Engagements, each some time after it was read: the exposure before it may come later.
+2. Engagements, each some time after it became known: the exposure before it may come later.
 3. Once both are read to their ends, the gate.
 """
 
@@ -27,17 +27,19 @@ from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
 from state.microbatch.row_kinds import trained
 from state.positions import Source
+from state.process.said_once import SaidOnce
 from state.rollouts import exposure, rollout
 from state.rollouts.evidence import Evidence
 from state.rollouts.gate import Decision, decide
-from state.rollouts.rollout import Rollout
+from state.rollouts.report import RolloutReport, figures, report
+from state.rollouts.rollout import GATE, Rollout
 from state.rollouts.rollouts import Rollouts
 
-GATE = "gate"
-"""Who decides where nobody commanded it."""
+KEEP_MS = 2000
+"""Between two times that what is known is kept for whoever tells of it."""
 
 HOLD_MS = 2000
-"""So long after its record was read an engagement counts: exposures are on their way for less."""
+"""So long after it became known, or was read where that clock is ahead, an engagement counts: exposures are on their way for less."""
 
 FETCH_S = 0.1
 RECORDS_AT_ONCE = 10_000
@@ -67,7 +69,8 @@ class RolloutDriver:
         self._settings, self._log, self._rollouts, self._now_ms = settings, log, rollouts, now_ms
         self._began = began
         self.evidence = Evidence(began.name, settings.rollout.planned_answers)
-        self._opened_ms = now_ms()
+        self._kept_ms = 0
+        self._say = SaidOnce(_log.warning)
         self._held: deque[tuple[int, int, NDArray[np.uint64]]] = deque()
         self._marks: dict[Source, int] = {}
         kafka, self._partition = settings.kafka, settings.trainer.partition
@@ -94,9 +97,24 @@ class RolloutDriver:
         newest = self._rollouts.newest() or self._began
         if newest.name != self._began.name or not self.caught_up:
             return newest
+        if self._now_ms() - self._kept_ms >= KEEP_MS:
+            self.keep()
         # 3.
         decision = decide(newest, self.evidence, self._settings.rollout, self._now_ms())
         return newest if decision is None else self._apply(newest, decision)
+
+    def report(self) -> RolloutReport:
+        """What is to be said of the arms now."""
+        return report(self.evidence, self._settings.rollout.equal_within)
+
+    def keep(self) -> None:
+        """Keeps what is known for whoever tells of it; a disk that refuses is said, and tried again."""
+        self._kept_ms = self._now_ms()
+        try:
+            self._rollouts.keep_figures(self._began, figures(self.report()), self._kept_ms)
+            self._say.clear()
+        except OSError as error:
+            self._say(f"what is known of the rollout cannot be kept: {error}")
 
     def read(self) -> None:
         """Takes what came.
@@ -112,15 +130,14 @@ class RolloutDriver:
         now_ms = self._now_ms()
         for batch in self._clicks.poll(0.0, RECORDS_AT_ONCE):
             self._hold(batch, now_ms)
-        while self._held and self._held[0][0] <= now_ms - HOLD_MS and not self._exposures.unread(0):
+        while self._held and self._held[0][0] <= now_ms and not self._exposures.unread(0):
             _, known_ms, users = self._held.popleft()
             self.evidence.engage(users, known_ms)
 
     @property
     def caught_up(self) -> bool:
         """Whether all that was written some seconds ago is taken into account."""
-        began = self._now_ms() - self._opened_ms >= 2 * HOLD_MS
-        return began and not (self._exposures.unread(0) or self._clicks.unread(self._partition))
+        return not (self._exposures.unread(0) or self._clicks.unread(self._partition))
 
     def _hold(self, batch: PartitionBatch, now_ms: int) -> None:
         for value in batch.values:
@@ -132,7 +149,8 @@ class RolloutDriver:
             fresh, self._marks = trim(found, self._marks)
             users = found.user[fresh & self._engaged(found)]
             if len(users):
-                self._held.append((now_ms, found.header.created_ms, users))
+                known_ms = found.header.created_ms
+                self._held.append((min(now_ms, known_ms) + HOLD_MS, known_ms, users))
 
     def _engaged(self, batch: MicroBatch) -> NDArray[np.bool_]:
         """Which rows are engagements: those labelled so; in a log of clicks alone, all clicks."""

@@ -22,7 +22,7 @@ class Exposure(msgspec.Struct, frozen=True):
         arm: The user's. Where the trial could not answer, the live trainer's version did, and the arm is the user's all the same:
             else whom the trial fails would be counted for the other side.
         at_ms: When the question came, wall clock.
-        took_us: Until the answer, microseconds.
+        took_us: Until the answer, microseconds; None in a batch, where each arm answers a part of another size.
         failed: Whether the arm could not answer.
     """
 
@@ -32,7 +32,7 @@ class Exposure(msgspec.Struct, frozen=True):
     share: float
     arm: Arm
     at_ms: int
-    took_us: int
+    took_us: int | None
     failed: bool = False
 
 

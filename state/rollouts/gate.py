@@ -64,7 +64,7 @@ def _against(evidence: Evidence, settings: RolloutSettings) -> Decision | None:
         return Decision(
             "back", f"it fails in {_failing(trial):.1%} of its answers, the live one in {_failing(live):.1%}"
         )
-    if min(trial.answers, live.answers) >= LEAST_ANSWERS:
+    if min(int(trial.took.sum()), int(live.took.sum())) >= LEAST_ANSWERS:
         slow, usual = quantile_ms(trial.took, 0.99), quantile_ms(live.took, 0.99)
         if slow - usual > settings.slower_ms:
             return Decision(

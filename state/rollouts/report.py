@@ -42,7 +42,7 @@ class RolloutReport(NamedTuple):
 
     Attributes:
         arms: By arm.
-        difference: Engagements an answer of the trial, less those of the live one.
+        difference: Engagements an answer of the trial, less those of the live one, compared within each step.
         lift: The same as a part of the live one's; None where one arm has none.
         mismatch_p: Of the sample ratio.
         finding: In a word.
@@ -68,9 +68,9 @@ def report(evidence: Evidence, equal_within: float) -> RolloutReport:
     finding, verdict = _verdict(evidence, lift, equal_within)
     figures: dict[str, ArmFigures] = {}
     for arm in ARMS:
-        sums, step = evidence.rates[arm], evidence.of_step[arm]
+        step, answers, engagements = evidence.of_step[arm], evidence.answers(arm), evidence.engagements(arm)
         figures[arm] = ArmFigures(
-            evidence.users[arm], sums.rows, round(float(sums.totals.sum())), sums.mean, step.failures,
+            evidence.users[arm], answers, engagements, engagements / max(answers, 1), step.failures,
             quantile_ms(step.took, 0.5), quantile_ms(step.took, 0.99),
         )  # fmt: skip
     return RolloutReport(figures, evidence.difference(), lift, evidence.mismatch_p, finding, verdict)
@@ -95,19 +95,26 @@ def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> 
     return "undecided", f"undecided: {between}"
 
 
-def as_document(found: RolloutReport, generations: Sequence[Rollout]) -> dict[str, Any]:
-    """A report as JSON values; ends that are infinite are null."""
-    newest = generations[-1]
+def figures(found: RolloutReport) -> dict[str, Any]:
+    """What was counted and found, as JSON values; ends that are infinite are null."""
     return {
-        "name": newest.name,
-        "phase": newest.phase,
-        "share": newest.share,
-        "arms": {arm: figures._asdict() for arm, figures in found.arms.items()},
+        "arms": {arm: one._asdict() for arm, one in found.arms.items()},
         "difference": _ends(found.difference),
         "lift": None if found.lift is None else _ends(found.lift),
         "mismatch_p": found.mismatch_p,
         "finding": found.finding,
         "verdict": found.verdict,
+    }
+
+
+def as_document(found: RolloutReport, generations: Sequence[Rollout]) -> dict[str, Any]:
+    """A report as JSON values."""
+    newest = generations[-1]
+    return {
+        "name": newest.name,
+        "phase": newest.phase,
+        "share": newest.share,
+        **figures(found),
         "history": [
             {"at_ms": one.at_ms, "phase": one.phase, "share": one.share, "actor": one.actor, "reason": one.reason}
             for one in generations
@@ -128,7 +135,21 @@ def as_lines(found: RolloutReport, generations: Sequence[Rollout]) -> list[str]:
             f"{arm:<6}{one.users:>10,}{one.answers:>12,}{one.engagements:>13,}{one.rate:>9.4f}{one.failures:>10,}"
             f"{one.p50_ms:>9.1f}{one.p99_ms:>9.1f}"
         )
-    return [*lines, found.verdict]
+    lines.append(f"difference   {interval(found.difference, '+.4f')} engagements an answer")
+    if found.lift is not None:
+        lines.append(f"lift         {interval(found.lift, '+.1%')}")
+    return [*lines, f"sample ratio p = {found.mismatch_p:.2g}", found.verdict]
+
+
+def interval(contrast: Contrast, form: str) -> str:
+    """A value, and where the true one is.
+
+    >>> interval(Contrast(0.1, 0.05, 0.15), "+.1%"), interval(Contrast(0.1, -math.inf, math.inf), "+.1%")
+    ('+10.0% (+5.0% to +15.0%)', '+10.0%')
+    """
+    if not math.isfinite(contrast.low) or not math.isfinite(contrast.high):
+        return f"{contrast.value:{form}}"
+    return f"{contrast.value:{form}} ({contrast.low:{form}} to {contrast.high:{form}})"
 
 
 def _ends(contrast: Contrast) -> dict[str, float | None]:

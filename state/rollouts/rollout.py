@@ -5,11 +5,12 @@ take it up within a quarter of a second. A generation is never changed: all of
 them are the audit of what was decided, by whom, and why
 (`state/rollouts/rollouts.py`).
 
+    starting  nobody yet: the trial does not answer so far
     running   the share of the step; the gate takes it to the next one
     halted    the share stays as it is until somebody resumes it
     done      the last step is over: its share stays until somebody ends it
     back      everybody is answered by the live trainer's versions again
-    ended     likewise, without anything against the trial
+    ended     likewise, and nobody has to look at it any more
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any, Literal
 
 from state.errors import ControlConflict, SettingsError
 
-Phase = Literal["running", "halted", "done", "back", "ended"]
+Phase = Literal["starting", "running", "halted", "done", "back", "ended"]
 OPEN = ("running", "halted", "done")
+OVER = ("back", "ended")
 STEPS = (1.0, 5.0, 50.0, 100.0)
 EVERY_S = 1800.0
+GATE = "gate"
+"""Who decides where nobody commanded it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,21 @@ class Rollout:
         return self.phase in OPEN
 
     @property
+    def is_over(self) -> bool:
+        """Whether the trial is to answer nobody any more."""
+        return self.phase in OVER
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the gate halted it or took it back, and nobody has decided anything since."""
+        return self.phase in ("halted", "back") and self.actor == GATE
+
+    @property
+    def is_told(self) -> bool:
+        """Whether there is something to tell: it is not over, or the gate stopped it."""
+        return self.is_stopped or not self.is_over
+
+    @property
     def share(self) -> float:
         """The share of the users whom the trial answers, 0 to 1."""
         return self.steps[self.step] / 100 if self.is_open else 0.0
@@ -94,7 +113,7 @@ def start(
     reason: str,
     now_ms: int,
 ) -> Rollout:
-    """A rollout at its first step.
+    """A rollout that waits for its trial to answer.
 
     Args:
         before: The newest generation; None before the first.
@@ -108,26 +127,42 @@ def start(
 
     >>> first = start(None, "wider", STEPS, 1800, (0, 0), actor="ann", reason="try it", now_ms=5)
     >>> first.generation, first.share, first.phase
-    (1, 0.01, 'running')
+    (1, 0.0, 'starting')
 
     Raises:
         SettingsError: The steps are none.
         ControlConflict: Another one is open.
     """
     require_steps(steps)
-    if before is not None and before.is_open:
+    if before is not None and not before.is_over:
         raise ControlConflict(
             f"the rollout of {before.name} is {before.phase} at {before.share:.0%} of the users",
             f"end it first: `springtide rollout {before.name} --end`",
         )
     generation = 1 if before is None else before.generation + 1
-    return Rollout(generation, name, steps, every_s, 0, "running", now_ms, now_ms, now_ms, actor, reason, *places)
+    return Rollout(generation, name, steps, every_s, 0, "starting", now_ms, now_ms, now_ms, actor, reason, *places)
+
+
+def begin(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
+    """The first step, once the trial answers; the same where it began.
+
+    >>> first = begin(start(None, "wider", STEPS, 60, (0, 0), actor="ann", reason="try it", now_ms=0), actor="gate",
+    ...               reason="it answers", now_ms=5)
+    >>> first.share, first.phase, first.since_ms
+    (0.01, 'running', 5)
+    """
+    return (
+        _next(rollout, actor, reason, now_ms, phase="running", since_ms=now_ms)
+        if rollout.phase == "starting"
+        else rollout
+    )
 
 
 def next_step(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
     """The next share, or `done` behind the last one.
 
     >>> first = start(None, "wider", (50.0, 100.0), 60, (0, 0), actor="ann", reason="try it", now_ms=0)
+    >>> first = begin(first, actor="gate", reason="it answers", now_ms=0)
     >>> whole = next_step(first, actor="gate", reason="nothing against it", now_ms=60_000)
     >>> whole.share, whole.since_ms, next_step(whole, actor="gate", reason="over", now_ms=120_000).phase
     (1.0, 60000, 'done')
@@ -169,20 +204,20 @@ def back(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
     Raises:
         ControlConflict: It was ended otherwise.
     """
-    _require(rollout, (*OPEN, "back"), "go back")
+    _require(rollout, ("starting", *OPEN, "back"), "go back")
     return rollout if rollout.phase == "back" else _next(rollout, actor, reason, now_ms, phase="back")
 
 
 def end(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
-    """Nobody is told apart any more; the same where that is so."""
-    return _next(rollout, actor, reason, now_ms, phase="ended") if rollout.is_open else rollout
+    """Nobody is told apart any more, and nobody has to look at what the gate found; the same where it is ended."""
+    return rollout if rollout.phase == "ended" else _next(rollout, actor, reason, now_ms, phase="ended")
 
 
 def _require(rollout: Rollout, phases: tuple[str, ...], verb: str) -> None:
     if rollout.phase not in phases:
         raise ControlConflict(
             f"the rollout of {rollout.name} is {rollout.phase} and cannot {verb}",
-            f"look at what became of it: `springtide rollout {rollout.name} --report`",
+            f"look at what became of it: `springtide trial report {rollout.name}`",
         )
 
 

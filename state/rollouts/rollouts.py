@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,6 +16,7 @@ from state.registry import manifest
 from state.registry.directory import usable
 from state.rollouts.rollout import Rollout
 
+FIGURES = "figures.json"
 _TRIES = 8
 
 
@@ -78,13 +80,37 @@ class Rollouts:
                 other = self._read(rollout.generation)
                 raise ControlConflict(
                     f"generation {rollout.generation} of rollouts was just created by {other.actor} ({other.phase}: {other.reason})",
-                    f"look at `springtide rollout {other.name} --report`, then repeat the command",
+                    f"look at `springtide trial report {other.name}`, then repeat the command",
                 ) from None
             finally:
                 temporary.unlink()
             # 3.
             durable.sync_directory(self._folder)
         return rollout
+
+    def keep_figures(self, rollout: Rollout, figures: Mapping[str, Any], now_ms: int) -> None:
+        """Keeps what is known of a rollout's arms, for whoever tells of it, in place of what was known before; durable then.
+
+        Nothing goes on from it: who drives a rollout reads its topics again.
+
+        Args:
+            rollout: A generation of it.
+            figures: JSON values.
+            now_ms: Wall clock.
+
+        Raises:
+            OSError: The disk refused; what was there stays.
+        """
+        document = {"started_ms": rollout.started_ms, "judged_ms": now_ms, **figures}
+        durable.replace(self._folder / FIGURES, msgspec.json.encode(document))
+
+    def figures(self, rollout: Rollout) -> dict[str, Any] | None:
+        """What is known of a rollout's arms; None before anything was counted, or where it cannot be read."""
+        try:
+            found: dict[str, Any] = msgspec.json.decode((self._folder / FIGURES).read_bytes())
+            return found if found["started_ms"] == rollout.started_ms else None
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError):
+            return None
 
     def change(self, transition: Callable[[Rollout], Rollout], name: str = "") -> Rollout:
         """Takes the newest rollout on by a pure transition, again from the newest one when somebody was faster.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,12 +73,16 @@ def world(tmp_path: Path) -> World:
     for topic in (EXPOSURES, LOG):
         log.topics().ensure(topic, 1)
     rollouts = Rollouts(tmp_path)
-    rollouts.propose(
-        rollout.start(None, "wider", (50.0, 100.0), 60.0, (0, 0), actor="ann", reason="try it", now_ms=clock())
-    )
+    who: dict[str, Any] = {"actor": "ann", "reason": "try it", "now_ms": clock()}
+    rollouts.propose(rollout.begin(rollout.start(None, "wider", (50.0, 100.0), 60.0, (0, 0), **who), **who))
     spool = ExposureSpool(folder, clock, lambda form, line: pytest.fail(form % line))
     forwarder = ExposureForwarder(folder, log, EXPOSURES, clock)
     return World(folder, log, clock, rollouts, Settings(), spool, forwarder)
+
+
+def counted(driver: RolloutDriver) -> dict[str, tuple[int, int]]:
+    """By arm answers and engagements."""
+    return {arm: (driver.evidence.answers(arm), driver.evidence.engagements(arm)) for arm in (TRIAL, LIVE)}
 
 
 def test_a_restart_knows_what_was_known(world: World) -> None:
@@ -90,18 +95,35 @@ def test_a_restart_knows_what_was_known(world: World) -> None:
         driver.step()
         world.later(2 * HOLD_MS)
     assert driver.caught_up
+    # With a larger share some come into the other arm.
+    world.expose(TRIAL, range(350, 400), step=1)
+    world.engage(range(340, 360))
+    for _ in range(2):
+        driver.step()
+        world.later(2 * HOLD_MS)
     again = world.driver()
     for _ in range(2):
         again.step()
         world.later(2 * HOLD_MS)
     for one in (driver, again):
-        rates = one.evidence.rates
-        assert {arm: (sums.rows, float(sums.totals.sum())) for arm, sums in rates.items()} == {
-            TRIAL: (299, 100.0),
-            LIVE: (300, 100.0),
-        }
+        assert counted(one) == {TRIAL: (349, 110), LIVE: (300, 110)}
     driver.close()
     again.close()
+
+
+def test_what_is_known_is_kept_for_whoever_tells_of_it(world: World) -> None:
+    driver, newest = world.driver(), world.rollouts.newest()
+    assert newest is not None and world.rollouts.figures(newest) is None
+    world.expose(TRIAL, range(1, 101))
+    world.expose(LIVE, range(101, 201))
+    for _ in range(2):
+        driver.step()
+        world.later(2 * HOLD_MS)
+    found = Rollouts(world.folder.parent).figures(newest)
+    assert found is not None and found["arms"][TRIAL]["users"] == 100 and found["arms"][LIVE]["answers"] == 100
+    assert found["finding"] == "too early" and found["difference"]["low"] is None
+    assert world.rollouts.figures(replace(newest, started_ms=newest.started_ms + 1)) is None, "of another rollout"
+    driver.close()
 
 
 def test_an_engagement_waits_for_the_exposure_before_it(world: World) -> None:
@@ -117,7 +139,7 @@ def test_an_engagement_waits_for_the_exposure_before_it(world: World) -> None:
     driver.step()
     world.later(HOLD_MS)
     driver.step()
-    assert driver.evidence.rates[LIVE].mean == 1.0
+    assert counted(driver)[LIVE] == (1, 1)
     driver.close()
 
 
@@ -130,7 +152,7 @@ def test_in_a_log_with_labels_positive_rows_are_engagements(world: World) -> Non
     for _ in range(2):
         driver.step()
         world.later(2 * HOLD_MS)
-    assert driver.evidence.rates[LIVE].totals.sum() == 10.0
+    assert counted(driver)[LIVE] == (99, 10)
     driver.close()
 
 
@@ -138,10 +160,10 @@ def test_the_gate_decides_once_all_is_read_and_a_step_is_over(world: World) -> N
     driver = world.driver()
     world.expose(TRIAL, range(1, 300))
     world.expose(LIVE, range(300, 600))
-    assert driver.step().generation == 1
+    assert driver.step().generation == 2
     world.later(60_000)
     second = driver.step()
-    assert (second.generation, second.share, second.actor) == (2, 1.0, "gate")
+    assert (second.generation, second.share, second.actor) == (3, 1.0, "gate")
     assert world.rollouts.newest() == second
     world.expose(TRIAL, range(1, 100), step=1, failed=True)
     driver.step()

@@ -8,7 +8,7 @@ import pytest
 from state.config.sections import RolloutSettings
 from state.events.identity import Salt, user_id
 from state.rollouts import rollout
-from state.rollouts.assignment import LIVE, TRIAL, arm_of, place_of
+from state.rollouts.assignment import ARMS, LIVE, TRIAL, arm_of, place_of
 from state.rollouts.evidence import Evidence
 from state.rollouts.exposure import Exposure
 from state.rollouts.gate import decide
@@ -23,15 +23,19 @@ PLACES = [place_of(SALT, "wider", user) for user in PSEUDONYMS]
 ROUND_MS = 1_000
 
 
+def running(steps: tuple[float, ...], every_s: float) -> Rollout:
+    """A rollout at its first step."""
+    waits = rollout.start(None, "wider", steps, every_s, (0, 0), actor="ann", reason="try it", now_ms=0)
+    return rollout.begin(waits, actor="gate", reason="it answers", now_ms=0)
+
+
 class Traffic:
     """Users who come again and again, and engage at the rate of their arm; the gate looks after each hundred of them."""
 
     def __init__(self, rates: dict[str, float], seed: int = 1) -> None:
         self.random, self.rates, self.now_ms = np.random.default_rng(seed), rates, 0
         self.evidence = Evidence("wider", SETTINGS.planned_answers)
-        self.rollout: Rollout = rollout.start(
-            None, "wider", STEPS, 30.0, (0, 0), actor="ann", reason="try it", now_ms=0
-        )
+        self.rollout: Rollout = running(STEPS, 30.0)
         self.history = [self.rollout]
 
     def run(self, rounds: int = 400, failing: float = 0.0, slower_us: int = 0, losing: float = 0.0) -> None:
@@ -97,9 +101,7 @@ def test_a_better_trial_comes_to_everybody() -> None:
 
 def test_a_worse_trial_is_stopped_at_one_percent() -> None:
     traffic = Traffic({TRIAL: 0.10, LIVE: 0.30})
-    traffic.rollout = traffic.history[0] = rollout.start(
-        None, "wider", STEPS, 1800.0, (0, 0), actor="ann", reason="try it", now_ms=0
-    )
+    traffic.rollout = traffic.history[0] = running(STEPS, 1800.0)
     traffic.run()
     assert [(one.share, one.phase) for one in traffic.history] == [(0.01, "running"), (0.0, "back")]
     assert "it is worse" in traffic.rollout.reason and traffic.report().finding == "worse"
@@ -125,10 +127,23 @@ def test_a_trial_that_is_slower_goes_back() -> None:
     assert traffic.rollout.phase == "back" and "slowest hundredth" in traffic.rollout.reason
 
 
+def test_no_latency_is_compared_by_batches() -> None:
+    """Each arm answers a part of them that has another size."""
+    traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
+    traffic.rollout = running((50.0,), 1800.0)
+    traffic.evidence.expose(
+        Exposure(f"{user:016x}", "wider", 0, 0.5, TRIAL if place % 2 else LIVE, 5, None)
+        for place, user in enumerate(PSEUDONYMS[:2000])
+    )
+    assert {arm: int(sums.took.sum()) for arm, sums in traffic.evidence.of_step.items()} == {TRIAL: 0, LIVE: 0}
+    assert {arm: sums.answers for arm, sums in traffic.evidence.of_step.items()} == {TRIAL: 1000, LIVE: 1000}
+    assert decide(traffic.rollout, traffic.evidence, SETTINGS, 10) is None
+
+
 def test_lost_exposures_halt_it_and_spoil_the_verdict() -> None:
     """A third of the trial's are lost while half of the users are in it."""
     traffic = Traffic({TRIAL: 0.30, LIVE: 0.30})
-    traffic.rollout = rollout.start(None, "wider", (50.0,), 1800.0, (0, 0), actor="ann", reason="try it", now_ms=0)
+    traffic.rollout = running((50.0,), 1800.0)
     traffic.run(losing=1 / 3)
     assert traffic.rollout.phase == "halted" and "otherwise than the share says" in traffic.rollout.reason
     assert traffic.report().finding == "mismatch"
@@ -148,22 +163,33 @@ def test_a_step_goes_on_only_once_the_trial_has_answered() -> None:
     assert decide(traffic.rollout, traffic.evidence, SETTINGS, 29_999) is None, "the step lasts half a minute"
 
 
-def test_what_was_known_before_the_exposure_is_no_engagement_of_it() -> None:
-    evidence = Evidence("wider", 1000)
+def counted(evidence: Evidence) -> dict[str, tuple[int, int]]:
+    """By arm answers and engagements."""
+    return {arm: (evidence.answers(arm), evidence.engagements(arm)) for arm in ARMS}
+
+
+def test_an_engagement_is_of_the_arm_and_the_step_that_its_user_was_shown_when_it_became_known() -> None:
+    evidence, user = Evidence("wider", 1000), np.array([7, 8], np.uint64)
     evidence.expose([Exposure(f"{7:016x}", "wider", 0, 0.05, "live", 1_000, 900)])
-    evidence.engage(np.array([7, 8], np.uint64), 999)
-    assert evidence.rates[LIVE].mean == 0.0
-    evidence.engage(np.array([7, 8], np.uint64), 1_000)
-    assert (evidence.rates[LIVE].rows, evidence.rates[LIVE].mean) == (1, 1.0)
+    evidence.engage(user, 999)
+    assert counted(evidence) == {TRIAL: (0, 0), LIVE: (1, 0)}
+    evidence.engage(user, 1_000)
+    assert counted(evidence) == {TRIAL: (0, 0), LIVE: (1, 1)}
     # With a larger share the user comes into the other arm, and what follows counts there.
     evidence.expose([Exposure(f"{7:016x}", "wider", 1, 0.5, "trial", 2_000, 900)])
-    evidence.engage(np.array([7], np.uint64), 1_500)
-    evidence.engage(np.array([7], np.uint64), 2_500)
-    assert (evidence.rates[LIVE].mean, evidence.rates[TRIAL].mean) == (1.0, 1.0)
+    evidence.engage(user, 2_500)
+    # Also where it is read late, as after a restart, when all exposures are known first.
+    evidence.engage(user, 1_500)
+    assert counted(evidence) == {TRIAL: (1, 1), LIVE: (1, 2)}
+    assert evidence.users == {TRIAL: 1, LIVE: 1}
+    evidence.expose([Exposure(f"{7:016x}", "wider", 2, 1.0, "trial", 3_000, 900)])
+    evidence.engage(user, 3_500)
+    assert [of_step[TRIAL].rows for of_step in evidence.rates.values()] == [0, 1, 1]
+    assert [float(of_step[TRIAL].totals.sum()) for of_step in evidence.rates.values()] == [0, 1, 1]
     assert evidence.users == {TRIAL: 1, LIVE: 1}
 
 
 def test_exposures_of_another_rollout_count_nothing() -> None:
     evidence = Evidence("wider", 1000)
     evidence.expose([Exposure(f"{7:016x}", "deeper", 3, 0.05, "live", 1_000, 900)])
-    assert evidence.step == -1 and evidence.rates[LIVE].rows == 0
+    assert evidence.step == -1 and counted(evidence) == {TRIAL: (0, 0), LIVE: (0, 0)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from state.rollouts.rollouts import Rollouts
 GOLDEN = Path(__file__).parents[2] / "golden" / "rollouts"
 
 
-def started(before: Rollout | None = None, name: str = "wider", steps: tuple[float, ...] = (1.0, 50.0)) -> Rollout:
+def waiting(before: Rollout | None = None, name: str = "wider", steps: tuple[float, ...] = (1.0, 50.0)) -> Rollout:
     return rollout.start(before, name, steps, 60.0, (7, 9), actor="ann", reason="try it", now_ms=1_000)
+
+
+def started(before: Rollout | None = None, name: str = "wider", steps: tuple[float, ...] = (1.0, 50.0)) -> Rollout:
+    return rollout.begin(waiting(before, name, steps), actor="ann", reason="try it", now_ms=1_000)
 
 
 def by(transition: Callable[..., Rollout], now_ms: int = 2_000) -> Callable[[Rollout], Rollout]:
@@ -37,6 +42,26 @@ def test_a_rollout_goes_through_its_steps_and_is_done() -> None:
     ]
     assert by(rollout.end)(done).share == 0.0
     assert {one.started_ms for one in (first, second, done)} == {1_000}
+
+
+def test_nobody_is_in_the_trials_arm_until_it_answers() -> None:
+    first = waiting()
+    assert (first.phase, first.share, first.is_open, first.is_over) == ("starting", 0.0, False, False)
+    with pytest.raises(ControlConflict, match="rollout of wider is starting"):
+        waiting(first, "deeper")
+    begun = by(rollout.begin)(first)
+    assert (begun.share, begun.since_ms, by(rollout.begin)(begun)) == (0.01, 2_000, begun)
+    assert by(rollout.back)(first).is_over and by(rollout.end)(first).is_over
+
+
+def test_what_the_gate_stopped_is_told_until_somebody_decides() -> None:
+    stopped = rollout.back(started(), actor=rollout.GATE, reason="it is worse", now_ms=2_000)
+    assert stopped.is_stopped and stopped.is_told
+    assert not by(rollout.end)(stopped).is_told
+    halted = rollout.halt(started(), actor=rollout.GATE, reason="lost", now_ms=2_000)
+    resumed = rollout.resume(halted, actor="ann", reason="found", now_ms=3_000)
+    assert halted.is_stopped and not resumed.is_stopped and resumed.is_told
+    assert not rollout.back(started(), actor="ann", reason="enough", now_ms=2_000).is_told
 
 
 def test_a_halted_one_keeps_its_share_and_its_step_begins_again() -> None:
@@ -60,7 +85,7 @@ def test_back_is_nobody_and_nothing_goes_on_from_there() -> None:
     for verb in (rollout.next_step, rollout.halt, rollout.resume):
         with pytest.raises(ControlConflict, match="is back"):
             by(verb)(gone)
-    assert started(gone, "deeper").generation == gone.generation + 1
+    assert waiting(gone, "deeper").generation == gone.generation + 1
 
 
 def test_one_is_open_at_a_time() -> None:
@@ -94,7 +119,7 @@ def test_the_history_is_that_of_the_newest_rollout_of_a_name(tmp_path: Path) -> 
     rollouts = Rollouts(tmp_path)
     gone = rollouts.propose(by(rollout.back)(rollouts.propose(started())))
     again = rollout.start(gone, "wider", (5.0,), 1.0, (8, 9), actor="bob", reason="mended", now_ms=5_000)
-    assert [one.generation for one in rollouts.history("wider")] == [1, 2]
+    assert [one.generation for one in rollouts.history("wider")] == [2, 3]
     rollouts.propose(again)
     assert rollouts.history("wider") == [again]
 
@@ -127,7 +152,7 @@ def test_what_this_release_wrote_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "rollouts"
     folder.mkdir()
     (folder / "00000001.json").write_bytes((GOLDEN / "generation.json").read_bytes())
-    assert Rollouts(tmp_path).newest() == started()
+    assert Rollouts(tmp_path).newest() == replace(started(), generation=1)
     written = (GOLDEN / "exposure.json").read_bytes()
     wanted = Exposure("00000000000000ff", "wider", 0, 0.01, "trial", 1_000, 2_500, True)
     assert decode(written) == wanted
