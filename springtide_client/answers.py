@@ -99,6 +99,15 @@ class Profile(About, frozen=True, kw_only=True):
         Annotated[dict[str, int], Meta(description="Windowed counts, decayed counts and ages by name.")] | None
     ) = None
     attributes: Attributes | None = None
+    arm: (
+        Annotated[
+            Literal["trial", "live"],
+            Meta(
+                description="Which arm of a rollout the user is in; of a row of a batch, and absent where none is open."
+            ),
+        ]
+        | None
+    ) = None
 
 
 class BehindIt(Struct, frozen=True):
@@ -135,7 +144,7 @@ class Explanation(About, frozen=True, kw_only=True):
 
 
 class Profiles(Struct, frozen=True):
-    """Profiles in the order they were asked for, all of one version."""
+    """Profiles in the order they were asked for, all of one version; while a rollout is open those of one arm."""
 
     profiles: list[Profile]
 

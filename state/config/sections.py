@@ -812,7 +812,14 @@ class RolloutSettings:
 
     address: str = setting(
         "",
-        help="Where the workers of the trial answer, such as http://127.0.0.1:8601; empty: this host's workers take part in no rollout.",
+        help="Where the workers of the trial answer, such as http://127.0.0.1:8601; `springtide up` runs them at an address of its machine. Empty: this host's workers take part in no rollout.",
+    )
+    timeout_s: float = setting(
+        1.0,
+        "s",
+        above=0.0,
+        most=60.0,
+        help="How long the trial may take to answer; then the live version does, and it failed.",
     )
     max_failures: float = setting(
         0.01,
