@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from deploy.command_line import SETTINGS_HELP
+from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.attribute_records import AttributeFiles
 from deploy.replaying.attribute_sending import BY_SIDE, REFUSED, article, send, summary
 from deploy.replaying.progress import Progress

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
-from deploy.operate.options import Add, positive
+from deploy.operate.options import SETTINGS_HELP, Add, positive
 from deploy.trials import options as trials
 from state.errors import SettingsError
 
@@ -102,10 +102,6 @@ OWN_HELP = (
     "segments",
 )  # their modules have options of their own and explain them
 READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
-SETTINGS_HELP = (
-    "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
-    "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."
-)
 
 
 class RefusingParser(argparse.ArgumentParser):

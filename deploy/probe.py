@@ -19,7 +19,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from deploy.command_line import SETTINGS_HELP
+from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.edge.tokens import READ, are_wanted, tokens_in
 from deploy.watch.address import serving_address

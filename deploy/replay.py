@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deploy.command_line import SETTINGS_HELP
+from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
 from deploy.replaying.command import add_arguments, run
 from deploy.replaying.shoppers import Clicks, ShopperCrowd, encode

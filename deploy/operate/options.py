@@ -10,6 +10,10 @@ Add = Callable[..., argparse.ArgumentParser]
 """Adds a command: name, help, description."""
 
 WAIT_S = 10.0
+SETTINGS_HELP = (
+    "Settings are written --section.name VALUE (also --config FILE, --bootstrap-servers HOST:PORT, --state DIRECTORY); "
+    "`springtide config` lists them. Exit codes: 0 done, 1 failed, 2 wrong use."
+)
 
 
 def rollback(add: Add) -> argparse.ArgumentParser:

@@ -2,29 +2,26 @@
 
 The command stays and drives the rollout until it is done, goes back, or Ctrl-C;
 given again it goes on where it was. Without it shares stay as they are. With
-`--halt`, `--resume`, `--back`, `--end` or `--report` it does that alone.
+`--halt`, `--resume`, `--back` or `--end` it does that alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from deploy.command_line import SETTINGS_HELP
+from deploy.operate.options import SETTINGS_HELP
 from deploy.operate.times import age, span_ms
 from deploy.rollouts.driving import RolloutDriver
-from state import layout
+from state import http, layout
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import (
-    ControlConflict,
     GapError,
     LogError,
     RegistryError,
@@ -39,15 +36,15 @@ from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.rollouts import rollout
-from state.rollouts.report import as_document, as_lines, report
-from state.rollouts.rollout import EVERY_S, STEPS, Rollout
+from state.rollouts.report import as_lines
+from state.rollouts.rollout import EVERY_S, GATE, STEPS, Rollout
 from state.rollouts.rollouts import Rollouts
 
 Say = Callable[[str], None]
 VERBS = {"halt": rollout.halt, "resume": rollout.resume, "back": rollout.back, "end": rollout.end}
 RETRY_S = 1.0
-SETTLE_S = 30.0
-"""How long a report waits until what is known is read."""
+LOOK_S, READY_S = 0.25, 2.0
+"""Between two times that the trial is asked whether it answers, and how long it may take to say so."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,11 +74,7 @@ def parser() -> argparse.ArgumentParser:
     alone.add_argument(
         "--end", action="store_true", help="likewise, with nothing against the trial: it was promoted, or is over"
     )
-    alone.add_argument("--report", action="store_true", help="say how the arms compare, and stop there")
     made.add_argument("--reason", default="none given", metavar="TEXT", help="why; kept with your name")
-    made.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="how to print the report (default text)"
-    )
     return made
 
 
@@ -99,14 +92,12 @@ def run(settings: Settings, asked: argparse.Namespace, log: Log, stop: threading
             decided = partial(transition, actor=actor(), reason=asked.reason, now_ms=wall_ms())
             say(_told(rollouts.change(decided, asked.name)))
             return
-    if asked.report:
-        say_report(settings, asked, log, rollouts, stop, say)
-        return
     if not settings.rollout.address:
         raise SettingsError(
             "rollout.address is not set: no worker knows where the trial answers",
-            "start the trial's workers (`springtide serve` with its registry and a state directory of its own), set "
-            "rollout.address to them for this command and for `springtide serve` or `up`",
+            "set it for this command and for `springtide up`, which runs the trial's workers at an address of its machine such "
+            "as http://127.0.0.1:8601; elsewhere start them first (`springtide serve` with the trial's registry and a state "
+            "directory of its own)",
         )
     with DirectoryLock(settings.registry_dir / layout.ROLLOUTS):
         drive(settings, asked, log, rollouts, stop, say)
@@ -117,14 +108,18 @@ def drive(
 ) -> None:
     """Starts the rollout, or goes on with it, until it is over or `stop`."""
     newest = rollouts.newest()
-    if newest is None or newest.name != asked.name or not newest.is_open:
-        begun = rollout.start(
+    if newest is None or newest.name != asked.name or newest.is_over:
+        started = rollout.start(
             newest, asked.name, asked.steps, asked.every, _places(settings, log),
             actor=actor(), reason=asked.reason, now_ms=wall_ms(),
         )  # fmt: skip
-        newest = rollouts.propose(begun)
+        newest = rollouts.propose(started)
     say(_told(newest))
     complain, driver = SaidOnce(lambda _, line: print(line, file=sys.stderr)), None
+    begun = _when_it_answers(settings, rollouts, newest, stop, complain)
+    if begun is not newest:
+        newest = begun
+        say(_told(newest))
     while not stop.is_set():
         try:
             driver = driver or RolloutDriver(settings, log, rollouts, newest, wall_ms)
@@ -142,36 +137,26 @@ def drive(
         if newest.phase not in ("running", "halted") or newest.name != asked.name:
             break
     if driver is not None:
-        found, history = report(driver.evidence, settings.rollout.equal_within), rollouts.history(asked.name)
+        found, history = driver.report(), rollouts.history(asked.name)
+        driver.keep()
         driver.close()
         for line in as_lines(found, history):
             say(line)
 
 
-def say_report(
-    settings: Settings, asked: argparse.Namespace, log: Log, rollouts: Rollouts, stop: threading.Event, say: Say
-) -> None:
-    """Reads all that is known of the newest rollout of a trial, and says it.
-
-    Raises:
-        ControlConflict: There is none of this name.
-        LogError: Kafka does not answer.
-    """
-    history = rollouts.history(asked.name)
-    if not history:
-        raise ControlConflict(f"there is no rollout of {asked.name}", "start it: `springtide rollout NAME`")
-    driver, until_s = RolloutDriver(settings, log, rollouts, history[-1], wall_ms), time.monotonic() + SETTLE_S
-    try:
-        while not (driver.caught_up or stop.is_set() or time.monotonic() > until_s):
-            driver.read()
-    finally:
-        driver.close()
-    found = report(driver.evidence, settings.rollout.equal_within)
-    if asked.output == "json":
-        say(json.dumps(as_document(found, history), indent=2))
-    else:
-        for line in as_lines(found, history):
-            say(line)
+def _when_it_answers(
+    settings: Settings, rollouts: Rollouts, newest: Rollout, stop: threading.Event, complain: Callable[[str], None]
+) -> Rollout:
+    """The newest generation once the trial answers, somebody ended it, or `stop`: before, its users would be failed by it."""
+    while newest.phase == "starting" and not stop.is_set():
+        status, why = http.ask(f"{settings.rollout.address}/readyz", READY_S)
+        if status == 200:
+            begins = partial(rollout.begin, actor=GATE, reason="the trial answers", now_ms=wall_ms())
+            return rollouts.change(begins, newest.name)
+        complain(f"the trial does not answer at {settings.rollout.address} yet ({status or why}): its first step waits")
+        stop.wait(LOOK_S)
+        newest = rollouts.newest() or newest
+    return newest
 
 
 def _places(settings: Settings, log: Log) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from deploy.command_line import SETTINGS_HELP, RefusingParser
-from deploy.operate.options import positive
+from deploy.command_line import RefusingParser
+from deploy.operate.options import SETTINGS_HELP, positive
 from deploy.operate.versions import table
 from deploy.segments import exporting, process
 from deploy.segments.judging import open_host

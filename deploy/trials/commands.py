@@ -1,20 +1,23 @@
-"""`springtide trial start|list|stop|promote`: what is wanted of trials; the process of `springtide up` converges to it."""
+"""`springtide trial start|list|stop|promote|report`: what is wanted of trials; the process of `springtide up` converges to it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from deploy.operate.commands import Say, current
 from deploy.operate.versions import open_registry
+from deploy.rollouts.reporting import say_report
 from deploy.trials import telling
 from deploy.trials.promoting import promote
 from deploy.trials.starting import filler, version_for
 from deploy.trials.trial_settings import overrides_of, settings_of
 from state.config.settings import Settings
 from state.errors import RegistryError, SettingsError, of_disk
+from state.log import KafkaLog
 from state.process.actor import actor
 from state.trials.trial import MOST_RUNNING, Trial, Trials, as_document, require_name
 
@@ -29,6 +32,9 @@ def trial(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     """
     if asked.what == "list":
         _list(settings, asked, say)
+        return
+    if asked.what == "report":
+        _report(settings, asked, say)
         return
     if not asked.name or not asked.reason.strip():
         raise SettingsError(f"trial {asked.what} needs a name and --reason TEXT", "see `springtide trial --help`")
@@ -51,6 +57,15 @@ def trial(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
 def _list(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     found = telling.look(settings)
     say(json.dumps(found, indent=2) if asked.output == "json" else telling.as_table(found))
+
+
+def _report(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
+    """How the arms of the trial's newest rollout compare."""
+    if not asked.name:
+        raise SettingsError("trial report needs a name", "see `springtide trial list`")
+    # What the client says of each try is said once by what failed.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    say_report(settings, asked.name, asked.output, KafkaLog(settings.kafka), say)
 
 
 def _start(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from deploy.operate.options import Add
 
-VERBS = ("start", "list", "stop", "promote")
+VERBS = ("start", "list", "stop", "promote", "report")
 
 
 def trial(add: Add) -> argparse.ArgumentParser:
@@ -19,7 +19,9 @@ def trial(add: Add) -> argparse.ArgumentParser:
         "the trial learned, in a new epoch; `springtide rollback` takes that back.",
     )
     command.add_argument(
-        "what", choices=VERBS, help="start one; list all; stop one, which removes what it learned; promote one"
+        "what",
+        choices=VERBS,
+        help="start one; list all; stop one, which removes what it learned; promote one; report how the arms of its rollout compare",
     )
     command.add_argument("name", nargs="?", default="", metavar="NAME", help="the trial's name")
     command.add_argument(

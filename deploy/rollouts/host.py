@@ -1,0 +1,111 @@
+"""Answers for a trial while its rollout is not over: `python -m deploy.rollouts.host`, a child of `springtide up`.
+
+An applier and a worker as `springtide serve` runs them, of the trial's registry,
+at `rollout.address`; their state lies in the trial's directory and goes with
+the rollout. It ends with status 0 once the rollout is over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from deploy import serve
+from deploy.rollouts.process_plan import hosted
+from state import layout
+from state.config.loading import load
+from state.config.settings import Settings
+from state.disk import memory_place
+from state.process import log_lines
+from state.process.ending import reported, stop_on_signals
+from state.process.private_files import keep_private
+from state.rollouts.rollouts import Rollouts
+from state.trials.trial import Trials
+
+HOST = "host"
+logger = logging.getLogger(__name__)
+
+
+def flags_of(settings: Settings, name: str) -> list[str]:
+    """What is another's of the trial's host, as flags for processes that have the loop's settings in their environment.
+
+    >>> flags_of(load(["--rollout.address=http://127.0.0.1:8601"], {}, "/dev/null"), "wider")[:2]
+    ['--paths.state=.springtide/trials/wider/host', '--paths.registry=.springtide/trials/wider/registry']
+    """
+    trials, address = Trials(settings.state_dir), urlsplit(settings.rollout.address)
+    own = {
+        "paths.state": trials.folder(name) / HOST,
+        "paths.registry": trials.registry(name),
+        "paths.shared_registry": "",
+        "paths.salt_file": settings.salt_path,
+        "serving.tokens_dir": settings.tokens_dir,
+        "serving.host": address.hostname,
+        "serving.port": address.port,
+        "serving.grpc_port": 0,
+        "serving.metrics_port": 0,
+        # Nobody but this machine's workers asks it.
+        "serving.tls_cert": "",
+        "serving.tls_key": "",
+        "rollout.address": "",
+    }
+    return [f"--{name}={value}" for name, value in own.items()]
+
+
+def run(settings: Settings, stopping: Callable[[], bool]) -> None:
+    """Answers until the rollout is over, or `stopping` says so.
+
+    Raises:
+        ProcessFailed: One of the two ended by itself.
+        RegistryError: The rollouts cannot be read.
+    """
+    rollouts, state = Rollouts(settings.registry_dir), settings.state_dir
+    begun = rollouts.newest()
+    if begun is None or not hosted(begun, state):
+        return
+
+    def is_over() -> bool:
+        newest = rollouts.newest()
+        return not hosted(newest, state) or newest is None or newest.started_ms != begun.started_ms
+
+    logger.info("answering for trial %s at %s", begun.name, settings.rollout.address)
+    flags = flags_of(settings, begun.name)
+    stop_s = serve.STOP_S + settings.serving.drain_s
+    serve.run(serve.commands(flags), os.environ, lambda: stopping() or is_over(), stop_s)
+    if is_over():
+        remove(Trials(state).folder(begun.name) / HOST)
+
+
+def remove(folder: Path) -> None:
+    """Removes what the host kept, what of it lies in memory first.
+
+    Raises:
+        OSError: The disk refused.
+    """
+    for store in (layout.ROWS, layout.HISTORIES):
+        if (link := folder / layout.SERVING / store).is_symlink():
+            memory_place.forget(link)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answers with the settings of `argv`; returns the exit code."""
+    keep_private()
+    log_lines.begin("trial-host")
+    stopping = stop_on_signals()
+
+    def work() -> None:
+        settings = load(sys.argv[1:] if argv is None else argv)
+        log_lines.follow(settings.logs)
+        run(settings, stopping.is_set)
+
+    return reported(work, logger)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

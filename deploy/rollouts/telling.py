@@ -1,0 +1,71 @@
+"""What is told of the newest rollout, by `springtide status` and the page, as JSON values and in words, until somebody ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from state.config.settings import Settings
+from state.errors import SpringtideError
+from state.rollouts.assignment import LIVE, TRIAL
+from state.rollouts.rollout import Rollout
+from state.rollouts.rollouts import Rollouts
+
+WORDS = {"halted": "HALTED", "back": "BACK"}
+
+
+def look(settings: Settings) -> dict[str, Any] | None:
+    """The newest rollout; None where there is none, or nothing of it to tell, or it cannot be read."""
+    rollouts = Rollouts(settings.registry_dir)
+    try:
+        newest = rollouts.newest()
+    except SpringtideError:
+        return None
+    return None if newest is None or not newest.is_told else document(newest, rollouts.figures(newest))
+
+
+def document(newest: Rollout, figures: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A rollout as JSON values.
+
+    Args:
+        newest: Its newest generation.
+        figures: What is known of its arms; None before anything is.
+    """
+    return {
+        "name": newest.name,
+        "phase": newest.phase,
+        "share": newest.share,
+        "steps": list(newest.steps),
+        "since_ms": newest.since_ms,
+        "at_ms": newest.at_ms,
+        "actor": newest.actor,
+        "reason": newest.reason,
+        "stopped": newest.is_stopped,
+        "compared": None if figures is None else dict(figures),
+    }
+
+
+def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
+    """What becomes of a rollout in a word, and more of it in sentences.
+
+    >>> arms = {"trial": {"users": 12, "answers": 100, "rate": 0.31}, "live": {"users": 990, "answers": 9_000, "rate": 0.3}}
+    >>> word, text = as_text({"name": "wider", "phase": "back", "share": 0.0, "actor": "gate", "reason": "it is worse",
+    ...                       "compared": {"arms": arms, "verdict": "worse: -9.0% to -1.0%"}})
+    >>> word
+    'BACK'
+    >>> for sentence in text.split("; "):
+    ...     print(sentence)
+    wider answers 0% of the users (gate: it is worse)
+    0.3100 engagements an answer over 100 answers to 12 users, against 0.3000 over 9,000 to 990
+    worse: -9.0% to -1.0%
+    """
+    said = [f"{one['name']} answers {100 * one['share']:.4g}% of the users ({one['actor']}: {one['reason']})"]
+    compared = one["compared"]
+    if compared is None:
+        return WORDS.get(one["phase"], one["phase"]), "; ".join([*said, "nobody was answered yet that is known of"])
+    trial, live = compared["arms"][TRIAL], compared["arms"][LIVE]
+    said.append(
+        f"{trial['rate']:.4f} engagements an answer over {trial['answers']:,} answers to {trial['users']:,} users, "
+        f"against {live['rate']:.4f} over {live['answers']:,} to {live['users']:,}"
+    )
+    return WORDS.get(one["phase"], one["phase"]), "; ".join([*said, compared["verdict"]])
