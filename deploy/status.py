@@ -18,6 +18,7 @@ from typing import Any
 
 from deploy.operate import held, horizon, privacy, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
+from deploy.rollouts import telling as rollouts
 from deploy.startup.hints import addresses
 from deploy.trials import telling
 from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, storage, stores_place
@@ -136,6 +137,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows += _part("churn", *churn.as_text(leaving))
     for tried in state.get("trials") or []:
         rows += _part("trial", *telling.as_text(tried))
+    if rolled := state.get("rollout"):
+        rows += _part("rollout", *rollouts.as_text(rolled))
     if looked_at := state.get("live_clicks"):
         rows += _part("live clicks", *live_clicks.as_text(looked_at))
     if accounting := state.get("accounting"):
@@ -193,6 +196,7 @@ def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks.look(settings),
         "trials": telling.running(settings),
+        "rollout": rollouts.look(settings),
     }
 
 

@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_python(sys.version_info)
         # Only now: the rest needs Python 3.11.
+        from deploy.rollouts import process_plan as rollouts
         from deploy.startup import prometheus
         from deploy.startup.steps import Startup
         from deploy.startup.upgrading import take_upgrade, upgrade_or_refuse
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         accepted, words = take_accepted(words)
         shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
-        beside = [trials.plan(settings)]
+        beside = [trials.plan(settings), *rollouts.plans(settings)]
         beside += [prometheus.plan(settings, prometheus.require_program())] if watched else []
         # Before anything starts: expressions that are none, and settings with which the newest version cannot be loaded.
         segments_of(settings)

@@ -14,7 +14,7 @@
     │   ├── outcomes/            what became of rollbacks         state/registry/outcomes.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
-    │   ├── rollouts/            one file a generation            state/rollouts/rollouts.py
+    │   ├── rollouts/            one file a generation, figures.json   state/rollouts/rollouts.py
     │   ├── gaps/                losses that the trainer accepted, records left out among them
     │   ├── privacy/ledger.json      what of the privacy budget is spent    state/registry/privacy_ledger.py
     │   ├── shared.json shared.catalog   where it is shared       state/registry/sharing/binding.py
@@ -39,8 +39,9 @@
     ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb       deploy/validation/windows.py
     ├── trials/<name>/           trial.json, comparison.json             state/trials/trial.py
-    │   └── registry/            of its own, while it runs; beside versions and control as above:
-    │       └── losses/          of rows, while a trial runs, in the live registry too   state/trials/row_losses.py
+    │   ├── registry/            of its own, while it runs; beside versions and control as above:
+    │   │   └── losses/          of rows, while a trial runs, in the live registry too   state/trials/row_losses.py
+    │   └── host/                serving of its own, while a rollout of it is not over   deploy/rollouts/host.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py

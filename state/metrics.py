@@ -608,6 +608,48 @@ class TrialMetrics(Metrics):
     )
 
 
+class RolloutMetrics(Metrics):
+    """How the arms of the newest rollout do, until it is over and nobody has to look at it; a trial is that one."""
+
+    share_ratio = gauge("springtide_rollout_share_ratio", "Share of the users whom the trial answers.", "trial")
+    stopped = gauge(
+        "springtide_rollout_stopped",
+        "1 where the gate halted the rollout or took it back, until somebody resumes or ends it; else 0.",
+        "trial",
+    )
+    users = gauge("springtide_rollout_users", "Users who were ever answered by the arm: trial, live.", "trial", "arm")
+    answers = gauge("springtide_rollout_answers", "Answers of the arm.", "trial", "arm")
+    engagements = gauge("springtide_rollout_engagements", "Engagements after their users' answers.", "trial", "arm")
+    failures = gauge(
+        "springtide_rollout_failures", "Answers of the newest step that the arm could not give.", "trial", "arm"
+    )
+    difference = gauge(
+        "springtide_rollout_difference",
+        "Engagements an answer of the trial less those of the live versions, by end: mean, and low and high of the interval that holds at all looks. Above 0 the trial is better.",
+        "trial",
+        "end",
+    )
+    lift_ratio = gauge(
+        "springtide_rollout_lift_ratio", "The same as a part of the live versions', by end likewise.", "trial", "end"
+    )
+    finding = gauge(
+        "springtide_rollout_finding",
+        "1 for what is found of the trial, 0 for the others: mismatch (of the sample ratio), too early, better, worse, equal, undecided.",
+        "trial",
+        "finding",
+    )
+    mismatch_p = gauge(
+        "springtide_rollout_mismatch_p",
+        "How probable it is that chance alone brings users to the arms so far off the share; valid at all looks.",
+        "trial",
+    )
+    judged_timestamp_seconds = gauge(
+        "springtide_rollout_judged_timestamp_seconds",
+        "When the command that drives the rollout last said all this, seconds since 1970.",
+        "trial",
+    )
+
+
 class StorageMetrics(Metrics):
     """What each process that keeps something says of the disk: of the parts of `storage.budget_gb` that it owns."""
 
@@ -658,6 +700,7 @@ PROCESSES = (
     ConsoleMetrics,
     ProbeMetrics,
     TrialMetrics,
+    RolloutMetrics,
     StorageMetrics,
     SharedMetrics,
 )

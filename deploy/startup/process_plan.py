@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from deploy.children.supervisor import ProcessPlan
+from deploy.rollouts.process_plan import TRIAL_HOST
 from deploy.startup import prometheus
 from deploy.startup.checks import Port
 from deploy.trials.process_plan import TRIALS
@@ -45,14 +46,15 @@ STOP_ORDER = (
     SEGMENTS,
     APPLIER,
     WORKER,
+    TRIAL_HOST,
     prometheus.NAME,
 )
 
 # These would otherwise compile the same kernels for ten seconds each.
-KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER, SEGMENTS)
+KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER, TRIAL_HOST, SEGMENTS)
 
 # These answer from what an earlier run left on this machine, with Kafka or without.
-ANSWERING = (APPLIER, WORKER)
+ANSWERING = (APPLIER, WORKER, TRIAL_HOST)
 
 # Histories in memory, a gigabyte or so, are saved on a slow disk.
 SAVING_S = 60.0

@@ -11,6 +11,7 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry
 
 from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.rollouts import offered as rollouts
 from deploy.startup import hints, own_model, prometheus, signs, upgrading
 from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
 from deploy.startup.local_kafka import LocalKafka
@@ -31,7 +32,7 @@ from deploy.startup.process_plan import (
     process_plans,
 )
 from deploy.startup.topics import ensure_topics
-from deploy.trials import offered
+from deploy.trials import offered as trials
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
@@ -89,7 +90,8 @@ class Startup:
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
         self._metrics = SupervisorMetrics(self._collected)
-        offered.offer(self._collected, settings.state_dir)
+        trials.offer(self._collected, settings.state_dir)
+        rollouts.offer(self._collected, settings.registry_dir)
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
@@ -100,8 +102,7 @@ class Startup:
             accepted_by_trainer=trainer,
         ) | {one.name: one for one in beside}
         self._supervisor: Supervisor | None = None
-        self._steps_done = 0
-        self._answered = 0
+        self._steps_done = self._answered = 0
 
     def run(self) -> int:
         """Goes up, watches, and stops when asked to; returns the exit code.
@@ -173,10 +174,10 @@ class Startup:
         self._step("salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
 
     def _start(self, names: Iterable[str]) -> None:
-        """Starts those that do not run yet."""
+        """Starts those that are to run and do not yet."""
         supervisor = self._running()
         for name in names:
-            if name not in supervisor.names():
+            if name in self._plans and name not in supervisor.names():
                 supervisor.start(self._plans[name])
 
     def _start_others(self, goes_on: bool) -> None:

@@ -24,6 +24,7 @@ from state.metrics import (
     ApplierMetrics,
     ConsoleMetrics,
     ProbeMetrics,
+    RolloutMetrics,
     SegmentMetrics,
     SharedMetrics,
     StorageMetrics,
@@ -55,7 +56,7 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
     named = {series for figures in status.FIGURES.values() for _, series in figures}
     named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
-    # `up`, trials, segments, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
+    # `up`, trials, rollouts, segments, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
     beside = {
         SupervisorMetrics,
         ConsoleMetrics,
@@ -64,6 +65,7 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
         ProbeMetrics,
         SegmentMetrics,
         TrialMetrics,
+        RolloutMetrics,
         ValidationMetrics,
     }
     assert len({*PROCESSES} - beside) == len(status.FIGURES) == len(BORN)
@@ -178,7 +180,7 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
     assert set(json.loads(capsys.readouterr().out)) == {
         *("figures", "processes", "kafka", "registry", "rollback", "storage", "rows", "histories", "accounting"),
-        *("held", "parity", "quality", "churn", "live_clicks", "trials", "privacy", "urls"),
+        *("held", "parity", "quality", "churn", "live_clicks", "trials", "rollout", "privacy", "urls"),
     }
 
 

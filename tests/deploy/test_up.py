@@ -164,9 +164,10 @@ def test_producers_stop_before_what_they_write_to() -> None:
         "segments",
         "applier",
         "worker",
+        "trial-host",
         "prometheus",
     ]
-    assert {*process_plans(), "prometheus", "trials"} == set(STOP_ORDER)
+    assert {*process_plans(), "prometheus", "trials", "trial-host"} == set(STOP_ORDER)
 
 
 def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import * as curves from "./curves.js";
 import { at, h, tell } from "./dom.js";
 import * as loop from "./loop.js";
 import * as profile from "./profile.js";
+import * as rollout from "./rollout.js";
 import * as steer from "./steer.js";
 import * as trials from "./trials.js";
 import * as versions from "./versions.js";
@@ -35,6 +36,7 @@ async function lookAtState() {
   tell(at("serving"), `version ${count(figures.version)}, epoch ${count(figures.epoch)}, ${figures.pinned ? "pinned" : "follows"}; ${clock(state.at_ms)}`);
   loop.show(state);
   trials.show(state.trials);
+  rollout.show(state.rollout);
 }
 
 async function lookAtLists() {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana import headlines, live_clicks
+from deploy.grafana import headlines, live_clicks, rollouts
 from deploy.grafana.panel import Board, Panel, PanelQuery, PanelRow, rate
 
 FEW = "too few rows were scored yet"
@@ -145,6 +145,7 @@ BOARD = Board(
         PanelRow("Against what is simple", AGAINST),
         PanelRow("Known and new users", USERS),
         PanelRow("Live clicks against the baseline", live_clicks.VALIDATION),
+        PanelRow("A trial among users", rollouts.ROLLOUT),
         PanelRow("What is learned from", LEARNED),
     ),
 )

@@ -1,15 +1,18 @@
-"""A rollout with real processes: two hosts, each with its registry, applier and worker, real Kafka, users who ask over HTTP, and the command that drives it.
+"""A rollout with real processes: a worse trial is stopped at 1 %, a better one comes to everybody, an equal one is called equal.
+
+Two hosts, each with its registry, applier and worker, real Kafka, users who ask over HTTP, and the command that drives it.
 
 What users do is written into the training log here, as the stream would.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
+from deploy.rollouts import telling
+from deploy.rollouts.offered import RolloutCollector
+from deploy.watch.scrape import Scrape, parsed
+from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.events.identity import Salt, user_id
@@ -51,11 +59,11 @@ class ServedHost:
         salt.chmod(0o600)
         values = {
             "paths.state": self.state, "paths.salt_file": salt, "serving.port": self.port, "serving.grpc_port": 0,
-            "serving.metrics_port": 0, "serving.map_gb": 1, "serving.drain_s": 0, "serving.max_queue_ms": 60_000,
+            "serving.metrics_port": 0, "serving.map_gb": 1, "serving.drain_s": 0, "serving.max_queue_ms": 60_000, "serving.timeout_s": 60,
             "kafka.bootstrap_servers": kafka.bootstrap_servers, "kafka.microbatches_topic": kafka.microbatches_topic,
             "kafka.exposures_topic": kafka.exposures_topic, "rollout.planned_answers": 1000,
             # Processes share a machine with whatever else it does; latencies are judged in tests/state/rollouts.
-            "rollout.slower_ms": 60_000, **more,
+            "rollout.slower_ms": 60_000, "rollout.timeout_s": 60, **more,
         }  # fmt: skip
         self.flags = [f"--{name}={value}" for name, value in values.items()]
         self.registry = Registry(self.state / "registry")
@@ -81,7 +89,7 @@ class Site:
     """A live host and a trial's, and the users."""
 
     def __init__(self, folder: Path, kafka: Kafka, lowered: Lowered) -> None:
-        self.kafka, self.random = kafka, np.random.default_rng(1)
+        self.kafka, self.seeds = kafka, itertools.count(1)
         self.driven: list[subprocess.Popen[bytes]] = []
         with Topics(kafka) as topics:
             topics.ensure(kafka.microbatches_topic, 1)
@@ -96,19 +104,40 @@ class Site:
         assert found.status_code == 200, found.text
         return found.headers.get("springtide-arm"), found.json()["version"]["number"]
 
-    def use(self, rates: Mapping[str, float], over: Callable[[], bool]) -> list[tuple[int, str | None, int]]:
-        """Users ask and engage, at the rate of their arm, until it is over."""
-        asked, deadline = [], time.monotonic() + PATIENCE_S
-        while not over():
+    def ask_many(self, numbers: Sequence[int]) -> list[tuple[int, str | None, int]]:
+        """Number, arm and version of each answer of a batch."""
+        asked = {"users": [f"user-{number}" for number in numbers], "top": 1}
+        found = self.client.post(f"{self.live.url}/v1/profiles:batch", json=asked)
+        assert found.status_code == 200, found.text
+        answers = found.json()["profiles"]
+        assert [one["user_id"] for one in answers] == asked["users"]
+        return [(n, one.get("arm"), one["version"]["number"]) for n, one in zip(numbers, answers, strict=True)]
+
+    def use(
+        self, rates: Mapping[str, float], over: Callable[[], bool], crowd: Iterable[Sequence[int]] | None = None
+    ) -> list[tuple[int, str | None, int]]:
+        """Users ask and engage, so often an answer as the rate of their arm says, until it is over.
+
+        Args:
+            rates: Engagements an answer; the part behind the comma is a chance.
+            over: Whether it is.
+            crowd: Who asks, one batch after another; nobody once they have. By default some again and again.
+        """
+        asked, deadline, random = [], time.monotonic() + PATIENCE_S, np.random.default_rng(next(self.seeds))
+        for numbers in crowd or (random.integers(0, USERS, 100).tolist() for _ in itertools.count()):
+            if over():
+                return asked
             assert time.monotonic() < deadline, f"it did not happen in time, after {len(asked):,} answers"
-            engaged = []
-            for number in self.random.integers(0, USERS, 100).tolist():
-                arm, version = self.ask(number)
-                asked.append((number, arm, version))
-                if self.random.random() < rates[arm or LIVE]:
-                    engaged.append(user_id(SALT, f"user-{number}"))
+            given = self.ask_many(numbers)
+            asked += given
+            engaged = [
+                user_id(SALT, f"user-{number}")
+                for (number, arm, _), chance in zip(given, random.random(len(given)), strict=True)
+                for _ in range(int(rates[arm or LIVE] + chance))
+            ]
             if engaged:
                 self._engage(engaged)
+        until(over, PATIENCE_S)
         return asked
 
     def _engage(self, users: list[int]) -> None:
@@ -119,11 +148,23 @@ class Site:
         self.writer.send(self.kafka.microbatches_topic, 0, None, encode(header, columns))
         self.writer.flush()
 
+    def finding(self) -> str | None:
+        """What who drives the newest rollout found so far."""
+        rollouts = Rollouts(self.live.registry.path)
+        figures = rollouts.figures(newest) if (newest := rollouts.newest()) is not None else None
+        return None if figures is None else str(figures["finding"])
+
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "deploy.rollouts.command", *words, *self.live.flags]
 
     def said(self, *words: str) -> str:
-        found = subprocess.run(self.command(*words), capture_output=True, text=True, timeout=PATIENCE_S)
+        return self._done(self.command(*words))
+
+    def report(self, *words: str) -> str:
+        return self._done([sys.executable, "-m", "deploy.cli", "trial", "report", *words, *self.live.flags])
+
+    def _done(self, command: list[str]) -> str:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
         assert found.returncode == 0, found.stderr
         return found.stdout
 
@@ -170,19 +211,71 @@ def site(tmp_path_factory: pytest.TempPathFactory, kafka: Any, lowered: Lowered)
         yield made
 
 
-def test_a_worse_trial_goes_back_to_nobody(site: Site, tmp_path: Path) -> None:
+def told(site: Site) -> tuple[dict[str, Any] | None, Scrape]:
+    """What `springtide status` and /metrics tell of the newest rollout."""
+    settings, registry = load(site.live.flags, {}, "/dev/null"), CollectorRegistry()
+    registry.register(RolloutCollector(settings.registry_dir))
+    return telling.look(settings), Scrape(parsed(generate_latest(registry).decode()))
+
+
+def test_a_worse_trial_is_stopped_at_one_percent(site: Site, tmp_path: Path) -> None:
     assert site.ask(1) == (None, 1), "nobody is told apart yet"
-    driving = Driving(site, tmp_path / "log", "narrower", "--steps", "50,100", "--every", "1h", "--reason", "try it")
+    driving = Driving(
+        site, tmp_path / "log", "narrower", "--steps", "1,5,50,100", "--every", "1h", "--reason", "try it"
+    )
     until(lambda: site.ask(1)[0] is not None)
-    asked = site.use({TRIAL: 0.25, LIVE: 0.6}, lambda: driving.says("narrower back"))
+    crowd = [range(first, first + 1000) for first in range(0, 14_000, 1000)]
+    asked = site.use({TRIAL: 0.8, LIVE: 1.6}, lambda: driving.says("narrower back"), crowd)
     assert driving.process.wait(timeout=60) == 0
     assert "it is worse" in driving.log.read_text() and "worse: -" in driving.log.read_text()
+    assert [one.share for one in Rollouts(site.live.registry.path).history("narrower")] == [0.0, 0.01, 0.0]
     # Each arm is answered by its own registry's version, and a user's arm is the one that the hash says.
-    in_trial = {n: arm_of(place_of(SALT, "narrower", user_id(SALT, f"user-{n}")), 0.5) for n in range(USERS)}
-    told = [one for one in asked if one[1] is not None]
-    assert len(told) > 300
-    assert all(arm == in_trial[number] and version == (2 if arm == TRIAL else 1) for number, arm, version in told)
+    users = {number: user_id(SALT, f"user-{number}") for number in range(14_000)}
+    in_trial = {number: arm_of(place_of(SALT, "narrower", user), 0.01) for number, user in users.items()}
+    assert sum(arm == TRIAL for _, arm, _ in asked) > 50
+    assert all(
+        arm == in_trial[number] and version == (2 if arm == TRIAL else 1) for number, arm, version in asked if arm
+    )
     until(lambda: site.ask(1) == (None, 1))
+    # It is told until somebody has seen it.
+    state, metrics = told(site)
+    assert state is not None and (state["phase"], state["compared"]["finding"]) == ("back", "worse")
+    assert telling.as_text(state)[0] == "BACK"
+    assert metrics.value("springtide_rollout_stopped", trial="narrower") == 1.0
+    assert metrics.value("springtide_rollout_finding", trial="narrower", finding="worse") == 1.0
+    assert (metrics.value("springtide_rollout_lift_ratio", trial="narrower", end="high") or 0.0) < 0.0
+    site.said("narrower", "--end", "--reason", "seen")
+    assert told(site)[0] is None and not told(site)[1].values
+
+
+def test_an_equal_trial_is_called_equal_and_an_operator_halts_resumes_and_takes_it_back(
+    site: Site, tmp_path: Path
+) -> None:
+    driving = Driving(site, tmp_path / "log", "steady", "--steps", "50,100", "--every", "1h")
+    until(lambda: site.ask(1)[0] is not None)
+    crowd = np.random.default_rng(1).integers(0, USERS, (30, 200)).tolist()
+    asked = site.use({TRIAL: 0.9, LIVE: 0.9}, lambda: site.finding() == "equal", crowd)
+    trial = next(number for number, arm, _ in asked if arm == TRIAL)
+    assert "halted, 0.5 of the users" in site.said("steady", "--halt", "--reason", "lunch")
+    assert site.ask(trial) == (TRIAL, 2)
+    assert "running" in site.said("steady", "--resume")
+    about = {"user_id": f"user-{trial}"}
+    ranked = site.client.post(f"{site.live.url}/v1/rank", json={**about, "items": ["i1", "i2"]})
+    assert ranked.headers["springtide-arm"] == TRIAL and ranked.json()["version"]["number"] == 2
+    refused = site.client.post(f"{site.live.url}/v1/rank", json={**about, "items": []})
+    assert refused.status_code == 400 and refused.json()["where"] == "/items"
+    # What is wrong with a row of a batch is named by its place in the whole, whichever arm it would be of.
+    for wrong in (trial, next(number for number, arm, _ in asked if arm == LIVE)):
+        rows = [{"user_id": f"user-{number}"} for number in range(20)] + [{"user_id": f"user-{wrong}", "at": "noon"}]
+        refused = site.client.post(f"{site.live.url}/v1/profiles:batch", json={"profiles": rows})
+        assert (refused.status_code, refused.json()["where"]) == (400, "/profiles/20/at")
+    assert "back, 0 of the users" in site.said("steady", "--back", "--reason", "enough")
+    until(lambda: site.ask(1) == (None, 1))
+    assert driving.process.wait(timeout=60) == 0
+    assert "equal within 5%" in driving.log.read_text()
+    assert told(site)[0] is None, "nobody has to look at what an operator decided"
+    other = subprocess.run(site.command("nobody", "--halt"), capture_output=True, text=True, timeout=60)
+    assert other.returncode == 1 and "no rollout of nobody" in other.stderr
 
 
 def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site: Site, tmp_path: Path) -> None:
@@ -197,6 +290,7 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     assert Rollouts(site.live.registry.path).newest() == before, "shares stay as they are"
     places = {number: place_of(SALT, "wider", user_id(SALT, f"user-{number}")) for number in range(USERS)}
     assert all(arm == arm_of(places[number], before.share) for number, arm, _ in meanwhile[-100:])
+    assert all(site.ask(number)[0] == arm_of(places[number], before.share) for number in range(20))
     again = Driving(site, tmp_path / "log", *words)
     last = site.use(rates, lambda: again.says("wider done"))
     assert again.process.wait(timeout=60) == 0
@@ -206,36 +300,23 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
         arms.setdefault(number, []).append(arm)
     moved = [one for one in arms.values() if TRIAL in one and LIVE in one[one.index(TRIAL) :]]
     assert moved == [] and last[-1][1:] == (TRIAL, 2)
-    found = json.loads(site.said("wider", "--report", "-o", "json"))
+    found = json.loads(site.report("wider", "-o", "json"))
     assert (found["finding"], found["phase"], found["share"]) == ("better", "done", 1.0)
     # All exposures of both drivers' times are known to a third one; the oldest and newest second of answers aside.
     every = sum(one["answers"] for one in found["arms"].values())
-    told = sum(arm is not None for _, arm, _ in [*first, *meanwhile, *last])
-    assert every <= told and every > 0.8 * told
-    assert [one["share"] for one in found["history"]] == [0.3, 0.6, 1.0, 1.0]
+    for arm, rate in rates.items():
+        assert found["arms"][arm]["rate"] == pytest.approx(rate, abs=0.05)
+    named = sum(arm is not None for _, arm, _ in [*first, *meanwhile, *last]) + 20
+    assert every <= named and every > 0.8 * named
+    assert [one["share"] for one in found["history"]] == [0.0, 0.3, 0.6, 1.0, 1.0]
     assert {one["actor"] for one in found["history"][1:]} == {"gate"}
     assert "ended" in site.said("wider", "--end", "--reason", "promoted")
     until(lambda: site.ask(1) == (None, 1))
 
 
-def test_an_operator_halts_resumes_and_takes_it_back(site: Site, tmp_path: Path) -> None:
-    driving = Driving(site, tmp_path / "log", "steady", "--steps", "100", "--every", "1h")
-    until(lambda: site.ask(1) == (TRIAL, 2))
-    assert "halted, 1 of the users" in site.said("steady", "--halt", "--reason", "lunch")
-    assert site.ask(1) == (TRIAL, 2)
-    assert "running" in site.said("steady", "--resume")
-    ranked = site.client.post(f"{site.live.url}/v1/rank", json={"user_id": "user-1", "items": ["i1", "i2"]})
-    assert ranked.headers["springtide-arm"] == TRIAL and ranked.json()["version"]["number"] == 2
-    refused = site.client.post(f"{site.live.url}/v1/rank", json={"user_id": "user-1", "items": []})
-    assert refused.status_code == 400 and refused.json()["where"] == "/items"
-    assert "back, 0 of the users" in site.said("steady", "--back", "--reason", "enough")
-    until(lambda: site.ask(1) == (None, 1))
-    assert driving.process.wait(timeout=60) == 0
-    other = subprocess.run(site.command("nobody", "--halt"), capture_output=True, text=True, timeout=60)
-    assert other.returncode == 1 and "no rollout of nobody" in other.stderr
-
-
-def test_a_trial_that_does_not_answer_costs_nobody_an_answer_and_goes_back(site: Site, tmp_path: Path) -> None:
+def test_a_trial_that_does_not_answer_costs_nobody_an_answer_goes_back_and_begins_no_more(
+    site: Site, tmp_path: Path
+) -> None:
     driving = Driving(site, tmp_path / "log", "broken", "--steps", "50", "--every", "1h")
     until(lambda: any(site.ask(number)[0] == TRIAL for number in range(20)))
     site.trial.process.terminate()
@@ -243,4 +324,9 @@ def test_a_trial_that_does_not_answer_costs_nobody_an_answer_and_goes_back(site:
     asked = site.use({TRIAL: 0.3, LIVE: 0.3}, lambda: driving.says("broken back"))
     assert driving.process.wait(timeout=60) == 0
     assert "it fails in" in driving.log.read_text()
-    assert {version for _, arm, version in asked if arm == TRIAL} == {1}, "the live version answered for it"
+    assert {version for _, arm, version in asked[-100:]} == {1}, "the live version answered for it"
+    waiting = Driving(site, tmp_path / "log", "broken", "--steps", "50", "--every", "1h")
+    until(lambda: waiting.says("its first step waits"))
+    assert "broken starting, 0 of the users" in waiting.log.read_text() and site.ask(1) == (None, 1)
+    assert "back, 0 of the users" in site.said("broken", "--back")
+    assert waiting.process.wait(timeout=60) == 0

@@ -6,13 +6,17 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deploy.watch import scrape
+from state.log import Topics, topic_plan
 from state.registry.registry import Registry
+from state.rollouts import rollout
+from state.rollouts.rollouts import Rollouts
 from tests import runbook
 from tests.e2e.loop import lost_disk, new_release
 from tests.e2e.loop.terminal import Terminal
@@ -162,6 +166,26 @@ def live_clicks_have_changed(terminal: Terminal, section: Section) -> None:
     assert loop.springtide("history")[-1]["action"] == "accept"
 
 
+def a_rollout_was_stopped(terminal: Terminal, section: Section) -> None:
+    settings = terminal.loop.settings
+    status, report, end = section.commands
+    with Topics(settings.kafka) as topics:
+        topics.ensure(*topic_plan.exposures(settings))
+        exposures, microbatches = (
+            topics.ends(settings.kafka.exposures_topic),
+            topics.ends(settings.kafka.microbatches_topic),
+        )
+    rollouts, places = Rollouts(settings.registry_dir), (exposures[0][1], microbatches[0][1])
+    who: dict[str, Any] = {"actor": rollout.GATE, "reason": "it is worse", "now_ms": time.time_ns() // 1_000_000}
+    rollouts.propose(rollout.start(rollouts.newest(), "drilled", (1.0,), 60.0, places, **who))
+    for decided in (rollout.begin, rollout.back):
+        rollouts.change(partial(decided, **who))
+    assert re.search(r"^rollout +BACK +drilled answers 0% of the users", terminal.type(status), re.MULTILINE)
+    assert "drilled: back" in terminal.type(report, NAME="drilled")
+    terminal.type(end, NAME="drilled")
+    assert not re.search("^rollout", terminal.type(status), re.MULTILINE)
+
+
 def an_account_is_wrong(terminal: Terminal, section: Section) -> None:
     status, verify = section.commands
     assert "accounting      balances" in terminal.type(status)
@@ -229,6 +253,7 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "A mask was wrong": a_mask_was_wrong,
     "Training is held": training_is_held,
     "An operator holds something": an_operator_holds_something,
+    "A rollout was stopped": a_rollout_was_stopped,
     "An account is wrong": an_account_is_wrong,
     "A version is damaged": a_version_is_damaged,
     "A clock is wrong": a_clock_is_wrong,
