@@ -20,7 +20,7 @@ from deploy.operate import held, horizon, privacy, registry_state
 from deploy.operate.conditions import CONDITIONS, wait
 from deploy.rollouts import telling as rollouts
 from deploy.startup.hints import addresses
-from deploy.trials import telling
+from deploy.trials import retrain_told, telling
 from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
@@ -139,6 +139,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows += _part("trial", *telling.as_text(tried))
     if rolled := state.get("rollout"):
         rows += _part("rollout", *rollouts.as_text(rolled))
+    if anew := state.get("retrain"):
+        rows += _part("retrain", *retrain_told.as_text(anew))
     if looked_at := state.get("live_clicks"):
         rows += _part("live clicks", *live_clicks.as_text(looked_at))
     if accounting := state.get("accounting"):
@@ -197,6 +199,7 @@ def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
         "live_clicks": live_clicks.look(settings),
         "trials": telling.running(settings),
         "rollout": rollouts.look(settings),
+        "retrain": retrain_told.look(settings, now_ms),
     }
 
 

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         accepted, words = take_accepted(words)
         shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
-        beside = [trials.plan(settings), *rollouts.plans(settings)]
+        beside = [*trials.plans(settings), *rollouts.plans(settings)]
         beside += [prometheus.plan(settings, prometheus.require_program())] if watched else []
         # Before anything starts: expressions that are none, and settings with which the newest version cannot be loaded.
         segments_of(settings)

@@ -38,8 +38,11 @@
     │   └── programs/            those of applied versions
     ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb       deploy/validation/windows.py
+    ├── trials/retrain.json     what became of the scheduled retrain    state/trials/retraining.py
     ├── trials/<name>/           trial.json, comparison.json             state/trials/trial.py
     │   ├── registry/            of its own, while it runs; beside versions and control as above:
+    │       ├── past.json       what its trainer learns first        state/trials/past.py
+    │       ├── past-*/         histories of past clicks, while it does   streaming/past.py
     │   │   └── losses/          of rows, while a trial runs, in the live registry too   state/trials/row_losses.py
     │   └── host/                serving of its own, while a rollout of it is not over   deploy/rollouts/host.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
@@ -74,7 +77,8 @@ SEGMENTS_LOCK = "segments.lock"
 
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
 VALIDATION = "validation"
-TRIALS, LOSSES = "trials", "losses"
+TRIALS, LOSSES, PAST = "trials", "losses", "past.json"
+RETRAIN, RETRAIN_LOCK = "retrain.json", "retrain.lock"
 PROMETHEUS = "prometheus"
 FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"

@@ -650,6 +650,25 @@ class RolloutMetrics(Metrics):
     )
 
 
+class RetrainMetrics(Metrics):
+    """What becomes of models that are learned anew every so often."""
+
+    under_way = gauge("springtide_retrain_under_way", "1 while a scheduled retrain is under way.")
+    due = gauge(
+        "springtide_retrain_due_time_seconds",
+        "When the next one is to begin, seconds since 1970; 0 while one is under way.",
+    )
+    judged = gauge(
+        "springtide_retrain_judged_time_seconds",
+        "When one was last judged, promoted or dropped, or else the schedule began, seconds since 1970.",
+    )
+    outcome = gauge(
+        "springtide_retrain_outcome",
+        "1 of what became of the newest one, by outcome: promoted, dropped, failed; 0 of the others, of all while it is under way.",
+        "outcome",
+    )
+
+
 class StorageMetrics(Metrics):
     """What each process that keeps something says of the disk: of the parts of `storage.budget_gb` that it owns."""
 
@@ -701,6 +720,7 @@ PROCESSES = (
     ProbeMetrics,
     TrialMetrics,
     RolloutMetrics,
+    RetrainMetrics,
     StorageMetrics,
     SharedMetrics,
 )

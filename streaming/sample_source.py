@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from state.config.sections import Events
 from state.errors import SpringtideError
 from state.log import PartitionBatch, Reader
 from state.recordings.crowd import RecordedTimes, told_apart
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import I64, EncodedRows, Encoder, joined, order, shown_reasons
 from streaming.context import Handle, Step
-from streaming.sample import Sample
+from streaming.sample import Sample, Say
 
 POLL_S = 0.2
 NO_TIMESTAMP = -1
@@ -66,28 +67,10 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
         UnreadableRecording: A file is cut or damaged.
         SpringtideError: No row is a click.
     """
-    events = sample.settings.events
-    latest_ms = round((sample.clock_s() + events.max_future_s) * 1000)
-    encoder = Encoder(events, recording.constants or {}, latest_ms)
-    chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)
-    newest_ms = NO_TIMESTAMP
-    if sort == "memory":
-        import psutil
-
-        refuse_beyond_memory(recording, psutil.virtual_memory().available)
-        whole = joined(list(chunks))
-        newest_ms = _newest(sample, recording, whole)
-        chunks = iter([whole.take(order(whole.at_ms))])
-    topic_id, first = _topic_of(recording), 0
-    for chunk in chunks:
-        at = 0
-        while at < len(chunk) and sample.left > 0:
-            part = chunk.cut(at, at + sample.left)
-            at += len(part)
-            values = encoder.values(part, part.at_ms)
-            yield [_partition_batch(topic_id, first, part, values, max(newest_ms, NO_TIMESTAMP))]
-            first += len(part)
-            sample.progress("clicks of the files")
+    clicks = recorded_batches(sample.settings.events, recording, sort, sample.clock_s(), sample.say, lambda: sample.left)
+    for batches in clicks:
+        yield batches
+        sample.progress("clicks of the files")
     if not sample.tally.clicks:
         raise SpringtideError(
             f"no row of {', '.join(str(file.path) for file in recording.files)} is a click: "
@@ -97,18 +80,56 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
     sample.end()
 
 
-def _newest(sample: Sample, recording: Recording, whole: EncodedRows) -> int:
+def recorded_batches(
+    events: Events, recording: Recording, sort: str, now_s: float, say: Say, most: Callable[[], int]
+) -> Batches:
+    """The rows of files with their times as recorded, as one partition.
+
+    Args:
+        events: Names of fields, and which times are believed.
+        recording: The files.
+        sort: memory (read everything, then order by time) or assume (the files are in order).
+        now_s: Wall clock: a later time is none.
+        say: Takes a line about strays.
+        most: How many rows the next batch may have; 0 ends the reading.
+
+    Raises:
+        SettingsError: The columns do not fit, or memory does not hold the files.
+        UnreadableRecording: A file is cut or damaged.
+    """
+    encoder = Encoder(events, recording.constants or {}, round((now_s + events.max_future_s) * 1000))
+    chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)
+    newest_ms = NO_TIMESTAMP
+    if sort == "memory":
+        import psutil
+
+        refuse_beyond_memory(recording, psutil.virtual_memory().available)
+        whole = joined(list(chunks))
+        newest_ms = _newest(events, recording, whole, say)
+        chunks = iter([whole.take(order(whole.at_ms))])
+    topic_id, first = topic_of(recording), 0
+    for chunk in chunks:
+        at = 0
+        while at < len(chunk) and (count := most()) > 0:
+            part = chunk.cut(at, at + count)
+            at += len(part)
+            values = encoder.values(part, part.at_ms)
+            yield [_partition_batch(topic_id, first, part, values, max(newest_ms, NO_TIMESTAMP))]
+            first += len(part)
+
+
+def _newest(events: Events, recording: Recording, whole: EncodedRows, say: Say) -> int:
     """The newest time, which the others are compared with; says which rows are strays."""
-    times, max_age_s = RecordedTimes(), sample.settings.events.max_age_s
+    times, max_age_s = RecordedTimes(), events.max_age_s
     times.add(whole.at_ms, whole.file, whole.line)
     crowd = times.crowd(round(max_age_s * 1000))
     if crowd.first is not None:
         file, line = crowd.first
-        sample.say(told_apart(crowd, f"{recording.files[file].path}:{line}", max_age_s))
+        say(told_apart(crowd, f"{recording.files[file].path}:{line}", max_age_s))
     return crowd.newest_ms
 
 
-def _topic_of(recording: Recording) -> str:
+def topic_of(recording: Recording) -> str:
     """An id in place of a topic's, by the files' names and sizes."""
     named = "\n".join(f"{file.path.name} {file.path.stat().st_size}" for file in recording.files)
     return hashlib.sha256(named.encode()).hexdigest()[:32]

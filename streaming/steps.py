@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from state.events.event_batch import EventBatch
 from state.log import PartitionBatch
+from streaming.attributes import Join
 from streaming.context import JobContext, Step, StreamContext
 from streaming.interleaving import in_order
 from streaming.masking import leave_out
@@ -24,18 +25,28 @@ class ParseEvents(Step[JobContext]):
         yield events
 
 
+def rows_of(context: JobContext, join: Join | None, batch: EventBatch, now_ms: int) -> Rows:
+    """Makes the rows of one batch: what time it is, windows, then attributes, then what waits for its label.
+
+    Args:
+        context: Whose clock, histories and impressions that wait go on.
+        join: Attributes of users and items; None where none are configured.
+        batch: In order of arrival.
+        now_ms: Wall clock.
+    """
+    batch, told = in_order(batch, context.clock.follow(batch, batch.ranges, now_ms))
+    rows = replace(context.profiler.update(batch), told=told)
+    if join is not None:
+        rows = join.rows(rows)
+    return rows if context.labels is None else context.labels.attribute(rows)
+
+
 class UpdateProfiles(Step[StreamContext]):
-    """Makes rows of events: what time it is, windows, then attributes, then what waits for its label."""
+    """Makes rows of events, see `rows_of`."""
 
     def process(self, batch: EventBatch) -> Iterator[Rows]:
         """Makes the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
-            now_ms = time.time_ns() // 1_000_000
-            batch, told = in_order(batch, context.clock.follow(batch, batch.ranges, now_ms))
-            rows = replace(context.profiler.update(batch), told=told)
-            if context.join is not None:
-                rows = context.join.rows(rows)
-            if context.labels is not None:
-                rows = context.labels.attribute(rows)
+            rows = rows_of(context, context.join, batch, time.time_ns() // 1_000_000)
             context.metrics.cached_users.set(context.profiler.cached_users)
         yield rows

@@ -5,16 +5,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
+from state.config.settings import Settings
 from state.errors import StoreFull, UnusableDisk
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
+from state.metrics import StreamMetrics
 from state.positions import Source
-from streaming.context import StreamContext
 from streaming.event_clock import PREFIX, clock_of_all
+from streaming.profile import Profiler
 from streaming.rows import Rows
 from streaming.witnesses import believed_in
 
 logger = logging.getLogger(__name__)
+
+
+class SweptContext(Protocol):
+    """What a sweep needs of the process whose histories it sweeps."""
+
+    @property
+    def settings(self) -> Settings:
+        """The effective settings."""
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The feature spec."""
+
+    @property
+    def store(self) -> HistoryStore:
+        """The histories."""
+
+    @property
+    def profiler(self) -> Profiler:
+        """Who has some of them in memory."""
+
+    @property
+    def metrics(self) -> StreamMetrics:
+        """Where what goes is counted."""
 
 
 class StreamSweep:
@@ -24,7 +53,7 @@ class StreamSweep:
         context: What the process owns.
     """
 
-    def __init__(self, context: StreamContext) -> None:
+    def __init__(self, context: SweptContext) -> None:
         self._context = context
         self._clocks: dict[Source, int] = {}
         self._sweeper: Sweeper | None = None

@@ -32,10 +32,29 @@ def commit_at_once(
         StoreFull: The store or its disk is full.
     """
     told = clock.follow(events, events.ranges, now_ms)
-    rows, found = replace(profiler.update(events), told=told), LookedUp([], {}, {})
+    rows = replace(profiler.update(events), told=told)
+    return commit_rows(store, profiler, labels, rows if labels is None else labels.attribute(rows))
+
+
+def commit_rows(store: HistoryStore, profiler: Profiler, labels: Labels | None, rows: Rows) -> Rows:
+    """Commits what the rows of a batch append; returns them complete.
+
+    Args:
+        store: Of `profiler` and `labels`.
+        profiler: Made them.
+        labels: Attributed them, where impressions can wait.
+        rows: What time it was is said.
+
+    Raises:
+        CorruptStore: The store lacks an impression that waits.
+        PositionConflict: They do not go on where the store ends.
+        StoreFull: The store or its disk is full.
+    """
+    found = LookedUp([], {}, {})
     if labels is not None:
-        found = labels.look_up([Cut((labels.attribute(rows),), 0)])
+        found = labels.look_up([Cut((rows,), 0)])
         ((rows,),) = (cut.pieces for cut in found.cuts)
-    store.commit(rows.appends, rows.batch.ranges, {**found.extra, **told.state}, found.waiting)
+    state = {} if rows.told is None else rows.told.state
+    store.commit(rows.appends, rows.batch.ranges, {**found.extra, **state}, found.waiting)
     profiler.committed(rows)
     return rows

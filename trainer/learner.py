@@ -28,6 +28,7 @@ from state.registry.upgrades import former_specs
 from state.storage.waiting import Room
 from trainer import accounts, gauges
 from trainer.accounts import Passages
+from trainer.beginning import Begins, from_nothing
 from trainer.catching_up import CatchingUp
 from trainer.engine.step import Trainer
 from trainer.forgetting import take_up
@@ -41,7 +42,7 @@ from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import OpenLog, resume
 from trainer.versions.draft import Drafter
-from trainer.versions.first_version import nothing_learned, restore_or_carry
+from trainer.versions.first_version import restore_or_carry
 from trainer.versions.publisher import Publisher
 
 CONTROL_S, RECORDS = 0.05, 32
@@ -64,6 +65,7 @@ class Learner:
         clock, elapsed: Wall clock in seconds, for times in manifests; monotonic seconds, for the pace of publishing and how long recent versions stay.
         consent: The losses that the operator accepts.
         room: Where a version waits for room on the disk; None: one that has none ends the trainer.
+        begins: What it learns where there is no version to go on from.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Learner:
         elapsed: Callable[[], float] = time.monotonic,
         consent: Consent = NO_CONSENT,
         room: Room | None = None,
+        begins: Begins = from_nothing,
     ) -> None:
         self._settings, self._registry, self._trainer = settings, registry, trainer
-        self._open_log, self._spec, self._about = open_log, spec, about
+        self._open_log, self._spec, self._about, self._begins = open_log, spec, about, begins
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
@@ -109,17 +112,14 @@ class Learner:
             UnknownTopic: The training log was made anew since that version.
             GapError: The log does not lead on from it: deleted, and nobody accepted it, or cut back (TruncatedLog).
         """
-        self.control, specs = control, former_specs(self._registry.beginnings())
+        self.control, settings, specs = control, self._settings, former_specs(self._registry.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
         version = control.base if (found := self._registry.newest_good(control.epoch)) is None else found
         if self._log is not None:
             self._log.close()
         first: Mapping[str, Any] | None
         if version is None:
-            self._log = self._open_log(None)
-            begin = self._reader.position(self._settings.trainer.partition)
-            self.place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
-            first = nothing_learned(self._trainer, self._about)
+            self._log, self.place, first = self._begins(settings, self._trainer, self._about, self._open_log, control)
         else:
             restored, first = restore_or_carry(self._registry, control, version, self._trainer, self._spec)
             self._log, at = resume(restored, control.log, self._open_log, self._passages)

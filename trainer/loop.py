@@ -6,7 +6,7 @@
 3. Builds the trainer and lowers its program, checked against the model. Where the newest version fits this release's
    model no longer, an epoch begins that goes on from what fits; where the settings are others, that is refused.
 4. Creates control generation 1 where there is no control.
-5. Enters control's epoch: its newest version, else its base, else nothing. Where the training log was cut back behind
+5. Enters control's epoch: its newest version, else its base, else nothing, or the past clicks that a trial is to learn first. Where the training log was cut back behind
    that, it goes back to the newest version that the log still leads to (`trainer/recovery.py`).
 6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
    then publishes what is left and ends with 0.
@@ -118,10 +118,12 @@ def prepare(
     settings: Settings,
     registry: Registry,
     metrics: TrainerMetrics,
-    consent: Consent = NO_CONSENT,
-    room: Room | None = None,
+    consent: Consent,
+    room: Room,
+    arguments: Sequence[str],
+    stopping: threading.Event,
 ) -> Learner:
-    """Builds the trainer and its program, and enters control's epoch.
+    """Builds the trainer and its program, and enters control's epoch; where it is to begin with past clicks, learns them.
 
     Raises:
         ModelMismatch: The newest version was trained with another model.
@@ -131,6 +133,7 @@ def prepare(
     # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with quiet_stderr():
         from trainer import device
+        from trainer.beginning import beginning_of
         from trainer.engine.making import trainer_of
         from trainer.learner import Learner
         from trainer.versions.program import build, preprocessing_of
@@ -158,9 +161,9 @@ def prepare(
         topic = settings.kafka.microbatches_topic
         return Reader(settings.kafka, topic, [partition], positions, leaders={partition: leader} if positions else {})
 
-    about = registry.spec(name)
+    about, begins = registry.spec(name), beginning_of(registry, arguments, stopping)
     learner = Learner(
-        settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent, room=room
+        settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent, room=room, begins=begins
     )
     # 5.
     enter(learner, registry, control)
@@ -241,7 +244,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
         imports.join()
-        learner = prepare(settings, registry, metrics, consent, room)
+        learner = prepare(settings, registry, metrics, consent, room, arguments, stopping)
         compaction = Compaction(
             arguments, settings.trainer.base_every_s, lambda: doubt(registry, learner.place.durable), metrics
         )

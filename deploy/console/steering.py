@@ -18,11 +18,12 @@ from deploy.console.commands import give
 from deploy.console.lately_read import LatelyRead
 from deploy.console.shown_plans import ShownPlans
 from deploy.operate.control import SWITCHES
-from deploy.operate.times import UNITS_MS, parse_time, parse_times
+from deploy.operate.times import parse_time, parse_times
 from deploy.operate.versions import open_registry
 from deploy.serving.edge.tokens import OPERATE
 from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
 from state.config.settings import Settings
+from state.config.spans import UNITS_MS
 from state.errors import BadRequest, RegistryError
 from state.process.actor import acting, actor
 

@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from deploy.operate.options import SETTINGS_HELP
-from deploy.operate.times import age, span_ms
+from deploy.operate.times import age
 from deploy.rollouts.driving import RolloutDriver
 from state import http, layout
 from state.config.loading import load
 from state.config.settings import Settings
+from state.config.spans import span_ms
 from state.disk.lock import DirectoryLock
 from state.errors import (
     GapError,

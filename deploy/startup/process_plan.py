@@ -10,7 +10,7 @@ from deploy.children.supervisor import ProcessPlan
 from deploy.rollouts.process_plan import TRIAL_HOST
 from deploy.startup import prometheus
 from deploy.startup.checks import Port
-from deploy.trials.process_plan import TRIALS
+from deploy.trials.process_plan import RETRAIN, TRIALS
 from deploy.watch import scrape
 from state.config.settings import Settings
 from state.errors import CorruptStore
@@ -40,6 +40,7 @@ STOP_ORDER = (
     BOOTSTRAP,
     REBUILD,
     STREAM,
+    RETRAIN,
     TRIALS,
     TRAINER,
     VALIDATION,

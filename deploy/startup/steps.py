@@ -90,7 +90,7 @@ class Startup:
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
         self._metrics = SupervisorMetrics(self._collected)
-        trials.offer(self._collected, settings.state_dir)
+        trials.offer(self._collected, settings)
         rollouts.offer(self._collected, settings.registry_dir)
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from deploy.operate.commands import Say, current
+from deploy.operate.times import iso
 from deploy.operate.versions import open_registry
 from deploy.rollouts.reporting import say_report
-from deploy.trials import telling
+from deploy.trials import retrain_told, telling
 from deploy.trials.promoting import promote
 from deploy.trials.starting import filler, version_for
 from deploy.trials.trial_settings import overrides_of, settings_of
@@ -19,6 +20,8 @@ from state.config.settings import Settings
 from state.errors import RegistryError, SettingsError, of_disk
 from state.log import KafkaLog
 from state.process.actor import actor
+from state.registry.model_fit import version_to_go_on_from
+from state.trials.past import past_until
 from state.trials.trial import MOST_RUNNING, Trial, Trials, as_document, require_name
 
 
@@ -31,7 +34,7 @@ def trial(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
         SpringtideError: The registry or the trial's directory cannot be used.
     """
     if asked.what == "list":
-        _list(settings, asked, say)
+        _list(settings, asked, now_ms, say)
         return
     if asked.what == "report":
         _report(settings, asked, say)
@@ -54,9 +57,14 @@ def trial(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
         raise of_disk(error) from error
 
 
-def _list(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
+def _list(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
     found = telling.look(settings)
-    say(json.dumps(found, indent=2) if asked.output == "json" else telling.as_table(found))
+    if asked.output == "json":
+        say(json.dumps(found, indent=2))
+        return
+    say(telling.as_table(found))
+    if told := retrain_told.look(settings, now_ms):
+        say("retrain: " + ", ".join(retrain_told.as_text(told)))
 
 
 def _report(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
@@ -81,6 +89,7 @@ def _start(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     control, overrides = current(live), overrides_of(asked.set)
     tried = settings_of(settings, overrides, trials.registry(asked.name))
     version = version_for(live, asked.origin)
+    past = past_until(version_to_go_on_from(live), tried.retrain) if asked.origin == "clicks" else None
     made = Trial(
         name=asked.name,
         wanted="running",
@@ -96,8 +105,10 @@ def _start(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         overrides=overrides,
     )
     trials.sweep()
-    trials.add(made, filler(live, control, version, tried, made))
+    trials.add(made, filler(live, control, version, tried, made, past))
     begins = "nothing" if version is None else f"version {version.version}"
+    if past is not None:
+        begins = f"clicks since {iso(past.begin_ms)}"
     differs = ", ".join(f"{name} {value}" for name, value in overrides.items()) or "no other settings"
     _told(made, f"trial {made.name} begins from {begins} with {differs}; `springtide trial list` compares", asked, say)
 

@@ -1,18 +1,20 @@
-"""How trials compare, on /metrics: read from their documents when somebody asks, so that nobody has to run for it."""
+"""How trials compare and what became of retrains, on /metrics: read from their documents when somebody asks, so that nobody has to run for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from state.config.settings import Settings
+from state.config.spans import span_ms
 from state.errors import SpringtideError
-from state.metrics import TrialMetrics
+from state.metrics import RetrainMetrics, TrialMetrics
 from state.trials.comparison import figures_in
+from state.trials.retraining import OUTCOMES, Retrainings
 from state.trials.trial import Trials
 
 ENDS = {"mean": "difference", "low": "low", "high": "high"}
@@ -22,11 +24,11 @@ class TrialCollector(Collector):
     """Tells of the trials that run.
 
     Args:
-        state: The state directory.
+        settings: Of the loop.
     """
 
-    def __init__(self, state: Path) -> None:
-        self._trials = Trials(state)
+    def __init__(self, settings: Settings) -> None:
+        self._trials = Trials(settings.state_dir)
 
     def collect(self) -> Iterable[Metric]:
         """The metrics of now."""
@@ -46,6 +48,33 @@ class TrialCollector(Collector):
         return registry.collect()
 
 
-def offer(registry: CollectorRegistry, state: Path) -> None:
+class RetrainCollector(Collector):
+    """Tells of the scheduled retrain.
+
+    Args:
+        settings: Of the loop, which has a schedule.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._known, self._every_ms = Retrainings(settings.state_dir), span_ms(settings.retrain.every) or 0.0
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics of now; none where nobody looked at the schedule yet."""
+        registry = CollectorRegistry()
+        with suppress(SpringtideError):
+            if (known := self._known.read()) is not None:
+                metrics = RetrainMetrics(registry)
+                metrics.under_way.set(known.under_way)
+                due_ms = 0 if known.under_way else known.due_ms(self._every_ms)
+                for gauge, at_ms in ((metrics.due, due_ms), (metrics.judged, known.judged_at_ms or known.since_ms)):
+                    gauge.set(at_ms / 1000)
+                for outcome in OUTCOMES:
+                    metrics.outcome.labels(outcome).set(known.outcome == outcome)
+        return registry.collect()
+
+
+def offer(registry: CollectorRegistry, settings: Settings) -> None:
     """Adds them to what a process offers."""
-    registry.register(TrialCollector(state))
+    registry.register(TrialCollector(settings))
+    if settings.retrain.every:
+        registry.register(RetrainCollector(settings))

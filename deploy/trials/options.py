@@ -34,9 +34,10 @@ def trial(add: Add) -> argparse.ArgumentParser:
     command.add_argument(
         "--from",
         dest="origin",
-        choices=("live", "nothing"),
+        choices=("live", "nothing", "clicks"),
         default="live",
-        help="start: from the newest durable version (the default), or from nothing and the training log's beginning",
+        help="start: from the newest durable version (the default), from nothing and the training log's beginning, or from the clicks "
+        "of the last retrain.days and the training log behind them",
     )
     command.add_argument("--reason", default="", metavar="TEXT", help="why; kept with your name")
     return command

@@ -1,4 +1,4 @@
-"""The process that runs trials, as `springtide up` starts it: only while there is a trial to run, or one to remove."""
+"""The processes that run trials and begin scheduled ones, as `springtide up` starts them: only while there is something to do."""
 
 from __future__ import annotations
 
@@ -6,14 +6,36 @@ import sys
 
 from deploy.children.supervisor import ProcessPlan
 from state.config.settings import Settings
+from state.config.spans import span_ms
+from state.errors import SpringtideError
+from state.process.wall_clock import wall_ms
+from state.trials.retraining import Retrainings
 from state.trials.trial import Trials
 
-TRIALS = "trials"
+TRIALS, RETRAIN = "trials", "retrain"
 STOP_S = 30.0
 
 
-def plan(settings: Settings) -> ProcessPlan:
-    """The process; settings reach it by the environment."""
+def plans(settings: Settings) -> list[ProcessPlan]:
+    """The processes; settings reach them by the environment."""
+    return [_trials(settings), *([_retrain(settings)] if settings.retrain.every else [])]
+
+
+def _trials(settings: Settings) -> ProcessPlan:
     trials = Trials(settings.state_dir)
     command = (sys.executable, "-m", "deploy.trials.process")
     return ProcessPlan(TRIALS, command, STOP_S, wanted=lambda: bool(trials.open()))
+
+
+def _retrain(settings: Settings) -> ProcessPlan:
+    known, every_ms = Retrainings(settings.state_dir), span_ms(settings.retrain.every) or 0.0
+
+    def wanted() -> bool:
+        try:
+            found = known.read()
+        except SpringtideError:
+            # The process says what is wrong.
+            return True
+        return found is None or found.under_way or found.is_due(every_ms, wall_ms())
+
+    return ProcessPlan(RETRAIN, (sys.executable, "-m", "deploy.trials.retraining"), wanted=wanted)

@@ -22,6 +22,7 @@ from state.registry.model_fit import differences, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.upgrades import going_on_to
 from state.trials.following import begun
+from state.trials.past import Past, write_past
 from state.trials.trial import Trial
 
 _TRIES = 3
@@ -43,12 +44,12 @@ def require_bootstrapped(live: Registry, tried: Settings) -> str:
 
 
 def version_for(live: Registry, origin: str) -> Manifest | None:
-    """The version that a trial begins from; None for nothing.
+    """The version that a trial begins from; None for nothing, and for past clicks.
 
     Raises:
         RegistryError: Nothing was learned yet.
     """
-    if origin == "nothing":
+    if origin != "live":
         return None
     found = version_to_go_on_from(live)
     if found is None:
@@ -68,7 +69,7 @@ def plan_of(live: Registry, version: Manifest | None, tried: Settings) -> dict[s
 
 
 def filler(
-    live: Registry, control: Control, version: Manifest | None, tried: Settings, trial: Trial
+    live: Registry, control: Control, version: Manifest | None, tried: Settings, trial: Trial, past: Past | None = None
 ) -> Callable[[Path], None]:
     """Fills the directory of a trial's registry.
 
@@ -78,6 +79,7 @@ def filler(
         version: To begin from; None for nothing.
         tried: The trial's settings.
         trial: Who begins it, and why.
+        past: What its trainer learns first; None for nothing.
     """
     spec, plan = require_bootstrapped(live, tried), plan_of(live, version, tried)
 
@@ -88,6 +90,8 @@ def filler(
         )
         if version is not None:
             _link_version(live, own, version.version)
+        if past is not None:
+            write_past(folder, past)
         base = None if version is None else version.version
         who: dict[str, Any] = {"actor": trial.begun_by, "reason": trial.begun_for, "now_ms": trial.begun_at_ms}
         own.propose(begun(control, base, plan, **who))

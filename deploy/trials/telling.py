@@ -66,7 +66,7 @@ def _line(one: Mapping[str, Any]) -> list[str]:
         "held by its guard" if one["held"] else one["wanted"],
         iso(one["at_ms"]),
         one["actor"],
-        "nothing" if one["version"] is None else str(one["version"]),
+        one["origin"] if one["version"] is None else str(one["version"]),
         " ".join(f"{name}={value}" for name, value in one["overrides"].items()) or "-",
         f"{compared.get('rows', 0):,}",
         _nats(compared.get("trial_log_loss")),
@@ -106,7 +106,7 @@ def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
     log loss 2.400 against 2.500 of the live trainer on the same 9 rows
     difference -0.1000 (-0.2000 to -0.0500), right at all looks but for 5 % of trials
     """
-    begins = "nothing" if one["version"] is None else f"version {one['version']}"
+    begins = one["origin"] if one["version"] is None else f"version {one['version']}"
     tried = ", ".join(f"{name} {value}" for name, value in one["overrides"].items()) or "the same settings"
     said = [f"{one['name']} {'runs' if one['wanted'] == 'running' else 'is promoted'} from {begins} with {tried}"]
     if one["held"]:

@@ -20,6 +20,7 @@ OFFERED = {
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",
     metrics.TrialMetrics: "`springtide up`, on `up.metrics_port`, while a trial runs.",
     metrics.RolloutMetrics: "`springtide up`, on `up.metrics_port`, while there is a rollout.",
+    metrics.RetrainMetrics: "`springtide up`, on `up.metrics_port`, where `retrain.every` is set.",
     metrics.StorageMetrics: "Each of them that keeps something on a disk.",
     metrics.SharedMetrics: "The trainer and the applier, where `paths.shared_registry` names a place.",
     metrics.BuildMetrics: "Each of them.",

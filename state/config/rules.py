@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from state.config.conflict import Conflict
 from state.config.fields import fields_of
 from state.config.privacy_rules import privacy
+from state.config.retrain_rules import retrain
 from state.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -288,4 +289,4 @@ def repeated(values: Sequence[str]) -> str | None:
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 
-RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, privacy)  # fmt: skip
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, privacy, retrain)  # fmt: skip

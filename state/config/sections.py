@@ -688,6 +688,29 @@ class TrialSettings:
 
 
 @dataclass(frozen=True)
+class RetrainSettings:
+    """A model learned anew from past clicks every so often, as a trial beside the live one, which then decides about it."""
+
+    every: str = setting("", help="Time from one to the next, such as 1d or 12h; empty: none is learned anew by itself.")
+    days: float = setting(
+        30.0,
+        "days",
+        above=0.0,
+        most=3650.0,
+        help="How far back clicks are learned from, log time; `springtide trial start --from clicks` too.",
+    )
+    files: tuple[str, ...] = setting(
+        (), help="Files or globs of recorded clicks to learn from, as `springtide replay` reads them; empty: the clicks topic."
+    )
+    rows: int = setting(
+        100_000, "rows", least=100, help="Paired rows after which a trial that cannot be told from the live one is dropped."
+    )
+    limit: str = setting(
+        "1d", help="Time from its beginning after which one that nobody could judge is dropped, such as 1d or 12h."
+    )
+
+
+@dataclass(frozen=True)
 class StorageSettings:
     """The disk space that all parts together may take."""
 
@@ -962,6 +985,7 @@ SECTIONS: dict[str, type[Any]] = {
     "serving": ServingSettings,
     "export": ExportSettings,
     "trials": TrialSettings,
+    "retrain": RetrainSettings,
     "storage": StorageSettings,
     "logs": LogSettings,
     "metrics": MetricsSettings,

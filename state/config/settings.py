@@ -28,6 +28,7 @@ from state.config.sections import (
     PrivacySettings,
     ProbeSettings,
     RegistrySettings,
+    RetrainSettings,
     RolloutSettings,
     SegmentSettings,
     ServingSettings,
@@ -70,6 +71,7 @@ class Settings:
     serving: ServingSettings = field(default_factory=ServingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     trials: TrialSettings = field(default_factory=TrialSettings)
+    retrain: RetrainSettings = field(default_factory=RetrainSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)

@@ -36,7 +36,7 @@ MOST_RUNNING = 4
 
 Wanted = Literal["running", "promoting", "promoted", "stopped", "ended"]
 """`promoting` while its trainer ends, `promoted` once the live trainer is to go on from it, `ended` by itself."""
-Origin = Literal["live", "nothing"]
+Origin = Literal["live", "nothing", "clicks"]
 
 _GONE = ".gone."
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -55,8 +55,8 @@ class Trial:
         begun_by: Who began it.
         begun_for: Why.
         begun_at_ms: When.
-        origin: What its trainer began with: the live version, or nothing.
-        version: That version; None for nothing.
+        origin: What its trainer began with: the live version, nothing, or past clicks (`state/trials/past.py`).
+        version: That version; None for the others.
         epoch: Of the live trainer when it began.
         overrides: Settings in which it differs, by name, as text.
         promoted_epoch: In which the live trainer goes on from it; 0 for none.
@@ -148,6 +148,10 @@ class Trials:
             raise RegistryError(
                 f"{path} cannot be read: {error}", f"remove {path.parent}: what the trial learned goes with it"
             ) from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is, or was, a trial of a name."""
+        return (self.folder(name) / DOCUMENT).exists()
 
     def add(self, trial: Trial, fill: Callable[[Path], None]) -> None:
         """Adds a trial; it is there whole, or not at all.

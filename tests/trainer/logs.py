@@ -24,6 +24,7 @@ from state.registry.control import start
 from state.registry.registry import Registry
 from state.storage.waiting import Room
 from tests.trainer.clicks import SALT, SPEC, small_settings
+from trainer.beginning import Begins, from_nothing
 from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner
 from trainer.resume import OpenLog
@@ -81,6 +82,7 @@ def learner(
     program: str = "program",
     room: Room | None = None,
     spec: FeatureSpec = SPEC,
+    begins: Begins = from_nothing,
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look, a durable version, unless flags say otherwise.
 
@@ -102,6 +104,7 @@ def learner(
         elapsed=lambda: float(next(ticks)),
         consent=consent,
         room=room,
+        begins=begins,
     )
     control = registry.control()
     assert control is not None

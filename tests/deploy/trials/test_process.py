@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.trials.process_plan import plan
+from deploy.trials.process_plan import plans
 from state.config.loading import load
 from state.config.settings import Settings
 from state.features.mask import Mask
@@ -78,7 +78,7 @@ def test_what_is_wanted_of_trials_comes_true_and_then_the_process_ends(
     settings: Settings, process: Callable[[], psutil.Popen]
 ) -> None:
     operator, trials, live = Operator(settings.state_dir), Trials(settings.state_dir), Registry(settings.registry_dir)
-    wanted = plan(settings).wanted
+    wanted = plans(settings)[0].wanted
     assert wanted is not None and not wanted()
     for name in ("kept", "left"):
         made = json.loads(operator("trial", "start", name, "--from", "nothing", "--reason", "to see", "-o", "json"))

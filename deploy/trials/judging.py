@@ -1,0 +1,90 @@
+"""What becomes of a retrain: promoted, dropped or failed, and why, by its trial, its comparison and a rollout. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from deploy.operate.times import age
+from deploy.trials.telling import difference
+from state.config.sections import RetrainSettings
+from state.config.spans import span_ms
+from state.rollouts.rollout import Rollout
+from state.trials.retraining import Outcome
+from state.trials.trial import Trial
+
+ACTOR = "retrain"
+"""Who decides where nobody commanded it."""
+
+
+class Judgement(NamedTuple):
+    """What is to become of a retrain.
+
+    Attributes:
+        outcome: What.
+        reason: Why, in words.
+    """
+
+    outcome: Outcome
+    reason: str
+
+
+def judge(
+    trial: Trial,
+    compared: Mapping[str, Any] | None,
+    rollout: Rollout | None,
+    settings: RetrainSettings,
+    begun_at_ms: int,
+    now_ms: int,
+) -> Judgement | None:
+    """Judges a retrain; None while that is too early.
+
+    1. What somebody decided of its trial counts, and what ended it.
+    2. A rollout of it that is open is waited for; one that went back drops it, one that is done does not.
+    3. The interval that holds at all looks: better, or worse.
+    4. So many rows, or so much time, and neither.
+
+    Args:
+        trial: Its trial.
+        compared: The figures of its comparison; None before anything was compared.
+        rollout: The newest rollout; None where there was none.
+        settings: After how many rows, and how much time.
+        begun_at_ms: When it began, wall clock.
+        now_ms: Wall clock.
+    """
+    # 1.
+    if trial.wanted == "promoting":
+        # One that we ourselves promote goes on where that was cut short.
+        return Judgement("promoted", trial.reason) if trial.actor == ACTOR else None
+    if (over := _decided(trial)) is not None:
+        return over
+    # 2.
+    if rollout is not None and rollout.name == trial.name:
+        if rollout.phase in ("running", "halted"):
+            return None
+        if rollout.phase == "back":
+            return Judgement("dropped", f"its rollout went back: {rollout.reason} ({rollout.actor})")
+    rows, verdict = (0, "undecided") if compared is None else (int(compared["rows"]), str(compared["verdict"]))
+    told = f"{difference(compared or {})} nats a row against the live trainer, over {rows:,} rows"
+    # 3.
+    if verdict in ("better", "worse"):
+        return Judgement("promoted" if verdict == "better" else "dropped", f"{verdict}: {told}")
+    # 4.
+    if rows >= settings.rows:
+        return Judgement("dropped", f"no better: {told}")
+    if now_ms - begun_at_ms >= (span_ms(settings.limit) or 0.0):
+        after = f"after {age((now_ms - begun_at_ms) / 1000)} (retrain.limit)"
+        if not rows:
+            return Judgement("failed", f"not a row could be compared {after}: logs/trial-{trial.name}.log says how far it came")
+        return Judgement("dropped", f"no better {after}: {told}")
+    return None
+
+
+def _decided(trial: Trial) -> Judgement | None:
+    """What others decided, or we before a crash."""
+    by = "" if trial.actor == ACTOR else f"by {trial.actor}: "
+    if trial.wanted == "promoted":
+        return Judgement("promoted", f"{by}{trial.reason}")
+    if trial.wanted == "stopped":
+        return Judgement("dropped", f"{by}{trial.reason}")
+    return Judgement("dropped", f"it ended: {trial.reason}") if trial.wanted == "ended" else None

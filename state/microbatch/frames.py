@@ -1,0 +1,46 @@
+"""Micro-batches through a pipe: each behind its length, and behind the last one an end that nobody writes who died. Pure."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+_LENGTH = struct.Struct("<I")
+END = _LENGTH.pack(0)
+"""Behind the last one."""
+
+
+def framed(value: bytes) -> bytes:
+    """An encoded micro-batch as it goes through the pipe."""
+    return _LENGTH.pack(len(value)) + value
+
+
+class Frames:
+    """Takes a pipe's bytes apart as they come.
+
+    Attributes:
+        ended: Whether the end came.
+
+    >>> frames = Frames()
+    >>> [list(frames.take(part)) for part in (framed(b"one") + framed(b"two")[:5], b"wo" + END)], frames.ended
+    ([[b'one'], [b'two']], True)
+    """
+
+    def __init__(self) -> None:
+        self._rest, self.ended = b"", False
+
+    def take(self, data: bytes) -> Iterator[bytes]:
+        """The micro-batches that are whole now, each once."""
+        self._rest += data
+        at = 0
+        while at + _LENGTH.size <= len(self._rest):
+            (length,) = _LENGTH.unpack_from(self._rest, at)
+            end = at + _LENGTH.size + length
+            if not length:
+                self.ended = True
+            if end > len(self._rest):
+                break
+            if length:
+                yield self._rest[at + _LENGTH.size : end]
+            at = end
+        self._rest = self._rest[at:]
