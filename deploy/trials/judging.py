@@ -40,8 +40,8 @@ def judge(
     """Judges a retrain; None while that is too early.
 
     1. What somebody decided of its trial counts, and what ended it.
-    2. A rollout of it that is open is waited for; one that went back drops it, one that is done does not.
-    3. The interval that holds at all looks: better, or worse.
+    2. A rollout of it that is open is waited for, and one that went back drops it.
+    3. The interval that holds at all looks: worse, or better; better alone is enough where no rollout is asked for.
     4. So many rows, or so much time, and neither.
 
     Args:
@@ -59,25 +59,38 @@ def judge(
     if (over := _decided(trial)) is not None:
         return over
     # 2.
-    if rollout is not None and rollout.name == trial.name:
-        if rollout.phase in ("running", "halted"):
-            return None
-        if rollout.phase == "back":
-            return Judgement("dropped", f"its rollout went back: {rollout.reason} ({rollout.actor})")
+    phase = rollout.phase if rollout is not None and rollout.name == trial.name else ""
+    if phase in ("running", "halted"):
+        return None
+    if rollout is not None and phase == "back":
+        return Judgement("dropped", f"its rollout went back: {rollout.reason} ({rollout.actor})")
     rows, verdict = (0, "undecided") if compared is None else (int(compared["rows"]), str(compared["verdict"]))
     told = f"{difference(compared or {})} nats a row against the live trainer, over {rows:,} rows"
     # 3.
-    if verdict in ("better", "worse"):
-        return Judgement("promoted" if verdict == "better" else "dropped", f"{verdict}: {told}")
+    if verdict == "worse":
+        return Judgement("dropped", f"worse: {told}")
+    if phase == "done":
+        return Judgement("promoted", f"its rollout is done with nothing against it, and it is not worse: {told}")
+    if verdict == "better" and settings.rollout == "off":
+        return Judgement("promoted", f"better: {told}")
     # 4.
-    if rows >= settings.rows:
+    return _too_late(trial, rows, verdict, told, settings, now_ms - begun_at_ms)
+
+
+def _too_late(
+    trial: Trial, rows: int, verdict: str, told: str, settings: RetrainSettings, took_ms: int
+) -> Judgement | None:
+    """What becomes of one that so many rows, or so much time, did not decide; None before that."""
+    if rows >= settings.rows and verdict != "better":
         return Judgement("dropped", f"no better: {told}")
-    if now_ms - begun_at_ms >= (span_ms(settings.limit) or 0.0):
-        after = f"after {age((now_ms - begun_at_ms) / 1000)} (retrain.limit)"
-        if not rows:
-            return Judgement("failed", f"not a row could be compared {after}: logs/trial-{trial.name}.log says how far it came")
-        return Judgement("dropped", f"no better {after}: {told}")
-    return None
+    if took_ms < (span_ms(settings.limit) or 0.0):
+        return None
+    after = f"after {age(took_ms / 1000)} (retrain.limit)"
+    if not rows:
+        return Judgement("failed", f"not a row could be compared {after}: logs/trial-{trial.name}.log says how far it came")
+    if verdict == "better":
+        return Judgement("dropped", f"better, and no rollout of it is done {after}: {told}")
+    return Judgement("dropped", f"no better {after}: {told}")
 
 
 def _decided(trial: Trial) -> Judgement | None:

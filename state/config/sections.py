@@ -705,6 +705,11 @@ class RetrainSettings:
     rows: int = setting(
         100_000, "rows", least=100, help="Paired rows after which a trial that cannot be told from the live one is dropped."
     )
+    rollout: str = setting(
+        "off",
+        choices=("on", "off"),
+        help="Whether one that is better is promoted only once a rollout of it, `springtide rollout NAME`, is done.",
+    )
     limit: str = setting(
         "1d", help="Time from its beginning after which one that nobody could judge is dropped, such as 1d or 12h."
     )

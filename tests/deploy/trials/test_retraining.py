@@ -215,6 +215,23 @@ def test_a_rollout_of_it_is_waited_for_and_one_that_went_back_drops_it(shop: Sho
     assert (shop.known.outcome, shop.known.reason) == ("dropped", "its rollout went back: it is slower (gate)")
 
 
+def test_where_a_rollout_is_asked_for_better_alone_is_not_enough(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "state", "--retrain.rollout", "on")
+    trial, rollouts = shop.begin(), Rollouts(shop.settings.registry_dir)
+    shop.publish(trial.name)
+    shop.compare(trial.name, -0.5)
+    assert shop.step(HOUR_MS) and shop.trials.read(trial.name).runs
+    rollouts.propose(rollout.start(None, trial.name, (100.0,), 60.0, (0, 0), actor="ann", reason="to see", now_ms=1))
+    assert shop.step(HOUR_MS)
+    rollouts.change(lambda now: rollout.next_step(now, actor="gate", reason="nothing against it", now_ms=2))
+    assert not shop.step() and shop.known.outcome == "promoted" and shop.known.reason.startswith("its rollout is done")
+    # Nobody opened one of the next: it is too late then.
+    assert shop.step(4 * HOUR_MS)
+    shop.compare(shop.known.name, -0.5)
+    assert not shop.step(3 * HOUR_MS)
+    assert shop.known.outcome == "dropped" and shop.known.reason.startswith("better, and no rollout of it is done")
+
+
 def test_one_that_cannot_begin_failed_and_says_why(shop: Shop) -> None:
     assert not shop.step()
     assert not shop.step(4 * HOUR_MS)
