@@ -135,7 +135,8 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
     wanted = read_past(settings.registry_dir)
     if wanted is None:
         raise RegistryError(
-            f"{settings.registry_dir} wants no past clicks", "it is a part of `springtide trial start NAME --from clicks`"
+            f"{settings.registry_dir} wants no past clicks",
+            "it is a part of `springtide trial start NAME --from clicks`",
         )
     try:
         run(settings, wanted, KafkaLog(settings.kafka), lambda value: out.write(framed(value)))

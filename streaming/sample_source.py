@@ -67,7 +67,9 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
         UnreadableRecording: A file is cut or damaged.
         SpringtideError: No row is a click.
     """
-    clicks = recorded_batches(sample.settings.events, recording, sort, sample.clock_s(), sample.say, lambda: sample.left)
+    clicks = recorded_batches(
+        sample.settings.events, recording, sort, sample.clock_s(), sample.say, lambda: sample.left
+    )
     for batches in clicks:
         yield batches
         sample.progress("clicks of the files")

@@ -163,7 +163,17 @@ def prepare(
 
     about, begins = registry.spec(name), beginning_of(registry, arguments, stopping)
     learner = Learner(
-        settings, registry, trainer, open_log, program, spec.digest, about, metrics, consent=consent, room=room, begins=begins
+        settings,
+        registry,
+        trainer,
+        open_log,
+        program,
+        spec.digest,
+        about,
+        metrics,
+        consent=consent,
+        room=room,
+        begins=begins,
     )
     # 5.
     enter(learner, registry, control)

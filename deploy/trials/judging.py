@@ -87,7 +87,9 @@ def _too_late(
         return None
     after = f"after {age(took_ms / 1000)} (retrain.limit)"
     if not rows:
-        return Judgement("failed", f"not a row could be compared {after}: logs/trial-{trial.name}.log says how far it came")
+        return Judgement(
+            "failed", f"not a row could be compared {after}: logs/trial-{trial.name}.log says how far it came"
+        )
     if verdict == "better":
         return Judgement("dropped", f"better, and no rollout of it is done {after}: {told}")
     return Judgement("dropped", f"no better {after}: {told}")

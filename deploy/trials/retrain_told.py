@@ -32,7 +32,9 @@ def look(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     if known is None:
         return found
     due_ms = None if every_ms is None or known.under_way else known.due_ms(every_ms)
-    return found | as_values(known) | {"due_ms": due_ms, "due_in_s": None if due_ms is None else (due_ms - now_ms) / 1000}
+    return (
+        found | as_values(known) | {"due_ms": due_ms, "due_in_s": None if due_ms is None else (due_ms - now_ms) / 1000}
+    )
 
 
 def as_text(told: Mapping[str, Any]) -> tuple[str, str]:

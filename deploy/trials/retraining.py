@@ -77,7 +77,7 @@ class Retrainer:
             self._begin(known)
         else:
             self._follow(known, self._trials.read(known.name))
-        return self._known.change(lambda before: before or known).under_way
+        return (self._known.read() or known).under_way
 
     def _begin(self, known: Retraining) -> None:
         retrain = self._settings.retrain

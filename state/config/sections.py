@@ -691,7 +691,9 @@ class TrialSettings:
 class RetrainSettings:
     """A model learned anew from past clicks every so often, as a trial beside the live one, which then decides about it."""
 
-    every: str = setting("", help="Time from one to the next, such as 1d or 12h; empty: none is learned anew by itself.")
+    every: str = setting(
+        "", help="Time from one to the next, such as 1d or 12h; empty: none is learned anew by itself."
+    )
     days: float = setting(
         30.0,
         "days",
@@ -700,10 +702,14 @@ class RetrainSettings:
         help="How far back clicks are learned from, log time; `springtide trial start --from clicks` too.",
     )
     files: tuple[str, ...] = setting(
-        (), help="Files or globs of recorded clicks to learn from, as `springtide replay` reads them; empty: the clicks topic."
+        (),
+        help="Files or globs of recorded clicks to learn from, as `springtide replay` reads them; empty: the clicks topic.",
     )
     rows: int = setting(
-        100_000, "rows", least=100, help="Paired rows after which a trial that cannot be told from the live one is dropped."
+        100_000,
+        "rows",
+        least=100,
+        help="Paired rows after which a trial that cannot be told from the live one is dropped.",
     )
     rollout: str = setting(
         "off",

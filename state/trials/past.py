@@ -109,5 +109,6 @@ def read_past(registry: Path) -> Past | None:
         return None
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         raise RegistryError(
-            f"{path} cannot be read: {error}", "stop the trial, and start another: `springtide trial stop NAME --reason TEXT`"
+            f"{path} cannot be read: {error}",
+            "stop the trial, and start another: `springtide trial stop NAME --reason TEXT`",
         ) from error

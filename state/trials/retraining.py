@@ -119,7 +119,8 @@ class Retrainings:
             return None
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise RegistryError(
-                f"{self.path} cannot be read: {error}", "remove it: the schedule begins anew, a trial that runs is yours to judge"
+                f"{self.path} cannot be read: {error}",
+                "remove it: the schedule begins anew, a trial that runs is yours to judge",
             ) from error
 
     def change(self, transition: Callable[[Retraining | None], Retraining]) -> Retraining:

@@ -68,7 +68,13 @@ class PastTrial:
         begins = partial(from_past, PastLearning(self.past, self.records))
         program = self.registry.add_program(lowered())
         return learner(
-            self.registry, self.loop.log, *self.flags[:4], trainer=shared(1), about=about, program=program, begins=begins
+            self.registry,
+            self.loop.log,
+            *self.flags[:4],
+            trainer=shared(1),
+            about=about,
+            program=program,
+            begins=begins,
         )
 
     def run(self) -> Learner:

@@ -128,7 +128,11 @@ def kill_at(point: str, deaths: list[str]) -> None:
 def test_one_begins_when_it_is_due_and_never_two_and_missed_times_are_not_made_up_for(shop: Shop) -> None:
     assert shop.is_wanted, "nobody looked at the schedule yet"
     trial = shop.begin()
-    assert trial.name.startswith("retrain-") and (trial.origin, trial.version, trial.actor) == ("clicks", None, "retrain")
+    assert trial.name.startswith("retrain-") and (trial.origin, trial.version, trial.actor) == (
+        "clicks",
+        None,
+        "retrain",
+    )
     past = read_past(shop.trials.registry(trial.name))
     newest = shop.live.manifest(1)
     assert past is not None and (past.version, past.marks, past.log) == (1, newest.marks, newest.log)
