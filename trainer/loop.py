@@ -6,8 +6,8 @@
 3. Builds the trainer and lowers its program, checked against the model. Where the newest version fits this release's
    model no longer, an epoch begins that goes on from what fits; where the settings are others, that is refused.
 4. Creates control generation 1 where there is no control.
-5. Enters control's epoch: its newest version, else its base, else nothing, or the past clicks that a trial is to learn first. Where the training log was cut back behind
-   that, it goes back to the newest version that the log still leads to (`trainer/recovery.py`).
+5. Enters control's epoch: its newest version, else its base, else nothing, or the past clicks that a trial is to learn
+   first. Where the training log was cut back behind that, it goes back to the newest version that the log still leads to (`trainer/recovery.py`).
 6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
    then publishes what is left and ends with 0.
 
@@ -163,14 +163,7 @@ def prepare(
 
     about, begins = registry.spec(name), beginning_of(registry, arguments, stopping)
     learner = Learner(
-        settings,
-        registry,
-        trainer,
-        open_log,
-        program,
-        spec.digest,
-        about,
-        metrics,
+        *(settings, registry, trainer, open_log, program, spec.digest, about, metrics),
         consent=consent,
         room=room,
         begins=begins,

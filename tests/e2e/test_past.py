@@ -98,7 +98,7 @@ def test_each_click_is_learned_once_and_the_result_is_the_live_trainer(
     if point:
         kill_at("trial", point)
     made = trial.run()
-    assert trial.deaths == [point.partition(":")[0]] * bool(point)
+    assert trial.deaths == [point] * bool(point)
     training = live.parts["trainer"]
     assert isinstance(training, small_loop.Training)
     theirs = training._learner
