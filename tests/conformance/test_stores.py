@@ -331,6 +331,25 @@ def test_a_store_that_is_written_anew_has_all_that_is_alive_and_no_byte_of_what_
     store.close()
 
 
+def test_no_inner_page_of_a_store_that_is_written_anew_names_a_key_that_was_deleted(
+    kept: Kept[Any], tmp_path: Path
+) -> None:
+    """An inner page keeps the first key that a page below it had when it was made: one in some tens is such a key."""
+    path, store = tmp_path / "store", kept.open(tmp_path / "store")
+    keys = [b"%08x of somebody who is erased" % number for number in range(1000)]
+    for gone in (False, True):
+        with store._write() as transaction:
+            for key in keys[1::2] if gone else keys:
+                if gone:
+                    transaction.delete(key, db=store._meta)
+                else:
+                    transaction.put(key, b"." * 100, db=store._meta)
+    store.compact()
+    data = (path / "data.mdb").read_bytes()
+    assert [key for key in keys[1::2] if key in data] == [] and all(key in data for key in keys[::2])
+    store.close()
+
+
 @pytest.mark.parametrize("at", ["compact.copied", "compact.exchanged"])
 def test_a_kill_while_a_store_is_written_anew_leaves_the_old_one_or_the_new_one_and_nothing_beside_it(
     kept: Kept[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
