@@ -21,7 +21,7 @@ from deploy.operate.conditions import CONDITIONS, wait
 from deploy.rollouts import telling as rollouts
 from deploy.startup.hints import addresses
 from deploy.trials import retrain_told, telling
-from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, storage, stores_place
+from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, segments, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
@@ -135,6 +135,8 @@ def as_table(state: Mapping[str, Any]) -> str:
         rows += _part("quality", *quality.as_text(measured))
     if leaving := state.get("churn"):
         rows += _part("churn", *churn.as_text(leaving))
+    if members := state.get("segments"):
+        rows += _part("segments", *segments.as_text(members))
     for tried in state.get("trials") or []:
         rows += _part("trial", *telling.as_text(tried))
     if rolled := state.get("rollout"):
@@ -166,7 +168,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
         now_ms: Wall clock.
         between_s: Least time between the two looks that the rates come from.
     """
-    looks, asked = Watch(spread_s=None), scrape.urls(settings) | scrape.supervisor_urls(settings)
+    looks, asked = Watch(spread_s=None), scrape.watched_urls(settings)
     begin_s = time.monotonic()
     first = looks.look(scrape.scrape(asked), begin_s, time.time())
     # The other parts are asked between the two looks.
@@ -222,6 +224,7 @@ def document(
         "parity": parity.look(scrapes["applier"]),
         "quality": quality.look(scrapes["trainer"]),
         "churn": churn.look(scrapes["trainer"]),
+        "segments": segments.look(settings, scrapes),
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),
             "ready": serving_address(settings, "/readyz"),
@@ -247,7 +250,7 @@ def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Ca
         stop: Whether to stop.
         wait: Waits a number of seconds, or until the stop.
     """
-    looks, urls = Watch(), scrape.urls(settings) | scrape.supervisor_urls(settings)
+    looks, urls = Watch(), scrape.watched_urls(settings)
     while not stop():
         figures = looks.look(scrape.scrape(urls), time.monotonic(), time.time())
         tries = addresses(settings, figures.shoppers)[:1]

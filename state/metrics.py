@@ -433,6 +433,9 @@ class ApplierMetrics(Metrics):
         "The newest version that failed its probe and is newer than the one that answers; 0 for none.",
     )
     swept_versions = counter("springtide_serving_swept_versions", "Old versions forgotten.")
+    segments = gauge(
+        "springtide_serving_segments", "Segments that the settings name; somebody has to keep who is in them."
+    )
     parity_rows = counter(
         "springtide_serving_parity_rows",
         "Sampled rows of the training log computed again from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
@@ -540,6 +543,10 @@ class SegmentMetrics(Metrics):
     waiting = gauge("springtide_segments_waiting", "Users who clicked and are not yet held against the expressions.")
     sweep_seconds = gauge("springtide_segments_sweep_seconds", "How long the newest look at all users took.")
     erased = gauge("springtide_segments_erased", "Number of the newest erasure whose users have left all segments.")
+    failures_in_a_row = gauge(
+        "springtide_segments_failures_in_a_row",
+        "Rounds that failed since one did well; members stay as they are, and it is tried again each second.",
+    )
 
 
 class SupervisorMetrics(Metrics):

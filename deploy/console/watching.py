@@ -51,7 +51,7 @@ class LoopWatch:
     ) -> None:
         self._settings, self._stores, self._get = settings, stores, get
         self._clock_s, self._wall_ms = clock_s, wall_ms
-        self._addresses = scrape.urls(settings) | scrape.supervisor_urls(settings)
+        self._addresses = scrape.watched_urls(settings)
         self._watch, self.curves = Watch(), Curves()
         self._asked_s = self._parts_s = float("-inf")
         self._parts: dict[str, Any] | None = None

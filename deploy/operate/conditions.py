@@ -79,7 +79,7 @@ def ready(settings: Settings) -> str:
 
 def well(settings: Settings) -> str:
     """Nothing is wrong; what an operator wanted is not."""
-    asked, looks = scrape.urls(settings) | scrape.supervisor_urls(settings), Watch(spread_s=None)
+    asked, looks = scrape.watched_urls(settings), Watch(spread_s=None)
     looks.look(scrape.scrape(asked), time.monotonic(), time.time())
     time.sleep(BETWEEN_S)
     return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time())))

@@ -64,10 +64,12 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
                     keeper = SegmentKeeper(settings, host.predictor, log, metrics, wall_ms, time.monotonic)
                 keeper.step()
                 say.clear()
+                metrics.failures_in_a_row.set(0)
             except SettingsError:
                 raise
             except (SpringtideError, OSError) as error:
                 say(f"{of_disk(error)}; members stay as they are, and it is tried again")
+                metrics.failures_in_a_row.inc()
                 if keeper is not None:
                     # It looks at all users when it is connected again.
                     keeper.disconnect()

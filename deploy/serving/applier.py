@@ -94,6 +94,7 @@ class Applier:
         self._settings, self._stop, self._now_ms = settings, stop, now_ms
         self._failure: BaseException | None = None
         self.metrics = ApplierMetrics(registry)
+        self.metrics.segments.set(len(settings.segments.expressions))
         self._storage = offer(registry, settings, [SERVING])
         folder = settings.serving_dir
         self._rows = HostRows(settings, self.metrics, now_ms)

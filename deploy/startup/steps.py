@@ -228,7 +228,7 @@ class Startup:
 
     def _watch(self) -> None:
         settings = self._settings
-        addresses = scrape.urls(settings) | scrape.supervisor_urls(settings)
+        addresses = scrape.watched_urls(settings)
         watch = Watch()
         due = self._clock()
         while True:

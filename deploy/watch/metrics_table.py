@@ -18,7 +18,7 @@ OFFERED = {
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
     metrics.ConsoleMetrics: "The page, on `console.port`.",
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",
-    metrics.TrialMetrics: "`springtide up`, on `up.metrics_port`, while a trial runs.",
+    metrics.TrialMetrics: "`springtide up`, on `up.metrics_port`, or who runs trials without it, on `trials.metrics_port`, while one runs.",
     metrics.RolloutMetrics: "`springtide up`, on `up.metrics_port`, while there is a rollout.",
     metrics.RetrainMetrics: "`springtide up`, on `up.metrics_port`, where `retrain.every` is set.",
     metrics.StorageMetrics: "Each of them that keeps something on a disk.",

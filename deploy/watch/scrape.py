@@ -19,7 +19,9 @@ TIMEOUT_S = 1.0
 UP = "up"
 SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
 ANY_USER = "USER"  # to be replaced, where nobody knows an id
-ELSEWHERE = ("stream", "trainer", "applier")  # may be on other machines
+LINE = ("stream", "trainer", "applier")
+SEGMENTS = "segments"
+ELSEWHERE = (*LINE, SEGMENTS)  # may be on other machines
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def urls(settings: Settings) -> dict[str, str]:
     """
     elsewhere = hosts(settings)
     ports = (settings.stream.metrics_port, settings.trainer.metrics_port, settings.serving.metrics_port)
-    parts = zip(ELSEWHERE, ports, strict=True)
+    parts = zip(LINE, ports, strict=True)
     return {name: metrics_url(settings, port, elsewhere.get(name)) for name, port in parts} | {
         "worker": serving_address(settings, "/metrics")
     }
@@ -158,11 +160,22 @@ def urls_beside(settings: Settings) -> dict[str, str]:
     """
     beside: dict[str, tuple[float, int]] = {
         "validation": (settings.validation.window_s, settings.validation.metrics_port),
-        "segments": (len(settings.segments.expressions), settings.segments.metrics_port),
+        SEGMENTS: (len(settings.segments.expressions), settings.segments.metrics_port),
         "probe": (settings.probe.every_s, settings.probe.metrics_port),
     }
     page = {"console": console_address(settings, "/metrics")} if settings.console.port else {}
-    return {name: metrics_url(settings, port) for name, (wanted, port) in beside.items() if wanted > 0} | page
+    elsewhere, running = hosts(settings), {name: port for name, (wanted, port) in beside.items() if wanted > 0}
+    return {name: metrics_url(settings, port, elsewhere.get(name)) for name, port in running.items()} | page
+
+
+def watched_urls(settings: Settings) -> dict[str, str]:
+    """Where those offer their metrics without whom something is wrong: the line, the keeper of segments where any are named, `up`.
+
+    >>> list(watched_urls(Settings()))
+    ['stream', 'trainer', 'applier', 'worker', 'up']
+    """
+    kept = {name: url for name, url in urls_beside(settings).items() if name == SEGMENTS}
+    return urls(settings) | kept | supervisor_urls(settings)
 
 
 def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:

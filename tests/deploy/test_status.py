@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from prometheus_client import CollectorRegistry
 from deploy import status
 from deploy.kafka.configuration import free_port, free_ports
 from deploy.operate import registry_state
-from deploy.watch.figures import BORN, SPREADS
+from deploy.watch import scrape
+from deploy.watch.figures import BORN, SPREADS, Watch
 from deploy.watch.kafka_lag import kafka_lag
+from deploy.watch.panel import wrong
 from state.config.loading import load
-from state.config.sections import Kafka
+from state.config.sections import Kafka, SegmentSettings
 from state.config.settings import Settings
 from state.log import Topics, Writer
 from state.metrics import (
@@ -145,6 +148,30 @@ def test_a_shopper_is_suggested_where_shoppers_run(tmp_path: Path, part: str, us
     assert f"/v1/profiles/{user}" in status.as_text(figures, state, settings)
 
 
+@NOBODY_ANSWERS
+@pytest.mark.usefixtures("collected")
+def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(tmp_path: Path) -> None:
+    port, own = free_port(), SegmentSettings(("busy=view.count_1h >= 2", "idle=view.count_1h == 0"))
+    settings = replace(settings_of(tmp_path), segments=replace(own, metrics_port=port))
+    registry = CollectorRegistry()
+    metrics = SegmentMetrics(registry)
+    metrics.members.labels("busy").set(1200)
+    metrics.lag_records.set(3)
+    stop = serve(registry, port)
+    try:
+        figures, state = status.status(settings, now_ms=0, between_s=0.0)
+    finally:
+        stop()
+    assert "segments" not in figures.away
+    assert [(one["name"], one["users"]) for one in state["segments"]["segments"]] == [("busy", 1200), ("idle", None)]
+    assert "segments        kept        busy 1,200, idle 0 users" in status.as_table(state)
+    scrapes = scrape.scrape(scrape.watched_urls(settings))
+    figures = replace(Watch().look(scrapes, 0.0, 0.0), up_s={"stream": 1.0})
+    assert "segments away" in wrong(figures)
+    state = status.document(settings, figures, scrapes, {name: state[name] for name in ("kafka", "registry")})
+    assert f"segments        AWAY        http://127.0.0.1:{port}/metrics does not answer" in status.as_table(state)
+
+
 def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_settings: Callable[..., Kafka]) -> None:
     kafka = kafka_settings()
     with Topics(kafka) as topics:
@@ -180,7 +207,7 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
     assert set(json.loads(capsys.readouterr().out)) == {
         *("figures", "processes", "kafka", "registry", "rollback", "storage", "rows", "histories", "accounting"),
-        *("held", "parity", "quality", "churn", "live_clicks", "trials", "rollout", "privacy", "urls"),
+        *("held", "parity", "quality", "churn", "segments", "live_clicks", "trials", "rollout", "retrain", "privacy", "urls"),
     }
 
 

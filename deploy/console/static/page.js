@@ -6,6 +6,7 @@ import { at, h, tell } from "./dom.js";
 import * as loop from "./loop.js";
 import * as profile from "./profile.js";
 import * as rollout from "./rollout.js";
+import * as segments from "./segments.js";
 import * as steer from "./steer.js";
 import * as trials from "./trials.js";
 import * as versions from "./versions.js";
@@ -37,6 +38,7 @@ async function lookAtState() {
   loop.show(state);
   trials.show(state.trials);
   rollout.show(state.rollout);
+  segments.show(state.segments);
 }
 
 async function lookAtLists() {

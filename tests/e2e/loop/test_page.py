@@ -67,6 +67,7 @@ def test_the_picture_moves_and_a_profile_is_looked_up_with_its_reasons(page: Pag
     until(lambda: int(stage(page, "Versions").replace(",", "")) > seen, "the picture does not move")
     expect(page.locator("#stages li.flows")).not_to_have_count(0)
     expect(page.locator("#plots canvas")).to_have_count(9)
+    expect(page.locator("#segments-table")).to_contain_text("collectors")
 
     page.get_by_role("textbox", name="User").focus()
     page.keyboard.type(USER)
