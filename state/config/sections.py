@@ -685,6 +685,9 @@ class TrialSettings:
         least=1000,
         help="Paired rows after which the interval of the difference is about as narrow as it can be.",
     )
+    metrics_port: int = setting(
+        9109, least=0, most=65535, help="Port of the /metrics of trials that run without `springtide up`."
+    )
 
 
 @dataclass(frozen=True)
@@ -768,7 +771,7 @@ class MetricsSettings:
     hosts: tuple[str, ...] = setting(
         (),
         help="Hosts on which `springtide status` and the console find parts that are not on this machine, `PART=HOST` each: "
-        "stream, trainer, applier. Workers are where serving.host says.",
+        "stream, trainer, applier, segments. Workers are where serving.host says.",
     )
 
 
@@ -836,6 +839,20 @@ class SegmentSettings:
         "s",
         least=1.0,
         help="Within so many seconds each user is looked at again, clicked or not: windows empty by themselves.",
+    )
+    lookalikes: int = setting(
+        0,
+        "users",
+        least=0,
+        most=1000,
+        help="Of each segment so many users, those nearest to its members, are listed for `GET /v1/segments/NAME/lookalikes`; "
+        "0: none are.",
+    )
+    lookalikes_every_s: float = setting(
+        3600.0,
+        "s",
+        least=1.0,
+        help="After so many seconds they are listed anew: the profiles of all users are made for that.",
     )
     metrics_port: int = setting(9108, least=0, most=65535, help="Port of the /metrics of `springtide segments run`.")
 

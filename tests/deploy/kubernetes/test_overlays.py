@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import kubernetes_validate
 import pytest
-from apache_beam.options.pipeline_options import PortableOptions
+from apache_beam.options.pipeline_options import FlinkRunnerOptions, PortableOptions
 
 from deploy.capacity.load import Load
 from deploy.capacity.measured import MeasuredCosts
 from deploy.capacity.prices import RESERVE
 from deploy.capacity.sizes import SERVING, STREAM, TRAINER, Sizing
+from deploy.watch import scrape
 from state import layout
+from state.config.sections import SegmentSettings
 from state.storage import shares
+from streaming.distributed.on_flink import FlinkJob
 from streaming.distributed.options import FLINK, beam_options, take_runner
 from tests.manifests import (
     BASE,
@@ -67,7 +71,7 @@ def test_each_object_as_it_stands_is_valid() -> None:
     ("overlay", "minor"),
     [
         ("small", MINORS[-1]),
-        *((name, MINORS[-1]) for name in ("flink", "shared")),
+        *((name, MINORS[-1]) for name in ("flink", "full", "shared")),
         *(("large", minor) for minor in MINORS),
     ],
 )
@@ -142,19 +146,64 @@ def test_on_flink_the_stream_is_a_job_that_is_handed_in_once() -> None:
     assert submit.document["spec"]["backoffLimit"] == 0 and submit.pod["restartPolicy"] == "Never"
     settings = submit.settings(sizes("large"))
     runner, words = take_runner(submit.told["command"][2:])
-    asked = beam_options(runner, words, settings).view_as(PortableOptions)
+    options = beam_options(runner, words, settings)
+    asked, master = options.view_as(PortableOptions), options.view_as(FlinkRunnerOptions).flink_master
     _, port = asked.job_endpoint.rsplit(":", 1)
     assert runner == FLINK and asked.environment_type == "EXTERNAL"
     assert (int(port), asked.environment_config) == (settings.flink.job_port, f"localhost:{settings.flink.worker_port}")
-    assert beam_options(runner, words, settings).get_all_options()["parallelism"] >= settings.stream.sources
+    assert options.get_all_options()["parallelism"] >= settings.stream.sources
+    # Without it nobody cancels a job that no restart mends.
+    assert FlinkJob.of(options, settings, local=False) is not None
+    assert master.rpartition(":")[2] == str(settings.flink.rest_port)
     policies = [
         one["spec"] for one in of_kind(flink, "NetworkPolicy") if selects(one["spec"]["podSelector"], submit.labels)
     ]
-    assert settings.flink.job_port in {
+    assert {settings.flink.job_port, settings.flink.rest_port} <= {
         port["port"] for one in policies for rule in one.get("egress", ()) for port in rule["ports"]
     }
     (service,) = (one for one in of_kind(flink, "Service") if one["metadata"]["name"] == "springtide-stream")
     assert [one["targetPort"] for one in service["spec"]["ports"]] == [settings.stream.metrics_port]
+
+
+@with_kubectl
+def test_segments_are_kept_on_one_host_of_their_own_and_are_asked_there() -> None:
+    full = found("full")
+    sets = {one["metadata"]["name"]: one for one in of_kind(full, "StatefulSet")}
+    hosts = sets["springtide-serving-segments"]
+    assert hosts["spec"]["replicas"] == 1
+    names = {name: [one.name for one in boxes([made]) if not one.is_first] for name, made in sets.items()}
+    keeping = [name for name, containers in names.items() if "segments" in containers]
+    assert keeping == ["springtide-serving-segments"], "the topic of memberships has one writer"
+    assert {*names[keeping[0]]} == {*names["springtide-serving"], "segments"}
+    services = {one["metadata"]["name"]: one["spec"]["selector"] for one in of_kind(full, "Service")}
+    labels = hosts["spec"]["template"]["metadata"]["labels"]
+    leading = {name for name, selector in services.items() if selects({"matchLabels": selector}, labels)}
+    assert leading == {
+        "springtide-serving-segments", "springtide-serving-hosts-segments", "springtide-segments"
+    }  # fmt: skip
+    assert services["springtide-segments"]["springtide/track"] == "segments"
+    # `springtide status` in the console's pod finds the keeper.
+    own = sizes("large") | sizes_of(FOLDER / "components" / "segments" / "kustomization.yaml")
+    console = next(one for one in boxes(full) if one.name == "console").settings(own)
+    asked = scrape.watched_urls(replace(console, segments=SegmentSettings(("all=1 > 0",))))
+    assert asked["segments"] == f"http://springtide-segments:{console.segments.metrics_port}/metrics"
+
+
+@with_kubectl
+def test_trials_are_run_beside_the_trainer_and_steered_from_the_console() -> None:
+    full = found("full")
+    pods = {one.owner: one.pod for one in boxes(full) if one.name in ("trials", "trainer", "console")}
+    assert pods.keys() == {"Deployment springtide-trainer", "Deployment springtide-console"}
+    (claim,) = (one for one in of_kind(full, "PersistentVolumeClaim") if one["metadata"]["name"] == "springtide-trials")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    seeing = {one.name for one in boxes(full) if one.mounts.get(f"/var/lib/springtide/{layout.TRIALS}") == "trials"}
+    # The trainer goes on from what one learned.
+    assert seeing == {"trials", "trainer", "console"}
+    for pod in pods.values():
+        (volume,) = (one for one in pod["volumes"] if one["name"] == "trials")
+        assert volume["persistentVolumeClaim"] == {"claimName": "springtide-trials"}
+    small = [one.name for one in boxes(found("small"))]
+    assert "trials" not in small and "segments" not in small, "off by default"
 
 
 @with_kubectl

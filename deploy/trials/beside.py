@@ -1,0 +1,65 @@
+"""Runs trials where no `springtide up` does, as in the trainer's pod of Kubernetes: `python -m deploy.trials.beside`.
+
+While there is a trial to run, or one to remove, `deploy/trials/process.py` is a
+child of this process, whose log and those of the trials' trainers lie in the
+directory of logs. How trials compare is on `trials.metrics_port`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+
+from prometheus_client import CollectorRegistry
+
+from deploy.children.supervisor import Supervisor
+from deploy.trials import offered, process_plan
+from state.config.loading import load
+from state.config.settings import Settings
+from state.metrics import SupervisorMetrics, served
+from state.process import log_lines
+from state.process.ending import reported, stop_on_signals
+from state.process.private_files import keep_private
+
+LOOK_S = 0.2
+logger = logging.getLogger(__name__)
+
+
+def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) -> None:
+    """Runs the trials that there are, until `stop` is set; for the main thread.
+
+    Args:
+        settings: Of the loop.
+        registry: Where metrics are collected.
+        stop: Ends it, and all that it began.
+    """
+    offered.offer(registry, settings.state_dir)
+    supervisor = Supervisor.of(settings, lambda line: logger.warning("%s", line), SupervisorMetrics(registry))
+    # The settings were read here: a child that cannot run is tried again.
+    supervisor.settled = True
+    supervisor.start(process_plan.plan(settings))
+    try:
+        while not stop.is_set():
+            supervisor.look()
+            stop.wait(LOOK_S)
+    finally:
+        supervisor.stop_all()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs trials with the settings of `argv` until a signal; returns the exit code."""
+    keep_private()
+    log_lines.begin("trials")
+    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), logger)
+
+
+def _run(flags: list[str]) -> None:
+    stop, settings = stop_on_signals(), load(flags)
+    log_lines.follow(settings.logs)
+    with served(settings.trials.metrics_port, settings.metrics.host) as registry:
+        run(settings, registry, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
