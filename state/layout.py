@@ -32,6 +32,7 @@
     │   ├── rows.disk/           or, where memory has no room, here
     │   ├── histories attributes/   as the stream's
     │   ├── segments/            members of segments              state/segments/store.py
+    │   ├── lookalikes/          of segments, as listed last      state/segments/lookalikes.py
     │   ├── current.version, current.histories   times only       deploy/serving/currency.py
     │   ├── exposures/           of workers, on their way to Kafka   deploy/serving/splitting/spool.py
     │   ├── counters/            of workers that share a port     deploy/serving/workers.py
@@ -83,6 +84,7 @@ PROMETHEUS = "prometheus"
 FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS, SEGMENTS = "histories", "attributes", "rows", "segments"
+LOOKALIKES = "lookalikes"
 ROWS_DISK, WORKER_COUNTERS, CURRENT, EXPOSURES = "rows.disk", "counters", "current", "exposures"
 DATA, MARK = "data.mdb", "mark.json"
 

@@ -6,6 +6,7 @@
 3. Some of who is due are judged, as a worker would answer them now, and some of the walk over all users.
 4. Who came in or left is written to the topic, then to the store that workers read.
 5. Where all erased users have left, the store is written anew without their bytes, and the registry is told.
+6. Now and then a child lists lookalikes; where 1. finds a change all lists go.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from deploy.segments.clicked import ClickedUsers
 from deploy.segments.judging import ProfileJudge
+from deploy.segments.lookalike_lists import LookalikeLists
 from deploy.segments.members import Members
 from deploy.segments.sweep import UserSweep
 from deploy.serving.erasing import name_of
@@ -78,6 +80,7 @@ class SegmentKeeper:
         self._clicked = ClickedUsers(settings, log, metrics)
         every_s = settings.segments.sweep_s
         self._sweep = UserSweep(lambda: predictor().histories, self._store, segments, every_s, clock_s, AT_ONCE)
+        self._lists = LookalikeLists(settings, clock_s)
         self._begun = False
         self._due: dict[int, None] = {}
         self._seen: tuple[bytes | None, int, int] = (None, 0, 0)
@@ -117,6 +120,9 @@ class SegmentKeeper:
         # 5.
         if self._erased > self._told and not self._leaving:
             self._tell_erased()
+        # 6.
+        if not self._sweep.hurried and not self._leaving:
+            self._lists.tick()
 
     def disconnect(self) -> None:
         """Ends the connections to the log; the next step makes others."""
@@ -126,6 +132,7 @@ class SegmentKeeper:
     def close(self) -> None:
         """Ends the connections, and closes the store of members."""
         self.disconnect()
+        self._lists.close()
         self._store.close()
 
     def _look(self, predictor: Predictor) -> None:
@@ -138,6 +145,7 @@ class SegmentKeeper:
         self._seen = (control, served.epoch, served.version)
         if (control, served.epoch) == (known, epoch) and served.version >= version:
             return
+        self._lists.drop()
         if control != known:
             erased = Mask.from_bytes(mask or b"{}").erased
             if erased.last > self._erased:

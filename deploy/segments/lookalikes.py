@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from deploy.segments.judging import named, pseudonym
 from deploy.serving.answer import Query
 from deploy.serving.predictor import MOST_AT_ONCE, Predictor
+from state.segments.lookalikes import PrecisionAt
 
 HELD_BACK = 5
 """One of so many members is held back."""
@@ -49,15 +50,6 @@ class UserVectors(NamedTuple):
     vectors: F32
     clicks: NDArray[np.int64]
     version: int
-
-
-class PrecisionAt(NamedTuple):
-    """Of the first k of several orders, which share are members that were held back."""
-
-    k: int
-    lookalikes: float
-    most_clicks: float
-    chance: float
 
 
 def vectors_of(predictor: Predictor, looked: Callable[[int], None]) -> UserVectors:

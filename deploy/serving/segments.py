@@ -8,7 +8,8 @@ from deploy.serving.answer import iso
 from state.config.settings import Settings
 from state.errors import NotReady, StoreError, UnknownSegment
 from state.events.identity import Salt, user_id
-from state.layout import DATA, SEGMENTS
+from state.layout import DATA, LOOKALIKES, SEGMENTS
+from state.segments import lookalikes
 from state.segments.configured import texts_of
 from state.segments.record import Membership
 from state.segments.store import SegmentStore
@@ -51,6 +52,35 @@ UserSegment = TypedDict(
 """Whether a user is in a segment, and since when."""
 
 
+class Lookalike(TypedDict):
+    """A user by the pseudonym, 16 hexadecimal digits, and the mean cosine with the members."""
+
+    pseudonym: str
+    similarity: float
+
+
+class ListPrecision(TypedDict):
+    """Of the first k, the share that are members held back: by likeness, by most clicks, by chance."""
+
+    k: int
+    lookalikes: float
+    most_clicks: float
+    chance: float
+
+
+class SegmentLookalikes(TypedDict):
+    """The users nearest to the members when they were listed, the nearest first; who came in since is left out."""
+
+    segment: str
+    version: int
+    at: str
+    at_ms: int
+    members: int
+    users: int
+    lookalikes: list[Lookalike]
+    precision: list[ListPrecision]
+
+
 class HostSegments:
     """Reads the members; use it in one thread.
 
@@ -61,6 +91,7 @@ class HostSegments:
 
     def __init__(self, settings: Settings, salt: Salt) -> None:
         self._path, self._map_bytes = settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30
+        self._lists, self._listed = settings.serving_dir / LOOKALIKES, settings.segments.lookalikes
         self._texts, self._salt = texts_of(settings), salt
         self._store: SegmentStore | None = None
         self._file = (0, 0)
@@ -107,6 +138,42 @@ class HostSegments:
             "since": since[0],
             "since_ms": since[1],
             "version": since[2],
+        }
+
+    def lookalikes(self, segment: str, most: int) -> SegmentLookalikes:
+        """Who is like the members of a segment.
+
+        Args:
+            segment: Its name.
+            most: How many at most.
+
+        Raises:
+            UnknownSegment: There is none of this name.
+            NotReady: Nobody keeps members on this host, or nobody is listed yet.
+            CorruptStore: The list is damaged.
+        """
+        self._require(segment)
+        store, found = self._opened(), lookalikes.read(self._lists, segment)
+        if found is None:
+            do = "come again: they are listed each segments.lookalikes_every_s, once somebody is in it"
+            raise NotReady(
+                f"no lookalikes of {segment} are listed here",
+                do if self._listed else "say how many in segments.lookalikes, and start again",
+            )
+        joined = store.memberships([(segment, int(one.pseudonym, 16)) for one in found.lookalikes])
+        near = [one for one, membership in zip(found.lookalikes, joined, strict=True) if membership is None]
+        return {
+            "segment": segment,
+            "version": found.version,
+            "at": iso(found.at_ms),
+            "at_ms": found.at_ms,
+            "members": found.members,
+            "users": found.users,
+            "lookalikes": [{"pseudonym": one.pseudonym, "similarity": one.similarity} for one in near[:most]],
+            "precision": [
+                {"k": one.k, "lookalikes": one.lookalikes, "most_clicks": one.most_clicks, "chance": one.chance}
+                for one in found.precision
+            ],
         }
 
     def close(self) -> None:

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from deploy.segments.judging import ProfileJudge, pseudonym
-from deploy.segments.lookalikes import PrecisionAt, UserVectors, precision_curve, vectors_of
+from deploy.segments.lookalikes import UserVectors, precision_curve, vectors_of
 from deploy.serving.predictor import Predictor
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.segments.configured import segments_of
+from state.segments.lookalikes import PrecisionAt
 from state.segments.record import Membership
 from state.segments.store import SegmentStore
 from tests.bench.recommend import ServingHost, quality

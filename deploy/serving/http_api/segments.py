@@ -3,6 +3,7 @@
 GET /v1/segments
 GET /v1/segments/{segment}?from=&n=
 GET /v1/segments/{segment}/users/{user_id}
+GET /v1/segments/{segment}/lookalikes?n=
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from msgspec import Meta
 
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import FAILED, Endpoint, Request, Response, encode
-from deploy.serving.segments import SegmentPage, SegmentSizes, UserSegment
+from deploy.serving.segments import SegmentLookalikes, SegmentPage, SegmentSizes, UserSegment
 from springtide_client.answers import Failure
 from state.segments.configured import NAME
 
@@ -31,6 +32,12 @@ class SegmentParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True)
         str, Meta(pattern="^[0-9a-f]{16}$", description="The pseudonym to begin with: `next` of the page before.")
     ] = msgspec.field(default="0" * 16, name="from")
     n: Annotated[int, Meta(ge=1, le=MOST_MEMBERS, description="How many members at most.")] = MEMBERS
+
+
+class LookalikeParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of the lookalikes of a segment."""
+
+    n: Annotated[int, Meta(ge=1, le=MOST_MEMBERS, description="How many users at most.")] = MEMBERS
 
 
 class Segments:
@@ -77,6 +84,17 @@ class Segments:
                 failures=named,
                 placeholders=_NAMED,
             ),
+            Endpoint(
+                "lookalikes",
+                ("GET",),
+                "/v1/segments/{segment}/lookalikes",
+                self._near,
+                "The users nearest to the members of a segment, as they were listed last.",
+                parameters=LookalikeParameters,
+                returns=(SegmentLookalikes,),
+                failures=named,
+                placeholders=_NAMED,
+            ),
         ]
 
     async def _all(self, request: Request) -> Response:
@@ -88,3 +106,7 @@ class Segments:
 
     async def _user(self, request: Request) -> Response:
         return Response(200, encode(self._host.segments.of_user(request.path["segment"], request.path["user_id"])))
+
+    async def _near(self, request: Request) -> Response:
+        asked = request.parameters(LookalikeParameters)
+        return Response(200, encode(self._host.segments.lookalikes(request.path["segment"], asked.n)))

@@ -167,13 +167,13 @@ class KeptHost:
 
 
 @pytest.fixture
-def keeping(stores: Stores, kafka_settings: KafkaFactory) -> Iterator[Callable[[Sequence[str]], KeptHost]]:
+def keeping(stores: Stores, kafka_settings: KafkaFactory) -> Iterator[Callable[..., KeptHost]]:
     """Makes the host with segments of these expressions."""
     made: list[KeptHost] = []
 
-    def make(expressions: Sequence[str]) -> KeptHost:
+    def make(expressions: Sequence[str], lookalikes: int = 0) -> KeptHost:
         kafka = kafka_settings()
-        segments = SegmentSettings(tuple(expressions), f"segments-of-{kafka.group}", sweep_s=60.0)
+        segments = SegmentSettings(tuple(expressions), f"segments-of-{kafka.group}", 60.0, lookalikes, 60.0)
         made.append(KeptHost(stores, replace(stores.settings, kafka=kafka, segments=segments)))
         return made[-1]
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from deploy.segments import keeping as keeping_module
+from deploy.segments.lookalikes import vectors_of
 from state.config.sections import Kafka
 from state.errors import LogError
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
+from state.layout import LOOKALIKES
 from state.log import KafkaLog
 from state.registry.erasing import reports
+from state.segments import lookalikes
 from state.segments.record import Membership, key_of, membership_of
 from tests.deploy.segments.conftest import CLICKS, KeptHost, of
 from tests.deploy.serving.stocked import SOURCE, digest_of, manifest, tensors
 
-Keeping = Callable[[Sequence[str]], KeptHost]
+Keeping = Callable[..., KeptHost]
 HOUR_MS = 3_600_000
 
 
@@ -159,3 +162,50 @@ def test_a_topic_that_is_away_costs_time_and_no_change(keeping: Keeping, monkeyp
     host.keeper.disconnect()
     host.until(lambda: host.members()["some"] == {"ann", "bob"})
     assert json.loads(host.last("some", "bob") or b"{}")["in"] is True
+
+
+def test_masks_versions_and_erasures_reach_lookalikes(keeping: Keeping) -> None:
+    """Vectors are those of answers: of the version that answers, without masked clicks, and of nobody who was erased."""
+    host = keeping(["all=1 > 0"])
+
+    def vectors() -> dict[int, list[float]]:
+        found = vectors_of(host.predictor, lambda done: None)
+        return dict(zip(found.users.tolist(), found.vectors.tolist(), strict=True))
+
+    before = vectors()
+    assert before.keys() == {of("ann"), of("bob")}
+    host.control(2, Mask(2, times=((host.now_ms - 10_000, host.now_ms),)))
+    masked = vectors()
+    assert masked[of("ann")] != before[of("ann")] and of("bob") not in masked, "of bob nothing else is known"
+    until = [(one.topic, one.partition, 1 << 40) for one in (SOURCE, CLICKS)]
+    gone = Erased.NOBODY.and_also(MaskedUsers.of([of("ann")]), until, 3, 1)
+    host.control(3, Mask(3, erased=gone))
+    assert vectors() == {of("bob"): before[of("bob")]}
+    newer = tensors(host.stores.lowered, 2, {"user": ["bob"], "category": ["hats"]}, ["hats"])
+    applied = manifest(2, digest_of(host.stores.lowered), parent=1)
+    host.stores.rows.apply(applied, newer, host.now_ms, follow=True)
+    assert vectors()[of("bob")] != before[of("bob")]
+    host.control(4, Mask(3, erased=gone), version=1)
+    assert vectors() == {of("bob"): before[of("bob")]}
+
+
+def test_lookalikes_are_listed_by_a_child_and_gone_at_once_where_control_changes(keeping: Keeping) -> None:
+    host = keeping(["some=view.count_1h >= 2"], lookalikes=5)
+    folder = host.settings.serving_dir / LOOKALIKES
+    host.until(lambda: folder.exists())
+    listed = lookalikes.read(folder, "some")
+    assert listed is not None and (listed.version, listed.members, listed.users) == (1, 1, 2)
+    assert [one.pseudonym for one in listed.lookalikes] == [f"{of('bob'):016x}"] and listed.precision == ()
+    # The next ones are due, and a child is about to list whom nobody may know any more.
+    host.now_ms += 60_000
+    host.until(lambda: host.keeper._lists._child is not None)
+    until = [(one.topic, one.partition, 1 << 40) for one in (SOURCE, CLICKS)]
+    gone = Erased.NOBODY.and_also(MaskedUsers.of([of("bob")]), until, 2, 1)
+    host.settings.registry_dir.mkdir(exist_ok=True)
+    host.control(2, Mask(2, erased=gone))
+    host.keeper.step()
+    beside = [path.name for path in folder.parent.iterdir() if path.name.startswith(LOOKALIKES)]
+    assert not folder.exists() and (beside == [] or host.keeper._lists._child is not None)
+    host.until(lambda: folder.exists())
+    listed = lookalikes.read(folder, "some")
+    assert listed is not None and (listed.members, listed.users, listed.lookalikes) == (1, 1, ())

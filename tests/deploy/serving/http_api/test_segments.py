@@ -12,7 +12,8 @@ from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
 from state.config.sections import SegmentSettings
 from state.events.identity import Salt, user_id
-from state.layout import SEGMENTS
+from state.layout import LOOKALIKES, SEGMENTS
+from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
 from state.segments.record import Membership
 from state.segments.store import SegmentStore
 from tests.deploy.serving.http_api.test_app import ask
@@ -85,3 +86,28 @@ def test_a_user_is_in_or_out(app: App, stores: Stores) -> None:
 def test_what_cannot_be_answered_says_why(app: App, path: str, status: int, said: str) -> None:
     answer = ask(app, "GET", path)
     assert answer.status_code == status and said in answer.json()["error"]
+
+
+def test_lookalikes_are_those_listed_last_without_who_came_in_since(app: App, stores: Stores) -> None:
+    keep(stores, "ann")
+    path, folder = "/v1/segments/busy/lookalikes", stores.settings.serving_dir / LOOKALIKES
+    answer = ask(app, "GET", path)
+    assert answer.status_code == 503 and "no lookalikes of busy are listed here" in answer.json()["error"]
+    near = tuple(NearUser(f"{user_id(SALT, name):016x}", 0.5 - n / 8) for n, name in enumerate(("bob", "cem", "dan")))
+    folder.mkdir()
+    write(folder, "busy", LookalikeList(7, NOW_MS, 1, 4, near, (PrecisionAt(1, 0.5, 0.25, 0.125),)))
+    found = ask(app, "GET", path).json()
+    assert found.pop("lookalikes") == [{"pseudonym": one.pseudonym, "similarity": one.similarity} for one in near]
+    assert found == {
+        "segment": "busy", "version": 7, "at": "2027-01-15T08:00:00.000Z", "at_ms": NOW_MS, "members": 1, "users": 4,
+        "precision": [{"k": 1, "lookalikes": 0.5, "most_clicks": 0.25, "chance": 0.125}],
+    }  # fmt: skip
+    # One process has a store open once.
+    app.host.segments.close()
+    keep(stores, "bob")
+    assert [one["pseudonym"] for one in ask(app, "GET", f"{path}?n=1").json()["lookalikes"]] == [near[1].pseudonym]
+    assert ask(app, "GET", f"{path}?n=0").status_code == 400
+    assert ask(app, "GET", "/v1/segments/nobody/lookalikes").status_code == 404
+    (folder / "busy.json").write_bytes((folder / "busy.json").read_bytes().replace(b"7", b"8", 1))
+    answer = ask(app, "GET", path)
+    assert answer.status_code == 503 and "is damaged" in answer.json()["error"]

@@ -1,0 +1,79 @@
+"""Lists the users nearest to the members of each segment once: `python -m deploy.segments.listing`, a child of the keeper.
+
+The lists lie in a directory aside, whole when this ends well; the keeper puts
+them in place where nothing was turned back or erased meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import numpy as np
+
+from deploy.segments.command import opened
+from deploy.segments.judging import open_host
+from deploy.segments.lookalike_lists import aside
+from deploy.segments.lookalikes import nearest, precision_curve, vectors_of
+from state.config.loading import load
+from state.config.settings import Settings
+from state.disk import files as durable
+from state.process import log_lines
+from state.process.ending import reported
+from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
+from state.segments import lookalikes
+from state.segments.configured import segments_of
+from state.segments.lookalikes import LookalikeList, NearUser
+from state.segments.store import all_members
+
+_log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> None:
+    """Writes a list of each segment that has members, with what the stores of this host have now.
+
+    Raises:
+        SpringtideError: Something that this needs is not there.
+        OSError: The disk refused.
+    """
+    host, folder = open_host(settings), aside(settings)
+    folder.mkdir()
+    try:
+        found = vectors_of(host.predictor(), lambda looked: None)
+    finally:
+        host.close()
+    with opened(settings) as store:
+        for segment in segments_of(settings):
+            within = [user for page in all_members(store, segment) for user, _ in page]
+            members = np.isin(found.users, np.array(within, np.uint64))
+            if not members.any():
+                continue
+            near = nearest(found, members, settings.segments.lookalikes)
+            made = LookalikeList(
+                found.version,
+                wall_ms(),
+                int(members.sum()),
+                len(found.users),
+                tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
+                tuple(precision_curve(found, members)),
+            )
+            lookalikes.write(folder, segment, made)
+    durable.sync_directory(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Lists with the settings of `argv`; returns the exit code."""
+    keep_private()
+    log_lines.begin("segments")
+
+    def work() -> None:
+        settings = load(sys.argv[1:] if argv is None else argv)
+        log_lines.follow(settings.logs)
+        run(settings)
+
+    return reported(work, _log)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Keeps the lists of lookalikes that workers read: made anew by a child now and then, gone at once where control changes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy.children.parent_death import die_with
+from state.config.settings import Settings
+from state.disk import files as durable
+from state.layout import LOOKALIKES
+from state.process.import_path import for_children
+
+_log = logging.getLogger(__name__)
+
+
+def aside(settings: Settings) -> Path:
+    """Where lists lie until they are in place."""
+    return settings.serving_dir / f"{LOOKALIKES}.new"
+
+
+class LookalikeLists:
+    """The lists of one host; used by the thread that keeps members, the main one.
+
+    Args:
+        settings: Of the loop; without `segments.lookalikes` there are no lists.
+        clock_s: A monotonic clock.
+    """
+
+    def __init__(self, settings: Settings, clock_s: Callable[[], float]) -> None:
+        self._settings, self._clock_s = settings, clock_s
+        self._folder, self._aside = settings.serving_dir / LOOKALIKES, aside(settings)
+        self._wanted = bool(settings.segments.lookalikes)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._due_s = clock_s()
+        # Control may have changed while nobody kept them.
+        self.drop()
+
+    def tick(self) -> None:
+        """Puts lists in place that a child has made, and begins the next ones where they are due.
+
+        Raises:
+            OSError: The disk or the machine refused; what was there stays, and it is tried again.
+        """
+        if not self._wanted:
+            return
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None:
+                return
+            self._child = None
+            if code == 0:
+                self._place()
+            else:
+                _log.error("listing lookalikes failed with exit code %d; the lists stay as they are", code)
+        if self._clock_s() >= self._due_s:
+            self._due_s = self._clock_s() + self._settings.segments.lookalikes_every_s
+            shutil.rmtree(self._aside, ignore_errors=True)
+            environment = for_children({**os.environ, **self._settings.environment()})
+            command = [sys.executable, "-m", "deploy.segments.listing"]
+            self._child = subprocess.Popen(command, env=environment, preexec_fn=die_with(os.getpid()))
+
+    def drop(self) -> None:
+        """Removes all lists, and what a child was about to list; the next tick begins anew."""
+        self.close()
+        for folder in (self._folder, self._aside):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._due_s = self._clock_s()
+
+    def close(self) -> None:
+        """Ends a child; what it had not finished is absent."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._child = None
+
+    def _place(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        durable.exchange(self._aside, self._folder)
+        durable.sync_directory(self._folder.parent)
+        shutil.rmtree(self._aside, ignore_errors=True)
+        _log.info("the lookalikes of segments are listed anew")
