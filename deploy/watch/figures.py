@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.watch.budget import BudgetLeft, budget_of
 from deploy.watch.clocks_off import ClocksOff, clocks_off
 from deploy.watch.quantiles import Buckets, Spread, between, spread
 from deploy.watch.scrape import UP, Scrape
@@ -68,7 +69,7 @@ class Figures:
         auc: Of the engagement, scored before learning.
         top1: Share of rows whose category led, scored before learning.
         held: Whether the guard holds training.
-        budget_spent: Whether training holds because the privacy budget is spent.
+        budget: The privacy budget; None where none is set.
         paused: Whether an operator pauses training.
         publishing_held: Whether an operator holds the publishing of versions.
         version: Version that answers use.
@@ -112,7 +113,7 @@ class Figures:
     auc: float | None = None
     top1: float | None = None
     held: bool = False
-    budget_spent: bool = False
+    budget: BudgetLeft | None = None
     paused: bool = False
     publishing_held: bool = False
     version: float | None = None
@@ -275,7 +276,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
         held=bool(trainer.now.value("springtide_trainer_held")),
-        budget_spent=bool(trainer.now.value("springtide_trainer_privacy_held")),
+        budget=budget_of(trainer.now),
         paused=bool(trainer.now.value("springtide_trainer_paused")),
         publishing_held=bool(trainer.now.value("springtide_trainer_publishing_held")),
         newest_version=trainer.now.value("springtide_trainer_version"),

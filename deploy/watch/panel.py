@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from deploy.watch.budget import lines_of_budget
 from deploy.watch.clocks_off import lines_of, troubles_of
 from deploy.watch.figures import SPREADS, Figures
 from deploy.watch.messages import decimal, duration, rate, seconds, shown
@@ -84,7 +85,7 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield f"rows trained with other features: {shown(figures.differing)}"
     if figures.held:
         yield "training is held by the guard"
-    if figures.budget_spent:
+    if figures.budget and figures.budget.spent:
         yield "training holds: the privacy budget is spent"
     clicks, old = bool(figures.events_per_s), old_clicks(figures)
     learned = old and figures.trainer_lag is not None and figures.trainer_lag <= FEW_RECORDS
@@ -147,6 +148,7 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
             f"log loss {decimal(figures.log_loss)}, AUC {decimal(figures.auc)}",
             f"{rate(figures.steps_per_s, 'steps')}, top 1 {top1}",
         ),
+        *lines_of_budget(figures.budget),
         (
             "served version",
             shown(figures.version, ""),

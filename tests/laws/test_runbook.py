@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.watch.budget import BudgetLeft
 from deploy.watch.clocks_off import ClocksOff
 from deploy.watch.figures import Figures
 from deploy.watch.panel import troubles
@@ -107,7 +108,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         failed_per_s=3.0,
         faults=1.0,
         held=True,
-        budget_spent=True,
+        budget=BudgetLeft(8.0, 0.1, True),
         full=full([Scrape(parsed(STORAGE))]),
         corrupt=1.0,
         refused=17.0,

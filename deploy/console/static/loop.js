@@ -29,7 +29,7 @@ const STAGES = [
   {
     name: "Training", curve: "rows_per_s",
     main: (f) => rate(f.rows_per_s, "rows"),
-    state: (f, up) => (!up.trainer ? ["away", "away"] : f.held ? ["slow", "held by the guard"] : f.budget_spent ? ["slow", "privacy budget spent"] : f.paused ? ["held", "paused"] : ["ok", "learning"]),
+    state: (f, up) => (!up.trainer ? ["away", "away"] : f.held ? ["slow", "held by the guard"] : f.budget?.spent ? ["slow", "privacy budget spent"] : f.paused ? ["held", "paused"] : ["ok", f.budget ? `learning, epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left` : "learning"]),
     facts: (f) => [["step", span(f.spreads.step_s?.p50)], ["log loss", decimal(f.log_loss)]],
   },
   {

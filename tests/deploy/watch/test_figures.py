@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
 from deploy.kafka.configuration import free_port
+from deploy.watch.budget import BudgetLeft
 from deploy.watch.figures import Figures, Watch
 from deploy.watch.live import live_line
 from deploy.watch.panel import panel, troubles
@@ -216,6 +217,8 @@ OLD_CLICKS = Figures(
         (Figures(), []),
         (Figures(faults=1.0), ["accounts do not balance"]),
         (Figures(held=True), ["training is held by the guard"]),
+        (Figures(budget=BudgetLeft(8.0, 0.1, False)), []),
+        (Figures(budget=BudgetLeft(8.0, 0.1, True)), ["training holds: the privacy budget is spent"]),
         (Figures(events_per_s=1.0, weights_s=61.0), ["weights 61 s old"]),
         (Figures(events_per_s=0.0, weights_s=61.0), []),
         (Figures(events_per_s=1.0, weights_s=61.0, pinned=True), ["pinned by an operator"]),
