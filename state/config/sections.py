@@ -471,6 +471,11 @@ class PrivacySettings:
         most=1e6,
         help="The longest gradient, of the sum of its losses, by which a unit counts in an update.",
     )
+    learning_rate: float = setting(
+        0.02,
+        least=0.0,
+        help="Step size of the dense weights (Adam) where a budget is set, in place of `model.dense_learning_rate`.",
+    )
     unit: str = setting("user", choices=("user", "example"), help="What is hidden: all rows of a user, or any one row.")
     updates: int = setting(
         8,

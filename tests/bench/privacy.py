@@ -38,6 +38,8 @@ from tests.bench.quality import analysis, area_under_curve
 from tests.bench.recorded import KUAIRAND_SETTINGS, Recorded, micro_batches, read_clicks, read_impressions
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.making import trainer_of
+from trainer.engine.optimizers.adam import EPSILON
+from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
@@ -47,6 +49,7 @@ F32 = npt.NDArray[np.float32]
 
 ROWS = 128 * 1024
 STEP_ROWS, PRIVATE_ROWS = 1024, 2048
+SILENT = "no noise, no bound"
 LATE_ROWS_OF_A_USER = 3
 """Rows of a user that an attack needs: fewer say next to nothing."""
 
@@ -79,6 +82,8 @@ class Run:
         rows: Of it.
         stages: Says how far it is.
         name: Of this run.
+        silent: What is learned privately is learned without noise and without a bound: what it costs then is what is
+            not learned.
     """
 
     def __init__(
@@ -89,11 +94,14 @@ class Run:
         rows: int,
         stages: Stages,
         name: str,
+        silent: bool = False,
     ) -> None:
         self._settings, self._recorded, self._rows = settings, recorded, rows
         self._spec, self._stages, self._name = FeatureSpec.from_settings(settings), stages, name
         self._labelled = not np.isnan(recorded.label).all()
         self._trainer: Trainer = trainer_of(settings, self._spec, preprocessing)
+        if silent:
+            silence(self._trainer)
         plain = replace(settings, privacy=replace(settings.privacy, epsilon=0.0))
         trainer = self._trainer
         self._recorder = Recorder(plain, trainer.crosses, trainer._columns, 0)
@@ -157,15 +165,20 @@ class Run:
         """What the model says of rows as users `users`; changes nothing."""
         trainer, known = self._trainer, batch.user
         batch = replace(batch, user=users)
-        crosses = self._recorder.crosses_of(batch)
-        if self._settings.privacy.epsilon:
-            crosses = crosses[:, :0]
+        crosses = trainer._recorder.crosses_of(batch)
         record = self._recorder.record(batch, crosses, trainer.popular.top(), trainer.transitions, (0, 0))
         scores, targets = trainer.engine.measure(record, move=False).scores, record.targets
         rows = len(batch)
         interest = np.where(targets.slot >= 0, scores.interest_loss, np.float32(np.nan))
         losses = np.where(np.isnan(batch.label), np.float32(np.nan), scores.engagement_loss[:rows])
         return Scored(known, interest, scores.engagement[:rows], losses, scores.engagement[rows:])
+
+
+def silence(trainer: Trainer) -> None:
+    """Takes noise and bound off a private trainer that has not learned yet."""
+    assert isinstance(trainer, PrivateTrainer)
+    trainer.private.noise = trainer.private.deviation = 0.0
+    trainer.private._clip, trainer.optimizer.epsilon = 1e9, EPSILON
 
 
 def _is_member(users: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -194,8 +207,9 @@ def measured(data: str, flags: Sequence[str], asked: argparse.Namespace, stages:
             for epsilon in asked.epsilons:
                 own = ["--paths.state", folder, "--privacy.unit", unit, "--privacy.epsilon", str(epsilon)]
                 runs[f"epsilon {epsilon:g}, {unit}"] = load([*base, *private, *own, *flags], {})
+            runs[f"{SILENT}, {unit}"] = runs[f"epsilon {asked.epsilons[0]:g}, {unit}"]
         for name, settings in runs.items():
-            run = Run(settings, recorded, preprocessing, rows, stages, f"{data} {name}")
+            run = Run(settings, recorded, preprocessing, rows, stages, f"{data} {name}", name.startswith(SILENT))
             found = run.quality() | run.attack()
             figures |= {f"{data}: {name}: {what}": Figure(value, "") for what, value in found.items()}
             for what, value in found.items():

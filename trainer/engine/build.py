@@ -24,6 +24,7 @@ from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker
+from trainer.privacy.learned_crosses import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.table import INITIAL_RANGE, Table
 
@@ -70,11 +71,11 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
 
 
 def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:
-    """Of the ranker's dense weights. A step of Adam is as large as noise is, whatever the gradient: with it no weight is faster."""
+    """Of the ranker's dense weights. With a privacy budget all have one step size: what noise is part of a step is that of none alone."""
     private = settings.privacy.epsilon > 0
     return Adam(
         ranker.dense,
-        settings.model.dense_learning_rate,
+        settings.privacy.learning_rate if private else settings.model.dense_learning_rate,
         {} if private else ranker.learning_rates,
         ranker.fast_weights,
         1.0 if private else HYPERPARAMETERS.fast_learning_rate,
@@ -152,6 +153,10 @@ def engine_of(
     if wanted == "compiled" and isinstance(ranker, DefaultRanker):
         fields = len(settings.events.context) + len(columns.users.names)
         return CompiledEngine(ranker, optimizer, tables, precision, fields, len(columns.items.names), device)
-    kind = PrivateEngine if private else TensorflowEngine
+    rate = settings.model.learning_rate
     with tf.device(device):
-        return kind(ranker, optimizer, tables, settings.model.learning_rate, precision, device)
+        if private:
+            learned = LearnedCrosses.of(crosses.kinds, settings.privacy.unit)
+            told = len(learned.told)
+            return PrivateEngine(ranker, optimizer, tables, rate, precision[learned.both], device, told)
+        return TensorflowEngine(ranker, optimizer, tables, rate, precision, device)

@@ -3,7 +3,7 @@
 1. A row loses what other rows brought into it: its drawn negative, and the
    category of another row in its last slot.
 2. Users who had their updates of the period take no part.
-3. Each unit's rows together are scaled to `privacy.clip`.
+3. Each unit's rows together are scaled to `privacy.clip`, each loss to a share of it.
 4. Noise of the key and the place of the record is added, and only then is the
    sum seen by the guard, an optimizer or a version.
 
@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from state.config.settings import Settings
+from trainer.engine.build import labelled
 from trainer.engine.engine import Measured
+from trainer.engine.private_crosses import Normal
 from trainer.engine.record import Record
-from trainer.engine.tensorflow.private import Normal, PrivateEngine
+from trainer.engine.tensorflow.private import LOSSES, PrivateEngine
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
 from trainer.privacy.allowance import Participation
@@ -33,8 +35,13 @@ from trainer.tables.popular import ONE, Popular
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
-WEIGHTS = ("weight", "label_weight", "negative_weight")
-"""Of `Targets`: the factors of a row's losses, in which they are linear."""
+NOISE_FLOOR = 0.3
+"""What is added to the root of Adam's mean squared derivative, over the noise of a derivative. Adam alone makes a derivative that
+is noise as large a step as one that is not: the more a part of the noise it is, the smaller its step is so (Reddi et al.
+2021, where this number says how adaptive a step is)."""
+
+FACTORS = tuple(name for names in LOSSES.values() for name in names)
+"""Of `Targets`: the factors of a row's losses."""
 
 ROUNDING = 1e-4
 """How much shorter than the bound a unit is made: more than what sums in float32 lose."""
@@ -75,6 +82,7 @@ class PrivateLearning:
     Attributes:
         updates: Of a period that one unit is in, at most.
         noise: Its standard deviation over the clipping bound.
+        deviation: The noise on each derivative.
         allowance: Who has been in how many updates; part of each version.
     """
 
@@ -85,8 +93,12 @@ class PrivateLearning:
         self.noise = noise_for(wanted.epsilon, wanted.delta, self.updates * wanted.periods)
         self.allowance = Participation(wanted.updates, int(1000 * wanted.period_s))
         self._noise, self._clip = Noise(key), wanted.clip / HYPERPARAMETERS.loss_scale
+        self.deviation = self.noise * self._clip
+        # Each loss has a share of the bound, so that the one with the longer gradients leaves room for the other.
+        self._losses = tuple(LOSSES) if labelled(settings) else ("interest",)
         # Other numbers at the same place make another noise: else their difference would show the gradient.
-        self._mechanism = f"clip {wanted.clip!r} noise {self.noise!r} unit {wanted.unit}"
+        rates = f"{settings.model.learning_rate!r} {wanted.learning_rate!r} {settings.trainer.rows_per_update}"
+        self._mechanism = f"clip {wanted.clip!r} noise {self.noise!r} unit {wanted.unit} rates {rates}"
 
     def begin(self, users: U64, place: NoisePlace, number: int) -> Update:
         """An update of a record; counts for each user that takes part.
@@ -109,13 +121,25 @@ class PrivateLearning:
             record: Of `alone`.
             update: Of `begin`.
         """
-        factors = clipped(engine.lengths(record), update.units, self._clip)
-        targets = record.targets
-        scaled = targets._replace(
-            **{name: np.where(factors > 0, getattr(targets, name) * factors, np.float32(0.0)) for name in WEIGHTS}
-        )
-        measured = engine.measure(replace(record, targets=scaled), move=False)
-        return engine.told(measured, record, self._normal(update), self.noise * self._clip)
+        record = self.within(engine, engine.crossed(record), update.units)
+        measured = engine.measure(record, move=False)
+        return engine.told(measured, record, self._normal(update), self.deviation, self._by_user)
+
+    def within(self, engine: PrivateEngine, record: Record, units: Units) -> Record:
+        """The record whose losses are scaled, each loss of a unit by itself, so that no unit is longer than the bound.
+
+        Args:
+            engine: That of the trainer.
+            record: Of `alone`.
+            units: Of its rows.
+        """
+        lengths, bound = engine.lengths(record, self._losses), self._clip / len(self._losses)
+        scaled = dict.fromkeys(FACTORS, np.zeros_like(record.targets.weight))
+        for loss, length in zip(self._losses, lengths.T, strict=True):
+            factors = clipped(length, units, bound)
+            for name in LOSSES[loss]:
+                scaled[name] = np.where(factors > 0, getattr(record.targets, name) * factors, np.float32(0.0))
+        return replace(record, targets=record.targets._replace(**scaled))
 
     def count(self, popular: Popular, categories: U64, update: Update, log_ms: int) -> None:
         """Counts the categories of an update, `[B]` uint64, one click a unit, with noise on each that is known.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
-from trainer.engine.private import PrivateLearning, Update
+from trainer.engine.private import NOISE_FLOOR, PrivateLearning, Update
 from trainer.engine.record import Record
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
@@ -39,6 +40,7 @@ class PrivateTrainer(Trainer):
     def __init__(self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> None:
         self.private = PrivateLearning(settings, own_key(settings))
         super().__init__(settings, spec, preprocessing)
+        self.optimizer.epsilon = np.float32(NOISE_FLOOR * self.private.deviation)
         self._place: NoisePlace | None = None
         self._number = 0
         self._under_way: Update | None = None

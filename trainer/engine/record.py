@@ -23,6 +23,7 @@ from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.losses import NEGATIVE_SHIFT
 from trainer.model.ranker import Targets
+from trainer.privacy.learned_crosses import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64
 
@@ -71,6 +72,7 @@ class Recorder:
         self._dropout, self._dropped_units = settings.model.dropout, dropped_units
         self._crosses, self._columns = crosses, columns
         self._private = bool(settings.privacy.epsilon)
+        self._learned = LearnedCrosses.of(crosses.kinds, settings.privacy.unit).both if self._private else None
 
     def context_of(self, batch: MicroBatch) -> U64:
         """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
@@ -78,16 +80,18 @@ class Recorder:
         return np.concatenate([batch.context, users], 1) if users.shape[1] else batch.context
 
     def crosses_of(self, batch: MicroBatch) -> U64:
-        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one, or a privacy budget is set.
+        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one. With a privacy budget those of `LearnedCrosses` alone.
 
-        Only a label is learned from: of a drawn negative it is not known that anybody was shown it. A cross is learned row after row, without a gradient to clip.
+        Only a label is learned from: of a drawn negative it is not known that anybody was shown it.
         """
         known = ~np.isnan(batch.label)
-        if self._private or not known.any():
+        if not known.any():
             return np.zeros((len(batch), 0), np.uint64)
         rows = batch.take(known)
         users, items = self._columns.users_of(rows), self._columns.items_of(rows)
         ids = self._crosses.ids(Values(rows.user, rows.item, rows.category, rows.context, users, items, rows.features))
+        if self._learned is not None:
+            ids = np.ascontiguousarray(ids[:, self._learned])
         if len(rows) == len(batch):
             return ids
         found = np.zeros((len(batch), ids.shape[1]), np.uint64)

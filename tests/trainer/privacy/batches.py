@@ -17,7 +17,20 @@ from trainer.engine.private_step import PrivateTrainer
 from trainer.privacy.place import NoisePlace
 
 KEY = "ab" * 32
-BUDGET = ("--privacy.epsilon", "8", "--privacy.updates", "6", "--privacy.period_s", "600", "--privacy.periods", "2")
+BUDGET = (
+    "--events.label",
+    "clicked",
+    "--privacy.epsilon",
+    "8",
+    "--privacy.updates",
+    "6",
+    "--privacy.period_s",
+    "600",
+    "--privacy.periods",
+    "2",
+)
+CONTEXT = ("--events.context", "tab")
+"""What `labelled` has of context."""
 
 
 def settings(path: Path, *flags: str, key: str = KEY) -> Settings:
@@ -34,10 +47,10 @@ def at(path: Path) -> tuple[str, ...]:
 
 
 @functools.cache
-def shared() -> PrivateTrainer:
+def shared(*flags: str) -> PrivateTrainer:
     """A trainer that is traced once, which takes seconds; clear it first."""
     with tempfile.TemporaryDirectory(prefix="springtide-private-") as folder:
-        return PrivateTrainer(settings(Path(folder)), SPEC)
+        return PrivateTrainer(settings(Path(folder), *flags), SPEC)
 
 
 def place(number: int) -> NoisePlace:
@@ -47,7 +60,7 @@ def place(number: int) -> NoisePlace:
 
 def labelled(number: int, rows: int = 96) -> MicroBatch:
     """Batch `number` of a log; half of its rows have a label, and the categories of a user are distinct, as in a history."""
-    made = micro_batch(rows, first=number * rows, categories=20, items=40, users=30)
+    made = micro_batch(rows, first=number * rows, categories=20, items=40, users=30, context=1)
     recent = made.recent_categories.copy()
     for row in recent:
         distinct = [one for one in dict.fromkeys(row.tolist()) if one]

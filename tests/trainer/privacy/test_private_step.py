@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from state.microbatch.batch import MicroBatch
-from tests.trainer.privacy.batches import labelled, place, shared
+from state.ranking.crosses import Values
+from tests.trainer.privacy.batches import CONTEXT, labelled, place, shared
+from trainer.engine.engine import CROSS
 from trainer.engine.private import ROUNDING, Units, clipped
 from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Record
-from trainer.engine.tensorflow.private import LISTED
+from trainer.engine.tensorflow.private import FROZEN, LISTED, LOSSES, USER
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.ranker import Targets
+from trainer.privacy.learned_crosses import LearnedCrosses
 from trainer.privacy.noise import Noise
 from trainer.versions import checkpoint
 
@@ -23,7 +27,7 @@ CLIP = 1.0 / HYPERPARAMETERS.loss_scale
 @pytest.fixture
 def made() -> PrivateTrainer:
     """A trainer that has learned nothing."""
-    found = shared()
+    found = shared(*CONTEXT)
     found.clear()
     return found
 
@@ -50,7 +54,10 @@ def told(one: PrivateTrainer, record: Record) -> np.ndarray:
     places = one.tables[LISTED].find(record.ids["popular"])
     found = [measured.rows[LISTED].tolist().index(place) for place in places.tolist()]
     parts = [part.numpy().reshape(-1) for part in silent.dense]
-    return np.concatenate([*parts, rows[found].reshape(-1)]).astype(np.float64)
+    crosses, derivatives = one.engine.crosses.derivatives(record, measured.scores.engagement[: len(record)])
+    by_cross = np.zeros(one.tables[CROSS].capacity)
+    by_cross[measured.rows[CROSS][crosses]] = derivatives
+    return np.concatenate([*parts, rows[found].reshape(-1), by_cross]).astype(np.float64)
 
 
 def only(record: Record, rows: np.ndarray, factors: np.ndarray) -> Record:
@@ -59,6 +66,12 @@ def only(record: Record, rows: np.ndarray, factors: np.ndarray) -> Record:
     names = ("weight", "label_weight", "negative_weight")
     scaled = {name: getattr(record.targets, name) * kept for name in names}
     return dataclasses.replace(record, targets=record.targets._replace(**scaled))
+
+
+def only_loss(record: Record, loss: str) -> Targets:
+    """The targets of which one loss counts."""
+    others = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
+    return record.targets._replace(**{name: np.zeros_like(getattr(record.targets, name)) for name in others})
 
 
 def test_the_same_key_and_log_make_the_same_digests_and_another_key_others(made: PrivateTrainer) -> None:
@@ -111,14 +124,18 @@ def test_no_unit_moves_what_is_told_by_more_than_the_bound(made: PrivateTrainer,
         user=batch.user[np.arange(40) // 4],
     )  # fmt: skip
     (record,) = records_of(made, batch)
-    lengths = made.engine.lengths(record)
-    exact = np.array([np.linalg.norm(told(made, only(record, np.arange(40) == row, np.ones(40)))) for row in range(40)])
-    assert (exact <= lengths * 1.0001 + 1e-12).all(), "an upper bound"
-    some = exact > 1e-4 * exact.max()
-    assert (lengths[some] <= 3.0 * exact[some]).all(), "and no idle one"
+    lengths = made.engine.lengths(record, tuple(LOSSES))
+    for loss, bounds in zip(LOSSES, lengths.T, strict=True):
+        one = dataclasses.replace(record, targets=only_loss(record, loss))
+        exact = np.array(
+            [np.linalg.norm(told(made, only(one, np.arange(40) == row, np.ones(40)))) for row in range(40)]
+        )
+        assert (exact <= bounds * 1.0001 + 1e-12).all(), "an upper bound"
+        some = exact > 1e-4 * exact.max()
+        assert some.any() and (bounds[some] <= 3.0 * exact[some]).all(), "and no idle one"
     of = np.unique(batch.user, return_inverse=True)[1] if by_user else np.arange(40)
-    factors = clipped(lengths, Units(of, np.ones(40, np.bool_)), CLIP)
-    longest = [np.linalg.norm(told(made, only(record, of == unit, factors))) for unit in range(of.max() + 1)]
+    within = made.private.within(made.engine, record, Units(of, np.ones(40, np.bool_)))
+    longest = [np.linalg.norm(told(made, only(within, of == unit, np.ones(40)))) for unit in range(of.max() + 1)]
     assert max(longest) <= CLIP
     assert max(longest) > 0.3 * CLIP, "some are clipped"
 
@@ -147,11 +164,22 @@ def test_what_a_row_tells_is_a_function_of_the_row_alone(made: PrivateTrainer) -
     assert np.abs(found[0] - found[1]).max() <= 1e-6 * np.abs(found[0]).max()
 
 
+def test_a_users_own_crosses_are_learned_row_after_row_and_read_no_row_of_others(made: PrivateTrainer) -> None:
+    learned(made, 0, 2)
+    batch, first = labelled(7, 48), np.arange(48) < 24
+    batch = dataclasses.replace(batch, user=np.where(first, np.uint64(1), np.uint64(2)))
+    otherwise = dataclasses.replace(batch, label=np.where(first, 1 - batch.label, batch.label).astype(np.float32))
+    one, other = (made.engine.crosses.logits(record) for record in records_of(made, batch, otherwise))
+    assert (one[first] != other[first]).any() and one[~first].any()
+    assert (one[~first] == other[~first]).all()
+
+
 def test_the_noise_is_as_large_as_it_is_said_and_on_all_that_is_shared(made: PrivateTrainer) -> None:
     learned(made, 0, 2)
     (record,) = records_of(made, labelled(8))
     update = made.private.begin(labelled(8).user, place(8), 0)
-    plain = made.engine.measure(only(record, np.zeros(len(record), bool), np.zeros(len(record))), move=False)
+    record = only(record, np.zeros(len(record), bool), np.zeros(len(record)))
+    plain = made.engine.measure(record, move=False)
     deviation = made.private.noise * CLIP
     found = made.engine.told(plain, record, made.private._normal(update), deviation).found
     tables = dict(zip(made.engine._embeddings, found.sparse, strict=True))
@@ -159,13 +187,43 @@ def test_the_noise_is_as_large_as_it_is_said_and_on_all_that_is_shared(made: Pri
     moved = tables[LISTED].numpy()[np.abs(tables[LISTED].numpy()).sum(1) > 0]
     assert len(moved) == popular > 0
     assert all(not tables[name].numpy().any() for name in ("item", "context", "user"))
-    values = np.concatenate([part.numpy().reshape(-1) for part in found.dense] + [moved.reshape(-1)]) / deviation
+    crosses = found.cross[0].numpy()[:, 0]
+    assert (
+        np.count_nonzero(crosses != plain.found.cross[0].numpy()[:, 0]) == np.unique(record.ids["cross"]).size - 1 > 0
+    )
+    dense = dict(zip(made.model.weights(), found.dense, strict=True))
+    frozen = [dense.pop(name).numpy() for name in list(dense) if name.startswith(FROZEN)]
+    assert frozen and not any(one.any() for one in frozen), "the tower stays as it began"
+    values = np.concatenate([part.numpy().reshape(-1) for part in dense.values()] + [moved.reshape(-1)]) / deviation
     assert (values != 0).all() and abs(values.std() - 1.0) < 5 / np.sqrt(2 * values.size)
 
 
-def test_nothing_is_learned_of_transitions_and_crosses_and_counts_have_noise(made: PrivateTrainer) -> None:
+@pytest.mark.parametrize("by_user", [True, False])
+def test_a_users_own_row_is_learned_only_where_all_rows_of_the_user_are_one_unit(
+    made: PrivateTrainer, by_user: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One that a single row teaches tells of it in each later row of the user, which the account of a row does not count.
+    monkeypatch.setattr(made.private, "_by_user", by_user)
+    learned(made, 0, 2)
+    before = made.tables[USER].state()
+    learned(made, 2, 4)
+    after = made.tables[USER].state()
+    assert (before.rows != after.rows[np.isin(after.ids, before.ids)]).any() == by_user
+
+
+def test_nothing_is_learned_of_transitions_nor_of_crosses_of_items_and_counts_have_noise(
+    made: PrivateTrainer,
+) -> None:
     learned(made, 0, 3)
-    assert len(made.transitions) == 0 == made.transitions.pending and len(made.tables["cross"]) == 0
+    assert len(made.transitions) == 0 == made.transitions.pending
+    none = np.zeros((96, 0), np.uint64)
+    batches = [labelled(number) for number in range(3)]
+    values = (Values(one.user, one.item, one.category, one.context, none, none, one.features) for one in batches)
+    ids, crosses = np.concatenate([made.crosses.ids(one) for one in values]), made.tables[CROSS].state()
+    columns = LearnedCrosses.of(made.crosses.kinds, "user")
+    assert all(np.isin(ids[:, each], crosses.ids).any() for each in columns)
+    assert not np.isin(np.delete(ids, columns.both, 1), crosses.ids).any()
+    assert not crosses.rows[np.isin(crosses.ids, made.crosses.shares)].any(), "shares stay as they began"
     counts = made.popular.state()["counts"]
     assert len(counts) > 4 and (counts % 65_536 != 0).all()
 

@@ -39,6 +39,7 @@ class Adam:
     Attributes:
         fast: The slots of those; its own weights are not read.
         fast_rate: Their step size.
+        epsilon: What is added to the root of the mean squared derivative; it is taken with the first step.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Adam:
         self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
         self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
         self._powers = tf.Variable(np.array([BETA_1, BETA_2]), trainable=False)
+        self.epsilon = EPSILON
 
     def apply(self, gradients: Sequence[Any], moved: Any) -> None:
         """One step, inside a tf.function.
@@ -87,7 +89,7 @@ class Adam:
                 lr=self._rates[name],
                 beta1=BETA_1,
                 beta2=BETA_2,
-                epsilon=EPSILON,
+                epsilon=self.epsilon,
                 grad=gradient,
                 use_locking=True,
             )

@@ -140,7 +140,15 @@ def first_precision(kinds: Sequence[str]) -> F32:
     return np.array([HYPERPARAMETERS.cross_precision[kind] for kind in kinds], np.float32)
 
 
-def crosses(at: I32, share_at: I32, prior: F32, labels: F32, rows: F32, precision: F32) -> Crossed:
+def crosses(
+    at: I32,
+    share_at: I32,
+    prior: F32,
+    labels: F32,
+    rows: F32,
+    precision: F32,
+    share_precision: float = HYPERPARAMETERS.share_precision,
+) -> Crossed:
     """Scores the crosses of a step and learns from its labels.
 
     Args:
@@ -150,11 +158,10 @@ def crosses(at: I32, share_at: I32, prior: F32, labels: F32, rows: F32, precisio
         labels: `[B]` float32 or more.
         rows: `[w, 2]` float32, distinct rows of the table, not changed.
         precision: `[w, 2]` float32, how much was learned of each, not changed.
+        share_precision: The first precision of a share; infinite where none is learned.
     """
     found = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
     if at.shape[1]:
-        firsts = np.array(
-            [*FIRST_SHARES, HYPERPARAMETERS.marginal_precision, HYPERPARAMETERS.share_precision], np.float32
-        )
+        firsts = np.array([*FIRST_SHARES, HYPERPARAMETERS.marginal_precision, share_precision], np.float32)
         _crosses(at, share_at, prior, firsts, labels, *found)
     return found

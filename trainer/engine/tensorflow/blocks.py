@@ -41,11 +41,11 @@ class Blocks:
 
     Args:
         ranker: Any.
-        optimizer: Has the step size of the fast weights.
+        optimizer: Has the step size of the fast weights, and their epsilon.
     """
 
     def __init__(self, ranker: Ranker, optimizer: Adam) -> None:
-        self._ranker, self._rate = ranker, np.float32(optimizer.fast_rate)
+        self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
         self._fast = [ranker.dense[name] for name in ranker.fast_weights]
         # In the shape of the flat weights: factors of the step size, the longest prefix says it.
         known = sorted(ranker.fast_learning_rates.items(), key=lambda each: len(each[0]))
@@ -142,7 +142,7 @@ class Blocks:
         share = tf.maximum(1.0 / numbers.average_moves, numbers.first_moves / (count + numbers.first_moves))
         second += (gradient * gradient - second) * (1.0 - numbers.beta_2)
         step = self._rate * tf.sqrt(1.0 - power) * self._factors
-        fast -= step * gradient / (tf.sqrt(second) + numbers.epsilon)
+        fast -= step * gradient / (tf.sqrt(second) + self._optimizer.epsilon)
         slow += share * (fast - slow)
         return fast + numbers.average_share * (slow - fast), fast, slow, second, tf.stack([count, power])
 

@@ -187,7 +187,7 @@ class TensorflowEngine:
         targets: Targets = given["targets"]
         values = {name: tf.cast(value, tf.float32) for name, value in given["values"].items()}
         cross = distinct[CROSS], accum[CROSS]
-        if self._crossed:
+        if self._crossed and "cross" not in values:
             at, shares = given["at"][f"{CROSS}.cross"], given["at"][f"{CROSS}.cross_share"]
             if at.shape[-1]:
                 prior = tf.constant(self._cross_precision)

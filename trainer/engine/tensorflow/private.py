@@ -2,38 +2,71 @@
 
 A row's gradient is needed for its length alone. Once that is known the row's
 losses are scaled so that none is too long, and the ordinary graph sums them.
-What is told of an update is the gradient by the dense weights and by the rows of
-the popular categories, which are a told list themselves: each of them gets noise
-in each update, whoever clicked what. Rows of other categories, of items and of
-context stay as they are. A user's own row is told to nobody else, and gets none.
+What is told of an update is the gradient by the dense weights but those of the
+tower, and by the rows of the popular categories, which are a told list themselves:
+each of them gets noise in each update, whoever clicked what. The tower stays as it
+began, and so do rows of other categories, of items and of context. A user's own
+row is told to nobody else, and gets no noise. Crosses are those of
+`trainer/engine/private_crosses.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.engine.engine import F32, Measured
+from trainer.engine.engine import CROSS, F32, Measured
+from trainer.engine.optimizers.adam import Adam
+from trainer.engine.private_crosses import SHARE, CrossesToTell, Normal
 from trainer.engine.record import Record
 from trainer.engine.tensorflow.engine import TensorflowEngine, TensorsFound, place_of
-from trainer.model.ranker import Targets
+from trainer.model.inputs import Input
+from trainer.model.ranker import Ranker, Targets
+from trainer.tables.table import Table
 
 Tensor = Any
-Normal = Callable[[str, int], npt.NDArray[np.float64]]
-"""Standard normal numbers of an update, by the name of what they are for."""
 
 ROWS_AT_ONCE = 64
-"""Rows whose gradients are in memory at once: 0.4 MB each at the default widths."""
+"""Rows whose gradients are in memory at once: 0.1 MB each at the default widths."""
 
 LISTED, USER = "category", "user"
 
+FROZEN = "tower."
+"""Weights of such names stay at their first values: a random map of the features, of which the weights behind it are
+learned. Noise lies on each number that is told, and four of five would be the tower's. With a budget few weights behind
+features that nobody has to learn do better than many (Tramer and Boneh 2021)."""
+
+LOSSES: Mapping[str, tuple[str, ...]] = {"interest": ("weight",), "engagement": ("label_weight", "negative_weight")}
+"""The losses of a row, each with its factors in `Targets`, in which it is linear."""
+
 
 class PrivateEngine(TensorflowEngine):
-    """See `TensorflowEngine`, of the default ranker, whose row's loss reads its own row and weights only."""
+    """See `TensorflowEngine`, of the default ranker, whose row's loss reads its own row and weights only.
+
+    Args:
+        ranker, optimizer, tables, learning_rate, device: As there.
+        cross_precision: `[C]` float32, of the crosses that records have.
+        told: How many of those are told, the first ones.
+    """
+
+    def __init__(
+        self,
+        ranker: Ranker,
+        optimizer: Adam,
+        tables: Mapping[str, Table],
+        learning_rate: float,
+        cross_precision: F32,
+        device: str,
+        told: int,
+    ) -> None:
+        super().__init__(ranker, optimizer, tables, learning_rate, cross_precision, device)
+        self.crosses = CrossesToTell(tables[CROSS], told, cross_precision)
+        self._lengths: dict[tuple[str, ...], Any] = {}
 
     def measure(self, record: Record, move: bool = True) -> Measured:
         """See `Engine`.
@@ -45,17 +78,28 @@ class PrivateEngine(TensorflowEngine):
             raise ValueError(
                 "a private record is measured with fast weights that do not move: make trainers by trainer_of"
             )
-        return super().measure(record, move)
+        return super().measure(self.crossed(record), move)
 
-    def lengths(self, record: Record) -> F32:
-        """How long the gradient of each row is at most, by all that an update tells.
+    def crossed(self, record: Record) -> Record:
+        """The record with what crosses add to its logits, as of now."""
+        if "cross" in record.values:
+            return record
+        return replace(record, values={**record.values, "cross": self.crosses.logits(record)})
+
+    def lengths(self, record: Record, losses: Sequence[str]) -> F32:
+        """How long the gradient of each row's losses is at most, by all that an update tells.
 
         A category's row may be looked up by several inputs, so that what they
         say adds up: its part is the sum of their lengths.
 
+        Args:
+            record: Whose rows they are.
+            losses: Names in `LOSSES`.
+
         Returns:
-            `[B]` float32; not finite where a gradient is not.
+            `[B, len(losses)]` float32; not finite where a gradient is not.
         """
+        record = self.crossed(record)
         rows, at = self._rows(record)
         inputs = [one for one in self._ranker.inputs if one.table]
         whole = {place_of(one) for one in inputs if not one.shape.startswith("B")}
@@ -68,6 +112,7 @@ class PrivateEngine(TensorflowEngine):
             "at": {name: places for name, places in at.items() if name not in whole and not name.startswith("cross.")},
             "values": {one.name: record.values[one.name] for one in self._ranker.inputs if self._is_value(one)},
             "listed": listed,
+            "crosses": self.crosses.counts(record),
             "targets": record.targets,
         }
         shared = {
@@ -79,28 +124,34 @@ class PrivateEngine(TensorflowEngine):
         for begin in range(0, len(record), ROWS_AT_ONCE):
             part = tf.nest.map_structure(lambda one, b=begin: tf.constant(one[b : b + ROWS_AT_ONCE]), by_row)
             with tf.device(self._device):
-                found.append(self._traced_lengths(part, shared)(part, shared).numpy())
+                found.append(self._traced_lengths(part, shared, tuple(losses))(part, shared).numpy())
         return np.concatenate(found)
 
-    def told(self, measured: Measured, record: Record, normal: Normal, deviation: float) -> Measured:
+    def told(
+        self, measured: Measured, record: Record, normal: Normal, deviation: float, own_rows: bool = True
+    ) -> Measured:
         """What an update may tell of what was measured: noise on all that is shared, and nothing of what gets none.
 
         Args:
             measured: With fast weights that do not move.
-            record: That was measured.
+            record: That was measured, with the factors of its losses.
             normal: Makes the noise.
             deviation: Its standard deviation.
+            own_rows: Whether users' own rows are learned, exactly. One that is tells of a row in all later rows of the user.
         """
         found: TensorsFound = measured.found
-        weights = self._ranker.dense
-        ends = np.cumsum([int(np.prod(weight.shape)) for weight in weights.values()])
-        parts = np.split(normal("dense", int(ends[-1])) * deviation, ends[:-1])
+        by_weight = dict(zip(self._ranker.dense, found.dense, strict=True))
+        learned = [name for name in by_weight if not name.startswith(FROZEN)]
+        ends = np.cumsum([int(np.prod(by_weight[name].shape)) for name in learned])
+        parts = dict(zip(learned, np.split(normal("dense", int(ends[-1])) * deviation, ends[:-1]), strict=True))
         dense = {
-            name: gradient.numpy() + part.reshape(gradient.shape).astype(np.float32)
-            for name, gradient, part in zip(weights, found.dense, parts, strict=True)
+            name: gradient.numpy() + parts[name].reshape(gradient.shape).astype(np.float32)
+            if name in parts
+            else np.zeros(gradient.shape, np.float32)
+            for name, gradient in by_weight.items()
         }
         given = {name: one.numpy() for name, one in zip(self._embeddings, found.sparse, strict=True)}
-        sparse = {name: one if name == USER else np.zeros_like(one) for name, one in given.items()}
+        sparse = {name: one if name == USER and own_rows else np.zeros_like(one) for name, one in given.items()}
         category = given[LISTED]
         places = self._tables[LISTED].find(self._listed(record))
         noise = normal(LISTED, places.size * category.shape[1]).reshape(places.size, category.shape[1]) * deviation
@@ -108,15 +159,24 @@ class PrivateEngine(TensorflowEngine):
         for row, part in zip(places.tolist(), noise, strict=True):
             if row:
                 sparse[LISTED][order[row]] = category[order[row]] + part.astype(np.float32)
-        squared = sum(float(np.square(one, dtype=np.float64).sum()) for one in (*dense.values(), sparse[LISTED]))
+        logits, floor = measured.scores.engagement[: len(record)], float(self._optimizer.epsilon)
+        *crosses, squared = self.crosses.moved(record, logits, normal, deviation, floor)
+        squared += sum(float(np.square(one, dtype=np.float64).sum()) for one in (*dense.values(), sparse[LISTED]))
         moved = self._moved({name: dense[name] for name in self._ranker.fast_weights})
-        tensors = tuple(tf.constant(one) for one in dense.values()), tuple(tf.constant(one) for one in sparse.values())
+        by_dense, by_row, by_cross = (
+            tuple(tf.constant(one) for one in parts) for parts in (dense.values(), sparse.values(), crosses)
+        )
         return Measured(
             measured.scores,
             squared,
             measured.rows,
-            found._replace(dense=tensors[0], sparse=tensors[1], squared_norm=tf.constant(squared), fast=moved),
+            found._replace(
+                dense=by_dense, sparse=by_row, squared_norm=tf.constant(squared), cross=by_cross, fast=moved
+            ),
         )
+
+    def _is_value(self, one: Input) -> bool:
+        return not one.table
 
     def _moved(self, gradients: Mapping[str, F32]) -> tuple[Tensor, ...]:
         """The slots of the fast weights after one move of an update."""
@@ -130,9 +190,9 @@ class PrivateEngine(TensorflowEngine):
         found: npt.NDArray[np.uint64] = popular[popular != 0]
         return found
 
-    def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
+    def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Any:
         """The graph for parts of any length."""
-        if self._lengths is None:
+        if losses not in self._lengths:
 
             def spec(length: int | None) -> Callable[[Tensor], Any]:
                 return lambda one: tf.TensorSpec([length, *one.shape[1:]], one.dtype)
@@ -142,13 +202,11 @@ class PrivateEngine(TensorflowEngine):
                 "whole": {name: tf.TensorSpec(one.shape, one.dtype) for name, one in shared["whole"].items()},
                 "seed": tf.TensorSpec([2], tf.int32),
             }
-            graph = tf.function(self._lengths_graph, autograph=False)
-            self._lengths = graph.get_concrete_function(tf.nest.map_structure(spec(None), part), any_length)
-        return self._lengths
+            graph = tf.function(lambda part, shared: self._lengths_graph(part, shared, losses), autograph=False)
+            self._lengths[losses] = graph.get_concrete_function(tf.nest.map_structure(spec(None), part), any_length)
+        return self._lengths[losses]
 
-    _lengths: Any = None
-
-    def _lengths_graph(self, part: Mapping[str, Any], shared: Mapping[str, Any]) -> Tensor:
+    def _lengths_graph(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Tensor:
         distinct = {
             name: tf.raw_ops.ResourceGather(resource=self._tables[name].rows.handle, indices=rows, dtype=tf.float32)
             for name, rows in shared["rows"].items()
@@ -157,27 +215,40 @@ class PrivateEngine(TensorflowEngine):
         rows = {one.name: self._gather(one, distinct, part["at"] | shared["whole"]) for one in inputs}
         whole = {one.name: rows.pop(one.name) for one in inputs if place_of(one) in shared["whole"]}
         values = {name: tf.cast(one, tf.float32) for name, one in part["values"].items()}
-        values["cross"] = tf.zeros_like(part["targets"].weight)
-        weights = list(self._ranker.dense.values())
+        weights = [weight for name, weight in self._ranker.dense.items() if not name.startswith(FROZEN)]
 
         def of_row(row: Mapping[str, Any]) -> Tensor:
             # A record of one row.
-            mine, targets = ({name: one[None] for name, one in row["rows"].items()} | whole), row["targets"]
+            mine = {name: one[None] for name, one in row["rows"].items()} | whole
             given = mine | {name: one[None] for name, one in row["values"].items()}
+            targets = Targets(*(one[None] for one in row["targets"]))
             watched = {name: mine[name] for name in (*row["listed"], *whole)}
-            with tf.GradientTape() as tape:
+            with tf.GradientTape(persistent=True) as tape:
                 tape.watch(list(watched.values()))
                 encoded = self._ranker.encode(given, True, shared["seed"])
-                loss = tf.reduce_sum(self._ranker.losses(encoded, given, Targets(*(one[None] for one in targets))))
-            by_dense, by_rows = tape.gradient(
-                loss, [weights, list(watched.values())], unconnected_gradients=tf.UnconnectedGradients.ZERO
-            )
-            lengths = [
-                tf.norm(by_row * tf.expand_dims(row["listed"][name], -1) if name in row["listed"] else by_row)
-                for name, by_row in zip(watched, by_rows, strict=True)
-            ]
-            squared = tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(one))) for one in by_dense])
-            return tf.sqrt(squared + tf.square(tf.add_n(lengths)))
+                each = [tf.reduce_sum(self._ranker.losses(encoded, given, only(targets, name))) for name in losses]
 
-        listed, targets = part["listed"], tuple(part["targets"])
-        return tf.vectorized_map(of_row, {"rows": rows, "values": values, "listed": listed, "targets": targets})
+            def length(name: str, loss: Tensor) -> Tensor:
+                by_dense, by_rows = tape.gradient(
+                    loss, [weights, list(watched.values())], unconnected_gradients=tf.UnconnectedGradients.ZERO
+                )
+                lengths = [
+                    tf.norm(by_row * tf.expand_dims(row["listed"][name], -1) if name in row["listed"] else by_row)
+                    for name, by_row in zip(watched, by_rows, strict=True)
+                ]
+                squared = tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(one))) for one in by_dense])
+                if name == "engagement":
+                    # No derivative by a logit is longer than the factor of its loss.
+                    squared += row["crosses"] * tf.square(SHARE * row["targets"].label_weight)
+                return tf.sqrt(squared + tf.square(tf.add_n(lengths)))
+
+            return tf.stack([length(name, one) for name, one in zip(losses, each, strict=True)])
+
+        by_row = {name: part[name] for name in ("listed", "crosses", "targets")}
+        return tf.vectorized_map(of_row, {"rows": rows, "values": values, **by_row})
+
+
+def only(targets: Targets, loss: str) -> Targets:
+    """The targets of which one loss of `LOSSES` counts."""
+    others = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
+    return targets._replace(**{name: tf.zeros_like(getattr(targets, name)) for name in others})
