@@ -105,6 +105,32 @@ def _figure(scraped: Scrape, series: str) -> float | None:
     return 0.0 if found is None and series.endswith("_total") else found
 
 
+def _balance(accounting: Mapping[str, Any]) -> tuple[str, str]:
+    balanced = accounting["balanced"]
+    word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
+    return word, accounts.as_text(accounting)
+
+
+BESIDE: Mapping[str, tuple[str, Callable[[Any], tuple[str, str]]]] = {
+    "held": ("guard", held.as_text),
+    "privacy": ("privacy", privacy.as_text),
+    "rollback": ("rollback", horizon.as_text),
+    "storage": ("storage", storage.as_text),
+    "rows": ("rows", stores_place.as_text),
+    "histories": ("histories", stores_place.as_text),
+    "quality": ("quality", quality.as_text),
+    "churn": ("churn", churn.as_text),
+    "segments": ("segments", segments.as_text),
+    "trials": ("trial", telling.as_text),
+    "rollout": ("rollout", rollouts.as_text),
+    "retrain": ("retrain", retrain_told.as_text),
+    "live_clicks": ("live clicks", live_clicks.as_text),
+    "accounting": ("accounting", _balance),
+    "parity": ("parity", parity.as_text),
+}
+"""Parts of the state that there may be: what each is called, and its word and text; of several each has lines."""
+
+
 def as_table(state: Mapping[str, Any]) -> str:
     """The parts, whether they are there, and more of each."""
     rows: list[Sequence[str]] = []
@@ -119,38 +145,10 @@ def as_table(state: Mapping[str, Any]) -> str:
     registry = state["registry"]
     text = registry["problem"] or registry_state.as_text(registry)
     rows += _part("registry", "there" if registry["answers"] else "away", text)
-    if stopped := state.get("held"):
-        rows += _part("guard", *held.as_text(stopped))
-    if budget := state.get("privacy"):
-        rows += _part("privacy", *privacy.as_text(budget))
-    if back := state.get("rollback"):
-        rows += _part("rollback", *horizon.as_text(back))
-    if kept := state.get("storage"):
-        rows += _part("storage", *storage.as_text(kept))
-    if stored := state.get("rows"):
-        rows += _part("rows", *stores_place.as_text(stored))
-    for stored in state.get("histories") or []:
-        rows += _part("histories", *stores_place.as_text(stored))
-    if measured := state.get("quality"):
-        rows += _part("quality", *quality.as_text(measured))
-    if leaving := state.get("churn"):
-        rows += _part("churn", *churn.as_text(leaving))
-    if members := state.get("segments"):
-        rows += _part("segments", *segments.as_text(members))
-    for tried in state.get("trials") or []:
-        rows += _part("trial", *telling.as_text(tried))
-    if rolled := state.get("rollout"):
-        rows += _part("rollout", *rollouts.as_text(rolled))
-    if anew := state.get("retrain"):
-        rows += _part("retrain", *retrain_told.as_text(anew))
-    if looked_at := state.get("live_clicks"):
-        rows += _part("live clicks", *live_clicks.as_text(looked_at))
-    if accounting := state.get("accounting"):
-        balanced = accounting["balanced"]
-        word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
-        rows += _part("accounting", word, accounts.as_text(accounting))
-    if compared := state.get("parity"):
-        rows += _part("parity", *parity.as_text(compared))
+    for key, (name, words) in BESIDE.items():
+        found = state.get(key) or []
+        for one in found if isinstance(found, list) else [found]:
+            rows += _part(name, *words(one))
     return "\n".join(lines(rows, PARTS))
 
 

@@ -1,7 +1,8 @@
 """Runs trials where no `springtide up` does, as in the trainer's pod of Kubernetes: `python -m deploy.trials.beside`.
 
 While there is a trial to run, or one to remove, `deploy/trials/process.py` is a
-child of this process, whose log and those of the trials' trainers lie in the
+child of this process, and `deploy/trials/retraining.py` while a scheduled retrain
+is due or under way; their logs and those of the trials' trainers lie in the
 directory of logs. How trials compare is on `trials.metrics_port`.
 """
 
@@ -34,11 +35,12 @@ def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) 
         registry: Where metrics are collected.
         stop: Ends it, and all that it began.
     """
-    offered.offer(registry, settings.state_dir)
+    offered.offer(registry, settings)
     supervisor = Supervisor.of(settings, lambda line: logger.warning("%s", line), SupervisorMetrics(registry))
     # The settings were read here: a child that cannot run is tried again.
     supervisor.settled = True
-    supervisor.start(process_plan.plan(settings))
+    for plan in process_plan.plans(settings):
+        supervisor.start(plan)
     try:
         while not stop.is_set():
             supervisor.look()

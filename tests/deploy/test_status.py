@@ -207,7 +207,19 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
     assert set(json.loads(capsys.readouterr().out)) == {
         *("figures", "processes", "kafka", "registry", "rollback", "storage", "rows", "histories", "accounting"),
-        *("held", "parity", "quality", "churn", "segments", "live_clicks", "trials", "rollout", "retrain", "privacy", "urls"),
+        *(
+            "held",
+            "parity",
+            "quality",
+            "churn",
+            "segments",
+            "live_clicks",
+            "trials",
+            "rollout",
+            "retrain",
+            "privacy",
+            "urls",
+        ),
     }
 
 
