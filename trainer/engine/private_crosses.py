@@ -51,11 +51,13 @@ class CrossesToTell:
     def logits(self, record: Record) -> F32:
         """What crosses add to the logits of a record, `[B]` float32; each row's before it was learned from."""
         at, own = self._own(record)
-        return (own.logits + SHARE * own.rows[at[:, : self._told], 0].sum(1)).astype(np.float32)
+        found: F32 = own.logits + np.float32(SHARE) * own.rows[at[:, : self._told], 0].sum(1)
+        return found
 
     def counts(self, record: Record) -> F32:
         """How many weights that are told each row has, `[B]` float32."""
-        return (self._own(record)[0][:, : self._told] != 0).sum(1).astype(np.float32)
+        found: F32 = (self._own(record)[0][:, : self._told] != 0).sum(1).astype(np.float32)
+        return found
 
     def derivatives(self, record: Record, logits: F32) -> tuple[I32, F64]:
         """The weights that are told, as places among the record's rows of crosses, and the derivatives of its losses by them.
@@ -69,7 +71,7 @@ class CrossesToTell:
         shifted = logits.astype(np.float64) + targets.label_shift
         error = np.where(targets.label_weight > 0, 1.0 / (1.0 + np.exp(-shifted)) - targets.label, 0.0)
         by_row = np.repeat(SHARE * targets.label_weight * error, at.shape[1])
-        found = np.bincount(at.reshape(-1), by_row, minlength=1)
+        found: F64 = np.bincount(at.reshape(-1), by_row, minlength=1).astype(np.float64)
         places = np.setdiff1d(at, [0]).astype(np.int32)
         return places, found[places]
 
