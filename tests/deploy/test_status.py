@@ -27,6 +27,7 @@ from state.metrics import (
     ApplierMetrics,
     ConsoleMetrics,
     ProbeMetrics,
+    RetrainMetrics,
     RolloutMetrics,
     SegmentMetrics,
     SharedMetrics,
@@ -59,7 +60,7 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
     named = {series for figures in status.FIGURES.values() for _, series in figures}
     named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
-    # `up`, trials, rollouts, segments, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
+    # `up`, trials, rollouts, retrains, segments, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
     beside = {
         SupervisorMetrics,
         ConsoleMetrics,
@@ -69,6 +70,7 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
         SegmentMetrics,
         TrialMetrics,
         RolloutMetrics,
+        RetrainMetrics,
         ValidationMetrics,
     }
     assert len({*PROCESSES} - beside) == len(status.FIGURES) == len(BORN)

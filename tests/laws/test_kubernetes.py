@@ -190,9 +190,9 @@ def test_hosts_are_scaled_by_their_workers() -> None:
 
 
 def track(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels of a host, as `base/serving` adds to them."""
+    """Labels of a host, as `base/serving` adds to them where no overlay did."""
     of_hosts = labels.get("app.kubernetes.io/component") == "serving"
-    return dict(labels) | ({"springtide/track": "stable"} if of_hosts else {})
+    return ({"springtide/track": "stable"} if of_hosts else {}) | dict(labels)
 
 
 @pytest.mark.parametrize("service", of_kind(ALL, "Service"), ids=lambda one: str(one["metadata"]["name"]))
