@@ -17,7 +17,7 @@ ACTOR = "retrain"
 """Who decides where nobody commanded it."""
 
 
-class Judgement(NamedTuple):
+class RetrainDecision(NamedTuple):
     """What is to become of a retrain.
 
     Attributes:
@@ -36,7 +36,7 @@ def judge(
     settings: RetrainSettings,
     begun_at_ms: int,
     now_ms: int,
-) -> Judgement | None:
+) -> RetrainDecision | None:
     """Judges a retrain; None while that is too early.
 
     1. What somebody decided of its trial counts, and what ended it.
@@ -55,7 +55,7 @@ def judge(
     # 1.
     if trial.wanted == "promoting":
         # One that we ourselves promote goes on where that was cut short.
-        return Judgement("promoted", trial.reason) if trial.actor == ACTOR else None
+        return RetrainDecision("promoted", trial.reason) if trial.actor == ACTOR else None
     if (over := _decided(trial)) is not None:
         return over
     # 2.
@@ -63,43 +63,43 @@ def judge(
     if phase in ("running", "halted"):
         return None
     if rollout is not None and phase == "back":
-        return Judgement("dropped", f"its rollout went back: {rollout.reason} ({rollout.actor})")
+        return RetrainDecision("dropped", f"its rollout went back: {rollout.reason} ({rollout.actor})")
     rows, verdict = (0, "undecided") if compared is None else (int(compared["rows"]), str(compared["verdict"]))
     told = f"{difference(compared or {})} nats a row against the live trainer, over {rows:,} rows"
     # 3.
     if verdict == "worse":
-        return Judgement("dropped", f"worse: {told}")
+        return RetrainDecision("dropped", f"worse: {told}")
     if phase == "done":
-        return Judgement("promoted", f"its rollout is done with nothing against it, and it is not worse: {told}")
+        return RetrainDecision("promoted", f"its rollout is done with nothing against it, and it is not worse: {told}")
     if verdict == "better" and settings.rollout == "off":
-        return Judgement("promoted", f"better: {told}")
+        return RetrainDecision("promoted", f"better: {told}")
     # 4.
     return _too_late(trial, rows, verdict, told, settings, now_ms - begun_at_ms)
 
 
 def _too_late(
     trial: Trial, rows: int, verdict: str, told: str, settings: RetrainSettings, took_ms: int
-) -> Judgement | None:
+) -> RetrainDecision | None:
     """What becomes of one that so many rows, or so much time, did not decide; None before that."""
     if rows >= settings.rows and verdict != "better":
-        return Judgement("dropped", f"no better: {told}")
+        return RetrainDecision("dropped", f"no better: {told}")
     if took_ms < (span_ms(settings.limit) or 0.0):
         return None
     after = f"after {age(took_ms / 1000)} (retrain.limit)"
     if not rows:
-        return Judgement(
+        return RetrainDecision(
             "failed", f"not a row could be compared {after}: logs/trial-{trial.name}.log says how far it came"
         )
     if verdict == "better":
-        return Judgement("dropped", f"better, and no rollout of it is done {after}: {told}")
-    return Judgement("dropped", f"no better {after}: {told}")
+        return RetrainDecision("dropped", f"better, and no rollout of it is done {after}: {told}")
+    return RetrainDecision("dropped", f"no better {after}: {told}")
 
 
-def _decided(trial: Trial) -> Judgement | None:
+def _decided(trial: Trial) -> RetrainDecision | None:
     """What others decided, or we before a crash."""
     by = "" if trial.actor == ACTOR else f"by {trial.actor}: "
     if trial.wanted == "promoted":
-        return Judgement("promoted", f"{by}{trial.reason}")
+        return RetrainDecision("promoted", f"{by}{trial.reason}")
     if trial.wanted == "stopped":
-        return Judgement("dropped", f"{by}{trial.reason}")
-    return Judgement("dropped", f"it ended: {trial.reason}") if trial.wanted == "ended" else None
+        return RetrainDecision("dropped", f"{by}{trial.reason}")
+    return RetrainDecision("dropped", f"it ended: {trial.reason}") if trial.wanted == "ended" else None

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 
 from deploy.trials.commands import trial as command
-from deploy.trials.judging import ACTOR, Judgement, judge
+from deploy.trials.judging import ACTOR, RetrainDecision, judge
 from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
@@ -88,7 +88,7 @@ class Retrainer:
         except (LockHeld, UnusableRegistry):
             raise
         except SpringtideError as error:
-            self._end(Judgement("failed", f"it could not begin: {error}"))
+            self._end(RetrainDecision("failed", f"it could not begin: {error}"))
             return
         logger.info("retrain %s begins: %s", known.name, reason)
         killpoints.reach("retrain.begun")
@@ -112,7 +112,7 @@ class Retrainer:
         # 4.
         self._end(found)
 
-    def _promoted(self, trial: Trial, found: Judgement) -> Judgement:
+    def _promoted(self, trial: Trial, found: RetrainDecision) -> RetrainDecision:
         """Promotes a trial; what keeps it from that for good is what becomes of it."""
         try:
             self._command("promote", trial.name, found.reason)
@@ -121,7 +121,7 @@ class Retrainer:
         except SpringtideError as error:
             reason = f"it was better and could not be promoted: {error}"
             self._command("stop", trial.name, reason)
-            return Judgement("failed", reason)
+            return RetrainDecision("failed", reason)
         return found
 
     def _command(self, what: str, name: str, reason: str, origin: str = "live") -> None:
@@ -130,7 +130,7 @@ class Retrainer:
         with acting(ACTOR):
             command(self._settings, asked, self._now_ms(), lambda line: logger.info("%s", line))
 
-    def _end(self, found: Judgement) -> None:
+    def _end(self, found: RetrainDecision) -> None:
         ended = self._known.change(lambda before: (before or Retraining(0)).end(*found, self._now_ms()))
         logger.log(
             logging.WARNING if found.outcome == "failed" else logging.INFO,
