@@ -61,14 +61,17 @@ class ReadingProgress:
 
     def __init__(self, total: int | None, elapsed: Callable[[], float] = time.monotonic) -> None:
         self._total, self._elapsed = total, elapsed
-        self._began_s = self._said_s = elapsed()
+        self._said_s = elapsed()
+        self._began: tuple[float, int] | None = None
 
     def reach(self, done: int) -> None:
         """Notes that so many are read."""
         now_s = self._elapsed()
-        if now_s - self._said_s < PROGRESS_S:
+        # The first rows load what computes them: the pace is measured from there.
+        self._began = began_s, began = self._began or (now_s, done)
+        if now_s - self._said_s < PROGRESS_S or done == began:
             return
-        self._said_s, rate = now_s, max(done, 1) / max(now_s - self._began_s, 1e-9)
+        self._said_s, rate = now_s, (done - began) / max(now_s - began_s, 1e-9)
         if self._total is None:
             logger.info("%s rows of files are read, %s/s", f"{done:,}", f"{rate:,.0f}")
         else:

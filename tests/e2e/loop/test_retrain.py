@@ -61,11 +61,13 @@ def test_a_retrain_learns_the_topic_and_is_judged_through_kills(
 ) -> None:
     loop.springtide("follow", "--reason", "a test begins")
     trials = Trials(loop.settings.state_dir)
-    # 1. It begins, and its judge is killed at once: nothing waits for it but the judgement.
+    # 1. The first look finds nothing due. Then it begins, and its judge is killed at once: nothing waits for it but the judgement.
+    judges.append(begin(loop))
+    assert judges[0].wait(SCORED_S) == 0 and not known(loop).name
     judges.append(begin(loop))
     name = until(lambda: known(loop).name, lambda: f"none begins\n{loop.logs()}")
     until(lambda: trials.has(name), "it has no trial")
-    judges[0].kill()
+    judges[1].kill()
     # 2. Its trainer is killed while it learns past clicks: it learns them again, from nothing, and its child is gone.
     trainer = until(lambda: trainer_of(loop, name), "no trainer")
     child = until(lambda: child_of(trainer_of(loop, name)), lambda: f"no past clicks are made\n{loop.logs()}", SCORED_S)
@@ -85,7 +87,6 @@ def test_a_retrain_learns_the_topic_and_is_judged_through_kills(
     compared: dict[str, Any] = listed(loop, name)["compared"]
     assert compared["rows"] > 0 and over.name == name
     assert over.outcome == {"better": "promoted"}.get(compared["verdict"], "dropped"), over
-    judges[1].kill()
     until(lambda: name not in trials.open(), "what it learned is not removed")
     assert listed(loop, name)["wanted"] == {"promoted": "promoted"}.get(over.outcome, "stopped")
     assert loop.springtide("status")["retrain"]["reason"] == over.reason
