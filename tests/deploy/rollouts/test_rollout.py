@@ -96,7 +96,9 @@ class Site:
         self.trial = ServedHost(folder / "trial", kafka, lowered, 2)
         self.live = ServedHost(folder / "live", kafka, lowered, 1, **{"rollout.address": self.trial.url})
         self.client, self.writer, self.written = httpx.Client(timeout=30.0), Writer(kafka), 0
-        until(lambda: answers(self.live.port, "/v1/profiles/a") and answers(self.trial.port, "/v1/profiles/a"))
+        # Without a click of any time histories are not there yet; the first of these is of 1970.
+        self._engage([user_id(SALT, "user-0")] * 2)
+        until(lambda: answers(self.live.port, "/readyz") and answers(self.trial.port, "/readyz"), PATIENCE_S)
 
     def ask(self, number: int) -> tuple[str | None, int]:
         """The arm that an answer names, and its version."""
