@@ -1,4 +1,4 @@
-"""The budget: each period is paid for before it is learned, its end holds training whatever restarts, and `verify` holds with the key."""
+"""The budget: each period is paid for before it is learned, its end holds training whatever restarts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from state.log import Log
 from state.registry import privacy_ledger
 from state.registry.control import roll_back
 from state.registry.registry import Registry
-from tests.trainer.clicks import SPEC, microbatch
-from tests.trainer.logs import ABOUT, learner, opener, started, written
+from tests.trainer.clicks import microbatch
+from tests.trainer.logs import learner, started, written
 from tests.trainer.privacy.batches import at, settings, shared
-from trainer import verify
 from trainer.learner import Learner
 from trainer.versions import checkpoint
 
@@ -87,24 +86,6 @@ def test_a_rollback_tells_its_rows_again_and_spends_for_it(tmp_path: Path) -> No
     assert [one.epoch for one in again.periods][-1] == 2 and again.periods[: len(first.periods)] == first.periods
     assert again.spent > first.spent
     running.close()
-
-
-def test_a_version_is_verified_with_the_key_and_not_without_it(tmp_path: Path) -> None:
-    own = settings(tmp_path / "state")
-    registry, log = started(own.registry_dir), written(RECORDS[:4])
-    registry.add_spec(SPEC.digest, ABOUT, lambda folder: (folder / "transform").mkdir())
-    running = run(registry, log, tmp_path / "state")
-    running.close()
-    newest = registry.newest(1) or 0
-    assert registry.manifest(newest).environment["privacy.key"] not in ("", "ab" * 32)
-
-    def verified(state: Path) -> str:
-        one = settings(state) if state == own.state_dir else settings(state, key="cd" * 32)
-        found = verify.verify(one, registry, newest, None, shared, lambda topic, offset: opener(log, topic)(offset))
-        return found.outcome
-
-    assert verified(own.state_dir) == "equal"
-    assert verified(tmp_path / "other") == "not comparable"
 
 
 def test_a_ledger_that_is_gone_or_of_another_key_or_unit_is_refused(tmp_path: Path) -> None:
