@@ -60,7 +60,7 @@ def judge(
         return over
     # 2.
     phase = rollout.phase if rollout is not None and rollout.name == trial.name else ""
-    if phase in ("running", "halted"):
+    if phase in ("starting", "running", "halted"):
         return None
     if rollout is not None and phase == "back":
         return RetrainDecision("dropped", f"its rollout went back: {rollout.reason} ({rollout.actor})")
