@@ -227,6 +227,7 @@ def test_where_a_rollout_is_asked_for_better_alone_is_not_enough(tmp_path: Path)
     assert shop.step(HOUR_MS) and shop.trials.read(trial.name).runs
     rollouts.propose(rollout.start(None, trial.name, (100.0,), 60.0, (0, 0), actor="ann", reason="to see", now_ms=1))
     assert shop.step(HOUR_MS)
+    rollouts.change(lambda now: rollout.begin(now, actor="gate", reason="the trial answers", now_ms=2))
     rollouts.change(lambda now: rollout.next_step(now, actor="gate", reason="nothing against it", now_ms=2))
     assert not shop.step() and shop.known.outcome == "promoted" and shop.known.reason.startswith("its rollout is done")
     # Nobody opened one of the next: it is too late then.
