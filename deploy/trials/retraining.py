@@ -82,7 +82,7 @@ class Retrainer:
     def _begin(self, known: Retraining) -> None:
         retrain = self._settings.retrain
         source = "files" if retrain.files else "the clicks topic"
-        reason = f"each {retrain.every}: learned anew from {retrain.days:g} days of {source}"
+        reason = f"each {retrain.every}: learned anew from {retrain.days:g} d of {source}"
         try:
             self._command("start", known.name, reason, origin="clicks")
         except (LockHeld, UnusableRegistry):
