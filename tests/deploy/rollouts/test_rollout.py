@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.rollouts import telling
 from deploy.rollouts.offered import RolloutCollector
+from deploy.rollouts.process_plan import plans
 from deploy.watch.scrape import Scrape, parsed
 from state.config.loading import load
 from state.config.sections import Kafka
@@ -37,6 +40,7 @@ from state.microbatch.columns import NAMES
 from state.registry.registry import Registry
 from state.rollouts.assignment import LIVE, TRIAL, arm_of, place_of
 from state.rollouts.rollouts import Rollouts
+from state.trials.trial import Trials
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.fire import Line, Trainer
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered
@@ -316,7 +320,7 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     until(lambda: site.ask(1) == (None, 1))
 
 
-def test_a_trial_that_does_not_answer_costs_nobody_an_answer_goes_back_and_begins_no_more(
+def test_a_trial_that_does_not_answer_costs_nobody_an_answer_goes_back_and_begins_again_once_it_does(
     site: Site, tmp_path: Path
 ) -> None:
     driving = Driving(site, tmp_path / "log", "broken", "--steps", "50", "--every", "1h")
@@ -330,5 +334,18 @@ def test_a_trial_that_does_not_answer_costs_nobody_an_answer_goes_back_and_begin
     waiting = Driving(site, tmp_path / "log", "broken", "--steps", "50", "--every", "1h")
     until(lambda: waiting.says("its first step waits"))
     assert "broken starting, 0 of the users" in waiting.log.read_text() and site.ask(1) == (None, 1)
+    # What `up` runs there, where the trial lies on this machine, answers until the rollout is over, and leaves nothing.
+    settings = load(site.live.flags, {}, "/dev/null")
+    (plan,), trials = plans(settings), Trials(settings.state_dir)
+    shutil.copytree(site.trial.registry.path, trials.registry("broken"))
+    assert plan.wanted is not None and plan.wanted()
+    with (tmp_path / "host").open("w") as output:
+        environment = os.environ | settings.environment()
+        host = subprocess.Popen(plan.command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    site.driven.append(host)
+    until(lambda: waiting.says("broken running, 0.5"), PATIENCE_S)
+    until(lambda: any(site.ask(number) == (TRIAL, 2) for number in range(20)))
     assert "back, 0 of the users" in site.said("broken", "--back")
     assert waiting.process.wait(timeout=60) == 0
+    assert host.wait(timeout=60) == 0, (tmp_path / "host").read_text()
+    assert not plan.wanted() and not (trials.folder("broken") / "host").exists()

@@ -52,8 +52,7 @@ def loop(one_loop: Loop) -> Loop:
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
     watched = rules.found("prometheus") is not None
-    rolled_out = {"rollout.address": f"http://127.0.0.1:{free_port()}"}
-    own = {**SHORT, **JOINED, **LOOKED_AT, **rolled_out, "console.port": free_port()}
+    own = {**SHORT, **JOINED, **LOOKED_AT, "console.port": free_port()}
     made = Loop(tmp_path_factory.mktemp("e2e"), own, ("--prometheus",) if watched else ())
     made.start()
     yield made
