@@ -5,6 +5,7 @@
 Flags with a dot are settings. Each run learns the first rows of a log: without
 privacy as the defaults say, and with it in records of 2,048 rows that are taken
 whole, of which a user is in `privacy.updates` at most, one period long.
+"No noise, no bound" is what a private trainer does not learn, alone.
 
 Quality: top-1 and log loss of the next category on Taobao, with the AUC of pairs
 with the item of another row, scored on the second half whoever learns; AUC and
@@ -207,7 +208,8 @@ def measured(data: str, flags: Sequence[str], asked: argparse.Namespace, stages:
             for epsilon in asked.epsilons:
                 own = ["--paths.state", folder, "--privacy.unit", unit, "--privacy.epsilon", str(epsilon)]
                 runs[f"epsilon {epsilon:g}, {unit}"] = load([*base, *private, *own, *flags], {})
-            runs[f"{SILENT}, {unit}"] = runs[f"epsilon {asked.epsilons[0]:g}, {unit}"]
+            if asked.epsilons:
+                runs[f"{SILENT}, {unit}"] = runs[f"epsilon {asked.epsilons[0]:g}, {unit}"]
         for name, settings in runs.items():
             run = Run(settings, recorded, preprocessing, rows, stages, f"{data} {name}", name.startswith(SILENT))
             found = run.quality() | run.attack()
