@@ -32,7 +32,7 @@ from trainer.tables.table import Table
 Tensor = Any
 
 ROWS_AT_ONCE = 64
-"""Rows whose gradients are in memory at once: 0.1 MB each at the default widths."""
+"""Rows whose gradients are in memory at once: 0.2 MB each at the default widths."""
 
 LISTED, USER = "category", "user"
 
