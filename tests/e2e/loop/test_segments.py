@@ -44,7 +44,7 @@ def last(loop: Loop, user: str) -> tuple[int, bytes | None]:
 
 
 def segments(loop: Loop, *words: str) -> Any:
-    """What `springtide segments` says, here: a process of its own would take two seconds each time."""
+    """What `springtide segments` says, without the start of a process each time."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert command.main([*words, "-o", "json", *loop.flags]) == 0
