@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import psutil
 import pytest
 
-from deploy.kafka.configuration import free_port
+from deploy.kafka.configuration import free_ports
 from deploy.startup import prometheus
 from tests import rules
 from tests.e2e.running import SHORT, Loop
@@ -52,7 +52,9 @@ def loop(one_loop: Loop) -> Loop:
 def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     """A running loop; a test leaves it running and following."""
     watched = rules.found("prometheus") is not None
-    own = {**SHORT, **JOINED, **LOOKED_AT, "console.port": free_port()}
+    ports = free_ports(("console", "trial"))
+    placed = {"console.port": ports["console"], "rollout.address": f"http://127.0.0.1:{ports['trial']}"}
+    own = {**SHORT, **JOINED, **LOOKED_AT, **placed}
     made = Loop(tmp_path_factory.mktemp("e2e"), own, ("--prometheus",) if watched else ())
     made.start()
     yield made

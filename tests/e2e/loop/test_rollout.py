@@ -1,0 +1,102 @@
+"""A rollout on the running loop: `up` answers for the trial by itself, it is told everywhere, and with the rollout its host goes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from playwright.sync_api import Browser, expect
+
+from deploy.rollouts import telling
+from deploy.watch import scrape
+from deploy.watch.address import serving_address
+from state.rollouts.assignment import LIVE, TRIAL
+from state.trials.trial import Trials
+from tests.e2e.loop.test_page import CHROMIUM, PATIENCE_MS
+from tests.e2e.loop.test_page import browser as browser
+from tests.e2e.running import ROOT, Loop, until
+
+NAME = "among-users"
+USERS = [f"one-of-a-rollout-{number}" for number in range(60)]
+
+
+def words(loop: Loop, *more: str) -> list[str]:
+    return [sys.executable, "-m", "deploy.cli", "rollout", NAME, *more, *loop.flags]
+
+
+def arms(loop: Loop) -> Counter[str]:
+    """How many of the users are answered by which arm."""
+    found = httpx.post(str(serving_address(loop.settings, "/v1/profiles:batch")), json={"users": USERS}, timeout=60.0)
+    assert found.status_code == 200, found.text
+    return Counter(one.get("arm", "") for one in found.json()["profiles"])
+
+
+def hosts(loop: Loop) -> int:
+    """The processes that answer for the trial."""
+    registry, count = f"--paths.registry={Trials(loop.settings.state_dir).registry(NAME)}", 0
+    for one in loop.processes():
+        try:
+            command = one.cmdline()
+        except psutil.Error:
+            continue
+        count += registry in command and "deploy.serving.rest" in command
+    return count
+
+
+def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
+    loop: Loop, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    loop.springtide("follow", "--reason", "a test begins")
+    loop.springtide("trial", "start", NAME, "--set", "model.hidden=8", "--reason", "what do users say?")
+    assert arms(loop) == {"": len(USERS)} and hosts(loop) == 0
+    page = None
+    if CHROMIUM is not None:
+        known: Browser = request.getfixturevalue("browser")
+        page = known.new_page()
+        page.goto(f"http://127.0.0.1:{loop.settings.console.port}/")
+    log = tmp_path / "driving"
+    with log.open("w") as said:
+        driving = subprocess.Popen(
+            words(loop, "--steps", "50,100", "--every", "1h"), cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
+        )
+    try:
+        # 1. Its first step begins once its host answers, and nobody is failed by it.
+        until(lambda: arms(loop).keys() == {TRIAL, LIVE}, lambda: f"no trial answers\n{log.read_text()}\n{loop.logs()}")
+        assert hosts(loop) >= 1 and "among-users starting" in log.read_text()
+        loop.click([(user, "lamp", "light", "purchase") for user in USERS])
+
+        # 2. It is told: in status, on /metrics, on the page.
+        def compared() -> dict[str, Any] | None:
+            found = (telling.look(loop.settings) or {}).get("compared")
+            return dict(found) if found and found["arms"][TRIAL]["answers"] and found["arms"][LIVE]["answers"] else None
+
+        found = until(compared, lambda: f"nothing is compared\n{log.read_text()}")
+        assert found["arms"][TRIAL]["failures"] == 0
+        told = loop.springtide("status")["rollout"]
+        assert (told["name"], told["phase"], told["share"]) == (NAME, "running", 0.5)
+        metrics = scrape.scrape(scrape.supervisor_urls(loop.settings))["up"]
+        assert metrics.value("springtide_rollout_share_ratio", trial=NAME) == 0.5
+        assert metrics.value("springtide_rollout_stopped", trial=NAME) == 0.0
+        assert (metrics.value("springtide_rollout_answers", trial=NAME, arm=TRIAL) or 0) > 0
+        if page is not None:
+            expect(page.locator("#rollout-told")).to_contain_text("50.0 % of the users", timeout=PATIENCE_MS)
+            expect(page.locator("#rollout-table tbody tr")).to_have_count(2, timeout=PATIENCE_MS)
+            page.close()
+
+        # 3. With it its host goes, and what that kept.
+        subprocess.run(words(loop, "--back", "--reason", "enough"), cwd=ROOT, check=True, capture_output=True)
+        until(lambda: arms(loop) == {"": len(USERS)}, "users are still told apart")
+        host = Trials(loop.settings.state_dir).folder(NAME) / "host"
+        until(lambda: not hosts(loop) and not host.exists(), lambda: f"its host stays\n{loop.logs()}")
+        assert driving.wait(60) == 0, log.read_text()
+    finally:
+        driving.kill()
+        driving.wait()
+    loop.springtide("trial", "stop", NAME, "--reason", "enough")
+    until(lambda: NAME not in Trials(loop.settings.state_dir).open(), "what it learned is not removed")
