@@ -158,6 +158,7 @@ def test_producers_stop_before_what_they_write_to() -> None:
         "probe",
         "shoppers",
         "stream",
+        "retrain",
         "trials",
         "trainer",
         "validation",
@@ -167,7 +168,7 @@ def test_producers_stop_before_what_they_write_to() -> None:
         "trial-host",
         "prometheus",
     ]
-    assert {*process_plans(), "prometheus", "trials", "trial-host"} == set(STOP_ORDER)
+    assert {*process_plans(), "prometheus", "retrain", "trials", "trial-host"} == set(STOP_ORDER)
 
 
 def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:

@@ -177,7 +177,8 @@ def test_answers_go_on_while_the_store_is_away_and_versions_come_when_it_is_back
         # The trainer and its own host go on.
         at = loop.answer_trained_on(USER, loop.click([(USER, "lamp", "light", "view")]))["version"]["number"]
         answer = third.profile(USER)
-        assert answer is not None and answer["version"]["number"] < at and third.ready
+        assert answer is not None and answer["version"]["number"] < at
+        until(lambda: third.ready, third.said)
     finally:
         s3.go_on()
     reached([third.profile], lambda one: one["version"]["number"] >= at, third.said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana import headlines, live_clicks, rollouts
+from deploy.grafana import headlines, live_clicks, retrains, rollouts, segments
 from deploy.grafana.panel import Board, Panel, PanelQuery, PanelRow, rate
 
 FEW = "too few rows were scored yet"
@@ -146,6 +146,8 @@ BOARD = Board(
         PanelRow("Known and new users", USERS),
         PanelRow("Live clicks against the baseline", live_clicks.VALIDATION),
         PanelRow("A trial among users", rollouts.ROLLOUT),
+        PanelRow("Models learned anew", retrains.RETRAINS),
+        PanelRow("Segments", segments.SEGMENTS),
         PanelRow("What is learned from", LEARNED),
     ),
 )

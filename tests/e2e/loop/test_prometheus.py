@@ -46,10 +46,9 @@ def test_each_rule_is_computed_without_a_fault(watching: Watching) -> None:
 
 
 def elsewhere(name: str) -> bool:
-    """Whether a series is none of this loop's, which sends no probes, has its registry alone, and has a rollout only in tests of one."""
-    return name.startswith(
-        ("springtide_probe_", "springtide_rollout_", "springtide_shared_", "instance:springtide_shared_")
-    )
+    """Whether a series is none of this loop's: it sends no probes, has its registry alone and no schedule, and a rollout in its test."""
+    others = ("springtide_probe_", "springtide_retrain_", "springtide_rollout_", "springtide_shared_")
+    return name.startswith((*others, "instance:springtide_shared_"))
 
 
 def test_each_series_that_a_rule_asks_for_is_there(loop: Loop, watching: Watching) -> None:

@@ -20,6 +20,7 @@ from state.rollouts.assignment import LIVE, TRIAL
 from state.trials.trial import Trials
 from tests.e2e.loop.test_page import CHROMIUM, PATIENCE_MS
 from tests.e2e.loop.test_page import browser as browser
+from tests.e2e.loop.test_trial import SCORED_S
 from tests.e2e.running import ROOT, Loop, until
 
 NAME = "among-users"
@@ -67,7 +68,11 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
         )
     try:
         # 1. Its first step begins once its host answers, and nobody is failed by it.
-        until(lambda: arms(loop).keys() == {TRIAL, LIVE}, lambda: f"no trial answers\n{log.read_text()}\n{loop.logs()}")
+        until(
+            lambda: arms(loop).keys() == {TRIAL, LIVE},
+            lambda: f"no trial answers\n{log.read_text()}\n{loop.logs()}",
+            SCORED_S,
+        )
         assert hosts(loop) >= 1 and "among-users starting" in log.read_text()
         loop.click([(user, "lamp", "light", "purchase") for user in USERS])
 
@@ -98,5 +103,7 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
     finally:
         driving.kill()
         driving.wait()
-    loop.springtide("trial", "stop", NAME, "--reason", "enough")
+        # Where it failed, too: an open rollout lets no other begin.
+        subprocess.run(words(loop, "--end", "--reason", "enough"), cwd=ROOT, check=False, capture_output=True)
+        loop.springtide("trial", "stop", NAME, "--reason", "enough")
     until(lambda: NAME not in Trials(loop.settings.state_dir).open(), "what it learned is not removed")
