@@ -47,7 +47,7 @@ from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
 
 SALT_EXTRA = "salt"
-RECORDS_AT_ONCE = 1
+RECORDS_AT_ONCE = 2
 """In a transaction: LMDB keeps as many pages in memory as its largest one ever changed."""
 EVERY_MS = 1000
 DEFAULTS = ServingSettings()
