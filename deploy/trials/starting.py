@@ -110,6 +110,11 @@ def _link_version(live: Registry, own: Registry, version: int) -> None:
                     live.path_of(part, name)
                 shutil.copytree(live.folder_of(part), own.folder_of(part), copy_function=_linked, dirs_exist_ok=True)
             own.chain(version)
+            # Whoever answers for the trial begins with this version.
+            program = Path(layout.PROGRAMS, f"{live.manifest(version).program}.tflite")
+            if (live.path / program).exists():
+                (own.path / layout.PROGRAMS).mkdir(exist_ok=True)
+                _linked(str(live.path / program), str(own.path / program))
             return
         except (OSError, shutil.Error, UnknownVersion, CorruptVersion):
             if not left:
