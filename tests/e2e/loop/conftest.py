@@ -54,7 +54,8 @@ def one_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     watched = rules.found("prometheus") is not None
     ports = free_ports(("console", "trial"))
     placed = {"console.port": ports["console"], "rollout.address": f"http://127.0.0.1:{ports['trial']}"}
-    own = {**SHORT, **JOINED, **LOOKED_AT, **placed}
+    # The first questions of a host that has just begun take longer than others, beside all else that runs here.
+    own = {**SHORT, **JOINED, **LOOKED_AT, **placed, "rollout.timeout_s": 60}
     made = Loop(tmp_path_factory.mktemp("e2e"), own, ("--prometheus",) if watched else ())
     made.start()
     yield made
