@@ -24,7 +24,6 @@ from typing import BinaryIO
 
 from prometheus_client import CollectorRegistry
 
-from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import RegistryError
 from state.events.identity import load_salt
@@ -34,9 +33,7 @@ from state.layout import HISTORIES
 from state.log import KafkaLog, Log, PartitionBatch
 from state.metrics import StreamMetrics
 from state.microbatch.frames import END, framed
-from state.process import log_lines
-from state.process.ending import reported
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.registry.log_line import WHOLE
 from state.storage.shares import STREAM, map_bytes
 from state.trials.past import Past, read_past
@@ -153,18 +150,10 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes all of it; returns the exit code."""
-    keep_private()
-    log_lines.begin("past clicks")
     # Whatever a library prints must not come between the frames.
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
-
-        def work() -> None:
-            settings = load(sys.argv[1:] if argv is None else argv, os.environ)
-            log_lines.follow(settings.logs)
-            _write_all(settings, out)
-
-        return reported(work, logger)
+        return run_part("past clicks", lambda settings: _write_all(settings, out), argv, logger)
 
 
 if __name__ == "__main__":

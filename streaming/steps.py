@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 from state.events.event_batch import EventBatch
 from state.log import PartitionBatch
+from state.process.wall_clock import wall_ms
 from streaming.attributes import Join
 from streaming.context import JobContext, Step, StreamContext
 from streaming.interleaving import in_order
@@ -47,6 +47,6 @@ class UpdateProfiles(Step[StreamContext]):
     def process(self, batch: EventBatch) -> Iterator[Rows]:
         """Makes the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
-            rows = rows_of(context, context.join, batch, time.time_ns() // 1_000_000)
+            rows = rows_of(context, context.join, batch, wall_ms())
             context.metrics.cached_users.set(context.profiler.cached_users)
         yield rows

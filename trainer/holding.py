@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -270,7 +269,7 @@ def let_go(guard: GuardState, control: Control) -> GuardState:
     if not (guard.held and control.action in LETS_GO):
         return guard
     logger.info("training goes on after %d skipped steps", guard.skipped)
-    return replace(guard, held=False, skipped=0)
+    return guard.released()
 
 
 _SAID = {Standing.PASS: "pass the guard again", Standing.SUSPECT: "wait for the guard", Standing.HOLD: "are held"}

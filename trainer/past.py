@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 
 from state.config.settings import Settings
 from state.errors import ProcessFailed, UnknownTopic
@@ -77,7 +76,7 @@ class PastLearning:
                 if len(batch):
                     if trainer.guard.held:
                         # As in a replay: what comes behind it may be learned from again.
-                        trainer.guard = replace(trainer.guard, held=False, skipped=0)
+                        trainer.guard = trainer.guard.released()
                     trainer.step(batch)
                     rows, told_ms = rows + len(batch), max(told_ms, found.told_ms)
                     killpoints.reach("past.stepped")

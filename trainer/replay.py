@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from state.errors import GapError, LogError
@@ -86,7 +85,7 @@ class Replay:
             return
         if self._trainer.guard.held:
             # Nothing is learned while training is held: somebody let it go on from here.
-            self._trainer.guard = replace(self._trainer.guard, held=False, skipped=0)
+            self._trainer.guard = self._trainer.guard.released()
         self.unlike += int(self._lost.after(segment.erased).users.has(found.batch.user).sum())
         at = NoisePlace(self._log.topic_id, self._log.partition, offset, segment.epoch, segment.erased)
         self._trainer.step(found.batch, place=at)

@@ -21,12 +21,9 @@ from deploy.serving.edge.server import DrainingServer
 from deploy.serving.edge.tls import Certificate
 from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
 from deploy.watch.address import address
-from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError
-from state.process import log_lines
-from state.process.ending import reported
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 
 _log = logging.getLogger(__name__)
@@ -77,15 +74,7 @@ def run(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console with the settings of `argv`; returns the exit code."""
-    keep_private()
-    log_lines.begin("console")
-
-    def work() -> None:
-        settings = load(list(sys.argv[1:] if argv is None else argv))
-        log_lines.follow(settings.logs)
-        run(settings)
-
-    return reported(work, _log)
+    return run_part("console", run, argv, _log)
 
 
 if __name__ == "__main__":

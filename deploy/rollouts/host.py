@@ -18,12 +18,10 @@ from urllib.parse import urlsplit
 from deploy import serve
 from deploy.rollouts.process_plan import hosted
 from state import layout
-from state.config.loading import load
 from state.config.settings import Settings
 from state.disk import memory_place
-from state.process import log_lines
-from state.process.ending import reported, stop_on_signals
-from state.process.private_files import keep_private
+from state.process.ending import stop_on_signals
+from state.process.part import run_part
 from state.rollouts.rollouts import Rollouts
 from state.trials.trial import Trials
 
@@ -34,6 +32,7 @@ logger = logging.getLogger(__name__)
 def flags_of(settings: Settings, name: str) -> list[str]:
     """What is another's of the trial's host, as flags for processes that have the loop's settings in their environment.
 
+    >>> from state.config.loading import load
     >>> flags_of(load(["--rollout.address=http://127.0.0.1:8601"], {}, "/dev/null"), "wider")[:2]
     ['--paths.state=.springtide/trials/wider/host', '--paths.registry=.springtide/trials/wider/registry']
     """
@@ -95,16 +94,8 @@ def remove(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Answers with the settings of `argv`; returns the exit code."""
-    keep_private()
-    log_lines.begin("trial-host")
     stopping = stop_on_signals()
-
-    def work() -> None:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        run(settings, stopping.is_set)
-
-    return reported(work, logger)
+    return run_part("trial-host", lambda settings: run(settings, stopping.is_set), argv, logger)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ from deploy.segments.command import opened
 from deploy.segments.judging import open_host
 from deploy.segments.lookalike_lists import aside
 from deploy.segments.lookalikes import nearest, precision_curve, vectors_of
-from state.config.loading import load
 from state.config.settings import Settings
 from state.disk import files as durable
-from state.process import log_lines
-from state.process.ending import reported
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 from state.segments import lookalikes
 from state.segments.configured import segments_of
@@ -64,15 +61,7 @@ def run(settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Lists with the settings of `argv`; returns the exit code."""
-    keep_private()
-    log_lines.begin("segments")
-
-    def work() -> None:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        run(settings)
-
-    return reported(work, _log)
+    return run_part("segments", run, argv, _log)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,15 @@ from prometheus_client import CollectorRegistry
 from deploy.segments.judging import open_host
 from deploy.segments.keeping import SegmentKeeper, require_segments
 from deploy.serving.host import Host
-from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.layout import SEGMENTS_LOCK
 from state.log import KafkaLog, Log
 from state.metrics import SegmentMetrics, served
-from state.process import log_lines
-from state.process.ending import reported, stop_on_signals
+from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 
@@ -82,14 +80,11 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the keeper with the settings of `argv` until a signal; returns the exit code."""
-    keep_private()
-    log_lines.begin("segments")
-    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), _log)
+    stop = stop_on_signals()
+    return run_part("segments", lambda settings: _run(settings, stop), argv, _log)
 
 
-def _run(flags: list[str]) -> None:
-    stop, settings = stop_on_signals(), load(flags)
-    log_lines.follow(settings.logs)
+def _run(settings: Settings, stop: threading.Event) -> None:
     os.nice(NICENESS)
     require_segments(settings)
     with (

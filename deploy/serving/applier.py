@@ -34,7 +34,6 @@ from deploy.serving.gauges import show_ages
 from deploy.serving.host_rows import HostRows
 from deploy.serving.splitting.forwarding import ExposureForwarder
 from state.attributes.values import tables_of
-from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import (
@@ -53,10 +52,9 @@ from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS
 from state.log import KafkaLog, Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, served
-from state.process import log_lines
-from state.process.ending import reported, stop_on_signals
+from state.process.ending import stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry.control_look import ControlLook
@@ -269,14 +267,11 @@ class Applier:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.applier [flags]`; returns the exit code."""
-    keep_private()
-    log_lines.begin("applier")
-    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), _log)
+    stop = stop_on_signals()
+    return run_part("applier", lambda settings: _run(settings, stop), argv, _log)
 
 
-def _run(flags: list[str]) -> None:
-    stop, settings = stop_on_signals(), load(flags)
-    log_lines.follow(settings.logs)
+def _run(settings: Settings, stop: threading.Event) -> None:
     port, host = settings.serving.metrics_port, settings.metrics.host
     with (
         DirectoryLock(settings.serving_dir),

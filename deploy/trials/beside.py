@@ -16,12 +16,10 @@ from prometheus_client import CollectorRegistry
 
 from deploy.children.supervisor import Supervisor
 from deploy.trials import offered, process_plan
-from state.config.loading import load
 from state.config.settings import Settings
 from state.metrics import SupervisorMetrics, served
-from state.process import log_lines
-from state.process.ending import reported, stop_on_signals
-from state.process.private_files import keep_private
+from state.process.ending import stop_on_signals
+from state.process.part import run_part
 
 LOOK_S = 0.2
 logger = logging.getLogger(__name__)
@@ -51,14 +49,11 @@ def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs trials with the settings of `argv` until a signal; returns the exit code."""
-    keep_private()
-    log_lines.begin("trials")
-    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), logger)
+    stop = stop_on_signals()
+    return run_part("trials", lambda settings: _run(settings, stop), argv, logger)
 
 
-def _run(flags: list[str]) -> None:
-    stop, settings = stop_on_signals(), load(flags)
-    log_lines.follow(settings.logs)
+def _run(settings: Settings, stop: threading.Event) -> None:
     with served(settings.trials.metrics_port, settings.metrics.host) as registry:
         run(settings, registry, stop)
 

@@ -29,14 +29,12 @@ from deploy.children.supervisor import ProcessPlan, Supervisor
 from deploy.trials.comparing import ComparedTrial
 from deploy.trials.trial_settings import flags_of
 from state import layout
-from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, of_disk
 from state.metrics import SupervisorMetrics
-from state.process import log_lines
-from state.process.ending import reported, stop_on_signals
-from state.process.private_files import keep_private
+from state.process.ending import stop_on_signals
+from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.registry.control import Control
 from state.registry.registry import Registry
@@ -192,16 +190,8 @@ def run(settings: Settings, stopping: threading.Event) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the trials with the settings of `argv`; returns the exit code."""
-    keep_private()
-    log_lines.begin("trials")
     stopping = stop_on_signals()
-
-    def work() -> None:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        run(settings, stopping)
-
-    return reported(work, logger)
+    return run_part("trials", lambda settings: run(settings, stopping), argv, logger)
 
 
 if __name__ == "__main__":

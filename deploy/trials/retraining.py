@@ -21,15 +21,14 @@ from collections.abc import Callable
 from deploy.trials.commands import trial as command
 from deploy.trials.judging import ACTOR, RetrainDecision, judge
 from state import layout
-from state.config.loading import load
 from state.config.settings import Settings
 from state.config.spans import span_ms
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, UnusableRegistry, of_disk
-from state.process import killpoints, log_lines
+from state.process import killpoints
 from state.process.actor import acting
-from state.process.ending import reported, stop_on_signals
-from state.process.private_files import keep_private
+from state.process.ending import stop_on_signals
+from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
@@ -159,16 +158,8 @@ def run(settings: Settings, stopping: threading.Event) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Takes the schedule on with the settings of `argv`; returns the exit code."""
-    keep_private()
-    log_lines.begin("retrain")
     stopping = stop_on_signals()
-
-    def work() -> None:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        run(settings, stopping)
-
-    return reported(work, logger)
+    return run_part("retrain", lambda settings: run(settings, stopping), argv, logger)
 
 
 if __name__ == "__main__":

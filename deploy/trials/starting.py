@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ def filler(
         )
         if version is not None:
             _link_version(live, own, version.version)
+            # Whoever answers for the trial begins with it.
+            with suppress(CorruptVersion):
+                own.add_program(live.program(version.program))
         if past is not None:
             write_past(folder, past)
         base = None if version is None else version.version
@@ -110,11 +114,6 @@ def _link_version(live: Registry, own: Registry, version: int) -> None:
                     live.path_of(part, name)
                 shutil.copytree(live.folder_of(part), own.folder_of(part), copy_function=_linked, dirs_exist_ok=True)
             own.chain(version)
-            # Whoever answers for the trial begins with this version.
-            program = Path(layout.PROGRAMS, f"{live.manifest(version).program}.tflite")
-            if (live.path / program).exists():
-                (own.path / layout.PROGRAMS).mkdir(exist_ok=True)
-                _linked(str(live.path / program), str(own.path / program))
             return
         except (OSError, shutil.Error, UnknownVersion, CorruptVersion):
             if not left:

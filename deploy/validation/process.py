@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry
 from deploy.validation.judging import WindowJudge
 from deploy.validation.kept import KeptWindows
 from deploy.validation.windows import Windows, chosen
-from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import GapError, LogError, MicroBatchError, RegistryError, UnknownTopic, of_disk
@@ -27,10 +26,9 @@ from state.features.spec import FeatureSpec
 from state.log import KafkaLog, Log, LogReader, PartitionBatch
 from state.metrics import ValidationMetrics, served
 from state.microbatch.codec import decode
-from state.process import log_lines
-from state.process.ending import reported, stop_on_signals
+from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.statistics.collecting import Statistics
 
@@ -152,14 +150,11 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the validation with the settings of `argv` until a signal; returns the exit code."""
-    keep_private()
-    log_lines.begin("validation")
-    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), _log)
+    stop = stop_on_signals()
+    return run_part("validation", lambda settings: _run(settings, stop), argv, _log)
 
 
-def _run(flags: list[str]) -> None:
-    stop, settings = stop_on_signals(), load(flags)
-    log_lines.follow(settings.logs)
+def _run(settings: Settings, stop: threading.Event) -> None:
     with (
         DirectoryLock(settings.validation_dir),
         served(settings.validation.metrics_port, settings.metrics.host) as registry,

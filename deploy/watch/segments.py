@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploy.watch.messages import seconds
+from deploy.watch.panel import FEW_RECORDS
 from deploy.watch.scrape import SEGMENTS, Scrape
 from state.config.settings import Settings
 from state.segments.configured import texts_of
@@ -13,8 +14,8 @@ from state.segments.configured import texts_of
 PREFIX = "springtide_segments_"
 FIGURES = {"lag": "lag_records", "waiting": "waiting", "sweep_s": "sweep_seconds"}
 """What each figure is called here, and how its series ends."""
-FEW_RECORDS, FEW_USERS = 100, 20_000
-"""Of the training log, some ten seconds; and users that are judged within six. The alerts wait a while at the same bounds."""
+FEW_USERS = 20_000
+"""That are judged within six seconds. The alerts wait a while at this bound and at FEW_RECORDS."""
 
 
 def look(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any] | None:

@@ -25,13 +25,12 @@ from state import layout
 from state.config.sections import RetrainSettings
 from state.disk import files as durable
 from state.errors import RegistryError
+from state.features.ages import DAY_MS
 from state.microbatch.batch import MicroBatch
 from state.microbatch.cutting import trim
 from state.positions import Source
 from state.registry import manifest
 from state.registry.manifest import LogRange, Manifest
-
-DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from tests.streaming.distributed.shop import (
     TOPIC,
     Click,
     Place,
+    clicks,
     known_attributes,
     local_form,
     mask_one_user,
@@ -53,17 +54,6 @@ from tests.streaming.distributed.shop import (
 
 HOUR_MS = 3_600_000
 LOG = LogRange("microbatches", "cd" * 16, 0, 0, 7)
-clicks = st.lists(
-    st.builds(
-        Click,
-        user=st.integers(0, 11),
-        action=st.sampled_from([0, 1, 1, 1, 2, 2, -1, -2]),
-        item=st.integers(0, 5),
-        at_ms=st.integers(0, 60) | st.integers(0, 600),
-    ),
-    min_size=20,
-    max_size=60,
-)
 
 
 def past_of(marks: dict[Source, int], begin_ms: int = 0, files: tuple[str, ...] = (), until_ms: int = 1 << 60) -> Past:

@@ -48,6 +48,10 @@ class GuardState:
     skipped: int = 0
     held: bool = False
 
+    def released(self) -> GuardState:
+        """Once training may go on."""
+        return replace(self, held=False, skipped=0)
+
 
 def judge(
     state: GuardState, loss: float, norm: float, rows: int, factor: float, patience: int

@@ -17,6 +17,7 @@ from deploy.trials.retraining import Retrainer
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError
+from state.features.ages import DAY_MS
 from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.registry.control import start
@@ -28,7 +29,7 @@ from state.rollouts.rollouts import Rollouts
 from state.trials import comparison
 from state.trials.comparison import PairedComparison
 from state.trials.pairing import Pair
-from state.trials.past import DAY_MS, read_past
+from state.trials.past import read_past
 from state.trials.retraining import Retraining, Retrainings
 from state.trials.trial import Trial, Trials
 from tests.deploy.operating import NOW_MS, Operator, draft, files

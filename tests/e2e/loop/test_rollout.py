@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from playwright.sync_api import Browser, expect
 
@@ -20,7 +19,7 @@ from state.rollouts.assignment import LIVE, TRIAL
 from state.trials.trial import Trials
 from tests.e2e.loop.test_page import CHROMIUM, PATIENCE_MS
 from tests.e2e.loop.test_page import browser as browser
-from tests.e2e.loop.test_trial import SCORED_S
+from tests.e2e.loop.test_trial import SCORED_S, process_of
 from tests.e2e.running import ROOT, Loop, until
 
 NAME = "among-users"
@@ -38,16 +37,9 @@ def arms(loop: Loop) -> Counter[str]:
     return Counter(one.get("arm", "") for one in found.json()["profiles"])
 
 
-def hosts(loop: Loop) -> int:
-    """The processes that answer for the trial."""
-    registry, count = f"--paths.registry={Trials(loop.settings.state_dir).registry(NAME)}", 0
-    for one in loop.processes():
-        try:
-            command = one.cmdline()
-        except psutil.Error:
-            continue
-        count += registry in command and "deploy.serving.rest" in command
-    return count
+def answers_for_it(loop: Loop) -> bool:
+    """Whether a worker of the trial runs."""
+    return process_of(loop, NAME, "deploy.serving.rest") is not None
 
 
 def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
@@ -55,7 +47,7 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
 ) -> None:
     loop.springtide("follow", "--reason", "a test begins")
     loop.springtide("trial", "start", NAME, "--set", "model.hidden=8", "--reason", "what do users say?")
-    assert arms(loop) == {"": len(USERS)} and hosts(loop) == 0
+    assert arms(loop) == {"": len(USERS)} and not answers_for_it(loop)
     page = None
     if CHROMIUM is not None:
         known: Browser = request.getfixturevalue("browser")
@@ -73,7 +65,7 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
             lambda: f"no trial answers\n{log.read_text()}\n{loop.logs()}",
             SCORED_S,
         )
-        assert hosts(loop) >= 1 and "among-users starting" in log.read_text()
+        assert answers_for_it(loop) and "among-users starting" in log.read_text()
         loop.click([(user, "lamp", "light", "purchase") for user in USERS])
 
         # 2. It is told: in status, on /metrics, on the page.
@@ -98,7 +90,7 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
         subprocess.run(words(loop, "--back", "--reason", "enough"), cwd=ROOT, check=True, capture_output=True)
         until(lambda: arms(loop) == {"": len(USERS)}, "users are still told apart")
         host = Trials(loop.settings.state_dir).folder(NAME) / "host"
-        until(lambda: not hosts(loop) and not host.exists(), lambda: f"its host stays\n{loop.logs()}")
+        until(lambda: not answers_for_it(loop) and not host.exists(), lambda: f"its host stays\n{loop.logs()}")
         assert driving.wait(60) == 0, log.read_text()
     finally:
         driving.kill()

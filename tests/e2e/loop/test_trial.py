@@ -33,17 +33,22 @@ def scored(loop: Loop, name: str, rows: int = ROWS) -> dict[str, Any]:
     return until(look, lambda: f"trial {name} is not compared: {listed(loop, name)}\n{loop.logs()}", SCORED_S)
 
 
-def trainer_of(loop: Loop, name: str) -> psutil.Process | None:
-    """The process of a trial's trainer."""
+def process_of(loop: Loop, name: str, module: str) -> psutil.Process | None:
+    """A process of a trial, by what it runs."""
     registry = f"--paths.registry={Trials(loop.settings.state_dir).registry(name)}"
     for one in loop.processes():
         try:
             words = one.cmdline()
         except psutil.Error:
             continue
-        if "trainer.loop" in words and registry in words:
+        if module in words and registry in words:
             return one
     return None
+
+
+def trainer_of(loop: Loop, name: str) -> psutil.Process | None:
+    """The process of a trial's trainer."""
+    return process_of(loop, name, "trainer.loop")
 
 
 def test_a_trial_learns_the_same_rows_beside_the_live_one_through_a_kill_and_goes_live_and_back(loop: Loop) -> None:

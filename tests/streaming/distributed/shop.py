@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from state.attributes.store import AttributeStore, TopicPosition, pack
@@ -73,6 +74,20 @@ class Click(NamedTuple):
             "time": BASE_MS + self.at_ms,
         }
         return json.dumps(fields).encode()
+
+
+clicks = st.lists(
+    st.builds(
+        Click,
+        user=st.integers(0, 11),
+        action=st.sampled_from([0, 1, 1, 1, 2, 2, -1, -2]),
+        item=st.integers(0, 5),
+        at_ms=st.integers(0, 60) | st.integers(0, 600),
+    ),
+    min_size=20,
+    max_size=60,
+)
+"""Logs of 20 to 60 clicks."""
 
 
 def settings_of(

@@ -26,6 +26,7 @@ from tests.streaming.distributed.shop import (
     TOPIC,
     Click,
     Outcome,
+    clicks,
     known_attributes,
     local_form,
     mask_one_user,
@@ -35,17 +36,6 @@ from tests.streaming.distributed.shop import (
     written,
 )
 
-clicks = st.lists(
-    st.builds(
-        Click,
-        user=st.integers(0, 11),
-        action=st.sampled_from([0, 1, 1, 1, 2, 2, -1, -2]),
-        item=st.integers(0, 5),
-        at_ms=st.integers(0, 60) | st.integers(0, 600),
-    ),
-    min_size=20,
-    max_size=60,
-)
 acts = st.lists(
     st.tuples(
         st.sampled_from(["read", "read", "read", "deliver", "deliver", "finish", "keep", "crash", "die"]),
