@@ -292,9 +292,18 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     driving.kill()
     before = Rollouts(site.live.registry.path).newest()
     assert before is not None
-    meanwhile = site.use(rates, iter([False, False, True]).__next__)
-    assert Rollouts(site.live.registry.path).newest() == before, "shares stay as they are"
     places = {number: place_of(SALT, "wider", user_id(SALT, f"user-{number}")) for number in range(USERS)}
+    joining = next(number for number, place in places.items() if arm_of(place, 0.3) != arm_of(place, before.share))
+    meanwhile: list[tuple[int, str | None, int]] = []
+
+    def took_the_step() -> bool:
+        """Whether the host has read the step's share, a moment after its driver told of it."""
+        meanwhile.extend(site.ask_many([joining]))
+        return meanwhile[-1][1] == TRIAL
+
+    until(took_the_step)
+    meanwhile += site.use(rates, iter([False, False, True]).__next__)
+    assert Rollouts(site.live.registry.path).newest() == before, "shares stay as they are"
     assert all(arm == arm_of(places[number], before.share) for number, arm, _ in meanwhile[-100:])
     assert all(site.ask(number)[0] == arm_of(places[number], before.share) for number in range(20))
     again = Driving(site, tmp_path / "log", *words)

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from state.trials.past import read_past
 from state.trials.retraining import Retraining, Retrainings
@@ -20,7 +21,8 @@ from tests.e2e.loop.test_trial import SCORED_S, listed, trainer_of
 from tests.e2e.running import ROOT, Loop, until
 
 # In the middle of the others' tests none is due by itself: this process has a schedule of its own.
-SCHEDULE = ("--retrain.every", "1s", "--retrain.days", "1", "--retrain.rows", "100")
+EVERY_S = 1
+SCHEDULE = ("--retrain.every", f"{EVERY_S}s", "--retrain.days", "1", "--retrain.rows", "100")
 
 
 @pytest.fixture
@@ -64,6 +66,7 @@ def test_a_retrain_learns_the_topic_and_is_judged_through_kills(
     # 1. The first look finds nothing due. Then it begins, and its judge is killed at once: nothing waits for it but the judgement.
     judges.append(begin(loop))
     assert judges[0].wait(SCORED_S) == 0 and not known(loop).name
+    until(lambda: known(loop).is_due(EVERY_S * 1000, wall_ms()), "none is due")
     judges.append(begin(loop))
     name = until(lambda: known(loop).name, lambda: f"none begins\n{loop.logs()}")
     until(lambda: trials.has(name), "it has no trial")
