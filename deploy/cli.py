@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, with_times
@@ -23,6 +22,7 @@ from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
 from state.process.import_path import for_children
 from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _status(argv: Sequence[str]) -> int:
     try:
-        run(argv, become, time.time_ns() // 1_000_000, print)
+        run(argv, become, wall_ms(), print)
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr)
         return error.exit_code

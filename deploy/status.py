@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +31,8 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
+from state.process.ending import stop_on_signals
+from state.process.wall_clock import wall_ms
 
 BETWEEN_S = 1.0
 TIMEOUT_S = 60.0
@@ -282,13 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.watch:
             if asked.output == "json":
                 raise SettingsError("argument --watch: it is for people", "ask again and again for -o json")
-            stopping = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: stopping.set())
+            stopping = stop_on_signals()
             watch(settings, Screen(), stopping.is_set, stopping.wait)
             print()
             return 0
-        figures, state = status(settings, time.time_ns() // 1_000_000)
+        figures, state = status(settings, wall_ms())
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -39,6 +38,7 @@ from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Gap
 from state.process import killpoints
+from state.process.wall_clock import wall_ms
 from state.registry.sharing.running import copying
 from state.storage.measuring import offer
 from state.storage.shares import STREAM, map_bytes
@@ -97,7 +97,7 @@ def open_shard(
         # 5.
         writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, partial(open_writer, log=log), desired)
         stack.callback(writer.close)
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         join = open_join(settings, salt, counted, stack, erasing.is_due(store, desired.mask.erased, now_ms))
         # 6.
         writer.told(take_back(log, settings, spec, store, desired))
@@ -237,7 +237,7 @@ def open_reader(
     def opens(told: Mapping[int, int]) -> LogReader:
         return log.reader(kafka.clicks_topic, None, positions, leaders=told)
 
-    accepts = partial(accept, store, consent, time.time_ns() // 1_000_000)
+    accepts = partial(accept, store, consent, wall_ms())
     fills = partial(fill, kafka, topics, log.writer)
     reader = open_behind(opens, leaders.at(clicks.topic_id, positions), accepts, fills)
     killpoints.reach("stream.opened")

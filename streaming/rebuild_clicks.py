@@ -20,6 +20,7 @@ from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader, Topics
 from state.positions import Range, Source
+from state.process.wall_clock import wall_ms
 from streaming.event_clock import EventClock
 from streaming.labels import Labels, open_labels
 from streaming.masking import leave_out
@@ -152,7 +153,7 @@ class ClicksLeft:
 
     def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
         """One commit for clicks; impressions among them may still wait, with the windows of then."""
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         if profiler is None or labels is None:
             told = self._clock.follow(events, events.ranges, now_ms)
             self._store.commit(Appends.of(events.user, events_of(events, events.ranges)), events.ranges, told.state)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from state.process.wall_clock import wall_ms
 from streaming.commit import Committer
 from streaming.context import Step, StreamContext
 from streaming.cut import Cut, Cutter
@@ -126,13 +127,13 @@ class WriteMicroBatches(Step[StreamContext]):
         """Takes a batch; an empty one tells the time."""
         with self.handle.watched():
             self._commits.check()
-            for cut in self._cutter.add(rows, time.time_ns() // 1_000_000):
+            for cut in self._cutter.add(rows, wall_ms()):
                 self._commits.put(cut)
         yield from ()
 
     def finish_bundle(self) -> None:
         """At a clean stop: commits what is gathered."""
         with self.handle.watched():
-            for cut in self._cutter.flush(time.time_ns() // 1_000_000):
+            for cut in self._cutter.flush(wall_ms()):
                 self._commits.put(cut)
             self._commits.flush()

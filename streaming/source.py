@@ -23,6 +23,7 @@ from state.errors import UnreachableBroker
 from state.log import PartitionBatch
 from state.microbatch.log_time import TOLERANCE_MS
 from state.positions import Source
+from state.process.wall_clock import wall_ms
 from streaming.aligned_reader import AlignedReader
 from streaming.context import Step, StreamContext
 
@@ -111,7 +112,7 @@ class ClickReader:
         self._reader.begin(stream.batch_events)
         batches = self._reader.poll(stream.poll_ms / 1000)
         for batch in batches:
-            self._lag.read(batch, time.time_ns() // 1_000_000)
+            self._lag.read(batch, wall_ms())
         now_s = time.monotonic()
         if now_s >= self._due_s:
             self._due_s = now_s + UPKEEP_S

@@ -52,6 +52,7 @@ from state.process.ending import reported, stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.wall_clock import wall_ms
 from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
@@ -151,9 +152,7 @@ def prepare(
     # 4.
     control = registry.control()
     if control is None:
-        control = registry.propose(
-            start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=time.time_ns() // 1_000_000)
-        )
+        control = registry.propose(start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=wall_ms()))
 
     def open_log(offset: int | None, leader: int = -1) -> Reader:
         partition = settings.trainer.partition
@@ -190,7 +189,7 @@ def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureS
         if version is None or not is_of_release(registry, settings, spec):
             raise
         planned = planned_for(registry, version, trainer)
-        who, now_ms = f"trainer:{getpass.getuser()}", time.time_ns() // 1_000_000
+        who, now_ms = f"trainer:{getpass.getuser()}", wall_ms()
         reason = f"this release has another model than version {version.version}"
         propose(registry, settings, spec, version, planned.document(), who, reason, now_ms)
         logger.warning("%s; this release goes on from it: %s", other.what, "; ".join(planned.lines()))
@@ -210,7 +209,7 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
         except TruncatedLog as lost:
             # Each time an older version: that one's end of the log may be gone too.
             who = f"trainer:{getpass.getuser()}"
-            control = recover(registry, control, lost, who, time.time_ns() // 1_000_000)
+            control = recover(registry, control, lost, who, wall_ms())
 
 
 def _sweep(registry: Registry) -> None:

@@ -21,7 +21,6 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from state.process.actor import actor
 from state.process.closed_output import while_read
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.model_fit import accepted, differences, version_to_go_on_from
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if not asked.dry_run and not asked.reason.strip():
                 raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
-            settings, now_ms = load(flags, os.environ), time.time_ns() // 1_000_000
+            settings, now_ms = load(flags, os.environ), wall_ms()
             log_lines.follow(settings.logs)
             run(settings, asked.dry_run, asked.learn_anew, asked.reason, print, now_ms)
         except (SpringtideError, OSError) as problem:

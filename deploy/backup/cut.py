@@ -12,8 +12,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from deploy.backup.places import usable
 from state import layout
 from state.errors import BackupError
@@ -150,7 +148,7 @@ def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[
             if not (path / folder).is_dir():
                 raise
             damaged[folder] = "its manifest is missing"
-        except (ValueError, msgspec.MsgspecError) as error:
+        except ValueError as error:
             damaged[folder] = f"its manifest is damaged: {error}"
         else:
             if found.epoch <= control.epoch:

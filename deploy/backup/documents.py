@@ -6,9 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
-from state.registry import manifest
+from state.registry import sealed
 from state.registry.manifest import LogRange
 
 FORMAT = 1
@@ -104,7 +102,7 @@ def is_id(text: str) -> bool:
 
 def encode(backup: Backup) -> bytes:
     """`backup` as canonical JSON with its digest."""
-    return manifest.seal(msgspec.json.encode(backup, order="deterministic"))
+    return sealed.encode(backup)
 
 
 def decode(data: bytes) -> Backup:
@@ -113,7 +111,7 @@ def decode(data: bytes) -> Backup:
     Raises:
         ValueError: The bytes fail their digest, are of a format that this release does not read, or name impossible files.
     """
-    found = msgspec.json.decode(manifest.unseal(data), type=Backup)
+    found = sealed.decode(data, Backup)
     if found.format != FORMAT:
         raise ValueError(f"it is of format {found.format}; this release reads {FORMAT}")
     for one in found.files:

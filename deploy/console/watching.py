@@ -21,6 +21,7 @@ from deploy.watch.panel import wanted, wrong
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
 from state.process.said_once import SaidOnce
+from state.process.wall_clock import wall_ms
 
 WATCHED_S = 20.0
 """How long somebody looks who has asked once."""
@@ -47,7 +48,7 @@ class LoopWatch:
         stores: threading.Lock,
         get: Callable[[Mapping[str, str]], Mapping[str, Scrape]] = scrape.scrape,
         clock_s: Callable[[], float] = time.monotonic,
-        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        wall_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self._settings, self._stores, self._get = settings, stores, get
         self._clock_s, self._wall_ms = clock_s, wall_ms

@@ -31,6 +31,7 @@ from state.errors import FlinkFailed, LockHeld, SettingsError, SpringtideError
 from state.flink.rest import JobManager, url
 from state.process.closed_output import while_read
 from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
 
 DESCRIPTION = """A Flink cluster on this machine, for the stream on a distributed runner: JobManager, TaskManagers, job server
 and Python workers, as `[flink]` says. up runs it until Ctrl-C, and starts again what dies. down ends the jobs of a running
@@ -152,7 +153,7 @@ def _main(words: Sequence[str]) -> int:
             return up(settings)
         if asked.action == "down":
             return down(settings, not asked.no_savepoint)
-        return status(settings, asked.url, asked.output, time.time_ns() // 1_000_000)
+        return status(settings, asked.url, asked.output, wall_ms())
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -97,7 +97,7 @@ def run(
     if not how.longest_wait_s >= 0:
         raise SettingsError(f"--longest-wait {options.longest_wait:g}: write seconds, 0 or more")
     # 1.
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = wall_ms()
     check(recording, events, now_ms + round(events.max_future_s * 1000))
     # 2.
     if options.dry_run:

@@ -21,8 +21,9 @@ from state.errors import RegistryError, SettingsError, of_disk
 from state.log import KafkaLog
 from state.process.actor import actor
 from state.registry.model_fit import version_to_go_on_from
+from state.registry.sealed import as_values
 from state.trials.past import past_until
-from state.trials.trial import MOST_RUNNING, Trial, Trials, as_document, require_name
+from state.trials.trial import MOST_RUNNING, Trial, Trials, require_name
 
 
 def trial(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -130,4 +131,4 @@ def _stop(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
 
 
 def _told(made: Trial, done: str, asked: argparse.Namespace, say: Say) -> None:
-    say(json.dumps(as_document(made), indent=2) if asked.output == "json" else done)
+    say(json.dumps(as_values(made), indent=2) if asked.output == "json" else done)

@@ -31,8 +31,9 @@ from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.model_fit import differences, version_to_go_on_from
 from state.registry.registry import Registry
+from state.registry.sealed import as_values
 from state.registry.upgrades import going_on_to, upgrade
-from state.trials.trial import Trial, Trials, Wanted, as_document
+from state.trials.trial import Trial, Trials, Wanted
 
 WAIT_S = 60.0
 LOOK_S = 0.1
@@ -81,7 +82,7 @@ def promote(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
             # 4.
             done = trials.change(trial.name, lambda now: now.wants("promoted", **who, promoted_epoch=made.epoch))
     if asked.output == "json":
-        say(json.dumps({"trial": as_document(done), "control": control_document(made)}, indent=2))
+        say(json.dumps({"trial": as_values(done), "control": control_document(made)}, indent=2))
         return
     say(
         f"generation {made.generation}: epoch {made.epoch} begins from what trial {trial.name} learned; "

@@ -9,7 +9,8 @@ from deploy.operate.times import age, iso
 from state.config.settings import Settings
 from state.config.spans import span_ms
 from state.errors import SpringtideError
-from state.trials.retraining import Retrainings, as_values
+from state.registry.sealed import as_values
+from state.trials.retraining import Retrainings
 
 WORDS = {"promoted": "PROMOTED", "dropped": "dropped", "failed": "FAILED", "": "runs"}
 

@@ -11,8 +11,9 @@ from deploy.operate.versions import table
 from state.config.settings import Settings
 from state.errors import SpringtideError
 from state.registry.registry import Registry
+from state.registry.sealed import as_values
 from state.trials.comparison import figures_in
-from state.trials.trial import Trial, Trials, as_document
+from state.trials.trial import Trial, Trials
 
 WORDS = {
     "better": "BETTER",
@@ -48,7 +49,7 @@ def _document(trials: Trials, trial: Trial) -> dict[str, Any]:
             newest = None if control is None else registry.newest(control.epoch)
             held = None if control is None or control.held is None else control.held.in_words()
     told = {"newest": newest, "held": held, "compared": figures_in(trials.folder(trial.name))}
-    return as_document(trial) | told
+    return as_values(trial) | told
 
 
 def as_table(found: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,6 @@ and Kafka to the same promises.
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,10 +16,7 @@ from state.log.contract import Log
 from state.log.memory_clients import MemoryReader, MemoryWriter
 from state.log.memory_state import MemoryRecord, MemoryState
 from state.log.memory_topics import MemoryTopics
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+from state.process.wall_clock import wall_ms
 
 
 def _new_id() -> str:
@@ -46,7 +42,7 @@ class MemoryLog(Log):
     def __init__(
         self,
         settings: Kafka | None = None,
-        clock_ms: Callable[[], int] = _now_ms,
+        clock_ms: Callable[[], int] = wall_ms,
         ids: Callable[[], str] = _new_id,
     ) -> None:
         self._state = MemoryState(settings or Kafka(), clock_ms, ids)

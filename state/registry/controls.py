@@ -9,13 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
-
 from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion, UnfitMask
 from state.process import killpoints
-from state.registry import control_codec, manifest
+from state.registry import control_codec, sealed
 from state.registry.control import Control
 from state.registry.directory import file_bytes, sharing, usable
 from state.registry.users_files import UsersFiles
@@ -128,7 +126,7 @@ class Controls(UsersFiles):
             )
         # 1.
         self.keep_users_of(control)
-        data = manifest.seal(control_codec.encode(control))
+        data = sealed.seal(control_codec.encode(control))
         if len(data) > MOST_BYTES:
             raise UnfitMask(
                 f"control with {len(control.masks)} masks takes {len(data):,} bytes, {MOST_BYTES:,} are allowed",
@@ -270,8 +268,8 @@ class Controls(UsersFiles):
 
     def _decoded(self, path: Path, data: bytes) -> Control:
         try:
-            return control_codec.decode(json.loads(manifest.unseal(data)), self.masked_users, self.erasures)
-        except (ValueError, msgspec.MsgspecError) as error:
+            return control_codec.decode(json.loads(sealed.unseal(data)), self.masked_users, self.erasures)
+        except ValueError as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "restore it from a copy: it says what should be served"
             ) from error

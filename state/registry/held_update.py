@@ -86,4 +86,7 @@ def from_json(document: Mapping[str, Any]) -> HeldUpdate:
     Raises:
         ValueError: A field is missing, or of another type.
     """
-    return msgspec.convert(document, HeldUpdate)
+    try:
+        return msgspec.convert(document, HeldUpdate)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error

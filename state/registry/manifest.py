@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import msgspec
-
 from state.positions import Source
+from state.registry import sealed
 
 FORMAT = 1
 TOLD_MS = "told_ms"
@@ -159,13 +158,6 @@ class Manifest:
         return dict(self.sources)
 
 
-class _Envelope(msgspec.Struct):
-    """A document with the digest of its exact bytes."""
-
-    sha256: str
-    body: msgspec.Raw
-
-
 def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str, bytes]) -> Manifest:
     """The manifest of `draft` as version `version`, whose parent sees `ancestors`."""
     return Manifest(
@@ -251,31 +243,9 @@ def sees(visible: Visible, version: int) -> bool:
     return any(low <= version <= high for low, high in visible)
 
 
-def seal(body: bytes) -> bytes:
-    """A JSON document with its own digest, so that a flipped bit in it is seen."""
-    digest = hashlib.sha256(body).hexdigest()
-    return b'{"sha256":"' + digest.encode() + b'","body":' + body + b"}"
-
-
-def unseal(data: bytes) -> bytes:
-    """The document that `seal` wrapped.
-
-    >>> unseal(seal(b"[1]"))
-    b'[1]'
-
-    Raises:
-        ValueError: It is no such document, or its digest differs.
-    """
-    envelope = msgspec.json.decode(data, type=_Envelope)
-    body = bytes(envelope.body)
-    if hashlib.sha256(body).hexdigest() != envelope.sha256:
-        raise ValueError("its digest does not match its content")
-    return body
-
-
 def encode(manifest: Manifest) -> bytes:
     """`manifest` as canonical JSON with its digest."""
-    return seal(msgspec.json.encode(manifest, order="deterministic"))
+    return sealed.encode(manifest)
 
 
 def decode(data: bytes) -> Manifest:
@@ -284,7 +254,7 @@ def decode(data: bytes) -> Manifest:
     Raises:
         ValueError: The bytes fail their digest, or are of a format that this release does not read.
     """
-    manifest = msgspec.json.decode(unseal(data), type=Manifest)
+    manifest = sealed.decode(data, Manifest)
     if manifest.format != FORMAT:
         raise ValueError(f"it is of format {manifest.format}; this release reads {FORMAT}")
     return manifest

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
 from state import layout
 from state.disk import files as durable
 from state.errors import CorruptVersion
-from state.registry import manifest
+from state.registry import sealed
 from state.registry.directory import Directory, file_bytes, usable
 
 Part = Literal["planned", "answered", "learned"]
@@ -37,7 +35,7 @@ class Outcomes(Directory):
             if final.exists():
                 return False
             temporary = self.temporary(f"outcome-{epoch}-{part}-{os.urandom(4).hex()}")
-            durable.write(temporary, manifest.seal(json.dumps(document, sort_keys=True).encode()))
+            durable.write(temporary, sealed.seal(json.dumps(document, sort_keys=True).encode()))
             try:
                 os.link(temporary, final)
             except FileExistsError:
@@ -55,10 +53,10 @@ class Outcomes(Directory):
         """
         path = self._outcome_path(epoch, part)
         try:
-            found: dict[str, Any] = json.loads(manifest.unseal(file_bytes(path)))
+            found: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
         except FileNotFoundError:
             return None
-        except (ValueError, msgspec.MsgspecError) as error:
+        except ValueError as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "remove it: nothing but the history needs it"
             ) from error

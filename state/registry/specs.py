@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from state import layout
 from state.config.sections import Model
 from state.disk import files as durable
 from state.errors import CorruptVersion, SpecMismatch
 from state.process import killpoints
-from state.registry import manifest
+from state.registry import sealed
 from state.registry.directory import Directory, file_bytes, usable
 
 SPEC = "spec.json"
@@ -117,7 +115,7 @@ class Specs(Directory):
                 if path.is_file()
             }
             body = json.dumps({**document, "files": files}, sort_keys=True).encode()
-            durable.write(temporary / SPEC, manifest.seal(body))
+            durable.write(temporary / SPEC, sealed.seal(body))
             durable.sync_tree(temporary)
             killpoints.reach("spec.written")
             temporary.rename(final)
@@ -139,12 +137,12 @@ class Specs(Directory):
         """
         path = self.path / layout.SPECS / digest / SPEC
         try:
-            document: dict[str, Any] = json.loads(manifest.unseal(file_bytes(path)))
+            document: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
         except FileNotFoundError:
             raise SpecMismatch(
                 f"{path} does not exist: run `springtide bootstrap` with these feature settings"
             ) from None
-        except (ValueError, msgspec.MsgspecError) as error:
+        except ValueError as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "move it away and run `springtide bootstrap`"
             ) from error

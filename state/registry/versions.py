@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from state.disk import files as durable
 from state.errors import UnknownVersion
 from state.process import killpoints
@@ -64,7 +62,7 @@ class Versions(BroughtFiles):
                 if folder.is_dir():
                     raise BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
                 continue
-            except (ValueError, msgspec.MsgspecError) as error:
+            except ValueError as error:
                 raise BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
             self._remember(folder, found)
             return found
@@ -112,7 +110,7 @@ class Versions(BroughtFiles):
         self._manifests.pop(folder, None)
         try:
             now = manifest.decode(file_bytes(folder / MANIFEST))
-        except (OSError, ValueError, msgspec.MsgspecError):
+        except (OSError, ValueError):
             return None
         return None if now.files == found.files else now
 

@@ -12,7 +12,7 @@ import msgspec
 from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion
-from state.registry import manifest
+from state.registry import sealed
 from state.registry.directory import usable
 from state.rollouts.rollout import Rollout
 
@@ -72,7 +72,7 @@ class Rollouts:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # 1.
             temporary = self._folder / f".{rollout.generation}-{os.urandom(4).hex()}"
-            durable.write(temporary, manifest.seal(msgspec.json.encode(rollout)))
+            durable.write(temporary, sealed.encode(rollout))
             try:
                 # 2.
                 os.link(temporary, self._path(rollout.generation))
@@ -150,8 +150,8 @@ class Rollouts:
     def _read(self, generation: int) -> Rollout:
         path = self._path(generation)
         try:
-            return msgspec.json.decode(manifest.unseal(path.read_bytes()), type=Rollout)
-        except (ValueError, msgspec.MsgspecError) as error:
+            return sealed.decode(path.read_bytes(), Rollout)
+        except ValueError as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "remove it: users are answered as the generation before says"
             ) from error

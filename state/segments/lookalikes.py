@@ -15,7 +15,7 @@ import msgspec
 
 from state.disk import files as durable
 from state.errors import CorruptStore
-from state.registry import manifest
+from state.registry import sealed
 
 
 class NearUser(NamedTuple):
@@ -60,7 +60,7 @@ def write(folder: Path, segment: str, found: LookalikeList) -> None:
     Raises:
         OSError: The disk refused.
     """
-    durable.write(folder / f"{segment}.json", manifest.seal(msgspec.json.encode(found)))
+    durable.write(folder / f"{segment}.json", sealed.encode(found))
 
 
 def read(folder: Path, segment: str) -> LookalikeList | None:
@@ -71,8 +71,8 @@ def read(folder: Path, segment: str) -> LookalikeList | None:
     """
     path = folder / f"{segment}.json"
     try:
-        return msgspec.json.decode(manifest.unseal(path.read_bytes()), type=LookalikeList)
+        return sealed.decode(path.read_bytes(), LookalikeList)
     except FileNotFoundError:
         return None
-    except (ValueError, msgspec.MsgspecError) as error:
+    except ValueError as error:
         raise CorruptStore(f"{path} is damaged ({error})", "remove it: it is made again") from error

@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from tensorflow_metadata.proto.v0.schema_pb2 import Schema
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from state import layout
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion
-from state.registry import manifest
+from state.registry import sealed
 from state.registry.control import Control, following
 from state.registry.directory import Directory, file_bytes, usable
 from state.registry.specs import SPEC
@@ -157,7 +156,7 @@ class Baselines(Directory):
             try:
                 for name, data in files.items():
                     durable.write(temporary / name, data)
-                durable.write(temporary / ABOUT, manifest.seal(json.dumps(about, sort_keys=True).encode()))
+                durable.write(temporary / ABOUT, sealed.seal(json.dumps(about, sort_keys=True).encode()))
                 durable.sync_directory(temporary)
                 temporary.rename(final)
             except OSError:
@@ -177,10 +176,10 @@ class Baselines(Directory):
 
     def _about(self, path: Path) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(manifest.unseal(file_bytes(path)))
+            found: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
         except FileNotFoundError:
             raise CorruptVersion(f"{path} is missing", f"move its directory away: {_INSTEAD}") from None
-        except (ValueError, msgspec.MsgspecError) as error:
+        except ValueError as error:
             raise CorruptVersion(f"{path} is damaged: {error}", f"move its directory away: {_INSTEAD}") from error
         return found
 

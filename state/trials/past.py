@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,7 +28,7 @@ from state.features.ages import DAY_MS
 from state.microbatch.batch import MicroBatch
 from state.microbatch.cutting import trim
 from state.positions import Source
-from state.registry import manifest
+from state.registry import sealed
 from state.registry.manifest import LogRange, Manifest
 
 
@@ -92,7 +91,7 @@ def write_past(registry: Path, past: Past) -> None:
     Raises:
         OSError: The disk refused.
     """
-    durable.write(registry / layout.PAST, manifest.seal(msgspec.json.encode(past, order="deterministic")))
+    durable.write(registry / layout.PAST, sealed.encode(past))
 
 
 def read_past(registry: Path) -> Past | None:
@@ -103,10 +102,10 @@ def read_past(registry: Path) -> Past | None:
     """
     path = registry / layout.PAST
     try:
-        return msgspec.json.decode(manifest.unseal(path.read_bytes()), type=Past)
+        return sealed.decode(path.read_bytes(), Past)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError) as error:
         raise RegistryError(
             f"{path} cannot be read: {error}",
             "stop the trial, and start another: `springtide trial stop NAME --reason TEXT`",

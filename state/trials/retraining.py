@@ -10,19 +10,16 @@ once, when it is over.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
-
-import msgspec
+from typing import Literal
 
 from state import layout
 from state.disk import files as durable
 from state.errors import RegistryError
-from state.registry import manifest
+from state.registry import sealed
 
 Outcome = Literal["", "promoted", "dropped", "failed"]
 """Empty while it is under way; `failed` where it could not be judged."""
@@ -114,10 +111,10 @@ class Retrainings:
             RegistryError: It is damaged.
         """
         try:
-            return msgspec.json.decode(manifest.unseal(self.path.read_bytes()), type=Retraining)
+            return sealed.decode(self.path.read_bytes(), Retraining)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError) as error:
             raise RegistryError(
                 f"{self.path} cannot be read: {error}",
                 "remove it: the schedule begins anew, a trial that runs is yours to judge",
@@ -134,11 +131,5 @@ class Retrainings:
         after = transition(before)
         if after != before:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            durable.replace(self.path, manifest.seal(msgspec.json.encode(after, order="deterministic")))
+            durable.replace(self.path, sealed.encode(after))
         return after
-
-
-def as_values(known: Retraining) -> dict[str, Any]:
-    """What is known as JSON values."""
-    found: dict[str, Any] = json.loads(msgspec.json.encode(known))
-    return found

@@ -12,7 +12,6 @@ it began: where that one goes back, so that it learns other rows, the trial ends
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,13 +21,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
 from state import layout
 from state.disk import files as durable
 from state.disk.lock import DirectoryLock
 from state.errors import RegistryError, SettingsError
-from state.registry import manifest
+from state.registry import sealed
 
 DOCUMENT = "trial.json"
 MOST_RUNNING = 4
@@ -140,11 +137,11 @@ class Trials:
         """
         path = self.folder(name) / DOCUMENT
         try:
-            return msgspec.json.decode(manifest.unseal(path.read_bytes()), type=Trial)
+            return sealed.decode(path.read_bytes(), Trial)
         except FileNotFoundError:
             known = ", ".join(one.parent.name for one in sorted(self.path.glob(f"[!.]*/{DOCUMENT}"))) or "there is none"
             raise RegistryError(f"there is no trial {name}", f"take one of `springtide trial list`: {known}") from None
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError) as error:
             raise RegistryError(
                 f"{path} cannot be read: {error}", f"remove {path.parent}: what the trial learned goes with it"
             ) from error
@@ -177,7 +174,7 @@ class Trials:
             # 1.
             (aside / layout.REGISTRY).mkdir(parents=True)
             fill(aside / layout.REGISTRY)
-            durable.write(aside / DOCUMENT, _encoded(trial))
+            durable.write(aside / DOCUMENT, sealed.encode(trial))
             durable.sync_tree(aside)
             # 2.
             aside.rename(final)
@@ -197,7 +194,7 @@ class Trials:
             before = self.read(name)
             after = transition(before)
             if after != before:
-                durable.replace(self.folder(name) / DOCUMENT, _encoded(after))
+                durable.replace(self.folder(name) / DOCUMENT, sealed.encode(after))
             return after
 
     @contextmanager
@@ -228,13 +225,3 @@ class Trials:
         for aside in self.path.glob(".*~*"):
             if durable.is_dead(aside.name.rpartition("~")[2]):
                 shutil.rmtree(aside)
-
-
-def _encoded(trial: Trial) -> bytes:
-    return manifest.seal(msgspec.json.encode(trial, order="deterministic"))
-
-
-def as_document(trial: Trial) -> dict[str, Any]:
-    """A trial as JSON values."""
-    found: dict[str, Any] = json.loads(msgspec.json.encode(trial))
-    return found

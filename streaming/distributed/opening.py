@@ -12,7 +12,6 @@ same loss: so the error says how to go on.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from state.errors import GapError, TruncatedLog
 from state.log import LogReader, accepted_gaps
 from state.log.gaps import how_to_go_on
 from state.positions import Gap
+from state.process.wall_clock import wall_ms
 from streaming.accounts import missing, require_accepted
 from streaming.cut_back import fill, newly_accepted, open_behind
 from streaming.distributed.reading import SourceReading
@@ -71,7 +71,7 @@ def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> Opene
         LogError: Kafka is not reachable, or the topic is missing.
     """
     kafka, consent = worker.settings.kafka, worker.plan.consent
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = wall_ms()
     with telling_how(), worker.log.topics() as topics:
         # 1.
         info, ends = topics.describe(kafka.clicks_topic), topics.ends(kafka.clicks_topic)

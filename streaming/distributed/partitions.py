@@ -22,6 +22,7 @@ from state.features.mask import Mask
 from state.log import LogReader, PartitionBatch
 from state.log.failures import made_again
 from state.positions import Source
+from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.control_look import ControlLook
 from state.registry.log_line import FIRST_EPOCH, Stretch
@@ -98,7 +99,7 @@ class Partitions:
         erased = self._reading.erased if control is None else control.erased.last
         if not batches and not self._passed and erased == self._reading.erased:
             return [], None
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         mask = Mask.NONE if control is None else control.mask
         events = leave_out(self._events(batches), mask)
         events, told = in_order(events, self._clock.follow(events, events.ranges, now_ms))

@@ -22,6 +22,7 @@ from state.errors import PortTaken, SpringtideError
 from state.log import Log
 from state.metrics import StreamMetrics
 from state.positions import UNPLACED, from_json
+from state.process.wall_clock import wall_ms
 from state.registry.erasing import ErasureReport
 from streaming.accounts import show_faults, show_totals
 from streaming.commit import show_off_clock
@@ -108,7 +109,7 @@ class Showing:
         registry = self._settings.registry_dir
         if through == self._forgotten or not registry.is_dir():
             return
-        told = ErasureReport(PART, HOST, WHERE, through, through, 0, time.time_ns() // 1_000_000)
+        told = ErasureReport(PART, HOST, WHERE, through, through, 0, wall_ms())
         if tell(registry, told, partial(self._say, "erasures")):
             self._forgotten = through
             self._said.pop("erasures", None)

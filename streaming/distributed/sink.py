@@ -25,6 +25,7 @@ from state.errors import UnreachableBroker
 from state.events.dead_letters import DeadLetter
 from state.log import LogWriter
 from state.positions import to_json
+from state.process.wall_clock import wall_ms
 from streaming.commit import off_clocks
 from streaming.cut import Cut, encode_cut
 from streaming.distributed.bucket import BucketRows
@@ -108,7 +109,7 @@ class WriteBuckets(WorkerStep):
         if not made:
             return
         worker, begun_s = self.worker, time.perf_counter()
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         values = records_of(made, worker, now_ms)
         letters = [letter for one in made for letter in one.rows.batch.dead]
         self._write(worker, values, letters, now_ms)

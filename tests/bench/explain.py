@@ -20,6 +20,7 @@ from deploy.serving.explaining.explaining import explain
 from deploy.serving.host import Host
 from state.config.settings import Settings
 from state.events.identity import load_salt
+from state.process.wall_clock import wall_ms
 from tests.bench.report import Figure, report
 from tests.bench.serving import fill
 
@@ -39,7 +40,7 @@ def main(users: int, rounds: int) -> None:
         settings = Settings()
         settings = replace(settings, paths=replace(settings.paths, state=folder))
         fill(settings, users, 256)
-        host = Host(settings, load_salt(settings.salt_path), lambda: time.time_ns() // 1_000_000)
+        host = Host(settings, load_salt(settings.salt_path), wall_ms)
         predictor = host.predictor()
 
         def first(user: str) -> None:

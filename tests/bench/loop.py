@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 
 from state.log import Topics, Writer, partition_of
+from state.process.wall_clock import wall_ms
 from state.registry import control
 from state.registry.registry import Registry
 from tests.bench.report import Figure, Stages, report
@@ -96,7 +97,7 @@ def freshness(loop: Loop, bursts: int) -> list[float]:
             user = f"bench-shopper-{number % 50}"
             click = {"user": user, "item": f"item-{number}", "category": f"category-{number % 64}", "action": "view"}
             for _ in range(CLICKS):
-                value = json.dumps(click | {"time": time.time_ns() // 1_000_000}).encode()
+                value = json.dumps(click | {"time": wall_ms()}).encode()
                 writer.send(kafka.clicks_topic, None, user.encode(), value)
             writer.flush()
             acknowledged_s = time.monotonic()
@@ -128,9 +129,7 @@ def rollback(loop: Loop) -> float:
     until(lambda: served() > version + 3, "no newer version", PATIENCE_S)
     begin = time.monotonic()
     registry.change(
-        lambda now: control.roll_back(
-            now, version, now.mask, actor="bench", reason="measured", now_ms=time.time_ns() // 1_000_000
-        )
+        lambda now: control.roll_back(now, version, now.mask, actor="bench", reason="measured", now_ms=wall_ms())
     )
     until(lambda: served() == version, f"version {version} is not served", PATIENCE_S)
     seen_s = time.monotonic() - begin

@@ -39,6 +39,7 @@ from state.features.spec import EVENT, FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
+from state.process.wall_clock import wall_ms
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
 from tests.bench.quality import analysis
@@ -78,9 +79,7 @@ class ServingHost:
         self._remembered = Remembered(self.histories, 90, 10_000_000)
         self._feed = ItemFeed(self.histories)
         self.sources = ItemSources(self.histories, self.rows)
-        self.predictor = Predictor(
-            self.rows, self.histories, self.programs, spec, self._salt, (), "wall", lambda: time.time_ns() // 1_000_000
-        )
+        self.predictor = Predictor(self.rows, self.histories, self.programs, spec, self._salt, (), "wall", wall_ms)
 
     def click(self, users: Any, events: Any) -> None:
         """Takes clicks, as of one micro-batch."""
@@ -103,7 +102,7 @@ class ServingHost:
             sources=((SOURCE, version),), steps=1, rows=1, created_at_ms=1, event_time_ms=1, spec=self._spec.digest,
             program=digest, salt=self._salt.fingerprint, mask_generation=0, metrics={}, environment={}, files={},
         )  # fmt: skip
-        self.rows.apply(manifest, tensors, time.time_ns() // 1_000_000, follow=True)
+        self.rows.apply(manifest, tensors, wall_ms(), follow=True)
 
     def recommended(self, user: str, at_ms: int | None = None, wanted: WantedItems = USUAL) -> Recommendations:
         """An answer of HTTP, without HTTP."""
@@ -186,7 +185,7 @@ def quality(host: ServingHost, settings: Settings, spec: FeatureSpec, steps: int
 
 def grow(host: ServingHost, items: int, version: int, like: Any) -> None:
     """Rows of so many more items, like some that were learned, in the categories that there are, and a click of each."""
-    rng, now_ms = np.random.default_rng(5), time.time_ns() // 1_000_000
+    rng, now_ms = np.random.default_rng(5), wall_ms()
     with host.rows.reader() as reader:
         served = reader.served()
     assert served is not None
@@ -299,7 +298,7 @@ def first_click(host: ServingHost, number: int) -> None:
     events = np.zeros(1, EVENT)
     item = public_id(f"new-{time.time_ns()}-{number}")
     events["item"], events["category"], events["topic"] = item, public_id(f"category-{number}"), SOURCE.topic
-    events["at_ms"] = time.time_ns() // 1_000_000
+    events["at_ms"] = wall_ms()
     host.click(np.full(1, 1, np.uint64), events)
     wanted = WantedItems(SHOWN, f"category-{number}")
     while f"{item:016x}" not in {one["id"] for one in host.recommended("user-3", None, wanted).items}:

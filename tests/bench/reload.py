@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 import psutil
 
+from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.registry.registry import Registry
 from tests.bench.report import Figure, report
 from tests.deploy.serving.fire import CATEGORIES, Asked, HostWriter, Line, Trainer, ask, events_of
 from tests.deploy.serving.stocked import SALT_KEY, Stores
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 STEADY_S, WARM_S = 60.0, 5.0
 CLICKS = [("ann", CATEGORIES[place % 4], 1000 * (50 - place)) for place in range(20)] + [("bob", "books", 9000)]

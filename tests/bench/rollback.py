@@ -36,6 +36,7 @@ from state.features.spec import FeatureSpec
 from state.log import Topics, Writer
 from state.microbatch.codec import encode
 from state.positions import Range, Source
+from state.process.wall_clock import wall_ms
 from state.registry.control import follow, start
 from state.registry.manifest import TOLD_MS, Draft, LogRange
 from state.registry.registry import SERVING, Registry
@@ -80,7 +81,7 @@ class Stocked:
             topics.ensure(kafka.microbatches_topic, 1)
             self._clicks = Source(topics.describe(kafka.clicks_topic).topic_id, 0)
             self._log_id = topics.describe(kafka.microbatches_topic).topic_id
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         with Writer(kafka) as writer:
             for _ in range(RECORDS * ROWS):
                 writer.send(kafka.clicks_topic, 0, None, b"{}")
@@ -104,7 +105,7 @@ class Stocked:
             tensors[f"{table}.rows"] = self._rng.random((len(ids), self.settings.model.dim), np.float32)
         tensors["user.accum"] = self._rng.random((len(users), self.settings.model.dim), np.float32)
         tensors["popular"] = categories[: self.settings.model.popular]
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         draft = Draft(
             kind="base" if parent is None else "delta",
             epoch=epoch,

@@ -29,6 +29,7 @@ from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.log import BulkWriter, Reader, Topics, append_encoded, partition_of
 from state.microbatch.codec import decode
+from state.process.wall_clock import wall_ms
 from tests.bench.report import Figure, report
 
 PARTITIONS = 4
@@ -62,11 +63,6 @@ class Clicks:
         ]
         keys = [b"user-%d" % user for user in users]
         return keys, values, np.full(count, now_ms, np.int64), [self._partition_of[user] for user in users]
-
-
-def now_ms() -> int:
-    """Wall clock, ms."""
-    return time.time_ns() // 1_000_000
 
 
 def passed(settings: Settings) -> float:
@@ -156,7 +152,7 @@ def latency_ms(kafka: Kafka, clicks: Clicks, rate: int, seconds: float) -> np.nd
         while (elapsed_s := time.perf_counter() - begun_s) < seconds:
             count = int(elapsed_s * rate) - sent
             if count > 0:
-                batch = clicks.take(count, now_ms())
+                batch = clicks.take(count, wall_ms())
                 append_encoded(writer, *batch)
                 done_s = time.perf_counter()
                 sent += count
@@ -199,7 +195,7 @@ def main() -> None:
         clicks = Clicks(wanted.users)
         with BulkWriter(kafka, kafka.clicks_topic) as writer:
             for _ in range(0, wanted.events, CHUNK):
-                append_encoded(writer, *clicks.take(CHUNK, now_ms()))
+                append_encoded(writer, *clicks.take(CHUNK, wall_ms()))
         reading, reading_cpu = floor(kafka, wanted.events)
         drained = drain(settings, wanted.events)
         process = start(settings)

@@ -43,6 +43,7 @@ from state.events.identity import load_salt
 from state.layout import ATTRIBUTES
 from state.log import Topics
 from state.positions import UNPLACED
+from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
 from tests.e2e.client import Client
@@ -148,7 +149,7 @@ class Chaos:
         self._violence = Violence(seed, rounds, ATTRIBUTE_POINTS if labels else POINTS)
         self._tables = tables_of(self.settings.attributes)
         self._registry = Registry(self.settings.registry_dir)
-        self._crowd = Crowd(self.settings, seed, time.time_ns() // 1_000_000)
+        self._crowd = Crowd(self.settings, seed, wall_ms())
         self._client = Client(serving_address(self.settings), [f"shopper-{number}" for number in range(50)])
         self._operator = Operator(
             self.settings, seed, self._client, lambda: self._violence.arm(COMMAND), self._command_died

@@ -22,6 +22,7 @@ from state.attributes.values import SIDES
 from state.config.settings import Settings
 from state.errors import LogError
 from state.log import Writer
+from state.process.wall_clock import wall_ms
 
 CHUNK_S = 0.1
 BROKEN_SHARE = 0.02
@@ -171,7 +172,7 @@ class Crowd:
         """After `finish` each shopper clicks a last time; returns how many records were acknowledged in all."""
         settings = self._settings
         users = [f"shopper-{number}" for number in range(settings.shoppers.users)]
-        times = np.full(len(users), time.time_ns() // 1_000_000)
+        times = np.full(len(users), wall_ms())
         same = (["item-00-000"] * len(users), ["category-00"] * len(users), [settings.events.actions[0]] * len(users))
         with Writer(settings.kafka) as writer:
             for one in as_records(settings, *encode(Clicks(users, *same, times), settings.events), times.tolist()):

@@ -25,6 +25,7 @@ from deploy.watch.address import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.log import Topics, Writer
+from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -226,7 +227,7 @@ class Loop:
             "<topic id>:<partition>" -> the position after the last of them, as an answer's `version.sources` has it.
         """
         kafka = self.settings.kafka
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = wall_ms()
         writer = Writer(kafka)
         try:
             for user, item, category, action in clicks:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,6 +31,7 @@ from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
 from state.positions import Source
 from state.process import killpoints
+from state.process.wall_clock import wall_ms
 from state.registry import log_line
 from state.registry.control import Control, start
 from state.registry.manifest import Manifest
@@ -94,7 +94,7 @@ class Stream:
         for events in self._parse.process(batches):
             for rows in self._update.process(events):
                 # Each batch is a cut: where it ends follows from the clicks alone.
-                for cut in Cutter(1, 0).add(rows, time.time_ns() // 1_000_000):
+                for cut in Cutter(1, 0).add(rows, wall_ms()):
                     self._committer.commit([cut])
         return True
 

@@ -16,6 +16,7 @@ from deploy.watch import scrape
 from deploy.watch.clocks_off import ClocksOff
 from deploy.watch.figures import Watch
 from state.log import Topics, Writer
+from state.process.wall_clock import wall_ms
 from tests.conftest import KafkaFactory
 from tests.e2e.wrong_clocks import (
     END_MS,
@@ -164,7 +165,7 @@ def test_status_names_partition_and_offset_of_a_clock_that_is_off(kafka_settings
     settings = streams.settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port())
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2)
-    at_ms = time.time_ns() // 1_000_000
+    at_ms = wall_ms()
     with Writer(kafka) as writer:
         for number in range(41):
             # Both times of the last one are 50 minutes ahead; the broker takes an hour.

@@ -22,8 +22,8 @@ from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import decode, encode
 from state.registry.control import follow, pin, roll_back
-from state.registry.manifest import unseal
 from state.registry.registry import Registry
+from state.registry.sealed import unseal
 from state.registry.spec_actions import SpecActions
 from streaming.histories import check_identity
 from tests.golden.archive import EXPECTED, HERE, Topic, read_topic, settings_of, unpack

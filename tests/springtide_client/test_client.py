@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 import springtide_client
+from deploy.kafka.configuration import free_port
 from deploy.serving.http_api.app import App
 from springtide_client import (
     AsyncClient,
@@ -36,7 +37,7 @@ from tests.deploy.serving.conftest import stores as stores
 from tests.deploy.serving.http_api.test_app import app as app
 from tests.deploy.serving.http_api.test_app import ask
 from tests.deploy.serving.stocked import Stores
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 Fault = httpx.Response | Exception
 URL = "http://worker"

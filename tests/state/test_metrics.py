@@ -9,6 +9,7 @@ import urllib.request
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.kafka.configuration import free_port
 from state.errors import PortTaken
 from state.metrics import (
     OF_ANY_PROCESS,
@@ -22,13 +23,6 @@ from state.metrics import (
 )
 
 FORBIDDEN_LABELS = {"user", "user_id", "item", "item_id", "category", "id", "version"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("process", [*PROCESSES, *OF_EACH_PROCESS])

@@ -12,10 +12,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
 from state.places.place import FilePlace
-from state.registry import manifest
+from state.registry import sealed
 
 NAME = "catalog.json"
 
@@ -82,7 +80,7 @@ def encode(catalog: Catalog) -> bytes:
         "folders": dict(catalog.folders),
         "programs": list(catalog.programs),
     }
-    return manifest.seal(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    return sealed.seal(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
 def decode(data: bytes) -> Catalog:
@@ -92,7 +90,7 @@ def decode(data: bytes) -> Catalog:
         ValueError: It is damaged.
     """
     try:
-        found = json.loads(manifest.unseal(data))
+        found = json.loads(sealed.unseal(data))
         return Catalog(
             int(found["serial"]),
             int(found["claim"]),
@@ -100,5 +98,5 @@ def decode(data: bytes) -> Catalog:
             {str(folder): str(mark) for folder, mark in found["folders"].items()},
             tuple(str(one) for one in found["programs"]),
         )
-    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no catalogue: {error}") from error

@@ -24,6 +24,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.positions import Source
+from state.process.wall_clock import wall_ms
 from state.ranking import transition_rows
 from state.ranking.transitions import FOLLOWERS, Lists
 from state.registry.manifest import LogRange, Manifest
@@ -73,7 +74,7 @@ def fill(settings: Settings, users: int, events: int, rows: int) -> tuple[Ids, M
         np.array([public_id(f"item-{n}") for n in range(ITEMS)], np.uint64),
         np.array([public_id(f"category-{n}") for n in range(CATEGORIES)], np.uint64),
     )
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = wall_ms()
     _fill_histories(settings, ids, events, now_ms, rng)
     return ids, *_fill_rows(settings, ids, now_ms, rng)
 

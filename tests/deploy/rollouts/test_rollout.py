@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from deploy.kafka.configuration import free_port
 from deploy.rollouts import telling
 from deploy.rollouts.offered import RolloutCollector
 from deploy.rollouts.process_plan import plans
@@ -37,6 +38,7 @@ from state.features.spec import FeatureSpec
 from state.log import Topics, Writer
 from state.microbatch.codec import decode, encode
 from state.microbatch.columns import NAMES
+from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from state.rollouts.assignment import LIVE, TRIAL, arm_of, place_of
 from state.rollouts.rollouts import Rollouts
@@ -45,7 +47,7 @@ from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.fire import Line, Trainer
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered
 from tests.deploy.serving.test_clicks import record
-from tests.deploy.serving.test_rest import answers, free_port, until
+from tests.deploy.serving.test_rest import answers, until
 
 USERS = 1500
 SALT = Salt(SALT_KEY)
@@ -150,7 +152,7 @@ class Site:
         first, self.written = self.written, self.written + len(users)
         made = decode(record(first, self.written, salt=SALT.fingerprint))
         columns = {name: getattr(made, name) for name in NAMES} | {"user": np.array(users, np.uint64)}
-        header = replace(made.header, created_ms=time.time_ns() // 1_000_000)
+        header = replace(made.header, created_ms=wall_ms())
         self.writer.send(self.kafka.microbatches_topic, 0, None, encode(header, columns))
         self.writer.flush()
 

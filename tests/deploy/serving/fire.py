@@ -28,6 +28,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
+from state.process.wall_clock import wall_ms
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import Registry
@@ -259,7 +260,7 @@ class HostWriter:
             self._programs,
             self.metrics,
             60.0,
-            lambda: time.time_ns() // 1_000_000,
+            wall_ms,
         )
 
     def settle(self) -> int:

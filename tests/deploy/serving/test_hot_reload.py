@@ -10,12 +10,13 @@ import numpy as np
 import psutil
 import pytest
 
+from deploy.kafka.configuration import free_port
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.registry.registry import Registry
 from tests.deploy.serving.fire import CATEGORIES, USERS, Fire, HostWriter, Line, Trainer
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered, Stores, small
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 SWAPS, NEW_PROGRAM_AT = 100, 50
 ANSWERS_EACH, RATE = 20, 500.0

@@ -15,18 +15,13 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.kafka.configuration import free_port
 from deploy.serving.edge.connections import ConnectionLimits
 from deploy.serving.edge.server import DrainingServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
 from state.events.identity import Salt
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

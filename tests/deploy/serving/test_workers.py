@@ -14,9 +14,10 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from deploy.kafka.configuration import free_port
 from deploy.serving.workers import COUNTER_BYTES, KINDS, make_counters
 from tests.deploy.serving.stocked import Stores
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 PROFILES = 'springtide_requests_total{code="200",route="profile"}'
 STARTS = "springtide_worker_starts_total"

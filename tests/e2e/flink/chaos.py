@@ -39,6 +39,7 @@ from state import http
 from state.flink.rest import JobManager, url
 from state.log import Topics, topic_plan
 from state.microbatch.codec import decode
+from state.process.wall_clock import wall_ms
 from tests.e2e.crowd import Crowd
 from tests.e2e.flink.cluster import LocalFlink
 from tests.e2e.flink.evidence import Reached, histories_of_log, read_values
@@ -87,7 +88,7 @@ class FlinkChaos:
         self.settings = settings = self._flink.settings
         self._manager = JobManager(url(settings))
         self._broker = Broker(settings.kafka_dir, kafka, retention_h=settings.kafka.retention_h)
-        self._crowd = Crowd(settings, seed, time.time_ns() // 1_000_000)
+        self._crowd = Crowd(settings, seed, wall_ms())
         self._directory, self._log = directory, directory / "job.log"
         self._job: subprocess.Popen[bytes] | None = None
         self._topic_id, self._ends, self._waiting = "", dict[int, int](), 0.0
@@ -218,7 +219,7 @@ class FlinkChaos:
 
     def _state(self) -> dict[str, Any]:
         """What `springtide flink status` knows."""
-        return looking.look(self.settings, self._manager.url, time.time_ns() // 1_000_000)
+        return looking.look(self.settings, self._manager.url, wall_ms())
 
     def _settled(self) -> dict[str, Any] | None:
         """The job, once all of its tasks run and it has a checkpoint since it last began."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -20,6 +19,7 @@ from state.log import KafkaLog, Reader, Topics
 from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
 from state.positions import Source
+from state.process.wall_clock import wall_ms
 from tests.e2e.evidence import Histories, serving_histories
 from tests.e2e.running import until
 
@@ -76,7 +76,7 @@ def histories_of_log(settings: Settings) -> Histories:
         spec,
         settings.events.max_age_s,
         ApplierMetrics(CollectorRegistry()),
-        lambda: time.time_ns() // 1_000_000,
+        wall_ms,
         actions=lambda digest: spec.actions if digest == spec.digest else None,
     )
     with log.topics() as topics:

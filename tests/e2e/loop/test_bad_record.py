@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Any
 
 from deploy import status
 from state.log import Topics, Writer
+from state.process.wall_clock import wall_ms
 from tests.e2e.running import Loop, until
 from tests.e2e.watching import Watching
 
@@ -61,4 +61,4 @@ def balanced(loop: Loop) -> dict[str, dict[str, int]] | None:
 
 def state_of(loop: Loop) -> dict[str, Any]:
     """What `springtide status -o json` shows, whatever is wrong."""
-    return status.status(loop.settings, time.time_ns() // 1_000_000)[1]
+    return status.status(loop.settings, wall_ms())[1]

@@ -10,6 +10,7 @@ import pytest
 
 from deploy.startup import prometheus
 from state.log import Writer
+from state.process.wall_clock import wall_ms
 from tests import rules
 from tests.e2e.running import Loop, until
 from tests.e2e.watching import Watching
@@ -55,7 +56,7 @@ def test_each_series_that_a_rule_asks_for_is_there(loop: Loop, watching: Watchin
     """An alert that nobody measures for would be silent for ever."""
     # What only a fault makes: a dead letter, and a clock that is wrong.
     with Writer(loop.settings.kafka) as writer:
-        topic, ahead_ms = loop.settings.kafka.clicks_topic, time.time_ns() // 1_000_000 + 3_000_000
+        topic, ahead_ms = loop.settings.kafka.clicks_topic, wall_ms() + 3_000_000
         click = {"user": "bob", "item": "kettle", "category": "kitchen", "action": "view", "time": ahead_ms}
         writer.send(topic, 0, None, b"no json")
         writer.send(topic, None, b"bob", json.dumps(click).encode(), (), ahead_ms)

@@ -14,6 +14,7 @@ import pytest
 
 from deploy.watch import scrape
 from state.log import Topics, topic_plan
+from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from state.rollouts import rollout
 from state.rollouts.rollouts import Rollouts
@@ -176,7 +177,7 @@ def a_rollout_was_stopped(terminal: Terminal, section: Section) -> None:
             topics.ends(settings.kafka.microbatches_topic),
         )
     rollouts, places = Rollouts(settings.registry_dir), (exposures[0][1], microbatches[0][1])
-    who: dict[str, Any] = {"actor": rollout.GATE, "reason": "it is worse", "now_ms": time.time_ns() // 1_000_000}
+    who: dict[str, Any] = {"actor": rollout.GATE, "reason": "it is worse", "now_ms": wall_ms()}
     rollouts.propose(rollout.start(rollouts.newest(), "drilled", (1.0,), 60.0, places, **who))
     for decided in (rollout.begin, rollout.back):
         rollouts.change(partial(decided, **who))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.log import Topics
 from state.positions import Source
+from state.process.wall_clock import wall_ms
 from state.registry.control import start
 from state.registry.controls import Controls
 from state.registry.erasing import erase as erasing
@@ -175,7 +175,7 @@ def held(settings: Settings) -> list[str]:
     registry = Registry(settings.registry_dir)
     control = registry.control()
     assert control is not None
-    return [one.where for one in holdings(settings, registry, control, time.time_ns() // 1_000_000)]
+    return [one.where for one in holdings(settings, registry, control, wall_ms())]
 
 
 def test_on_a_real_log_status_names_the_job_until_it_has_forgotten_and_the_user_is_a_new_one(
@@ -196,7 +196,7 @@ def test_on_a_real_log_status_names_the_job_until_it_has_forgotten_and_the_user_
         until(lambda: [one.part for one in reports(shop.registry_dir)] == [PART], "the job says that it is there")
         (told,) = reports(shop.registry_dir)
         assert told.through == 0
-        erase(shop, asked, time.time_ns() // 1_000_000, lambda line: None)
+        erase(shop, asked, wall_ms(), lambda line: None)
         # No click comes: all buckets are told all the same.
         until(lambda: not any(PART in one for one in held(shop)), "the job has forgotten")
         (told,) = reports(shop.registry_dir)

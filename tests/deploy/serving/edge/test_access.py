@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from deploy.kafka.configuration import free_port
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.tls import Certificate
 from deploy.serving.edge.tokens import OPEN, OPERATE, READ, Tokens, are_wanted, make_missing, tokens_in
@@ -27,7 +28,7 @@ from tests.deploy.serving.edge.certificates import write_certificate
 from tests.deploy.serving.grpc_api.test_profiles import call, of
 from tests.deploy.serving.http_api.test_app import ask
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
-from tests.deploy.serving.test_rest import free_port, until, worker
+from tests.deploy.serving.test_rest import until, worker
 
 
 def made_in(folder: Path) -> dict[str, str]:

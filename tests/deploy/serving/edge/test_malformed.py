@@ -17,10 +17,11 @@ import httpx
 import psutil
 import pytest
 
+from deploy.kafka.configuration import free_port
 from tests.deploy.serving.edge.malformed import grpc_call, grpc_request, http2_bytes, http_request
 from tests.deploy.serving.grpc_api.test_profiles import call, of
 from tests.deploy.serving.stocked import Stores
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 COUNT = int(os.environ.get("MALFORMED", "2000"))
 SEED = int(os.environ.get("SEED", "7"))

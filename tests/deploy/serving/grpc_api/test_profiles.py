@@ -9,11 +9,12 @@ import grpc
 import httpx
 import pytest
 
+from deploy.kafka.configuration import free_port
 from deploy.serving.grpc_api.messages import message
 from state.events.identity import public_id
 from tests.deploy.serving.grpc_api.test_server import channel_to
 from tests.deploy.serving.stocked import Stores
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 
 def of(name: str) -> Any:

@@ -15,9 +15,10 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from deploy.kafka.configuration import free_port
 from deploy.serving.grpc_api.messages import PROTOS
 from tests.deploy.serving.stocked import Stores
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

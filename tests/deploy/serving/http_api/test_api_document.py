@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from deploy.kafka.configuration import free_port
 from deploy.serving.answer import Answer
 from deploy.serving.http_api import endpoints, requests
 from tests.deploy.serving.stocked import Stores
-from tests.deploy.serving.test_rest import answers, free_port, until, worker
+from tests.deploy.serving.test_rest import answers, until, worker
 
 DOCUMENT = Path(__file__).parents[4] / "deploy" / "serving" / "http_api" / "API.md"
 MORE = "..."
