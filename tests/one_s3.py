@@ -12,7 +12,6 @@ from types import TracebackType
 
 import httpx
 import psutil
-import s3fs
 
 from deploy.kafka.configuration import free_port
 
@@ -78,8 +77,6 @@ class S3Server:
     def __enter__(self) -> S3Server:
         self._before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
-        # Clients are kept for the life of a process, with the server that they were made for.
-        s3fs.S3FileSystem.clear_instance_cache()
         self.start()
         return self
 

@@ -17,7 +17,7 @@ def commands(add: Add) -> list[argparse.ArgumentParser]:
         "with their positions. Pieces that are there already are not sent again. It holds personal data under pseudonyms. "
         "Serving's stores, attributes and Kafka's data are not in it.",
     )
-    keeping.add_argument("to", metavar="TO", help="a directory, or a URL that fsspec knows, such as s3://bucket/folder")
+    keeping.add_argument("to", metavar="TO", help="a directory, or an object store such as s3://bucket/folder")
     keeping.add_argument(
         "--with-salt",
         action="store_true",

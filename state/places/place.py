@@ -97,7 +97,7 @@ def usable(told: str, doing: str, failed: type[SpringtideError] = UnusablePlace)
 
 @contextmanager
 def reached(told: str, doing: str) -> Iterator[None]:
-    """As `usable`, for what is behind a network: each file system of fsspec has errors of its own.
+    """As `usable`, for what is behind a network: each client has errors of its own.
 
     Raises:
         FileNotFoundError, FileExistsError: A file is not there, or is there already.
@@ -106,10 +106,10 @@ def reached(told: str, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, ImportError):
+    except (FileNotFoundError, FileExistsError, ImportError, UnusablePlace):
         raise
     except Exception as error:
-        detail: Any = without_password(str(error)) or type(error).__name__
+        detail: Any = without_password(str(error).partition("\n")[0]) or type(error).__name__
         raise UnusablePlace(
             f"{told} cannot {doing} ({detail})", "check the network and your rights there, and repeat it"
         ) from error

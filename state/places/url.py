@@ -1,30 +1,15 @@
-"""An object store as a place for files, as fsspec reaches it: its objects are whole or absent, and it says what is durable.
-
-An S3 store makes `create` exclusive by the header `If-None-Match: *`. Each
-word of the door is one request there, but for long lists and what is larger
-than 100 MB, which is sent in parts. Each request has its time; what takes
-longer is refused, and whoever asked decides whether to ask again.
-"""
+"""A file system of another machine as a place for files, as fsspec reaches it: what it says is written is taken for durable."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 from state.errors import UnusablePlace
 from state.places.place import reached, without_password
 
-CONNECT_S, ANSWER_S = 5, 20
-"""How long a connection may take, and a silence within an answer."""
-TRIES = 1
-"""Again, of one request that was not answered."""
-_S3 = ("s3", "s3a")
-_FLAT = (*_S3, "gs", "gcs", "abfs", "az")
-"""Protocols of stores that have no folders."""
-
 
 class UrlPlace:
-    """A place that fsspec reaches, such as `s3://bucket/folder`. See `FilePlace`.
+    """A place that fsspec reaches, such as `sftp://host/folder`. See `FilePlace`.
 
     Raises:
         UnusablePlace: What its protocol needs is not installed, or it cannot be reached.
@@ -32,19 +17,17 @@ class UrlPlace:
 
     def __init__(self, url: str) -> None:
         self.told = without_password(url)
-        protocol = url.partition("://")[0]
         try:
             import fsspec
 
             with reached(self.told, "be opened"):
-                self._files, self._root = fsspec.url_to_fs(url, **_options(protocol))
+                self._files, self._root = fsspec.url_to_fs(url)
         except ImportError as error:
             raise UnusablePlace(
-                f"{self.told} cannot be opened ({error})", "install what fsspec names there, such as s3fs for s3://"
+                f"{self.told} cannot be opened ({error})",
+                "install what fsspec names there, such as paramiko for sftp://",
             ) from error
-        if protocol in _S3:
-            self._files.retries = TRIES
-        self._made: set[str] | None = None if protocol in _FLAT else set()
+        self._made: set[str] = set()
 
     def names(self, folder: str) -> list[str]:
         """See `FilePlace`."""
@@ -55,7 +38,7 @@ class UrlPlace:
                 found: list[str] = self._files.find(root)
             except FileNotFoundError:
                 found = []
-        # Of a file system with folders the root is a path from its own root.
+        # The root is a path from the root of the file system.
         return sorted(name.removeprefix(root).removeprefix("/") for name in found if name.strip("/") != root.strip("/"))
 
     def read(self, name: str) -> bytes:
@@ -86,16 +69,7 @@ class UrlPlace:
     def _path(self, name: str) -> str:
         path = f"{self._root}/{name}"
         folder = path.rpartition("/")[0]
-        if self._made is not None and folder not in self._made:
+        if folder not in self._made:
             self._files.makedirs(folder, exist_ok=True)
             self._made.add(folder)
         return path
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    """What a protocol's file system is told beside the URL."""
-    if protocol not in _S3:
-        return {}
-    times = {"connect_timeout": CONNECT_S, "read_timeout": ANSWER_S, "retries": {"max_attempts": TRIES}}
-    # With more at once s3fs asks for the size before it reads, and lists where there is no such file: two requests for one.
-    return {"config_kwargs": times, "use_listings_cache": False, "max_concurrency": 1}

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import s3fs
 
 from state.errors import UnusablePlace
 from state.places.opening import open_place
 from state.places.place import FilePlace
+from state.places.store import PART_BYTES
 from tests.one_s3 import S3Server
 from tests.slow_link import SlowLink
 
@@ -147,7 +147,6 @@ def test_each_word_is_one_request_of_an_object_store(s3: S3Server, monkeypatch: 
     url = s3.bucket("counted") + "/of/shop"
     with SlowLink(s3.port) as link:
         monkeypatch.setenv("AWS_ENDPOINT_URL", link.url)
-        s3fs.S3FileSystem.clear_instance_cache()
         place = open_place(url)
         place.write("a", b"one")
         for ask in (
@@ -165,8 +164,39 @@ def test_each_word_is_one_request_of_an_object_store(s3: S3Server, monkeypatch: 
                 ask()
             # moto's server ends a connection with each answer.
             assert link.connections == before + 1
-    monkeypatch.undo()
-    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_what_is_sent_in_parts_is_whole(s3: S3Server) -> None:
+    place, data = open_place(s3.bucket("parts")), bytes(range(256)) * (3 * PART_BYTES // 256) + b"end"
+    for _ in range(2):
+        place.write("bases/1", data)
+        assert place.read("bases/1") == data and place.names("") == ["bases/1"]
+
+
+@pytest.mark.parametrize("profile", [False, True])
+def test_credentials_are_those_of_a_profile_too_or_are_said_to_be_missing(
+    profile: bool, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = s3.bucket("credentials") + "/of/shop"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, text in (
+        ("config", "[profile shop]\nregion = eu-central-1\n"),
+        ("credentials", "[shop]\naws_access_key_id = ann\naws_secret_access_key = word\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    if profile:
+        monkeypatch.setenv("AWS_PROFILE", "shop")
+        place = open_place(url)
+        place.write("a", b"one")
+        assert place.read("a") == b"one"
+    else:
+        with pytest.raises(UnusablePlace, match="there are no credentials") as refused:
+            open_place(url)
+        assert "AWS_PROFILE" in str(refused.value)
 
 
 def test_a_url_that_nothing_reaches_says_so_without_its_password() -> None:

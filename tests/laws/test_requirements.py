@@ -16,7 +16,6 @@ MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", 
 UNSEEN = {
     "dm-tree",
     "mpmath",
-    "s3fs",
     "moto",
     "flask",
     "flask-cors",
