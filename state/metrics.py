@@ -652,7 +652,7 @@ class RolloutMetrics(Metrics):
     )
     judged_timestamp_seconds = gauge(
         "springtide_rollout_judged_timestamp_seconds",
-        "When the command that drives the rollout last said all this, seconds since 1970.",
+        "While the rollout runs: when the command that drives it last judged it, or its step began, seconds since 1970.",
         "trial",
     )
 

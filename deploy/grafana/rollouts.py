@@ -20,7 +20,7 @@ ROLLOUT = (
         "nothing, or stairs upwards; the dashed line is at 0.",
         "`springtide status` says why the gate stopped it, `springtide trial report NAME` how the arms compare.",
         "a-rollout-was-stopped",
-        alerts=("SpringtideRolloutStopped",),
+        alerts=("SpringtideRolloutStopped", "SpringtideRolloutUnwatched"),
         width=12,
     ),
     Panel(

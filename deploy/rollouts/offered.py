@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from deploy.rollouts.telling import judged_ms
 from state.errors import SpringtideError
 from state.metrics import RolloutMetrics
 from state.rollouts.report import Finding
@@ -41,6 +42,8 @@ class RolloutCollector(Collector):
             metrics.stopped.labels(newest.name).set(newest.is_stopped)
             if (figures := rollouts.figures(newest)) is not None:
                 _tell(metrics, newest.name, figures)
+            if newest.phase == "running":
+                metrics.judged_timestamp_seconds.labels(newest.name).set(judged_ms(newest, figures) / 1000)
         return registry.collect()
 
 
@@ -57,7 +60,6 @@ def _tell(metrics: RolloutMetrics, name: str, figures: Mapping[str, Any]) -> Non
     for finding in get_args(Finding):
         metrics.finding.labels(name, finding).set(finding == figures["finding"])
     metrics.mismatch_p.labels(name).set(figures["mismatch_p"])
-    metrics.judged_timestamp_seconds.labels(name).set(figures["judged_ms"] / 1000)
 
 
 def offer(registry: CollectorRegistry, versions: Path) -> None:

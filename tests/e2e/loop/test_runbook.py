@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from deploy.watch import scrape
+from state.config.settings import Settings
 from state.log import Topics, topic_plan
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
@@ -167,9 +168,8 @@ def live_clicks_have_changed(terminal: Terminal, section: Section) -> None:
     assert loop.springtide("history")[-1]["action"] == "accept"
 
 
-def a_rollout_was_stopped(terminal: Terminal, section: Section) -> None:
-    settings = terminal.loop.settings
-    status, report, end = section.commands
+def begun_rollout(settings: Settings, at_ms: int) -> tuple[Rollouts, dict[str, Any]]:
+    """A rollout of nobody's trial that the gate began, with nobody who drives it, and who decides about it."""
     with Topics(settings.kafka) as topics:
         topics.ensure(*topic_plan.exposures(settings))
         exposures, microbatches = (
@@ -177,13 +177,27 @@ def a_rollout_was_stopped(terminal: Terminal, section: Section) -> None:
             topics.ends(settings.kafka.microbatches_topic),
         )
     rollouts, places = Rollouts(settings.registry_dir), (exposures[0][1], microbatches[0][1])
-    who: dict[str, Any] = {"actor": rollout.GATE, "reason": "it is worse", "now_ms": wall_ms()}
+    who: dict[str, Any] = {"actor": rollout.GATE, "reason": "it is worse", "now_ms": at_ms}
     rollouts.propose(rollout.start(rollouts.newest(), "drilled", (1.0,), 60.0, places, **who))
-    for decided in (rollout.begin, rollout.back):
-        rollouts.change(partial(decided, **who))
+    rollouts.change(partial(rollout.begin, **who))
+    return rollouts, who
+
+
+def a_rollout_was_stopped(terminal: Terminal, section: Section) -> None:
+    status, report, end = section.commands
+    rollouts, who = begun_rollout(terminal.loop.settings, wall_ms())
+    rollouts.change(partial(rollout.back, **who))
     assert re.search(r"^rollout +BACK +drilled answers 0% of the users", terminal.type(status), re.MULTILINE)
     assert "drilled: back" in terminal.type(report, NAME="drilled")
     terminal.type(end, NAME="drilled")
+    assert not re.search("^rollout", terminal.type(status), re.MULTILINE)
+
+
+def nobody_watches_a_rollout(terminal: Terminal, section: Section) -> None:
+    status, back = section.commands
+    begun_rollout(terminal.loop.settings, wall_ms() - 120_000)
+    assert re.search(r"^rollout +UNWATCHED +drilled answers 1% of the users", terminal.type(status), re.MULTILINE)
+    assert "drilled back, 0 of the users" in terminal.type(back, NAME="drilled")
     assert not re.search("^rollout", terminal.type(status), re.MULTILINE)
 
 
@@ -255,6 +269,7 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "Training is held": training_is_held,
     "An operator holds something": an_operator_holds_something,
     "A rollout was stopped": a_rollout_was_stopped,
+    "Nobody watches a rollout": nobody_watches_a_rollout,
     "An account is wrong": an_account_is_wrong,
     "A version is damaged": a_version_is_damaged,
     "A clock is wrong": a_clock_is_wrong,
