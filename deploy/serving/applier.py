@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
+import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
 from deploy.serving import currency
@@ -146,6 +147,8 @@ class Applier:
         if self._settings.rollout.address:
             threads.append(threading.Thread(target=self._guarded, args=(self._forward,), name="exposures"))
         keep_what_is_there()
+        # Arrow's own pool keeps what records took; in libc's heap it is used again.
+        pa.set_memory_pool(pa.system_memory_pool())
         for thread in threads:
             thread.start()
         with ExitStack() as closing:

@@ -4,7 +4,7 @@
 2. Rows that the histories have (the stream wrote them again after a crash) are left out.
 3. Positions that no micro-batch covers are a gap: counted, logged, passed.
 4. Histories, source positions, the topic's position, names, items' categories
-   and the event clock are one commit.
+   and the event clock are one commit, for each record.
 
 Records that control's line of the log does not have are passed over. Where the
 line turned off before what the histories have, they go back there first.
@@ -47,8 +47,7 @@ from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
 
 SALT_EXTRA = "salt"
-RECORDS_AT_ONCE = 2
-"""In a transaction: LMDB keeps as many pages in memory as its largest one ever changed."""
+RECORDS_AT_ONCE = 8  # between two looks at control and at what is kept
 EVERY_MS = 1000
 DEFAULTS = ServingSettings()
 _log = logging.getLogger(__name__)
@@ -185,24 +184,24 @@ class HistoryFollower:
             GapError: Records were deleted before they were read; `disconnect` and `connect` again.
             LogError: The broker refused.
             SaltMismatch: The stream uses another salt than before.
-            StoreFull: Nothing of this step was kept.
+            StoreFull: What was not kept has to be read again: `disconnect` and `connect`.
         """
         assert self._reader is not None
-        records = 0
         batches = self._reader.poll(timeout_s, RECORDS_AT_ONCE)
         for batch in batches:
             try:
-                self._take(batch)
+                # LMDB keeps as many pages in memory as its largest transaction ever changed.
+                for record in batch.one_by_one():
+                    self._take(record)
             except StoreFull:
                 self._upkeep.make_room(self.newest_ms)
                 raise
-            records += len(batch)
         self._keep_house(idle=not batches)
         self._upkeep.look(self.newest_ms)
-        return records
+        return sum(map(len, batches))
 
     def _take(self, batch: PartitionBatch) -> None:
-        """One commit for the records of one partition."""
+        """One commit for what was found in one partition."""
         for first, following, reason in batch.corrupt:
             self._metrics.unreadable_microbatches.inc()
             _log.error(

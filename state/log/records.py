@@ -5,8 +5,8 @@ Part of `state.log`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,25 @@ class PartitionBatch:
     def __bool__(self) -> bool:
         """A range without records is news too."""
         return True
+
+    def one_by_one(self) -> Iterator[PartitionBatch]:
+        """The same positions in as many batches as there are records, or one where there are none.
+
+        >>> empty = np.empty(0, np.int64)
+        >>> found = PartitionBatch("ab" * 16, 0, 3, 9, np.array([4, 6]), np.array([1, 1]), [None] * 2, [b"x", b"y"], ((3, 4, "cut"),))
+        >>> [(one.first, one.next, one.values, one.corrupt) for one in found.one_by_one()]
+        [(3, 5, [b'x'], ((3, 4, 'cut'),)), (5, 9, [b'y'], ())]
+        """
+        begin, last = self.first, len(self) - 1
+        for place in range(max(1, len(self))):
+            end = int(self.offsets[place]) + 1 if place < last else self.next
+            here = slice(place, place + 1)
+            corrupt = tuple(one for one in self.corrupt if begin <= one[0] < end)
+            yield replace(
+                self, first=begin, next=end, offsets=self.offsets[here], timestamps_ms=self.timestamps_ms[here],
+                keys=self.keys[here], values=self.values[here], corrupt=corrupt,
+            )  # fmt: skip
+            begin = end
 
 
 @dataclass(frozen=True)

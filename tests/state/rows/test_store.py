@@ -21,7 +21,7 @@ from state.registry.manifest import Kind, LogRange, Manifest
 from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE, ROWS_IN_TRANSACTION
 from state.rows.reader import RowReader
 from state.rows.served import Served
-from state.rows.store import RowStore
+from state.rows.store import WRITTEN_AT_ONCE, RowStore
 from tests.disks import folder_in_memory
 
 DIM = 4
@@ -345,7 +345,7 @@ def test_a_version_of_many_rows_is_there_at_once_or_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reopened: bool
 ) -> None:
     """Its rows are written by many transactions; where it ends in between, the next version takes back what is there."""
-    store, count = RowStore(tmp_path, 1 << 26), 2 * ROWS_AT_ONCE + 500
+    store, count = RowStore(tmp_path, 1 << 26), 2 * WRITTEN_AT_ONCE + 120
     store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0, ("user", 2): 1.0}), now_ms=1, follow=True)
     many = {("user", number): 2.0 for number in range(1, count + 1)}
 
@@ -356,7 +356,7 @@ def test_a_version_of_many_rows_is_there_at_once_or_leaves_nothing(
     monkeypatch.setattr(killpoints, "armed", killpoints.parse("rows.begun:2", end))
     with pytest.raises(MemoryError):
         store.apply(manifest(2, 1), tensors(many), now_ms=2, follow=True)
-    assert store.entries() == 2 + 2 * ROWS_AT_ONCE
+    assert store.entries() == 2 + 2 * WRITTEN_AT_ONCE
     if reopened:
         store.close()
         store = RowStore(tmp_path, 1 << 26)
