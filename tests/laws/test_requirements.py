@@ -17,6 +17,7 @@ UNSEEN = {
     "dm-tree",
     "mpmath",
     "moto",
+    "boto3",
     "flask",
     "flask-cors",
     "crc32c",
