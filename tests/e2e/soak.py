@@ -4,7 +4,9 @@
 
 Memory is what a process has for itself (RssAnon of /proc): pages of a store or
 of a log belong to the kernel, which takes them back. The last quarter of the
-time is compared with the first quarter after the warm-up, by medians.
+time is compared with the first quarter after the warm-up, by medians. What is
+kept for a time is full by then: a user's latest events, of which each shopper
+makes so many in two minutes, and serving's older versions, for three minutes.
 """
 
 from __future__ import annotations
@@ -137,7 +139,8 @@ def main() -> int:
     options = parser.parse_args()
     # Kept where the soak broke off: the logs in it say why.
     directory = Path(tempfile.mkdtemp(prefix="springtide-soak-"))
-    own = {"shoppers.rate": options.rate, "shoppers.users": 20_000, "bootstrap.min_rows": 2000}
+    full = {"features.history": 64, "serving.keep_s": 180}
+    own = {"shoppers.rate": options.rate, "shoppers.users": 20_000, "bootstrap.min_rows": 2000, **full}
     loop = Loop(directory, own)
     print(f"state and logs: {directory}", file=sys.stderr)
     try:
