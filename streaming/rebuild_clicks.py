@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-
-import numpy as np
 
 from state.config.settings import Settings
 from state.errors import UnknownTopic
@@ -58,22 +55,6 @@ def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> I
                 f"{what} gave nothing for {STALLED_S:.0f} s at position {at} of {end}: a transaction may still be open",
                 "try again",
             )
-
-
-def until(batch: PartitionBatch, after: int) -> PartitionBatch:
-    """The part of a batch below the offset `after`."""
-    if batch.next <= after:
-        return batch
-    count = int(np.searchsorted(batch.offsets, after))
-    return replace(
-        batch,
-        next=after,
-        offsets=batch.offsets[:count],
-        timestamps_ms=batch.timestamps_ms[:count],
-        keys=batch.keys[:count],
-        values=batch.values[:count],
-        corrupt=tuple((first, min(last, after), why) for first, last, why in batch.corrupt if first < after),
-    )
 
 
 class ClicksLeft:
@@ -148,7 +129,7 @@ class ClicksLeft:
         kafka, partition = self._settings.kafka, source.partition
         with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
             for batches in read_to(reader, partition, after, CLICKS_AT_ONCE, kafka.clicks_topic):
-                events = self._parser.parse([until(batch, after) for batch in batches])
+                events = self._parser.parse([one.between(one.first, min(after, one.next)) for one in batches])
                 self._take(leave_out(events, self._mask), profiler, labels)
 
     def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:

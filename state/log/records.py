@@ -53,21 +53,27 @@ class PartitionBatch:
     def one_by_one(self) -> Iterator[PartitionBatch]:
         """The same positions in as many batches as there are records, or one where there are none.
 
-        >>> empty = np.empty(0, np.int64)
         >>> found = PartitionBatch("ab" * 16, 0, 3, 9, np.array([4, 6]), np.array([1, 1]), [None] * 2, [b"x", b"y"], ((3, 4, "cut"),))
         >>> [(one.first, one.next, one.values, one.corrupt) for one in found.one_by_one()]
         [(3, 5, [b'x'], ((3, 4, 'cut'),)), (5, 9, [b'y'], ())]
         """
-        begin, last = self.first, len(self) - 1
-        for place in range(max(1, len(self))):
-            end = int(self.offsets[place]) + 1 if place < last else self.next
-            here = slice(place, place + 1)
-            corrupt = tuple(one for one in self.corrupt if begin <= one[0] < end)
-            yield replace(
-                self, first=begin, next=end, offsets=self.offsets[here], timestamps_ms=self.timestamps_ms[here],
-                keys=self.keys[here], values=self.values[here], corrupt=corrupt,
-            )  # fmt: skip
+        begin = self.first
+        for end in [*(self.offsets[:-1] + 1).tolist(), self.next]:
+            yield self.between(begin, end)
             begin = end
+
+    def between(self, first: int, after: int) -> PartitionBatch:
+        """What it has of the positions `[first, after)`, which lie within its own."""
+        here = slice(*np.searchsorted(self.offsets, (first, after)).tolist())
+        return replace(
+            self, first=first, next=after, offsets=self.offsets[here], timestamps_ms=self.timestamps_ms[here],
+            keys=self.keys[here], values=self.values[here],
+            corrupt=tuple(
+                (max(begin, first), min(end, after), why)
+                for begin, end, why in self.corrupt
+                if begin < after and end > first
+            ),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
