@@ -31,6 +31,7 @@ from state.errors import SettingsError, SpringtideError
 from state.log import BulkWriter, Topics, append_encoded, partition_of, topic_plan
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
+from state.process.wall_clock import wall_ms
 from state.recordings.options import as_settings
 
 SLICE_S = 0.1
@@ -177,7 +178,7 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
     with Sender(settings) as sender:
         if options.burst:
             user, category, count = options.burst
-            sender.burst(user, category, int(count), int(time.time() * 1000))
+            sender.burst(user, category, int(count), wall_ms())
             print(f"sent {int(count)} clicks of one user in {category}", flush=True)
             return
         rate = settings.shoppers.rate if options.rate is None else options.rate

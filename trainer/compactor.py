@@ -20,14 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from state import layout
-from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, UnusableRegistry
 from state.features.spec import FeatureSpec
-from state.process import killpoints, log_lines
-from state.process.ending import reported
-from state.process.private_files import keep_private
+from state.process import killpoints
+from state.process.part import run_part
 from state.ranking.configured import crosses_of
 from state.registry.control import Control
 from state.registry.garbage import collect
@@ -180,16 +178,8 @@ def run_after_others(settings: Settings) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compacts once; returns the exit code."""
-    keep_private()
-    log_lines.begin("compactor")
     os.nice(NICENESS)
-
-    def work() -> None:
-        settings = load(sys.argv[1:] if argv is None else argv, os.environ)
-        log_lines.follow(settings.logs)
-        run_after_others(settings)
-
-    return reported(work, logger)
+    return run_part("compactor", run_after_others, argv, logger)
 
 
 if __name__ == "__main__":

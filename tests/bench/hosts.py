@@ -27,6 +27,7 @@ import psutil
 
 from deploy.watch import scrape
 from state import layout
+from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.registry import Registry
 from state.rows.store import RowStore
@@ -97,7 +98,7 @@ def pinned_s(registry: Registry, watches: Sequence[Watch], version: int) -> list
         return [at - begun_s for at in seen if at is not None] if None not in seen else []
 
     found = until(on_all, f"version {version} is not on all hosts")
-    registry.change(lambda now: transitions.follow(now, **BY, now_ms=int(time.time() * 1000)))
+    registry.change(lambda now: transitions.follow(now, **BY, now_ms=wall_ms()))
     return found
 
 
