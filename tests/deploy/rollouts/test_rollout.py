@@ -23,13 +23,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.kafka.configuration import free_port
 from deploy.rollouts import telling
-from deploy.rollouts.offered import RolloutCollector
 from deploy.rollouts.process_plan import plans
-from deploy.watch.scrape import Scrape, parsed
+from deploy.watch.scrape import Scrape
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
@@ -43,6 +41,7 @@ from state.registry.registry import Registry
 from state.rollouts.assignment import LIVE, TRIAL, arm_of, place_of
 from state.rollouts.rollouts import Rollouts
 from state.trials.trial import Trials
+from tests.deploy.rollouts.test_telling import seen
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.fire import Line, Trainer
 from tests.deploy.serving.stocked import DIM, SALT_KEY, Lowered
@@ -220,10 +219,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, kafka: Any, lowered: Lowered)
 
 
 def told(site: Site) -> tuple[dict[str, Any] | None, Scrape]:
-    """What `springtide status` and /metrics tell of the newest rollout."""
-    settings, registry = load(site.live.flags, {}, "/dev/null"), CollectorRegistry()
-    registry.register(RolloutCollector(settings.registry_dir))
-    return telling.look(settings), Scrape(parsed(generate_latest(registry).decode()))
+    """See `seen`."""
+    return seen(load(site.live.flags, {}, "/dev/null"))
 
 
 def test_a_worse_trial_is_stopped_at_one_percent(site: Site, tmp_path: Path) -> None:

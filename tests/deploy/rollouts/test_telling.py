@@ -37,12 +37,17 @@ def begun(settings: Settings, at_ms: int) -> tuple[Rollouts, dict[str, Any]]:
     return rollouts, who
 
 
+def seen(settings: Settings) -> tuple[dict[str, Any] | None, Scrape]:
+    """What `springtide status` and /metrics tell of the newest rollout."""
+    registry = CollectorRegistry()
+    registry.register(RolloutCollector(settings.registry_dir))
+    return telling.look(settings), Scrape(parsed(generate_latest(registry).decode()))
+
+
 def told(settings: Settings) -> tuple[str, float | None, float | None]:
     """The word of status, for how many seconds nobody judged it, and when somebody last did by /metrics."""
-    state, registry = telling.look(settings), CollectorRegistry()
+    state, metrics = seen(settings)
     assert state is not None
-    registry.register(RolloutCollector(settings.registry_dir))
-    metrics = Scrape(parsed(generate_latest(registry).decode()))
     judged_s = metrics.value("springtide_rollout_judged_timestamp_seconds", trial="wider")
     return telling.as_text(state)[0], state["unwatched_s"], judged_s
 
