@@ -118,6 +118,16 @@ def run_to_end(running: Learner) -> None:
         running.tick(0.0)
 
 
+def publish_all(running: Learner) -> int:
+    """Runs to the end and until a durable version has all of it, however long publishing takes; returns that version."""
+    run_to_end(running)
+    running._settle(wait=True)
+    while running.place.unsaved:
+        running.tick(0.0)
+        running._settle(wait=True)
+    return running.place.parent
+
+
 def without(value: bytes, mask: Mask) -> bytes:
     """The record as it were, had the stream left out the masked rows."""
     batch = decode(value)

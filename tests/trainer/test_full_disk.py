@@ -18,7 +18,7 @@ from state.storage.waiting import Room
 from tests.disks import small_disk
 from tests.streaming.streams import until
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import append, learner, run_to_end, started, written
+from tests.trainer.logs import append, learner, publish_all, run_to_end, started, written
 from trainer.compaction import HURRY_S, Compaction
 from trainer.versions import checkpoint
 
@@ -45,9 +45,7 @@ def test_the_trainer_learns_on_and_publishes_all_of_it_once_there_is_room(
     with small_disk(tmp_path / "disk", "32m") as disk, caplog.at_level(logging.WARNING):
         registry, log = started(disk.path / "registry"), written(RECORDS[:4])
         running = learner(registry, log, room=Room("registry", metrics, stopping.wait))
-        run_to_end(running)
-        running._settle(wait=True)
-        before = registry.versions()[-1]
+        before = publish_all(running)
         full = disk.fill()
         append(log, RECORDS[4:8])
         run_to_end(running)
@@ -73,8 +71,7 @@ def test_a_trainer_that_is_asked_to_stop_waits_for_no_room_and_learns_the_rest_a
     with small_disk(tmp_path / "disk", "32m") as disk:
         registry, log = started(disk.path / "registry"), written(RECORDS[:4])
         running = learner(registry, log, room=Room("registry", metrics, stopping.wait))
-        run_to_end(running)
-        running._settle(wait=True)
+        publish_all(running)
         kept = checkpoint.digest(running._trainer), running.place.marks
         full = disk.fill()
         append(log, RECORDS[4:])
@@ -97,9 +94,7 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
     with small_disk(tmp_path / "disk", "32m") as disk:
         registry, log = started(disk.path / "registry"), written(RECORDS[:4])
         running = learner(registry, log, room=Room("registry", metrics, threading.Event().wait))
-        run_to_end(running)
-        running._settle(wait=True)
-        to = running.place.parent
+        to = publish_all(running)
         full = disk.fill()
         append(log, RECORDS[4:])
         run_to_end(running)

@@ -18,6 +18,7 @@ from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (
     append,
     learner,
+    publish_all,
     run_to_end,
     shared,
     started,
@@ -49,10 +50,7 @@ def rolled_back(to: int, mask: Mask) -> Callable[[Control], Control]:
 def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path) -> None:
     registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
     ours = learner(registry, log)
-    run_to_end(ours)
-    ours.tick(0.0)
-    ours._settle(wait=True)
-    to = ours.place.parent
+    to = publish_all(ours)
     append(log, RECORDS[8:])
     run_to_end(ours)
     poisoned = state(ours)
@@ -108,10 +106,7 @@ def test_rows_written_again_by_a_crashed_stream_change_nothing(tmp_path: Path) -
 def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:2]))
-    run_to_end(running)
-    for _ in range(20):
-        running.tick(0.0)
-        running._settle(wait=True)
+    publish_all(running)
     before = registry.versions()
     for _ in range(20):
         running.tick(0.0)

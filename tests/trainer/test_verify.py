@@ -25,6 +25,7 @@ from tests.trainer.logs import (
     append,
     learner,
     opener,
+    publish_all,
     run_to_end,
     shared,
     started,
@@ -69,16 +70,10 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
     running._publisher.close()
     append(log, [RECORDS[5], *RECORDS[6:9]])
     running = learner(registry, log, trainer=shared(0, "--trainer.capacity", "1024"))
-    run_to_end(running)
-    running.tick(0.0)
-    running._settle(wait=True)
-    to = running.place.parent
+    to = publish_all(running)
     compactor.compact(registry)
     append(log, RECORDS[9:14])
-    run_to_end(running)
-    running.tick(0.0)
-    running._settle(wait=True)
-    late = running.place.parent
+    late = publish_all(running)
     # Back to a version before the newest one, without the poison.
     registry.change(rolled_back(to, POISON))
     append(log, RECORDS[14:])

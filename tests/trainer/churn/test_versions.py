@@ -11,7 +11,18 @@ from state.features.masked_users import MaskedUsers
 from state.microbatch.codec import decode
 from state.registry.registry import SERVING
 from tests.trainer.clicks import microbatch, small_settings
-from tests.trainer.logs import append, learner, opener, run_to_end, shared, started, with_weight, without, written
+from tests.trainer.logs import (
+    append,
+    learner,
+    opener,
+    publish_all,
+    run_to_end,
+    shared,
+    started,
+    with_weight,
+    without,
+    written,
+)
 from tests.trainer.test_learner import POISON, rolled_back, state
 from tests.trainer.test_verify import started_with_spec
 from trainer import verify
@@ -58,10 +69,7 @@ def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path) -> None:
     registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
     ours = learner(registry, log, *ON, trainer=shared(0, *ON))
-    run_to_end(ours)
-    ours.tick(0.0)
-    ours._settle(wait=True)
-    to = ours.place.parent
+    to = publish_all(ours)
     append(log, RECORDS[8:])
     run_to_end(ours)
     poisoned = bits(churn_of(ours).state())
