@@ -481,7 +481,7 @@ class WorkerMetrics(Metrics):
         "Connections ended before a request was one, by reason: no_http, head (too long), slow, connections (too many).",
         "reason",
     )
-    worker_starts = counter("springtide_worker_starts", "Starts of serving workers.")
+    worker_starts = counter("springtide_worker_starts", "Serving workers that have started and accepted connections.")
 
 
 class ValidationMetrics(Metrics):

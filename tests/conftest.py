@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as property_tests
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
@@ -21,6 +23,9 @@ KafkaFactory = Callable[..., Kafka]
 LOOP = "tests/e2e/loop/"
 KAFKA = pytest.StashKey[OneKafka]()
 # Test brokers live for minutes: the quick compiler alone costs half of what both do.
+# A busy machine makes slow examples of all of them.
+property_tests.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+property_tests.load_profile("untimed")
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 _numbers = itertools.count(1)
@@ -99,7 +104,7 @@ def kafka_settings(kafka: Running) -> KafkaFactory:
                 group=f"group-{suffix}",
                 clicks_partitions=2,
                 port=kafka.port,
-                request_timeout_s=10.0,
+                request_timeout_s=60.0,
             ),
             **changes,  # type: ignore[arg-type]
         )

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 import httpx
@@ -15,6 +16,7 @@ import psutil
 
 from deploy.kafka.configuration import free_port
 
+ROOT = Path(__file__).parents[1]
 PATIENCE_S = 60.0
 
 
@@ -34,8 +36,8 @@ class S3Server:
 
     def start(self) -> None:
         """Starts it; returns once it answers."""
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "tests.moto_server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until_s = time.monotonic() + PATIENCE_S
         while True:
             assert self._process.poll() is None, f"moto's server ended with {self._process.returncode}"

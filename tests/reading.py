@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,10 +9,10 @@ from itertools import pairwise
 from state.log import Log, LogReader, PartitionBatch
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], within_s: float = 60.0) -> bool:
     deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
-        os.sched_yield()
+        time.sleep(0.002)
     return condition()
 
 
@@ -26,7 +25,7 @@ def write(log: Log, topic: str, values: list[bytes], partition: int = 0) -> None
 
 
 def read_until(
-    reader: LogReader, wanted: dict[int, int], within_s: float = 20.0, most: int = 10_000
+    reader: LogReader, wanted: dict[int, int], within_s: float = 60.0, most: int = 10_000
 ) -> list[PartitionBatch]:
     """Polls until the positions are reached."""
     batches = []
@@ -38,7 +37,7 @@ def read_until(
 
 
 def next_batches(
-    reader: LogReader, most: int = 10_000, shares: dict[int, int] | None = None, within_s: float = 20.0
+    reader: LogReader, most: int = 10_000, shares: dict[int, int] | None = None, within_s: float = 60.0
 ) -> list[PartitionBatch]:
     """What the first poll finds that finds anything."""
     deadline = time.monotonic() + within_s

@@ -230,8 +230,9 @@ class Applier:
                 if not self.clicks.connected:
                     self._connect()
                     say.clear()
-                self.clicks.step(FETCH_S)
-                room.found(CLICKS)
+                if self.clicks.step(FETCH_S):
+                    # What was refused is read again; a look that finds nothing yet says nothing of room.
+                    room.found(CLICKS)
                 if self._settings.serving.max_age_s:
                     self._check_log(check)
             except StoreFull as error:

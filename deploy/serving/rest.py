@@ -75,7 +75,12 @@ def serve(
         add_process(registry)
     limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections)
     grpc = (lambda: grpc_server(settings, app, access, beside)) if serving.grpc_port else None
-    server = DrainingServer(app, limits, serving.drain_s, ready, grpc, access)
+
+    def accepts() -> None:
+        app.metrics.worker_starts.inc()
+        ready()
+
+    server = DrainingServer(app, limits, serving.drain_s, accepts, grpc, access)
     server.end_on_signals()
     try:
         server.run(sockets=[bound])

@@ -15,7 +15,7 @@ from state import http
 from state.config.settings import Settings
 from state.errors import SettingsError
 
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0  # a busy machine answers late; where nobody listens it is refused at once
 UP = "up"
 SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
 ANY_USER = "USER"  # to be replaced, where nobody knows an id

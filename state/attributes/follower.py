@@ -220,10 +220,12 @@ def keep_following(
     say = SaidOnce(logger.warning)
     while not stop.is_set():
         try:
-            for side, ids in follow(followers, POLL_S).items():
+            changed = follow(followers, POLL_S)
+            for side, ids in changed.items():
                 take(side, ids)
             say.clear()
-            if room is not None:
+            # What was refused is read again; a look that finds nothing yet says nothing of room.
+            if room is not None and (any(changed.values()) or not any(one.unread for one in followers)):
                 room.found("following attributes")
         except (LogError, StoreFull) as error:
             # The store has how far it was read: that is where it is read on.

@@ -40,6 +40,7 @@ from state.metrics import (
 )
 from state.registry import control
 from state.registry.registry import Registry
+from tests.e2e.running import until
 
 
 def settings_of(state: Path, kafka: Kafka | None = None) -> Settings:
@@ -52,7 +53,8 @@ def settings_of(state: Path, kafka: Kafka | None = None) -> Settings:
         else []
     )
     group = ["--kafka.group", kafka.group] if kafka else []
-    common = ["--paths.state", str(state), "--bootstrap-servers", servers, "--kafka.request_timeout_s", "1"]
+    common = ["--paths.state", str(state), "--bootstrap-servers", servers]
+    common += ["--kafka.request_timeout_s", "60" if kafka else "1"]
     return load([*flags, *topics, *group, *common], env={})
 
 
@@ -185,7 +187,7 @@ def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_set
         writer.flush()
         writer.close()
         topics.commit(kafka.group, kafka.clicks_topic, {0: 3})
-    found = kafka_lag(settings_of(tmp_path, kafka))
+    found = until(lambda: (one := kafka_lag(settings_of(tmp_path, kafka)))["answers"] and one, "Kafka does not answer")
     assert (found["clicks"], found["lag"], found["training_log"]) == (10, 2 + 5, 0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from deploy.watch import scrape
 
 EVERY_S = 0.05
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 TOGETHER = 8
 
 

@@ -22,7 +22,7 @@ from deploy.watch.address import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.rows.served import Served
-from tests.e2e.running import ROOT, Loop
+from tests.e2e.running import PATIENCE_S, ROOT, Loop
 
 STOP_S = 60.0
 
@@ -93,7 +93,7 @@ class ServingHost:
         """A profile with all that it can have; None where it cannot be had now."""
         asked = {"fields": "features,vector,attributes,sources", "top": "1000"} | query
         path = f"/v1/profiles/{user}?{urllib.parse.urlencode(asked)}"
-        status, body = scrape.fetch(serving_address(self.settings, path), timeout_s=5.0)
+        status, body = scrape.fetch(serving_address(self.settings, path), timeout_s=PATIENCE_S)
         if status != 200:
             return None
         found: dict[str, Any] = json.loads(body)
@@ -102,7 +102,7 @@ class ServingHost:
     @property
     def ready(self) -> bool:
         """Whether it may be given requests."""
-        return scrape.fetch(serving_address(self.settings, "/readyz"), timeout_s=5.0)[0] == 200
+        return scrape.fetch(serving_address(self.settings, "/readyz"), timeout_s=PATIENCE_S)[0] == 200
 
     def served(self) -> Served | None:
         """The version that its rows answer with."""

@@ -9,11 +9,20 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 THREADS = 4
 BATCH = 20  # more than are answered together
 BATCH_EVERY = 20  # each so manieth request of a thread is a batch
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
+
+
+class Seen(NamedTuple):
+    """An answer: when it was asked for, when it came, and its version."""
+
+    asked_s: float
+    came_s: float
+    version: int
 
 
 @dataclass
@@ -24,17 +33,19 @@ class Load:
         asked: Requests.
         failed: Those not answered with 200, by what came.
         mixed: Answers of more than one version.
-        seen: When each answer came, and its version.
+        seen: The answers.
     """
 
     asked: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     mixed: int = 0
-    seen: list[tuple[float, int]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
 
     def last_other(self, version: int, since_s: float) -> float:
         """When the last answer came since then that was not of `version`; `since_s` where all were."""
-        return max((at for at, of in self.seen if of != version and at >= since_s), default=since_s)
+        return max(
+            (one.came_s for one in self.seen if one.version != version and one.came_s >= since_s), default=since_s
+        )
 
 
 class Asking:
@@ -73,7 +84,7 @@ class Asking:
         next_s, asked = time.monotonic() + number * self._every_s / THREADS, 0
         while not self._finished.wait(max(0.0, next_s - time.monotonic())):
             next_s += self._every_s
-            asked += 1
+            asked, asked_s = asked + 1, time.monotonic()
             try:
                 versions, problem = self._ask(connection, asked), ""
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -85,7 +96,7 @@ class Asking:
                     self.load.failed[problem or "no answer"] += 1
                     continue
                 self.load.mixed += len(versions) > 1
-                self.load.seen += [(time.monotonic(), version) for version in versions]
+                self.load.seen += [Seen(asked_s, time.monotonic(), version) for version in versions]
 
     def _ask(self, connection: http.client.HTTPConnection, asked: int) -> set[int]:
         """The versions in one answer."""

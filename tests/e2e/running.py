@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,9 @@ SHORT: Mapping[str, object] = {
 }
 FIRST_ANSWER_S = 240.0
 DEADLINE_S = 120.0
+PATIENCE_S = 30.0
+"""Of one question: a busy machine answers late."""
+STOP_S = 240.0
 MODULES = {
     "shoppers": "deploy.replay",
     "stream": "streaming.pipeline",
@@ -68,6 +72,17 @@ MODULES = {
 }
 
 Found = TypeVar("Found")
+
+
+def led_by(label: str) -> Callable[[dict[str, Any]], bool]:
+    """Whether an answer's first interest is `label`."""
+    return lambda answer: bool(answer["interests"][0]["label"] == label)
+
+
+def counting(**features: int) -> Callable[[dict[str, Any]], bool]:
+    """Whether an answer has these features; `purchase_count_7d` is `purchase.count_7d`."""
+    wanted = {name.replace("_", ".", 1): count for name, count in features.items()}
+    return lambda answer: bool(answer["features"].items() >= wanted.items())
 
 
 def until(look: Callable[[], Found | None], what: str | Callable[[], str], deadline_s: float = DEADLINE_S) -> Found:
@@ -138,7 +153,7 @@ class Loop:
         """Stops `up` as Ctrl-C does; returns its exit code."""
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(STOP_S)
 
     @property
     def running(self) -> bool:
@@ -179,7 +194,7 @@ class Loop:
 
     def get(self, path: str) -> tuple[int, Any]:
         """Status and JSON of a GET to a worker; status 0 where none answers."""
-        status, body = scrape.fetch(serving_address(self.settings, path), timeout_s=5.0)
+        status, body = scrape.fetch(serving_address(self.settings, path), timeout_s=PATIENCE_S)
         return status, json.loads(body) if status and body.startswith("{") else body
 
     def profile(self, user: str, **query: str) -> dict[str, Any] | None:
@@ -202,8 +217,9 @@ class Loop:
         return until(look, f"no durable version from {version['number']} on is answered from")
 
     def metrics(self, name: str) -> scrape.Scrape:
-        """The metrics of one process."""
-        return scrape.scrape({name: scrape.urls(self.settings)[name]})[name]
+        """The metrics of one process, `up` among them."""
+        urls = scrape.urls(self.settings) | scrape.supervisor_urls(self.settings)
+        return scrape.scrape({name: urls[name]}, lambda url: scrape.fetch(url, PATIENCE_S))[name]
 
     def springtide(self, command: str, *words: str) -> Any:
         """Does what an operator's command does; returns its JSON."""
@@ -228,14 +244,11 @@ class Loop:
         """
         kafka = self.settings.kafka
         now_ms = wall_ms()
-        writer = Writer(kafka)
-        try:
+        with Writer(replace(kafka, request_timeout_s=DEADLINE_S)) as writer:
             for user, item, category, action in clicks:
                 click = {"user": user, "item": item, "category": category, "action": action, "time": now_ms}
                 writer.send(kafka.clicks_topic, None, user.encode(), json.dumps(click).encode())
             writer.flush()
-        finally:
-            writer.close()
         return self.ends()
 
     def know(self, side: str, key: str, record: Mapping[str, object]) -> None:
@@ -258,9 +271,20 @@ class Loop:
         sources = answer["version"]["sources"] if answer else {}
         return answer if answer and all(sources.get(source, 0) >= end for source, end in ends.items()) else None
 
-    def answer_trained_on(self, user: str, ends: dict[str, int], **query: str) -> dict[str, Any]:
-        """Waits for an answer by a version that has learned from everything before `ends`."""
-        return until(
-            lambda: self.if_trained_on(user, ends, **query),
-            lambda: f"no version covers {ends}; the newest answer is {self.profile(user)!s:.300}",
-        )
+    def answer_trained_on(
+        self, user: str, ends: dict[str, int], wanted: Callable[[dict[str, Any]], bool] = bool, **query: str
+    ) -> dict[str, Any]:
+        """Waits for an answer by a version that has learned from everything before `ends`.
+
+        Args:
+            user: Whom it is about.
+            ends: As `click` returns them.
+            wanted: What is waited for besides: clicks come into histories by another way than into versions.
+            query: Further words of the question.
+        """
+
+        def look() -> dict[str, Any] | None:
+            answer = self.if_trained_on(user, ends, **query)
+            return answer if answer and wanted(answer) else None
+
+        return until(look, lambda: f"no answer of {ends} as wanted; the newest is {self.profile(user, **query)}")

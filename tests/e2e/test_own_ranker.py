@@ -6,6 +6,7 @@ no other loop could bear: what tests do to theirs would be held, and rightly.
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ import pytest
 
 from state.config.loading import load
 from state.features.spec import FeatureSpec
+from state.log import Writer
+from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
 from tests.e2e.running import ROOT, SHORT, Loop, until
@@ -23,9 +26,8 @@ from tests.e2e.watching import Watching, beside
 
 EXAMPLES = ROOT / "deploy" / "examples"
 TOML = EXAMPLES / "din" / "springtide.toml"
-CHUNK = 60
-EVERY_S = 0.25
-"""Some 240 clicks a second of one user, beside 300 of all others."""
+FLOOD = 240.0
+"""Clicks a second of one user, beside 300 of all others."""
 WATCHED: Mapping[str, object] = {
     "shoppers.rate": 300,
     "guard.window_s": 1,
@@ -87,18 +89,25 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
         "the guard has too few windows to compare with",
     )
     registry, begin, epoch = Registry(loop.settings.registry_dir), loop.ends(), version(loop)["epoch"]
-    clicks = [("stuck-client", "stuck-item", "stuck-category", "view")] * CHUNK
+    click = {"user": "stuck-client", "item": "stuck-item", "category": "stuck-category", "action": "view"}
 
     def held() -> Control | None:
         control = registry.control()
         return control if control is not None and control.held is not None else None
 
-    def flooded() -> Control | None:
-        loop.click(clicks)
-        time.sleep(EVERY_S)
-        return held()
+    with Writer(loop.settings.kafka) as writer:
+        begin_s, sent = time.monotonic(), 0
 
-    control = until(flooded, "a flood is not held")
+        def flooded() -> Control | None:
+            nonlocal sent
+            due = int(FLOOD * (time.monotonic() - begin_s))
+            for _ in range(due - sent):
+                value = json.dumps(click | {"time": wall_ms()}).encode()
+                writer.send(loop.settings.kafka.clicks_topic, None, b"stuck-client", value)
+            sent = max(due, sent)
+            return held()
+
+        control = until(flooded, "a flood is not held")
     assert control.held is not None
     # 1. Answers stay at a version that has learned none of it.
     until(lambda: version(loop)["number"] == control.held.version, "answers do not turn")
@@ -116,7 +125,7 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
     assert (program, command) == ("springtide", "rollback")
     # 3. Typed, it heals: what was suspect is left out, and answers follow by themselves.
     done = loop.springtide(command, *words)
-    assert done["control"]["epoch"] == epoch + 1 and done["plan"]["masked"] > 2 * CHUNK
+    assert done["control"]["epoch"] == epoch + 1 and done["plan"]["masked"] > FLOOD / 2
 
     def healed() -> bool:
         # What of the flood came after a hold may be held once more, and is left out alike.

@@ -21,7 +21,7 @@ from tests import rules
 from tests.e2e.running import until
 
 FAST_S = 1.0
-ALERT_S = 60.0
+ALERT_S = 180.0
 
 
 class Watching:

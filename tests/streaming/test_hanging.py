@@ -23,7 +23,6 @@ from tests.segments import cut_back
 from tests.trainer.clicks import microbatch
 
 ALL = 1 << 40
-PATIENCE_S = 3.0
 
 
 @pytest.fixture
@@ -45,9 +44,9 @@ def settings(own: Broker, tmp_path: Path) -> Settings:
     return settings
 
 
-def seen(settings: Settings) -> list[bytes]:
+def seen(settings: Settings, patience_s: float = 60.0) -> list[bytes]:
     """The micro-batches with rows that every reader sees, up to the end of the log."""
-    deadline_s = time.monotonic() + PATIENCE_S
+    deadline_s = time.monotonic() + patience_s
     with Topics(settings.kafka) as topics:
         while True:
             (begin, end), (_, stable) = (
@@ -78,7 +77,7 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
     assert cut_back(data, topic, 0, ALL, in_a_transaction=True) == 1
     own.start()
     with pytest.raises(AssertionError, match="nobody reads past"):
-        seen(settings)
+        seen(settings, patience_s=3.0)
     with caplog.at_level(logging.WARNING, "streaming.hanging"), open_writer(settings) as writer:
         end_hanging(settings, writer)
     assert "positions 0 to 0 of" in caplog.text and "it is committed" in caplog.text
@@ -88,6 +87,7 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
     with pytest.raises(UnreachableBroker, match="killed"), open_writer(settings) as writer:
         with writer.transaction():
             writer.send(topic, 0, None, second)
+        assert seen(settings) == [first, second], "its marker is written"
         with Topics(settings.kafka) as topics:
             end = topics.ends(topic)[0][1]
         with writer.transaction():

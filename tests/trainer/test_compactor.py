@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -283,14 +282,12 @@ def test_the_process_compacts_a_registry_and_says_what_it_did(tmp_path: Path, ca
 
 
 def test_an_operators_compactor_waits_until_the_trainers_own_is_done(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry(tmp_path / "registry")
     registry.propose(start(**WHO))
     at_work = DirectoryLock(registry.path, layout.COMPACTOR_LOCK).acquire()
-    done = threading.Timer(0.2, at_work.release)
-    done.start()
+    monkeypatch.setattr(compactor.time, "sleep", lambda _: at_work.release())
     with caplog.at_level(logging.INFO):
         compactor.run_after_others(small_settings("--paths.state", str(tmp_path)))
-    done.join()
     assert "waiting for it" in caplog.text

@@ -23,7 +23,7 @@ from trainer.compaction import HURRY_S, Compaction
 from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(12)]
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture
@@ -93,7 +93,8 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
 ) -> None:
     with small_disk(tmp_path / "disk", "32m") as disk:
         registry, log = started(disk.path / "registry"), written(RECORDS[:4])
-        running = learner(registry, log, room=Room("registry", metrics, threading.Event().wait))
+        turned = threading.Event()
+        running = learner(registry, log, room=Room("registry", metrics, lambda _: not turned.wait(DEADLINE_S)))
         to = publish_all(running)
         full = disk.fill()
         append(log, RECORDS[4:])
@@ -105,7 +106,10 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
         Registry(registry.path).change(
             lambda control: roll_back(control, to, control.mask, actor="ann", reason="test", now_ms=5)
         )
-        until(lambda: running._publisher._running is None or running._publisher._running.done(), "it waits on", 5.0)
+        turned.set()
+        until(
+            lambda: running._publisher._running is None or running._publisher._running.done(), "it waits on", DEADLINE_S
+        )
         with pytest.raises(WrongEpoch):
             running._settle(wait=True)
         full.unlink()

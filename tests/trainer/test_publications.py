@@ -79,12 +79,15 @@ def test_each_version_is_what_the_trainer_was(tmp_path: Path, monkeypatch: pytes
     assert [one.first for one in logs[1:]] == [one.next for one in logs[:-1]]
 
 
-def test_what_was_not_durable_is_learned_again_under_new_numbers(tmp_path: Path) -> None:
+def test_what_was_not_durable_is_learned_again_under_new_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
     expected = checkpoint.digest(whole._trainer)
     registry, log = started(tmp_path / "cut"), written(RECORDS[:13])
     running = learner(registry, log, "--registry.durable_s", "3600", trainer=shared(1))
+    recorded(running, monkeypatch)
     run_to_end(running)
     # Killed: no last version. The first of the epoch is all that is durable.
     running._publisher.close()

@@ -83,7 +83,6 @@ class App:
         self.draining = False
         self.limits = QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s)
         self.metrics = WorkerMetrics(registry)
-        self.metrics.worker_starts.inc()
         self._counts = RequestCounts(self.metrics, lambda: host.version, clock_s)
         self.endpoints: list[Endpoint] = [
             *Profiles(host, self.metrics, self.limits).endpoints(),

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.children import supervisor as supervising
 from deploy.children.last_words import last_line
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from state.config.loading import load
@@ -140,8 +141,10 @@ def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(supervisor: Supervis
 
 
 def test_an_error_with_a_remedy_gets_it_before_the_next_start(
-    supervisor: Supervisor, lines: list[str], tmp_path: Path
+    supervisor: Supervisor, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # How far a remedy is, is told where it takes long.
+    monkeypatch.setattr(supervising, "PROGRESS_S", 600.0)
     made = tmp_path / "histories"
     sick = "print('stream ERROR CorruptStore: pages may be missing'); raise SystemExit(1)"
     stream = f"import pathlib\nif not pathlib.Path({str(made)!r}).exists():\n  {sick}\n{FOREVER}"
@@ -251,7 +254,7 @@ def test_a_log_starts_anew_when_it_is_large(tmp_path: Path) -> None:
     supervisor.start(python("bootstrap", "print('new')", lasting=False))
     until(lambda: (supervisor.look(), supervisor.done("bootstrap"))[1])
     # What a process said last may come to its log after its end is seen.
-    until(lambda: log.read_text() == "new\n")
+    until(lambda: log.exists() and log.read_text() == "new\n")
     assert "earlier" in (supervisor.logs / "bootstrap.log.1").read_text()
 
 

@@ -30,7 +30,9 @@ def test_a_process_asks_for_tokens_over_tls_and_ends_in_order(operator: Operator
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     trusted = ssl.create_default_context(cafile=str(cert))
     try:
-        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusted, trust_env=False) as client:
+        with httpx.Client(
+            base_url=f"https://127.0.0.1:{port}", verify=trusted, trust_env=False, timeout=30.0
+        ) as client:
 
             def answers() -> bool:
                 assert process.poll() is None

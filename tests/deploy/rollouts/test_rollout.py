@@ -305,7 +305,7 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     assert Rollouts(site.live.registry.path).newest() == before, "shares stay as they are"
     assert all(arm == arm_of(places[number], before.share) for number, arm, _ in meanwhile[-100:])
     assert all(site.ask(number)[0] == arm_of(places[number], before.share) for number in range(20))
-    again = Driving(site, tmp_path / "log", *words)
+    again = Driving(site, tmp_path / "again", *words)
     last = site.use(rates, lambda: again.says("wider done"))
     assert again.process.wait(timeout=60) == 0
     # Who was in the trial's arm stays there.
@@ -319,7 +319,7 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     # All exposures of both drivers' times are known to a third one; the oldest and newest second of answers aside.
     every = sum(one["answers"] for one in found["arms"].values())
     # Nobody is answered by the live versions in the last seconds, whose engagements are not known yet.
-    assert found["arms"][LIVE]["rate"] == pytest.approx(rates[LIVE], abs=0.05)
+    assert found["arms"][LIVE]["rate"] == pytest.approx(rates[LIVE], abs=0.1)
     named = sum(arm is not None for _, arm, _ in [*first, *meanwhile, *last]) + 20
     assert every <= named and every > 0.8 * named
     assert [one["share"] for one in found["history"]] == [0.0, 0.3, 0.6, 1.0, 1.0]
@@ -339,7 +339,7 @@ def test_a_trial_that_does_not_answer_costs_nobody_an_answer_goes_back_and_begin
     assert driving.process.wait(timeout=60) == 0
     assert "it fails in" in driving.log.read_text()
     assert {version for _, arm, version in asked[-100:]} == {1}, "the live version answered for it"
-    waiting = Driving(site, tmp_path / "log", "broken", "--steps", "50", "--every", "1h")
+    waiting = Driving(site, tmp_path / "waiting", "broken", "--steps", "50", "--every", "1h")
     until(lambda: waiting.says("its first step waits"))
     assert "broken starting, 0 of the users" in waiting.log.read_text() and site.ask(1) == (None, 1)
     # What `up` runs there, where the trial lies on this machine, answers until the rollout is over, and leaves nothing.

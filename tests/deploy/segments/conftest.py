@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +37,7 @@ from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
 
 SALT = Salt(SALT_KEY)
 CLICKS = Source("ee" * 16, 0)
+DEADLINE_S = 120.0
 _numbers = itertools.count(1)
 
 
@@ -125,13 +127,14 @@ class KeptHost:
         note = json.dumps({"generation": generation}).encode()
         self.stores.rows.steer({CONTROL_NOTE: note, MASK_NOTE: mask.to_bytes()}, version)
 
-    def until(self, look: Callable[[], Any], rounds: int = 200) -> None:
-        """Lets the keeper do rounds until `look` is true."""
-        for _ in range(rounds):
-            if look():
-                return
+    def until(self, look: Callable[[], Any], most: int | None = None) -> None:
+        """Lets the keeper do rounds until `look` is true: so many at most, else for two minutes."""
+        done, end_s = 0, time.monotonic() + DEADLINE_S
+        while not look():
+            in_time = done < most if most else time.monotonic() < end_s
+            assert in_time, f"not after {done} rounds: {self.members()}"
             self.keeper.step()
-        raise AssertionError(f"not after {rounds} rounds: {self.members()}")
+            done += 1
 
     def members(self) -> dict[str, set[str]]:
         """Who of `ann`, `bob` and `cem` is in each segment, as readers of the store see it."""

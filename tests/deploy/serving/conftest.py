@@ -47,6 +47,8 @@ def lowered() -> Lowered:
 @pytest.fixture
 def stores(tmp_path: Path, lowered: Lowered) -> Iterator[Stores]:
     """Version 1 is served; `ann` has clicks and a row, `bob` has clicks only."""
+    # Other tests give it other weights.
+    lowered.model.set_weights(lowered.weights)
     settings = small(Settings())
     settings = replace(
         settings, paths=replace(settings.paths, state=str(tmp_path)), serving=replace(settings.serving, map_gb=1)

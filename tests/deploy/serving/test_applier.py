@@ -64,7 +64,8 @@ def test_an_applier_waits_for_a_registry_that_cannot_be_read(tmp_path: Path) -> 
         process.kill()
         process.wait()
     said = log.read_text()
-    assert said.count("the registry cannot be followed") == 1
+    # Twice where it looked in the moment that there was neither a file nor a directory.
+    assert said.count("the registry cannot be followed") in (1, 2)
     assert "UnusableRegistry" in said or "correct its access rights" in said
     assert "Traceback" not in said
 

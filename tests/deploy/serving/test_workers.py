@@ -102,7 +102,7 @@ class Fire:
 def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(stores: Stores) -> None:
     """Real processes on one socket: an end in order under fire costs no request, a kill costs no worker but its own."""
     port = free_port()
-    with worker(stores, port, workers=2, drain_s="0.3") as process:
+    with worker(stores, port, workers=2, drain_s="6") as process:
         until(lambda: answers(port, "/readyz"))
         until(lambda: counted(port, STARTS) == 2)
         # 1. One drains under fire, and its successor takes up its connections and counters.
@@ -114,6 +114,8 @@ def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(store
             after = fire.answered
             until(lambda: fire.answered > after + 50)
         assert fire.failures == []
+        # An answer is counted after it was sent.
+        until(lambda: counted(port, PROFILES) == fire.answered)
         # Each worker says the same, and nothing that the first one counted is lost.
         assert {counted(port, PROFILES) for _ in range(8)} == {fire.answered}
         require_exemplars(port, fire.answered)

@@ -42,7 +42,7 @@ def test_a_trial_runs_while_it_is_wanted_and_then_the_next_one_is_waited_for(set
         assert found.value("springtide_up_starts_total", part="trials") == 1.0
         assert found.value("springtide_up_deaths_in_a_row", part="trials") == 0.0
         beside.send_signal(signal.SIGTERM)
-        assert beside.wait(10) == 0
+        assert beside.wait(60) == 0
     finally:
         if beside.poll() is None:
             beside.kill()

@@ -25,7 +25,7 @@ from state.trials.row_losses import is_wanted
 from state.trials.trial import Trials
 from tests.deploy.operating import Operator
 
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

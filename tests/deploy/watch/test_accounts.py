@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deploy import status
-from deploy.watch import accounts, rows_in_flight
+from deploy.watch import accounts, rows_in_flight, stored_accounts
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
@@ -99,11 +99,14 @@ def test_a_cut_in_which_the_trainer_is_ahead_or_began_elsewhere_is_not_compared(
 
 
 @pytest.fixture
-def loop(kafka_settings: KafkaFactory, tmp_path: Path) -> tuple[Settings, Kafka, Source]:
+def loop(
+    kafka_settings: KafkaFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Settings, Kafka, Source]:
     """Twenty clicks in a topic, taken up by a store, written as two micro-batches; the trainer has the first one."""
+    monkeypatch.setattr(stored_accounts, "LONGEST_S", 60.0)
     kafka = kafka_settings()
     settings = settings_of(tmp_path, kafka)
-    settings = load([*_flags(settings), "--kafka.request_timeout_s", "10", "--stream.map_gb", "1"], env={})
+    settings = load([*_flags(settings), "--kafka.request_timeout_s", "60", "--stream.map_gb", "1"], env={})
     with Topics(kafka) as topics, Writer(kafka) as writer:
         source = Source(topics.ensure(kafka.clicks_topic, 1).topic_id, 0)
         log_id = topics.ensure(kafka.microbatches_topic, 1).topic_id

@@ -34,6 +34,7 @@ LOOKED_AT: Mapping[str, object] = {
     "segments.expressions": "collectors=view.count_7d >= 3 and purchase.count_7d == 0 and interest['stamps'] > 0.01,"
     "asked=churn >= 0 and interest['stamps'] > 0.01",
     # What tests do to this loop would be held, and rightly: the guard only looks on.
+    "guard.window_s": 30,
     "guard.warm_up": 100,
     # Whether a user clicks in the next 4.3 s is known while tests run.
     "churn.days": 0.00005,

@@ -90,8 +90,12 @@ def goes_on_in_a_new_log(loop: Loop, version: int, user: str) -> None:
     account = until(lambda: balanced(loop), "the accounts do not balance")
     # Rows that the histories have and the version had not learned.
     assert account["trainer"]["gap"] >= 0
-    learned, kept = registry.manifest(version), registry.manifest(registry.versions()[-1])
-    assert kept.log.topic_id != learned.log.topic_id and sees(kept.visible, version)
+    learned = registry.manifest(version).log.topic_id
+    # A recent version is there before the durable one.
+    until(
+        lambda: registry.manifest(registry.versions()[-1]).log.topic_id != learned, "no durable version of the new log"
+    )
+    assert sees(registry.manifest(registry.versions()[-1]).visible, version)
     with Reader(loop.settings.kafka, loop.settings.kafka.microbatches_topic) as reader:
         assert windows_in(reader, loop, user) == [7], "the row of the new click counts the seven of the backup"
 

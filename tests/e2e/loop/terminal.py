@@ -49,7 +49,7 @@ class Terminal:
         elif words[0] == "springtide":
             return self._do(words[1:])
         done = subprocess.run(
-            ["bash", "-c", line], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=60
+            ["bash", "-c", line], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=600
         )
         # Files come and go while `du` looks at them.
         assert done.returncode == 0 or (words[0] == "du" and done.stdout), f"{line}: {done.stderr}"

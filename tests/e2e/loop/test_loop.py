@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 
 from state.events.identity import public_id
 from state.log import Writer
 from state.process.wall_clock import wall_ms
-from tests.e2e.running import Loop, until
+from tests.e2e.running import Loop, counting, led_by, until
 
 PARTS = {
     "stream": "springtide_stream_events_total",
@@ -39,8 +42,7 @@ def test_a_burst_in_a_category_that_never_existed_leads_the_answer(loop: Loop) -
     assert before["cold_start"]
     assert category not in [interest["label"] for interest in before["interests"]]
     ends = loop.click([(user, f"new-item-{number}", category, "purchase") for number in range(20)])
-    answer = loop.answer_trained_on(user, ends, item="new-item-3", category=category)
-    assert answer["interests"][0]["label"] == category
+    answer = loop.answer_trained_on(user, ends, led_by(category), item="new-item-3", category=category)
     assert answer["known"]
     assert not answer["cold_start"]
     assert answer["engagement"]["item"] == "new-item-3"
@@ -49,7 +51,8 @@ def test_a_burst_in_a_category_that_never_existed_leads_the_answer(loop: Loop) -
 
 def test_an_answer_says_all_that_it_rests_on(loop: Loop) -> None:
     user = "grace-of-the-fields"
-    answer = loop.answer_trained_on(user, loop.click([(user, "kettle", "kitchen", "view")] * 3))
+    ends = loop.click([(user, "kettle", "kitchen", "view")] * 3)
+    answer = loop.answer_trained_on(user, ends, counting(view_count_1h=3))
     assert answer["user_id"] == user
     assert len(answer["vector"]) == 128
     assert answer["version"]["number"] > 0
@@ -61,7 +64,6 @@ def test_an_answer_says_all_that_it_rests_on(loop: Loop) -> None:
     assert probabilities == sorted(probabilities, reverse=True)
     assert len(answer["features"]) == 128
     assert all(isinstance(value, int) for value in answer["features"].values())
-    assert answer["features"]["view.count_1h"] == 3
     assert answer["features"]["purchase.count_1h"] == 0
 
 
@@ -106,7 +108,7 @@ def test_a_refused_record_is_counted_with_its_reason_and_holds_nobody_up(loop: L
 def test_a_clock_that_is_50_minutes_ahead_is_its_own_users_business(loop: Loop) -> None:
     """Both its times are: the event's and the record's in Kafka."""
     ada = "ada-whose-clock-is-right"
-    loop.answer_trained_on(ada, loop.click([(ada, "kettle", "kitchen", "view")] * 3))
+    loop.answer_trained_on(ada, loop.click([(ada, "kettle", "kitchen", "view")] * 3), counting(view_count_1h=3))
     ahead_ms = wall_ms() + 3_000_000
     with Writer(loop.settings.kafka) as writer:
         click = {"user": "bob", "item": "kettle", "category": "kitchen", "action": "view", "time": ahead_ms}
@@ -136,16 +138,18 @@ def test_both_freshness_figures_are_small_while_clicks_arrive(loop: Loop) -> Non
 
 
 def test_status_shows_every_part_running(loop: Loop) -> None:
-    state = loop.springtide("status")
-    assert all(part["answers"] for part in state["processes"].values())
-    assert state["kafka"]["answers"]
-    assert state["registry"]["control"]["serving"] == "follow"
+    def all_run() -> bool:
+        state = loop.springtide("status")
+        assert state["registry"]["control"]["serving"] == "follow"
+        return all(part["answers"] for part in state["processes"].values()) and bool(state["kafka"]["answers"])
+
+    until(all_run, lambda: f"{loop.springtide('status')['processes']}")
 
 
 def test_what_the_loop_writes_is_its_owners_alone(loop: Loop) -> None:
     state = loop.settings.state_dir
     open_to_others = []
-    for path in (state, *state.rglob("*")):
+    for path in (state, *(Path(folder, name) for folder, *names in os.walk(state) for name in itertools.chain(*names))):
         try:
             if path.stat().st_mode & 0o077:
                 open_to_others.append(path.relative_to(state))

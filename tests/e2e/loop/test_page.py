@@ -61,10 +61,16 @@ def stage(page: Page, name: str) -> str:
     )
 
 
+def versions(page: Page) -> int:
+    """How many versions the picture says; 0 where it says nothing now."""
+    told = stage(page, "Versions").replace(",", "")
+    return int(told) if told.isdigit() else 0
+
+
 def test_the_picture_moves_and_a_profile_is_looked_up_with_its_reasons(page: Page, loop: Loop) -> None:
     until(lambda: re.fullmatch(r"[\d,.]+/s", stage(page, "Clicks")) and stage(page, "Clicks") != "0/s", "no clicks")
-    seen = int(stage(page, "Versions").replace(",", ""))
-    until(lambda: int(stage(page, "Versions").replace(",", "")) > seen, "the picture does not move")
+    seen = until(lambda: versions(page), "no versions")
+    until(lambda: versions(page) > seen, "the picture does not move")
     expect(page.locator("#stages li.flows")).not_to_have_count(0)
     expect(page.locator("#plots canvas")).to_have_count(9)
     expect(page.locator("#segments-table")).to_contain_text("collectors")

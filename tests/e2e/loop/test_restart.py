@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import pytest
 
 from state.accounts import StreamAccount, check_accounts
 from state.history.store import HistoryStore
-from tests.e2e.running import ROOT, Loop, until
+from tests.e2e.running import ROOT, Loop, counting, led_by, until
 from tests.e2e.watching import Watching
 
 
-def leading(loop: Loop, user: str, label: str) -> dict[str, Any] | None:
-    """The answer, if it is led by `label`."""
+def leading(loop: Loop, user: str, label: str, purchases: int) -> dict[str, Any] | None:
+    """The answer, if it is led by `label` and counts so many purchases."""
     answer = loop.profile(user)
-    return answer if answer and answer["interests"][0]["label"] == label else None
+    return answer if answer and led_by(label)(answer) and counting(purchase_count_7d=purchases)(answer) else None
 
 
 @pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker"])
@@ -34,9 +35,8 @@ def test_the_loop_recovers_from_the_kill_of(loop: Loop, part: str) -> None:
     until(lambda: loop.pid(part) not in (None, pid), f"{part} is not started again")
     loop.answer_trained_on(user, ends)
     # Serving's histories come by another way than versions, and may need longer after its applier died.
-    answer = until(lambda: leading(loop, user, "light"), "the category does not lead")
     # Clicks that were read twice count once.
-    assert answer["features"]["purchase.count_7d"] == 10
+    until(lambda: leading(loop, user, "light", 10), lambda: f"the category does not lead: {loop.profile(user)}")
     assert f"{part} died (SIGKILL)" in loop.said()
 
 
@@ -48,8 +48,7 @@ def test_the_loop_recovers_from_the_kill_of_kafka_which_is_an_alert_meanwhile(lo
     until(lambda: loop.pid("kafka") not in (None, pid), "Kafka is not started again")
     user = "sender-after-the-kill-of-kafka"
     loop.answer_trained_on(user, loop.click([(user, "lamp", "light", "purchase")] * 10))
-    answer = until(lambda: leading(loop, user, "light"), "the category does not lead")
-    assert answer["features"]["purchase.count_7d"] == 10
+    until(lambda: leading(loop, user, "light", 10), lambda: f"the category does not lead: {loop.profile(user)}")
     assert "Kafka ended with status -9" in loop.said()
     watching.wait_until_over("SpringtideBrokerAway")
 
@@ -57,7 +56,7 @@ def test_the_loop_recovers_from_the_kill_of_kafka_which_is_an_alert_meanwhile(lo
 def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is_up_and_goes_on(loop: Loop) -> None:
     user = "one-who-comes-back"
     before = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
-    until(lambda: leading(loop, user, "outdoors"), "serving's histories do not have the clicks")
+    until(lambda: leading(loop, user, "outdoors", 7), "serving's histories do not have the clicks")
     running, already = loop.processes(), len(loop.said())
     assert len(running) >= 7
 
@@ -65,8 +64,9 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is
     assert loop.stop(signal.SIGINT) == 0
     said = loop.said()[already:]
     assert "stopped after" in said
-    assert "did not end" not in said, said
-    _, alive = psutil.wait_procs(running, timeout=5)
+    # Stream and applier have the time that their disks need.
+    assert not re.search("(stream|applier) did not end", said), said
+    _, alive = psutil.wait_procs(running, timeout=60)
     assert alive == []
     mine = [
         str(loop.settings.state_dir) in word
@@ -105,15 +105,13 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is
     # 4. It goes on: same registry, same positions, no second bootstrap.
     loop.wait_until_up()
     assert "done by an earlier run" in loop.said_since_start()
-    after = until(lambda: leading(loop, user, "outdoors"), "no answer after the second start")
+    after = until(lambda: leading(loop, user, "outdoors", 7), "no answer after the second start")
     assert after["version"]["number"] >= early["version"]["number"]
     assert after["version"]["epoch"] == before["version"]["epoch"]
-    assert after["features"]["purchase.count_7d"] == 7
     ends = loop.click([(user, "tent", "outdoors", "purchase")])
     assert all(ends[source] >= position for source, position in positions.items())
-    again = loop.answer_trained_on(user, ends)
+    again = loop.answer_trained_on(user, ends, counting(purchase_count_7d=8))
     assert again["version"]["number"] > early["version"]["number"]
-    assert again["features"]["purchase.count_7d"] == 8
 
 
 def test_a_second_up_on_the_same_state_is_refused_and_hurts_nobody(loop: Loop) -> None:

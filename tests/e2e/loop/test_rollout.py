@@ -13,7 +13,6 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from deploy.rollouts import telling
-from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from state.rollouts.assignment import LIVE, TRIAL
 from state.trials.trial import Trials
@@ -77,7 +76,7 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
         assert found["arms"][TRIAL]["failures"] == 0
         told = loop.springtide("status")["rollout"]
         assert (told["name"], told["phase"], told["share"]) == (NAME, "running", 0.5)
-        metrics = scrape.scrape(scrape.supervisor_urls(loop.settings))["up"]
+        metrics = loop.metrics("up")
         assert metrics.value("springtide_rollout_share_ratio", trial=NAME) == 0.5
         assert metrics.value("springtide_rollout_stopped", trial=NAME) == 0.0
         assert (metrics.value("springtide_rollout_answers", trial=NAME, arm=TRIAL) or 0) > 0

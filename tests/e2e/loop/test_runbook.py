@@ -22,10 +22,11 @@ from state.rollouts.rollouts import Rollouts
 from tests import runbook
 from tests.e2e.loop import lost_disk, new_release
 from tests.e2e.loop.terminal import Terminal
-from tests.e2e.running import Loop, until
+from tests.e2e.running import Loop, counting, led_by, until
 from tests.runbook import SECTIONS, Section
 
 HONEST, POISON = "reading", "poison-of-the-drill"
+of_five = counting(purchase_count_1h=5)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def flood(loop: Loop, user: str) -> str:
     """A user's honest clicks, then a flood of one category, learned; returns the flood's span of time."""
     loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "purchase")] * 5))
     begin_s = time.time()
-    poisoned = loop.answer_trained_on(user, loop.click([(user, f"bot-{n}", POISON, "purchase") for n in range(20)]))
+    ends = loop.click([(user, f"bot-{n}", POISON, "purchase") for n in range(20)])
+    loop.answer_trained_on(user, ends, led_by(POISON))
     end_s = time.time()
-    assert labels(poisoned)[0] == POISON
     return "..".join(datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds") for at_s in (begin_s, end_s))
 
 
@@ -72,10 +73,10 @@ def turn_back(terminal: Terminal, section: Section, user: str) -> str:
         terminal.type(command)
     until(lambda: served(loop)[1] == epoch + 1, "answers do not follow into the new epoch")
     followed_s = time.monotonic() - began_s
-    answer = loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "view")]))
-    assert labels(answer)[0] == HONEST
+    answer = loop.answer_trained_on(
+        user, loop.click([(user, "book", HONEST, "view")]), lambda one: led_by(HONEST)(one) and of_five(one)
+    )
     assert POISON not in labels(answer)
-    assert answer["features"]["purchase.count_1h"] == 5
     happened = re.findall(r"^generation \d+: .*$", terminal.type("springtide history"), re.MULTILINE)[-1]
     assert re.search(r"answers after .* caught up after .* rows read again", happened)
     print(f"{section.title}: {said}\nthe command took {answered_s:.2f} s, answers followed after {followed_s:.1f} s")
@@ -103,9 +104,8 @@ def a_mask_was_wrong(terminal: Terminal, section: Section) -> None:
     assert terminal.type(back, V=version)
     terminal.type(wait)
     assert served(loop)[1] == control.epoch + 1
-    answer = loop.answer_trained_on(user, loop.click([(user, "book", HONEST, "view")]))
-    assert POISON in labels(answer)
-    assert answer["features"]["purchase.count_1h"] == 25
+    ends = loop.click([(user, "book", HONEST, "view")])
+    assert POISON in labels(loop.answer_trained_on(user, ends, counting(purchase_count_1h=25)))
 
 
 def training_is_held(terminal: Terminal, section: Section) -> None:
@@ -126,9 +126,12 @@ def an_operator_holds_something(terminal: Terminal, section: Section) -> None:
     version = str(loop.kept()[0])
     for command in held:
         terminal.type(command, V=version)
-    until(lambda: loop.metrics("trainer").value("springtide_trainer_paused") == 1.0, "the pause is not seen")
-    state = terminal.type("springtide status").splitlines()[0]
-    assert all(word in state for word in ("paused", "held by an operator", "pinned"))
+
+    def told() -> bool:
+        state = terminal.type("springtide status").splitlines()[0]
+        return all(word in state for word in ("paused", "held by an operator", "pinned"))
+
+    until(told, "status does not say all of it")
     assert all(word in terminal.type(history) for word in ("pin", "pause", "hold"))
     for command in undone:
         terminal.type(command)

@@ -8,7 +8,6 @@ from typing import Any
 
 import psutil
 
-from deploy.watch import scrape
 from state.trials.trial import Trials
 from tests.e2e.running import Loop, until
 
@@ -67,7 +66,7 @@ def test_a_trial_learns_the_same_rows_beside_the_live_one_through_a_kill_and_goe
     # 2. It is told: in status, and on /metrics.
     told = {one["name"]: one for one in loop.springtide("status")["trials"]}
     assert told["small"]["overrides"] == {"model.hidden": "8"} and told["again"]["compared"]["rows"] >= ROWS
-    metrics = scrape.scrape(scrape.supervisor_urls(loop.settings))["up"]
+    metrics = loop.metrics("up")
     assert (metrics.value("springtide_trial_rows", trial="again") or 0) >= ROWS
     assert metrics.value("springtide_trial_difference", trial="again", end="mean") == 0.0
 

@@ -90,11 +90,20 @@ def test_on_beams_own_runner_the_rows_are_those_of_the_local_form(shop: Settings
     pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(["--streaming"]))
     build_distributed(pipeline, plan)
     pipeline.run().wait_until_finish()
-    until(lambda: accounts.account(shop).get("stream", {}).get("positions") == 600 + len(BAD), "the account is shown")
-    found, (shown,) = accounts.account(shop), scrape({"stream": urls(shop)["stream"]}).values()
-    assert (found["stream"]["rows"], found["stream"]["dead"]) == (600, len(BAD))
-    assert (found["balanced"], found["compared"], accounts.AS_SHOWN in found["notes"]) == (True, False, True)
-    assert shown.value("springtide_stream_clocks_off_total", direction="refused") == 1
+
+    def refused() -> float | None:
+        (shown,) = scrape({"stream": urls(shop)["stream"]}).values()
+        return shown.value("springtide_stream_clocks_off_total", direction="refused")
+
+    def is_shown() -> bool:
+        # Figures are shown one after the other.
+        found = accounts.account(shop)
+        counted = [found.get("stream", {}).get(name) for name in ("positions", "rows", "dead")]
+        stands = (found["balanced"], found["compared"], accounts.AS_SHOWN in found["notes"])
+        return counted == [600 + len(BAD), 600, len(BAD)] and stands == (True, False, True)
+
+    until(is_shown, "the account is shown")
+    until(lambda: refused() == 1, "the click whose clock is off is shown")
     close_workers()
     values = values_in(shop, 600)
     assert rows_of(values) == rows_of(of_local_form(shop, tmp_path, 600))

@@ -136,6 +136,7 @@ def test_partitions_that_a_topic_gets_meanwhile_are_read_from_their_beginning(sh
         with job(plan):
             values_in(shop, 100)
             topics.grow(shop.kafka.clicks_topic, 4)
+            until(lambda: topics.describe(shop.kafka.clicks_topic).partitions == 4, "the new partitions")
             send(shop.kafka, [click(number) for number in range(100, 160)], 100, lambda number: 2 + number % 2)
             values_in(shop, 160)
             send(shop.kafka, [click(number) for number in (160, 161)], 160, lambda number: number % 2)

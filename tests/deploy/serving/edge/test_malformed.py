@@ -64,7 +64,7 @@ def failures(port: int) -> Iterator[str]:
 def test_malformed_requests_end_no_worker_and_are_no_failure_of_it(stores: Stores) -> None:
     """Half of them over HTTP; of the others half are messages of gRPC, half frames."""
     chance, port, grpc_port = random.Random(SEED), free_port(), free_port()
-    with worker(stores, port, 1, grpc_port, timeout_s="5") as process:
+    with worker(stores, port, 1, grpc_port, timeout_s="30") as process:
         until(lambda: answers(port, "/readyz"))
         statuses: dict[int, int] = {}
         for _ in range(COUNT // 2):
