@@ -1,6 +1,6 @@
-"""Many serving hosts of one system: how soon a version and a pin are on all of them, and how soon a new host answers.
+"""Many serving hosts of one system: how soon a version, a pin and an erasure are on all of them, and how soon a new host answers.
 
-    python -m tests.bench.hosts [--hosts 10] [--versions-s 60] [--pins 20] [--s3] [--link-mb-s 0.5]
+    python -m tests.bench.hosts [--hosts 10] [--versions-s 60] [--pins 20] [--erasures 10] [--s3] [--link-mb-s 0.5]
 
 Each host is an applier and a worker in a state directory of its own, all on
 this machine beside the loop: Kafka, shoppers, stream, trainer and its own host.
@@ -112,6 +112,31 @@ def pins(loop: Loop, watches: Sequence[Watch], count: int) -> list[float]:
     return found
 
 
+def erased_s(loop: Loop, hosts: Sequence[ServingHost], user: str) -> list[float]:
+    """Erases a known shopper; of each host the seconds from the command to its first answer about nobody."""
+    until(lambda: all((one.profile(user) or {}).get("known") for one in hosts), f"{user} is not known")
+    begun_s, found = time.monotonic(), dict[str, float]()
+    loop.springtide("erase", "--user", user, "--reason", BY["reason"])
+
+    def on_all() -> bool:
+        for one in hosts:
+            if one.name not in found and (one.profile(user) or {}).get("cold_start"):
+                found[one.name] = time.monotonic() - begun_s
+        return len(found) == len(hosts)
+
+    until(on_all, f"{user} is known on some hosts")
+    return [*found.values()]
+
+
+def erasures(loop: Loop, hosts: Sequence[ServingHost], count: int) -> list[float]:
+    """The seconds of that many erasures on each host."""
+    found = list[float]()
+    for number in range(count):
+        progress.say("erasures", f"{number} of {count}")
+        found += erased_s(loop, hosts, f"shopper-{number + 1}")
+    return found
+
+
 def traffic(hosts: Sequence[ServingHost]) -> dict[str, float]:
     """Requests by operation and bytes of the hosts' copiers together."""
     total: dict[str, float] = {}
@@ -146,6 +171,7 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=10)
     parser.add_argument("--versions-s", type=float, default=60.0)
     parser.add_argument("--pins", type=int, default=20)
+    parser.add_argument("--erasures", type=int, default=10)
     parser.add_argument("--s3", action="store_true")
     parser.add_argument("--link-mb-s", type=float, default=float("inf"))
     asked = parser.parse_args()
@@ -198,6 +224,7 @@ def main() -> None:
                 value = (after[name] - before[name]) / asked.hosts / asked.versions_s
                 figures[f"{name} of a host"] = Figure(value, "B/s" if name == "bytes" else "1/s")
         figures |= quantiles("a pin is on a host", pins(loop, watches, asked.pins), 1.0)
+        figures |= quantiles("an erased user is nobody on a host", erasures(loop, hosts, asked.erasures), 2.0)
         memory = [psutil.Process(host.process.pid) for host in hosts if host.process is not None]
         mebi = [sum(one.memory_info().rss for one in each.children(recursive=True)) / MEBI for each in memory]
         figures["memory of a host, applier and worker"] = Figure(float(np.median(mebi)), "MiB")
