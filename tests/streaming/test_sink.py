@@ -18,7 +18,7 @@ from tests.streaming.committing import sink, transactions
 from tests.streaming.pieces import ZERO, piece
 from tests.streaming.streams import until
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 class Gate:

@@ -34,7 +34,7 @@ from tests.streaming.test_profile import BASE_MS, SPEC, Click, assert_same, batc
 LATE_S = 600
 REACH_MS = 1000 * (SPEC.windows_s[-1] + LATE_S)
 DAY_MS = 86_400_000
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 def clicks_of(seed: int, count: int = 400) -> list[Click]:

@@ -22,7 +22,7 @@ from state.errors import ProcessFailed
 from state.metrics import SupervisorMetrics
 from tests.disks import small_disk
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 FOREVER = "import signal, threading; threading.Event().wait()"
 
 

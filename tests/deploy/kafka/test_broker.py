@@ -21,7 +21,7 @@ from state.errors import KafkaFailed, PortTaken
 from tests.one_kafka import Running
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], within_s: float = 120.0) -> bool:
     deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:

@@ -23,7 +23,7 @@ from tests.deploy.serving.test_following import tensors
 BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -30,13 +30,13 @@ def test_profiles_say_how_probable_it_is_that_the_user_leaves(loop: Loop) -> Non
         json.dumps({"users": [USER, "nobody-who-ever-came"]}).encode(),
         {"content-type": "application/json"},
     )
-    with urllib.request.urlopen(asked, timeout=10.0) as response:
+    with urllib.request.urlopen(asked, timeout=30.0) as response:
         both = json.load(response)["profiles"]
     assert 0.0 <= both[0]["churn"] <= 1.0 and "churn" not in both[1]
     with grpc.insecure_channel(f"127.0.0.1:{loop.settings.serving.grpc_port}") as channel:
         kinds = [message(f"springtide.v1.{name}") for name in ("GetProfileRequest", "Profile")]
         ask = channel.unary_unary("/springtide.v1.Profiles/GetProfile", kinds[0].SerializeToString, kinds[1].FromString)
-        told = ask(kinds[0](question={"user_id": USER}), timeout=10)
+        told = ask(kinds[0](question={"user_id": USER}), timeout=60)
     assert told.HasField("churn") and 0.0 <= told.churn <= 1.0
 
 

@@ -26,7 +26,7 @@ def url(loop: Loop, part: str) -> str:
 
 @pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up", "validation", "segments", "console"])
 def test_a_process_has_few_series_and_all_of_them_are_declared(loop: Loop, part: str) -> None:
-    status, text = scrape.fetch(url(loop, part), timeout_s=10.0)
+    status, text = scrape.fetch(url(loop, part), timeout_s=30.0)
     assert status == 200
     series = [line for line in text.splitlines() if not line.startswith("#")]
     assert len(series) <= MOST_SERIES, f"{len(series)} series of {part}"
@@ -41,7 +41,7 @@ def test_exemplars_name_a_version(loop: Loop, part: str) -> None:
 
     def exemplars() -> list[Exemplar]:
         asked = urllib.request.Request(url(loop, part), headers=OPENMETRICS)
-        with urllib.request.urlopen(asked, timeout=10.0) as answer:
+        with urllib.request.urlopen(asked, timeout=30.0) as answer:
             families = {one.name: one for one in text_string_to_metric_families(answer.read().decode())}
         return [one.exemplar for one in families[VERSIONED[part]].samples if one.exemplar]
 
