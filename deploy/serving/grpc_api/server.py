@@ -24,7 +24,8 @@ from deploy.serving.line import QueueLimits
 from state.metrics import WorkerMetrics
 
 MOST_MESSAGE_BYTES = 4 << 20
-LOOK_S = 60.0
+LOOK_S = 0.2
+"""Between two looks whether the server has ended: while a call is open it is told at a look only."""
 AGAIN_S = 0.05
 """Between two tries to have the port of a server that ended."""
 

@@ -16,6 +16,8 @@ import grpc
 import httpx
 import psutil
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from deploy.kafka.configuration import free_port
 from tests.deploy.serving.edge.malformed import grpc_call, grpc_request, http2_bytes, http_request
@@ -97,13 +99,19 @@ def test_malformed_requests_end_no_worker_and_are_no_failure_of_it(stores: Store
 
 
 def test_grpc_goes_on_after_a_path_that_its_server_ends_at(stores: Stores) -> None:
-    """That of grpc.aio does at one that is no UTF-8; the worker begins it anew on its port."""
+    """That of grpc.aio does at one that is no UTF-8; the worker begins it anew on its port, also while somebody watches its health."""
     port, grpc_port = free_port(), free_port()
     with worker(stores, port, 1, grpc_port) as process:
         until(lambda: answers(port, "/readyz"))
         for _ in range(3):
-            answered(grpc_port, grpc_request(b"/springtide.v1.Profiles/\xa1", b"", stream=1), wait_s=1.0)
-            until(lambda: answers_over_grpc(grpc_port))
+            with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+                watched = HealthStub(channel).Watch(HealthCheckRequest(), wait_for_ready=True)
+                assert next(watched).status == HealthCheckResponse.SERVING
+                answered(grpc_port, grpc_request(b"/springtide.v1.Profiles/\xa1", b"", stream=1), wait_s=1.0)
+                # Not only once the call that is open ends.
+                until(lambda: answers_over_grpc(grpc_port), 30)
+                with pytest.raises(grpc.RpcError):
+                    next(watched)
         process.terminate()
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0, log
