@@ -139,6 +139,7 @@ def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
         until(lambda: cli.main(["hold", "--reason", "test", *loop.flags]) == 1, "a full disk takes it")
         assert "No space left on device" in (refused := capsys.readouterr().err) and "free space" in refused
     # 4. Room: all goes on by itself.
+    loop.springtide("release", "--reason", "where a moment's room took the hold")
     until(lambda: not waiting(loop) and loop.pid("kafka") is not None, "something waits on")
     watching.wait_until_over("SpringtideStorageFull")
     newest = loop.springtide("status")["registry"]["newest"]
