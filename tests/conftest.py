@@ -22,10 +22,10 @@ KafkaFactory = Callable[..., Kafka]
 
 LOOP = "tests/e2e/loop/"
 KAFKA = pytest.StashKey[OneKafka]()
-# Test brokers live for minutes: the quick compiler alone costs half of what both do.
 # A busy machine makes slow examples of all of them.
 property_tests.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 property_tests.load_profile("untimed")
+# Test brokers live for minutes: the quick compiler alone costs half of what both do.
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 _numbers = itertools.count(1)

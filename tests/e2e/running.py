@@ -79,10 +79,9 @@ def led_by(label: str) -> Callable[[dict[str, Any]], bool]:
     return lambda answer: bool(answer["interests"][0]["label"] == label)
 
 
-def counting(**features: int) -> Callable[[dict[str, Any]], bool]:
-    """Whether an answer has these features; `purchase_count_7d` is `purchase.count_7d`."""
-    wanted = {name.replace("_", ".", 1): count for name, count in features.items()}
-    return lambda answer: bool(answer["features"].items() >= wanted.items())
+def counting(feature: str, count: int) -> Callable[[dict[str, Any]], bool]:
+    """Whether an answer has this feature."""
+    return lambda answer: bool(answer["features"][feature] == count)
 
 
 def until(look: Callable[[], Found | None], what: str | Callable[[], str], deadline_s: float = DEADLINE_S) -> Found:
@@ -272,7 +271,7 @@ class Loop:
         return answer if answer and all(sources.get(source, 0) >= end for source, end in ends.items()) else None
 
     def answer_trained_on(
-        self, user: str, ends: dict[str, int], wanted: Callable[[dict[str, Any]], bool] = bool, **query: str
+        self, user: str, ends: dict[str, int], *wanted: Callable[[dict[str, Any]], bool], **query: str
     ) -> dict[str, Any]:
         """Waits for an answer by a version that has learned from everything before `ends`.
 
@@ -285,6 +284,6 @@ class Loop:
 
         def look() -> dict[str, Any] | None:
             answer = self.if_trained_on(user, ends, **query)
-            return answer if answer and wanted(answer) else None
+            return answer if answer and all(one(answer) for one in wanted) else None
 
         return until(look, lambda: f"no answer of {ends} as wanted; the newest is {self.profile(user, **query)}")

@@ -20,7 +20,6 @@ from tests.streaming.pieces import ZERO, piece
 from tests.streaming.streams import until
 
 ROWS = 400
-DEADLINE_S = 120.0
 
 
 def gauge(shard: Any, name: str) -> float:
@@ -35,7 +34,7 @@ def test_a_commit_waits_for_room_says_so_once_and_writes_its_micro_batches_once(
         shard.commits.flush()
         full = disk.fill()
         shard.commits.put(Cut((with_history(piece((ZERO, 1, ROWS))),), 0))
-        until(lambda: gauge(shard, "waiting") == 1, "it waits", DEADLINE_S)
+        until(lambda: gauge(shard, "waiting") == 1, "it waits")
         # Tried again, and refused again.
         refused = len(transactions(shard.log))
         assert not shard.stopping.wait(3 * RETRY_S)
@@ -57,7 +56,7 @@ def test_a_stream_that_is_asked_to_stop_waits_for_no_room_and_reads_the_clicks_a
         shard.commits.flush()
         full = disk.fill()
         shard.commits.put(Cut((with_history(piece((ZERO, 1, ROWS))),), 0))
-        until(lambda: gauge(shard, "waiting") == 1, "it waits", DEADLINE_S)
+        until(lambda: gauge(shard, "waiting") == 1, "it waits")
         shard.stopping.set()
         with pytest.raises(StoreFull, match="free space on its disk"):
             shard.commits.flush()

@@ -16,9 +16,7 @@ from streaming.cut import Cut
 from streaming.sink import QUEUED_CUTS, CommitThread
 from tests.streaming.committing import sink, transactions
 from tests.streaming.pieces import ZERO, piece
-from tests.streaming.streams import until
-
-DEADLINE_S = 120.0
+from tests.streaming.streams import DEADLINE_S, until
 
 
 class Gate:
@@ -78,9 +76,9 @@ def test_at_rest_the_group_and_the_account_say_what_is_committed_and_then_nothin
         until(lambda: group() == {0: 1}, "the first cut is shown")
         # Within the second in which nothing more is shown; no third cut comes.
         shard.commits.put(Cut((piece((ZERO, 1, 2)),), 0))
-        until(lambda: group() == {0: 3}, "the second cut is shown", DEADLINE_S)
+        until(lambda: group() == {0: 3}, "the second cut is shown")
         assert shard.metrics.accounting_positions.labels("positions")._value.get() == 3
-        until(lambda: shard.committer.due_s is None, "nothing is due", DEADLINE_S)
+        until(lambda: shard.committer.due_s is None, "nothing is due")
 
 
 def test_a_group_that_could_not_be_told_is_told_at_rest(tmp_path: Path) -> None:
@@ -88,9 +86,9 @@ def test_a_group_that_could_not_be_told_is_told_at_rest(tmp_path: Path) -> None:
         topics, planned = shard.log.topics(), topic_plan.clicks(shard.settings)
         topics.delete(Kafka().clicks_topic)
         shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        until(lambda: shard.store.positions() == {ZERO: 1}, "the cut is committed", DEADLINE_S)
+        until(lambda: shard.store.positions() == {ZERO: 1}, "the cut is committed")
         topics.ensure(*planned)
-        until(lambda: topics.committed(Kafka().group, Kafka().clicks_topic) == {0: 1}, "the group", DEADLINE_S)
+        until(lambda: topics.committed(Kafka().group, Kafka().clicks_topic) == {0: 1}, "the group")
 
 
 @pytest.mark.parametrize("call", [CommitThread.check, CommitThread.flush, lambda commits: commits.put(Cut((), 0))])

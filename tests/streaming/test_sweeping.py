@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +27,12 @@ from streaming.sweeping import StreamSweep
 from streaming.witnesses import Witnesses, believe
 from tests.streaming.committing import sink, with_history
 from tests.streaming.pieces import ONE, ZERO, context_of, piece
+from tests.streaming.streams import until
 from tests.streaming.test_profile import BASE_MS, SPEC, Click, assert_same, batch_of, by_definition, open_store
 
 LATE_S = 600
 REACH_MS = 1000 * (SPEC.windows_s[-1] + LATE_S)
 DAY_MS = 86_400_000
-DEADLINE_S = 120.0
 
 
 def clicks_of(seed: int, count: int = 400) -> list[Click]:
@@ -108,13 +106,6 @@ def told(rows: Rows, clock_ms: int) -> Rows:
     return replace(rows, appends=appends, told=Told(nothing, moves, ((clock_ms, clock_ms),), {}, ()))
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + DEADLINE_S
-    while not done():
-        assert time.monotonic() < until_s
-        time.sleep(0.005)
-
-
 def test_the_commit_thread_sweeps_at_rest_too_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_S", "REST_S"):
         monkeypatch.setattr(sweeping, name, 0.001)
@@ -123,13 +114,13 @@ def test_the_commit_thread_sweeps_at_rest_too_and_counts(tmp_path: Path, monkeyp
         shard.commits.put(Cut((told(piece((ZERO, 0, 3)), BASE_MS),), 0))
         shard.commits.flush()
         # No click comes to wake the thread.
-        wait_until(lambda: shard.store.extra(READ_TIMES) is not None and shard.committer.due_s is None)
+        until(lambda: shard.store.extra(READ_TIMES) is not None and shard.committer.due_s is None, "nothing is due")
         assert shard.store.users() == 3
         shard.commits.put(Cut((told(piece((ZERO, 3, 1)), BASE_MS + 100 * DAY_MS),), 0))
-        wait_until(lambda: shard.store.users() == 1)
+        until(lambda: shard.store.users() == 1, "the old users leave")
         metrics = shard.metrics
-        wait_until(lambda: metrics.history_users._value.get() == 1)
-        wait_until(lambda: metrics.swept_users.labels("old")._value.get() == 3)
+        until(lambda: metrics.history_users._value.get() == 1, "one user is counted")
+        until(lambda: metrics.swept_users.labels("old")._value.get() == 3, "those who left are counted")
         assert metrics.swept_events._value.get() == 3
 
 

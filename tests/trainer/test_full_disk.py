@@ -16,14 +16,13 @@ from state.registry.registry import Registry
 from state.storage import waiting
 from state.storage.waiting import Room
 from tests.disks import small_disk
-from tests.streaming.streams import until
+from tests.streaming.streams import DEADLINE_S, until
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import append, learner, publish_all, run_to_end, started, written
 from trainer.compaction import HURRY_S, Compaction
 from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(12)]
-DEADLINE_S = 60.0
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def test_the_trainer_learns_on_and_publishes_all_of_it_once_there_is_room(
         full = disk.fill()
         append(log, RECORDS[4:8])
         run_to_end(running)
-        until(lambda: waits(metrics) == 1, "publishing waits", DEADLINE_S)
+        until(lambda: waits(metrics) == 1, "publishing waits")
         append(log, RECORDS[8:])
         run_to_end(running)
         assert (running.place.next, registry.versions()[-1]) == (undisturbed.place.next, before)
@@ -76,7 +75,7 @@ def test_a_trainer_that_is_asked_to_stop_waits_for_no_room_and_learns_the_rest_a
         full = disk.fill()
         append(log, RECORDS[4:])
         run_to_end(running)
-        until(lambda: waits(metrics) == 1, "publishing waits", DEADLINE_S)
+        until(lambda: waits(metrics) == 1, "publishing waits")
         learned = checkpoint.digest(running._trainer), running.place.marks
         stopping.set()
         with pytest.raises(UnusableRegistry, match="No space left on device"):
@@ -99,7 +98,7 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
         full = disk.fill()
         append(log, RECORDS[4:])
         run_to_end(running)
-        until(lambda: waits(metrics) == 1, "publishing waits", DEADLINE_S)
+        until(lambda: waits(metrics) == 1, "publishing waits")
         # There is room for a generation and for no version.
         with full.open("r+b") as filler:
             filler.truncate(full.stat().st_size - (128 << 10))
@@ -107,9 +106,7 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
             lambda control: roll_back(control, to, control.mask, actor="ann", reason="test", now_ms=5)
         )
         turned.set()
-        until(
-            lambda: running._publisher._running is None or running._publisher._running.done(), "it waits on", DEADLINE_S
-        )
+        until(lambda: running._publisher._running is None or running._publisher._running.done(), "it waits on")
         with pytest.raises(WrongEpoch):
             running._settle(wait=True)
         full.unlink()

@@ -14,7 +14,7 @@ from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
 from tests.trainer.clicks import SPEC, microbatch
-from tests.trainer.logs import append, learner, run_to_end, shared, started, written
+from tests.trainer.logs import append, learner, publish_all, run_to_end, shared, started, written
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
 
@@ -146,13 +146,8 @@ def test_a_durable_version_comes_before_numbers_run_out(tmp_path: Path) -> None:
     """After a power cut numbers go on so far behind the last durable one."""
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:1]), "--registry.durable_s", "3600")
-    run_to_end(running)
-    while running.place.unsaved:
-        running.tick(0.0)
-        running._settle(wait=True)
-    running._settle(wait=True)
-    durable = running.place.durable
-    assert durable == running.place.parent
+    durable = publish_all(running)
+    assert durable == running.place.durable
     (registry.path / "recent" / f"{durable + MOST_BETWEEN - 2:012d}.last").write_bytes(b"")
     for kept in (durable, durable + MOST_BETWEEN):
         running.place = running.place.stepped()

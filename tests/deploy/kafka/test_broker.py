@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,15 +17,7 @@ from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from state.errors import KafkaFailed, PortTaken
 from tests.one_kafka import Running
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 120.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        os.sched_yield()
-    return True
+from tests.reading import eventually
 
 
 def runs(pid: int) -> bool:

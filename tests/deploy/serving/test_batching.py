@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,9 @@ def test_requests_that_arrive_while_a_batch_is_computed_are_one_batch() -> None:
             client.sendall(request[:9])
         for client in late:
             client.sendall(request[9:])
+        if late:
+            # What was sent is there a moment later.
+            time.sleep(0.05)
         late.clear()
         return [b"ok"] * len(queries)
 
@@ -80,8 +84,7 @@ def test_requests_that_arrive_while_a_batch_is_computed_are_one_batch() -> None:
                 assert (await read(client)).endswith(b"ok")
 
     uvloop.run(go())
-    # What was sent at once is there at once, a straggler aside.
-    assert sizes[0] == 1 and sum(sizes) == 13 and len(sizes) <= 3
+    assert sizes == [1, 12]
 
 
 def test_more_than_a_batch_waits_for_the_next_one() -> None:

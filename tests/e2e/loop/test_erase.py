@@ -154,7 +154,7 @@ def test_an_erased_shopper_is_nobody_at_once_and_for_good(loop: Loop, tmp_path: 
     until(lambda: (loop.profile(USER) or {}).get("attributes", {}).get("age_band"), "the attributes are not known")
     ends = loop.click([(USER, "book", "reading", "purchase")] * 9 + [(USER, "lamp", "light", "favorite")])
     refused(loop)
-    assert loop.answer_trained_on(USER, ends, counting(purchase_count_7d=9))["known"]
+    assert loop.answer_trained_on(USER, ends, counting("purchase.count_7d", 9))["known"]
     until(lambda: having(loop), "the shopper is nowhere on disk before")
     kafka = loop.settings.kafka
     assert topics_having(loop) == [kafka.clicks_topic, kafka.microbatches_topic, "users"], "the dead letter has it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -52,7 +51,7 @@ def test_a_burst_in_a_category_that_never_existed_leads_the_answer(loop: Loop) -
 def test_an_answer_says_all_that_it_rests_on(loop: Loop) -> None:
     user = "grace-of-the-fields"
     ends = loop.click([(user, "kettle", "kitchen", "view")] * 3)
-    answer = loop.answer_trained_on(user, ends, counting(view_count_1h=3))
+    answer = loop.answer_trained_on(user, ends, counting("view.count_1h", 3))
     assert answer["user_id"] == user
     assert len(answer["vector"]) == 128
     assert answer["version"]["number"] > 0
@@ -108,7 +107,7 @@ def test_a_refused_record_is_counted_with_its_reason_and_holds_nobody_up(loop: L
 def test_a_clock_that_is_50_minutes_ahead_is_its_own_users_business(loop: Loop) -> None:
     """Both its times are: the event's and the record's in Kafka."""
     ada = "ada-whose-clock-is-right"
-    loop.answer_trained_on(ada, loop.click([(ada, "kettle", "kitchen", "view")] * 3), counting(view_count_1h=3))
+    loop.answer_trained_on(ada, loop.click([(ada, "kettle", "kitchen", "view")] * 3), counting("view.count_1h", 3))
     ahead_ms = wall_ms() + 3_000_000
     with Writer(loop.settings.kafka) as writer:
         click = {"user": "bob", "item": "kettle", "category": "kitchen", "action": "view", "time": ahead_ms}
@@ -149,7 +148,8 @@ def test_status_shows_every_part_running(loop: Loop) -> None:
 def test_what_the_loop_writes_is_its_owners_alone(loop: Loop) -> None:
     state = loop.settings.state_dir
     open_to_others = []
-    for path in (state, *(Path(folder, name) for folder, *names in os.walk(state) for name in itertools.chain(*names))):
+    paths = [Path(folder, name) for folder, folders, files in os.walk(state) for name in (*folders, *files)]
+    for path in (state, *paths):
         try:
             if path.stat().st_mode & 0o077:
                 open_to_others.append(path.relative_to(state))

@@ -111,10 +111,10 @@ def test_the_loop_heals_itself_after_a_power_cut(loop: Loop) -> None:
     # 3. It lives: new clicks are learned and answered, what was known before is known.
     ends = loop.click([("one-after-the-cut", "tent", "outdoors", "purchase")] * 5)
     # Each of the five has an offset of its own.
-    after = loop.answer_trained_on("one-after-the-cut", ends, counting(purchase_count_7d=5))
+    after = loop.answer_trained_on("one-after-the-cut", ends, counting("purchase.count_7d", 5))
     assert after["version"]["epoch"] == recovered["epoch"] > before["version"]["epoch"]
     assert after["version"]["number"] > newest.version + MOST_BETWEEN, "no number that was lost comes again"
-    loop.answer_trained_on("one-before-the-cut", ends, counting(view_count_7d=1))
+    loop.answer_trained_on("one-before-the-cut", ends, counting("view.count_7d", 1))
     # 4. Accounts balance, and the new line is recomputed bit for bit from before the cut.
     until(lambda: balanced(loop), "the accounts do not balance")
     verified = loop.springtide("verify", str(loop.kept()[0]), "--from", str(recovered["base"]))

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from typing import Any
 
 import psutil
 import pytest
@@ -16,12 +15,6 @@ from state.accounts import StreamAccount, check_accounts
 from state.history.store import HistoryStore
 from tests.e2e.running import ROOT, Loop, counting, led_by, until
 from tests.e2e.watching import Watching
-
-
-def leading(loop: Loop, user: str, label: str, purchases: int) -> dict[str, Any] | None:
-    """The answer, if it is led by `label` and counts so many purchases."""
-    answer = loop.profile(user)
-    return answer if answer and led_by(label)(answer) and counting(purchase_count_7d=purchases)(answer) else None
 
 
 @pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker"])
@@ -33,10 +26,8 @@ def test_the_loop_recovers_from_the_kill_of(loop: Loop, part: str) -> None:
     user = f"sender-after-the-kill-of-{part}"
     ends = loop.click([(user, "lamp", "light", "purchase")] * 10)
     until(lambda: loop.pid(part) not in (None, pid), f"{part} is not started again")
-    loop.answer_trained_on(user, ends)
-    # Serving's histories come by another way than versions, and may need longer after its applier died.
     # Clicks that were read twice count once.
-    until(lambda: leading(loop, user, "light", 10), lambda: f"the category does not lead: {loop.profile(user)}")
+    loop.answer_trained_on(user, ends, led_by("light"), counting("purchase.count_7d", 10))
     assert f"{part} died (SIGKILL)" in loop.said()
 
 
@@ -47,16 +38,16 @@ def test_the_loop_recovers_from_the_kill_of_kafka_which_is_an_alert_meanwhile(lo
     watching.wait_for("SpringtideBrokerAway")
     until(lambda: loop.pid("kafka") not in (None, pid), "Kafka is not started again")
     user = "sender-after-the-kill-of-kafka"
-    loop.answer_trained_on(user, loop.click([(user, "lamp", "light", "purchase")] * 10))
-    until(lambda: leading(loop, user, "light", 10), lambda: f"the category does not lead: {loop.profile(user)}")
+    ends = loop.click([(user, "lamp", "light", "purchase")] * 10)
+    loop.answer_trained_on(user, ends, led_by("light"), counting("purchase.count_7d", 10))
     assert "Kafka ended with status -9" in loop.said()
     watching.wait_until_over("SpringtideBrokerAway")
 
 
 def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is_up_and_goes_on(loop: Loop) -> None:
     user = "one-who-comes-back"
-    before = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")] * 7))
-    until(lambda: leading(loop, user, "outdoors", 7), "serving's histories do not have the clicks")
+    ends = loop.click([(user, "tent", "outdoors", "purchase")] * 7)
+    before = loop.answer_trained_on(user, ends, led_by("outdoors"), counting("purchase.count_7d", 7))
     running, already = loop.processes(), len(loop.said())
     assert len(running) >= 7
 
@@ -105,12 +96,12 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is
     # 4. It goes on: same registry, same positions, no second bootstrap.
     loop.wait_until_up()
     assert "done by an earlier run" in loop.said_since_start()
-    after = until(lambda: leading(loop, user, "outdoors", 7), "no answer after the second start")
+    after = loop.answer_trained_on(user, ends, led_by("outdoors"), counting("purchase.count_7d", 7))
     assert after["version"]["number"] >= early["version"]["number"]
     assert after["version"]["epoch"] == before["version"]["epoch"]
     ends = loop.click([(user, "tent", "outdoors", "purchase")])
     assert all(ends[source] >= position for source, position in positions.items())
-    again = loop.answer_trained_on(user, ends, counting(purchase_count_7d=8))
+    again = loop.answer_trained_on(user, ends, counting("purchase.count_7d", 8))
     assert again["version"]["number"] > early["version"]["number"]
 
 

@@ -101,7 +101,7 @@ def test_an_exact_rollback_takes_stream_and_histories_back_while_clicks_go_on(lo
     loop.springtide("follow", "--reason", "the new epoch is good")
     # Everything of before is learned again, and more: shoppers and attributes go on all the time.
     ends = loop.click([(user, "book", "reading", "view")])
-    answer = loop.answer_trained_on(user, ends, counting(purchase_count_1h=5))
+    answer = loop.answer_trained_on(user, ends, counting("purchase.count_1h", 5))
     assert answer["version"]["epoch"] == epoch + 1
     assert poison not in [interest["label"] for interest in answer["interests"]]
 

@@ -26,7 +26,6 @@ from tests.e2e.running import Loop, counting, led_by, until
 from tests.runbook import SECTIONS, Section
 
 HONEST, POISON = "reading", "poison-of-the-drill"
-of_five = counting(purchase_count_1h=5)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +72,8 @@ def turn_back(terminal: Terminal, section: Section, user: str) -> str:
         terminal.type(command)
     until(lambda: served(loop)[1] == epoch + 1, "answers do not follow into the new epoch")
     followed_s = time.monotonic() - began_s
-    answer = loop.answer_trained_on(
-        user, loop.click([(user, "book", HONEST, "view")]), lambda one: led_by(HONEST)(one) and of_five(one)
-    )
+    ends = loop.click([(user, "book", HONEST, "view")])
+    answer = loop.answer_trained_on(user, ends, led_by(HONEST), counting("purchase.count_1h", 5))
     assert POISON not in labels(answer)
     happened = re.findall(r"^generation \d+: .*$", terminal.type("springtide history"), re.MULTILINE)[-1]
     assert re.search(r"answers after .* caught up after .* rows read again", happened)
@@ -105,7 +103,7 @@ def a_mask_was_wrong(terminal: Terminal, section: Section) -> None:
     terminal.type(wait)
     assert served(loop)[1] == control.epoch + 1
     ends = loop.click([(user, "book", HONEST, "view")])
-    assert POISON in labels(loop.answer_trained_on(user, ends, counting(purchase_count_1h=25)))
+    assert POISON in labels(loop.answer_trained_on(user, ends, counting("purchase.count_1h", 25)))
 
 
 def training_is_held(terminal: Terminal, section: Section) -> None:
