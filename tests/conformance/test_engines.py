@@ -100,8 +100,8 @@ def prepared(kind: str, rows: MicroBatch, seed: int, ties: bool) -> tuple[list[T
 def gradients(one: Trainer, measured: Measured) -> dict[str, np.ndarray]:
     """By dense weight, and by table in the order of rows; both engines name rows in an order of their own."""
     found = measured.found
-    dense = found.graph.dense if one.engine.name == "compiled" else found.dense
-    held = {name: np.array(value) for name, value in zip(one.model.dense, dense, strict=True)}
+    dense = found.dense if one.engine.name == "compiled" else dict(zip(one.model.dense, found.dense, strict=True))
+    held = {name: np.array(dense[name]) for name in one.model.dense}
     names = ("user", "item", "category", "context")
     sparse = found.sparse if one.engine.name == "compiled" else dict(zip(names, found.sparse, strict=True))
     for name in names:

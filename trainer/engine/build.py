@@ -13,8 +13,9 @@ from state.features.spec import FeatureSpec
 from state.process.user_code import load_named, told
 from state.ranking.crosses import WIDTH, Crosses
 from trainer.engine.compiled.engine import CompiledEngine
+from trainer.engine.compiled.threads import Threads
 from trainer.engine.engine import CROSS, Engine
-from trainer.engine.optimizers.adam import Adam
+from trainer.engine.optimizers.adam import Adam, HostAdam
 from trainer.engine.optimizers.crosses import first_precision
 from trainer.engine.own_tables import EMBEDDINGS, own_tables
 from trainer.engine.tensorflow.engine import TensorflowEngine
@@ -24,9 +25,10 @@ from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker
+from trainer.model.tower import DenseTower
 from trainer.privacy.learned_crosses import LearnedCrosses
 from trainer.tables.count_table import CountTable
-from trainer.tables.table import INITIAL_RANGE, Table
+from trainer.tables.table import INITIAL_RANGE, Table, table_of
 
 TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
@@ -70,11 +72,16 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
     return found
 
 
-def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:
-    """Of the ranker's dense weights. With a privacy budget all have one step size: what noise is part of a step is that of none alone."""
+def optimizer_of(ranker: Ranker, settings: Settings, engine: str) -> Adam | HostAdam:
+    """The optimizer of the ranker's dense weights.
+
+    With differential privacy all weights share one learning rate, because noise is calibrated per update.
+    """
     private = settings.privacy.epsilon > 0
-    return Adam(
-        ranker.dense,
+    of = (HostAdam, ranker.weights()) if engine == "compiled" else (Adam, ranker.dense)
+    kind, weights = of
+    return kind(
+        weights,
         settings.privacy.learning_rate if private else settings.model.dense_learning_rate,
         {} if private else ranker.learning_rates,
         ranker.fast_weights,
@@ -82,17 +89,23 @@ def optimizer_of(ranker: Ranker, settings: Settings) -> Adam:
     )
 
 
-def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Table]:
-    """Embedding rows, crosses, and the ranker's own, by name."""
+def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[str, Table]:
+    """Embedding rows, crosses, and the ranker's own, by name.
+
+    Args:
+        ranker: Names its tables and their widths.
+        settings: All settings.
+        device: TensorFlow device of the rows; None keeps them in host arrays.
+    """
     model, trainer = settings.model, settings.trainer
     tables = {
-        name: Table(
+        name: table_of(
+            device,
             name,
             ranker.tables.get(name, model.dim),
             trainer.capacity,
             model.initial_accumulator,
             trainer.admit_after if name != "context" else 1,
-            device,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
             trainer.max_rows,
         )
@@ -100,7 +113,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str) -> dict[str, Tabl
     }
     # A cross begins at nothing: a weight and a marginal logit of 0, of which nothing was learned.
     admit_after = trainer.admit_crosses_after or trainer.admit_after
-    tables[CROSS] = Table(CROSS, WIDTH, trainer.capacity, 0.0, admit_after, device, 0.0, trainer.max_crosses)
+    tables[CROSS] = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, admit_after, 0.0, trainer.max_crosses)
     return tables | own_tables(ranker, settings, device)
 
 
@@ -115,17 +128,20 @@ def transitions_of(settings: Settings) -> CountTable:
     )
 
 
-def engine_name(wanted: str, ranker: Ranker, device: str) -> str:
-    """`compiled` or `tensorflow`, of the setting `trainer.engine`.
+def engine_name(settings: Settings, ranker: Ranker, device: str) -> str:
+    """`compiled` or `tensorflow`, by the setting `trainer.engine`; with a privacy budget always `tensorflow`.
 
     Raises:
         SettingsError: The compiled engine is wanted of what it cannot do.
     """
-    able = type(ranker) is DefaultRanker and "CPU" in device.upper()
+    if settings.privacy.epsilon > 0:
+        return "tensorflow"
+    wanted = settings.trainer.engine
+    able = type(ranker) is DefaultRanker and type(ranker.tower) is DenseTower and "CPU" in device.upper()
     if wanted == "compiled" and not able:
         raise SettingsError(
-            f"trainer.engine is compiled, which computes the default ranker on a CPU only, not {type(ranker).__name__} "
-            f"on {device}",
+            f"trainer.engine is compiled, which computes the default ranker and tower on a CPU only, not "
+            f"{type(ranker).__name__} on {device}",
             "set trainer.engine to auto or tensorflow",
         )
     if wanted == "auto":
@@ -135,27 +151,21 @@ def engine_name(wanted: str, ranker: Ranker, device: str) -> str:
 
 def engine_of(
     ranker: Ranker,
-    optimizer: Adam,
+    optimizer: Adam | HostAdam,
     tables: Mapping[str, Table],
     crosses: Crosses,
     columns: Columns,
     settings: Settings,
     device: str,
 ) -> Engine:
-    """The engine of the setting `trainer.engine`.
-
-    Raises:
-        SettingsError: The compiled engine is wanted of what it cannot do.
-    """
-    precision = first_precision(crosses.kinds)
-    private = settings.privacy.epsilon > 0
-    wanted = "tensorflow" if private else engine_name(settings.trainer.engine, ranker, device)
-    if wanted == "compiled" and isinstance(ranker, DefaultRanker):
-        fields = len(settings.events.context) + len(columns.users.names)
-        return CompiledEngine(ranker, optimizer, tables, precision, fields, len(columns.items.names), device)
-    rate = settings.model.learning_rate
+    """The engine that fits the optimizer: `HostAdam` goes with the compiled one."""
+    precision, rate = first_precision(crosses.kinds), settings.model.learning_rate
+    if isinstance(optimizer, HostAdam):
+        assert isinstance(ranker, DefaultRanker)
+        threads = Threads(settings.trainer.threads)
+        return CompiledEngine(ranker, optimizer, tables, precision, len(columns.items.names), threads)
     with tf.device(device):
-        if private:
+        if settings.privacy.epsilon > 0:
             learned = LearnedCrosses.of(crosses.kinds, settings.privacy.unit)
             told = len(learned.told)
             return PrivateEngine(ranker, optimizer, tables, rate, precision[learned.both], device, told)

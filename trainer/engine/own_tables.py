@@ -15,7 +15,7 @@ from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from trainer.model.ranker import Ranker
 from trainer.tables.index import U64
-from trainer.tables.table import INITIAL_RANGE, Table
+from trainer.tables.table import INITIAL_RANGE, Table, table_of
 
 GROWN_BY = {
     "sequence_items": "item",
@@ -46,17 +46,17 @@ def grown_by(ranker: Ranker) -> dict[str, tuple[str, ...]]:
     return {name: tuple(ids) for name, ids in found.items()}
 
 
-def own_tables(ranker: Ranker, settings: Settings, device: str) -> dict[str, Table]:
+def own_tables(ranker: Ranker, settings: Settings, device: str | None) -> dict[str, Table]:
     """The ranker's own tables by name, empty."""
     trainer = settings.trainer
     return {
-        name: Table(
+        name: table_of(
+            device,
             name,
             ranker.tables[name],
             trainer.capacity,
             settings.model.initial_accumulator,
             1 if FEW.issuperset(ids) else trainer.admit_after,
-            device,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
             trainer.max_rows,
         )

@@ -19,7 +19,6 @@ from state.ranking.crosses import FIRST_SHARES
 from trainer.engine.engine import F32, I32
 from trainer.engine.optimizers.crosses import Crossed, crosses
 from trainer.engine.record import Record
-from trainer.tables.rows_used import gathered
 from trainer.tables.table import Table
 
 F64 = npt.NDArray[np.float64]
@@ -100,7 +99,7 @@ class CrossesToTell:
         uses = np.concatenate([ids.reshape(-1), shares])
         distinct, at = self._table.distinct(self._table.find(uses))
         at = at[: ids.size].reshape(ids.shape)
-        rows, precision = gathered(self._table.rows, distinct), gathered(self._table.accum, distinct)
+        rows, precision = self._table.gather(distinct), self._table.gather_accum(distinct)
         none = np.zeros(max(ids.shape[1] - self._told, 0), np.int32)
         mine, prior = np.ascontiguousarray(at[:, self._told :]), self._precision[self._told : ids.shape[1]]
         return at, crosses(mine, none, prior, record.targets.label, rows, precision, share_precision=NEVER)

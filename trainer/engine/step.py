@@ -39,7 +39,7 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
 from trainer.churn.learning import ChurnLearner
 from trainer.device import prepare
-from trainer.engine.build import engine_of, optimizer_of, ranker_of, tables_of, transitions_of
+from trainer.engine.build import engine_name, engine_of, optimizer_of, ranker_of, tables_of, transitions_of
 from trainer.engine.counters import Counters
 from trainer.engine.engine import CROSS, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
@@ -95,8 +95,10 @@ class Trainer:
         self._clock = clock
         with tf.device(self.device):
             self.model = ranker_of(settings, spec, preprocessing)
-            self.optimizer = optimizer_of(self.model, settings)
-        learned, self.transitions = tables_of(self.model, settings, self.device), transitions_of(settings)
+            engine = engine_name(settings, self.model, self.device)
+            self.optimizer = optimizer_of(self.model, settings, engine)
+        learned = tables_of(self.model, settings, None if engine == "compiled" else self.device)
+        self.transitions = transitions_of(settings)
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
         self.popular = Popular(settings.model.popular, settings.trainer.max_rows)

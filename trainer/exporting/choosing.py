@@ -11,7 +11,6 @@ from state.errors import SettingsError
 from state.events.identity import Salt, user_id
 from trainer.engine.step import Trainer
 from trainer.exporting.device_file import U64, ChosenRows, placed
-from trainer.tables.rows_used import gathered
 from trainer.tables.table import Table
 
 
@@ -46,7 +45,7 @@ def _of(trainer: Trainer, name: str, users: Sequence[int], most: int) -> ChosenR
     assert isinstance(table, Table)
     if name == "user":
         ids: U64 = np.array(users, np.uint64)
-        return ChosenRows(ids, gathered(table.rows, table.find(ids)))
+        return ChosenRows(ids, table.gather(table.find(ids)))
     held = table.state()
     # The newest first; of equal ones by id, so that the same version gives the same file.
     newest = np.lexsort((held.ids, -held.last_seen_ms))[:most]

@@ -20,7 +20,6 @@ from trainer.engine.step import Trainer
 from trainer.model.attributes import Columns
 from trainer.model.inputs import Input
 from trainer.replay import SegmentReader
-from trainer.tables.rows_used import gathered
 from trainer.tables.table import Table
 from trainer.verify import OpenLog
 
@@ -73,8 +72,8 @@ class Replayed:
         table, crosses = self._trainer.tables[CROSS], self._trainer.crosses
         assert isinstance(table, Table)
         ids = crosses.ids(pairs)
-        rows = gathered(table.rows, table.find(ids.reshape(-1))).reshape(*ids.shape, -1)
-        return logits_of(rows, gathered(table.rows, table.find(crosses.shares)))
+        rows = table.gather(table.find(ids.reshape(-1))).reshape(*ids.shape, -1)
+        return logits_of(rows, table.gather(table.find(crosses.shares)))
 
     def _rows(self, one: Input) -> F32:
         """The rows of an input, as serving finds them."""
@@ -89,7 +88,7 @@ class Replayed:
         table = self._trainer.tables[name]
         assert isinstance(table, Table)
         flat = table.find(np.ascontiguousarray(ids).reshape(-1))
-        return gathered(table.rows, flat).reshape(*ids.shape, table.dim)
+        return table.gather(flat).reshape(*ids.shape, table.dim)
 
 
 def latest(open_log: OpenLog, version: Manifest) -> list[MicroBatch]:

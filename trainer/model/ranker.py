@@ -75,6 +75,7 @@ class Ranker(tf.Module):
     learning_rates: Mapping[str, float] = {}
     fast_weights: tuple[str, ...] = ()
     fast_learning_rates: Mapping[str, float] = {}
+    _arrays: Mapping[str, F32] | None = None
 
     def encode(self, inputs: Mapping[str, Tensor], training: bool, seed: Tensor) -> Any:
         """What of the user and the context all scores share, computed once for a record.
@@ -128,8 +129,15 @@ class Ranker(tf.Module):
         """The `tf.TensorSpec` of each input of serving, or of learning, by name."""
         return specs(tuple(one for one in self.inputs if training or not one.training), self.sizes, self.tables)
 
+    def hold(self, arrays: Mapping[str, F32]) -> None:
+        """From now on an engine trains `arrays` by name in place; `weights` returns them, `set_weights` sets them too."""
+        # Past tf.Module, which would track the mapping and save it with the model.
+        object.__setattr__(self, "_arrays", arrays)
+
     def weights(self) -> dict[str, F32]:
         """A host copy of every dense weight by name."""
+        if self._arrays is not None:
+            return {name: array.copy() for name, array in self._arrays.items()}
         return {name: np.array(variable.numpy()) for name, variable in self.dense.items()}
 
     def set_weights(self, weights: Mapping[str, F32]) -> None:
@@ -146,3 +154,5 @@ class Ranker(tf.Module):
                     "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
                 )
             variable.assign(weights[name])
+            if self._arrays is not None:
+                self._arrays[name][...] = weights[name]

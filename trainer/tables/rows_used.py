@@ -1,15 +1,12 @@
-"""Which rows a step used: marked, dated, made distinct, and read."""
+"""Which rows a step used: marked, dated, made distinct."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from state.compiled import compiled
-from trainer.tables.index import F32, I32, U64
+from trainer.tables.index import I32, U64
 
 I64 = npt.NDArray[np.int64]
 
@@ -65,10 +62,3 @@ def first_occurrences(ids: U64) -> U64:
     """
     _, first = np.unique(ids, return_index=True)
     return ids[np.sort(first)]
-
-
-def gathered(variable: Any, rows: I32) -> F32:
-    """A host copy of some rows of a variable, `[k, dim]` float32."""
-    with tf.device(variable.device):
-        values: F32 = tf.raw_ops.ResourceGather(resource=variable.handle, indices=rows, dtype=tf.float32).numpy()
-    return values

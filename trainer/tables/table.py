@@ -1,18 +1,20 @@
 """Embedding tables: one row per id, learned, with an Adagrad accumulator.
 
-Rows and accumulators are TensorFlow variables on the trainer's device; which id
-has which row is `id_table.py`. A row starts from a hash of its id and the
-table's name.
+`Table` keeps rows and accumulators in host arrays, for the compiled engine.
+`DeviceTable` keeps them in TensorFlow variables on the trainer's device, for the
+TensorFlow engine. Which id has which row is in `id_table.py`. A row starts from a
+hash of its id and the table's name.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
-from trainer.tables.rows_used import gathered
 
 INITIAL_RANGE = 0.05
 """A new row of an embedding is uniform in plus and minus this."""
@@ -21,18 +23,24 @@ _SCATTER_ROWS = 1 << 18
 
 
 class Table(IdTable):
-    """The rows of one kind of id.
+    """The rows of one kind of id, in host arrays.
 
     Args:
         name: Part of the hash a new row starts from.
         dim: Width of a row.
-        capacity: Rows the variables hold at first; they double when full, and shrink when few are left.
+        capacity: Rows there is room for at first; it doubles when full, and shrinks when few are left.
         initial_accumulator: Where each Adagrad accumulator starts.
         admit_after: Sightings an id needs before it gets a row.
-        device: TensorFlow device of the variables.
         initial_range: A new row is uniform in plus and minus this.
         max_rows: Ids that have a row at most.
+
+    Attributes:
+        rows: `[capacity, dim]` float32; row 0, the missing one, is zero.
+        accum: `[capacity, dim]` float32, the sums of squared gradients.
     """
+
+    rows: Any
+    accum: Any
 
     def __init__(
         self,
@@ -41,24 +49,70 @@ class Table(IdTable):
         capacity: int = 65536,
         initial_accumulator: float = 1e-6,
         admit_after: int = 1,
-        device: str = "/CPU:0",
         initial_range: float = INITIAL_RANGE,
         max_rows: int = NO_CAP,
     ) -> None:
         super().__init__(name, dim, capacity, admit_after, max_rows)
-        self.device = device
-        self._initial_accumulator = initial_accumulator
+        self._initial_accumulator = np.float32(initial_accumulator)
         self._initial_range = np.float32(initial_range)
-        with tf.device(device):
-            # The unknown first dimension lets the variables grow without a new trace of the step.
-            shape = tf.TensorShape([None, dim])
-            first = tf.zeros([self.capacity, dim])
-            self.rows = tf.Variable(first, shape=shape, trainable=False, name=f"{name}.rows")
-            first = tf.fill([self.capacity, dim], np.float32(initial_accumulator))
-            self.accum = tf.Variable(first, shape=shape, trainable=False, name=f"{name}.accum")
+        self._allocate()
+
+    def gather(self, rows: I32) -> F32:
+        """A copy of some rows, `[k, dim]` float32, of `[k]` int32."""
+        return self._read(self.rows, rows)
+
+    def gather_accum(self, rows: I32) -> F32:
+        """A copy of the accumulators of some rows, `[k, dim]` float32, of `[k]` int32."""
+        return self._read(self.accum, rows)
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
         """Sets rows (`[n]` int32) and their accumulators; `touch` lists them as changed."""
+        self.rows[rows], self.accum[rows] = values, accum
+
+    def _allocate(self) -> None:
+        self.rows = np.zeros((self.capacity, self.dim), np.float32)
+        self.accum = np.full((self.capacity, self.dim), self._initial_accumulator, np.float32)
+
+    def _read(self, held: Any, rows: I32) -> F32:
+        return np.take(held, rows, 0)
+
+    def _held(self, rows: I32) -> tuple[F32, F32]:
+        return self.gather(rows), self.gather_accum(rows)
+
+    def _served(self, rows: I32) -> F32:
+        return self.gather(rows)
+
+    def _begin(self, ids: U64, rows: I32) -> None:
+        first = hashed_uniform(ids, self.dim, self.name) * self._initial_range
+        self.put(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))
+
+    def _use(self) -> F32:
+        # The sum of a row's squared gradients: a row that learned nothing loses nothing when it leaves.
+        learned: F32 = self.accum.mean(1)
+        return learned
+
+    def _resize(self, capacity: int, former: I32 | None = None) -> None:
+        def resized(held: F32) -> F32:
+            kept = held if former is None else held[former]
+            return np.concatenate([kept, np.zeros((capacity - len(kept), self.dim), np.float32)])
+
+        self.rows, self.accum = resized(self.rows), resized(self.accum)
+
+
+class DeviceTable(Table):
+    """As `Table`, with `rows` and `accum` in TensorFlow variables on `device`.
+
+    Args:
+        device: TensorFlow device of the variables.
+        arguments: Those of `Table`.
+    """
+
+    def __init__(self, device: str, *arguments: Any) -> None:
+        self.device = device
+        super().__init__(*arguments)
+
+    def put(self, rows: I32, values: F32, accum: F32) -> None:
+        """See `Table`."""
         with tf.device(self.device):
             for start in range(0, rows.size, _SCATTER_ROWS):
                 part = slice(start, start + _SCATTER_ROWS)
@@ -67,18 +121,21 @@ class Table(IdTable):
                         resource=variable.handle, indices=rows[part], updates=updates[part]
                     )
 
-    def _held(self, rows: I32) -> tuple[F32, F32]:
-        return gathered(self.rows, rows), gathered(self.accum, rows)
+    def _allocate(self) -> None:
+        with tf.device(self.device):
+            # The unknown first dimension lets the variables grow without a new trace of the step.
+            shape = tf.TensorShape([None, self.dim])
+            first = tf.zeros([self.capacity, self.dim])
+            self.rows = tf.Variable(first, shape=shape, trainable=False, name=f"{self.name}.rows")
+            first = tf.fill([self.capacity, self.dim], self._initial_accumulator)
+            self.accum = tf.Variable(first, shape=shape, trainable=False, name=f"{self.name}.accum")
 
-    def _served(self, rows: I32) -> F32:
-        return gathered(self.rows, rows)
-
-    def _begin(self, ids: U64, rows: I32) -> None:
-        first = hashed_uniform(ids, self.dim, self.name) * self._initial_range
-        self.put(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))
+    def _read(self, held: Any, rows: I32) -> F32:
+        with tf.device(self.device):
+            values: F32 = tf.raw_ops.ResourceGather(resource=held.handle, indices=rows, dtype=tf.float32).numpy()
+        return values
 
     def _use(self) -> F32:
-        # What its squared gradients add up to: what learned nothing loses nothing.
         with tf.device(self.device):
             learned: F32 = tf.reduce_mean(self.accum, 1).numpy()
         return learned
@@ -88,3 +145,8 @@ class Table(IdTable):
             for variable in (self.rows, self.accum):
                 kept = variable.read_value() if former is None else tf.gather(variable, former)
                 variable.assign(tf.concat([kept, tf.zeros([capacity - len(kept), self.dim])], 0))
+
+
+def table_of(device: str | None, *arguments: Any) -> Table:
+    """A `Table` made of `arguments`, with its rows on a TensorFlow device, or in host arrays where `device` is None."""
+    return Table(*arguments) if device is None else DeviceTable(device, *arguments)

@@ -1,12 +1,10 @@
-"""What the heads are given of a step and what they find: plain arrays, by name.
+"""Inputs and outputs of the compiled heads (`heads.py`): plain arrays by name.
 
-The compiled loops of `trainer/engine/heads.py` read and write them; the host makes
-the facts, the graph computes the rest.
+The engine prepares `Facts` from the record; the tower computes the rest of `HeadInputs`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +14,7 @@ from trainer.engine.optimizers.fast_weights import FastSlots
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
 
 
@@ -109,17 +108,37 @@ class FastWeights(NamedTuple):
     @classmethod
     def of(cls, flat: F32, like: FastWeights) -> FastWeights:
         """Views of the parts of `flat` `[m]`, one behind another in the shapes of `like`."""
-        shapes = [part.shape for part in like]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])
-        parts = np.split(flat, ends[:-1])
-        return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+        parts, begin = [], 0
+        for part in like:
+            parts.append(flat[begin : begin + part.size].reshape(part.shape))
+            begin += part.size
+        return cls(*parts)
 
 
 FAST = FastWeights._fields
 
 
+FROM_HEADS = {
+    "interest.user_kernel": "user",
+    "interest.linear": "linear",
+    "interest.bias": "bias",
+    "interest.kernel_0": "net_0",
+    "interest.kernel_1": "net_1",
+    "interest.position": "position",
+    "interest.next": "next",
+    "interest.next_0": "next_0",
+    "interest.next_1": "next_1",
+    "interest.successor": "successor",
+    "interest.other": "other",
+    "engagement.prior": "prior",
+    "engagement.item": "item_bias",
+    "engagement.category": "category_bias",
+}
+"""The dense weights that only the heads use, and their names there."""
+
+
 class HeadInputs(NamedTuple):
-    """What the graph computed of a step, float32.
+    """What the tower, the tables and the dense weights give the heads, float32.
 
     Attributes:
         plain_queries: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.

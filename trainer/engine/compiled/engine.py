@@ -1,22 +1,48 @@
-"""The compiled engine: the default ranker's step out of ids, arrays for the heads, and two graphs around them."""
+"""The compiled engine: the default ranker's step on a processor, in compiled loops and products of matrices.
+
+1. Distinct rows of each table are found and gathered (`_rows`).
+2. The tower runs forward (`tower.py`).
+3. The heads score candidates and pairs, and learn within the record (`heads.py`).
+4. The tower runs backward; derivatives are gathered by distinct row.
+5. `apply` moves the gathered rows by Adagrad and the dense weights by Adam.
+
+TensorFlow takes part only where the preprocessing is a TensorFlow function.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.engine.compiled.arrays import F32, I32, Facts, Gradients, Learned
-from trainer.engine.compiled.graph import Graph, GraphFound
+from state.compiled import compiled
+from trainer.engine.compiled.arrays import (
+    F32,
+    FAST,
+    FROM_HEADS,
+    I32,
+    U16,
+    Facts,
+    FastWeights,
+    Gradients,
+    HeadInputs,
+    Learned,
+)
+from trainer.engine.compiled.heads import Heads
+from trainer.engine.compiled.threads import Threads
+from trainer.engine.compiled.tower import Embedded, Passed, Tower, scatter_rows
+from trainer.engine.compiled.window_net import LOGARITHMS
 from trainer.engine.engine import CROSS, Measured
-from trainer.engine.optimizers.adam import Adam
+from trainer.engine.optimizers.adagrad import adagrad
+from trainer.engine.optimizers.adam import HostAdam
 from trainer.engine.record import Record
 from trainer.engine.sums import gather, square
 from trainer.model.attributes import combine
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.preprocessing import Logarithms, Preprocessing
 from trainer.tables.table import Table
 
 _USES = {
@@ -29,11 +55,17 @@ _USES = {
 """The ids of each table. Their order decides in which order rows first occur, and with it the bits of the gradient's norm."""
 
 
-class _Found(NamedTuple):
-    """What `apply` needs."""
+class Found(NamedTuple):
+    """What `apply` needs of a measured record.
 
-    graph: GraphFound
+    Attributes:
+        sparse: Derivatives by the distinct rows of embedding tables.
+        dense: Derivatives by the dense weights, by name; valid until the next record is measured.
+        learned: What the heads have learned themselves.
+    """
+
     sparse: Mapping[str, F32]
+    dense: Mapping[str, F32]
     learned: Learned
 
 
@@ -41,13 +73,12 @@ class CompiledEngine:
     """See `trainer/engine/engine.py`.
 
     Args:
-        ranker: The default one.
+        ranker: The default one, with a dense tower.
         optimizer: Of its dense weights.
         tables: Of embedding rows and of crosses, by name.
         cross_precision: `[C]` float32, the precision of each cross's weight before anything was learned.
-        fields: K, context fields of a row.
         attributes: A, of an item.
-        device: Of the variables.
+        threads: That share its loops.
     """
 
     name = "compiled"
@@ -55,40 +86,68 @@ class CompiledEngine:
     def __init__(
         self,
         ranker: DefaultRanker,
-        optimizer: Adam,
+        optimizer: HostAdam,
         tables: Mapping[str, Table],
         cross_precision: F32,
-        fields: int,
         attributes: int,
-        device: str,
+        threads: Threads,
     ) -> None:
-        self._ranker, self._tables, self._cross_precision = ranker, tables, cross_precision
-        self._attributes, self._device = attributes, device
-        with tf.device(device):
-            self._graph = Graph(ranker, optimizer, tables, fields, attributes)
+        self._ranker, self._optimizer, self._tables = ranker, optimizer, tables
+        self._cross_precision, self._attributes = cross_precision, attributes
+        ranker.hold(optimizer.weights)
+        self._tower = Tower(ranker, optimizer.weights, optimizer.gradients, threads)
+        self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0)
+        self._run_heads = Heads(threads)
+        self._weights = {name: optimizer.weights[weight] for weight, name in FROM_HEADS.items()}
 
     def measure(self, record: Record, move: bool = True) -> Measured:
         """See `Engine`."""
         rows, at = self._rows(record)
+        distinct = {name: table.gather(rows[name]) for name, table in self._tables.items()}
+        embedded = Embedded(
+            user=distinct["user"],
+            user_at=at["user"],
+            category=distinct["category"],
+            latest_at=at["recent"][:, : HYPERPARAMETERS.latest],
+            popular_at=at["popular"],
+            context=distinct["context"],
+            context_at=at["context"].reshape(len(record), -1),
+        )
+        passed = self._tower.forward(self._prepare(record.values["features"]), embedded, record.values["tower_kept"])
+        inputs = self._inputs(passed, distinct, self._tables[CROSS].gather_accum(rows[CROSS]), at)
+        slots = self._optimizer.fast if move else None
         facts = self._facts(record, at)
-        inputs: dict[str, Any] = {f"{name}_rows": found for name, found in rows.items()}
-        inputs |= {"features": record.values["features"], "kept": record.values["tower_kept"]}
-        inputs["seed"] = np.array(record.seed, np.int32)
-        inputs |= {f"{name}_at": at[name].reshape(-1) for name in ("user", "popular", "context")}
-        inputs["latest_at"] = np.ascontiguousarray(at["recent"][:, : HYPERPARAMETERS.latest]).reshape(-1)
-        if self._attributes:
-            inputs |= {"item_at": at["combined_item"], "item_attributes_at": at["item_attributes"]}
-        with tf.device(self._device):
-            found, scores, gradients, learned = self._graph.measure(facts, inputs, move)
-        sparse = self._sparse(rows, inputs, found, gradients)
-        squared = float(found.norm.numpy()) + sum(square(gradient[1:]) for gradient in sparse.values())
-        return Measured(scores, squared, rows, _Found(found, sparse, learned))
+        scores, gradients, learned = self._run_heads(
+            facts, inputs, slots, self._optimizer.fast_rate, self._ranker.drops
+        )
+        by_rows, by_popular_rows = self._tower.backward(passed, gradients.queries, gradients.popular_logits)
+        sparse = self._sparse(distinct, at, gradients)
+        into = sparse["user"], sparse["category"], sparse["context"]
+        scatter_rows(embedded, by_rows, gradients.queries, by_popular_rows, *into)
+        dense = {
+            weight: getattr(gradients.fast if name in FAST else gradients, name) for weight, name in FROM_HEADS.items()
+        }
+        for weight, own in self._optimizer.gradients.items():
+            if weight in dense:
+                own[...] = dense[weight]
+            dense[weight] = own
+        squared = square(self._optimizer.gradient[None]) + sum(square(part.reshape(1, -1)) for part in gradients.fast)
+        squared += sum(square(gradient[1:]) for gradient in sparse.values())
+        return Measured(scores, squared, rows, Found(sparse, dense, learned))
 
     def apply(self, measured: Measured) -> None:
         """See `Engine`."""
-        found: _Found = measured.found
-        with tf.device(self._device):
-            self._graph.apply(measured.rows, found.sparse, found.graph, found.learned)
+        found: Found = measured.found
+        for name, table in self._tables.items():
+            at = measured.rows[name][1:]
+            # The missing row is never trained.
+            if not at.size:
+                continue
+            if name == CROSS:
+                table.put(at, found.learned.cross[1:], found.learned.cross_precision[1:])
+                continue
+            adagrad(table.rows, table.accum, at, found.sparse[name][1:], self._ranker.settings.learning_rate)
+        self._optimizer.apply(found.learned.fast)
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
         """Distinct rows of each table, and where in them each use of an id is, by the name of the ids.
@@ -110,7 +169,8 @@ class CompiledEngine:
             at |= dict(zip(parts, np.split(places, ends[:-1]), strict=True))
         if combined is not None:
             at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
-        return rows, at | {name: at[name].reshape(record.ids[name].shape) for name in ("recent", "successor", "cross")}
+        shaped = ("recent", "successor", "cross")
+        return rows, at | {name: at[name].reshape(record.ids[name].shape) for name in shaped}
 
     def _facts(self, record: Record, at: Mapping[str, I32]) -> Facts:
         values, targets, scaling = record.values, record.targets, self._ranker.window_scaling
@@ -140,23 +200,65 @@ class CompiledEngine:
             cross_prior=self._cross_precision,
         )
 
-    def _sparse(
-        self, rows: Mapping[str, I32], inputs: Mapping[str, Any], found: GraphFound, gradients: Gradients
-    ) -> dict[str, F32]:
-        """The derivatives by the distinct rows of each table; the first of them is the missing row."""
-        dim = self._ranker.settings.dim
-        sparse = {"user": np.zeros((rows["user"].size, dim), np.float32), "item": gradients.item}
-        sparse |= {"category": gradients.category, "context": np.zeros((rows["context"].size, dim), np.float32)}
+    def _inputs(
+        self, passed: Passed, distinct: Mapping[str, F32], cross_precision: F32, at: Mapping[str, I32]
+    ) -> HeadInputs:
+        weights = self._weights
+        return HeadInputs(
+            plain_queries=passed.plain_queries,
+            queries=passed.queries,
+            plain_popular=passed.plain_popular,
+            popular_logits=passed.popular,
+            user_features=passed.user_features,
+            category=distinct["category"],
+            item=self._items(distinct, at),
+            prior=weights["prior"],
+            item_bias=weights["item_bias"],
+            category_bias=weights["category_bias"],
+            cross=distinct[CROSS],
+            cross_precision=cross_precision,
+            fast=FastWeights(*(weights[name] for name in FAST)),
+        )
+
+    def _items(self, distinct: Mapping[str, F32], at: Mapping[str, I32]) -> F32:
+        """The rows of items that pairs name; with attributes the item's own plus the mean of theirs."""
+        if not self._attributes:
+            return distinct["item"]
+        rows = distinct["context"][at["item_attributes"]].reshape(-1, self._attributes, self._ranker.settings.dim)
+        found: F32 = distinct["item"][at["combined_item"]] + rows.mean(1)
+        return found
+
+    def _sparse(self, distinct: Mapping[str, F32], at: Mapping[str, I32], gradients: Gradients) -> dict[str, F32]:
+        """The derivatives by the distinct rows of each embedding table that the heads found."""
+        sparse = {"user": np.zeros_like(distinct["user"]), "item": gradients.item, "category": gradients.category}
+        sparse["context"] = np.zeros_like(distinct["context"])
         if self._attributes:
-            sparse["item"] = np.zeros((rows["item"].size, dim), np.float32)
-            gather(sparse["item"], inputs["item_at"], gradients.item)
+            sparse["item"] = np.zeros_like(distinct["item"])
+            gather(sparse["item"], at["combined_item"], gradients.item)
             shares = np.repeat(gradients.item / np.float32(self._attributes), self._attributes, 0)
-            gather(sparse["context"], inputs["item_attributes_at"], shares)
-        for name, at, of in (
-            ("user", "user_at", found.user),
-            ("category", "latest_at", found.latest),
-            ("category", "popular_at", found.popular),
-            ("context", "context_at", found.context),
-        ):
-            gather(sparse[name], inputs[at], of.numpy())
+            gather(sparse["context"], at["item_attributes"], shares)
         return sparse
+
+
+def prepared_by(preprocessing: Preprocessing, features: int) -> Callable[[U16], F32]:
+    """`[B, D]` uint16 features to what `preprocessing` makes of them, `[B, D']` float32."""
+    if isinstance(preprocessing, Logarithms):
+        log_scale, scale = preprocessing.log_scale, preprocessing.scale
+
+        def logarithms(raw: U16) -> F32:
+            found = np.empty(raw.shape, np.float32)
+            _logarithms(raw, LOGARITHMS, log_scale, scale, found)
+            return found
+
+        return logarithms
+    signature = [tf.TensorSpec([None, features], tf.uint16)]
+    graph = tf.function(lambda raw: preprocessing(tf.cast(raw, tf.float32)), signature, autograph=False)
+    concrete = graph.get_concrete_function()
+    return lambda raw: np.asarray(concrete(tf.constant(raw)).numpy(), np.float32)
+
+
+@compiled
+def _logarithms(raw: U16, logarithms: F32, log_scale: F32, scale: F32, out: F32) -> None:
+    for b in range(raw.shape[0]):
+        for d in range(raw.shape[1]):
+            out[b, d] = logarithms[raw[b, d]] * log_scale[d] + np.float32(raw[b, d]) * scale[d]

@@ -91,9 +91,12 @@ def learn_interest(
     total: np.float32,
     slope: F32,
     gradients: Gradients,
-    fast_gradient: FastWeights,
 ) -> None:
-    """The derivatives of row `b`, row `row` of its block, of whose candidates `shares` of the sum `total` are."""
+    """The derivatives of row `b`, row `row` of its block.
+
+    shares: `[L + P + S + 1]` unnormalised softmax of the row's candidates; total: their sum; slope: working memory.
+    """
+    fast_gradient = gradients.fast
     recent_mask, successor_mask = facts.recent_mask, facts.successor_mask
     recent_at, successor_at, other_at = facts.recent_at, facts.successor_at, facts.other_at
     queries, category = inputs.queries, inputs.category

@@ -12,9 +12,6 @@ from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 BLOCK = 16
 """Rows whose candidates go through the nets together: loops over some hundred of them, in near memory."""
 
-LANES = 32
-"""Numbers that a loop over categories takes at once, on any processor."""
-
 
 class Workspace(NamedTuple):
     """Working memory for a block of `n` rows.
@@ -22,8 +19,8 @@ class Workspace(NamedTuple):
     Attributes:
         firsts: `[n + 1]` int32, where the categories of each row begin among those of all.
         newest: `[n, F]` float32, the prepared windows of each row's newest category.
-        across: `[F, n * L]`, those of all categories.
-        hidden: `[H, n * L]`, the hidden units of the net over them.
+        windows: `[n * L, F]`, those of all categories.
+        hidden: `[n * L, H]`, the hidden units of the net over them.
         window_logits: `[n * L]`, of each category, from its windows.
         user_hidden: `[n, H + K]`, the user's part of the hidden units of both nets.
         window_gradient: `[n * L]`, the derivative by `window_logits`.
@@ -32,11 +29,13 @@ class Workspace(NamedTuple):
         next_hidden: `[K, n * (P + S)]`, the hidden units of the net over them.
         transition_logits: `[n * (P + S)]`, of each candidate, from how often it came next.
         transition_gradient: `[n * (P + S)]`, the derivative by `transition_logits`.
+        net_gradient: `[F, H]`, by the first layer of the net over windows.
+        features_gradient: `[U, H + K]`, by the weights of the users' features.
     """
 
     firsts: I32
     newest: F32
-    across: F32
+    windows: F32
     hidden: F32
     window_logits: F32
     user_hidden: F32
@@ -46,15 +45,17 @@ class Workspace(NamedTuple):
     next_hidden: F32
     transition_logits: F32
     transition_gradient: F32
+    net_gradient: F32
+    features_gradient: F32
 
     @classmethod
-    def of(cls, facts: Facts) -> Workspace:
-        """For blocks of `BLOCK` rows of `facts`, and of categories for whole vectors of `LANES`."""
+    def of(cls, facts: Facts, user_width: int) -> Workspace:
+        """For blocks of `BLOCK` rows of `facts`."""
         _, recent_categories, width = facts.windows.shape
-        rows, both = BLOCK, NET_HIDDEN + NEXT_HIDDEN
-        most = -(-rows * recent_categories // LANES) * LANES
+        rows, both, most = BLOCK, NET_HIDDEN + NEXT_HIDDEN, BLOCK * recent_categories
         places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
         columns = facts.popular_next.shape[2]
-        shapes = [(rows, width), (width, most), (NET_HIDDEN, most), (most,), (rows, both), (most,), (rows, both)]
+        shapes = [(rows, width), (most, width), (most, NET_HIDDEN), (most,), (rows, both), (most,), (rows, both)]
         shapes += [(columns, places), (NEXT_HIDDEN, places), (places,), (places,)]
+        shapes += [(width, NET_HIDDEN), (user_width, both)]
         return cls(np.zeros(rows + 1, np.int32), *(np.zeros(shape, np.float32) for shape in shapes))

@@ -1,4 +1,4 @@
-"""Adagrad of the rows that a step used, at the learning rate `model.learning_rate`, which `Graph.apply` of the compiled engine gives it.
+"""Adagrad of the embedding rows that a step used, for the compiled engine.
 
 Keras' optimizers turn the gradient of a few rows into one of the whole table;
 TensorFlow's own operation for some rows takes 0.4 us a row, a compiled loop a
@@ -14,30 +14,33 @@ from state.compiled import compiled_sums
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
 
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)
 
 
 @compiled_sums
-def _adagrad(rows: F32, accum: F32, gradient: F32, learning_rate: np.float32, epsilon: np.float32) -> None:
-    for i in range(rows.shape[0]):
+def _adagrad(rows: F32, accum: F32, at: I32, gradient: F32, learning_rate: np.float32, epsilon: np.float32) -> None:
+    for i in range(at.shape[0]):
+        row = at[i]
         for d in range(rows.shape[1]):
-            accum[i, d] += gradient[i, d] * gradient[i, d]
-            rows[i, d] -= learning_rate * gradient[i, d] / (np.sqrt(accum[i, d]) + epsilon)
+            accum[row, d] += gradient[i, d] * gradient[i, d]
+            rows[row, d] -= learning_rate * gradient[i, d] / (np.sqrt(accum[row, d]) + epsilon)
 
 
-def adagrad(rows: F32, accum: F32, gradient: F32, learning_rate: float) -> None:
-    """Adagrad (Duchi, Hazan and Singer 2011) on copies of some rows of a table, in place.
+def adagrad(rows: F32, accum: F32, at: I32, gradient: F32, learning_rate: float) -> None:
+    """Adagrad (Duchi, Hazan and Singer 2011) on some rows of a table, in place.
 
     Args:
-        rows: `[u, dim]` float32, each row of the table at most once.
+        rows: `[n, dim]` float32, the table.
         accum: Of the same shape, the sums of squared derivatives.
-        gradient: Of the same shape, the derivatives.
+        at: `[u]` int32, which rows; each at most once.
+        gradient: `[u, dim]` float32, the derivatives by them.
         learning_rate: Step size.
 
-    >>> rows, accum = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
-    >>> adagrad(rows, accum, np.full((1, 1), -3.0, np.float32), 0.5)
+    >>> rows, accum = np.zeros((2, 1), np.float32), np.zeros((2, 1), np.float32)
+    >>> adagrad(rows, accum, np.array([1], np.int32), np.full((1, 1), -3.0, np.float32), 0.5)
     >>> rows.round(4).tolist(), accum.tolist()
-    ([[0.5]], [[9.0]])
+    ([[0.0], [0.5]], [[0.0], [9.0]])
     """
-    _adagrad(rows, accum, gradient, np.float32(learning_rate), EPSILON)
+    _adagrad(rows, accum, at, gradient, np.float32(learning_rate), EPSILON)

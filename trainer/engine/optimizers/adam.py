@@ -1,18 +1,20 @@
-"""Adam of the dense weights, and the slots of those that move within a record.
+"""Adam of the dense weights, and the slots of the fast weights, which move within a record.
 
-The slots are state: a version carries them, and a trainer that restores them
-goes on with the same bits.
+`Adam` keeps weights and slots in TensorFlow variables, for the TensorFlow engine.
+`HostAdam` keeps them in host arrays, for the compiled engine. Each version
+stores the slots, so that a restored trainer continues with the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from state.compiled import compiled_sums, part_of_sums
 from state.errors import SettingsError
 from trainer.engine.optimizers.fast_weights import FastSlots
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -21,6 +23,7 @@ F32 = npt.NDArray[np.float32]
 
 BETA_1, BETA_2 = np.float32(HYPERPARAMETERS.beta_1), np.float32(HYPERPARAMETERS.beta_2)
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)
+_ONE = np.float32(1.0)
 
 _SLOTS = FastSlots._fields[1:]
 """The slots of the fast weights; these themselves are among the dense ones."""
@@ -55,10 +58,7 @@ class Adam:
             np.concatenate([weights[name].numpy().reshape(-1) for name in fast_weights] or [np.zeros(0, np.float32)])
         )
         self.fast_rate, self._fast = learning_rate * fast_rate, {name: weights[name] for name in fast_weights}
-        # The longest prefix says it.
-        known = sorted((rates or {}).items(), key=lambda each: len(each[0]))
-        factors = {name: next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in weights}
-        self._rates = {name: np.float32(learning_rate * factors[name]) for name in weights}
+        self._rates = step_sizes(weights, learning_rate, rates)
         others = {name: weight for name, weight in weights.items() if name not in fast_weights}
         self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
         self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
@@ -109,16 +109,137 @@ class Adam:
             SettingsError: A slot is missing: the version is of another model.
         """
         try:
-            moving = [np.array(slots[f"moving.{name}"]) for name in _SLOTS]
-            if moving[0].shape != self.fast.fast.shape:
-                raise ValueError(f"moving.{_SLOTS[0]} of shape {moving[0].shape}")
+            self.fast = moving_slots(slots, self.fast)
             for name in self._first:
                 self._first[name].assign(slots[f"{name}.m"])
                 self._second[name].assign(slots[f"{name}.v"])
             self._powers.assign(slots["powers"])
-            self.fast = FastSlots(np.zeros_like(moving[0]), *moving)
         except (KeyError, ValueError) as error:
-            raise SettingsError(
-                f"optimizer slot {error} does not fit this model",
-                "put the [model] settings back, or `springtide upgrade`",
-            ) from error
+            raise misfit(error) from error
+
+
+class HostAdam:
+    """Adam (Kingma and Ba 2015) over named dense weights in host arrays. One thread.
+
+    Args:
+        weights: First values by name, float32.
+        learning_rate: Step size.
+        rates: Factors of the step size by a name's prefix, the longest that fits; 1 elsewhere.
+        fast_weights: Weights, in this order, that move within a record: they are set here, not moved.
+        fast_rate: Factor of their step size.
+
+    Attributes:
+        weights: Every weight by name, in the order of the argument: views of two flat arrays, changed in place.
+        gradient: `[m]` float32, derivatives by the weights that are not fast, for `apply`.
+        gradients: Views of it by name.
+        fast: The slots of the fast weights; its own weights are not read.
+        fast_rate: Their step size.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, F32],
+        learning_rate: float,
+        rates: Mapping[str, float] | None = None,
+        fast_weights: Sequence[str] = (),
+        fast_rate: float = 0.0,
+    ) -> None:
+        moved = [name for name in weights if name not in fast_weights]
+        sizes = [weights[name].size for name in moved]
+        self._bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        by_name = step_sizes(weights, learning_rate, rates)
+        self._rates = np.array([by_name[name] for name in moved], np.float32)
+        self._flat = _flat(weights, moved)
+        self._fast_flat = _flat(weights, fast_weights)
+        self.gradient, self._first, self._second = (np.zeros_like(self._flat) for _ in range(3))
+        shapes = {name: weights[name].shape for name in weights}
+        of_moved, of_fast = ({name: shapes[name] for name in names} for names in (moved, fast_weights))
+        views = _views(self._flat, of_moved) | _views(self._fast_flat, of_fast)
+        self.weights = {name: views[name] for name in weights}
+        self.gradients = _views(self.gradient, of_moved)
+        self._slots = {"m": _views(self._first, of_moved), "v": _views(self._second, of_moved)}
+        self._powers = np.array([BETA_1, BETA_2])
+        self.fast, self.fast_rate = FastSlots.of(self._fast_flat.copy()), learning_rate * fast_rate
+
+    def apply(self, fast: FastSlots) -> None:
+        """One step by `gradient`; the fast weights and their slots become `fast`."""
+        _adam(self._flat, self._first, self._second, self.gradient, self._bounds, self._rates, self._powers)
+        self._powers *= np.array([BETA_1, BETA_2])
+        self._fast_flat[:] = fast.weights
+        self.fast = fast
+
+    def slots(self) -> dict[str, F32]:
+        """See `Adam`."""
+        found = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
+        return found | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+
+    def set_slots(self, slots: Mapping[str, F32]) -> None:
+        """See `Adam`."""
+        try:
+            self.fast = moving_slots(slots, self.fast)
+            for kind, views in self._slots.items():
+                for name, view in views.items():
+                    view[...] = slots[f"{name}.{kind}"]
+            self._powers = np.array(slots["powers"], np.float32)
+        except (KeyError, ValueError) as error:
+            raise misfit(error) from error
+
+
+@compiled_sums
+def _adam(
+    weights: F32, first: F32, second: F32, gradient: F32, bounds: npt.NDArray[np.int64], rates: F32, powers: F32
+) -> None:
+    correction = np.sqrt(_ONE - powers[1]) / (_ONE - powers[0])
+    for part in range(rates.shape[0]):
+        begin, end = bounds[part], bounds[part + 1]
+        _move(weights[begin:end], first[begin:end], second[begin:end], gradient[begin:end], rates[part] * correction)
+
+
+@part_of_sums
+def _move(weights: F32, first: F32, second: F32, gradient: F32, rate: np.float32) -> None:
+    for i in range(weights.shape[0]):
+        first[i] += (gradient[i] - first[i]) * (_ONE - BETA_1)
+        second[i] += (gradient[i] * gradient[i] - second[i]) * (_ONE - BETA_2)
+        weights[i] -= rate * first[i] / (np.sqrt(second[i]) + EPSILON)
+
+
+def _flat(weights: Mapping[str, F32], names: Sequence[str]) -> F32:
+    return np.concatenate([np.zeros(0, np.float32), *(weights[name].reshape(-1) for name in names)])
+
+
+def _views(flat: F32, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, F32]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    parts = np.split(flat, ends[:-1]) if shapes else []
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def step_sizes(names: Iterable[str], learning_rate: float, rates: Mapping[str, float] | None) -> dict[str, np.float32]:
+    """The step size of each weight: `learning_rate` times the factor of the longest prefix in `rates` that fits.
+
+    >>> {name: float(size) for name, size in step_sizes(["a.b", "a.c", "d"], 1.0, {"a.": 2.0, "a.c": 4.0}).items()}
+    {'a.b': 2.0, 'a.c': 4.0, 'd': 1.0}
+    """
+    known = sorted((rates or {}).items(), key=lambda each: -len(each[0]))
+    factors = {name: next((factor for prefix, factor in known if name.startswith(prefix)), 1.0) for name in names}
+    return {name: np.float32(learning_rate * factor) for name, factor in factors.items()}
+
+
+def moving_slots(slots: Mapping[str, F32], like: FastSlots) -> FastSlots:
+    """The slots of fast weights that a version has; its own weights are zero and not read.
+
+    Raises:
+        KeyError: A slot is missing.
+        ValueError: It has another shape than `like`.
+    """
+    moving = [np.array(slots[f"moving.{name}"]) for name in _SLOTS]
+    if moving[0].shape != like.fast.shape:
+        raise ValueError(f"moving.{_SLOTS[0]} of shape {moving[0].shape}")
+    return FastSlots(np.zeros_like(moving[0]), *moving)
+
+
+def misfit(error: Exception) -> SettingsError:
+    """The error for slots that do not fit the model."""
+    return SettingsError(
+        f"optimizer slot {error} does not fit this model",
+        "put the [model] settings back, or `springtide upgrade`",
+    )

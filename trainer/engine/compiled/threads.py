@@ -1,0 +1,90 @@
+"""Threads that share the loops of a step.
+
+A loop is divided into fixed blocks; thread `i` of `n` takes blocks `i`, `i + n`, ...
+Which thread takes a block changes no sum, so that any number of threads gives
+the same bits. Within a compiled loop, threads wait for one another with `meet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from state.compiled import compiled_sums, part_of_sums
+
+I64 = npt.NDArray[np.int64]
+
+_SPINS = 2000
+"""How often a thread looks before it lets others run: some microseconds."""
+
+_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+class Threads:
+    """Runs a function once per thread, the caller's among them.
+
+    Args:
+        count: Threads.
+
+    Attributes:
+        count: Threads.
+        meeting: `[2]` int64, for `meet`: how many have arrived, and how many meetings there were.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.meeting: I64 = np.zeros(2, np.int64)
+        self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
+
+    def run(self, work: Callable[[int], None]) -> None:
+        """Calls `work(thread)` for each thread from 0 on, all at once; returns when all have returned.
+
+        Raises:
+            Exception: What the first failed call raised.
+        """
+        others = [self._pool.submit(work, thread) for thread in range(1, self.count)] if self._pool else []
+        work(0)
+        for other in others:
+            other.result()
+
+
+@intrinsic
+def _add(_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Adds to one entry of an int64 array, atomically; returns what was there before."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        held = context.make_array(signature.args[0])(context, builder, given[0])
+        at = cgutils.get_item_pointer(context, builder, signature.args[0], held, [given[1]])
+        return builder.atomic_rmw("add", at, given[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), generate
+
+
+@part_of_sums
+def meet(meeting: I64, threads: int) -> None:
+    """Returns once each of `threads` threads has called it; what they wrote before is seen by all."""
+    if threads == 1:
+        return
+    number = _add(meeting, 1, 0)
+    if _add(meeting, 0, 1) == threads - 1:
+        _add(meeting, 0, -threads)
+        _add(meeting, 1, 1)
+        return
+    spins = 0
+    while _add(meeting, 1, 0) == number:
+        spins += 1
+        if spins > _SPINS:
+            _yield()
+
+
+@compiled_sums
+def meet_all(meeting: I64, threads: int) -> None:
+    """`meet`, to be called from Python."""
+    meet(meeting, threads)

@@ -1,0 +1,400 @@
+"""The default ranker's tower and queries, forward and backward, on a processor.
+
+Forward, of rows x = [prepared features | user row | mean latest category row | mean context row]:
+
+    h_1 = relu(x K_1 + k_1), h_i = relu(h_(i-1) K_i + k_i), v = the last h
+    q   = v W + w + [user row | user row | 0]          the queries
+    p   = q [popular rows | 0]^T + b                   the logits of popular categories
+
+Every product of matrices is over a fixed block of rows (forward) or of weights
+(derivatives), so that a sum has the same bits however many threads share the
+blocks. With dropout the layers after the first run twice: once without it, for
+the scores, and once with it, to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from state.compiled import compiled_sums, part_of_sums
+from trainer.engine.compiled.arrays import F32, I32, I64
+from trainer.engine.compiled.threads import Threads, meet_all
+from trainer.model.default_ranker import DefaultRanker
+from trainer.model.hyperparameters import HYPERPARAMETERS
+
+LATEST = HYPERPARAMETERS.latest
+
+ROWS, WEIGHTS = 64, 128
+"""Rows of a block of the forward pass, and rows of a weight matrix in a block of derivatives."""
+
+_ZERO = np.float32(0.0)
+
+
+class Embedded(NamedTuple):
+    """The embedding rows that the tower reads.
+
+    Attributes:
+        user: `[u, dim]` float32 distinct rows.
+        user_at: `[B]` int32, the row of each user.
+        category: `[c, dim]` float32.
+        latest_at: `[B, 3]` int32.
+        popular_at: `[P]` int32, into `category`.
+        context: `[k, dim]` float32.
+        context_at: `[B, K]` int32.
+    """
+
+    user: F32
+    user_at: I32
+    category: F32
+    latest_at: I32
+    popular_at: I32
+    context: F32
+    context_at: I32
+
+
+class Passed(NamedTuple):
+    """What a forward pass computed of B rows, float32; valid until the next one.
+
+    Attributes:
+        x: `[B, width]` input of the tower.
+        plain: The hidden layers without dropout, `[B, h]` each.
+        learned: The same with dropout; the same arrays where there is none.
+        plain_queries: `[B, 2 dim + 1]` without dropout.
+        queries: With dropout.
+        plain_popular: `[B, P]` without dropout.
+        popular: With dropout.
+        popular_rows: `[P, 2 dim + 1]`, zero behind the rows.
+        user_features: `[B, U]` clipped.
+        kept: `[B, h_1]`, factors of dropout; `[0, 0]` without.
+    """
+
+    x: F32
+    plain: tuple[F32, ...]
+    learned: tuple[F32, ...]
+    plain_queries: F32
+    queries: F32
+    plain_popular: F32
+    popular: F32
+    popular_rows: F32
+    user_features: F32
+    kept: F32
+
+
+class Layers(NamedTuple):
+    """Weights of the forward pass.
+
+    Attributes:
+        kernels: Of the tower's layers; the first without the part of a context that no row has.
+        biases: Likewise.
+        query: `[h, 2 dim + 1]`.
+        query_bias: `[2 dim + 1]`.
+        popular_bias: `[P]`.
+    """
+
+    kernels: tuple[F32, ...]
+    biases: tuple[F32, ...]
+    query: F32
+    query_bias: F32
+    popular_bias: F32
+
+
+class Tower:
+    """Forward and backward passes over weights that are changed in place elsewhere.
+
+    Args:
+        ranker: The default one, with a dense tower.
+        weights: Dense weights by name.
+        gradients: Where their derivatives go, by name.
+        threads: That share its blocks.
+    """
+
+    def __init__(
+        self, ranker: DefaultRanker, weights: Mapping[str, F32], gradients: Mapping[str, F32], threads: Threads
+    ) -> None:
+        self._threads = threads
+        layers = range(len(ranker.settings.hidden))
+        self._kernels = tuple(weights[f"tower.kernel_{layer}"] for layer in layers)
+        self._biases = tuple(weights[f"tower.bias_{layer}"] for layer in layers)
+        self._query, self._query_bias = weights["query.kernel"], weights["query.bias"]
+        self._popular_bias, self._user_width = weights["interest.popular"], ranker.user_width
+        self._gradients, self._drops = gradients, ranker.drops
+        self._dim, self._buffers = ranker.settings.dim, dict[str, F32]()
+
+    def forward(self, prepared: F32, embedded: Embedded, kept: F32) -> Passed:
+        """Scores B rows without changing anything.
+
+        Args:
+            prepared: `[B, D']` float32, of the preprocessing.
+            embedded: The rows.
+            kept: `[B, h_1]` float32 factors of dropout; not read without dropout.
+        """
+        count, queries = len(prepared), 2 * self._dim + 1
+        parts = 3 if embedded.context_at.shape[1] else 2
+        width = prepared.shape[1] + parts * self._dim
+        sizes = [kernel.shape[1] for kernel in self._kernels]
+        plain = tuple(self._buffer(f"hidden_{i}", count, size) for i, size in enumerate(sizes))
+        ranks = len(embedded.popular_at)
+        popular_rows = np.zeros((ranks, queries), np.float32)
+        popular_rows[:, : self._dim] = embedded.category[embedded.popular_at]
+        passed = Passed(
+            x=self._buffer("x", count, width),
+            plain=plain,
+            learned=plain,
+            plain_queries=self._buffer("plain_queries", count, queries),
+            queries=self._buffer("plain_queries", count, queries),
+            plain_popular=self._buffer("plain_popular", count, ranks),
+            popular=self._buffer("plain_popular", count, ranks),
+            popular_rows=popular_rows,
+            user_features=self._buffer("user_features", count, self._user_width),
+            kept=kept if self._drops else np.zeros((0, 0), np.float32),
+        )
+        if self._drops:
+            passed = passed._replace(
+                learned=tuple(self._buffer(f"dropped_{i}", count, size) for i, size in enumerate(sizes)),
+                queries=self._buffer("queries", count, queries),
+                popular=self._buffer("popular", count, ranks),
+            )
+        layers = Layers(
+            (self._kernels[0][:width], *self._kernels[1:]),
+            self._biases,
+            self._query,
+            self._query_bias,
+            self._popular_bias,
+        )
+        limit, threads = np.float32(HYPERPARAMETERS.user_limit), self._threads.count
+        self._threads.run(lambda thread: _forward(thread, threads, prepared, embedded, layers, passed, limit))
+        return passed
+
+    def backward(self, passed: Passed, by_queries: F32, by_popular: F32) -> tuple[F32, F32]:
+        """Derivatives by the dense weights into `gradients`.
+
+        Args:
+            passed: The forward pass.
+            by_queries: `[B, 2 dim + 1]` float32 derivatives by the queries; what popular logits add is added to it.
+            by_popular: `[B, P]` float32, by the logits of popular categories.
+
+        Returns:
+            `[B, k dim]` float32 by the embedding rows in x, and `[P, 2 dim + 1]` by `popular_rows`.
+        """
+        count, width = passed.x.shape
+        slopes = tuple(self._buffer(f"slope_{i}", count, one.shape[1]) for i, one in enumerate(passed.learned))
+        of_rows = self._kernels[0][len(self._kernels[0]) - 3 * self._dim : width]
+        by_rows, by_popular_rows = self._buffer("by_rows", count, len(of_rows)), np.empty_like(passed.popular_rows)
+        gradients, threads = self._gradients, self._threads.count
+        gradients["tower.kernel_0"][width:] = _ZERO
+        inputs = (passed.x, *passed.learned, by_popular)
+        outputs = (*slopes, by_queries, passed.queries)
+        kernels = (*(gradients[f"tower.kernel_{i}"] for i in range(len(slopes))), gradients["query.kernel"])
+        biases = (*(gradients[f"tower.bias_{i}"] for i in range(len(slopes))), gradients["query.bias"])
+        blocks = [
+            (pair, first, min(first + WEIGHTS, one.shape[1]))
+            for pair, one in enumerate(inputs)
+            for first in range(0, one.shape[1], WEIGHTS)
+        ]
+        # The largest first, so that threads end together.
+        sizes = [(end - first) * outputs[pair].shape[1] for pair, first, end in blocks]
+        order = np.array(blocks, np.int64)[np.argsort(sizes, kind="stable")[::-1]]
+
+        def work(thread: int) -> None:
+            _slopes(
+                thread, threads, by_queries, by_popular, passed.popular_rows, self._query, self._kernels,
+                passed.learned, passed.kept, slopes, of_rows, by_rows,
+            )  # fmt: skip
+            meet_all(self._threads.meeting, threads)
+            _by_weights(thread, threads, order, inputs, outputs, (*kernels, by_popular_rows))
+            if thread == 0:
+                for slope, bias in zip(outputs, (*biases, None), strict=True):
+                    if bias is not None:
+                        _by_bias(slope, bias)
+                _by_bias(by_popular, gradients["interest.popular"])
+
+        self._threads.run(work)
+        return by_rows, by_popular_rows
+
+    def _buffer(self, name: str, rows: int, width: int) -> F32:
+        """Working memory `[rows, width]`, kept from step to step: fresh pages cost more than a small product."""
+        held = self._buffers.get(name)
+        if held is None or held.size < rows * width:
+            held = self._buffers[name] = np.empty(rows * width, np.float32)
+        return held[: rows * width].reshape(rows, width)
+
+
+@compiled_sums
+def _forward(
+    thread: int, threads: int, prepared: F32, embedded: Embedded, layers: Layers, passed: Passed, limit: np.float32
+) -> None:
+    """One thread's blocks of rows."""
+    rows, drops = prepared.shape[0], passed.kept.shape[0] > 0
+    for begin in range(thread * ROWS, rows, threads * ROWS):
+        end = min(begin + ROWS, rows)
+        _input(begin, end, prepared, embedded, passed.x, passed.user_features, limit)
+        _layers(begin, end, 0, passed.x, layers, passed.plain)
+        _score(
+            begin, end, passed.plain, layers, embedded, passed.popular_rows, passed.plain_queries, passed.plain_popular
+        )
+        if drops:
+            hidden, out = passed.plain[0], passed.learned[0]
+            for b in range(begin, end):
+                for d in range(hidden.shape[1]):
+                    out[b, d] = hidden[b, d] * passed.kept[b, d]
+            _layers(begin, end, 1, out, layers, passed.learned)
+            _score(begin, end, passed.learned, layers, embedded, passed.popular_rows, passed.queries, passed.popular)
+
+
+@part_of_sums
+def _input(
+    begin: int, end: int, prepared: F32, embedded: Embedded, x: F32, user_features: F32, limit: np.float32
+) -> None:
+    user, user_at, category, latest_at = embedded.user, embedded.user_at, embedded.category, embedded.latest_at
+    context, context_at = embedded.context, embedded.context_at
+    columns, dim, fields = prepared.shape[1], user.shape[1], context_at.shape[1]
+    for b in range(begin, end):
+        for d in range(columns):
+            x[b, d] = prepared[b, d]
+        for d in range(user_features.shape[1]):
+            user_features[b, d] = min(max(prepared[b, d], -limit), limit)
+        for d in range(dim):
+            x[b, columns + d] = user[user_at[b], d]
+            x[b, columns + dim + d] = _ZERO
+        for j in range(latest_at.shape[1]):
+            for d in range(dim):
+                x[b, columns + dim + d] += category[latest_at[b, j], d]
+        share = np.float32(1.0) / np.float32(latest_at.shape[1])
+        for d in range(dim):
+            x[b, columns + dim + d] *= share
+        if fields:
+            share = np.float32(1.0) / np.float32(fields)
+            for d in range(dim):
+                x[b, columns + 2 * dim + d] = _ZERO
+            for j in range(fields):
+                for d in range(dim):
+                    x[b, columns + 2 * dim + d] += context[context_at[b, j], d]
+            for d in range(dim):
+                x[b, columns + 2 * dim + d] *= share
+
+
+@part_of_sums
+def _layers(begin: int, end: int, first: int, x: F32, layers: Layers, hidden: tuple[F32, ...]) -> None:
+    """Layers `first` and on of rows `begin` to `end`; `x` is the input of layer `first`."""
+    for i in range(first, len(layers.kernels)):
+        given = x if i == first else hidden[i - 1]
+        out, bias = hidden[i][begin:end], layers.biases[i]
+        np.dot(given[begin:end], layers.kernels[i], out)
+        for b in range(end - begin):
+            for d in range(out.shape[1]):
+                out[b, d] = max(out[b, d] + bias[d], _ZERO)
+
+
+@part_of_sums
+def _score(
+    begin: int,
+    end: int,
+    hidden: tuple[F32, ...],
+    layers: Layers,
+    embedded: Embedded,
+    popular_rows: F32,
+    queries: F32,
+    popular: F32,
+) -> None:
+    """Queries and logits of popular categories of rows `begin` to `end`."""
+    user, user_at, bias, popular_bias = embedded.user, embedded.user_at, layers.query_bias, layers.popular_bias
+    vector, dim = hidden[len(hidden) - 1], user.shape[1]
+    np.dot(vector[begin:end], layers.query, queries[begin:end])
+    for b in range(begin, end):
+        for d in range(bias.shape[0]):
+            queries[b, d] += bias[d]
+        for d in range(dim):
+            queries[b, d] += user[user_at[b], d]
+            queries[b, dim + d] += user[user_at[b], d]
+    np.dot(queries[begin:end], popular_rows.T, popular[begin:end])
+    for b in range(begin, end):
+        for p in range(popular_bias.shape[0]):
+            popular[b, p] += popular_bias[p]
+
+
+@compiled_sums
+def _slopes(
+    thread: int,
+    threads: int,
+    by_queries: F32,
+    by_popular: F32,
+    popular_rows: F32,
+    query: F32,
+    kernels: tuple[F32, ...],
+    hidden: tuple[F32, ...],
+    kept: F32,
+    slopes: tuple[F32, ...],
+    of_rows: F32,
+    by_rows: F32,
+) -> None:
+    """Backward through queries and layers: one thread's blocks of rows."""
+    rows, last = by_queries.shape[0], len(kernels) - 1
+    for begin in range(thread * ROWS, rows, threads * ROWS):
+        end = min(begin + ROWS, rows)
+        from_popular = np.dot(by_popular[begin:end], popular_rows)
+        for b in range(begin, end):
+            for d in range(by_queries.shape[1]):
+                by_queries[b, d] += from_popular[b - begin, d]
+        np.dot(by_queries[begin:end], query.T, slopes[last][begin:end])
+        for back in range(last + 1):
+            i = last - back
+            if i < last:
+                np.dot(slopes[i + 1][begin:end], kernels[i + 1].T, slopes[i][begin:end])
+            out, active = slopes[i], hidden[i]
+            for b in range(begin, end):
+                for d in range(out.shape[1]):
+                    out[b, d] = out[b, d] if active[b, d] > _ZERO else _ZERO
+            if i == 0 and kept.shape[0] > 0:
+                for b in range(begin, end):
+                    for d in range(out.shape[1]):
+                        out[b, d] *= kept[b, d]
+        np.dot(slopes[0][begin:end], of_rows.T, by_rows[begin:end])
+
+
+@compiled_sums
+def _by_weights(
+    thread: int, threads: int, blocks: I64, inputs: tuple[F32, ...], slopes: tuple[F32, ...], out: tuple[F32, ...]
+) -> None:
+    """Derivatives by weight matrices: one thread's blocks of (matrix, first row, end), inputs against slopes of outputs."""
+    for block in range(thread, blocks.shape[0], threads):
+        pair, first, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
+        part = np.ascontiguousarray(inputs[pair][:, first:end])
+        np.dot(part.T, slopes[pair], out[pair][first:end])
+
+
+@compiled_sums
+def _by_bias(slopes: F32, out: F32) -> None:
+    out[:] = _ZERO
+    for b in range(slopes.shape[0]):
+        for d in range(slopes.shape[1]):
+            out[d] += slopes[b, d]
+
+
+@compiled_sums
+def scatter_rows(
+    embedded: Embedded, by_rows: F32, by_queries: F32, by_popular_rows: F32, user: F32, category: F32, context: F32
+) -> None:
+    """Adds the derivatives by what the tower read to those of the distinct rows of users, categories and contexts."""
+    dim, latest, fields = embedded.user.shape[1], embedded.latest_at.shape[1], embedded.context_at.shape[1]
+    of_latest = np.float32(1.0) / np.float32(latest)
+    for b in range(by_rows.shape[0]):
+        at = embedded.user_at[b]
+        for d in range(dim):
+            user[at, d] += by_rows[b, d] + by_queries[b, d] + by_queries[b, dim + d]
+        for j in range(latest):
+            at = embedded.latest_at[b, j]
+            for d in range(dim):
+                category[at, d] += by_rows[b, dim + d] * of_latest
+        if fields:
+            of_fields = np.float32(1.0) / np.float32(fields)
+            for j in range(fields):
+                at = embedded.context_at[b, j]
+                for d in range(dim):
+                    context[at, d] += by_rows[b, 2 * dim + d] * of_fields
+    for p in range(by_popular_rows.shape[0]):
+        at = embedded.popular_at[p]
+        for d in range(dim):
+            category[at, d] += by_popular_rows[p, d]
