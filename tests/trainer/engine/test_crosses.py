@@ -176,7 +176,7 @@ def test_a_margin_is_what_labels_of_a_cross_say_alone() -> None:
         batch = dataclasses.replace(impressions(first=number * 64), context=spread(seen + 1)[:, None], label=label)
         trainer.step(batch)
     table, ids = trainer.tables[CROSS], crosses_of(batch)
-    margins = table.rows.numpy()[table.find(ids[:2].reshape(-1)), 1].reshape(2, -1)
+    margins = table.gather(table.find(ids[:2].reshape(-1)))[:, 1].reshape(2, -1)
     expected = np.log(np.array([0.02 / 5.5, 0.2 / 5.5]))
     of_context = margins[:, 0] + margins[:, NAMES.names.index("context.tab")]
     np.testing.assert_allclose(of_context, expected, atol=0.6)
@@ -199,7 +199,7 @@ def test_a_users_taste_for_a_category_is_learned() -> None:
     scores = trainer.step(last).scores
     assert scores[liked].mean() > scores[~liked].mean() + 0.7
     ids = crosses_of(last)[:, NAMES.names.index("user*category")].copy()
-    weights = trainer.tables[CROSS].rows.numpy()[trainer.tables[CROSS].find(ids), 0]
+    weights = trainer.tables[CROSS].gather(trainer.tables[CROSS].find(ids))[:, 0]
     assert weights[liked].mean() > weights[~liked].mean() + 0.3
 
 

@@ -60,7 +60,7 @@ def row(trainer: Trainer, one: int) -> np.ndarray[tuple[int], np.dtype[np.float3
     table = trainer.tables["context"]
     (at,) = table.find(np.array([one], np.uint64)).tolist()
     assert at, "the id has no row"
-    found: np.ndarray[tuple[int], np.dtype[np.float32]] = table.rows.numpy()[at]
+    found: np.ndarray[tuple[int], np.dtype[np.float32]] = table.gather(np.array([at], np.int32))[0]
     return found
 
 

@@ -17,10 +17,11 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 @part_of_sums
 def engage(
     b: int,
+    lane: int,
     facts: Facts,
     inputs: HeadInputs,
     weights: FastWeights,
-    biases: tuple[F32, F32, F32, F32],
+    biases: tuple[F32, F32],
     crossed: F32,
     logits: F32,
     normaliser: np.float32,
@@ -29,12 +30,13 @@ def engage(
 ) -> None:
     """The pair of row `b`, and that with its negative: scored without dropout, learned with it.
 
-    `logits` are those of interest without dropout. `biases` are matrices of one row: the item's, the
-    category's, and their derivatives. One call takes both pairs: each array that a call unpacks costs.
+    logits: of interest without dropout. biases: of items and categories, `[1, dim]` each. One call takes both pairs:
+    each array that a call unpacks costs.
     """
     plain, queries, prior = inputs.plain_queries, inputs.queries, inputs.prior
     item, category, dim = inputs.item, inputs.category, inputs.category.shape[1]
-    item_bias, category_bias, to_item_bias, to_category_bias = biases
+    item_bias, category_bias = biases
+    of_items, of_categories = lane * item.shape[0], lane * category.shape[0]
     rows = facts.target.shape[0]
     for at in range(b, 2 * rows, rows):
         category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
@@ -63,15 +65,15 @@ def engage(
         shifted = fixed + queries[b, 2 * dim] + dot(queries, b, dim, item, item_at) + facts.engaged_shift[at]
         g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - facts.engaged[at]) * facts.engaged_weight[at]
         if known >= 0:
-            gradients.prior[0] += g
-            gradients.prior[1] += g * likely
+            gradients.prior[lane, 0] += g
+            gradients.prior[lane, 1] += g * likely
         else:
-            gradients.prior[2] += g * likely
+            gradients.prior[lane, 2] += g * likely
         gradients.queries[b, 2 * dim] += g
         # A loop that writes two arrays would not be put into vectors.
         add(gradients.queries, b, dim, g, item, item_at, 0, dim)
-        add(to_item_bias, 0, 0, g, item, item_at, 0, dim)
-        add(to_category_bias, 0, 0, g, category, category_at, 0, dim)
-        add(gradients.item, item_at, 0, g, queries, b, dim, dim)
-        add(gradients.item, item_at, 0, g, item_bias, 0, 0, dim)
-        add(gradients.category, category_at, 0, g, category_bias, 0, 0, dim)
+        add(gradients.item_bias, lane, 0, g, item, item_at, 0, dim)
+        add(gradients.category_bias, lane, 0, g, category, category_at, 0, dim)
+        add(gradients.item, of_items + item_at, 0, g, queries, b, dim, dim)
+        add(gradients.item, of_items + item_at, 0, g, item_bias, 0, 0, dim)
+        add(gradients.category, of_categories + category_at, 0, g, category_bias, 0, 0, dim)

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from state.compiled import compiled_sums, part_of_sums
-from trainer.engine.compiled.arrays import F32, I64, Facts, FastWeights, Gradients, HeadInputs, Learned
+from state.compiled import compiled_sums
+from trainer.engine.compiled.arrays import F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Learned
 from trainer.engine.compiled.engagement import engage
 from trainer.engine.compiled.interest import learn_interest, measure_interest, score_candidates
 from trainer.engine.compiled.softmax import exponentials, highest_of, normaliser_of
@@ -49,25 +49,6 @@ LANES = FAST_ROWS // BLOCK
 _ZERO = np.float32(0.0)
 
 
-class Lane(NamedTuple):
-    """What the blocks at one position between two moves write: one thread's at a time.
-
-    Attributes:
-        workspace: Working memory of a block.
-        gradients: Derivatives; those by queries and popular logits are shared by all lanes, which write other rows.
-            `gradients.fast` are views of `flat`.
-        flat: `[m]` derivatives by the fast weights since the last move.
-        to_item_bias: `[1, dim]`, a view of `gradients.item_bias`.
-        to_category_bias: Likewise.
-    """
-
-    workspace: Workspace
-    gradients: Gradients
-    flat: F32
-    to_item_bias: F32
-    to_category_bias: F32
-
-
 class Biases(NamedTuple):
     """The engagement weights of items and categories, `[1, dim]` float32 each."""
 
@@ -75,55 +56,22 @@ class Biases(NamedTuple):
     category: F32
 
 
-@part_of_sums
-def _block(
-    begin: int,
-    end: int,
-    facts: Facts,
-    inputs: HeadInputs,
-    biases: Biases,
-    logarithms: F32,
-    crossed: F32,
-    scores: Scores,
-    weights: FastWeights,
-    lane: Lane,
-    apart: bool,
-) -> None:
-    """Scores rows `begin` to `end`, and adds their derivatives to those of the lane."""
-    workspace, gradients, category = lane.workspace, lane.gradients, inputs.category
-    count = facts.windows.shape[1] + facts.popular_mask.shape[1] + facts.successor_mask.shape[1] + 1
-    logits, shares = np.empty(count, np.float32), np.empty(count, np.float32)
-    slope, bits = np.empty(count, np.float32), np.empty(count, np.int32)
-    powers = bits.view(np.float32)
-    # 1.
-    user_hidden_of(begin, end, inputs.user_features, weights, workspace)
-    window_net(begin, end, facts, weights, logarithms, workspace)
-    transition_net(begin, end, facts, weights, logarithms, workspace)
-    workspace.window_gradient[:] = _ZERO
-    workspace.transition_gradient[:] = _ZERO
-    for b in range(begin, end):
-        row = b - begin
-        # 2.
-        score_candidates(
-            b, row, facts, weights, inputs.plain_queries, inputs.plain_popular, category, workspace, logits
-        )
-        highest = highest_of(logits)
-        total = exponentials(logits, highest, shares, bits, powers)
-        measure_interest(b, facts, logits, total, highest, scores)
-        # 3. The last slot was chosen by the row's own event, which serving does not know.
-        normaliser = normaliser_of(max(total - shares[count - 1], _ZERO), highest)
-        both = (biases.item, biases.category, lane.to_item_bias, lane.to_category_bias)
-        engage(b, facts, inputs, weights, both, crossed, logits, normaliser, scores, gradients)
-        # 4.
-        if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
-            if apart:
-                score_candidates(
-                    b, row, facts, weights, inputs.queries, inputs.popular_logits, category, workspace, logits
-                )
-                total = exponentials(logits, highest_of(logits), shares, bits, powers)
-            learn_interest(b, row, facts, inputs, workspace, shares, total, slope, gradients)
-    transition_net_gradients(begin, end, facts, weights, workspace, gradients.fast)
-    window_net_gradients(begin, end, facts, inputs.user_features, weights, workspace, gradients.fast)
+class Own(NamedTuple):
+    """A thread's own memory.
+
+    Attributes:
+        workspace: Of a block of rows.
+        flat: `[m]` float32 derivatives of a block by the fast weights.
+        fast: Views of it.
+        candidates: `[3, L + P + S + 1]` float32: logits, shares and slopes of a row's candidates.
+        bits: `[L + P + S + 1]` int32.
+    """
+
+    workspace: Workspace
+    flat: F32
+    fast: FastWeights
+    candidates: F32
+    bits: I32
 
 
 @compiled_sums
@@ -137,30 +85,70 @@ def _heads(
     logarithms: F32,
     crossed: F32,
     scores: Scores,
+    gradients: Gradients,
+    of_lanes: F32,
+    own: Own,
     weights: FastWeights,
-    lanes: tuple[Lane, ...],
     slots: FastSlots,
     total: F32,
     rate: np.float32,
     apart: bool,
 ) -> None:
-    """One thread's part. `weights` are views of what moves; `total` gets the derivatives by it over the whole record."""
-    rows = facts.windows.shape[0]
+    """One thread's part.
+
+    gradients: of each lane, `LANES` times the rows of one. of_lanes: `[LANES, m]` derivatives by the fast weights since
+    the last move. weights: views of what moves. total: gets the derivatives by it over the whole record.
+    """
+    rows, category, workspace, fast = facts.windows.shape[0], inputs.category, own.workspace, own.fast
+    logits, shares, slope, bits = own.candidates[0], own.candidates[1], own.candidates[2], own.bits
+    powers, count = bits.view(np.float32), bits.shape[0]
     for first in range(0, rows, FAST_ROWS):
-        for number in range(thread, LANES, threads):
-            begin = first + number * BLOCK
-            if begin < rows:
-                end = min(begin + BLOCK, rows)
-                _block(begin, end, facts, inputs, biases, logarithms, crossed, scores, weights, lanes[number], apart)
+        for lane in range(thread, LANES, threads):
+            begin = first + lane * BLOCK
+            if begin >= rows:
+                of_lanes[lane, :] = _ZERO
+                continue
+            end = min(begin + BLOCK, rows)
+            # 1.
+            user_hidden_of(begin, end, inputs.user_features, weights, workspace)
+            window_net(begin, end, facts, weights, logarithms, workspace)
+            transition_net(begin, end, facts, weights, logarithms, workspace)
+            workspace.window_gradient[:] = _ZERO
+            workspace.transition_gradient[:] = _ZERO
+            own.flat[:] = _ZERO
+            for b in range(begin, end):
+                row = b - begin
+                # 2.
+                score_candidates(
+                    b, row, facts, weights, inputs.plain_queries, inputs.plain_popular, category, workspace, logits
+                )
+                highest = highest_of(logits)
+                sum_of_shares = exponentials(logits, highest, shares, bits, powers)
+                measure_interest(b, facts, logits, sum_of_shares, highest, scores)
+                # 3. The last slot was chosen by the row's own event, which serving does not know.
+                normaliser = normaliser_of(max(sum_of_shares - shares[count - 1], _ZERO), highest)
+                engage(b, lane, facts, inputs, weights, biases, crossed, logits, normaliser, scores, gradients)
+                # 4.
+                if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
+                    if apart:
+                        score_candidates(
+                            b, row, facts, weights, inputs.queries, inputs.popular_logits, category, workspace, logits
+                        )
+                        sum_of_shares = exponentials(logits, highest_of(logits), shares, bits, powers)
+                    learn_interest(
+                        b, row, lane, facts, inputs, workspace, shares, sum_of_shares, slope, gradients, fast
+                    )
+            transition_net_gradients(begin, end, facts, weights, workspace, fast)
+            window_net_gradients(begin, end, facts, inputs.user_features, weights, workspace, fast)
+            for i in range(own.flat.shape[0]):
+                of_lanes[lane, i] = own.flat[i]
         meet(meeting, threads)
         # 5.
         if thread == 0:
-            summed = lanes[0].flat
-            for number in range(1, LANES):
-                other = lanes[number].flat
+            summed = of_lanes[0]
+            for lane in range(1, LANES):
                 for i in range(summed.shape[0]):
-                    summed[i] += other[i]
-                    other[i] = _ZERO
+                    summed[i] += of_lanes[lane, i]
             for i in range(summed.shape[0]):
                 total[i] += summed[i]
             move(slots, summed, rate, weights.user.size)
@@ -196,60 +184,63 @@ class Heads:
             rate: Step size of the fast weights.
             apart: Whether what learns is not what scores, because of dropout.
         """
-        if not self._workspaces:
-            width = inputs.user_features.shape[1]
-            self._workspaces = tuple(Workspace.of(facts, width) for _ in range(LANES))
         flat = inputs.fast.flat()
         moved = FastSlots.of(flat) if slots is None else FastSlots(flat, *(slot.copy() for slot in slots[1:]))
-        total = np.zeros_like(flat)
         rows, recent_categories, _ = facts.windows.shape
         ranks, successors = facts.popular_mask.shape[1], facts.successor_mask.shape[1]
+        candidates = recent_categories + ranks + successors
         scores = Scores(
             np.empty((rows, recent_categories), np.float32),
             np.empty((rows, ranks), np.float32),
             np.empty((rows, successors), np.float32),
             np.zeros(rows, np.float32),
-            np.full(rows, recent_categories + ranks + successors, np.int32),
+            np.full(rows, candidates, np.int32),
             np.empty(2 * rows, np.float32),
             np.empty(2 * rows, np.float32),
         )
-        lanes = self._lanes(inputs, flat)
         crossed = crosses(
             facts.cross_at, facts.share_at, facts.cross_prior, facts.engaged, inputs.cross, inputs.cross_precision
         )
+        total = np.zeros_like(flat)
+        gradients = Gradients(
+            queries=self._zeros("queries", *inputs.queries.shape),
+            popular_logits=self._zeros("popular_logits", *inputs.popular_logits.shape),
+            category=self._zeros("category", LANES * len(inputs.category), inputs.category.shape[1]),
+            item=self._zeros("item", LANES * len(inputs.item), inputs.item.shape[1]),
+            prior=self._zeros("prior", LANES, inputs.prior.size),
+            item_bias=self._zeros("item_bias", LANES, inputs.item_bias.size),
+            category_bias=self._zeros("category_bias", LANES, inputs.category_bias.size),
+            fast=FastWeights.of(total, inputs.fast),
+        )
+        own = [self._own(number, facts, inputs, candidates + 1) for number in range(self._threads.count)]
         biases = Biases(inputs.item_bias[None], inputs.category_bias[None])
         weights, step = FastWeights.of(moved.weights, inputs.fast), np.float32(rate if slots is not None else 0.0)
+        of_lanes = self._zeros("of_lanes", LANES, flat.size)
 
         def work(thread: int) -> None:
             _heads(
                 thread, self._threads.count, self._threads.meeting, facts, inputs, biases, LOGARITHMS, crossed.logits,
-                scores, weights, lanes, moved, total, step, apart,
+                scores, gradients, of_lanes, own[thread], weights, moved, total, step, apart,
             )  # fmt: skip
 
         self._threads.run(work)
-        found = lanes[0].gradients
-        for lane in lanes[1:]:
-            for name in ("category", "item", "prior", "item_bias", "category_bias"):
-                getattr(found, name)[...] += getattr(lane.gradients, name)
-        gradients = found._replace(fast=FastWeights.of(total, inputs.fast))
-        return scores, gradients, Learned(crossed.rows, crossed.precision, moved)
+        summed = {
+            name: getattr(gradients, name).reshape(LANES, *getattr(inputs, name).shape).sum(0)
+            for name in ("category", "item", "prior", "item_bias", "category_bias")
+        }
+        return scores, gradients._replace(**summed), Learned(crossed.rows, crossed.precision, moved)
 
-    def _lanes(self, inputs: HeadInputs, flat: F32) -> tuple[Lane, ...]:
-        shared = {name: self._zeros(name, getattr(inputs, name).shape) for name in ("queries", "popular_logits")}
-        lanes = []
-        for number, workspace in enumerate(self._workspaces):
-            own = {
-                name: self._zeros(f"{name}_{number}", getattr(inputs, name).shape)
-                for name in ("category", "item", "prior", "item_bias", "category_bias")
-            }
-            since_move = self._zeros(f"fast_{number}", flat.shape)
-            gradients = Gradients(**shared, **own, fast=FastWeights.of(since_move, inputs.fast))
-            lanes.append(
-                Lane(workspace, gradients, since_move, gradients.item_bias[None], gradients.category_bias[None])
-            )
-        return tuple(lanes)
+    def _own(self, thread: int, facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
+        if not self._workspaces:
+            width = inputs.user_features.shape[1]
+            self._workspaces = tuple(Workspace.of(facts, width) for _ in range(self._threads.count))
+        flat = self._zeros(f"flat_{thread}", sum(part.size for part in inputs.fast))
+        rows = self._zeros(f"candidates_{thread}", 3, candidates)
+        return Own(
+            self._workspaces[thread], flat, FastWeights.of(flat, inputs.fast), rows, np.empty(candidates, np.int32)
+        )
 
-    def _zeros(self, name: str, shape: tuple[int, ...]) -> F32:
+    def _zeros(self, name: str, *shape: int) -> F32:
         """Working memory, kept from call to call: fresh pages cost more than to clear these."""
         size = math.prod(shape)
         held = self._buffers.get(name)

@@ -84,6 +84,7 @@ def measure_interest(b: int, facts: Facts, logits: F32, total: np.float32, highe
 def learn_interest(
     b: int,
     row: int,
+    lane: int,
     facts: Facts,
     inputs: HeadInputs,
     workspace: Workspace,
@@ -91,19 +92,19 @@ def learn_interest(
     total: np.float32,
     slope: F32,
     gradients: Gradients,
+    fast_gradient: FastWeights,
 ) -> None:
     """The derivatives of row `b`, row `row` of its block.
 
     shares: `[L + P + S + 1]` unnormalised softmax of the row's candidates; total: their sum; slope: working memory.
     """
-    fast_gradient = gradients.fast
     recent_mask, successor_mask = facts.recent_mask, facts.successor_mask
     recent_at, successor_at, other_at = facts.recent_at, facts.successor_at, facts.other_at
     queries, category = inputs.queries, inputs.category
     to_queries, to_category = gradients.queries, gradients.category
     recent_categories, ranks, successors = recent_mask.shape[1], facts.popular_mask.shape[1], successor_mask.shape[1]
     dim, places, slots = category.shape[1], ranks + successors, slope.shape[0]
-    factor = facts.weight[b] / total
+    factor, of_lane = facts.weight[b] / total, lane * category.shape[0]
     for i in range(slots):
         slope[i] = shares[i] * factor
     slope[facts.target[b]] -= facts.weight[b]
@@ -113,7 +114,7 @@ def learn_interest(
             workspace.window_gradient[m] = slope[j]
             m += 1
             add(to_queries, b, 0, slope[j], category, recent_at[b, j], 0, dim)
-            add(to_category, recent_at[b, j], 0, slope[j], queries, b, 0, dim)
+            add(to_category, of_lane + recent_at[b, j], 0, slope[j], queries, b, 0, dim)
     for i in range(places):
         workspace.transition_gradient[row * places + i] = slope[recent_categories + i]
     for p in range(ranks):
@@ -123,8 +124,8 @@ def learn_interest(
         if successor_mask[b, j] != _ZERO:
             fast_gradient.successor[j] += g
             add(to_queries, b, 0, g, category, successor_at[b, j], 0, dim)
-            add(to_category, successor_at[b, j], 0, g, queries, b, 0, dim)
+            add(to_category, of_lane + successor_at[b, j], 0, g, queries, b, 0, dim)
     if facts.other_mask[b] != _ZERO:
         fast_gradient.other[0] += slope[slots - 1]
         add(to_queries, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
-        add(to_category, other_at[b], 0, slope[slots - 1], queries, b, 0, dim)
+        add(to_category, of_lane + other_at[b], 0, slope[slots - 1], queries, b, 0, dim)

@@ -9,9 +9,9 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.ranking.transitions import COLUMNS, SUCCESSORS
 from tests.trainer.batches import SPEC
-from trainer.engine.compiled.arrays import FAST, Facts, FastWeights, Gradients, HeadInputs
-from trainer.engine.compiled.graph import FROM_HEADS
-from trainer.engine.compiled.heads import FAST_ROWS, heads
+from trainer.engine.compiled.arrays import FAST, FROM_HEADS, Facts, FastWeights, Gradients, HeadInputs
+from trainer.engine.compiled.heads import FAST_ROWS, Heads
+from trainer.engine.compiled.threads import Threads
 from trainer.engine.engine import Scores
 from trainer.engine.optimizers.fast_weights import USER_LR_SCALE, FastSlots
 from trainer.model import losses
@@ -148,7 +148,7 @@ def targets_of(facts: Facts) -> Targets:
 @pytest.mark.parametrize("labelled", [True, False])
 def test_scores_are_those_of_the_ranker(ranker: DefaultRanker, labelled: bool) -> None:
     facts, arrays = step(ranker, labelled)
-    scores, _, _ = heads(facts, given(ranker, arrays))
+    scores, _, _ = Heads(Threads(1))(facts, given(ranker, arrays))
     expected = ranker.score(encoded_of(arrays, "plain_queries"), inputs_of(facts, arrays))
     for name in ("recent_logits", "popular_logits", "successor_logits"):
         np.testing.assert_allclose(getattr(scores, name), expected[name], rtol=1e-4, atol=1e-5)
@@ -177,7 +177,7 @@ def test_gradients_are_the_derivatives_of_the_rankers_losses(ranker: DefaultRank
     names = ("category", "item", "queries", "popular_rows")
     expected, expected_dense = tape.gradient(total, ({name: held[name] for name in names}, watched))
 
-    _, gradients, _ = heads(facts, given(ranker, arrays))
+    _, gradients, _ = Heads(Threads(1))(facts, given(ranker, arrays))
     sources = {name: held[name] for name in ("queries", "popular_rows")}
     with tf.GradientTape() as tape:
         queries = tf.identity(held["queries"])
@@ -213,7 +213,7 @@ def test_fast_weights_move_after_each_32_rows_to_their_mean_and_later_rows_see_i
     facts, arrays = step(ranker, rows=count)
     of = given(ranker, arrays)
     slots = FastSlots.of(of.fast.flat())
-    scores, gradients, learned = heads(facts, of, slots, rate)
+    scores, gradients, learned = Heads(Threads(1))(facts, of, slots, rate)
     moved = learned.fast
 
     scaled = np.where(np.arange(slots.weights.size) < of.fast.user.size, USER_LR_SCALE, 1.0)
@@ -221,7 +221,7 @@ def test_fast_weights_move_after_each_32_rows_to_their_mean_and_later_rows_see_i
     total, expected_scores = np.zeros_like(weights), []
     for number, begin in enumerate(range(0, count, FAST_ROWS), start=1):
         rows = slice(begin, min(begin + FAST_ROWS, count))
-        some, then, _ = heads(*part(facts, of, rows, FastWeights.of(weights.astype(np.float32), of.fast)))
+        some, then, _ = Heads(Threads(1))(*part(facts, of, rows, FastWeights.of(weights.astype(np.float32), of.fast)))
         expected_scores.append(some.recent_logits)
         slope = then.fast.flat()
         total += slope
@@ -236,7 +236,7 @@ def test_fast_weights_move_after_each_32_rows_to_their_mean_and_later_rows_see_i
         np.concatenate([each.reshape(-1) for each in gradients.fast]), total, rtol=2e-3, atol=1e-3
     )
     assert np.abs(moved.weights - slots.weights).max() > rate / 2
-    still = heads(facts, of)
+    still = Heads(Threads(1))(facts, of)
     assert (still[2].fast.weights == slots.weights).all()
     assert (still[0].recent_logits[:FAST_ROWS] == scores.recent_logits[:FAST_ROWS]).all()
 
@@ -244,8 +244,8 @@ def test_fast_weights_move_after_each_32_rows_to_their_mean_and_later_rows_see_i
 def test_one_pass_without_dropout_is_two_passes_over_the_same(ranker: DefaultRanker) -> None:
     facts, arrays = step(ranker)
     of = given(ranker, arrays | {"queries": arrays["plain_queries"]})
-    _, gradients, _ = heads(facts, of, apart=False)
-    _, twice, _ = heads(facts, of)
+    _, gradients, _ = Heads(Threads(1))(facts, of, apart=False)
+    _, twice, _ = Heads(Threads(1))(facts, of)
     for name in ("queries", "popular_logits", "category", "item"):
         np.testing.assert_array_equal(getattr(gradients, name), getattr(twice, name), err_msg=name)
 
