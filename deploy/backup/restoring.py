@@ -28,7 +28,7 @@ from deploy.backup import erasures, serving_start
 from deploy.backup.documents import Backup, KeptFile
 from deploy.backup.objects import Objects
 from deploy.backup.places import usable
-from deploy.backup.restorable import RESTORING, require_empty, require_salt
+from deploy.backup.restorable import RESTORING, require_restorable
 from state import layout
 from state.config.settings import Settings
 from state.disk import clean_mark
@@ -113,10 +113,10 @@ def restore(
         LockHeld: The system runs.
     """
     state, registry_dir = settings.state_dir, settings.registry_dir
+    # 1. Before the locks too, which would leave their files where a restore is refused.
+    require_restorable(settings, backup)
     with DirectoryLock(state), DirectoryLock(registry_dir, layout.TRAINER_LOCK):
-        # 1.
-        require_empty(settings)
-        require_salt(settings, backup)
+        require_restorable(settings, backup)
         with _built_aside(settings) as aside:
             # 2.
             _write_all(settings, place, backup, said)
