@@ -38,7 +38,7 @@ def test_an_unknown_word_names_the_nearest_one(operator: Operator, words: list[s
         SettingsError, match=f"^'[a-z]*' is unknown; did you mean `{near}`\\? `springtide.*` lists all$"
     ):
         operator(*words)
-    with pytest.raises(SettingsError, match="^'xyzzy' is unknown; `springtide --help` lists all$"):
+    with pytest.raises(SettingsError, match=r"^'xyzzy' is unknown; `springtide --help` lists all$"):
         operator("xyzzy")
 
 
