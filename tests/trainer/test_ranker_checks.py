@@ -72,7 +72,8 @@ class Idle(TwoTower):
 class Forgetful(TwoTower):
     def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
         super().__init__(settings, spec, preprocessing)
-        self.pair = self.dense.pop("pair")
+        self.pair = self.dense["pair"]
+        self.dense = {name: weight for name, weight in self.dense.items() if name != "pair"}
 
     def _pair(self, user: Any, item: Any, category: Any) -> Any:
         return self.pair[0] * self._scores(user, tf.expand_dims(item + category, 1))[:, 0] + self.pair[1]
