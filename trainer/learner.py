@@ -37,7 +37,7 @@ from trainer.intake import former, take_in
 from trainer.loss_recording import LossRecorder
 from trainer.measures.breakdown import shown_of
 from trainer.place import TrainingPlace
-from trainer.privacy_budget import PrivacyBudget, noise_place
+from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import OpenLog, resume
@@ -96,7 +96,8 @@ class Learner:
         )
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock, elapsed)
-        self._losses, self._budget = LossRecorder(registry.path), PrivacyBudget(settings, trainer, metrics)
+        self._losses = LossRecorder(registry.path)
+        self._budget = PrivacyBudget(settings, trainer, metrics, drafter.environment)
         self._log: LogReader | None = None
         self.control: Control
         self.place: TrainingPlace
@@ -204,14 +205,15 @@ class Learner:
         if found is None:
             self.place = self.place.past(record.next)
             return
-        if not self._budget.allows(self.place, found.batch):
+        at = self._budget.noise_place(found, source, offset, control)
+        if not self._budget.allows(at, found, self.place, self._reader.leader_epoch(source.partition, record.next)):
             return
         passed = self._passages.pass_sources(found.gaps, where, source.topic_id)
         before, began_ms, report = self.place, self._trainer.counters.log_ms, None
         self.place = before.taken(found, offset, passed)
         gauges.show_intake(found, self._metrics)
         if len(found.batch):
-            report = self._trainer.step(found.batch, place=noise_place(source, offset, before))
+            report = self._trainer.step(found.batch, place=at)
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
             gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
