@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -179,13 +179,15 @@ class Trainer:
             self.churn.take(batch, self.counters.log_ms)
         self.counters.steps += 1
         size = self.settings.trainer.rows_per_update or len(batch)
-        updates = []
+        updates, left = [], 0
         for part, its_crosses in parts(batch, crosses, size):
             if self.guard.held:
-                self.counters.skipped += len(part)
+                left += len(part)
             else:
                 updates.append(self._update(part, its_crosses, seed))
-        return joined(updates)
+        self.counters.skipped += left
+        done = joined(updates)
+        return replace(done, rows=done.rows + left, skipped=done.skipped + left) if left else done
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout, by what the candidates are. Changes nothing.
@@ -281,6 +283,7 @@ class Trainer:
             counters.skipped += len(batch)
         return Report(
             rows=len(batch),
+            skipped=0 if accepted else len(batch),
             verdict=verdict,
             interest_log_loss=loss if losses.size else float("nan"),
             engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
