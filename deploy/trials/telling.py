@@ -47,7 +47,8 @@ def running(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _document(trials: Trials, trial: Trial) -> dict[str, Any]:
-    newest, held, standing, path = None, None, trial.wanted, trials.registry(trial.name)
+    newest, held, path = None, None, trials.registry(trial.name)
+    standing: str = trial.wanted
     if trial.runs and path.is_dir():
         with suppress(SpringtideError, OSError):
             registry = Registry(path)
