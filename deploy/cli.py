@@ -47,7 +47,7 @@ def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say:
     from state.registry.model_fit import require_same_model
 
     require_same_model(settings)
-    if not own_model.is_own(settings):
+    if not own_model.is_own(settings) and not settings.model.options:
         say("model.ranker, model.tower and model.preprocessing are the default ones: there is nothing to check")
     own_model.check(settings, say)
 

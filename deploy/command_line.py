@@ -6,6 +6,7 @@ Settings are taken out of the line before; see `state.config.sources`.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from typing import NoReturn
@@ -103,13 +104,26 @@ OWN_HELP = (
 )  # their modules have options of their own and explain them
 READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
 
+_UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
+"""How argparse refuses a word that is none of its choices."""
+
 
 class RefusingParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are errors of ours."""
+    """An argument parser that raises our errors, and suggests the nearest word for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises it."""
-        raise SettingsError(message, f"see `{self.prog} --help`")
+        """Raises it.
+
+        >>> RefusingParser(prog="springtide").error("argument COMMAND: invalid choice: 'statsu' (choose from 'up', 'status')")
+        Traceback (most recent call last):
+        state.errors.SettingsError: 'statsu' is unknown; did you mean `status`? `springtide --help` lists all
+        """
+        if (found := _UNKNOWN.fullmatch(message)) is None:
+            raise SettingsError(message, f"see `{self.prog} --help`")
+        word, choices = found.groups()
+        near = difflib.get_close_matches(word, re.findall(r"'([^']*)'", choices), 1)
+        do = f"did you mean `{near[0]}`? `{self.prog} --help` lists all" if near else f"`{self.prog} --help` lists all"
+        raise SettingsError(f"{word!r} is unknown", do)
 
 
 class _Version(argparse.Action):

@@ -205,6 +205,10 @@ class TrainerMetrics(Metrics):
         "predictor",
         "users",
     )
+    quality_skipped_ratio = gauge(
+        "springtide_trainer_quality_skipped_ratio",
+        "Share of the recent rows that the guard skipped: measured like the others, not learned.",
+    )
     lift_log_loss = gauge(
         "springtide_trainer_lift_log_loss",
         "Log loss of the best of what is simple less that of the model: below 0 the model is worse.",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import apache_beam as beam
 
+from state.config.asked_model import AskedModel
 from state.recordings.files import Recording
 from streaming import examples
 from streaming.context import Handle
 from streaming.preprocessing import (
-    AskedModel,
     analyse,
     analysis,
     category_batch,

@@ -1,8 +1,13 @@
 """Dead letters: what a refused record leaves in the topic of dead letters, and how it is counted.
 
 Why a record is refused is one of `state.events.dead_letters.Reason`. A letter has
-the coordinates and the reason in its headers and nothing else: the record's key
-is a user's id, and its value may name the user too.
+the coordinates and the reason in its headers, and its key is the refused record's
+position. It has neither that record's key, which is a user's id, nor its value.
+
+A letter may come more than once. The local form writes letters in the
+transaction of their rows, so that only an unknown outcome or a crash before the
+histories are committed repeats them. A distributed job repeats those since the
+engine's last checkpoint. Readers count distinct keys.
 """
 
 from __future__ import annotations
@@ -29,6 +34,17 @@ def letter_headers(letter: DeadLetter) -> Headers:
     ]
 
 
+def letter_key(letter: DeadLetter) -> bytes:
+    """The key of a dead letter: the refused record's position. Letters of one key are of one record.
+
+    >>> from state.events.dead_letters import Reason
+    >>> from state.positions import Source
+    >>> letter_key(DeadLetter(Source("ab" * 2, 3), 17, Reason.UNDECODABLE, b"a user", None))
+    b'abab:3:17'
+    """
+    return f"{letter.source.topic_id}:{letter.source.partition}:{letter.offset}".encode()
+
+
 def send_letters(writer: LogWriter, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
     """Hands letters over to `writer`; they are acknowledged with its flush or transaction.
 
@@ -42,7 +58,7 @@ def send_letters(writer: LogWriter, topic: str, letters: Sequence[DeadLetter], a
         LogError: The cluster refused.
     """
     for letter in letters:
-        writer.send(topic, 0, None, b"", letter_headers(letter), at_ms)
+        writer.send(topic, 0, letter_key(letter), b"", letter_headers(letter), at_ms)
 
 
 def count_letters(metrics: StreamMetrics, letters: Sequence[DeadLetter]) -> None:

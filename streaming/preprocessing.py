@@ -6,7 +6,6 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +29,6 @@ CLIP = 6.0
 DEFAULT = Model()
 
 Preprocessing = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class AskedModel(Model):
-    """The section `[model]` as a preprocessing gets it, which keeps the options that it was asked for.
-
-    Attributes:
-        asked: By name the text in force and that of the default.
-
-    >>> given = AskedModel.of(Model(options=("buckets=16", "heads=4")), {})
-    >>> given.option("buckets", 8), given.option("even", True), given.asked
-    (16, True, {'buckets': ['16', '8'], 'even': ['true', 'true']})
-    """
-
-    asked: dict[str, list[str]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, settings: Model, asked: dict[str, list[str]]) -> AskedModel:
-        """The section with `asked`, which grows."""
-        return cls(**{one.name: getattr(settings, one.name) for one in fields(Model)}, asked=asked)
-
-    def option(self, name: str, default: Any) -> Any:
-        """As `Model.option`."""
-        text = str(default).lower() if isinstance(default, bool) else str(default)
-        self.asked[name] = [self.written.get(name, text), text]
-        return super().option(name, default)
 
 
 def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:

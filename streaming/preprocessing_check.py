@@ -10,6 +10,7 @@ On made-up rows, in a few seconds:
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from state.config.asked_model import AskedModel
 from state.config.sections import Model
+from state.config.settings import Settings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.process.check_command import run_check
+from state.process.check_command import OPTIONS_READ, run_check
 from state.process.user_code import first_line, told
 from streaming.preprocessing import DEFAULT, FEATURES, Preprocessing, analysed, load_preprocessing
 
@@ -177,13 +180,16 @@ def _lowered(transform: _Transform, rows: F32, folder: Path, what: str) -> F32:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks `model.preprocessing` of the settings; `--keep DIR` keeps the graph. Returns the exit code."""
-    return run_check(
-        argv,
-        "--keep",
-        lambda settings, keep: check_preprocessing(
-            settings.model.preprocessing, FeatureSpec.from_settings(settings), keep, settings.model
-        ),
-    )
+    return run_check(argv, "--keep", check_and_keep)
+
+
+def check_and_keep(settings: Settings, keep: Path | None) -> str:
+    """As `check_preprocessing`; leaves the names of the options that the function read in `keep`, too."""
+    model = AskedModel.of(settings.model, {})
+    said = check_preprocessing(model.preprocessing, FeatureSpec.from_settings(settings), keep, model)
+    if keep is not None:
+        (keep / OPTIONS_READ).write_text(json.dumps(sorted(model.asked)))
+    return said
 
 
 if __name__ == "__main__":

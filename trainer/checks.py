@@ -11,26 +11,30 @@ A ranker is checked by `trainer/ranker_checks.py`. A tower, on made-up rows, in 
 
 Then the weights of the version that training would go on from are compared
 with the model's, and the whole model with the tower is lowered and compared,
-as the trainer does.
+as the trainer does. A name in `model.options` that neither ranker, tower nor
+preprocessing read is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from state.config.asked_model import AskedModel
 from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.process.check_command import run_check
+from state.process.check_command import OPTIONS_READ, run_check
 from state.process.user_code import told
 
 ROWS = 64
@@ -104,6 +108,20 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
         )
     weights = ", ".join(f"{_name(one)} {list(one.shape)}" for one in tower.trainable_variables)
     return f"{what}: [B, {width_in}] to [B, {plain.shape[1]}], weights {weights or 'none'}, lowers to LiteRT, differs there by {apart:.1g}"
+
+
+def require_options_read(model: ModelSettings, read: Collection[str]) -> None:
+    """Refuses names in `model.options` that no function of the user's own read.
+
+    Raises:
+        SettingsError: There is one.
+    """
+    if unread := [name for name in model.written if name not in read]:
+        names = f"the names read are {', '.join(sorted(read))}" if read else "no name was read"
+        raise SettingsError(
+            f"model.options {unread[0]}={model.written[unread[0]]}: neither ranker, tower nor preprocessing read it; {names}",
+            "correct the name, take it out, or read it with settings.option(NAME, DEFAULT)",
+        )
 
 
 def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
@@ -190,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_check(
         argv,
         "--transform",
-        lambda settings, transform: _check_model(settings, FeatureSpec.from_settings(settings), transform),
+        lambda settings, transform: check_model(settings, FeatureSpec.from_settings(settings), transform),
     )
 
 
@@ -214,14 +232,19 @@ def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) 
     return check_tower(settings.model, width_in(settings.model, spec, preprocessing))
 
 
-def _check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
+def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
     """As `check_own`, behind the graph in `transform`, then holds it to the version at hand and lowers the whole model of a tower."""
     from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.fit import require_settings_fit
     from trainer.versions.program import build, preprocessing_of
 
     preprocessing = preprocessing_of(transform) if transform else None
-    said = check_own(settings, spec, preprocessing)
+    model = AskedModel.of(settings.model, {})
+    said = check_own(dataclasses.replace(settings, model=model), spec, preprocessing)
+    if transform is not None:
+        require_options_read(model, {*model.asked, *json.loads((transform / OPTIONS_READ).read_text())})
+    elif model.preprocessing == ModelSettings().preprocessing:
+        require_options_read(model, model.asked.keys())
     require_settings_fit(settings, spec)
     if settings.model.ranker == ModelSettings().ranker:
         build(DefaultRanker(settings.model, spec, preprocessing))

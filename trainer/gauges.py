@@ -29,19 +29,17 @@ def show_intake(found: Intake, metrics: TrainerMetrics) -> None:
     metrics.rows.labels("other_features").inc(found.other_features)
 
 
-def show_step(report: Report, bad: int, offset: int, metrics: TrainerMetrics) -> None:
-    """Counts the step of the record at `offset` and its rows; says so where the guard holds training, after `bad` bad steps."""
+def show_step(report: Report, offset: int, metrics: TrainerMetrics) -> None:
+    """Counts the step of the record at `offset` and its rows; logs it where the guard skipped rows of it."""
     metrics.steps.inc()
     metrics.step_seconds.observe(report.seconds)
     metrics.guard.labels(report.verdict.value).inc()
-    metrics.rows.labels("trained" if report.verdict is Verdict.ACCEPT else "skipped").inc(report.rows)
-    if report.verdict is Verdict.HOLD:
-        metrics.held.set(1)
-        logger.error(
-            "training is held: %d steps in a row were bad, the last at offset %d (loss %.3g, gradient norm %.3g); "
-            "look at the clicks, then `springtide rollback --to V --skip PARTITION:A-B --reason TEXT`, "
-            "or `springtide resume` where they are good",
-            *(bad, offset, report.interest_log_loss, report.grad_norm),
+    metrics.rows.labels("trained").inc(report.rows - report.skipped)
+    metrics.rows.labels("skipped").inc(report.skipped)
+    if report.verdict is not Verdict.ACCEPT:
+        logger.warning(
+            "the guard skipped rows of offset %d: loss %.3g a row, gradient norm %.3g",
+            *(offset, report.interest_log_loss, report.grad_norm),
         )
 
 
@@ -80,6 +78,7 @@ def show_quality(measured: Mapping[str, float], metrics: TrainerMetrics) -> None
                     gauge.labels(predictor, users).set(measured[f"{where}{name}"])
     for gauge, name in ((metrics.lift_log_loss, "lift.log_loss"), (metrics.lift_top1_ratio, "lift.top1")):
         gauge.set(measured.get(name, float("nan")))
+    metrics.quality_skipped_ratio.set(measured.get("skipped", 0.0))
 
 
 def show_churn(measured: Mapping[str, float], metrics: TrainerMetrics) -> None:

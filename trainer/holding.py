@@ -24,7 +24,7 @@ from state.registry.control import Control
 from state.registry.held_update import HeldUpdate
 from state.registry.registry import Registry
 from trainer import gauges
-from trainer.engine.guard import GuardState
+from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.guard.rules import RULES, SLICE
 from trainer.guard.slice_watch import named
@@ -36,16 +36,15 @@ from trainer.suspects import clicks_learned, figures_of, suspect_clicks, version
 from trainer.versions.content import GUARDED
 
 ACTOR = "guard"
-LETS_GO = ("follow", "rollback", "resume")
-"""What an operator does who has looked at why too many steps in a row were skipped."""
-
 STEPS = "steps"
-"""What the guard of steps is called beside the rules: too many in a row were skipped."""
+"""The rule by which the guard of steps holds training (`trainer/engine/guard.py`), whether `[guard]` is on or off."""
 
 AGAIN_S = 1.0
 """Between two tries to write a hold."""
 
-_MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)}
+_MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)} | {
+    STEPS: "number of records in a row with rows that are not finite or far too large"
+}
 logger = logging.getLogger(__name__)
 
 
@@ -88,6 +87,7 @@ class UpdateGuard:
         self._watch = WindowWatch(limits, json.dumps([places, settings.events.actions]))
         self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
         self._last, self._elapsed = PASSED, elapsed
+        self._skipped, self._skipped_since = 0, WindowStart(0, 0)
         self._unwritten: UnwrittenHold | None = None
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
@@ -98,7 +98,7 @@ class UpdateGuard:
             kept: What that version kept of it, without the prefix; nothing where it kept nothing.
         """
         self._watch.load(kept)
-        self._last, self._unwritten = PASSED, None
+        self._last, self._skipped, self._unwritten = PASSED, 0, None
 
     @property
     def passes(self) -> bool:
@@ -130,11 +130,15 @@ class UpdateGuard:
         Raises:
             ControlConflict: Somebody changed control all the time.
         """
-        if not self._enabled:
-            return False
         # Where the trainer was before may be behind a marker, or not yet.
         start = WindowStart(after.next - 1, log_ms[0], clicks_learned(before))
-        found = self._watch.take(figures_of(batch, report, log_ms[1]), start)
+        found = self._watch.take(figures_of(batch, report, log_ms[1]), start) if self._enabled else PASSED
+        if report is not None:
+            if not self._skipped:
+                self._skipped_since = start
+            self._skipped = 0 if report.verdict is Verdict.ACCEPT else self._skipped + 1
+            if report.verdict is Verdict.HOLD:
+                found = Judgement(Standing.HOLD, STEPS, float(self._skipped), since=self._skipped_since)
         if found.standing is not self._last.standing:
             level = logging.INFO if found.standing is Standing.PASS else logging.WARNING
             logger.log(level, "versions %s at offset %d (%s)", _SAID[found.standing], before.next, self._named(found))
@@ -167,23 +171,22 @@ class UpdateGuard:
         self._show_held(waiting.held if written else None)
         return written
 
-    def look(self, control: Control, version: int, stopped: bool) -> None:
+    def look(self, control: Control, version: int) -> None:
         """Takes up what control says: what an operator let go on passes, until the guard says otherwise.
 
         Args:
             control: The newest.
             version: The trainer's newest version.
-            stopped: Whether training is held because too many steps in a row were skipped.
         """
         held = control.held if self._unwritten is None else self._unwritten.held
         if held is None and self._last.standing is Standing.HOLD:
             self._last = PASSED
         gauges.show_control(control, version, self._metrics)
-        self._show_held(held, stopped)
+        self._show_held(held)
 
-    def _show_held(self, held: HeldUpdate | None, stopped: bool = False) -> None:
-        by = held.rule if held is not None else STEPS if stopped else ""
-        for rule in (*_MEANINGS, STEPS):
+    def _show_held(self, held: HeldUpdate | None) -> None:
+        by = "" if held is None else held.rule
+        for rule in _MEANINGS:
             self._metrics.held_rule.labels(rule).set(rule == by)
         self._metrics.held_offset.set(0 if held is None else held.first)
         self._metrics.held.set(bool(by))
@@ -256,20 +259,6 @@ class UpdateGuard:
             *(held.in_words(), held.version),
         )
         return True
-
-
-def let_go(guard: GuardState, control: Control) -> GuardState:
-    """The guard of steps, once an operator has looked at why it held training.
-
-    >>> from state.registry.control import pin, start
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> let_go(GuardState(skipped=9, held=True), pin(first, 1, actor="ann", reason="look", now_ms=1)).held
-    True
-    """
-    if not (guard.held and control.action in LETS_GO):
-        return guard
-    logger.info("training goes on after %d skipped steps", guard.skipped)
-    return guard.released()
 
 
 _SAID = {Standing.PASS: "pass the guard again", Standing.SUSPECT: "wait for the guard", Standing.HOLD: "are held"}

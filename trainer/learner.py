@@ -32,12 +32,12 @@ from trainer.beginning import Begins, from_nothing
 from trainer.catching_up import CatchingUp
 from trainer.engine.step import Trainer
 from trainer.forgetting import take_up
-from trainer.holding import UpdateGuard, let_go
+from trainer.holding import UpdateGuard
 from trainer.intake import former, take_in
 from trainer.loss_recording import LossRecorder
 from trainer.measures.breakdown import shown_of
 from trainer.place import TrainingPlace
-from trainer.privacy_budget import PrivacyBudget, noise_place
+from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import OpenLog, resume
@@ -96,7 +96,8 @@ class Learner:
         )
         self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock, elapsed)
-        self._losses, self._budget = LossRecorder(registry.path), PrivacyBudget(settings, trainer, metrics)
+        self._losses = LossRecorder(registry.path)
+        self._budget = PrivacyBudget(settings, trainer, metrics, drafter.environment)
         self._log: LogReader | None = None
         self.control: Control
         self.place: TrainingPlace
@@ -132,7 +133,8 @@ class Learner:
         self.place, self.caught_up = take_up(self._trainer, self.place, control), False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
-        self._updates.look(control, self.place.parent, self._trainer.guard.held)
+        self._updates.look(control, self.place.parent)
+        self._let_go()
         where = (control.epoch, self.place.parent, self.place.next)
         logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
 
@@ -204,20 +206,27 @@ class Learner:
         if found is None:
             self.place = self.place.past(record.next)
             return
-        if not self._budget.allows(self.place, found.batch):
+        at = self._budget.noise_place(found, source, offset, control)
+        if not self._budget.allows(at, found, self.place, self._reader.leader_epoch(source.partition, record.next)):
             return
         passed = self._passages.pass_sources(found.gaps, where, source.topic_id)
         before, began_ms, report = self.place, self._trainer.counters.log_ms, None
         self.place = before.taken(found, offset, passed)
         gauges.show_intake(found, self._metrics)
         if len(found.batch):
-            report = self._trainer.step(found.batch, place=noise_place(source, offset, before))
+            report = self._trainer.step(found.batch, place=at)
             self.place = self.place.stepped()
             killpoints.reach("loop.stepped")
-            gauges.show_step(report, self._trainer.guard.skipped, offset, self._metrics)
+            gauges.show_step(report, offset, self._metrics)
             self._losses.take(offset, found.batch.user, report)
         if self._updates.take(found.batch, report, before, self.place, (began_ms, self._trainer.counters.log_ms)):
             self._looked = float("-inf")
+
+    def _let_go(self) -> None:
+        """Lets the guard of steps go on where control holds nothing: an operator released it, now or before a restart."""
+        if self._trainer.guard.held and self.control.held is None and not self._updates.waits:
+            logger.info("training goes on after %d skipped steps", self._trainer.guard.skipped)
+            self._trainer.guard = self._trainer.guard.released()
 
     @property
     def _resting(self) -> bool:
@@ -237,7 +246,10 @@ class Learner:
             return False
         self._looked = self._elapsed()
         control = self._registry.control()
-        if control is None or control == self.control:
+        if control is None:
+            return False
+        if control == self.control:
+            self._let_go()
             return False
         logger.info("control %d: %s by %s (%s)", control.generation, control.action, control.actor, control.reason)
         return self._converge(control)
@@ -252,8 +264,8 @@ class Learner:
             self.enter(control)
             return True
         self.control, self.place = control, take_up(self._trainer, self.place, control)
-        self._trainer.guard = let_go(self._trainer.guard, control)
-        self._updates.look(control, self.place.parent, self._trainer.guard.held)
+        self._updates.look(control, self.place.parent)
+        self._let_go()
         return False
 
     # Publishing

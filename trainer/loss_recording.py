@@ -16,6 +16,7 @@ import numpy.typing as npt
 from state.process.said_once import SaidOnce
 from state.trials import row_losses
 from state.trials.row_losses import LossWriter, RowLosses
+from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.measures.step_scores import SUMS
 
@@ -43,7 +44,9 @@ class LossRecorder:
         self._say = SaidOnce(logger.warning)
 
     def take(self, offset: int, users: npt.NDArray[np.uint64], report: Report) -> None:
-        """Writes what a step scored, where somebody reads it; where the disk refuses, it is said and left out for a while.
+        """Writes what an accepted step scored, where somebody reads it; where the disk refuses, it is said and left out for a while.
+
+        Rows of a record of which the guard skipped any are left out: a comparison is of rows that both trainers learn.
 
         Args:
             offset: Of the record in the training log.
@@ -52,10 +55,9 @@ class LossRecorder:
         """
         if not self._is_wanted():
             return
-        targets = np.concatenate([one.targets for one in report.judged])
-        if targets.size != users.size:
-            # The guard of steps left a part unscored.
+        if report.verdict is not Verdict.ACCEPT:
             return
+        targets = np.concatenate([one.targets for one in report.judged])
         losses = np.concatenate([one.rows[:, _LOG_LOSS] for one in report.judged])
         try:
             self._writer.append(RowLosses(offset, row_losses.blocks_of(users[targets]), losses))

@@ -3,7 +3,8 @@
 1. It can be built; its tables, inputs and weights are what an engine and
    serving can give and keep; built twice it begins with the same values.
 2. It gives finite scores of the right shapes, engagement as its item_query says
-   where it has one, and a loss for each row.
+   where it has one, and a loss for each row. Every variable that a loss depends
+   on is one of its weights.
 3. It is a function of row, weights and seed alone: nothing is remembered, the
    seed counts only in training, and a row scores alone as it does in a batch.
 4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
@@ -11,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preproces
     inputs = sample(ranker, ROWS, training=True)
     plain = _scores(ranker, inputs, what)
     _check_item_query(ranker, inputs, what)
-    _check_losses(ranker, inputs, what)
+    _check_losses(ranker, inputs, _constants(spec, preprocessing), what)
     # 3.
     held = ranker.weights()
     if any((_scores(ranker, inputs, what)[name] != plain[name]).any() for name in plain):
@@ -207,7 +208,15 @@ def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> N
         )
 
 
-def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:
+def _constants(spec: FeatureSpec, preprocessing: Preprocessing | None) -> tuple[Any, ...]:
+    """The variables of a preprocessing: the bootstrap set them, and nobody learns them."""
+    with tf.GradientTape() as tape:
+        if preprocessing is not None:
+            preprocessing(tf.zeros([1, len(spec.names)]))
+    return tuple(tape.watched_variables())
+
+
+def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], constants: Sequence[Any], what: str) -> None:
     given = {name: tf.constant(value) for name, value in inputs.items()}
     rows = len(inputs["recent_mask"])
     ones = tf.ones([rows])
@@ -221,6 +230,13 @@ def _check_losses(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:
     if list(loss.shape) != [rows] or loss.dtype != tf.float32:
         raise ProgramError(
             f"{what}: losses gave {list(loss.shape)} {loss.dtype.name} for {rows} rows", "wanted is [B] float32"
+        )
+    known = {id(one) for one in (*ranker.dense.values(), *constants)}
+    if forgotten := [one.name.removesuffix(":0") for one in tape.watched_variables() if id(one) not in known]:
+        raise ProgramError(
+            f"{what}: its losses depend on the variable {forgotten[0]}, which is not in dense: it is never learned, and no "
+            "version has it",
+            "put it into dense, or make it with trainable=False where it is a constant",
         )
     slopes = tape.gradient(loss, list(ranker.dense.values()))
     for name, slope in zip(ranker.dense, slopes, strict=True):

@@ -14,7 +14,7 @@ from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
 from trainer.intake import former, take_in
-from trainer.privacy.place import NoisePlace
+from trainer.privacy.place import NoisePlace, environment_digest
 from trainer.records import records_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Replay:
         lost: Erased = Erased.NOBODY,
     ) -> None:
         self._lost, self.unlike, self._log = lost, 0, target.log
+        self._environment = environment_digest(target.environment)
         self._trainer, self._spec, self._salt = trainer, target.spec, target.salt
         self._where = f"{target.log.topic}:{target.log.partition}"
         self._is_former = former(specs, lambda: trainer.counters.steps)
@@ -87,7 +88,9 @@ class Replay:
             # Nothing is learned while training is held: somebody let it go on from here.
             self._trainer.guard = self._trainer.guard.released()
         self.unlike += int(self._lost.after(segment.erased).users.has(found.batch.user).sum())
-        at = NoisePlace(self._log.topic_id, self._log.partition, offset, segment.epoch, segment.erased)
+        mask = segment.mask_at(found.batch.header.mask_generation)
+        log = self._log
+        at = NoisePlace(log.topic_id, log.partition, offset, segment.epoch, segment.line, mask, self._environment)
         self._trainer.step(found.batch, place=at)
         self.steps += 1
 

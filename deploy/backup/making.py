@@ -3,7 +3,7 @@
 1. The place is ours: nobody prunes it meanwhile.
 2. The histories of each shard as of one moment, with their positions; then what lies beside them.
 3. Control, and the versions that there are under it.
-4. The pieces that the place does not have yet.
+4. Serving's notes next to its histories, where this machine serves; the pieces that the place does not have yet.
 5. The document, which makes a backup of it; a crash before leaves none, and what was sent need not be sent again.
 
 Histories first: control that is newer than they are is what a stream meets after
@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Generator
+import os
+import tempfile
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from deploy.backup import documents
+from deploy.backup import documents, serving_start
 from deploy.backup.cut import RegistryCut, cut, newest_whole
 from deploy.backup.documents import Backup, KeptFile
 from deploy.backup.lease import Lease
@@ -32,7 +34,7 @@ from deploy.backup.snapshot import snapshot
 from state import layout
 from state.config.settings import Settings
 from state.disk import clean_mark
-from state.errors import BackupError, CorruptStore, SaltMismatch
+from state.errors import BackupError, CorruptStore, SaltMismatch, StoreError
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
 from state.places.place import FilePlace
@@ -56,6 +58,18 @@ class Scope(NamedTuple):
 
     with_salt: bool = False
     newest_only: bool = False
+
+
+class Notes(NamedTuple):
+    """What serving noted next to its histories.
+
+    Attributes:
+        files: What was kept of it; none where this machine does not serve.
+        left_out: Why that is none, where this machine serves.
+    """
+
+    files: tuple[KeptFile, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 class Shard(NamedTuple):
@@ -104,7 +118,8 @@ def make(settings: Settings, place: FilePlace, scope: Scope, now_ms: int, said: 
         killpoints.reach("backup.histories")
         # 3. and 4.
         found, kept = making.registry(scope.newest_only)
-        files = [*(one for shard in shards for one in shard.files), *kept]
+        notes = making.notes(shards)
+        files = [*(one for shard in shards for one in shard.files), *kept, *notes.files]
         if scope.with_salt:
             files.append(making.whole("salt", settings.salt_path))
         newest = newest_whole(found.parts, found.control)
@@ -121,7 +136,10 @@ def make(settings: Settings, place: FilePlace, scope: Scope, now_ms: int, said: 
             positions={shard.name: shard.positions for shard in shards},
             versions=len({one.version for one in found.parts.values()}),
             files=tuple(files),
-            left_out=tuple(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
+            left_out=(
+                *(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
+                *notes.left_out,
+            ),
             sent_bytes=making.sent_bytes,
         )
         # 5.
@@ -177,6 +195,27 @@ class _Making:
             store.close()
         files += [self.whole(f"{folder.name}/{one}", folder / one) for one in BESIDE if (folder / one).exists()]
         return Shard(folder.name, files, positions, salt.decode())
+
+    def notes(self, shards: Sequence[Shard]) -> Notes:
+        """Keeps what serving knows of items and names, once it has taken the clicks of the backup's histories."""
+        path = self._settings.serving_dir / layout.HISTORIES
+        if not os.path.lexists(path):
+            return Notes()
+        try:
+            store = HistoryStore(
+                path, self._settings.features.history, self._settings.serving.map_gb << 30, readonly=True
+            )
+        except StoreError as error:
+            return Notes(left_out=(f"{serving_start.NOTES_PATH}: {error.what}",))
+        try:
+            for shard in shards:
+                serving_start.await_clicks(store, shard.positions)
+            with tempfile.TemporaryFile() as file:
+                serving_start.write_notes(store, file)
+                file.seek(0)
+                return Notes((self._through(self._objects.keep(serving_start.NOTES_PATH, file)),))
+        finally:
+            store.close()
 
     def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
         """Keeps one moment of the registry; what the compactor took away meanwhile is looked for again.

@@ -15,7 +15,7 @@ def commands(add: Add) -> list[argparse.ArgumentParser]:
         "Copy what was learned to a directory or an object store, beside the running system.",
         "One consistent cut: versions, control with the whole audit, masks, feature specs, programs, and the stream's histories "
         "with their positions. Pieces that are there already are not sent again. It holds personal data under pseudonyms. "
-        "Serving's stores, attributes and Kafka's data are not in it.",
+        "Serving's rows, attributes and Kafka's data are not in it.",
     )
     keeping.add_argument("to", metavar="TO", help="a directory, or an object store such as s3://bucket/folder")
     keeping.add_argument(

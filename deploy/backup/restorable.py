@@ -17,7 +17,18 @@ _MAY_BE_THERE = {layout.LOCK, layout.SALT, layout.KAFKA, layout.LOGS, layout.REP
 _MAY_BE_IN_REGISTRY = {layout.TRAINER_LOCK, layout.COMPACTOR_LOCK, RESTORING}
 
 
-def require_empty(settings: Settings) -> None:
+def require_restorable(settings: Settings, backup: Backup) -> None:
+    """Refuses where a backup cannot be restored; writes nothing.
+
+    Raises:
+        BackupError: State is there already; the message names it.
+        MissingSalt, SaltMismatch, SettingsError: See `_require_salt`.
+    """
+    _require_empty(settings)
+    _require_salt(settings, backup)
+
+
+def _require_empty(settings: Settings) -> None:
     """Refuses where state is there that would be lost, or mixed with another.
 
     Raises:
@@ -38,7 +49,7 @@ def require_empty(settings: Settings) -> None:
         )
 
 
-def require_salt(settings: Settings, backup: Backup) -> None:
+def _require_salt(settings: Settings, backup: Backup) -> None:
     """Refuses another salt than that of the backup's users, and none where the backup has none.
 
     Raises:

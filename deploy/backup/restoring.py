@@ -3,14 +3,15 @@
 1. Nothing is there that would be lost or mixed with it, and the salt is the one of its users.
 2. Every file is built aside, under `restoring/`, and each piece compared with its digest.
 3. Its histories open and are as far as the backup says; its newest version has all that makes it up.
+   Serving gets a copy of the histories, so that it answers as before where Kafka has no clicks to read again.
 4. Numbers of versions that the lost system may have used stay taken, so that a serving host that
    still has some never mixes them with new ones. Erasures of after the backup count again, as far as they are known.
    Control says in a generation of its own who restored what.
 5. The files take their places: histories first, control last. A crash before leaves nothing but `restoring/`; one in
    between a directory that the next restore refuses, and that is to be emptied.
 
-What goes on from there is an ordinary start after a crash: stream and trainer
-read on in Kafka from where their parts of the backup were, serving begins anew.
+What goes on from there is an ordinary start after a crash: stream, trainer and
+serving read on in Kafka from where their parts of the backup were.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy.backup import erasures
+from deploy.backup import erasures, serving_start
 from deploy.backup.documents import Backup, KeptFile
 from deploy.backup.objects import Objects
 from deploy.backup.places import usable
-from deploy.backup.restorable import RESTORING, require_empty, require_salt
+from deploy.backup.restorable import RESTORING, require_restorable
 from state import layout
 from state.config.settings import Settings
 from state.disk import clean_mark
@@ -112,16 +113,17 @@ def restore(
         LockHeld: The system runs.
     """
     state, registry_dir = settings.state_dir, settings.registry_dir
+    # 1. Before the locks too, which would leave their files where a restore is refused.
+    require_restorable(settings, backup)
     with DirectoryLock(state), DirectoryLock(registry_dir, layout.TRAINER_LOCK):
-        # 1.
-        require_empty(settings)
-        require_salt(settings, backup)
+        require_restorable(settings, backup)
         with _built_aside(settings) as aside:
             # 2.
             _write_all(settings, place, backup, said)
             killpoints.reach("restore.written")
             # 3.
             users, positions = _finish_stores(settings, backup, kafka_lost)
+            _begin_serving(settings, backup, kafka_lost)
             registry = Registry(registry_dir / RESTORING)
             if backup.version is not None:
                 registry.chain(backup.version)
@@ -203,6 +205,18 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
         positions[path.parent.name] = found
         (path / "lock.mdb").unlink(missing_ok=True)
     return users, positions
+
+
+def _begin_serving(settings: Settings, backup: Backup, kafka_lost: bool) -> None:
+    """Gives serving a copy of the stream's histories, where the backed-up machine served or nothing else has the clicks."""
+    aside = settings.state_dir / RESTORING
+    streams, serving = layout.streams(aside), aside / layout.SERVING
+    # Histories of several shards of an earlier release become one store at the next start only.
+    if len(streams) == 1 and (kafka_lost or (serving / serving_start.NOTES).exists()):
+        opened = (settings.features.history, settings.stream.map_gb << 30)
+        serving_start.begin(streams[0], serving, opened, backup.created_at_ms)
+    else:
+        shutil.rmtree(serving, ignore_errors=True)
 
 
 def _keep_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:

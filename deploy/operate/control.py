@@ -11,7 +11,6 @@ from typing import Any
 
 from deploy.operate.commands import Say, current, put
 from deploy.operate.versions import open_registry
-from deploy.watch.scrape import scrape, urls
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.process.actor import actor
@@ -81,15 +80,7 @@ def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         put(registry, control, new, done, asked, say)
         return
     new = transition(control, on, **who)
-    if asked.command == "resume" and new is control and guard_holds(settings):
-        new = transitions.let_go(control, actor=actor(), reason=asked.reason, now_ms=now_ms)
     put(registry, control, new, done, asked, say)
-
-
-def guard_holds(settings: Settings) -> bool:
-    """Whether the trainer says that its guard holds training."""
-    trainer = scrape({"trainer": urls(settings)["trainer"]})["trainer"]
-    return bool(trainer.value("springtide_trainer_held"))
 
 
 def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

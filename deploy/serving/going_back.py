@@ -44,14 +44,15 @@ def take_back(
         StoreFull: Nothing was changed.
     """
     stored = json.loads(store.extra(POSITION_EXTRA) or b"{}")
-    at = stored.get("next", {}).get(str(partition), 0)
+    # Restored histories know no position in the log; what they have may lie anywhere in it.
+    at = stored.get("next", {}).get(str(partition))
 
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:
         gone = [item_extra(item) for item in before.items if item not in before.categories]
         found: dict[str, bytes | None] = {name: None for one in gone for name in (one, SEEN + one)}
         for item, one in before.categories.items():
             found[item_extra(item)] = item_value(one, (store.extra(item_extra(item)) or b"")[8:])
-        if at > offset:
+        if at is not None and at > offset:
             moved = {**stored["next"], str(partition): onward(line, offset)}
             found[POSITION_EXTRA] = json.dumps({**stored, "next": moved}).encode()
         if newest_ms := max((int(log_times(one).max(initial=0)) for one in before.latest), default=0):

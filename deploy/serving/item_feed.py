@@ -21,6 +21,8 @@ from state.features.spec import Events
 from state.history.store import HistoryStore
 
 FEED = "feed"
+EXTRAS = (FEED, "clicked:", "new:")
+"""The names of the extras, or their beginnings."""
 SLOTS = 256
 NEW_SLOTS = 4096
 MOST_ITEMS = 4096

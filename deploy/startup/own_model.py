@@ -38,13 +38,13 @@ def is_own(settings: Settings) -> bool:
 
 
 def check(settings: Settings, say: Callable[[str], None]) -> None:
-    """Checks what is the user's own and returns; where all functions are the default there is nothing to do.
+    """Checks what is the user's own and returns; where all functions are the default and `model.options` is empty there is nothing to do.
 
     Raises:
-        SettingsError: A function cannot be loaded.
+        SettingsError: A function cannot be loaded, or nothing reads one of `model.options`.
         ProgramError: A function is not what it has to be, or does not lower to LiteRT.
     """
-    if not is_own(settings):
+    if not is_own(settings) and not settings.model.options:
         return
     with tempfile.TemporaryDirectory(prefix="springtide-model-") as folder:
         graph = []

@@ -32,6 +32,7 @@ class RetrainDecision(NamedTuple):
 def judge(
     trial: Trial,
     compared: Mapping[str, Any] | None,
+    held: str | None,
     rollout: Rollout | None,
     settings: RetrainSettings,
     begun_at_ms: int,
@@ -41,12 +42,14 @@ def judge(
 
     1. What somebody decided of its trial counts, and what ended it.
     2. A rollout of it that is open is waited for, and one that went back drops it.
-    3. The interval that holds at all looks: worse, or better; better alone is enough where no rollout is asked for.
+    3. The interval that holds at all looks: worse, or better; better alone is enough where no rollout is asked for. While
+       the trial's guard holds it, its comparison decides nothing.
     4. So many rows, or so much time, and neither.
 
     Args:
         trial: Its trial.
         compared: The figures of its comparison; None before anything was compared.
+        held: What the trial's guard holds, in words; None for nothing.
         rollout: The newest rollout; None where there was none.
         settings: After how many rows, and how much time.
         begun_at_ms: When it began, wall clock.
@@ -67,6 +70,10 @@ def judge(
     rows, verdict = (0, "undecided") if compared is None else (int(compared["rows"]), str(compared["verdict"]))
     told = f"{difference(compared or {})} nats a row against the live trainer, over {rows:,} rows"
     # 3.
+    if held is not None:
+        if now_ms - begun_at_ms < (span_ms(settings.limit) or 0.0):
+            return None
+        return RetrainDecision("failed", f"held by its guard: {held}")
     if verdict == "worse":
         return RetrainDecision("dropped", f"worse: {told}")
     if phase == "done":

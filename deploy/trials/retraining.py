@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from deploy.trials.commands import trial as command
 from deploy.trials.judging import ACTOR, RetrainDecision, judge
+from deploy.trials.telling import held_by_guard
 from state import layout
 from state.config.settings import Settings
 from state.config.spans import span_ms
@@ -95,7 +96,9 @@ class Retrainer:
     def _follow(self, known: Retraining, trial: Trial) -> None:
         compared = figures_in(self._trials.folder(trial.name))
         retrain, newest = self._settings.retrain, self._rollouts.newest()
-        found = judge(trial, compared, newest, retrain, known.begun_at_ms, self._now_ms())
+        path = self._trials.registry(trial.name)
+        held = held_by_guard(Registry(path).control()) if path.is_dir() else None
+        found = judge(trial, compared, held, newest, retrain, known.begun_at_ms, self._now_ms())
         if found is None:
             return
         # 3.

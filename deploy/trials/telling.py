@@ -8,12 +8,18 @@ from typing import Any
 
 from deploy.operate.times import iso
 from deploy.operate.versions import table
+from state import layout
 from state.config.settings import Settings
+from state.disk.lock import is_held
 from state.errors import SpringtideError
+from state.registry.control import Control
 from state.registry.registry import Registry
 from state.registry.sealed import as_values
 from state.trials.comparison import figures_in
 from state.trials.trial import Trial, Trials
+
+STANDINGS = {"held": "held by its guard", "paused": "paused", "down": "no trainer"}
+"""Where a trial that is to run does not learn, so that no row is added to its comparison."""
 
 WORDS = {
     "better": "BETTER",
@@ -41,15 +47,24 @@ def running(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _document(trials: Trials, trial: Trial) -> dict[str, Any]:
-    newest, held = None, None
-    if trial.runs and trials.registry(trial.name).is_dir():
+    newest, held, path = None, None, trials.registry(trial.name)
+    standing: str = trial.wanted
+    if trial.runs and path.is_dir():
         with suppress(SpringtideError, OSError):
-            registry = Registry(trials.registry(trial.name))
+            registry = Registry(path)
             control = registry.control()
             newest = None if control is None else registry.newest(control.epoch)
-            held = None if control is None or control.held is None else control.held.in_words()
-    told = {"newest": newest, "held": held, "compared": figures_in(trials.folder(trial.name))}
+            held = held_by_guard(control)
+            paused = control is not None and not control.training
+            down = not is_held(path, layout.TRAINER_LOCK)
+            standing = "held" if held else "paused" if paused else "down" if down else trial.wanted
+    told = {"newest": newest, "held": held, "standing": standing, "compared": figures_in(trials.folder(trial.name))}
     return as_values(trial) | told
+
+
+def held_by_guard(control: Control | None) -> str | None:
+    """What a trainer's guard holds, in words; None where it holds nothing."""
+    return None if control is None or control.held is None else control.held.in_words()
 
 
 def as_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -64,7 +79,7 @@ def _line(one: Mapping[str, Any]) -> list[str]:
     compared = one["compared"] or {}
     return [
         one["name"],
-        "held by its guard" if one["held"] else one["wanted"],
+        STANDINGS.get(one["standing"], one["wanted"]),
         iso(one["at_ms"]),
         one["actor"],
         one["origin"] if one["version"] is None else str(one["version"]),
@@ -73,7 +88,7 @@ def _line(one: Mapping[str, Any]) -> list[str]:
         _nats(compared.get("trial_log_loss")),
         _nats(compared.get("live_log_loss")),
         difference(compared),
-        WORDS.get(compared.get("verdict", ""), "-"),
+        "-" if one["held"] else WORDS.get(compared.get("verdict", ""), "-"),
         one["reason"],
     ]
 
@@ -93,12 +108,12 @@ def difference(compared: Mapping[str, Any]) -> str:
 
 
 def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
-    """The verdict on a trial, and more of it in sentences.
+    """The verdict on a trial, or why it does not learn, and more of it in sentences.
 
     >>> compared = {"rows": 9, "live_log_loss": 2.5, "trial_log_loss": 2.4, "difference": -0.1, "low": -0.2, "high": -0.05,
     ...             "alpha": 0.05, "verdict": "better"}
-    >>> word, text = as_text({"name": "wider", "wanted": "running", "held": None, "overrides": {"model.dim": "64"},
-    ...                       "version": 7, "compared": compared})
+    >>> word, text = as_text({"name": "wider", "wanted": "running", "held": None, "standing": "running",
+    ...                       "overrides": {"model.dim": "64"}, "version": 7, "compared": compared})
     >>> word
     'BETTER'
     >>> for sentence in text.split("; "):
@@ -112,16 +127,21 @@ def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
     said = [f"{one['name']} {'runs' if one['wanted'] == 'running' else 'is promoted'} from {begins} with {tried}"]
     if one["held"]:
         said.append(f"held by its guard: {one['held']}")
+    elif one["standing"] == "paused":
+        said.append("training is paused by an operator")
+    elif one["standing"] == "down":
+        said.append(f"its trainer does not run: see logs/trial-{one['name']}.log")
+    word = STANDINGS.get(one["standing"])
     compared = one["compared"]
     if not compared or not compared["rows"]:
-        return "waits", "; ".join([*said, "no row was scored by both yet"])
+        return word or "waits", "; ".join([*said, "no row was scored by both yet"])
     said.append(
         f"log loss {_nats(compared['trial_log_loss'])} against {_nats(compared['live_log_loss'])} of the live trainer on "
         f"the same {compared['rows']:,} rows"
     )
     sure = "" if compared["low"] is None else f", right at all looks but for {100 * compared['alpha']:g} % of trials"
     said.append(f"difference {difference(compared)}{sure}")
-    return WORDS[compared["verdict"]], "; ".join(said)
+    return word or WORDS[compared["verdict"]], "; ".join(said)
 
 
 def _nats(value: float | None) -> str:

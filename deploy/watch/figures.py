@@ -68,6 +68,7 @@ class Figures:
         log_loss: Of the interests, scored before learning.
         auc: Of the engagement, scored before learning.
         top1: Share of rows whose category led, scored before learning.
+        skipped_per_s: Rows of the training log that the guard skipped.
         held: Whether the guard holds training.
         budget: The privacy budget; None where none is set.
         paused: Whether an operator pauses training.
@@ -112,6 +113,7 @@ class Figures:
     log_loss: float | None = None
     auc: float | None = None
     top1: float | None = None
+    skipped_per_s: float | None = None
     held: bool = False
     budget: BudgetLeft | None = None
     paused: bool = False
@@ -275,6 +277,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         log_loss=trainer.now.value("springtide_trainer_log_loss") if learned else None,
         auc=trainer.now.value("springtide_trainer_auc") if learned else None,
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
+        skipped_per_s=trainer.rate("springtide_trainer_rows_total", outcome=("skipped",)),
         held=bool(trainer.now.value("springtide_trainer_held")),
         budget=budget_of(trainer.now),
         paused=bool(trainer.now.value("springtide_trainer_paused")),

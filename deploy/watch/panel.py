@@ -25,6 +25,7 @@ from deploy.watch.quantiles import Spread
 STALE_S = 60.0
 MANY_LAG = 10_000
 DEAD_SHARE = 0.01
+SKIPPED_SHARE = 0.01
 FEW_RECORDS = 100  # of the training log: some ten seconds
 
 # Where cells begin; with 80 columns the last one has room for 26 letters, or for 33.
@@ -85,6 +86,8 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield f"rows trained with other features: {shown(figures.differing)}"
     if figures.held:
         yield "training is held by the guard"
+    elif figures.rows_per_s and (figures.skipped_per_s or 0.0) / figures.rows_per_s > SKIPPED_SHARE:
+        yield f"the guard skips {(figures.skipped_per_s or 0.0) / figures.rows_per_s:.0%} of the rows"
     if figures.budget and figures.budget.spent:
         yield "training holds: the privacy budget is spent"
     clicks, old = bool(figures.events_per_s), old_clicks(figures)

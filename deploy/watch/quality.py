@@ -35,7 +35,7 @@ def look(trainer: Scrape) -> dict[str, Any] | None:
         name: trainer.value(f"springtide_trainer_lift_{end}")
         for name, end in (("top1", "top1_ratio"), ("log_loss", "log_loss"))
     }
-    return {"predictors": found, "lift": lift}
+    return {"predictors": found, "lift": lift, "skipped": trainer.value(f"{PREFIX}skipped_ratio")}
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
@@ -44,7 +44,8 @@ def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
     >>> one = dict.fromkeys(SERIES, 0.25) | {"log_loss": 3.5}
     >>> simple = {name: {"all": one | {"top1": 0.2}} for name in WORDS}
     >>> model = {"all": one | {"top1": 0.3}, "new": dict.fromkeys(SERIES), "known": one}
-    >>> word, text = as_text({"predictors": {"model": model, **simple}, "lift": {"top1": 0.1, "log_loss": 0.5}})
+    >>> lift = {"top1": 0.1, "log_loss": 0.5}
+    >>> word, text = as_text({"predictors": {"model": model, **simple}, "lift": lift, "skipped": 0.04})
     >>> word
     '+10.0 points'
     >>> for sentence in text.split("; "):
@@ -52,6 +53,7 @@ def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
     more often right than what is simple: top 1 30.0 % against 20.0 % of what was popular in the last hour
     top 5 25.0 %, MRR 0.250, log loss 3.500 (0.500 less), missed 25.0 %
     known users: top 1 25.0 %, top 5 25.0 %, log loss 3.500
+    of these rows 4.0 % were skipped by the guard and not learned
     """
     model, lift = found["predictors"]["model"], found["lift"]
     simple = {name: found["predictors"][name]["all"]["top1"] or 0.0 for name in WORDS}
@@ -69,6 +71,8 @@ def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
         for users, one in model.items()
         if users != "all" and one["top1"] is not None
     ]
+    if found["skipped"]:
+        parts.append(f"of these rows {_share(found['skipped'])} were skipped by the guard and not learned")
     return f"{100 * (lift['top1'] or 0.0):+.1f} points", "; ".join(parts)
 
 

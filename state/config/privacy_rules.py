@@ -1,4 +1,4 @@
-"""What differential privacy rules out: whatever lets a row of the log see another one, or learns without being clipped."""
+"""What differential privacy rules out: what lets one user's rows reach another user without a clipping bound and noise."""
 
 from __future__ import annotations
 
@@ -36,4 +36,11 @@ def privacy(settings: Settings) -> Iterator[Conflict]:
             ("churn.days", "privacy.epsilon"),
             "churn.days is set: who leaves is learned of each user's rows, neither clipped nor with noise, which privacy.epsilon rules out",
             "set churn.days or privacy.epsilon to 0",
+        )
+    if settings.segments.lookalikes:
+        yield Conflict(
+            ("segments.lookalikes", "privacy.epsilon"),
+            f"segments.lookalikes is {settings.segments.lookalikes}: lookalikes compare the exact rows of different users, "
+            "so that the list of one user tells of others, which privacy.epsilon rules out",
+            "set segments.lookalikes or privacy.epsilon to 0",
         )

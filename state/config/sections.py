@@ -406,9 +406,11 @@ class TrainerSettings:
     capacity: int = setting(65536, "rows", least=16, most=2_000_000_000, help="Rows of a table at the start; it grows.")
     partition: int = setting(0, least=0, help="Partition of the micro-batch topic to learn from.")
     guard_factor: float = setting(
-        8.0, least=1.0, help="A step whose loss exceeds the running loss this many times is skipped."
+        8.0,
+        least=1.0,
+        help="How many times the expected loss or gradient is too much, so that an update is skipped; see `trainer/MODEL.md`.",
     )
-    guard_patience: int = setting(20, "steps", least=1, help="Skipped steps in a row after which training is held.")
+    guard_patience: int = setting(20, "steps", least=1, help="Skipped updates in a row after which training is held.")
     metrics_port: int = setting(9102, least=0, most=65535, help="Port of the trainer's /metrics.")
 
 

@@ -85,6 +85,17 @@ class DirectoryLock:
         self.release()
 
 
+def is_held(path: Path, name: str = layout.LOCK) -> bool:
+    """Whether the process that wrote a directory's lock file still runs; takes no lock. One on another host counts as running."""
+    try:
+        fields = json.loads((path / name).read_bytes())
+        if fields["host"] != socket.gethostname():
+            return True
+        return bool(psutil.Process(fields["pid"]).create_time() == fields["started_s"])
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return False
+
+
 def _holder(content: bytes) -> str:
     """Reads who holds the lock; the holder may not have written it yet.
 

@@ -7,6 +7,7 @@ so that a masked event still takes one of a user's N places.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,12 @@ class Mask:
 
     def __bool__(self) -> bool:
         return bool(self.offsets or self.times or self.users or self.erased)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is left out, whichever generation decided it."""
+        parts = [sorted(self.offsets), sorted(self.times), self.users.digest, self.erased.digest]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
     def hidden(self) -> Hidden:

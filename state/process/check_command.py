@@ -15,6 +15,9 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 
 Check = Callable[[Settings, Path | None], str]
 
+OPTIONS_READ = "options_read.json"
+"""File next to a kept graph with the names in `model.options` that the preprocessing read."""
+
 
 def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
     """Prints what `check` says, or its complaint to the standard error; returns the exit code.

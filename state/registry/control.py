@@ -270,17 +270,6 @@ def train(control: Control, training: bool, *, actor: str, reason: str, now_ms: 
     return _next(control, "resume" if training else "pause", actor, reason, now_ms, training=training)
 
 
-def let_go(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
-    """The trainer's guard, of which control does not know, lets training go on: a generation that changes nothing else.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> going_on = let_go(first, actor="ann", reason="the clicks are good", now_ms=5)
-    >>> going_on.generation, going_on.action, going_on.epoch
-    (2, 'resume', 1)
-    """
-    return following(control, "resume", actor, reason, now_ms, training=True)
-
-
 def _next(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
     """The next generation with these changes; `control` itself where they change nothing."""
     if all(getattr(control, name) == value for name, value in changes.items()):

@@ -1,50 +1,59 @@
-"""What of the privacy budget is spent: the periods that training began, beside the versions and older than none of them.
+"""The ledger of the privacy budget: which periods were charged, and how much of the log may have been learned. Pure but for `read` and `write`.
 
-It is no part of a version. A version that is gone back to knows nothing of what
-was told since, and whoever saw that does not forget it: so the ledger only grows.
+It is no part of a version. A version that is rolled back to knows nothing of
+what was released since, and who saw that does not forget it: so the ledger only
+grows.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from state.disk import files as durable
 from state.errors import RegistryError
 
+FORMAT = 2
+"""Format 1 has no format number, no lines and no position of the training log."""
 
-@dataclass(frozen=True, slots=True)
-class PrivacyPeriod:
-    """A period in which training took part in the budget.
+MOST_LINES = 64
+"""Lines that a period remembers; one that is forgotten is charged again when it returns."""
+
+
+class PrivacyPeriod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A charge: a period of which one unit takes part in so many updates.
 
     Attributes:
-        epoch: Of control: what is learned again in another one is told again.
-        number: Of unit user the log time over the length of a period; else 0.
-        updates: In how many updates one unit may be, at most.
+        epoch: Control's epoch.
+        number: With unit user, log time divided by the length of a period; else 0.
+        updates: In how many updates one unit takes part, at most.
         noise: Standard deviation of the noise over the clipping bound.
+        lines: The lines that the charge covers, oldest first; see `trainer/privacy/history.py`. None of format 1.
     """
 
     epoch: int
     number: int
     updates: int
     noise: float
+    lines: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PrivacyLedger:
-    """All of it.
+class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All charges.
 
     Attributes:
-        key: Fingerprint of the key of the noise.
+        key: Fingerprint of the noise key.
         unit: What is hidden: user or example.
-        periods: That were begun, in their order.
+        periods: The charges, oldest first.
         epsilon: The budget, as the trainer's settings say.
         delta: Likewise.
-        spent: Epsilon of all periods together, at that delta.
-        held: Whether training holds, for the next period would take more than is left.
+        spent: Epsilon of all charges together, at that delta.
+        held: Whether training is held, because the next charge exceeds the budget.
+        source: Topic id and partition of the training log that `through` is an offset of.
+        through: Records before this offset may have been learned, no record from here on was.
+        format: Of the ledger.
     """
 
     key: str
@@ -54,6 +63,38 @@ class PrivacyLedger:
     delta: float = 0.0
     spent: float = 0.0
     held: bool = False
+    source: str = ""
+    through: int = 0
+    format: int = FORMAT
+
+
+def is_charged(ledger: PrivacyLedger, period: PrivacyPeriod) -> bool:
+    """Whether a charge covers the line of `period`."""
+    return any(_same_terms(one, period) and set(period.lines) <= set(one.lines) for one in ledger.periods)
+
+
+def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> PrivacyLedger:
+    """The ledger with a charge that covers the line of `period`.
+
+    A line may go on from the newest charge without another one, where none of the records that follow was learned before.
+
+    >>> first = charged(PrivacyLedger("1f", "user"), PrivacyPeriod(1, 7, 8, 2.5, ("a",)), again=False)
+    >>> onward = charged(first, PrivacyPeriod(1, 7, 8, 2.5, ("b",)), again=False)
+    >>> [one.lines for one in onward.periods]
+    [('a', 'b')]
+    >>> [one.lines for one in charged(onward, PrivacyPeriod(1, 7, 8, 2.5, ("c",)), again=True).periods]
+    [('a', 'b'), ('c',)]
+
+    Args:
+        ledger: Does not cover it.
+        period: Has one line.
+        again: Whether records that follow may have been learned before.
+    """
+    *before, last = ledger.periods or (None,)
+    if last is None or again or not _same_terms(last, period):
+        return msgspec.structs.replace(ledger, periods=(*ledger.periods, period))
+    longer = msgspec.structs.replace(last, lines=(*last.lines, *period.lines)[-MOST_LINES:])
+    return msgspec.structs.replace(ledger, periods=(*before, longer))
 
 
 def encode(ledger: PrivacyLedger) -> bytes:
@@ -62,32 +103,45 @@ def encode(ledger: PrivacyLedger) -> bytes:
     >>> decode(encode(PrivacyLedger("1f", "user", (PrivacyPeriod(1, 7, 8, 2.5),))), "there").periods[0].noise
     2.5
     """
-    return json.dumps(asdict(ledger), indent=1, sort_keys=True).encode() + b"\n"
+    return msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n"
 
 
 def decode(data: bytes, where: str) -> PrivacyLedger:
-    """What `encode` made.
+    """What `encode` made, of this release or a former one.
 
     Args:
         data: The bytes.
         where: Names them, for messages.
 
     Raises:
-        RegistryError: They are damaged.
+        RegistryError: They are damaged, or a later release wrote them.
     """
     try:
-        return msgspec.json.decode(data, type=PrivacyLedger)
-    except msgspec.DecodeError as error:
+        return msgspec.convert(upgraded(msgspec.json.decode(data, type=dict[str, Any])), PrivacyLedger)
+    except (msgspec.DecodeError, ValueError) as error:
         raise RegistryError(
             f"the ledger of the privacy budget at {where} cannot be read ({error})", "restore it from a backup"
         ) from None
+
+
+def upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """A ledger's JSON values in this format.
+
+    Charges of format 1 stay spent. They name no line, so that they cover nothing: that release added other noise.
+
+    Raises:
+        ValueError: A later release wrote it.
+    """
+    if (found := document.get("format", 1)) not in (1, FORMAT):
+        raise ValueError(f"its format is {found}, this release reads formats up to {FORMAT}")
+    return {**document, "format": FORMAT}
 
 
 def read(path: Path) -> PrivacyLedger | None:
     """The ledger in a file; None where there is none.
 
     Raises:
-        RegistryError: It is damaged.
+        RegistryError: It is damaged, or a later release wrote it.
         OSError: The disk refused.
     """
     try:
@@ -104,3 +158,7 @@ def write(path: Path, ledger: PrivacyLedger) -> None:
     """
     path.parent.mkdir(exist_ok=True)
     durable.replace(path, encode(ledger))
+
+
+def _same_terms(one: PrivacyPeriod, other: PrivacyPeriod) -> bool:
+    return msgspec.structs.replace(one, lines=()) == msgspec.structs.replace(other, lines=())

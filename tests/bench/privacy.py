@@ -33,8 +33,10 @@ import numpy.typing as npt
 from state.compiled.mixing import mixed
 from state.config.loading import load
 from state.config.settings import Settings
+from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
+from state.registry.log_line import WHOLE
 from tests.bench.quality import analysis, area_under_curve
 from tests.bench.recorded import KUAIRAND_SETTINGS, Recorded, micro_batches, read_clicks, read_impressions
 from tests.bench.report import Figure, Stages, report
@@ -187,7 +189,7 @@ def _is_member(users: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 
 
 def _place(number: int) -> NoisePlace:
-    return NoisePlace("7a" * 16, 0, number, 1, 0)
+    return NoisePlace("7a" * 16, 0, number, 1, WHOLE, Mask.NONE, "")
 
 
 def measured(data: str, flags: Sequence[str], asked: argparse.Namespace, stages: Stages) -> dict[str, Figure]:

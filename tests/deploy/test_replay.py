@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from state.log import Reader, Topics, partition_of
 
 KafkaFactory = Callable[..., Kafka]
 START_MS = 1_700_000_000_000
+ROOT = Path(__file__).parents[2]
 
 
 def crowd(
@@ -119,6 +121,16 @@ def test_items_belong_to_their_category_and_some_are_popular() -> None:
     counts = Counter(item for item, category in zip(clicks.items, clicks.categories, strict=True))
     ranks = Counter(item.rsplit("-", 1)[1] for item in counts.elements())
     assert ranks["000"] / sum(ranks.values()) == pytest.approx(zipf(12)[0], abs=0.02)
+
+
+def test_examples_in_documents_name_what_shoppers_click_in_the_first_minute() -> None:
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("deploy/**/*.md"))]
+    named = {one for text in texts for one in re.findall(r"\b(?:shopper|item|category)-[0-9][0-9-]*\b", text)}
+    settings = Settings()
+    crowd = ShopperCrowd.from_settings(settings, None, settings.shoppers.rate, START_MS)
+    clicks = crowd.click(round(60 * settings.shoppers.rate))
+    assert {one.partition("-")[0] for one in named} == {"shopper", "item", "category"}
+    assert named - {*clicks.users, *clicks.items, *clicks.categories} == set()
 
 
 def test_actions_have_realistic_shares() -> None:

@@ -15,12 +15,15 @@ import pytest
 from deploy.backup import listing
 from deploy.backup.making import Scope, make
 from deploy.backup.restoring import By, Restored, restore
+from deploy.serving.host import Host
 from state.errors import BackupError
+from state.events.identity import load_salt
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import MemoryLog
 from state.places.opening import open_place
 from state.process import killpoints
+from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from tests.e2e.evidence import state_at
 from tests.e2e.running import ROOT
@@ -54,6 +57,30 @@ def bring_back(loop: SmallLoop, backups: Path, kafka_lost: bool = False) -> Rest
     )
     loop.registry = Registry(loop.settings.registry_dir)
     return done
+
+
+def histories(loop: SmallLoop) -> dict[str, object]:
+    """What answers need of serving's histories."""
+    path = loop.settings.serving_dir / HISTORIES
+    store = HistoryStore(path, loop.settings.features.history, 1 << 27, readonly=True)
+    try:
+        extras = {
+            kind: dict(store.extras(kind, "", 100_000)) for kind in ("item:", "name:", "clicked:", "new:", "feed")
+        }
+        assert extras["name:"]
+        return {"users": store.users(), "digest": store.digest(), "positions": store.positions(), **extras}
+    finally:
+        store.close()
+
+
+def ready(loop: SmallLoop) -> bool:
+    """Whether a worker calls the histories ready."""
+    settings = loop.settings
+    host = Host(settings, load_salt(settings.salt_path), wall_ms)
+    try:
+        return "histories" not in host.missing()
+    finally:
+        host.close()
 
 
 def test_what_is_restored_goes_on_as_if_nothing_had_happened(tmp_path: Path, salt: Path) -> None:
@@ -118,10 +145,13 @@ def test_control_that_is_newer_than_the_histories_takes_them_back(tmp_path: Path
         killpoints.armed = None
         go_back(loop, to, mask, "exact")
         loop.settle()
+        # One process opens a store once.
         loop.end("stream")
+        loop.end("applier")
 
     killpoints.armed = killpoints.parse("backup.histories", roll_back)
     made = make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    assert made.left_out == ()
     assert (made.epoch, next(iter(made.positions["stream-0"].values()))) == (2, GOOD + BAD)
     move(loop, tmp_path / "there")
     bring_back(loop, backups)
@@ -158,7 +188,7 @@ def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
     assert killed.returncode == -9
     assert Registry(loop.settings.registry_dir).control() is None
     if point == "restore.taken":
-        with pytest.raises(BackupError, match="stream-0 is there"):
+        with pytest.raises(BackupError, match="serving is there"):
             bring_back(loop, backups)
         shutil.rmtree(tmp_path / "there")
     assert subprocess.run(line, cwd=ROOT, env=environment, check=False).returncode == 0
@@ -177,8 +207,12 @@ def test_where_kafka_is_lost_too_what_was_learned_goes_on_in_another_log(tmp_pat
     loop.click(*clicks(sent, BATCH))
     loop.tick("stream")
     loop.end("stream")
-    backups = tmp_path / "backups"
+    while loop.tick("applier"):
+        pass
+    loop.end("applier")
+    backups, before = tmp_path / "backups", histories(loop)
     made = make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    assert made.left_out == ()
     assert made.version == newest.version
     lost = sum(made.positions["stream-0"].values()) - sum(newest.marks.values())
     assert lost == BATCH
@@ -191,11 +225,15 @@ def test_where_kafka_is_lost_too_what_was_learned_goes_on_in_another_log(tmp_pat
         loop.log.topics().ensure(topic, 1)
     done = bring_back(loop, backups, kafka_lost=True)
     assert (done.version, loop.control.epoch, loop.control.base) == (newest.version, made.epoch + 1, newest.version)
-    # 2. Answers come from what was learned, before anything is learned anew.
+    # 2. Answers come from what was learned, and from the restored histories, before anything is learned anew.
     loop.tick("applier")
     loop.settle()
     applier = loop.parts["applier"]
     assert isinstance(applier, Applying) and applier.served == newest.version
+    loop.end("applier")
+    assert histories(loop) == before
+    # A worker is ready by them: its clock runs, and the log was read to its end.
+    assert ready(loop)
     trainer = loop.parts["trainer"]
     assert isinstance(trainer, Training)
     weights = trainer.content()["weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import pytest
 import tensorflow as tf
 import tensorflow_transform as tft
 
+from state.config.loading import load
 from state.config.sections import Model
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
+from state.process.check_command import OPTIONS_READ
 from streaming.preprocessing import load_preprocessing
-from streaming.preprocessing_check import check_preprocessing, made_up
+from streaming.preprocessing_check import check_and_keep, check_preprocessing, made_up
 
 ROOT = Path(__file__).parents[2]
 SPEC = FeatureSpec()
@@ -146,3 +149,9 @@ def scaled(inputs: Mapping[str, Any], settings: Model) -> dict[str, Any]:
 def test_a_preprocessing_of_two_arguments_gets_the_options() -> None:
     function = load_preprocessing(f"{__name__}:scaled", Model(options=("scale=0.5",)))
     assert function({"features": 4.0}) == {"features": 2.0}
+
+
+def test_the_options_that_it_read_are_kept_next_to_its_graph(tmp_path: Path) -> None:
+    settings = load(["--model.preprocessing", f"{__name__}:scaled", "--model.options", "scale=0.5,heads=4"], {})
+    check_and_keep(settings, tmp_path)
+    assert json.loads((tmp_path / OPTIONS_READ).read_text()) == ["scale"]

@@ -15,9 +15,11 @@ import tensorflow as tf
 
 from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError, SettingsError
+from state.features.spec import FeatureSpec
+from state.process.check_command import OPTIONS_READ
 from tests.trainer.clicks import SPEC, batches, microbatch, small_settings
-from tests.trainer.logs import learner, run_to_end, started, written
-from trainer.checks import check_tower
+from tests.trainer.logs import learner, run_to_end, started, write_transform, written
+from trainer.checks import check_model, check_tower
 from trainer.engine.step import Trainer
 from trainer.model.tower import width_in
 from trainer.versions.program import build as build_program
@@ -141,6 +143,41 @@ def test_the_default_tower_and_the_example_pass_and_their_weights_are_listed() -
     assert "kernel_0 [152, 16]" in check(ModelSettings().tower)
     said = check(EXAMPLE)
     assert "[B, 152] to [B, 8]" in said and "cross_in [152, 32]" in said and "lowers to LiteRT" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ("temperature=0.5", ""),
+        ("temperature=0.5,steps=3", ""),
+        ("temperatur=0.5", "model.options temperatur=0.5: neither ranker, tower nor preprocessing read it"),
+        ("temperature=0.5,heads=3", "the names read are steps, temperature; correct the name, take it out, or read it"),
+    ],
+)
+def test_an_option_that_neither_ranker_nor_preprocessing_reads_is_refused(
+    options: str, refused: str, tmp_path: Path
+) -> None:
+    write_transform(tmp_path)
+    # What the check of the preprocessing leaves next to its graph.
+    (tmp_path / "transform" / OPTIONS_READ).write_text('["steps"]')
+    flags = ["--model.ranker", "deploy.examples.two_tower.ranker:build", "--features.sequence", "3"]
+    flags += ["--model.hidden", "8", "--model.options", options, "--paths.state", str(tmp_path / "state")]
+    settings = small_settings(*flags)
+    spec = FeatureSpec.from_settings(settings)
+    if refused:
+        with pytest.raises(SettingsError) as caught:
+            check_model(settings, spec, tmp_path / "transform")
+        assert refused in str(caught.value)
+    else:
+        assert "lowers to LiteRT" in check_model(settings, spec, tmp_path / "transform")
+
+
+def test_an_option_that_the_default_functions_do_not_read_is_refused(tmp_path: Path) -> None:
+    settings = small_settings("--model.options", "heads=4", "--paths.state", str(tmp_path / "state"))
+    with pytest.raises(
+        SettingsError, match="heads=4: neither ranker, tower nor preprocessing read it; no name was read"
+    ):
+        check_model(settings, FeatureSpec.from_settings(settings), None)
 
 
 def test_a_tower_of_ones_own_trains_and_its_program_answers_as_it_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from state.errors import GapError, UnknownTopic
 from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
-from state.registry.control import Control, follow, let_go, pin, roll_back
+from state.registry.control import Control, follow, pin, roll_back
+from state.registry.holding import release
 from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (
@@ -35,7 +37,7 @@ POISON = Mask(
 )
 
 
-def who(reason: str = "test") -> dict[str, object]:
+def who(reason: str = "test") -> dict[str, Any]:
     return {"actor": "ann", "reason": reason, "now_ms": 5}
 
 
@@ -147,32 +149,54 @@ def test_a_rollback_between_two_records_leaves_the_rest_of_the_poll(
     assert epochs == sorted(epochs)
 
 
-@pytest.mark.parametrize("goes_on", [follow, let_go])
-def test_a_held_trainer_says_what_to_do_and_goes_on_with_a_new_generation(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, goes_on: Callable[..., Control]
+@pytest.mark.parametrize("command", ["release", "resume"])
+def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_released(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, command: Literal["release", "resume"]
 ) -> None:
     registry = started(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
     running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
     run_to_end(running)
-    assert running._trainer.guard.held
-    assert "springtide rollback --to V --skip" in caplog.text
-    at = running.place.next
+    # A version that passed may still be on its way.
+    running._settle(wait=True)
+    held = running.control.held
+    assert held is not None and running._trainer.guard.held
+    assert (held.rule, held.first, held.next, held.signal) == ("steps", 8, 13, 3.0)
+    assert {(one.first, one.next) for one in held.clicks} == {(80, 140)}, "the clicks of the skipped records"
+    assert "springtide status" in caplog.text and running._metrics.held_rule.labels("steps")._value.get() == 1
+    before, at = registry.versions(), running.place.next
     for _ in range(5):
         assert running.tick(0.0) == 0
     assert running.place.next == at == 13
     running.close()
+    assert registry.versions() == before, "no version has a trainer that is held"
     running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
-    assert running._trainer.guard.held, "a restart does not let it go"
+    assert running.tick(0.0) == 0, "a restart does not let it go"
 
-    registry.change(lambda control: pin(control, 1, actor="ann", reason="look", now_ms=5))
-    assert running.tick(0.0) == 0, "a pin is no word about training"
-    registry.change(lambda control: goes_on(control, actor="ann", reason="fine", now_ms=6))
+    for change in (pin, follow):
+        version = (1,) if change is pin else ()
+        registry.change(lambda control, change=change, version=version: change(control, *version, **who()))
+        assert running.tick(0.0) == 0, "neither says anything about training"
+    registry.change(lambda control: release(control, actor="ann", reason="fine", now_ms=6, action=command))
     running.tick(0.0)
     run_to_end(running)
-    assert running.place.next == 24
+    assert running.place.next == 24 and running.control.held is None
     assert running._trainer.counters.skipped == 160
+
+    # Killed before any of it was kept: the same records come again, and are not held again.
+    running._publisher.close()
+    for number in {*registry.versions()} - {*before}:
+        registry.remove("delta", number)
+    for number in registry.recents():
+        registry.remove("recent", number)
+    again = learner(Registry(tmp_path), log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    assert again.place.next < 13, "before the place where training was held"
+    for _ in range(100):
+        again.tick(0.0)
+    assert again.place.next == 24 and again.control.held is None
+    assert again._trainer.counters == running._trainer.counters
+    again.close()
 
 
 def test_a_corrupt_newest_version_is_learned_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from state.microbatch.log_time import in_log_time
 from state.registry.registry import Registry
 from state.trials.row_losses import LossReader, RowLosses, segments, unwant, want
 from tests.trainer.clicks import batches, microbatch
-from tests.trainer.logs import append, learner, run_to_end, started, written
+from tests.trainer.logs import append, learner, run_to_end, started, with_weight, written
 from trainer.learner import Learner
 from trainer.loss_recording import LossRecorder
 
@@ -53,6 +53,17 @@ def test_each_row_with_a_category_has_the_loss_that_the_measures_count(registry:
     total = running._trainer.progressive.values()["total.log_loss"]
     assert losses.mean() == pytest.approx(total, rel=1e-12)
     assert all(len(one.blocks) == len(one.losses) > 0 for one in found)
+    running.close()
+
+
+def test_rows_of_a_record_that_the_guard_skipped_are_left_out(registry: Registry) -> None:
+    want(registry.path, "wider")
+    skipped = (3, 5)
+    records = [with_weight(value, np.inf) if number in skipped else value for number, value in enumerate(RECORDS)]
+    running = learner(registry, written(records))
+    run_to_end(running)
+    assert [one.offset for one in read(registry)] == [2 * n for n in range(len(RECORDS)) if n not in skipped]
+    assert running._trainer.counters.skipped > 0
     running.close()
 
 

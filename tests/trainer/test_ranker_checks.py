@@ -69,6 +69,16 @@ class Idle(TwoTower):
         self.dense["idle"] = tf.Variable([0.0], name="idle")
 
 
+class Forgetful(TwoTower):
+    def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
+        super().__init__(settings, spec, preprocessing)
+        self.pair = self.dense["pair"]
+        self.dense = {name: weight for name, weight in self.dense.items() if name != "pair"}
+
+    def _pair(self, user: Any, item: Any, category: Any) -> Any:
+        return self.pair[0] * self._scores(user, tf.expand_dims(item + category, 1))[:, 0] + self.pair[1]
+
+
 class Bessel(TwoTower):
     def encode(self, inputs: Any, training: bool, seed: Any) -> Any:
         return tf.math.bessel_i0e(super().encode(inputs, training, seed))
@@ -141,6 +151,10 @@ def refused(name: str, *flags: str) -> str:
         ("Boasting", "engagement_logit is not item_query . item_row + cross + what user and category say: off by"),
         ("Wide", "item_query is [32, 16]; wanted is the shape of item_row"),
         ("Idle", "no loss depends on its weight idle"),
+        (
+            "Forgetful",
+            "its losses depend on the variable pair, which is not in dense: it is never learned, and no version has it; put it",
+        ),
         ("Bessel", "it has no tf.BesselI0e"),
         ("Chance", "begins with other values; draw first values from a fixed seed"),
         ("taken", "names a table of its own 'cross', which is taken; give it another name"),
@@ -166,8 +180,27 @@ def test_what_is_no_ranker_is_refused_in_one_line(name: str, said: str) -> None:
     assert "\n" not in message
 
 
-def test_sequences_that_rows_do_not_carry_are_refused() -> None:
-    assert "say how many with features.sequence" in refused("TwoTower", "--features.sequence", "0")
+@pytest.mark.parametrize("name", ["din", "two_tower"])
+def test_sequences_that_rows_do_not_carry_are_refused(name: str) -> None:
+    settings = small_settings("--model.ranker", wanted(name), *FLAGS, "--features.sequence", "0")
+    with pytest.raises(ProgramError, match=r"reads the user's latest events; say how many with features\.sequence"):
+        check_ranker(settings, FeatureSpec.from_settings(settings), None)
+
+
+class Centred(tf.Module):
+    """A preprocessing with a variable that the bootstrap set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = tf.Variable(1.0, name="mean")
+
+    def __call__(self, x: Any) -> Any:
+        return tf.math.log1p(x) - self.mean
+
+
+def test_a_variable_of_the_preprocessing_is_no_weight() -> None:
+    settings = small_settings("--model.ranker", wanted("two_tower"), *FLAGS)
+    assert "lowers to LiteRT" in check_ranker(settings, FeatureSpec.from_settings(settings), Centred())
 
 
 def test_an_option_reaches_the_ranker_in_the_type_of_its_default() -> None:

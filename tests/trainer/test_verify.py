@@ -16,6 +16,7 @@ from state.features.mask import Mask
 from state.log import Log, MemoryLog
 from state.log.memory_clients import MemoryReader
 from state.registry.control import Control, follow, pin, roll_back
+from state.registry.holding import release
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
@@ -113,13 +114,9 @@ def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
     assert running._trainer.guard.held
     running.close()
     held = registry.newest(1) or 0
-    registry.change(lambda now: pin(now, 1, actor="ann", reason="look", now_ms=5))
-    registry.change(lambda now: follow(now, actor="ann", reason="fine", now_ms=6))
+    registry.change(lambda now: release(now, actor="ann", reason="fine", now_ms=6))
     running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
-    if running._trainer.guard.held:
-        # The generation that lets it go must come while it looks.
-        registry.change(lambda now: pin(now, 1, actor="ann", reason="look", now_ms=7))
-        registry.change(lambda now: follow(now, actor="ann", reason="fine", now_ms=8))
+    while running.place.next < 24:
         running.tick(0.0)
     run_to_end(running)
     running.close()

@@ -1,10 +1,23 @@
-"""The rules that keep a poisoned step out of the weights: accept, skip, hold. Pure.
+"""Decides about each update before it changes a weight: accept, skip, or hold training. Pure.
 
-A step is measured before it is applied: its mean loss, and the norm of its
-gradient over the square root of its rows (the noise of a sum of n gradients
-grows so). Either of them far above the running value of accepted steps, or not
-finite, is a skip. Many skips in a row are no accident any more: hold, until a
-person decides.
+An update of n rows is skipped where its loss or its gradient is not finite, or
+where either is far beyond what is expected of n rows:
+
+- The mean loss is expected to be the running mean of earlier updates, and at
+  least the logarithm of the number of candidates, which is what a row costs
+  when nothing is known about it.
+- The norm of the gradient is expected to be at most n times the gradient of one
+  row, because n gradients may all point the same way. The gradient of one row
+  is the running norm per square root of rows, divided by 1 - exp(-running
+  loss): a row that the model knows already has hardly any gradient, and says
+  nothing about the gradient of one that it does not know.
+
+An update may exceed the expectation `factor` times, and 1 / sqrt(n) times that
+on top, because a mean of n rows varies so much by chance. An update that is
+skipped for its size raises the running values as if it had been at the limit.
+A change that lasts is therefore accepted after a few updates, and the windows
+of `trainer/guard` judge it. `patience` skips in a row hold training: updates
+that are not finite, or that keep growing.
 """
 
 from __future__ import annotations
@@ -16,14 +29,14 @@ from dataclasses import dataclass, replace
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 WARM_UP = HYPERPARAMETERS.guard_warm_up
-"""Accepted steps before the first judgement by comparison."""
+"""Accepted updates before the first comparison."""
 
 MEMORY = HYPERPARAMETERS.guard_memory
-"""Share of the newest accepted step in the running values."""
+"""Share of the newest update in the running values."""
 
 
 class Verdict(enum.StrEnum):
-    """What happens with a measured step."""
+    """What happens with a measured update."""
 
     ACCEPT = "accept"
     SKIP = "skip"
@@ -35,10 +48,10 @@ class GuardState:
     """What the guard remembers; part of each version.
 
     Attributes:
-        loss: Running mean loss of accepted steps.
-        norm: Running gradient norm, per square root of rows.
-        accepted: Steps accepted so far.
-        skipped: Steps skipped since the last accepted one.
+        loss: Running mean of the loss.
+        norm: Running mean of the gradient norm per square root of rows.
+        accepted: Updates accepted so far.
+        skipped: Updates skipped since the last accepted one.
         held: Whether training is held.
     """
 
@@ -49,49 +62,63 @@ class GuardState:
     held: bool = False
 
     def released(self) -> GuardState:
-        """Once training may go on."""
-        return replace(self, held=False, skipped=0)
+        """The state once an operator lets training go on: what comes next is the new usual, and is compared after the warm-up."""
+        return GuardState()
+
+    def expected(self, candidates: int) -> tuple[float, float]:
+        """The loss and the gradient norm of one row of which nothing is known.
+
+        >>> loss, norm = GuardState(loss=0.001, norm=0.001).expected(64)
+        >>> round(loss, 2), round(norm, 2)
+        (4.16, 1.0)
+        """
+        unknown = -math.expm1(-self.loss) if self.loss > 0 else 1.0
+        return max(self.loss, math.log(candidates)), self.norm / unknown
 
 
 def judge(
-    state: GuardState, loss: float, norm: float, rows: int, factor: float, patience: int
+    state: GuardState, loss: float, norm: float, rows: int, candidates: int, factor: float, patience: int
 ) -> tuple[Verdict, GuardState]:
-    """Decides about one step and remembers it.
+    """Decides about one update and remembers it.
 
     Args:
         state: What was remembered.
-        loss: Mean loss over the step's rows.
+        loss: Mean loss over the update's rows.
         norm: Norm of the gradient of the summed loss.
-        rows: Rows of the step; 0 where none of them is to be learned from, so that there is nothing to judge.
-        factor: How many times the running value is too much.
+        rows: Rows of the update; 0 where none of them teaches anything, so that there is nothing to judge.
+        candidates: Candidates of a row.
+        factor: How many times the expectation is too much.
         patience: Skips in a row at which training is held.
 
     Returns:
-        The verdict; HOLD is a skip after which no step may follow.
+        The verdict and the new state; HOLD is a skip after which no update may follow.
 
-    >>> verdict, state = judge(GuardState(), 2.0, 1.0, 1, factor=8.0, patience=2)
+    >>> verdict, state = judge(GuardState(), 2.0, 1.0, 1, 64, factor=8.0, patience=2)
     >>> verdict.value, state.accepted
     ('accept', 1)
-    >>> verdict, state = judge(state, math.nan, 1.0, 1, factor=8.0, patience=2)
-    >>> judge(state, 0.0, 0.0, 0, factor=8.0, patience=2) == (Verdict.ACCEPT, state)
+    >>> verdict, state = judge(state, math.nan, 1.0, 1, 64, factor=8.0, patience=2)
+    >>> judge(state, 0.0, 0.0, 0, 64, factor=8.0, patience=2) == (Verdict.ACCEPT, state)
     True
-    >>> verdict.value, judge(state, math.nan, 1.0, 1, factor=8.0, patience=2)[0].value
+    >>> verdict.value, judge(state, math.nan, 1.0, 1, 64, factor=8.0, patience=2)[0].value
     ('skip', 'hold')
     """
     if not rows:
         return Verdict.ACCEPT, state
     scaled = norm / math.sqrt(rows)
-    bad = not (math.isfinite(loss) and math.isfinite(scaled))
-    if not bad and state.accepted >= WARM_UP:
-        bad = loss > factor * state.loss or scaled > factor * state.norm
-    if bad:
+    finite = math.isfinite(loss) and math.isfinite(scaled)
+    usual_loss, usual_norm = state.expected(candidates)
+    most = factor * (1.0 + 1.0 / math.sqrt(rows))
+    too_large = loss > most * usual_loss or norm > rows * most * usual_norm
+    if not finite or (too_large and state.accepted >= WARM_UP):
         skipped = state.skipped + 1
-        held = state.held or skipped >= patience
-        return (Verdict.HOLD if held else Verdict.SKIP), replace(state, skipped=skipped, held=held)
-    # The first steps are averaged evenly, so that none of them weighs for long.
+        state = replace(state, skipped=skipped, held=state.held or skipped >= patience)
+        if finite:
+            state = _moved(state, min(loss, factor * usual_loss), min(scaled, factor * usual_norm), MEMORY)
+        return (Verdict.HOLD if state.held else Verdict.SKIP), state
+    # The first updates are averaged evenly, so that none of them weighs for long.
     share = max(MEMORY, 1.0 / (state.accepted + 1))
-    return Verdict.ACCEPT, GuardState(
-        loss=state.loss + share * (loss - state.loss),
-        norm=state.norm + share * (scaled - state.norm),
-        accepted=state.accepted + 1,
-    )
+    return Verdict.ACCEPT, replace(_moved(state, loss, scaled, share), accepted=state.accepted + 1, skipped=0)
+
+
+def _moved(state: GuardState, loss: float, norm: float, share: float) -> GuardState:
+    return replace(state, loss=state.loss + share * (loss - state.loss), norm=state.norm + share * (norm - state.norm))

@@ -77,6 +77,9 @@ def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     recent, popular = np.ascontiguousarray(scores.recent_logits), np.ascontiguousarray(scores.popular_logits)
     successor = np.ascontiguousarray(scores.successor_logits)
     _model(recent, popular, successor, np.ascontiguousarray(slot), at, bits, bits.view(np.float32), *found)
+    if not (finite := np.isfinite(found.log_share)).all():
+        # Logits that are not finite name no candidate.
+        found.rank[~finite], found.log_share[~finite], found.candidates[~finite] = NONE, 0.0, 0
     return found
 
 

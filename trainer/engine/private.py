@@ -4,8 +4,8 @@
    category of another row in its last slot.
 2. Users who had their updates of the period take no part.
 3. Each unit's rows together are scaled to `privacy.clip`, each loss to a share of it.
-4. Noise of the key and the place of the record is added, and only then is the
-   sum seen by the guard, an optimizer or a version.
+4. Noise is added, which the key and the history of the record decide. Only then
+   is the sum seen by the guard, an optimizer or a version.
 
 `trainer/PRIVACY.md` says what follows from that.
 """
@@ -27,8 +27,8 @@ from trainer.engine.tensorflow.private import LOSSES, PrivateEngine
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
 from trainer.privacy.allowance import Participation
+from trainer.privacy.history import History
 from trainer.privacy.noise import Noise
-from trainer.privacy.place import NoisePlace
 from trainer.tables.index import U64
 from trainer.tables.popular import ONE, Popular
 
@@ -65,11 +65,11 @@ class Update:
 
     Attributes:
         units: Of its rows.
-        place: Where its noise stands.
+        noise: The name of its noise.
     """
 
     units: Units
-    place: str
+    noise: str
 
 
 class PrivateLearning:
@@ -84,6 +84,7 @@ class PrivateLearning:
         noise: Its standard deviation over the clipping bound.
         deviation: The noise on each derivative.
         allowance: Who has been in how many updates; part of each version.
+        history: Names the noise of each record; part of each version.
     """
 
     def __init__(self, settings: Settings, key: bytes) -> None:
@@ -92,26 +93,23 @@ class PrivateLearning:
         self.updates = wanted.updates if self._by_user else 1
         self.noise = noise_for(wanted.epsilon, wanted.delta, self.updates * wanted.periods)
         self.allowance = Participation(wanted.updates, int(1000 * wanted.period_s))
-        self._noise, self._clip = Noise(key), wanted.clip / HYPERPARAMETERS.loss_scale
+        self.history, self._noise, self._clip = History(key), Noise(key), wanted.clip / HYPERPARAMETERS.loss_scale
         self.deviation = self.noise * self._clip
         # Each loss has a share of the bound, so that the one with the longer gradients leaves room for the other.
         self._losses = tuple(LOSSES) if labelled(settings) else ("interest",)
-        # Other numbers at the same place make another noise: else their difference would show the gradient.
-        rates = f"{settings.model.learning_rate!r} {wanted.learning_rate!r} {settings.trainer.rows_per_update}"
-        self._mechanism = f"clip {wanted.clip!r} noise {self.noise!r} unit {wanted.unit} rates {rates}"
 
-    def begin(self, users: U64, place: NoisePlace, number: int) -> Update:
+    def begin(self, users: U64, record: str, number: int) -> Update:
         """An update of a record; counts for each user that takes part.
 
         Args:
             users: `[B]` uint64.
-            place: Of the record.
+            record: The name of the record's noise, of `History.take`.
             number: Of the update in it.
         """
-        where = f"{place.of_update(number)} {self._mechanism}"
+        noise = f"{record} update {number}"
         if not self._by_user:
-            return Update(Units(np.arange(users.size), np.ones(users.size, np.bool_)), where)
-        return Update(Units(np.unique(users, return_inverse=True)[1], self.allowance.admit(users)), where)
+            return Update(Units(np.arange(users.size), np.ones(users.size, np.bool_)), noise)
+        return Update(Units(np.unique(users, return_inverse=True)[1], self.allowance.admit(users)), noise)
 
     def measure(self, engine: PrivateEngine, record: Record, update: Update) -> Measured:
         """The scores of a record, and what an update may tell of its gradient.
@@ -159,7 +157,7 @@ class PrivateLearning:
         popular.add(known, np.rint(amounts * ONE).astype(np.int64), log_ms)
 
     def _normal(self, update: Update) -> Normal:
-        return lambda name, count: self._noise.normal(f"{update.place} {name}", count)
+        return lambda name, count: self._noise.normal(f"{update.noise} {name}", count)
 
 
 def clipped(lengths: F32, units: Units, clip: float) -> F32:

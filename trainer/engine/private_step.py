@@ -41,43 +41,46 @@ class PrivateTrainer(Trainer):
         self.private = PrivateLearning(settings, own_key(settings))
         super().__init__(settings, spec, preprocessing)
         self.optimizer.epsilon = np.float32(NOISE_FLOOR * self.private.deviation)
-        self._place: NoisePlace | None = None
-        self._number = 0
+        self._record_noise, self._number = "", 0
         self._under_way: Update | None = None
 
     def clear(self) -> None:
         """See `Trainer`."""
         super().clear()
         self.private.allowance.clear()
+        self.private.history.clear()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """See `Trainer`."""
-        kept = self.private.allowance.state()
+        kept = self.private.allowance.state() | self.private.history.state()
         return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """See `Trainer`."""
         super().load(state)
-        mine = {name: value for name, value in state.items() if name.startswith("privacy.")}
-        self.private.allowance.load({name.removeprefix("privacy."): value for name, value in mine.items()})
+        mine = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load(mine)
+        self.private.history.load(mine)
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """See `Trainer`.
 
         Raises:
             TrainingHeld: The guard has held training.
-            ValueError: The batch has no row, or no place: noise that stands nowhere would be that of another record.
+            ValueError: The batch has no row, or no place, without which its noise would be that of another record.
         """
         if place is None:
             raise ValueError("a record that is learned privately has a place in the log")
-        self._place, self._number = place, 0
+        # Of a record that is refused nothing is remembered.
+        if not self.guard.held and len(batch):
+            self._record_noise, self._number = self.private.history.take(place, batch), 0
         return super().step(batch, seed)
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Report:
         began = self._clock()
-        assert self._place is not None and isinstance(self.engine, PrivateEngine)
+        assert isinstance(self.engine, PrivateEngine)
         self.private.allowance.begin(self.counters.log_ms)
-        self._under_way = self.private.begin(batch.user, self._place, self._number)
+        self._under_way = self.private.begin(batch.user, self._record_noise, self._number)
         self._number += 1
         record = self._record(batch, crosses, seed)
         measured = self.private.measure(self.engine, record, self._under_way)
@@ -88,8 +91,9 @@ class PrivateTrainer(Trainer):
         return 0.0
 
     def _teaching(self, rows: int, taught: bool) -> int:
-        # A step that is not applied because a row is missing would tell that it is missing.
-        return rows
+        # A step that is not applied because a row is missing would tell that it is missing. The noise is as long whatever
+        # the rows are, so that the guard compares updates as if each had one row.
+        return 1
 
     def _count(self, batch: MicroBatch, record: Record) -> None:
         assert self._under_way is not None

@@ -20,6 +20,7 @@ class Report:
 
     Attributes:
         rows: Rows of the step.
+        skipped: Of them, rows of updates that the guard skipped.
         verdict: What the guard said; only after ACCEPT did weights change. Of several updates the worst.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
         engagement_log_loss: Mean over scored pairs, before learning.
@@ -37,6 +38,7 @@ class Report:
     """
 
     rows: int
+    skipped: int
     verdict: Verdict
     interest_log_loss: float
     engagement_log_loss: float
@@ -60,6 +62,7 @@ def joined(updates: Sequence[Report]) -> Report:
     order, slices = list(Verdict), [one.slices for one in updates if one.slices is not None]
     return Report(
         rows=sum(one.rows for one in updates),
+        skipped=sum(one.skipped for one in updates),
         verdict=max((one.verdict for one in updates), key=order.index),
         interest_log_loss=_mean([(one.interest_log_loss, one.targets) for one in updates]),
         engagement_log_loss=_mean([(one.engagement_log_loss, one.scores.size) for one in updates]),

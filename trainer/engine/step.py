@@ -12,8 +12,9 @@ A step takes one micro-batch, already trimmed and unmasked:
    while rows were scored. After a skip it does not run: no bit of a weight
    changes. The sightings stay, because they are facts of the log and not of the
    gradient, as do those of churn; rows admitted by a skipped step have their first values.
-6. The report is added to the progressive measures, and the clicks to the
-   popular categories; a skipped step enters neither.
+6. The scores are added to the measures of quality, also those of a skipped step.
+   The clicks are added to the popular categories and to what came next; a skipped
+   step adds none.
 
 The loss is a sum over rows divided by 1,024, so that learning does not depend
 on how traffic was cut. Given the same state, batch and environment, the bits
@@ -25,7 +26,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -180,13 +181,15 @@ class Trainer:
             self.churn.take(batch, self.counters.log_ms)
         self.counters.steps += 1
         size = self.settings.trainer.rows_per_update or len(batch)
-        updates = []
+        updates, left = [], 0
         for part, its_crosses in parts(batch, crosses, size):
             if self.guard.held:
-                self.counters.skipped += len(part)
+                left += len(part)
             else:
                 updates.append(self._update(part, its_crosses, seed))
-        return joined(updates)
+        self.counters.skipped += left
+        done = joined(updates)
+        return replace(done, rows=done.rows + left, skipped=done.skipped + left) if left else done
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout, by what the candidates are. Changes nothing.
@@ -241,9 +244,19 @@ class Trainer:
         norm = math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0
         rows = self._teaching(len(batch), bool(targets.any() or scored.any()))
-        judging = norm, rows, settings.guard_factor, settings.guard_patience
+        candidates = 1 + sum(part.shape[1] for part in scores[:3])
+        judging = norm, rows, candidates, settings.guard_factor, settings.guard_patience
         verdict, self.guard = judge(self.guard, self._judged(loss), *judging)
+        accepted = verdict is Verdict.ACCEPT
         top1, top5 = (scores.rank[targets] < most for most in (1, 5))
+        if not accepted:
+            # The measures count rows of skipped steps too. A row without a finite loss counts as one of which nothing is
+            # known; a pair without one is left out.
+            finite = np.isfinite(losses)
+            losses = np.where(finite, losses, np.float32(math.log(candidates)))
+            top1, top5 = top1 & finite, top5 & finite
+            scored &= np.isfinite(scores.engagement_loss)
+            engagement_losses = scores.engagement_loss[scored]
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
         event_time_ms = int(batch.at_ms.max())
@@ -251,20 +264,20 @@ class Trainer:
         known[~known] = ~np.isin(batch.user[~known], self._new_users)
         categories = len(self.tables["category"])
         found = judged(self.progressive, record, scores, self.transitions, known, categories, scored)
-        slices: npt.NDArray[np.float64] | None = None
-        if verdict is Verdict.ACCEPT:
+        if accepted:
             if rows:
                 self.engine.apply(measured)
             for name, touched in measured.rows.items():
                 self.tables[name].touch(touched)
-            self.progressive.update(found.scores, batch.category, counters.log_ms)
-            self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
-            places: list[npt.NDArray[Any]] = [batch.action, known]
-            if self.slices:
-                seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
-                users, items = self._columns.users_of(batch), self._columns.items_of(batch)
-                places += self.slices.update(users, items, batch.header.names, seen)
-            slices = self.breakdown.update(places, record.partner, found)
+        self.progressive.update(found.scores, batch.category, counters.log_ms, accepted)
+        self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
+        places: list[npt.NDArray[Any]] = [batch.action, known]
+        if self.slices:
+            seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
+            users, items = self._columns.users_of(batch), self._columns.items_of(batch)
+            places += self.slices.update(users, items, batch.header.names, seen)
+        slices = self.breakdown.update(places, record.partner, found)
+        if accepted:
             self._count(batch, record)
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, event_time_ms)
@@ -272,6 +285,7 @@ class Trainer:
             counters.skipped += len(batch)
         return Report(
             rows=len(batch),
+            skipped=0 if accepted else len(batch),
             verdict=verdict,
             interest_log_loss=loss if losses.size else float("nan"),
             engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
@@ -284,7 +298,7 @@ class Trainer:
             event_time_ms=event_time_ms,
             seconds=self._clock() - began,
             quality=found.scores,
-            slices=slices,
+            slices=slices if accepted else None,
             judged=(found,),
         )
 

@@ -136,7 +136,10 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
     number, folder = chosen_version(registry, asked.version), settings.exports_dir
     if asked.tflite is None and (folder / str(number)).exists():
-        print(f"saved model  {folder / str(number)} is there already")
+        there = folder / str(number)
+        print(
+            f"saved model  {there} exists and was left as it is; to write it again, for example with other --users, remove it first"
+        )
         return
     users = None if asked.users is None else load_salt(settings.salt_path, create=False)
     answers = None if asked.users is None or asked.tflite else answers_of(settings, number, asked.users, asked.items)

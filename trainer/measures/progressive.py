@@ -51,6 +51,8 @@ class Progressive:
     def __init__(self) -> None:
         # [total and recent, predictor, users, sum]
         self._sums: F64 = no_sums(2)
+        # [total and recent, all rows and those of skipped steps]
+        self._rows: F64 = np.zeros((2, 2))
         self.popular = hourly_popular()
 
     def score(
@@ -78,24 +80,29 @@ class Progressive:
         without = recent[..., _ROWS] - recent[..., _OFFERED]
         return np.asarray((recent[..., _MISSED] - without + 0.5) / (recent[..., _OFFERED] + 1.0))
 
-    def update(self, scores: StepScores, category: U64, log_ms: int) -> None:
+    def update(self, scores: StepScores, category: U64, log_ms: int, learned: bool = True) -> None:
         """Adds the scores of a step, and lets the popular categories learn from it.
 
         Args:
             scores: Of `score`.
             category: `[n]` uint64, what was clicked; 0 for none.
             log_ms: Log time.
+            learned: Whether the model learns from the step; the popular categories learn from the same steps.
         """
-        fade(self._sums[1], int(scores.total("rows")))
+        for sums in (self._sums, self._rows):
+            fade(sums[1], int(scores.total("rows")))
         self._sums += scores.sums
-        self.popular.update(category, log_ms)
+        self._rows += (category.size, 0 if learned else category.size)
+        if learned:
+            self.popular.update(category, log_ms)
 
     def values(self) -> dict[str, float]:
         """The measures by name: recent ones plain, those since the beginning under `total.`.
 
         log_loss, mrr, top1, top5 and missed of the model, also under `new.` and `known.`; the same under
-        `baseline.<name>.`; `lift.top1` and `lift.log_loss`, by how much the model is better than the best of those. A
-        measure without rows is absent.
+        `baseline.<name>.`; `lift.top1` and `lift.log_loss`, by how much the model is better than the best of those;
+        `skipped`, the share of the rows that the guard skipped, which all other measures include. A measure without rows
+        is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, ""), (0, "total.")):
@@ -108,16 +115,23 @@ class Progressive:
                             for measure, of in MEASURES.items()
                         }
             found |= {f"{prefix}lift.{name}": value for name, value in lift(self._sums[when, :, 0]).items()}
+            rows, skipped = self._rows[when].tolist()
+            if rows >= SOME:
+                found[f"{prefix}skipped"] = skipped / rows
         return found
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums and the popular categories, for a version."""
         popular = {f"popular.{name}": value for name, value in self.popular.state().items()}
-        return {"sums": self._sums.copy(), **popular}
+        return {"sums": self._sums.copy(), "rows": self._rows.copy(), **popular}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Sets what `state` returned; a version of a release without these measures has nothing, and they begin anew."""
-        self._sums, self.popular = no_sums(2), hourly_popular()
+        self._sums, self._rows, self.popular = (
+            no_sums(2),
+            np.array(state.get("rows", np.zeros((2, 2)))),
+            hourly_popular(),
+        )
         if "sums" in state and state["sums"].shape == self._sums.shape:
             self._sums = np.array(state["sums"])
             self.popular.load({name: state[f"popular.{name}"] for name in ("ids", "counts", "hour")})

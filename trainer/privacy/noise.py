@@ -1,6 +1,6 @@
-"""Normal numbers as a function of a secret key and a place of the log, and of nothing else.
+"""Normal numbers as a function of a secret key and a name, and of nothing else.
 
-A place gets a key of its own (keyed BLAKE2b, RFC 7693), by which ChaCha20 (RFC
+A name gets a key of its own (keyed BLAKE2b, RFC 7693), by which ChaCha20 (RFC
 8439) makes a stream of bits; two words of 53 bits make two normal numbers (Box
 and Muller 1958). Whoever reads the log again with the key makes the same noise;
 without it the stream is that of a cipher.
@@ -30,7 +30,7 @@ class Noise:
         # BLAKE2b takes 64 bytes of a key at most.
         self._key = hashlib.blake2b(key, digest_size=64, person=b"springtide noise").digest()
 
-    def normal(self, place: str, count: int) -> F64:
+    def normal(self, name: str, count: int) -> F64:
         """Standard normal numbers, `[count]` float64: the first ones are the same however many are asked for.
 
         >>> one, other = Noise(b"a key of a test"), Noise(b"another one")
@@ -40,10 +40,10 @@ class Noise:
         False
 
         Args:
-            place: Names them; no two uses have the same.
+            name: Of the numbers; no two uses have the same.
             count: How many.
         """
-        own = hashlib.blake2b(place.encode(), key=self._key, digest_size=32).digest()
+        own = hashlib.blake2b(name.encode(), key=self._key, digest_size=32).digest()
         pairs = -(-count // 2)
         stream = Cipher(algorithms.ChaCha20(own, bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
         words = np.frombuffer(stream, "<u8").reshape(pairs, 2) >> np.uint64(11)

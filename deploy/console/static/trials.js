@@ -5,6 +5,8 @@ import { count, decimal } from "./words.js";
 
 const HEAD = [["trial", ""], ["with", ""], ["rows", "number"], ["log loss", "number"], ["live", "number"], ["difference", "number"], ["it is", ""], ["reason", "text"]];
 
+const STANDINGS = { held: "held by its guard", paused: "paused", down: "no trainer" };
+
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(4)}`;
 
 function difference(compared) {
@@ -24,7 +26,7 @@ export function show(trials) {
       const tried = Object.entries(one.overrides).map(([name, value]) => `${name} ${value}`).join(", ") || "the same settings";
       return [
         one.name, tried, count(compared.rows ?? 0), decimal(compared.trial_log_loss), decimal(compared.live_log_loss), difference(compared),
-        one.held ? "held by its guard" : compared.verdict ?? "waiting", one.reason,
+        STANDINGS[one.standing] ?? compared.verdict ?? "waiting", one.reason,
       ];
     }),
     "No trial runs.",

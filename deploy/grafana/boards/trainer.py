@@ -124,7 +124,7 @@ GUARD = (
         "cps",
         "Steps a second, by what the guard said of them: accept, skip, hold.",
         "accept.",
-        "skip leaves one record out; many in a row hold training. The trainer's log has offset and loss.",
+        "skip leaves one update out; many in a row hold training. The trainer's log has offset and loss.",
         "training-is-held",
     ),
     Panel(

@@ -246,6 +246,7 @@ def test_nothing_that_is_there_is_overwritten(system: System, to: Path, tmp_path
     (there.kafka_dir / "data" / "log").write_bytes(b"clicks")
     with pytest.raises(BackupError, match="serving is there"):
         springtide(there, "restore", str(to))
+    assert sorted(one.name for one in there.state_dir.iterdir()) == ["kafka", "serving"]
     (there.serving_dir / "rows" / "data.mdb").unlink()
     springtide(there, "restore", str(to))
     assert (there.kafka_dir / "data" / "log").read_bytes() == b"clicks"

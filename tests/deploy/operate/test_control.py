@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from deploy.kafka.configuration import free_port
 from state.errors import CorruptVersion, SettingsError, UnfitMask, UnfitVersion, UnknownVersion
-from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from tests.deploy.operating import Operator
 from trainer.compactor import needed
@@ -75,23 +72,6 @@ def test_publishing_and_training_are_held_and_let_go_as_generations(operator: Op
     assert (held.action, held.reason, held.actor) == (verb, "look first", actor())
     assert (let_go.publishing, let_go.training, let_go.action) == (True, True, back)
     assert held.epoch == let_go.epoch == 1, "the trainer stays in its epoch"
-
-
-def test_resume_also_lets_go_what_the_guard_holds(operator: Operator) -> None:
-    assert "nothing was changed" in operator("resume")
-    registry, port = CollectorRegistry(), free_port()
-    trainer = TrainerMetrics(registry)
-    stop = serve(registry, port)
-    try:
-        trainer.held.set(1)
-        document = json.loads(
-            operator("resume", "--reason", "fine clicks", "-o", "json", "--trainer.metrics_port", str(port))
-        )
-    finally:
-        stop()
-    assert document["changed"] is True
-    newest = operator.registry.controls()[-1]
-    assert (newest.action, newest.reason, newest.epoch, newest.training) == ("resume", "fine clicks", 1, True)
 
 
 def test_masks_are_listed_with_rows_and_users_and_lifted_by_number(operator: Operator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from deploy.trials import offered, retrain_told
+from deploy.trials import offered, retrain_told, telling
 from deploy.trials.process_plan import RETRAIN, plans
 from deploy.trials.retraining import Retrainer
+from state import layout
 from state.config.loading import load
 from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
 from state.errors import SettingsError
 from state.features.ages import DAY_MS
 from state.features.spec import FeatureSpec
 from state.process import killpoints
-from state.registry.control import start
+from state.registry.control import start, train
 from state.registry.held_update import HeldUpdate
 from state.registry.holding import hold, release
 from state.registry.registry import Registry
@@ -257,6 +260,48 @@ def test_what_the_guard_holds_comes_before_a_promotion(shop: Shop) -> None:
     assert shop.step(60_000) and shop.trials.read(trial.name).runs
     shop.live.change(lambda now: release(now, actor="ann", reason="a sale", now_ms=6))
     assert not shop.step() and shop.known.outcome == "promoted"
+
+
+@pytest.mark.parametrize("difference", [-0.5, 0.5])
+def test_a_held_trial_is_reported_as_held_and_nothing_is_decided_by_its_comparison(
+    shop: Shop, difference: float
+) -> None:
+    trial = shop.begin()
+    shop.publish(trial.name)
+    shop.compare(trial.name, difference)
+    held = HeldUpdate("steps", "records in a row with rows that are not finite", 20.0, 0.0, 1, 40, 90, 1000, 9000)
+    own = Registry(shop.trials.registry(trial.name))
+    own.change(lambda now: hold(now, held, actor="guard", reason="a flood", now_ms=5))
+    assert shop.step(60_000) and shop.trials.read(trial.name).runs, "neither promoted nor dropped"
+    (told,) = telling.look(shop.settings)
+    word, text = telling.as_text(told)
+    assert word == "held by its guard" and "held by its guard: steps: records in a row" in text
+    listed = shop.operator("trial", "list").splitlines()[1]
+    assert "held by its guard" in listed and "worse" not in listed and "BETTER" not in listed
+    assert not shop.step(2 * HOUR_MS)
+    assert shop.known.outcome == "failed" and shop.known.reason.startswith("held by its guard: steps")
+
+
+def test_a_trial_that_is_paused_or_has_no_trainer_is_reported_so(shop: Shop) -> None:
+    trial = shop.begin()
+    shop.publish(trial.name)
+    shop.compare(trial.name, 0.5)
+    own = Registry(shop.trials.registry(trial.name))
+
+    def word() -> str:
+        (told,) = telling.look(shop.settings)
+        return telling.as_text(told)[0]
+
+    assert word() == "no trainer"
+    with DirectoryLock(own.path, layout.TRAINER_LOCK):
+        assert word() == "worse"
+        own.change(lambda now: train(now, False, actor="ann", reason="look", now_ms=9))
+        assert word() == "paused"
+    own.change(lambda now: train(now, True, actor="ann", reason="fine", now_ms=10))
+    assert word() == "worse", "the process that wrote the lock file still runs"
+    content = json.loads((own.path / layout.TRAINER_LOCK).read_text())
+    (own.path / layout.TRAINER_LOCK).write_text(json.dumps(content | {"started_s": 0.0}))
+    assert word() == "no trainer"
 
 
 @pytest.mark.parametrize("difference", [-0.5, 0.5])

@@ -84,6 +84,10 @@ def goes_on_in_a_new_log(loop: Loop, version: int, user: str) -> None:
     registry = Registry(loop.settings.registry_dir)
     control = registry.control()
     assert control is not None and (control.action, control.base) == ("restore", version)
+    # Answers are those of the lost system before anybody clicks.
+    restored = until(lambda: loop.profile(user), "no answer")
+    assert (restored["known"], restored["features"]["purchase.count_7d"]) == (True, 7)
+    assert "outdoors" in {interest["label"] for interest in restored["interests"]}
     after = loop.answer_trained_on(user, loop.click([(user, "tent", "outdoors", "purchase")]))
     assert (after["version"]["epoch"], after["known"]) == (control.epoch, True)
     assert after["version"]["number"] > version + 10_000

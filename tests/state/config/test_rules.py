@@ -125,6 +125,11 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[features]\nhalf_lives_s = [0, 60]\n", 2, "at least 1"),
         ("[features]\nhalf_lives_s = [60, -60]\n", 2, "at least 1"),
         (f"[features]\nwindows_s = {list(range(60, 77))}\n", 2, "16 values, not 17"),
+        (
+            "[privacy]\nepsilon = 4\n[segments]\nlookalikes = 10\n",
+            4,
+            "lookalikes compare the exact rows of different users",
+        ),
         ("[model]\ndropout = 1.0\n", 2, "at most 0.99"),
         ("[model]\nhidden = []\n", 2, "at least one layer"),
         ("[model]\nhidden = [128, 0]\n", 2, "at least 1"),

@@ -206,7 +206,7 @@ def test_a_users_taste_for_a_category_is_learned() -> None:
 def test_a_skipped_step_changes_no_weight_of_a_cross() -> None:
     trainer = learned(log(3), fresh())
     batch = impressions(first=900)
-    trainer.guard = dataclasses.replace(trainer.guard, loss=1e-9, accepted=100)
+    trainer.guard = dataclasses.replace(trainer.guard, norm=1e-12, accepted=100)
     before = {one: row.tobytes() for one, row in zip(*_rows(trainer), strict=True)}
     assert trainer.step(batch).verdict is not Verdict.ACCEPT
     after = {one: row.tobytes() for one, row in zip(*_rows(trainer), strict=True)}

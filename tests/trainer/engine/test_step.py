@@ -151,7 +151,7 @@ def test_loss_falls_and_top1_rises() -> None:
 
 def test_skipped_step_changes_no_weight_and_keeps_its_sightings() -> None:
     trainer = learned(log(22, rows=16), fresh())
-    trainer.guard = dataclasses.replace(trainer.guard, loss=1e-9)
+    trainer.guard = dataclasses.replace(trainer.guard, norm=1e-9)
     before = digests(trainer)
     known = len(trainer.tables["user"])
     batch = dataclasses.replace(micro_batch(16, first=5000), user=spread(np.arange(10_000, 10_016)))
@@ -160,8 +160,72 @@ def test_skipped_step_changes_no_weight_and_keeps_its_sightings() -> None:
     assert report.verdict is Verdict.SKIP
     assert trainer.counters.skipped == 16
     assert len(trainer.tables["user"]) == known + 16
-    same = [name for name in before if not name.startswith(("table.", "counters.", "guard."))]
+    same = [name for name in before if not name.startswith(("table.", "counters.", "guard.", "evaluation."))]
     assert {name: before[name] for name in same} == {name: after[name] for name in same}
+
+
+@pytest.mark.parametrize("weight", [1.0, np.inf, np.nan])
+def test_measures_count_the_rows_of_skipped_steps(weight: float) -> None:
+    trainer = learned(log(22, rows=16), fresh())
+    before = trainer.progressive.values()
+    assert before["total.skipped"] == before["skipped"] == 0
+    trainer.guard = dataclasses.replace(trainer.guard, norm=1e-9)
+    batch = micro_batch(16, first=5000)
+    # What no model could have known: it costs more than the rows before.
+    batch = dataclasses.replace(batch, category=spread(np.arange(1, 17) + 7000), weight=np.full(16, weight, np.float32))
+    report = trainer.step(batch)
+    assert report.verdict is Verdict.SKIP
+    after, rows = trainer.progressive.values(), trainer.evaluation.values()
+    assert rows["total.rows"] == 22 * 16 + 16
+    assert after["total.skipped"] == pytest.approx(16 / (23 * 16))
+    assert after["total.log_loss"] > before["total.log_loss"]
+    assert all(np.isfinite(value) for value in (*after.values(), *rows.values()))
+
+
+def test_a_model_whose_numbers_are_not_finite_counts_as_one_that_knows_nothing() -> None:
+    trainer = learned(log(2), fresh())
+    weights = trainer.model.weights()
+    trainer.model.set_weights({name: np.full_like(weight, np.nan) for name, weight in weights.items()})
+    report = trainer.step(micro_batch(64, first=5000))
+    assert report.verdict is Verdict.SKIP
+    measured = trainer.progressive.values() | trainer.evaluation.values()
+    assert all(np.isfinite(value) for value in measured.values())
+    assert (measured["total.rows"], measured["total.skipped"]) == (192, pytest.approx(1 / 3))
+    assert report.top1 == report.top5 == 0
+
+
+def easy(rows: int, first: int, labels: int = 1) -> MicroBatch:
+    """Rows of one user who clicks the same item again and again."""
+    one = np.zeros(rows, np.int64)
+    batch, like = micro_batch(rows, first=first), micro_batch(1, first=77)
+    same = {name: getattr(like, name)[one] for name in ("user", "item", "features", "category_windows")}
+    label = np.zeros_like(batch.recent_categories)
+    label[:, :labels] = spread(np.arange(1, labels + 1))
+    return dataclasses.replace(batch, **same, recent_categories=label, category=label[:, 0])
+
+
+def test_no_step_is_skipped_between_small_easy_records_and_larger_ordinary_ones() -> None:
+    trainer, first = learned(log(24), fresh(guard_patience=20)), 10_000
+    for _ in range(2):
+        for _ in range(200):
+            assert trainer.step(easy(4, first)).verdict is Verdict.ACCEPT
+            first += 4
+        assert trainer.guard.loss < 0.05
+        for rows in range(92, 252, 8):
+            assert trainer.step(micro_batch(rows, first=first)).verdict is Verdict.ACCEPT
+            first += rows
+    assert trainer.counters.skipped == 0
+
+
+def test_a_bot_that_hammers_one_category_holds_no_training() -> None:
+    trainer, first = learned(log(24), fresh(guard_patience=20)), 10_000
+    for _ in range(60):
+        assert trainer.step(easy(256, first)).verdict is not Verdict.HOLD
+        first += 256
+    for _ in range(24):
+        assert trainer.step(micro_batch(64, first=first)).verdict is not Verdict.HOLD
+        first += 64
+    assert trainer.counters.skipped < 10 * 64
 
 
 def test_held_trainer_refuses_until_its_state_is_replaced() -> None:

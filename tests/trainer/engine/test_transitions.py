@@ -94,7 +94,7 @@ def test_what_came_next_in_a_batch_is_not_known_to_its_own_rows() -> None:
 
 def test_a_skipped_step_counts_nothing() -> None:
     trainer = learned(log(3), fresh())
-    trainer.guard = dataclasses.replace(trainer.guard, loss=1e-9, accepted=100)
+    trainer.guard = dataclasses.replace(trainer.guard, norm=1e-12, accepted=100)
     before = lists(trainer)
     assert trainer.step(log(1, first=50)[0]).verdict is Verdict.SKIP
     after = lists(trainer)

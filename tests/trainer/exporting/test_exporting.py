@@ -191,7 +191,8 @@ def test_the_command_exports_what_answers_use(
     told = capfd.readouterr().out
     assert f"saved model  {tmp_path / str(newest)}, " in told and "256 made-up rows" in told
     assert [path.name for path in sorted(tmp_path.iterdir())] == [str(newest), "lock"]
-    assert command.main(flags) == 0 and "is there already" in capfd.readouterr().out
+    assert command.main(flags) == 0
+    assert f"{tmp_path / str(newest)} exists and was left as it is; to write it again" in capfd.readouterr().out
     assert command.main([*flags, "--quantize", "int8"]) == 2
     assert "--tflite" in capfd.readouterr().err
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from state.config.settings import Settings
+from state.features.mask import Mask
 from state.microbatch.batch import MicroBatch
+from state.registry.log_line import WHOLE
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.clicks import small_settings
 from trainer.engine.private_step import PrivateTrainer
@@ -55,7 +57,7 @@ def shared(*flags: str) -> PrivateTrainer:
 
 def place(number: int) -> NoisePlace:
     """Of a record of a log."""
-    return NoisePlace("cd" * 16, 0, 2 * number, 1, 0)
+    return NoisePlace("cd" * 16, 0, 2 * number, 1, WHOLE, Mask.NONE, "ef" * 32)
 
 
 def labelled(number: int, rows: int = 96) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""The noise is a function of key and place alone, and it is normal."""
+"""The noise is a function of key and name alone, and it is normal."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from state.config.loading import load
 from state.errors import SettingsError
 from trainer.privacy.key import own_key
 from trainer.privacy.noise import Noise
-from trainer.privacy.place import NoisePlace
 
 KEY = bytes(range(32))
 COUNT = 400_001
 
 
-def test_the_same_key_and_place_make_the_same_bits_however_many_are_asked_for() -> None:
-    first = Noise(KEY).normal("a place", COUNT)
-    assert Noise(KEY).normal("a place", COUNT).tobytes() == first.tobytes()
+def test_the_same_key_and_name_make_the_same_bits_however_many_are_asked_for() -> None:
+    first = Noise(KEY).normal("a name", COUNT)
+    assert Noise(KEY).normal("a name", COUNT).tobytes() == first.tobytes()
     for count in (1, 2, 7, 1000):
-        assert Noise(KEY).normal("a place", count).tobytes() == first[:count].tobytes()
+        assert Noise(KEY).normal("a name", count).tobytes() == first[:count].tobytes()
 
 
-def test_another_key_or_place_makes_noise_that_has_nothing_to_do_with_it() -> None:
-    one = Noise(KEY).normal("a place", COUNT)
-    for other in (Noise(KEY[::-1]).normal("a place", COUNT), Noise(KEY).normal("b place", COUNT)):
+def test_another_key_or_name_makes_noise_that_has_nothing_to_do_with_it() -> None:
+    one = Noise(KEY).normal("a name", COUNT)
+    for other in (Noise(KEY[::-1]).normal("a name", COUNT), Noise(KEY).normal("another name", COUNT)):
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(COUNT)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_normal_in_mean_variance_tails_and_shape(seed: int) -> None:
-    found = Noise(bytes([seed] * 32)).normal("a place", COUNT)
+    found = Noise(bytes([seed] * 32)).normal("a name", COUNT)
     assert abs(found.mean()) < 5 / np.sqrt(COUNT)
     assert abs(found.var() - 1.0) < 5 * np.sqrt(2 / COUNT)
     assert stats.kstest(found, "norm").pvalue > 1e-4
@@ -43,13 +42,6 @@ def test_it_is_normal_in_mean_variance_tails_and_shape(seed: int) -> None:
     pairs = found[: COUNT - 1].reshape(-1, 2)
     for one in (pairs, pairs**2):
         assert abs(np.corrcoef(one.T)[0, 1]) < 5 / np.sqrt(len(pairs))
-
-
-def test_whatever_changes_the_rows_at_an_offset_changes_the_place() -> None:
-    places = [NoisePlace("ab", 0, 7, 1, 0), NoisePlace("ab", 0, 7, 2, 0), NoisePlace("ab", 0, 7, 1, 3)]
-    places += [NoisePlace("cd", 0, 7, 1, 0), NoisePlace("ab", 1, 7, 1, 0), NoisePlace("ab", 0, 8, 1, 0)]
-    texts = {place.of_update(number) for place in places for number in range(12)}
-    assert len(texts) == len(places) * 12
 
 
 def test_a_key_is_made_once_for_its_owner_alone_and_is_not_made_again_once_something_was_learned(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
 from deploy.operate import privacy
 from state.errors import RegistryError, SettingsError
 from state.features.mask import Mask
+from state.features.masked_users import MaskedUsers
 from state.log import Log
 from state.registry import privacy_ledger
 from state.registry.control import roll_back
+from state.registry.erasing import erase
+from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import learner, started, written
+from tests.trainer.logs import LOG, append, learner, started, with_weight, written
 from tests.trainer.privacy.batches import at, settings, shared
 from trainer.learner import Learner
 from trainer.versions import checkpoint
@@ -95,8 +99,8 @@ def test_a_ledger_that_is_gone_or_of_another_key_or_unit_is_refused(tmp_path: Pa
     ledger = privacy_ledger.read(own.privacy_ledger_path)
     assert ledger is not None
     for other, name in (
-        (dataclasses.replace(ledger, key="00"), "key_file"),
-        (dataclasses.replace(ledger, unit="example"), "unit"),
+        (msgspec.structs.replace(ledger, key="00"), "key_file"),
+        (msgspec.structs.replace(ledger, unit="example"), "unit"),
     ):
         privacy_ledger.write(own.privacy_ledger_path, other)
         with pytest.raises(SettingsError, match=name):
@@ -107,3 +111,108 @@ def test_a_ledger_that_is_gone_or_of_another_key_or_unit_is_refused(tmp_path: Pa
     own.privacy_ledger_path.unlink()
     with pytest.raises(RegistryError, match="there is no ledger"):
         run(registry, log, tmp_path / "state")
+
+
+FIRST_ONLY = ("--trainer.publish_s", "3600", "--privacy.epsilon", "60")
+"""Nothing but the first version is published, and there is budget enough to charge periods again."""
+
+
+def crashed(registry: Registry, log: Log, path: Path, *flags: str) -> tuple[PrivacyLedger, dict[str, np.ndarray], int]:
+    """The ledger, the weights and the steps of a learner that ends without its last version; the next one begins at the first."""
+    running = run(registry, log, path, *FIRST_ONLY, *flags)
+    weights, steps = running._trainer.model.weights(), running._trainer.counters.steps
+    running._publisher.close()
+    ledger = privacy_ledger.read(path / "registry" / "privacy" / "ledger.json")
+    assert ledger is not None and registry.newest(1) == 1
+    return ledger, weights, steps
+
+
+def differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return any((value != other[name]).any() for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--privacy.clip", "2"),
+        ("--privacy.learning_rate", "0.05"),
+        ("--trainer.rows_per_update", "7"),
+        ("--trainer.guard_factor", "9"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_records_that_are_learned_again_with_other_settings_get_other_noise_and_are_charged_again(
+    tmp_path: Path, flags: tuple[str, str]
+) -> None:
+    path = tmp_path / "state"
+    registry, log = started(settings(path).registry_dir), written(RECORDS[:6])
+    first, weights, _ = crashed(registry, log, path)
+    same, again, _ = crashed(registry, log, path)
+    assert same == first and not differ(weights, again), "a plain restart repeats everything and costs nothing"
+    # Of these settings the trainer, which is made once, sees nothing: what differs is the noise.
+    other, changed, _ = crashed(registry, log, path, *flags)
+    assert other.periods[: len(first.periods)] == first.periods
+    assert [one.number for one in other.periods[len(first.periods) :]] == [one.number for one in first.periods]
+    assert other.spent > first.spent and differ(weights, changed)
+    assert crashed(registry, log, path, *flags)[0] == other, "once"
+
+
+def test_a_log_that_was_cut_back_behind_the_last_version_is_charged_again_from_there_on(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    registry, log = started(settings(path).registry_dir), written(RECORDS[:6])
+    first, weights, steps = crashed(registry, log, path)
+    log.cut_back(LOG, {0: 8})
+    # The same number of records at the same offsets, but others.
+    append(log, [with_weight(record, 3.0) for record in RECORDS[4:6]])
+    second, other, again = crashed(registry, log, path)
+    assert steps == again and differ(weights, other)
+    charged = second.periods[len(first.periods) :]
+    assert second.periods[: len(first.periods)] == first.periods and second.spent > first.spent
+    assert [one.number for one in charged] == [first.periods[-1].number]
+    assert crashed(registry, log, path)[0] == second
+
+
+def test_an_erasure_costs_nothing_unless_records_before_it_are_learned_again(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    registry, log = started(settings(path).registry_dir), written(RECORDS[:2])
+    running = run(registry, log, path, *FIRST_ONLY)
+    before = privacy_ledger.read(settings(path).privacy_ledger_path)
+    who = {"actor": "ann", "reason": "asked to", "now_ms": 5}
+    registry.change(lambda control: erase(control, MaskedUsers.of([3]), [(1, 0, 1)], **who))
+    append(log, RECORDS[2:3])
+    running.caught_up = False
+    while not (running.caught_up and running.place.erased):
+        running.tick(0.0)
+    after = privacy_ledger.read(settings(path).privacy_ledger_path)
+    assert before is not None and after is not None and after.spent == before.spent
+    assert [len(one.lines) for one in after.periods] == [len(one.lines) for one in before.periods[:-1]] + [2]
+    running._publisher.close()
+    # Now the users are erased before the first record.
+    again, _, _ = crashed(registry, log, path)
+    assert len(again.periods) == 2 * len(after.periods) and again.spent > after.spent
+
+
+def test_a_ledger_of_the_first_format_is_loaded_stays_spent_and_covers_nothing(tmp_path: Path) -> None:
+    own = settings(tmp_path / "state")
+    registry, log = started(own.registry_dir), written(RECORDS[:2])
+    run(registry, log, tmp_path / "state", *FIRST_ONLY)._publisher.close()
+    now = privacy_ledger.read(own.privacy_ledger_path)
+    assert now is not None
+    (period,) = now.periods
+    own.privacy_ledger_path.write_text(
+        f'{{"delta": 1e-06, "epsilon": 60.0, "held": false, "key": "{now.key}", "periods": [{{"epoch": 1, "noise": {period.noise!r}, '
+        f'"number": {period.number}, "updates": {period.updates}}}], "spent": {now.spent!r}, "unit": "user"}}'
+    )
+    old = privacy_ledger.read(own.privacy_ledger_path)
+    assert old is not None and (old.spent, old.format) == (now.spent, privacy_ledger.FORMAT)
+    assert old.periods == (PrivacyPeriod(1, period.number, period.updates, period.noise),)
+    after, _, _ = crashed(registry, log, tmp_path / "state")
+    assert after.periods == (*old.periods, period) and after.spent > old.spent
+
+
+@pytest.mark.parametrize(
+    "document", [b'{"key": "1f", "unit": "user", "format": 3}', b'{"key": "1f", "unit": "user", "x": 1}']
+)
+def test_a_ledger_with_what_this_release_does_not_know_is_refused(document: bytes) -> None:
+    with pytest.raises(RegistryError, match="cannot be read"):
+        privacy_ledger.decode(document, "there")

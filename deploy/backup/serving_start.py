@@ -1,0 +1,149 @@
+"""What a restored serving host begins with: the stream's histories, and what serving noted next to its own.
+
+Serving's histories are a copy of the training log, which may be lost, or shorter
+than the windows. A backup therefore keeps serving's notes: categories and names
+of items, items clicked lately, and the event clock. A restore gives serving a
+copy of the stream's histories with these notes. Clicks that the copy has already
+are trimmed by their positions when the log is read.
+
+`serving/notes` in a backup is a sequence of (name, value), each with its length
+before it, 4 bytes big endian.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from deploy.serving.clicks import SALT_EXTRA
+from deploy.serving.item_feed import EXTRAS as FEED_EXTRAS
+from deploy.serving.notes import CLOCK_EXTRA, SEEN
+from deploy.serving.parity import WHOLE_EXTRA
+from deploy.serving.remembered import KINDS
+from state.history.actions import ACTIONS
+from state.history.appends import Appends
+from state.history.forgetting import FORGOTTEN
+from state.history.rewinding import LINE
+from state.history.store import HistoryStore
+from state.history.sweeping import READ_TIMES
+from state.layout import HISTORIES, SERVING
+
+NOTES = "notes"
+NOTES_PATH = f"{SERVING}/{NOTES}"
+PREFIXES = (CLOCK_EXTRA, SEEN, *KINDS, *FEED_EXTRAS)
+"""The beginnings of the names of what serving notes, apart from what depends on the host's own place in the log."""
+SHARED = {SALT_EXTRA, ACTIONS, LINE, FORGOTTEN, READ_TIMES}
+"""Extras that stream and serving keep under one name with one meaning."""
+WAIT_S, POLL_S = 10.0, 0.05
+AT_ONCE = 10_000
+_LENGTH = struct.Struct(">I")
+
+
+def await_clicks(store: HistoryStore, positions: Mapping[str, int]) -> None:
+    """Waits until serving's histories have what the backup's histories have, so that the notes know all its items.
+
+    It does not wait for a store that nobody writes, and at most `WAIT_S`.
+
+    Args:
+        store: The host's histories, read only.
+        positions: By source the next offset in the backup.
+    """
+    deadline_s = time.monotonic() + WAIT_S
+    while True:
+        found = {str(source): after for source, after in store.positions().items()}
+        # A source that serving never met lies before the beginning of its log.
+        if all(found.get(source, after) >= after for source, after in positions.items()):
+            return
+        if store.closed_in_order() or time.monotonic() > deadline_s:
+            return
+        time.sleep(POLL_S)
+
+
+def write_notes(store: HistoryStore, file: BinaryIO) -> None:
+    """Writes the notes of a host's histories."""
+    for prefix in PREFIXES:
+        for name, value in _extras(store, prefix):
+            for part in (name.encode(), value):
+                file.write(_LENGTH.pack(len(part)) + part)
+
+
+def read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """The notes that `write_notes` wrote; the file was compared with its digest."""
+
+    def part() -> bytes:
+        return file.read(_LENGTH.unpack(length)[0])
+
+    while length := file.read(_LENGTH.size):
+        name = part().decode()
+        length = file.read(_LENGTH.size)
+        yield name, part()
+
+
+def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: int) -> None:
+    """Makes serving's histories of the stream's, at a place where there are none.
+
+    Args:
+        stream: The stream's histories, closed in order.
+        serving: Serving's directory; the notes in it are read and removed.
+        opened: How to open a store: events kept of a user, and the bytes that it may grow to.
+        created_at_ms: When the backup was made, wall clock.
+
+    Raises:
+        StoreError: The disk is full or refused.
+    """
+    path, notes = serving / HISTORIES, serving / NOTES
+    HistoryStore.copied(stream, path, *opened)
+    store = HistoryStore(path, *opened)
+    try:
+        # 1. What belongs to the stream alone.
+        foreign = [name for name, _ in _extras(store, "") if name not in SHARED]
+        _commit(store, ((name, None) for name in foreign))
+        waiting = [key for key, _ in store.waiting()]
+        for first in range(0, len(waiting), AT_ONCE):
+            store.commit(Appends.none(), waiting=dict.fromkeys(waiting[first : first + AT_ONCE]))
+        # 2. What serving knew. The stream's histories lack no event, so serving's do not either.
+        _commit(store, [(WHOLE_EXTRA, b"0")])
+        if notes.exists():
+            with notes.open("rb") as file:
+                _commit(store, read_notes(file))
+            notes.unlink()
+        if store.extra(CLOCK_EXTRA) is None and (newest_ms := _newest_ms(store)):
+            clock = {"event_ms": min(newest_ms, created_at_ms), "accepted_ms": created_at_ms}
+            _commit(store, [(CLOCK_EXTRA, json.dumps(clock).encode())])
+    finally:
+        store.close()
+    (path / "lock.mdb").unlink(missing_ok=True)
+
+
+def _extras(store: HistoryStore, prefix: str) -> Iterator[tuple[str, bytes]]:
+    start = prefix
+    while found := store.extras(prefix, start, AT_ONCE):
+        yield from found
+        start = found[-1][0] + "\0"
+
+
+def _commit(store: HistoryStore, extras: Iterable[tuple[str, bytes | None]]) -> None:
+    """Commits extras, some thousands at once."""
+    some: dict[str, bytes | None] = {}
+    for name, value in extras:
+        some[name] = value
+        if len(some) == AT_ONCE:
+            store.commit(Appends.none(), extra=some)
+            some = {}
+    if some:
+        store.commit(Appends.none(), extra=some)
+
+
+def _newest_ms(store: HistoryStore) -> int:
+    """The newest event time of all users, ms; 0 where there are none."""
+    newest_ms, start = 0, 0
+    while True:
+        ends = store.ends(start, AT_ONCE)
+        newest_ms = max(newest_ms, int(ends.newest["at_ms"].max(initial=0)))
+        if ends.following is None:
+            return newest_ms
+        start = ends.following
