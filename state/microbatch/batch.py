@@ -134,6 +134,10 @@ class MicroBatch:
         names = (*NAMES, *SEQUENCES) if self.sequence_items.shape[1] else NAMES
         return {name: getattr(self, name) for name in names}
 
+    def rows(self, part: slice) -> MicroBatch:
+        """The batch with some rows one behind another, as views; the header stays."""
+        return MicroBatch(self.header, **{name: column[part] for name, column in self.columns.items()})
+
     def take(self, keep: NDArray[np.bool_]) -> MicroBatch:
         """The batch with only the rows that `keep` (`[n]` bool) names; the header stays."""
         if keep.all():

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from state.config.sections import Model
+from state.config.sections import Trainer as TrainerSettings
+from state.config.settings import Settings
 from state.errors import SettingsError
 from state.microbatch.batch import MicroBatch
 from tests.trainer.batches import SPEC, micro_batch
@@ -22,7 +24,7 @@ from trainer.engine.engine import Measured
 from trainer.engine.optimizers.fast_weights import FastSlots
 from trainer.engine.step import Trainer
 from trainer.model.default_ranker import FAST_WEIGHTS, DefaultRanker
-from trainer.model.ranker import MASKED
+from trainer.model.ranker import MASKED, Ranker
 
 ENGINES = ("compiled", "tensorflow")
 SMALL = Model(dim=8, hidden=(16, 8), popular=4)
@@ -204,7 +206,9 @@ def test_rows_per_update_learns_within_a_record_as_records_of_so_many_rows_do(en
     # Ids are known from the whole record on: observe them all first, as the step does.
     one._observe(made, one._recorder.crosses_of(made))
     updates = [one._update(made.take(numbers // 20 == part), np.zeros((20, 0), np.uint64), None) for part in range(3)]
-    assert report.rows == 60 and report.top1 == sum(update.top1 for update in updates)
+    assert report.rows == 60 and report.top1 == sum(
+        int((update.scores.rank[update.record.targets.slot >= 0] < 1).sum()) for update in updates
+    )
     for name, weight in one.model.weights().items():
         np.testing.assert_array_equal(weight, within[0][name], err_msg=name)
     assert (one.tables["category"].digest(), one.counters.trained) == within[1:]
@@ -213,12 +217,15 @@ def test_rows_per_update_learns_within_a_record_as_records_of_so_many_rows_do(en
 def test_auto_takes_compiled_loops_for_the_default_ranker_on_a_cpu_alone() -> None:
     ranker = DefaultRanker(SMALL, SPEC)
 
+    def name(wanted: str, ranker: Ranker, device: str) -> str:
+        return engine_name(Settings(trainer=TrainerSettings(engine=wanted)), ranker, device)
+
     class Own(DefaultRanker):
         """Somebody's own."""
 
-    assert engine_name("auto", ranker, "/CPU:0") == "compiled"
-    assert engine_name("auto", ranker, "/GPU:0") == "tensorflow"
-    assert engine_name("auto", Own(SMALL, SPEC), "/CPU:0") == "tensorflow"
-    assert engine_name("tensorflow", ranker, "/CPU:0") == "tensorflow"
+    assert name("auto", ranker, "/CPU:0") == "compiled"
+    assert name("auto", ranker, "/GPU:0") == "tensorflow"
+    assert name("auto", Own(SMALL, SPEC), "/CPU:0") == "tensorflow"
+    assert name("tensorflow", ranker, "/CPU:0") == "tensorflow"
     with pytest.raises(SettingsError, match=r"trainer\.engine is compiled.*set trainer\.engine to auto"):
-        engine_name("compiled", ranker, "/GPU:0")
+        name("compiled", ranker, "/GPU:0")

@@ -218,7 +218,7 @@ def test_the_examples_pass_their_checks_and_learn_what_comes_next(name: str) -> 
     spec = FeatureSpec.from_settings(settings)
     assert "lowers to LiteRT" in check_ranker(settings, spec, None)
     trainer = Trainer(settings, spec)
-    assert trainer.engine.name == engine_name("auto", trainer.model, trainer.device) == "tensorflow"
+    assert trainer.engine.name == engine_name(trainer.settings, trainer.model, trainer.device) == "tensorflow"
     made = micro_batch(96)
     drawn = np.random.default_rng(5)
     events = {key: drawn.integers(1, 5, (96, spec.sequence)).astype(kind) for key, kind in SEQUENCES.items()}

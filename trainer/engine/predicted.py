@@ -9,11 +9,10 @@ from state.compiled import compiled_sums
 from trainer.engine.compiled.softmax import exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.record import Record
-from trainer.measures.predictions import NONE, CategoryPrediction, of_came_next, of_popular, of_previous
+from trainer.measures.predictions import NONE, CategoryPrediction, of_popular, of_previous
 from trainer.measures.progressive import Progressive
 from trainer.measures.step_scores import Judged, ScoredPairs
 from trainer.model.ranker import MASKED
-from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32
 
 F32 = npt.NDArray[np.float32]
@@ -30,7 +29,7 @@ def judged(
     progressive: Progressive,
     record: Record,
     scores: Scores,
-    transitions: CountTable,
+    came_next: CategoryPrediction,
     known: Flags,
     categories: int,
     scored: Flags,
@@ -41,7 +40,7 @@ def judged(
         progressive: The running measures, with what is simple.
         record: Of n rows.
         scores: Of the model.
-        transitions: What came next, before these rows.
+        came_next: What transitions say of the n rows.
         known: `[n]` bool, whether the user is known.
         categories: That are known, those that the record brought too: else what is new would cost nothing.
         scored: `[2 n]` bool, the pairs whose engagement counts, of rows and then of their negatives.
@@ -53,7 +52,7 @@ def judged(
         "model": of_model(scores, targets.slot),
         "popular": of_popular(progressive.popular, aimed),
         "previous": of_previous(newest, aimed),
-        "came_next": of_came_next(transitions, np.ascontiguousarray(record.newest[rows]), aimed),
+        "came_next": CategoryPrediction(*(part[rows] for part in came_next)),
     }
     shift = np.concatenate([targets.label_shift, targets.negative_shift])[scored]
     labels = np.concatenate([targets.label, np.zeros_like(targets.label)])[scored]

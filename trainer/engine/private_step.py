@@ -11,9 +11,10 @@ import numpy.typing as npt
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
-from trainer.engine.private import NOISE_FLOOR, PrivateLearning, Update
+from trainer.engine.private import NOISE_FLOOR, PrivateLearning
+from trainer.engine.private import Update as PrivateUpdate
 from trainer.engine.record import Record
-from trainer.engine.report import Report
+from trainer.engine.report import Report, Update
 from trainer.engine.step import Trainer
 from trainer.engine.tensorflow.private import PrivateEngine
 from trainer.model.preprocessing import Preprocessing
@@ -42,7 +43,7 @@ class PrivateTrainer(Trainer):
         super().__init__(settings, spec, preprocessing)
         self.optimizer.epsilon = np.float32(NOISE_FLOOR * self.private.deviation)
         self._record_noise, self._number = "", 0
-        self._under_way: Update | None = None
+        self._under_way: PrivateUpdate | None = None
 
     def clear(self) -> None:
         """See `Trainer`."""
@@ -76,15 +77,14 @@ class PrivateTrainer(Trainer):
             self._record_noise, self._number = self.private.history.take(place, batch), 0
         return super().step(batch, seed)
 
-    def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Report:
-        began = self._clock()
+    def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
         assert isinstance(self.engine, PrivateEngine)
         self.private.allowance.begin(self.counters.log_ms)
         self._under_way = self.private.begin(batch.user, self._record_noise, self._number)
         self._number += 1
         record = self._record(batch, crosses, seed)
         measured = self.private.measure(self.engine, record, self._under_way)
-        return self._judge_and_apply(batch, record, measured, began)
+        return self._judge_and_apply(batch, record, measured)
 
     def _judged(self, loss: float) -> float:
         # An exact loss that decided about a step would tell of it; the norm is one with noise.

@@ -7,7 +7,7 @@ own name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -208,12 +208,25 @@ def alone(record: Record) -> Record:
     return replace(record, ids=ids, values=values, targets=targets)
 
 
+def joined_records(records: Sequence[Record]) -> Record:
+    """What the measures read of several records, as of one: `category` and `recent` of the ids, targets, partners, newest."""
+    names = ("category", "recent")
+    starts = np.cumsum([0, *(len(record) for record in records[:-1])])
+    return Record(
+        ids={name: np.concatenate([record.ids[name] for record in records]) for name in names},
+        values={},
+        targets=Targets(*(np.concatenate(kind) for kind in zip(*(record.targets for record in records), strict=True))),
+        partner=np.concatenate([record.partner + start for record, start in zip(records, starts, strict=True)]),
+        seed=records[0].seed,
+        newest=np.concatenate([record.newest for record in records]),
+    )
+
+
 def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBatch, U64]]:
     """The batch and its crosses in parts of `size` rows."""
     if size >= len(batch):
         yield batch, crosses
         return
     for begin in range(0, len(batch), size):
-        number = np.arange(len(batch))
-        part = (number >= begin) & (number < begin + size)
-        yield batch.take(part), crosses[part]
+        part = slice(begin, begin + size)
+        yield batch.rows(part), crosses[part]

@@ -4,14 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.engine.engine import Scores
 from trainer.engine.guard import Verdict
+from trainer.engine.record import Record, joined_records
 from trainer.measures.step_scores import Judged, StepScores, joined_scores
 
 F64 = npt.NDArray[np.float64]
+
+
+class Update(NamedTuple):
+    """One update of a record: rows that were scored, judged and learned together.
+
+    Attributes:
+        record: The rows.
+        scores: Before learning.
+        verdict: Of the guard.
+        norm: Of the gradient.
+    """
+
+    record: Record
+    scores: Scores
+    verdict: Verdict
+    norm: float
+
+
+def joined_updates(updates: Sequence[Update]) -> Update:
+    """The rows of several updates as of one: the worst verdict, the largest norm."""
+    if len(updates) == 1:
+        return updates[0]
+    order = list(Verdict)
+    verdict = max((update.verdict for update in updates), key=order.index)
+    scores = Scores(*(joined_rows(parts) for parts in zip(*(update.scores for update in updates), strict=True)))
+    halves = [len(update.record) for update in updates]
+    scores = scores._replace(
+        engagement=joined_pairs([update.scores.engagement for update in updates], halves),
+        engagement_loss=joined_pairs([update.scores.engagement_loss for update in updates], halves),
+    )
+    return Update(
+        joined_records([update.record for update in updates]), scores, verdict, max(update.norm for update in updates)
+    )
+
+
+def joined_rows(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Rows one behind another."""
+    return np.concatenate(parts)
+
+
+def joined_pairs(parts: Sequence[npt.NDArray[Any]], rows: Sequence[int]) -> npt.NDArray[Any]:
+    """Pairs of each part, `[2 n]`: first the rows' own of all parts, then their negatives."""
+    own = [part[:count] for part, count in zip(parts, rows, strict=True)]
+    return np.concatenate([*own, *(part[count:] for part, count in zip(parts, rows, strict=True))])
+
+
+def candidates_of(scores: Scores) -> int:
+    """How many candidates a row can have, the last slot included."""
+    return 1 + sum(part.shape[1] for part in scores[:3])
 
 
 @dataclass(frozen=True)

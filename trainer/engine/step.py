@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -47,9 +47,10 @@ from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.own_tables import Growth
 from trainer.engine.predicted import judged
 from trainer.engine.record import Record, Recorder, parts
-from trainer.engine.report import Report, joined
+from trainer.engine.report import Report, Update, candidates_of, joined, joined_updates
 from trainer.measures.breakdown import Breakdown
 from trainer.measures.evaluation import Evaluation
+from trainer.measures.predictions import CategoryPrediction, of_came_next
 from trainer.measures.progressive import Progressive
 from trainer.measures.slices import Scored, Slices
 from trainer.model.attributes import Columns
@@ -180,7 +181,8 @@ class Trainer:
         if self.churn is not None:
             self.churn.take(batch, self.counters.log_ms)
         self.counters.steps += 1
-        size = self.settings.trainer.rows_per_update or len(batch)
+        began, size = self._clock(), self.settings.trainer.rows_per_update or len(batch)
+        said = self._came_next(batch)
         updates, left = [], 0
         for part, its_crosses in parts(batch, crosses, size):
             if self.guard.held:
@@ -188,7 +190,7 @@ class Trainer:
             else:
                 updates.append(self._update(part, its_crosses, seed))
         self.counters.skipped += left
-        done = joined(updates)
+        done = self._reported(batch, updates, said, began)
         return replace(done, rows=done.rows + left, skipped=done.skipped + left) if left else done
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
@@ -229,46 +231,76 @@ class Trainer:
         for table in self.tables.values():
             table.evict()
 
-    def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Report:
-        """Measures, judges and applies."""
-        began = self._clock()
+    def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
+        """Scores rows, judges the update, and applies it if it is accepted."""
         record = self._record(batch, crosses, seed)
-        measured = self.engine.measure(record)
-        return self._judge_and_apply(batch, record, measured, began)
+        return self._judge_and_apply(batch, record, self.engine.measure(record))
 
-    def _judge_and_apply(self, batch: MicroBatch, record: Record, measured: Measured, began: float) -> Report:
+    def _judge_and_apply(self, batch: MicroBatch, record: Record, measured: Measured) -> Update:
         counters, settings, scores = self.counters, self.settings.trainer, measured.scores
+        targets, pairs = record.targets.slot >= 0, record.targets
+        losses, norm = scores.interest_loss[targets], math.sqrt(measured.squared_norm)
+        loss = float(losses.mean()) if losses.size else 0.0
+        taught = bool(losses.size) or bool(pairs.label_weight.any()) or bool(pairs.negative_weight.any())
+        rows = self._teaching(len(batch), taught)
+        judging = norm, rows, candidates_of(scores), settings.guard_factor, settings.guard_patience
+        verdict, self.guard = judge(self.guard, self._judged(loss), *judging)
+        if verdict is Verdict.ACCEPT:
+            if rows:
+                self.engine.apply(measured)
+            for name, touched in measured.rows.items():
+                self.tables[name].touch(touched)
+            self._count(batch, record)
+            counters.trained += len(batch)
+            counters.event_time_ms = max(counters.event_time_ms, int(batch.at_ms.max()))
+        else:
+            counters.skipped += len(batch)
+        return Update(record, scores, verdict, norm)
+
+    def _came_next(self, batch: MicroBatch) -> CategoryPrediction:
+        """What the counts of transitions say of `[n]` rows, before any of them is counted."""
+        newest = self.transitions.find(np.ascontiguousarray(batch.recent_categories[:, 0]))
+        return of_came_next(self.transitions, newest, batch.category)
+
+    def _reported(
+        self, batch: MicroBatch, updates: Sequence[Update], came_next: CategoryPrediction, began: float
+    ) -> Report:
+        """Measures the rows of the updates, accepted ones and skipped ones apart, and reports on them."""
+        kinds = [update.verdict is Verdict.ACCEPT for update in updates]
+        numbers = np.arange(len(batch))
+        ends = np.cumsum([len(update.record) for update in updates])
+        of_rows = np.repeat(kinds, np.diff(ends, prepend=0))
+        reports = []
+        for kind in dict.fromkeys(kinds):
+            some = [update for update, its in zip(updates, kinds, strict=True) if its is kind]
+            mine = numbers[: ends[-1]][of_rows == kind]
+            rows = batch if mine.size == len(batch) else batch.take(np.isin(numbers, mine))
+            said = came_next if mine.size == len(batch) else CategoryPrediction(*(part[mine] for part in came_next))
+            reports.append(self._measured(rows, joined_updates(some), said, kind))
+        return replace(joined(reports), seconds=self._clock() - began)
+
+    def _measured(self, batch: MicroBatch, update: Update, came_next: CategoryPrediction, accepted: bool) -> Report:
+        """Adds the rows of an update to the running measures."""
+        record, scores, counters = update.record, update.scores, self.counters
         targets, pairs = record.targets.slot >= 0, record.targets
         scored = np.concatenate([pairs.label_weight, pairs.negative_weight]) > 0
         losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
-        norm = math.sqrt(measured.squared_norm)
-        loss = float(losses.mean()) if losses.size else 0.0
-        rows = self._teaching(len(batch), bool(targets.any() or scored.any()))
-        candidates = 1 + sum(part.shape[1] for part in scores[:3])
-        judging = norm, rows, candidates, settings.guard_factor, settings.guard_patience
-        verdict, self.guard = judge(self.guard, self._judged(loss), *judging)
-        accepted = verdict is Verdict.ACCEPT
+        loss = float(losses.mean()) if losses.size else float("nan")
         top1, top5 = (scores.rank[targets] < most for most in (1, 5))
         if not accepted:
             # The measures count rows of skipped steps too. A row without a finite loss counts as one of which nothing is
             # known; a pair without one is left out.
             finite = np.isfinite(losses)
-            losses = np.where(finite, losses, np.float32(math.log(candidates)))
+            losses = np.where(finite, losses, np.float32(math.log(candidates_of(scores))))
             top1, top5 = top1 & finite, top5 & finite
             scored &= np.isfinite(scores.engagement_loss)
             engagement_losses = scores.engagement_loss[scored]
         labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
         logits, positive = scores.engagement[scored], labels[scored] >= 0.5
-        event_time_ms = int(batch.at_ms.max())
         known = batch.recent_categories[:, 0] != MISSING
         known[~known] = ~np.isin(batch.user[~known], self._new_users)
         categories = len(self.tables["category"])
-        found = judged(self.progressive, record, scores, self.transitions, known, categories, scored)
-        if accepted:
-            if rows:
-                self.engine.apply(measured)
-            for name, touched in measured.rows.items():
-                self.tables[name].touch(touched)
+        found = judged(self.progressive, record, scores, came_next, known, categories, scored)
         self.progressive.update(found.scores, batch.category, counters.log_ms, accepted)
         self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
         places: list[npt.NDArray[Any]] = [batch.action, known]
@@ -277,26 +309,20 @@ class Trainer:
             users, items = self._columns.users_of(batch), self._columns.items_of(batch)
             places += self.slices.update(users, items, batch.header.names, seen)
         slices = self.breakdown.update(places, record.partner, found)
-        if accepted:
-            self._count(batch, record)
-            counters.trained += len(batch)
-            counters.event_time_ms = max(counters.event_time_ms, event_time_ms)
-        else:
-            counters.skipped += len(batch)
         return Report(
             rows=len(batch),
             skipped=0 if accepted else len(batch),
-            verdict=verdict,
-            interest_log_loss=loss if losses.size else float("nan"),
+            verdict=update.verdict,
+            interest_log_loss=loss,
             engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
             top1=int(top1.sum()),
             top5=int(top5.sum()),
             targets=int(targets.sum()),
             scores=logits,
             positive=positive,
-            grad_norm=norm,
-            event_time_ms=event_time_ms,
-            seconds=self._clock() - began,
+            grad_norm=update.norm,
+            event_time_ms=int(batch.at_ms.max()),
+            seconds=0.0,
             quality=found.scores,
             slices=slices if accepted else None,
             judged=(found,),
