@@ -211,3 +211,60 @@ def test_requests_in_pieces_and_many_at_once_are_answered_in_order() -> None:
         assert places == sorted(places)
 
     run(test)
+
+
+def test_requests_that_are_pipelined_and_never_read_stop_their_own_connection_only() -> None:
+    """Few of them are held, the socket is read no further, and another client is answered meanwhile."""
+    answered = most_waiting = 0
+
+    async def counting(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal answered, most_waiting
+        answered += 1
+        most_waiting = max(most_waiting, *(len(cast(BoundedConnection, one).pipeline) for one in state.connections))
+        await echo(scope, receive, send)
+
+    async def test(on: Listening) -> None:
+        nonlocal state
+        state, loop = on.state, asyncio.get_running_loop()
+        attacker = await on.client()
+        # More than the socket buffers of both sides can hold as requests or as answers.
+        pushing = asyncio.ensure_future(loop.sock_sendall(attacker, (GET % 1) * 1_000_000))
+        connection = next(iter(cast(set[BoundedConnection], state.connections)))
+        deadline_s = loop.time() + 60.0
+        while not (connection.flow.write_paused and connection.flow.read_paused):
+            assert loop.time() < deadline_s and most_waiting < 200
+            await asyncio.sleep(0)
+        before = answered
+        other = await on.client()
+        for _ in range(100):
+            send(other, GET % 2)
+            assert (await read(other)).endswith(b"/2ok")
+        assert not pushing.done() and answered < before + 200
+        assert 0 < most_waiting < 200
+        pushing.cancel()
+        await asyncio.wait([pushing])
+
+    state: Any = None
+    run(test, counting)
+
+
+def test_pipelined_requests_with_bodies_are_all_answered_in_order() -> None:
+    """More than may wait at a time, in one write, and the last of them comes in two."""
+
+    async def test(on: Listening) -> None:
+        client, loop = await on.client(), asyncio.get_running_loop()
+        body = b"x" * 3000
+        posts = b"".join(b"POST /%d HTTP/1.1\r\nhost: a\r\ncontent-length: 3000\r\n\r\n" % n + body for n in range(100))
+        receiving = asyncio.ensure_future(read(client, 100))
+        await loop.sock_sendall(client, posts[:-10])
+        (connection,) = cast(set[BoundedConnection], on.state.connections)
+        deadline_s = loop.time() + 60.0
+        while connection.server_state.total_requests < 99:
+            assert loop.time() < deadline_s
+            await asyncio.sleep(0)
+        await loop.sock_sendall(client, posts[-10:])
+        found = await receiving
+        places = [found.index(b"/%dok" % n) for n in range(100)]
+        assert places == sorted(places) and found.count(b"HTTP/1.1 200") == 100
+
+    run(test)
