@@ -1,7 +1,8 @@
 """One client's connection: uvicorn's protocol, with limits on what a client may send and leave unread.
 
     what                                                  is answered, and the connection closed
-    no HTTP                                               400
+    no HTTP, of HTTP/1.1 also without one host            400
+    a host that may be anybody's, with `own_hosts`        403
     the head of a request above `head_bytes`              431
     a request that does not arrive within `timeout_s`     408
     a connection above `connections`                      429, each request on it
@@ -27,8 +28,9 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from deploy.serving.edge.hosts import one_host, require_own_host
 from deploy.serving.http_api.endpoints import LAST, answer, failure
-from state.errors import HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
+from state.errors import Forbidden, HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
 
 PIPELINED = 16
 """Requests of one connection that may wait behind the one that is answered; parsing stops at so many."""
@@ -44,11 +46,13 @@ class ConnectionLimits(NamedTuple):
         head_bytes: Request line and headers together.
         timeout_s: See the module.
         connections: Of one worker at a time.
+        own_hosts: Whether a request must name an address or localhost as its host (`hosts.py`).
     """
 
     head_bytes: int
     timeout_s: float
     connections: int
+    own_hosts: bool = False
 
 
 class _Flow(FlowControl):
@@ -79,6 +83,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._requests = self._received = self._body = self._buffered = self._arriving_bytes = 0
         self._in_request = self._in_head = self._ended = False
         self._unparsed = memoryview(b"")
+        self._known_hosts: list[bytes] | None = None
 
     def connection_made(self, transport: Any) -> None:
         """One more; beyond the limit it is told so with each answer."""
@@ -166,7 +171,26 @@ class BoundedConnection(HttpToolsProtocol):
             if size > self._limits.head_bytes:
                 self._refuse("head", self._too_large())
                 return
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if hosts != self._known_hosts and not self._takes_host(hosts):
+            return
         super().on_headers_complete()
+
+    def _takes_host(self, hosts: list[bytes]) -> bool:
+        """Checks the hosts of a request; those of the request before it on the connection are known."""
+        try:
+            if hosts or self.parser.get_http_version() != "1.0":
+                host = one_host(hosts)
+                if self._limits.own_hosts:
+                    require_own_host(host)
+        except NotHttp as error:
+            self._refuse("no_http", error)
+            return False
+        except Forbidden as error:
+            self._refuse("host", error)
+            return False
+        self._known_hosts = hosts
+        return True
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""

@@ -51,6 +51,35 @@ def test_what_is_no_http_is_a_400_with_what_to_do() -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\nhost: localhost\r\n", 400),
+        (b"GET / HTTP/1.0\r\n", 200),
+        (b"GET / HTTP/1.1\r\nHost: LOCALHOST:8501\r\n", 200),
+        (b"GET / HTTP/1.1\r\nhost: [::1]:8501\r\n", 200),
+        (b"GET / HTTP/1.1\r\nhost: evil.example\r\n", 403),
+        (b"GET / HTTP/1.1\r\nhost: localhost.evil.example:8501\r\n", 403),
+    ],
+)
+def test_a_request_names_one_host_and_where_it_matters_one_of_ours(head: bytes, status: int) -> None:
+    """So that no page of somebody else's, whose name leads here, is answered; also after a request that was right."""
+
+    async def test(on: Listening) -> None:
+        for before in (b"", GET.replace(b"host: a", b"host: 127.0.0.1") % 1):
+            client = await on.client()
+            send(client, before)
+            if before:
+                await read(client)
+            send(client, head + b"\r\n")
+            client.shutdown(socket.SHUT_WR)
+            assert (await read(client, None)).startswith(b"HTTP/1.1 %d" % status)
+        assert on.refused("host") == (2 if status == 403 else None)
+
+    run(test, own_hosts=True)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_head_that_is_too_long_is_a_431(whole: bool) -> None:
     """Whether it ends or not, in one piece or many, and nothing of it is kept."""
@@ -75,7 +104,9 @@ def test_what_follows_a_body_is_bounded_too() -> None:
 
     async def test(on: Listening) -> None:
         client, loop = await on.client(), asyncio.get_running_loop()
-        await loop.sock_sendall(client, b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: ")
+        await loop.sock_sendall(
+            client, b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: "
+        )
         for _ in range(3):
             await asyncio.sleep(0.001)
             await loop.sock_sendall(client, b"y" * 900)
@@ -85,7 +116,8 @@ def test_what_follows_a_body_is_bounded_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "begun", [b"GET / HT", b"GET / HTTP/1.1\r\nhost: a\r\nx: y", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\n12"]
+    "begun",
+    [b"GET / HT", b"GET / HTTP/1.1\r\nhost: a\r\nx: y", b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n12"],
 )
 def test_a_request_that_does_not_arrive_is_a_408(begun: bytes) -> None:
     """And only after the limit."""
