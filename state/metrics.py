@@ -482,7 +482,7 @@ class WorkerMetrics(Metrics):
     cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
     refused = counter(
         "springtide_connections_refused",
-        "Connections ended before a request was one, by reason: no_http, head (too long), slow, connections (too many).",
+        "Connections ended before a request was one, by reason: no_http, host (anybody's name, without tokens), head (too long), slow, connections (too many).",
         "reason",
     )
     worker_starts = counter("springtide_worker_starts", "Serving workers that have started and accepted connections.")

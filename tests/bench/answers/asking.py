@@ -55,7 +55,7 @@ class Load:
             return [post(self.path, json.dumps({"users": one}).encode()) for one in names]
         count = DRAWN if "{user}" in self.path else 1
         paths = [self.path.format(user=drawn.randrange(self.users)) for _ in range(count)]
-        return [f"GET {one} HTTP/1.1\r\nhost: bench\r\n\r\n".encode() for one in paths]
+        return [f"GET {one} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode() for one in paths]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def post(path: str, body: bytes) -> bytes:
     b'{}'
     """
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
