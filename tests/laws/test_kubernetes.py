@@ -186,7 +186,7 @@ def test_hosts_are_scaled_by_their_workers() -> None:
     (worker,) = (one for one in BOXES if one.owner == f"{target['kind']} {target['name']}" and one.name == "worker")
     (metric,) = scaler["spec"]["metrics"]
     assert metric["containerResource"]["container"] == worker.name
-    assert scaler["spec"]["minReplicas"] == worker.document["spec"]["replicas"]
+    assert "replicas" not in worker.document["spec"], "each `kubectl apply` would undo what the autoscaler decided"
 
 
 def track(labels: Mapping[str, str]) -> dict[str, str]:
@@ -227,6 +227,18 @@ def test_the_network_lets_in_what_a_pod_offers_and_lets_out_what_it_asks(box: Bo
     assert not (let_in - {port for one in BOXES for port in one.ports.values()}), "a port that nobody has"
     brokers = {int(one.rpartition(":")[2]) for one in box.settings(SIZES).kafka.bootstrap_servers.split(",")}
     assert brokers | {53} <= opened("egress", box.labels)
+
+
+def test_the_trainers_state_outlives_its_pod() -> None:
+    """The ledger of the privacy budget does, and the trainer refuses to start without the key of the noise."""
+    (trainer,) = (box for box in BOXES if box.name == "trainer")
+    (volume,) = (
+        volume
+        for volume in trainer.pod["volumes"]
+        if volume["name"] == trainer.mounts[str(trainer.settings(SIZES).privacy_key_path.parent)]
+    )
+    claimed = volume["persistentVolumeClaim"]["claimName"]
+    assert claimed in {claim["metadata"]["name"] for claim in of_kind(ALL, "PersistentVolumeClaim")}
 
 
 def test_everything_is_closed_that_no_policy_opens() -> None:
