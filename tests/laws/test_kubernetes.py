@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -318,12 +319,28 @@ def test_the_image_is_what_the_manifests_expect() -> None:
     assert MALLOC.items() <= told.items(), "as `springtide up` starts its parts"
     exposed = {int(one) for one in re.findall(r"^EXPOSE (.*)$", IMAGE, re.M)[0].split()}
     assert exposed == {Settings().value(setting) for ports in PORTS.values() for setting in ports.values()}
-    assert not any("/" in one for one in re.findall(r"^FROM (\S+)", IMAGE, re.M)), "a registry's host"
     for source in re.findall(r"^COPY (?!--from)(.*) \S+$", IMAGE, re.M):
         assert all((ROOT / one).exists() for one in source.split())
     ignored = (ROOT / "deploy" / "container" / "Dockerfile.dockerignore").read_text()
     copied = {one for source in re.findall(r"^COPY (?!--from)(.*) \S+$", IMAGE, re.M) for one in source.split()}
     assert {*re.findall(r"^!(.*)$", ignored, re.M)} == copied
+
+
+@pytest.mark.parametrize(
+    ("base", "code"),
+    [("python:3.11-slim-bookworm", 1), ("", 1), (f"python:3.11-slim-bookworm@sha256:{'0' * 64}", 0)],
+)
+def test_the_image_is_built_only_on_a_base_with_a_digest(base: str, code: int) -> None:
+    assert {*re.findall(r"^FROM (\S+)", IMAGE, re.M)} == {"${BASE}"}
+    assert re.findall(r"^ARG BASE(.*)$", IMAGE, re.M) == ["", ""], "a default would be a tag that moves, or a guess"
+    (check,) = re.findall(r"^RUN (case .*)$", IMAGE, re.M)
+    done = subprocess.run(["sh", "-c", check], env={"BASE": base}, capture_output=True, text=True)
+    assert (done.returncode, "NAME@sha256:DIGEST" in done.stderr) == (code, code == 1)
+
+
+def test_the_image_has_no_packages_of_tests() -> None:
+    installed = re.findall(r"-r (\S+)", IMAGE)
+    assert installed == ["constraints.txt", "constraints-apart.txt"]
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:
