@@ -29,6 +29,15 @@ class MeasuredCosts:
     stream_most: float = _figure(
         64_900.0, "clicks/s", "python -m tests.bench.stream", "what one stream does that never waits, with 4 partitions"
     )
+    flink_us: float = _figure(
+        116.0, "us a click", "python -m tests.bench.flink", "processor time of TaskManager and Python worker on Flink"
+    )
+    flink_bytes: float = _figure(
+        5e8, "bytes", "python -m tests.bench.flink", "memory of a TaskManager less its state, with `flink.heap_mb`"
+    )
+    flink_worker_bytes: float = _figure(
+        2e8, "bytes", "python -m tests.bench.flink", "memory of a Python worker on Flink"
+    )
     trainer_us: float = _figure(
         26.7, "us a row", SOAK, "processor time of the trainer less its publications; one thread does the steps"
     )

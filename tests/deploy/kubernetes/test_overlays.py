@@ -286,9 +286,10 @@ def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str)
         assert quantity(request["memory"]) >= RESERVE * needs[part].memory_bytes, name
         assert quantity(request["cpu"]) >= needs[part].cores, name
     stream, applier, worker = (of_name(overlay, name) for name in ("stream", "applier", "worker"))
-    assert memory_volume(stream) >= RESERVE * wanted.histories_bytes
-    assert memory_volume(applier) >= RESERVE * (wanted.histories_bytes + wanted.served_bytes)
-    assert claim(stream) >= RESERVE * wanted.histories_bytes and claim(applier) >= RESERVE * wanted.histories_bytes
+    assert memory_volume(stream) >= RESERVE * wanted.stream_histories_bytes
+    assert memory_volume(applier) >= RESERVE * (wanted.host_histories_bytes + wanted.served_bytes)
+    assert claim(stream) >= RESERVE * wanted.stream_histories_bytes
+    assert claim(applier) >= RESERVE * wanted.host_histories_bytes
     (scaler,) = of_kind(found(overlay), "HorizontalPodAutoscaler")
     hosts, workers = scaler["spec"]["maxReplicas"], worker.settings(sizes(overlay)).serving.processes
     assert hosts * workers * wanted.use >= wanted.worker_cores
@@ -299,7 +300,7 @@ def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str)
 @with_kubectl
 @each_overlay
 def test_histories_have_the_time_that_saving_and_loading_them_takes(overlay: str) -> None:
-    takes_s = sizing(overlay).histories_bytes / DISK_BYTES_S
+    takes_s = sizing(overlay).host_histories_bytes / DISK_BYTES_S
     for name in ("stream", "applier"):
         box = of_name(overlay, name)
         probe = box.told["startupProbe"]
@@ -313,7 +314,7 @@ def test_the_settings_of_an_overlay_give_its_stores_their_room(overlay: str) -> 
     wanted, settings = sizing(overlay), of_name(overlay, "stream").settings(sizes(overlay))
     for part, most_gb in ((shares.STREAM, settings.stream.map_gb), (shares.SERVING, settings.serving.map_gb)):
         room = min(shares.store_bytes(settings, part, layout.HISTORIES), most_gb << 30)
-        assert room >= wanted.histories_bytes, part
+        assert room >= wanted.host_histories_bytes, part
     assert min(settings.stream.max_users, settings.serving.max_users) >= wanted.load.users
     claims = {one["metadata"]["name"]: one for one in of_kind(found(overlay), "PersistentVolumeClaim")}
     disk = quantity(claims["springtide-registry"]["spec"]["resources"]["requests"]["storage"])
