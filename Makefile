@@ -22,6 +22,8 @@ ROUNDS ?= 2
 ROLLBACKS ?= 5
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile
+# C++ headers of 430 MB, for extensions of TensorFlow; no process reads them.
+HEADERS := tensorflow/include
 INSTALL := $(PIP) --progress-bar off --require-hashes
 PROGRESS := awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
 	/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'
@@ -77,6 +79,7 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	$(INSTALL) -r constraints.txt | $(PROGRESS); \
 	$(INSTALL) --quiet --no-deps -r constraints-apart.txt; \
 	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --editable .; \
+	rm -rf .venv/lib/python3.11/site-packages/$(HEADERS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@
 
