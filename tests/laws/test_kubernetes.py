@@ -339,7 +339,7 @@ def test_the_image_is_built_only_on_a_base_with_a_digest(base: str, code: int) -
 
 
 def test_the_image_has_no_packages_of_tests() -> None:
-    installed = re.findall(r"-r (\S+)", IMAGE)
+    installed = re.findall(r"--require-hashes -r (\S+)", IMAGE)
     assert installed == ["constraints.txt", "constraints-apart.txt"]
 
 
