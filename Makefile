@@ -83,9 +83,10 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@
 
+# Without a resolver: constraints-dev.txt has all that is missing after .venv/ready.
 .venv/ready-dev: .venv/ready constraints-dev.txt
 	@echo "packages     of tests and checks"
 	@begin=$$SECONDS; \
-	$(INSTALL) -r constraints.txt -r constraints-dev.txt | $(PROGRESS); \
+	$(INSTALL) --no-deps -r constraints-dev.txt | $(PROGRESS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@
