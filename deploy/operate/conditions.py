@@ -14,6 +14,7 @@ from deploy.operate.versions import open_registry
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
+from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.panel import wrong
 from state.config.settings import Settings
 from state.errors import RegistryError, SettingsError, SpringtideError
@@ -80,9 +81,11 @@ def ready(settings: Settings) -> str:
 def well(settings: Settings) -> str:
     """Nothing is wrong; what an operator wanted is not."""
     asked, looks = scrape.watched_urls(settings), Watch(spread_s=None)
-    looks.look(scrape.scrape(asked), time.monotonic(), time.time())
-    time.sleep(BETWEEN_S)
-    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time())))
+    begin_s = time.monotonic()
+    looks.look(scrape.scrape(asked), begin_s, time.time())
+    kafka = kafka_lag(settings)
+    time.sleep(max(0.0, begin_s + BETWEEN_S - time.monotonic()))
+    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time()).with_kafka(kafka)))
 
 
 def caught_up(settings: Settings) -> str:

@@ -133,8 +133,12 @@ def test_wrong_use_at_the_very_first_start_is_given_up_at_once(supervisor: Super
     until(given_up)
 
 
-def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(supervisor: Supervisor, lines: list[str]) -> None:
+def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(tmp_path: Path, lines: list[str]) -> None:
+    collected = CollectorRegistry()
+    supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(collected))
+    assert collected.get_sample_value("springtide_up_settled") == 0
     supervisor.settled = True
+    assert collected.get_sample_value("springtide_up_settled") == 1
     supervisor.start(python("stream", "raise SystemExit(2)"))
     until(lambda: (supervisor.look(), bool(lines))[1])
     assert lines[0].startswith("stream died (exit 2)")
