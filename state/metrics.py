@@ -572,7 +572,7 @@ class SupervisorMetrics(Metrics):
     deaths = counter("springtide_up_deaths", "Ends of a part that nobody asked for.", "part")
     deaths_in_a_row = gauge(
         "springtide_up_deaths_in_a_row",
-        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most.",
+        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most, or 4 s where it waits for Kafka, a disk or a store.",
         "part",
     )
     settled = gauge(

@@ -284,12 +284,12 @@ class Supervisor:
                 f"{plan.name} died ({how(status)}): {last}", f"the whole log is {self.log_path(plan.name)}"
             )
         child.remedy = next((cure for error, cure in plan.remedies.items() if f" {error}: " in last), None)
-        self._fail(child, f"{plan.name} died ({how(status)}): {last}")
+        self._fail(child, f"{plan.name} died ({how(status)}): {last}", last)
 
-    def _fail(self, child: _Child, what: str) -> None:
+    def _fail(self, child: _Child, what: str, last_line: str = "") -> None:
         """Counts a death and says it; the process is started again after a while."""
         name = child.plan.name
-        child.backoff = child.backoff.after(self._clock() - child.started_at)
+        child.backoff = child.backoff.after(self._clock() - child.started_at, last_line)
         child.start_at = self._clock() + child.backoff.wait_s
         self._metrics.deaths.labels(name).inc()
         self._metrics.deaths_in_a_row.labels(name).set(child.backoff.deaths)

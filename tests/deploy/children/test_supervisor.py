@@ -98,6 +98,22 @@ def test_a_process_that_keeps_dying_is_tried_ever_more_slowly_and_ends_nothing(
     supervisor.stop_all(hurry=lambda: True)
 
 
+def test_a_process_that_waits_for_a_registry_is_tried_again_every_few_seconds(tmp_path: Path, lines: list[str]) -> None:
+    now = [0.0]
+    supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(CollectorRegistry()), lambda: now[0])
+    unreadable = "trainer ERROR UnusableRegistry: the registry cannot be read (registry: Permission denied)"
+    supervisor.start(python("trainer", f"raise SystemExit({unreadable!r})"))
+    for number in range(1, 9):
+        process = supervisor._children["trainer"].process
+        assert process is not None
+        process.wait(DEADLINE_S)
+        supervisor.look()
+        assert len(lines) == number
+        now[0] = supervisor._children["trainer"].start_at or 0.0
+        supervisor.look()
+    assert lines[-1] == f"trainer died (exit 1): {unreadable}; starting it again in 4 s, after 8 deaths in a row"
+
+
 def test_a_healthy_life_is_told_and_begins_the_waits_anew(tmp_path: Path, lines: list[str]) -> None:
     now, collected = [0.0], CollectorRegistry()
     supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(collected), lambda: now[0])
