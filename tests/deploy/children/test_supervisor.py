@@ -112,6 +112,7 @@ def test_a_process_that_waits_for_a_registry_is_tried_again_every_few_seconds(tm
         now[0] = supervisor._children["trainer"].start_at or 0.0
         supervisor.look()
     assert lines[-1] == f"trainer died (exit 1): {unreadable}; starting it again in 4 s, after 8 deaths in a row"
+    supervisor.stop_all(hurry=lambda: True)
 
 
 def test_a_healthy_life_is_told_and_begins_the_waits_anew(tmp_path: Path, lines: list[str]) -> None:
