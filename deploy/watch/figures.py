@@ -164,14 +164,16 @@ class Figures:
     def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
         """The figures with what a broker says: whether it answers and, where the stream does not say so, how many clicks wait.
 
-        >>> Figures().with_kafka({"answers": True, "lag": 7}).lag_events, Figures().with_kafka({"answers": False}).kafka_away
-        (7, True)
+        >>> Figures().with_kafka({"answers": True, "lag": 7}).lag_events
+        7
+        >>> Figures().with_kafka({"answers": False, "away": True}).kafka_away
+        True
 
         Args:
             kafka: Of `kafka_lag`.
         """
         if not kafka["answers"]:
-            return dataclasses.replace(self, kafka_away=True)
+            return dataclasses.replace(self, kafka_away=self.kafka_away or kafka["away"])
         lag_events = kafka["lag"] if self.lag_events is None else self.lag_events
         dying = {part: count for part, count in self.dying.items() if part != "kafka"}
         return dataclasses.replace(self, lag_events=lag_events, dying=dying)

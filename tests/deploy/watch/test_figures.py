@@ -227,7 +227,7 @@ def test_without_kafka_kafka_is_named_first() -> None:
     }
     found = Watch().look(scrapes, 0.0, 0.0)
     assert troubles(found) == ["Kafka away", "stream away", "stream cannot run, 4 deaths in a row"]
-    assert troubles(Figures(up_s={"stream": 9.0}).with_kafka({"answers": False})) == ["Kafka away"]
+    assert troubles(Figures(up_s={"stream": 9.0}).with_kafka({"answers": False, "away": True})) == ["Kafka away"]
 
 
 def test_what_failed_is_the_same_here_and_in_the_alert(loop: Loop) -> None:
