@@ -308,9 +308,9 @@ class TrainerMetrics(Metrics):
     lag_records = unset_gauge(
         "springtide_trainer_lag_records", "Positions of the training log not yet read; NaN while unknown."
     )
-    lag_seconds = gauge(
+    lag_seconds = unset_gauge(
         "springtide_trainer_lag_seconds",
-        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait.",
+        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait, NaN while unknown.",
     )
     caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
     device_memory_bytes = gauge(

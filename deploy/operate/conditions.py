@@ -97,7 +97,8 @@ def caught_up(settings: Settings) -> str:
     if (epoch := trainer.value("springtide_trainer_epoch")) != control.epoch:
         return f"the trainer is in epoch {epoch or 0:.0f}, and epoch {control.epoch} is wanted"
     if not trainer.value("springtide_trainer_caught_up"):
-        return f"the trainer is {trainer.value('springtide_trainer_lag_records') or 0:,.0f} records behind"
+        lag = trainer.value("springtide_trainer_lag_records")
+        return "the trainer is starting" if lag is None else f"the trainer is {lag:,.0f} records behind"
     began = registry.beginning_of(control.epoch)
     if began is not None and began.action == "rollback" and registry.outcome(control.epoch, "learned") is None:
         return "what was learned before the rollback is not learned again yet"
