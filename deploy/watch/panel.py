@@ -120,7 +120,7 @@ def old_clicks(figures: Figures) -> bool:
     >>> old_clicks(Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0))
     True
     """
-    if figures.lag_s is None or figures.serving_lag is None:
+    if figures.lag_s is None or figures.serving_lag is None or figures.kafka_away or "stream" in figures.behind:
         return False
     waits = figures.lag_s > QUEUED_S or figures.serving_lag > FEW_RECORDS
     return not waits and (figures.features_s or 0.0) > STALE_S

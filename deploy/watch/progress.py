@@ -100,6 +100,8 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
     '5,673 records wait and their number grows'
     >>> falls_behind("trainer", behind[3], behind[2], 2.0)
     ''
+    >>> falls_behind("trainer", behind[2], None, 0.0), falls_behind("trainer", behind[3], None, 0.0)
+    ('5,673 records wait', '')
 
     Args:
         name: The process.
@@ -108,16 +110,20 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
         elapsed_s: The time between.
     """
     backlog = BACKLOGS.get(name)
-    if backlog is None or earlier is None or elapsed_s < LEAST_BETWEEN_S:
+    if backlog is None:
         return ""
     if any(now.value(f"springtide_{name}_{held}") for held in HELD):
         return ""
-    waiting, before = now.value(backlog.waiting) or 0.0, earlier.value(backlog.waiting) or 0.0
+    waiting = now.value(backlog.waiting) or 0.0
+    long = (now.value(backlog.seconds) or 0.0) > QUEUED_S if backlog.seconds else waiting > backlog.most
+    before = None if earlier is None or elapsed_s < LEAST_BETWEEN_S else earlier.value(backlog.waiting)
+    if earlier is None or before is None:
+        # Whether it is doing something about them is unknown.
+        return f"{shown(waiting)} {backlog.what} wait" if waiting and long else ""
     if not before or waiting < before:
         return ""
     if (now.total(backlog.done) or 0.0) == (earlier.total(backlog.done) or 0.0):
         return f"{shown(waiting)} {backlog.what} wait and none is read"
-    long = (now.value(backlog.seconds) or 0.0) > QUEUED_S if backlog.seconds else waiting > backlog.most
     return f"{shown(waiting)} {backlog.what} wait and their number grows" if long and waiting > before else ""
 
 

@@ -188,6 +188,8 @@ def test_parts_that_up_has_still_to_start_are_not_called_away() -> None:
     [
         # The trainer was killed; the one that started again has 5,673 records to read and reads none.
         ("trainer", ("lag_records 5600", 'rows_total{outcome="trained"} 9'), ("lag_records 5673", 'rows_total{outcome="trained"} 9'), "trainer: 5,673 records wait and none is read"),
+        # It answered too late for the poll before, or did not know its lag then.
+        ("trainer", ("lag_records NaN",), ("lag_records 1147",), "trainer: 1,147 records wait"),
         ("trainer", ("lag_records 5673",), ("lag_records 900", 'rows_total{outcome="trained"} 99999'), ""),
         ("trainer", ("lag_records 140", 'rows_total{outcome="trained"} 9'), ("lag_records 150", 'rows_total{outcome="trained"} 19'), "trainer: 150 records wait and their number grows"),
         ("trainer", ("lag_records 2", 'rows_total{outcome="trained"} 9'), ("lag_records 3", 'rows_total{outcome="trained"} 19'), ""),
@@ -349,6 +351,7 @@ def test_what_is_wrong_is_said_and_what_is_quiet_is_not(figures: Figures, words:
 def test_old_clicks_are_called_so_beside_their_age() -> None:
     figures = dataclasses.replace(OLD_CLICKS, trainer_lag=2.0)
     assert "features 537.0 h, weights 537.0 h old (old clicks)" in live_line(figures)
+    assert "(old clicks)" not in live_line(dataclasses.replace(figures, kafka_away=True))
     assert "(old clicks)" not in live_line(Figures(features_s=0.2, weights_s=0.4, lag_s=0.1, serving_lag=1.0))
     (line,) = (line for line in panel(figures) if line.startswith("features"))
     assert line.endswith("age of the newest, an old click") and len(line) < 80
