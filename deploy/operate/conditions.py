@@ -14,6 +14,7 @@ from deploy.operate.versions import open_registry
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
+from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.panel import wrong
 from state.config.settings import Settings
 from state.errors import RegistryError, SettingsError, SpringtideError
@@ -80,9 +81,11 @@ def ready(settings: Settings) -> str:
 def well(settings: Settings) -> str:
     """Nothing is wrong; what an operator wanted is not."""
     asked, looks = scrape.watched_urls(settings), Watch(spread_s=None)
-    looks.look(scrape.scrape(asked), time.monotonic(), time.time())
-    time.sleep(BETWEEN_S)
-    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time())))
+    begin_s = time.monotonic()
+    looks.look(scrape.scrape(asked), begin_s, time.time())
+    kafka = kafka_lag(settings)
+    time.sleep(max(0.0, begin_s + BETWEEN_S - time.monotonic()))
+    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time()).with_kafka(kafka)))
 
 
 def caught_up(settings: Settings) -> str:
@@ -94,7 +97,8 @@ def caught_up(settings: Settings) -> str:
     if (epoch := trainer.value("springtide_trainer_epoch")) != control.epoch:
         return f"the trainer is in epoch {epoch or 0:.0f}, and epoch {control.epoch} is wanted"
     if not trainer.value("springtide_trainer_caught_up"):
-        return f"the trainer is {trainer.value('springtide_trainer_lag_records') or 0:,.0f} records behind"
+        lag = trainer.value("springtide_trainer_lag_records")
+        return "the trainer is starting" if lag is None else f"the trainer is {lag:,.0f} records behind"
     began = registry.beginning_of(control.epoch)
     if began is not None and began.action == "rollback" and registry.outcome(control.epoch, "learned") is None:
         return "what was learned before the rollback is not learned again yet"

@@ -70,7 +70,9 @@ def test_a_rollback_is_caught_up_once_it_is_learned_again(
     settings: Settings, registry: Registry, trainer: TrainerMetrics
 ) -> None:
     trainer.epoch.set(1)
-    assert "records behind" in missing("caught-up", settings)
+    assert missing("caught-up", settings) == "the trainer is starting"
+    trainer.lag_records.set(5673)
+    assert missing("caught-up", settings) == "the trainer is 5,673 records behind"
     trainer.caught_up.set(1)
     assert missing("caught-up", settings) == ""
     registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, **WHO))
