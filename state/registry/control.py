@@ -169,6 +169,9 @@ def roll_back(
     with nothing new to mask and no mask lifted, only the pin may change: the
     trainer need not learn the same again.
 
+    An exact rollback writes the log again under all masks, so that the log has
+    none of what they name. The caller must choose `to` from before all of it.
+
     Args:
         control: The control to start from.
         to: The version to go back to.
@@ -189,6 +192,7 @@ def roll_back(
     generation = control.generation + 1
     new = added(control.masks, mask, control.last_mask, generation)
     serving = ServingChoice("pin", to, then_follow)
+    masks = (*control.masks, *new)
     same = control.action != "start" and not control.upgraded
     done = same and control.base == to and not new and not control.lifted
     if done and (log is None or control.mode == "exact"):
@@ -202,7 +206,7 @@ def roll_back(
         serving=serving,
         epoch=control.epoch + 1,
         base=to,
-        masks=(*control.masks, *new),
+        masks=masks if log is None else tuple(replace(one, excluded=True) for one in masks),
         lifted=(),
         mask_generation=generation if new else control.mask_generation,
         last_mask=control.last_mask + len(new),
