@@ -37,6 +37,7 @@ from state.features.mask import Mask, always
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control, roll_back
+from state.registry.goals import from_json, to_json
 from state.registry.manifest import Manifest
 from state.registry.mask_entries import MaskEntry, added, joined
 from state.registry.registry import Registry
@@ -59,7 +60,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     control = current(registry, asked.if_generation)
     # 1.
     to, mask, new, view, is_done = _chosen(settings, asked, registry, control, now_ms)
-    exactly = exact_plan(control, to, view) if asked.mode == "exact" else None
+    exactly = exact_plan(registry, control, to, view) if asked.mode == "exact" else None
     turning = answers.turning(settings, registry, to)
     later = turning.here and not asked.dry_run and digests.total_bytes(registry, to.version) > CHECKED_FIRST_BYTES
     if not later:
@@ -77,7 +78,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         )
     )
     if view is not None and made is not control and made.epoch != control.epoch:
-        made = replace(made, plan={"end": view.end})
+        made = replace(made, plan={"end": view.end} | ({} if exactly is None else {"again": to_json(exactly.again)}))
 
     if asked.dry_run and not is_done:
         plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
@@ -221,7 +222,9 @@ def _count_again(
     new = [one for one in began.masks if one.generation == began.generation]
     if view is not None and began.plan is not None:
         view = replace(view, end=int(began.plan["end"]))
-    exactly = None if exactly is None else exact_plan(before, to, view)
+    if exactly is not None:
+        known = None if began.plan is None or "again" not in began.plan else from_json(began.plan["again"])
+        exactly = exact_plan(registry, before, to, view, known)
     plan = _plan(settings, before, to, new, view, turning, exactly, asked, now_ms)
     registry.add_outcome(control.epoch, "planned", plan.document())
 

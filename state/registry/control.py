@@ -68,7 +68,8 @@ class Control:
         erased: Users who are forgotten; no generation takes one back.
         held: The update that the trainer's guard holds: training rests at its end; None for none.
         released: Ends of held updates, in the training log, that an operator let go on: they are not held again.
-        plan: Of a rollback what its command knew: `end`, the end of the training log. Of an upgrade what it goes on to,
+        plan: Of a rollback what its command knew: `end`, the end of the training log, and of an exact one `again`, the
+            clicks that are learned again, see `state/registry/goals.py`. Of an upgrade what it goes on to,
             see `state/registry/upgrades.py`. Of an accepted baseline its number. None for everything else.
     """
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import pytest
 
+from deploy import cli
+from deploy.operate import log_view
 from state.errors import ControlConflict
 from state.events.identity import Salt, load_salt, user_id
 from state.features.mask import Mask
@@ -200,6 +202,53 @@ def learned_along(loop: SmallLoop, folder: Path, salt: Path, control: Control) -
     found = str(training.content()["weights"])
     again.close()
     return found
+
+
+@pytest.mark.parametrize("last", ["exact", "fast"])
+def test_an_outcome_is_what_the_plan_said(
+    tmp_path: Path, salt: Path, last: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the trainer is behind the stream, after a mask was lifted, and during another rollback."""
+    loop, to = poisoned(tmp_path / "loop", salt)
+    monkeypatch.setattr(log_view, "open_log", lambda settings: loop.log)
+    for name, value in loop.settings.environment().items():
+        monkeypatch.setenv(name, value)
+
+    def command(*words: str) -> None:
+        cli.run([*words, "--reason", "bots"], lambda *_: None, BEGIN_MS + 10**7, lambda _: None)
+
+    def went(mode: Mode) -> dict[str, tuple[Any, Any]]:
+        """By what is counted the plan and the outcome."""
+        planned, learned = (loop.registry.outcome(loop.control.epoch, part) for part in ("planned", "learned"))
+        assert planned is not None
+        assert learned is not None
+        if mode == "exact":
+            return {"clicks": (planned["exact"]["clicks"], learned["again"]["clicks"])}
+        return {name: (planned[name], learned["again"][name]) for name in ("rows", "masked")}
+
+    back = ("rollback", "--to", str(to.version), "--mode")
+    # 1. The stream is ahead of the trainer.
+    loop.down = {"trainer"}
+    loop.click(*clicks(GOOD + BAD, LATER))
+    loop.settle()
+    loop.down.clear()
+    command(*back, "exact", "--skip", f"0:{GOOD}-{GOOD + 30}")
+    loop.settle()
+    assert went("exact") == {"clicks": (BAD, BAD)}
+    # 2. What was left out comes back.
+    command("unmask", "1")
+    command(*back, "exact", "--skip", f"0:{GOOD + 40}-{GOOD + 50}")
+    # 3. Another one, before all of it is learned again.
+    for name in ("stream", "stream", "stream", "trainer"):
+        loop.tick(name)
+    first = loop.control.epoch
+    command(*back, last, "--skip", f"0:{GOOD + 60}-{GOOD + 63}")
+    assert loop.registry.outcome(first, "learned") is None, "it was interrupted"
+    loop.settle()
+    both = went(last)
+    assert all(planned == learned for planned, learned in both.values()), both
+    assert last == "fast" or both["clicks"][0] == BAD + LATER
+    loop.close()
 
 
 LABELS = ("--labels.impressions", "favorite", "--labels.outcomes", "cart", "--labels.wait_s", "90")
