@@ -6,7 +6,7 @@ committed with the batch's positions, so that after a crash it goes on from ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,6 +20,15 @@ from streaming.alignment import Reached
 from streaming.witnesses import AHEAD, ALL, BEHIND, NEVER_MS, QUORUM, TURNS, Witnesses, believe, crowd, hear
 
 PREFIX = "clock:"  # of the names of the store's extras, one for each source and one for all
+
+
+def clock_names(sources: Iterable[Source]) -> list[str]:
+    """The names of the store's extras: of the clock of all sources, and of each of these.
+
+    >>> clock_names([Source("ab" * 16, 3)])
+    ['clock:all', 'clock:abababababababababababababababab:3']
+    """
+    return [PREFIX + "all", *(PREFIX + str(source) for source in sources)]
 
 
 class TimedRows(Protocol):

@@ -107,17 +107,17 @@ def caught_up(settings: Settings) -> str:
 
 def answering(settings: Settings) -> str:
     """Answers of this host come from a version that control wants."""
-    _, control = _control(settings)
-    return _unlike(control, _applier(settings))
+    registry, control = _control(settings)
+    return _unlike(registry, control, _applier(settings))
 
 
 def following(settings: Settings) -> str:
     """Answers follow the newest version, and come from control's epoch already, with the histories that belong to it."""
-    _, control = _control(settings)
+    registry, control = _control(settings)
     if control.serving.mode != "follow":
         return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
     applier = _applier(settings)
-    if missing := _unlike(control, applier):
+    if missing := _unlike(registry, control, applier):
         return missing
     epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
     if epoch != control.log[-1].epoch:
@@ -129,7 +129,7 @@ def _applier(settings: Settings) -> scrape.Scrape:
     return scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
 
 
-def _unlike(control: Control, applier: scrape.Scrape) -> str:
+def _unlike(registry: Registry, control: Control, applier: scrape.Scrape) -> str:
     """In what answers differ from what control wants."""
     if applier.problem:
         return applier.problem
@@ -138,7 +138,17 @@ def _unlike(control: Control, applier: scrape.Scrape) -> str:
         is_wanted, wanted = version == control.serving.version, f"version {control.serving.version}"
     else:
         is_wanted, wanted = epoch == control.epoch, f"a version of epoch {control.epoch}"
+        is_wanted |= version == control.base and _learned_nothing(registry, control)
     return "" if is_wanted else f"answers come from version {version:.0f} of epoch {epoch:.0f}, and {wanted} is wanted"
+
+
+def _learned_nothing(registry: Registry, control: Control) -> bool:
+    """Whether control's epoch has caught up without a row to learn from: until a click comes it has only its base."""
+    learned = registry.outcome(control.epoch, "learned")
+    if learned is None or learned["rows"] > learned["masked"]:
+        return False
+    newest = max((*registry.versions(), *registry.recents()))
+    return registry.either(newest).epoch < control.epoch
 
 
 CONDITIONS: Mapping[str, Condition] = {

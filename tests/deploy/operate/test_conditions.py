@@ -20,6 +20,7 @@ from state.metrics import ApplierMetrics, TrainerMetrics, serve
 from state.registry import control
 from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry
+from tests.deploy.operating import draft, files
 
 WHO = {"actor": "ann", "reason": "poison", "now_ms": 5}
 
@@ -97,6 +98,23 @@ def test_answers_turn_and_then_follow(settings: Settings, registry: Registry, ap
     assert "a version of epoch 2 is wanted" in missing("following", settings)
     applier.epoch.set(2)
     assert missing("following", settings) == ""
+
+
+def test_answers_follow_from_the_base_where_a_rollback_has_nothing_to_learn(
+    settings: Settings, registry: Registry, applier: ApplierMetrics
+) -> None:
+    registry.publish(draft(1, None), files())
+    registry.publish(draft(2, 1), files())
+    applier.version.set(1)
+    applier.epoch.set(1)
+    applier.history_epoch.set(1)
+    registry.change(lambda now: control.roll_back(now, 1, Mask.NONE, **WHO))
+    registry.change(lambda now: control.follow(now, **WHO))
+    assert "a version of epoch 2 is wanted" in missing("following", settings), "it may still learn"
+    registry.add_outcome(2, "learned", {"rows": 7, "masked": 7})
+    assert missing("following", settings) == ""
+    registry.publish(draft(3, 1, epoch=2), files())
+    assert "a version of epoch 2 is wanted" in missing("following", settings)
 
 
 def test_answers_follow_only_with_the_histories_of_the_line_that_control_names(
