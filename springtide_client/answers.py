@@ -224,13 +224,17 @@ class RefusedVersion(Struct, frozen=True):
 
 
 class Readiness(Struct, frozen=True):
-    """Whether a worker can answer, and what it lacks; `error` and `do` say why and what to do."""
+    """Whether a worker can answer, and what it lacks; `error` and `do` say why and what to do.
+
+    `degraded` has by part (`version`, `histories`) what the host has missed for more than a minute.
+    """
 
     ready: bool
     version: bool = False
     program: bool = False
     histories: bool = False
     refused: RefusedVersion | None = None
+    degraded: dict[str, str] = {}
     error: str = ""
     do: str = ""
 

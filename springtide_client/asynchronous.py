@@ -26,7 +26,7 @@ class AsyncClient:
 
     Args:
         url: Of a worker, or of what stands before several, such as `http://localhost:8501`.
-        timeout_s: Until an answer, of each try.
+        timeout_s: Until an answer, all tries and the waits between them included.
         retries: How patient it is where it is refused for now.
         token: Goes with each request as `authorization: Bearer`, where the server wants one.
         headers: Of each request, such as a proxy wants them.
@@ -50,9 +50,10 @@ class AsyncClient:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
+        self._timeout_s = timeout_s
         own = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx.AsyncClient(
-            headers={**own, **(headers or {})}, timeout=timeout_s, transport=transport, verify=verify
+            headers={**own, **(headers or {})}, timeout=None, transport=transport, verify=verify
         )
 
     async def __aenter__(self) -> AsyncClient:
@@ -188,30 +189,38 @@ class AsyncClient:
         Raises:
             ClientError: Nobody answers.
         """
-        return questions.read(READY, await self._send(READY))
+        return questions.read(READY, await self._send(READY, self._deadline_s()))
 
     async def _ask(self, question: Question[T]) -> T:
-        tried = 0
+        tried, deadline_s = 0, self._deadline_s()
         while True:
             tried += 1
             try:
-                response = await self._send(question)
+                response = await self._send(question, deadline_s)
             except Unreachable:
-                wait_s = self._retries.wait_s(tried, None, self._chance())
+                wait_s = self._wait_s(tried, None, deadline_s)
                 if wait_s is None:
                     raise
             else:
-                pause_s = retry_after_s(response.headers.get("retry-after"))
-                wait_s = self._retries.wait_s(tried, pause_s, self._chance())
+                wait_s = self._wait_s(tried, retry_after_s(response.headers.get("retry-after")), deadline_s)
                 if response.status_code not in AGAIN or wait_s is None:
                     return questions.read(question, response)
             await self._sleep(wait_s)
 
-    async def _send(self, question: Question[T]) -> httpx.Response:
+    def _deadline_s(self) -> float:
+        """When a call that begins now ends, by the loop's clock."""
+        return asyncio.get_running_loop().time() + self._timeout_s
+
+    def _wait_s(self, tried: int, pause_s: float | None, deadline_s: float) -> float | None:
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        return self._retries.wait_s(tried, pause_s, self._chance(), left_s)
+
+    async def _send(self, question: Question[T], deadline_s: float) -> httpx.Response:
         """The one place where the network is used."""
         try:
-            return await self._http.request(
-                question.method, self._url + question.path, params=question.parameters or None, json=question.body
-            )
-        except httpx.TransportError as error:
+            async with asyncio.timeout_at(deadline_s):
+                return await self._http.request(
+                    question.method, self._url + question.path, params=question.parameters or None, json=question.body
+                )
+        except (httpx.TransportError, TimeoutError, UnicodeEncodeError) as error:
             raise questions.failed(error, self._url) from error

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
+import httpcore
 import httpx
 import msgspec
 
@@ -196,10 +197,14 @@ def in_path(user_id: str) -> str:
     ('a%2Fb%20c', '%2E%2E')
 
     Raises:
-        ClientError: It is empty.
+        ClientError: It is empty, or has a character that UTF-8 has not.
     """
     if not user_id:
         raise ClientError("the user id is empty", "name a user")
+    try:
+        user_id.encode()
+    except UnicodeEncodeError as error:
+        raise failed(error, "") from None
     return quote(user_id, safe="") if user_id.strip(".") else "%2E" * len(user_id)
 
 
@@ -207,30 +212,33 @@ def read(question: Question[T], response: httpx.Response) -> T:
     """The answer that a response is.
 
     Raises:
-        Refused: It is an error.
+        Refused: It is an error; one of 429 and 5xx may also be a proxy's, in any form.
         UnexpectedAnswer: It is not of the form.
     """
+    status = response.status_code
+    kind: type[Refused] = Overloaded if status == 429 else ServerFailed if status >= 500 else Refused
+    pause_s = retry_after_s(response.headers.get("retry-after"))
     try:
-        if response.status_code in question.answered_by:
+        if status in question.answered_by:
             return msgspec.json.decode(response.content, type=question.answer)
         said = msgspec.json.decode(response.content, type=Failure)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UnexpectedAnswer(
-            f"{response.url.host} answers {response.status_code} to {question.method} {_shape(question.path)} in another form ({error})",
-            "look at the address, and at what stands in between",
-        ) from None
-    kind: type[Refused] = Refused
-    if response.status_code == 429:
-        kind = Overloaded
-    elif response.status_code >= 500:
-        kind = ServerFailed
-    pause_s = retry_after_s(response.headers.get("retry-after"))
-    raise kind(response.status_code, said.error, said.do, said.where, pause_s)
+        what = f"{response.url.host} answers {status} to {question.method} {_shape(question.path)} in another form ({error})"
+        do = "check the address, and the proxies between client and worker"
+        if kind is Refused:
+            raise UnexpectedAnswer(what, do) from None
+        raise kind(status, what, do, retry_after_s=pause_s) from None
+    raise kind(status, said.error, said.do, said.where, pause_s)
 
 
-def failed(error: httpx.TransportError, base_url: str) -> ClientError:
-    """What a failure of the network is raised as."""
-    if isinstance(error, httpx.TimeoutException):
+def failed(error: Exception, base_url: str) -> ClientError:
+    """The error to raise for a request that was not answered, or could not be written."""
+    if isinstance(error, UnicodeEncodeError):
+        return ClientError(
+            f"the question has the character {error.object[error.start]!a}, which UTF-8 cannot encode",
+            "send valid Unicode: surrogates come in pairs only",
+        )
+    if isinstance(error, (httpx.TimeoutException, httpcore.TimeoutException, TimeoutError)):
         return TimedOut(f"{base_url} did not answer in time", "give more time, or ask for less at once")
     return Unreachable(
         f"{base_url} cannot be asked ({error or type(error).__name__})", "look whether a worker runs there"

@@ -5,6 +5,7 @@ Every call only reads, so that one that was perhaps answered may be asked again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 AGAIN = frozenset((429, 503))
@@ -25,25 +26,28 @@ class Retries:
     longest_wait_s: float = 5.0
     first_wait_s: float = 0.1
 
-    def wait_s(self, tried: int, retry_after_s: float | None, chance: float) -> float | None:
+    def wait_s(self, tried: int, retry_after_s: float | None, chance: float, left_s: float = math.inf) -> float | None:
         """How long to wait before the next try; None for no more tries.
 
         >>> [Retries(most=3).wait_s(tried, None, 1.0) for tried in (1, 2, 3, 4)]
         [0.1, 0.2, 0.4, None]
         >>> Retries().wait_s(1, 2.0, 0.5), Retries().wait_s(1, 60.0, 0.5)
         (2.0, None)
+        >>> Retries().wait_s(1, 2.0, 0.5, left_s=1.5)
 
         Args:
             tried: Tries so far.
             retry_after_s: What the worker asks for; None where it says nothing.
             chance: From 0 to 1; waits of clients are spread by it, between half of it and the whole.
+            left_s: Until the deadline of the call; there is no try after it.
         """
         if tried > self.most:
             return None
-        if retry_after_s is not None:
-            return retry_after_s if retry_after_s <= self.longest_wait_s else None
-        whole = min(self.first_wait_s * 2.0 ** (tried - 1), self.longest_wait_s)
-        return whole * (0.5 + chance / 2)
+        if retry_after_s is None:
+            wait_s = min(self.first_wait_s * 2.0 ** (tried - 1), self.longest_wait_s) * (0.5 + chance / 2)
+        else:
+            wait_s = retry_after_s
+        return wait_s if wait_s <= self.longest_wait_s and wait_s < left_s else None
 
 
 def retry_after_s(value: str | None) -> float | None:

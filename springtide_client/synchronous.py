@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
+import httpcore
 import httpx
 
 from springtide_client import questions
 from springtide_client.answers import Explanation, Profile, Ranking, Readiness, Recommendations, SimilarItems
+from springtide_client.deadline import Deadline
 from springtide_client.errors import Unreachable
 from springtide_client.questions import READY, Item, Question, User
 from springtide_client.retrying import AGAIN, Retries, retry_after_s
@@ -26,7 +28,8 @@ class Client:
 
     Args:
         url: Of a worker, or of what stands before several, such as `http://localhost:8501`.
-        timeout_s: Until an answer, of each try.
+        timeout_s: Until an answer, all tries and the waits between them included. Only the look-up of the
+            address's name is not limited by it.
         retries: How patient it is where it is refused for now.
         token: Goes with each request as `authorization: Bearer`, where the server wants one.
         headers: Of each request, such as a proxy wants them.
@@ -50,10 +53,12 @@ class Client:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
+        self._timeout_s, self._deadline = timeout_s, Deadline()
         own = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx.Client(
             headers={**own, **(headers or {})}, timeout=timeout_s, transport=transport, verify=verify
         )
+        self._deadline.hold(self._http)
 
     def __enter__(self) -> Client:
         return self
@@ -188,30 +193,38 @@ class Client:
         Raises:
             ClientError: Nobody answers.
         """
+        self._deadline.at_s = time.monotonic() + self._timeout_s
         return questions.read(READY, self._send(READY))
 
     def _ask(self, question: Question[T]) -> T:
+        self._deadline.at_s = time.monotonic() + self._timeout_s
         tried = 0
         while True:
             tried += 1
             try:
                 response = self._send(question)
             except Unreachable:
-                wait_s = self._retries.wait_s(tried, None, self._chance())
+                wait_s = self._wait_s(tried, None)
                 if wait_s is None:
                     raise
             else:
-                pause_s = retry_after_s(response.headers.get("retry-after"))
-                wait_s = self._retries.wait_s(tried, pause_s, self._chance())
+                wait_s = self._wait_s(tried, retry_after_s(response.headers.get("retry-after")))
                 if response.status_code not in AGAIN or wait_s is None:
                     return questions.read(question, response)
             self._sleep(wait_s)
+
+    def _wait_s(self, tried: int, pause_s: float | None) -> float | None:
+        return self._retries.wait_s(tried, pause_s, self._chance(), self._deadline.at_s - time.monotonic())
 
     def _send(self, question: Question[T]) -> httpx.Response:
         """The one place where the network is used."""
         try:
             return self._http.request(
-                question.method, self._url + question.path, params=question.parameters or None, json=question.body
+                question.method,
+                self._url + question.path,
+                params=question.parameters or None,
+                json=question.body,
+                timeout=self._deadline.left_s(),
             )
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpcore.TimeoutException, UnicodeEncodeError) as error:
             raise questions.failed(error, self._url) from error

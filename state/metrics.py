@@ -8,6 +8,7 @@ are bounded, and no label carries an id.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -56,6 +57,17 @@ def counter(name: str, text: str, *labels: str) -> Counter:
 def gauge(name: str, text: str, *labels: str) -> Gauge:
     """Declares what rises and falls; of several workers that share their counters the largest is told."""
     return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode="max"))
+
+
+def unset_gauge(name: str, text: str) -> Gauge:
+    """Declares a gauge of one process that is NaN, unknown, until it is set for the first time."""
+
+    def make(*, registry: CollectorRegistry) -> Gauge:
+        made = Gauge(name, text, registry=registry)
+        made.set(math.nan)
+        return made
+
+    return cast(Gauge, _Declared(make))
 
 
 def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
@@ -109,10 +121,12 @@ class StreamMetrics(Metrics):
         "springtide_stream_busy_seconds",
         "Time that the thread that reads clicks spent on what it had read, waiting for commits included.",
     )
-    lag_events = gauge("springtide_stream_lag_events", "Positions of the clicks topic not yet read and committed.")
-    lag_seconds = gauge(
+    lag_events = unset_gauge(
+        "springtide_stream_lag_events", "Positions of the clicks topic not yet read and committed; NaN while unknown."
+    )
+    lag_seconds = unset_gauge(
         "springtide_stream_lag_seconds",
-        "Wall time since the newest committed click was appended to Kafka; 0 when none wait.",
+        "Wall time since the newest committed click was appended to Kafka; 0 when none wait, NaN while unknown.",
     )
     microbatches = counter("springtide_stream_microbatches", "Micro-batches written.")
     microbatch_rows = histogram("springtide_stream_microbatch_rows", "Rows of a micro-batch.", ROWS)
@@ -295,10 +309,12 @@ class TrainerMetrics(Metrics):
     publish_stall_seconds = histogram(
         "springtide_trainer_publish_stall_seconds", "Time a publication kept the steps waiting.", SHORT_SECONDS
     )
-    lag_records = gauge("springtide_trainer_lag_records", "Positions of the training log not yet read.")
-    lag_seconds = gauge(
+    lag_records = unset_gauge(
+        "springtide_trainer_lag_records", "Positions of the training log not yet read; NaN while unknown."
+    )
+    lag_seconds = unset_gauge(
         "springtide_trainer_lag_seconds",
-        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait.",
+        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait, NaN while unknown.",
     )
     caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
     device_memory_bytes = gauge(
@@ -418,9 +434,9 @@ class ApplierMetrics(Metrics):
         "springtide_serving_swept_items",
         "Items and names taken out: nobody named them for long, or there were too many.",
     )
-    microbatch_lag_records = gauge(
+    microbatch_lag_records = unset_gauge(
         "springtide_serving_microbatch_lag_records",
-        "Positions of the micro-batch topic not yet taken into the histories.",
+        "Positions of the micro-batch topic not yet taken into the histories; NaN while unknown.",
     )
     history_epoch = gauge(
         "springtide_serving_history_epoch", "Epoch of the training log whose records serving's histories take."
@@ -482,7 +498,7 @@ class WorkerMetrics(Metrics):
     cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
     refused = counter(
         "springtide_connections_refused",
-        "Connections ended before a request was one, by reason: no_http, head (too long), slow, connections (too many).",
+        "Connections ended before a request was one, by reason: no_http, host (anybody's name, without tokens), head (too long), slow, connections (too many).",
         "reason",
     )
     worker_starts = counter("springtide_worker_starts", "Serving workers that have started and accepted connections.")
@@ -560,8 +576,12 @@ class SupervisorMetrics(Metrics):
     deaths = counter("springtide_up_deaths", "Ends of a part that nobody asked for.", "part")
     deaths_in_a_row = gauge(
         "springtide_up_deaths_in_a_row",
-        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most.",
+        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most, or 4 s where it waits for Kafka, a disk or a store.",
         "part",
+    )
+    settled = gauge(
+        "springtide_up_settled",
+        "1 once every part has come up for the first time; 0 while `springtide up` starts them.",
     )
 
 

@@ -59,7 +59,8 @@ def run(settings: Settings) -> None:
     access, guard = access_of(settings)
     bound = listen(host, port, "console.port")
     app = Console(settings, guard, wall_ms)
-    limits = ConnectionLimits(settings.serving.max_head_bytes, settings.serving.timeout_s, CONNECTIONS)
+    serving = settings.serving
+    limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, CONNECTIONS, own_hosts=guard.open_to_read)
     server = DrainingServer(app, limits, DRAIN_S, access=access)
     server.end_on_signals()
     app.watch.start()

@@ -59,7 +59,7 @@ from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry.control_look import ControlLook
-from state.registry.sharing.running import copying
+from state.registry.sharing.running import copying, reached_ms
 from state.registry.spec_actions import SpecActions
 from state.storage.measuring import offer
 from state.storage.shares import SERVING
@@ -175,16 +175,23 @@ class Applier:
         """The room that one thread needs."""
         return Room(SERVING, self._storage, self._stop.wait, _log.warning)
 
+    def _registry_ms(self) -> int:
+        """Up to when the registry's directory has all versions: now, or when the place it is shared at was reached last."""
+        now_ms = self._now_ms()
+        if not self._settings.paths.shared_registry:
+            return now_ms
+        return min(now_ms, reached_ms(self._settings.registry_dir))
+
     def _follow_versions(self) -> None:
         sample, house, room = Every(SAMPLE_S), Every(HOUSE_S), self._room()
         say, holes = SaidOnce(_log.error), Holes()
         while not self._stop.is_set():
             more, pause_s = False, self._settings.serving.poll_ms / 1000
             try:
-                looked_ms = self._now_ms()
+                looked_ms = self._registry_ms()
                 more = self._rows.step()
                 room.found(VERSIONS)
-                if not more:
+                if not more and looked_ms:
                     self._currency.note(currency.VERSIONS, looked_ms)
             except (StoreFull, RegistryError, OSError) as error:
                 if is_full(error):

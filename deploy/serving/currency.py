@@ -45,16 +45,23 @@ class Currency:
             path.touch()
             os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
+    def ages_s(self, now_ms: int) -> dict[str, float | None]:
+        """By part for how long it has not held all that there was; None where that was never noted."""
+        found = dict[str, float | None]()
+        for part, path in self._paths.items():
+            try:
+                found[part] = (now_ms - path.stat().st_mtime_ns // 1_000_000) / 1000
+            except FileNotFoundError:
+                found[part] = None
+        return found
+
     def older_than(self, max_age_s: float, now_ms: int) -> dict[str, str]:
         """By part what is wrong with those that were current longer ago, or never."""
         found = {}
-        for part, path in self._paths.items():
-            at_ms = None
-            with suppress(FileNotFoundError):
-                at_ms = path.stat().st_mtime_ns // 1_000_000
-            if at_ms is None:
+        for part, age_s in self.ages_s(now_ms).items():
+            if age_s is None:
                 found[part] = "the applier has not said yet that all is taken up"
-            elif (age_s := (now_ms - at_ms) / 1000) > max_age_s:
+            elif age_s > max_age_s:
                 found[part] = (
                     f"what came in the last {age_s:.0f} s is not all taken up (serving.max_age_s {max_age_s:g})"
                 )

@@ -22,6 +22,9 @@ from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, PROGRAMS, ROWS
 from state.rows.store import RowStore
 
+DEGRADED_S = 60.0
+"""As long as the alert on a shared registry waits (`SpringtideSharedAway`)."""
+
 _CHECK_MS = 1000
 
 
@@ -125,6 +128,14 @@ class Host:
         if max_age_s := self._settings.serving.max_age_s:
             found = self._currency.older_than(max_age_s, self._now_ms()) | found
         return found
+
+    def degraded(self) -> dict[str, str]:
+        """By part (histories, version) what it has missed for more than `DEGRADED_S`; answers go on without it."""
+        return {
+            part: f"what came in the last {age_s:.0f} s is not all taken up"
+            for part, age_s in self._currency.ages_s(self._now_ms()).items()
+            if age_s is not None and age_s > DEGRADED_S
+        }
 
     def refused(self) -> tuple[int, str] | None:
         """The newest version that is newer than the one that answers and failed its probe, and why; None where there is none."""

@@ -22,7 +22,7 @@ from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import ConnectionLimits
 from deploy.serving.edge.listening import listen
 from deploy.serving.edge.server import DrainingServer
-from deploy.serving.edge.tokens import are_wanted, make_missing
+from deploy.serving.edge.tokens import are_wanted, is_loopback, make_missing
 from deploy.serving.exposition import of_all_workers
 from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
@@ -73,7 +73,8 @@ def serve(
         app.metrics.began.set(psutil.Process(os.getppid()).create_time())
     else:
         add_process(registry)
-    limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections)
+    own_hosts = access.tokens is None and is_loopback(serving.host)
+    limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections, own_hosts)
     grpc = (lambda: grpc_server(settings, app, access, beside)) if serving.grpc_port else None
 
     def accepts() -> None:

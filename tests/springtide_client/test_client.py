@@ -6,7 +6,10 @@ import asyncio
 import inspect
 import re
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +235,83 @@ def test_silence_ends_with_the_time_that_was_given(kind: type) -> None:
         with pytest.raises(TimedOut):
             calls.profile("ann")
     assert calls.waited == []
+
+
+@contextmanager
+def dripping(head: bytes, rest: bytes) -> Iterator[str]:
+    """The address of a server that answers a request with `head`, and then with a byte of `rest` each 0.1 s."""
+
+    def answer(client: socket.socket) -> None:
+        # The client ends the connection first.
+        with client, suppress(OSError):
+            client.recv(1 << 16)
+            client.sendall(head)
+            for byte in rest:
+                client.sendall(bytes([byte]))
+                time.sleep(0.1)
+
+    def accept(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=accept, args=(server,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize("in_head", [True, False])
+def test_a_server_that_drips_does_not_hold_a_call_beyond_its_time(kind: type, in_head: bool) -> None:
+    """Neither in the head of the answer nor in its body: the time is for the whole call, not for a byte."""
+    head, body = b"HTTP/1.1 200 OK\r\ncontent-length: 600\r\n", b'{"ready": true}'.ljust(600)
+    parts = (head[:10], head[10:] + b"x: y\r\n" * 90) if in_head else (head + b"\r\n", body)
+    with dripping(*parts) as url:
+        calls, began_s = Calls(kind, None, url, timeout_s=0.5), time.monotonic()
+        with pytest.raises(TimedOut):
+            calls.ready()
+        with pytest.raises(TimedOut):
+            calls.profile("ann")
+    # Each answer takes a minute.
+    assert time.monotonic() - began_s < 20.0 and calls.waited == []
+
+
+def test_tries_end_with_the_time_of_the_call(app: App, kind: type) -> None:
+    """A try that could only begin after it is not waited for."""
+    busy = httpx.Response(503, json={"error": "busy", "do": "come again"})
+    calls = Calls(kind, network := Network(app, busy), timeout_s=1.0, retries=Retries(first_wait_s=2.0))
+    with pytest.raises(ServerFailed):
+        calls.profile("ann")
+    assert calls.waited == [] and network.carried == 1
+    patient = Retries(most=1_000_000, longest_wait_s=0.001)
+    calls = Calls(kind, Network(app, *[busy] * 1_000_000), timeout_s=0.3, retries=patient)
+    with pytest.raises((ServerFailed, TimedOut)):
+        calls.profile("ann")
+    assert len(calls.waited) > 1
+
+
+@pytest.mark.parametrize(("status", "error"), [(429, Overloaded), (502, ServerFailed), (503, ServerFailed)])
+def test_an_error_of_a_proxy_has_its_status(app: App, kind: type, status: int, error: type[Refused]) -> None:
+    """Whatever its form; readiness too."""
+    page = httpx.Response(status, text="<html>no backend</html>", headers={"retry-after": "60"})
+    calls = Calls(kind, Network(app, page, page))
+    for call in (lambda: calls.profile("ann"), calls.ready):
+        with pytest.raises(error) as found:
+            call()
+        assert (found.value.status, found.value.retry_after_s) == (status, 60.0) and "ann" not in str(found.value)
+
+
+def test_what_is_no_unicode_is_an_error_of_the_client(calls: Calls) -> None:
+    """A lone surrogate, in a path, a parameter or a body."""
+    for call in (
+        lambda: calls.profile("a\ud800"),
+        lambda: calls.profile("ann", item="a\ud800"),
+        lambda: calls.rank("a\ud800", ["i1"]),
+    ):
+        with pytest.raises(ClientError, match="Unicode"):
+            call()
 
 
 @pytest.mark.parametrize("status", [200, 404])

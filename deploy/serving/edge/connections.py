@@ -1,12 +1,18 @@
-"""One client's connection: uvicorn's protocol, with bounds on what a client may send, hold and take.
+"""One client's connection: uvicorn's protocol, with limits on what a client may send and leave unread.
 
     what                                                  is answered, and the connection closed
-    no HTTP                                               400
+    no HTTP, of HTTP/1.1 also without one host            400
+    a host that may be anybody's, with `own_hosts`        403
     the head of a request above `head_bytes`              431
     a request that does not arrive within `timeout_s`     408
     a connection above `connections`                      429, each request on it
     an answer that is not taken for `timeout_s`           nothing
     nothing asked for `timeout_s` since it was opened     nothing
+
+A client may pipeline requests. They are answered in order, one at a time. While
+`PIPELINED` requests wait, the rest is neither parsed nor read from the socket.
+While uvloop's write buffer holds 64 KiB or more, the next answer waits. So a
+client that does not read its answers stops only its own connection.
 
 A client may close its half of the connection once it has asked; it is answered
 all the same. `look` is called for each connection every second, so that no
@@ -19,10 +25,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from deploy.serving.edge.hosts import one_host, require_own_host
 from deploy.serving.http_api.endpoints import LAST, answer, failure
-from state.errors import HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
+from state.errors import Forbidden, HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
+
+PIPELINED = 16
+"""Requests of one connection that may wait behind the one that is answered; parsing stops at so many."""
+
+PIECE_BYTES = 2048
+"""Parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
 
 
 class ConnectionLimits(NamedTuple):
@@ -32,11 +46,23 @@ class ConnectionLimits(NamedTuple):
         head_bytes: Request line and headers together.
         timeout_s: See the module.
         connections: Of one worker at a time.
+        own_hosts: Whether a request must name an address or localhost as its host (`hosts.py`).
     """
 
     head_bytes: int
     timeout_s: float
     connections: int
+    own_hosts: bool = False
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control, which resumes reading after each answer; not while received bytes are unparsed."""
+
+    unparsed = False
+
+    def resume_reading(self) -> None:
+        if not self.unparsed:
+            super().resume_reading()
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -48,16 +74,21 @@ class BoundedConnection(HttpToolsProtocol):
         given: What uvicorn gives its protocols.
     """
 
+    flow: _Flow
+
     def __init__(self, limits: ConnectionLimits, refused: Callable[[str], None], **given: Any) -> None:
         super().__init__(**given)
         self._limits, self._refused = limits, refused
         self._since_s = self.loop.time()
         self._requests = self._received = self._body = self._buffered = self._arriving_bytes = 0
         self._in_request = self._in_head = self._ended = False
+        self._unparsed = memoryview(b"")
+        self._known_hosts: list[bytes] | None = None
 
     def connection_made(self, transport: Any) -> None:
         """One more; beyond the limit it is told so with each answer."""
         super().connection_made(transport)
+        self.flow = _Flow(transport)
         if len(self.connections) > self._limits.connections:
             self._refused("connections")
             self.app = cast(Any, _too_many)
@@ -67,6 +98,21 @@ class BoundedConnection(HttpToolsProtocol):
         if self._ended:
             return
         self._unset_keepalive_if_required()
+        self._unparsed = memoryview(bytes(self._unparsed) + data if self._unparsed else data)
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parses what was received, until `PIPELINED` requests wait; then reading is paused."""
+        while self._unparsed and not self._ended and len(self.pipeline) < PIPELINED:
+            piece, self._unparsed = self._unparsed[:PIECE_BYTES], self._unparsed[PIECE_BYTES:]
+            self._parse_piece(piece)
+        if self._ended:
+            self._unparsed = memoryview(b"")
+        self.flow.unparsed = bool(self._unparsed)
+        if self._unparsed:
+            self.flow.pause_reading()
+
+    def _parse_piece(self, data: memoryview) -> None:
         # Of what came with the end of another request it is not known how much is whose.
         only = self._requests + (not self._in_request)
         self._arriving_bytes = len(data)
@@ -74,6 +120,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             # Nothing is offered to change to; what follows would not be HTTP.
+            self._unparsed = memoryview(b"")
             if self.cycle is not None:
                 self.cycle.keep_alive = False
         except httptools.HttpParserError:
@@ -85,6 +132,13 @@ class BoundedConnection(HttpToolsProtocol):
             # Each byte of a body may have one of framing.
             if self._received - 2 * self._body > self._limits.head_bytes:
                 self._refuse("head", self._too_large())
+
+    def on_response_complete(self) -> None:
+        """An answer is written: requests that were received and not parsed may come next."""
+        if self._unparsed and not self.transport.is_closing():
+            self._since_s = self.loop.time()
+            self._parse()
+        super().on_response_complete()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more: what it has asked for is still answered, but over TLS, which knows no half."""
@@ -117,7 +171,26 @@ class BoundedConnection(HttpToolsProtocol):
             if size > self._limits.head_bytes:
                 self._refuse("head", self._too_large())
                 return
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if hosts != self._known_hosts and not self._takes_host(hosts):
+            return
         super().on_headers_complete()
+
+    def _takes_host(self, hosts: list[bytes]) -> bool:
+        """Checks the hosts of a request; those of the request before it on the connection are known."""
+        try:
+            if hosts or self.parser.get_http_version() != "1.0":
+                host = one_host(hosts)
+                if self._limits.own_hosts:
+                    require_own_host(host)
+        except NotHttp as error:
+            self._refuse("no_http", error)
+            return False
+        except Forbidden as error:
+            self._refuse("host", error)
+            return False
+        self._known_hosts = hosts
+        return True
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -146,7 +219,7 @@ class BoundedConnection(HttpToolsProtocol):
             return
         if self._ended or self.transport.is_closing() or buffered:
             self.transport.abort()
-        elif self._in_request:
+        elif self._in_request and not self._unparsed:
             seconds = f"{self._limits.timeout_s:g}"
             self._refuse(
                 "slow", TooSlow(f"the request did not arrive within {seconds} s", "send it at once, or ask for less")

@@ -91,11 +91,19 @@ def are_wanted(settings: Settings, host: str | None = None) -> bool:
     serving = settings.serving
     if serving.tokens != "auto":
         return serving.tokens == "on"
-    host = serving.host if host is None else host
+    return not is_loopback(serving.host if host is None else host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a port at that address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, False)
+    """
     try:
-        return not ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host != "localhost"
+        return host == "localhost"
 
 
 def tokens_in(path: Path) -> list[str]:

@@ -1,12 +1,11 @@
 """Explains a probability: its difference from that of a user of whom nothing is known, in parts that add up.
 
 1. Both questions, about the user and about nobody, are prepared and answered at one moment by one version.
-2. From nobody's inputs the user's candidates are put in at once, for a mask is 0 or 1: the first part.
-3. From there a straight line leads to the user's inputs; along it each group of inputs has its integrated gradients
-   (`path.py`). The program that answers is asked at each point: its values alone are needed, so that this holds for
-   any ranker and preprocessing, also where a gradient is stopped, and serving needs neither TensorFlow nor a second
-   program.
-4. The parts are told with the events behind them; that they add up to the difference of the two answers is checked.
+2. The inputs that differ are put into groups. The program is asked with some groups from the user's question and the
+   others from nobody's. A group's part is its Shapley value (`shapley.py`): how much the probability changes when the
+   group becomes the user's, on average over orders. Values of the program alone are needed, so this holds for any
+   ranker and preprocessing, and serving needs neither TensorFlow nor a second program.
+3. The parts are told with the events behind them; that they add up to the difference of the two answers is checked.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 
 from deploy.serving.answer import Query
 from deploy.serving.explaining.explanation import ExplainedPart, Explanation
-from deploy.serving.explaining.groups import CANDIDATES, Group, groups_of
-from deploy.serving.explaining.path import F64, positions, shares
+from deploy.serving.explaining.groups import Group, groups_of
+from deploy.serving.explaining.shapley import F64, Coalitions
 from deploy.serving.explaining.target import ExplainedValue, candidate, no_candidate
 from deploy.serving.explaining.words import Words
 from deploy.serving.inputs import Inputs
@@ -33,7 +32,6 @@ from state.rows.reader import RowReader
 NOBODY = "\0"
 """A user id that nobody has."""
 
-STEPS = 16
 TOLERANCE = 0.01
 """How much of the difference the parts may miss."""
 
@@ -69,16 +67,17 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
         prepared = predictor.prepare([query, query._replace(user=NOBODY)], reader)
         outputs = prepared.version.program.predict(prepared.inputs)
         about, _ = predictor.answered(prepared, outputs)
-        target = ExplainedValue(None) if label is None else candidate(prepared, 0, label)
-        if target is None:
-            raise no_candidate(str(label), [one["label"] for one in about.interests[:10]])
-        cold = target if label is None else candidate(prepared, 1, label)
-        ours = float(target.of(outputs)[0])
-        theirs = 0.0 if cold is None else float(cold.of(outputs)[1])
-        # 2. 3.
-        parts = yield from _parts(predictor, prepared, reader, target, theirs)
+        target = ExplainedValue(())
+        if label is not None:
+            ours_in, theirs_in = (candidate(prepared, place, label) for place in (0, 1))
+            if ours_in is None:
+                raise no_candidate(label, [one["label"] for one in about.interests[:10]])
+            target = ExplainedValue(tuple({ours_in, ours_in if theirs_in is None else theirs_in}))
+        ours, theirs = target.of(prepared.inputs, outputs)[:2].tolist()
+        # 2.
+        parts = yield from _parts(predictor, prepared, reader, target)
         words = _words(predictor, prepared)
-    # 4.
+    # 3.
     difference = ours - theirs
     if abs(sum(one.share for one in parts) - difference) > TOLERANCE * abs(difference) + NEGLIGIBLE:
         raise ProgramError(
@@ -99,37 +98,35 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
 
 
 def _parts(
-    predictor: Predictor, prepared: Prepared, reader: RowReader, target: ExplainedValue, theirs: float
+    predictor: Predictor, prepared: Prepared, reader: RowReader, target: ExplainedValue
 ) -> Generator[None, None, list[Part]]:
     """Each group of inputs that differs, with its share."""
     version = prepared.version
-    groups, numbers = groups_of(version.features.spec, version.program.shapes)
+    own = prepared.vectors.recent_categories[0]
+    own_popular = [int(np.flatnonzero(own == one)[0]) if one and one in own else -1 for one in version.popular]
+    groups, numbers = groups_of(version.features.spec, version.program.shapes, own_popular)
     names = sorted(numbers)
     of = np.concatenate([numbers[name].reshape(-1) for name in names])
     end, begin = (np.concatenate([prepared.inputs[name][row].reshape(-1) for name in names]) for row in (0, 1))
-    jump = of == groups.index(CANDIDATES)
-    begin = np.where(jump, end, begin)
     moving = np.unique(of[begin != end])
-    # The columns of a point's positions: that of each group that moves, and any for what stays as it is.
+    # The columns of a coalition's members: that of each group that moves, and any for what stays as it is.
     column = np.searchsorted(moving, of).clip(max=max(len(moving) - 1, 0))
-    at = positions(max(len(moving), 1), STEPS if len(moving) else 1)
+    coalitions = Coalitions(max(len(moving), 1))
     fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}
     sizes = {name: prepared.inputs[name].shape[1:] for name in names}
     values = []
-    for first in range(0, len(at), PAIRS):
-        piece = at[first : first + PAIRS]
+    for first in range(0, len(coalitions.members), PAIRS):
+        piece = coalitions.members[first : first + PAIRS]
         points = np.zeros((batch_of(len(piece)), len(of)), np.float32)
-        points[: len(piece)] = begin + piece[:, column] * (end - begin)
+        points[: len(piece)] = np.where(piece[:, column], end, begin)
         # Others may have been answered by a version that came meanwhile.
         predictor.take_up(reader)
-        values.append(target.of(version.program.predict(fixed | _split(points, sizes)))[: len(piece)])
+        inputs = _split(points, sizes)
+        values.append(target.of(inputs, version.program.predict(fixed | inputs))[: len(piece)])
         yield
     found: F64 = np.concatenate(values)
-    parts = [Part(CANDIDATES, float(found[0]) - theirs)]
-    if len(moving):
-        of_groups = shares(found, len(moving), STEPS).tolist()
-        parts += [Part(groups[number], share) for number, share in zip(moving.tolist(), of_groups, strict=True)]
-    return parts
+    of_groups = coalitions.shares(found)[: len(moving)].tolist()
+    return [Part(groups[number], share) for number, share in zip(moving.tolist(), of_groups, strict=True)]
 
 
 def _split(points: F32, sizes: Mapping[str, tuple[int, ...]]) -> Inputs:

@@ -22,23 +22,31 @@ class ExplainedValue(NamedTuple):
     """A number out of the program's outputs.
 
     Attributes:
-        slot: The candidate's; None where engagement is meant.
+        slots: Those in which the category may be scored, as the user's own or a popular one; none: engagement is meant.
     """
 
-    slot: int | None
+    slots: tuple[int, ...]
 
-    def of(self, outputs: Mapping[str, F32]) -> F64:
-        """Its value in each of n rows, `[n]` float64."""
-        if self.slot is None:
+    def of(self, inputs: Mapping[str, F32], outputs: Mapping[str, F32]) -> F64:
+        """Its value in each of n rows, `[n]` float64; 0 where the category is no candidate.
+
+        Args:
+            inputs: Of the program, with the masks of the candidates.
+            outputs: What it answers.
+        """
+        if not self.slots:
             logits = outputs["engagement_logit"].reshape(-1).astype(np.float64)
             return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT))))
-        logits = np.concatenate([outputs[f"{kind}_logits"] for kind in KINDS if f"{kind}_logits" in outputs], axis=1)
+        kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
+        logits = np.concatenate([outputs[f"{kind}_logits"] for kind in kinds], axis=1)
+        there = np.concatenate([inputs[f"{kind}_mask"] for kind in kinds], axis=1) > 0
         grown = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-        return np.asarray(grown[:, self.slot] / grown.sum(1))
+        slots = list(self.slots)
+        return np.asarray((grown * there)[:, slots].sum(1) / grown.sum(1))
 
 
-def candidate(prepared: Prepared, place: int, label: str) -> ExplainedValue | None:
-    """The target of a category in one of the questions; None where it is no candidate there.
+def candidate(prepared: Prepared, place: int, label: str) -> int | None:
+    """The slot of a category in one of the questions; None where it is no candidate there.
 
     Args:
         prepared: Some questions.
@@ -53,7 +61,7 @@ def candidate(prepared: Prepared, place: int, label: str) -> ExplainedValue | No
     for identity in (public_id(label), _written(label)):
         found = np.flatnonzero(there & (ids == np.uint64(identity)))
         if identity and len(found):
-            return ExplainedValue(int(found[0]))
+            return int(found[0])
     return None
 
 

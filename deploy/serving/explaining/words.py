@@ -98,7 +98,6 @@ class Words:
         labelled, positive = ((events["flags"] & bit != 0) for bit in (LABELLED, POSITIVE))
         items, days = len(set(events["item"].tolist()) - {0}), len(set((events["at_ms"] // DAY_MS).tolist()))
         words = {
-            "candidates": f"the latest categories are {listed(names)}",
             "outcomes": f"engaged with {int(positive.sum())} of {int(labelled.sum())} items whose outcome is known in {self._span}",
             "variety": f"{len(set(events['category'].tolist()) - {0})} categories and {items} items in {self._span}",
             "rhythm": f"{len(events)} events on {days} {'day' if days == 1 else 'days'} of the last {self._span}{self._last(events)}",

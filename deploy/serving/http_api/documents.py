@@ -12,9 +12,13 @@ from typing import Any
 from deploy.serving.edge.tokens import OPEN
 from deploy.serving.http_api import openapi
 from deploy.serving.http_api.endpoints import FAILED, METHODS, Endpoint, Headers, Request, Response, encode
-from deploy.serving.http_api.page import HTML, page
+from deploy.serving.http_api.page import HTML, POLICY, page
 
-_PAGE: Headers = [(b"content-type", HTML.encode())]
+_PAGE: Headers = [
+    (b"content-type", HTML.encode()),
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+]
 
 
 class Documents:

@@ -33,6 +33,7 @@ ASKED = {**FAILED, 503: Failure, 504: Failure}
 """Likewise where a version answers."""
 SENT = {**ASKED, 413: Failure}
 """Likewise where the question is a body."""
+_NO_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2}).{0,2}")
 _PLACEHOLDER = re.compile(r"\\{(\w+)\\}")
 
 
@@ -173,9 +174,12 @@ class Routes:
         Raises:
             UnknownPath: There is none at this path.
             WrongMethod: There is one, for other methods.
-            BadRequest: What stands in a placeholder is no UTF-8, or there are parameters and none are declared.
+            BadRequest: The path is not rightly percent-encoded, what stands in a placeholder is no UTF-8, or there are
+                parameters and none are declared.
         """
         raw: str = scope["raw_path"].decode("latin-1")
+        if wrong := _NO_ESCAPE.search(raw):
+            raise BadRequest(f"{wrong[0]!r} in the path is no percent-encoding", "write a percent sign as %25")
         endpoint, placeholders = self._fixed.get(raw), dict[str, str]()
         if endpoint is None:
             for endpoint in self._endpoints:

@@ -66,7 +66,11 @@ class Health:
         missing = self._host.missing()
         parts = {part: part not in missing for part in ("version", "program", "histories")}
         refused = self._host.refused()
-        told = {} if refused is None else {"refused": {"version": refused[0], "reason": refused[1]}}
+        told: dict[str, object] = {}
+        if refused is not None:
+            told["refused"] = {"version": refused[0], "reason": refused[1]}
+        if degraded := self._host.degraded():
+            told["degraded"] = degraded
         if not missing:
             return Response(200, encode({"ready": True, **parts, **told}))
         reasons = "; ".join(f"{part}: {reason}" for part, reason in missing.items())

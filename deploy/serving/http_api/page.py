@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from html import escape
 from typing import Any
 
@@ -21,6 +23,16 @@ td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
 td:first-child { white-space: nowrap; }
 @media (prefers-color-scheme: dark) { b.method { color: #5fd0b8; } }
 """
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        f"style-src 'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""The page's Content-Security-Policy: its own style and nothing else."""
 _CODE = re.compile(r"`([^`]+)`")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -28,6 +30,7 @@ from state.registry.sharing.starting import own
 from state.registry.sharing.taking import Copier
 
 RETRY_S, STAND_BY_S = 1.0, 1.0
+NOTE_MS = 1000
 LAST_S, LOOKED_S = 10.0, 0.1
 """How long a trainer that ends goes on sending, and how often is looked whether a copier has begun."""
 _log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class HostCopier:
         self._copier: Copier | None = None
         self._metrics, self.looked = metrics, threading.Event()
         self._began = False
+        self._noted_ms = 0
         self._say = SaidOnce(_log.info)
 
     def step(self) -> None:
@@ -76,8 +80,10 @@ class HostCopier:
             copier = Copier(self._settings.registry_dir, self._place, self._settings.registry.recent_s)
             copier.take_control()
             self._copier = copier
+        began_ms = wall_ms()
         self._copier.step(control=False)
         self._metrics.looked_seconds.set_to_current_time()
+        self._note(began_ms)
         self.looked.set()
 
     def step_control(self) -> None:
@@ -88,6 +94,16 @@ class HostCopier:
         """
         if self._copier is not None:
             self._copier.take_control()
+
+    def _note(self, at_ms: int) -> None:
+        """Says to the other processes of this host that the place was reached at that moment; at most once a second."""
+        if not 0 <= at_ms - self._noted_ms < NOTE_MS:
+            self._noted_ms = at_ms
+            path = self._settings.registry_dir / layout.SHARED_LOOKED
+            # On a full disk nothing is noted, and readiness says so.
+            with suppress(OSError):
+                path.touch()
+                os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
     def _joined(self) -> bool:
         """Whether the directory is bound; one that has control of its own is given to the place by its trainer first."""
@@ -102,6 +118,18 @@ class HostCopier:
     def close(self) -> None:
         """Lets another process have it."""
         self._lock.release()
+
+
+def reached_ms(registry: Path) -> int:
+    """When a process of this host last reached the place of the shared registry, in milliseconds since 1970; 0 for never.
+
+    Args:
+        registry: The directory of this host's copy.
+    """
+    try:
+        return (registry / layout.SHARED_LOOKED).stat().st_mtime_ns // 1_000_000
+    except FileNotFoundError:
+        return 0
 
 
 class Ownership:

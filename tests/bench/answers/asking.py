@@ -55,7 +55,7 @@ class Load:
             return [post(self.path, json.dumps({"users": one}).encode()) for one in names]
         count = DRAWN if "{user}" in self.path else 1
         paths = [self.path.format(user=drawn.randrange(self.users)) for _ in range(count)]
-        return [f"GET {one} HTTP/1.1\r\nhost: bench\r\n\r\n".encode() for one in paths]
+        return [f"GET {one} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode() for one in paths]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def post(path: str, body: bytes) -> bytes:
     >>> post("/v1/profiles:batch", b"{}").splitlines()[-1]
     b'{}'
     """
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 

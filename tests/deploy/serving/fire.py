@@ -341,7 +341,7 @@ async def ask(port: int, rate: float, ended: Callable[[], bool], asked: Asked) -
             if (early_s := due_s - time.perf_counter()) > 0:
                 await asyncio.sleep(early_s)
             user, fields = USERS[number % len(USERS)], "" if number % CHECKED_EACH else CHECKED
-            writer.write(f"GET /v1/profiles/{user}{fields} HTTP/1.1\r\nhost: worker\r\n\r\n".encode())
+            writer.write(f"GET /v1/profiles/{user}{fields} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
             head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
             body = await reader.readexactly(length)

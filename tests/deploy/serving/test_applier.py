@@ -7,18 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from safetensors.numpy import save
 
+from deploy.serving.currency import VERSIONS
 from state.disk.files import exchange
-from state.layout import ROWS
+from state.layout import CURRENT, ROWS
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
 from tests.deploy.serving.test_following import tensors
 from tests.deploy.serving.test_rest import until
+from tests.state.registry.sharing.hosts import Origin, away
 
 BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
@@ -93,3 +96,31 @@ def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) ->
         process.kill()
     assert process.returncode == 0, log
     assert json.loads((rows / "mark.json").read_text())["clean"]
+
+
+def test_a_shared_registry_that_is_unreachable_makes_a_host_old(tmp_path: Path) -> None:
+    """Its own copy can be read all the while; what is noted for readiness is when the place was reached last."""
+    place = tmp_path / "place"
+    Origin(tmp_path / "trainer", str(place))
+    environment = os.environ | {
+        "SPRINGTIDE_PATHS_STATE": str(tmp_path / "host"), "SPRINGTIDE_PATHS_SHARED_REGISTRY": str(place),
+        "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9", "SPRINGTIDE_SERVING_METRICS_PORT": "0",
+        "SPRINGTIDE_SERVING_MAP_GB": "1", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+    }  # fmt: skip
+    noted = tmp_path / "host" / "serving" / f"{CURRENT}.{VERSIONS}"
+
+    def age_s() -> float:
+        return time.time() - noted.stat().st_mtime
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until(lambda: noted.exists() and age_s() < 1.5)
+        with away(place):
+            until(lambda: age_s() > 8.0)
+        until(lambda: age_s() < 1.5)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()

@@ -43,6 +43,24 @@ def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_pat
     assert noted_ms(NOW_MS - 5_000) == NOW_MS - 5_000
 
 
+def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores) -> None:
+    """By part, so that an outage of what all hosts share takes none of them out."""
+    stores.close()
+    now = [NOW_MS]
+    app = App(Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: now[0]), CollectorRegistry())
+    notes = Currency(stores.settings.serving_dir, CURRENT)
+    for part in (VERSIONS, CLICKS):
+        notes.note(part, NOW_MS)
+    now[0] += 59_000
+    assert "degraded" not in ask(app, "GET", "/readyz").json()
+    now[0] += 16_000
+    notes.note(CLICKS, now[0])
+    found = ask(app, "GET", "/readyz")
+    assert found.status_code == 200 and found.json()["ready"]
+    assert found.json()["degraded"] == {VERSIONS: "what came in the last 75 s is not all taken up"}
+    app.close()
+
+
 def test_readiness_ends_with_currency_and_comes_again(stores: Stores) -> None:
     """Where `serving.max_age_s` asks for it; the reason names the setting."""
     stores.close()

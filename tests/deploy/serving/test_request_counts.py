@@ -104,7 +104,7 @@ def test_a_worker_has_few_series_whatever_it_is_asked() -> None:
     over_http, over_grpc = routes(Settings())
     for route, code in chain(product(over_http, ("200", "400")), product(over_grpc, ("OK", CODES[400].name))):
         counts.count(route, code, 0.0)
-    for reason in ("no_http", "head", "slow", "connections"):
+    for reason in ("no_http", "host", "head", "slow", "connections"):
         metrics.refused.labels(reason).inc()
     series = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
     assert len(series) <= MOST_SERIES, f"{len(series)} series"

@@ -66,6 +66,8 @@ def test_a_worker_answers_and_ends_in_order(stores: Stores, workers: int) -> Non
     with worker(stores, port, workers) as process:
         until(lambda: answers(port, "/readyz"))
         assert answers(port, "/v1/profiles/ann")
+        foreign = httpx.get(f"http://127.0.0.1:{port}/v1/profiles/ann", headers={"host": "evil.example"}, timeout=30.0)
+        assert foreign.status_code == 403
         program = digest_of(stores.lowered)
         stores.rows.apply(
             manifest(2, program, parent=1), tensors(stores.lowered, 2, {"user": ["ann"]}, []), NOW_MS, follow=True

@@ -89,6 +89,7 @@ def _head_and_body(chance: random.Random) -> bytes:
         "content-length: 3", "no colon", ": no name", "host: a", "authorization: Bearer \xff", "connection: close", "x:\ty\r\n z: 1",
     )  # fmt: skip
     headers += [one for one in odd if chance.random() < 0.06]
+    headers += ["host: 127.0.0.1"] if chance.random() < 0.95 else []
     version = "HTTP/1.1" if chance.random() < 0.9 else chance.choice(["HTTP/1.0", "HTTP/2.0", "HTTP/9.9", "FTP/1", ""])
     return (
         f"{method} {target} {version}\r\n".encode("utf-8", "surrogatepass")

@@ -88,7 +88,7 @@ def test_a_handshake_that_fails_costs_others_nothing(tmp_path: Path) -> None:
 
     async def test(port: int, made: list[Echo], _: Acceptor) -> None:
         reader, plain = await asyncio.open_connection("127.0.0.1", port)
-        plain.write(b"GET / HTTP/1.1\r\n\r\n")
+        plain.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
         await plain.drain()
         secure, writer = await asyncio.open_connection(
             "127.0.0.1", port, ssl=ssl.create_default_context(cafile=str(cert))

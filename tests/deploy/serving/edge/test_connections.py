@@ -51,6 +51,35 @@ def test_what_is_no_http_is_a_400_with_what_to_do() -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: localhost\r\nhost: localhost\r\n", 400),
+        (b"GET / HTTP/1.0\r\n", 200),
+        (b"GET / HTTP/1.1\r\nHost: LOCALHOST:8501\r\n", 200),
+        (b"GET / HTTP/1.1\r\nhost: [::1]:8501\r\n", 200),
+        (b"GET / HTTP/1.1\r\nhost: evil.example\r\n", 403),
+        (b"GET / HTTP/1.1\r\nhost: localhost.evil.example:8501\r\n", 403),
+    ],
+)
+def test_a_request_names_one_host_and_where_it_matters_one_of_ours(head: bytes, status: int) -> None:
+    """So that no page of somebody else's, whose name leads here, is answered; also after a request that was right."""
+
+    async def test(on: Listening) -> None:
+        for before in (b"", GET.replace(b"host: a", b"host: 127.0.0.1") % 1):
+            client = await on.client()
+            send(client, before)
+            if before:
+                await read(client)
+            send(client, head + b"\r\n")
+            client.shutdown(socket.SHUT_WR)
+            assert (await read(client, None)).startswith(b"HTTP/1.1 %d" % status)
+        assert on.refused("host") == (2 if status == 403 else None)
+
+    run(test, own_hosts=True)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_head_that_is_too_long_is_a_431(whole: bool) -> None:
     """Whether it ends or not, in one piece or many, and nothing of it is kept."""
@@ -75,7 +104,9 @@ def test_what_follows_a_body_is_bounded_too() -> None:
 
     async def test(on: Listening) -> None:
         client, loop = await on.client(), asyncio.get_running_loop()
-        await loop.sock_sendall(client, b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: ")
+        await loop.sock_sendall(
+            client, b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: "
+        )
         for _ in range(3):
             await asyncio.sleep(0.001)
             await loop.sock_sendall(client, b"y" * 900)
@@ -85,7 +116,8 @@ def test_what_follows_a_body_is_bounded_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "begun", [b"GET / HT", b"GET / HTTP/1.1\r\nhost: a\r\nx: y", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\n12"]
+    "begun",
+    [b"GET / HT", b"GET / HTTP/1.1\r\nhost: a\r\nx: y", b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n12"],
 )
 def test_a_request_that_does_not_arrive_is_a_408(begun: bytes) -> None:
     """And only after the limit."""
@@ -209,5 +241,62 @@ def test_requests_in_pieces_and_many_at_once_are_answered_in_order() -> None:
         found = await read(client, 20)
         places = [found.index(b"/%dok" % n) for n in range(20)]
         assert places == sorted(places)
+
+    run(test)
+
+
+def test_requests_that_are_pipelined_and_never_read_stop_their_own_connection_only() -> None:
+    """Few of them are held, the socket is read no further, and another client is answered meanwhile."""
+    answered = most_waiting = 0
+
+    async def counting(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal answered, most_waiting
+        answered += 1
+        most_waiting = max(most_waiting, *(len(cast(BoundedConnection, one).pipeline) for one in state.connections))
+        await echo(scope, receive, send)
+
+    async def test(on: Listening) -> None:
+        nonlocal state
+        state, loop = on.state, asyncio.get_running_loop()
+        attacker = await on.client()
+        # More than the socket buffers of both sides can hold as requests or as answers.
+        pushing = asyncio.ensure_future(loop.sock_sendall(attacker, (GET % 1) * 1_000_000))
+        connection = next(iter(cast(set[BoundedConnection], state.connections)))
+        deadline_s = loop.time() + 60.0
+        while not (connection.flow.write_paused and connection.flow.read_paused):
+            assert loop.time() < deadline_s and most_waiting < 200
+            await asyncio.sleep(0)
+        before = answered
+        other = await on.client()
+        for _ in range(100):
+            send(other, GET % 2)
+            assert (await read(other)).endswith(b"/2ok")
+        assert not pushing.done() and answered < before + 200
+        assert 0 < most_waiting < 200
+        pushing.cancel()
+        await asyncio.wait([pushing])
+
+    state: Any = None
+    run(test, counting)
+
+
+def test_pipelined_requests_with_bodies_are_all_answered_in_order() -> None:
+    """More than may wait at a time, in one write, and the last of them comes in two."""
+
+    async def test(on: Listening) -> None:
+        client, loop = await on.client(), asyncio.get_running_loop()
+        body = b"x" * 3000
+        posts = b"".join(b"POST /%d HTTP/1.1\r\nhost: a\r\ncontent-length: 3000\r\n\r\n" % n + body for n in range(100))
+        receiving = asyncio.ensure_future(read(client, 100))
+        await loop.sock_sendall(client, posts[:-10])
+        (connection,) = cast(set[BoundedConnection], on.state.connections)
+        deadline_s = loop.time() + 60.0
+        while connection.server_state.total_requests < 99:
+            assert loop.time() < deadline_s
+            await asyncio.sleep(0)
+        await loop.sock_sendall(client, posts[-10:])
+        found = await receiving
+        places = [found.index(b"/%dok" % n) for n in range(100)]
+        assert places == sorted(places) and found.count(b"HTTP/1.1 200") == 100
 
     run(test)

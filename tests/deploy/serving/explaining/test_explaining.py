@@ -1,18 +1,14 @@
-"""An explanation adds up to the difference from nobody's answer, is the integral of the model's gradient, and tells what happened."""
+"""An explanation adds up to the difference from nobody's answer; each reason is what its own inputs change, and tells what happened."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from deploy.serving.answer import Query
 from deploy.serving.explaining.explaining import NOBODY, explain
 from deploy.serving.explaining.explanation import Explanation
-from deploy.serving.explaining.groups import CANDIDATES, groups_of
-from deploy.serving.explaining.target import candidate
+from deploy.serving.explaining.groups import Group, groups_of
 from deploy.serving.explaining.words import Words
 from deploy.serving.predictor import Predictor
 from state.errors import BadRequest
@@ -68,56 +64,58 @@ def test_the_parts_of_an_engagement_add_up_too(stores: Stores) -> None:
     assert [found.probability, found.cold_start_probability] == pytest.approx(wanted, rel=1e-5)
     assert sum(one["share"] for one in found.reasons) == pytest.approx(wanted[0] - wanted[1], rel=0.01)
     kinds = {one["kind"] for one in found.reasons}
-    assert kinds >= {"candidates", "category", "action", "user"} and "pair" not in kinds
+    assert kinds >= {"category", "action", "user"} and "pair" not in kinds
 
 
-def test_the_parts_are_the_integral_of_the_models_own_gradient(stores: Stores) -> None:
-    """By TensorFlow, at 2,000 points of the line."""
-    answers, label = busy(stores), "hats"
+@pytest.mark.parametrize("label", ["hats", "shoes", "tea"])
+def test_a_reason_is_what_removing_its_inputs_changes(stores: Stores, label: str) -> None:
+    """Of a category that is the user's alone, one that is popular too, and one that is popular alone.
+
+    From the user's question and from nobody's, the inputs of one reason are
+    changed to the other's. The share lies between what that changes there.
+    """
+    answers = busy(stores)
     query = Query("ann", at_ms=NOW_MS, top=1000)
+    reasons = explained(answers, query, label).reasons
     with answers.reading() as reader:
         prepared = answers.prepare([query, query._replace(user=NOBODY)], reader)
-        target = candidate(prepared, 0, label)
-        assert target is not None and target.slot is not None
-        groups, numbers = groups_of(prepared.version.features.spec, prepared.version.program.shapes)
-        nearer = (np.arange(2000, dtype=np.float64) + 0.5) / 2000
-        points: dict[str, Any] = {"popular_rows": tf.constant(prepared.inputs["popular_rows"])}
-        moves: dict[str, Any] = {}
-        for name, number in numbers.items():
-            end, begin = (prepared.inputs[name][row] for row in (0, 1))
-            begin = np.where(number == groups.index(CANDIDATES), end, begin)
-            moves[name] = end - begin
-            at = (nearer**2).reshape(-1, *[1] * end.ndim)
-            points[name] = tf.constant((begin + at * moves[name]).astype(np.float32))
-    model = stores.lowered.model
-    with tf.GradientTape() as tape:
-        tape.watch([points[name] for name in numbers])
-        found = model.predict(points)
-        logits = tf.concat([found[f"{kind}_logits"] for kind in ("recent", "popular", "successor")], 1)
-        probability = tf.nn.softmax(logits)[:, target.slot]
-    gradients = tape.gradient(probability, {name: points[name] for name in numbers}, unconnected_gradients="zero")
-    # The points lie at the squares of even steps.
-    wanted = np.zeros(len(groups))
-    for name, number in numbers.items():
-        steep = np.tensordot(2 * nearer / len(nearer), gradients[name].numpy().astype(np.float64), 1)
-        np.add.at(wanted, number.reshape(-1), (steep * moves[name]).reshape(-1))
-    given = {groups.index(CANDIDATES): 0.0}
-    for one in explained(answers, query, label).reasons:
-        place = ["shoes", "hats"].index(str(one["about"])) if one["kind"] == "category" else 0
-        place = FeatureSpec().actions.index(str(one["about"])) if one["kind"] == "action" else place
-        number = next(k for k, group in enumerate(groups) if group == (one["kind"], place))
-        given[number] = 0.0 if one["kind"] == "candidates" else one["share"]
-    assert len(given) > 5
-    ours = np.array([given.get(number, 0.0) for number in range(len(groups))])
-    assert np.abs(ours - wanted).max() < 0.01 * np.abs(wanted).sum()
+        spec, popular = prepared.version.features.spec, prepared.version.popular.tolist()
+        own = [public_id("shoes"), public_id("hats")]
+        groups, numbers = groups_of(
+            spec, prepared.version.program.shapes, [own.index(one) if one in own else -1 for one in popular]
+        )
+        places = {None: 0, "shoes": 0, "hats": 1} | {name: place for place, name in enumerate(spec.actions)}
+
+        def probability(of_nobody: set[int]) -> float:
+            """Of the label, where the inputs of these groups are nobody's."""
+            inputs = dict(prepared.inputs)
+            for name, number in numbers.items():
+                theirs = np.isin(number, list(of_nobody))
+                inputs[name] = np.where(theirs, prepared.inputs[name][1], prepared.inputs[name])
+            outputs = prepared.version.program.predict(inputs)
+            kinds = ("recent", "popular", "successor")
+            logits = np.concatenate([outputs[f"{kind}_logits"][0] for kind in kinds]).astype(np.float64)
+            shares = np.exp(logits - logits.max()) * np.concatenate([inputs[f"{kind}_mask"][0] for kind in kinds])
+            ids = [*prepared.vectors.recent_categories[0].tolist(), *popular, *prepared.successors[0].tolist()]
+            return float(shares[[one == public_id(label) for one in ids]].sum() / shares.sum())
+
+        everything = set(range(len(groups)))
+        total = sum(abs(one["share"]) for one in reasons)
+        for one in reasons:
+            number = groups.index(Group(one["kind"], places[one["about"]]))
+            removed = probability(set()) - probability({number})
+            added = probability(everything - {number}) - probability(everything)
+            least, most = min(removed, added), max(removed, added)
+            assert least - 0.05 * total <= one["share"] <= most + 0.05 * total, one
+    assert len(reasons) > 5
 
 
 def test_a_ranker_of_ones_own_is_explained_too(predictor: Predictor) -> None:
-    """By the latest events, and rows of its own tables; of its interests nothing but the candidates counts."""
+    """By the latest events, and rows of its own tables; of its interests nothing but its candidates counts."""
     best = predictor.profile("ann", at_ms=NOW_MS).interests[0]["label"]
     cases: list[tuple[str | None, str | None, set[str]]] = [
-        (None, best, {"candidates"}),
-        ("i1", None, {"candidates", "user", "context", "sequence"}),
+        (None, best, {"category", "succession"}),
+        ("i1", None, {"category", "succession", "user", "context", "sequence"}),
     ]
     for item, label, kinds in cases:
         found = explained(predictor, Query("ann", item, at_ms=NOW_MS, top=100), label)
@@ -137,7 +135,6 @@ def test_a_reason_says_what_happened(stores: Stores) -> None:
     }  # fmt: skip
     words = {one["kind"]: one["words"] for one in reasons if one["kind"] != "category"}
     assert words["action"] == "viewed 16 times in 7 days, last 5 s ago"
-    assert words["candidates"] == "the latest categories are shoes, hats"
     assert words["user"] == "what was learned from this user's clicks so far"
 
 
@@ -148,7 +145,9 @@ def test_events_tell_actions_and_outcomes() -> None:
     events["at_ms"], events["category"], events["action"] = NOW_MS - 86_400_000, 7, (255, 1, 0, 2)
     events["flags"] = (0, LABELLED | POSITIVE, LABELLED, 0)
     words = Words(events, NOW_MS, spec, lambda one: f"c{one}", [7], [("age", "30"), ("city", None)])
-    groups, _ = groups_of(spec, {"features": (-1,), "context_row": (-1,)})
+    groups, _ = groups_of(
+        spec, {"features": (-1, len(spec.names)), "context_row": (-1, 2), "category_windows": (-1, 1, 2)}, []
+    )
     told = {group.kind: words.of(group).words for group in groups if group.place == 0}
     assert told["category"] == (
         "viewed c7 once and put c7 into the cart once and did swipe with c7 once in 7 days, last 1 day ago"

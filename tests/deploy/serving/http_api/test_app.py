@@ -102,6 +102,12 @@ def test_ids_may_hold_any_character(app: App) -> None:
         assert ask(app, "GET", str(response)).json()["user_id"] == user
 
 
+@pytest.mark.parametrize("path", [b"/v1/profiles/%zz", b"/v1/profiles/100%", b"/health%7"])
+def test_a_path_is_rightly_percent_encoded(app: App, path: bytes) -> None:
+    status, document = ask_bytes(app, path, b"")
+    assert status == 400 and "%25" in document["do"]
+
+
 def test_a_batch_is_answered_in_order(app: App) -> None:
     """Both forms of the body; each profile is what it would be alone, but for the last bit of a sum in a batch."""
     asked = {"users": ["bob", "ann"], "fields": ["vector", "features"]}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from base64 import b64encode
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -148,6 +150,9 @@ def test_the_page_says_the_same_and_needs_nothing_from_elsewhere(app: App) -> No
     response = ask(app, "GET", "/docs")
     assert response.status_code == 200 and response.headers["content-type"] == "text/html; charset=utf-8"
     text, document = response.text, document_of(app)
+    style = re.findall("<style>(.*?)</style>", text, re.DOTALL)[0]
+    allowed = f"style-src 'sha256-{b64encode(sha256(style.encode()).digest()).decode()}'"
+    assert {"default-src 'none'", allowed} <= set(response.headers["content-security-policy"].split("; "))
     assert not re.search(r"https?://|//cdn|<script|src=|@import|url\(", text)
     assert set(re.findall(r'href="([^#"][^"]*)"', text)) == {"openapi.json"}
     assert set(re.findall(r'href="#([^"]+)"', text)) <= set(re.findall(r'id="([^"]+)"', text))
