@@ -11,8 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from state.config.sections import Model
-from state.config.sections import Trainer as TrainerSettings
+from state.config.sections import Model, TrainerSettings
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.microbatch.batch import MicroBatch

@@ -19,7 +19,7 @@ from trainer.engine.engine import Scores
 from trainer.engine.predicted import judged
 from trainer.engine.record import Record
 from trainer.measures.evaluation import HALF_LIFE_ROWS
-from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS
+from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS, of_came_next
 from trainer.measures.progressive import Progressive
 from trainer.measures.step_scores import SUMS, USERS, StepScores, joined_scores
 from trainer.model.ranker import MASKED, Targets
@@ -155,7 +155,8 @@ def test_sums_equal_brute_force(steps: list[tuple[list[Row], int, int]]) -> None
         record, scores = record_of(rows, transitions)
         known = np.array([row.known for row in rows])
         scored = np.zeros(2 * len(rows), np.bool_)
-        found = judged(ours, record, scores, transitions, known, categories, scored).scores
+        came_next = of_came_next(transitions, record.newest, record.ids["category"])
+        found = judged(ours, record, scores, came_next, known, categories, scored).scores
         wanted = theirs.score(rows, categories)
         for predictor in PREDICTORS:
             for users in USERS:

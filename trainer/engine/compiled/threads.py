@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg.cython_blas  # noqa: F401  loads the BLAS of compiled loops, for threadpool_limits
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from threadpoolctl import threadpool_limits
 
 from state.compiled import compiled_sums, part_of_sums
 
@@ -39,6 +41,8 @@ class Threads:
     """
 
     def __init__(self, count: int) -> None:
+        # Otherwise BLAS would divide each product among threads of its own.
+        threadpool_limits(1, "blas")
         self.count = count
         self.meeting: I64 = np.zeros(2, np.int64)
         self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
