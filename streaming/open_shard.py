@@ -1,7 +1,7 @@
 """Opens what a stream process owns, in the order in which a mistake does the least harm.
 
 1. The directory with the store, which must be of this salt; the features must be those that are learned.
-2. The metrics' port.
+2. The metrics' port, then the kernels.
 3. The topics; a missing topic of clicks is an error, the two others are created.
 4. Control: the mask, and the line of the training log.
 5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
@@ -25,6 +25,7 @@ from state import metrics
 from state.attributes.follower import AttributeFollower, Report
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.events.parser import Parser
@@ -154,6 +155,8 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
     if port := settings.stream.metrics_port:
         stack.callback(metrics.serve(registry, port, settings.metrics.host))
     stack.enter_context(copying(settings, registry, first=stopping))
+    unused = () if settings.labels.impressions else ("streaming.attribution", "streaming.waiting_queue")
+    Kernels(registry, logger, unused).prepare(stopping.is_set)
     return counted, Room(STREAM, storage, stopping.wait)
 
 

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from deploy.segments.judging import open_host
 from deploy.segments.keeping import SegmentKeeper, require_segments
 from deploy.serving.host import Host
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SettingsError, SpringtideError, of_disk
@@ -91,6 +92,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),
         served(settings.segments.metrics_port, settings.metrics.host) as registry,
     ):
+        Kernels(registry, _log).prepare(stop.is_set)
         run(settings, KafkaLog(settings.kafka), registry, stop)
 
 

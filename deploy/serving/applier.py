@@ -35,6 +35,7 @@ from deploy.serving.gauges import show_ages
 from deploy.serving.host_rows import HostRows
 from deploy.serving.splitting.forwarding import ExposureForwarder
 from state.attributes.values import tables_of
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import (
@@ -282,6 +283,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         served(port, host) as registry,
         copying(settings, registry),
     ):
+        Kernels(registry, _log).prepare(stop.is_set)
         Applier(settings, registry, stop).run()
 
 
