@@ -34,7 +34,7 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
-from state.log import KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
+from state.log import KERNELS, KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Gap
@@ -156,7 +156,7 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
         stack.callback(metrics.serve(registry, port, settings.metrics.host))
     stack.enter_context(copying(settings, registry, first=stopping))
     unused = () if settings.labels.impressions else ("streaming.attribution", "streaming.waiting_queue")
-    Kernels(registry, logger, unused).prepare(stopping.is_set)
+    Kernels(registry, logger, unused, [KERNELS]).prepare(stopping.is_set)
     return counted, Room(STREAM, storage, stopping.wait)
 
 

@@ -43,6 +43,7 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import ModelMismatch, TruncatedLog, UnusableRegistry
 from state.features.spec import FeatureSpec
+from state.log import KERNELS as LOG_KERNELS
 from state.log import Reader
 from state.log.gap_options import take_options
 from state.log.gaps import Consent
@@ -254,7 +255,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # Before TensorFlow: some settings alone tell that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
-        kernels, phases = Kernels(collected, logger, unused_kernels(settings)), Phases(metrics)
+        kernels, phases = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS]), Phases(metrics)
         serve(collected, settings.trainer.metrics_port, settings.metrics.host)
         # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
         phases.enter(IMPORTS)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -38,6 +39,8 @@ from numba.core.compiler_lock import global_compiler_lock
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 Class = TypeVar("Class", bound=type)
+
+_logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
 """How long a process waits for another one that compiles the same kernel, before it compiles it too."""
@@ -188,6 +191,7 @@ def _compile_at_call(dispatcher: Any, signature: Any) -> Any:
     """What Numba calls where Python, or a kernel that is being compiled, needs a kernel for new types."""
     if not _LOCKED:
         FIRST_CALLS.append(f"{dispatcher.py_func.__module__}.{dispatcher.py_func.__name__}{signature}")
+        _logger.info("%s was not prepared: its first call waits for it", FIRST_CALLS[-1])
     return _compile_once(dispatcher, signature)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections import deque
@@ -25,9 +26,18 @@ class Kernels:
         registry: Where their number, and how many are ready, are shown; make this as soon as it is offered.
         logger: Says how far it is.
         without: Modules whose kernels the settings leave unused.
+        uses: Modules that are imported late, and whose kernels are prepared too.
     """
 
-    def __init__(self, registry: CollectorRegistry, logger: logging.Logger, without: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        logger: logging.Logger,
+        without: Sequence[str] = (),
+        uses: Sequence[str] = (),
+    ) -> None:
+        for module in uses:
+            importlib.import_module(module)
         self._metrics, self._logger, self._without = KernelMetrics(registry), logger, frozenset(without)
         # Imports may add more: nothing is ready before `prepare`.
         self.total, self.ready = max(1, len(self._wanted())), 0
