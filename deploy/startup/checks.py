@@ -67,7 +67,7 @@ def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
     Raises:
         StoreFull: Fewer than `least_bytes` are free.
     """
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if _can_be_seen(path))
     free = shutil.disk_usage(existing).free
     if free < least_bytes:
         raise StoreFull(
@@ -75,6 +75,13 @@ def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
             "free some space, or set paths.state to a larger disk",
         )
     return free
+
+
+def _can_be_seen(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
 
 
 def require_ports(ports: Sequence[Port]) -> None:

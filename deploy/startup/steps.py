@@ -113,8 +113,8 @@ class Startup:
                 all of it ran, nothing ends it but the operator.
         """
         state = self._settings.state_dir
-        require_directory(state)
         require_disk(state, LEAST_FREE_BYTES)
+        require_directory(state)
         with DirectoryLock(state):
             try:
                 self._go_up()

@@ -103,7 +103,7 @@ def _half_octave(weight: int) -> int:
     return 2 * shift + (weight >> shift)
 
 
-@compiled("u2[:, ::1], i4[::1], i8, u8[:, ::1]")
+@compiled("u2[:, ::1], i4[::1], i8, u8[:, ::1]", "const(u2[:, ::1]), i4[::1], i8, u8[:, ::1]")
 def _answers(features: U16, places: I32, first: int, values: U64) -> None:
     """Into the columns of `values` from `first` on; `places` are those that `Crosses` reads."""
     for i in range(features.shape[0]):

@@ -13,7 +13,7 @@ from state.compiled import FIRST_CALLS
 from state.compiled.preparing import Kernels
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
-from tests.trainer.batches import SPEC, micro_batch
+from tests.trainer.batches import SPEC, START_MS, micro_batch
 from tests.trainer.engine.test_step import settings
 from trainer.engine.step import Trainer
 
@@ -21,8 +21,8 @@ from trainer.engine.step import Trainer
 def batches() -> list[MicroBatch]:
     """Records as the log gives them, an hour apart: rows are admitted, used again and expire."""
     return [
-        decode(encode(micro_batch(64, first=64 * number, at_ms=1_700_000_000_000 + 3_600_000 * number)))
-        for number in range(4)
+        decode(encode(batch.header, batch.columns))
+        for batch in (micro_batch(64, first=64 * n, at_ms=START_MS + 3_600_000 * n) for n in range(4))
     ]
 
 
