@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import layout
-
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 U16 = NDArray[np.uint16]
@@ -27,7 +25,6 @@ MANY = 20
 OF_ORDER = 3  # windows of a category by the order of events, not by time; the last of its windows
 
 
-@layout("i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[:, ::1], i8, i8")
 class Tables(NamedTuple):
     """The constants of a spec, as the kernel reads them."""
 
@@ -40,7 +37,6 @@ class Tables(NamedTuple):
     history: int
 
 
-@layout("u2[:, ::1], u8[:, ::1], u2[:, :, ::1], u8[:, ::1], u8[:, ::1], u2[:, ::1], u2[:, ::1]")
 class Vector(NamedTuple):
     """One row of integers, or `[n, ...]` of each for n rows.
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import layout
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.positions import Range
@@ -24,7 +23,6 @@ from state.positions import Range
 I64 = NDArray[np.int64]
 
 
-@layout("i8[:, ::1], i8[:, ::1]")
 class Hidden(NamedTuple):
     """The parts of a mask that depend on the event alone, as the window kernel takes them.
 
