@@ -216,10 +216,13 @@ def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) 
 
 def _check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
     """As `check_own`, behind the graph in `transform`, then holds it to the version at hand and lowers the whole model of a tower."""
+    from trainer import device
     from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.fit import require_settings_fit
     from trainer.versions.program import build, preprocessing_of
 
+    # Threads are fixed before TensorFlow's first operation, which loading the graph is.
+    device.prepare(settings.trainer.device, settings.trainer.threads)
     preprocessing = preprocessing_of(transform) if transform else None
     said = check_own(settings, spec, preprocessing)
     require_settings_fit(settings, spec)
