@@ -54,7 +54,7 @@ from streaming.event_clock import EventClock
 from streaming.fencing import open_writer
 from streaming.going_back import take_back
 from streaming.histories import open_histories
-from streaming.labels import open_labels
+from streaming.labels import open_labels, unused_kernels
 from streaming.leaders import Leaders
 from streaming.letters import report_to
 from streaming.profile import Profiler
@@ -155,8 +155,7 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
     if port := settings.stream.metrics_port:
         stack.callback(metrics.serve(registry, port, settings.metrics.host))
     stack.enter_context(copying(settings, registry, first=stopping))
-    unused = () if settings.labels.impressions else ("streaming.attribution", "streaming.waiting_queue")
-    Kernels(registry, logger, unused, [KERNELS]).prepare(stopping.is_set)
+    Kernels(registry, logger, unused_kernels(settings), [KERNELS]).prepare(stopping.is_set)
     return counted, Room(STREAM, storage, stopping.wait)
 
 
