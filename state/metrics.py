@@ -54,9 +54,9 @@ def counter(name: str, text: str, *labels: str) -> Counter:
     return cast(Counter, _Declared(Counter, name, text, labels))
 
 
-def gauge(name: str, text: str, *labels: str) -> Gauge:
-    """Declares what rises and falls; of several workers that share their counters the largest is told."""
-    return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode="max"))
+def gauge(name: str, text: str, *labels: str, of_workers: str = "max") -> Gauge:
+    """Declares what rises and falls; of several workers that share their counters the largest is shown, or the smallest (`min`)."""
+    return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode=of_workers))
 
 
 def unset_gauge(name: str, text: str) -> Gauge:
@@ -315,6 +315,11 @@ class TrainerMetrics(Metrics):
     lag_seconds = unset_gauge(
         "springtide_trainer_lag_seconds",
         "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait, NaN while unknown.",
+    )
+    phase = gauge(
+        "springtide_trainer_phase",
+        "1 for what the trainer does now, 0 for the others: loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "phase",
     )
     caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
     device_memory_bytes = gauge(
@@ -739,7 +744,19 @@ class SharedMetrics(Metrics):
     )
 
 
+class KernelMetrics(Metrics):
+    """What each process says of the kernels that it compiles, or loads from the cache, before it is ready."""
+
+    total = gauge("springtide_kernels_total", "Kernels that this process prepares at its start.")
+    ready = gauge(
+        "springtide_kernels_ready",
+        "Those of them that are ready; the process is not ready before all are.",
+        of_workers="min",
+    )
+
+
 PROCESSES = (
+    KernelMetrics,
     StreamMetrics,
     TrainerMetrics,
     ApplierMetrics,

@@ -28,7 +28,9 @@ from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
 from deploy.serving.splitting.split import Split
+from deploy.serving.warming import Warming
 from deploy.serving.workers import Workers, count_as, end_with_parent
+from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.settings import Settings
 from state.events.identity import load_salt
@@ -77,7 +79,10 @@ def serve(
     limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections, own_hosts)
     grpc = (lambda: grpc_server(settings, app, access, beside)) if serving.grpc_port else None
 
+    warming = Warming(host, Kernels(registry, _log))
+
     def accepts() -> None:
+        warming.start()
         app.metrics.worker_starts.inc()
         ready()
 

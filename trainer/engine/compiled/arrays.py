@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import layout
 from trainer.engine.optimizers.fast_weights import FastSlots
 
 F32 = npt.NDArray[np.float32]
@@ -18,6 +19,9 @@ I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
 
 
+@layout(
+    "u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4[:, ::1], i4[::1], f4[::1]"
+)
 class Facts(NamedTuple):
     """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
 
@@ -72,6 +76,7 @@ class Facts(NamedTuple):
     cross_prior: F32
 
 
+@layout("f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1]")
 class FastWeights(NamedTuple):
     """The weights that move within a step, or derivatives by them, float32.
 
@@ -137,6 +142,9 @@ FROM_HEADS = {
 """The dense weights that only the heads use, and their names there."""
 
 
+@layout(
+    "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], FastWeights"
+)
 class HeadInputs(NamedTuple):
     """What the tower, the tables and the dense weights give the heads, float32.
 
@@ -171,6 +179,7 @@ class HeadInputs(NamedTuple):
     fast: FastWeights
 
 
+@layout("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], FastWeights")
 class Gradients(NamedTuple):
     """Derivatives of the loss by what of `HeadInputs` is learned, in its shapes.
 

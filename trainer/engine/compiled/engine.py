@@ -108,7 +108,7 @@ class CompiledEngine:
             user=distinct["user"],
             user_at=at["user"],
             category=distinct["category"],
-            latest_at=at["recent"][:, : HYPERPARAMETERS.latest],
+            latest_at=np.ascontiguousarray(at["recent"][:, : HYPERPARAMETERS.latest]),
             popular_at=at["popular"],
             context=distinct["context"],
             context_at=at["context"].reshape(len(record), -1),
@@ -246,7 +246,8 @@ def prepared_by(preprocessing: Preprocessing, features: int) -> Callable[[U16], 
         log_scale, scale = preprocessing.log_scale, preprocessing.scale
 
         def logarithms(raw: U16) -> F32:
-            found = np.empty(raw.shape, np.float32)
+            found, raw = np.empty(raw.shape, np.float32), raw.view()
+            raw.flags.writeable = False
             _logarithms(raw, LOGARITHMS, log_scale, scale, found)
             return found
 
@@ -257,7 +258,7 @@ def prepared_by(preprocessing: Preprocessing, features: int) -> Callable[[U16], 
     return lambda raw: np.asarray(concrete(tf.constant(raw)).numpy(), np.float32)
 
 
-@compiled
+@compiled("const(u2[:, ::1]), f4[::1], f4[::1], f4[::1], f4[:, ::1]")
 def _logarithms(raw: U16, logarithms: F32, log_scale: F32, scale: F32, out: F32) -> None:
     for b in range(raw.shape[0]):
         for d in range(raw.shape[1]):

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from state.compiled import compiled_sums
+from state.compiled import compiled_sums, layout
 from trainer.engine.compiled.arrays import F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Learned
 from trainer.engine.compiled.engagement import engage
 from trainer.engine.compiled.interest import learn_interest, measure_interest, score_candidates
@@ -49,6 +49,7 @@ LANES = FAST_ROWS // BLOCK
 _ZERO = np.float32(0.0)
 
 
+@layout("f4[:, ::1], f4[:, ::1]")
 class Biases(NamedTuple):
     """The engagement weights of items and categories, `[1, dim]` float32 each."""
 
@@ -56,6 +57,7 @@ class Biases(NamedTuple):
     category: F32
 
 
+@layout("Workspace, f4[::1], FastWeights, f4[:, ::1], i4[::1]")
 class Own(NamedTuple):
     """A thread's own memory.
 
@@ -74,7 +76,10 @@ class Own(NamedTuple):
     bits: I32
 
 
-@compiled_sums
+@compiled_sums(
+    "i8, i8, i8[::1], Facts, HeadInputs, Biases, f4[::1], f4[::1], Scores, Gradients, f4[:, ::1], Own, FastWeights, "
+    "FastSlots, f4[::1], f4, bool"
+)
 def _heads(
     thread: int,
     threads: int,

@@ -88,7 +88,7 @@ def meet(meeting: I64, threads: int) -> None:
             _yield()
 
 
-@compiled_sums
+@compiled_sums("i8[::1], i8")
 def meet_all(meeting: I64, threads: int) -> None:
     """`meet`, to be called from Python."""
     meet(meeting, threads)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from state.compiled import compiled_sums, part_of_sums
+from state.compiled import compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64
 from trainer.engine.compiled.threads import Threads, meet_all
 from trainer.model.default_ranker import DefaultRanker
@@ -33,6 +33,7 @@ ROWS, WEIGHTS = 64, 128
 _ZERO = np.float32(0.0)
 
 
+@layout("f4[:, ::1], i4[::1], f4[:, ::1], i4[:, ::1], i4[::1], f4[:, ::1], i4[:, ::1]")
 class Embedded(NamedTuple):
     """The embedding rows that the tower reads.
 
@@ -55,6 +56,9 @@ class Embedded(NamedTuple):
     context_at: I32
 
 
+@layout(
+    "f4[:, ::1], (f4[:, ::1],) * 2, (f4[:, ::1],) * 2, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1]"
+)
 class Passed(NamedTuple):
     """What a forward pass computed of B rows, float32; valid until the next one.
 
@@ -83,6 +87,7 @@ class Passed(NamedTuple):
     kept: F32
 
 
+@layout("(f4[:, ::1],) * 2, (f4[::1],) * 2, f4[:, ::1], f4[::1], f4[::1]")
 class Layers(NamedTuple):
     """Weights of the forward pass.
 
@@ -222,7 +227,7 @@ class Tower:
         return held[: rows * width].reshape(rows, width)
 
 
-@compiled_sums
+@compiled_sums("i8, i8, f4[:, ::1], Embedded, Layers, Passed, f4")
 def _forward(
     thread: int, threads: int, prepared: F32, embedded: Embedded, layers: Layers, passed: Passed, limit: np.float32
 ) -> None:
@@ -315,7 +320,10 @@ def _score(
             popular[b, p] += popular_bias[p]
 
 
-@compiled_sums
+@compiled_sums(
+    "i8, i8, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], (f4[:, ::1],) * 2, (f4[:, ::1],) * 2, f4[:, ::1], "
+    "(f4[:, ::1],) * 2, f4[:, ::1], f4[:, ::1]"
+)
 def _slopes(
     thread: int,
     threads: int,
@@ -354,7 +362,7 @@ def _slopes(
         np.dot(slopes[0][begin:end], of_rows.T, by_rows[begin:end])
 
 
-@compiled_sums
+@compiled_sums("i8, i8, i8[:, ::1], (f4[:, ::1],) * 4, (f4[:, ::1],) * 4, (f4[:, ::1],) * 4")
 def _by_weights(
     thread: int, threads: int, blocks: I64, inputs: tuple[F32, ...], slopes: tuple[F32, ...], out: tuple[F32, ...]
 ) -> None:
@@ -365,7 +373,7 @@ def _by_weights(
         np.dot(part.T, slopes[pair], out[pair][first:end])
 
 
-@compiled_sums
+@compiled_sums("f4[:, ::1], f4[::1]")
 def _by_bias(slopes: F32, out: F32) -> None:
     out[:] = _ZERO
     for b in range(slopes.shape[0]):
@@ -373,7 +381,7 @@ def _by_bias(slopes: F32, out: F32) -> None:
             out[d] += slopes[b, d]
 
 
-@compiled_sums
+@compiled_sums("Embedded, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1]")
 def scatter_rows(
     embedded: Embedded, by_rows: F32, by_queries: F32, by_popular_rows: F32, user: F32, category: F32, context: F32
 ) -> None:

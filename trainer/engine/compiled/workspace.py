@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from state.compiled import layout
 from trainer.engine.compiled.arrays import F32, I32, Facts
 from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 
@@ -13,6 +14,9 @@ BLOCK = 16
 """Rows whose candidates go through the nets together: loops over some hundred of them, in near memory."""
 
 
+@layout(
+    "i4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1]"
+)
 class Workspace(NamedTuple):
     """Working memory for a block of `n` rows.
 

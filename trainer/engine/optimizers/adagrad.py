@@ -19,7 +19,7 @@ I32 = npt.NDArray[np.int32]
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)
 
 
-@compiled_sums
+@compiled_sums("f4[:, ::1], f4[:, ::1], i4[::1], f4[:, ::1], f4, f4")
 def _adagrad(rows: F32, accum: F32, at: I32, gradient: F32, learning_rate: np.float32, epsilon: np.float32) -> None:
     for i in range(at.shape[0]):
         row = at[i]

@@ -185,7 +185,7 @@ class HostAdam:
             raise misfit(error) from error
 
 
-@compiled_sums
+@compiled_sums("f4[::1], f4[::1], f4[::1], f4[::1], i8[::1], f4[::1], f4[::1]")
 def _adam(
     weights: F32, first: F32, second: F32, gradient: F32, bounds: npt.NDArray[np.int64], rates: F32, powers: F32
 ) -> None:
