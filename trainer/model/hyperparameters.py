@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-MODEL_CODE = 1
+MODEL_CODE = 2
 """Number of the formulas of `trainer/model` and of both engines: raised when a step with the same numbers does something else."""
 
 

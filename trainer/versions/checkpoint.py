@@ -173,8 +173,10 @@ def environment(
         "machine": platform.machine(),
         "instructions": " ".join(name for name in _INSTRUCTIONS if name in flags),
         "device": device,
-        "threads": str(settings.trainer.threads),
+        # The compiled engine has the same bits for any number of threads.
+        "threads": "any" if engine == "compiled" else str(settings.trainer.threads),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        "scipy": metadata.version("scipy"),
         "numba": metadata.version("numba"),
         "llvmlite": metadata.version("llvmlite"),
         "engine": engine,
