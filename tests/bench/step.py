@@ -1,8 +1,9 @@
-"""The training step: examples/s at three sizes of the user table, and against Keras' own training step.
+"""The training step: by size of the user table, by rows of a record, by threads, and against Keras' own training step.
 
     python -m tests.bench.step
 
-Each size and the Keras peer run in a process of their own, on one thread.
+Each size and the Keras peer run in a process of their own, on one thread but
+where threads are compared, by wall time: that wants a machine with idle cores.
 Seconds are processor seconds of that process, so that neighbours on the
 machine disturb them little. The peer is `train_on_batch` with Adam: three
 `keras.layers.Embedding` of width 32 (1e7 users) and 128 -> 256 -> 128 -> 20.
@@ -16,18 +17,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from tests.bench.report import Figure, report
 
 SIZES = (100_000, 1_000_000, 10_000_000)
-ROWS = 1024
+ROWS, FEWER = 1024, (40, 600)
 STEPS = 60
+THREADS = 2
 
 
-def measure_step(users: int) -> dict[str, float]:
-    """Milliseconds of one step with `users` user rows."""
+def measure_step(users: int, rows: int = ROWS, threads: int = 1) -> dict[str, float]:
+    """Milliseconds of one step of `rows` rows with `users` user rows."""
     from state.config.settings import Settings
     from tests.trainer.batches import SPEC, START_MS, micro_batch, spread
     from trainer.engine.step import Trainer
@@ -36,7 +39,9 @@ def measure_step(users: int) -> dict[str, float]:
     trainer = Trainer(
         dataclasses.replace(
             base,
-            trainer=dataclasses.replace(base.trainer, device="cpu", capacity=users + 2, max_rows=2 * users),
+            trainer=dataclasses.replace(
+                base.trainer, device="cpu", capacity=users + 2, max_rows=2 * users, threads=threads
+            ),
         ),
         SPEC,
     )
@@ -44,7 +49,7 @@ def measure_step(users: int) -> dict[str, float]:
         numbers = np.arange(first, min(first + 1_000_000, users + 1))
         trainer.tables["user"].observe(spread(numbers), np.full(numbers.size, START_MS))
     batches = [
-        micro_batch(ROWS, first=number * ROWS, users=users, items=50_000, categories=3000) for number in range(STEPS)
+        micro_batch(rows, first=number * rows, users=users, items=50_000, categories=3000) for number in range(STEPS)
     ]
     for batch in batches[:10]:
         trainer.step(batch)
@@ -92,11 +97,11 @@ def measure_keras(users: int, steps: int = 4) -> dict[str, float]:
     return {"cpu_ms": float(np.median(cpu)) * 1e3, "wall_ms": float(np.median(wall)) * 1e3}
 
 
-def in_process(what: str, users: int) -> dict[str, float]:
+def in_process(what: str, *numbers: int) -> dict[str, float]:
     """Runs one measurement in a process of its own."""
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.step", what, str(users)],
+        [sys.executable, "-m", "tests.bench.step", what, *map(str, numbers)],
         env=environment,
         capture_output=True,
         text=True,
@@ -108,9 +113,9 @@ def in_process(what: str, users: int) -> dict[str, float]:
 
 def main() -> None:
     """Measures, prints and writes the figures."""
-    if len(sys.argv) == 3:
-        kind = {"step": measure_step, "keras": measure_keras}[sys.argv[1]]
-        print(json.dumps(kind(int(sys.argv[2]))))
+    if len(sys.argv) > 2:
+        kind: Callable[..., dict[str, float]] = {"step": measure_step, "keras": measure_keras}[sys.argv[1]]
+        print(json.dumps(kind(*map(int, sys.argv[2:]))))
         return
     steps = {users: in_process("step", users) for users in SIZES}
     keras = in_process("keras", SIZES[-1])
@@ -120,6 +125,12 @@ def main() -> None:
         figures[f"examples per cpu-s at {users:.0e} user rows"] = Figure(
             ROWS / found["cpu_ms"] * 1e3, "examples/s", ">= 80000"
         )
+    for rows in FEWER:
+        figures[f"step of {rows} rows at 1e+05 user rows"] = Figure(
+            in_process("step", SIZES[0], rows)["cpu_ms"], "cpu-ms"
+        )
+    shared = in_process("step", SIZES[0], ROWS, THREADS)["wall_ms"]
+    figures[f"speed-up of {THREADS} threads"] = Figure(steps[SIZES[0]]["wall_ms"] / shared, "ratio", ">= 1.7")
     figures["step at 1e7 over step at 1e5 user rows"] = Figure(
         steps[SIZES[-1]]["cpu_ms"] / steps[SIZES[0]]["cpu_ms"], "ratio", "<= 1.5"
     )
