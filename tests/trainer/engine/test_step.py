@@ -95,7 +95,7 @@ def test_fresh_process_makes_the_same_bits_whether_it_compiles_or_finds_kernels(
             capture_output=True,
             text=True,
             check=True,
-            timeout=120,
+            timeout=600,
         )
         assert there.stdout.split()[-1] == here
 

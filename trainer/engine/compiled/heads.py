@@ -229,10 +229,12 @@ class Heads:
             )  # fmt: skip
 
         self._threads.run(work)
-        summed = {
-            name: getattr(gradients, name).reshape(LANES, *getattr(inputs, name).shape).sum(0)
-            for name in ("category", "item", "prior", "item_bias", "category_bias")
-        }
+        # Derivatives that are not finite are the guard's business.
+        with np.errstate(invalid="ignore", over="ignore"):
+            summed = {
+                name: getattr(gradients, name).reshape(LANES, *getattr(inputs, name).shape).sum(0)
+                for name in ("category", "item", "prior", "item_bias", "category_bias")
+            }
         return scores, gradients._replace(**summed), Learned(crossed.rows, crossed.precision, moved)
 
     def _own(self, thread: int, facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
