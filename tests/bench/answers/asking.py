@@ -81,9 +81,7 @@ def post(path: str, body: bytes) -> bytes:
     >>> post("/v1/profiles:batch", b"{}").splitlines()[-1]
     b'{}'
     """
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
