@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def run(folder: Path, bench: str, arguments: Sequence[str]) -> dict[str, tuple[f
     """
     path = folder / FOLDER / f"{bench}.json"
     path.unlink(missing_ok=True)
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", f"tests.bench.{bench}", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -58,10 +59,17 @@ def run(folder: Path, bench: str, arguments: Sequence[str]) -> dict[str, tuple[f
         text=True,
         errors="replace",
     )
-    if done.returncode or not path.exists():
-        print(done.stdout[-4000:], file=sys.stderr)
+    try:
+        output, _ = process.communicate()
+    except BaseException:
+        # An interrupt lets the bench stop the processes that it started.
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        raise
+    if process.returncode or not path.exists():
+        print(output[-4000:], file=sys.stderr)
         raise SystemExit(
-            f"bench {bench} in {folder} ended with code {done.returncode}{'' if path.exists() else ' and no report'}"
+            f"bench {bench} in {folder} ended with code {process.returncode}{'' if path.exists() else ' and no report'}"
         )
     figures = json.loads(path.read_text())["figures"]
     return {label: (figure["value"], figure["unit"]) for label, figure in figures.items()}
@@ -94,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("benches", nargs="*", metavar="BENCH", help=f"default: {' '.join(BENCHES)}")
     flags.add_argument("--rounds", type=int, default=3, help="runs of each bench in each revision")
     wanted = flags.parse_args(words[:split])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with worktree(wanted.revision) as folder:
         for bench in wanted.benches or BENCHES:
             other, this, loops_s = [], [], []
