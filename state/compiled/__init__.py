@@ -35,6 +35,16 @@ def compiled(kernel: Kernel) -> Kernel:
     return _cached(kernel, numba.njit(cache=True, nogil=True, error_model="numpy"))
 
 
+def inlined(part: Kernel) -> Kernel:
+    """A function that `compiled` kernels call, made a part of each of them.
+
+    A call that passes many arrays costs some 50 ns, mostly for their descriptors. The rows of the window kernel took
+    1.98 us with calls and 1.29 us without (15 events).
+    """
+    _STAMPS[part] = _stamp_of(part)
+    return cast(Kernel, numba.njit(nogil=True, error_model="numpy", forceinline=True)(part))
+
+
 def compiled_sums(kernel: Kernel) -> Kernel:
     """As `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
 

@@ -12,7 +12,7 @@ sees integers only. For each row:
 
 from __future__ import annotations
 
-from state.compiled import compiled
+from state.compiled import compiled, inlined
 from state.features.arrays import I64, WORDS, Tables, Vector
 from state.features.mask import Hidden
 from state.features.order import follow, put_in_order
@@ -22,7 +22,7 @@ from state.features.sums import sum_in_order, sum_up
 from state.features.writing import write_categories, write_features
 
 
-@compiled
+@inlined
 def _write_row(
     ring: I64,
     end: int,
