@@ -57,7 +57,7 @@ class IdTable:
         if not {*map(type, values)} <= _ID_TYPES:
             return None
         try:
-            numbers = np.fromiter(map(self._numbers.get, values), np.int64, len(values))  # type: ignore[arg-type]
+            numbers = np.fromiter(map(self._numbers.get, values), np.int64, len(values))
         # The number of an unknown value is None.
         except TypeError:
             if any(value not in self._numbers and self._add(value) is None for value in values):
