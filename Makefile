@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 IS_3_11 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3 python; do \
 	if $$name -c '$(IS_3_11)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
-BENCHES ?= $(filter-out __init__ report,$(basename $(notdir $(wildcard tests/bench/*.py))))
+BENCHES ?= $(filter-out __init__ report against,$(basename $(notdir $(wildcard tests/bench/*.py))))
 
 SEED ?= 7
 KILLS ?= 200

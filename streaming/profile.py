@@ -20,6 +20,7 @@ from state.features.kernel import update_rows
 from state.features.spec import EVENT, Events, FeatureSpec, Mask
 from state.history.appends import Appends, events_of
 from streaming.rows import Rows
+from streaming.slot_table import ABSENT, SlotTable
 
 I64 = NDArray[np.int64]
 
@@ -49,13 +50,13 @@ class Profiler:
         self._store = store
         self._spec = spec
         self._hidden = mask.hidden
-        self._slots: dict[int, int] = {}
+        self._slots = SlotTable()
         self._free: list[int] = []
         # The system gives pages of an empty array only as they are written.
         self._rings = np.empty((0, spec.history, WORDS), np.int64)
         self._ends = self._counts = self._users = self._pending = self._used = np.empty(0, np.int64)
         self._clock = 0
-        self._committed: deque[I64] = deque()
+        self._committed: deque[NDArray[np.uint64]] = deque()
         self._evicted: deque[Sequence[int]] = deque()
         self._stale: set[int] = set()
         self._grow(cache_users)
@@ -97,7 +98,7 @@ class Profiler:
 
     def committed(self, rows: Rows) -> None:
         """Tells that the store has the appends of `rows`, each `Rows` once; any thread may call it."""
-        self._committed.append(rows.appends.users.view(np.int64))
+        self._committed.append(rows.appends.users)
 
     def forget(self, users: Sequence[int]) -> None:
         """Tells that the store has lost users whose events rows could still see; any thread may call it.
@@ -114,37 +115,36 @@ class Profiler:
     def _settle(self) -> None:
         """Takes note of what was committed since the last batch."""
         while self._committed:
-            for user in self._committed.popleft().view(np.uint64).tolist():
-                self._pending[self._slots[user]] -= 1
+            # No user twice: these are the users of one `Rows`.
+            self._pending[self._slots.find(self._committed.popleft())] -= 1
         while self._evicted:
             self._stale.update(self._evicted.popleft())
         for user in [*self._stale]:
-            slot = self._slots.get(user)
-            if slot is None or self._pending[slot] == 0:
+            slot = int(self._slots.find(np.array([user], np.uint64))[0])
+            if slot == ABSENT or self._pending[slot] == 0:
                 self._stale.remove(user)
-                if slot is not None:
-                    self._release(user, slot)
+                if slot != ABSENT:
+                    self._release([user], [slot])
 
     def _places(self, users: NDArray[np.uint64]) -> I64:
         """Gives the ring of each of `users` (unique), read from the store where it is not in memory."""
-        known = [self._slots.get(user, -1) for user in users.tolist()]
-        slots = np.array(known, np.int64)
-        missing = np.flatnonzero(slots < 0)
+        slots = self._slots.find(users)
+        missing = np.flatnonzero(slots == ABSENT)
         if not len(missing):
             return slots
-        self._used[slots[slots >= 0]] = self._clock
+        self._used[slots[slots != ABSENT]] = self._clock
         self._make_room(len(missing))
         absent = users[missing].tolist()
-        for number, user, history in zip(missing.tolist(), absent, self._store.read_many(absent), strict=True):
+        for number, history in zip(missing.tolist(), self._store.read_many(absent), strict=True):
             slot = self._free.pop()
             count = len(history)
             self._rings[slot, :count] = words(history)
             self._counts[slot] = count
             self._ends[slot] = count % self._spec.history
             self._pending[slot] = 0
-            self._users[slot] = np.uint64(user).view(np.int64)
-            self._slots[user] = slot
             slots[number] = slot
+        self._users[slots[missing]] = users[missing].view(np.int64)
+        self._slots.put(users[missing], slots[missing])
         return slots
 
     def _make_room(self, needed: int) -> None:
@@ -157,16 +157,15 @@ class Profiler:
         leaving = min(len(may_go), max(needed, capacity // 16))
         if leaving:
             oldest = may_go[np.argpartition(self._used[may_go], leaving - 1)[:leaving]]
-            for slot, user in zip(oldest.tolist(), self._users[oldest].view(np.uint64).tolist(), strict=True):
-                self._release(user, slot)
+            self._release(self._users[oldest].view(np.uint64).tolist(), oldest.tolist())
         # 2. The rest have events that the store does not know yet.
         if len(self._free) < needed:
             self._grow(max(needed - len(self._free), capacity // 2))
 
-    def _release(self, user: int, slot: int) -> None:
-        self._used[slot] = 0
-        del self._slots[user]
-        self._free.append(slot)
+    def _release(self, users: Sequence[int], slots: Sequence[int]) -> None:
+        self._used[slots] = 0
+        self._slots.remove(users)
+        self._free.extend(slots)
 
     def _grow(self, more: int) -> None:
         """Adds `more` rings; `_used` is 0 for those without a user."""

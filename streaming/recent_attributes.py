@@ -9,7 +9,7 @@ import numpy as np
 
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import U64, AttributeTable
-from state.events.parser import ANNOUNCE_MS
+from state.events.id_table import ANNOUNCE_MS
 
 REMEMBERED = 200_000
 

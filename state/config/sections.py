@@ -265,7 +265,7 @@ class Stream:
         900_000, "bytes", least=100_000, most=15_000_000, help="Largest micro-batch record; larger ones are split."
     )
     poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Longest wait for clicks in one poll.")
-    batch_events: int = setting(1000, "events", least=1, most=1_000_000, help="Most events of one columnar batch.")
+    batch_events: int = setting(2048, "events", least=1, most=1_000_000, help="Most events of one columnar batch.")
     max_skew_s: float = setting(
         60.0,
         "s",

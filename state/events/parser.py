@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from state.config.sections import Events as EventSettings
 from state.errors import DecodeError, SettingsError
 from state.events.dead_letters import DeadLetter, Reason, reason_of
-from state.events.decoding import LATEST_MS, load_decoder, parse_time
+from state.events.decoding import LATEST_MS, MILLISECONDS_FROM, load_decoder, parse_time
 from state.events.event_batch import EventBatch
+from state.events.id_table import CACHED_CHARACTERS, IdTable
 from state.events.identity import Salt, context_id, context_text, public_id, user_id
 from state.events.probe_users import is_probe_user
 from state.positions import Range, Source
@@ -28,51 +30,23 @@ from state.positions import Range, Source
 if TYPE_CHECKING:
     from state.log import PartitionBatch
 
-ANNOUNCE_MS = 600_000
-CACHED_IDS = 200_000
-CACHED_CHARACTERS = 256  # longer ids are hashed each time, so that the caches stay small
-NAME_CHARACTERS = 200
+CACHED_CONTEXTS = 200_000
 
 
-def _remember(cache: dict[Any, int], key: Any, value: int) -> int:
-    """Puts `value` into a cache that is emptied when it is full."""
-    if len(cache) >= CACHED_IDS:
-        cache.clear()
-    if len(str(key)) <= CACHED_CHARACTERS:
-        cache[key] = value
-    return value
+class _Columns(NamedTuple):
+    """The records of a partition batch that are events, `[n]` each, and what became of the others."""
 
-
-class _Names:
-    """Which texts of ids were not announced lately.
-
-    Args:
-        whole: Leaves out those that are too long, where others are cut.
-
-    Attributes:
-        met: Of this batch, by id.
-    """
-
-    def __init__(self, whole: bool = False) -> None:
-        self._whole = whole
-        self.met: dict[int, Any] = {}
-        self._announced: dict[int, int] = {}
-
-    def news(self, newest_ms: int) -> dict[int, str]:
-        """Those of this batch; announces them.
-
-        A time that goes back is another time too: one wrong clock must not silence the names for years.
-        """
-        met, self.met = self.met, {}
-        announced = self._announced
-        due = [key for key in met if abs(newest_ms - announced.get(key, -ANNOUNCE_MS)) >= ANNOUNCE_MS]
-        if len(announced) >= CACHED_IDS:
-            announced.clear()
-        announced.update(dict.fromkeys(due, newest_ms))
-        texts = {key: str(met[key]) for key in due}
-        if self._whole:
-            return {key: text for key, text in texts.items() if len(text) <= NAME_CHARACTERS}
-        return {key: text[:NAME_CHARACTERS] for key, text in texts.items()}
+    kept: NDArray[np.int64] | slice
+    user: NDArray[np.uint64]
+    item: NDArray[np.uint64]
+    category: NDArray[np.uint64]
+    action: NDArray[np.uint8]
+    at_ms: NDArray[np.int64]
+    label: NDArray[np.float32]
+    contexts: list[list[int]]
+    requests: list[int]
+    dead: list[DeadLetter]
+    filtered: int
 
 
 class Parser:
@@ -96,11 +70,10 @@ class Parser:
             )
         self._future_ms = round(settings.max_future_s * 1000)
         self._age_ms = round(settings.max_age_s * 1000)
-        self._users: dict[Any, int] = {}
-        self._public: dict[Any, int] = {}
-        self._contexts: dict[tuple[str, str], int] = {}
         # What names a category to people may be cut; what names an item to its owner may not.
-        self._categories, self._items = _Names(), _Names(whole=True)
+        self._users = IdTable(partial(user_id, salt), announced=False)
+        self._items, self._categories = IdTable(public_id, whole=True), IdTable(public_id)
+        self._contexts: dict[tuple[str, str], int] = {}
 
     def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
         """Turns what one poll found into events, dead letters and the account of every position.
@@ -108,80 +81,164 @@ class Parser:
         Args:
             batches: Contiguous ranges of partitions with their records.
         """
+        for table in (self._users, self._items, self._categories):
+            table.begin()
+        found: list[_Columns] = []
+        ranges: list[Range] = []
+        dead: list[DeadLetter] = []
+        for batch in batches:
+            source = Source(batch.topic_id, batch.partition)
+            columns = self._at_once(batch) or self._one_by_one(batch, source)
+            corrupt = [
+                DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None)
+                for first, after, _ in batch.corrupt
+                for lost in range(first, after)
+            ]
+            outcomes = len(columns.user), len(columns.dead) + len(corrupt), columns.filtered
+            ranges.append(Range(source, batch.first, batch.next, *outcomes, batch.next - batch.first - sum(outcomes)))
+            dead += columns.dead + corrupt
+            found.append(columns)
+        return self._batch(found, [batch.offsets for batch in batches], tuple(ranges), tuple(dead))
+
+    def _batch(
+        self,
+        found: list[_Columns],
+        offsets: Sequence[NDArray[np.int64]],
+        ranges: tuple[Range, ...],
+        dead: tuple[DeadLetter, ...],
+    ) -> EventBatch:
+        """What was found in each partition batch, with its offsets, as one batch."""
+
+        def joined(columns: list[NDArray[Any]], kind: type) -> NDArray[Any]:
+            return np.concatenate(columns) if columns else np.empty(0, kind)
+
+        action = joined([one.action for one in found], np.uint8)
+        at_ms = joined([one.at_ms for one in found], np.int64)
+        rows = [len(one.user) for one in found]
+        newest_ms = int(at_ms.max()) if len(at_ms) else None
+        contexts = [context for one in found for context in one.contexts]
+        return EventBatch(
+            user=joined([one.user for one in found], np.uint64),
+            item=joined([one.item for one in found], np.uint64),
+            category=joined([one.category for one in found], np.uint64),
+            action=action,
+            at_ms=at_ms,
+            label=joined([one.label for one in found], np.float32),
+            weight=self._weights[action],
+            context=np.array(contexts, np.uint64).reshape(sum(rows), len(self._settings.context)),
+            source=np.repeat(np.arange(len(found), dtype=np.uint16), rows),
+            offset=joined([of_batch[one.kept] for of_batch, one in zip(offsets, found, strict=True)], np.int64),
+            ranges=ranges,
+            dead=dead,
+            names={} if newest_ms is None else self._categories.news(newest_ms),
+            item_names={} if newest_ms is None else self._items.news(newest_ms),
+            request=np.array([request for one in found for request in one.requests], np.uint64),
+        )
+
+    def _at_once(self, batch: PartitionBatch) -> _Columns | None:
+        """The records of a batch, column by column; None where one of them needs a closer look, see `_one_by_one`."""
+        settings, values = self._settings, batch.values
+        if None in values or max(map(len, values), default=0) > settings.max_event_bytes:  # type: ignore[arg-type]
+            return None
+        try:
+            events = [self._decode(value) for value in values]  # type: ignore[arg-type]
+            at_ms = self._times([event.time for event in events], batch.timestamps_ms)
+            action = self._action_column([event.action for event in events])
+            label = label_column([event.label for event in events])
+            if at_ms is None or action is None or label is None:
+                return None
+            requests = [self._request(event.request) for event in events] if settings.request else []
+            contexts = [self._context(event) for event in events] if settings.context else []
+            user = self._users.column([event.user for event in events])
+            if user is None:
+                return None
+            item = self._ids(self._items, settings.item, [event.item for event in events])
+            if item is None:
+                return None
+            category = self._ids(self._categories, settings.category, [event.category for event in events])
+        # Which record it is, and what becomes of it, is found one by one.
+        except (DecodeError, ValueError, OverflowError):
+            return None
+        if category is None:
+            return None
+        return _Columns(slice(None), user, item, category, action, at_ms, label, contexts, requests, [], 0)
+
+    def _times(self, times: list[Any], timestamps_ms: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """`[n]` int64, event times in ms; None where one of them is implausible or missing."""
+        unit, kinds = self._settings.time_unit, {*map(type, times)}
+        if kinds == {int} and unit != "iso":
+            at_ms = np.array(times, np.int64)
+            if not ((at_ms > -LATEST_MS) & (at_ms < LATEST_MS)).all():
+                return None
+            if unit != "ms":
+                at_ms = np.where((at_ms < MILLISECONDS_FROM) | (unit == "s"), at_ms * 1000, at_ms)
+        elif kinds == {type(None)} and not self._settings.time:
+            at_ms = timestamps_ms.astype(np.int64)
+        else:
+            at_ms = np.array([parse_time(time, unit) for time in times], np.int64)
+        after_ms = at_ms - timestamps_ms
+        plausible = (after_ms >= -self._age_ms) & (after_ms <= self._future_ms) | (timestamps_ms < 0)
+        return at_ms if (plausible & (at_ms >= 0) & (at_ms < LATEST_MS)).all() else None
+
+    def _action_column(self, actions: list[Any]) -> NDArray[np.uint8] | None:
+        """`[n]` uint8, the numbers of actions; None where one of them is unknown."""
+        kinds = {*map(type, actions)}
+        if kinds == {type(None)} and len(self._actions) == 1:
+            return np.zeros(len(actions), np.uint8)
+        if not kinds <= {str, int}:
+            return None
+        numbers = [*map(self._actions.get, actions if kinds <= {str} else map(str, actions))]
+        return None if None in numbers else np.array(numbers, np.uint8)
+
+    def _ids(self, table: IdTable, configured: str, values: list[Any]) -> NDArray[np.uint64] | None:
+        """`[n]` uint64 ids of a column; None where one of them needs a closer look."""
+        if not configured and values.count(None) == len(values):
+            return np.zeros(len(values), np.uint64)
+        return table.column(values)
+
+    def _one_by_one(self, batch: PartitionBatch, source: Source) -> _Columns:
+        """The records of a batch, each with its own outcome."""
         rows: list[tuple[int, int, int, int, int, float]] = []
         contexts: list[list[int]] = []
         requests: list[int] = []
         dead: list[DeadLetter] = []
-        ranges: list[Range] = []
-        sources: list[int] = []
-        offsets: list[NDArray[np.int64]] = []
-        read, limit, wide = self._read, self._settings.max_event_bytes, bool(self._settings.context)
-        paired = bool(self._settings.request)
-        for number, batch in enumerate(batches):
-            source = Source(batch.topic_id, batch.partition)
-            kept: list[int] = []
-            filtered, dead_before = 0, len(dead)
-            times = batch.timestamps_ms.tolist()
-            for index, value in enumerate(batch.values):
-                if value is None:
-                    filtered += 1
-                    continue
-                try:
-                    if len(value) > limit:
-                        raise DecodeError(Reason.TOO_LARGE)
-                    event = self._decode(value)
-                    row = read(event, times[index])
-                    if paired:
-                        request = self._request(event.request)
-                    if wide:
-                        contexts.append(self._context(event))
-                except (DecodeError, ValueError) as error:
-                    dead.append(
-                        DeadLetter(source, int(batch.offsets[index]), reason_of(error), batch.keys[index], value)
-                    )
-                    continue
-                rows.append(row)
+        kept: list[int] = []
+        filtered = 0
+        limit, wide, paired = self._settings.max_event_bytes, bool(self._settings.context), bool(self._settings.request)
+        times = batch.timestamps_ms.tolist()
+        for index, value in enumerate(batch.values):
+            if value is None:
+                filtered += 1
+                continue
+            try:
+                if len(value) > limit:
+                    raise DecodeError(Reason.TOO_LARGE)
+                event = self._decode(value)
+                row = self._read(event, times[index])
                 if paired:
-                    requests.append(request)
-                kept.append(index)
-            for first, after, _ in batch.corrupt:
-                dead += [DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None) for lost in range(first, after)]
-            outcomes = len(kept), len(dead) - dead_before, filtered
-            absent = batch.next - batch.first - sum(outcomes)
-            ranges.append(Range(source, batch.first, batch.next, *outcomes, absent))
-            sources += [number] * len(kept)
-            offsets.append(batch.offsets[kept])
-        return self._columns(rows, contexts, requests, sources, offsets, tuple(ranges), tuple(dead))
-
-    def _columns(
-        self,
-        rows: list[tuple[int, int, int, int, int, float]],
-        contexts: list[list[int]],
-        requests: list[int],
-        sources: list[int],
-        offsets: list[NDArray[np.int64]],
-        ranges: tuple[Range, ...],
-        dead: tuple[DeadLetter, ...],
-    ) -> EventBatch:
+                    request = self._request(event.request)
+                if wide:
+                    contexts.append(self._context(event))
+            except (DecodeError, ValueError) as error:
+                dead.append(DeadLetter(source, int(batch.offsets[index]), reason_of(error), batch.keys[index], value))
+                continue
+            rows.append(row)
+            if paired:
+                requests.append(request)
+            kept.append(index)
         user, item, category, action, at_ms, label = zip(*rows, strict=True) if rows else ((),) * 6
-        actions = np.array(action, np.uint8)
-        times = np.array(at_ms, np.int64)
-        return EventBatch(
-            user=np.array(user, np.uint64),
-            item=np.array(item, np.uint64),
-            category=np.array(category, np.uint64),
-            action=actions,
-            at_ms=times,
-            label=np.array(label, np.float32),
-            weight=self._weights[actions],
-            context=np.array(contexts, np.uint64).reshape(len(rows), len(self._settings.context)),
-            source=np.array(sources, np.uint16),
-            offset=np.concatenate(offsets) if offsets else np.empty(0, np.int64),
-            ranges=ranges,
-            dead=dead,
-            names=self._categories.news(int(times.max())) if rows else {},
-            item_names=self._items.news(int(times.max())) if rows else {},
-            request=np.array(requests, np.uint64),
+        return _Columns(
+            np.array(kept, np.int64),
+            np.array(user, np.uint64),
+            np.array(item, np.uint64),
+            np.array(category, np.uint64),
+            np.array(action, np.uint8),
+            np.array(at_ms, np.int64),
+            np.array(label, np.float32),
+            contexts,
+            requests,
+            dead,
+            filtered,
         )
 
     def _read(self, event: Any, timestamp_ms: int) -> tuple[int, int, int, int, int, float]:
@@ -196,19 +253,17 @@ class Parser:
         value = event.user
         if type(value) is not str and type(value) is not int:
             raise DecodeError(Reason.MISSING_FIELD if value is None else Reason.WRONG_TYPE)
-        user = self._users.get(value) or self._new_user(value)
+        user = self._users.id_of(value)
         value = event.item
         if type(value) is not str and type(value) is not int:
             item = self._no_id(value, settings.item, event.user)
         else:
-            item = self._public.get(value) or self._new_public(value)
-            self._items.met[item] = value
+            item = self._items.id_of(value)
         value = event.category
         if type(value) is not str and type(value) is not int:
             category = self._no_id(value, settings.category, event.user)
         else:
-            category = self._public.get(value) or self._new_public(value)
-            self._categories.met[category] = value
+            category = self._categories.id_of(value)
         action = self._actions.get(event.action) if type(event.action) is str else self._other_action(event.action)
         if action is None:
             raise DecodeError(Reason.UNKNOWN_ACTION)
@@ -243,16 +298,6 @@ class Parser:
             raise DecodeError(Reason.WRONG_TYPE)
         return self._actions.get(str(value))
 
-    def _new_user(self, value: str | int) -> int:
-        if value == "":
-            raise DecodeError(Reason.EMPTY_ID)
-        return _remember(self._users, value, user_id(self._salt, value))
-
-    def _new_public(self, value: str | int) -> int:
-        if value == "":
-            raise DecodeError(Reason.EMPTY_ID)
-        return _remember(self._public, value, public_id(value))
-
     def _request(self, value: Any) -> int:
         """The id of an event's request; they pass by and are not remembered."""
         if value is None or value == "":
@@ -272,5 +317,29 @@ class Parser:
             if isinstance(value, float) and not math.isfinite(value):
                 raise DecodeError(Reason.NOT_FINITE)
             key = name, context_text(value)
-            found.append(self._contexts.get(key) or _remember(self._contexts, key, context_id(*key)))
+            found.append(self._contexts.get(key) or self._new_context(key))
         return found
+
+    def _new_context(self, key: tuple[str, str]) -> int:
+        made = context_id(*key)
+        if len(self._contexts) >= CACHED_CONTEXTS:
+            self._contexts.clear()
+        if len(key[1]) <= CACHED_CHARACTERS:
+            self._contexts[key] = made
+        return made
+
+
+def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
+    """`[n]` float32, NaN for None; None where a label is none.
+
+    >>> label_column([None, True, 0.5]), label_column([2.0])
+    (array([nan, 1. , 0.5], dtype=float32), None)
+    """
+    unknown = labels.count(None)
+    if unknown == len(labels):
+        return np.full(unknown, np.nan, np.float32)
+    if not {*map(type, labels)} <= {type(None), bool, int, float}:
+        return None
+    found = np.array([math.nan if label is None else label for label in labels], np.float64)
+    # A label that is not finite fails both comparisons.
+    return found.astype(np.float32) if np.count_nonzero((found >= 0) & (found <= 1)) == len(found) - unknown else None

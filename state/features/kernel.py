@@ -12,7 +12,7 @@ sees integers only. For each row:
 
 from __future__ import annotations
 
-from state.compiled import compiled, layout
+from state.compiled import compiled, inlined, layout
 from state.features.arrays import I64, WORDS, Tables, Vector
 from state.features.mask import Hidden
 from state.features.order import follow, put_in_order
@@ -27,7 +27,7 @@ layout("i8[:, ::1], i8[:, ::1]")(Hidden)
 layout("u2[:, ::1], u8[:, ::1], u2[:, :, ::1], u8[:, ::1], u8[:, ::1], u2[:, ::1], u2[:, ::1]")(Vector)
 
 
-@compiled
+@inlined
 def _write_row(
     ring: I64,
     end: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from state.compiled import compiled
+from state.compiled import inlined
 from state.features.ages import DAY_MS, NEVER, quantise
 from state.features.arrays import GAPS, I64, SOURCE_BITS, SWITCHES, U64, Tables
 from state.features.mask import Hidden
@@ -12,7 +12,7 @@ from state.features.scratch import Scratch
 
 SESSION_GAP_MS = 30 * 60_000
 
-step_of = compiled(quantise)
+step_of = inlined(quantise)
 
 
 class Course(NamedTuple):
@@ -27,7 +27,7 @@ class Course(NamedTuple):
     days: int
 
 
-@compiled
+@inlined
 def hides(hidden: Hidden, source: int, offset: int, at_ms: int) -> bool:
     """Whether a mask takes out the event; `source` is topic | partition << 32."""
     found = False
@@ -40,7 +40,7 @@ def hides(hidden: Hidden, source: int, offset: int, at_ms: int) -> bool:
     return found
 
 
-@compiled
+@inlined
 def newer(ring: I64, left: int, right: int) -> bool:
     """Whether the event at `left` comes after that at `right`: by time, then offset, then source."""
     if ring[left, 0] != ring[right, 0]:
@@ -51,7 +51,7 @@ def newer(ring: I64, left: int, right: int) -> bool:
     return bool((ring[left, 4] & SOURCE_BITS) > (ring[right, 4] & SOURCE_BITS))
 
 
-@compiled
+@inlined
 def put_in_order(
     ring: I64, end: int, count: int, at_ms: int, tables: Tables, hidden: Hidden, order: U64
 ) -> tuple[int, bool]:
@@ -89,7 +89,7 @@ def put_in_order(
     return visible, truncated
 
 
-@compiled
+@inlined
 def follow(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch) -> Course:
     """Walks from the newest visible event to the oldest; writes the gaps."""
     work.gaps[:] = NEVER

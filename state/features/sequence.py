@@ -9,13 +9,13 @@ beyond the visible events are 0 in all four; the action tells them apart.
 
 from __future__ import annotations
 
-from state.compiled import compiled
+from state.compiled import inlined
 from state.features.arrays import I64, Tables, Vector
 from state.features.order import step_of
 from state.features.scratch import Scratch
 
 
-@compiled
+@inlined
 def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch, rows: Vector, n: int) -> None:
     """Writes the four `sequence_*` of row `n`; nothing where they have no places."""
     for k in range(rows.sequence_items.shape[1]):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from state.compiled import compiled
+from state.compiled import inlined
 from state.features.ages import EXACT, NEVER
 from state.features.arrays import FEW, I64, MANY, U16, U64, Tables
 from state.features.scratch import Scratch
@@ -21,7 +21,7 @@ class Totals(NamedTuple):
     oldest_step: int
 
 
-@compiled
+@inlined
 def slot_of(table: I64, key: int, generation: int, fresh: int) -> int:
     """Finds the slot of `key`, or gives it slot `fresh`."""
     # Unsigned indices spare the check for a negative one, here and below.
@@ -36,7 +36,7 @@ def slot_of(table: I64, key: int, generation: int, fresh: int) -> int:
     return fresh
 
 
-@compiled
+@inlined
 def sum_up(
     ring: I64,
     at_ms: int,
@@ -98,7 +98,7 @@ def sum_up(
     return Totals(category_count, session_categories, session_items, step)
 
 
-@compiled
+@inlined
 def _begin(work: Scratch, recent_categories: U64, category_windows: U16) -> None:
     work.kind_sums[:] = 0
     work.distinct[:] = 0
@@ -107,7 +107,7 @@ def _begin(work: Scratch, recent_categories: U64, category_windows: U16) -> None
     category_windows[:] = 0
 
 
-@compiled
+@inlined
 def sum_in_order(work: Scratch, visible: int, category_count: int) -> None:
     """The sums of which only the order of events counts, of each category: `work.of_order`."""
     slots, sums = work.slots, work.of_order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from state.compiled import compiled
+from state.compiled import inlined
 from state.features.ages import DAY_MS, HOUR_MS, NEVER
 from state.features.arrays import GAPS, OF_ORDER, SLOTS, U16, Tables
 from state.features.order import Course, step_of
@@ -10,7 +10,7 @@ from state.features.scratch import Scratch
 from state.features.sums import Totals
 
 
-@compiled
+@inlined
 def write_categories(tables: Tables, work: Scratch, category_count: int, any_last: bool, category_windows: U16) -> None:
     """What each category did; in the order of `FeatureSpec.window_names`."""
     width, lives = tables.windows_ms.shape[0], tables.decay.shape[1]
@@ -36,7 +36,7 @@ def write_categories(tables: Tables, work: Scratch, category_count: int, any_las
     category_windows[0, width + lives + 1] = any_last
 
 
-@compiled
+@inlined
 def write_features(
     at_ms: int,
     tables: Tables,
@@ -72,7 +72,7 @@ def write_features(
             f += 1
 
 
-@compiled
+@inlined
 def _write_sums(tables: Tables, work: Scratch, features: U16) -> int:
     """Actions first, then events with a known label, then with a positive one; returns where the next feature goes."""
     width, lives, actions = tables.windows_ms.shape[0], tables.decay.shape[1], tables.actions
@@ -108,7 +108,7 @@ def _write_sums(tables: Tables, work: Scratch, features: U16) -> int:
     return f
 
 
-@compiled
+@inlined
 def _write_distinct(tables: Tables, work: Scratch, category_count: int, features: U16, f: int) -> int:
     """How many categories and items there were, and the share of the top category in thousandths."""
     width = tables.windows_ms.shape[0]
@@ -131,7 +131,7 @@ def _write_distinct(tables: Tables, work: Scratch, category_count: int, features
     return f
 
 
-@compiled
+@inlined
 def _write_clock(at_ms: int, tables: Tables, features: U16, f: int) -> int:
     hour = at_ms // HOUR_MS % 24
     weekday = (at_ms // DAY_MS + 3) % 7  # the first of January 1970 was a Thursday

@@ -10,7 +10,7 @@ rewrites that one small value. Chunks below the last N events are deleted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import lmdb
@@ -80,14 +80,15 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
     new = 0
     starts = (appends.starts * EVENT_BYTES).tolist()
     lengths = (appends.lengths * EVENT_BYTES).tolist()
-    seek, item = cursor.set_range, cursor.item
+    seek = cursor.set_range
+    item = cast(Callable[[], tuple[bytes, bytes]], cursor.item)
     for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         prefix = prefixes[8 * index : 8 * index + 8]
         gained = data[start : start + length]
         chunk = before = 0
         if seek(prefix):
-            key, tail = cast(tuple[bytes, bytes], item())
-            if key.startswith(prefix):
+            key, tail = item()
+            if key[:8] == prefix:
                 # The common case, kept short: the newest chunk has room.
                 if len(tail) + length <= _CHUNK_BYTES:
                     written.append((key, tail + gained))

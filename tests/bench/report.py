@@ -1,7 +1,9 @@
 """Writes a benchmark's figures as JSON with the machine they were taken on, and prints them.
 
 Figures go to `build/bench/<name>.json`. A goal that the machine did not reach
-is printed as such and never fails the run: the numbers are for people.
+is printed as such and never fails the run: the numbers are for people. Each
+report contains a calibration, the time of a fixed loop, so that figures of
+machines and moments of different speed can be compared.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 FOLDER = Path("build/bench")
+CALIBRATION_ADDITIONS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,20 @@ def machine() -> dict[str, object]:
     }
 
 
+def calibration_s() -> float:
+    """Wall time of 5 million additions in a Python loop, seconds."""
+    begun_s = time.perf_counter()
+    total = 0
+    for number in range(CALIBRATION_ADDITIONS):
+        total += number
+    return time.perf_counter() - begun_s
+
+
 def report(name: str, figures: Mapping[str, Figure], notes: Mapping[str, object] | None = None) -> Path:
     """Prints `figures` and writes them to `build/bench/<name>.json`; returns the file."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    print(f"\n{name} ({machine()['processor']}, {os.cpu_count()} cores)")
+    loop_s = calibration_s()
+    print(f"\n{name} ({machine()['processor']}, {os.cpu_count()} cores, 5 million additions in {loop_s:.3f} s)")
     for label, figure in figures.items():
         verdict = {True: "reached", False: "NOT REACHED", None: ""}[figure.reached]
         print(f"  {label:<52} {figure.value:>14,.3f} {figure.unit:<12} {figure.goal:<12} {verdict}")
@@ -115,6 +128,7 @@ def report(name: str, figures: Mapping[str, Figure], notes: Mapping[str, object]
         "name": name,
         "taken_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
+        "calibration_s": loop_s,
         "figures": {label: asdict(figure) | {"reached": figure.reached} for label, figure in figures.items()},
         "notes": dict(notes or {}),
     }

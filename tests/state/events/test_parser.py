@@ -192,3 +192,52 @@ def test_a_probe_users_click_may_name_nothing_and_nobody_elses() -> None:
     assert not batch.item_names
     assert reason(click | {"user": "ann"}) == reason(click | {"user": 7}) == "missing_field"
     assert reason(click | {"item": 1.5}) == "wrong_type"
+
+
+def _some_value(rng: np.random.Generator) -> bytes:
+    """A record with fields of many types, most of them good."""
+    odd = rng.random() < 0.1
+
+    def one(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
+    event = {
+        "user": one("ann", 7, "7", "x" * 300) if not odd else one("", None, True, 1.0, [1]),
+        "item": one("lamp", 9, "lamp 2", "y" * 300) if not odd or rng.random() < 0.5 else one("", None, False),
+        "category": one("home", 3, "z" * 250, "z" * 300),
+        "action": one("view", "cart") if not odd or rng.random() < 0.5 else one("steal", 1, None),
+        "time": one(NOW_MS, NOW_MS / 1000, NOW_MS // 1000, str(NOW_MS), "2023-11-14T22:13:20Z")
+        if not odd or rng.random() < 0.5
+        else one(NOW_MS * 50, -1, True, 1 << 70, "yesterday"),
+        "label": one(None, None, 0.1, 1, True) if not odd or rng.random() < 0.5 else one(2.0, -1, "yes"),
+        "device": one("phone", 1, True, None, 0.5) if not odd or rng.random() < 0.7 else one([1], "w" * 300),
+        "visit": one("a", 5, "", None),
+    }
+    return json.dumps(event).encode() if rng.random() < 0.98 else b"no JSON"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_record_becomes_the_same_event_whatever_records_came_with_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    settings = Events(context=("device",) if seed % 2 else (), request="visit" if seed % 3 else "")
+    simple = seed % 4 == 0
+    values: list[bytes | None] = [
+        json.dumps(GOOD | {"user": int(rng.integers(5)), "label": None}).encode() if simple else _some_value(rng)
+        for _ in range(int(rng.integers(1, 12)))
+    ]
+    # A record that is no event makes the parser read the whole batch record by record.
+    together = Parser(settings, SALT).parse([records(values)])
+    apart = Parser(settings, SALT).parse([records([*values, b"no JSON"])])
+    assert len(apart.dead) == len(together.dead) + 1
+    for name in ("user", "item", "category", "action", "at_ms", "label", "weight", "context", "offset", "request"):
+        left, right = getattr(together, name), getattr(apart, name)
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right, err_msg=name)
+    assert (together.names, together.item_names) == (apart.names, apart.item_names)
+    # Each alone gives the same rows, too.
+    alone = Parser(settings, SALT)
+    singles = [alone.parse([records([value], first=index)]) for index, value in enumerate(values)]
+    assert np.array_equal(together.user, np.concatenate([single.user for single in singles]))
+    assert [letter.reason for letter in together.dead] == [
+        letter.reason for single in singles for letter in single.dead
+    ]
