@@ -28,9 +28,6 @@ class SlotTable:
     def __init__(self) -> None:
         self._count = 0
         self._table = _empty(1024)
-        # The kernels are compiled, or their machine code loaded, before the first event.
-        self.put(np.empty(0, np.uint64), self.find(np.empty(0, np.uint64)))
-        self.remove([])
 
     def __len__(self) -> int:
         return self._count
@@ -79,13 +76,13 @@ def _place(table: I64, user: int) -> int:
     return np.int64(place)  # type: ignore[return-value]
 
 
-@compiled
+@compiled("i8[:, ::1], i8[::1], i8[::1]")
 def _find(table: I64, users: I64, found: I64) -> None:
     for n in range(len(users)):
         found[n] = table[_place(table, users[n]), 1]
 
 
-@compiled
+@compiled("i8[:, ::1], i8[::1], i8[::1]")
 def _put(table: I64, users: I64, slots: I64) -> None:
     for n in range(len(users)):
         place = _place(table, users[n])
@@ -93,7 +90,7 @@ def _put(table: I64, users: I64, slots: I64) -> None:
         table[place, 1] = slots[n]
 
 
-@compiled
+@compiled("i8[:, ::1], i8[::1]")
 def _remove(table: I64, users: I64) -> None:
     """Closes the gap behind each user, so that no search ends too early."""
     mask = len(table) - 1

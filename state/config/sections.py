@@ -377,7 +377,12 @@ class TrainerSettings:
     device: str = setting(
         "auto", choices=("auto", "cpu", "gpu"), help="Where to train; auto takes a GPU when there is one."
     )
-    threads: int = setting(1, least=1, most=1024, help="Threads that share a step. With the compiled engine any number gives the same bits.")
+    threads: int = setting(
+        1,
+        least=1,
+        most=1024,
+        help="Threads that share a step. With the compiled engine any number gives the same bits.",
+    )
     engine: str = setting(
         "auto",
         choices=("auto", "compiled", "tensorflow"),

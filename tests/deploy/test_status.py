@@ -28,6 +28,7 @@ from state.metrics import (
     PROCESSES,
     ApplierMetrics,
     ConsoleMetrics,
+    KernelMetrics,
     ProbeMetrics,
     RetrainMetrics,
     RolloutMetrics,
@@ -68,6 +69,7 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
     beside = {
         SupervisorMetrics,
         ConsoleMetrics,
+        KernelMetrics,
         StorageMetrics,
         SharedMetrics,
         ProbeMetrics,

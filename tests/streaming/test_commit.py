@@ -29,7 +29,7 @@ def test_micro_batches_and_dead_letters_are_one_transaction(tmp_path: Path) -> N
     (batch,), (dead,) = shard.log.records("springtide.microbatches.v1"), shard.log.records("springtide.clicks.v1.dlq")
     assert batch.transaction is dead.transaction
     assert decode(batch.value).offset.tolist() == [0, 1, 2]
-    assert (dead.key, dead.value) == (None, b"")
+    assert (dead.key, dead.value) == (b"ab" * 16 + b":0:3", b"")
     assert dead.headers == (
         ("reason", b"undecodable"), ("topic_id", b"ab" * 16), ("partition", b"0"), ("offset", b"3"),
     )  # fmt: skip

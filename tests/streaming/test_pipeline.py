@@ -103,9 +103,10 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
         assert store.users() == 17
         store.close()
 
-        # A dead letter names reason and coordinates, and holds nothing of the record.
+        # A dead letter names reason and coordinates, also by its key, and holds nothing of the record.
         assert set(letters.poll()) == {b""}
-        assert all(key is None for batch in letters.batches for key in batch.keys)
+        keys = {f"{topic_id}:{number % 2}:{number // 2}".encode() for number, _ in enumerate(BAD, start=100)}
+        assert {key for batch in letters.batches for key in batch.keys} == keys
         expected = {
             (reason, topic_id, str(number % 2), str(number // 2)) for number, reason in enumerate(BAD, start=100)
         }

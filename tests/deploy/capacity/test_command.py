@@ -67,7 +67,7 @@ def test_figures_of_another_machine_and_settings_take_the_place_of_ours(capsys: 
         (["--measured", "speed=1"], "there is no figure speed"),
         (["--measured", "stream_us=fast"], "must be a number above 0"),
         (["--use", "1.5"], "--use is at most 1"),
-        (["--stream", "spark"], "invalid choice"),
+        (["--stream", "spark"], "'spark' is unknown"),
         (["--cliks", "1"], "unrecognized arguments"),
     ],
 )

@@ -13,16 +13,13 @@ import pytest
 from deploy.serving.answer import Answer, Query
 from deploy.serving.candidates import KINDS
 from deploy.serving.predictor import Predictor
-from state.compiled import compiled
 from state.events.identity import Salt, public_id, user_id
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise
 from state.history.appends import Appends
-from state.kernels import compile_shared
 from state.layout import PROGRAMS
 from state.lowering import lower_saved_model
 from state.microbatch.batch import MicroBatch
-from state.ranking import transition_rows, transitions
 from state.ranking.transitions import SUCCESSORS
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Lowered, Stores, clicks, digest_of, manifest
 from tests.trainer.batches import micro_batch, spread
@@ -232,16 +229,3 @@ def test_a_version_of_a_release_without_the_table_is_answered_as_it_was(shop: St
     serve(shop, old, taught.tensors)
     for name, chance in zip(USERS, before, strict=True):
         assert chances(predictor(shop).profile(name)) == pytest.approx(chance, abs=1e-6)
-
-
-def test_a_first_answer_finds_its_kernel_compiled(shop: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As in a new process: nothing that another test called them with is known.
-    kernels = []
-    for module, name in ((transitions, "_succeed"), (transition_rows, "_unpack")):
-        kernels.append(compiled(getattr(module, name).py_func))
-        monkeypatch.setattr(module, name, kernels[-1])
-    compile_shared(SPEC)
-    before = [list(kernel.signatures) for kernel in kernels]
-    predictor(shop).profiles([Query("cleo"), Query("gus")])
-    assert [kernel.signatures for kernel in kernels] == before
-    assert [len(one) for one in before] == [1, 1]
