@@ -62,8 +62,8 @@ def softmax(logits: F32) -> F32:
     >>> softmax(np.array([[0.0, 0.0], [-1e9, 0.0]], np.float32)).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
     """
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(shares / shares.sum(1, keepdims=True), np.float32)
+    shares = np.exp(logits - np.maximum.reduce(logits, 1, keepdims=True))
+    return np.asarray(shares / np.add.reduce(shares, 1, keepdims=True), np.float32)
 
 
 def interests(
@@ -81,23 +81,26 @@ def interests(
         popular: The names of the popular categories.
         name_of: Names a category.
         most: How many of them each answer has at most; None for all.
-        inputs: The program's, for the masks.
+        inputs: The program's, for the mask of the popular categories.
         outputs: The program's, for the logits.
     """
-    kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
-    parts = [outputs[f"{kind}_logits"] for kind in kinds]
+    names = [f"{kind}_logits" for kind in KINDS]
+    parts = [outputs[name][: len(users)] for name in names if name in outputs]
     logits = np.concatenate(parts, axis=1)
     slots, ranks = parts[0].shape[1], parts[1].shape[1]
-    # What is no candidate has a logit far below any other, and comes last.
-    orders = np.argsort(-logits, axis=1, kind="stable")
-    shares = np.take_along_axis(softmax(logits), orders, 1)
-    counts = sum(inputs[f"{kind}_mask"].sum(1) for kind in kinds).astype(int).tolist()
-    found: list[list[Interest]] = []
+    counts = inputs["popular_mask"][: len(users)].sum(1).astype(int).tolist()
     for place, (own, successors) in enumerate(users):
+        counts[place] += len(own)
+        if len(parts) == len(KINDS):
+            counts[place] += len(successors) - successors.count(0)
+    counts = [count if top is None else min(count, top) for count, top in zip(counts, most, strict=True)]
+    # What is no candidate has a logit far below any other, and comes last.
+    orders = np.argsort(-logits, axis=1, kind="stable")[:, : max(counts, default=0)]
+    shares = softmax(logits)[np.arange(len(users))[:, None], orders].tolist()
+    found: list[list[Interest]] = []
+    for (own, successors), count, order, its in zip(users, counts, orders.tolist(), shares, strict=True):
         best: list[Interest] = []
-        count, top = counts[place], most[place]
-        count = count if top is None else min(count, top)
-        for slot, share in zip(orders[place, :count].tolist(), shares[place, :count].tolist(), strict=True):
+        for slot, share in zip(order[:count], its, strict=False):
             if slot < slots:
                 name, identity = name_of(own[slot])
             elif slot < slots + ranks:

@@ -99,15 +99,22 @@ class VersionRows:
         """Rows of n categories, `[n, dim]` float32; zeros for those without one."""
         if not self._widths["category"]:
             return np.zeros((len(ids), 0), np.float32)
-        cached, found, missing = self._category_rows, [], self._missing["category"]
+        cached = self._category_rows
+        try:
+            found = b"".join(map(cached.__getitem__, ids))
+        except KeyError:
+            self._read_categories(ids)
+            found = b"".join(map(cached.__getitem__, ids))
+        return np.frombuffer(found, np.float32).reshape(len(ids), self._widths["category"])
+
+    def _read_categories(self, ids: Sequence[int]) -> None:
+        cached, missing = self._category_rows, self._missing["category"]
+        if len(cached) >= ROWS_REMEMBERED:
+            cached.clear()
         for category in ids:
-            row = cached.get(category)
-            if row is None:
-                if len(cached) >= ROWS_REMEMBERED:
-                    cached.clear()
-                row = cached[category] = self.reader.row("category", category, self.served) or missing
-            found.append(row)
-        return np.frombuffer(b"".join(found), np.float32).reshape(len(ids), self._widths["category"])
+            if category not in cached:
+                # 0 pads.
+                cached[category] = (category and self.reader.row("category", category, self.served)) or missing
 
     def transitions(self, categories: Sequence[int]) -> tuple[I32, Lists]:
         """What came next after n categories; 0 is none.
