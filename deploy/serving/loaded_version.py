@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ OTHERS_LOADED = 3
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+Row = TypeVar("Row")
 
 
 _INPUTS = {
@@ -191,6 +193,21 @@ def named(reader: RowReader, most: int = 20) -> str:
     return ", ".join(numbers[:most]) + f" and {len(numbers) - most} older ones" * (len(numbers) > most)
 
 
+def _unchanged(
+    read: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
+) -> dict[int, Row]:
+    """What was read of a table's rows in the version before and is the same in `served`; nothing where that is not known."""
+    if before.served.program != served.program:
+        return {}
+    changed = reader.changed(table, before.served, served)
+    if changed is None:
+        return {}
+    kept = dict(read)
+    for identity in changed.tolist():
+        kept.pop(identity, None)
+    return kept
+
+
 class VersionLoader:
     """Keeps the version that answers loaded, and those others that were asked for last; use it in one thread.
 
@@ -244,7 +261,7 @@ class VersionLoader:
         program = self._program[1]
         # A failed load may leave half of the weights: the next answer must load again.
         self._loaded = None
-        self._loaded = self._with_weights(reader, served, program, features)
+        self._loaded = self._with_weights(reader, served, program, features, loaded)
         return self._loaded
 
     def _other(self, reader: RowReader, version: int) -> LoadedVersion:
@@ -270,7 +287,12 @@ class VersionLoader:
         return self._features.of(served.version, served.spec)
 
     def _with_weights(
-        self, reader: RowReader, served: Served, program: LoadedProgram, features: VersionFeatures
+        self,
+        reader: RowReader,
+        served: Served,
+        program: LoadedProgram,
+        features: VersionFeatures,
+        before: LoadedVersion | None = None,
     ) -> LoadedVersion:
         weights = reader.dense(served.version)
         program.load(weights)
@@ -293,6 +315,10 @@ class VersionLoader:
             own_popular={},
             cross_shares=crosses.shares_of(reader, served, features.crosses),
             churn=weights_in(weights, features.spec),
+            category_rows={}
+            if before is None
+            else _unchanged(before.category_rows, "category", before, served, reader),
+            lists={} if before is None else _unchanged(before.lists, "transition", before, served, reader),
         )
         of_version = loaded.rows(reader)
         rows[: len(popular)] = of_version.categories(popular.tolist())

@@ -6,8 +6,8 @@ tens of microseconds to load. No TensorFlow is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -97,14 +97,15 @@ class LoadedProgram:
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
-            self._loads = [each.get_signature_runner("load") for each in self._interpreters.values()]
+            self._loads = {rows: each.get_signature_runner("load") for rows, each in self._interpreters.items()}
             runners = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error})",
                 "restart the trainer to lower the model again",
             ) from error
-        self._weights = sorted(self._loads[0].get_input_details())
+        self._weights = sorted(self._loads[1].get_input_details())
+        self._stale: set[int] = set()
         inputs, outputs = runners[1].get_input_details(), runners[1].get_output_details()
         self._names = {RENAMED.get(name, name): name for name in inputs}
         self._outputs = {name: RENAMED.get(name, name) for name in outputs}
@@ -115,7 +116,8 @@ class LoadedProgram:
             name: tuple(int(size) for size in outputs[theirs]["shape_signature"])
             for theirs, name in self._outputs.items()
         }
-        self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
+        with _quiet():
+            self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
         # Any input with a row for each question tells how many there are.
         self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 
@@ -131,21 +133,25 @@ class LoadedProgram:
             raise ProgramError(
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
+        self._given, self._stale = given, {*self._loads}
+        # The other sizes of a batch take the weights at their next use: where little is asked, that is never.
+        self._set_weights(1)
+
+    def _set_weights(self, rows: int) -> None:
         try:
-            # LiteRT says once a process, past its log, what it computes with.
-            with nullcontext() if _spoken else quiet_stderr():
-                for load in self._loads:
-                    load(**{name: given[name] for name in self._weights})
-            _spoken[:] = [True]
-            self._given = given
+            with _quiet():
+                self._loads[rows](**{name: self._given[name] for name in self._weights})
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error
+        self._stale.discard(rows)
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
         rows = len(inputs[self._by_row])
         if rows == PAIRS and rows not in self._predicts:
             self._add_pairs()
+        if rows in self._stale:
+            self._set_weights(rows)
         return self._predicts[rows].run(inputs)
 
     def _fixed(self, runner: SignatureRunner, rows: int) -> _FixedBatch:
@@ -154,10 +160,17 @@ class LoadedProgram:
 
     def _add_pairs(self) -> None:
         made = self._interpreters[PAIRS] = Interpreter(model_content=self._data, num_threads=1)
-        load = made.get_signature_runner("load")
-        load(**{name: self._given[name] for name in self._weights})
-        self._loads.append(load)
+        self._loads[PAIRS] = made.get_signature_runner("load")
+        self._stale.add(PAIRS)
         self._predicts[PAIRS] = self._fixed(made.get_signature_runner("predict"), PAIRS)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """LiteRT says once a process, past its log, what it computes with."""
+    with nullcontext() if _spoken else quiet_stderr():
+        yield
+    _spoken[:] = [True]
 
 
 def batch_of(rows: int) -> int:

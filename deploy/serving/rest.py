@@ -36,6 +36,7 @@ from state.layout import WORKER_COUNTERS
 from state.metrics import add_process, say_build
 from state.process import log_lines
 from state.process.ending import reported
+from state.process.garbage import keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
@@ -78,6 +79,8 @@ def serve(
     grpc = (lambda: grpc_server(settings, app, access, beside)) if serving.grpc_port else None
 
     def accepts() -> None:
+        # Modules are a million objects: a full collection among them takes a tenth of a second, in which nobody is answered.
+        keep_what_is_there()
         app.metrics.worker_starts.inc()
         ready()
 
