@@ -156,7 +156,8 @@ class LoadedVersion:
         program: With the version's weights.
         widths: Of the rows of each table; 0 of one that the program does not read.
         popular: `[P]` uint64, padded with 0.
-        popular_names: Of those there are.
+        popular_ids: Those there are.
+        popular_names: Of these.
         popular_rows: `[P, dim]` float32.
         popular_known: `[P]` float32, 1 where there is a popular category.
         own: The program's inputs that are rows of tables of the ranker's own.
@@ -172,6 +173,7 @@ class LoadedVersion:
     program: LoadedProgram
     widths: Mapping[str, int]
     popular: NDArray[np.uint64]
+    popular_ids: list[int]
     popular_names: list[ShownName]
     popular_rows: F32
     popular_known: F32
@@ -308,6 +310,7 @@ class VersionLoader:
             program=program,
             widths=widths,
             popular=np.pad(popular, (0, slots - len(popular))),
+            popular_ids=popular.tolist(),
             popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
             popular_rows=rows,
             popular_known=known,

@@ -206,7 +206,8 @@ class Predictor:
             (one.recent_categories, others) for one, others in zip(asked, prepared.successors.tolist(), strict=True)
         ]
         most = [one.query.top for one in asked]
-        ranked = interests(users, version.popular_names, self._catalogue.name_of, most, prepared.inputs, outputs)
+        popular, names = version.popular_ids, version.popular_names
+        ranked = interests(users, popular, names, self._catalogue.name_of, most, outputs)
         return answers(
             asked, prepared.has_row, prepared.clock, version, prepared.seen, ranked, outputs, prepared.vectors
         )
