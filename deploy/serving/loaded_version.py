@@ -62,6 +62,7 @@ class VersionRows:
         served: The version.
         widths: Of the rows of each table.
         category_rows: Rows of categories read so far; they recur in most answers.
+        item_rows: Likewise of items; recommendations ask for the same ones.
         lists: Likewise what came next after categories, as it is stored.
     """
 
@@ -71,12 +72,13 @@ class VersionRows:
         served: Served,
         widths: Mapping[str, int],
         category_rows: dict[int, bytes],
+        item_rows: dict[int, bytes],
         lists: dict[int, bytes | None],
     ) -> None:
         self.reader, self.served = reader, served
         self._widths = widths
         self._missing = {table: bytes(4 * width) for table, width in widths.items()}
-        self._category_rows, self._lists = category_rows, lists
+        self._category_rows, self._item_rows, self._lists = category_rows, item_rows, lists
 
     def user(self, identity: int) -> F32 | None:
         """`[dim]` float32; None for a user without a row."""
@@ -93,30 +95,26 @@ class VersionRows:
 
     def items(self, ids: Sequence[int]) -> F32:
         """Rows of n items, `[n, dim]` float32; zeros for those without one."""
-        reader, served, missing = self.reader, self.served, self._missing["item"]
-        found = b"".join([reader.row("item", one, served) or missing for one in ids])
-        return np.frombuffer(found, np.float32).reshape(len(ids), self._widths["item"])
+        return self._rows("item", self._item_rows, ids)
 
     def categories(self, ids: Sequence[int]) -> F32:
         """Rows of n categories, `[n, dim]` float32; zeros for those without one."""
-        if not self._widths["category"]:
-            return np.zeros((len(ids), 0), np.float32)
-        cached = self._category_rows
-        try:
-            found = b"".join(map(cached.__getitem__, ids))
-        except KeyError:
-            self._read_categories(ids)
-            found = b"".join(map(cached.__getitem__, ids))
-        return np.frombuffer(found, np.float32).reshape(len(ids), self._widths["category"])
+        return self._rows("category", self._category_rows, ids)
 
-    def _read_categories(self, ids: Sequence[int]) -> None:
-        cached, missing = self._category_rows, self._missing["category"]
-        if len(cached) >= ROWS_REMEMBERED:
-            cached.clear()
-        for category in ids:
-            if category not in cached:
-                # 0 pads.
-                cached[category] = (category and self.reader.row("category", category, self.served)) or missing
+    def _rows(self, table: str, known: dict[int, bytes], ids: Sequence[int]) -> F32:
+        if not self._widths[table]:
+            return np.zeros((len(ids), 0), np.float32)
+        try:
+            found = b"".join(map(known.__getitem__, ids))
+        except KeyError:
+            if len(known) >= ROWS_REMEMBERED:
+                known.clear()
+            for one in ids:
+                if one not in known:
+                    # 0 pads.
+                    known[one] = (one and self.reader.row(table, one, self.served)) or self._missing[table]
+            found = b"".join(map(known.__getitem__, ids))
+        return np.frombuffer(found, np.float32).reshape(len(ids), self._widths[table])
 
     def transitions(self, categories: Sequence[int]) -> tuple[I32, Lists]:
         """What came next after n categories; 0 is none.
@@ -165,6 +163,7 @@ class LoadedVersion:
         cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
         churn: What it tells of who leaves; None where nothing was learned of it.
         category_rows: Rows of categories read so far.
+        item_rows: Likewise of items.
         lists: What came next after categories, read so far.
     """
 
@@ -182,11 +181,12 @@ class LoadedVersion:
     cross_shares: F32
     churn: ChurnWeights | None = None
     category_rows: dict[int, bytes] = field(default_factory=dict)
+    item_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
 
     def rows(self, reader: RowReader) -> VersionRows:
         """The version's rows in a transaction."""
-        return VersionRows(reader, self.served, self.widths, self.category_rows, self.lists)
+        return VersionRows(reader, self.served, self.widths, self.category_rows, self.item_rows, self.lists)
 
 
 def named(reader: RowReader, most: int = 20) -> str:
@@ -199,7 +199,7 @@ def _unchanged(
     read: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
 ) -> dict[int, Row]:
     """What was read of a table's rows in the version before and is the same in `served`; nothing where that is not known."""
-    if before.served.program != served.program:
+    if not read or before.served.program != served.program:
         return {}
     changed = reader.changed(table, before.served, served)
     if changed is None:
@@ -321,6 +321,7 @@ class VersionLoader:
             category_rows={}
             if before is None
             else _unchanged(before.category_rows, "category", before, served, reader),
+            item_rows={} if before is None else _unchanged(before.item_rows, "item", before, served, reader),
             lists={} if before is None else _unchanged(before.lists, "transition", before, served, reader),
         )
         of_version = loaded.rows(reader)

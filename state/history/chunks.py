@@ -58,7 +58,7 @@ def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
     oldest = key_of(prefix, max(0, total - history) // CHUNK)
     values = []
     # From the newest chunk on, at which the cursor is.
-    for key, value in cursor:
+    for key, value in cast(Iterator[tuple[bytes, bytes]], iter(cursor)):
         if key > oldest:
             break
         values.append(value)

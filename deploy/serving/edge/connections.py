@@ -177,7 +177,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
         """Writes an answer at once; where the client does not take what it has, or headers are more, as uvicorn does."""
         if response.headers is not JSON or self.flow.write_paused or not cycle.keep_alive or cycle.disconnected:
-            self._start(answer(cycle.send, response))
+            self._start(answer(cast(Any, cycle.send), response))
             return
         cycle.response_started = cycle.response_complete = True
         cycle.waiting_for_100_continue = False

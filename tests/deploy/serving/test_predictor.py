@@ -131,7 +131,7 @@ def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
 
 
 def test_a_worker_that_followed_versions_answers_as_one_that_starts_at_the_last(stores: Stores) -> None:
-    """What it read of categories stays where a version does not change it: changed and removed rows, lists, weights."""
+    """What it read of categories and items stays where a version does not change it: rows, lists, weights."""
     lists = Lists.empty(2)
     record(np.ones(9, np.int32), np.array([public_id(name) for name in ("tea", "hats", "tea")] * 3, np.uint64), lists)
     signs = np.zeros((1, transition_rows.SIGN_BYTES), np.uint8)
